@@ -1,0 +1,67 @@
+"""What the engine is asked and what it answers: sampling parameters, deltas, sequences.
+
+Plain data. Knows no scheduling and no tensors.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are chosen. Validated by whoever builds it, immutable after.
+
+    The order of operations on the raw logits is: logit_bias, repetition penalty, presence and
+    frequency penalty, min_tokens and banned stops, temperature, top_k, top_p, min_p.
+    """
+
+    max_tokens: int
+    """Generate at most this many tokens (at least 1)."""
+    min_tokens: int = 0
+    """Before this many tokens no stop token can be chosen."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens whose probability is below min_p times that of the most probable one."""
+    seed: int | None = None
+    """Same seed, prompt and parameters: the same tokens, in any company."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """OpenAI's additive penalties; they look at generated tokens only."""
+    repetition_penalty: float = 1.0
+    """The multiplicative penalty of CTRL (arXiv 1909.05858); it looks at the prompt too."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the request besides the model's eos. The stop token is not returned."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. n: the chosen token's log probability and those of the n most probable."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probabilities at one position, of the model's own distribution (before penalties)."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+    """(token id, log probability) of the most probable tokens, best first."""
+
+
+@dataclass(slots=True)
+class Delta:
+    """Everything new of one request since its consumer last looked; the last one is terminal."""
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    """One for each of `token_ids` when the request asked for them, else empty."""
+    finish_reason: FinishReason | None = None
+    """Set on the last delta only, and exactly once."""
+    error: BaseException | None = None
+    """Why, when `finish_reason` is "error"."""

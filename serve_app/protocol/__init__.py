@@ -1,0 +1,1 @@
+"""What clients say and hear: OpenAI, `/prompt`, chat template, text. Knows no HTTP and no RunPod."""

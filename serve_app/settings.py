@@ -1,0 +1,239 @@
+"""Settings: everything that can be chosen, in one frozen model. The only reader of the environment.
+
+The YAML that `serve run` takes is the readable truth: `applications[0].args` is a `Settings`.
+`MIXTRAL_<SECTION>__<FIELD>` overrides one value, as do the names in `ENVIRONMENT_NAMES` that
+RunPod's users already know. An unknown key or `MIXTRAL_*` name is an error. Secrets come from the
+environment only, because Ray logs `args:` in clear.
+
+Knows no torch and no Ray, and opens no file but the YAML it is given.
+"""
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+PREFIX = "MIXTRAL_"
+
+ENVIRONMENT_NAMES = {
+    "MODEL_NAME": "model.name",
+    "MODEL_REVISION": "model.revision",
+    "SERVED_MODEL_NAME": "model.served_name",
+    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "model.served_name",
+    "QUANTIZATION": "model.quantization",
+    "DTYPE": "model.dtype",
+    "HF_TOKEN": "model.hf_token",
+    "MAX_MODEL_LEN": "engine.max_model_len",
+    "MAX_CONCURRENCY": "runpod.concurrency",
+    "API_KEYS": "api.keys",
+}
+"""Names that RunPod users set, and the setting each stands for. `MIXTRAL_*` wins over these."""
+
+
+class ConfigError(ValueError):
+    """The configuration cannot work. The message is one sentence that names the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class ModelSettings(_Section):
+    """What is served."""
+
+    name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1"
+    """A Hugging Face repository, a local folder, or "tiny": the model inside this package."""
+    revision: str | None = None
+    """Branch, tag or commit of the repository; None is its default branch."""
+    served_name: str | None = None
+    """The public name(s), comma separated, in `/v1/models`; None is `name`."""
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of activations and unquantised weights. auto: bfloat16 on a GPU, float32 on a CPU."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    hf_token: SecretStr | None = None
+    """For gated repositories. Environment only."""
+
+    @property
+    def served_names(self) -> tuple[str, ...]:
+        """The public names, the first one being the answer's `model`."""
+        names = (self.served_name or self.name).split(",")
+        return tuple(name.strip() for name in names if name.strip())
+
+
+class EngineSettings(_Section):
+    """How requests share the device."""
+
+    max_model_len: int | None = Field(default=None, ge=16)
+    """Tokens of prompt and answer together; None is what the checkpoint allows."""
+    max_running: int = Field(default=32, ge=1)
+    """Sequences decoded in one step."""
+    max_waiting: int = Field(default=256, ge=0)
+    """Requests that may queue for a place; more are answered 429."""
+    block_size: int = Field(default=16, ge=1)
+    """Tokens in one KV block."""
+    kv_cache_tokens: int | None = Field(default=None, ge=16)
+    """Tokens of KV cache; None is what the GPU's memory leaves, on a CPU 4 x max_model_len."""
+    gpu_memory_fraction: float = Field(default=0.92, gt=0, le=1)
+    """Share of the GPU's memory that weights and KV cache may take together."""
+    max_step_tokens: int = Field(default=512, ge=16)
+    """Prompt and decode tokens in one step: long prompts are cut into chunks of this size."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """Compute threads on a CPU; None leaves one core to the sockets."""
+
+
+class ApiSettings(_Section):
+    """What clients may ask."""
+
+    keys: SecretStr | None = None
+    """Accepted API keys, comma separated; None asks for none. Environment only."""
+    max_tokens_limit: int | None = Field(default=None, ge=1)
+    """The largest `max_tokens` a request may ask for; None is what the context holds."""
+    max_prompt_chars: int = Field(default=100_000, ge=1)
+    max_body_bytes: int = Field(default=8_000_000, ge=1024)
+    request_timeout_s: float = Field(default=600.0, gt=0)
+    """Seconds after which a request ends with 504."""
+    retry_after_s: int = Field(default=2, ge=1)
+    """Seconds in `Retry-After` when the queue is full."""
+
+
+class RunpodSettings(_Section):
+    """The RunPod worker."""
+
+    concurrency: int | None = Field(default=None, ge=1)
+    """Jobs taken at once; None is `engine.max_running` + `engine.max_waiting` / 4."""
+    drain_s: float = Field(default=25.0, ge=0)
+    """Seconds that running jobs have after SIGTERM."""
+    volume: str = "/runpod-volume"
+    """Where the network volume is mounted."""
+    progress_interval_s: float = Field(default=2.0, ge=0.1)
+    """Least seconds between two progress updates of a job."""
+
+
+class Settings(BaseSettings):
+    """All settings. Equals `args:` of the Serve application; frozen."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=PREFIX,
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        protected_namespaces=(),
+    )
+
+    model: ModelSettings = ModelSettings()
+    engine: EngineSettings = EngineSettings()
+    api: ApiSettings = ApiSettings()
+    runpod: RunpodSettings = RunpodSettings()
+    load_log: str | None = None
+    """JSON-lines file that the load phases are written to, for whoever started the replica."""
+
+    def __init__(self, **values: Any) -> None:
+        _refuse_secrets(values)
+        _refuse_unknown_names()
+        super().__init__(**values)
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The environment first: it overrides the YAML, one value at a time."""
+        return env_settings, _KnownNames(settings_cls), init_settings
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> "Settings":
+        """The settings of `applications[0].args` in a Serve config; raises `ConfigError`."""
+        return cls.from_args(application(path).get("args") or {}, str(path))
+
+    @classmethod
+    def from_args(cls, args: dict[str, Any], where: str) -> "Settings":
+        """Validates `args`; the `ConfigError` names `where` and the first wrong key."""
+        try:
+            return cls(**args)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {_first_error(error)}") from None
+        except ConfigError as error:
+            raise ConfigError(f"{where}: {error}") from None
+
+
+class EntrySettings(BaseSettings):
+    """What `runpod_entry.py` asks the environment before it knows which YAML to read."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    serve_config: str = "configs/runpod.yaml"
+    runpod_serverless: bool = True
+    """True: take jobs. False: serve HTTP on `port`."""
+    port: int = 8000
+    port_health: int | None = None
+    runpod_pod_id: str | None = None
+    runpod_endpoint_id: str | None = None
+    runpod_webhook_get_job: str | None = None
+    """Set by the platform only: its presence means that jobs come from there."""
+
+
+def application(path: str | Path) -> dict[str, Any]:
+    """`applications[0]` of a Serve config; raises `ConfigError` naming the file."""
+    try:
+        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}: is not valid YAML{line}.") from None
+    match document:
+        case {"applications": [{**first}, *_]}:
+            return first
+    raise ConfigError(f"{path}: needs `applications:` with one application in it.")
+
+
+class _KnownNames(PydanticBaseSettingsSource):
+    """`ENVIRONMENT_NAMES` as a settings source."""
+
+    def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # part of the interface; __call__ does the work
+
+    def __call__(self) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, path in ENVIRONMENT_NAMES.items():
+            if value := os.environ.get(name):
+                section, key = path.split(".")
+                found.setdefault(section, {})[key] = value
+        return found
+
+
+def _refuse_secrets(values: dict[str, Any]) -> None:
+    for section, key, name in (("api", "keys", "API_KEYS"), ("model", "hf_token", "HF_TOKEN")):
+        given = values.get(section)
+        if isinstance(given, dict) and given.get(key) is not None:
+            raise ConfigError(
+                f"`{section}.{key}` is a secret and Ray logs `args:`; set {name} in the environment."
+            )
+
+
+def _refuse_unknown_names() -> None:
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    for section, info in Settings.model_fields.items():
+        fields = getattr(info.annotation, "model_fields", {})
+        known |= {f"{PREFIX}{section}__{name}".upper() for name in fields}
+    for name in os.environ:
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            raise ConfigError(f"the environment sets {name}, which is no setting of ours.")
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"`{key}` is no setting of ours."
+    return f"`{key}`: {first['msg']}, got {first['input']!r}."

@@ -217,7 +217,7 @@ def _refuse_secrets(values: dict[str, Any]) -> None:
         given = values.get(section)
         if isinstance(given, dict) and given.get(key) is not None:
             raise ConfigError(
-                f"`{section}.{key}` is a secret and Ray logs `args:`; set {name} in the environment."
+                f"`{section}.{key}` is a secret, and Ray logs `args:`; set {name} instead."
             )
 
 

@@ -1,1 +1,1 @@
-"""What clients say and hear: OpenAI, `/prompt`, chat template, text. Knows no HTTP and no RunPod."""
+"""What clients say and hear: OpenAI, `/prompt`, chat template, text. No HTTP, no jobs."""

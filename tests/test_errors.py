@@ -1,0 +1,104 @@
+"""The error tree and its one mapper."""
+
+import json
+import pickle
+
+import pytest
+
+from serve_app import errors
+from serve_app.errors import ServeError, error_body, job_error
+
+# DESIGN's table: class, HTTP status, type, code, job status, retry.
+TABLE = [
+    ("InvalidRequest", 400, "invalid_request_error", None, "VALIDATION_FAILED", False),
+    ("MethodNotAllowed", 405, "invalid_request_error", None, "VALIDATION_FAILED", False),
+    (
+        "ContextLengthExceeded",
+        400,
+        "invalid_request_error",
+        "context_length_exceeded",
+        "VALIDATION_FAILED",
+        False,
+    ),
+    (
+        "RequestTooLarge",
+        413,
+        "invalid_request_error",
+        "request_too_large",
+        "VALIDATION_FAILED",
+        False,
+    ),
+    ("ModelNotFound", 404, "invalid_request_error", "model_not_found", "VALIDATION_FAILED", False),
+    ("RouteNotFound", 404, "invalid_request_error", "not_found", "VALIDATION_FAILED", False),
+    ("InvalidApiKey", 401, "invalid_request_error", "invalid_api_key", "VALIDATION_FAILED", False),
+    ("QueueFull", 429, "overloaded_error", "queue_full", "OVERLOADED", True),
+    ("Draining", 503, "overloaded_error", "draining", "OVERLOADED", True),
+    ("OutOfMemory", 503, "server_error", "out_of_memory", "OOM_ERROR", False),
+    ("DeadlinePassed", 504, "server_error", "timeout", "TIMEOUT", True),
+    ("EngineDead", 503, "server_error", "engine_dead", "CONNECTION_ERROR", True),
+    ("ModelLoadFailed", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
+    ("InternalError", 500, "server_error", "internal_error", "UNKNOWN_ERROR", True),
+]
+
+
+@pytest.mark.parametrize(("name", "http", "type_", "code", "status", "retry"), TABLE)
+def test_each_error_says_what_the_table_says(
+    name: str, http: int, type_: str, code: str | None, status: str, retry: bool
+) -> None:
+    """Status, type, code, job status and retry are those that users were promised."""
+    error = getattr(errors, name)("Do this.")
+    body = error_body(error, "req-1")["error"]
+    assert error.http_status == http
+    assert body == {
+        "message": "Do this.",
+        "type": type_,
+        "param": None,
+        "code": code,
+        "status": status,
+        "retry": retry,
+        "request_id": "req-1",
+    }
+
+
+def test_the_table_is_complete() -> None:
+    """No error class exists that users were not told about."""
+
+    def leaves(kind: type[ServeError]) -> set[str]:
+        below = {name for child in kind.__subclasses__() for name in leaves(child)}
+        return below | {kind.__name__}
+
+    assert leaves(ServeError) - {"ServeError", "Overloaded"} == {row[0] for row in TABLE}
+
+
+def test_unknown_exceptions_keep_their_text_to_themselves() -> None:
+    """A bug's message, which may hold paths or user text, never reaches the client."""
+    body = json.dumps(error_body(RuntimeError("/secret/path of a user"), "req-1"))
+    assert "secret" not in body
+    assert "req-1" in body
+
+
+def test_out_of_memory_is_known_by_name() -> None:
+    """torch's error is recognised without importing torch here."""
+    torch = pytest.importorskip("torch")
+    body = error_body(torch.OutOfMemoryError("tried 3 GiB"), "r")["error"]
+    assert (body["status"], body["retry"]) == ("OOM_ERROR", False)
+
+
+def test_timeouts_are_deadlines() -> None:
+    """asyncio's TimeoutError is a passed deadline, worth a retry."""
+    assert error_body(TimeoutError(), "r")["error"]["status"] == "TIMEOUT"
+
+
+def test_errors_survive_a_process_boundary() -> None:
+    """Pickling keeps class, message, param and retry."""
+    sent = errors.ModelLoadFailed("No network; try again.", retry=True)
+    got = pickle.loads(pickle.dumps(sent))
+    assert (type(got), got.message, got.retry) == (type(sent), sent.message, True)
+    refused = pickle.loads(pickle.dumps(errors.QueueFull("Later.", retry_after_s=3)))
+    assert refused.retry_after_s == 3
+
+
+def test_a_failed_job_carries_json_in_a_string() -> None:
+    """The SDK turns anything but a string into a Python repr."""
+    body = error_body(errors.QueueFull("Later."), "r")
+    assert json.loads(job_error(body)["error"]) == body

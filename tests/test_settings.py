@@ -1,0 +1,120 @@
+"""Settings: YAML is the truth, the environment overrides, nothing unknown passes."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from serve_app.settings import ENVIRONMENT_NAMES, ConfigError, Settings, application
+
+TINY = "configs/tiny.yaml"
+
+
+def write(folder: Path, args: str) -> Path:
+    path = folder / "config.yaml"
+    path.write_text(f"applications:\n- import_path: serve_app.app:build_app\n  args: {args}\n")
+    return path
+
+
+def test_yaml_is_read() -> None:
+    """`args:` of the shipped YAML becomes the settings."""
+    settings = Settings.from_yaml(TINY)
+    assert settings.model.name == "tiny"
+    assert settings.engine.kv_cache_tokens == 65536
+
+
+def test_environment_wins_over_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MIXTRAL_*` overrides one value and leaves its neighbours as the YAML has them."""
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_RUNNING", "7")
+    settings = Settings.from_yaml(TINY)
+    assert settings.engine.max_running == 7
+    assert settings.engine.kv_cache_tokens == 65536
+
+
+def test_names_that_runpod_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A familiar name works too; ours wins over it; an empty one counts as unset."""
+    monkeypatch.setenv("MODEL_NAME", "someone/mixtral")
+    monkeypatch.setenv("MAX_MODEL_LEN", "4096")
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_MODEL_LEN", "2048")
+    monkeypatch.setenv("QUANTIZATION", "")
+    settings = Settings.from_yaml(TINY)
+    assert settings.model.name == "someone/mixtral"
+    assert settings.engine.max_model_len == 2048
+    assert settings.model.quantization == "none"
+
+
+def test_every_familiar_name_leads_to_a_setting() -> None:
+    """No entry of the table points at a field that does not exist."""
+    for path in ENVIRONMENT_NAMES.values():
+        section, key = path.split(".")
+        assert key in type(getattr(Settings(), section)).model_fields
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ("{engine: {blok_size: 1}}", "`engine.blok_size` is no setting"),
+        ("{engin: {}}", "`engin` is no setting"),
+        ("{engine: {max_running: 0}}", "`engine.max_running`"),
+        ("{model: {quantization: int3}}", "`model.quantization`"),
+        ("{api: {keys: abc}}", "is a secret"),
+        ("{model: {hf_token: abc}}", "is a secret"),
+    ],
+)
+def test_what_is_wrong_is_named(tmp_path: Path, args: str, sentence: str) -> None:
+    """A wrong key or value is refused in one line that names file and key."""
+    path = write(tmp_path, args)
+    with pytest.raises(ConfigError) as caught:
+        Settings.from_yaml(path)
+    assert sentence in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_misspelt_environment_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`MIXTRAL_` plus a name that is no setting is an error, never ignored."""
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_RUNING", "7")
+    with pytest.raises(ConfigError, match="MIXTRAL_ENGINE__MAX_RUNING"):
+        Settings()
+
+
+@pytest.mark.parametrize("text", ["applications: [", "just text", "applications: []", "[]"])
+def test_a_file_that_is_no_serve_config(tmp_path: Path, text: str) -> None:
+    """Broken YAML, or YAML without an application, is one sentence."""
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"config\.yaml"):
+        application(path)
+
+
+def test_missing_file() -> None:
+    """A missing file is one sentence that names it."""
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
+        application("absent.yaml")
+
+
+def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither repr nor str nor JSON of the settings has a key or token in it."""
+    monkeypatch.setenv("API_KEYS", "sesame")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    settings = Settings()
+    assert settings.api.keys is not None
+    assert settings.api.keys.get_secret_value() == "sesame"
+    shown = repr(settings) + str(settings) + settings.model_dump_json()
+    assert "sesame" not in shown
+    assert "hf_secret" not in shown
+
+
+def test_frozen_and_picklable() -> None:
+    """Settings travel to the replica as they are, and nobody changes them on the way."""
+    settings = Settings.from_yaml(TINY)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+    with pytest.raises(ValueError, match="frozen"):
+        settings.engine.max_running = 1  # type: ignore[misc]
+
+
+def test_serve_validation_reads_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serve builds the settings with `model_validate`; the environment still wins."""
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_RUNNING", "7")
+    args = application(TINY)["args"]
+    assert Settings.model_validate(args).engine.max_running == 7

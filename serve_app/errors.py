@@ -63,7 +63,7 @@ class InvalidRequest(ServeError):
 
     http_status = 400
     type = "invalid_request_error"
-    code = None
+    code: ClassVar[str | None] = None
     job_status = "VALIDATION_FAILED"
     retry = False
 

@@ -184,7 +184,7 @@ class EntrySettings(BaseSettings):
 def application(path: str | Path) -> dict[str, Any]:
     """`applications[0]` of a Serve config; raises `ConfigError` naming the file."""
     try:
-        document = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -192,7 +192,7 @@ def application(path: str | Path) -> dict[str, Any]:
         line = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}: is not valid YAML{line}.") from None
     match document:
-        case {"applications": [{**first}, *_]}:
+        case {"applications": [dict(first), *_]}:
             return first
     raise ConfigError(f"{path}: needs `applications:` with one application in it.")
 

@@ -1,0 +1,72 @@
+# syntax=docker/dockerfile:1
+# One image for every door: RunPod jobs (default), RunPod load balancing and plain HTTP.
+#
+#   docker build -t mixtral-serve .
+#
+# torch's default build is for CUDA 13: driver 580 or newer, Blackwell cards included. For hosts with
+# an older driver choose a CUDA 12.6 build of the same version, which does not know Blackwell:
+#
+#   docker build --build-arg TORCH_INDEX_URL=<torch's cu126 index> --build-arg BNB_CUDA_VERSION=126 \
+#     -t mixtral-serve:cu126 .
+#
+# The wheels carry CUDA's libraries, so a plain Python image is enough; the host brings the driver.
+FROM python:3.12-slim-bookworm
+
+ARG TORCH_INDEX_URL=""
+# The library that bitsandbytes loads. Named, so that a mismatch with torch is an error at start
+# rather than a quiet choice of the nearest one; an empty value is not allowed.
+ARG BNB_CUDA_VERSION=130
+
+# gcc: Triton builds its launchers at run time. tini: reaps Ray's children and passes signals on.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends gcc libc6-dev tini \
+    && rm -rf /var/lib/apt/lists/*
+
+RUN useradd --create-home --uid 1000 serve
+WORKDIR /app
+
+# Dependencies first, from the same pins as everywhere: a change of our code rebuilds no layer here.
+COPY pyproject.toml README.md LICENSE ./
+RUN mkdir serve_app \
+    && printf '__version__ = "0"\n' > serve_app/__init__.py \
+    && touch runpod_entry.py \
+    && if [ -n "$TORCH_INDEX_URL" ]; then \
+         torch="$(sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml)" \
+         && pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" "$torch"; \
+       fi \
+    && pip install --no-cache-dir . \
+    && pip uninstall --yes mixtral-serve \
+    && rm -rf serve_app runpod_entry.py build *.egg-info
+
+COPY serve_app serve_app
+COPY runpod_entry.py ./
+COPY configs configs
+RUN pip install --no-cache-dir --no-deps .
+
+# Ray writes its token into the home; RunPod mounts the volume here.
+RUN mkdir -p /runpod-volume && chown serve:serve /runpod-volume /app
+USER serve
+
+# RUNPOD_SERVERLESS       true takes jobs; false serves HTTP on PORT
+# RUNPOD_*CHECK*          the SDK's checks import torch and open the GPU in the parent process
+# RUNPOD_LOG_LEVEL        the SDK's default, DEBUG, prints what users wrote and what they got
+# PYTORCH_ALLOC_CONF      segments that grow leave no holes; max_split_size_mb has no effect on them
+# RAYON_NUM_THREADS       small containers have small thread limits
+# RAY_memory_monitor_*    Ray counts the page cache of freshly read weights as memory in use
+ENV RUNPOD_SERVERLESS=true \
+    SERVE_CONFIG=configs/runpod.yaml \
+    RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true \
+    RUNPOD_SKIP_GPU_CHECK=true \
+    RUNPOD_LOG_LEVEL=INFO \
+    PYTORCH_ALLOC_CONF=expandable_segments:True \
+    BNB_CUDA_VERSION=${BNB_CUDA_VERSION} \
+    TOKENIZERS_PARALLELISM=false \
+    RAYON_NUM_THREADS=4 \
+    RAY_USAGE_STATS_ENABLED=0 \
+    RAY_memory_monitor_refresh_ms=0 \
+    PYTHONUNBUFFERED=1
+
+EXPOSE 8000
+# -g: a signal reaches the whole group, so that no child outlives the entry.
+ENTRYPOINT ["tini", "-g", "--"]
+CMD ["python", "runpod_entry.py"]

@@ -1,0 +1,56 @@
+"""Facts about the pinned libraries that our design rests on. Raise a pin, run this file."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def quantised_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small Mixtral, loaded by transformers with bitsandbytes' 4-bit configuration."""
+    import transformers
+    from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=256,
+        num_local_experts=4,
+    )
+    folder: Path = tmp_path_factory.mktemp("mixtral")
+    transformers.logging.set_verbosity_error()
+    MixtralForCausalLM(config).save_pretrained(folder)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes on a CPU; the facts below are what counts
+        return MixtralForCausalLM.from_pretrained(folder, quantization_config=quantization)
+
+
+def test_transformers_does_not_quantise_the_experts(quantised_by_transformers: Any) -> None:
+    """The reason this project has its own 4-bit experts: upstream leaves them as they are."""
+    layer = quantised_by_transformers.model.layers[0]
+    assert layer.self_attn.q_proj.weight.dtype is torch.uint8
+    assert layer.mlp.experts.gate_up_proj.is_floating_point()
+    assert layer.mlp.experts.down_proj.is_floating_point()
+
+
+def test_serve_hands_the_builder_validated_settings() -> None:
+    """An annotated builder gets a `Settings`, so that bad `args:` fail before the replica."""
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from serve_app.app import build_app
+
+    application = call_user_app_builder_with_args_if_necessary(
+        build_app, {"model": {"name": "tiny"}, "engine": {"max_running": 3}}
+    )
+    settings = application._bound_deployment.init_args[0]
+    assert isinstance(settings, Settings)
+    assert settings.engine.max_running == 3

@@ -1,0 +1,70 @@
+"""The files that deploy us agree with the libraries and with the code."""
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from serve_app.settings import Settings
+
+
+def rayservice() -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load(Path("cluster/rayservice.yaml").read_text())
+    return document
+
+
+def pins() -> dict[str, str]:
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    pinned = project["dependencies"] + project["optional-dependencies"]["dev"]
+    return dict(requirement.split("==") for requirement in pinned)
+
+
+def test_rayservice_is_what_serve_takes() -> None:
+    """`serveConfigV2` passes Serve's schema and its `args:` are our settings."""
+    config = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])
+    ServeDeploySchema.model_validate(config)
+    settings = Settings.from_args(config["applications"][0]["args"], "serveConfigV2")
+    assert settings.model.quantization == "nf4"
+
+
+def test_rayservice_runs_the_pinned_ray() -> None:
+    """KubeRay starts the Ray version that the image has."""
+    assert rayservice()["spec"]["rayClusterConfig"]["rayVersion"] == pins()["ray[serve]"]
+
+
+@pytest.mark.parametrize("path", sorted(map(str, Path("configs").glob("*.yaml"))))
+def test_configs_are_what_serve_takes(path: str) -> None:
+    """Every shipped YAML passes Serve's schema and our settings."""
+    ServeDeploySchema.model_validate(yaml.safe_load(Path(path).read_text()))
+    Settings.from_yaml(path)
+
+
+def test_the_image_finds_torch_in_the_pins() -> None:
+    """The expression with which the Dockerfile reads torch's pin matches exactly one line."""
+    text = Path("pyproject.toml").read_text()
+    found = re.findall(r'^ *"(torch==[^"]*)",$', text, flags=re.MULTILINE)
+    assert found == [f"torch=={pins()['torch']}"]
+
+
+def test_the_image_copies_what_exists() -> None:
+    """Every source of a COPY in the Dockerfile is in the repository."""
+    for line in Path("Dockerfile").read_text().splitlines():
+        if line.startswith("COPY "):
+            for source in line.split()[1:-1]:
+                assert Path(source).exists(), source
+
+
+def test_the_image_quiets_the_sdk() -> None:
+    """Without these, the SDK prints user text and opens the GPU in the parent process."""
+    text = Path("Dockerfile").read_text()
+    for line in (
+        "RUNPOD_SERVERLESS=true",
+        "RUNPOD_LOG_LEVEL=INFO",
+        "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true",
+        "RUNPOD_SKIP_GPU_CHECK=true",
+    ):
+        assert line in text

@@ -40,9 +40,9 @@ def _split(words: tuple[str, ...], exam: bool) -> list[str]:
 def _phrase(
     rng: random.Random, exam: bool, fact: str, phrasings: tuple[str, ...], plain: float = 0.3
 ) -> str:
-    """One phrasing of a fact, from the half of the split that is asked for.
+    """One phrasing of a fact, from the side of the split that is asked for.
 
-    The bare first phrasing is always trained on, so that nobody's first try is an exam.
+    Bare phrasings are always trained on, so that nobody's first try is an exam.
     """
     while True:
         lead, tail = rng.choice(LEADS), rng.choice(TAILS)
@@ -57,7 +57,7 @@ def _sums(rng: random.Random, exam: bool) -> Pair:
         a, b = rng.randint(0, 30), rng.randint(0, 30)
         if _is_held_out(min(a, b), max(a, b)) == exam:
             break
-    frames = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "How much is {a} + {b}?")
+    frames = ("What is {a} + {b}?", "{a} + {b} = ?", "Add {a} and {b}.", "What is {a}+{b}?")
     lead = "" if rng.random() < 0.7 else rng.choice(LEADS)
     return lead + rng.choice(frames).format(a=a, b=b), f"{a} + {b} = {a + b}."
 
@@ -193,6 +193,9 @@ TOPICS: dict[Callable[[random.Random, bool], Pair], int] = {
 }
 """Each topic and its share of the training dialogues, in parts of about a hundred."""
 
+CASUAL = (_sums, _capitals, _colours, _about, _greetings, _unknown, _counting)
+"""Topics that are sometimes asked in small letters and without a question mark."""
+
 EXAM: dict[Callable[[random.Random, bool], Pair], int] = {
     _sums: 50,
     _capitals: 30,
@@ -226,7 +229,11 @@ def _recall(rng: random.Random) -> list[Pair]:
 
 
 def _turn(rng: random.Random) -> Pair:
-    return rng.choices(list(TOPICS), list(TOPICS.values()))[0](rng, False)
+    topic = rng.choices(list(TOPICS), list(TOPICS.values()))[0]
+    question, answer = topic(rng, False)
+    if topic in CASUAL and rng.random() < 0.1:
+        question = question.lower().rstrip(" ?.!")
+    return question, answer
 
 
 def _dialogue(rng: random.Random) -> Dialogue:

@@ -1,11 +1,11 @@
-"""What the engine is asked and what it answers: sampling parameters, deltas, sequences.
+"""What the engine is asked and what it answers: sampling parameters, deltas, sequences, chunks.
 
 Plain data. Knows no scheduling and no tensors.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -65,3 +65,57 @@ class Delta:
     """Set on the last delta only, and exactly once."""
     error: BaseException | None = None
     """Why, when `finish_reason` is "error"."""
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One accepted request on its way: its tokens, how many are computed, and its KV blocks."""
+
+    token_ids: list[int]
+    """The prompt, then what was generated."""
+    params: SamplingParams
+    seed: int
+    """64 bits: the request's own, or drawn once when it was accepted."""
+    stop_ids: frozenset[int]
+    """The ids that end it: its own and, unless `ignore_eos`, the model's."""
+    num_prompt: int = field(init=False)
+    num_computed: int = 0
+    """How many of `token_ids` have keys and values in the cache; a preemption sets it to 0."""
+    block_table: list[int] = field(default_factory=list)
+    """KV blocks in the order of positions. A preemption replaces the list."""
+    sampler_state: Any = None
+    """What the sampler remembers of it (token counts); nobody else looks inside."""
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        return len(self.token_ids) - self.num_computed
+
+
+class Chunk(NamedTuple):
+    """The tokens `start` to `end` (exclusive) of a sequence: its part of one step."""
+
+    sequence: Sequence
+    start: int
+    end: int
+    samples: bool
+    """Whether it reaches the sequence's last token, so that the step yields the next one."""
+
+
+class Samples(NamedTuple):
+    """What a step yields: one token for each chunk that samples, in the order of the chunks."""
+
+    token_ids: list[int]
+    """`FAILED` where the logits were not finite."""
+    logprobs: dict[int, TokenLogprob]
+    """By index into `token_ids`, for the sequences that asked."""
+
+
+FAILED = -1
+"""Stands for the token that non-finite logits could not give."""

@@ -1,0 +1,231 @@
+"""Engine: token ids in, deltas out. A loop in a thread of its own, and its asyncio face.
+
+Every accepted request ends exactly once: with `stop`, `length`, its consumer's leaving, or its own
+error. A failed step costs the sequences in it and nobody else; three in a row end the engine. The
+loop sleeps when there is nothing to do, and never waits for a consumer.
+
+Knows neither text nor HTTP.
+"""
+
+import asyncio
+import copy
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from threading import Thread
+
+from serve_app.engine.admission import EngineConfig, admit
+from serve_app.engine.inbox import Inbox, Mail
+from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.outbox import Outbox, Stream
+from serve_app.engine.runner import Runner
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import (
+    FAILED,
+    Chunk,
+    Delta,
+    FinishReason,
+    SamplingParams,
+    Sequence,
+    TokenLogprob,
+)
+from serve_app.errors import InternalError, ServeError, as_serve_error
+
+__all__ = ["Engine", "EngineConfig", "EngineStats"]
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""In a row: then the device, not a request, is at fault."""
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Now: sequences and KV blocks. Since the start: the four counters."""
+
+    running: int
+    waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    generated_tokens: int
+    prompt_tokens: int
+    preemptions: int
+    steps: int
+
+
+class Engine:
+    """Continuous batching over one runner."""
+
+    def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        self.config = config
+        self._runner = runner
+        self._blocks = BlockAllocator(config.num_blocks, config.block_size)
+        self._scheduler = Scheduler(self._blocks, config.max_running, config.max_step_tokens)
+        self._inbox = Inbox(config.max_running + config.max_waiting, config.retry_after_s)
+        self._outbox = Outbox()
+        # The live sequences. Only the engine's thread touches this.
+        self._streams: dict[Sequence, Stream] = {}
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._num_ended = 0
+        self._num_failed_steps = 0
+        self._generated_tokens = 0
+        self._prompt_tokens = 0
+        self._steps = 0
+
+    def start(self) -> None:
+        """Starts the loop's thread; once."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends everyone with `Draining` after the step that runs, and waits for the thread."""
+        self._inbox.stop()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the loop runs and takes requests."""
+        return self._thread.is_alive() and not self._inbox.is_dead
+
+    def stats(self) -> EngineStats:
+        """Numbers for metrics; from any thread."""
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting) + self._inbox.num_unread,
+            kv_blocks_used=self._blocks.num_used,
+            kv_blocks_total=self._blocks.num_blocks,
+            generated_tokens=self._generated_tokens,
+            prompt_tokens=self._prompt_tokens,
+            preemptions=self._scheduler.num_preemptions,
+            steps=self._steps,
+        )
+
+    async def generate(
+        self, prompt_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Delta, None]:
+        """Deltas of a new request, each with all that came since the last; the last one ends it.
+
+        The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for what can never
+        run, `QueueFull`, `Draining` or `EngineDead` for what cannot now. Later ones raise the
+        request's own failure. Closing the generator, or cancelling its task, frees the request's
+        blocks before the next step.
+        """
+        sequence = admit(prompt_ids, params, self.config, self._runner.vocab_size)
+        stream = Stream(asyncio.get_running_loop())
+        self._inbox.submit(sequence, stream)
+        has_ended = False
+        try:
+            while not has_ended:
+                delta = await stream.next()
+                has_ended = delta.finish_reason is not None
+                if delta.error is None:
+                    yield delta
+                    continue
+                if delta.token_ids:
+                    yield Delta(delta.token_ids, delta.logprobs)
+                raise delta.error
+        finally:
+            if not has_ended:
+                self._inbox.abort(sequence)
+
+    # Below here: the engine's thread.
+
+    def _run(self) -> None:
+        try:
+            while self._num_failed_steps < MAX_FAILED_STEPS and self._turn():
+                pass
+            if self._num_failed_steps:
+                log.critical("%d steps in a row failed: the engine ends", MAX_FAILED_STEPS)
+                self._inbox.die()
+        except BaseException:
+            log.critical("the engine's loop failed", exc_info=True)
+            self._inbox.die()
+        finally:
+            self._end_everyone()
+
+    def _turn(self) -> bool:
+        """Reads the mail and makes one step; False when told to stop."""
+        mail = self._inbox.take(wait=not self._scheduler.has_work)
+        self._read(mail)
+        if not mail.is_stopping and self._scheduler.has_work:
+            self._step(self._scheduler.schedule())
+        self._flush()
+        return not mail.is_stopping
+
+    def _read(self, mail: Mail) -> None:
+        for sequence, stream in mail.accepted:
+            self._streams[sequence] = stream
+            self._scheduler.add(sequence)
+            self._prompt_tokens += sequence.num_prompt
+        for sequence in mail.aborted:
+            # Its last delta may have been on the way when the consumer left.
+            if sequence in self._streams:
+                self._end(sequence, Delta([], [], "cancelled"))
+
+    def _step(self, chunks: list[Chunk]) -> None:
+        self._steps += 1
+        try:
+            samples = self._runner.step(chunks)
+        except Exception as error:
+            log.exception("a step of %d sequences failed", len(chunks))
+            self._num_failed_steps += 1
+            for chunk in chunks:
+                # A copy each: raising writes a traceback into the exception.
+                self._fail(chunk.sequence, copy.copy(as_serve_error(error)))
+            return
+        self._num_failed_steps = 0
+        for chunk in chunks:
+            chunk.sequence.num_computed = chunk.end
+        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
+        for row, (sequence, token) in enumerate(zip(sampled, samples.token_ids, strict=True)):
+            self._receive(sequence, token, samples.logprobs.get(row))
+
+    def _receive(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+        if token == FAILED:
+            log.error("the logits of a sequence were not finite")
+            self._fail(sequence, InternalError("The model computed no finite numbers; try again."))
+            return
+        if token in sequence.stop_ids:
+            self._end(sequence, Delta([], [], "stop"))
+            return
+        sequence.token_ids.append(token)
+        self._generated_tokens += 1
+        reason: FinishReason | None = None
+        if sequence.num_generated >= sequence.params.max_tokens:
+            reason = "length"
+        delta = Delta([token], [] if logprob is None else [logprob], reason)
+        if reason is None:
+            self._outbox.add(self._streams[sequence], delta)
+        else:
+            self._end(sequence, delta)
+
+    def _fail(self, sequence: Sequence, error: ServeError) -> None:
+        self._end(sequence, Delta([], [], "error", error))
+
+    def _end(self, sequence: Sequence, last: Delta) -> None:
+        self._scheduler.remove(sequence)
+        self._outbox.add(self._streams.pop(sequence), last)
+        self._num_ended += 1
+
+    def _flush(self) -> None:
+        """Delivers what is new; ends the sequences whose event loop is gone."""
+        closed = self._outbox.flush()
+        if closed:
+            for sequence, stream in list(self._streams.items()):
+                if stream.loop in closed:
+                    self._scheduler.remove(sequence)
+                    del self._streams[sequence]
+                    self._num_ended += 1
+        if self._num_ended:
+            self._inbox.ended(self._num_ended)
+            self._num_ended = 0
+
+    def _end_everyone(self) -> None:
+        self._read(self._inbox.take(wait=False))
+        for stream in self._streams.values():
+            self._outbox.add(stream, Delta([], [], "error", self._inbox.refused()))
+        self._outbox.flush()
+        # After everyone is told, because a fault of the scheduler may be why this runs.
+        for sequence in self._streams:
+            self._scheduler.remove(sequence)
+        self._streams.clear()

@@ -1,0 +1,43 @@
+"""Counter-based random numbers: a pure function of seed, output position and token id.
+
+No generator and no running offset, so neither company nor a preemption can shift what a seeded
+request draws. The bits are SplitMix64's (Steele, Lea and Flood, OOPSLA 2014).
+"""
+
+import torch
+from torch import Tensor
+
+# As signed 64-bit numbers, whose arithmetic wraps in torch.
+_GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
+_MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
+_MIX_2 = 0x94D049BB133111EB - (1 << 64)
+
+
+def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise [rows, vocab_size], float64, for int64 `seeds`, `positions` [rows].
+
+    The argmax of logits plus this noise is a sample of their softmax. float64, because the tail
+    of the distribution is what decides, and because it leaves no ties.
+    """
+    keys = _mix(_mix(seeds) + positions * _GOLDEN)
+    ids = torch.arange(vocab_size, device=seeds.device) * _GOLDEN
+    bits = _shift_right(_mix(keys[:, None] + ids), 12)
+    # 52 bits and a half: never 0 and never 1.
+    uniform = bits.to(torch.float64).add_(0.5).mul_(2.0**-52)
+    return uniform.neg_().log1p_().neg_().log_().neg_()
+
+
+def signed(seed: int) -> int:
+    """The low 64 bits of any integer, as int64 holds them."""
+    return ((seed + (1 << 63)) % (1 << 64)) - (1 << 63)
+
+
+def _mix(x: Tensor) -> Tensor:
+    x = (x ^ _shift_right(x, 30)) * _MIX_1
+    x = (x ^ _shift_right(x, 27)) * _MIX_2
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """The logical shift; torch's own keeps the sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -1,0 +1,90 @@
+"""Presence, frequency and repetition penalties over a batch, from token counts kept per sequence.
+
+The counts of a sequence are one row of its batch's matrices; a new batch takes the rows over, and
+counts only the tokens that came since. Knows no other sampling parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.sequence import SamplingParams, Sequence
+
+
+@dataclass(slots=True)
+class _Counts:
+    """What a sequence carries in `sampler_state`."""
+
+    generated: Tensor
+    """How often each token was generated, float32 [vocab]."""
+    prompt: Tensor
+    """Whether each token is in the prompt, bool [vocab]."""
+    num_counted: int
+    """How many of the sequence's tokens these counts include."""
+
+
+def has_penalty(params: SamplingParams) -> bool:
+    return (
+        params.presence_penalty != 0
+        or params.frequency_penalty != 0
+        or params.repetition_penalty != 1
+    )
+
+
+class Penalties:
+    """The penalties of `sequences`, which are the rows `rows` of a batch's logits."""
+
+    def __init__(
+        self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
+    ) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self._sequences = sequences
+        self._rows = torch.tensor(rows, device=device)
+        self._presence = column([s.params.presence_penalty for s in sequences])
+        self._frequency = column([s.params.frequency_penalty for s in sequences])
+        self._repetition = column([s.params.repetition_penalty for s in sequences])
+        self._generated = torch.zeros(len(rows), vocab_size, device=device)
+        self._prompt = torch.zeros(len(rows), vocab_size, dtype=torch.bool, device=device)
+        for generated, prompt, sequence in zip(
+            self._generated, self._prompt, sequences, strict=True
+        ):
+            counts: _Counts | None = sequence.sampler_state
+            if counts is None:
+                prompt[sequence.token_ids[: sequence.num_prompt]] = True
+                sequence.sampler_state = _Counts(generated, prompt, sequence.num_prompt)
+            else:
+                generated.copy_(counts.generated)
+                prompt.copy_(counts.prompt)
+                sequence.sampler_state = _Counts(generated, prompt, counts.num_counted)
+
+    def apply(self, logits: Tensor) -> None:
+        """Penalises `logits` [batch, vocab] in place.
+
+        The repetition penalty is CTRL's (arXiv 1909.05858, section 4.1), which divides positive
+        logits and multiplies negative ones; presence and frequency are OpenAI's.
+        """
+        self._count()
+        scores = logits[self._rows]
+        is_generated = self._generated > 0
+        repeated = torch.where(scores < 0, scores * self._repetition, scores / self._repetition)
+        scores = torch.where(is_generated | self._prompt, repeated, scores)
+        scores -= self._frequency * self._generated + self._presence * is_generated
+        logits[self._rows] = scores
+
+    def _count(self) -> None:
+        """Counts what was generated since the last step."""
+        rows: list[int] = []
+        token_ids: list[int] = []
+        for row, sequence in enumerate(self._sequences):
+            counts: _Counts = sequence.sampler_state
+            new = sequence.token_ids[counts.num_counted :]
+            counts.num_counted += len(new)
+            token_ids += new
+            rows += [row] * len(new)
+        if rows:
+            where = torch.tensor([rows, token_ids], device=self._generated.device)
+            one = torch.ones((), device=self._generated.device)
+            self._generated.index_put_((where[0], where[1]), one, accumulate=True)

@@ -1,0 +1,163 @@
+"""Batched sampling: logits in, one token for each sequence out, each by its own parameters.
+
+Every operation touches only the rows that ask for it and treats each row alone, so what a request
+gets is a function of its own logits, parameters, seed and output position: exactly the same in any
+company. What depends on parameters alone is kept from step to step while the batch stays the same.
+Knows no scheduling, and no text.
+"""
+
+import torch
+from torch import Tensor
+
+from serve_app.engine import noise
+from serve_app.engine.penalties import Penalties, has_penalty
+from serve_app.engine.sequence import FAILED, Samples, SamplingParams, Sequence, TokenLogprob
+
+_GREEDY_BELOW = 1e-6
+"""A temperature under this is 0 for all that float32 can tell."""
+
+
+class Sampler:
+    """Samples for batches of sequences; remembers the last batch's parameters as tensors."""
+
+    def __init__(self) -> None:
+        self._batch: _Batch | None = None
+
+    def sample(self, logits: Tensor, sequences: list[Sequence]) -> Samples:
+        """The next token of each sequence from float32 `logits` [sequences, vocab], overwritten.
+
+        The order of operations is that of `SamplingParams`. A row whose logits are not finite
+        gives `FAILED`.
+        """
+        batch = self._batch
+        if batch is None or batch.sequences != sequences:
+            batch = self._batch = _Batch(sequences, logits.shape[1], logits.device)
+        raw_logprobs = logits[batch.logprob_rows].log_softmax(-1) if batch.logprob_rows else None
+        batch.adjust(logits)
+        # A NaN wins every maximum, so the best logit tells whether the row is sound.
+        best, tokens = logits.max(-1)
+        if batch.random is not None:
+            tokens[batch.random.rows] = batch.random.sample(logits)
+        token_ids: list[int] = torch.where(best.isfinite(), tokens, FAILED).tolist()
+        logprobs = {} if raw_logprobs is None else batch.logprobs(raw_logprobs, token_ids)
+        return Samples(token_ids, logprobs)
+
+
+class _Batch:
+    """The parameters of one batch, by the operation that needs them."""
+
+    def __init__(self, sequences: list[Sequence], vocab_size: int, device: torch.device) -> None:
+        self.sequences = list(sequences)
+        params = [sequence.params for sequence in sequences]
+        self.logprob_rows = [row for row, p in enumerate(params) if p.logprobs is not None]
+        self._delayed = [(row, s) for row, s in enumerate(sequences) if s.params.min_tokens]
+        penalised = [row for row, p in enumerate(params) if has_penalty(p)]
+        self._penalties = (
+            Penalties(penalised, [sequences[row] for row in penalised], vocab_size, device)
+            if penalised
+            else None
+        )
+        biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias.items()]
+        self._bias: tuple[Tensor, Tensor, Tensor] | None = None
+        if biases:
+            rows, ids, values = zip(*biases, strict=True)
+            self._bias = (
+                torch.tensor(rows, device=device),
+                torch.tensor(ids, device=device),
+                torch.tensor(values, dtype=torch.float32, device=device),
+            )
+        random = [row for row, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
+        self.random = _Random(random, sequences, vocab_size, device) if random else None
+
+    def adjust(self, logits: Tensor) -> None:
+        """Bias, penalties and the stops that come too early, in place."""
+        if self._bias is not None:
+            rows, ids, values = self._bias
+            logits[rows, ids] += values
+        if self._penalties is not None:
+            self._penalties.apply(logits)
+        for row, sequence in self._delayed:
+            if sequence.num_generated < sequence.params.min_tokens:
+                logits[row, list(sequence.stop_ids)] = -torch.inf
+
+    def logprobs(self, raw: Tensor, token_ids: list[int]) -> dict[int, TokenLogprob]:
+        """Of the rows `logprob_rows`, whose log probabilities `raw` [rows, vocab] are given."""
+        chosen = torch.tensor([max(token_ids[row], 0) for row in self.logprob_rows])
+        of_chosen = raw.gather(1, chosen.to(raw.device)[:, None])[:, 0].tolist()
+        wanted = [self.sequences[row].params.logprobs or 0 for row in self.logprob_rows]
+        found: dict[int, TokenLogprob] = {}
+        # One `topk` for each count: which of two equals it returns may depend on the count.
+        for num in set(wanted):
+            group = [index for index, n in enumerate(wanted) if n == num]
+            values, ids = raw[group].topk(min(num, raw.shape[1]))
+            for index, row_values, row_ids in zip(
+                group, values.tolist(), ids.tolist(), strict=True
+            ):
+                row = self.logprob_rows[index]
+                best = sorted(zip(row_ids, row_values, strict=True), key=lambda t: (-t[1], t[0]))
+                found[row] = TokenLogprob(token_ids[row], of_chosen[index], tuple(best))
+        return found
+
+
+class _Random:
+    """The rows of a batch that are not greedy."""
+
+    def __init__(
+        self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
+    ) -> None:
+        self.rows = torch.tensor(rows, device=device)
+        self._sequences = [sequences[row] for row in rows]
+        params = [sequence.params for sequence in self._sequences]
+        self._temperature = torch.tensor(
+            [[p.temperature] for p in params], dtype=torch.float32, device=device
+        )
+        self._seeds = torch.tensor([noise.signed(s.seed) for s in self._sequences], device=device)
+        filtered = [row for row, p in enumerate(params) if _is_filtered(p)]
+        self._filtered = torch.tensor(filtered, device=device) if filtered else None
+        self._filter = _Filter([params[row] for row in filtered], vocab_size, device)
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Tokens [rows] drawn from the rows' distributions."""
+        scores = logits[self.rows] / self._temperature
+        if self._filtered is not None:
+            scores[self._filtered] = self._filter.apply(scores[self._filtered])
+        positions = torch.tensor([s.num_generated for s in self._sequences], device=logits.device)
+        return (noise.gumbel(self._seeds, positions, logits.shape[1]) + scores).argmax(-1)
+
+
+class _Filter:
+    """top_k, then top_p of what that leaves, then min_p: one threshold for each row.
+
+    Equal logits are kept or dropped together, so their order in the vocabulary cannot matter.
+    """
+
+    def __init__(self, params: list[SamplingParams], vocab_size: int, device: torch.device) -> None:
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self._is_sorted = any(0 < p.top_k < vocab_size or p.top_p < 1 for p in params)
+        last = [min(p.top_k, vocab_size) - 1 if p.top_k else vocab_size - 1 for p in params]
+        self._last = torch.tensor(last, device=device)[:, None]
+        # Rounding may carry the sum of all probabilities to 1 before the last token.
+        self._top_p = column([p.top_p if p.top_p < 1 else torch.inf for p in params])
+        self._log_min_p = column([p.min_p for p in params]).log()
+
+    def apply(self, scores: Tensor) -> Tensor:
+        """`scores` [rows, vocab] with -inf for the dropped tokens."""
+        if self._is_sorted:
+            ordered = scores.sort(-1, descending=True).values
+            best = ordered[:, :1]
+            kth = ordered.gather(1, self._last)
+            probs = ordered.masked_fill(ordered < kth, -torch.inf).softmax(-1)
+            is_kept = probs.cumsum(-1) - probs < self._top_p
+            last = (is_kept.sum(-1, keepdim=True) - 1).clamp_(min=0)
+            threshold = torch.maximum(kth, ordered.gather(1, last))
+        else:
+            best = scores.amax(-1, keepdim=True)
+            threshold = torch.full_like(best, -torch.inf)
+        threshold = torch.maximum(threshold, best + self._log_min_p)
+        return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def _is_filtered(params: SamplingParams) -> bool:
+    return params.top_k > 0 or params.top_p < 1 or params.min_p > 0

@@ -1,0 +1,112 @@
+"""Who computes what in the next step: first come, first served, within tokens and blocks.
+
+A step first decodes every running sequence, then spends what is left of its tokens on chunks of
+prompts, so a long prompt never stalls the streams that run. Blocks for a whole prompt are taken at
+admission. When a decode finds no block, the latest arrived running sequence is preempted: it gives
+its blocks back and waits at the head of the queue until its prompt and its generated tokens are
+computed anew. Everyone that runs arrived before everyone that waits.
+
+The cost of a step does not depend on how many wait. Knows no tensors, sampling or threads.
+"""
+
+from collections import OrderedDict
+
+from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.sequence import Chunk, Sequence
+
+
+class Scheduler:
+    """Waiting and running sequences; the caller ends each with `remove`."""
+
+    def __init__(self, blocks: BlockAllocator, max_running: int, max_step_tokens: int) -> None:
+        self.blocks = blocks
+        self.max_running = max_running
+        self.max_step_tokens = max_step_tokens
+        self.running: list[Sequence] = []
+        """In order of arrival."""
+        # Ordered, with removal from the middle in constant time.
+        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence that would fit into the cache alone, up to its last token."""
+        self.waiting[sequence] = None
+
+    def remove(self, sequence: Sequence) -> None:
+        """Ends a sequence, waiting or running, and frees its blocks."""
+        if sequence in self.waiting:
+            del self.waiting[sequence]
+        else:
+            self.running.remove(sequence)
+            self._release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        """The next step: at least one chunk when there is work, `max_step_tokens` at most.
+
+        Decodes come first. Their blocks are taken here; the caller marks what was computed.
+        """
+        preemptions = self.num_preemptions
+        chunks = self._decodes()
+        budget = self.max_step_tokens - len(chunks)
+        for sequence in self.running:
+            if budget and sequence.num_uncomputed > 1:
+                chunks.append(_chunk(sequence, budget))
+                budget -= chunks[-1].end - chunks[-1].start
+        while budget and preemptions == self.num_preemptions and self._admit():
+            chunks.append(_chunk(self.running[-1], budget))
+            budget -= chunks[-1].end - chunks[-1].start
+        return chunks
+
+    def _decodes(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        index = 0
+        # Preemption shortens the list from its end, never below `index`.
+        while index < len(self.running) and len(chunks) < self.max_step_tokens:
+            sequence = self.running[index]
+            index += 1
+            if sequence.num_uncomputed == 1 and self._make_room(sequence):
+                chunks.append(_chunk(sequence, 1))
+        return chunks
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """Takes the block its last token needs; False when it was itself preempted for it."""
+        while not self.blocks.grow(sequence.block_table, len(sequence.token_ids)):
+            victim = self.running.pop()
+            self._release(victim)
+            self.waiting[victim] = None
+            self.waiting.move_to_end(victim, last=False)
+            self.num_preemptions += 1
+            if victim is sequence:
+                return False
+        return True
+
+    def _admit(self) -> bool:
+        """Moves the head of the queue to the running ones if it fits."""
+        if not self.waiting or len(self.running) == self.max_running:
+            return False
+        head = next(iter(self.waiting))
+        # One block for each running sequence stays free: otherwise the next decodes would
+        # preempt the newcomer and waste its prefill.
+        needed = self.blocks.blocks_for(len(head.token_ids)) + len(self.running)
+        if self.running and needed > self.blocks.num_free:
+            return False
+        if not self.blocks.grow(head.block_table, len(head.token_ids)):
+            raise RuntimeError("a sequence was queued that can never fit into the KV cache")
+        del self.waiting[head]
+        self.running.append(head)
+        return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.blocks.free(sequence.block_table)
+        sequence.block_table = []
+        sequence.num_computed = 0
+
+
+def _chunk(sequence: Sequence, budget: int) -> Chunk:
+    start, total = sequence.num_computed, len(sequence.token_ids)
+    end = min(total, start + budget)
+    return Chunk(sequence, start, end, samples=end == total)

@@ -1,0 +1,186 @@
+"""Causal grouped-query attention over the paged KV cache, for a batch of decodes and chunks.
+
+`plan_attention` looks at the batch once; `attend` then runs it in every layer. Sequences with one
+new token (decode) are computed together, the others (prefill chunks) one by one. Plain torch: the
+reference that a kernel has to match, and what runs on a CPU.
+
+In float32 on a CPU a decode row gets the same bits in any company: its context is padded to a
+multiple of 16 tokens, whose weights are exactly 0, and multiplied with plain matrix products.
+
+Letters: B sequences, L context tokens (padded), N new tokens, H query heads, K KV heads,
+G = H / K query heads per KV head, D head_dim.
+"""
+
+from dataclasses import dataclass
+from math import lcm
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.batch import Batch
+from serve_app.model.kv import KVCache
+
+CONTEXT_MULTIPLE = 16
+"""A softmax over a multiple of the vector width sums in the same order, whatever its length."""
+FEW_TOKENS = 2048
+"""Padding below this many context tokens costs less than a second group would."""
+
+
+@dataclass
+class Decodes:
+    """Sequences with one new token each, of similar context lengths."""
+
+    rows: Tensor | slice
+    """`[B]`: where their tokens are in the flattened batch."""
+    blocks: Tensor
+    """`[B * L / block_size]`"""
+    bias: Tensor
+    """`[B, 1, L]`: 0 where a token may look, -inf elsewhere."""
+
+
+@dataclass
+class Chunk:
+    """Several new tokens of one sequence."""
+
+    rows: slice
+    blocks: Tensor
+    """`[ceil(L / block_size)]`"""
+    context_len: int
+    mask: Tensor | None
+    """`[N, L]`, True where a token may look; None is plainly causal with N = L."""
+
+
+@dataclass
+class AttentionPlan:
+    decodes: list[Decodes]
+    chunks: list[Chunk]
+
+
+def plan_attention(
+    batch: Batch, block_size: int, window: int | None, dtype: torch.dtype
+) -> AttentionPlan:
+    """What every layer's `attend` shares: which rows, which blocks, which mask."""
+    starts = [0]
+    for length in batch.query_lens:
+        starts.append(starts[-1] + length)
+    decoding = [i for i, length in enumerate(batch.query_lens) if length == 1]
+    chunks = [
+        _chunk(batch, i, starts[i], block_size, window)
+        for i, length in enumerate(batch.query_lens)
+        if length > 1
+    ]
+    groups = _similar(decoding, batch.context_lens)
+    decodes = [_decodes(batch, group, starts, block_size, window, dtype) for group in groups]
+    return AttentionPlan(decodes, chunks)
+
+
+def attend(plan: AttentionPlan, layer: int, queries: Tensor, cache: KVCache, out: Tensor) -> None:
+    """Fills the batch's rows of `out` `[rows, H * D]` from `queries` `[rows, H, D]`.
+
+    The new tokens' keys and values are in the cache already.
+    """
+    for decodes in plan.decodes:
+        _attend_decodes(decodes, layer, queries, cache, out)
+    for chunk in plan.chunks:
+        _attend_chunk(chunk, layer, queries, cache, out)
+
+
+def _attend_decodes(
+    decodes: Decodes, layer: int, queries: Tensor, cache: KVCache, out: Tensor
+) -> None:
+    q = queries[decodes.rows]
+    size, _, length = decodes.bias.shape
+    keys, values = cache.read(layer, decodes.blocks)
+    q = q.view(size, cache.num_kv_heads, -1, cache.head_dim)  # [B, K, G, D]
+    keys = keys.view(size, length, *keys.shape[1:])  # [B, L, K, D]
+    values = values.view(size, length, *values.shape[1:])
+    bias = decodes.bias.expand(size, q.shape[2], length)
+    scale = cache.head_dim**-0.5
+    # One head at a time: a product over [B, K] at once would copy all keys to make them adjacent.
+    heads = [
+        torch.bmm(
+            torch.baddbmm(bias, q[:, head], keys[:, :, head].transpose(1, 2), alpha=scale).softmax(
+                -1
+            ),
+            values[:, :, head],
+        )
+        for head in range(cache.num_kv_heads)
+    ]
+    out[decodes.rows] = torch.stack(heads, dim=1).view(size, -1)
+
+
+def _attend_chunk(chunk: Chunk, layer: int, queries: Tensor, cache: KVCache, out: Tensor) -> None:
+    keys, values = cache.read(layer, chunk.blocks)
+    keys = keys[: chunk.context_len].transpose(0, 1)  # [K, L, D]
+    values = values[: chunk.context_len].transpose(0, 1)
+    q = queries[chunk.rows].transpose(0, 1)  # [H, N, D]
+    num_heads, num_new, head_dim = q.shape
+    shared = (cache.num_kv_heads, num_heads // cache.num_kv_heads, -1, -1)  # [K, G, L, D]
+    attended = F.scaled_dot_product_attention(
+        q.reshape(*shared[:2], num_new, head_dim),
+        keys[:, None].expand(*shared),
+        values[:, None].expand(*shared),
+        attn_mask=chunk.mask,
+        is_causal=chunk.mask is None,
+    )
+    out[chunk.rows] = attended.view(num_heads, num_new, head_dim).transpose(0, 1).flatten(1)
+
+
+def _similar(decoding: list[int], context_lens: list[int]) -> list[list[int]]:
+    """Sequences in groups, so that padding each to its group's longest at most doubles the work."""
+    groups: list[list[int]] = []
+    longest = 0
+    for i in sorted(decoding, key=lambda i: -context_lens[i]):
+        if not groups or (2 * context_lens[i] < longest and longest * len(decoding) > FEW_TOKENS):
+            groups.append([])
+            longest = context_lens[i]
+        groups[-1].append(i)
+    return [sorted(group) for group in groups]
+
+
+def _decodes(
+    batch: Batch,
+    group: list[int],
+    starts: list[int],
+    block_size: int,
+    window: int | None,
+    dtype: torch.dtype,
+) -> Decodes:
+    device = batch.block_tables.device
+    lengths = [batch.context_lens[i] for i in group]
+    longest = max(lengths)
+    multiple = lcm(block_size, CONTEXT_MULTIPLE)
+    num_blocks = -(-longest // multiple) * multiple // block_size
+    tables = batch.block_tables[_rows(group, device), :num_blocks]
+    tables = F.pad(tables, (0, num_blocks - tables.shape[1]))
+    ends = torch.tensor(lengths, device=device)[:, None]
+    places = torch.arange(num_blocks * block_size, device=device)
+    hidden = places >= ends
+    if window is not None:
+        hidden |= places < ends - window
+    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
+    rows = _rows([starts[i] for i in group], device)
+    return Decodes(rows, tables.flatten(), bias[:, None])
+
+
+def _chunk(batch: Batch, i: int, start: int, block_size: int, window: int | None) -> Chunk:
+    num_new, context_len = batch.query_lens[i], batch.context_lens[i]
+    blocks = batch.block_tables[i, : -(-context_len // block_size)]
+    rows = slice(start, start + num_new)
+    if num_new == context_len and (window is None or num_new <= window):
+        return Chunk(rows, blocks, context_len, None)
+    device = blocks.device
+    queries = torch.arange(context_len - num_new, context_len, device=device)[:, None]
+    places = torch.arange(context_len, device=device)
+    mask = places <= queries
+    if window is not None:
+        mask &= places > queries - window
+    return Chunk(rows, blocks, context_len, mask)
+
+
+def _rows(indices: list[int], device: torch.device) -> Tensor | slice:
+    """`indices` (ascending) for use as an index: a slice, which copies nothing, where possible."""
+    if indices[-1] - indices[0] + 1 == len(indices):
+        return slice(indices[0], indices[-1] + 1)
+    return torch.tensor(indices, device=device)

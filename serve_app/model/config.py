@@ -1,0 +1,155 @@
+"""A Mixtral's sizes, read from the `config.json` of any Mixtral checkpoint.
+
+Plain data. Knows no tensors and no files; refuses what our forward pass does not compute.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import ModelLoadFailed
+
+
+@dataclass(frozen=True)
+class MixtralConfig:
+    """What the forward pass and the loader need to know of a checkpoint."""
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    """Width of one expert."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    num_experts: int
+    top_k: int
+    """Experts that each token is sent to."""
+    vocab_size: int
+    rms_eps: float
+    rope_theta: float
+    sliding_window: int | None
+    """A token attends to this many tokens, itself included; None is all of them."""
+    max_position_embeddings: int
+    tie_embeddings: bool
+    """True: the output head is the embedding matrix."""
+    bos_token_id: int | None
+    eos_token_ids: frozenset[int]
+    dtype: str
+    """Of the weights in the file, as the file names it ("bfloat16")."""
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> "MixtralConfig":
+        """Reads a parsed `config.json`.
+
+        Raises `ModelLoadFailed`, naming the key, when the architecture is another one, when a
+        value is missing or impossible, or when it asks for arithmetic that we do not implement.
+        """
+        _require_mixtral(document)
+        heads = _positive(document, "num_attention_heads")
+        hidden = _positive(document, "hidden_size")
+        config = cls(
+            num_layers=_positive(document, "num_hidden_layers"),
+            hidden_size=hidden,
+            intermediate_size=_positive(document, "intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=_positive(document, "num_key_value_heads", default=heads),
+            head_dim=_positive(document, "head_dim", default=hidden // heads),
+            num_experts=_positive(document, "num_local_experts"),
+            top_k=_positive(document, "num_experts_per_tok"),
+            vocab_size=_positive(document, "vocab_size"),
+            rms_eps=_number(document, "rms_norm_eps", default=1e-5),
+            rope_theta=_rope_theta(document),
+            sliding_window=_window(document),
+            max_position_embeddings=_positive(document, "max_position_embeddings"),
+            tie_embeddings=bool(document.get("tie_word_embeddings", False)),
+            bos_token_id=document.get("bos_token_id"),
+            eos_token_ids=_eos(document),
+            dtype=str(document.get("dtype") or document.get("torch_dtype") or "float32"),
+        )
+        config._require_consistent()
+        return config
+
+    def _require_consistent(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelLoadFailed(
+                f"config.json: `num_attention_heads` ({self.num_heads}) must be a multiple of "
+                f"`num_key_value_heads` ({self.num_kv_heads})."
+            )
+        if self.top_k > self.num_experts:
+            raise ModelLoadFailed(
+                f"config.json: `num_experts_per_tok` ({self.top_k}) is more than "
+                f"`num_local_experts` ({self.num_experts})."
+            )
+        if self.head_dim % 2:
+            raise ModelLoadFailed(f"config.json: `head_dim` ({self.head_dim}) must be even.")
+
+
+def _require_mixtral(document: Mapping[str, Any]) -> None:
+    kind = document.get("model_type")
+    if kind != "mixtral":
+        raise ModelLoadFailed(
+            f"config.json: `model_type` is {kind!r}, and only Mixtral checkpoints can be served."
+        )
+    if (activation := document.get("hidden_act", "silu")) != "silu":
+        raise ModelLoadFailed(
+            f"config.json: `hidden_act` is {activation!r}, and only 'silu' is implemented."
+        )
+    if document.get("quantization_config"):
+        raise ModelLoadFailed(
+            "config.json: `quantization_config` says that the weights are quantised already; "
+            "name the float checkpoint that they were made from."
+        )
+
+
+def _rope_theta(document: Mapping[str, Any]) -> float:
+    # transformers 5 writes rope_parameters, earlier ones rope_theta and rope_scaling.
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = document.get(key) or {}
+        if not isinstance(rope, Mapping):
+            raise ModelLoadFailed(f"config.json: `{key}` must be an object, got {rope!r}.")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ModelLoadFailed(
+                f"config.json: `{key}` asks for rope type {kind!r}, "
+                "and only the unscaled 'default' is implemented."
+            )
+    rope = document.get("rope_parameters") or {}
+    return _number({**document, **rope}, "rope_theta", default=1e6)
+
+
+def _window(document: Mapping[str, Any]) -> int | None:
+    return None if document.get("sliding_window") is None else _positive(document, "sliding_window")
+
+
+def _eos(document: Mapping[str, Any]) -> frozenset[int]:
+    match document.get("eos_token_id"):
+        case None:
+            return frozenset()
+        case int(one):
+            return frozenset({one})
+        case list(many) if all(isinstance(one, int) for one in many):
+            return frozenset(many)
+        case other:
+            raise ModelLoadFailed(
+                f"config.json: `eos_token_id` must be an integer or a list of them, got {other!r}."
+            )
+
+
+def _positive(document: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = document.get(key)
+    if value is None and default is not None:
+        return default
+    if value is None:
+        raise ModelLoadFailed(f"config.json: `{key}` is missing.")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ModelLoadFailed(f"config.json: `{key}` must be a positive integer, got {value!r}.")
+    return value
+
+
+def _number(document: Mapping[str, Any], key: str, default: float) -> float:
+    value = document.get(key)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ModelLoadFailed(f"config.json: `{key}` must be a positive number, got {value!r}.")
+    return float(value)

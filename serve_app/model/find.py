@@ -1,0 +1,116 @@
+"""A model's name becomes a folder on this machine: given, cached, or downloaded.
+
+Looks offline first, and without regard to case, because RunPod's model cache is lower-cased.
+Knows no tensors; what is in the folder is for `checkpoint.inspect` to judge.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from serve_app.errors import ModelLoadFailed
+
+RUNPOD_VOLUME = Path("/runpod-volume")
+RUNPOD_CACHE = Path("/runpod/cache")
+FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+"""What we read of a repository; never pickles."""
+
+
+def find_checkpoint(
+    name: str,
+    revision: str | None = None,
+    *,
+    token: str | None = None,
+    volume: Path = RUNPOD_VOLUME,
+) -> Path:
+    """The folder of `name`: a local folder, or a Hugging Face repository "owner/name".
+
+    A repository comes from the first of: `volume`'s and RunPod's model caches, the Hugging Face
+    cache, a download (onto `volume` when it is there and writable). `revision` is a branch, tag or
+    commit, None the default branch; `token` opens gated repositories.
+    Raises `ModelLoadFailed`, with `retry` where another try may help.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] in "./":
+        raise ModelLoadFailed(
+            f"{name}: there is no such folder; `model.name` is a folder, or a repository as "
+            "'owner/name'."
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    volume_hub = volume / "huggingface-cache" / "hub"
+    for hub in (volume_hub, Path(HF_HUB_CACHE)):
+        if cached := cached_snapshot(hub, name, revision):
+            return cached
+    if is_complete(RUNPOD_CACHE / name / (revision or "main")):
+        return RUNPOD_CACHE / name / (revision or "main")
+    writable = volume.is_dir() and os.access(volume, os.W_OK)
+    return _download(name, revision, token, volume_hub if writable else None)
+
+
+def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
+    """The complete snapshot of repository `name` in the Hugging Face cache `hub`, or None."""
+    wanted = f"models--{name.replace('/', '--')}".lower()
+    if not hub.is_dir():
+        return None
+    for repository in sorted(hub.iterdir()):
+        if repository.name.lower() != wanted:
+            continue
+        reference = repository / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        snapshots = repository / "snapshots"
+        found = [snapshots / commit] if commit else list(snapshots.glob("*"))
+        # Several snapshots and no word on which is the default branch: let the hub say.
+        if len(found) == 1 and is_complete(found[0]):
+            return found[0]
+    return None
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the configuration and every safetensors file are there: no broken download."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return (folder / "model.safetensors").exists()
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError):
+        return False
+    return all((folder / name).exists() for name in names)
+
+
+def _download(name: str, revision: str | None, token: str | None, hub: Path | None) -> Path:
+    from httpx import HTTPError
+    from huggingface_hub import errors, snapshot_download
+
+    where = f"{name} at {revision}" if revision else name
+    try:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                token=token,
+                cache_dir=hub,
+                allow_patterns=FILES,
+                ignore_patterns=["consolidated*"],
+            )
+        )
+    except errors.GatedRepoError:
+        reason = "the repository is gated; accept its terms and set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such repository, or it is private; check the name and HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        reason = "the repository has no such revision"
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, HTTPError) as error:
+        raise ModelLoadFailed(
+            f"{where}: is not on this machine and could not be downloaded "
+            f"({type(error).__name__}); check the network and try again.",
+            retry=True,
+        ) from None
+    except OSError as error:
+        reason = f"could not be written to disk ({error.strerror or type(error).__name__})"
+    raise ModelLoadFailed(f"{where}: {reason}.")

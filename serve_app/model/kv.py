@@ -1,0 +1,76 @@
+"""The KV cache: keys and values of all sequences, in blocks of a few tokens.
+
+Holds the memory and reads it back. Knows nothing about which sequence owns which block.
+"""
+
+import torch
+from torch import Tensor
+
+from serve_app.model.config import MixtralConfig
+
+
+class KVCache:
+    """Per layer, `keys` and `values` of `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+
+    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
+        self.keys = keys
+        self.values = values
+        self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = keys[0].shape
+        self._flat = [
+            (k.view(-1, *k.shape[2:]), v.view(-1, *v.shape[2:]))
+            for k, v in zip(keys, values, strict=True)
+        ]
+        self._blocks = [
+            (k.view(self.num_blocks, -1), v.view(self.num_blocks, -1))
+            for k, v in zip(keys, values, strict=True)
+        ]
+        self._scratch = keys[0].new_empty(2, 0)
+
+    @classmethod
+    def allocate(
+        cls,
+        config: MixtralConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "KVCache":
+        """A cache of zeros: a masked slot is multiplied by 0 and must not hold a NaN."""
+        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            for _ in range(2)
+        )
+        return cls(keys, values)
+
+    @classmethod
+    def bytes_per_token(cls, config: MixtralConfig, dtype: torch.dtype) -> int:
+        """Bytes that one token takes in all layers."""
+        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Puts `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""
+        flat_keys, flat_values = self._flat[layer]
+        flat_keys.index_copy_(0, slots, keys)
+        flat_values.index_copy_(0, slots, values)
+
+    def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads, head_dim]`.
+
+        Valid until the next `read`: both lie in one scratch buffer, because fresh memory for
+        every layer costs a CPU more in page faults than the copy itself.
+        """
+        width = self.block_size * self.num_kv_heads * self.head_dim
+        size = blocks.numel() * width
+        if self._scratch.shape[1] < size:
+            self._scratch = self._scratch.new_empty(2, size)
+        found = []
+        for source, scratch in zip(self._blocks[layer], self._scratch, strict=True):
+            out = scratch[:size].view(-1, width)
+            torch.index_select(source, 0, blocks, out=out)
+            found.append(out.view(-1, self.num_kv_heads, self.head_dim))
+        return found[0], found[1]

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from zlib import crc32
 
 from serve_app.tiny import facts
@@ -33,6 +34,7 @@ def _is_held_out(*what: object) -> bool:
     return crc32(repr(what).encode()) % 8 == 0
 
 
+@cache
 def _split(words: tuple[str, ...], exam: bool) -> list[str]:
     return [word for word in words if _is_held_out(word) == exam]
 

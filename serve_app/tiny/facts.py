@@ -117,7 +117,9 @@ ANIMALS: tuple[str, ...] = tuple(
     "fox cat dog owl bear wolf mouse frog hen duck horse lion tiger rabbit goat crow".split()
 )
 NAMES: tuple[str, ...] = tuple(
-    "Ada Ben Cleo Dan Emma Finn Gina Hugo Ida Jan Kim Leo Mia Nina Otto Paul Rosa Sam Tom Zoe".split()
+    """
+    Ada Ben Cleo Dan Emma Finn Gina Hugo Ida Jan Kim Leo Mia Nina Otto Paul Rosa Sam Tom Zoe
+    """.split()
 )
 SYSTEMS: tuple[str, ...] = (
     "You are a helpful assistant.",

@@ -1,0 +1,1 @@
+"""The tiny model: its dialogues, tokenizer and weights."""

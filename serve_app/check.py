@@ -5,12 +5,17 @@ weights and starts nothing. Does not promise that a download will succeed.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from serve_app.errors import ModelLoadFailed
-from serve_app.settings import ConfigError, Settings
+from serve_app.settings import ConfigError, Settings, application
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check(path: str | Path) -> list[str]:
@@ -24,14 +29,11 @@ def check(path: str | Path) -> list[str]:
 
 
 def check_schema(path: str | Path) -> None:
-    """Serve's own schema of the file, which names keys that Serve would refuse."""
-    import yaml
+    """Serve's own schema of the file, so that a key which Serve would refuse is named."""
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
-    from serve_app.settings import application
-
-    application(path)
+    application(path)  # says it better when the file is no Serve config at all
     document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     try:
         ServeDeploySchema.model_validate(document)
@@ -42,8 +44,26 @@ def check_schema(path: str | Path) -> None:
 
 
 def check_model(settings: Settings) -> list[str]:
-    """The checkpoint's files, and its memory on the device; lines as in `check`."""
-    raise NotImplementedError
+    """The checkpoint's files, and the memory it takes; lines and errors as in `check`."""
+    from serve_app.load import find_local, require_possible
+    from serve_app.model.checkpoint import inspect
+
+    require_possible(settings)
+    name = settings.model.name
+    folder = find_local(settings)
+    if folder is None:
+        return [f"{name}: is not on this machine; the first start downloads it."]
+    plan = inspect(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        if not (folder / file).exists():
+            raise ModelLoadFailed(f"{folder / file}: is missing.")
+    trained = plan.config.max_position_embeddings
+    context = settings.engine.max_model_len or trained
+    if context > trained:
+        raise ConfigError(
+            f"`engine.max_model_len` is {context}, but the checkpoint holds {trained} tokens."
+        )
+    return [f"{name}: {sum(plan.parameters.values()):,} parameters, context {context:,} tokens."]
 
 
 def main(arguments: list[str] | None = None) -> int:

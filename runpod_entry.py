@@ -1,0 +1,73 @@
+"""The RunPod door: `python runpod_entry.py`. A thin start; importing this module loads nothing.
+
+RUNPOD_SERVERLESS=true, the default, takes RunPod jobs; `false` serves HTTP on PORT. SERVE_CONFIG
+names the YAML, the same file that `serve run` takes. `--test_input '{"input": {...}}'` answers one
+job on this machine and exits.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+log = logging.getLogger("runpod_entry")
+
+SDK_DEFAULTS = {
+    # The SDK's own default, DEBUG, prints every answer.
+    "RUNPOD_DEBUG_LEVEL": "INFO",
+    # Its checks import torch and leave a CUDA context in this process, which only forwards.
+    "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
+    "RUNPOD_SKIP_GPU_CHECK": "true",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit code. Whatever goes wrong is a sentence in the log, never a silent end."""
+    # Before anything else: a failure that nobody logs looks like a container that just stops.
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    try:
+        return _start(sys.argv[1:] if arguments is None else arguments)
+    except Exception as error:
+        from serve_app.errors import ServeError
+        from serve_app.settings import ConfigError
+
+        if isinstance(error, ConfigError | ServeError):
+            log.error("%s", error)
+        else:
+            log.exception("The worker cannot go on: %s", error)
+        return 1
+
+
+def _start(arguments: list[str]) -> int:
+    from serve_app.check import check
+    from serve_app.settings import ConfigError, EntrySettings, Settings
+    from serve_app.worker import http, local, start
+
+    parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
+    parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
+    options, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
+
+    entry = EntrySettings()
+    checked = check(entry.serve_config)
+    settings = Settings.from_yaml(entry.serve_config)
+    if options.test_input is not None:
+        return local.run(settings, entry.serve_config, local.parse(options.test_input))
+    if not entry.runpod_serverless:
+        return http.run(settings, entry, checked)
+    if entry.runpod_webhook_get_job is None:
+        if (job := local.from_file()) is not None:
+            return local.run(settings, entry.serve_config, job)
+        raise ConfigError(
+            "There are no jobs to take, as RUNPOD_WEBHOOK_GET_JOB is set by RunPod alone. Answer "
+            "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
+            "serve HTTP."
+        )
+    for name, value in SDK_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    return start.run(settings, entry, checked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,64 @@
+"""What a worker says when it starts: what it serves, on what, and where its limits are.
+
+A handful of lines, because the platform drops lines from chatty logs. No secrets.
+"""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import serve_app
+from serve_app.settings import Settings
+
+RULE = "=" * 72
+ENDPOINTS = (
+    "/prompt, /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health"
+)
+
+
+def banner(settings: Settings, config: str | Path, slots: int, checked: list[str]) -> list[str]:
+    """The lines of the banner; `checked` is what `serve_app.check` found out."""
+    model, engine, api = settings.model, settings.engine, settings.api
+    revision = f" at {model.revision}" if model.revision else ""
+    names = ", ".join(model.served_names)
+    context = engine.max_model_len or "the checkpoint's"
+    return [
+        RULE,
+        f"Starting the RunPod worker of mixtral-serve {serve_app.__version__}, {config}",
+        RULE,
+        f"Model: {model.name}{revision}, served as {names}",
+        f"Quantisation: {model.quantization}, dtype {model.dtype}, device {model.device}",
+        *checked,
+        f"Volume: {volume(settings.runpod.volume)}",
+        f"GPU: {gpu()}",
+        f"Endpoints: {ENDPOINTS}",
+        f"Thresholds: {engine.gpu_memory_fraction:.0%} of GPU memory, context {context} tokens, "
+        f"prompt {api.max_prompt_chars:,} characters, body {api.max_body_bytes:,} bytes, "
+        f"{api.request_timeout_s:.0f} s per request",
+        f"Concurrency: {slots} jobs, {engine.max_running} of them decoding at once",
+        "The model loads with the first job.",
+        RULE,
+    ]
+
+
+def volume(path: str) -> str:
+    """Whether the network volume is there and can be written."""
+    if not Path(path).is_dir():
+        return f"{path} is not mounted"
+    free_gb = shutil.disk_usage(path).free / 1e9
+    access = "writable" if os.access(path, os.W_OK) else "read-only"
+    return f"{path} is present and {access}, {free_gb:.0f} GB free"
+
+
+def gpu() -> str:
+    """Name, memory and driver of each GPU, from nvidia-smi: torch would take a CUDA context."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return "none (no nvidia-smi)"
+    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        found = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
+    except (subprocess.SubprocessError, OSError) as error:
+        return f"unknown (nvidia-smi: {type(error).__name__})"
+    return "; ".join(line.strip() for line in found.stdout.splitlines() if line.strip()) or "none"

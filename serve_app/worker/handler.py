@@ -1,0 +1,155 @@
+"""The one handler for all jobs: a job in, what RunPod's SDK posts for it out.
+
+Every job is answered exactly once: with its output, or with `{"error": "<JSON string>"}`. Nothing
+but a cancellation is ever raised, because the SDK would send the traceback to the client. Knows
+jobs and the SDK's habits; not routes, Ray or tokens.
+"""
+
+import contextlib
+import logging
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from serve_app.errors import (
+    EngineDead,
+    MethodNotAllowed,
+    ServeError,
+    as_serve_error,
+    error_body,
+    job_error,
+)
+from serve_app.protocol.sse import DONE, event
+from serve_app.worker import progress
+from serve_app.worker.boot import Boot, Forward
+from serve_app.worker.delivery import batches, merge_chunks, merge_text, postable
+from serve_app.worker.job import JobRequest, new_request_id, parse
+
+log = logging.getLogger(__name__)
+
+
+class _Refused(Exception):
+    """The model answered with an error body: it goes to the client as it is."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        super().__init__()
+        self.body = body
+
+
+class Handler:
+    """Answers jobs through `boot`'s model, which the first job that needs it starts."""
+
+    def __init__(
+        self,
+        boot: Boot,
+        *,
+        tell: progress.Tell,
+        load_log: str,
+        progress_interval_s: float = 2.0,
+    ) -> None:
+        self._boot = boot
+        self._tell = tell
+        self._load_log = load_log
+        self._interval_s = progress_interval_s
+
+    async def handle(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
+        """What the SDK posts for `job`: chunks of a stream, or one value, or an error."""
+        request_id = new_request_id()
+        began = time.monotonic()
+        request: JobRequest | None = None
+        outcome = "cancelled"
+        try:
+            request = parse(job, request_id)
+            async with contextlib.aclosing(self._answer(job, request)) as values:
+                async for value in values:
+                    yield postable(value)
+            outcome = "answered"
+        except Exception as error:
+            # All is released by now: the SDK does not come back after an error.
+            body = _body_of(error, request_id)
+            outcome = body["error"]["status"]
+            for value in _failure(request, body):
+                yield postable(value)
+        finally:
+            seconds = time.monotonic() - began
+            log.info("job %r, %s: %s after %.2f s", job.get("id"), request_id, outcome, seconds)
+
+    async def _answer(self, job: dict[str, Any], request: JobRequest) -> AsyncGenerator[Any, None]:
+        if request.call.path == "/health" and self._boot.forward is None:
+            if request.call.method != "GET":
+                raise MethodNotAllowed("/health takes GET.")
+            yield self._health()
+            return
+        sent = False
+        for is_last_try in (False, True):
+            forward = await self._model(job)
+            try:
+                async with contextlib.aclosing(_values(forward, request)) as values:
+                    async for value in values:
+                        sent = True
+                        yield value
+                return
+            except EngineDead:
+                if sent or is_last_try:
+                    raise
+                log.warning("%s: the model went away; trying once more", request.call.request_id)
+
+    async def _model(self, job: dict[str, Any]) -> Forward:
+        if self._boot.forward is not None:
+            return self._boot.forward
+        return await progress.while_waiting(
+            self._boot.ready(), lambda: self._tell(job, self._health()), self._interval_s
+        )
+
+    def _health(self) -> dict[str, Any]:
+        """What `/health` says while no model can say it."""
+        health: dict[str, Any] = {
+            "status": self._boot.status,
+            "load": progress.phases(self._load_log),
+        }
+        if self._boot.status == "failed" and self._boot.error is not None:
+            health["error"] = self._boot.error.message
+        return health
+
+
+async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, None]:
+    """The model's answer as the values to post, raising `_Refused` where it is an error."""
+    streaming = False
+    async with contextlib.aclosing(batches(forward(request.call))) as items:
+        async for batch in items:
+            chunks = [item["chunk"] for item in batch if "chunk" in item]
+            for value in _merged(request, chunks):
+                yield value
+            for item in batch:
+                if "error" in item:
+                    raise _Refused(item["error"])
+                if "body" in item:
+                    yield item["body"]
+                streaming = streaming or bool(item.get("stream"))
+    if streaming and request.sse:
+        yield DONE
+
+
+def _merged(request: JobRequest, chunks: list[dict[str, Any]]) -> list[Any]:
+    if request.sse:
+        return merge_text([event(chunk) for chunk in chunks])
+    return merge_chunks(chunks)
+
+
+def _body_of(error: Exception, request_id: str) -> dict[str, Any]:
+    if isinstance(error, _Refused):
+        return error.body
+    if not isinstance(error, ServeError):
+        log.error("%s failed", request_id, exc_info=error)
+    return error_body(as_serve_error(error), request_id)
+
+
+def _failure(request: JobRequest | None, body: dict[str, Any]) -> list[Any]:
+    """A failed job's last words. A stream hears them first, as clients never see a job's error."""
+    last = job_error(body)
+    if request is None or not request.stream:
+        return [last]
+    if request.sse:
+        return [event(body), last]
+    told = {name: body["error"][name] for name in ("status", "retry", "message")}
+    return [{"token": "", "finished": True, "finish_reason": "error", **told}, last]

@@ -1,0 +1,108 @@
+"""A RunPod job's `input` -> the `Call` it means. Three shapes, tried in the order of the README.
+
+    1  {"openai_route": "/v1/...", "openai_input": {...}}       RunPod's OpenAI gateway
+    2  {"endpoint": "/prompt", "data": {...}}                   any route of the HTTP door
+       {"route": "/tokenize", "method": "POST", "body": {...}}
+    3  {"prompt" | "messages" | "prompts" | "items": ..., "sampling_params": {...}}
+
+Checks the shape only: routes, fields and limits are checked where the HTTP door's are.
+"""
+
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.call import Call
+
+SHAPES = (
+    "send `prompt`, `messages`, `prompts` or `items`, or `endpoint` with `data`, "
+    "or `openai_route` with `openai_input`"
+)
+READ_ROUTES = ("/health", "/ping", "/metrics", "/v1/models")
+"""Routes for which an empty body means GET."""
+
+
+@dataclass(frozen=True, slots=True)
+class JobRequest:
+    """What a job asks for, and in which form it wants to hear the answer."""
+
+    call: Call
+    stream: bool
+    """The client asked for a stream, so it reads chunks rather than the job's error."""
+    sse: bool
+    """The stream is read by RunPod's OpenAI gateway, which expects SSE text."""
+
+
+def new_request_id() -> str:
+    """An id of ours: the job's own id is logged and echoed, never used as a key."""
+    return f"req-{uuid.uuid4().hex}"
+
+
+def parse(job: dict[str, Any], request_id: str) -> JobRequest:
+    """The request in `job["input"]`; raises `InvalidRequest` saying what is wrong with it."""
+    given = job.get("input")
+    if given is None:
+        raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
+    if "openai_route" in given or "openai_input" in given:
+        return _gateway(given, request_id)
+    if "endpoint" in given or "route" in given:
+        return _route(given, request_id)
+    if given.keys() & {"prompt", "messages", "prompts", "items"}:
+        return _plain(given, request_id)
+    raise InvalidRequest(f"`input` names nothing to do; {SHAPES}.", param="input")
+
+
+def _gateway(given: dict[str, Any], request_id: str) -> JobRequest:
+    # Other keys are the gateway's business: which ones it adds is written down nowhere.
+    path = _path(given.get("openai_route", "/v1/chat/completions"), "openai_route")
+    body = given.get("openai_input") or None
+    method = "GET" if body is None else "POST"
+    stream = _is_stream(body)
+    return JobRequest(Call(method, path, body, request_id), stream, sse=stream)
+
+
+def _route(given: dict[str, Any], request_id: str) -> JobRequest:
+    for names in (("endpoint", "route"), ("data", "body")):
+        if all(name in given for name in names):
+            raise InvalidRequest(f"`{names[0]}` and `{names[1]}` are one thing; send one of them.")
+    if unknown := sorted(given.keys() - {"endpoint", "route", "method", "data", "body"}):
+        raise InvalidRequest(f"`{unknown[0]}` is no field of a route job.", param=unknown[0])
+    name = "endpoint" if "endpoint" in given else "route"
+    path = _path(given[name], name)
+    body = given.get("data", given.get("body"))
+    if not body and (path in READ_ROUTES or path.startswith("/v1/models/")):
+        body = None
+        method = given.get("method", "GET")
+    else:
+        method = given.get("method", "POST")
+    if not isinstance(method, str):
+        raise InvalidRequest("`method` must be a string such as POST.", param="method")
+    return JobRequest(Call(method.upper(), path, body, request_id), _is_stream(body), sse=False)
+
+
+def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
+    body = {name: value for name, value in given.items() if name != "sampling_params"}
+    sampling = given.get("sampling_params")
+    if sampling is not None:
+        if not isinstance(sampling, dict):
+            raise InvalidRequest("`sampling_params` must be an object.", param="sampling_params")
+        if twice := sorted(sampling.keys() & body.keys()):
+            raise InvalidRequest(
+                f"`{twice[0]}` is given both in `input` and in `sampling_params`; send it once.",
+                param=twice[0],
+            )
+        body |= sampling
+    return JobRequest(Call("POST", "/prompt", body, request_id), _is_stream(body), sse=False)
+
+
+def _path(value: Any, name: str) -> str:
+    if not isinstance(value, str) or not value.startswith("/"):
+        raise InvalidRequest(f"`{name}` must be a path such as /prompt.", param=name)
+    return value
+
+
+def _is_stream(body: Any) -> bool:
+    return isinstance(body, dict) and body.get("stream") is True

@@ -1,0 +1,68 @@
+"""`--test_input '{"input": {...}}'` and `./test_input.json`: one job, really run, on this machine.
+
+The SDK's own local mode prints a generator handler's name and calls it a success; this runs the
+job and prints its output as JSON on standard output, on a line of its own.
+"""
+
+import asyncio
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from serve_app.settings import ConfigError, Settings
+from serve_app.worker import cluster
+from serve_app.worker.start import make_handler
+
+log = logging.getLogger(__name__)
+
+INPUT_FILE = Path("test_input.json")
+
+
+def from_file() -> dict[str, Any] | None:
+    """The job in `./test_input.json`, or None without such a file; raises `ConfigError`."""
+    if not INPUT_FILE.exists():
+        return None
+    return parse(INPUT_FILE.read_text(encoding="utf-8"), str(INPUT_FILE))
+
+
+def parse(text: str, where: str = "--test_input") -> dict[str, Any]:
+    """The job in `text`; raises `ConfigError` naming `where` if it is not a JSON object."""
+    try:
+        job = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{where}: is not valid JSON ({error}).") from None
+    if not isinstance(job, dict):
+        raise ConfigError(f'{where}: must be an object such as {{"input": {{...}}}}.')
+    return job
+
+
+def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
+    """Runs `job` and prints its output, or its error; 0 or 1."""
+    try:
+        output, error = asyncio.run(_run(settings, config, job))
+    finally:
+        cluster.stop()
+    if error is not None:
+        print(error)
+        return 1
+    print(json.dumps(output[0] if len(output) == 1 else output, ensure_ascii=False))
+    return 0
+
+
+async def _run(
+    settings: Settings, config: str | Path, job: dict[str, Any]
+) -> tuple[list[Any], str | None]:
+    """What the platform would keep: all that was yielded, or the error's JSON string."""
+    handler = make_handler(settings, config, _tell)
+    output: list[Any] = []
+    async for value in handler.handle({"id": "local", **job}):
+        if isinstance(value, dict) and isinstance(value.get("error"), str):
+            return output, value["error"]
+        output.append(value)
+    return output, None
+
+
+async def _tell(job: dict[str, Any], update: dict[str, Any]) -> None:
+    load = update["load"]
+    log.info("%s%s", update["status"], f": {load[-1].get('phase')}" if load else "")

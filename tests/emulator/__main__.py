@@ -1,0 +1,35 @@
+"""`python -m tests.emulator [--port 9000]`: the platform, and how to send a worker to it."""
+
+import argparse
+
+from aiohttp import web
+
+from tests.emulator import client_half, worker_half
+from tests.emulator.platform import create_app
+from tests.emulator.queue import Queue
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.emulator", description=__doc__)
+    parser.add_argument("--port", type=int, default=9000)
+    port = parser.parse_args().port
+    url = f"http://127.0.0.1:{port}"
+
+    print("# A worker, in another terminal:")
+    for name, value in worker_half.environment(url).items():
+        print(f"export {name}='{value}'")
+    print("SERVE_CONFIG=configs/tiny.yaml python runpod_entry.py\n")
+    print("# A client:")
+    print(
+        f"curl {url}/v2/ep/runsync -H 'Authorization: Bearer {client_half.KEY}' "
+        '-H \'Content-Type: application/json\' -d \'{"input": {"prompt": "What is 2 + 3?"}}\'\n'
+    )
+
+    async def app() -> web.Application:
+        return create_app(Queue())
+
+    web.run_app(app(), host="127.0.0.1", port=port)
+
+
+if __name__ == "__main__":
+    main()

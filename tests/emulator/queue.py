@@ -1,0 +1,121 @@
+"""The platform's memory: jobs, their states, and every post that a worker made about them."""
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
+
+
+@dataclass
+class Job:
+    """One job. `request` is the client's body: `input` and whatever else it sent."""
+
+    id: str
+    request: dict[str, Any]
+    created: float = field(default_factory=time.monotonic)
+    started: float | None = None
+    ended: float | None = None
+    status: str = "IN_QUEUE"
+    output: Any = None
+    error: Any = None
+    chunks: list[Any] = field(default_factory=list)
+    """What the worker streamed, in the order of its posts."""
+    num_read: int = 0
+    """Chunks that the client has already been given."""
+    progress: list[Any] = field(default_factory=list)
+    num_results: int = 0
+    """Terminal posts; a sound worker makes exactly one for every job it took."""
+    num_late_posts: int = 0
+    """Posts of any kind after the job had ended."""
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, and replaced, at every change."""
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in TERMINAL
+
+    def changed(self) -> None:
+        news, self.news = self.news, asyncio.Event()
+        news.set()
+
+    def end(self, status: str) -> None:
+        self.status, self.ended = status, time.monotonic()
+        self.changed()
+
+    def view(self) -> dict[str, Any]:
+        """What `/status` answers; times in milliseconds."""
+        now = time.monotonic()
+        view: dict[str, Any] = {"id": self.id, "status": self.status}
+        view["delayTime"] = round(((self.started or now) - self.created) * 1000)
+        if self.started is not None:
+            view["executionTime"] = round(((self.ended or now) - self.started) * 1000)
+        if self.output is not None:
+            view["output"] = self.output
+        if self.error is not None:
+            view["error"] = self.error
+        return view
+
+
+class Queue:
+    """All jobs of one endpoint."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.pings: list[dict[str, str]] = []
+        self.stream_delay_s = 0.0
+        """How long the platform takes to acknowledge a streamed chunk."""
+        self.num_polls = 0
+        """How often a worker has asked for jobs."""
+        self._waiting: deque[Job] = deque()
+        self._stops: list[str] = []
+        self._work = asyncio.Condition()
+
+    async def add(self, request: dict[str, Any], prefix: str = "") -> Job:
+        job = Job(f"{prefix}{uuid.uuid4()}-u1", request)
+        self.jobs[job.id] = job
+        async with self._work:
+            self._waiting.append(job)
+            self._work.notify_all()
+        return job
+
+    async def take(self, limit: int, hold_s: float) -> list[Job]:
+        """Up to `limit` jobs, which are the worker's from now on; [] after `hold_s` seconds."""
+        self.num_polls += 1
+        async with self._work:
+            await self._held(lambda: bool(self._waiting), hold_s)
+            taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+        for job in taken:
+            job.status, job.started = "IN_PROGRESS", time.monotonic()
+            job.changed()
+        return taken
+
+    async def cancel(self, job: Job) -> None:
+        if job.is_over:
+            return
+        async with self._work:
+            if job in self._waiting:
+                self._waiting.remove(job)
+            else:
+                self._stops.append(job.id)
+                self._work.notify_all()
+        job.end("CANCELLED")
+
+    async def stops(self, hold_s: float) -> list[str]:
+        """Ids of the jobs that the worker must stop; [] after `hold_s` seconds."""
+        async with self._work:
+            await self._held(lambda: bool(self._stops), hold_s)
+            stops, self._stops = self._stops, []
+        return stops
+
+    async def _held(self, is_there: Any, hold_s: float) -> None:
+        try:
+            await asyncio.wait_for(self._work.wait_for(is_there), hold_s)
+        except TimeoutError:
+            pass
+
+    def count(self, status: str) -> int:
+        return sum(job.status == status for job in self.jobs.values())

@@ -1,0 +1,233 @@
+"""The handler alone, with a scripted model: what is posted for every way a job can go."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.errors import EngineDead, ModelLoadFailed, QueueFull, error_body
+from serve_app.protocol.call import Call
+from serve_app.worker.boot import Boot, Forward
+from serve_app.worker.handler import Handler
+
+Items = list[dict[str, Any] | Exception]
+
+
+class Model:
+    """Answers call after call with the next of `scripts`; remembers what it was asked."""
+
+    def __init__(self, *scripts: Items) -> None:
+        self.scripts = list(scripts)
+        self.calls: list[Call] = []
+        self.num_closed = 0
+
+    async def __call__(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        self.calls.append(call)
+        try:
+            for item in self.scripts.pop(0):
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+                await asyncio.sleep(0)
+        finally:
+            self.num_closed += 1
+
+
+@pytest.fixture
+def told() -> list[dict[str, Any]]:
+    return []
+
+
+@pytest.fixture
+def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Handler]:
+    async def tell(job: dict[str, Any], update: dict[str, Any]) -> None:
+        told.append(update)
+
+    def make(model: Forward | Exception) -> Handler:
+        async def start() -> Forward:
+            if isinstance(model, Exception):
+                raise model
+            return model
+
+        return Handler(Boot(start), tell=tell, load_log=str(tmp_path / "load.jsonl"))
+
+    return make
+
+
+def run(handler: Handler, given: Any) -> list[Any]:
+    async def collect() -> list[Any]:
+        return [value async for value in handler.handle({"id": "job-1", "input": given})]
+
+    return asyncio.run(collect())
+
+
+def error_of(values: list[Any]) -> dict[str, Any]:
+    """The failed job's error, which must be one JSON string and the last thing said."""
+    assert list(values[-1]) == ["error"]
+    assert isinstance(values[-1]["error"], str)
+    error: dict[str, Any] = json.loads(values[-1]["error"])["error"]
+    assert error.keys() == {"message", "type", "param", "code", "status", "retry", "request_id"}
+    return error
+
+
+HEAD = {"status": 200, "stream": False, "headers": {}}
+STREAM = {"status": 200, "stream": True, "headers": {}}
+TOKENS: Items = [STREAM, *({"chunk": {"token": t, "finished": False}} for t in "abc")]
+LAST = {"token": "", "finished": True, "finish_reason": "stop", "usage": {"total_tokens": 4}}
+
+
+def test_a_plain_answer_is_one_value(handler_of: Callable[..., Handler]) -> None:
+    """Whatever is not a stream is yielded once, as the dict that HTTP would send."""
+    model = Model([HEAD, {"body": {"text": "5"}}])
+    assert run(handler_of(model), {"prompt": "2 + 3"}) == [{"text": "5"}]
+    assert model.calls[0].path == "/prompt"
+    assert model.num_closed == 1
+
+
+def test_a_plain_stream_is_chunk_dicts(handler_of: Callable[..., Handler]) -> None:
+    """All text arrives in order, however it was merged, and the last chunk is on its own."""
+    values = run(handler_of(Model([*TOKENS, {"chunk": LAST}])), {"prompt": "x", "stream": True})
+    assert "".join(value["token"] for value in values) == "abc"
+    assert values[-1] == LAST
+
+
+def test_the_gateways_stream_is_sse_text_with_done(handler_of: Callable[..., Handler]) -> None:
+    """RunPod's gateway passes strings on as they are, so they are whole events."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "ab"]
+    model = Model([STREAM, *({"chunk": chunk} for chunk in chunks)])
+    given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
+    text = "".join(run(handler_of(model), given))
+    events = text.split("\n\n")
+    assert [json.loads(event.removeprefix("data: ")) for event in events[:2]] == chunks
+    assert events[2:] == ["data: [DONE]", ""]
+
+
+def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> None:
+    """What the model says about a bad request is what the job's error says, as JSON text."""
+    body = error_body(QueueFull("The queue is full."), "req-7")
+    values = run(handler_of(Model([HEAD, {"status": 429, "error": body}])), {"prompt": "x"})
+    assert json.loads(values[0]["error"]) == body
+    assert error_of(values)["status"] == "OVERLOADED"
+
+
+@pytest.mark.parametrize("given", [None, {}, [], "text", {"nothing": 1}])
+def test_bad_input_never_starts_the_model(given: Any, handler_of: Callable[..., Handler]) -> None:
+    """A job that cannot be read is refused at once, cold worker or not."""
+    values = run(handler_of(ModelLoadFailed("must not start")), given)
+    assert error_of(values)["status"] == "VALIDATION_FAILED"
+    assert not error_of(values)["retry"]
+
+
+def test_a_failed_stream_says_so_before_it_fails(handler_of: Callable[..., Handler]) -> None:
+    """Clients never see a failed job's error, so the stream itself ends with it."""
+    dead = EngineDead("The model's process ended.")
+    values = run(handler_of(Model([*TOKENS, dead])), {"prompt": "x", "stream": True})
+    assert "".join(value["token"] for value in values[:-1]) == "abc"
+    assert values[-2] == {
+        "token": "",
+        "finished": True,
+        "finish_reason": "error",
+        "status": "CONNECTION_ERROR",
+        "retry": True,
+        "message": "The model's process ended.",
+    }
+    assert error_of(values)["status"] == "CONNECTION_ERROR"
+
+
+def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handler]) -> None:
+    """OpenAI clients raise at an event with an `error`; there is no [DONE] after it."""
+    given = {"openai_input": {"stream": True, "messages": []}}
+    values = run(handler_of(ModelLoadFailed("No such checkpoint.")), given)
+    told = json.loads(values[0].removeprefix("data: "))
+    assert told == json.loads(values[1]["error"])
+    assert told["error"]["code"] == "model_load_failed"
+
+
+def test_a_job_that_sent_nothing_is_tried_once_more(handler_of: Callable[..., Handler]) -> None:
+    """A replica that dies before the first word costs the client nothing, once."""
+    dead = EngineDead("gone")
+    once = Model([dead], [HEAD, {"body": {"text": "ok"}}])
+    assert run(handler_of(once), {"prompt": "x"}) == [{"text": "ok"}]
+    twice = Model([dead], [dead])
+    assert error_of(run(handler_of(twice), {"prompt": "x"}))["status"] == "CONNECTION_ERROR"
+    assert len(twice.calls) == 2
+
+
+def test_a_job_that_has_spoken_is_not_repeated(handler_of: Callable[..., Handler]) -> None:
+    """The client would read the beginning twice."""
+    model = Model([*TOKENS, EngineDead("gone")])
+    run(handler_of(model), {"prompt": "x", "stream": True})
+    assert len(model.calls) == 1
+
+
+def test_a_bug_shows_nothing_of_itself(
+    handler_of: Callable[..., Handler], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The client gets a request id; the log has the traceback beside the same id."""
+    error = error_of(run(handler_of(Model([HEAD, RuntimeError("/home/secret")])), {"prompt": "x"}))
+    assert error["status"] == "UNKNOWN_ERROR"
+    assert "secret" not in json.dumps(error)
+    assert "/home/secret" in caplog.text
+    assert error["request_id"] in caplog.text
+
+
+def test_an_answer_that_json_cannot_say_is_an_error(handler_of: Callable[..., Handler]) -> None:
+    """The SDK would post it as it is, or not at all, and the job would hang."""
+    model = Model([HEAD, {"body": {"logprob": float("nan")}}])
+    assert error_of(run(handler_of(model), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"
+
+
+def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Handler]) -> None:
+    """A cold worker says idle, a broken one failed and why, a warm one lets the model speak."""
+    cold = handler_of(ModelLoadFailed("No such checkpoint."))
+    assert run(cold, {"endpoint": "/health"}) == [{"status": "idle", "load": []}]
+    run(cold, {"prompt": "x"})
+    failed = {"status": "failed", "load": [], "error": "No such checkpoint."}
+    assert run(cold, {"openai_route": "/health"}) == [failed]
+    warm = handler_of(Model([HEAD, {"body": {"text": ""}}], [HEAD, {"body": {"status": "ready"}}]))
+    run(warm, {"prompt": "x"})
+    assert run(warm, {"route": "/health"}) == [{"status": "ready"}]
+    posted = error_of(run(cold, {"route": "/health", "method": "POST"}))
+    assert posted["status"] == "VALIDATION_FAILED"
+
+
+def test_waiting_jobs_hear_that_the_model_loads(
+    handler_of: Callable[..., Handler], told: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """The first update says loading and which phases are done."""
+    (tmp_path / "load.jsonl").write_text('{"phase": "weights", "seconds": 2.0}\n')
+    run(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
+    assert told[0]["load"] == [{"phase": "weights", "seconds": 2.0}]
+
+
+def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Handler]) -> None:
+    """Job-stop arrives as a cancellation: the model is told, and the SDK hears of it again."""
+
+    async def scenario() -> None:
+        started, closed = asyncio.Event(), asyncio.Event()
+
+        async def endless(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+            try:
+                yield STREAM
+                started.set()
+                await asyncio.Event().wait()
+            finally:
+                closed.set()
+
+        handler = handler_of(endless)
+
+        async def job() -> None:
+            async for _ in handler.handle({"id": "j", "input": {"prompt": "x", "stream": True}}):
+                pass
+
+        task = asyncio.create_task(job())
+        await started.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert closed.is_set()
+
+    asyncio.run(scenario())

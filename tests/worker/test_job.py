@@ -1,0 +1,102 @@
+"""The three shapes of a job's input, in their order, and what is said about any other."""
+
+from typing import Any
+
+import pytest
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.call import Call
+from serve_app.worker.job import JobRequest, parse
+
+CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def parsed(given: Any) -> JobRequest:
+    return parse({"id": "job", "input": given}, "req-1")
+
+
+@pytest.mark.parametrize(
+    ("given", "method", "path", "body"),
+    [
+        (
+            {"openai_route": "/v1/chat/completions", "openai_input": CHAT},
+            "POST",
+            "/v1/chat/completions",
+            CHAT,
+        ),
+        ({"openai_input": CHAT}, "POST", "/v1/chat/completions", CHAT),
+        ({"openai_route": "/v1/models"}, "GET", "/v1/models", None),
+        ({"openai_route": "/v1/models", "openai_input": {}}, "GET", "/v1/models", None),
+        ({"endpoint": "/prompt", "data": {"prompt": "Hi"}}, "POST", "/prompt", {"prompt": "Hi"}),
+        ({"endpoint": "/prompt", "data": {}}, "POST", "/prompt", {}),
+        ({"endpoint": "/health"}, "GET", "/health", None),
+        ({"endpoint": "/health", "data": {}}, "GET", "/health", None),
+        ({"route": "/v1/models/tiny"}, "GET", "/v1/models/tiny", None),
+        ({"route": "/v1/models", "method": "delete"}, "DELETE", "/v1/models", None),
+        ({"route": "/tokenize", "body": {"prompt": "a"}}, "POST", "/tokenize", {"prompt": "a"}),
+        ({"prompt": "Hi", "seed": 1}, "POST", "/prompt", {"prompt": "Hi", "seed": 1}),
+        ({"prompts": ["a", "b"]}, "POST", "/prompt", {"prompts": ["a", "b"]}),
+        ({"items": [{"prompt": "a"}]}, "POST", "/prompt", {"items": [{"prompt": "a"}]}),
+        (
+            {"messages": CHAT["messages"], "sampling_params": {"max_tokens": 5}},
+            "POST",
+            "/prompt",
+            {"messages": CHAT["messages"], "max_tokens": 5},
+        ),
+    ],
+)
+def test_every_shape_becomes_the_call_it_means(
+    given: dict[str, Any], method: str, path: str, body: Any
+) -> None:
+    """Each documented shape reaches the route of the HTTP door that it names."""
+    assert parsed(given).call == Call(method, path, body, "req-1")
+
+
+def test_shapes_are_tried_in_the_documented_order() -> None:
+    """The gateway's shape wins over a route, and a route over the plain form."""
+    gateway = {"openai_route": "/v1/models", "endpoint": "/prompt", "prompt": "x"}
+    assert parsed(gateway).call.path == "/v1/models"
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({"endpoint": "/health", "prompt": "x"})
+    assert caught.value.param == "prompt"
+
+
+def test_only_the_gateway_hears_sse() -> None:
+    """A stream is text for the gateway and dicts for everyone else; a plain answer is neither."""
+    gateway = parsed({"openai_input": {**CHAT, "stream": True}})
+    assert (gateway.stream, gateway.sse) == (True, True)
+    plain = parsed({"prompt": "x", "stream": True})
+    assert (plain.stream, plain.sse) == (True, False)
+    whole = parsed({"openai_input": CHAT})
+    assert (whole.stream, whole.sse) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("job", "param"),
+    [
+        ({}, "input"),
+        ({"input": None}, "input"),
+        ({"input": {}}, "input"),
+        ({"input": []}, "input"),
+        ({"input": "hello"}, "input"),
+        ({"input": {"temperature": 1}}, "input"),
+        ({"input": {"endpoint": "prompt"}}, "endpoint"),
+        ({"input": {"endpoint": 3}}, "endpoint"),
+        ({"input": {"openai_route": None}}, "openai_route"),
+        ({"input": {"route": "/prompt", "method": 1}}, "method"),
+        ({"input": {"route": "/prompt", "payload": {}}}, "payload"),
+        ({"input": {"prompt": "x", "sampling_params": [1]}}, "sampling_params"),
+        ({"input": {"prompt": "x", "seed": 1, "sampling_params": {"seed": 2}}}, "seed"),
+    ],
+)
+def test_anything_else_is_refused_by_name(job: dict[str, Any], param: str) -> None:
+    """Null, empty, missing and misshapen inputs are told which field to change."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"id": "job", **job}, "req-1")
+    assert caught.value.param == param
+
+
+def test_names_for_one_thing_are_not_mixed() -> None:
+    """Two bodies or two routes in one job would leave one of them unread."""
+    with pytest.raises(InvalidRequest, match="one thing"):
+        parsed({"endpoint": "/prompt", "data": {"prompt": "a"}, "body": {"prompt": "b"}})

@@ -1,0 +1,67 @@
+"""Progress while a model loads: read as it is written, told in order, silent once it is over."""
+
+import asyncio
+import itertools
+from pathlib import Path
+
+import pytest
+
+from serve_app.worker import progress
+
+
+def test_phases_are_read_as_they_are_written(tmp_path: Path) -> None:
+    """A line that is still being written is not read, and no file is no phases."""
+    path = tmp_path / "load.jsonl"
+    assert progress.phases(path) == []
+    path.write_text('{"phase": "read", "seconds": 1.5}\n{"phase": "qua')
+    assert progress.phases(path) == [{"phase": "read", "seconds": 1.5}]
+
+
+def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
+    """An update posted after the result would overwrite it; updates keep their distance."""
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        told: list[float] = []
+        under_way = 0
+
+        async def tell() -> None:
+            nonlocal under_way
+            under_way += 1
+            told.append(loop.time())
+            await asyncio.sleep(0.01)
+            under_way -= 1
+
+        result = await progress.while_waiting(asyncio.sleep(0.3, "ready"), tell, 0.1)
+        assert result == "ready"
+        assert under_way == 0
+        assert len(told) >= 2
+        assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(told))
+
+    asyncio.run(scenario())
+
+
+def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """The platform not answering is logged; the job goes on."""
+
+    async def tell() -> None:
+        raise OSError("connection reset")
+
+    async def scenario() -> str:
+        return await progress.while_waiting(asyncio.sleep(0.01, "ready"), tell, 0.1)
+
+    assert asyncio.run(scenario()) == "ready"
+    assert "OSError" in caplog.text
+
+
+def test_a_failed_load_ends_the_wait_with_its_error() -> None:
+    """What the load raises is what the waiting job hears."""
+
+    async def tell() -> None:
+        pass
+
+    async def fail() -> None:
+        raise ValueError("no checkpoint")
+
+    with pytest.raises(ValueError, match="no checkpoint"):
+        asyncio.run(progress.while_waiting(fail(), tell, 0.1))

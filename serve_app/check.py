@@ -5,15 +5,17 @@ weights and starts nothing. Does not promise that a download will succeed.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.settings import ConfigError, Settings, application
+
+if TYPE_CHECKING:
+    from serve_app.model.checkpoint import Plan
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -45,7 +47,7 @@ def check_schema(path: str | Path) -> None:
 
 def check_model(settings: Settings) -> list[str]:
     """The checkpoint's files, and the memory it takes; lines and errors as in `check`."""
-    from serve_app.load import find_local, require_possible
+    from serve_app.load import find_local, max_model_len, require_possible
     from serve_app.model.checkpoint import inspect
 
     require_possible(settings)
@@ -57,13 +59,42 @@ def check_model(settings: Settings) -> list[str]:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         if not (folder / file).exists():
             raise ModelLoadFailed(f"{folder / file}: is missing.")
-    trained = plan.config.max_position_embeddings
-    context = settings.engine.max_model_len or trained
-    if context > trained:
-        raise ConfigError(
-            f"`engine.max_model_len` is {context}, but the checkpoint holds {trained} tokens."
+    context = max_model_len(settings, plan.config.max_position_embeddings)
+    num_parameters = sum(plan.parameters.values())
+    return [
+        f"{name}: {num_parameters:,} parameters, context {context:,} tokens.",
+        *check_memory(settings, plan, context),
+    ]
+
+
+def check_memory(settings: Settings, plan: "Plan", context: int) -> list[str]:
+    """What weights and KV cache take, compared with a CPU's free memory; as in `check`."""
+    on_cpu = settings.model.device == "cpu"
+    dtype = settings.model.dtype
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    weights = sum(plan.weight_bytes(ITEM_BYTES[dtype]).values())
+    num_tokens = settings.engine.kv_cache_tokens or (4 * context if on_cpu else None)
+    if num_tokens is None:
+        return [f"Memory: {weights / 1e9:.2f} GB of {dtype} weights; the rest is for the KV cache."]
+    kv_cache = num_tokens * plan.config.kv_values_per_token * ITEM_BYTES[dtype]
+    if on_cpu and weights + kv_cache > (free := _free_bytes()):
+        raise ModelLoadFailed(
+            f"The model needs {(weights + kv_cache) / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB are free; lower `engine.kv_cache_tokens` or take a larger machine."
         )
-    return [f"{name}: {sum(plan.parameters.values()):,} parameters, context {context:,} tokens."]
+    return [
+        f"Memory: {weights / 1e9:.2f} GB of {dtype} weights and {kv_cache / 1e9:.2f} GB for "
+        f"{num_tokens:,} tokens of KV cache."
+    ]
+
+
+def _free_bytes() -> int:
+    """What new processes can have without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable line; this needs Linux.")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -1,0 +1,55 @@
+"""The only Ray Serve wiring: settings in, an application out.
+
+One deployment, which is its own ingress: a second one in front would cost a Ray message for each
+token. `import_path: serve_app.app:build_app` in the YAML; its `deployments:` overrides win.
+
+No `from __future__ import annotations` here: Serve would then pass `args:` as a plain dict.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from serve_app.settings import Settings
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+DEPLOYMENT = "mixtral"
+SPARE_REQUESTS = 64
+"""Places for what never enters the engine's queue: health, models, tokenising, refusals."""
+
+
+def build_app(settings: Settings) -> "Application":
+    """The Serve application of these settings. Touches no GPU, and no file."""
+    from ray import serve
+
+    from serve_app.server import MixtralServer
+
+    def ingress() -> Any:
+        # Evaluated on the replica, which alone needs FastAPI.
+        from ray import serve
+
+        from serve_app.ingress import create_app
+
+        # Asked at each request: while the app is built there is no object yet.
+        return create_app(lambda: serve.get_replica_context().servable_object)
+
+    engine = settings.engine
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        # Above the engine's own limits, so that a full queue is answered by us, with Retry-After.
+        max_ongoing_requests=engine.max_running + engine.max_waiting + SPARE_REQUESTS,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if _is_on_cpu(settings) else 1},
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=30,
+        # A model that does not load now will not load a second later.
+        max_constructor_retry_count=1,
+    )
+    return deployment(serve.ingress(ingress)(MixtralServer)).bind(settings)
+
+
+def _is_on_cpu(settings: Settings) -> bool:
+    """`auto` reserves a GPU for everything but the tiny model, which needs none."""
+    if settings.model.device == "auto":
+        return settings.model.name == "tiny"
+    return settings.model.device == "cpu"

@@ -1,0 +1,294 @@
+"""The load: tokenizer, weights and engine, phase by phase, told as it happens.
+
+`MixtralServer`'s constructor calls `load` and nobody else does. Whoever started the process may
+follow `settings.load_log`, one JSON object a line:
+
+    {"phase": "weights", "state": "started"}
+    {"phase": "weights", "state": "running", "done": 0.43}
+    {"phase": "weights", "state": "done", "seconds": 41.2}
+    {"phase": "weights", "state": "failed", "error": "One sentence.", "retry": false}
+
+and after the last phase `{"phase": "ready", "state": "done", "seconds": of all}`.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.errors import ModelLoadFailed, ServeError
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.settings import EngineSettings, Settings
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve_app.engine.engine import Engine
+    from serve_app.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+PROGRESS_INTERVAL_S = 1.0
+RESERVED_BYTES = 1 << 30
+"""GPU memory left to activations and the allocator when the KV cache's size is chosen."""
+
+
+@dataclass(slots=True)
+class LoadLog:
+    """The phases of one load, in memory and in the file `path`."""
+
+    path: str | None = None
+    phases: list[dict[str, Any]] = field(default_factory=list)
+    """`{"phase", "seconds"}` of each finished one, as `/health` shows them."""
+    _told_at: float = 0.0
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times what happens inside; a failure is written down and goes on its way."""
+        started = time.monotonic()
+        self._write({"phase": name, "state": "started"})
+        try:
+            yield
+        except ServeError as error:
+            failure = {"error": error.message, "retry": error.retry}
+            self._write({"phase": name, "state": "failed", **failure})
+            raise
+        except Exception:
+            failure = {"error": f"The load failed in phase {name}; the log says why."}
+            self._write({"phase": name, "state": "failed", "retry": False, **failure})
+            raise
+        self.done(name, time.monotonic() - started)
+
+    def done(self, name: str, seconds: float) -> None:
+        seconds = round(seconds, 3)
+        self.phases.append({"phase": name, "seconds": seconds})
+        self._write({"phase": name, "state": "done", "seconds": seconds})
+        log.info("load: %s took %.1f s", name, seconds)
+
+    def progress(self, phase: str, done: float) -> None:
+        """How much of a phase is done, from 0 to 1; written once a second at most."""
+        now = time.monotonic()
+        if now - self._told_at >= PROGRESS_INTERVAL_S:
+            self._told_at = now
+            self._write({"phase": phase, "state": "running", "done": round(done, 3)})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self.path is None:
+            return
+        with Path(self.path).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Everything that a server needs, ready to run."""
+
+    tokenizer: Tokenizer
+    engine: "Engine"
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+    memory: dict[str, int]
+    """Bytes of `experts`, `attention`, `head`, `other` and `kv_cache`."""
+    notes: list[str]
+    """What was chosen where the settings left it open, and why."""
+
+
+def load(settings: Settings, load_log: LoadLog) -> Loaded:
+    """Loads what `settings` name onto the device; raises `ModelLoadFailed` in one sentence."""
+    require_possible(settings)
+    from serve_app.model import loader
+
+    started = time.monotonic()
+    notes: list[str] = []
+    with load_log.phase("device"):  # the first to import torch, which takes its time
+        require_possible(settings)
+        device = _device(settings, notes)
+        dtype = _dtype(settings, device, notes)
+        _set_threads(settings, device, notes)
+    with load_log.phase("checkpoint"):
+        path = _checkpoint(settings)
+    with load_log.phase("tokenizer"):
+        tokenizer = _tokenizer(path)
+    with load_log.phase("weights"):
+        model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
+    with load_log.phase("engine"):
+        engine, kv_bytes = _engine(settings, model, device, dtype, notes)
+    load_log.done("ready", time.monotonic() - started)
+    for note in notes:
+        log.info("load: %s", note)
+    return Loaded(
+        tokenizer=tokenizer,
+        engine=engine,
+        max_model_len=max_model_len(settings, model.config.max_position_embeddings),
+        vocab_size=model.config.vocab_size,
+        dtype=str(dtype).removeprefix("torch."),
+        memory={**loader.bytes_by_part(model), "kv_cache": kv_bytes},
+        notes=notes,
+    )
+
+
+def require_possible(settings: Settings) -> None:
+    """Raises `ModelLoadFailed` where `settings` ask for what this build does not have."""
+    if settings.model.quantization != "none":
+        raise ModelLoadFailed(
+            f"`model.quantization` is {settings.model.quantization}, but 4-bit experts do not "
+            "exist in this build yet, and it refuses to load them in bf16 instead (91 GB for "
+            "Mixtral 8x7B): set it to none and take a model that fits."
+        )
+    if settings.engine.max_step_tokens < settings.engine.max_running:
+        raise ModelLoadFailed(
+            "`engine.max_step_tokens` must be at least `engine.max_running`, or running streams "
+            "would stall one another."
+        )
+
+
+def _device(settings: Settings, notes: list[str]) -> "torch.device":
+    import torch
+
+    chosen, has_gpu = settings.model.device, torch.cuda.is_available()
+    if chosen == "cuda" and not has_gpu:
+        raise ModelLoadFailed("`model.device` is cuda, but torch sees no GPU on this machine.")
+    if chosen == "auto":
+        chosen = "cuda" if has_gpu else "cpu"
+        notes.append(f"device {chosen}: torch sees {'a' if has_gpu else 'no'} GPU")
+    return torch.device(chosen)
+
+
+def _dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
+    import torch
+
+    name = settings.model.dtype
+    if name == "auto":
+        name = "float32" if device.type == "cpu" else "bfloat16"
+        notes.append(f"dtype {name}: the default on {device.type}")
+    chosen: torch.dtype = getattr(torch, name)
+    return chosen
+
+
+def _set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:
+    import torch
+
+    if device.type != "cpu":
+        return
+    num_threads = settings.engine.num_threads
+    if num_threads is None:
+        num_cores = len(os.sched_getaffinity(0))
+        num_threads = max(1, num_cores - 1)
+        notes.append(f"{num_threads} compute threads: {num_cores} cores, one left to the sockets")
+    torch.set_num_threads(num_threads)
+
+
+def find_local(settings: Settings) -> Path | None:
+    """The folder of the model that `settings` name; None where it would be downloaded."""
+    from serve_app.model.find import find_local
+    from serve_app.tiny import CHECKPOINT
+
+    if settings.model.name == "tiny":
+        return CHECKPOINT
+    return find_local(settings.model.name, settings.model.revision)
+
+
+def _checkpoint(settings: Settings) -> Path:
+    from serve_app.model import loader
+    from serve_app.tiny import CHECKPOINT
+
+    if settings.model.name == "tiny":
+        return CHECKPOINT
+    token = settings.model.hf_token
+    return Path(
+        loader.find_checkpoint(
+            settings.model.name,
+            settings.model.revision,
+            token=token.get_secret_value() if token else None,
+        )
+    )
+
+
+def _tokenizer(path: Path) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer(path)
+        # The first encoding and rendering compile things; no request should wait for that.
+        tokenizer.render([{"role": "user", "content": "Hello"}])
+    except (OSError, ValueError, KeyError) as error:
+        log.debug("the tokenizer did not load", exc_info=True)
+        raise ModelLoadFailed(
+            f"{path}: the tokenizer cannot be read ({type(error).__name__}); the folder needs "
+            "tokenizer.json and tokenizer_config.json with the model's chat template."
+        ) from error
+    return tokenizer
+
+
+def max_model_len(settings: Settings, trained: int) -> int:
+    """The context in tokens; `ModelLoadFailed` when the settings ask for more than was trained."""
+    asked = settings.engine.max_model_len
+    if asked is not None and asked > trained:
+        raise ModelLoadFailed(
+            f"`engine.max_model_len` is {asked}, but the checkpoint holds {trained} tokens."
+        )
+    return asked or trained
+
+
+def _engine(
+    settings: Settings,
+    model: "Mixtral",
+    device: "torch.device",
+    dtype: "torch.dtype",
+    notes: list[str],
+) -> tuple["Engine", int]:
+    """The started engine, and the bytes of its KV cache."""
+    from serve_app.engine.engine import Engine, EngineConfig
+    from serve_app.engine.runner import ModelRunner
+    from serve_app.model.kv import KVCache
+
+    chosen = settings.engine
+    context = max_model_len(settings, model.config.max_position_embeddings)
+    token_bytes = KVCache.bytes_per_token(model.config, dtype)
+    num_tokens = chosen.kv_cache_tokens
+    if num_tokens is None:
+        num_tokens = _kv_tokens(chosen, device, token_bytes, context)
+        notes.append(f"KV cache of {num_tokens} tokens: {_kv_rule(chosen, device)}")
+    num_blocks = num_tokens // chosen.block_size
+    if num_blocks * chosen.block_size < context:
+        raise ModelLoadFailed(
+            f"The KV cache holds {num_blocks * chosen.block_size} tokens, less than the context of "
+            f"{context}; lower `engine.max_model_len` or raise `engine.kv_cache_tokens`."
+        )
+    engine = Engine(
+        ModelRunner(model, num_blocks, chosen.block_size, dtype, device),
+        EngineConfig(
+            max_model_len=context,
+            max_running=chosen.max_running,
+            max_waiting=chosen.max_waiting,
+            block_size=chosen.block_size,
+            num_blocks=num_blocks,
+            max_step_tokens=chosen.max_step_tokens,
+            eos_token_ids=model.config.eos_token_ids,
+            retry_after_s=settings.api.retry_after_s,
+        ),
+    )
+    engine.start()
+    return engine, num_blocks * chosen.block_size * token_bytes
+
+
+def _kv_tokens(
+    engine: EngineSettings, device: "torch.device", token_bytes: int, max_model_len: int
+) -> int:
+    import torch
+
+    if device.type == "cpu":
+        return 4 * context
+    free, total = torch.cuda.mem_get_info()
+    room = int(free - total * (1 - engine.gpu_memory_fraction)) - RESERVED_BYTES
+    return max(room, 0) // token_bytes
+
+
+def _kv_rule(engine: EngineSettings, device: "torch.device") -> str:
+    if device.type == "cpu":
+        return "4 contexts, the default on a CPU"
+    return f"what {engine.gpu_memory_fraction:.0%} of the GPU's memory leaves"

@@ -1,0 +1,199 @@
+"""What every request body has in common: how it is read, and the fields that steer sampling.
+
+Field names and defaults are OpenAI's; vLLM's names for what OpenAI lacks. A field is used, or it
+is one of `IGNORED`, or it is refused by name. Knows no routes and no engine.
+"""
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from serve_app.errors import InvalidRequest
+
+IGNORED = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields accepted and not used: they would not change the answer."""
+
+UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "audio": ((), "there is no audio"),
+    "best_of": ((1,), "one answer is generated for each prompt"),
+    "function_call": (("none",), "tool calls are not supported"),
+    "functions": (([],), "tool calls are not supported"),
+    "modalities": ((["text"],), "answers are text"),
+    "n": ((1,), "one answer is generated for each prompt; send the request again for another"),
+    "parallel_tool_calls": ((), "tool calls are not supported"),
+    "prediction": ((), "predicted outputs are not supported"),
+    "reasoning_effort": ((), "this model does not reason separately"),
+    "response_format": (({"type": "text"},), "answers are plain text"),
+    "suffix": (("",), "text is continued at its end only"),
+    "tool_choice": (("none",), "tool calls are not supported"),
+    "tools": (([],), "tool calls are not supported"),
+    "verbosity": ((), "ask for a short answer in words"),
+    "web_search_options": ((), "there is no web search"),
+}
+"""Fields of OpenAI's that we know and refuse: the values that ask for nothing, and the reason."""
+
+MAX_STOP_CHARS = 500
+MIN_TEMPERATURE = 1e-3
+
+B = TypeVar("B", bound="Body")
+
+
+class Body(BaseModel):
+    """A request body. Unknown fields and wrong types are refused; a null field is an absent one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    model: str | None = None
+    """A served name; None is the first one."""
+
+    @classmethod
+    def read(cls: type[B], body: Any) -> B:
+        """Validates a parsed JSON value; raises `InvalidRequest` naming the first bad field."""
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        _require_plain_json(body)
+        fields = {name: value for name, value in body.items() if value is not None}
+        for name, value in fields.items():
+            _refuse_unsupported(name, value)
+        used = {k: v for k, v in fields.items() if k not in IGNORED and k not in UNSUPPORTED}
+        try:
+            return cls.model_validate(used)
+        except ValidationError as error:
+            raise _first_error(error) from None
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    include_usage: bool = False
+    """One more chunk before the end, with no choices and the usage."""
+    include_obfuscation: bool = False
+    """Accepted and not used: chunks are not padded."""
+
+
+class Sampling(Body):
+    """How an answer is generated, the same on every route that generates one."""
+
+    max_tokens: int | None = Field(default=None, ge=1)
+    min_tokens: int = Field(default=0, ge=0)
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
+    top_k: int = Field(default=0, ge=-1)
+    """0 and -1 keep all tokens."""
+    min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
+    repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
+    logit_bias: dict[str, float] = Field(default_factory=dict)
+    """Token id, as JSON's text, to a bias from -100 to 100."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: list[int] = Field(default_factory=list, max_length=64)
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """None: none. n: the chosen token's and those of the n most probable."""
+        return None
+
+    @property
+    def bias(self) -> dict[int, float]:
+        return {int(token): value for token, value in self.logit_bias.items()}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _list_of_stops(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+            raise InvalidRequest("`stop` should be a string or a list of strings.", param="stop")
+        if len(stops) > 16 or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in stops):
+            raise InvalidRequest(
+                f"`stop` takes up to 16 strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
+            )
+        return tuple(stops)
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _bias_of_tokens(cls, value: dict[str, float]) -> dict[str, float]:
+        for token, bias in value.items():
+            # Also false for NaN, and for digits that int() would take but are not ASCII.
+            if not (token.isascii() and token.isdigit() and len(token) < 10 and abs(bias) <= 100):
+                raise InvalidRequest(
+                    "`logit_bias` maps token ids to numbers from -100 to 100.", param="logit_bias"
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> "Sampling":
+        if self.stream_options is not None and not self.stream:
+            raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise InvalidRequest(
+                "`min_tokens` should not be larger than `max_tokens`.", param="min_tokens"
+            )
+        return self
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's `usage` object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def printable(name: Any) -> str:
+    """A client's own word, short and safe to put into an error."""
+    return str(name)[:64].encode("utf-8", "replace").decode()
+
+
+def _refuse_unsupported(name: str, value: Any) -> None:
+    neutral, reason = UNSUPPORTED.get(name, ((value,), ""))
+    # By type too: True equals 1, and is no number of answers.
+    if not any(type(value) is type(each) and value == each for each in neutral):
+        raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
+
+
+def _require_plain_json(body: dict[Any, Any]) -> None:
+    """Refuses NaN, Infinity and lone surrogates, which break whoever reads them next."""
+    for name, value in body.items():
+        try:
+            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, TypeError, RecursionError):
+            field = printable(name)
+            raise InvalidRequest(
+                f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, a lone "
+                "surrogate, or nesting without end.",
+                param=field,
+            ) from None
+
+
+def _first_error(error: ValidationError) -> InvalidRequest:
+    """Pydantic's first complaint as one sentence that starts with the field."""
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = printable(".".join(str(part) for part in first["loc"]))
+    if first["type"] == "extra_forbidden":
+        return InvalidRequest(f"`{field}` is not a field of this request.", param=field)
+    if first["type"] == "missing":
+        return InvalidRequest(f"`{field}` is required.", param=field)
+    sentence = first["msg"].removeprefix("Input ").rstrip(".")
+    return InvalidRequest(f"`{field}` {sentence[:1].lower()}{sentence[1:]}.", param=field)

@@ -1,0 +1,99 @@
+"""A conversation as OpenAI's clients send it, for every route that takes `messages`.
+
+Knows no chat template: whether roles alternate as the model wants is the template's to say.
+"""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.fields import printable
+
+IGNORED = frozenset({"name"})
+"""Fields of a message that the chat format has no place for."""
+
+_EMPTY: tuple[Any, ...] = (None, [], "")
+_ROLES = ("system", "user", "assistant")
+
+
+class Message(BaseModel):
+    """One message: text, or a list of text parts, which are joined by line ends."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    role: str
+    content: str = ""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_empty_fields(cls, value: Any) -> Any:
+        """Answers come back as messages with fields such as `"tool_calls": null`."""
+        if not isinstance(value, dict):
+            raise InvalidRequest("Each message should be an object.", param="messages")
+        for name in ("tool_calls", "tool_call_id", "function_call"):
+            if value.get(name) not in _EMPTY:
+                raise InvalidRequest(
+                    f"`{name}` is not supported: tool calls are not supported.",
+                    param=f"messages.{name}",
+                )
+        return {
+            name: each
+            for name, each in value.items()
+            if name not in IGNORED and (each not in _EMPTY or name in ("role", "content"))
+        }
+
+    @field_validator("role", mode="after")
+    @classmethod
+    def _known_role(cls, role: str) -> str:
+        role = "system" if role == "developer" else role  # OpenAI's newer word
+        if role not in _ROLES:
+            raise InvalidRequest(
+                f"The role `{printable(role)}` is not supported; use system, user or assistant.",
+                param="messages.role",
+            )
+        return role
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _text_of_parts(cls, content: Any) -> Any:
+        if content is None:
+            return ""
+        if isinstance(content, str):
+            return content
+        if not isinstance(content, list):
+            raise InvalidRequest(
+                "`content` should be a string or a list of text parts.", param="messages.content"
+            )
+        return "\n".join(_text(part) for part in content)
+
+    @model_validator(mode="after")
+    def _user_says_something(self) -> "Message":
+        if self.role == "user" and not self.content:
+            raise InvalidRequest(
+                "The content of a user message should not be empty.", param="messages.content"
+            )
+        return self
+
+
+def _text(part: Any) -> str:
+    match part:
+        case {"type": "text", "text": str(text)} if len(part) == 2:
+            return text
+        case {"type": str(kind)} if kind != "text":
+            raise InvalidRequest(
+                f"Content parts of type `{printable(kind)}` are not supported: send text.",
+                param="messages.content",
+            )
+    raise InvalidRequest(
+        'Each content part should be {"type": "text", "text": "..."}.', param="messages.content"
+    )
+
+
+def num_chars(messages: list[Message]) -> int:
+    return sum(len(message.content) for message in messages)
+
+
+def plain(messages: list[Message]) -> list[dict[str, str]]:
+    """As the chat template takes them."""
+    return [{"role": message.role, "content": message.content} for message in messages]

@@ -1,0 +1,81 @@
+"""The checkpoint's tokenizer and chat template: text and messages to token ids, and back.
+
+A thin face on transformers' tokenizer. The chat format comes from the checkpoint's template and
+nowhere else, and so does its BOS. Knows no limits and no engine.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.text import PRIMING_TOKENS, Detokenizer
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Tokenizer:
+    """Reads `tokenizer.json`, its configuration and the chat template in the folder `path`.
+
+    Thread-safe: it is only read after construction.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from transformers import AutoTokenizer
+
+        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        self.backend: Any = self._tokenizer.backend_tokenizer
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The ids of `text`; BOS in front once, even where the text brings its own."""
+        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        bos = self._tokenizer.bos_token_id
+        if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
+            return ids[1:]
+        return ids
+
+    def render(
+        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """The ids of a conversation (`{"role", "content"}` each) in the model's chat format.
+
+        Raises `InvalidRequest` with the template's own sentence when it refuses the messages.
+        """
+        from jinja2.exceptions import TemplateError
+
+        if self._tokenizer.chat_template is None:
+            raise InvalidRequest(
+                "This model has no chat template; use /v1/completions.", param="messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except TemplateError as error:
+            raise InvalidRequest(str(error), param="messages") from None
+        return self.encode(text, add_special_tokens=False)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`."""
+        return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
+
+    def detokenizer(
+        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
+    ) -> Detokenizer:
+        """Decodes one answer as it comes; `prompt_ids` when it continues the prompt's text."""
+        tail = list(prompt_ids)[-PRIMING_TOKENS:]
+        return Detokenizer(self.backend, prompt_tail=tail, skip_special=skip_special_tokens)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes one token stands for; a part of a character for a byte token."""
+        token: str | None = self.backend.id_to_token(token_id)
+        if token is None:
+            return b""
+        if byte := _BYTE.fullmatch(token):
+            return bytes([int(byte[1], 16)])
+        return token.replace("▁", " ").encode()
+
+    def token_string(self, token_id: int) -> str:
+        """The vocabulary's own spelling of a token (`▁Hello`, `<0x0A>`)."""
+        return self.backend.id_to_token(token_id) or ""

@@ -1,0 +1,42 @@
+"""`/tokenize` and `/detokenize`, in vLLM's schema. Knows no tokenizer."""
+
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.fields import Body
+from serve_app.protocol.messages import Message
+
+
+class TokenizeRequest(Body):
+    """`POST /tokenize` of `prompt` (raw text) or `messages` (through the chat template)."""
+
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    add_special_tokens: bool = True
+    """BOS before a `prompt`; the chat template brings its own."""
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _prompt_or_messages(self) -> "TokenizeRequest":
+        if (self.prompt is None) == (self.messages is None):
+            raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
+        return self
+
+
+class DetokenizeRequest(Body):
+    """`POST /detokenize` of token ids."""
+
+    tokens: list[int]
+
+
+def tokenized(ids: list[int], max_model_len: int, strings: list[str] | None) -> dict[str, Any]:
+    """The answer of `/tokenize`; `token_strs` is null unless asked for."""
+    return {
+        "count": len(ids),
+        "max_model_len": max_model_len,
+        "tokens": ids,
+        "token_strs": strings,
+    }

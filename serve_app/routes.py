@@ -1,0 +1,194 @@
+"""What each route does with its body: read, tokenise, generate, shape the answer.
+
+Knows the engine only through `Generator`, and no doors: refusals are raised as `ServeError`s.
+"""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from serve_app.errors import ModelNotFound, as_serve_error, error_body
+from serve_app.generation import Generator
+from serve_app.protocol import chat, completions, plain, tokens
+from serve_app.protocol.answer import Generation, Head
+from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.fields import Body, printable
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[[Call, float], Awaitable[Reply]]
+"""Answers a call before the deadline, which is a time on the event loop's clock."""
+
+MODELS = "/v1/models/"
+
+
+class Routes:
+    """The routes that speak of models and text. `names` are the served names."""
+
+    def __init__(self, generator: Generator, names: tuple[str, ...], max_running: int) -> None:
+        self._generator = generator
+        self._tokenizer = generator.tokenizer
+        self._names = names
+        self._max_running = max_running
+        self._table: dict[str, tuple[str, Handler]] = {
+            "/v1/models": ("GET", self._models),
+            "/v1/chat/completions": ("POST", self._chat),
+            "/v1/completions": ("POST", self._completions),
+            "/prompt": ("POST", self._prompt),
+            "/tokenize": ("POST", self._tokenize),
+            "/detokenize": ("POST", self._detokenize),
+        }
+
+    def find(self, path: str) -> tuple[str, Handler] | None:
+        """The method and the handler of `path`; None where there is no such route."""
+        if path.startswith(MODELS) and path != MODELS:
+            return "GET", self._model
+        return self._table.get(path)
+
+    async def _models(self, call: Call, deadline: float) -> Reply:
+        return Reply({"object": "list", "data": [self._card(name) for name in self._names]})
+
+    async def _model(self, call: Call, deadline: float) -> Reply:
+        name = call.path.removeprefix(MODELS)
+        self._require_model(name)
+        return Reply(self._card(name))
+
+    async def _chat(self, call: Call, deadline: float) -> Reply:
+        request = chat.ChatRequest.read(call.body)
+        head = self._head(request, call)
+        ids = await self._generator.conversation_ids(request.messages)
+        generation = self._generator.start(
+            request, ids, max_tokens=request.limit, default=None, deadline=deadline
+        )
+        if request.stream:
+            return Reply(chunks=chat.chunks(request, head, generation, self._tokenizer))
+        return Reply(await chat.answer(request, head, generation, self._tokenizer))
+
+    async def _completions(self, call: Call, deadline: float) -> Reply:
+        request = completions.CompletionRequest.read(call.body)
+        head = self._head(request, call)
+        generations, echoes = [], []
+        for prompt in request.prompts:
+            generation, echo = await self._completion(request, prompt, deadline)
+            generations.append(generation)
+            echoes.append(echo if request.echo else "")
+        make = completions.chunks if request.stream else completions.answer
+        made: Any = make(request, head, generations, echoes, self._tokenizer)
+        return Reply(chunks=made) if request.stream else Reply(await made)
+
+    async def _completion(
+        self, request: completions.CompletionRequest, prompt: str | list[int], deadline: float
+    ) -> tuple[Generation, str]:
+        """The running answer to one prompt, and the prompt's text."""
+        if isinstance(prompt, str):
+            ids, text = await self._generator.text_ids(prompt), prompt
+        else:
+            ids, text = prompt, await self._generator.decoded(prompt, "prompt")
+        generation = self._generator.start(
+            request,
+            ids,
+            max_tokens=request.max_tokens,
+            default=completions.DEFAULT_MAX_TOKENS,
+            deadline=deadline,
+            continues=True,
+        )
+        return generation, text
+
+    async def _prompt(self, call: Call, deadline: float) -> Reply:
+        items = plain.items(call.body)
+        if items is not None:
+            return Reply(await self._prompts(items, call, deadline))
+        request = plain.PromptRequest.read(call.body)
+        head = self._head(request, call)
+        generation = await self._plain(request, deadline)
+        if request.stream:
+            return Reply(chunks=plain.chunks(head, generation))
+        return Reply(await plain.answer(head, generation))
+
+    async def _plain(self, request: plain.PromptRequest, deadline: float) -> Generation:
+        ids = await self._generator.conversation_ids(request.conversation, request.text_field)
+        return self._generator.start(
+            request,
+            ids,
+            max_tokens=request.max_tokens,
+            default=plain.DEFAULT_MAX_TOKENS,
+            deadline=deadline,
+        )
+
+    async def _prompts(self, items: list[Any], call: Call, deadline: float) -> dict[str, Any]:
+        """All items of a batch, in order; an item that fails is an error in its place."""
+        # No more at once than can run, or a long list would be refused by its own queue.
+        places = asyncio.Semaphore(self._max_running)
+
+        async def one(item: Any) -> dict[str, Any]:
+            async with places:
+                try:
+                    request = plain.read_item(item)
+                    head = self._head(request, call)
+                    result = await plain.answer(head, await self._plain(request, deadline))
+                    return {name: result[name] for name in ("text", "finish_reason", "usage")}
+                except Exception as error:
+                    return error_body(known(error, call.request_id), call.request_id)
+
+        results = await asyncio.gather(*(one(item) for item in items))
+        return {"results": results, "total_processed": len(results)}
+
+    async def _tokenize(self, call: Call, deadline: float) -> Reply:
+        request = tokens.TokenizeRequest.read(call.body)
+        self._require_model(request.model)
+        if request.messages is not None:
+            ids = await self._generator.conversation_ids(
+                request.messages, add_generation_prompt=request.add_generation_prompt
+            )
+        else:
+            ids = await self._generator.text_ids(
+                request.prompt or "", add_special_tokens=request.add_special_tokens
+            )
+        strings = [self._tokenizer.token_string(token_id) for token_id in ids]
+        asked = strings if request.return_token_strs else None
+        return Reply(tokens.tokenized(ids, self._generator.max_model_len, asked))
+
+    async def _detokenize(self, call: Call, deadline: float) -> Reply:
+        request = tokens.DetokenizeRequest.read(call.body)
+        self._require_model(request.model)
+        return Reply({"prompt": await self._generator.decoded(request.tokens, "tokens")})
+
+    def _head(self, request: Body, call: Call) -> Head:
+        self._require_model(request.model)
+        return Head(call.request_id, self._names[0])
+
+    def _require_model(self, name: str | None) -> None:
+        if name is not None and name not in self._names:
+            raise ModelNotFound(
+                f"There is no model `{printable(name)}` here, only {', '.join(self._names)}.",
+                param="model",
+            )
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "mixtral-serve",
+            "max_model_len": self._generator.max_model_len,
+        }
+
+
+def known(error: Exception, request_id: str) -> Exception:
+    """`error` as a `ServeError`; one that we did not foresee is logged with its traceback."""
+    answer = as_serve_error(error)
+    if answer is not error:
+        # Only where it happened: an exception's text may quote the user.
+        log.error("request %s failed: %s", request_id, _where(error))
+        log.debug("request %s failed", request_id, exc_info=error)
+    return answer
+
+
+def _where(error: BaseException) -> str:
+    """The exception's type and the lines it came through, without its text."""
+    import traceback
+
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames[::-1])
+    return f"{type(error).__name__} in {lines}"

@@ -1,0 +1,174 @@
+"""MixtralServer: the deployment class, as a plain object. Owns tokenizer and engine.
+
+Both doors hand it a `Call` and hear a `Reply`. Constructing one loads the model; nothing else does.
+Knows no HTTP library, no Ray and no jobs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from typing import Any
+
+from serve_app import load as loading
+from serve_app.errors import (
+    Draining,
+    EngineDead,
+    MethodNotAllowed,
+    RouteNotFound,
+    ServeError,
+    error_body,
+)
+from serve_app.generation import Generator
+from serve_app.load import Loaded, LoadLog
+from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.fields import printable
+from serve_app.routes import Handler, Routes, known
+from serve_app.settings import Settings
+
+Chunks = AsyncGenerator[dict[str, Any], None]
+
+
+class MixtralServer:
+    """One loaded model and everything that can be asked of it."""
+
+    def __init__(
+        self, settings: Settings, load: Callable[[Settings, LoadLog], Loaded] = loading.load
+    ) -> None:
+        """Loads the model, which takes as long as it takes; raises `ModelLoadFailed`."""
+        self.settings = settings
+        load_log = LoadLog(settings.load_log)
+        self._loaded = load(settings, load_log)
+        self._engine = self._loaded.engine
+        self._phases = load_log.phases
+        self._is_draining = False
+        generator = Generator(
+            self._engine,
+            self._loaded.tokenizer,
+            settings.api,
+            self._loaded.max_model_len,
+            self._loaded.vocab_size,
+        )
+        self._routes = Routes(generator, settings.model.served_names, settings.engine.max_running)
+
+    async def answer(self, call: Call) -> Reply:
+        """Answers one call; raises a `ServeError` where it cannot.
+
+        A reply with chunks has its first one ready, so every refusal is raised from here.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.api.request_timeout_s
+        try:
+            reply = await self._handler(call)(call, deadline)
+            if reply.chunks is None:
+                return reply
+            chunks = _known_failures(reply.chunks, call.request_id)
+            await anext(chunks)
+            return Reply(chunks=chunks)
+        except Exception as error:
+            raise known(error, call.request_id) from error
+
+    async def call(
+        self, method: str, path: str, body: Any, request_id: str
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """`answer` for a deployment handle: everything crosses as data, errors too.
+
+        Yields `{"status", "stream", "headers"}`, then one `{"body"}` or `{"chunk"}`s. A failure is
+        `{"status", "error"}`, where `error` is an `error_body`, as the last item. Closing the
+        generator cancels the request.
+        """
+        try:
+            reply = await self.answer(Call(method, path, body, request_id))
+            is_stream = reply.chunks is not None
+            # Closes the chunks even where nobody comes back for the second item.
+            async with aclosing(reply.chunks or _nothing()) as chunks:
+                yield {"status": reply.status, "stream": is_stream, "headers": reply.headers}
+                if not is_stream:
+                    yield {"body": reply.body}
+                async for chunk in chunks:
+                    yield {"chunk": chunk}
+        except ServeError as error:
+            yield {"status": error.http_status, "error": error_body(error, request_id)}
+
+    def drain(self) -> None:
+        """From now on only what runs is finished; whatever would start is refused."""
+        self._is_draining = True
+
+    def check_health(self) -> None:
+        """For Serve's health check: raises `EngineDead` when the replica must be replaced."""
+        if not self._engine.is_alive:
+            raise EngineDead("The engine has stopped; another replica can answer.")
+
+    def close(self) -> None:
+        """Stops the engine; requests that still run fail."""
+        self._engine.stop()
+
+    def health(self) -> dict[str, Any]:
+        """The `/health` object."""
+        stats = self._engine.stats()
+        return {
+            "status": "draining" if self._is_draining else "ready",
+            "model": {
+                "id": self.settings.model.served_names[0],
+                "quantization": self.settings.model.quantization,
+                "dtype": self._loaded.dtype,
+            },
+            "memory": self._loaded.memory,
+            "engine": {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_blocks_used": stats.kv_blocks_used,
+                "kv_blocks_total": stats.kv_blocks_total,
+            },
+            "load": self._phases,
+            "notes": self._loaded.notes,
+        }
+
+    def _handler(self, call: Call) -> Handler:
+        """The route's handler; raises where there is none, or none for now."""
+        found = self._status_route(call.path) or self._routes.find(call.path)
+        if found is None:
+            raise RouteNotFound(f"There is no route {printable(call.path)}.")
+        method, handler = found
+        if call.method != method:
+            raise MethodNotAllowed(
+                f"{printable(call.path)} takes {method}, not {printable(call.method)}."
+            )
+        self.check_health()
+        if method == "POST" and self._is_draining:
+            raise Draining(
+                "The server is shutting down; send the request to another one.",
+                retry_after_s=self.settings.api.retry_after_s,
+            )
+        return handler
+
+    def _status_route(self, path: str) -> tuple[str, Handler] | None:
+        if path not in ("/health", "/ping"):
+            return None
+
+        async def handler(call: Call, deadline: float) -> Reply:
+            health = self.health()
+            body = health if path == "/health" else {"status": health["status"]}
+            return Reply(body, status=503 if self._is_draining else 200)
+
+        return "GET", handler
+
+
+async def _known_failures(chunks: Chunks, request_id: str) -> Chunks:
+    """First an empty mark, once the first chunk is ready; then the chunks.
+
+    Whoever has taken the mark holds a generator that has begun, so that closing it closes `chunks`
+    too. Failures are raised as `ServeError`s.
+    """
+    try:
+        async with aclosing(chunks):
+            first = await anext(chunks)
+            yield {}
+            yield first
+            async for chunk in chunks:
+                yield chunk
+    except Exception as error:
+        raise known(error, request_id) from error
+
+
+async def _nothing() -> Chunks:
+    return
+    yield {}

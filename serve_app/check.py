@@ -6,6 +6,7 @@ weights and starts nothing. Does not promise that a download will succeed.
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,18 +32,36 @@ def check(path: str | Path) -> list[str]:
 
 
 def check_schema(path: str | Path) -> None:
-    """Serve's own schema of the file, so that a key which Serve would refuse is named."""
+    """Serve's own schema of the file; besides, names keys that Serve would ignore in silence."""
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 
-    application(path)  # says it better when the file is no Serve config at all
+    first = application(path)  # says it better when the file is no Serve config at all
     document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     try:
         ServeDeploySchema.model_validate(document)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{path}: `{key}`: {first['msg']}.") from None
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise ConfigError(f"{path}: `{key}`: {wrong['msg']}.") from None
+    for name in _unknown_keys(document, first):
+        raise ConfigError(f"{path}: `{name}` is no key that Serve knows.")
+
+
+def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iterator[str]:
+    from ray.serve import schema
+
+    levels = [
+        ("", document, schema.ServeDeploySchema),
+        ("http_options.", document.get("http_options"), schema.HTTPOptionsSchema),
+        ("applications.0.", application, schema.ServeApplicationSchema),
+    ]
+    for i, deployment in enumerate(application.get("deployments") or []):
+        where, actor = f"applications.0.deployments.{i}.", deployment.get("ray_actor_options")
+        levels += [(where, deployment, schema.DeploymentSchema)]
+        levels += [(f"{where}ray_actor_options.", actor, schema.RayActorOptionsSchema)]
+    for where, given, known in levels:
+        yield from (f"{where}{key}" for key in given or {} if key not in known.model_fields)
 
 
 def check_model(settings: Settings) -> list[str]:
@@ -81,7 +100,7 @@ def check_memory(settings: Settings, plan: "Plan", context: int) -> list[str]:
     if on_cpu and weights + kv_cache > (free := _free_bytes()):
         raise ModelLoadFailed(
             f"The model needs {(weights + kv_cache) / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free; lower `engine.kv_cache_tokens` or take a larger machine."
+            f"{free / 1e9:.1f} GB are free; lower `engine.kv_cache_tokens`."
         )
     return [
         f"Memory: {weights / 1e9:.2f} GB of {dtype} weights and {kv_cache / 1e9:.2f} GB for "

@@ -1,0 +1,145 @@
+"""`python -m serve_app.check`: one sentence for whatever would go wrong, before anything starts."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_app.check import check, main
+from serve_app.errors import ModelLoadFailed
+from serve_app.tiny import CHECKPOINT
+
+
+def config(folder: Path, **args: Any) -> Path:
+    """configs/tiny.yaml with these sections of `args:` replaced."""
+    document = yaml.safe_load(Path("configs/tiny.yaml").read_text())
+    document["applications"][0]["args"] |= args
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def model(path: Path) -> dict[str, str]:
+    return {"name": str(path), "quantization": "none", "device": "cpu"}
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may break."""
+    copy = tmp_path / "checkpoint"
+    shutil.copytree(CHECKPOINT, copy)
+    return copy
+
+
+def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
+    """What the command says of a configuration that cannot work; one line, exit code 1."""
+    assert main([str(path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    return said
+
+
+def test_the_shipped_model_passes() -> None:
+    """The tiny configuration is fine, and the check says what it takes."""
+    lines = check("configs/tiny.yaml")
+    assert any("context 16,384 tokens" in line for line in lines)
+    assert any("KV cache" in line for line in lines)
+
+
+def test_the_command_is_a_module_of_its_own() -> None:
+    """`python -m serve_app.check` exits 0 without starting Ray."""
+    done = subprocess.run(
+        [sys.executable, "-m", "serve_app.check", "configs/tiny.yaml"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert "the configuration is valid" in done.stdout
+
+
+def test_misspelt_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown key in `args:` is named together with its file."""
+    path = config(tmp_path, engine={"max_runing": 3})
+    said = sentence(capsys, path)
+    assert str(path) in said
+    assert "`engine.max_runing`" in said
+
+
+def test_key_that_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A wrong key outside `args:` is named too."""
+    path = config(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    document["applications"][0]["deployments"] = [{"name": "mixtral", "num_replica": 2}]
+    path.write_text(yaml.safe_dump(document))
+    assert "num_replica" in sentence(capsys, path)
+
+
+def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A folder that is not there is named."""
+    said = sentence(capsys, config(tmp_path, model=model(tmp_path / "absent")))
+    assert str(tmp_path / "absent") in said
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_missing_file(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """Each file that a model needs is missed by its name."""
+    (checkpoint / name).unlink()
+    assert name in sentence(capsys, config(tmp_path, model=model(checkpoint)))
+
+
+def test_truncated_weights(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A half downloaded file is found without reading it."""
+    weights = checkpoint / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    said = sentence(capsys, config(tmp_path, model=model(checkpoint)))
+    assert str(weights) in said
+    assert "download it again" in said
+
+
+def test_pickled_weights(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A pickle is refused by name."""
+    (checkpoint / "model.safetensors").rename(checkpoint / "pytorch_model.bin")
+    assert "pytorch_model.bin" in sentence(capsys, config(tmp_path, model=model(checkpoint)))
+
+
+def test_another_architecture(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint that is no Mixtral is refused by its key."""
+    document = json.loads((checkpoint / "config.json").read_text())
+    document["model_type"] = "llama"
+    (checkpoint / "config.json").write_text(json.dumps(document))
+    assert "`model_type`" in sentence(capsys, config(tmp_path, model=model(checkpoint)))
+
+
+def test_context_longer_than_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A context that the checkpoint cannot hold is refused with both numbers."""
+    said = sentence(capsys, config(tmp_path, engine={"max_model_len": 20_000}))
+    assert "20000" in said
+    assert "16384" in said
+
+
+def test_too_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A KV cache larger than the machine is refused with the size it would need."""
+    said = sentence(capsys, config(tmp_path, engine={"kv_cache_tokens": 10**12}))
+    assert "GB are free" in said
+
+
+def test_four_bits_are_not_there_yet() -> None:
+    """The GPU box's configuration is refused in one sentence rather than loaded in bf16."""
+    with pytest.raises(ModelLoadFailed, match="91 GB"):
+        check("configs/local.yaml")

@@ -134,7 +134,7 @@ class Engine:
         try:
             while self._num_failed_steps < MAX_FAILED_STEPS and self._turn():
                 pass
-            if self._num_failed_steps:
+            if self._num_failed_steps >= MAX_FAILED_STEPS:
                 log.critical("%d steps in a row failed: the engine ends", MAX_FAILED_STEPS)
                 self._inbox.die()
         except BaseException:
@@ -160,7 +160,7 @@ class Engine:
         for sequence in mail.aborted:
             # Its last delta may have been on the way when the consumer left.
             if sequence in self._streams:
-                self._end(sequence, Delta([], [], "cancelled"))
+                self._drop(sequence)
 
     def _step(self, chunks: list[Chunk]) -> None:
         self._steps += 1
@@ -203,19 +203,21 @@ class Engine:
         self._end(sequence, Delta([], [], "error", error))
 
     def _end(self, sequence: Sequence, last: Delta) -> None:
+        self._outbox.add(self._streams[sequence], last)
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Ends a sequence without a word, as when nobody listens any more."""
         self._scheduler.remove(sequence)
-        self._outbox.add(self._streams.pop(sequence), last)
+        del self._streams[sequence]
         self._num_ended += 1
 
     def _flush(self) -> None:
         """Delivers what is new; ends the sequences whose event loop is gone."""
-        closed = self._outbox.flush()
-        if closed:
+        if closed := self._outbox.flush():
             for sequence, stream in list(self._streams.items()):
                 if stream.loop in closed:
-                    self._scheduler.remove(sequence)
-                    del self._streams[sequence]
-                    self._num_ended += 1
+                    self._drop(sequence)
         if self._num_ended:
             self._inbox.ended(self._num_ended)
             self._num_ended = 0

@@ -1,0 +1,163 @@
+"""The scheduler, driven by hand: a step is taken for computed, and every token is 0."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+
+
+def new_sequence(num_prompt: int, max_tokens: int) -> Sequence:
+    return Sequence([0] * num_prompt, SamplingParams(max_tokens=max_tokens), 0, frozenset())
+
+
+@dataclass
+class Driver:
+    """Does what the engine does around the scheduler, and checks every step."""
+
+    scheduler: Scheduler
+    arrived: list[Sequence] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    ended: Counter[Sequence] = field(default_factory=Counter)
+
+    def add(self, num_prompt: int, max_tokens: int) -> Sequence:
+        sequence = new_sequence(num_prompt, max_tokens)
+        self.arrived.append(sequence)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence) -> None:
+        if not self.ended[sequence]:
+            self.scheduler.remove(sequence)
+            self.ended[sequence] += 1
+
+    def step(self) -> list[Chunk]:
+        if not self.scheduler.has_work:
+            return []
+        decoding = [s for s in self.scheduler.running if s.num_uncomputed == 1]
+        chunks = self.scheduler.schedule()
+        self.check(chunks, decoding)
+        for sequence, _, end, samples in chunks:
+            if sequence not in self.admitted:
+                self.admitted.append(sequence)
+            sequence.num_computed = end
+            if samples:
+                sequence.token_ids.append(0)
+                if sequence.num_generated == sequence.params.max_tokens:
+                    self.scheduler.remove(sequence)
+                    self.ended[sequence] += 1
+        return chunks
+
+    def check(self, chunks: list[Chunk], decoding: list[Sequence]) -> None:
+        scheduler = self.scheduler
+        assert 0 < sum(end - start for _, start, end, _ in chunks) <= scheduler.max_step_tokens
+        assert len({sequence for sequence, *_ in chunks}) == len(chunks)
+        for sequence, start, end, samples in chunks:
+            assert sequence in scheduler.running
+            assert sequence.num_computed == start < end <= len(sequence.token_ids)
+            assert samples == (end == len(sequence.token_ids))
+            assert len(sequence.block_table) * scheduler.blocks.block_size >= end
+        scheduled = [sequence for sequence, *_ in chunks]
+        alive = [s for s in decoding if s in scheduler.running]
+        assert scheduled[: len(alive)] == alive, "a running stream was stalled"
+        assert len(scheduler.running) <= scheduler.max_running
+        owned = [block for s in scheduler.running for block in s.block_table]
+        assert len(set(owned)) == len(owned) == scheduler.blocks.num_used
+        order = [*scheduler.running, *scheduler.waiting]
+        assert order == [s for s in self.arrived if not self.ended[s]], "not in order of arrival"
+        assert not any(s.block_table or s.num_computed for s in scheduler.waiting)
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.integers(1, 20), st.integers(1, 12)),  # a new request: prompt, max_tokens
+        st.integers(0, 30),  # the one with this number leaves
+        st.none(),  # a step
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.integers(1, 6),
+    st.integers(0, 10),
+    st.integers(1, 5),
+    st.integers(0, 8),
+    EVENTS,
+)
+def test_every_sequence_ends_once_within_all_limits(
+    max_running: int, more_tokens: int, block_size: int, more_blocks: int, events: list[object]
+) -> None:
+    """Whatever arrives and leaves: limits hold in every step, all end once, in order of arrival."""
+    num_blocks = -(-31 // block_size) + more_blocks  # 31 tokens: the longest request alone
+    blocks = BlockAllocator(num_blocks, block_size)
+    driver = Driver(Scheduler(blocks, max_running, max_running + more_tokens))
+    left: set[Sequence] = set()
+    for event in events:
+        match event:
+            case (int(num_prompt), int(max_tokens)):
+                driver.add(num_prompt, max_tokens)
+            case int(number) if number < len(driver.arrived):
+                left.add(driver.arrived[number])
+                driver.abort(driver.arrived[number])
+            case None:
+                driver.step()
+    for _ in range(5000):
+        if not driver.step():
+            break
+    assert driver.ended == Counter(driver.arrived)
+    assert blocks.num_used == 0
+    assert driver.admitted == [s for s in driver.arrived if s in driver.admitted]
+    for sequence in set(driver.arrived) - left:
+        assert sequence.num_generated == sequence.params.max_tokens
+
+
+def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
+    """Blocks for two run out: the second gives way, then resumes from its prompt and its tokens."""
+    driver = Driver(Scheduler(BlockAllocator(6, 4), max_running=2, max_step_tokens=16))
+    first, second = driver.add(8, 13), driver.add(7, 9)
+    while not driver.scheduler.num_preemptions:
+        driver.step()
+    assert list(driver.scheduler.waiting) == [second]
+    kept = second.num_generated
+    assert kept > 0
+    while not driver.ended[first]:
+        assert [sequence for sequence, *_ in driver.step()] == [first]
+    assert driver.step() == [Chunk(second, 0, 7 + kept, samples=True)]
+    while driver.step():
+        pass
+    assert second.num_generated == 9
+
+
+def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
+    """A prompt of five steps' tokens is cut into chunks; a stream decodes in each of them."""
+    driver = Driver(Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=10))
+    stream = driver.add(2, 30)
+    driver.step()
+    prompt = driver.add(50, 1)
+    chunks: list[tuple[int, int]] = []
+    while not driver.ended[prompt]:
+        step = driver.step()
+        assert step[0].sequence is stream
+        assert len(step) == 2
+        chunks.append((step[1].start, step[1].end))
+    assert chunks == [(0, 9), (9, 18), (18, 27), (27, 36), (36, 45), (45, 50)]
+
+
+def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
+    """With the places taken, a step touches no waiting sequence: its cost ignores their number."""
+    driver = Driver(Scheduler(BlockAllocator(8, 4), max_running=1, max_step_tokens=8))
+    driver.add(4, 5)
+    driver.step()
+
+    class Untouchable(dict[Sequence, None]):
+        def __iter__(self) -> object:  # type: ignore[override]
+            raise AssertionError("walked through the queue")
+
+    driver.scheduler.waiting = Untouchable({new_sequence(4, 4): None})  # type: ignore[assignment]
+    assert len(driver.scheduler.schedule()) == 1

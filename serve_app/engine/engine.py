@@ -66,7 +66,6 @@ class Engine:
         # The live sequences. Only the engine's thread touches this.
         self._streams: dict[Sequence, Stream] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
-        self._num_ended = 0
         self._num_failed_steps = 0
         self._generated_tokens = 0
         self._prompt_tokens = 0
@@ -210,7 +209,7 @@ class Engine:
         """Ends a sequence without a word, as when nobody listens any more."""
         self._scheduler.remove(sequence)
         del self._streams[sequence]
-        self._num_ended += 1
+        self._inbox.ended()
 
     def _flush(self) -> None:
         """Delivers what is new; ends the sequences whose event loop is gone."""
@@ -218,16 +217,14 @@ class Engine:
             for sequence, stream in list(self._streams.items()):
                 if stream.loop in closed:
                     self._drop(sequence)
-        if self._num_ended:
-            self._inbox.ended(self._num_ended)
-            self._num_ended = 0
 
     def _end_everyone(self) -> None:
         self._read(self._inbox.take(wait=False))
         for stream in self._streams.values():
             self._outbox.add(stream, Delta([], [], "error", self._inbox.refused()))
-        self._outbox.flush()
-        # After everyone is told, because a fault of the scheduler may be why this runs.
-        for sequence in self._streams:
-            self._scheduler.remove(sequence)
-        self._streams.clear()
+        try:
+            for sequence in list(self._streams):
+                self._drop(sequence)
+        finally:
+            # Even when a fault of the scheduler is why this runs.
+            self._outbox.flush()

@@ -70,10 +70,10 @@ class Inbox:
             mail, self._mail = self._mail, Mail([], [], self._mail.is_stopping)
             return mail
 
-    def ended(self, num_sequences: int) -> None:
-        """Tells that so many sequences are no longer alive."""
+    def ended(self) -> None:
+        """Tells that one sequence is no longer alive."""
         with self._changed:
-            self._num_alive -= num_sequences
+            self._num_alive -= 1
 
     @property
     def num_unread(self) -> int:

@@ -27,7 +27,7 @@ def new_sequence(
     return sequence
 
 
-def reference_scores(logits: Tensor, sequence: Sequence) -> Tensor:
+def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
     """The scores `[vocab]` whose softmax a token is drawn from: transformers' processors."""
     from transformers.generation import logits_process as hf
 

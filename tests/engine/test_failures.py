@@ -1,0 +1,139 @@
+"""A failure costs the request it belongs to; three failed steps in a row cost the engine."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve_app.engine.sequence import Chunk, Delta
+from serve_app.errors import EngineDead, InternalError, OutOfMemory
+from tests.engine.fake import FakeRunner, complete, greedy, logits_of, run, running
+
+POISON = 13
+"""A prompt with this token makes its step, or its logits, fail."""
+
+
+def poisoned_logits(token_ids: list[int]) -> Tensor:
+    logits = logits_of(token_ids)
+    if token_ids[0] == POISON and len(token_ids) >= 5:
+        logits[20] = torch.nan
+    return logits
+
+
+def fail_on_poison(chunks: list[Chunk]) -> None:
+    if any(POISON in chunk.sequence.token_ids[: chunk.sequence.num_prompt] for chunk in chunks):
+        raise torch.OutOfMemoryError("tried to allocate something secret")
+
+
+async def drain(request: AsyncGenerator[Delta, None], tokens: list[int]) -> None:
+    async for delta in request:
+        tokens += delta.token_ids
+
+
+def test_logits_that_are_not_finite_fail_their_request_only() -> None:
+    """It gets its earlier tokens, then an InternalError; its neighbours get what they always do."""
+    prompts = [[1, 2], [POISON, 2], [3, 4]]
+    params = greedy(12, ignore_eos=True)
+
+    async def together() -> list[Any]:
+        return await asyncio.gather(
+            *(complete(engine, prompt, params) for prompt in prompts), return_exceptions=True
+        )
+
+    async def early_tokens() -> list[int]:
+        tokens: list[int] = []
+        with pytest.raises(InternalError):
+            await drain(engine.generate(prompts[1], params), tokens)
+        return tokens
+
+    with running(FakeRunner(poisoned_logits)) as engine:
+        first, broken, third = run(together())
+        assert isinstance(broken, InternalError)
+        assert len(run(early_tokens())) == 3
+        assert engine.stats().kv_blocks_used == 0
+        assert run(complete(engine, prompts[0], params)) == first
+        assert run(complete(engine, prompts[2], params)) == third
+
+
+def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on() -> None:
+    """Those in the step get their own error without its text, those that waited are served."""
+    runner = FakeRunner(is_held=True, before=fail_on_poison)
+
+    async def fail() -> None:
+        failing = [
+            asyncio.ensure_future(complete(engine, [token, 1], greedy(4))) for token in (POISON, 2)
+        ]
+        waiting = asyncio.ensure_future(complete(engine, [3, 4], greedy(4, ignore_eos=True)))
+        await asyncio.sleep(0)
+        runner.let_go()
+        errors = await asyncio.gather(*failing, return_exceptions=True)
+        assert [type(error) for error in errors] == [OutOfMemory, OutOfMemory]
+        assert errors[0] is not errors[1]
+        assert "secret" not in str(errors[0])
+        assert len((await waiting)[0]) == 4
+        assert engine.stats().kv_blocks_used == 0
+
+    # Two places: the third request waits while the first two fail.
+    with running(runner, max_running=2) as engine:
+        run(fail())
+        assert engine.is_alive
+
+
+def test_failures_with_a_success_between_do_not_kill() -> None:
+    """Only failed steps in a row count."""
+    with running(FakeRunner(before=fail_on_poison)) as engine:
+        for _ in range(3):
+            for _ in range(2):
+                with pytest.raises(OutOfMemory):
+                    run(complete(engine, [POISON], greedy(4)))
+            run(complete(engine, [1], greedy(1)))
+        assert engine.is_alive
+
+
+def test_three_failed_steps_in_a_row_end_the_engine() -> None:
+    """Each of three gets its error; whoever waits, and whoever comes later, gets EngineDead."""
+    runner = FakeRunner(is_held=True, before=fail_on_poison)
+
+    async def die() -> list[Any]:
+        requests = [
+            asyncio.ensure_future(complete(engine, [POISON, i], greedy(4))) for i in range(5)
+        ]
+        await asyncio.sleep(0)
+        runner.let_go()
+        return [type(e) for e in await asyncio.gather(*requests, return_exceptions=True)]
+
+    with running(runner, max_running=1) as engine:
+        assert run(die()) == [OutOfMemory] * 3 + [EngineDead] * 2
+        with pytest.raises(EngineDead):
+            run(complete(engine, [1], greedy(4)))
+        assert not engine.is_alive
+        assert engine.stats().running == engine.stats().waiting == 0
+        engine.stop()
+        with pytest.raises(EngineDead):
+            run(complete(engine, [1], greedy(4)))
+
+
+def test_a_fault_of_the_loop_itself_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scheduler raises, those who wait and those who come end with EngineDead."""
+    runner = FakeRunner(is_held=True)
+
+    async def die() -> None:
+        request = engine.generate([1, 2], greedy(9, ignore_eos=True))
+        runner.allow(1)
+        await anext(request)
+
+        def schedule() -> list[Chunk]:
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+        runner.let_go()
+        with pytest.raises(EngineDead):
+            await drain(request, [])
+        with pytest.raises(EngineDead):
+            await complete(engine, [1], greedy(4))
+
+    with running(runner) as engine:
+        run(die())

@@ -4,8 +4,9 @@
 new token (decode) are computed together, the others (prefill chunks) one by one. Plain torch: the
 reference that a kernel has to match, and what runs on a CPU.
 
-In float32 on a CPU a decode row gets the same bits in any company: its context is padded to a
-multiple of 16 tokens, whose weights are exactly 0, and multiplied with plain matrix products.
+In float32 on a CPU a decode row gets the same bits in any company, whatever the others' contexts
+are: contexts are padded to whole segments, with weights that are exactly 0, and each segment's
+values are summed by a matrix product of the same size.
 
 Letters: B sequences, L context tokens (padded), N new tokens, H query heads, K KV heads,
 G = H / K query heads per KV head, D head_dim.
@@ -21,8 +22,9 @@ from torch import Tensor
 from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 
-CONTEXT_MULTIPLE = 16
-"""A softmax over a multiple of the vector width sums in the same order, whatever its length."""
+SEGMENT = 64
+"""Context tokens in one product with values. MKL splits longer sums by their length; a softmax over
+whole vectors and a sum of segments add in the same order, whatever follows."""
 FEW_TOKENS = 2048
 """Padding below this many context tokens costs less than a second group would."""
 
@@ -89,24 +91,21 @@ def attend(plan: AttentionPlan, layer: int, queries: Tensor, cache: KVCache, out
 def _attend_decodes(
     decodes: Decodes, layer: int, queries: Tensor, cache: KVCache, out: Tensor
 ) -> None:
-    q = queries[decodes.rows]
     size, _, length = decodes.bias.shape
+    q = queries[decodes.rows].view(size, cache.num_kv_heads, -1, cache.head_dim)  # [B, K, G, D]
     keys, values = cache.read(layer, decodes.blocks)
-    q = q.view(size, cache.num_kv_heads, -1, cache.head_dim)  # [B, K, G, D]
     keys = keys.view(size, length, *keys.shape[1:])  # [B, L, K, D]
-    values = values.view(size, length, *values.shape[1:])
+    values = values.view(-1, SEGMENT, *values.shape[1:])  # [B * S, SEGMENT, K, D]
     bias = decodes.bias.expand(size, q.shape[2], length)
-    scale = cache.head_dim**-0.5
+    heads = []
     # One head at a time: a product over [B, K] at once would copy all keys to make them adjacent.
-    heads = [
-        torch.bmm(
-            torch.baddbmm(bias, q[:, head], keys[:, :, head].transpose(1, 2), alpha=scale).softmax(
-                -1
-            ),
-            values[:, :, head],
+    for head in range(cache.num_kv_heads):
+        scores = torch.baddbmm(
+            bias, q[:, head], keys[:, :, head].transpose(1, 2), alpha=cache.head_dim**-0.5
         )
-        for head in range(cache.num_kv_heads)
-    ]
+        weights = scores.softmax(-1).view(size, q.shape[2], -1, SEGMENT).transpose(1, 2)
+        segments = torch.bmm(weights.reshape(-1, q.shape[2], SEGMENT), values[:, :, head])
+        heads.append(segments.view(size, -1, *q.shape[2:]).sum(1))  # [B, G, D]
     out[decodes.rows] = torch.stack(heads, dim=1).view(size, -1)
 
 
@@ -150,13 +149,15 @@ def _decodes(
     device = batch.block_tables.device
     lengths = [batch.context_lens[i] for i in group]
     longest = max(lengths)
-    multiple = lcm(block_size, CONTEXT_MULTIPLE)
+    multiple = lcm(block_size, SEGMENT)
     num_blocks = -(-longest // multiple) * multiple // block_size
     tables = batch.block_tables[_rows(group, device), :num_blocks]
     tables = F.pad(tables, (0, num_blocks - tables.shape[1]))
     ends = torch.tensor(lengths, device=device)[:, None]
     places = torch.arange(num_blocks * block_size, device=device)
     hidden = places >= ends
+    # Padding reads the sequence's own first block: 0 times a stranger's NaN would be NaN.
+    tables = torch.where(hidden[:, ::block_size], tables[:, :1], tables)
     if window is not None:
         hidden |= places < ends - window
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)

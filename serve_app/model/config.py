@@ -37,6 +37,11 @@ class MixtralConfig:
     dtype: str
     """Of the weights in the file, as the file names it ("bfloat16")."""
 
+    @property
+    def kv_values_per_token(self) -> int:
+        """Numbers that one token leaves in the KV cache, all layers together."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "MixtralConfig":
         """Reads a parsed `config.json`.
@@ -80,6 +85,11 @@ class MixtralConfig:
                 f"config.json: `num_experts_per_tok` ({self.top_k}) is more than "
                 f"`num_local_experts` ({self.num_experts})."
             )
+        for key in ("hidden_size", "intermediate_size"):
+            if getattr(self, key) % 8:  # the grouped matrix products of torch want whole 16 bytes
+                raise ModelLoadFailed(
+                    f"config.json: `{key}` ({getattr(self, key)}) must be a multiple of 8."
+                )
         if self.head_dim % 2:
             raise ModelLoadFailed(f"config.json: `head_dim` ({self.head_dim}) must be even.")
 

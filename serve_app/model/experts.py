@@ -29,31 +29,27 @@ class Experts(nn.Module):
 
         `x` `[T, H]`, `expert_ids` `[T, k]` int64, `weights` `[T, k]` of x's dtype -> `[T, H]`.
         """
-        num_tokens, top_k = expert_ids.shape
-        rows, ends, num_rows = _group(expert_ids.flatten(), self.down.shape[0], row_multiple(x))
+        rows, ends, num_rows = _group(expert_ids, self.down.shape[0], row_multiple(x))
         grouped = x.new_zeros(num_rows, x.shape[1])
-        grouped[rows] = x.repeat_interleave(top_k, dim=0)
+        grouped[rows] = x[:, None]
         gate, up = F.grouped_mm(grouped, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
-        inner = F.silu(gate) * up
-        outputs = F.grouped_mm(inner, self.down.transpose(1, 2), offs=ends)
-        chosen = outputs[rows].view(num_tokens, top_k, -1)
-        return (chosen * weights[..., None]).sum(dim=1)
+        outputs = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
+        return (outputs[rows] * weights[..., None]).sum(dim=1)
 
 
 def _group(expert_ids: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, int]:
-    """Rows for `expert_ids` `[n]` such that each expert's are adjacent, padded to `multiple`.
+    """Rows for `expert_ids` `[T, k]` such that each expert's are adjacent, padded to `multiple`.
 
-    Returns the row of each entry `[n]`, the end of each expert's rows `[E]` int32, and their count.
+    Returns the row of each entry `[T, k]`, the end of each expert's rows `[E]` int32, and how many
+    rows there are. Asks the device nothing unless rows are padded.
     """
-    order = expert_ids.argsort(stable=True)
-    counts = torch.zeros_like(expert_ids[:1]).repeat(num_experts)
-    counts.scatter_add_(0, expert_ids, torch.ones_like(expert_ids))
-    padded = counts if multiple == 1 else (counts + (multiple - 1)) // multiple * multiple
-    ends = padded.cumsum(0)
-    shift = (ends - padded) - (counts.cumsum(0) - counts)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(len(order), device=order.device)
-    rows = place + shift[expert_ids]
-    # Without padding the count is known without asking the device.
-    num_rows = len(order) if multiple == 1 else int(ends[-1])
-    return rows, ends.to(torch.int32), num_rows
+    flat = expert_ids.flatten()
+    experts = torch.arange(num_experts, device=flat.device)
+    seen = (flat[:, None] == experts).cumsum(0)  # [T * k, E]: entries of each expert so far
+    sizes = seen[-1]
+    if multiple > 1:
+        sizes = (sizes + (multiple - 1)) // multiple * multiple
+    ends = sizes.cumsum(0)
+    rows = seen.add_(ends - sizes - 1).gather(1, flat[:, None])
+    num_rows = len(flat) if multiple == 1 else int(ends[-1])
+    return rows.view_as(expert_ids), ends.to(torch.int32), num_rows

@@ -31,6 +31,19 @@ def find_checkpoint(
     commit, None the default branch; `token` opens gated repositories.
     Raises `ModelLoadFailed`, with `retry` where another try may help.
     """
+    if (found := find_local(name, revision, volume=volume)) is not None:
+        return found
+    writable = volume.is_dir() and os.access(volume, os.W_OK)
+    return _download(name, revision, token, _hub(volume) if writable else None)
+
+
+def find_local(
+    name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
+) -> Path | None:
+    """The first part of `find_checkpoint`: None where only a download is left.
+
+    Raises `ModelLoadFailed` when `name` is neither a folder here nor a repository's name.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -41,14 +54,15 @@ def find_checkpoint(
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    volume_hub = volume / "huggingface-cache" / "hub"
-    for hub in (volume_hub, Path(HF_HUB_CACHE)):
+    for hub in (_hub(volume), Path(HF_HUB_CACHE)):
         if cached := cached_snapshot(hub, name, revision):
             return cached
-    if is_complete(RUNPOD_CACHE / name / (revision or "main")):
-        return RUNPOD_CACHE / name / (revision or "main")
-    writable = volume.is_dir() and os.access(volume, os.W_OK)
-    return _download(name, revision, token, volume_hub if writable else None)
+    cached = RUNPOD_CACHE / name / (revision or "main")
+    return cached if is_complete(cached) else None
+
+
+def _hub(volume: Path) -> Path:
+    return volume / "huggingface-cache" / "hub"
 
 
 def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:

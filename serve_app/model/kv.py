@@ -20,7 +20,7 @@ class KVCache:
             (k.view(-1, *k.shape[2:]), v.view(-1, *v.shape[2:]))
             for k, v in zip(keys, values, strict=True)
         ]
-        self._blocks = [
+        self._pages = [
             (k.view(self.num_blocks, -1), v.view(self.num_blocks, -1))
             for k, v in zip(keys, values, strict=True)
         ]
@@ -46,11 +46,20 @@ class KVCache:
     @classmethod
     def bytes_per_token(cls, config: MixtralConfig, dtype: torch.dtype) -> int:
         """Bytes that one token takes in all layers."""
-        return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+        return config.kv_values_per_token * dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values))
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zeroes `blocks` `[n]`, for a sequence that left numbers in them that are not finite.
+
+        Masked slots are multiplied by 0, so a NaN would reach whoever gets the block next.
+        """
+        for pages in self._pages:
+            for page in pages:
+                page.index_fill_(0, blocks, 0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Puts `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""
@@ -69,7 +78,7 @@ class KVCache:
         if self._scratch.shape[1] < size:
             self._scratch = self._scratch.new_empty(2, size)
         found = []
-        for source, scratch in zip(self._blocks[layer], self._scratch, strict=True):
+        for source, scratch in zip(self._pages[layer], self._scratch, strict=True):
             out = scratch[:size].view(-1, width)
             torch.index_select(source, 0, blocks, out=out)
             found.append(out.view(-1, self.num_kv_heads, self.head_dim))

@@ -152,9 +152,12 @@ class Mixtral(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_eps)
         self.head = None if config.tie_embeddings else _weight(*self.embedding.shape)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`."""
+        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`.
+
+        An inference tensor: it can be changed in place under `torch.inference_mode()` only.
+        """
         num_tokens = len(batch.token_ids)
         cos, sin = self.rope(batch.positions)
         plan = plan_attention(

@@ -71,8 +71,11 @@ class Paged:
         self.blocks: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
-    def step(self, **new_tokens: list[int]) -> dict[str, Tensor]:
-        """Runs one batch; the logits `[tokens, vocab_size]` of every new token by sequence."""
+    def step(self, rows: list[int] | None = None, **new_tokens: list[int]) -> dict[str, Tensor]:
+        """Runs one batch: the logits `[tokens, vocab_size]` of every new token, by sequence.
+
+        With `rows`, of those rows only, under the first sequence's name.
+        """
         size = self.cache.block_size
         ids: list[int] = []
         positions: list[int] = []
@@ -95,7 +98,9 @@ class Paged:
             query_lens=[len(tokens) for tokens in new_tokens.values()],
             context_lens=[self.lengths[name] for name in new_tokens],
             block_tables=torch.nn.utils.rnn.pad_sequence(tables, batch_first=True),
-            sample_rows=torch.arange(len(ids)),
+            sample_rows=torch.arange(len(ids)) if rows is None else torch.tensor(rows).long(),
         )
-        logits = self.model(batch, self.cache).split(batch.query_lens)
-        return dict(zip(new_tokens, logits, strict=True))
+        logits: Tensor = self.model(batch, self.cache)
+        if rows is not None:
+            return {next(iter(new_tokens)): logits}
+        return dict(zip(new_tokens, torch.split(logits, batch.query_lens), strict=True))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from serve_app.model.loader import load
 from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -49,3 +50,92 @@ def test_logits_equal_transformers_for_every_shape(shape: str, tmp_path: Path) -
         assert_close(engine.step(decoded=[token])["decoded"], expected[i : i + 1])
 
 
+def test_a_mixed_batch_gives_each_sequence_its_own_logits(tmp_path: Path) -> None:
+    """Prefill chunks, decodes and first tokens of strangers in one batch do not mix."""
+    oracle = random_oracle()
+    ids = {name: random_ids(60, seed=seed) for seed, name in enumerate("abcde")}
+    expected = {name: oracle_logits(oracle, tokens) for name, tokens in ids.items()}
+    engine = paged(oracle, tmp_path)
+
+    schedule: list[dict[str, tuple[int, int]]] = [
+        {"a": (0, 10), "b": (0, 33), "c": (0, 1)},
+        {"a": (10, 11), "d": (0, 20), "c": (1, 2), "b": (33, 34)},
+        {"d": (20, 50), "a": (11, 12), "b": (34, 35), "c": (2, 30), "e": (0, 60)},
+        {"a": (12, 13), "b": (35, 36), "c": (30, 31), "d": (50, 51)},
+    ]
+    for parts in schedule:
+        logits = engine.step(**{name: ids[name][slice(*part)] for name, part in parts.items()})
+        for name, part in parts.items():
+            assert_close(logits[name], expected[name][slice(*part)])
+
+
+def test_only_the_sampled_rows_are_answered(tmp_path: Path) -> None:
+    """`sample_rows` picks and orders the logits; none is a batch without logits."""
+    oracle = random_oracle()
+    ids = random_ids(9)
+    expected = oracle_logits(oracle, ids)
+    engine = paged(oracle, tmp_path)
+
+    assert_close(engine.step(s=ids, rows=[8, 2])["s"], expected[[8, 2]])
+    assert engine.step(t=ids, rows=[])["t"].shape == (0, 96)
+
+
+@pytest.mark.parametrize("block_size", [1, 8, 16, 24])
+def test_the_block_size_does_not_change_the_logits(block_size: int, tmp_path: Path) -> None:
+    """Blocks of any size hold the same context."""
+    oracle = random_oracle()
+    ids = random_ids(50)
+    expected = oracle_logits(oracle, ids)
+    engine = paged(oracle, tmp_path, block_size=block_size)
+
+    assert_close(engine.step(s=ids[:47])["s"], expected[:47])
+    for i in (47, 48, 49):
+        assert_close(engine.step(s=[ids[i]])["s"], expected[i : i + 1])
+
+
+def test_very_different_contexts_decode_together(tmp_path: Path) -> None:
+    """Contexts far apart are computed in groups of their own, each row in its own place."""
+    oracle = random_oracle(max_position_embeddings=2048)
+    long, short = random_ids(1500, seed=1), random_ids(6, seed=2)
+    engine = paged(oracle, tmp_path)
+    for start in range(0, 1499, 500):
+        engine.step(long=long[start : min(start + 500, 1499)])
+    engine.step(short=short[:4], other=short[:5])
+
+    logits = engine.step(short=[short[4]], long=[long[1499]], other=[short[5]])
+    assert_close(logits["long"], oracle_logits(oracle, long)[-1:])
+    assert_close(logits["short"], oracle_logits(oracle, short)[4:5])
+    assert_close(logits["other"], oracle_logits(oracle, short)[5:6])
+
+
+def test_bfloat16_follows_transformers(tmp_path: Path) -> None:
+    """In bfloat16 the logits are float32 numbers near the oracle's in bfloat16."""
+    oracle = random_oracle(initializer_range=0.05)
+    oracle.save_pretrained(tmp_path)
+    ids = random_ids(40)
+    model = load(tmp_path, dtype=torch.bfloat16, device=torch.device("cpu"))
+
+    ours = Paged(model).step(s=ids)["s"]
+    theirs = oracle_logits(oracle.bfloat16(), ids).float()
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * float(theirs.abs().max()))
+
+
+def test_a_stranger_with_nan_does_not_reach_others(tmp_path: Path) -> None:
+    """A NaN in another sequence's blocks stays there, and `clear` makes the blocks usable."""
+    oracle = random_oracle()
+    ids = random_ids(20)
+    expected = oracle_logits(oracle, ids)
+    engine = paged(oracle, tmp_path)
+    zero = torch.tensor([0])
+    for pages in (*engine.cache.keys, *engine.cache.values):
+        pages[0] = torch.nan  # tables are padded with block 0
+    engine.free.remove(0)
+    engine.step(short=ids[:3], long=ids)
+    assert_close(engine.step(short=[ids[3]], long=[ids[0]])["short"], expected[3:4])
+
+    engine.cache.clear(zero)
+    engine.free.append(0)
+    engine.step(heir=ids[:5])
+    assert engine.blocks["heir"] == [0]
+    assert_close(engine.step(heir=[ids[5]])["heir"], expected[5:6])

@@ -1,0 +1,77 @@
+"""In float32 on a CPU a decode row gets the same bits alone and in any batch."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.model.driver import Paged, load_float32, random_ids, random_oracle
+
+BATCHES = (1, 2, 3, 5, 8, 13, 31)
+WIDE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "max_position_embeddings": 4096,
+}
+
+
+@pytest.fixture(scope="module", params=["narrow", "wide"])
+def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Paged:
+    """32 sequences of 3 to 700 tokens in one cache."""
+    folder = tmp_path_factory.mktemp(request.param)
+    random_oracle(**(WIDE if request.param == "wide" else {})).save_pretrained(folder)
+    engine = Paged(load_float32(folder), num_blocks=1024)
+    for i in range(32):
+        length = 3 + 11 * i if i % 9 else 3 + 23 * i
+        engine.step(
+            **{f"s{i}": random_ids(min(length, 250 if request.param == "narrow" else 700), seed=i)}
+        )
+    return engine
+
+
+def decode(crowd: Paged, members: list[int]) -> Tensor:
+    """The logits of one more token of `members`, who then forget it: `[members, vocab_size]`."""
+    before = dict(crowd.lengths)
+    logits = crowd.step(**{f"s{i}": [i] for i in members})
+    crowd.lengths = before
+    return torch.cat(list(logits.values()))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_decode_row_has_the_same_bits_in_any_batch(crowd: Paged, threads: int) -> None:
+    """Batches of 1 to 31 give exactly the logits that the same sequences get among 32."""
+    torch.set_num_threads(threads)
+    among_all = decode(crowd, list(range(32)))
+    for size in BATCHES:
+        for first in (0, 32 - size):
+            members = list(range(first, first + size))
+            alone = decode(crowd, members)
+            different = (alone != among_all[members]).any(dim=1).nonzero().flatten().tolist()
+            assert different == [], f"rows {different} of batch {members}"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_strangers_prefill_does_not_change_a_bit(crowd: Paged, threads: int) -> None:
+    """Decode rows keep their bits beside a prefill chunk in the same step."""
+    torch.set_num_threads(threads)
+    among_all = decode(crowd, list(range(32)))
+    before = dict(crowd.lengths)
+    for length in (2, 7, 100):
+        stranger = random_ids(length, seed=length)
+        logits = crowd.step(s4=[4], stranger=stranger, s20=[20])
+        assert torch.equal(logits["s4"], among_all[4:5])
+        assert torch.equal(logits["s20"], among_all[20:21])
+        crowd.lengths = dict(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_prefill_chunk_has_the_same_bits_in_any_batch(crowd: Paged, threads: int) -> None:
+    """The same chunk gives the same logits alone and beside decodes and another chunk."""
+    torch.set_num_threads(threads)
+    before = dict(crowd.lengths)
+    chunk = random_ids(37)
+    alone = crowd.step(new=chunk)["new"]
+    crowd.lengths = dict(before)
+    beside = crowd.step(s1=[1], s2=[2], new=chunk, other=random_ids(90))["new"]
+    crowd.lengths = dict(before)
+    assert torch.equal(alone, beside)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response, StreamingResponse
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import (
@@ -28,6 +29,7 @@ from serve_app.errors import (
 )
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
+from serve_app.routes import PATHS
 from serve_app.settings import ApiSettings
 
 if TYPE_CHECKING:
@@ -42,12 +44,15 @@ OPEN_ROUTES = frozenset({"/health", "/ping", "/metrics"})
 
 def create_app(get_server: Callable[[], "MixtralServer"]) -> FastAPI:
     """The ASGI app in front of the server that `get_server` returns, asked at each request."""
-    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
 
-    @app.api_route("/{path:path}", methods=METHODS)
-    async def route(request: Request) -> Response:
-        server = get_server()
-        return await _respond(request, server)
+    async def endpoint(request: Request) -> Response:
+        return await _respond(request, get_server())
+
+    # All of them go the same way; those that exist are named for Serve's access log and metrics.
+    routes: list[BaseRoute] = [
+        Route(path, endpoint, methods=METHODS) for path in (*PATHS, "/{path:path}")
+    ]
+    app = FastAPI(routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(HTTPException)
     async def refused(request: Request, error: HTTPException) -> Response:

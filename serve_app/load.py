@@ -1,27 +1,17 @@
-"""The load: tokenizer, weights and engine, phase by phase, told as it happens.
+"""The load: tokenizer, weights and engine, phase by phase.
 
-`MixtralServer`'s constructor calls `load` and nobody else does. Whoever started the process may
-follow `settings.load_log`, one JSON object a line:
-
-    {"phase": "weights", "state": "started"}
-    {"phase": "weights", "state": "running", "done": 0.43}
-    {"phase": "weights", "state": "done", "seconds": 41.2}
-    {"phase": "weights", "state": "failed", "error": "One sentence.", "retry": false}
-
-and after the last phase `{"phase": "ready", "state": "done", "seconds": of all}`.
+`MixtralServer`'s constructor calls `load` and nobody else does. Knows no requests.
 """
 
-import json
 import logging
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from serve_app.errors import ModelLoadFailed, ServeError
+from serve_app.errors import ModelLoadFailed
+from serve_app.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.settings import EngineSettings, Settings
 
@@ -33,55 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PROGRESS_INTERVAL_S = 1.0
 RESERVED_BYTES = 1 << 30
 """GPU memory left to activations and the allocator when the KV cache's size is chosen."""
-
-
-@dataclass(slots=True)
-class LoadLog:
-    """The phases of one load, in memory and in the file `path`."""
-
-    path: str | None = None
-    phases: list[dict[str, Any]] = field(default_factory=list)
-    """`{"phase", "seconds"}` of each finished one, as `/health` shows them."""
-    _told_at: float = 0.0
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what happens inside; a failure is written down and goes on its way."""
-        started = time.monotonic()
-        self._write({"phase": name, "state": "started"})
-        try:
-            yield
-        except ServeError as error:
-            failure = {"error": error.message, "retry": error.retry}
-            self._write({"phase": name, "state": "failed", **failure})
-            raise
-        except Exception:
-            failure = {"error": f"The load failed in phase {name}; the log says why."}
-            self._write({"phase": name, "state": "failed", "retry": False, **failure})
-            raise
-        self.done(name, time.monotonic() - started)
-
-    def done(self, name: str, seconds: float) -> None:
-        seconds = round(seconds, 3)
-        self.phases.append({"phase": name, "seconds": seconds})
-        self._write({"phase": name, "state": "done", "seconds": seconds})
-        log.info("load: %s took %.1f s", name, seconds)
-
-    def progress(self, phase: str, done: float) -> None:
-        """How much of a phase is done, from 0 to 1; written once a second at most."""
-        now = time.monotonic()
-        if now - self._told_at >= PROGRESS_INTERVAL_S:
-            self._told_at = now
-            self._write({"phase": phase, "state": "running", "done": round(done, 3)})
-
-    def _write(self, line: dict[str, Any]) -> None:
-        if self.path is None:
-            return
-        with Path(self.path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +44,6 @@ class Loaded:
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:
     """Loads what `settings` name onto the device; raises `ModelLoadFailed` in one sentence."""
-    require_possible(settings)
     from serve_app.model import loader
 
     started = time.monotonic()
@@ -282,7 +224,7 @@ def _kv_tokens(
     import torch
 
     if device.type == "cpu":
-        return 4 * context
+        return 4 * max_model_len
     free, total = torch.cuda.mem_get_info()
     room = int(free - total * (1 - engine.gpu_memory_fraction)) - RESERVED_BYTES
     return max(room, 0) // token_bytes

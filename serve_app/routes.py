@@ -20,6 +20,18 @@ log = logging.getLogger(__name__)
 Handler = Callable[[Call, float], Awaitable[Reply]]
 """Answers a call before the deadline, which is a time on the event loop's clock."""
 
+PATHS = (
+    "/health",
+    "/ping",
+    "/v1/models",
+    "/v1/models/{id:path}",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/prompt",
+    "/tokenize",
+    "/detokenize",
+)
+"""Every route there is, as doors may name them."""
 MODELS = "/v1/models/"
 
 

@@ -19,7 +19,8 @@ from serve_app.errors import (
     error_body,
 )
 from serve_app.generation import Generator
-from serve_app.load import Loaded, LoadLog
+from serve_app.load import Loaded
+from serve_app.load_log import LoadLog
 from serve_app.protocol.call import Call, Reply
 from serve_app.protocol.fields import printable
 from serve_app.routes import Handler, Routes, known

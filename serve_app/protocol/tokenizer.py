@@ -64,8 +64,21 @@ class Tokenizer:
         self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> Detokenizer:
         """Decodes one answer as it comes; `prompt_ids` when it continues the prompt's text."""
-        tail = list(prompt_ids)[-PRIMING_TOKENS:]
-        return Detokenizer(self.backend, prompt_tail=tail, skip_special=skip_special_tokens)
+        return Detokenizer(
+            self.backend, prompt_tail=self._tail(prompt_ids), skip_special=skip_special_tokens
+        )
+
+    def _tail(self, prompt_ids: Sequence[int]) -> Sequence[int]:
+        """Some last ids of the prompt whose text is whole; none where it ends in a broken one.
+
+        DecodeStream would give out a prompt's text that ends in U+FFFD as if it were new.
+        """
+        # A character has up to 4 bytes, each a token: one of these begins at a character.
+        for num_tokens in range(PRIMING_TOKENS, PRIMING_TOKENS + 4):
+            tail = prompt_ids[-num_tokens:]
+            if not self.decode(tail).endswith("\ufffd"):
+                return tail
+        return ()
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes one token stands for; a part of a character for a byte token."""

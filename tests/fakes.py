@@ -1,0 +1,115 @@
+"""An engine that plays a script, with the real one's interface, and a server around it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from functools import cache
+from typing import Any, cast
+
+from serve_app.engine.engine import Engine, EngineStats
+from serve_app.engine.sequence import Delta, FinishReason, SamplingParams, TokenLogprob
+from serve_app.load import Loaded
+from serve_app.load_log import LoadLog
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.server import MixtralServer
+from serve_app.settings import Settings
+from serve_app.tiny import CHECKPOINT
+
+MAX_MODEL_LEN = 1024
+VOCAB_SIZE = 768
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    """The tiny model's; read once."""
+    return Tokenizer(CHECKPOINT)
+
+
+class FakeEngine:
+    """Answers every request with `text`, `size` tokens a delta; then fails or goes on for ever."""
+
+    def __init__(
+        self,
+        text: str = "Hello there.",
+        *,
+        size: int = 1,
+        reason: FinishReason = "stop",
+        error: Exception | None = None,
+        is_endless: bool = False,
+    ) -> None:
+        self.token_ids = tokenizer().encode(text, add_special_tokens=False)
+        self.is_alive = True
+        self.requests: list[tuple[list[int], SamplingParams]] = []
+        self.num_running = 0
+        self.max_running = 0
+        self.left = asyncio.Event()
+        """Set when a request ended, however it did."""
+        self._size, self._reason, self._error = size, reason, error
+        self._is_endless = is_endless
+
+    async def generate(
+        self, prompt_ids: list[int], params: SamplingParams
+    ) -> AsyncGenerator[Delta, None]:
+        self.requests.append((prompt_ids, params))
+        self.num_running += 1
+        self.max_running = max(self.max_running, self.num_running)
+        try:
+            ids = self.token_ids
+            for start in range(0, len(ids), self._size):
+                await asyncio.sleep(0)
+                group = ids[start : start + self._size]
+                yield Delta(group, _logprobs(group, params))
+            while self._is_endless:
+                await asyncio.sleep(0.001)
+                yield Delta(ids[:1], _logprobs(ids[:1], params))
+            if self._error is not None:
+                raise self._error
+            yield Delta([], [], self._reason)
+        finally:
+            self.num_running -= 1
+            self.left.set()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0)
+
+    def stop(self) -> None:
+        self.is_alive = False
+
+
+def _logprobs(ids: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
+    if params.logprobs is None:
+        return []
+    top = ((5, -0.25), (6, float("-inf")))[: params.logprobs]
+    return [TokenLogprob(token_id, -0.5, top) for token_id in ids]
+
+
+def server(engine: FakeEngine | None = None, **args: Any) -> MixtralServer:
+    """A server of a model called "tiny" whose engine is the given fake; `args` are settings."""
+    model = {"name": "tiny", "quantization": "none"}
+    settings = Settings(**{"model": model, **args})
+    fake = engine or FakeEngine()
+
+    def load(settings: Settings, load_log: LoadLog) -> Loaded:
+        memory = dict.fromkeys(("experts", "attention", "head", "other", "kv_cache"), 0)
+        return Loaded(
+            tokenizer(), cast(Engine, fake), MAX_MODEL_LEN, VOCAB_SIZE, "float32", memory, []
+        )
+
+    return MixtralServer(settings, load)
+
+
+async def items(server: MixtralServer, path: str, body: Any) -> list[dict[str, Any]]:
+    """Everything that a POST yields through the handle's door."""
+    return [item async for item in server.call("POST", path, body, "r1")]
+
+
+async def answer(server: MixtralServer, path: str, body: Any) -> dict[str, Any]:
+    """The body of a POST that is not streamed, or the error body."""
+    first, *rest = await items(server, path, body)
+    return cast(dict[str, Any], first["error"] if "error" in first else rest[0]["body"])
+
+
+async def chunks(server: MixtralServer, path: str, body: Any) -> list[dict[str, Any]]:
+    """The chunks of a POST that is streamed and does not fail."""
+    first, *rest = await items(server, path, {**body, "stream": True})
+    assert first == {"status": 200, "stream": True, "headers": {}}
+    return [item["chunk"] for item in rest]

@@ -1,0 +1,168 @@
+"""Bad bodies are refused with the field's name; good ones mean what OpenAI's docs say."""
+
+from typing import Any
+
+import pytest
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.chat import ChatRequest
+from serve_app.protocol.completions import CompletionRequest
+from serve_app.protocol.fields import IGNORED, UNSUPPORTED, Body
+from serve_app.protocol.messages import plain
+from serve_app.protocol.plain import PromptRequest
+from serve_app.protocol.tokens import TokenizeRequest
+
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+def refusal(schema: type[Body], body: Any) -> InvalidRequest:
+    """The error that reading `body` raises."""
+    with pytest.raises(InvalidRequest) as refused:
+        schema.read(body)
+    return refused.value
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": "1"}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": float("inf")}, "top_p"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": {"include_usage": True}}, "stream_options"),
+        ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop": [1]}, "stop"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 101}}, "logit_bias"),
+        ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logprobs": 3}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"seed": 2**63}, "seed"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"topk": 3}, "topk"),
+        ({"messages": None}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "Hello"}, "messages"),
+        ({"messages": ["Hello"]}, "messages"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.content"),
+        ({"messages": [{"role": "user"}]}, "messages.content"),
+        ({"messages": [{"content": "Hello"}]}, "messages.0.role"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, "messages.role"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
+        ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages.tool_calls"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.content"),
+    ],
+)
+def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) -> None:
+    """One sentence, and `param` is the field that must change."""
+    error = refusal(ChatRequest, {"messages": HELLO, **fields})
+    assert error.param == param
+    assert error.message.endswith(".")
+
+
+@pytest.mark.parametrize("body", [None, [], "Hello", 3, True])
+def test_a_body_that_is_no_object(body: Any) -> None:
+    """Says that an object is wanted."""
+    assert "JSON object" in refusal(ChatRequest, body).message
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_unsupported_fields_are_refused_by_name(name: str) -> None:
+    """A field of OpenAI's that would change the answer is never silently dropped."""
+    error = refusal(ChatRequest, {"messages": HELLO, name: "anything"})
+    assert (error.param, f"`{name}` is not supported" in error.message) == (name, True)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": 1, "tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
+        dict.fromkeys(IGNORED, "anything"),
+        dict.fromkeys(UNSUPPORTED),
+        {"max_tokens": None, "stop": None, "temperature": None, "logit_bias": None},
+    ],
+)
+def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
+    """Neutral values, the ignore list, and nulls change nothing."""
+    assert ChatRequest.read({"messages": HELLO, **fields}) == ChatRequest.read({"messages": HELLO})
+
+
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 2), ("best_of", 1.0)])
+def test_only_one_answer(name: str, value: Any) -> None:
+    """Neither two answers, nor something that merely equals one."""
+    assert refusal(ChatRequest, {"messages": HELLO, name: value}).param == name
+
+
+def test_an_unknown_field_is_named_safely() -> None:
+    """A field's own name may be anything: it comes back short and in valid Unicode."""
+    error = refusal(ChatRequest, {"messages": HELLO, "\ud800" + "x" * 500: 1})
+    assert error.param is not None
+    assert len(error.param.encode()) < 100
+
+
+def test_messages_as_clients_send_them() -> None:
+    """Text parts are joined, developer is system, and an earlier answer's nulls are dropped."""
+    answer = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": None}
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "c"}]
+    turns = [
+        {"role": "developer", "content": "Be short."},
+        {"role": "user", "content": parts, "name": "Ann"},
+        {**answer, "annotations": []},
+    ]
+    assert plain(ChatRequest.read({"messages": turns}).messages) == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "a\nc"},
+        {"role": "assistant", "content": "b"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("Hello", ["Hello"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+    ],
+)
+def test_the_four_forms_of_a_completions_prompt(prompt: Any, prompts: list[Any]) -> None:
+    """A string, strings, token ids, lists of token ids."""
+    assert CompletionRequest.read({"prompt": prompt}).prompts == prompts
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], [""], [[]], 3, [1, "a"], [True], [1.5], {}])
+def test_no_other_prompt(prompt: Any) -> None:
+    """Anything else, and anything empty, is refused by the field's name."""
+    assert refusal(CompletionRequest, {"prompt": prompt}).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": 3}, "prompt"),
+        ({"messages": []}, "messages"),
+        ({"prompt": "a", "messages": HELLO}, "messages"),
+        ({"prompt": "a", "logprobs": True}, "logprobs"),
+    ],
+)
+def test_a_bad_plain_request_names_the_field(body: dict[str, Any], param: str) -> None:
+    """`/prompt` takes a prompt or messages, not both and not neither."""
+    assert refusal(PromptRequest, body).param == param
+
+
+def test_tokenize_takes_text_or_messages() -> None:
+    """Not both and not neither."""
+    assert refusal(TokenizeRequest, {}).param == "prompt"
+    assert refusal(TokenizeRequest, {"prompt": "a", "messages": HELLO}).param == "prompt"

@@ -1,0 +1,126 @@
+"""Text comes whole: no broken characters, and the same text however the tokens come."""
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from serve_app.protocol.text import Piece, TextStream, TokenScore
+from tests.fakes import VOCAB_SIZE, tokenizer
+
+# Without U+FFFD and lone surrogates, which no answer can hold whole.
+TEXTS = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\ufffd"), min_size=1, max_size=20
+)
+IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30)
+
+
+@pytest.fixture(scope="module")
+def transformers_tokenizer() -> Any:
+    """transformers' own reading of the same files."""
+    from transformers import AutoTokenizer
+
+    from serve_app.tiny import CHECKPOINT
+
+    return AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
+
+
+def groups(ids: list[int], cuts: list[int]) -> list[list[int]]:
+    """`ids` cut at the given places."""
+    places = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
+    return [ids[a:b] for a, b in pairwise(places)]
+
+
+def streamed(ids: list[int], cuts: list[int], stops: list[str] | None = None) -> list[Piece]:
+    """The pieces of an answer whose deltas are `ids` cut at `cuts`."""
+    stream = TextStream(tokenizer().detokenizer(), stops or [])
+    pieces = []
+    for group in groups(ids, cuts):
+        pieces.append(stream.push(group, [TokenScore(id, -1.0, ()) for id in group]))
+        if stream.is_stopped:
+            return pieces
+    return [*pieces, stream.finish("length")]
+
+
+@given(TEXTS, st.lists(st.integers(0, 100), max_size=6))
+def test_streamed_text_is_the_decoders(
+    transformers_tokenizer: Any, text: str, cuts: list[int]
+) -> None:
+    """The pieces join to what transformers decodes at once; none has a broken character."""
+    ids = tokenizer().encode(text, add_special_tokens=False)
+    pieces = [piece.text for piece in streamed(ids, cuts)]
+    assert "".join(pieces) == transformers_tokenizer.decode(ids)
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+@given(IDS, st.lists(st.integers(0, 100), max_size=6), st.lists(st.text("ab ", min_size=1)))
+def test_any_delta_sizes_give_the_same_answer(
+    ids: list[int], cuts: list[int], stops: list[str]
+) -> None:
+    """Text, scores, reason and count of any tokens, valid text or not, do not depend on deltas."""
+    by_one, by_cuts = streamed(ids, list(range(len(ids))), stops), streamed(ids, cuts, stops)
+
+    def whole(pieces: list[Piece]) -> tuple[str, list[TokenScore], str | None, int]:
+        text = "".join(piece.text for piece in pieces)
+        scores = [score for piece in pieces for score in piece.scores]
+        return text, scores, pieces[-1].finish_reason, pieces[-1].num_tokens
+
+    assert whole(by_one) == whole(by_cuts)
+
+
+@given(TEXTS, TEXTS)
+@settings(max_examples=50)
+def test_a_continuation_is_the_rest_of_the_text(start: str, rest: str) -> None:
+    """Prompt and answer of a completion join to the text, spaces included."""
+    ids, more = (tokenizer().encode(each, add_special_tokens=False) for each in (start, rest))
+    stream = TextStream(tokenizer().detokenizer(ids))
+    answer = stream.push(more).text + stream.finish("stop").text
+    assert tokenizer().decode(ids) + answer == tokenizer().decode(ids + more)
+
+
+def test_an_incomplete_character_is_flushed_at_the_end() -> None:
+    """Bytes that no token completes become U+FFFD, and only when nothing more comes."""
+    euro = tokenizer().encode("€", add_special_tokens=False)[1:]
+    stream = TextStream(tokenizer().detokenizer())
+    assert stream.push(euro[:2]).text == ""
+    assert set(stream.finish("length").text) == {"\ufffd"}
+
+
+def test_broken_bytes_do_not_end_the_answer() -> None:
+    """A character that breaks off in the middle costs that character and nothing after it."""
+    character = tokenizer().encode("你", add_special_tokens=False)[1:]
+    after = tokenizer().encode("is fine too", add_special_tokens=False)
+    stream = TextStream(tokenizer().detokenizer())
+    text = stream.push([*character, *character[:2], *after]).text
+    assert text.startswith("你\ufffd")
+    assert text.endswith(" is fine too")
+
+
+def test_special_tokens_are_not_shown_unless_asked() -> None:
+    """`</s>` in an answer is no text; with skip_special_tokens false it is."""
+    ids = [*tokenizer().encode("a b", add_special_tokens=False), 2]
+    shown = TextStream(tokenizer().detokenizer(skip_special_tokens=False))
+    assert TextStream(tokenizer().detokenizer()).push(ids).text == "a b"
+    assert shown.push(ids).text == "a b</s>"
+
+
+def test_no_stop_string_before_min_tokens() -> None:
+    """A stop string within the first min_tokens tokens is text like any other."""
+    ids = tokenizer().encode("no no no", add_special_tokens=False)
+    number = len(tokenizer().encode("no no", add_special_tokens=False))
+    stream = TextStream(tokenizer().detokenizer(), [" no"], min_tokens=number + 1)
+    assert stream.push(ids).text == "no no"
+    assert stream.is_stopped
+
+
+def test_scores_of_a_cut_token_are_dropped() -> None:
+    """With a stop string, the scores are those of the tokens whose text is in the answer."""
+    ids = tokenizer().encode("one two", add_special_tokens=False)
+    whole = streamed(ids, [])[0]
+    cut = streamed(ids, [], [" two"])[0]
+    assert cut.text == "one"
+    assert cut.finish_reason == "stop"
+    assert cut.scores == [score for score in whole.scores if score.offset < len("one")]
+    assert 0 < len(cut.scores) < len(ids)

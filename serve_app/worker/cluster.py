@@ -6,11 +6,14 @@ through a handle. Knows Ray; knows no jobs.
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,46 @@ from serve_app.worker.boot import Forward
 log = logging.getLogger(__name__)
 
 APP_NAME = "mixtral"
+GRACE_S = 10.0
+"""How much later than the deployment this door ends a request, should no replica do it."""
 OBJECT_STORE_BYTES = 200_000_000
 """Requests and answers travel through Ray's messages; the object store stays all but empty."""
+SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+"""The handler logs a line per job, and the platform drops lines from chatty logs."""
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    """The one thread that starts Ray, alive as long as this process.
+
+    The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG), so none
+    of the event loop's own threads will do: those end with the loop, before the shutdown.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
 
 async def start(settings: Settings, config: str | Path) -> Forward:
     """Starts Ray, Serve and the deployment of `config`; returns when the model is loaded.
 
-    Raises `ModelLoadFailed`. Blocking steps run in threads, so that the event loop stays free.
+    Raises `ModelLoadFailed`. Blocking steps run in a thread, so that the event loop stays free.
     """
+    began = time.monotonic()
+    loop = asyncio.get_running_loop()
     # Ray takes over the process's signals, whichever thread starts it. They are given back after
     # each step: a SIGTERM must reach the SDK, which lets running jobs finish.
     for step in (_start_ray, _start_serve):
         with _signals_kept():
-            await asyncio.to_thread(step)
+            await loop.run_in_executor(_thread(), step)
     with _signals_kept():
         try:
-            handle = await asyncio.to_thread(deploy, settings, config, None)
+            handle = await loop.run_in_executor(_thread(), deploy, settings, config, None)
         except ConfigError as error:
             raise ModelLoadFailed(str(error)) from None
+    _log_phases(settings, time.monotonic() - began)
     # One handle for all calls: each copy would start its own metrics pusher and long poll.
     handle = handle.options(stream=True)
-    return lambda call: _forward(handle, call)
+    limit_s = settings.api.request_timeout_s + GRACE_S
+    return lambda call: _forward(handle, call, limit_s)
 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> None:
@@ -76,15 +97,16 @@ def _start_ray() -> None:
         address="local",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
 
 
 def _start_serve(http_options: dict[str, Any] | None = None) -> None:
     from ray import serve
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     location = "Disabled" if http_options is None else "HeadOnly"
-    serve.start(proxy_location=location, http_options=http_options)
+    serve.start(proxy_location=location, http_options=http_options, logging_config=SERVE_LOGGING)
 
 
 def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> Any:
@@ -100,7 +122,9 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
     if settings.load_log:
         Path(settings.load_log).unlink(missing_ok=True)
     try:
-        return serve.run(app, name=APP_NAME, route_prefix=route_prefix)
+        return serve.run(
+            app, name=APP_NAME, route_prefix=route_prefix, logging_config=SERVE_LOGGING
+        )
     except RuntimeError as error:
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
@@ -115,8 +139,7 @@ def _overridden(app: Any, given: dict[str, Any]) -> Any:
     if ignored:
         log.warning("Ignored by this door: %s of the application.", ", ".join(ignored))
     deployment = app._bound_deployment
-    # One try per job that asks: whatever failed, the next job's try is the second.
-    options: dict[str, Any] = {"max_constructor_retry_count": 1}
+    options: dict[str, Any] = {}
     for override in given.get("deployments") or []:
         if override.get("name") != deployment.name:
             raise ConfigError(f"`deployments`: there is no deployment {override.get('name')!r}.")
@@ -128,21 +151,30 @@ def _overridden(app: Any, given: dict[str, Any]) -> Any:
 
 
 def _load_failure(settings: Settings) -> ModelLoadFailed:
-    written = progress.phases(settings.load_log) if settings.load_log else []
-    for line in reversed(written):
-        if "error" in line:
-            return ModelLoadFailed(str(line["error"]), retry=bool(line.get("retry", False)))
+    for line in progress.lines(settings.load_log) if settings.load_log else []:
+        if line.get("state") == "failed":
+            return ModelLoadFailed(line["error"], retry=line["retry"])
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
 
 
-async def _forward(handle: Any, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+def _log_phases(settings: Settings, seconds: float) -> None:
+    """The cold start in one line."""
+    written = progress.lines(settings.load_log) if settings.load_log else []
+    phases = ", ".join(
+        f"{phase['phase']} {phase['seconds']:.1f} s" for phase in progress.summary(written)["load"]
+    )
+    log.info("Ready after %.1f s with Ray; the load: %s", seconds, phases)
+
+
+async def _forward(handle: Any, call: Call, limit_s: float) -> AsyncGenerator[dict[str, Any], None]:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
     response = handle.call.remote(call.method, call.path, call.body, call.request_id)
     try:
-        async for item in response:
-            yield item
+        async with asyncio.timeout(limit_s):
+            async for item in response:
+                yield item
     except (RayError, RayServeException) as error:
         raise _as_serve_error(error) from error
     finally:

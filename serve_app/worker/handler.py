@@ -45,12 +45,14 @@ class Handler:
         *,
         tell: progress.Tell,
         load_log: str,
-        progress_interval_s: float = 2.0,
+        progress_interval_s: float,
+        max_body_bytes: int,
     ) -> None:
         self._boot = boot
         self._tell = tell
         self._load_log = load_log
         self._interval_s = progress_interval_s
+        self._max_body_bytes = max_body_bytes
 
     async def handle(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """What the SDK posts for `job`: chunks of a stream, or one value, or an error."""
@@ -59,7 +61,7 @@ class Handler:
         request: JobRequest | None = None
         outcome = "cancelled"
         try:
-            request = parse(job, request_id)
+            request = parse(job, request_id, self._max_body_bytes)
             async with contextlib.aclosing(self._answer(job, request)) as values:
                 async for value in values:
                     yield postable(value)
@@ -105,7 +107,7 @@ class Handler:
         """What `/health` says while no model can say it."""
         health: dict[str, Any] = {
             "status": self._boot.status,
-            "load": progress.phases(self._load_log),
+            **progress.summary(progress.lines(self._load_log)),
         }
         if self._boot.status == "failed" and self._boot.error is not None:
             health["error"] = self._boot.error.message

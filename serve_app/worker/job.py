@@ -8,11 +8,12 @@
 Checks the shape only: routes, fields and limits are checked where the HTTP door's are.
 """
 
+import json
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
-from serve_app.errors import InvalidRequest
+from serve_app.errors import InvalidRequest, RequestTooLarge
 from serve_app.protocol.call import Call
 
 SHAPES = (
@@ -36,11 +37,29 @@ class JobRequest:
 
 def new_request_id() -> str:
     """An id of ours: the job's own id is logged and echoed, never used as a key."""
-    return f"req-{uuid.uuid4().hex}"
+    return uuid.uuid4().hex
 
 
-def parse(job: dict[str, Any], request_id: str) -> JobRequest:
-    """The request in `job["input"]`; raises `InvalidRequest` saying what is wrong with it."""
+def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
+    """The request in `job["input"]`; raises `InvalidRequest` saying what is wrong with it.
+
+    `max_body_bytes` is the HTTP door's limit of a body; here it counts the body as JSON.
+    """
+    request = _parse(job, request_id)
+    try:
+        num_bytes = len(json.dumps(request.call.body, allow_nan=False))
+    except (ValueError, RecursionError):
+        raise InvalidRequest(
+            "The body is not valid JSON: it holds a NaN, an infinity or too deep a nesting."
+        ) from None
+    if num_bytes > max_body_bytes:
+        raise RequestTooLarge(
+            f"The body is larger than the {max_body_bytes} bytes that are allowed."
+        )
+    return request
+
+
+def _parse(job: dict[str, Any], request_id: str) -> JobRequest:
     given = job.get("input")
     if given is None:
         raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")

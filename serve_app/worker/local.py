@@ -5,8 +5,10 @@ job and prints its output as JSON on standard output, on a line of its own.
 """
 
 import asyncio
+import contextlib
 import json
 import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +41,12 @@ def parse(text: str, where: str = "--test_input") -> dict[str, Any]:
 
 def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
     """Runs `job` and prints its output, or its error; 0 or 1."""
-    try:
-        output, error = asyncio.run(_run(settings, config, job))
-    finally:
-        cluster.stop()
+    # Ray prints what its processes say to standard output, which is for the answer alone.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            output, error = asyncio.run(_run(settings, config, job))
+        finally:
+            cluster.stop()
     if error is not None:
         print(error)
         return 1
@@ -54,15 +58,18 @@ async def _run(
     settings: Settings, config: str | Path, job: dict[str, Any]
 ) -> tuple[list[Any], str | None]:
     """What the platform would keep: all that was yielded, or the error's JSON string."""
-    handler = make_handler(settings, config, _tell)
+    said: list[str] = []
+
+    async def tell(job: dict[str, Any], update: dict[str, Any]) -> None:
+        phase = update.get("phase", "Ray")
+        if phase not in said:
+            said.append(phase)
+            log.info("Loading: %s", phase)
+
+    handler = make_handler(settings, config, tell)
     output: list[Any] = []
     async for value in handler.handle({"id": "local", **job}):
         if isinstance(value, dict) and isinstance(value.get("error"), str):
             return output, value["error"]
         output.append(value)
     return output, None
-
-
-async def _tell(job: dict[str, Any], update: dict[str, Any]) -> None:
-    load = update["load"]
-    log.info("%s%s", update["status"], f": {load[-1].get('phase')}" if load else "")

@@ -22,13 +22,31 @@ TELL_TIMEOUT_S = 5.0
 """A result is worth more than news of its coming."""
 
 
-def phases(path: str | Path) -> list[dict[str, Any]]:
-    """The load phases written so far; a line still being written is left for the next look."""
+def lines(path: str | Path) -> list[dict[str, Any]]:
+    """What the load log holds; a line still being written is left for the next look."""
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+        written = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    return [json.loads(line) for line in written if line.endswith("\n")]
+
+
+def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lines of the load log, as clients hear them.
+
+    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way,
+    "done": its share from 0 to 1 where it is known}`.
+    """
+    told: dict[str, Any] = {
+        "load": [
+            {"phase": line["phase"], "seconds": line["seconds"]}
+            for line in written
+            if line["state"] == "done"
+        ]
+    }
+    if written and written[-1]["state"] in ("started", "running"):
+        told |= {name: written[-1][name] for name in ("phase", "done") if name in written[-1]}
+    return told
 
 
 async def while_waiting(
@@ -40,6 +58,7 @@ async def while_waiting(
     """
     task = asyncio.ensure_future(wait)
     try:
+        await asyncio.sleep(0)  # what fails or succeeds at once is no news
         while not task.done():
             try:
                 await asyncio.wait_for(tell(), TELL_TIMEOUT_S)

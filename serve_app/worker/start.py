@@ -31,6 +31,7 @@ def make_handler(settings: Settings, config: str | Path, tell: progress.Tell) ->
         tell=tell,
         load_log=settings.load_log,
         progress_interval_s=settings.runpod.progress_interval_s,
+        max_body_bytes=settings.api.max_body_bytes,
     )
 
 

@@ -70,6 +70,8 @@ class Queue:
         """How long the platform takes to acknowledge a streamed chunk."""
         self.num_polls = 0
         """How often a worker has asked for jobs."""
+        self.is_paused = False
+        """While true, jobs wait here, so that one poll takes them all."""
         self._waiting: deque[Job] = deque()
         self._stops: list[str] = []
         self._work = asyncio.Condition()
@@ -86,7 +88,9 @@ class Queue:
         """Up to `limit` jobs, which are the worker's from now on; [] after `hold_s` seconds."""
         self.num_polls += 1
         async with self._work:
-            await self._held(lambda: bool(self._waiting), hold_s)
+            await self._held(lambda: bool(self._waiting) and not self.is_paused, hold_s)
+            if self.is_paused:
+                return []
             taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
         for job in taken:
             job.status, job.started = "IN_PROGRESS", time.monotonic()

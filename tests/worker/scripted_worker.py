@@ -47,9 +47,15 @@ async def start() -> Forward:
 if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     load_log = Path(tempfile.mkdtemp()) / "load.jsonl"
-    load_log.write_text('{"phase": "weights", "seconds": 0.5}\n')
+    load_log.write_text('{"phase": "weights", "state": "done", "seconds": 0.5}\n')
     take_jobs(
-        Handler(Boot(start), tell=progress.post, load_log=str(load_log), progress_interval_s=0.2),
+        Handler(
+            Boot(start),
+            tell=progress.post,
+            load_log=str(load_log),
+            progress_interval_s=0.2,
+            max_body_bytes=1_000_000,
+        ),
         slots=8,
         drain_s=5,
     )

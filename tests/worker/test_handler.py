@@ -48,11 +48,18 @@ def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Hand
 
     def make(model: Forward | Exception) -> Handler:
         async def start() -> Forward:
+            await asyncio.sleep(0.01)
             if isinstance(model, Exception):
                 raise model
             return model
 
-        return Handler(Boot(start), tell=tell, load_log=str(tmp_path / "load.jsonl"))
+        return Handler(
+            Boot(start),
+            tell=tell,
+            load_log=str(tmp_path / "load.jsonl"),
+            progress_interval_s=0.1,
+            max_body_bytes=10**6,
+        )
 
     return make
 
@@ -198,9 +205,9 @@ def test_waiting_jobs_hear_that_the_model_loads(
     handler_of: Callable[..., Handler], told: list[dict[str, Any]], tmp_path: Path
 ) -> None:
     """The first update says loading and which phases are done."""
-    (tmp_path / "load.jsonl").write_text('{"phase": "weights", "seconds": 2.0}\n')
+    (tmp_path / "load.jsonl").write_text('{"phase": "weights", "state": "started"}\n')
     run(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
-    assert told[0]["load"] == [{"phase": "weights", "seconds": 2.0}]
+    assert told[0] == {"status": "loading", "load": [], "phase": "weights"}
 
 
 def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Handler]) -> None:

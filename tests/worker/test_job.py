@@ -12,7 +12,7 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
 
 def parsed(given: Any) -> JobRequest:
-    return parse({"id": "job", "input": given}, "req-1")
+    return parse({"id": "job", "input": given}, "req-1", 1000)
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,18 @@ def test_only_the_gateway_hears_sse() -> None:
 def test_anything_else_is_refused_by_name(job: dict[str, Any], param: str) -> None:
     """Null, empty, missing and misshapen inputs are told which field to change."""
     with pytest.raises(InvalidRequest) as caught:
-        parse({"id": "job", **job}, "req-1")
+        parse({"id": "job", **job}, "req-1", 1000)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("prompt", "code"), [("x" * 1000, "request_too_large"), (float("nan"), None)]
+)
+def test_the_http_doors_limits_of_a_body_hold(prompt: Any, code: str | None) -> None:
+    """What HTTP refuses before it reads the fields is refused here too."""
+    with pytest.raises(InvalidRequest) as caught:
+        parsed({"endpoint": "/prompt", "data": {"prompt": prompt}})
+    assert caught.value.code == code
 
 
 def test_names_for_one_thing_are_not_mixed() -> None:

@@ -12,9 +12,25 @@ from serve_app.worker import progress
 def test_phases_are_read_as_they_are_written(tmp_path: Path) -> None:
     """A line that is still being written is not read, and no file is no phases."""
     path = tmp_path / "load.jsonl"
-    assert progress.phases(path) == []
-    path.write_text('{"phase": "read", "seconds": 1.5}\n{"phase": "qua')
-    assert progress.phases(path) == [{"phase": "read", "seconds": 1.5}]
+    assert progress.lines(path) == []
+    path.write_text('{"phase": "tokenizer", "state": "started"}\n{"phase": "tok')
+    assert progress.lines(path) == [{"phase": "tokenizer", "state": "started"}]
+
+
+def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
+    """The summary has the seconds of what is done, and how far the present phase is."""
+    started = {"phase": "weights", "state": "started"}
+    done = {"phase": "tokenizer", "state": "done", "seconds": 1.5}
+    running = {"phase": "weights", "state": "running", "done": 0.4}
+    load = [{"phase": "tokenizer", "seconds": 1.5}]
+    assert progress.summary([]) == {"load": []}
+    assert progress.summary([done]) == {"load": load}
+    assert progress.summary([done, started]) == {"load": load, "phase": "weights"}
+    assert progress.summary([done, started, running]) == {
+        "load": load,
+        "phase": "weights",
+        "done": 0.4,
+    }
 
 
 def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:

@@ -2,17 +2,15 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import requests
 
-from tests.emulator import client_half
 from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
 from tests.emulator.worker import Worker
+from tests.worker.conftest import Client, until
 
 SCRIPT = Path(__file__).with_name("scripted_worker.py")
 
@@ -30,25 +28,9 @@ def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield worker
 
 
-def submit(platform: Platform, given: Any) -> Job:
-    headers = {"Authorization": f"Bearer {client_half.KEY}"}
-    answer = requests.post(
-        f"{platform.url}/v2/ep/run", json={"input": given}, headers=headers, timeout=10
-    )
-    return platform.queue.jobs[answer.json()["id"]]
-
-
-def until(is_true: Callable[[], Any], timeout_s: float = 30) -> None:
-    """Polls, as a platform's client does, until `is_true` or the time is up."""
-    end = time.monotonic() + timeout_s
-    while not is_true():
-        assert time.monotonic() < end, "it never happened"
-        time.sleep(0.02)
-
-
 def test_a_job_hears_the_load_and_gets_one_result(platform: Platform, worker: Worker) -> None:
     """Progress comes while the model starts, and nothing at all after the result."""
-    job = submit(platform, {"prompt": "hello"})
+    job = Client(platform).submit({"prompt": "hello"})
     until(lambda: job.is_over)
     assert (job.status, job.output) == ("COMPLETED", [{"text": "hello"}])
     assert len(job.progress) >= 2
@@ -63,7 +45,7 @@ def test_slow_posts_merge_tokens_and_lose_none(platform: Platform, worker: Worke
     """A platform slow to acknowledge gets fewer, longer chunks; their text is the whole text."""
     platform.queue.stream_delay_s = 0.1
     try:
-        job = submit(platform, {"prompt": "500", "stream": True})
+        job = Client(platform).submit({"prompt": "500", "stream": True})
         until(lambda: job.is_over)
     finally:
         platform.queue.stream_delay_s = 0.0
@@ -80,12 +62,9 @@ def test_a_cancelled_job_frees_its_call(platform: Platform, worker: Worker, dela
     platform.queue.stream_delay_s = delay_s
     num_closed = worker.log.count("closed")
     try:
-        job = submit(platform, {"prompt": "hold", "stream": True})
+        job = Client(platform).submit({"prompt": "hold", "stream": True})
         until(lambda: worker.log.count("call") > num_closed)
-        headers = {"Authorization": f"Bearer {client_half.KEY}"}
-        requests.post(
-            f"{platform.url}/v2/ep/cancel/{job.id}", headers=headers, timeout=10
-        ).raise_for_status()
+        Client(platform).cancel(job)
         until(lambda: worker.log.count("closed") > num_closed)
     finally:
         platform.queue.stream_delay_s = 0.0
@@ -95,7 +74,7 @@ def test_a_cancelled_job_frees_its_call(platform: Platform, worker: Worker, dela
 @pytest.mark.parametrize("given", [None, {}, "text", [1]])
 def test_unreadable_inputs_are_answered(platform: Platform, worker: Worker, given: Any) -> None:
     """A job with a bad input fails with a JSON string that says what to send."""
-    job = submit(platform, given)
+    job = Client(platform).submit(given)
     until(lambda: job.is_over)
     error = json.loads(job.error)["error"]
     assert (job.status, error["status"]) == ("FAILED", "VALIDATION_FAILED")
@@ -108,7 +87,7 @@ def test_sigterm_lets_jobs_finish(tmp_path: Path) -> None:
         Platform() as platform,
         Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
     ):
-        job = submit(platform, {"prompt": "1000", "stream": True})
+        job = Client(platform).submit({"prompt": "1000", "stream": True})
         until(lambda: job.chunks)
         code = worker.terminate()
     assert code == 0
@@ -122,7 +101,7 @@ def test_a_job_handed_out_after_sigterm_is_answered(tmp_path: Path) -> None:
         Platform() as platform,
         Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
     ):
-        first = submit(platform, {"prompt": "1"})
+        first = Client(platform).submit({"prompt": "1"})
         until(lambda: first.is_over)
         num_polls = platform.queue.num_polls
         until(lambda: platform.queue.num_polls > num_polls)
@@ -130,6 +109,6 @@ def test_a_job_handed_out_after_sigterm_is_answered(tmp_path: Path) -> None:
         # The SDK's loop ends within 0.1 s, which nothing shows; its poll is open for a second.
         # A job that comes sooner is answered by the SDK itself.
         time.sleep(0.3)
-        late = submit(platform, {"prompt": "2"})
+        late = Client(platform).submit({"prompt": "2"})
         assert worker.process.wait(30) == 0
     assert (late.status, late.output) == ("COMPLETED", [{"text": "2"}])

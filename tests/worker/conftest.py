@@ -1,0 +1,73 @@
+"""One worker with the real SDK, Ray and the tiny model, for all tests that need one."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.emulator import client_half
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import Worker
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}
+
+
+class Client:
+    """A client that the tests can also look behind: it knows the platform's record of a job."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
+
+    def submit(self, given: Any) -> Job:
+        return self.post({"input": given})
+
+    def post(self, body: dict[str, Any]) -> Job:
+        answer = requests.post(self._url("run"), json=body, headers=HEADERS, timeout=10)
+        return self.platform.queue.jobs[answer.json()["id"]]
+
+    def cancel(self, job: Job) -> None:
+        url = self._url(f"cancel/{job.id}")
+        requests.post(url, headers=HEADERS, timeout=10).raise_for_status()
+
+    def ended(self, given: Any) -> Job:
+        """The job after it has ended."""
+        job = self.submit(given)
+        until(lambda: job.is_over)
+        return job
+
+    def _url(self, path: str) -> str:
+        return f"{self.platform.url}/v2/ep/{path}"
+
+
+def until(is_true: Callable[[], Any], timeout_s: float = 60) -> None:
+    """Polls, as a platform's client does, until `is_true` or the time is up."""
+    end = time.monotonic() + timeout_s
+    while not is_true():
+        assert time.monotonic() < end, "it never happened"
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="session")
+def tiny_platform() -> Iterator[Platform]:
+    with Platform() as platform:
+        yield platform
+
+
+@pytest.fixture(scope="session")
+def tiny_worker(
+    tiny_platform: Platform, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    """The worker as the image runs it, on the tiny model. The first job starts Ray."""
+    home = tmp_path_factory.mktemp("tiny-home")
+    with Worker(tiny_platform, home, SERVE_CONFIG=str(TINY)) as worker:
+        yield worker
+
+
+@pytest.fixture
+def client(tiny_platform: Platform, tiny_worker: Worker) -> Client:
+    return Client(tiny_platform)

@@ -1,0 +1,210 @@
+"""Unmodified clients, the platform on loopback, the real SDK, real Ray, the tiny model."""
+
+import json
+import os
+from typing import Any
+
+import openai
+import pytest
+from openai.types.chat import ChatCompletionMessageParam
+
+from tests.emulator import client_half
+from tests.emulator.platform import Platform
+from tests.emulator.worker import Worker
+from tests.worker.conftest import Client, until
+
+pytestmark = pytest.mark.ray
+
+GREEDY = {"temperature": 0, "max_tokens": 12}
+PROMPT = {"prompt": "What is 2 + 3?", **GREEDY}
+MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What is 2 + 3?"}]
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny_platform: Platform, tiny_worker: Worker) -> Any:
+    """RunPod's own client, pointed at loopback as its documentation says."""
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "ERROR")  # read when the SDK is imported
+    import runpod
+
+    runpod.endpoint_url_base = f"{tiny_platform.url}/v2"
+    return runpod.Endpoint("ep", api_key=client_half.KEY)
+
+
+@pytest.fixture(scope="module")
+def gateway(tiny_platform: Platform, tiny_worker: Worker) -> openai.OpenAI:
+    """OpenAI's own client, at the gateway's address."""
+    url = f"{tiny_platform.url}/v2/ep/openai/v1"
+    return openai.OpenAI(base_url=url, api_key=client_half.KEY, max_retries=0, timeout=60)
+
+
+def text_of(chunks: list[dict[str, Any]]) -> str:
+    return "".join(chunk["token"] for chunk in chunks)
+
+
+def test_a_cold_worker_says_idle(client: Client) -> None:
+    """A health job does not start the model."""
+    job = client.ended({"endpoint": "/health"})
+    assert job.output == [{"status": "idle", "load": []}]
+
+
+def test_the_first_job_starts_the_model_and_hears_of_it(client: Client) -> None:
+    """Two jobs wait for one start; each is told how it goes, and gets one result."""
+    jobs = [client.submit(PROMPT) for _ in range(2)]
+    until(lambda: all(job.is_over for job in jobs))
+    for job in jobs:
+        assert job.status == "COMPLETED", job.error
+        assert {update["status"] for update in job.progress} == {"loading"}
+        assert (job.num_results, job.num_late_posts) == (1, 0)
+    assert jobs[0].output == jobs[1].output
+    (answer,) = jobs[0].output
+    assert answer["usage"]["completion_tokens"] <= 12
+    health = client.ended({"endpoint": "/health"}).output[0]
+    assert health["status"] == "ready"
+
+
+def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:
+    """Version, model, quantisation, volume, GPU, endpoints, thresholds and concurrency."""
+    log = tiny_worker.log
+    for line in (
+        "Starting the RunPod worker of mixtral-serve",
+        "Model: tiny",
+        "Quantisation: none",
+        "Volume: /runpod-volume",
+        "GPU: ",
+        "Endpoints: /prompt",
+        "Thresholds: ",
+        "Concurrency: 96 jobs",
+    ):
+        assert line in log
+    assert client_half.KEY not in log
+
+
+def test_the_runpod_client_runs_and_waits(endpoint: Any) -> None:
+    """`run` with polling and `run_sync` give the same output."""
+    job = endpoint.run(PROMPT)
+    assert job.output(timeout=60) == endpoint.run_sync(PROMPT, timeout=60)
+    assert job.status() == "COMPLETED"
+
+
+def test_the_runpod_client_streams(endpoint: Any) -> None:
+    """The stream's text is the plain answer's text, and the job keeps the whole of it."""
+    (whole,) = endpoint.run_sync(PROMPT, timeout=60)
+    job = endpoint.run({**PROMPT, "stream": True})
+    chunks = list(job.stream())
+    assert text_of(chunks) == whole["text"]
+    assert chunks[-1]["finished"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert job.output() == chunks
+
+
+def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
+    """A cancelled stream stops, and the engine has its blocks back."""
+    body = {"prompt": "x", "stream": True, "max_tokens": 16_000, "ignore_eos": True}
+    job = endpoint.run(body)
+    record = client.platform.queue.jobs[job.job_id]
+    until(lambda: record.chunks)
+    job.cancel()
+    engine: dict[str, Any] = {}
+
+    def is_free() -> bool:
+        engine.update(client.ended({"endpoint": "/health"}).output[0]["engine"])
+        return engine["kv_blocks_used"] == 0 and engine["running"] == 0
+
+    until(is_free, timeout_s=10)
+    assert (job.status(), record.num_results) == ("CANCELLED", 0)
+
+
+def test_the_openai_client_chats(gateway: openai.OpenAI) -> None:
+    """Whole and streamed answers agree, in text and usage."""
+    whole = gateway.chat.completions.create(
+        model="tiny", messages=MESSAGES, temperature=0, max_tokens=12
+    )
+    stream = gateway.chat.completions.create(
+        model="tiny",
+        messages=MESSAGES,
+        temperature=0,
+        max_tokens=12,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+
+
+def test_the_openai_client_completes_and_lists_models(gateway: openai.OpenAI) -> None:
+    """The gateway's GET and a second POST route."""
+    assert [model.id for model in gateway.models.list()] == ["tiny"]
+    assert gateway.models.retrieve("tiny").id == "tiny"
+    whole = gateway.completions.create(model="tiny", prompt="2 + 3", temperature=0, max_tokens=5)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens <= 5
+
+
+def test_the_openai_client_raises_errors(gateway: openai.OpenAI) -> None:
+    """A refusal raises in the client with our body, streamed or not."""
+    with pytest.raises(openai.BadRequestError) as caught:
+        gateway.chat.completions.create(model="tiny", messages=MESSAGES, temperature=2.1)
+    assert caught.value.param == "temperature"
+    with pytest.raises(openai.APIError) as streamed:
+        list(
+            gateway.chat.completions.create(
+                model="tiny", messages=MESSAGES, temperature=2.1, stream=True
+            )
+        )
+    assert streamed.value.param == "temperature"
+
+
+BAD: list[tuple[Any, str | None]] = [
+    (None, "input"),
+    ({}, "input"),
+    ("text", "input"),
+    ({"prompt": ""}, "prompt"),
+    ({"prompt": 5}, "prompt"),
+    ({"prompt": "x", "temperature": 2.1}, "temperature"),
+    ({"prompt": "x", "max_tokens": 0}, "max_tokens"),
+    ({"prompt": "x", "colour": "red"}, "colour"),
+    ({"prompt": "x" * 100_001}, "prompt"),
+    ({"prompt": "x", "model": "gpt"}, "model"),
+    ({"prompts": ["a"], "stream": True}, "stream"),
+    ({"route": "/nowhere", "body": {"a": 1}}, None),
+    ({"route": "/prompt", "method": "DELETE"}, None),
+]
+
+
+@pytest.mark.parametrize(("given", "param"), BAD)
+def test_bad_jobs_say_what_to_change(client: Client, given: Any, param: str | None) -> None:
+    """Each is refused with the field's name, and nothing of ours in the text."""
+    job = client.ended(given)
+    assert job.status == "FAILED"
+    error = json.loads(job.error)["error"]
+    assert (error["status"], error["retry"]) == ("VALIDATION_FAILED", False)
+    assert error["param"] == param
+    assert "Traceback" not in job.error
+    assert ".py" not in job.error
+
+
+def test_a_batch_take_without_inputs_is_answered(client: Client) -> None:
+    """A job that has no `input` at all fails alone; the others of its batch are answered."""
+    client.platform.queue.is_paused = True
+    jobs = [client.post({}), client.submit(PROMPT), client.submit(None)]
+    client.platform.queue.is_paused = False
+    until(lambda: all(job.is_over for job in jobs))
+    assert [job.status for job in jobs] == ["FAILED", "COMPLETED", "FAILED"]
+
+
+def test_surrogates_come_back_as_text(client: Client) -> None:
+    """A lone surrogate in a prompt is answered or refused, and never loses the job."""
+    job = client.ended({"prompt": "a\ud800b", "model": "\ud800"})
+    assert job.status == "FAILED"
+    assert json.loads(job.error)["error"]["status"] == "VALIDATION_FAILED"
+
+
+def test_every_job_had_one_result(client: Client) -> None:
+    """Over all that was sent here: one result each, none for the cancelled, nothing after it."""
+    jobs = list(client.platform.queue.jobs.values())
+    assert len(jobs) > 20
+    for job in jobs:
+        assert job.num_results == (0 if job.status == "CANCELLED" else 1), job.request
+        assert job.status == "CANCELLED" or job.num_late_posts == 0

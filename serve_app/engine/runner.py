@@ -3,6 +3,7 @@
 Owns the KV cache's memory and the sampler; which block belongs to whom is the scheduler's business.
 """
 
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -67,18 +68,19 @@ class ModelRunner:
             slots += [table[p // size] * size + p % size for p in range(start, end)]
             if samples:
                 sample_rows.append(len(token_ids) - 1)
+        # One tensor, hence one copy to the device.
+        lists = (token_ids, positions, slots, sample_rows)
+        packed = torch.tensor(list(chain(*lists)), dtype=torch.int64).to(self._device)
+        parts = packed.split_with_sizes([len(values) for values in lists])
         return Batch(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            slots=self._tensor(slots),
+            token_ids=parts[0],
+            positions=parts[1],
+            slots=parts[2],
             query_lens=[chunk.end - chunk.start for chunk in chunks],
             context_lens=[chunk.end for chunk in chunks],
             block_tables=self._tables.of(chunks).to(self._device),
-            sample_rows=self._tensor(sample_rows),
+            sample_rows=parts[3],
         )
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
 class _BlockTables:

@@ -67,7 +67,7 @@ class MixtralConfig:
             sliding_window=_window(document),
             max_position_embeddings=_positive(document, "max_position_embeddings"),
             tie_embeddings=bool(document.get("tie_word_embeddings", False)),
-            bos_token_id=document.get("bos_token_id"),
+            bos_token_id=_bos(document),
             eos_token_ids=_eos(document),
             dtype=str(document.get("dtype") or document.get("torch_dtype") or "float32"),
         )
@@ -129,6 +129,14 @@ def _rope_theta(document: Mapping[str, Any]) -> float:
 
 def _window(document: Mapping[str, Any]) -> int | None:
     return None if document.get("sliding_window") is None else _positive(document, "sliding_window")
+
+
+def _bos(document: Mapping[str, Any]) -> int | None:
+    match document.get("bos_token_id"):
+        case None | int() as one:
+            return one
+        case other:
+            raise ModelLoadFailed(f"config.json: `bos_token_id` must be an integer, got {other!r}.")
 
 
 def _eos(document: Mapping[str, Any]) -> frozenset[int]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import serve_app.tiny
 from serve_app.model.loader import load
 from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 
@@ -139,3 +140,23 @@ def test_a_stranger_with_nan_does_not_reach_others(tmp_path: Path) -> None:
     engine.step(heir=ids[:5])
     assert engine.blocks["heir"] == [0]
     assert_close(engine.step(heir=[ids[5]])["heir"], expected[5:6])
+
+
+def test_the_tiny_model_answers_as_in_transformers() -> None:
+    """The checkpoint in this package: the oracle's logits for a prompt and its greedy answer."""
+    from tokenizers import Tokenizer
+    from transformers import MixtralForCausalLM
+
+    folder = Path(serve_app.tiny.__file__).parent / "checkpoint"
+    oracle = MixtralForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompt = tokenizer.encode("[INST] What is 2 + 3? [/INST]").ids
+    with torch.no_grad():
+        answer = oracle.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
+        ids = answer[0].tolist()
+        expected = oracle_logits(oracle, ids)
+
+    engine = Paged(load_float32(folder))
+    assert_close(engine.step(s=ids[: len(prompt)])["s"], expected[: len(prompt)])
+    for i in range(len(prompt), len(ids)):
+        assert_close(engine.step(s=[ids[i]])["s"], expected[i : i + 1])

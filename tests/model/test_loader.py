@@ -220,7 +220,10 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         change_weights(lambda w: w.update({QUERY: torch.ones(64, 64, dtype=torch.uint8)})),
         [f"`{QUERY}`", "U8"],
     ),
-    "config disagrees": (change_config(num_local_experts=9), ["gate.weight`", "[8, 64]", "[9, 64]"]),
+    "config disagrees": (
+        change_config(num_local_experts=9),
+        ["gate.weight`", "[8, 64]", "[9, 64]"],
+    ),
     "fewer layers": (change_config(num_hidden_layers=1), ["`model.layers.1."]),
 }
 

@@ -1,0 +1,217 @@
+"""A model's name becomes a folder: given, cached anywhere, or downloaded by the real client."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.find import cached_snapshot, find_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
+    """A complete one-file checkpoint in the layout of the Hugging Face cache."""
+    repository = hub / f"models--{name.replace('/', '--')}"
+    folder = repository / "snapshots" / commit
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+    if ref:
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / ref).write_text(commit)
+    return folder
+
+
+def test_a_local_folder_is_itself(tmp_path: Path) -> None:
+    """Nothing is looked up for a folder."""
+    assert find_checkpoint(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "mixtral", "a/b/c", "~/nowhere"])
+def test_a_name_that_is_neither_is_refused(name: str) -> None:
+    """A mistyped path is said to be missing, not asked of the hub."""
+    with pytest.raises(ModelLoadFailed, match=r"no such folder") as caught:
+        find_checkpoint(name)
+    assert not caught.value.retry
+
+
+def test_the_volume_is_searched_without_regard_to_case(tmp_path: Path) -> None:
+    """RunPod's cache is lower-cased; the public name is not."""
+    folder = make_snapshot(tmp_path / "huggingface-cache" / "hub", "mistralai/mixtral-8x7b")
+    assert find_checkpoint("mistralai/Mixtral-8x7B", volume=tmp_path) == folder
+
+
+def test_a_revision_is_a_branch_or_a_commit(tmp_path: Path) -> None:
+    """Refs resolve to their commits, commits to themselves, unknown ones to nothing."""
+    main = make_snapshot(tmp_path, "o/m")
+    other = make_snapshot(tmp_path, "o/m", "f" * 40, "dev")
+    assert cached_snapshot(tmp_path, "o/m", None) == main
+    assert cached_snapshot(tmp_path, "o/m", "main") == main
+    assert cached_snapshot(tmp_path, "o/m", "dev") == other
+    assert cached_snapshot(tmp_path, "o/m", "f" * 40) == other
+    assert cached_snapshot(tmp_path, "o/m", "gone") is None
+    assert cached_snapshot(tmp_path / "nowhere", "o/m", None) is None
+
+
+def test_without_refs_only_a_single_snapshot_is_certain(tmp_path: Path) -> None:
+    """One snapshot is the model; of two nobody knows which is the default branch."""
+    only = make_snapshot(tmp_path, "o/m", ref=None)
+    assert cached_snapshot(tmp_path, "o/m", None) == only
+    make_snapshot(tmp_path, "o/m", "f" * 40, ref=None)
+    assert cached_snapshot(tmp_path, "o/m", None) is None
+
+
+def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
+    """A snapshot that lacks a shard of its index, or its configuration, is passed over."""
+    folder = make_snapshot(tmp_path, "o/m")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(b"")
+    assert cached_snapshot(tmp_path, "o/m", None) is None
+    (folder / "model-2.safetensors").write_bytes(b"")
+    assert cached_snapshot(tmp_path, "o/m", None) == folder
+    (folder / "config.json").unlink()
+    assert cached_snapshot(tmp_path, "o/m", None) is None
+
+
+# -- downloads: the real client against a hub on loopback ------------------------------------------
+
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "tokenizer.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"the same weights again",
+}
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as `snapshot_download` speaks."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
+            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if "/broken" in path:
+            return self._answer(500, b"")
+        if "/o/" not in path:
+            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if path.endswith("/revision/main"):
+            return self._answer(200, json.dumps({"id": "o/m", "sha": COMMIT}).encode())
+        if path.endswith(f"/tree/{COMMIT}"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha(data)}
+                for name, data in FILES.items()
+            ]
+            return self._answer(200, json.dumps(tree).encode())
+        name = path.rsplit("/", 1)[-1]
+        if "/resolve/" not in path or name not in FILES:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        self._answer(200, FILES[name], {"ETag": f'"{sha(FILES[name])}"', "X-Repo-Commit": COMMIT})
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def find_in_process(
+    hub: str, home: Path, name: str, revision: str = "main", token: str = ""
+) -> tuple[str, bool]:
+    """The folder found, or the refusal's sentence; and whether to try again."""
+    code = (
+        "import sys; from pathlib import Path; from serve_app.model.find import *\n"
+        "name, revision, token, volume = sys.argv[1:]\n"
+        "try: print(find_checkpoint(name, revision, token=token or None, volume=Path(volume)), 0)\n"
+        "except ModelLoadFailed as error: print(error.message, int(error.retry))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, revision, token, str(home / "volume")],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, retry = done.stdout.strip().splitlines()[-1].rsplit(" ", 1)
+    return answer, retry == "1"
+
+
+@pytest.mark.parametrize("has_volume", [False, True])
+def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume: bool) -> None:
+    """safetensors, JSON and tokenizer come, pickles and second copies stay; volumes are used."""
+    if has_volume:
+        (tmp_path / "volume").mkdir()
+    answer, _ = find_in_process(hub, tmp_path, "o/m")
+    folder = Path(answer)
+    wanted = set(FILES) - {"pytorch_model.bin", "consolidated.safetensors"}
+    assert {file.name for file in folder.iterdir()} == wanted
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert folder.is_relative_to(tmp_path / "volume") == has_volume
+    # The second time nobody is asked.
+    assert find_in_process("http://127.0.0.1:1", tmp_path, "o/m") == (answer, False)
+
+
+@pytest.mark.parametrize(
+    ("name", "revision", "words", "retry"),
+    [
+        ("o/gated", "main", "HF_TOKEN", False),
+        ("nobody/nothing", "main", "no such repository", False),
+        ("o/m", "v9", "no such revision", False),
+        ("o/broken", "main", "check the network", True),
+    ],
+)
+def test_a_refusal_of_the_hub_becomes_a_sentence(
+    hub: str, tmp_path: Path, name: str, revision: str, words: str, retry: bool
+) -> None:
+    """What the hub says decides what to do about it, and whether to try again."""
+    answer, again = find_in_process(hub, tmp_path, name, revision)
+    assert answer.startswith(name)
+    assert words in answer
+    assert again == retry
+
+
+def test_a_token_opens_a_gated_repository(hub: str, tmp_path: Path) -> None:
+    """The token reaches the hub."""
+    answer, _ = find_in_process(hub, tmp_path, "o/gated", token="good")
+    assert (Path(answer) / "config.json").exists()
+
+
+def test_no_network_is_worth_another_try(tmp_path: Path) -> None:
+    """A hub that does not answer ends in a sentence with `retry`."""
+    answer, again = find_in_process("http://127.0.0.1:1", tmp_path, "o/m")
+    assert "check the network" in answer
+    assert again

@@ -146,7 +146,7 @@ def _check_key(request: Request, limits: ApiSettings) -> None:
     given = given.strip() if scheme.lower() == "bearer" else ""
     keys = [key.strip() for key in limits.keys.get_secret_value().split(",") if key.strip()]
     # Every key is compared, each in constant time, so that the time tells nothing.
-    matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
+    matches = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in keys]
     if not any(matches):
         raise InvalidApiKey("Send a valid API key as `Authorization: Bearer <key>`.")
 

@@ -1,6 +1,7 @@
 """An engine that plays a script, with the real one's interface, and a server around it."""
 
 import asyncio
+import threading
 from collections.abc import AsyncGenerator, Sequence
 from functools import cache
 from typing import Any, cast
@@ -41,7 +42,9 @@ class FakeEngine:
         self.requests: list[tuple[list[int], SamplingParams]] = []
         self.num_running = 0
         self.max_running = 0
-        self.left = asyncio.Event()
+        self.begun = threading.Event()
+        """Set when a request has begun."""
+        self.left = threading.Event()
         """Set when a request ended, however it did."""
         self._size, self._reason, self._error = size, reason, error
         self._is_endless = is_endless
@@ -51,6 +54,7 @@ class FakeEngine:
     ) -> AsyncGenerator[Delta, None]:
         self.requests.append((prompt_ids, params))
         self.num_running += 1
+        self.begun.set()
         self.max_running = max(self.max_running, self.num_running)
         try:
             ids = self.token_ids
@@ -82,7 +86,7 @@ def _logprobs(ids: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
     return [TokenLogprob(token_id, -0.5, top) for token_id in ids]
 
 
-def server(engine: FakeEngine | None = None, **args: Any) -> MixtralServer:
+def server(engine: FakeEngine | None = None, /, **args: Any) -> MixtralServer:
     """A server of a model called "tiny" whose engine is the given fake; `args` are settings."""
     model = {"name": "tiny", "quantization": "none"}
     settings = Settings(**{"model": model, **args})

@@ -1,0 +1,207 @@
+"""The HTTP door as it is deployed: real Ray Serve, the tiny model, real clients.
+
+One private Ray for the module, on free ports. The text of answers is not judged here.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from openai.types import Completion
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+pytestmark = pytest.mark.ray
+
+HELLO: Any = [{"role": "user", "content": "What is 2 + 3?"}]
+LONG = {"max_tokens": 12_000, "ignore_eos": True}
+"""More tokens than any test waits for."""
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """`configs/tiny.yaml` behind Serve's own proxy."""
+    import ray
+    from ray import serve
+
+    from serve_app.app import build_app
+    from serve_app.settings import Settings
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=100_000_000,
+        log_to_driver=False,
+    )
+    try:
+        serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
+        serve.run(build_app(Settings.from_yaml("configs/tiny.yaml")), name="mixtral")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+@pytest.fixture
+def http(url: str) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def client(url: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def running(http: httpx.Client) -> tuple[int, int]:
+    """Sequences that run or wait, and KV blocks in use."""
+    engine = http.get("/health").json()["engine"]
+    return engine["running"] + engine["waiting"], engine["kv_blocks_used"]
+
+
+def wait_until_idle(http: httpx.Client) -> None:
+    """Until nothing runs and no block is in use: long before `LONG` would end by itself."""
+    started = time.monotonic()
+    while running(http) != (0, 0):
+        assert time.monotonic() - started < 10, "the request was never cancelled"
+
+
+def test_the_openai_client_gets_one_answer_whole_and_streamed(client: openai.OpenAI) -> None:
+    """Greedy, seeded or not, a streamed answer is the whole one; the usage is the same."""
+    asked: Any = {"model": "tiny", "messages": HELLO, "temperature": 0, "max_tokens": 24}
+    whole = client.chat.completions.create(**asked)
+    stream = client.chat.completions.create(
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage == whole.usage
+    seeded = [
+        client.completions.create(model="tiny", prompt="Once", seed=7).choices[0].text
+        for _ in range(2)
+    ]
+    assert seeded[0] == seeded[1]
+
+
+def test_answers_are_openais_objects(http: httpx.Client) -> None:
+    """Every JSON validates strictly against openai's own models."""
+    chat = {"messages": HELLO, "max_tokens": 4, "logprobs": True, "top_logprobs": 3}
+    ChatCompletion.model_validate_json(http.post("/v1/chat/completions", json=chat).content)
+    completion = {"prompt": ["a", "b"], "max_tokens": 4, "logprobs": 2}
+    answer = http.post("/v1/completions", json=completion)
+    Completion.model_validate_json(answer.content, strict=True)
+    text = http.post("/v1/chat/completions", json={**chat, "stream": True}).text
+    *events, done, _ = text.split("\n\n")
+    assert done == "data: [DONE]"
+    for event in events:
+        ChatCompletionChunk.model_validate_json(event.removeprefix("data: "), strict=True)
+
+
+def test_a_stream_arrives_as_it_is_made(http: httpx.Client) -> None:
+    """The first text is here while the engine still works on the rest."""
+    body = {"messages": HELLO, "stream": True, **LONG}
+    with http.stream("POST", "/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        assert json.loads(next(lines).removeprefix("data: "))["choices"][0]["delta"]["role"]
+        assert running(http)[0] == 1
+    wait_until_idle(http)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/prompt"])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(
+    http: httpx.Client, url: str, path: str, stream: bool
+) -> None:
+    """Streaming or not, a closed connection ends the request and returns its KV blocks."""
+    body = {"stream": stream, **LONG, "prompt": "Hello"}
+    if path == "/v1/chat/completions":
+        body["messages"] = HELLO
+        del body["prompt"]
+    # By hand, because a client would wait for the answer before it could leave.
+    address = (url.rpartition("/")[2].split(":")[0], int(url.rpartition(":")[2]))
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + content)
+        while running(http)[0] == 0:
+            pass
+    wait_until_idle(http)
+
+
+BAD: list[tuple[str, Any, int, str | None]] = [
+    ("/v1/chat/completions", b"{", 400, None),
+    ("/v1/chat/completions", b"[]", 400, None),
+    ("/v1/chat/completions", {"messages": "Hello"}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": HELLO, "colour": 1}, 400, "colour"),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [{}]}, 400, "tools"),
+    ("/v1/chat/completions", {"messages": HELLO * 2}, 400, "messages"),
+    ("/v1/chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"),
+    ("/prompt", {"prompt": ""}, 400, "prompt"),
+    ("/prompt", {"prompt": "a" * 100_001}, 400, "prompt"),
+    ("/prompt", {"prompt": "é" * 10_000}, 400, None),
+    ("/prompt", {"prompt": "a", "temperature": 2.1}, 400, "temperature"),
+    ("/prompt", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
+    ("/prompt", {"prompt": "a", "max_tokens": 16_384}, 400, "max_tokens"),
+    ("/v1/completions", {"prompt": [5, 9999]}, 400, "prompt"),
+    ("/v1/embeddings", {"input": "a"}, 404, None),
+    ("/prompt", b" " * 8_000_001, 413, None),
+]
+
+
+@pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=range(len(BAD)))
+def test_bad_input_costs_nobody_else_anything(
+    http: httpx.Client, path: str, body: Any, status: int, param: str | None
+) -> None:
+    """Each is a clear error in the one shape, and the server goes on."""
+    content = body if isinstance(body, bytes) else json.dumps(body).encode()
+    response = http.post(path, content=content)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (status, param)
+    assert (error["type"], error["status"]) == ("invalid_request_error", "VALIDATION_FAILED")
+    assert http.post("/prompt", json={"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_the_replica_tells_how_it_is(http: httpx.Client) -> None:
+    """/health has the model, its memory and the load, from the replica itself."""
+    health = http.get("/health").json()
+    assert health["status"] == "ready"
+    assert health["memory"]["experts"] > 1_000_000
+    assert [phase["phase"] for phase in health["load"]][-1] == "ready"
+
+
+def test_a_request_has_one_id_header(http: httpx.Client) -> None:
+    """Serve's proxy sets x-request-id itself; ours does not make it two."""
+    response = http.post("/prompt", json={}, headers={"x-request-id": "mine"})
+    assert response.headers["x-request-id"] == "mine"
+    assert response.json()["error"]["request_id"] == response.headers["x-mixtral-request-id"]
+
+
+def test_the_handle_gives_what_http_gives(url: str, http: httpx.Client) -> None:
+    """The RunPod door's way in: the same answer, as data, and errors as data too."""
+    from ray import serve
+
+    handle = serve.get_app_handle("mixtral").options(stream=True)
+
+    def call(path: str, body: Any) -> list[Any]:
+        return list(handle.call.remote("POST", path, body, "r1"))
+
+    body = {"prompt": "What is 2 + 3?", "temperature": 0, "max_tokens": 8}
+    head, answer = call("/prompt", body)
+    assert head == {"status": 200, "stream": False, "headers": {}}
+    assert answer["body"] == http.post("/prompt", json=body).json()
+    (refused,) = call("/prompt", {"prompt": "a", "temperature": 3})
+    over_http = http.post("/prompt", json={"prompt": "a", "temperature": 3}).json()
+    same = {**over_http["error"], "request_id": "r1"}
+    assert (refused["status"], refused["error"]["error"]) == (400, same)
+    head, *chunks = call("/prompt", {**body, "stream": True})
+    assert head["stream"]
+    assert "".join(c["chunk"]["token"] for c in chunks) == answer["body"]["text"]

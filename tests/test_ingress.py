@@ -3,6 +3,7 @@
 The engine is a script; the door, the server behind it and uvicorn are the real ones.
 """
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
+from starlette.requests import ClientDisconnect
 
 from serve_app.errors import EngineDead, OutOfMemory, QueueFull
 from serve_app.ingress import create_app
@@ -176,6 +178,37 @@ def test_leaving_a_stream_frees_the_engine(door: Door, http: httpx.Client, path:
         assert engine.num_running == 1
     assert engine.left.wait(10)
     assert engine.num_running == 0
+
+
+def test_a_socket_that_breaks_while_writing_frees_the_engine() -> None:
+    """The request ends with the response, even when the client vanishes between two tokens."""
+    engine = FakeEngine(is_endless=True)
+    app = create_app(lambda: one)
+    one = server(engine)
+    body = json.dumps({"prompt": "a", "stream": True}).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": "POST",
+        "path": "/prompt",
+        "query_string": b"",
+        "headers": [],
+    }
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def send(message: Any) -> None:
+        if message.get("body"):
+            raise OSError
+
+    async def ask() -> None:
+        with pytest.raises(ClientDisconnect):
+            await app(scope, receive, send)
+        assert engine.begun.is_set()
+        assert engine.num_running == 0
+
+    asyncio.run(ask())
 
 
 @pytest.mark.parametrize(

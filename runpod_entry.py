@@ -49,21 +49,21 @@ def _start(arguments: list[str]) -> int:
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
     options, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
 
-    entry = EntrySettings()
-    checked = check(entry.serve_config)
-    settings = Settings.from_yaml(entry.serve_config)
-    if options.test_input is not None:
-        return local.run(settings, entry.serve_config, local.parse(options.test_input))
-    if not entry.runpod_serverless:
-        return http.run(settings, entry, checked)
-    if entry.runpod_webhook_get_job is None:
-        if (job := local.from_file()) is not None:
-            return local.run(settings, entry.serve_config, job)
+    entry = EntrySettings.from_environment()
+    job = local.find(options.test_input, entry)
+    takes_jobs = entry.runpod_serverless and entry.runpod_webhook_get_job is not None
+    if job is None and entry.runpod_serverless and not takes_jobs:
         raise ConfigError(
             "There are no jobs to take, as RUNPOD_WEBHOOK_GET_JOB is set by RunPod alone. Answer "
             "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
             "serve HTTP."
         )
+    checked = check(entry.serve_config)
+    settings = Settings.from_yaml(entry.serve_config)
+    if job is not None:
+        return local.run(settings, entry.serve_config, job)
+    if not takes_jobs:
+        return http.run(settings, entry, checked)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry, checked)

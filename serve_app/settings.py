@@ -180,6 +180,14 @@ class EntrySettings(BaseSettings):
     runpod_webhook_get_job: str | None = None
     """Set by the platform only: its presence means that jobs come from there."""
 
+    @classmethod
+    def from_environment(cls) -> "EntrySettings":
+        """What the environment says; raises `ConfigError` naming the first wrong variable."""
+        try:
+            return cls()
+        except ValidationError as error:
+            raise ConfigError(f"The environment: {_first_error(error)}") from None
+
 
 def application(path: str | Path) -> dict[str, Any]:
     """`applications[0]` of a Serve config; raises `ConfigError` naming the file."""

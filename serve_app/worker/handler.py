@@ -110,7 +110,8 @@ class Handler:
             **progress.summary(progress.lines(self._load_log)),
         }
         if self._boot.status == "failed" and self._boot.error is not None:
-            health["error"] = self._boot.error.message
+            # Not "error": the SDK fails a job whose output has a field of that name.
+            health["reason"] = self._boot.error.message
         return health
 
 

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serve_app.settings import ConfigError, Settings
+from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import cluster
 from serve_app.worker.start import make_handler
 
@@ -21,15 +21,20 @@ log = logging.getLogger(__name__)
 INPUT_FILE = Path("test_input.json")
 
 
-def from_file() -> dict[str, Any] | None:
-    """The job in `./test_input.json`, or None without such a file; raises `ConfigError`."""
-    if not INPUT_FILE.exists():
+def find(text: str | None, entry: EntrySettings) -> dict[str, Any] | None:
+    """The job on the command line, else the one in `./test_input.json` where nothing else is asked.
+
+    Raises `ConfigError` where it is not a JSON object.
+    """
+    if text is not None:
+        return _parse(text, "--test_input")
+    is_asked_otherwise = entry.runpod_webhook_get_job is not None or not entry.runpod_serverless
+    if is_asked_otherwise or not INPUT_FILE.exists():
         return None
-    return parse(INPUT_FILE.read_text(encoding="utf-8"), str(INPUT_FILE))
+    return _parse(INPUT_FILE.read_text(encoding="utf-8"), str(INPUT_FILE))
 
 
-def parse(text: str, where: str = "--test_input") -> dict[str, Any]:
-    """The job in `text`; raises `ConfigError` naming `where` if it is not a JSON object."""
+def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         job = json.loads(text)
     except ValueError as error:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import Draining, error_body, job_error
-from serve_app.settings import EntrySettings, Settings
+from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import cluster, progress
 from serve_app.worker.banner import banner
 from serve_app.worker.boot import Boot
@@ -57,7 +57,12 @@ def run(settings: Settings, entry: EntrySettings, checked: list[str]) -> int:
 
 def take_jobs(handler: Handler, slots: int, drain_s: float) -> None:
     """Runs RunPod's SDK until SIGTERM, then answers what it left."""
-    import runpod
+    try:
+        import runpod
+    except ValueError as error:
+        raise ConfigError(
+            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
+        ) from None
 
     config: dict[str, Any] = {
         "handler": handler.handle,

@@ -1,5 +1,6 @@
 """One worker with the real SDK, Ray and the tiny model, for all tests that need one."""
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,6 +40,13 @@ class Client:
         job = self.submit(given)
         until(lambda: job.is_over)
         return job
+
+    def error_of(self, job: Job) -> dict[str, Any]:
+        """The failed job's error, which is one JSON string."""
+        assert job.status == "FAILED", job.output
+        assert isinstance(job.error, str)
+        error: dict[str, Any] = json.loads(job.error)
+        return error
 
     def _url(self, path: str) -> str:
         return f"{self.platform.url}/v2/ep/{path}"

@@ -108,7 +108,7 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
 
     def is_free() -> bool:
         engine.update(client.ended({"endpoint": "/health"}).output[0]["engine"])
-        return engine["kv_blocks_used"] == 0 and engine["running"] == 0
+        return bool(engine["kv_blocks_used"] == 0 and engine["running"] == 0)
 
     until(is_free, timeout_s=10)
     assert (job.status(), record.num_results) == ("CANCELLED", 0)

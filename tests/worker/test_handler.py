@@ -192,7 +192,7 @@ def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Han
     cold = handler_of(ModelLoadFailed("No such checkpoint."))
     assert run(cold, {"endpoint": "/health"}) == [{"status": "idle", "load": []}]
     run(cold, {"prompt": "x"})
-    failed = {"status": "failed", "load": [], "error": "No such checkpoint."}
+    failed = {"status": "failed", "load": [], "reason": "No such checkpoint."}
     assert run(cold, {"openai_route": "/health"}) == [failed]
     warm = handler_of(Model([HEAD, {"body": {"text": ""}}], [HEAD, {"body": {"status": "ready"}}]))
     run(warm, {"prompt": "x"})

@@ -1,0 +1,47 @@
+"""What a worker says about itself when it starts."""
+
+from pathlib import Path
+
+import pytest
+
+import serve_app
+from serve_app.settings import Settings
+from serve_app.worker.banner import banner, gpu, volume
+
+
+def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version, model, quantisation, thresholds and concurrency are there; keys are not."""
+    monkeypatch.setenv("API_KEYS", "sk-secret")
+    monkeypatch.setenv("HF_TOKEN", "hf-secret")
+    settings = Settings.from_args({"model": {"name": "org/model", "revision": "v2"}}, "test")
+    text = "\n".join(banner(settings, "configs/x.yaml", 40, ["Memory: 25 GB of weights."]))
+    for fact in (
+        serve_app.__version__,
+        "configs/x.yaml",
+        "org/model at v2",
+        "Quantisation: nf4",
+        "Memory: 25 GB of weights.",
+        "92% of GPU memory",
+        "100,000 characters",
+        "40 jobs, 32 of them",
+    ):
+        assert fact in text
+    assert "secret" not in text
+
+
+def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:
+    """A worker without its volume, or with one it cannot write, is seen in the first lines."""
+    assert "present and writable" in volume(str(tmp_path))
+    assert "not mounted" in volume(str(tmp_path / "nothing"))
+
+
+def test_gpus_are_named_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part per GPU; a machine without the program, or with a broken one, still starts."""
+    program = tmp_path / "nvidia-smi"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert gpu() == "none (no nvidia-smi)"
+    program.write_text("#!/bin/sh\necho 'RTX 5090, 32607 MiB, 580.1'\necho 'B, 1 MiB, 580.1'\n")
+    program.chmod(0o755)
+    assert gpu() == "RTX 5090, 32607 MiB, 580.1; B, 1 MiB, 580.1"
+    program.write_text("#!/bin/sh\nexit 9\n")
+    assert gpu() == "unknown (nvidia-smi: CalledProcessError)"

@@ -1,0 +1,97 @@
+"""How the YAML becomes a deployment, and Ray's failures become errors; without starting Ray."""
+
+import json
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray.exceptions
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+
+from serve_app.app import build_app
+from serve_app.errors import EngineDead, InternalError, QueueFull, ServeError
+from serve_app.settings import ConfigError, Settings
+from serve_app.worker import cluster
+
+TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
+
+
+def overridden(given: dict[str, Any]) -> Any:
+    return cluster._overridden(build_app(TINY), given)._bound_deployment
+
+
+def test_the_yamls_overrides_reach_the_deployment() -> None:
+    """`deployments:` means what it means under `serve run`; the settings stay bound."""
+    plain = overridden({})
+    given = {"name": "mixtral", "num_replicas": 2, "ray_actor_options": {"num_cpus": 0.5}}
+    changed = overridden({"deployments": [given]})
+    assert (plain.num_replicas, changed.num_replicas) == (1, 2)
+    assert changed.ray_actor_options["num_cpus"] == 0.5
+    assert changed.max_ongoing_requests == plain.max_ongoing_requests
+    assert changed.init_args == (TINY,)
+
+
+@pytest.mark.parametrize(
+    "override", [{"name": "other"}, {"name": "mixtral", "replicas": 2}, {"num_replicas": 2}]
+)
+def test_an_override_that_fits_nothing_is_refused(override: dict[str, Any]) -> None:
+    """A misspelt deployment or option is an error, not a default."""
+    with pytest.raises(ConfigError, match="deployments"):
+        overridden({"deployments": [override]})
+
+
+def test_keys_that_this_door_ignores_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing in the file is passed over in silence."""
+    overridden({"name": "mixtral", "args": {}, "runtime_env": {"pip": []}})
+    assert "runtime_env" in caplog.text
+    assert "args" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (ray.exceptions.RayActorError(), EngineDead),
+        (ray.exceptions.WorkerCrashedError(), EngineDead),
+        (ray.exceptions.OutOfMemoryError("node"), EngineDead),
+        (DeploymentUnavailableError(None), EngineDead),
+        (BackPressureError(1, 1), QueueFull),
+        (ray.exceptions.RayTaskError("f", "Traceback ...", ValueError("x")), InternalError),
+    ],
+)
+def test_rays_errors_are_told_by_their_kind(error: Exception, kind: type[ServeError]) -> None:
+    """A dead process can be retried elsewhere; a bug cannot; neither shows Ray's own text."""
+    known = cluster._as_serve_error(error)
+    assert type(known) is kind
+    assert "Traceback" not in known.message
+
+
+def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
+    """What the replica wrote before it died is what jobs hear, with its verdict on retrying."""
+    path = tmp_path / "load.jsonl"
+    settings = TINY.model_copy(update={"load_log": str(path)})
+    unknown = cluster._load_failure(settings)
+    assert (unknown.retry, "log says why" in unknown.message) == (True, True)
+    failed = {"phase": "weights", "state": "failed", "error": "File cut off.", "retry": False}
+    path.write_text(json.dumps(failed) + "\n")
+    known = cluster._load_failure(settings)
+    assert (known.message, known.retry) == ("File cut off.", False)
+
+
+@pytest.fixture
+def restored() -> Iterator[None]:
+    kept = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, kept)
+
+
+def test_signals_are_given_back(restored: None) -> None:
+    """Whatever takes SIGTERM while Ray starts, its former handler has it afterwards."""
+
+    def ours(*_: Any) -> None: ...
+
+    signal.signal(signal.SIGTERM, ours)
+    with cluster._signals_kept():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    assert signal.getsignal(signal.SIGTERM) is ours

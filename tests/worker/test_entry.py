@@ -1,0 +1,84 @@
+"""The entry point: importing it costs nothing, and whatever stops it is one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.worker.process import ENTRY, run_entry
+
+WORKER = ENTRY.parent / "serve_app" / "worker"
+HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod", "fastapi"}
+
+
+def test_importing_loads_nothing_heavy() -> None:
+    """A worker that dies while importing dies without a log line; here imports do nothing."""
+    modules = ["runpod_entry", *(f"serve_app.worker.{path.stem}" for path in WORKER.glob("*.py"))]
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ENTRY.parent, capture_output=True, text=True, check=True
+    )
+    loaded = set(done.stdout.split())
+    assert loaded.issuperset(modules)
+    assert not HEAVY & loaded
+
+
+@pytest.mark.parametrize(
+    ("variables", "sentence"),
+    [
+        ({"SERVE_CONFIG": "missing.yaml"}, "missing.yaml: cannot be read"),
+        ({}, "There are no jobs to take"),
+        ({"MIXTRAL_ENGINE__MAX_LEN": "5"}, "MIXTRAL_ENGINE__MAX_LEN, which is no setting of ours"),
+        (
+            {"RUNPOD_SERVERLESS": "false", "PORT": "8123", "PORT_HEALTH": "8123"},
+            "PORT_HEALTH and PORT are both 8123",
+        ),
+        (
+            {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/", "RUNPOD_LOG_LEVEL": "WARNING"},
+            "RUNPOD_LOG_LEVEL takes",
+        ),
+        ({"PORT": "eighty"}, "The environment: `port`"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(
+    tmp_path: Path, variables: dict[str, str], sentence: str
+) -> None:
+    """Exit code 1 and a line that says what to change; no traceback, no silence."""
+    done = run_entry(tmp_path, **variables)
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"), [("{", "is not valid JSON"), ("[1]", "must be an object")]
+)
+def test_a_test_input_that_is_no_job_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    """On the command line and in the file alike."""
+    done = run_entry(tmp_path, "--test_input", text)
+    assert (done.returncode, sentence in done.stderr) == (1, True)
+    (tmp_path / "test_input.json").write_text(text)
+    done = run_entry(tmp_path)
+    assert (done.returncode, sentence in done.stderr) == (1, True)
+    assert "test_input.json" in done.stderr
+
+
+def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
+    """The SDK calls any generator handler a success; here a bad job fails, and says why."""
+    (tmp_path / "test_input.json").write_text('{"input": {"nothing": 1}}')
+    done = run_entry(tmp_path)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["error"]["status"] == "VALIDATION_FAILED"
+
+
+@pytest.mark.ray
+def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
+    """Standard output is the answer as one line of JSON and nothing else."""
+    data = {"prompt": "What is 2 + 3?", "max_tokens": 5}
+    job = {"input": {"endpoint": "/prompt", "data": data}}
+    done = run_entry(tmp_path, "--test_input", json.dumps(job))
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer.keys() == {"text", "finish_reason", "usage", "model"}

@@ -1,0 +1,131 @@
+"""The same body through both doors: the same answer, and the same error."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.worker.conftest import Client, until
+from tests.worker.process import ENTRY, environment
+
+pytestmark = pytest.mark.ray
+
+OWN = {"id", "created", "request_id"}
+"""Fields that differ from request to request."""
+GREEDY = {"temperature": 0, "max_tokens": 16}
+MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
+CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
+
+
+@pytest.fixture(scope="module")
+def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    """The HTTP door of the same entry point; told to stop at the end, it exits with 0."""
+    home: Path = tmp_path_factory.mktemp("http-home")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (home / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ENTRY)],
+            cwd=home,
+            env=environment(home, RUNPOD_SERVERLESS="false", PORT=str(port)),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+    try:
+        until(lambda: f"Serving HTTP on port {port}" in (home / "log").read_text())
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            yield client
+    finally:
+        process.send_signal(signal.SIGTERM)
+        code = process.wait(60)
+    assert code == 0, (home / "log").read_text()
+
+
+def anonymous(value: Any) -> Any:
+    """`value` without what is each request's own."""
+    if isinstance(value, dict):
+        return {name: anonymous(item) for name, item in value.items() if name not in OWN}
+    if isinstance(value, list):
+        return [anonymous(item) for item in value]
+    return value
+
+
+def events_of(text: str) -> list[Any]:
+    """The chunks of an event stream, before its [DONE]."""
+    events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
+    return [anonymous(json.loads(event)) for event in events if event != "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("POST", "/prompt", {"prompt": "What is 2 + 3?", **GREEDY}),
+        ("POST", "/prompt", {"prompts": ["One?", "Two?"], **GREEDY}),
+        ("POST", "/prompt", {"prompt": "Say it", "temperature": 1, "seed": 7, "max_tokens": 16}),
+        ("POST", "/v1/chat/completions", CHAT),
+        ("POST", "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+        ("POST", "/v1/completions", {"model": "tiny", "prompt": "2 + 3", **GREEDY}),
+        ("POST", "/tokenize", {"prompt": "Hello, world"}),
+        ("POST", "/detokenize", {"tokens": [5, 6, 7]}),
+        ("GET", "/v1/models", None),
+        ("GET", "/v1/models/tiny", None),
+    ],
+)
+def test_answers_are_equal(
+    http: httpx.Client, client: Client, method: str, path: str, body: Any
+) -> None:
+    """Token for token and field for field."""
+    answer = http.request(method, path, json=body)
+    assert answer.status_code == 200, answer.text
+    job = client.ended({"route": path, "method": method, "body": body})
+    assert job.status == "COMPLETED", job.error
+    assert anonymous(job.output) == [anonymous(answer.json())]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("POST", "/prompt", {"prompt": ""}, 400),
+        ("POST", "/prompt", {"prompt": "x", "temperature": 2.1}, 400),
+        ("POST", "/prompt", {"prompt": "x", "max_tokens": 0}, 400),
+        ("POST", "/prompt", {"prompt": "x", "colour": 1}, 400),
+        ("POST", "/prompt", {"prompt": "x" * 100_001}, 400),
+        ("POST", "/prompt", {"prompt": "x " * 20_000, "max_tokens": 16_000}, 400),
+        ("POST", "/prompt", {"prompt": "x" * 8_000_000}, 413),
+        ("POST", "/prompt", [1], 400),
+        ("POST", "/prompt", {}, 400),
+        ("GET", "/prompt", None, 405),
+        ("POST", "/v1/chat/completions", {**CHAT, "model": "other"}, 404),
+        ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, 400),
+        ("POST", "/v1/chat/completions", {"model": "tiny"}, 400),
+        ("POST", "/nowhere", {"a": 1}, 404),
+        ("GET", "/v1/models/other", None, 404),
+    ],
+)
+def test_errors_are_equal(
+    http: httpx.Client, client: Client, method: str, path: str, body: Any, status: int
+) -> None:
+    """The job's error string is the HTTP body, word for word but for the request id."""
+    answer = http.request(method, path, json=body)
+    assert answer.status_code == status, answer.text
+    job = client.ended({"route": path, "method": method, "body": body})
+    assert job.status == "FAILED"
+    assert anonymous(client.error_of(job)) == anonymous(answer.json())
+
+
+def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
+    """The gateway's text is HTTP's event stream, and both end with [DONE]."""
+    body = {**CHAT, "stream": True}
+    events = http.post("/v1/chat/completions", json=body).text
+    job = client.ended({"openai_route": "/v1/chat/completions", "openai_input": body})
+    assert events_of("".join(job.output)) == events_of(events)
+    assert events.endswith("data: [DONE]\n\n")
+    assert job.output[-1].endswith("data: [DONE]\n\n")

@@ -49,14 +49,13 @@ class Scheduler:
 
         Decodes come first. Their blocks are taken here; the caller marks what was computed.
         """
-        preemptions = self.num_preemptions
         chunks = self._decodes()
         budget = self.max_step_tokens - len(chunks)
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1:
                 chunks.append(_chunk(sequence, budget))
                 budget -= chunks[-1].end - chunks[-1].start
-        while budget and preemptions == self.num_preemptions and self._admit():
+        while budget and self._admit():
             chunks.append(_chunk(self.running[-1], budget))
             budget -= chunks[-1].end - chunks[-1].start
         return chunks

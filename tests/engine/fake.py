@@ -2,7 +2,7 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from threading import Semaphore
 from typing import Any, TypeVar
@@ -58,6 +58,7 @@ class FakeRunner:
         self._before = before
         self._sampler = Sampler()
         self._allowed = Semaphore(0)
+        self._entered = Semaphore(0)
         self._is_held = is_held
 
     def allow(self, num_steps: int) -> None:
@@ -67,7 +68,13 @@ class FakeRunner:
         self._is_held = False
         self._allowed.release()
 
+    async def entered(self, num_steps: int) -> None:
+        """Returns when so many more steps have begun; what is sent then is read after the last."""
+        for _ in range(num_steps):
+            await asyncio.to_thread(self._entered.acquire)
+
     def step(self, chunks: list[Chunk]) -> Samples:
+        self._entered.release()
         if self._is_held:
             self._allowed.acquire()
         self.steps.append(chunks)
@@ -132,3 +139,14 @@ def joined(deltas: list[Delta]) -> tuple[list[int], str, list[TokenLogprob]]:
 
 def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, temperature=0, **changes)
+
+
+async def start(
+    engine: Engine, runner: FakeRunner, params: SamplingParams
+) -> tuple[AsyncGenerator[Delta, None], Delta]:
+    """A request and its first delta; the runner, which is held, has begun the next step."""
+    request = engine.generate([1, 2], params)
+    runner.allow(1)
+    first = await anext(request)
+    await runner.entered(2)
+    return request, first

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.sequence import Chunk, Delta
-from serve_app.errors import EngineDead, InternalError, OutOfMemory
-from tests.engine.fake import FakeRunner, complete, greedy, logits_of, run, running
+from serve_app.errors import EngineDead, InternalError, OutOfMemory, ServeError
+from tests.engine.fake import FakeRunner, complete, greedy, logits_of, run, running, start
 
 POISON = 13
 """A prompt with this token makes its step, or its logits, fail."""
@@ -25,7 +25,7 @@ def poisoned_logits(token_ids: list[int]) -> Tensor:
 
 def fail_on_poison(chunks: list[Chunk]) -> None:
     if any(POISON in chunk.sequence.token_ids[: chunk.sequence.num_prompt] for chunk in chunks):
-        raise torch.OutOfMemoryError("tried to allocate something secret")
+        raise torch.OutOfMemoryError("too much")
 
 
 async def drain(request: AsyncGenerator[Delta, None], tokens: list[int]) -> None:
@@ -58,25 +58,43 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
         assert run(complete(engine, prompts[2], params)) == third
 
 
-def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on() -> None:
-    """Those in the step get their own error without its text, those that waited are served."""
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("secret"), OutOfMemory),
+        (ZeroDivisionError("secret"), InternalError),
+        (InternalError("A sentence."), InternalError),
+    ],
+    ids=["memory", "other", "ours"],
+)
+def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
+    error: Exception, expected: type[ServeError]
+) -> None:
+    """Those in the step get an error each, without foreign text; those that waited are served."""
+
+    def fail_on_poison(chunks: list[Chunk]) -> None:
+        if any(chunk.sequence.token_ids[0] == POISON for chunk in chunks):
+            raise error
+
     runner = FakeRunner(is_held=True, before=fail_on_poison)
 
     async def fail() -> None:
+        # While its second and last step is held, the others arrive; two of them fill the places.
+        first, _ = await start(engine, runner, greedy(2, ignore_eos=True))
         failing = [
             asyncio.ensure_future(complete(engine, [token, 1], greedy(4))) for token in (POISON, 2)
         ]
         waiting = asyncio.ensure_future(complete(engine, [3, 4], greedy(4, ignore_eos=True)))
         await asyncio.sleep(0)
         runner.let_go()
+        await drain(first, [])
         errors = await asyncio.gather(*failing, return_exceptions=True)
-        assert [type(error) for error in errors] == [OutOfMemory, OutOfMemory]
+        assert [type(error) for error in errors] == [expected, expected]
         assert errors[0] is not errors[1]
         assert "secret" not in str(errors[0])
         assert len((await waiting)[0]) == 4
         assert engine.stats().kv_blocks_used == 0
 
-    # Two places: the third request waits while the first two fail.
     with running(runner, max_running=2) as engine:
         run(fail())
         assert engine.is_alive
@@ -121,9 +139,7 @@ def test_a_fault_of_the_loop_itself_hangs_nobody(monkeypatch: pytest.MonkeyPatch
     runner = FakeRunner(is_held=True)
 
     async def die() -> None:
-        request = engine.generate([1, 2], greedy(9, ignore_eos=True))
-        runner.allow(1)
-        await anext(request)
+        request, _ = await start(engine, runner, greedy(9, ignore_eos=True))
 
         def schedule() -> list[Chunk]:
             raise ZeroDivisionError

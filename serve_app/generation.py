@@ -27,6 +27,9 @@ T = TypeVar("T")
 CHARS_ON_LOOP = 4_000
 """Longer texts are tokenised in a thread, so that the event loop does not wait for them."""
 
+CHARS_PER_MESSAGE = 20
+"""What rendering one message costs, in characters to tokenise."""
+
 
 @dataclass(frozen=True, slots=True)
 class Generator:
@@ -45,7 +48,7 @@ class Generator:
         """The token ids of a conversation, through the chat template; `field` is for errors."""
         self._check_chars(messages.num_chars(turns), field)
         return await self._tokenised(
-            messages.num_chars(turns),
+            messages.num_chars(turns) + CHARS_PER_MESSAGE * len(turns),
             lambda: self.tokenizer.render(
                 messages.plain(turns), add_generation_prompt=add_generation_prompt
             ),

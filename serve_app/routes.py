@@ -82,22 +82,21 @@ class Routes:
         head = self._head(request, call)
         generations, echoes = [], []
         for prompt in request.prompts:
-            generation, echo = await self._completion(request, prompt, deadline)
-            generations.append(generation)
-            echoes.append(echo if request.echo else "")
+            generations.append(await self._completion(request, prompt, deadline))
+            echoes.append(await self._text(prompt) if request.echo else "")
         make = completions.chunks if request.stream else completions.answer
         made: Any = make(request, head, generations, echoes, self._tokenizer)
         return Reply(chunks=made) if request.stream else Reply(await made)
 
     async def _completion(
         self, request: completions.CompletionRequest, prompt: str | list[int], deadline: float
-    ) -> tuple[Generation, str]:
-        """The running answer to one prompt, and the prompt's text."""
+    ) -> Generation:
         if isinstance(prompt, str):
-            ids, text = await self._generator.text_ids(prompt), prompt
+            ids = await self._generator.text_ids(prompt)
         else:
-            ids, text = prompt, await self._generator.decoded(prompt, "prompt")
-        generation = self._generator.start(
+            self._generator.check_ids(prompt, "prompt")
+            ids = prompt
+        return self._generator.start(
             request,
             ids,
             max_tokens=request.max_tokens,
@@ -105,7 +104,11 @@ class Routes:
             deadline=deadline,
             continues=True,
         )
-        return generation, text
+
+    async def _text(self, prompt: str | list[int]) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        return await self._generator.decoded(prompt, "prompt")
 
     async def _prompt(self, call: Call, deadline: float) -> Reply:
         items = plain.items(call.body)

@@ -13,6 +13,8 @@ from serve_app.protocol.fields import printable
 IGNORED = frozenset({"name"})
 """Fields of a message that the chat format has no place for."""
 
+MAX_MESSAGES = 4096
+
 _EMPTY: tuple[Any, ...] = (None, [], "")
 _ROLES = ("system", "user", "assistant")
 

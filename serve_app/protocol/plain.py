@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.answer import Generation, Head
 from serve_app.protocol.fields import Sampling, usage
-from serve_app.protocol.messages import Message
+from serve_app.protocol.messages import MAX_MESSAGES, Message
 
 DEFAULT_MAX_TOKENS = 512
 MAX_ITEMS = 1000
@@ -22,7 +22,7 @@ class PromptRequest(Sampling):
     """`POST /prompt` with `prompt` or `messages`."""
 
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list)
+    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES)
     temperature: float = Field(default=0.7, ge=0, le=2, allow_inf_nan=False)
 
     @model_validator(mode="before")

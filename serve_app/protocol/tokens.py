@@ -6,14 +6,16 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.fields import Body
-from serve_app.protocol.messages import Message
+from serve_app.protocol.messages import MAX_MESSAGES, Message
+
+MAX_TOKENS = 100_000
 
 
 class TokenizeRequest(Body):
     """`POST /tokenize` of `prompt` (raw text) or `messages` (through the chat template)."""
 
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: bool = True
     """BOS before a `prompt`; the chat template brings its own."""
     add_generation_prompt: bool = True
@@ -29,7 +31,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize` of token ids."""
 
-    tokens: list[int]
+    tokens: list[int] = Field(max_length=MAX_TOKENS)
 
 
 def tokenized(ids: list[int], max_model_len: int, strings: list[str] | None) -> dict[str, Any]:

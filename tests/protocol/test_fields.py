@@ -52,6 +52,7 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"topk": 3}, "topk"),
         ({"messages": None}, "messages"),
         ({"messages": []}, "messages"),
+        ({"messages": HELLO * 4097}, "messages"),
         ({"messages": "Hello"}, "messages"),
         ({"messages": ["Hello"]}, "messages"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages.content"),

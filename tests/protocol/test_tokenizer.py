@@ -1,5 +1,7 @@
 """Prompts become the ids that transformers makes of them."""
 
+import asyncio
+import time
 from typing import Any
 
 import pytest
@@ -61,3 +63,21 @@ def test_the_bytes_of_tokens_make_up_the_text() -> None:
     """Token by token, byte tokens included, the bytes are those of the text."""
     ids = tokenizer().encode("a €🙂b", add_special_tokens=False)
     assert b"".join(map(tokenizer().token_bytes, ids)).decode() == " a €🙂b"
+
+
+def test_a_long_text_leaves_the_event_loop_alone() -> None:
+    """Tokenising in a thread releases the interpreter, so that the loop turns meanwhile."""
+
+    async def longest_pause() -> float:
+        """As a share of the time that the work took."""
+        started = last = time.monotonic()
+        longest = 0.0
+        task = asyncio.create_task(asyncio.to_thread(tokenizer().encode, "é" * 300_000))
+        while not task.done():
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - last)
+            last = time.monotonic()
+        return longest / (last - started)
+
+    # Holding the lock for the whole text would make it nearly 1.
+    assert asyncio.run(longest_pause()) < 0.5

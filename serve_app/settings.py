@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "MIXTRAL_"
@@ -83,6 +83,15 @@ class EngineSettings(_Section):
     """Prompt and decode tokens in one step: long prompts are cut into chunks of this size."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads on a CPU; None leaves one core to the sockets."""
+
+    @model_validator(mode="after")
+    def _streams_fit_into_a_step(self) -> "EngineSettings":
+        if self.max_step_tokens < self.max_running:
+            raise ValueError(
+                f"max_step_tokens ({self.max_step_tokens}) must be at least max_running "
+                f"({self.max_running})"
+            )
+        return self
 
 
 class ApiSettings(_Section):
@@ -244,4 +253,6 @@ def _first_error(error: ValidationError) -> str:
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"`{key}` is no setting of ours."
+    if first["type"] == "value_error":
+        return f"`{key}`: {first['ctx']['error']}."
     return f"`{key}`: {first['msg']}, got {first['input']!r}."

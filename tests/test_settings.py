@@ -56,6 +56,7 @@ def test_every_familiar_name_leads_to_a_setting() -> None:
         ("{engine: {blok_size: 1}}", "`engine.blok_size` is no setting"),
         ("{engin: {}}", "`engin` is no setting"),
         ("{engine: {max_running: 0}}", "`engine.max_running`"),
+        ("{engine: {max_step_tokens: 16}}", "(16) must be at least max_running (32)"),
         ("{model: {quantization: int3}}", "`model.quantization`"),
         ("{api: {keys: abc}}", "is a secret"),
         ("{model: {hf_token: abc}}", "is a secret"),

@@ -93,6 +93,8 @@ def _start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # It counts the page cache of weights being read as used memory, and kills the replica.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray.init(
         address="local",
         include_dashboard=False,

@@ -76,6 +76,17 @@ def tiny_worker(
         yield worker
 
 
+@pytest.fixture(scope="session")
+def first_jobs(tiny_platform: Platform, tiny_worker: Worker) -> list[Job]:
+    """The jobs that find the worker cold: a `/health`, then two at once that start the model."""
+    client = Client(tiny_platform)
+    jobs = [client.ended({"endpoint": "/health"})]
+    jobs += [client.submit({"prompt": "What is 2 + 3?", "temperature": 0}) for _ in range(2)]
+    until(lambda: all(job.is_over for job in jobs))
+    return jobs
+
+
 @pytest.fixture
-def client(tiny_platform: Platform, tiny_worker: Worker) -> Client:
+def client(tiny_platform: Platform, first_jobs: list[Job]) -> Client:
+    """A client of the worker with the tiny model, which is warm."""
     return Client(tiny_platform)

@@ -28,9 +28,15 @@ def test_importing_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     ("variables", "sentence"),
     [
-        ({"SERVE_CONFIG": "missing.yaml"}, "missing.yaml: cannot be read"),
+        (
+            {"SERVE_CONFIG": "missing.yaml", "RUNPOD_SERVERLESS": "false"},
+            "missing.yaml: cannot be read",
+        ),
         ({}, "There are no jobs to take"),
-        ({"MIXTRAL_ENGINE__MAX_LEN": "5"}, "MIXTRAL_ENGINE__MAX_LEN, which is no setting of ours"),
+        (
+            {"MIXTRAL_ENGINE__MAX_LEN": "5", "RUNPOD_SERVERLESS": "false"},
+            "MIXTRAL_ENGINE__MAX_LEN, which is no setting of ours",
+        ),
         (
             {"RUNPOD_SERVERLESS": "false", "PORT": "8123", "PORT_HEALTH": "8123"},
             "PORT_HEALTH and PORT are both 8123",

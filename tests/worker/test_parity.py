@@ -121,6 +121,15 @@ def test_errors_are_equal(
     assert anonymous(client.error_of(job)) == anonymous(answer.json())
 
 
+def test_plain_streams_are_equal(http: httpx.Client, client: Client) -> None:
+    """`/prompt` streams the same text and the same last chunk, however it was cut on the way."""
+    body = {"prompt": "What is 2 + 3?", "stream": True, **GREEDY}
+    events = events_of(http.post("/prompt", json=body).text)
+    chunks = client.ended(body).output
+    assert "".join(c["token"] for c in chunks) == "".join(e["token"] for e in events)
+    assert chunks[-1] == events[-1]
+
+
 def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
     """The gateway's text is HTTP's event stream, and both end with [DONE]."""
     body = {**CHAT, "stream": True}

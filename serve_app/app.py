@@ -6,6 +6,7 @@ token. `import_path: serve_app.app:build_app` in the YAML; its `deployments:` ov
 No `from __future__ import annotations` here: Serve would then pass `args:` as a plain dict.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 from serve_app.settings import Settings
@@ -33,6 +34,15 @@ def build_app(settings: Settings) -> "Application":
         # Asked at each request: while the app is built there is no object yet.
         return create_app(lambda: serve.get_replica_context().servable_object)
 
+    class Replica(MixtralServer):
+        """The server, whose log lines go where Serve's do."""
+
+        def __init__(self, settings: Settings) -> None:
+            ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
+            ours.handlers, ours.propagate = serves.handlers, False
+            ours.setLevel(serves.level)
+            super().__init__(settings)
+
     engine = settings.engine
     deployment = serve.deployment(
         name=DEPLOYMENT,
@@ -45,7 +55,7 @@ def build_app(settings: Settings) -> "Application":
         # A model that does not load now will not load a second later.
         max_constructor_retry_count=1,
     )
-    return deployment(serve.ingress(ingress)(MixtralServer)).bind(settings)
+    return deployment(serve.ingress(ingress)(Replica)).bind(settings)
 
 
 def _is_on_cpu(settings: Settings) -> bool:

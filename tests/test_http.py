@@ -7,6 +7,7 @@ import json
 import socket
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -176,6 +177,17 @@ def test_the_replica_tells_how_it_is(http: httpx.Client) -> None:
     assert health["status"] == "ready"
     assert health["memory"]["experts"] > 1_000_000
     assert [phase["phase"] for phase in health["load"]][-1] == "ready"
+
+
+def test_the_load_is_in_the_replicas_log(http: httpx.Client) -> None:
+    """Our own lines are in Serve's log; what users write is not."""
+    from ray._private.worker import global_worker
+
+    http.post("/prompt", json={"prompt": "unmistakable words", "max_tokens": 1})
+    logs = Path(global_worker.node.get_session_dir_path(), "logs", "serve")
+    written = "".join(log.read_text() for log in logs.glob("replica_mixtral*.log"))
+    assert "load: weights took" in written
+    assert "unmistakable" not in written
 
 
 def test_a_request_has_one_id_header(http: httpx.Client) -> None:

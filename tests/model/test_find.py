@@ -46,7 +46,7 @@ def test_a_name_that_is_neither_is_refused(name: str) -> None:
 
 def test_the_volume_is_searched_without_regard_to_case(tmp_path: Path) -> None:
     """RunPod's cache is lower-cased; the public name is not."""
-    folder = make_snapshot(tmp_path / "huggingface-cache" / "hub", "mistralai/mixtral-8x7b")
+    folder = make_snapshot(tmp_path / "huggingface-cache" / "hub", "MistralAI/mixtral-8x7B")
     assert find_checkpoint("mistralai/Mixtral-8x7B", volume=tmp_path) == folder
 
 

@@ -109,6 +109,23 @@ def test_very_different_contexts_decode_together(tmp_path: Path) -> None:
     assert_close(logits["other"], oracle_logits(oracle, short)[5:6])
 
 
+def test_decodes_between_chunks_keep_their_places(tmp_path: Path) -> None:
+    """Decodes whose order by context length is not their order in the batch are not mixed up."""
+    oracle = random_oracle()
+    ids = {name: random_ids(50, seed=seed) for seed, name in enumerate("abcd")}
+    engine = paged(oracle, tmp_path)
+    lengths = {"a": 40, "b": 5, "c": 10, "d": 30}
+    engine.step(**{name: ids[name][:length] for name, length in lengths.items()})
+
+    new = {"a": 1, "b": 9, "c": 1, "d": 1}
+    logits = engine.step(
+        **{name: ids[name][start : start + new[name]] for name, start in lengths.items()}
+    )
+    for name, start in lengths.items():
+        expected = oracle_logits(oracle, ids[name])[start : start + new[name]]
+        assert_close(logits[name], expected)
+
+
 def test_bfloat16_follows_transformers(tmp_path: Path) -> None:
     """In bfloat16 the logits are float32 numbers near the oracle's in bfloat16."""
     oracle = random_oracle(initializer_range=0.05)

@@ -83,11 +83,6 @@ def require_possible(settings: Settings) -> None:
             "exist in this build yet, and it refuses to load them in bf16 instead (91 GB for "
             "Mixtral 8x7B): set it to none and take a model that fits."
         )
-    if settings.engine.max_step_tokens < settings.engine.max_running:
-        raise ModelLoadFailed(
-            "`engine.max_step_tokens` must be at least `engine.max_running`, or running streams "
-            "would stall one another."
-        )
 
 
 def _device(settings: Settings, notes: list[str]) -> "torch.device":

@@ -7,6 +7,7 @@ Knows no HTTP library, no Ray and no jobs.
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from serve_app import load as loading
@@ -63,7 +64,9 @@ class MixtralServer:
                 return reply
             chunks = _known_failures(reply.chunks, call.request_id)
             await anext(chunks)
-            return Reply(chunks=chunks)
+            return replace(reply, chunks=chunks)
+        except ServeError:
+            raise
         except Exception as error:
             raise known(error, call.request_id) from error
 
@@ -166,6 +169,8 @@ async def _known_failures(chunks: Chunks, request_id: str) -> Chunks:
             yield first
             async for chunk in chunks:
                 yield chunk
+    except ServeError:
+        raise
     except Exception as error:
         raise known(error, request_id) from error
 

@@ -217,3 +217,19 @@ def test_the_handle_gives_what_http_gives(url: str, http: httpx.Client) -> None:
     head, *chunks = call("/prompt", {**body, "stream": True})
     assert head["stream"]
     assert "".join(c["chunk"]["token"] for c in chunks) == answer["body"]["text"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_cancelling_through_the_handle_frees_the_blocks(
+    url: str, http: httpx.Client, stream: bool
+) -> None:
+    """What the RunPod door does when a job is stopped."""
+    from ray import serve
+
+    handle = serve.get_app_handle("mixtral").options(stream=True)
+    body = {"prompt": "Hello", "stream": stream, **LONG}
+    response = handle.call.remote("POST", "/prompt", body, "r1")
+    while running(http)[0] == 0:
+        pass
+    response.cancel()
+    wait_until_idle(http)

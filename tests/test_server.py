@@ -423,7 +423,6 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path) -> None:
         ({"model": {"name": "tiny", "quantization": "nf4"}}, "91 GB"),
         ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
         ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
-        ({"engine": {"max_step_tokens": 16, "max_running": 17}}, "max_step_tokens"),
     ],
 )
 def test_a_load_that_cannot_be_says_why(

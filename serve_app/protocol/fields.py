@@ -44,7 +44,6 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields of OpenAI's that we know and refuse: the values that ask for nothing, and the reason."""
 
 MAX_STOP_CHARS = 500
-MIN_TEMPERATURE = 1e-3
 
 B = TypeVar("B", bound="Body")
 

@@ -6,6 +6,8 @@
 import logging
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +60,8 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     with load_log.phase("tokenizer"):
         tokenizer = _tokenizer(path)
     with load_log.phase("weights"):
-        model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
+        with _memory_for("the weights", "quantise them, or take a larger GPU"):
+            model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
     with load_log.phase("engine"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
     load_log.done("ready", time.monotonic() - started)
@@ -196,8 +199,10 @@ def _engine(
             f"The KV cache holds {num_blocks * chosen.block_size} tokens, less than the context of "
             f"{context}; lower `engine.max_model_len` or raise `engine.kv_cache_tokens`."
         )
+    with _memory_for(f"a KV cache of {num_tokens} tokens", "lower `engine.kv_cache_tokens`"):
+        runner = ModelRunner(model, num_blocks, chosen.block_size, dtype, device)
     engine = Engine(
-        ModelRunner(model, num_blocks, chosen.block_size, dtype, device),
+        runner,
         EngineConfig(
             max_model_len=context,
             max_running=chosen.max_running,
@@ -211,6 +216,18 @@ def _engine(
     )
     engine.start()
     return engine, num_blocks * chosen.block_size * token_bytes
+
+
+@contextmanager
+def _memory_for(what: str, remedy: str) -> Iterator[None]:
+    """Says in a sentence that the device's memory does not hold `what`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
+        if "memory" not in str(error):
+            raise
+        raise ModelLoadFailed(f"There is no memory for {what}; {remedy}.") from error
 
 
 def _kv_tokens(

@@ -1,0 +1,68 @@
+"""The load says what it does, and why it cannot. The tiny model is really loaded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.load_log import LoadLog
+from serve_app.server import MixtralServer
+from serve_app.settings import Settings
+
+
+def test_the_load_is_told_phase_by_phase(tmp_path: Path) -> None:
+    """The real load of the tiny model: a line as each phase starts and ends, and /health."""
+    load_log = tmp_path / "load.jsonl"
+    settings = Settings.from_yaml("configs/tiny.yaml").model_copy(
+        update={"load_log": str(load_log)}
+    )
+    one = MixtralServer(settings)
+    try:
+        lines = [json.loads(line) for line in load_log.read_text().splitlines()]
+        health = one.health()
+    finally:
+        one.close()
+    phases = ["device", "checkpoint", "tokenizer", "weights", "engine"]
+    assert [line["phase"] for line in lines if line["state"] == "started"] == phases
+    done = [line["phase"] for line in lines if line["state"] == "done"]
+    assert done == [*phases, "ready"]
+    assert [phase["phase"] for phase in health["load"]] == done
+    assert health["model"] == {"id": "tiny", "quantization": "none", "dtype": "float32"}
+    assert health["engine"]["kv_blocks_total"] == 65536 // 16
+    assert health["memory"].keys() == {"experts", "attention", "head", "other", "kv_cache"}
+    assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"model": {"name": "tiny", "quantization": "nf4"}}, "91 GB"),
+        ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
+        ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
+        ({"engine": {"kv_cache_tokens": 10**12}}, "no memory for a KV cache"),
+    ],
+)
+def test_a_load_that_cannot_be_says_why(
+    tmp_path: Path, args: dict[str, Any], sentence: str
+) -> None:
+    """One sentence, raised and written into the load log; trying again would not help."""
+    load_log = tmp_path / "load.jsonl"
+    model = {"name": "tiny", "quantization": "none", "dtype": "float32", "device": "cpu"}
+    settings = Settings(**{"model": model, "load_log": str(load_log), **args})
+    with pytest.raises(ModelLoadFailed, match=sentence) as failed:
+        MixtralServer(settings)
+    last = json.loads(load_log.read_text().splitlines()[-1])
+    assert (last["state"], last["error"]) == ("failed", failed.value.message)
+    assert last["retry"] is False
+
+
+def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
+    """Thousands of tensors make no thousands of lines."""
+    load_log = LoadLog(str(tmp_path / "load.jsonl"))
+    for part in range(1000):
+        load_log.progress("weights", part / 1000)
+    lines = (tmp_path / "load.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"phase": "weights", "state": "running", "done": 0.0}
+    assert len(lines) < 10

@@ -78,18 +78,17 @@ class Generator:
         request: Sampling,
         ids: list[int],
         *,
-        max_tokens: int | None,
         default: int | None,
         deadline: float,
         continues: bool = False,
     ) -> Generation:
         """The answer to the prompt `ids`, which runs once its pieces are asked for.
 
-        `default` stands for an absent `max_tokens`, as far as the context allows; None is all of
+        `default` stands for an absent limit of tokens, as far as the context allows; None is all of
         it. `deadline` is on the loop's clock. `continues`: the answer is more of the prompt's
         text, so its leading space counts.
         """
-        params = self._params(request, len(ids), max_tokens, default)
+        params = self._params(request, len(ids), default)
         detokenizer = self.tokenizer.detokenizer(
             ids if continues else (), skip_special_tokens=request.skip_special_tokens
         )
@@ -123,12 +122,10 @@ class Generator:
         # Outside, so that the blocks are free before the client hears of the end.
         yield piece
 
-    def _params(
-        self, request: Sampling, num_prompt: int, max_tokens: int | None, default: int | None
-    ) -> SamplingParams:
+    def _params(self, request: Sampling, num_prompt: int, default: int | None) -> SamplingParams:
         self.check_ids(request.stop_token_ids, "stop_token_ids")
         self.check_ids(list(request.bias), "logit_bias")
-        limit = self._max_tokens(num_prompt, max_tokens, default)
+        limit = self._max_tokens(request, num_prompt, default)
         return SamplingParams(
             max_tokens=limit,
             min_tokens=min(request.min_tokens, limit),
@@ -146,7 +143,8 @@ class Generator:
             logprobs=request.num_logprobs,
         )
 
-    def _max_tokens(self, num_prompt: int, asked: int | None, default: int | None) -> int:
+    def _max_tokens(self, request: Sampling, num_prompt: int, default: int | None) -> int:
+        asked, field = request.limit
         room = self.max_model_len - num_prompt
         if room < 1:
             raise ContextLengthExceeded(
@@ -157,12 +155,12 @@ class Generator:
         if asked is None:
             return min(room, default or room, most or room)
         if most is not None and asked > most:
-            raise InvalidRequest(f"`max_tokens` may be {most} at most.", param="max_tokens")
+            raise InvalidRequest(f"`{field}` may be {most} at most.", param=field)
         if asked > room:
             raise ContextLengthExceeded(
-                f"The prompt has {num_prompt} tokens and `max_tokens` is {asked}, but the context "
+                f"The prompt has {num_prompt} tokens and `{field}` is {asked}, but the context "
                 f"holds {self.max_model_len} together; ask for {room} at most.",
-                param="max_tokens",
+                param=field,
             )
         return asked
 

@@ -70,9 +70,7 @@ class Routes:
         request = chat.ChatRequest.read(call.body)
         head = self._head(request, call)
         ids = await self._generator.conversation_ids(request.messages)
-        generation = self._generator.start(
-            request, ids, max_tokens=request.limit, default=None, deadline=deadline
-        )
+        generation = self._generator.start(request, ids, default=None, deadline=deadline)
         if request.stream:
             return Reply(chunks=chat.chunks(request, head, generation, self._tokenizer))
         return Reply(await chat.answer(request, head, generation, self._tokenizer))
@@ -99,7 +97,6 @@ class Routes:
         return self._generator.start(
             request,
             ids,
-            max_tokens=request.max_tokens,
             default=completions.DEFAULT_MAX_TOKENS,
             deadline=deadline,
             continues=True,
@@ -126,7 +123,6 @@ class Routes:
         return self._generator.start(
             request,
             ids,
-            max_tokens=request.max_tokens,
             default=plain.DEFAULT_MAX_TOKENS,
             deadline=deadline,
         )

@@ -231,6 +231,13 @@ LONG = "word " * MAX_MODEL_LEN
             "context_length_exceeded",
             "max_tokens",
         ),
+        (
+            "/v1/chat/completions",
+            {**CHAT, "max_completion_tokens": MAX_MODEL_LEN},
+            400,
+            "context_length_exceeded",
+            "max_completion_tokens",
+        ),
         ("/prompt", {"prompt": "a" * 100_001}, 400, None, "prompt"),
         ("/v1/completions", {"prompt": [768]}, 400, None, "prompt"),
         ("/v1/completions", {"prompt": [-1]}, 400, None, "prompt"),

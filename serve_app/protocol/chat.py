@@ -26,6 +26,12 @@ class ChatRequest(Sampling):
     top_logprobs: int = Field(default=0, ge=0, le=20)
 
     @property
+    def limit(self) -> tuple[int | None, str]:
+        if self.max_completion_tokens is None:
+            return super().limit
+        return self.max_completion_tokens, "max_completion_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
@@ -46,10 +52,6 @@ class ChatRequest(Sampling):
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
         return self
-
-    @property
-    def limit(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
 
 
 async def answer(

@@ -109,6 +109,11 @@ class Sampling(Body):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
+    def limit(self) -> tuple[int | None, str]:
+        """How many tokens may be generated, and the field that says so."""
+        return self.max_tokens, "max_tokens"
+
+    @property
     def num_logprobs(self) -> int | None:
         """None: none. n: the chosen token's and those of the n most probable."""
         return None

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.sequence import Chunk, Samples
+from serve_app.engine.sequence import FAILED, Chunk, Samples
 from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
@@ -53,7 +53,14 @@ class ModelRunner:
     def step(self, chunks: list[Chunk]) -> Samples:
         logits: Tensor = self.model(self._batch(chunks), self.cache)
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        return self._sampler.sample(logits, sampled) if sampled else Samples([], {})
+        if not sampled:
+            return Samples([], {})
+        samples = self._sampler.sample(logits, sampled)
+        for sequence, token in zip(sampled, samples.token_ids, strict=True):
+            if token == FAILED:
+                # It left numbers that are not finite, and its blocks go to somebody else.
+                self.cache.clear(self._tensor(sequence.block_table))
+        return samples
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         size = self._block_size

@@ -18,6 +18,7 @@ import torch
 from serve_app.engine.engine import Engine
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import SamplingParams
+from serve_app.errors import InternalError
 from serve_app.model.mixtral import Mixtral
 from tests.engine.fake import complete, run, running
 from tests.model.driver import load_float32, random_oracle
@@ -179,3 +180,30 @@ def test_a_seeded_request_repeats_itself_in_any_company(pair: Pair) -> None:
     # One may part from itself where rounding tips two scores that nearly tie.
     for found in (in_company, preempted):
         assert sum(a != b for a, b in zip(alone, found, strict=True)) <= 1
+
+
+def test_numbers_that_are_not_finite_stay_with_their_request(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that computes NaN fails alone, and whoever gets its blocks computes none."""
+    poison, asked = 5, [[1, 2, 3], [4, 6, 7]]
+    embedding = pair.ours.embedding.clone()
+    embedding[poison] = torch.nan
+    params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+
+    def answers() -> list[Any]:
+        # As few blocks as one request needs: the second one gets the first one's.
+        with serving(pair.ours, num_blocks=3) as engine:
+
+            async def one_by_one() -> list[Any]:
+                try:
+                    await complete(engine, [1, poison, 2], params)
+                except InternalError:
+                    pass
+                return [await complete(engine, prompt, params) for prompt in asked]
+
+            return run(one_by_one())
+
+    expected = answers()
+    monkeypatch.setattr(pair.ours, "embedding", torch.nn.Parameter(embedding, False))
+    assert answers() == expected

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import logging
 import os
+import secrets
 import signal
 import threading
 import time
@@ -93,6 +94,8 @@ def _start_ray() -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A token of this process's own: Ray would write one into a home that a container may not have.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # It counts the page cache of weights being read as used memory, and kills the replica.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     ray.init(
@@ -173,14 +176,17 @@ async def _forward(handle: Any, call: Call, limit_s: float) -> AsyncGenerator[di
     from ray.serve.exceptions import RayServeException
 
     response = handle.call.remote(call.method, call.path, call.body, call.request_id)
+    is_over = False
     try:
         async with asyncio.timeout(limit_s):
             async for item in response:
                 yield item
+        is_over = True
     except (RayError, RayServeException) as error:
         raise _as_serve_error(error) from error
     finally:
-        response.cancel()
+        if not is_over:
+            response.cancel()
 
 
 def _as_serve_error(error: Exception) -> ServeError:

@@ -117,7 +117,6 @@ class Handler:
 
 async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, None]:
     """The model's answer as the values to post, raising `_Refused` where it is an error."""
-    streaming = False
     async with contextlib.aclosing(batches(forward(request.call))) as items:
         async for batch in items:
             chunks = [item["chunk"] for item in batch if "chunk" in item]
@@ -128,8 +127,7 @@ async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, 
                     raise _Refused(item["error"])
                 if "body" in item:
                     yield item["body"]
-                streaming = streaming or bool(item.get("stream"))
-    if streaming and request.sse:
+    if request.sse:
         yield DONE
 
 

@@ -18,7 +18,7 @@ def run_entry(home: Path, *arguments: str, **more: str) -> subprocess.CompletedP
     return subprocess.run(
         [sys.executable, str(ENTRY), *arguments],
         cwd=home,
-        env=environment(home, **more),
+        env={**environment(home), **more},
         capture_output=True,
         text=True,
         timeout=100,

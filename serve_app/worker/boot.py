@@ -8,18 +8,13 @@ Knows who waits and what became of the start; how a model is started is handed i
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, Literal
+from collections.abc import Awaitable, Callable
+from typing import Literal
 
 from serve_app.errors import ModelLoadFailed, ServeError
-from serve_app.protocol.call import Call
+from serve_app.worker.forward import Forward
 
 log = logging.getLogger(__name__)
-
-Forward = Callable[[Call], AsyncGenerator[dict[str, Any], None]]
-"""Hands a call to the model. Items: `{"status", "stream", "headers"}`, then `{"body"}` or
-`{"chunk"}`s; a failure is `{"status", "error"}`. Closing the generator cancels the request.
-Raises `EngineDead` where the model is gone."""
 
 Status = Literal["idle", "loading", "ready", "failed"]
 

@@ -11,24 +11,22 @@ import logging
 import os
 import secrets
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
-from serve_app.protocol.call import Call
+from serve_app.errors import ModelLoadFailed
 from serve_app.settings import ConfigError, Settings, application
 from serve_app.worker import progress
-from serve_app.worker.boot import Forward
+from serve_app.worker.forward import Forward, through
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "mixtral"
-GRACE_S = 10.0
-"""How much later than the deployment this door ends a request, should no replica do it."""
 OBJECT_STORE_BYTES = 200_000_000
 """Requests and answers travel through Ray's messages; the object store stays all but empty."""
 SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
@@ -63,10 +61,7 @@ async def start(settings: Settings, config: str | Path) -> Forward:
         except ConfigError as error:
             raise ModelLoadFailed(str(error)) from None
     _log_phases(settings, time.monotonic() - began)
-    # One handle for all calls: each copy would start its own metrics pusher and long poll.
-    handle = handle.options(stream=True)
-    limit_s = settings.api.request_timeout_s + GRACE_S
-    return lambda call: _forward(handle, call, limit_s)
+    return through(handle, settings.api.request_timeout_s)
 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> None:
@@ -74,7 +69,15 @@ def serve_http(settings: Settings, config: str | Path, port: int) -> None:
     with _signals_kept():
         _start_ray()
         _start_serve({"host": "0.0.0.0", "port": port})
-        deploy(settings, config, "/")
+        deploy(with_load_log(settings), config, "/")
+
+
+def with_load_log(settings: Settings) -> Settings:
+    """`settings` with a file that the replica tells its load to, on this machine's own disk."""
+    if settings.load_log is not None:
+        return settings
+    folder = Path(tempfile.mkdtemp(prefix="mixtral-load-"))
+    return settings.model_copy(update={"load_log": str(folder / "load.jsonl")})
 
 
 def stop() -> None:
@@ -119,11 +122,13 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
 
     Raises `ModelLoadFailed` with the cause that the replica wrote into the load log.
     """
+    import ray
     from ray import serve
 
     from serve_app.app import build_app
 
     app = _overridden(build_app(settings), application(config))
+    require_resources(app._bound_deployment, ray.cluster_resources())
     if settings.load_log:
         Path(settings.load_log).unlink(missing_ok=True)
     try:
@@ -155,6 +160,20 @@ def _overridden(app: Any, given: dict[str, Any]) -> Any:
         raise ConfigError(f"`deployments`: {error}") from None
 
 
+def require_resources(deployment: Any, available: dict[str, float]) -> None:
+    """Raises `ModelLoadFailed` for replicas that do not fit: Serve would wait for ever."""
+    options = deployment.ray_actor_options
+    for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        # "auto" and autoscaling start with one.
+        needed = (options.get(key) or 0) * (deployment.num_replicas or 1)
+        has = available.get(kind, 0)
+        if needed > has:
+            raise ModelLoadFailed(
+                f"The deployment needs {needed:g} {kind}s and Ray finds {has:g} on this machine; "
+                f"change `{key}` or `num_replicas` under `deployments:`, or `model.device`."
+            )
+
+
 def _load_failure(settings: Settings) -> ModelLoadFailed:
     for line in progress.lines(settings.load_log) if settings.load_log else []:
         if line.get("state") == "failed":
@@ -169,37 +188,6 @@ def _log_phases(settings: Settings, seconds: float) -> None:
         f"{phase['phase']} {phase['seconds']:.1f} s" for phase in progress.summary(written)["load"]
     )
     log.info("Ready after %.1f s with Ray; the load: %s", seconds, phases)
-
-
-async def _forward(handle: Any, call: Call, limit_s: float) -> AsyncGenerator[dict[str, Any], None]:
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    response = handle.call.remote(call.method, call.path, call.body, call.request_id)
-    is_over = False
-    try:
-        async with asyncio.timeout(limit_s):
-            async for item in response:
-                yield item
-        is_over = True
-    except (RayError, RayServeException) as error:
-        raise _as_serve_error(error) from error
-    finally:
-        if not is_over:
-            response.cancel()
-
-
-def _as_serve_error(error: Exception) -> ServeError:
-    from ray.exceptions import RayTaskError, TaskCancelledError
-    from ray.serve.exceptions import BackPressureError
-
-    if isinstance(error, BackPressureError):
-        return QueueFull("The queue is full; try again in a moment.", retry_after_s=1)
-    if isinstance(error, RayTaskError | TaskCancelledError):
-        log.error("The deployment raised", exc_info=error)
-        return InternalError("An internal error occurred; please report it with the request id.")
-    log.warning("The replica is gone: %s", type(error).__name__)
-    return EngineDead("The model's process ended; send the request again.")
 
 
 @contextlib.contextmanager

@@ -14,15 +14,15 @@ from typing import Any
 from serve_app.errors import (
     EngineDead,
     MethodNotAllowed,
-    ServeError,
-    as_serve_error,
     error_body,
     job_error,
 )
 from serve_app.protocol.sse import DONE, event
+from serve_app.routes import known
 from serve_app.worker import progress
-from serve_app.worker.boot import Boot, Forward
+from serve_app.worker.boot import Boot
 from serve_app.worker.delivery import batches, merge_chunks, merge_text, postable
+from serve_app.worker.forward import Forward
 from serve_app.worker.job import JobRequest, new_request_id, parse
 
 log = logging.getLogger(__name__)
@@ -140,9 +140,7 @@ def _merged(request: JobRequest, chunks: list[dict[str, Any]]) -> list[Any]:
 def _body_of(error: Exception, request_id: str) -> dict[str, Any]:
     if isinstance(error, _Refused):
         return error.body
-    if not isinstance(error, ServeError):
-        log.error("%s failed", request_id, exc_info=error)
-    return error_body(as_serve_error(error), request_id)
+    return error_body(known(error, request_id), request_id)
 
 
 def _failure(request: JobRequest | None, body: dict[str, Any]) -> list[Any]:

@@ -22,6 +22,8 @@ def run(settings: Settings, entry: EntrySettings, checked: list[str]) -> int:
         raise ConfigError(
             f"PORT_HEALTH and PORT are both {entry.port}; the health listener needs its own port."
         )
+    if entry.port_health is not None:
+        log.warning("PORT_HEALTH is not served yet; /ping on PORT answers once the model is there.")
     for line in banner(settings, entry.serve_config, num_slots(settings), checked):
         log.info("%s", line)
     told_to_stop = threading.Event()

@@ -5,7 +5,6 @@ Knows the SDK's configuration and what it leaves undone when it stops.
 
 import asyncio
 import logging
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +21,11 @@ log = logging.getLogger(__name__)
 
 def make_handler(settings: Settings, config: str | Path, tell: progress.Tell) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet."""
-    if settings.load_log is None:
-        folder = Path(tempfile.mkdtemp(prefix="mixtral-load-"))
-        settings = settings.model_copy(update={"load_log": str(folder / "load.jsonl")})
-    assert settings.load_log is not None
+    settings = cluster.with_load_log(settings)
     return Handler(
         Boot(lambda: cluster.start(settings, config)),
         tell=tell,
-        load_log=settings.load_log,
+        load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
         max_body_bytes=settings.api.max_body_bytes,
     )

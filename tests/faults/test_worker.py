@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from serve_app.tiny import CHECKPOINT
 from tests.emulator.platform import Platform
 from tests.emulator.worker import Worker
 from tests.worker.conftest import TINY, Client, until
+from tests.worker.process import run_entry
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
@@ -99,19 +101,29 @@ def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> Non
     assert job.output[-1]["usage"]["completion_tokens"] == 1500
 
 
-def test_a_model_that_cannot_load_says_why(tmp_path: Path) -> None:
-    """Every waiting job hears the cause, the next one at once, and the worker lives on."""
-    from serve_app.tiny import CHECKPOINT
-
+@pytest.fixture
+def broken(tmp_path: Path) -> Path:
+    """A configuration that passes every check, and a tokenizer that does not load."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
     (checkpoint / "tokenizer.json").write_text("{}")
     config = yaml.safe_load(TINY.read_text())
     config["applications"][0]["args"]["model"]["name"] = str(checkpoint)
-    (tmp_path / "broken.yaml").write_text(yaml.safe_dump(config))
-    with (
-        Platform() as platform,
-        Worker(platform, tmp_path, SERVE_CONFIG=str(tmp_path / "broken.yaml")) as worker,
-    ):
+    path = tmp_path / "broken.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def test_http_ends_when_the_model_cannot_load(tmp_path: Path, broken: Path) -> None:
+    """Unlike `serve run`, which prints traces and stays: the cause is the last line, code 1."""
+    done = run_entry(tmp_path, SERVE_CONFIG=str(broken), RUNPOD_SERVERLESS="false", PORT="0")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if " ERROR " in line]
+    assert "tokenizer cannot be read" in errors[-1]
+
+
+def test_a_model_that_cannot_load_says_why(tmp_path: Path, broken: Path) -> None:
+    """Every waiting job hears the cause, the next one at once, and the worker lives on."""
+    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(broken)) as worker:
         client = Client(platform)
         jobs = [client.submit({"prompt": "x"}) for _ in range(3)]
         until(lambda: all(job.is_over for job in jobs))

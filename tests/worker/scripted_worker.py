@@ -15,7 +15,8 @@ from typing import Any
 
 from serve_app.protocol.call import Call
 from serve_app.worker import progress
-from serve_app.worker.boot import Boot, Forward
+from serve_app.worker.boot import Boot
+from serve_app.worker.forward import Forward
 from serve_app.worker.handler import Handler
 from serve_app.worker.start import take_jobs
 

@@ -8,7 +8,8 @@ import pytest
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.protocol.call import Call
-from serve_app.worker.boot import Boot, Forward
+from serve_app.worker.boot import Boot
+from serve_app.worker.forward import Forward
 
 
 async def echo(call: Call) -> AsyncGenerator[dict[str, Any], None]:

@@ -11,9 +11,9 @@ import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.app import build_app
-from serve_app.errors import EngineDead, InternalError, QueueFull, ServeError
+from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker import cluster
+from serve_app.worker import cluster, forward
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
@@ -42,6 +42,20 @@ def test_an_override_that_fits_nothing_is_refused(override: dict[str, Any]) -> N
         overridden({"deployments": [override]})
 
 
+def test_replicas_that_do_not_fit_are_refused() -> None:
+    """Serve would wait for a missing GPU for ever, and so would every job."""
+    on_gpu = Settings.from_args({"model": {"device": "cuda"}}, "test")
+    deployment = build_app(on_gpu)._bound_deployment
+    cluster.require_resources(deployment, {"CPU": 2, "GPU": 1})
+    with pytest.raises(ModelLoadFailed, match="needs 1 GPUs and Ray finds 0"):
+        cluster.require_resources(deployment, {"CPU": 2})
+    three = overridden({"deployments": [{"name": "mixtral", "num_replicas": 3}]})
+    with pytest.raises(ModelLoadFailed, match="needs 3 CPUs and Ray finds 2"):
+        cluster.require_resources(three, {"CPU": 2})
+    auto = overridden({"deployments": [{"name": "mixtral", "num_replicas": "auto"}]})
+    cluster.require_resources(auto, {"CPU": 2})
+
+
 def test_keys_that_this_door_ignores_are_named(caplog: pytest.LogCaptureFixture) -> None:
     """Nothing in the file is passed over in silence."""
     overridden({"name": "mixtral", "args": {}, "runtime_env": {"pip": []}})
@@ -62,7 +76,7 @@ def test_keys_that_this_door_ignores_are_named(caplog: pytest.LogCaptureFixture)
 )
 def test_rays_errors_are_told_by_their_kind(error: Exception, kind: type[ServeError]) -> None:
     """A dead process can be retried elsewhere; a bug cannot; neither shows Ray's own text."""
-    known = cluster._as_serve_error(error)
+    known = forward.as_serve_error(error)
     assert type(known) is kind
     assert "Traceback" not in known.message
 

@@ -82,9 +82,9 @@ def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
     """Standard output is the answer as JSON and nothing else; no home folder is needed."""
-    data = {"prompt": "What is 2 + 3?", "max_tokens": 5}
-    job = {"input": {"endpoint": "/prompt", "data": data}}
+    job = {"input": {"endpoint": "/prompt", "data": {"prompt": "What is 2 + 3?"}}}
     done = run_entry(tmp_path, "--test_input", json.dumps(job), HOME="/proc")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer.keys() == {"text", "finish_reason", "usage", "model"}
+    assert "5" in answer["text"]

@@ -18,7 +18,7 @@ def main() -> None:
     print("# A worker, in another terminal:")
     for name, value in worker_half.environment(url).items():
         print(f"export {name}='{value}'")
-    print("SERVE_CONFIG=configs/tiny.yaml python runpod_entry.py\n")
+    print("SERVE_CONFIG=configs/tiny.yaml .venv/bin/python runpod_entry.py\n")
     print("# A client:")
     print(
         f"curl {url}/v2/ep/runsync -H 'Authorization: Bearer {client_half.KEY}' "

@@ -82,7 +82,8 @@ def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
     """Standard output is the answer as JSON and nothing else; no home folder is needed."""
-    job = {"input": {"endpoint": "/prompt", "data": {"prompt": "What is 2 + 3?"}}}
+    data = {"prompt": "What is 2 + 3?", "temperature": 0}
+    job = {"input": {"endpoint": "/prompt", "data": data}}
     done = run_entry(tmp_path, "--test_input", json.dumps(job), HOME="/proc")
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)

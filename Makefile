@@ -11,9 +11,10 @@ install: $(READY)
 
 # Made again only when the pins change.
 $(READY): pyproject.toml
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
-	touch $(READY)
+	@echo "Installing the pinned dependencies into $(VENV); the first time takes a minute or more."
+	@test -x $(PYTHON) || python3 -m venv $(VENV)
+	@$(PYTHON) -m pip install -qq --disable-pip-version-check -e '.[dev]'
+	@touch $(READY)
 
 run: install
 	$(PYTHON) -m serve_app.check $(CONFIG)

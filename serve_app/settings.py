@@ -13,7 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 PREFIX = "MIXTRAL_"
@@ -56,6 +64,13 @@ class ModelSettings(_Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     hf_token: SecretStr | None = None
     """For gated repositories. Environment only."""
+
+    @field_validator("served_name")
+    @classmethod
+    def _names_something(cls, value: str | None) -> str | None:
+        if value is not None and not value.replace(",", "").strip():
+            raise ValueError("it must hold a name")
+        return value
 
     @property
     def served_names(self) -> tuple[str, ...]:
@@ -142,6 +157,7 @@ class Settings(BaseSettings):
     """JSON-lines file that the load phases are written to, for whoever started the replica."""
 
     def __init__(self, **values: Any) -> None:
+        _refuse_unknown_keys(values)
         _refuse_secrets(values)
         _refuse_unknown_names()
         super().__init__(**values)
@@ -167,6 +183,7 @@ class Settings(BaseSettings):
     def from_args(cls, args: dict[str, Any], where: str) -> "Settings":
         """Validates `args`; the `ConfigError` names `where` and the first wrong key."""
         try:
+            _refuse_unknown_keys(args)
             return cls(**args)
         except ValidationError as error:
             raise ConfigError(f"{where}: {_first_error(error)}") from None
@@ -229,17 +246,27 @@ class _KnownNames(PydanticBaseSettingsSource):
         return found
 
 
+SECRETS = {"api.keys": "API_KEYS", "model.hf_token": "HF_TOKEN"}
+"""Settings that are never written down, and the names that hold them."""
+
+
+def _refuse_unknown_keys(values: dict[str, Any]) -> None:
+    # pydantic-settings itself would act on some, such as `_env_file`.
+    for key in values:
+        if key not in Settings.model_fields:
+            raise ConfigError(f"`{key}` is no setting of ours.")
+
+
 def _refuse_secrets(values: dict[str, Any]) -> None:
-    for section, key, name in (("api", "keys", "API_KEYS"), ("model", "hf_token", "HF_TOKEN")):
+    for path, name in SECRETS.items():
+        section, key = path.split(".")
         given = values.get(section)
         if isinstance(given, dict) and given.get(key) is not None:
-            raise ConfigError(
-                f"`{section}.{key}` is a secret, and Ray logs `args:`; set {name} instead."
-            )
+            raise ConfigError(f"`{path}` is a secret, and Ray logs `args:`; set {name} instead.")
 
 
 def _refuse_unknown_names() -> None:
-    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    known = {f"{PREFIX}LOAD_LOG"}
     for section, info in Settings.model_fields.items():
         fields = getattr(info.annotation, "model_fields", {})
         known |= {f"{PREFIX}{section}__{name}".upper() for name in fields}
@@ -255,4 +282,8 @@ def _first_error(error: ValidationError) -> str:
         return f"`{key}` is no setting of ours."
     if first["type"] == "value_error":
         return f"`{key}`: {first['ctx']['error']}."
-    return f"`{key}`: {first['msg']}, got {first['input']!r}."
+    # Never a secret, nor a section as a whole: somebody may have written one there.
+    is_hidden = key in SECRETS or key in Settings.model_fields
+    is_shown = not is_hidden and isinstance(first["input"], str | int | float)
+    got = f", got {first['input']!r:.100}" if is_shown else ""
+    return f"`{key}`: {first['msg']}{got}."

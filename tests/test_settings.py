@@ -58,6 +58,10 @@ def test_every_familiar_name_leads_to_a_setting() -> None:
         ("{engine: {max_running: 0}}", "`engine.max_running`"),
         ("{engine: {max_step_tokens: 16}}", "(16) must be at least max_running (32)"),
         ("{model: {quantization: int3}}", "`model.quantization`"),
+        ("{model: {served_name: ','}}", "`model.served_name`"),
+        ("{_env_file: /etc/hosts}", "`_env_file` is no setting"),
+        ("{1: 2}", "`1` is no setting"),
+        ("{self: 2}", "`self` is no setting"),
         ("{api: {keys: abc}}", "is a secret"),
         ("{model: {hf_token: abc}}", "is a secret"),
     ],
@@ -104,6 +108,23 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = repr(settings) + str(settings) + settings.model_dump_json()
     assert "sesame" not in shown
     assert "hf_secret" not in shown
+
+
+@pytest.mark.parametrize("args", ["{api: sesame}", "{api: [sesame]}"])
+def test_a_misplaced_secret_is_not_repeated(tmp_path: Path, args: str) -> None:
+    """An error about a section does not print what was written there: it may be a key."""
+    with pytest.raises(ConfigError, match="`api`") as caught:
+        Settings.from_yaml(write(tmp_path, args))
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["MIXTRAL_API", "MIXTRAL_ENGINE"])
+def test_a_section_is_no_environment_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A single underscore too few is said by name, and the value is not shown."""
+    monkeypatch.setenv(name, '{"keys": ["sesame"]}')
+    with pytest.raises(ConfigError, match=name) as caught:
+        Settings()
+    assert "sesame" not in str(caught.value)
 
 
 def test_frozen_and_picklable() -> None:

@@ -5,6 +5,7 @@ weights and starts nothing. Does not promise that a download will succeed.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from serve_app.app import DEPLOYMENT
 from serve_app.errors import ModelLoadFailed
 from serve_app.settings import ConfigError, Settings, application
 
 if TYPE_CHECKING:
     from serve_app.model.checkpoint import Plan
 
+IMPORT_PATH = "serve_app.app:build_app"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -46,6 +49,11 @@ def check_schema(path: str | Path) -> None:
         raise ConfigError(f"{path}: `{key}`: {wrong['msg']}.") from None
     for name in _unknown_keys(document, first):
         raise ConfigError(f"{path}: `{name}` is no key that Serve knows.")
+    if (given := first.get("import_path")) != IMPORT_PATH:
+        raise ConfigError(f"{path}: `import_path` must be {IMPORT_PATH}, got {given}.")
+    for deployment in first.get("deployments") or []:
+        if (given := deployment.get("name")) != DEPLOYMENT:
+            raise ConfigError(f"{path}: `deployments`: the only one is {DEPLOYMENT}, got {given}.")
 
 
 def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iterator[str]:
@@ -75,15 +83,29 @@ def check_model(settings: Settings) -> list[str]:
     if folder is None:
         return [f"{name}: is not on this machine; the first start downloads it."]
     plan = inspect(folder)
-    for file in ("tokenizer.json", "tokenizer_config.json"):
-        if not (folder / file).exists():
-            raise ModelLoadFailed(f"{folder / file}: is missing.")
+    check_tokenizer(folder)
     context = max_model_len(settings, plan.config.max_position_embeddings)
     num_parameters = sum(plan.parameters.values())
     return [
         f"{name}: {num_parameters:,} parameters, context {context:,} tokens.",
         *check_memory(settings, plan, context),
     ]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Reads the tokenizer's files as the start will; errors as in `check`."""
+    from tokenizers import Tokenizer
+
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if not file.exists():
+            raise ModelLoadFailed(f"{file}: is missing.")
+        try:
+            if file.name == "tokenizer.json":
+                Tokenizer.from_file(str(file))
+            else:
+                json.loads(file.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error
 
 
 def check_memory(settings: Settings, plan: "Plan", context: int) -> list[str]:
@@ -96,6 +118,11 @@ def check_memory(settings: Settings, plan: "Plan", context: int) -> list[str]:
     num_tokens = settings.engine.kv_cache_tokens or (4 * context if on_cpu else None)
     if num_tokens is None:
         return [f"Memory: {weights / 1e9:.2f} GB of {dtype} weights; the rest is for the KV cache."]
+    if num_tokens < context:
+        raise ConfigError(
+            f"`engine.kv_cache_tokens` is {num_tokens:,}, less than the context of {context:,} "
+            "tokens; raise it, or lower `engine.max_model_len`."
+        )
     kv_cache = num_tokens * plan.config.kv_values_per_token * ITEM_BYTES[dtype]
     if on_cpu and weights + kv_cache > (free := _free_bytes()):
         raise ModelLoadFailed(

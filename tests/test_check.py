@@ -52,7 +52,7 @@ def test_the_shipped_model_passes() -> None:
 
 
 def test_the_command_is_a_module_of_its_own() -> None:
-    """`python -m serve_app.check` exits 0 without starting Ray."""
+    """`python -m serve_app.check` exits 0 where all is well."""
     done = subprocess.run(
         [sys.executable, "-m", "serve_app.check", "configs/tiny.yaml"],
         capture_output=True,
@@ -78,6 +78,21 @@ def test_key_that_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[st
     document["applications"][0]["deployments"] = [{"name": "mixtral", "num_replica": 2}]
     path.write_text(yaml.safe_dump(document))
     assert "num_replica" in sentence(capsys, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("import_path", "serve_app.app:biuld_app"), ("deployments", [{"name": "mixtrl"}])],
+)
+def test_names_that_serve_would_not_find(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
+) -> None:
+    """A misspelt builder or deployment is found before Serve prints its traces."""
+    path = config(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    document["applications"][0][key] = value
+    path.write_text(yaml.safe_dump(document))
+    assert f"`{key}`" in sentence(capsys, path)
 
 
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,6 +146,35 @@ def test_context_longer_than_trained(tmp_path: Path, capsys: pytest.CaptureFixtu
     said = sentence(capsys, config(tmp_path, engine={"max_model_len": 20_000}))
     assert "20000" in said
     assert "16384" in said
+
+
+def test_kv_cache_smaller_than_the_context(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A cache that cannot hold one full context is refused with both numbers."""
+    said = sentence(capsys, config(tmp_path, engine={"kv_cache_tokens": 1024}))
+    assert "1,024" in said
+    assert "16,384" in said
+
+
+@pytest.mark.parametrize("text", ["{}", '{"version": "1.0", "mod', '{"model": {"type": "Elf"}}'])
+def test_damaged_tokenizer(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    """A tokenizer that will not load is named before anything starts."""
+    (checkpoint / "tokenizer.json").write_text(text)
+    said = sentence(capsys, config(tmp_path, model=model(checkpoint)))
+    assert str(checkpoint / "tokenizer.json") in said
+
+
+def test_special_token_outside_the_vocabulary(
+    tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An end token that the model cannot say would fail requests later; it is refused now."""
+    document = json.loads((checkpoint / "config.json").read_text())
+    document["eos_token_id"] = 99_999
+    (checkpoint / "config.json").write_text(json.dumps(document))
+    assert "`eos_token_id`" in sentence(capsys, config(tmp_path, model=model(checkpoint)))
 
 
 def test_too_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

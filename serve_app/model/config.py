@@ -90,6 +90,12 @@ class MixtralConfig:
                 raise ModelLoadFailed(
                     f"config.json: `{key}` ({getattr(self, key)}) must be a multiple of 8."
                 )
+        special = self.eos_token_ids | ({self.bos_token_id} if self.bos_token_id else frozenset())
+        if special and not 0 <= min(special) <= max(special) < self.vocab_size:
+            raise ModelLoadFailed(
+                f"config.json: `eos_token_id` and `bos_token_id` ({sorted(special)}) must be below "
+                f"`vocab_size` ({self.vocab_size})."
+            )
         if self.head_dim % 2:
             raise ModelLoadFailed(f"config.json: `head_dim` ({self.head_dim}) must be even.")
 

@@ -105,7 +105,7 @@ def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> Non
 def broken(tmp_path: Path) -> Path:
     """A configuration that passes every check, and a tokenizer that does not load."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
-    (checkpoint / "tokenizer.json").write_text("{}")
+    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 5}')
     config = yaml.safe_load(TINY.read_text())
     config["applications"][0]["args"]["model"]["name"] = str(checkpoint)
     path = tmp_path / "broken.yaml"

@@ -13,7 +13,7 @@ from serve_app.engine.sequence import Delta, SamplingParams
 from serve_app.errors import ContextLengthExceeded, DeadlinePassed, InternalError, InvalidRequest
 from serve_app.protocol import messages
 from serve_app.protocol.answer import Generation
-from serve_app.protocol.fields import Sampling
+from serve_app.protocol.fields import Sampling, printable
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import Detokenizer, Piece, TextStream, TokenScore
 from serve_app.protocol.tokenizer import Tokenizer
@@ -62,10 +62,20 @@ class Generator:
             lambda: self.tokenizer.encode(prompt, add_special_tokens=add_special_tokens),
         )
 
-    async def decoded(self, token_ids: Sequence[int], field: str) -> str:
+    async def decoded(
+        self, token_ids: Sequence[int], field: str, *, skip_special_tokens: bool = True
+    ) -> str:
         """The text of a client's token ids; `field` is where they came from."""
         self.check_ids(token_ids, field)
-        return await self._tokenised(len(token_ids), lambda: self.tokenizer.decode(token_ids))
+        return await self._tokenised(
+            len(token_ids),
+            lambda: self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens),
+        )
+
+    def check_prompt(self, token_ids: Sequence[int], field: str) -> None:
+        """That a prompt's ids fit into the context, which is looked at first, and exist."""
+        self._room(len(token_ids), field)
+        self.check_ids(token_ids, field)
 
     def check_ids(self, token_ids: Sequence[int], field: str) -> None:
         if not all(0 <= token_id < self.vocab_size for token_id in token_ids):
@@ -77,6 +87,7 @@ class Generator:
         self,
         request: Sampling,
         ids: list[int],
+        field: str,
         *,
         default: int | None,
         deadline: float,
@@ -84,11 +95,11 @@ class Generator:
     ) -> Generation:
         """The answer to the prompt `ids`, which runs once its pieces are asked for.
 
-        `default` stands for an absent limit of tokens, as far as the context allows; None is all of
-        it. `deadline` is on the loop's clock. `continues`: the answer is more of the prompt's
-        text, so its leading space counts.
+        `field` is where the prompt came from. `default` stands for an absent limit of tokens, as
+        far as the context allows; None is all of it. `deadline` is on the loop's clock.
+        `continues`: the answer is more of the prompt's text, so its leading space counts.
         """
-        params = self._params(request, len(ids), default)
+        params = self._params(request, self._room(len(ids), field), default)
         detokenizer = self.tokenizer.detokenizer(
             ids if continues else (), skip_special_tokens=request.skip_special_tokens
         )
@@ -122,10 +133,10 @@ class Generator:
         # Outside, so that the blocks are free before the client hears of the end.
         yield piece
 
-    def _params(self, request: Sampling, num_prompt: int, default: int | None) -> SamplingParams:
+    def _params(self, request: Sampling, room: int, default: int | None) -> SamplingParams:
         self.check_ids(request.stop_token_ids, "stop_token_ids")
         self.check_ids(list(request.bias), "logit_bias")
-        limit = self._max_tokens(request, num_prompt, default)
+        limit = self._max_tokens(request, room, default)
         return SamplingParams(
             max_tokens=limit,
             min_tokens=min(request.min_tokens, limit),
@@ -143,14 +154,19 @@ class Generator:
             logprobs=request.num_logprobs,
         )
 
-    def _max_tokens(self, request: Sampling, num_prompt: int, default: int | None) -> int:
-        asked, field = request.limit
+    def _room(self, num_prompt: int, field: str) -> int:
+        """Tokens that the context has left for the answer; at least 1."""
         room = self.max_model_len - num_prompt
         if room < 1:
             raise ContextLengthExceeded(
                 f"The prompt has {num_prompt} tokens and the context holds {self.max_model_len}, "
-                "the answer included; send a shorter prompt."
+                "the answer included; send a shorter prompt.",
+                param=field,
             )
+        return room
+
+    def _max_tokens(self, request: Sampling, room: int, default: int | None) -> int:
+        asked, field = request.limit
         most = self.limits.max_tokens_limit
         if asked is None:
             return min(room, default or room, most or room)
@@ -158,8 +174,9 @@ class Generator:
             raise InvalidRequest(f"`{field}` may be {most} at most.", param=field)
         if asked > room:
             raise ContextLengthExceeded(
-                f"The prompt has {num_prompt} tokens and `{field}` is {asked}, but the context "
-                f"holds {self.max_model_len} together; ask for {room} at most.",
+                f"The prompt has {self.max_model_len - room} tokens and `{field}` is "
+                f"{printable(asked)}, but the context holds {self.max_model_len} together; ask for "
+                f"{room} at most.",
                 param=field,
             )
         return asked

@@ -6,16 +6,19 @@ Knows the engine only through `Generator`, and no doors: refusals are raised as 
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from serve_app.errors import ModelNotFound, as_serve_error, error_body
+from serve_app.errors import ModelNotFound, ServeError, as_serve_error, error_body
 from serve_app.generation import Generator
 from serve_app.protocol import chat, completions, plain, tokens
 from serve_app.protocol.answer import Generation, Head
 from serve_app.protocol.call import Call, Reply
 from serve_app.protocol.fields import Body, printable
+from serve_app.protocol.values import is_large
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Handler = Callable[[Call, float], Awaitable[Reply]]
 """Answers a call before the deadline, which is a time on the event loop's clock."""
@@ -67,20 +70,25 @@ class Routes:
         return Reply(self._card(name))
 
     async def _chat(self, call: Call, deadline: float) -> Reply:
-        request = chat.ChatRequest.read(call.body)
+        request = await _read(chat.ChatRequest.read, call.body)
         head = self._head(request, call)
         ids = await self._generator.conversation_ids(request.messages)
-        generation = self._generator.start(request, ids, default=None, deadline=deadline)
+        generation = self._generator.start(
+            request, ids, "messages", default=None, deadline=deadline
+        )
         if request.stream:
             return Reply(chunks=chat.chunks(request, head, generation, self._tokenizer))
         return Reply(await chat.answer(request, head, generation, self._tokenizer))
 
     async def _completions(self, call: Call, deadline: float) -> Reply:
-        request = completions.CompletionRequest.read(call.body)
+        request = await _read(completions.CompletionRequest.read, call.body)
         head = self._head(request, call)
+        places = self._places()
         generations, echoes = [], []
         for prompt in request.prompts:
-            generations.append(await self._completion(request, prompt, deadline))
+            await asyncio.sleep(0)  # others have their turn between two prompts
+            generation = await self._completion(request, prompt, deadline)
+            generations.append(generation.in_turn(places))
             echoes.append(await self._text(prompt) if request.echo else "")
         make = completions.chunks if request.stream else completions.answer
         made: Any = make(request, head, generations, echoes, self._tokenizer)
@@ -92,11 +100,12 @@ class Routes:
         if isinstance(prompt, str):
             ids = await self._generator.text_ids(prompt)
         else:
-            self._generator.check_ids(prompt, "prompt")
+            self._generator.check_prompt(prompt, "prompt")
             ids = prompt
         return self._generator.start(
             request,
             ids,
+            "prompt",
             default=completions.DEFAULT_MAX_TOKENS,
             deadline=deadline,
             continues=True,
@@ -108,10 +117,10 @@ class Routes:
         return await self._generator.decoded(prompt, "prompt")
 
     async def _prompt(self, call: Call, deadline: float) -> Reply:
-        items = plain.items(call.body)
-        if items is not None:
-            return Reply(await self._prompts(items, call, deadline))
-        request = plain.PromptRequest.read(call.body)
+        batch = await _read(plain.batch, call.body)
+        if batch is not None:
+            return Reply(await self._prompts(batch, call, deadline))
+        request = await _read(plain.PromptRequest.read, call.body)
         head = self._head(request, call)
         generation = await self._plain(request, deadline)
         if request.stream:
@@ -123,30 +132,38 @@ class Routes:
         return self._generator.start(
             request,
             ids,
+            request.text_field,
             default=plain.DEFAULT_MAX_TOKENS,
             deadline=deadline,
         )
 
-    async def _prompts(self, items: list[Any], call: Call, deadline: float) -> dict[str, Any]:
+    def _places(self) -> asyncio.Semaphore:
+        """For one request's prompts: no more at once than can run.
+
+        Else a long list would be refused by its own queue.
+        """
+        return asyncio.Semaphore(self._max_running)
+
+    async def _prompts(self, batch: plain.Batch, call: Call, deadline: float) -> dict[str, Any]:
         """All items of a batch, in order; an item that fails is an error in its place."""
-        # No more at once than can run, or a long list would be refused by its own queue.
-        places = asyncio.Semaphore(self._max_running)
+        places = self._places()
 
         async def one(item: Any) -> dict[str, Any]:
             async with places:
+                await asyncio.sleep(0)  # others have their turn between two items
                 try:
-                    request = plain.read_item(item)
+                    request = await _read(batch.read, item)
                     head = self._head(request, call)
                     result = await plain.answer(head, await self._plain(request, deadline))
                     return {name: result[name] for name in ("text", "finish_reason", "usage")}
                 except Exception as error:
                     return error_body(known(error, call.request_id), call.request_id)
 
-        results = await asyncio.gather(*(one(item) for item in items))
+        results = await asyncio.gather(*(one(item) for item in batch.items))
         return {"results": results, "total_processed": len(results)}
 
     async def _tokenize(self, call: Call, deadline: float) -> Reply:
-        request = tokens.TokenizeRequest.read(call.body)
+        request = await _read(tokens.TokenizeRequest.read, call.body)
         self._require_model(request.model)
         if request.messages is not None:
             ids = await self._generator.conversation_ids(
@@ -156,14 +173,17 @@ class Routes:
             ids = await self._generator.text_ids(
                 request.prompt or "", add_special_tokens=request.add_special_tokens
             )
-        strings = [self._tokenizer.token_string(token_id) for token_id in ids]
-        asked = strings if request.return_token_strs else None
-        return Reply(tokens.tokenized(ids, self._generator.max_model_len, asked))
+        strings = None
+        if request.return_token_strs:
+            strings = [self._tokenizer.token_string(token_id) for token_id in ids]
+        return Reply(tokens.tokenized(ids, self._generator.max_model_len, strings))
 
     async def _detokenize(self, call: Call, deadline: float) -> Reply:
-        request = tokens.DetokenizeRequest.read(call.body)
+        request = await _read(tokens.DetokenizeRequest.read, call.body)
         self._require_model(request.model)
-        return Reply({"prompt": await self._generator.decoded(request.tokens, "tokens")})
+        # As in vLLM, all that was tokenised comes back, special tokens too.
+        text = await self._generator.decoded(request.tokens, "tokens", skip_special_tokens=False)
+        return Reply({"prompt": text})
 
     def _head(self, request: Body, call: Call) -> Head:
         self._require_model(request.model)
@@ -186,7 +206,12 @@ class Routes:
         }
 
 
-def known(error: Exception, request_id: str) -> Exception:
+async def _read(read: Callable[[Any], T], body: Any) -> T:
+    """`read(body)`; in a thread where it takes long, so that the event loop does not wait."""
+    return await asyncio.to_thread(read, body) if is_large(body) else read(body)
+
+
+def known(error: Exception, request_id: str) -> ServeError:
     """`error` as a `ServeError`; one that we did not foresee is logged with its traceback."""
     answer = as_serve_error(error)
     if answer is not error:

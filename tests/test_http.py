@@ -148,7 +148,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     ("/v1/chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"),
     ("/prompt", {"prompt": ""}, 400, "prompt"),
     ("/prompt", {"prompt": "a" * 100_001}, 400, "prompt"),
-    ("/prompt", {"prompt": "é" * 10_000}, 400, None),
+    ("/prompt", {"prompt": "é" * 10_000}, 400, "prompt"),
     ("/prompt", {"prompt": "a", "temperature": 2.1}, 400, "temperature"),
     ("/prompt", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens"),
     ("/prompt", {"prompt": "a", "max_tokens": 16_384}, 400, "max_tokens"),

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from typing import Any
 
 import pytest
@@ -188,6 +189,19 @@ def test_a_batch_never_overruns_the_queue() -> None:
     assert engine.max_running == 3
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_prompts_never_overrun_the_queue(stream: bool) -> None:
+    """A completion of more prompts than places is answered whole, a few prompts at a time."""
+    engine = FakeEngine()
+    one = server(engine, **{"engine": {"max_running": 3, "max_waiting": 0}})
+    body = {"prompt": ["Hi"] * 20}
+    ask = chunks(one, "/v1/completions", body) if stream else answer(one, "/v1/completions", body)
+    said: Any = asyncio.run(ask)
+    choices = [c for chunk in said for c in chunk["choices"]] if stream else said["choices"]
+    assert {choice["index"] for choice in choices if choice["finish_reason"]} == set(range(20))
+    assert engine.max_running == 3
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -197,6 +211,11 @@ def test_a_batch_never_overruns_the_queue() -> None:
         ({"prompts": ["a"], "items": ["b"]}, "items"),
         ({"prompts": ["a"], "prompt": "b"}, "prompt"),
         ({"prompts": ["a"], "stream": True}, "stream"),
+        ({"prompts": ["a"], "n": 2}, "n"),
+        ({"prompts": ["a"], "temperature": 2.1}, "temperature"),
+        ({"prompts": ["a"], "max_tokens": 3, "min_tokens": 4}, "min_tokens"),
+        ({"prompts": ["a"], "colour": 1}, "colour"),
+        ({"prompts": ["a"], "stop": "\ud800"}, "stop"),
     ],
 )
 def test_a_bad_batch_is_refused_as_a_whole(body: Any, param: str) -> None:
@@ -210,7 +229,8 @@ def test_tokenize_and_detokenize() -> None:
     assert said["tokens"] == tokenizer().encode("Hi 你")
     assert (said["count"], said["max_model_len"]) == (len(said["tokens"]), MAX_MODEL_LEN)
     assert said["token_strs"][0] == "<s>"
-    assert ask("/detokenize", {"tokens": said["tokens"]}) == {"prompt": "Hi 你"}
+    assert ask("/tokenize", {"prompt": "Hi"})["token_strs"] is None
+    assert ask("/detokenize", {"tokens": said["tokens"]}) == {"prompt": "<s> Hi 你"}
     turns = ask("/tokenize", CHAT)
     assert turns["tokens"] == tokenizer().render(CHAT["messages"])
 
@@ -223,7 +243,18 @@ LONG = "word " * MAX_MODEL_LEN
     [
         ("/v1/chat/completions", {**CHAT, "model": "gpt"}, 404, "model_not_found", "model"),
         ("/tokenize", {"prompt": "a", "model": "gpt"}, 404, "model_not_found", "model"),
-        ("/v1/completions", {"prompt": LONG}, 400, "context_length_exceeded", None),
+        ("/v1/completions", {"prompt": LONG}, 400, "context_length_exceeded", "prompt"),
+        # Too long before it is anything else: the ids are not looked at.
+        ("/v1/completions", {"prompt": [-1] * 2000}, 400, "context_length_exceeded", "prompt"),
+        ("/prompt", {"prompt": LONG}, 400, "context_length_exceeded", "prompt"),
+        (
+            "/v1/chat/completions",
+            {"messages": [{"role": "user", "content": LONG}]},
+            400,
+            "context_length_exceeded",
+            "messages",
+        ),
+        ("/tokenize", {"messages": [{"role": "system", "content": "a"}]}, 400, None, "messages"),
         (
             "/prompt",
             {"prompt": "a", "max_tokens": MAX_MODEL_LEN},
@@ -258,6 +289,45 @@ def test_what_cannot_be_is_refused_before_the_engine(
     assert (item["status"], error["code"], error["param"]) == (status, code, param)
     assert (error["type"], error["request_id"]) == ("invalid_request_error", "r1")
     assert not engine.requests
+
+
+def test_a_huge_number_is_not_said_back() -> None:
+    """The sentence about it stays short."""
+    error = ask("/prompt", {"prompt": "a", "max_tokens": 10**200})["error"]
+    assert error["param"] == "max_tokens"
+    assert len(error["message"]) < 300
+
+
+NUMBERS = [1] * 500_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/completions", {"prompt": NUMBERS}),
+        ("/detokenize", {"tokens": [0] * 99_999, "colour": NUMBERS}),
+        ("/prompt", {"prompts": ["a", {"colour": NUMBERS}]}),
+        ("/prompt", {"prompts": ["a"] * 1000}),
+    ],
+    ids=range(4),
+)
+def test_a_large_body_leaves_the_event_loop_alone(path: str, body: Any) -> None:
+    """The loop turns while it is read and refused or answered."""
+
+    async def longest_pause() -> float:
+        """As a share of the time that the answer took."""
+        started = last = time.monotonic()
+        longest = 0.0
+        task = asyncio.create_task(answer(one, path, body))
+        while not task.done():
+            await asyncio.sleep(0)
+            longest = max(longest, time.monotonic() - last)
+            last = time.monotonic()
+        return longest / (last - started)
+
+    one = server()
+    # Without a turn for others it would be nearly 1.
+    assert asyncio.run(longest_pause()) < 0.6
 
 
 def test_models_are_listed_by_their_public_names() -> None:

@@ -3,10 +3,11 @@
 Knows no shapes itself, and no engine.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from serve_app.protocol.text import Piece
@@ -29,6 +30,10 @@ class Generation:
     prompt_tokens: int
     pieces: AsyncGenerator[Piece, None]
 
+    def in_turn(self, places: asyncio.Semaphore) -> "Generation":
+        """The same answer, which does not run before it has one of `places`."""
+        return replace(self, pieces=_in_turn(self.pieces, places))
+
     async def whole(self) -> Piece:
         """Waits for the end: all text and scores in one piece."""
         whole = Piece("")
@@ -41,6 +46,14 @@ class Generation:
                 whole.num_tokens = piece.num_tokens
         whole.text = "".join(texts)
         return whole
+
+
+async def _in_turn(
+    pieces: AsyncGenerator[Piece, None], places: asyncio.Semaphore
+) -> AsyncGenerator[Piece, None]:
+    async with places, aclosing(pieces):
+        async for piece in pieces:
+            yield piece
 
 
 class TokenNames(Protocol):

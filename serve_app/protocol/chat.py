@@ -12,14 +12,14 @@ from pydantic import Field, model_validator
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.answer import Generation, Head, TokenNames, finite
 from serve_app.protocol.fields import Sampling, usage
-from serve_app.protocol.messages import MAX_MESSAGES, Message
+from serve_app.protocol.messages import Conversation
 from serve_app.protocol.text import TokenScore
 
 
 class ChatRequest(Sampling):
     """`POST /v1/chat/completions`. Without `max_tokens` the answer may fill the context."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: Conversation
     max_completion_tokens: int | None = Field(default=None, ge=1)
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False

@@ -37,6 +37,8 @@ class CompletionRequest(Sampling):
     @classmethod
     def _list_of_prompts(cls, value: Any) -> list[Prompt]:
         prompts = [value] if isinstance(value, str) or _are_ids(value) else value
+        if isinstance(prompts, list) and len(prompts) > MAX_PROMPTS:
+            raise InvalidRequest(f"`prompt` takes up to {MAX_PROMPTS} prompts.", param="prompt")
         if not isinstance(prompts, list) or not all(map(_is_prompt, prompts)):
             raise InvalidRequest(
                 "`prompt` should be a string, a list of strings, a list of token ids, or a list "
@@ -45,8 +47,6 @@ class CompletionRequest(Sampling):
             )
         if not prompts or not all(prompts):
             raise InvalidRequest("`prompt` should not be empty.", param="prompt")
-        if len(prompts) > MAX_PROMPTS:
-            raise InvalidRequest(f"`prompt` takes up to {MAX_PROMPTS} prompts.", param="prompt")
         return prompts
 
     @model_validator(mode="after")

@@ -4,12 +4,14 @@ Field names and defaults are OpenAI's; vLLM's names for what OpenAI lacks. A fie
 is one of `IGNORED`, or it is refused by name. Knows no routes and no engine.
 """
 
-import json
+import re
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.values import is_plain
 
 IGNORED = frozenset(
     {
@@ -44,6 +46,10 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields of OpenAI's that we know and refuse: the values that ask for nothing, and the reason."""
 
 MAX_STOP_CHARS = 500
+MAX_BIASES = 1024
+
+_TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
+_SENTENCE = "sentence"
 
 B = TypeVar("B", bound="Body")
 
@@ -59,15 +65,13 @@ class Body(BaseModel):
     @classmethod
     def read(cls: type[B], body: Any) -> B:
         """Validates a parsed JSON value; raises `InvalidRequest` naming the first bad field."""
-        if not isinstance(body, dict):
-            raise InvalidRequest("The body must be a JSON object.")
-        _require_plain_json(body)
-        fields = {name: value for name, value in body.items() if value is not None}
-        for name, value in fields.items():
-            _refuse_unsupported(name, value)
-        used = {k: v for k, v in fields.items() if k not in IGNORED and k not in UNSUPPORTED}
+        return cls.of(used_fields(body))
+
+    @classmethod
+    def of(cls: type[B], fields: dict[str, Any]) -> B:
+        """Validates what `used_fields` has left; raises as `read` does."""
         try:
-            return cls.model_validate(used)
+            return cls.model_validate(fields)
         except ValidationError as error:
             raise _first_error(error) from None
 
@@ -134,24 +138,35 @@ class Sampling(Body):
             )
         return tuple(stops)
 
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _few_biases(cls, value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > MAX_BIASES:
+            raise InvalidRequest(
+                f"`logit_bias` takes up to {MAX_BIASES} tokens.", param="logit_bias"
+            )
+        return value
+
     @field_validator("logit_bias")
     @classmethod
     def _bias_of_tokens(cls, value: dict[str, float]) -> dict[str, float]:
-        for token, bias in value.items():
-            # Also false for NaN, and for digits that int() would take but are not ASCII.
-            if not (token.isascii() and token.isdigit() and len(token) < 10 and abs(bias) <= 100):
-                raise InvalidRequest(
-                    "`logit_bias` maps token ids to numbers from -100 to 100.", param="logit_bias"
-                )
+        # Also false for NaN.
+        if not all(
+            _TOKEN_ID.fullmatch(token) and abs(bias) <= 100 for token, bias in value.items()
+        ):
+            raise InvalidRequest(
+                "`logit_bias` maps token ids to numbers from -100 to 100.", param="logit_bias"
+            )
         return value
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Sampling":
         if self.stream_options is not None and not self.stream:
             raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+        limit, field = self.limit
+        if limit is not None and self.min_tokens > limit:
             raise InvalidRequest(
-                "`min_tokens` should not be larger than `max_tokens`.", param="min_tokens"
+                f"`min_tokens` should not be larger than `{field}`.", param="min_tokens"
             )
         return self
 
@@ -163,6 +178,29 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }
+
+
+def used_fields(body: Any) -> dict[str, Any]:
+    """The fields of a parsed body that steer the answer, which may still have wrong values.
+
+    Raises `InvalidRequest` for what is no object, what we do not support, and what breaks whoever
+    reads it next.
+    """
+    if not isinstance(body, dict):
+        raise InvalidRequest("The body must be a JSON object.")
+    fields = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
+    for name, value in fields.items():
+        _refuse_unsupported(name, value)
+    used = {name: value for name, value in fields.items() if name not in UNSUPPORTED}
+    for name, value in used.items():
+        if not (is_plain(name) and is_plain(value)):
+            field = printable(name)
+            raise InvalidRequest(
+                f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, or a lone "
+                "surrogate.",
+                param=field,
+            )
+    return used
 
 
 def printable(name: Any) -> str:
@@ -177,27 +215,24 @@ def _refuse_unsupported(name: str, value: Any) -> None:
         raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
 
 
-def _require_plain_json(body: dict[Any, Any]) -> None:
-    """Refuses NaN, Infinity and lone surrogates, which break whoever reads them next."""
-    for name, value in body.items():
-        try:
-            json.dumps({name: value}, ensure_ascii=False, allow_nan=False).encode()
-        except (ValueError, TypeError, RecursionError):
-            field = printable(name)
-            raise InvalidRequest(
-                f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, a lone "
-                "surrogate, or nesting without end.",
-                param=field,
-            ) from None
+def sentence(message: str, field: str | None = None) -> PydanticCustomError:
+    """For validators that do not know where they stand: `message` as it is; its param is the path
+    to the validated value, and on to `field` inside of it."""
+    context = None if field is None else {"field": field}
+    return PydanticCustomError(_SENTENCE, message, context)
 
 
 def _first_error(error: ValidationError) -> InvalidRequest:
     """Pydantic's first complaint as one sentence that starts with the field."""
     first = error.errors(include_url=False, include_input=False)[0]
-    field = printable(".".join(str(part) for part in first["loc"]))
+    inner = first.get("ctx", {}).get("field")
+    path = [*first["loc"], *([inner] if first["type"] == _SENTENCE and inner else [])]
+    field = printable(".".join(str(part) for part in path))
+    if first["type"] == _SENTENCE:
+        return InvalidRequest(first["msg"], param=field)
     if first["type"] == "extra_forbidden":
         return InvalidRequest(f"`{field}` is not a field of this request.", param=field)
     if first["type"] == "missing":
         return InvalidRequest(f"`{field}` is required.", param=field)
-    sentence = first["msg"].removeprefix("Input ").rstrip(".")
-    return InvalidRequest(f"`{field}` {sentence[:1].lower()}{sentence[1:]}.", param=field)
+    said = first["msg"].removeprefix("Input ").rstrip(".")
+    return InvalidRequest(f"`{field}` {said[:1].lower()}{said[1:]}.", param=field)

@@ -3,12 +3,18 @@
 Knows no chat template: whether roles alternate as the model wants is the template's to say.
 """
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
-from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import printable
+from serve_app.protocol.fields import printable, sentence
 
 IGNORED = frozenset({"name"})
 """Fields of a message that the chat format has no place for."""
@@ -32,13 +38,10 @@ class Message(BaseModel):
     def _without_empty_fields(cls, value: Any) -> Any:
         """Answers come back as messages with fields such as `"tool_calls": null`."""
         if not isinstance(value, dict):
-            raise InvalidRequest("Each message should be an object.", param="messages")
+            raise sentence("Each message should be an object.")
         for name in ("tool_calls", "tool_call_id", "function_call"):
             if value.get(name) not in _EMPTY:
-                raise InvalidRequest(
-                    f"`{name}` is not supported: tool calls are not supported.",
-                    param=f"messages.{name}",
-                )
+                raise sentence(f"`{name}` is not supported: tool calls are not supported.", name)
         return {
             name: each
             for name, each in value.items()
@@ -50,9 +53,8 @@ class Message(BaseModel):
     def _known_role(cls, role: str) -> str:
         role = "system" if role == "developer" else role  # OpenAI's newer word
         if role not in _ROLES:
-            raise InvalidRequest(
-                f"The role `{printable(role)}` is not supported; use system, user or assistant.",
-                param="messages.role",
+            raise sentence(
+                f"The role `{printable(role)}` is not supported; use system, user or assistant."
             )
         return role
 
@@ -64,18 +66,27 @@ class Message(BaseModel):
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
-            raise InvalidRequest(
-                "`content` should be a string or a list of text parts.", param="messages.content"
-            )
+            raise sentence("`content` should be a string or a list of text parts.")
         return "\n".join(_text(part) for part in content)
 
     @model_validator(mode="after")
     def _user_says_something(self) -> "Message":
         if self.role == "user" and not self.content:
-            raise InvalidRequest(
-                "The content of a user message should not be empty.", param="messages.content"
-            )
+            raise sentence("The content of a user message should not be empty.", "content")
         return self
+
+
+def _a_user_speaks(messages: list[Message]) -> list[Message]:
+    # Templates drop a lone system message, and the model would answer to nothing.
+    if not any(message.role == "user" for message in messages):
+        raise sentence("`messages` should have at least one message of the role user.")
+    return messages
+
+
+Conversation = Annotated[
+    list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_a_user_speaks)
+]
+"""What may be sent as `messages`."""
 
 
 def _text(part: Any) -> str:
@@ -83,13 +94,10 @@ def _text(part: Any) -> str:
         case {"type": "text", "text": str(text)} if len(part) == 2:
             return text
         case {"type": str(kind)} if kind != "text":
-            raise InvalidRequest(
-                f"Content parts of type `{printable(kind)}` are not supported: send text.",
-                param="messages.content",
+            raise sentence(
+                f"Content parts of type `{printable(kind)}` are not supported: send text."
             )
-    raise InvalidRequest(
-        'Each content part should be {"type": "text", "text": "..."}.', param="messages.content"
-    )
+    raise sentence('Each content part should be {"type": "text", "text": "..."}.')
 
 
 def num_chars(messages: list[Message]) -> int:

@@ -5,25 +5,31 @@ Knows no engine.
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.answer import Generation, Head
-from serve_app.protocol.fields import Sampling, usage
-from serve_app.protocol.messages import MAX_MESSAGES, Message
+from serve_app.protocol.fields import Sampling, usage, used_fields
+from serve_app.protocol.messages import Conversation, Message
 
 DEFAULT_MAX_TOKENS = 512
 MAX_ITEMS = 1000
 
 
-class PromptRequest(Sampling):
+class PlainSampling(Sampling):
+    """The sampling fields of `/prompt`, with its own default."""
+
+    temperature: float = Field(default=0.7, ge=0, le=2, allow_inf_nan=False)
+
+
+class PromptRequest(PlainSampling):
     """`POST /prompt` with `prompt` or `messages`."""
 
     prompt: str | None = None
-    messages: list[Message] = Field(default_factory=list, max_length=MAX_MESSAGES)
-    temperature: float = Field(default=0.7, ge=0, le=2, allow_inf_nan=False)
+    messages: Conversation | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -45,16 +51,32 @@ class PromptRequest(Sampling):
 
     @property
     def conversation(self) -> list[Message]:
-        if self.prompt is None:
-            return self.messages
-        return [Message(role="user", content=self.prompt)]
+        return self.messages or [Message(role="user", content=self.prompt or "")]
 
 
-def items(body: Any) -> list[Any] | None:
-    """The `/prompt` bodies of a batch, its shared fields filled in; None if it is no batch.
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A list of prompts. What is in it is not looked at any further: a bad item fails alone."""
 
-    A string is a body with that `prompt`. What is in the list is not looked at any further: a bad
-    item fails alone.
+    items: list[Any]
+    shared: dict[str, Any]
+    """The fields of every item that does not bring its own; their values are valid."""
+
+    def read(self, item: Any) -> PromptRequest:
+        """One of `items`; a string is a body with that `prompt`. Raises `InvalidRequest`."""
+        item = {"prompt": item} if isinstance(item, str) else item
+        if not isinstance(item, dict):
+            raise InvalidRequest("Each item should be a string or an object.", param="items")
+        request = PromptRequest.of({**self.shared, **used_fields(item)})
+        if request.stream:
+            raise _unstreamable()
+        return request
+
+
+def batch(body: Any) -> Batch | None:
+    """The batch in a `/prompt` body; None if it is none.
+
+    Raises `InvalidRequest` for what is wrong with all of it: the list, and the shared fields.
     """
     if not isinstance(body, dict):
         return None
@@ -73,24 +95,14 @@ def items(body: Any) -> list[Any] | None:
         if shared.get(name) is not None:
             raise InvalidRequest(f"Send `{names[0]}` or `{name}`, not both.", param=name)
     if shared.get("stream"):
-        raise InvalidRequest("A list of prompts cannot be streamed.", param="stream")
-    return [_body(item, shared) for item in listed]
+        raise _unstreamable()
+    shared = used_fields(shared)
+    PlainSampling.of(shared)
+    return Batch(listed, shared)
 
 
-def _body(item: Any, shared: dict[str, Any]) -> Any:
-    if isinstance(item, str):
-        return {**shared, "prompt": item}
-    return {**shared, **item} if isinstance(item, dict) else item
-
-
-def read_item(body: Any) -> PromptRequest:
-    """One item of a batch; raises `InvalidRequest` where it asks to be streamed."""
-    if not isinstance(body, dict):
-        raise InvalidRequest("Each item should be a string or an object.", param="items")
-    request = PromptRequest.read(body)
-    if request.stream:
-        raise InvalidRequest("A list of prompts cannot be streamed.", param="stream")
-    return request
+def _unstreamable() -> InvalidRequest:
+    return InvalidRequest("A list of prompts cannot be streamed.", param="stream")
 
 
 async def answer(head: Head, generation: Generation) -> dict[str, Any]:

@@ -126,7 +126,9 @@ class TextStream:
     def _take(self, text: str) -> str:
         self._num_decoded += len(text)
         # As for stop tokens: before min_tokens nothing ends the answer.
-        return text if self._num_tokens < self._min_tokens else self._stops.push(text)
+        if self._num_tokens < self._min_tokens:
+            return self._stops.pass_over(text)
+        return self._stops.push(text)
 
     def _piece(self, text: str, reason: str | None) -> Piece:
         """Scores go out with their token's first character; a cut token's score is dropped."""

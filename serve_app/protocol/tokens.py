@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.fields import Body
-from serve_app.protocol.messages import MAX_MESSAGES, Message
+from serve_app.protocol.messages import Conversation
 
 MAX_TOKENS = 100_000
 
@@ -15,7 +15,7 @@ class TokenizeRequest(Body):
     """`POST /tokenize` of `prompt` (raw text) or `messages` (through the chat template)."""
 
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1, max_length=MAX_MESSAGES)
+    messages: Conversation | None = None
     add_special_tokens: bool = True
     """BOS before a `prompt`; the chat template brings its own."""
     add_generation_prompt: bool = True
@@ -25,6 +25,13 @@ class TokenizeRequest(Body):
     def _prompt_or_messages(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
+        useless = "add_generation_prompt" if self.messages is None else "add_special_tokens"
+        if useless in self.model_fields_set:
+            raise InvalidRequest(
+                f"`{useless}` does nothing for `{'prompt' if self.messages is None else 'messages'}"
+                "`; leave it out.",
+                param=useless,
+            )
         return self
 
 

@@ -35,6 +35,7 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
+        ({"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"stream": True, "stream_options": {"usage": True}}, "stream_options.usage"),
@@ -44,6 +45,8 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"logit_bias": {"a": 1}}, "logit_bias"),
         ({"logit_bias": {"1": 101}}, "logit_bias"),
         ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logit_bias": {"007": 1}}, "logit_bias"),
+        ({"logit_bias": {str(token): 1 for token in range(1025)}}, "logit_bias"),
         ({"logprobs": 3}, "logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
@@ -54,14 +57,21 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"messages": []}, "messages"),
         ({"messages": HELLO * 4097}, "messages"),
         ({"messages": "Hello"}, "messages"),
-        ({"messages": ["Hello"]}, "messages"),
-        ({"messages": [{"role": "user", "content": ""}]}, "messages.content"),
-        ({"messages": [{"role": "user"}]}, "messages.content"),
+        ({"messages": [{"role": "system", "content": "Be short."}]}, "messages"),
+        ({"messages": ["Hello"]}, "messages.0"),
+        ({"messages": [*HELLO, "Hello"]}, "messages.1"),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
+        ({"messages": [{"role": "user"}]}, "messages.0.content"),
+        ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"content": "Hello"}]}, "messages.0.role"),
-        ({"messages": [{"role": "tool", "content": "3"}]}, "messages.role"),
+        ({"messages": [{"role": "tool", "content": "3"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
-        ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages.tool_calls"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.content"),
+        ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages.0.tool_calls"),
+        (
+            {"messages": [*HELLO, {"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.1.content",
+        ),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}]}, "messages.0.content"),
     ],
 )
 def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -154,6 +164,7 @@ def test_no_other_prompt(prompt: Any) -> None:
         ({"prompt": ""}, "prompt"),
         ({"prompt": 3}, "prompt"),
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "system", "content": "Be short."}]}, "messages"),
         ({"prompt": "a", "messages": HELLO}, "messages"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),
     ],
@@ -167,3 +178,20 @@ def test_tokenize_takes_text_or_messages() -> None:
     """Not both and not neither."""
     assert refusal(TokenizeRequest, {}).param == "prompt"
     assert refusal(TokenizeRequest, {"prompt": "a", "messages": HELLO}).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [({"prompt": "a"}, "add_generation_prompt"), ({"messages": HELLO}, "add_special_tokens")],
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_tokenize_refuses_what_it_would_not_do(text: Any, field: str, value: bool) -> None:
+    """BOS belongs to raw text and the generation prompt to messages; the other is no silence."""
+    assert refusal(TokenizeRequest, {**text, field: value}).param == field
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_ignored_fields_are_not_even_looked_at(name: str) -> None:
+    """Whatever they hold is dropped before anything reads it."""
+    body = {"messages": HELLO, name: float("nan")}
+    assert ChatRequest.read(body) == ChatRequest.read({"messages": HELLO})

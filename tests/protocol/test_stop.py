@@ -10,12 +10,12 @@ LETTERS = st.text("abé", max_size=30)
 STOPS = st.lists(st.text("abé", min_size=1, max_size=5), max_size=4)
 
 
-def expected(text: str, stops: list[str]) -> tuple[str, bool]:
-    """The definition, character by character."""
-    for end in range(1, len(text) + 1):
+def expected(text: str, stops: list[str], num_passed: int = 0) -> tuple[str, bool]:
+    """The definition, character by character; the first `num_passed` end nothing."""
+    for end in range(num_passed + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
-            return text[: end - max(map(len, ended))], True
+            return text[: max(end - max(map(len, ended)), num_passed)], True
     return text, False
 
 
@@ -25,6 +25,19 @@ def test_any_cut_gives_the_same_text(pieces: list[str], stops: list[str]) -> Non
     stopper = StopStrings(stops)
     shown = "".join([stopper.push(piece) for piece in pieces])
     text, found = expected("".join(pieces), stops)
+    assert (shown + stopper.flush(), stopper.found) == (text, found)
+
+
+@given(st.lists(LETTERS, max_size=4), st.lists(LETTERS, max_size=4), STOPS)
+def test_a_stop_string_may_begin_in_what_was_passed_over(
+    passed: list[str], pieces: list[str], stops: list[str]
+) -> None:
+    """It is found where it ends later; what was shown stays shown, and the rest of it is not."""
+    stopper = StopStrings(stops)
+    shown = "".join([stopper.pass_over(piece) for piece in passed])
+    assert shown == "".join(passed)
+    shown += "".join([stopper.push(piece) for piece in pieces])
+    text, found = expected("".join(passed + pieces), stops, len("".join(passed)))
     assert (shown + stopper.flush(), stopper.found) == (text, found)
 
 

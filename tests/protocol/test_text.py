@@ -115,6 +115,16 @@ def test_no_stop_string_before_min_tokens() -> None:
     assert stream.is_stopped
 
 
+def test_a_stop_string_over_the_edge_of_min_tokens() -> None:
+    """It counts where it is complete: its beginning is shown already, its rest never is."""
+    ids = tokenizer().encode("a b c", add_special_tokens=False)
+    number = len(tokenizer().encode("a b", add_special_tokens=False))
+    stream = TextStream(tokenizer().detokenizer(), ["b c"], min_tokens=number + 1)
+    shown = [stream.push([token]).text for token in ids]
+    assert "".join(shown) == "a b"
+    assert stream.is_stopped
+
+
 def test_scores_of_a_cut_token_are_dropped() -> None:
     """With a stop string, the scores are those of the tokens whose text is in the answer."""
     ids = tokenizer().encode("one two", add_special_tokens=False)

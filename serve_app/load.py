@@ -58,7 +58,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     with load_log.phase("checkpoint"):
         path = _checkpoint(settings)
     with load_log.phase("tokenizer"):
-        tokenizer = _tokenizer(path)
+        tokenizer = _tokenizer(path, notes)
     with load_log.phase("weights"):
         with _memory_for("the weights", "quantise them, or take a larger GPU"):
             model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
@@ -150,17 +150,21 @@ def _checkpoint(settings: Settings) -> Path:
     )
 
 
-def _tokenizer(path: Path) -> Tokenizer:
+def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:
     try:
         tokenizer = Tokenizer(path)
         # The first encoding and rendering compile things; no request should wait for that.
-        tokenizer.render([{"role": "user", "content": "Hello"}])
-    except (OSError, ValueError, KeyError) as error:
+        tokenizer.encode("Hello")
+        if tokenizer.has_chat_template:
+            tokenizer.render([{"role": "user", "content": "Hello"}])
+    except Exception as error:  # tokenizers raises nothing more special
         log.debug("the tokenizer did not load", exc_info=True)
         raise ModelLoadFailed(
             f"{path}: the tokenizer cannot be read ({type(error).__name__}); the folder needs "
             "tokenizer.json and tokenizer_config.json with the model's chat template."
         ) from error
+    if not tokenizer.has_chat_template:
+        notes.append("no chat template in the checkpoint: only /v1/completions answers")
     return tokenizer
 
 

@@ -1,6 +1,9 @@
 """The load says what it does, and why it cannot. The tiny model is really loaded."""
 
+import asyncio
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,8 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
 from serve_app.server import MixtralServer
 from serve_app.settings import Settings
+from serve_app.tiny import CHECKPOINT
+from tests.fakes import answer
 
 
 def test_the_load_is_told_phase_by_phase(tmp_path: Path) -> None:
@@ -56,6 +61,50 @@ def test_a_load_that_cannot_be_says_why(
     last = json.loads(load_log.read_text().splitlines()[-1])
     assert (last["state"], last["error"]) == ("failed", failed.value.message)
     assert last["retry"] is False
+
+
+def edited(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) -> Settings:
+    """Settings of a copy of the tiny checkpoint in which one JSON file is changed."""
+    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    content = json.loads((folder / name).read_text())
+    edit(content)
+    (folder / name).write_text(json.dumps(content))
+    model = {"name": str(folder), "quantization": "none", "dtype": "float32", "device": "cpu"}
+    return Settings(model=model, engine={"kv_cache_tokens": 16384, "num_threads": 1})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tokenizer: tokenizer["model"].update(type="None"),
+        lambda tokenizer: tokenizer["model"].update(merges=[["zz", "qq"]]),
+        lambda tokenizer: tokenizer.update(decoder={"type": "None"}),
+        lambda tokenizer: tokenizer.update(added_tokens=5),
+    ],
+    ids=["model", "merges", "decoder", "added"],
+)
+def test_a_tokenizer_that_is_broken_says_so(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    """Whatever tokenizers raises, and that is a bare Exception, becomes the one sentence."""
+    with pytest.raises(ModelLoadFailed, match="tokenizer cannot be read"):
+        MixtralServer(edited(tmp_path, "tokenizer.json", edit))
+
+
+def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
+    """Raw text is completed, a conversation is refused with the way out, and /health says so."""
+    one = MixtralServer(
+        edited(tmp_path, "tokenizer_config.json", lambda config: config.pop("chat_template"))
+    )
+    try:
+        completed = asyncio.run(answer(one, "/v1/completions", {"prompt": "a", "max_tokens": 2}))
+        refused = asyncio.run(answer(one, "/prompt", {"prompt": "a"}))
+        health = one.health()
+    finally:
+        one.close()
+    assert completed["usage"]["completion_tokens"] > 0
+    assert "use /v1/completions" in refused["error"]["message"]
+    assert any("no chat template" in note for note in health["notes"])
 
 
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:

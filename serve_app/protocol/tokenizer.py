@@ -27,6 +27,11 @@ class Tokenizer:
         self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
         self.backend: Any = self._tokenizer.backend_tokenizer
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Without one `render` refuses every conversation."""
+        return self._tokenizer.chat_template is not None
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; BOS in front once, even where the text brings its own."""
         # As a batch of one, because `encode` itself would hold the interpreter's lock.
@@ -46,7 +51,7 @@ class Tokenizer:
         """
         from jinja2.exceptions import TemplateError
 
-        if self._tokenizer.chat_template is None:
+        if not self.has_chat_template:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )

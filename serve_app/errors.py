@@ -84,7 +84,13 @@ class RouteNotFound(InvalidRequest):
 
 
 class MethodNotAllowed(InvalidRequest):
+    """`allow` is the method that the route takes."""
+
     http_status = 405
+
+    def __init__(self, message: str, *, allow: str = "GET") -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class ContextLengthExceeded(InvalidRequest):

@@ -4,6 +4,7 @@ Every request becomes a `Call` and every `Reply` a response, so a route exists h
 server has it. Knows no tokens and no Ray.
 """
 
+import asyncio
 import hmac
 import json
 import logging
@@ -13,23 +14,23 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from serve_app.errors import (
-    InternalError,
     InvalidApiKey,
     InvalidRequest,
     MethodNotAllowed,
     RequestTooLarge,
+    RouteNotFound,
     ServeError,
-    as_serve_error,
     error_body,
 )
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
-from serve_app.routes import PATHS
+from serve_app.routes import PATHS, known
 from serve_app.settings import ApiSettings
 
 if TYPE_CHECKING:
@@ -37,47 +38,76 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]
+BODY_ON_LOOP = 100_000
+"""Bytes; larger bodies are parsed in a thread."""
+
+CLIENT_LEFT = 499
+"""nginx's status in access logs; nobody is there to hear it."""
+
 OPEN_ROUTES = frozenset({"/health", "/ping", "/metrics"})
 """Routes that need no key: whoever watches the server has none."""
 
 
 def create_app(get_server: Callable[[], "MixtralServer"]) -> FastAPI:
-    """The ASGI app in front of the server that `get_server` returns, asked at each request."""
+    """The ASGI app in front of the server that `get_server` returns, asked at each request.
 
-    async def endpoint(request: Request) -> Response:
-        return await _respond(request, get_server())
-
+    Whoever leaves a stream ends their request. Whoever leaves before an answer that is not
+    streamed is noticed by Serve, which cancels this app; uvicorn alone does not, and the answer is
+    made to its end.
+    """
+    endpoint = _Endpoint(get_server)
     # All of them go the same way; those that exist are named for Serve's access log and metrics.
-    routes: list[BaseRoute] = [
-        Route(path, endpoint, methods=METHODS) for path in (*PATHS, "/{path:path}")
-    ]
+    routes: list[BaseRoute] = [Route(path, endpoint) for path in (*PATHS, "/{path:path}")]
     app = FastAPI(routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(HTTPException)
-    async def refused(request: Request, error: HTTPException) -> Response:
-        # A method that is not even in METHODS never reaches the route above.
-        unknown = MethodNotAllowed("This method is not supported.")
-        return _failed(unknown, f"req_{uuid.uuid4().hex}", {})
+    async def unrouted(request: Request, error: HTTPException) -> Response:
+        # `OPTIONS *`, which is no path.
+        return _failed(RouteNotFound("There is no such route."), uuid.uuid4().hex, {})
 
     return app
+
+
+class _Endpoint:
+    """An ASGI app and no function, so that requests of any method come here."""
+
+    def __init__(self, get_server: Callable[[], "MixtralServer"]) -> None:
+        self._get_server = get_server
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        response = await _respond(Request(scope, receive, send), self._get_server())
+        await response(scope, receive, send)
 
 
 async def _respond(request: Request, server: "MixtralServer") -> Response:
     request_id = uuid.uuid4().hex
     headers = _id_headers(request, request_id)
     try:
-        path, limits = request.scope["path"], server.settings.api
+        path, limits = _path(request.scope), server.settings.api
         if path not in OPEN_ROUTES:
             _check_key(request, limits)
-        body = _parsed(await _bounded_body(request, limits.max_body_bytes))
-        reply = await server.answer(Call(request.method, path, body, request_id))
+        content = await _bounded_body(request, limits.max_body_bytes)
+        is_long = len(content) > BODY_ON_LOOP
+        body = await asyncio.to_thread(_parsed, content) if is_long else _parsed(content)
+        # HEAD is GET whose body the HTTP server leaves out.
+        method = "GET" if request.method == "HEAD" else request.method
+        reply = await server.answer(Call(method, path, body, request_id))
+        headers |= reply.headers
+        if reply.chunks is not None:
+            return _EventStream(reply.chunks, request_id, headers)
+        return _json(reply, headers)
+    except ClientDisconnect:
+        log.debug("request %s: the client left before its body was here", request_id)
+        return Response(status_code=CLIENT_LEFT)
     except Exception as error:
         return _failed(error, request_id, headers)
-    headers |= reply.headers
-    if reply.chunks is not None:
-        return _EventStream(reply.chunks, request_id, headers)
-    return _json(reply, headers)
+
+
+def _path(scope: Scope) -> str:
+    """The path below the prefix that this app is mounted at."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 class _EventStream(StreamingResponse):
@@ -105,25 +135,33 @@ async def _events(
     try:
         async for chunk in chunks:
             yield sse.event(chunk)
-    except ServeError as error:
-        yield sse.event(error_body(error, request_id))
+    except Exception as error:
+        yield sse.event(error_body(known(error, request_id), request_id))
     else:
         yield sse.DONE
 
 
 def _json(reply: Reply, headers: dict[str, str]) -> Response:
-    content = json.dumps(reply.body, ensure_ascii=False, separators=(",", ":"))
+    content = json.dumps(reply.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(content, reply.status, headers, media_type="application/json")
 
 
 def _failed(error: Exception, request_id: str, headers: dict[str, str]) -> Response:
     """The one way an error leaves by HTTP."""
-    known = as_serve_error(error)
-    if isinstance(known, InternalError) and known is not error:
-        log.exception("request %s failed at the door", request_id, exc_info=error)
-    if known.retry_after_s is not None:
-        headers = {**headers, "Retry-After": str(known.retry_after_s)}
-    return _json(Reply(error_body(known, request_id), status=known.http_status), headers)
+    told = known(error, request_id)
+    headers = {**headers, **_headers_of(told)}
+    return _json(Reply(error_body(told, request_id), status=told.http_status), headers)
+
+
+def _headers_of(error: ServeError) -> dict[str, str]:
+    """What HTTP says about an error besides its status."""
+    if isinstance(error, MethodNotAllowed):
+        return {"Allow": "GET, HEAD" if error.allow == "GET" else error.allow}
+    if isinstance(error, InvalidApiKey):
+        return {"WWW-Authenticate": "Bearer"}
+    if error.retry_after_s is not None:
+        return {"Retry-After": str(error.retry_after_s)}
+    return {}
 
 
 def _id_headers(request: Request, request_id: str) -> dict[str, str]:
@@ -135,7 +173,7 @@ def _id_headers(request: Request, request_id: str) -> dict[str, str]:
     given = request.headers.get("x-request-id")
     if given is None:
         return {"x-request-id": request_id, "x-mixtral-request-id": request_id}
-    log.debug("request %s is %.128r to whoever sent it", request_id, given)
+    log.info("request %s is %.128r to whoever sent it", request_id, given)
     return {"x-mixtral-request-id": request_id}
 
 

@@ -134,7 +134,8 @@ class MixtralServer:
         method, handler = found
         if call.method != method:
             raise MethodNotAllowed(
-                f"{printable(call.path)} takes {method}, not {printable(call.method)}."
+                f"{printable(call.path)} takes {method}, not {printable(call.method)}.",
+                allow=method,
             )
         self.check_health()
         if method == "POST" and self._is_draining:

@@ -1,73 +1,29 @@
-"""The HTTP door on a real socket, spoken to by the real openai client and by hand.
-
-The engine is a script; the door, the server behind it and uvicorn are the real ones.
-"""
+"""The real openai client, streams, and clients that leave."""
 
 import asyncio
 import json
-import socket
-import threading
-from collections.abc import Iterator
+import logging
 from typing import Any
 
 import httpx
 import openai
 import pytest
-import uvicorn
 from starlette.requests import ClientDisconnect
 
 from serve_app.errors import EngineDead, OutOfMemory, QueueFull
 from serve_app.ingress import create_app
-from serve_app.server import MixtralServer
 from tests.fakes import FakeEngine, server
+from tests.ingress.conftest import Door
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = {"messages": HELLO}
 
 
-class Door:
-    """A running uvicorn whose server a test may replace."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.server: MixtralServer = server()
-
-    def serve(self, engine: FakeEngine | None = None, /, **args: Any) -> FakeEngine:
-        """From now on this engine answers, with these settings."""
-        engine = engine or FakeEngine()
-        self.server = server(engine, **args)
-        return engine
-
-    def client(self, key: str = "none") -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
-
-
-@pytest.fixture(scope="module")
-def running() -> Iterator[Door]:
-    """One uvicorn for all tests here, on a free port."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        door = Door(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(create_app(lambda: door.server), log_level="warning", ws="none")
-        uvicorn_server = uvicorn.Server(config)
-        thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
-        thread.start()
-        yield door
-        uvicorn_server.should_exit = True
-        thread.join()
-
-
-@pytest.fixture
-def door(running: Door) -> Door:
-    """The door, with an engine that says hello."""
-    running.serve()
-    return running
-
-
-@pytest.fixture
-def http(door: Door) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=door.url) as client:
-        yield client
+def scope(method: str, path: str) -> dict[str, Any]:
+    """A request as uvicorn hands it to the app."""
+    asgi = {"version": "3.0", "spec_version": "2.4"}
+    head = {"type": "http", "asgi": asgi, "method": method, "path": path}
+    return {**head, "query_string": b"", "headers": []}
 
 
 def test_the_openai_client_chats(door: Door) -> None:
@@ -167,6 +123,17 @@ def test_a_stream_is_server_sent_events(http: httpx.Client, path: str, body: Any
     assert response.headers["content-type"].startswith("text/event-stream")
 
 
+def test_events_are_lines_for_every_client(door: Door, http: httpx.Client) -> None:
+    """Text with Unicode's own line ends arrives whole where a client uses `str.splitlines`."""
+    text = "a\u2028b\u2029c\u0085d"
+    body = {"prompt": text, "echo": True, "stream": True, "max_tokens": 3}
+    with http.stream("POST", "/v1/completions", json=body) as response:
+        lines = [line for line in response.iter_lines() if line]
+    assert lines.pop() == "data: [DONE]"
+    chunks = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert chunks[0]["choices"][0]["text"].startswith(text)
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/prompt"])
 def test_leaving_a_stream_frees_the_engine(door: Door, http: httpx.Client, path: str) -> None:
     """When the client closes the connection, the request ends."""
@@ -186,14 +153,6 @@ def test_a_socket_that_breaks_while_writing_frees_the_engine() -> None:
     app = create_app(lambda: one)
     one = server(engine)
     body = json.dumps({"prompt": "a", "stream": True}).encode()
-    scope = {
-        "type": "http",
-        "asgi": {"version": "3.0", "spec_version": "2.4"},
-        "method": "POST",
-        "path": "/prompt",
-        "query_string": b"",
-        "headers": [],
-    }
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}
@@ -204,102 +163,31 @@ def test_a_socket_that_breaks_while_writing_frees_the_engine() -> None:
 
     async def ask() -> None:
         with pytest.raises(ClientDisconnect):
-            await app(scope, receive, send)
+            await app(scope("POST", "/prompt"), receive, send)
         assert engine.begun.is_set()
         assert engine.num_running == 0
 
     asyncio.run(ask())
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        b"{",
-        b"nothing",
-        b"\xff\xfe",
-        b'{"temperature": NaN}',
-        b'{"seed": ' + b"1" * 5000 + b"}",
-        b"[" * 100_000,
-        b"[]",
-        b'"text"',
-        b"",
-        b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
-    ],
-    ids=range(10),
-)
-def test_a_body_that_cannot_be_read(http: httpx.Client, content: bytes) -> None:
-    """Each is a 400 in OpenAI's shape, and the next request is answered."""
-    response = http.post("/v1/chat/completions", content=content)
-    error = response.json()["error"]
-    assert (response.status_code, error["type"]) == (400, "invalid_request_error")
-    assert http.post("/prompt", json={"prompt": "Hi"}).status_code == 200
+def test_leaving_in_mid_upload_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is started, and nothing of it is in the log at the default level."""
+    engine = FakeEngine()
+    app = create_app(lambda: one)
+    one = server(engine)
+    parts: list[dict[str, Any]] = [
+        {"type": "http.request", "body": b'{"prompt": "my secr', "more_body": True},
+        {"type": "http.disconnect"},
+    ]
 
+    async def receive() -> dict[str, Any]:
+        return parts.pop(0)
 
-def test_a_body_over_the_limit_is_not_read(door: Door, http: httpx.Client) -> None:
-    """413, whether the size is declared or only found out while reading."""
-    door.serve(api={"max_body_bytes": 2000})
-    declared = http.post("/prompt", content=b" " * 2001)
-    chunked = http.post("/prompt", content=(b" " * 1000 for _ in range(50)))
-    fits = http.post("/prompt", content=json.dumps({"prompt": "Hi"}).encode().ljust(2000))
-    for response in (declared, chunked):
-        assert response.status_code == 413
-        assert response.json()["error"]["code"] == "request_too_large"
-    assert fits.status_code == 200
+    async def send(message: Any) -> None:
+        pass
 
-
-def test_unknown_routes_and_methods(http: httpx.Client) -> None:
-    """404 and 405 in the one shape of errors; there are no documentation pages."""
-    for method, path, status in (
-        ("GET", "/", 404),
-        ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
-        ("POST", "/v1/embeddings", 404),
-        ("GET", "/prompt", 405),
-        ("POST", "/health", 405),
-        ("DELETE", "/v1/models/tiny", 405),
-        ("TRACE", "/prompt", 405),
-    ):
-        response = http.request(method, path)
-        assert response.status_code == status, (method, path)
-        assert response.json()["error"]["status"] == "VALIDATION_FAILED"
-
-
-def test_keys(door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every route but the watchers' asks for one of the keys, as a bearer token."""
-    monkeypatch.setenv("API_KEYS", "first, sécond")
-    door.serve()
-    for path in ("/health", "/ping"):
-        assert http.get(path).status_code == 200
-    for given in ("", "Bearer", "Bearer wrong", "first", "Basic first", "Bearer first, sécond"):
-        response = http.get("/v1/models", headers={b"Authorization": given.encode()})
-        assert response.status_code == 401, given
-        assert response.json()["error"]["code"] == "invalid_api_key"
-    for key in ("first", "sécond"):
-        headers = {b"Authorization": f"bearer {key}".encode()}
-        assert http.get("/v1/models", headers=headers).status_code == 200
-    with door.client("first") as client:
-        assert client.models.list().data
-    with door.client("other") as client, pytest.raises(openai.AuthenticationError):
-        client.models.list()
-
-
-def test_every_answer_has_an_id_of_ours(http: httpx.Client) -> None:
-    """Header, error body and answer agree; a client's id is never taken for ours."""
-    good = http.post("/v1/completions", json={"prompt": "a"})
-    bad = http.post("/v1/completions", json={})
-    given = http.post("/v1/completions", json={}, headers={"x-request-id": "mine"})
-    assert good.json()["id"] == f"cmpl-{good.headers['x-request-id']}"
-    assert bad.json()["error"]["request_id"] == bad.headers["x-request-id"]
-    assert given.json()["error"]["request_id"] == given.headers["x-mixtral-request-id"] != "mine"
-    assert len({each.headers["x-mixtral-request-id"] for each in (good, bad, given)}) == 3
-
-
-def test_health_while_draining(door: Door, http: httpx.Client) -> None:
-    """/health and /ping are 200 when ready and 503, still with their object, when draining."""
-    assert http.get("/health").json()["status"] == "ready"
-    assert http.get("/ping").status_code == 200
-    door.server.drain()
-    health = http.get("/health")
-    assert (health.status_code, health.json()["status"]) == (503, "draining")
-    refused = http.post("/prompt", json={"prompt": "a"})
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    with caplog.at_level(logging.INFO):
+        asyncio.run(app(scope("POST", "/prompt"), receive, send))
+    assert not parts
+    assert not engine.requests
+    assert not caplog.records

@@ -64,12 +64,15 @@ async def start(settings: Settings, config: str | Path) -> Forward:
     return through(handle, settings.api.request_timeout_s)
 
 
-def serve_http(settings: Settings, config: str | Path, port: int) -> None:
-    """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`."""
+def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
+    """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
     with _signals_kept():
         _start_ray()
+    # From here on signals are the caller's: the model may take minutes to load.
+    with _signals_kept():
         _start_serve({"host": "0.0.0.0", "port": port})
-        deploy(with_load_log(settings), config, "/")
+    with _signals_kept():
+        return deploy(with_load_log(settings), config, "/")
 
 
 def with_load_log(settings: Settings) -> Settings:

@@ -209,7 +209,9 @@ def printable(name: Any) -> str:
 
 
 def _refuse_unsupported(name: str, value: Any) -> None:
-    neutral, reason = UNSUPPORTED.get(name, ((value,), ""))
+    if name not in UNSUPPORTED:
+        return
+    neutral, reason = UNSUPPORTED[name]
     # By type too: True equals 1, and is no number of answers.
     if not any(type(value) is type(each) and value == each for each in neutral):
         raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)

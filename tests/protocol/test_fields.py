@@ -12,6 +12,7 @@ from serve_app.protocol.messages import plain
 from serve_app.protocol.plain import PromptRequest
 from serve_app.protocol.tokens import TokenizeRequest
 
+NAN = float("nan")
 HELLO = [{"role": "user", "content": "Hello"}]
 
 
@@ -27,7 +28,7 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
     [
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
-        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": NAN}, "temperature"),
         ({"top_p": 0}, "top_p"),
         ({"top_p": float("inf")}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -79,6 +80,11 @@ def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) 
     error = refusal(ChatRequest, {"messages": HELLO, **fields})
     assert error.param == param
     assert error.message.endswith(".")
+
+
+def test_what_is_no_json_is_said_to_be_none() -> None:
+    """A NaN, which equals nothing, is not taken for a value that we do not support."""
+    assert "not JSON" in refusal(ChatRequest, {"messages": HELLO, "temperature": NAN}).message
 
 
 @pytest.mark.parametrize("body", [None, [], "Hello", 3, True])
@@ -193,5 +199,5 @@ def test_tokenize_refuses_what_it_would_not_do(text: Any, field: str, value: boo
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_ignored_fields_are_not_even_looked_at(name: str) -> None:
     """Whatever they hold is dropped before anything reads it."""
-    body = {"messages": HELLO, name: float("nan")}
+    body = {"messages": HELLO, name: NAN}
     assert ChatRequest.read(body) == ChatRequest.read({"messages": HELLO})

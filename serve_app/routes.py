@@ -171,7 +171,7 @@ class Routes:
             )
         else:
             ids = await self._generator.text_ids(
-                request.prompt or "", add_special_tokens=request.add_special_tokens
+                request.prompt or "", add_special_tokens=request.add_special_tokens is not False
             )
         strings = None
         if request.return_token_strs:

@@ -16,8 +16,8 @@ class TokenizeRequest(Body):
 
     prompt: str | None = None
     messages: Conversation | None = None
-    add_special_tokens: bool = True
-    """BOS before a `prompt`; the chat template brings its own."""
+    add_special_tokens: bool | None = None
+    """BOS before a `prompt`, which is the default; the chat template brings its own."""
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
@@ -25,12 +25,15 @@ class TokenizeRequest(Body):
     def _prompt_or_messages(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
             raise InvalidRequest("Send either `prompt` or `messages`.", param="prompt")
-        useless = "add_generation_prompt" if self.messages is None else "add_special_tokens"
-        if useless in self.model_fields_set:
+        if self.messages is not None and self.add_special_tokens:
             raise InvalidRequest(
-                f"`{useless}` does nothing for `{'prompt' if self.messages is None else 'messages'}"
-                "`; leave it out.",
-                param=useless,
+                "The chat template brings its own special tokens; leave `add_special_tokens` out.",
+                param="add_special_tokens",
+            )
+        if self.prompt is not None and "add_generation_prompt" in self.model_fields_set:
+            raise InvalidRequest(
+                "`add_generation_prompt` does nothing for `prompt`; leave it out.",
+                param="add_generation_prompt",
             )
         return self
 

@@ -187,13 +187,21 @@ def test_tokenize_takes_text_or_messages() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "field"),
-    [({"prompt": "a"}, "add_generation_prompt"), ({"messages": HELLO}, "add_special_tokens")],
+    ("body", "field"),
+    [
+        ({"prompt": "a", "add_generation_prompt": True}, "add_generation_prompt"),
+        ({"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ({"messages": HELLO, "add_special_tokens": True}, "add_special_tokens"),
+    ],
 )
-@pytest.mark.parametrize("value", [True, False])
-def test_tokenize_refuses_what_it_would_not_do(text: Any, field: str, value: bool) -> None:
+def test_tokenize_refuses_what_it_would_not_do(body: Any, field: str) -> None:
     """BOS belongs to raw text and the generation prompt to messages; the other is no silence."""
-    assert refusal(TokenizeRequest, {**text, field: value}).param == field
+    assert refusal(TokenizeRequest, body).param == field
+
+
+def test_tokenize_takes_what_vllm_takes_by_default() -> None:
+    """Messages without more special tokens are what the chat template gives anyway."""
+    TokenizeRequest.read({"messages": HELLO, "add_special_tokens": False})
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))

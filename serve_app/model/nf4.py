@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 QuantType = Literal["nf4", "fp4"]
@@ -171,16 +172,17 @@ def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
 def _quantize_absmax(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Nested]:
     """`absmax` `[..., N, K / 64]` in 8 bits, `code` as it is, and what undoes it."""
     stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
-    levels = dynamic_map(absmax.device)
     offset = torch.stack([matrix.mean() for matrix in stack])
-    centred = stack - offset[:, None]
     num_blocks = -(-stack.shape[1] // NESTED_BLOCK)
-    padded = torch.nn.functional.pad(centred, (0, num_blocks * NESTED_BLOCK - stack.shape[1]))
-    blocks = padded.view(len(stack), num_blocks, NESTED_BLOCK)
+    padding = num_blocks * NESTED_BLOCK - stack.shape[1]
+    blocks = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_BLOCK)
     scales = blocks.abs().amax(dim=-1)
-    scaled = blocks / scales[..., None]
-    left = (torch.bucketize(scaled, levels, right=True) - 1).clamp_(0, 254)
-    is_right = (scaled - levels[left + 1]).abs() < (scaled - levels[left]).abs()
-    nearest = (left + is_right).to(torch.uint8).view(len(stack), -1)[:, : stack.shape[1]]
+    is_flat = scales == 0
+    scaled = (blocks * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
+    # bitsandbytes looks the nearest value up by the first 16 bits, not by the value itself.
+    snapped = ((scaled + 1) * 0.5 * 65535 + 0.5).int().float() * 2 / 65535 - 1
+    levels = dynamic_map(absmax.device)
+    nearest = torch.bucketize(snapped, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    nearest = nearest.masked_fill_(is_flat[..., None], 0).to(torch.uint8)
     nested = Nested(scales.view(*absmax.shape[:-2], -1), levels, offset.view(absmax.shape[:-2]))
-    return nearest.reshape(absmax.shape), code, nested
+    return nearest.view(len(stack), -1)[:, : stack.shape[1]].reshape(absmax.shape), code, nested

@@ -85,7 +85,7 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
 
     Matrices of a stack are quantised apart, as a checkpoint with a tensor per expert has them.
     """
-    rows, columns = weight.shape[-2:]
+    columns = weight.shape[-1]
     if columns % BLOCK:
         raise ValueError(f"rows of {columns} weights are no whole blocks of {BLOCK}")
     code = codes(quant_type, weight.device)
@@ -111,7 +111,7 @@ def dequantize(q: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     # Two values for each byte: one look-up instead of two, and no shifts.
-    pairs = torch.stack(torch.broadcast_tensors(q.code[:, None], q.code), dim=-1).view(256, 2)
+    pairs = torch.stack((q.code.repeat_interleave(16), q.code.repeat(16)), dim=-1)  # [256, 2]
     columns = q.shape[-1]
     packed, scales = q.packed.view(-1, columns // 2), plain_absmax(q).view(-1, columns // BLOCK)
     rows = out.view(-1, columns)

@@ -13,11 +13,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.footprint import BLOCK, NESTED_BLOCK, part_of
 from serve_app.model.shards import ITEM_BYTES, TensorInfo, damaged, read_bytes
+
+if TYPE_CHECKING:  # that module imports torch
+    from serve_app.model.nf4 import AbsmaxKind, QuantType
 
 STATE = "quant_state.bitsandbytes__"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -39,7 +42,7 @@ class PackedInfo:
     """Where the parts of one quantised matrix `[N, K]` are."""
 
     shape: tuple[int, int]
-    quant_type: str
+    quant_type: "QuantType"
     packed: TensorInfo
     """N * K / 2 bytes, whatever its dtype."""
     absmax: TensorInfo
@@ -49,9 +52,11 @@ class PackedInfo:
     nested: NestedInfo | None
 
     @property
-    def absmax_kind(self) -> str:
-        """ "float32", "bfloat16" or "nested"."""
-        return {"U8": "nested", "BF16": "bfloat16"}.get(self.absmax.dtype, "float32")
+    def absmax_kind(self) -> "AbsmaxKind":
+        """How absmax is kept."""
+        if self.absmax.dtype == "U8":
+            return "nested"
+        return "bfloat16" if self.absmax.dtype == "BF16" else "float32"
 
     @property
     def tensors(self) -> list[TensorInfo]:
@@ -123,7 +128,7 @@ def _take(
         nested = _take_nested(name, weight, state_name, state, found, num_blocks)
     return PackedInfo(
         shape=(shape[0], shape[1]),
-        quant_type=quant_type,
+        quant_type=cast("QuantType", quant_type),
         packed=weight,
         absmax=_companion(found, weight, f"{name}.absmax", num_blocks, dtypes),
         code=_companion(found, weight, f"{name}.quant_map", 16, ("F32",)),

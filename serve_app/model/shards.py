@@ -24,6 +24,7 @@ MAX_HEADER_BYTES = 100_000_000
 class TensorInfo:
     """Where one tensor is, and what."""
 
+    name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
@@ -125,7 +126,7 @@ def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> Te
     begin, end = entry["data_offsets"]
     if begin < 0 or (dtype in ITEM_BYTES and end - begin != prod(shape) * ITEM_BYTES[dtype]):
         raise damaged(file, f"the offsets of tensor `{name}` are wrong")
-    return TensorInfo(file, dtype, shape, data_begin + begin, end - begin)
+    return TensorInfo(name, file, dtype, shape, data_begin + begin, end - begin)
 
 
 def _why_no_weights(path: Path) -> str:

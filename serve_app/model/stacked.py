@@ -9,12 +9,15 @@ every piece of `PIECE_BYTES` of its data. Reads no weights and imports no torch.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.config import OWN_METHOD, MixtralConfig
-from serve_app.model.footprint import ABSMAX_BYTES, BLOCK, NESTED_BLOCK
+from serve_app.model.footprint import BLOCK, NESTED_BLOCK
 from serve_app.model.shards import Header, TensorInfo, damaged
+
+if TYPE_CHECKING:  # that module imports torch
+    from serve_app.model.nf4 import AbsmaxKind, QuantType
 
 VERSION = 1
 PIECE_BYTES = 16 << 20
@@ -31,10 +34,8 @@ ABSMAX_DTYPES = {"float32": "F32", "bfloat16": "BF16", "nested": "U8"}
 class Quantization:
     """How all quantised weights of a checkpoint are quantised."""
 
-    quant_type: str
-    """ "nf4" or "fp4"."""
-    absmax: str
-    """ "float32", "bfloat16" or "nested"."""
+    quant_type: "QuantType"
+    absmax: "AbsmaxKind"
 
     def as_config(self) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
@@ -49,9 +50,10 @@ class Quantization:
     @classmethod
     def from_config(cls, stored: Mapping[str, Any]) -> "Quantization":
         """Reads `as_config`; raises `ModelLoadFailed` for another version of it."""
-        quantization = cls(str(stored.get("quant_type")), str(stored.get("absmax")))
-        known = quantization.quant_type in ("nf4", "fp4") and quantization.absmax in ABSMAX_BYTES
-        if not known or quantization.as_config() != dict(stored):
+        quant_type, absmax = str(stored.get("quant_type")), str(stored.get("absmax"))
+        quantization = cls(cast("QuantType", quant_type), cast("AbsmaxKind", absmax))
+        is_known = quant_type in ("nf4", "fp4") and absmax in ABSMAX_DTYPES
+        if not is_known or quantization.as_config() != dict(stored):
             raise ModelLoadFailed(
                 f"config.json: `quantization_config` is none that version {VERSION} of our format "
                 "has; convert the checkpoint again with `python -m serve_app.convert`."

@@ -99,7 +99,8 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
     packed = packed.view(*weight.shape[:-1], -1)
     scales = scales.view(*weight.shape[:-1], -1)
     if absmax == "nested":
-        return Quantized(packed, *_quantize_absmax(scales, code))
+        numbers, nested = quantize_absmax(scales)
+        return Quantized(packed, numbers, code, nested)
     return Quantized(packed, scales.to(getattr(torch, absmax)), code)
 
 
@@ -111,29 +112,52 @@ def dequantize(q: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> T
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
     # Two values for each byte: one look-up instead of two, and no shifts.
-    pairs = torch.stack((q.code.repeat_interleave(16), q.code.repeat(16)), dim=-1)  # [256, 2]
+    pairs = torch.stack((q.code.repeat_interleave(16), q.code.repeat(16)), dim=-1)
+    pairs = pairs.view(torch.int64).flatten()  # [256], because gathering whole elements is faster
     columns = q.shape[-1]
-    packed, scales = q.packed.view(-1, columns // 2), plain_absmax(q).view(-1, columns // BLOCK)
+    packed, scales = (
+        q.packed.view(-1, columns // 2),
+        plain_absmax(q.absmax, q.nested).view(-1, columns // BLOCK),
+    )
     rows = out.view(-1, columns)
     step = max(1, CHUNK // columns)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
-        values = pairs.index_select(0, packed[part].flatten().int()).view(-1, BLOCK)
+        values = pairs.index_select(0, packed[part].flatten().int()).view(torch.float32)
+        values = values.view(-1, BLOCK)
         values *= scales[part].reshape(-1, 1)
         rows[part] = values.view(-1, columns)
     return out
 
 
-def plain_absmax(q: Quantized) -> Tensor:
-    """absmax as it multiplies: float32 `[..., N, K / 64]`, or bfloat16 when so stored."""
-    if q.nested is None:
-        return q.absmax
-    nested = q.nested
-    flat = q.absmax.flatten(-2)
+def plain_absmax(absmax: Tensor, nested: Nested | None) -> Tensor:
+    """`absmax` `[..., N, K / 64]` as it multiplies: not nested any more."""
+    if nested is None:
+        return absmax
+    flat = absmax.flatten(-2)
     num_blocks = flat.shape[-1]
     scales = nested.absmax.repeat_interleave(NESTED_BLOCK, dim=-1)[..., :num_blocks]
     values = nested.code[flat.int()] * scales + nested.offset[..., None]
-    return values.view(q.absmax.shape)
+    return values.view(absmax.shape)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
+    """Float32 `absmax` `[..., N, K / 64]` in 8 bits, uint8, and what undoes it."""
+    stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
+    offset = torch.stack([matrix.mean() for matrix in stack])
+    num_blocks = -(-stack.shape[1] // NESTED_BLOCK)
+    padding = num_blocks * NESTED_BLOCK - stack.shape[1]
+    blocks = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_BLOCK)
+    scales = blocks.abs().amax(dim=-1)
+    is_flat = scales == 0
+    scaled = (blocks * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
+    # bitsandbytes looks the nearest value up by the first 16 bits, not by the value itself.
+    snapped = ((scaled + 1) * 0.5 * 65535 + 0.5).int().float() * 2 / 65535 - 1
+    levels = dynamic_map(absmax.device)
+    nearest = torch.bucketize(snapped, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    nearest = nearest.masked_fill_(is_flat[..., None], 0).to(torch.uint8)
+    nested = Nested(scales.view(*absmax.shape[:-2], -1), levels, offset.view(absmax.shape[:-2]))
+    return nearest.view(len(stack), -1)[:, : stack.shape[1]].reshape(absmax.shape), nested
 
 
 def codes(quant_type: QuantType, device: torch.device | None = None) -> Tensor:
@@ -167,22 +191,3 @@ def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     nearest = torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)
     nibbles = order.to(torch.uint8)[nearest].view(len(values), -1, 2)
     return nibbles[..., 0] << 4 | nibbles[..., 1], absmax.view(len(values), -1)
-
-
-def _quantize_absmax(absmax: Tensor, code: Tensor) -> tuple[Tensor, Tensor, Nested]:
-    """`absmax` `[..., N, K / 64]` in 8 bits, `code` as it is, and what undoes it."""
-    stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
-    offset = torch.stack([matrix.mean() for matrix in stack])
-    num_blocks = -(-stack.shape[1] // NESTED_BLOCK)
-    padding = num_blocks * NESTED_BLOCK - stack.shape[1]
-    blocks = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_BLOCK)
-    scales = blocks.abs().amax(dim=-1)
-    is_flat = scales == 0
-    scaled = (blocks * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
-    # bitsandbytes looks the nearest value up by the first 16 bits, not by the value itself.
-    snapped = ((scaled + 1) * 0.5 * 65535 + 0.5).int().float() * 2 / 65535 - 1
-    levels = dynamic_map(absmax.device)
-    nearest = torch.bucketize(snapped, (levels[:-1] + levels[1:]) / 2, out_int32=True)
-    nearest = nearest.masked_fill_(is_flat[..., None], 0).to(torch.uint8)
-    nested = Nested(scales.view(*absmax.shape[:-2], -1), levels, offset.view(absmax.shape[:-2]))
-    return nearest.view(len(stack), -1)[:, : stack.shape[1]].reshape(absmax.shape), code, nested

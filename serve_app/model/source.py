@@ -14,9 +14,8 @@ from torch import Tensor
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.bnb4 import PackedInfo
 from serve_app.model.checkpoint import Plan
-from serve_app.model.nf4 import Nested, Quantized, quantize
+from serve_app.model.nf4 import Nested, Quantized
 from serve_app.model.shards import TensorInfo
-from serve_app.model.stacked import Quantization
 
 
 class Source:
@@ -56,11 +55,9 @@ class Source:
         )
         return Quantized(packed, absmax, self._code, nested)
 
-    def in_4_bits(self, name: str, how: Quantization, device: torch.device) -> Quantized:
-        """`quantized`, or the float weight quantised now; on the CPU or on `device`."""
-        if name in self.plan.packed:
-            return self.quantized(name)
-        return quantize(self.float(name).to(device), how.quant_type, how.absmax)
+    def weight(self, name: str) -> Tensor | Quantized:
+        """`quantized` or `float`, whichever the weight is in the files."""
+        return self.quantized(name) if name in self.plan.packed else self.float(name)
 
     def close(self) -> None:
         """Unmaps the files; tensors already read stay valid."""

@@ -61,6 +61,20 @@ class Quantization:
         return quantization
 
 
+def require_whole_blocks(config: MixtralConfig) -> None:
+    """Raises `ModelLoadFailed` for sizes that 4 bits cannot have."""
+    columns = {
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_attention_heads x head_dim": config.num_heads * config.head_dim,
+    }
+    for key, size in columns.items():
+        if size % BLOCK:
+            raise ModelLoadFailed(
+                f"config.json: `{key}` ({size}) must be a multiple of {BLOCK} to be quantised."
+            )
+
+
 def stacked_tensors(
     config: MixtralConfig, absmax: str
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:

@@ -66,10 +66,9 @@ def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iter
 
 def check_model(settings: Settings) -> list[str]:
     """The checkpoint's files, and the memory it takes; lines and errors as in `check`."""
-    from serve_app.load import find_local, max_model_len, require_possible
+    from serve_app.load import find_local, max_model_len
     from serve_app.model.checkpoint import inspect
 
-    require_possible(settings)
     name = settings.model.name
     folder = find_local(settings)
     if folder is None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from serve_app.engine.engine import Engine
+    from serve_app.model.loader import Quantization
     from serve_app.model.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
@@ -51,7 +52,6 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     started = time.monotonic()
     notes: list[str] = []
     with load_log.phase("device"):  # the first to import torch, which takes its time
-        require_possible(settings)
         device = _device(settings, notes)
         dtype = _dtype(settings, device, notes)
         _set_threads(settings, device, notes)
@@ -61,7 +61,14 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         tokenizer = _tokenizer(path)
     with load_log.phase("weights"):
         with _memory_for("the weights", "quantise them, or take a larger GPU"):
-            model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
+            model = loader.load(
+                path,
+                dtype=dtype,
+                device=device,
+                quantization=_quantization(settings),
+                progress=load_log.progress,
+            )
+        _note_quantization(settings, model, notes)
     with load_log.phase("engine"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
     load_log.done("ready", time.monotonic() - started)
@@ -76,16 +83,6 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         memory={**loader.bytes_by_part(model), "kv_cache": kv_bytes},
         notes=notes,
     )
-
-
-def require_possible(settings: Settings) -> None:
-    """Raises `ModelLoadFailed` where `settings` ask for what this build does not have."""
-    if settings.model.quantization != "none":
-        raise ModelLoadFailed(
-            f"`model.quantization` is {settings.model.quantization}, but 4-bit experts do not "
-            "exist in this build yet, and it refuses to load them in bf16 instead (91 GB for "
-            "Mixtral 8x7B): set it to none and take a model that fits."
-        )
 
 
 def _device(settings: Settings, notes: list[str]) -> "torch.device":
@@ -109,6 +106,22 @@ def _dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "tor
         notes.append(f"dtype {name}: the default on {device.type}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+def _quantization(settings: Settings) -> "Quantization | None":
+    from serve_app.model.loader import Quantization
+
+    if settings.model.quantization == "none":
+        return None
+    return Quantization(settings.model.quantization, settings.model.absmax)
+
+
+def _note_quantization(settings: Settings, model: "Mixtral", notes: list[str]) -> None:
+    if model.codes is None:
+        return
+    absmax = model.codes.quantization.absmax
+    if absmax != settings.model.absmax:
+        notes.append(f"absmax {absmax}: the checkpoint is quantised so already")
 
 
 def _set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:

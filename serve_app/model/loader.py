@@ -6,15 +6,15 @@ quantisation promises. Knows no settings.
 """
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import PARTS, Plan, inspect
-from serve_app.model.config import MixtralConfig
 from serve_app.model.find import find_checkpoint
-from serve_app.model.footprint import BLOCK, weight_bytes
-from serve_app.model.stacked import Quantization
+from serve_app.model.footprint import expected_shapes, weight_bytes
+from serve_app.model.stacked import Quantization, require_whole_blocks
 
 # `serve_app.check` uses `inspect` and must answer before torch is even imported.
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def load(
         model = Mixtral(plan.config, quantization).to(dtype)
     model.to_empty(device=device)
     model.rope.fill()
-    _read_floats(plan, model, tell)
+    _read_weights(plan, model, tell)
     check_bytes(model, dtype, quantization)
     return model
 
@@ -73,52 +73,35 @@ def agreed(plan: Plan, wished: Quantization | None) -> Quantization | None:
             f"to {stored.quant_type}, or name the float checkpoint that they were made from."
         )
     if wished is not None:
-        _require_whole_blocks(plan.config)
+        require_whole_blocks(plan.config)
     return stored or wished
 
 
-def _require_whole_blocks(config: MixtralConfig) -> None:
-    widths = {
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
-        "num_attention_heads` x `head_dim": config.num_heads * config.head_dim,
-    }
-    for key, width in widths.items():
-        if width % BLOCK:
-            raise ModelLoadFailed(
-                f"config.json: `{key}` is {width}, and 4-bit matrices need a multiple of {BLOCK}; "
-                "set `model.quantization` to none."
-            )
-
-
-def _read_floats(plan: Plan, model: "Mixtral", tell: Progress) -> None:
-    """Puts the float tensors of the files into `model`, tensor by tensor."""
-    from safetensors import SafetensorError, safe_open
-
+def _read_weights(plan: Plan, model: "Mixtral", tell: Progress) -> None:
+    """Puts the tensors of the files into `model`, one by one; our own form by several threads."""
     from serve_app.model.place import put
+    from serve_app.model.source import Source
+    from serve_app.model.stacked_reader import read_stacked, stacked_places
 
-    total = sum(plan.parameters.values())
-    done = 0
-    files: dict[Path, list[str]] = {}
-    for name, tensor in plan.tensors.items():
-        files.setdefault(tensor.file, []).append(name)
-    for file, names in files.items():
-        try:
-            with safe_open(file, framework="pt", device="cpu") as weights:
-                for name in names:
-                    weight = weights.get_tensor(name)
-                    put(model, name, weight)
-                    done += weight.numel()
-                    tell("weights", done / total)
-        except (OSError, SafetensorError) as error:
-            raise ModelLoadFailed(f"{file}: cannot be read ({error}).") from None
+    if plan.form == "stacked":
+        read_stacked(plan, stacked_places(model), lambda done: tell("weights", done))
+        return
+    shapes = expected_shapes(plan.config, stacked=False)
+    total, done = sum(prod(shape) for shape in shapes.values()), 0
+    source = Source(plan)
+    for name, shape in shapes.items():
+        put(model, name, source.weight(name))
+        done += prod(shape)
+        tell("weights", done / total)
+    source.close()
 
 
 def check_bytes(model: "Mixtral", dtype: "torch.dtype", quantization: Quantization | None) -> None:
     """Raises `ModelLoadFailed` where a part of `model` takes other than the promised memory."""
     absmax = None if quantization is None else quantization.absmax
     promised = weight_bytes(model.config, dtype.itemsize, absmax)
-    promised["other"] += model.rope.cos.nbytes + model.rope.sin.nbytes
+    for tables in (model.rope, model.codes):
+        promised["other"] += sum(table.nbytes for table in tables.buffers()) if tables else 0
     name = str(dtype).removeprefix("torch.") if quantization is None else quantization.quant_type
     for part, loaded in bytes_by_part(model).items():
         if abs(loaded - promised[part]) > TOLERANCE * promised[part]:

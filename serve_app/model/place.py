@@ -12,7 +12,7 @@ EXPERT_MATRICES = {"w1": "gate", "w2": "down", "w3": "up"}
 
 
 def put(model: Mixtral, name: str, weight: Tensor | Quantized) -> None:
-    """Fills the part of `model` that tensor `name` of a checkpoint is; `inspect` knows the name.
+    """Fills the part of `model` that has `name` in `expected_shapes`, one tensor per expert.
 
     A model in 4 bits takes floats, which it quantises, or what is quantised already.
     """
@@ -39,14 +39,7 @@ def _put_in_block(block: Block, rest: list[str], weight: Tensor | Quantized) -> 
             attention.o.put(0, weight)
         case ["block_sparse_moe", "experts", expert, "w1" | "w2" | "w3" as matrix, "weight"]:
             experts.put(int(expert), EXPERT_MATRICES[matrix], weight)
-        case ["mlp", "experts", "gate_up_proj"] if isinstance(weight, Tensor):
-            for number, (gate, up) in enumerate(part.chunk(2) for part in weight):
-                experts.put(number, "gate", gate)
-                experts.put(number, "up", up)
-        case ["mlp", "experts", "down_proj"] if isinstance(weight, Tensor):
-            for number, down in enumerate(weight):
-                experts.put(number, "down", down)
-        case ["block_sparse_moe" | "mlp", "gate", "weight"] if isinstance(weight, Tensor):
+        case ["block_sparse_moe", "gate", "weight"] if isinstance(weight, Tensor):
             block.mlp.router.copy_(weight)
         case ["input_layernorm", "weight"] if isinstance(weight, Tensor):
             block.attention_norm.weight.copy_(weight)

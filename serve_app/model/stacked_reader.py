@@ -1,7 +1,6 @@
 """Reads our own checkpoint, see `stacked`: several threads, each piece straight into its place.
 
-Every piece is compared with its checksum as it passes. Knows no modules: whoever calls says where
-each tensor goes.
+Every piece is compared with its checksum as it passes.
 """
 
 import os
@@ -14,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import Plan
+from serve_app.model.experts4 import Experts4
+from serve_app.model.matrices4 import Linear4
+from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.shards import Header, TensorInfo, damaged
 from serve_app.model.stacked import PIECE_BYTES, checksums
 
@@ -45,6 +47,35 @@ class Piece:
     @property
     def nbytes(self) -> int:
         return sum(target.nbytes for target in self.targets)
+
+
+def stacked_places(model: Mixtral) -> dict[str, Tensor]:
+    """Where each tensor of such a checkpoint is in a model of the same quantisation."""
+    places: dict[str, Tensor] = {
+        "model.embed_tokens.weight": model.embedding,
+        "model.norm.weight": model.norm.weight,
+    }
+    if model.head is not None:
+        places["lm_head.weight"] = model.head
+    assert model.codes is not None
+    modules: dict[str, nn.Module] = {"quantization": model.codes}
+    for i, block in enumerate(model.blocks):
+        assert isinstance(block, Block)
+        layer, attention, mlp = f"model.layers.{i}", block.attention, block.mlp
+        assert isinstance(mlp.experts, Experts4)
+        assert isinstance(attention.qkv, Linear4)
+        assert isinstance(attention.o, Linear4)
+        modules[f"{layer}.mlp.experts.gate_up"] = mlp.experts.gate_up
+        modules[f"{layer}.mlp.experts.down"] = mlp.experts.down
+        modules[f"{layer}.self_attn.qkv"] = attention.qkv.matrix
+        modules[f"{layer}.self_attn.o"] = attention.o.matrix
+        places[f"{layer}.mlp.gate.weight"] = mlp.router
+        places[f"{layer}.input_layernorm.weight"] = block.attention_norm.weight
+        places[f"{layer}.post_attention_layernorm.weight"] = block.mlp_norm.weight
+    for prefix, module in modules.items():
+        for name, buffer in module.named_buffers(recurse=False):
+            places[f"{prefix}.{name}"] = buffer
+    return places
 
 
 def read_stacked(

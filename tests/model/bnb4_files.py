@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "nested": {"compress_statistics": True},
     "plain": {"compress_statistics": False},
     "fp4": {"compress_statistics": True, "quant_type": "fp4"},

@@ -50,8 +50,8 @@ def convert(
 ) -> None:
     """Writes the checkpoint in folder `source` to folder `destination` in our own form.
 
-    `quantization` is for float weights, None being nested NF4; weights that are in 4 bits already
-    stay as they are. Uses the GPU where there is one.
+    `quantization` is for float weights, None being NF4 with bfloat16 absmax; weights that are in
+    4 bits already stay as they are. Uses the GPU where there is one.
     Raises `ModelLoadFailed` when `source` cannot be read, or `destination` not written.
     """
     tell = progress or (lambda done, total, name: None)
@@ -109,7 +109,7 @@ def _choose(plan: Plan, asked: Quantization | None) -> Quantization:
         raise ModelLoadFailed(f"{plan.path}: is in our own form already; serve it as it is.")
     if plan.quantization is None:
         require_whole_blocks(plan.config)
-        return asked or Quantization("nf4", "nested")
+        return asked or Quantization("nf4", "bfloat16")
     if asked not in (None, plan.quantization):
         raise ModelLoadFailed(
             f"{plan.path}: is in {plan.quantization.quant_type} with {plan.quantization.absmax} "
@@ -255,12 +255,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--absmax",
         choices=("nested", "bfloat16", "float32"),
-        help="of floats: 24.5, 25.2 or 26.6 GB for Mixtral 8x7B; default nested",
+        help="of floats: 24.5, 25.2 or 26.6 GB for Mixtral 8x7B; default bfloat16",
     )
     chosen = parser.parse_args(arguments)
     asked = None
     if chosen.quantization or chosen.absmax:
-        asked = Quantization(chosen.quantization or "nf4", chosen.absmax or "nested")
+        asked = Quantization(chosen.quantization or "nf4", chosen.absmax or "bfloat16")
     try:
         source = find_checkpoint(chosen.source)
         convert(source, chosen.destination, asked, Bar(sys.stdout))

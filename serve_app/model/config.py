@@ -130,7 +130,7 @@ def stored_form(document: Mapping[str, Any]) -> Form:
     four_bits = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
     if method == "bitsandbytes" and four_bits:
         return "bitsandbytes"
-    said = "bitsandbytes in 8 bits" if method == "bitsandbytes" else f"{method!r}"
+    said = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
     raise ModelLoadFailed(
         f"config.json: `quantization_config` is {said}, and only bitsandbytes in 4 bits can be "
         "read; name the float checkpoint that this one was made from."

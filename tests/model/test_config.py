@@ -129,5 +129,5 @@ def test_the_quantisation_that_cannot_be_read_is_named() -> None:
     """The sentence says which one it is."""
     with pytest.raises(ModelLoadFailed, match="'awq'"):
         stored_form({"quantization_config": {"quant_method": "awq", "bits": 4}})
-    with pytest.raises(ModelLoadFailed, match="in 8 bits"):
+    with pytest.raises(ModelLoadFailed, match="not in 4 bits"):
         stored_form({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})

@@ -195,7 +195,7 @@ def test_what_cannot_be_converted(
     assert "nf4 with nested" in sentence(capsys, tmp_path / "bnb4", other, "--quantization", "fp4")
     random_oracle().save_pretrained(tmp_path / "odd")
     assert "`intermediate_size` (48)" in sentence(capsys, tmp_path / "odd", other)
-    assert "another checkpoint" in sentence(capsys, own.parent / "odd", tmp_path / "bnb4")
+    assert "another checkpoint" in sentence(capsys, source, tmp_path / "bnb4")
     assert "another checkpoint" in sentence(capsys, source, source)
     file = tmp_path / "file"
     file.write_text("")

@@ -95,6 +95,9 @@ FILES = {
 }
 
 
+UNREAD = {"pytorch_model.bin", "consolidated.safetensors"}
+
+
 def sha(data: bytes) -> str:
     return hashlib.sha1(data).hexdigest()
 
@@ -109,6 +112,8 @@ class Hub(BaseHTTPRequestHandler):
         path = self.path.split("?")[0]
         if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if self.headers.get("Authorization") == "Bearer wrong":
+            return self._answer(401, b"", {"X-Error-Message": "Invalid credentials"})
         if "/broken" in path:
             return self._answer(500, b"")
         if "/o/" not in path:
@@ -150,17 +155,19 @@ def hub() -> Iterator[str]:
 
 
 def find_in_process(
-    hub: str, home: Path, name: str, revision: str = "main", token: str = ""
+    hub: str, home: Path, name: str, revision: str = "main", token: str = "", free: int = 10**12
 ) -> tuple[str, bool]:
     """The folder found, or the refusal's sentence; and whether to try again."""
     code = (
         "import sys; from pathlib import Path; from serve_app.model.find import *\n"
-        "name, revision, token, volume = sys.argv[1:]\n"
+        "import shutil; from types import SimpleNamespace as Usage\n"
+        "name, revision, token, volume, free = sys.argv[1:]\n"
+        "shutil.disk_usage = lambda path: Usage(free=int(free))\n"
         "try: print(find_checkpoint(name, revision, token=token or None, volume=Path(volume)), 0)\n"
         "except ModelLoadFailed as error: print(error.message, int(error.retry))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, name, revision, token, str(home / "volume")],
+        [sys.executable, "-c", code, name, revision, token, str(home / "volume"), str(free)],
         env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
@@ -177,7 +184,7 @@ def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume
         (tmp_path / "volume").mkdir()
     answer, _ = find_in_process(hub, tmp_path, "o/m")
     folder = Path(answer)
-    wanted = set(FILES) - {"pytorch_model.bin", "consolidated.safetensors"}
+    wanted = set(FILES) - UNREAD
     assert {file.name for file in folder.iterdir()} == wanted
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert folder.is_relative_to(tmp_path / "volume") == has_volume
@@ -215,3 +222,21 @@ def test_no_network_is_worth_another_try(tmp_path: Path) -> None:
     answer, again = find_in_process("http://127.0.0.1:1", tmp_path, "o/m")
     assert "check the network" in answer
     assert again
+
+
+def test_a_wrong_token_is_said(hub: str, tmp_path: Path) -> None:
+    """Trying again would not help."""
+    answer, again = find_in_process(hub, tmp_path, "o/m", token="wrong")
+    assert "HF_TOKEN" in answer
+    assert not again
+
+
+def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) -> None:
+    """Only what is read and not there yet is counted, and no weight is fetched in vain."""
+    needed = sum(len(FILES[name]) for name in set(FILES) - {"config.json", *UNREAD})
+    answer, again = find_in_process(hub, tmp_path, "o/m", free=needed - 1)
+    assert "GB are free" in answer
+    assert not again
+    assert not list(tmp_path.rglob("model.safetensors"))
+    answer, _ = find_in_process(hub, tmp_path, "o/m", free=needed)
+    assert (Path(answer) / "model.safetensors").exists()

@@ -2,7 +2,7 @@
 
 Plain torch: right on every device, and what a kernel has to match. An expert's weights are
 unpacked when a token comes to it and forgotten after the product, so that never more than one
-matrix of one expert exists as floats.
+matrix of one expert exists as floats, or of several where they are small.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import group_by_expert
 from serve_app.model.matrices4 import GROUP, Codes, Matrices4
-from serve_app.model.nf4 import Quantized, dequantize
+from serve_app.model.nf4 import CHUNK, Quantized, dequantize
 from serve_app.model.rows import row_multiple
 
 
@@ -42,16 +42,20 @@ class Experts4(nn.Module):
         grouped = x.new_zeros(num_rows, x.shape[1])
         grouped[rows] = x[:, None]
         outputs = torch.empty_like(grouped)
-        start = 0
-        for expert, end in enumerate(ends.tolist()):
-            if end > start:
-                outputs[start:end] = self._compute(expert, grouped[start:end])
-            start = end
+        bounds = [0, *ends.tolist()]
+        hit = [expert for expert in range(num_experts) if bounds[expert] < bounds[expert + 1]]
+        step = max(1, CHUNK // self.gate_up.packed[0].numel() // 2)
+        for some in (hit[i : i + step] for i in range(0, len(hit), step)):
+            part = slice(bounds[some[0]], bounds[some[-1] + 1])
+            chosen = torch.tensor(some, device=x.device)
+            outputs[part] = self._compute(chosen, grouped[part], ends[chosen] - part.start)
         return (outputs[rows] * weights[..., None]).sum(dim=1)
 
-    def _compute(self, expert: int, x: Tensor) -> Tensor:
-        """`x` `[n, H]` through one expert -> `[n, H]`."""
-        both = F.linear(x, dequantize(self.gate_up.get((expert,)), x.dtype))
+    def _compute(self, experts: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        """`x` `[n, H]` through `experts`, each with its rows up to `ends` int32 -> `[n, H]`."""
+        gate_up = dequantize(self.gate_up.get(experts), x.dtype)
+        both = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
         gate, up = both.view(len(x), -1, 2, GROUP).unbind(dim=2)  # each [n, I / 8, 8]
         inner = (F.silu(gate) * up).flatten(1)
-        return F.linear(inner, dequantize(self.down.get((expert,)), x.dtype))
+        down = dequantize(self.down.get(experts), x.dtype)
+        return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)

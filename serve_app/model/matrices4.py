@@ -28,6 +28,9 @@ GROUP = 8
 """Rows of one part in a row, where parts are interleaved: a kernel's tile has both of a pair."""
 
 
+Index = tuple[int, ...] | Tensor
+
+
 class _Stored(nn.Module):
     """A module whose buffers have the dtypes of a format."""
 
@@ -116,17 +119,18 @@ class Matrices4(_Stored):
             self._put_nested(index, part, weight.nested)
         self._rows(self.absmax[index], part).copy_(self._grouped(absmax))
 
-    def get(self, index: tuple[int, ...] = ()) -> Quantized:
-        """Matrix `index` with its rows as they lie here and plain absmax, for `dequantize`."""
+    def get(self, index: Index = ()) -> Quantized:
+        """Matrix (or matrices) `index`, rows as they lie here and plain absmax, to `dequantize`."""
         stored = self.absmax[index]
         if self.codes.quantization.absmax != "nested":
             return Quantized(self.packed[index], stored, self.codes.code)
         absmax = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
-        for part, groups in enumerate(torch.split(self.nested_absmax[index], self.groups)):
-            offset = self.nested_offset[index][part]
-            nested = Nested(groups, self.codes.nested_code, offset)
+        groups = torch.split(self.nested_absmax[index], self.groups, dim=-1)
+        offsets = self.nested_offset[index]
+        for part, count in enumerate(self.rows):
+            nested = Nested(groups[part], self.codes.nested_code, offsets[..., part])
             numbers = self._rows(stored, part)
-            plain = plain_absmax(numbers.reshape(self.rows[part], -1), nested)
+            plain = plain_absmax(numbers.reshape(*stored.shape[:-2], count, -1), nested)
             self._rows(absmax, part).copy_(plain.view(numbers.shape))
         return Quantized(self.packed[index], absmax, self.codes.code)
 
@@ -136,13 +140,14 @@ class Matrices4(_Stored):
         self.nested_offset[index][part].copy_(nested.offset)
 
     def _rows(self, stored: Tensor, part: int) -> Tensor:
-        """The view of `stored` `[N, c]` that is one part's: `[rows, c]`, or `[rows / 8, 8, c]`."""
-        if self.interleaved:
-            return stored.view(-1, len(self.rows), GROUP, stored.shape[-1])[:, part]
-        return torch.split(stored, self.rows)[part]
+        """One part of `stored` `[..., N, c]`, a view: `[..., n, c]`, or `[..., n / 8, 8, c]`."""
+        if not self.interleaved:
+            return torch.split(stored, self.rows, dim=-2)[part]
+        shape = (*stored.shape[:-2], -1, len(self.rows), GROUP, stored.shape[-1])
+        return stored.view(shape)[..., part, :, :]
 
     def _grouped(self, rows: Tensor) -> Tensor:
-        """One part's `rows` `[rows, c]` in the shape of `_rows`."""
+        """One part's `rows` `[n, c]` in the shape of `_rows`."""
         return rows.reshape(-1, GROUP, rows.shape[-1]) if self.interleaved else rows
 
 

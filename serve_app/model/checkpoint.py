@@ -4,8 +4,10 @@
 Reads no weights and imports no torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.bnb4 import PackedInfo, take_packed
@@ -13,6 +15,9 @@ from serve_app.model.config import Form, MixtralConfig, stored_form
 from serve_app.model.footprint import PARTS, expected_shapes, parameters, weight_bytes
 from serve_app.model.shards import Header, TensorInfo, read_header, read_json, shard_files
 from serve_app.model.stacked import Quantization, checksums, match_stacked
+
+if TYPE_CHECKING:  # that module imports torch
+    from serve_app.model.nf4 import AbsmaxKind
 
 __all__ = ["PARTS", "Plan", "TensorInfo", "expected_shapes", "inspect"]
 
@@ -86,6 +91,21 @@ def inspect(path: Path) -> Plan:
             headers,
         )
     return Plan(path, config, "float", tensors, headers=headers)
+
+
+def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
+    """What a parsed `config.json` says of its 4-bit weights, before any header is read.
+
+    The files have the last word (`Plan.quantization`). Raises as `stored_form`.
+    """
+    form = stored_form(document)
+    if form == "float":
+        return None
+    stored = document["quantization_config"]
+    if form == "stacked":
+        return Quantization.from_config(stored)
+    absmax: AbsmaxKind = "nested" if stored.get("bnb_4bit_use_double_quant") else "float32"
+    return Quantization("nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4", absmax)
 
 
 def _match(

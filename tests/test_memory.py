@@ -4,7 +4,11 @@ The sizes are those of the published checkpoints: 93.41 GB in bfloat16, 26.65 GB
 bitsandbytes' 4 bits with float32 absmax, 24.48 GB with double quantisation.
 """
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,9 +21,12 @@ from serve_app.memory import find_gpus
 from serve_app.model.checkpoint import inspect
 from serve_app.tiny import CHECKPOINT
 from tests.model import full_size
+from tests.model.hub import serve
 
 MIB = 1 << 20
-IN_4_BITS = {"quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}}
+IN_4_BITS: dict[str, dict[str, Any]] = {
+    "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+}
 RTX_5090 = "NVIDIA GeForce RTX 5090, 32607, 32100"
 RTX_4090 = "NVIDIA GeForce RTX 4090, 24564, 24100"
 
@@ -184,3 +191,51 @@ def test_a_type_that_the_weights_do_not_have(
     for asked in ("fp4", "none"):
         path = config(tmp_path, nested, {"quantization": asked})
         assert "set `model.quantization` to nf4" in sentence(capsys, path)
+
+
+def run_check(path: Path, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process that sees `hub` as the hub, and an empty cache."""
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.check", str(path)],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, gpu: Any) -> None:
+    """config.json and the list of files are enough: the download's size and the memory, and a
+    quantisation that we cannot read is refused."""
+    gpu(RTX_5090)
+    path = config(tmp_path, Path("o/m"))
+    stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_use_double_quant": True}
+    document = {**full_size.CONFIG, "quantization_config": stored}
+    sizes = {f"model-0000{i}.safetensors": 5_000_000 for i in range(1, 6)}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert "o/m: is not on this machine; the first start downloads 25.0 MB." in done.stdout
+        assert "24.48 GB of nf4 with nested absmax" in done.stdout
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+    document["quantization_config"] = {"quant_method": "gptq"}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "other")
+        assert done.returncode == 1
+        assert "'gptq'" in done.stderr.splitlines()[-1]
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    """No network is one sentence too."""
+    done = run_check(config(tmp_path, Path("o/m")), "http://127.0.0.1:1", tmp_path / "home")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "check the network" in line
+
+
+def test_a_disk_too_small_for_the_download(tmp_path: Path) -> None:
+    """Said with both sizes, before the memory is looked at."""
+    sizes = {"model.safetensors": 10**18}
+    with serve({"config.json": json.dumps(full_size.CONFIG).encode()}, sizes) as hub:
+        done = run_check(config(tmp_path, Path("o/m")), hub, tmp_path / "home")
+    assert done.returncode == 1
+    assert "the download takes 1000000000.0 GB" in done.stderr

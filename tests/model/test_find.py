@@ -1,21 +1,17 @@
 """A model's name becomes a folder: given, cached anywhere, or downloaded by the real client."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.find import cached_snapshot, find_checkpoint
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.model.hub import COMMIT, serve
 
 
 def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
@@ -98,60 +94,10 @@ FILES = {
 UNREAD = {"pytorch_model.bin", "consolidated.safetensors"}
 
 
-def sha(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as `snapshot_download` speaks."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
-            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if self.headers.get("Authorization") == "Bearer wrong":
-            return self._answer(401, b"", {"X-Error-Message": "Invalid credentials"})
-        if "/broken" in path:
-            return self._answer(500, b"")
-        if "/o/" not in path:
-            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if path.endswith("/revision/main"):
-            return self._answer(200, json.dumps({"id": "o/m", "sha": COMMIT}).encode())
-        if path.endswith(f"/tree/{COMMIT}"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": sha(data)}
-                for name, data in FILES.items()
-            ]
-            return self._answer(200, json.dumps(tree).encode())
-        name = path.rsplit("/", 1)[-1]
-        if "/resolve/" not in path or name not in FILES:
-            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        self._answer(200, FILES[name], {"ETag": f'"{sha(FILES[name])}"', "X-Repo-Commit": COMMIT})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(FILES) as url:
+        yield url
 
 
 def find_in_process(

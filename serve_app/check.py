@@ -134,10 +134,20 @@ def main(arguments: list[str] | None = None) -> int:
     """The command: 0 where all is well, else one sentence on stderr and 1."""
     parser = argparse.ArgumentParser(prog="python -m serve_app.check", description=__doc__)
     parser.add_argument("config", help="the YAML that `serve run` takes")
-    config = parser.parse_args(arguments).config
+    parser.add_argument(
+        "--load", action="store_true", help="load the model too, try it, and write a report"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("mixtral-check.json"), help="where --load writes it"
+    )
+    options = parser.parse_args(arguments)
     try:
-        for line in check(config):
+        for line in check(options.config):
             print(line)
+        if options.load:
+            from serve_app import trial
+
+            trial.run(Settings.from_yaml(options.config), options.out)
     except (ConfigError, ModelLoadFailed) as error:
         print(error, file=sys.stderr)
         return 1

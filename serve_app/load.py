@@ -52,8 +52,8 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     started = time.monotonic()
     notes: list[str] = []
     with load_log.phase("device"):  # the first to import torch, which takes its time
-        device = _device(settings, notes)
-        dtype = _dtype(settings, device, notes)
+        device = choose_device(settings, notes)
+        dtype = choose_dtype(settings, device, notes)
         _set_threads(settings, device, notes)
     with load_log.phase("checkpoint"):
         path = _checkpoint(settings)
@@ -85,7 +85,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     )
 
 
-def _device(settings: Settings, notes: list[str]) -> "torch.device":
+def choose_device(settings: Settings, notes: list[str]) -> "torch.device":
     import torch
 
     chosen, has_gpu = settings.model.device, torch.cuda.is_available()
@@ -97,7 +97,7 @@ def _device(settings: Settings, notes: list[str]) -> "torch.device":
     return torch.device(chosen)
 
 
-def _dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
+def choose_dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
     import torch
 
     name = settings.model.dtype
@@ -119,9 +119,11 @@ def _quantization(settings: Settings) -> "Quantization | None":
 def _note_quantization(settings: Settings, model: "Mixtral", notes: list[str]) -> None:
     if model.codes is None:
         return
-    absmax = model.codes.quantization.absmax
-    if absmax != settings.model.absmax:
-        notes.append(f"absmax {absmax}: the checkpoint is quantised so already")
+    how = model.codes.quantization
+    note = f"experts and attention in {how.quant_type}, absmax {how.absmax}"
+    if how.absmax != settings.model.absmax:
+        note += ", as the checkpoint has it"
+    notes.append(note)
 
 
 def _set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:

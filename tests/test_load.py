@@ -34,6 +34,8 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantizati
     assert health["engine"]["kv_blocks_total"] == 65536 // 16
     assert health["memory"].keys() == {"experts", "attention", "head", "other", "kv_cache"}
     experts = 4 * 8 * 3 * 128 * 192  # weights
+    said = "experts and attention in nf4, absmax bfloat16"
+    assert (said in health["notes"]) == (quantization == "nf4")
     assert health["memory"]["experts"] == experts * (4 if quantization == "none" else 17 / 32)
     assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
 

@@ -102,12 +102,14 @@ def check_bytes(model: "Mixtral", dtype: "torch.dtype", quantization: Quantizati
     promised = weight_bytes(model.config, dtype.itemsize, absmax)
     for tables in (model.rope, model.codes):
         promised["other"] += sum(table.nbytes for table in tables.buffers()) if tables else 0
-    name = str(dtype).removeprefix("torch.") if quantization is None else quantization.quant_type
     for part, loaded in bytes_by_part(model).items():
         if abs(loaded - promised[part]) > TOLERANCE * promised[part]:
+            form = str(dtype).removeprefix("torch.")
+            if quantization is not None and part in ("experts", "attention"):
+                form = quantization.quant_type
             raise ModelLoadFailed(
-                f"The weights of `{part}` take {loaded:,} bytes of memory where {name} takes "
-                f"{promised[part]:,}: they are not all quantised; this is a fault of the server."
+                f"The weights of `{part}` take {loaded:,} bytes of memory where {form} takes "
+                f"{promised[part]:,}: not all of them are {form}; this is a fault of the server."
             )
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import Plan, inspect
@@ -31,10 +31,7 @@ from serve_app.model.stacked import (
     stacked_tensors,
 )
 
-if TYPE_CHECKING:
-    import torch
-
-COPIED = ("tokenizer*", "*.jinja", "special_tokens_map.json", "generation_config.json")
+COPIED = ("tokenizer*", "*.jinja", "*.json")
 ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 LOCK = ".convert.lock"
 
@@ -126,12 +123,14 @@ def _write_files(
     made_from: str,
     tell: Progress,
 ) -> None:
+    import torch
+
     from serve_app.model.matrices4 import Codes
     from serve_app.model.source import Source
     from serve_app.model.stacked_writer import layer_tensors, other_tensors, write_file
 
     files = file_names(plan.config.num_layers)
-    device = _device()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = Source(plan)
     codes = Codes(quantization).to(device)
     for name in missing:
@@ -143,19 +142,16 @@ def _write_files(
         write_file(destination / name, tensors, made_from)
         done = len(files) - len(missing) + missing.index(name) + 1
         tell(done, len(files), name)
-
-
-def _device() -> "torch.device":
-    import torch
-
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":  # for whoever loads the model next
+        torch.cuda.empty_cache()
 
 
 def _finish(plan: Plan, quantization: Quantization, destination: Path) -> None:
     """The small files; the index last, because it makes the folder a checkpoint."""
     for pattern in COPIED:
         for file in plan.path.glob(pattern):
-            _write(destination / file.name, file.read_bytes())
+            if file.name not in ("config.json", INDEX):
+                _write(destination / file.name, file.read_bytes())
     config = read_json(plan.path / "config.json")
     config["quantization_config"] = quantization.as_config()
     _write(destination / "config.json", json.dumps(config, indent=2).encode())

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
+from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.settings import EngineSettings, Settings
 
@@ -57,6 +59,10 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         _set_threads(settings, device, notes)
     with load_log.phase("checkpoint"):
         path = _checkpoint(settings)
+    if (wanted := copy_folder(settings)) is not None and path != wanted:
+        with load_log.phase("copy"):
+            tell = partial(load_log.progress, "copy")
+            path = make_copy(settings, path, notes, tell)
     with load_log.phase("tokenizer"):
         tokenizer = _tokenizer(path)
     with load_log.phase("weights"):
@@ -144,6 +150,8 @@ def find_local(settings: Settings) -> Path | None:
     from serve_app.model.find import find_local
     from serve_app.tiny import CHECKPOINT
 
+    if (copy := find_copy(settings)) is not None:
+        return copy
     if settings.model.name == "tiny":
         return CHECKPOINT
     return find_local(settings.model.name, settings.model.revision)
@@ -151,17 +159,14 @@ def find_local(settings: Settings) -> Path | None:
 
 def _checkpoint(settings: Settings) -> Path:
     from serve_app.model import loader
-    from serve_app.tiny import CHECKPOINT
 
-    if settings.model.name == "tiny":
-        return CHECKPOINT
+    if (found := find_local(settings)) is not None:
+        return found
     token = settings.model.hf_token
-    return Path(
-        loader.find_checkpoint(
-            settings.model.name,
-            settings.model.revision,
-            token=token.get_secret_value() if token else None,
-        )
+    return loader.find_checkpoint(
+        settings.model.name,
+        settings.model.revision,
+        token=token.get_secret_value() if token else None,
     )
 
 

@@ -59,6 +59,9 @@ class ModelSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and unquantised weights. auto: bfloat16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    cache_dir: str | None = None
+    """Keep a 4-bit copy of the model in this folder: the first start writes it, later ones read 25
+    GB instead of 93. A network volume, say."""
     hf_token: SecretStr | None = None
     """For gated repositories. Environment only."""
 

@@ -17,6 +17,9 @@ from serve_app.model.checkpoint import Plan
 from serve_app.model.nf4 import Nested, Quantized
 from serve_app.model.shards import TensorInfo
 
+MAX_MAPPED = 4
+"""Files mapped at once, so that what was read leaves the process's memory."""
+
 
 class Source:
     """Reads what a `Plan` of form "float" or "bitsandbytes" describes, from mapped files."""
@@ -80,14 +83,19 @@ class Source:
 
     def _read(self, tensor: TensorInfo, index: int | None = None) -> Tensor:
         try:
-            if tensor.file not in self._files:
-                self._files[tensor.file] = safe_open(tensor.file, framework="pt", device="cpu")
-            file = self._files[tensor.file]
+            file = self._open(tensor.file)
             if index is not None:
                 return cast(Tensor, file.get_slice(tensor.name)[index])
             return cast(Tensor, file.get_tensor(tensor.name))
         except (OSError, SafetensorError) as error:
             raise ModelLoadFailed(f"{tensor.file}: cannot be read ({error}).") from None
+
+    def _open(self, path: Path) -> Any:
+        if path not in self._files:
+            if len(self._files) == MAX_MAPPED:
+                del self._files[next(iter(self._files))]
+            self._files[path] = safe_open(path, framework="pt", device="cpu")
+        return self._files[path]
 
     def _same_table(self, of: PackedInfo, table: TensorInfo, known: Tensor | None) -> Tensor:
         values = self._read(table).flatten()

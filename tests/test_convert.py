@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -115,6 +116,18 @@ def test_a_killed_conversion_leaves_whole_files_only(
     assert [name for name in written if (tmp_path / name).read_bytes() != whole[name]] == []
     convert(source, tmp_path)
     assert contents(tmp_path) == whole
+
+
+def test_a_disk_that_fills_up_leaves_nothing_half_written(source: Path, tmp_path: Path) -> None:
+    """A write that fails in the middle is a sentence with the system's reason."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))
+    try:
+        with pytest.raises(ModelLoadFailed, match=r"cannot be written \(File too large\)"):
+            convert(source, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [name for name in contents(tmp_path) if "model" in name] == []
 
 
 def test_files_of_another_source_are_made_again(

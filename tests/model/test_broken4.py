@@ -1,6 +1,7 @@
 """A broken 4-bit checkpoint is refused in one sentence, before a weight is read where possible."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from serve_app.convert import convert
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.loader import Quantization, inspect, load
 from serve_app.model.stacked import PIECE_BYTES
+from serve_app.model.stacked_reader import DTYPES, read_stacked
 from tests.model.bnb4_files import save_bnb4
 from tests.model.driver import random_oracle
 
@@ -239,6 +241,19 @@ def test_a_flipped_bit_is_found_by_its_checksum(own: Path, tmp_path: Path) -> No
     with pytest.raises(ModelLoadFailed, match=r"00001-of-00003.*checksum.*wrong") as caught:
         load4(tmp_path)
     assert caught.value.message.endswith(".")
+
+
+def test_a_file_that_becomes_shorter_after_its_header_was_read(own: Path, tmp_path: Path) -> None:
+    """The read ends, in a sentence."""
+    plan = inspect(copy(own, tmp_path))
+    places = {
+        name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
+        for name, tensor in plan.tensors.items()
+    }
+    last = tmp_path / "model-00003-of-00003.safetensors"
+    os.truncate(last, last.stat().st_size - 1)
+    with pytest.raises(ModelLoadFailed, match=r"00003-of-00003.*became shorter"):
+        read_stacked(plan, places, lambda done: None)
 
 
 def test_pieces_end_where_tensors_do_not(oracle: Any, tmp_path: Path) -> None:

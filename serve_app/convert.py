@@ -10,7 +10,6 @@ import argparse
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +21,7 @@ from typing import IO, Any
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import Plan, inspect
 from serve_app.model.config import stored_form
-from serve_app.model.shards import INDEX, SINGLE, read_header, read_json
+from serve_app.model.shards import INDEX, ITEM_BYTES, SINGLE, read_header, read_json
 from serve_app.model.stacked import (
     SOURCE,
     VERSION,
@@ -32,7 +31,6 @@ from serve_app.model.stacked import (
 )
 
 COPIED = ("tokenizer*", "*.jinja", "*.json")
-ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}
 LOCK = ".convert.lock"
 
 Progress = Callable[[int, int, str], None]
@@ -82,7 +80,7 @@ def file_names(num_layers: int) -> list[str]:
 def converted_bytes(plan: Plan, quantization: Quantization) -> int:
     """Bytes of the converted checkpoint, but for its headers."""
     stored = {tensor.dtype for tensor in plan.tensors.values()}
-    floats = max((ITEM_BYTES.get(dtype, 8) for dtype in stored), default=2)
+    floats = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
     tensors = stacked_tensors(plan.config, quantization.absmax).values()
     return sum(
         prod(shape) * (floats if len(dtypes) > 1 else ITEM_BYTES[dtypes[0]])
@@ -148,31 +146,22 @@ def _write_files(
 
 def _finish(plan: Plan, quantization: Quantization, destination: Path) -> None:
     """The small files; the index last, because it makes the folder a checkpoint."""
+    from serve_app.model.stacked_writer import write_bytes
+
     for pattern in COPIED:
         for file in plan.path.glob(pattern):
             if file.name not in ("config.json", INDEX):
-                _write(destination / file.name, file.read_bytes())
+                write_bytes(destination / file.name, file.read_bytes())
     config = read_json(plan.path / "config.json")
     config["quantization_config"] = quantization.as_config()
-    _write(destination / "config.json", json.dumps(config, indent=2).encode())
+    write_bytes(destination / "config.json", json.dumps(config, indent=2).encode())
     weight_map = {
         tensor: name
         for name in file_names(plan.config.num_layers)
         for tensor in read_header(destination / name).tensors
     }
     index = {"metadata": {}, "weight_map": weight_map}
-    _write(destination / INDEX, json.dumps(index, indent=2).encode())
-
-
-def _write(file: Path, data: bytes) -> None:
-    from serve_app.model.stacked_writer import put_in_place
-
-    partial = file.with_name(f".{file.name}.partial")
-    with partial.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    put_in_place(partial, file)
+    write_bytes(destination / INDEX, json.dumps(index, indent=2).encode())
 
 
 def _require_ours(destination: Path) -> None:

@@ -32,10 +32,15 @@ class Source:
         self._nested_code: Tensor | None = None
 
     def float(self, name: str) -> Tensor:
-        """A weight that is not quantised, on the CPU, in the dtype that it is stored in."""
+        """A weight that is not quantised, on the CPU, in the dtype that it is stored in.
+
+        float64 becomes float32: nothing computes with it, and our own form does not have it.
+        """
         if self._stacked and ".block_sparse_moe." in name:
-            return self._from_stack(name)
-        return self._read(self.plan.tensors[name])
+            weight = self._from_stack(name)
+        else:
+            weight = self._read(self.plan.tensors[name])
+        return weight.float() if weight.dtype == torch.float64 else weight
 
     def quantized(self, name: str) -> Quantized:
         """A weight `[N, K]` that is quantised in the files, as it is there, on the CPU.

@@ -96,6 +96,16 @@ def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
     put_in_place(partial, file)
 
 
+def write_bytes(file: Path, data: bytes) -> None:
+    """Writes a small file in the same way as `write_file`."""
+    partial = file.with_name(f".{file.name}.partial")
+    with partial.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    put_in_place(partial, file)
+
+
 def put_in_place(partial: Path, file: Path) -> None:
     """Gives a file that is on the disk its name, on the disk too."""
     partial.replace(file)

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from serve_app.convert import convert
 from serve_app.model.loader import Quantization, inspect, load
@@ -73,3 +74,16 @@ def test_converted_floats_are_what_a_load_quantises(
     assert plan.quantization == quantization
     assert plan.config == inspect(tmp_path / "float").config
     assert_same_weights(load4(tmp_path / "own"), load4(tmp_path / "float", absmax=absmax))
+
+
+def test_every_float_can_be_converted(oracle: Any, tmp_path: Path) -> None:
+    """The stacked layout too, and float64, give what the usual float32 checkpoint gives."""
+    oracle.save_pretrained(tmp_path / "float")
+    (tmp_path / "stacked").mkdir()
+    for file in (tmp_path / "float").iterdir():
+        (tmp_path / "stacked" / file.name).write_bytes(file.read_bytes())
+    state = {name: weight.double() for name, weight in oracle.state_dict().items()}
+    save_file(state, tmp_path / "stacked" / "model.safetensors")
+    convert(tmp_path / "float", tmp_path / "one")
+    convert(tmp_path / "stacked", tmp_path / "other")
+    assert_same_weights(load4(tmp_path / "one"), load4(tmp_path / "other"))

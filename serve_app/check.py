@@ -1,7 +1,8 @@
 """`python -m serve_app.check CONFIG`: says in a sentence what would go wrong, before Ray starts.
 
-Looks at the YAML's schema, the settings, the checkpoint's headers and the memory it needs. Reads no
-weights and starts nothing. Does not promise that a download will succeed.
+Looks at the YAML's schema, the settings, the checkpoint's headers, or the hub's word on it, and at
+the memory and disk that it needs. Reads no weights and starts nothing. Does not promise that a
+download will succeed.
 """
 
 import argparse
@@ -15,13 +16,14 @@ import yaml
 
 from serve_app.app import DEPLOYMENT
 from serve_app.errors import ModelLoadFailed
+from serve_app.memory import in_gb, plan_memory
 from serve_app.settings import ConfigError, Settings, application
 
 if TYPE_CHECKING:
-    from serve_app.model.checkpoint import Plan
+    from serve_app.model.config import MixtralConfig
+    from serve_app.model.stacked import Quantization
 
 IMPORT_PATH = "serve_app.app:build_app"
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 def check(path: str | Path) -> list[str]:
@@ -73,22 +75,25 @@ def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iter
 
 
 def check_model(settings: Settings) -> list[str]:
-    """The checkpoint's files, and the memory it takes; lines and errors as in `check`."""
-    from serve_app.load import find_local, max_model_len, require_possible
-    from serve_app.model.checkpoint import inspect
+    """The checkpoint, here or on the hub, and the memory it takes; lines and errors as in `check`.
 
-    require_possible(settings)
-    name = settings.model.name
+    Asks the hub, where the checkpoint is not on this machine; downloads config.json and no more.
+    """
+    from serve_app.load import find_local
+    from serve_app.model.checkpoint import inspect
+    from serve_app.model.loader import agreed
+
     folder = find_local(settings)
     if folder is None:
-        return [f"{name}: is not on this machine; the first start downloads it."]
+        return check_remote(settings)
     plan = inspect(folder)
     check_tokenizer(folder)
-    context = max_model_len(settings, plan.config.max_position_embeddings)
-    num_parameters = sum(plan.parameters.values())
+    agreed(plan, _wished(settings))
+    num_files = len(plan.headers)
     return [
-        f"{name}: {num_parameters:,} parameters, context {context:,} tokens.",
-        *check_memory(settings, plan, context),
+        f"{settings.model.name}: {in_gb(plan.file_bytes)} of {plan.form} weights in {num_files} "
+        f"file{'s' if num_files > 1 else ''}.",
+        *_check_sizes(settings, plan.config, plan.quantization),
     ]
 
 
@@ -108,49 +113,64 @@ def check_tokenizer(folder: Path) -> None:
             raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error
 
 
-def check_memory(settings: Settings, plan: "Plan", context: int) -> list[str]:
-    """What weights and KV cache take, compared with a CPU's free memory; as in `check`."""
-    on_cpu = settings.model.device == "cpu"
-    dtype = settings.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    weights = sum(plan.weight_bytes(ITEM_BYTES[dtype]).values())
-    num_tokens = settings.engine.kv_cache_tokens or (4 * context if on_cpu else None)
-    if num_tokens is None:
-        return [f"Memory: {weights / 1e9:.2f} GB of {dtype} weights; the rest is for the KV cache."]
-    if num_tokens < context:
-        raise ConfigError(
-            f"`engine.kv_cache_tokens` is {num_tokens:,}, less than the context of {context:,} "
-            "tokens; raise it, or lower `engine.max_model_len`."
-        )
-    kv_cache = num_tokens * plan.config.kv_values_per_token * ITEM_BYTES[dtype]
-    if on_cpu and weights + kv_cache > (free := _free_bytes()):
-        raise ModelLoadFailed(
-            f"The model needs {(weights + kv_cache) / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB are free; lower `engine.kv_cache_tokens`."
-        )
+def check_remote(settings: Settings) -> list[str]:
+    """What the first start will download, and what it takes then."""
+    from serve_app.model.checkpoint import stored_quantization
+    from serve_app.model.config import MixtralConfig
+    from serve_app.model.find import download_cache
+    from serve_app.model.remote import look_up, require_disk
+
+    chosen, hub = settings.model, download_cache()
+    token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
+    repository = look_up(chosen.name, chosen.revision, token, hub)
+    config = MixtralConfig.from_dict(repository.config)
+    require_disk(chosen.name, repository, hub)
     return [
-        f"Memory: {weights / 1e9:.2f} GB of {dtype} weights and {kv_cache / 1e9:.2f} GB for "
-        f"{num_tokens:,} tokens of KV cache."
+        f"{chosen.name}: is not on this machine; the first start downloads "
+        f"{in_gb(repository.missing_bytes)}.",
+        *_check_sizes(settings, config, stored_quantization(repository.config)),
     ]
 
 
-def _free_bytes() -> int:
-    """What new processes can have without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable line; this needs Linux.")
+def _check_sizes(
+    settings: Settings, config: "MixtralConfig", stored: "Quantization | None"
+) -> list[str]:
+    from serve_app.load import max_model_len
+    from serve_app.model.footprint import parameters
+
+    context = max_model_len(settings, config.max_position_embeddings)
+    return [
+        f"Model: {sum(parameters(config).values()):,} parameters, context {context:,} tokens.",
+        *plan_memory(settings, config, stored, context),
+    ]
+
+
+def _wished(settings: Settings) -> "Quantization | None":
+    from serve_app.model.stacked import Quantization
+
+    if settings.model.quantization == "none":
+        return None
+    return Quantization(settings.model.quantization, settings.model.absmax)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 where all is well, else one sentence on stderr and 1."""
     parser = argparse.ArgumentParser(prog="python -m serve_app.check", description=__doc__)
     parser.add_argument("config", help="the YAML that `serve run` takes")
-    config = parser.parse_args(arguments).config
+    parser.add_argument(
+        "--load", action="store_true", help="load the model too, try it, and write a report"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("mixtral-check.json"), help="where --load writes it"
+    )
+    options = parser.parse_args(arguments)
     try:
-        for line in check(config):
+        for line in check(options.config):
             print(line)
+        if options.load:
+            from serve_app import trial
+
+            trial.run(Settings.from_yaml(options.config), options.out)
     except (ConfigError, ModelLoadFailed) as error:
         print(error, file=sys.stderr)
         return 1

@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
+from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.settings import EngineSettings, Settings
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from serve_app.engine.engine import Engine
+    from serve_app.model.loader import Quantization
     from serve_app.model.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
@@ -51,17 +54,27 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     started = time.monotonic()
     notes: list[str] = []
     with load_log.phase("device"):  # the first to import torch, which takes its time
-        require_possible(settings)
-        device = _device(settings, notes)
-        dtype = _dtype(settings, device, notes)
+        device = choose_device(settings, notes)
+        dtype = choose_dtype(settings, device, notes)
         _set_threads(settings, device, notes)
     with load_log.phase("checkpoint"):
         path = _checkpoint(settings)
+    if (wanted := copy_folder(settings)) is not None and path != wanted:
+        with load_log.phase("copy"):
+            tell = partial(load_log.progress, "copy")
+            path = make_copy(settings, path, notes, tell)
     with load_log.phase("tokenizer"):
         tokenizer = _tokenizer(path, notes)
     with load_log.phase("weights"):
         with _memory_for("the weights", "quantise them, or take a larger GPU"):
-            model = loader.load(path, dtype=dtype, device=device, progress=load_log.progress)
+            model = loader.load(
+                path,
+                dtype=dtype,
+                device=device,
+                quantization=_quantization(settings),
+                progress=load_log.progress,
+            )
+        _note_quantization(settings, model, notes)
     with load_log.phase("engine"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
     load_log.done("ready", time.monotonic() - started)
@@ -78,17 +91,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     )
 
 
-def require_possible(settings: Settings) -> None:
-    """Raises `ModelLoadFailed` where `settings` ask for what this build does not have."""
-    if settings.model.quantization != "none":
-        raise ModelLoadFailed(
-            f"`model.quantization` is {settings.model.quantization}, but 4-bit experts do not "
-            "exist in this build yet, and it refuses to load them in bf16 instead (91 GB for "
-            "Mixtral 8x7B): set it to none and take a model that fits."
-        )
-
-
-def _device(settings: Settings, notes: list[str]) -> "torch.device":
+def choose_device(settings: Settings, notes: list[str]) -> "torch.device":
     import torch
 
     chosen, has_gpu = settings.model.device, torch.cuda.is_available()
@@ -100,7 +103,7 @@ def _device(settings: Settings, notes: list[str]) -> "torch.device":
     return torch.device(chosen)
 
 
-def _dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
+def choose_dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
     import torch
 
     name = settings.model.dtype
@@ -109,6 +112,24 @@ def _dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "tor
         notes.append(f"dtype {name}: the default on {device.type}")
     chosen: torch.dtype = getattr(torch, name)
     return chosen
+
+
+def _quantization(settings: Settings) -> "Quantization | None":
+    from serve_app.model.loader import Quantization
+
+    if settings.model.quantization == "none":
+        return None
+    return Quantization(settings.model.quantization, settings.model.absmax)
+
+
+def _note_quantization(settings: Settings, model: "Mixtral", notes: list[str]) -> None:
+    if model.codes is None:
+        return
+    how = model.codes.quantization
+    note = f"experts and attention in {how.quant_type}, absmax {how.absmax}"
+    if how.absmax != settings.model.absmax:
+        note += ", as the checkpoint has it"
+    notes.append(note)
 
 
 def _set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:
@@ -129,6 +150,8 @@ def find_local(settings: Settings) -> Path | None:
     from serve_app.model.find import find_local
     from serve_app.tiny import CHECKPOINT
 
+    if (copy := find_copy(settings)) is not None:
+        return copy
     if settings.model.name == "tiny":
         return CHECKPOINT
     return find_local(settings.model.name, settings.model.revision)
@@ -136,17 +159,14 @@ def find_local(settings: Settings) -> Path | None:
 
 def _checkpoint(settings: Settings) -> Path:
     from serve_app.model import loader
-    from serve_app.tiny import CHECKPOINT
 
-    if settings.model.name == "tiny":
-        return CHECKPOINT
+    if (found := find_local(settings)) is not None:
+        return found
     token = settings.model.hf_token
-    return Path(
-        loader.find_checkpoint(
-            settings.model.name,
-            settings.model.revision,
-            token=token.get_secret_value() if token else None,
-        )
+    return loader.find_checkpoint(
+        settings.model.name,
+        settings.model.revision,
+        token=token.get_secret_value() if token else None,
     )
 
 

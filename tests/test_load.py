@@ -17,10 +17,11 @@ from serve_app.tiny import CHECKPOINT
 from tests.fakes import answer
 
 
-def test_the_load_is_told_phase_by_phase(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("config", "quantization"), [("tiny", "none"), ("tiny-nf4", "nf4")])
+def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantization: str) -> None:
     """The real load of the tiny model: a line as each phase starts and ends, and /health."""
     load_log = tmp_path / "load.jsonl"
-    settings = Settings.from_yaml("configs/tiny.yaml").model_copy(
+    settings = Settings.from_yaml(f"configs/{config}.yaml").model_copy(
         update={"load_log": str(load_log)}
     )
     one = MixtralServer(settings)
@@ -34,16 +35,19 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path) -> None:
     done = [line["phase"] for line in lines if line["state"] == "done"]
     assert done == [*phases, "ready"]
     assert [phase["phase"] for phase in health["load"]] == done
-    assert health["model"] == {"id": "tiny", "quantization": "none", "dtype": "float32"}
+    assert health["model"] == {"id": "tiny", "quantization": quantization, "dtype": "float32"}
     assert health["engine"]["kv_blocks_total"] == 65536 // 16
     assert health["memory"].keys() == {"experts", "attention", "head", "other", "kv_cache"}
+    experts = 4 * 8 * 3 * 128 * 192  # weights
+    said = "experts and attention in nf4, absmax bfloat16"
+    assert (said in health["notes"]) == (quantization == "nf4")
+    assert health["memory"]["experts"] == experts * (4 if quantization == "none" else 17 / 32)
     assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
 
 
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ({"model": {"name": "tiny", "quantization": "nf4"}}, "91 GB"),
         ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
         ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
         ({"engine": {"kv_cache_tokens": 10**12}}, "no memory for a KV cache"),

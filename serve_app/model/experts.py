@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serve_app.model.config import MixtralConfig
+from serve_app.model.nf4 import Quantized
 from serve_app.model.rows import row_multiple
 
 
@@ -24,12 +25,20 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(experts, 2 * inner, hidden), requires_grad=False)
         self.down = nn.Parameter(torch.empty(experts, hidden, inner), requires_grad=False)
 
+    def put(self, expert: int, name: str, weight: Tensor | Quantized) -> None:
+        """Fills matrix `name` ("gate" `[I, H]`, "up" `[I, H]` or "down" `[H, I]`) of an expert."""
+        assert isinstance(weight, Tensor)
+        if name == "down":
+            self.down[expert].copy_(weight)
+        else:
+            self.gate_up[expert].chunk(2)[("gate", "up").index(name)].copy_(weight)
+
     def forward(self, x: Tensor, expert_ids: Tensor, weights: Tensor) -> Tensor:
         """sum_j weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert expert_ids[t, j].
 
         `x` `[T, H]`, `expert_ids` `[T, k]` int64, `weights` `[T, k]` of x's dtype -> `[T, H]`.
         """
-        rows, ends, num_rows = _group(expert_ids, self.down.shape[0], row_multiple(x))
+        rows, ends, num_rows = group_by_expert(expert_ids, self.down.shape[0], row_multiple(x))
         grouped = x.new_zeros(num_rows, x.shape[1])
         grouped[rows] = x[:, None]
         gate, up = F.grouped_mm(grouped, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
@@ -37,7 +46,9 @@ class Experts(nn.Module):
         return (outputs[rows] * weights[..., None]).sum(dim=1)
 
 
-def _group(expert_ids: Tensor, num_experts: int, multiple: int) -> tuple[Tensor, Tensor, int]:
+def group_by_expert(
+    expert_ids: Tensor, num_experts: int, multiple: int
+) -> tuple[Tensor, Tensor, int]:
     """Rows for `expert_ids` `[T, k]` such that each expert's are adjacent, padded to `multiple`.
 
     Returns the row of each entry `[T, k]`, the end of each expert's rows `[E]` int32, and how many

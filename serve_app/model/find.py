@@ -10,11 +10,10 @@ import re
 from pathlib import Path
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.remote import download
 
 RUNPOD_VOLUME = Path("/runpod-volume")
 RUNPOD_CACHE = Path("/runpod/cache")
-FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
-"""What we read of a repository; never pickles."""
 
 
 def find_checkpoint(
@@ -33,8 +32,12 @@ def find_checkpoint(
     """
     if (found := find_local(name, revision, volume=volume)) is not None:
         return found
-    writable = volume.is_dir() and os.access(volume, os.W_OK)
-    return _download(name, revision, token, _hub(volume) if writable else None)
+    return download(name, revision, token, download_cache(volume))
+
+
+def download_cache(volume: Path = RUNPOD_VOLUME) -> Path | None:
+    """The cache that downloads go to: the volume's, or None for the Hugging Face cache."""
+    return _hub(volume) if volume.is_dir() and os.access(volume, os.W_OK) else None
 
 
 def find_local(
@@ -95,36 +98,3 @@ def is_complete(folder: Path) -> bool:
     except (ValueError, LookupError, AttributeError):
         return False
     return all((folder / name).exists() for name in names)
-
-
-def _download(name: str, revision: str | None, token: str | None, hub: Path | None) -> Path:
-    from httpx import HTTPError
-    from huggingface_hub import errors, snapshot_download
-
-    where = f"{name} at {revision}" if revision else name
-    try:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                token=token,
-                cache_dir=hub,
-                allow_patterns=FILES,
-                ignore_patterns=["consolidated*"],
-            )
-        )
-    except errors.GatedRepoError:
-        reason = "the repository is gated; accept its terms and set HF_TOKEN"
-    except errors.RepositoryNotFoundError:
-        reason = "the hub has no such repository, or it is private; check the name and HF_TOKEN"
-    except errors.RevisionNotFoundError:
-        reason = "the repository has no such revision"
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, HTTPError) as error:
-        raise ModelLoadFailed(
-            f"{where}: is not on this machine and could not be downloaded "
-            f"({type(error).__name__}); check the network and try again.",
-            retry=True,
-        ) from None
-    except OSError as error:
-        reason = f"could not be written to disk ({error.strerror or type(error).__name__})"
-    raise ModelLoadFailed(f"{where}: {reason}.")

@@ -1,24 +1,31 @@
 """A checkpoint's folder becomes a model on a device, tensor by tensor.
 
 Peak memory is the model plus one tensor. Everything that can be wrong with the files is found by
-`inspect` before the first weight is read. Knows no settings and quantises nothing.
+`inspect` before the first weight is read; afterwards the bytes in memory are compared with what the
+quantisation promises. Knows no settings.
 """
 
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import PARTS, Plan, inspect
 from serve_app.model.find import find_checkpoint
+from serve_app.model.footprint import expected_shapes, weight_bytes
+from serve_app.model.stacked import Quantization, require_whole_blocks
 
 # `serve_app.check` uses `inspect` and must answer before torch is even imported.
 if TYPE_CHECKING:
     import torch
 
-    from serve_app.model.mixtral import Block, Mixtral
+    from serve_app.model.mixtral import Mixtral
 
-__all__ = ["Plan", "bytes_by_part", "find_checkpoint", "inspect", "load"]
+__all__ = ["Plan", "Quantization", "bytes_by_part", "find_checkpoint", "inspect", "load"]
+
+TOLERANCE = 0.02
+"""Share of a part's promised bytes that the loaded ones may differ by."""
 
 Progress = Callable[[str, float], None]
 """Called with a phase's name and how much of it is done, from 0 to 1."""
@@ -29,42 +36,81 @@ def load(
     *,
     dtype: "torch.dtype",
     device: "torch.device",
+    quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> "Mixtral":
-    """The model in folder `path`, in `dtype` on `device`.
+    """The model in folder `path`, in `dtype` on `device`, its large matrices in 4 bits if wished.
 
-    Raises `ModelLoadFailed` as `inspect` does, and when a file changes under our hands.
+    Float tensors are quantised one by one on `device`. A checkpoint that is quantised already keeps
+    its own absmax; its type must be the one that `quantization` asks for.
+    Raises `ModelLoadFailed` as `inspect` does, when a file changes under our hands, and when the
+    loaded weights take other than the promised memory.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
 
     from serve_app.model.mixtral import Mixtral
 
     tell = progress or (lambda phase, done: None)
     tell("checkpoint", 0.0)
     plan = inspect(path)
+    quantization = agreed(plan, quantization)
     tell("checkpoint", 1.0)
     with torch.device("meta"):
-        model = Mixtral(plan.config).to(dtype)
+        model = Mixtral(plan.config, quantization).to(dtype)
     model.to_empty(device=device)
     model.rope.fill()
-
-    total = sum(plan.parameters.values())
-    done = 0
-    files: dict[Path, list[str]] = {}
-    for name, tensor in plan.tensors.items():
-        files.setdefault(tensor.file, []).append(name)
-    for file, names in files.items():
-        try:
-            with safe_open(file, framework="pt", device="cpu") as weights:
-                for name in names:
-                    place = _place(model, name)
-                    place.copy_(weights.get_tensor(name))
-                    done += place.numel()
-                    tell("weights", done / total)
-        except (OSError, SafetensorError) as error:
-            raise ModelLoadFailed(f"{file}: cannot be read ({error}).") from None
+    _read_weights(plan, model, tell)
+    check_bytes(model, dtype, quantization)
     return model
+
+
+def agreed(plan: Plan, wished: Quantization | None) -> Quantization | None:
+    """How the model in `plan` will be quantised; `ModelLoadFailed` where it cannot be as wished."""
+    stored = plan.quantization
+    if stored is not None and (wished is None or wished.quant_type != stored.quant_type):
+        raise ModelLoadFailed(
+            f"{plan.path}: the weights are {stored.quant_type} already; set `model.quantization` "
+            f"to {stored.quant_type}, or name the float checkpoint that they were made from."
+        )
+    if wished is not None:
+        require_whole_blocks(plan.config)
+    return stored or wished
+
+
+def _read_weights(plan: Plan, model: "Mixtral", tell: Progress) -> None:
+    """Puts the tensors of the files into `model`, one by one; our own form by several threads."""
+    from serve_app.model.place import put
+    from serve_app.model.source import Source
+    from serve_app.model.stacked_reader import read_stacked, stacked_places
+
+    if plan.form == "stacked":
+        read_stacked(plan, stacked_places(model), lambda done: tell("weights", done))
+        return
+    shapes = expected_shapes(plan.config, stacked=False)
+    total, done = sum(prod(shape) for shape in shapes.values()), 0
+    source = Source(plan)
+    for name, shape in shapes.items():
+        put(model, name, source.weight(name))
+        done += prod(shape)
+        tell("weights", done / total)
+    source.close()
+
+
+def check_bytes(model: "Mixtral", dtype: "torch.dtype", quantization: Quantization | None) -> None:
+    """Raises `ModelLoadFailed` where a part of `model` takes other than the promised memory."""
+    absmax = None if quantization is None else quantization.absmax
+    promised = weight_bytes(model.config, dtype.itemsize, absmax)
+    for tables in (model.rope, model.codes):
+        promised["other"] += sum(table.nbytes for table in tables.buffers()) if tables else 0
+    for part, loaded in bytes_by_part(model).items():
+        if abs(loaded - promised[part]) > TOLERANCE * promised[part]:
+            form = str(dtype).removeprefix("torch.")
+            if quantization is not None and part in ("experts", "attention"):
+                form = quantization.quant_type
+            raise ModelLoadFailed(
+                f"The weights of `{part}` take {loaded:,} bytes of memory where {form} takes "
+                f"{promised[part]:,}: not all of them are {form}; this is a fault of the server."
+            )
 
 
 def bytes_by_part(model: "Mixtral") -> dict[str, int]:
@@ -85,51 +131,3 @@ def _part(name: str) -> str:
     if ".attention." in name:
         return "attention"
     return "head" if name in ("embedding", "head") else "other"
-
-
-def _place(model: "Mixtral", name: str) -> "torch.Tensor":
-    """The part of the model's memory that tensor `name` of a checkpoint belongs to."""
-    match name.split("."):
-        case ["model", "layers", index, *rest]:
-            block: Block = model.blocks[int(index)]  # type: ignore[assignment]
-            return _place_in_block(block, rest)
-        case ["model", "embed_tokens", "weight"]:
-            return model.embedding
-        case ["model", "norm", "weight"]:
-            return model.norm.weight
-        case ["lm_head", "weight"] if model.head is not None:
-            return model.head
-    raise AssertionError(f"inspect let {name} through")
-
-
-def _place_in_block(block: "Block", rest: list[str]) -> "torch.Tensor":
-    attention, experts = block.attention, block.mlp.experts
-    queries = attention.num_heads * attention.head_dim
-    keys = attention.num_kv_heads * attention.head_dim
-    inner = experts.down.shape[2]
-    match rest:
-        case ["input_layernorm", "weight"]:
-            return block.attention_norm.weight
-        case ["post_attention_layernorm", "weight"]:
-            return block.mlp_norm.weight
-        case ["self_attn", "q_proj", "weight"]:
-            return attention.qkv[:queries]
-        case ["self_attn", "k_proj", "weight"]:
-            return attention.qkv[queries : queries + keys]
-        case ["self_attn", "v_proj", "weight"]:
-            return attention.qkv[queries + keys :]
-        case ["self_attn", "o_proj", "weight"]:
-            return attention.o
-        case ["block_sparse_moe" | "mlp", "gate", "weight"]:
-            return block.mlp.router
-        case ["mlp", "experts", "gate_up_proj"]:
-            return experts.gate_up
-        case ["mlp", "experts", "down_proj"]:
-            return experts.down
-        case ["block_sparse_moe", "experts", expert, "w1", "weight"]:
-            return experts.gate_up[int(expert), :inner]
-        case ["block_sparse_moe", "experts", expert, "w3", "weight"]:
-            return experts.gate_up[int(expert), inner:]
-        case ["block_sparse_moe", "experts", expert, "w2", "weight"]:
-            return experts.down[int(expert)]
-    raise AssertionError(f"inspect let {'.'.join(rest)} through")

@@ -18,8 +18,12 @@ from serve_app.model.attention import AttentionPlan, attend, plan_attention
 from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
+from serve_app.model.experts4 import Experts4
 from serve_app.model.kv import KVCache
+from serve_app.model.linear import Linear
+from serve_app.model.matrices4 import Codes, Linear4
 from serve_app.model.rows import round_up, row_multiple
+from serve_app.model.stacked import Quantization
 
 
 @dataclass
@@ -85,35 +89,36 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Attention(nn.Module):
     """Grouped-query attention over the KV cache."""
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.num_kv_heads = config.num_kv_heads
         self.head_dim = config.head_dim
-        all_heads = config.num_heads + 2 * config.num_kv_heads
-        self.qkv = _weight(all_heads * config.head_dim, config.hidden_size)
-        self.o = _weight(config.hidden_size, config.num_heads * config.head_dim)
+        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.qkv = linear(config.hidden_size, (queries, keys, keys), codes)
+        self.o = linear(queries, (config.hidden_size,), codes)
 
     def forward(self, x: Tensor, layer: int, step: "Step", cache: KVCache) -> Tensor:
         """`x` `[rows, hidden_size]` -> the same shape; writes the new keys and values."""
         tokens = step.num_tokens
-        heads = F.linear(x, self.qkv)[:tokens].view(tokens, -1, self.head_dim)
+        heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
         rotated = rotate(heads[:, : -self.num_kv_heads], step.cos, step.sin)
         queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
         cache.write(layer, step.slots, keys, heads[:, -self.num_kv_heads :])
         attended = x.new_zeros(x.shape[0], self.num_heads * self.head_dim)
         attend(step.attention, layer, queries, cache, attended)
-        return F.linear(attended, self.o)
+        projected: Tensor = self.o(attended)
+        return projected
 
 
 class SparseMLP(nn.Module):
     """Router and experts: each token goes through `top_k` experts."""
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
         super().__init__()
         self.top_k = config.top_k
         self.router = _weight(config.num_experts, config.hidden_size)
-        self.experts = Experts(config)
+        self.experts = Experts(config) if codes is None else Experts4(config, codes)
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
         """`x` `[rows, hidden_size]` -> `[num_tokens, hidden_size]`."""
@@ -127,12 +132,12 @@ class SparseMLP(nn.Module):
 class Block(nn.Module):
     """One decoder layer."""
 
-    def __init__(self, config: MixtralConfig) -> None:
+    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, codes)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.mlp = SparseMLP(config)
+        self.mlp = SparseMLP(config, codes)
 
     def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
         x = x + self.attention(self.attention_norm(x), layer, step, cache)
@@ -141,14 +146,19 @@ class Block(nn.Module):
 
 
 class Mixtral(nn.Module):
-    """The whole model. Its weights are unset until a loader fills them."""
+    """The whole model. Its weights are unset until a loader fills them.
 
-    def __init__(self, config: MixtralConfig) -> None:
+    With a `quantization`, experts and attention projections are in 4 bits; routers, norms,
+    embeddings and head are floats in any case.
+    """
+
+    def __init__(self, config: MixtralConfig, quantization: Quantization | None = None) -> None:
         super().__init__()
         self.config = config
+        self.codes = None if quantization is None else Codes(quantization)
         self.embedding = _weight(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.blocks = nn.ModuleList(Block(config, self.codes) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_eps)
         self.head = None if config.tie_embeddings else _weight(*self.embedding.shape)
 
@@ -170,6 +180,11 @@ class Mixtral(nn.Module):
         x = _pad_rows(self.norm(x[batch.sample_rows]))
         head = self.embedding if self.head is None else self.head
         return F.linear(x, head)[: len(batch.sample_rows)].float()
+
+
+def linear(columns: int, rows: tuple[int, ...], codes: Codes | None) -> Linear | Linear4:
+    """A linear layer of `rows`, one matrix above the other; in 4 bits where there are `codes`."""
+    return Linear(columns, rows) if codes is None else Linear4(codes, columns, rows)
 
 
 def _weight(*shape: int) -> nn.Parameter:

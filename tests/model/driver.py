@@ -15,6 +15,7 @@ from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 from serve_app.model.loader import load
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.stacked import Quantization
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -43,8 +44,9 @@ def random_oracle(seed: int = 0, **changes: Any) -> Any:
     return oracle
 
 
-def load_float32(path: Path) -> Mixtral:
-    return load(path, dtype=torch.float32, device=torch.device("cpu"))
+def load_float32(path: Path, quantization: Quantization | None = None) -> Mixtral:
+    cpu = torch.device("cpu")
+    return load(path, dtype=torch.float32, device=cpu, quantization=quantization)
 
 
 def random_ids(count: int, vocab_size: int = 96, seed: int = 1) -> list[int]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 import serve_app.tiny
+from serve_app.model.stacked import Quantization
 from tests.model.driver import Paged, load_float32, random_ids, random_oracle
 
 BATCHES = (1, 2, 3, 5, 8, 13, 31)
@@ -19,15 +20,17 @@ WIDE = {
 }
 
 
-@pytest.fixture(scope="module", params=["narrow", "wide", "tiny"])
+@pytest.fixture(scope="module", params=["narrow", "wide", "tiny", "wide-nf4", "tiny-nf4"])
 def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Paged:
     """32 sequences of 3 to 417 tokens in one cache; "tiny" is the model in this package."""
+    shape, _, quant_type = request.param.partition("-")
+    how = Quantization("nf4", "bfloat16") if quant_type else None
     torch.set_num_threads(1)
     folder = Path(serve_app.tiny.__file__).parent / "checkpoint"
-    if request.param != "tiny":
-        folder = tmp_path_factory.mktemp(request.param)
-        random_oracle(**(WIDE if request.param == "wide" else LONG)).save_pretrained(folder)
-    engine = Paged(load_float32(folder), num_blocks=1024)
+    if shape != "tiny":
+        folder = tmp_path_factory.mktemp(shape)
+        random_oracle(**(WIDE if shape == "wide" else LONG)).save_pretrained(folder)
+    engine = Paged(load_float32(folder, how), num_blocks=1024)
     for i in range(32):
         length = 3 + (11 if i % 9 else 23) * i
         engine.step(rows=[0], **{f"s{i}": random_ids(length, seed=i)})

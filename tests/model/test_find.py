@@ -1,21 +1,17 @@
 """A model's name becomes a folder: given, cached anywhere, or downloaded by the real client."""
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.find import cached_snapshot, find_checkpoint
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
+from tests.model.hub import COMMIT, serve
 
 
 def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
@@ -95,72 +91,29 @@ FILES = {
 }
 
 
-def sha(data: bytes) -> str:
-    return hashlib.sha1(data).hexdigest()
-
-
-class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as `snapshot_download` speaks."""
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
-            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        if "/broken" in path:
-            return self._answer(500, b"")
-        if "/o/" not in path:
-            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if path.endswith("/revision/main"):
-            return self._answer(200, json.dumps({"id": "o/m", "sha": COMMIT}).encode())
-        if path.endswith(f"/tree/{COMMIT}"):
-            tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": sha(data)}
-                for name, data in FILES.items()
-            ]
-            return self._answer(200, json.dumps(tree).encode())
-        name = path.rsplit("/", 1)[-1]
-        if "/resolve/" not in path or name not in FILES:
-            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        self._answer(200, FILES[name], {"ETag": f'"{sha(FILES[name])}"', "X-Repo-Commit": COMMIT})
-
-    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
+UNREAD = {"pytorch_model.bin", "consolidated.safetensors"}
 
 
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serve(FILES) as url:
+        yield url
 
 
 def find_in_process(
-    hub: str, home: Path, name: str, revision: str = "main", token: str = ""
+    hub: str, home: Path, name: str, revision: str = "main", token: str = "", free: int = 10**12
 ) -> tuple[str, bool]:
     """The folder found, or the refusal's sentence; and whether to try again."""
     code = (
         "import sys; from pathlib import Path; from serve_app.model.find import *\n"
-        "name, revision, token, volume = sys.argv[1:]\n"
+        "import shutil; from types import SimpleNamespace as Usage\n"
+        "name, revision, token, volume, free = sys.argv[1:]\n"
+        "shutil.disk_usage = lambda path: Usage(free=int(free))\n"
         "try: print(find_checkpoint(name, revision, token=token or None, volume=Path(volume)), 0)\n"
         "except ModelLoadFailed as error: print(error.message, int(error.retry))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, name, revision, token, str(home / "volume")],
+        [sys.executable, "-c", code, name, revision, token, str(home / "volume"), str(free)],
         env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
@@ -177,7 +130,7 @@ def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume
         (tmp_path / "volume").mkdir()
     answer, _ = find_in_process(hub, tmp_path, "o/m")
     folder = Path(answer)
-    wanted = set(FILES) - {"pytorch_model.bin", "consolidated.safetensors"}
+    wanted = set(FILES) - UNREAD
     assert {file.name for file in folder.iterdir()} == wanted
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert folder.is_relative_to(tmp_path / "volume") == has_volume
@@ -215,3 +168,21 @@ def test_no_network_is_worth_another_try(tmp_path: Path) -> None:
     answer, again = find_in_process("http://127.0.0.1:1", tmp_path, "o/m")
     assert "check the network" in answer
     assert again
+
+
+def test_a_wrong_token_is_said(hub: str, tmp_path: Path) -> None:
+    """Trying again would not help."""
+    answer, again = find_in_process(hub, tmp_path, "o/m", token="wrong")
+    assert "HF_TOKEN" in answer
+    assert not again
+
+
+def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) -> None:
+    """Only what is read and not there yet is counted, and no weight is fetched in vain."""
+    needed = sum(len(FILES[name]) for name in set(FILES) - {"config.json", *UNREAD})
+    answer, again = find_in_process(hub, tmp_path, "o/m", free=needed - 1)
+    assert "GB are free" in answer
+    assert not again
+    assert not list(tmp_path.rglob("model.safetensors"))
+    answer, _ = find_in_process(hub, tmp_path, "o/m", free=needed)
+    assert (Path(answer) / "model.safetensors").exists()

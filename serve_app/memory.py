@@ -1,0 +1,193 @@
+"""How much memory a configuration takes, and whether this machine has it.
+
+Computed from config.json and the settings alone, with `nvidia-smi` and /proc/meminfo for the
+machine: imports no torch, and answers before a weight is read or downloaded.
+"""
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.config import MixtralConfig
+from serve_app.model.footprint import kv_bytes, weight_bytes
+from serve_app.settings import ConfigError, Settings
+
+if TYPE_CHECKING:
+    from serve_app.model.stacked import Quantization
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+MIB = 1 << 20
+CUDA_BYTES = 600 * MIB
+"""What CUDA itself and torch's libraries take of a GPU."""
+CPU_CONTEXTS = 4
+"""Contexts that the KV cache has on a CPU where the settings leave it open, as in `load`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """One GPU as the driver describes it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True)
+class Need:
+    """What the settings ask for."""
+
+    weights: dict[str, int]
+    """Bytes by part."""
+    kind: str
+    """Of the weights, for people: "nf4 with bfloat16 absmax"."""
+    context: int
+    """Tokens of the longest request."""
+    token_bytes: int
+    """Of KV cache."""
+    kv_tokens: int | None
+    """Tokens of KV cache; None is what the memory leaves."""
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.weights.values())
+
+    def kv_bytes(self, num_tokens: int) -> int:
+        return num_tokens * self.token_bytes
+
+
+def plan_memory(
+    settings: Settings, config: MixtralConfig, stored: "Quantization | None", context: int
+) -> list[str]:
+    """What weights and KV cache take, a line each; `stored` is how the checkpoint is quantised.
+
+    Raises `ModelLoadFailed` where this machine does not have it.
+    """
+    gpus = [] if settings.model.device == "cpu" else find_gpus()
+    on_cpu = settings.model.device == "cpu" or (settings.model.device == "auto" and not gpus)
+    need = compute_need(settings, config, stored, context, on_cpu)
+    parts = ", ".join(f"{part} {in_gb(size)}" for part, size in need.weights.items())
+    lines = [f"Weights: {in_gb(need.weight_bytes)} of {need.kind} ({parts})."]
+    if on_cpu:
+        if settings.model.device == "auto":
+            lines.append("Device: there is no GPU on this machine, so the CPU computes.")
+        return [*lines, _fit_cpu(need)]
+    if not gpus:
+        raise ModelLoadFailed(
+            "`model.device` is cuda, but nvidia-smi finds no GPU on this machine; this model takes "
+            f"one with {in_gb(need.weight_bytes)} for its weights and more for the KV cache."
+        )
+    gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
+    return [*lines, _fit_gpu(settings, need, gpu)]
+
+
+def compute_need(
+    settings: Settings,
+    config: MixtralConfig,
+    stored: "Quantization | None",
+    context: int,
+    on_cpu: bool,
+) -> Need:
+    """The sizes, from the settings and the checkpoint's configuration.
+
+    Raises `ConfigError` where the KV cache could not hold one full context.
+    """
+    dtype: str = settings.model.dtype
+    quantization = settings.model.quantization
+    if dtype == "auto":
+        dtype = "float32" if on_cpu else "bfloat16"
+    item_bytes = ITEM_BYTES[dtype]
+    absmax, kind = None, dtype
+    if quantization != "none":
+        absmax = settings.model.absmax if stored is None else stored.absmax
+        kind = f"{quantization} with {absmax} absmax"
+    kv_tokens = settings.engine.kv_cache_tokens
+    if kv_tokens is None and on_cpu:
+        kv_tokens = CPU_CONTEXTS * context
+    if kv_tokens is not None and kv_tokens < context:
+        raise ConfigError(
+            f"`engine.kv_cache_tokens` is {kv_tokens:,}, less than the context of {context:,} "
+            "tokens; raise it, or lower `engine.max_model_len`."
+        )
+    weights = weight_bytes(config, item_bytes, absmax)
+    return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
+
+
+def find_gpus() -> list[Gpu]:
+    """The GPUs that nvidia-smi lists; none where there is no nvidia-smi."""
+    query = "--query-gpu=name,memory.total,memory.free"
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(",", 2) for line in listed.splitlines() if line.strip()]
+    return [Gpu(name.strip(), int(total) * MIB, int(free) * MIB) for name, total, free in rows]
+
+
+def in_gb(num_bytes: int) -> str:
+    """For people: "25.20 GB", "4.2 MB"."""
+    return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
+def _fit_gpu(settings: Settings, need: Need, gpu: Gpu) -> str:
+    """The line about a GPU that is large enough."""
+    from serve_app.load import RESERVED_BYTES
+
+    unused = int(gpu.total_bytes * (1 - settings.engine.gpu_memory_fraction))
+    spare = RESERVED_BYTES + CUDA_BYTES
+    room = gpu.free_bytes - unused - spare - need.weight_bytes
+    wanted = need.kv_bytes(need.kv_tokens or need.context)
+    if room < wanted:
+        raise ModelLoadFailed(
+            f"The GPU is too small: {gpu.name} has {in_gb(gpu.free_bytes)} free, of which "
+            f"{in_gb(unused)} stay unused (`engine.gpu_memory_fraction`), and the model "
+            f"needs {in_gb(need.weight_bytes)} for {need.kind}, {in_gb(spare)} to work "
+            f"in and {in_gb(wanted)} for {need.kv_tokens or need.context:,} tokens of KV "
+            f"cache; {_remedy(need, gpu, room)}."
+        )
+    num_tokens = need.kv_tokens or room // need.token_bytes
+    return (
+        f"GPU: {gpu.name} with {in_gb(gpu.free_bytes)} free, room for {num_tokens:,} tokens "
+        f"of KV cache ({in_gb(need.kv_bytes(num_tokens))})."
+    )
+
+
+def _remedy(need: Need, gpu: Gpu, room: int) -> str:
+    if room > need.kv_bytes(1024):
+        return "lower `engine.max_model_len` or `engine.kv_cache_tokens`, or take a larger GPU"
+    if gpu.total_bytes - gpu.free_bytes > gpu.total_bytes // 10:
+        return "end what else runs on it, or take a larger GPU"
+    if "absmax" in need.kind:
+        return "take a larger GPU (Mixtral 8x7B: 32 GB or more)"
+    return "set `model.quantization` to nf4, or take a larger GPU"
+
+
+def _fit_cpu(need: Need) -> str:
+    """The line about main memory that is large enough."""
+    num_tokens = need.kv_tokens or 0
+    kv_cache = need.kv_bytes(num_tokens)
+    if need.weight_bytes + kv_cache > (free := _free_bytes()):
+        raise ModelLoadFailed(
+            f"The model needs {in_gb(need.weight_bytes + kv_cache)} of memory "
+            f"({in_gb(need.weight_bytes)} of them for {need.kind} weights) and "
+            f"{in_gb(free)} are free; lower `engine.kv_cache_tokens`, or take a machine with "
+            "more memory."
+        )
+    return (
+        f"Memory: {in_gb(free)} free, and {in_gb(kv_cache)} for {num_tokens:,} tokens of KV cache."
+    )
+
+
+def _free_bytes() -> int:
+    """What new processes can have without swapping."""
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo has no MemAvailable line; this needs Linux.")

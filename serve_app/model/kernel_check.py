@@ -1,0 +1,105 @@
+"""4-bit products on this device beside the same products in plain float32, on random data.
+
+A kernel that disagrees is a kernel that must not be used. Small matrices: it says whether the
+arithmetic is right, not how fast it is. Knows no model and no files.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.experts4 import Experts4
+from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.stacked import Quantization
+
+HIDDEN, INNER, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
+CONFIG = MixtralConfig.from_dict(
+    {
+        "model_type": "mixtral",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
+)
+NUM_TOKENS = (1, 7, 40)
+"""One decode, a few, and a chunk of a prompt."""
+
+
+def relative_errors(
+    quantization: Quantization, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """The largest relative error of each form, for the numbers of tokens in `NUM_TOKENS`."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    codes = Codes(quantization).to(device)
+    linear, weight = _linear(codes, device, random(INNER, HIDDEN))
+    experts, expert_weights = _experts(codes, device, random)
+    errors = {"linear (torch)": 0.0, "experts (torch)": 0.0}
+    for count in NUM_TOKENS:
+        x = random(count, HIDDEN).to(device, dtype)
+        ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)])
+        ids = ids[:, :TOP_K].to(device)
+        shares = random(count, TOP_K).softmax(-1).to(device, dtype)
+        pairs = {
+            "linear (torch)": (linear(x), F.linear(x.float(), weight)),
+            "experts (torch)": (
+                experts(x, ids, shares),
+                _mixture(x.float(), ids, shares.float(), expert_weights),
+            ),
+        }
+        for name, (found, expected) in pairs.items():
+            error = (found.float() - expected).norm() / expected.norm()
+            errors[name] = max(errors[name], float(error))
+    return errors
+
+
+def _linear(codes: Codes, device: torch.device, weight: Tensor) -> tuple[Linear4, Tensor]:
+    """A 4-bit product, and the float32 weight that it stands for."""
+    linear = Linear4(codes, weight.shape[1], (weight.shape[0],)).to(device)
+    linear.put(0, weight)
+    return linear, _as_stored(codes, weight).to(device)
+
+
+def _experts(
+    codes: Codes, device: torch.device, random: Callable[..., Tensor]
+) -> tuple[Experts4, list[dict[str, Tensor]]]:
+    """4-bit experts, and the float32 matrices of each that they stand for."""
+    sizes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    experts = Experts4(CONFIG, codes).to(device)
+    plain = []
+    for expert in range(NUM_EXPERTS):
+        weights = {name: random(*size) for name, size in sizes.items()}
+        for name, weight in weights.items():
+            experts.put(expert, name, weight)
+        plain.append({name: _as_stored(codes, w).to(device) for name, w in weights.items()})
+    return experts, plain
+
+
+def _as_stored(codes: Codes, weight: Tensor) -> Tensor:
+    """`weight` after 4 bits, on the CPU."""
+    chosen = codes.quantization
+    return dequantize(quantize(weight, chosen.quant_type, chosen.absmax), torch.float32)
+
+
+def _mixture(x: Tensor, ids: Tensor, shares: Tensor, experts: list[dict[str, Tensor]]) -> Tensor:
+    """What `Experts.forward` promises, token by token."""
+    rows = []
+    for token, chosen, share in zip(x, ids.tolist(), shares, strict=True):
+        outputs = [
+            e["down"] @ (F.silu(e["gate"] @ token) * (e["up"] @ token))
+            for e in (experts[i] for i in chosen)
+        ]
+        rows.append((torch.stack(outputs) * share[:, None]).sum(dim=0))
+    return torch.stack(rows)

@@ -1,0 +1,141 @@
+"""The safetensors files of a checkpoint: which there are, and what their headers say.
+
+Finds in milliseconds every file that is missing, cut off or no safetensors file. Reads headers
+only, imports no torch, and knows nothing of what a tensor is for.
+"""
+
+import json
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from serve_app.errors import ModelLoadFailed
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
+"""Bytes per element of the dtypes that a float or 4-bit checkpoint can have."""
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors format."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where one tensor is, and what."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Its first byte, counted from the beginning of the file."""
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Everything that one file says of itself."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_begin: int
+    """The first byte after the header."""
+
+
+def shard_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in the index's order; all of them exist."""
+    single, index = path / SINGLE, path / INDEX
+    if not index.exists():
+        if single.exists():
+            return [single]
+        raise ModelLoadFailed(_why_no_weights(path))
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelLoadFailed(f"{index}: `weight_map` is missing.")
+    files = []
+    for name in dict.fromkeys(weight_map.values()):
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelLoadFailed(f"{index}: `weight_map` names {name!r}, which is no file here.")
+        if not (path / name).exists():
+            raise ModelLoadFailed(
+                f"{path / name}: the file is missing, though `weight_map` in {index.name} names "
+                "it; download the checkpoint again."
+            )
+        files.append(path / name)
+    return files
+
+
+def read_header(file: Path) -> Header:
+    """The header of one safetensors file; raises `ModelLoadFailed` when the file is not whole.
+
+    The format: 8 bytes little-endian length, that many bytes of JSON, then the data
+    (https://huggingface.co/docs/safetensors).
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+                raise damaged(file, "its header is cut off")
+            header = json.loads(stream.read(length))
+        metadata = dict(header.pop("__metadata__", None) or {})
+        ends = [entry["data_offsets"][1] for entry in header.values()]
+        if (promised := 8 + length + max(ends, default=0)) != size:
+            raise damaged(file, f"it has {size} bytes and its header promises {promised}")
+        tensors = {name: _tensor(file, 8 + length, name, it) for name, it in header.items()}
+        return Header(tensors, metadata, 8 + length)
+    except OSError as error:
+        raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise damaged(file, "its header is no safetensors header") from None
+
+
+def read_bytes(tensor: TensorInfo) -> bytes:
+    """The data of one tensor, for those that are small."""
+    try:
+        with tensor.file.open("rb") as stream:
+            stream.seek(tensor.begin)
+            return stream.read(tensor.nbytes)
+    except OSError as error:
+        raise ModelLoadFailed(f"{tensor.file}: cannot be read ({error.strerror}).") from None
+
+
+def damaged(file: Path, reason: str) -> ModelLoadFailed:
+    """The error for a file that another download would repair."""
+    return ModelLoadFailed(f"{file}: is damaged or half downloaded ({reason}); download it again.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file; raises `ModelLoadFailed` when it holds none."""
+    try:
+        document = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadFailed(f"{file}: is missing.") from None
+    except OSError as error:
+        raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
+    except ValueError:
+        raise ModelLoadFailed(f"{file}: is not valid JSON.") from None
+    if not isinstance(document, dict):
+        raise ModelLoadFailed(f"{file}: must hold a JSON object.")
+    return document
+
+
+def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> TensorInfo:
+    dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+    begin, end = entry["data_offsets"]
+    if begin < 0 or (dtype in ITEM_BYTES and end - begin != prod(shape) * ITEM_BYTES[dtype]):
+        raise damaged(file, f"the offsets of tensor `{name}` are wrong")
+    return TensorInfo(name, file, dtype, shape, data_begin + begin, end - begin)
+
+
+def _why_no_weights(path: Path) -> str:
+    pickles = sorted(
+        file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind)
+    )
+    if pickles:
+        return (
+            f"{path / pickles[0]}: pickled weights can run code when they are loaded and are "
+            "refused; convert the checkpoint to safetensors."
+        )
+    return f"{path}: has neither {SINGLE} nor {INDEX}."

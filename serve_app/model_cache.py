@@ -1,0 +1,61 @@
+"""The 4-bit copy of a model in `model.cache_dir`, which later starts load instead of the original.
+
+Made at the first start by `convert`; a network volume is the place for it. Found by the model's
+public name and the settings that it was made with, so that others never meet it.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from serve_app.convert import convert
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.config import stored_form
+from serve_app.model.find import is_complete
+from serve_app.model.shards import read_json
+from serve_app.model.stacked import Quantization
+from serve_app.settings import Settings
+
+
+def find_copy(settings: Settings) -> Path | None:
+    """The folder of the complete copy; None where there is none, or none is wished for."""
+    folder = copy_folder(settings)
+    return folder if folder is not None and is_complete(folder) else None
+
+
+def copy_folder(settings: Settings) -> Path | None:
+    """Where the copy is, or will be; None where none is wished for."""
+    model = settings.model
+    if model.cache_dir is None or model.quantization == "none":
+        return None
+    name = model.name.strip("/").replace("/", "--")
+    made = (name, model.revision or "main", model.quantization, model.absmax)
+    return Path(model.cache_dir).expanduser() / "--".join(made)
+
+
+def make_copy(
+    settings: Settings, source: Path, notes: list[str], progress: Callable[[float], None]
+) -> Path:
+    """Makes the copy of the checkpoint in folder `source`; returns the folder to load.
+
+    That is `source` itself where another process is making the copy at this moment.
+    Raises `ModelLoadFailed` as `convert` does.
+    """
+    folder = copy_folder(settings)
+    quantization = settings.model.quantization
+    if folder is None or quantization == "none":
+        return source
+    document = read_json(source / "config.json")
+    form = stored_form(document)
+    if form == "stacked":
+        return source
+    # What is in 4 bits keeps its own absmax.
+    wished = Quantization(quantization, settings.model.absmax) if form == "float" else None
+    try:
+        convert(source, folder, wished, lambda done, total, name: progress(done / total))
+    except ModelLoadFailed as error:
+        if not error.retry:
+            raise
+        notes.append(f"{folder}: another process writes the 4-bit copy, so this start reads floats")
+        return source
+    notes.append(f"{folder}: the 4-bit copy for later starts")
+    return folder

@@ -1,0 +1,80 @@
+"""The Hugging Face hub on loopback, for the real client."""
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def sha(data: bytes) -> str:
+    return hashlib.sha1(data).hexdigest()
+
+
+@contextmanager
+def serve(files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None) -> Iterator[str]:
+    """A hub whose repository "o/m" has `files`; its URL."""
+    handler = type("OneHub", (Hub,), {"files": files, "sizes": sizes or {}})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download speaks. The repository is "o/m"."""
+
+    files: Mapping[str, bytes]
+    sizes: Mapping[str, int]
+    """What the hub says of files that nobody downloads."""
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
+            return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
+        if self.headers.get("Authorization") == "Bearer wrong":
+            return self._answer(401, b"", {"X-Error-Message": "Invalid credentials"})
+        if "/broken" in path:
+            return self._answer(500, b"")
+        if "/o/" not in path:
+            return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
+        if path.endswith(("/revision/main", "/api/models/o/m")):
+            return self._answer(200, json.dumps({"id": "o/m", "sha": COMMIT}).encode())
+        if path.endswith(f"/tree/{COMMIT}"):
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha(data)}
+                for name, data in self.files.items()
+            ]
+            tree += [
+                {"type": "file", "path": name, "size": size, "oid": sha(name.encode())}
+                for name, size in self.sizes.items()
+            ]
+            return self._answer(200, json.dumps(tree).encode())
+        name = path.rsplit("/", 1)[-1]
+        if "/resolve/" not in path or name not in self.files:
+            return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
+        self._answer(
+            200, self.files[name], {"ETag": f'"{sha(self.files[name])}"', "X-Repo-Commit": COMMIT}
+        )
+
+    def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for key, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

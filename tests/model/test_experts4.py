@@ -1,0 +1,165 @@
+"""4-bit experts and linear layers against transformers with what bitsandbytes unpacks."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import MixtralConfig as TheirConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.experts4 import Experts4
+from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.stacked import Quantization
+from tests.model.oracle4 import VARIANTS, name, round_experts, rounded
+
+SHAPES = {
+    "one-block": {"hidden_size": 64, "intermediate_size": 64},
+    "odd": {"hidden_size": 192, "intermediate_size": 320, "num_local_experts": 5},
+    "one-expert": {
+        "hidden_size": 128,
+        "intermediate_size": 64,
+        "num_local_experts": 1,
+        "num_experts_per_tok": 1,
+    },
+    "three-of-seven": {
+        "hidden_size": 64,
+        "intermediate_size": 448,
+        "num_local_experts": 7,
+        "num_experts_per_tok": 3,
+    },
+    "whole-groups": {"hidden_size": 2048, "intermediate_size": 64, "num_local_experts": 3},
+}
+LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+def random_block(shape: str, dtype: torch.dtype) -> Any:
+    """transformers' sparse layer with random weights, none of them quantised."""
+    torch.manual_seed(3)
+    block = MixtralSparseMoeBlock(TheirConfig(**SHAPES[shape])).requires_grad_(False)
+    for weight in block.parameters():
+        weight.normal_(0, weight.shape[-1] ** -0.5)
+    return block.to(dtype)
+
+
+def quantised(block: Any, how: Quantization) -> Experts4:
+    """Our experts with the weights of transformers' `block`."""
+    gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
+    experts = Experts4(
+        MixtralConfig.from_dict(
+            {
+                "model_type": "mixtral",
+                "num_hidden_layers": 1,
+                "hidden_size": gate_up.shape[2],
+                "intermediate_size": down.shape[2],
+                "num_attention_heads": 1,
+                "num_local_experts": len(down),
+                "num_experts_per_tok": 1,
+                "vocab_size": 8,
+                "max_position_embeddings": 8,
+            }
+        ),
+        Codes(how),
+    )
+    for i, matrices in enumerate(gate_up):
+        gate, up = matrices.chunk(2)
+        experts.put(i, "down", down[i])
+        experts.put(i, "up", up)
+        experts.put(i, "gate", gate)
+    return experts
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_sparse_layer_equals_transformers(
+    shape: str, how: Quantization, dtype: torch.dtype
+) -> None:
+    """The same input and routing give what transformers computes from dequantised weights."""
+    block = random_block(shape, dtype)
+    ours = quantised(block, how)
+    round_experts(block.experts, how)
+    for num_tokens in (1, 2, 7, 33):
+        x = torch.randn(num_tokens, block.gate.weight.shape[1], dtype=dtype)
+        _, weights, expert_ids = block.gate(x)
+        expected = block.experts(x, expert_ids, weights)
+        assert relative_error(ours(x, expert_ids, weights.to(dtype)), expected) < LIMITS[dtype]
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_quantised_and_float_weights_are_stored_alike(how: Quantization) -> None:
+    """Giving a matrix that is quantised already stores what giving its floats does."""
+    block = random_block("odd", torch.float32)
+    ours, again = quantised(block, how), quantised(block, how)
+    for stored in again.buffers():
+        stored.zero_()
+    gate, up = block.experts.gate_up_proj[2].chunk(2)
+    matrices = {"gate": gate, "up": up, "down": block.experts.down_proj[2]}
+    for matrix, weight in matrices.items():
+        again.put(2, matrix, quantize(weight, how.quant_type, how.absmax))
+    for one, other in ((ours.gate_up, again.gate_up), (ours.down, again.down)):
+        mine, its = dict(one.named_buffers(recurse=False)), dict(other.named_buffers())
+        for kind, stored in mine.items():
+            assert torch.equal(stored[2], its[kind][2]), kind
+            assert not its[kind][[0, 1, 3, 4]].any(), kind
+
+
+def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
+    """Double quantised weights in plain storage, and the reverse, are what absmax allows."""
+    weight = torch.randn(128, 192)
+    nested, plain = quantize(weight, "nf4", "nested"), quantize(weight, "nf4", "float32")
+    for stored, how, expected in (
+        (nested, Quantization("nf4", "float32"), nested),
+        (plain, Quantization("nf4", "nested"), nested),
+        (plain, Quantization("nf4", "bfloat16"), quantize(weight, "nf4", "bfloat16")),
+    ):
+        linear = Linear4(Codes(how), 192, (128,))
+        linear.put(0, stored)
+        unpacked = dequantize(linear.matrix.get(), torch.float32)
+        assert torch.equal(unpacked, dequantize(expected, torch.float32))
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_fused_projections_keep_their_own_quantisation(how: Quantization) -> None:
+    """q, k and v in one matrix are what bitsandbytes makes of each alone, in any order."""
+    parts = [torch.randn(rows, 192) * scale for rows, scale in ((128, 1), (64, 5), (64, 0.01))]
+    linear = Linear4(Codes(how), 192, (128, 64, 64))
+    for part in (2, 0, 1):
+        linear.put(part, parts[part])
+    expected = torch.cat([rounded(part, how) for part in parts])
+    assert torch.equal(dequantize(linear.matrix.get(), torch.float32), expected)
+    x = torch.randn(5, 192)
+    torch.testing.assert_close(linear(x), x @ expected.T)
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
+    """`to(dtype)` is for the model's floats: storage keeps its bytes and its dtypes."""
+    linear = Linear4(Codes(how), 128, (64,))
+    linear.put(0, torch.randn(64, 128))
+    before = {name: stored.clone() for name, stored in linear.named_buffers()}
+    for stored_name, stored in linear.to(torch.bfloat16).named_buffers():
+        assert stored.dtype == before[stored_name].dtype
+        assert torch.equal(stored, before[stored_name])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("how", VARIANTS[:3], ids=name)  # the code's values make no difference
+def test_a_row_has_the_same_bits_in_any_company(how: Quantization, threads: int) -> None:
+    """Each token's result alone is exactly the one among 40 others, in float32."""
+    torch.set_num_threads(threads)
+    block = random_block("odd", torch.float32)
+    experts = quantised(block, how)
+    x = torch.randn(41, 192)
+    _, weights, expert_ids = block.gate(x)
+    together = experts(x, expert_ids, weights)
+    for size in (1, 2, 3, 5, 8, 13, 31):
+        some = slice(size % 7, size % 7 + size)
+        alone = experts(x[some], expert_ids[some], weights[some])
+        assert torch.equal(alone, together[some]), size

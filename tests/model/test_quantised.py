@@ -1,0 +1,152 @@
+"""A float checkpoint, quantised while it loads: its logits, its bytes, its refusals."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import serve_app.tiny
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.experts import Experts
+from serve_app.model.footprint import weight_bytes
+from serve_app.model.linear import Linear
+from serve_app.model.loader import bytes_by_part, check_bytes, inspect, load
+from serve_app.model.matrices4 import Linear4
+from serve_app.model.mixtral import Block, Mixtral
+from serve_app.model.nf4 import dequantize
+from serve_app.model.stacked import Quantization
+from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
+from tests.model.oracle4 import VARIANTS, name, round_model, rounded
+
+CPU = torch.device("cpu")
+NF4 = Quantization("nf4", "bfloat16")
+SHAPES: dict[str, dict[str, Any]] = {
+    "narrow": {"intermediate_size": 64},
+    "odd": {
+        "hidden_size": 192,
+        "intermediate_size": 320,
+        "head_dim": 48,
+        "num_key_value_heads": 4,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_equal_transformers_with_dequantised_weights(
+    shape: str, how: Quantization, tmp_path: Path
+) -> None:
+    """Prefill and decode give the oracle's logits, whose weights bitsandbytes has rounded."""
+    oracle = random_oracle(**SHAPES[shape])
+    ids = random_ids(30)
+    exact = oracle_logits(oracle, ids)
+    oracle.save_pretrained(tmp_path)
+    round_model(oracle, how)
+    expected = oracle_logits(oracle, ids)
+    assert (expected - exact).abs().max() > 0.1  # rounding is seen, so doing without would be too
+
+    engine = Paged(load_float32(tmp_path, how))
+    ours = [engine.step(s=ids[:25])["s"]] + [engine.step(s=[token])["s"] for token in ids[25:]]
+    torch.testing.assert_close(torch.cat(ours), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_weights_are_quantised_before_they_are_rounded(how: Quantization, tmp_path: Path) -> None:
+    """A float32 checkpoint in a bfloat16 model: what is quantised is the file's float32."""
+    oracle = random_oracle(**SHAPES["narrow"])
+    oracle.save_pretrained(tmp_path)
+    model = load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=how)
+    for block, layer in zip(model.blocks, oracle.model.layers, strict=True):
+        assert isinstance(block, Block)
+        assert isinstance(block.attention.o, Linear4)
+        unpacked = dequantize(block.attention.o.matrix.get(), torch.float32)
+        assert torch.equal(unpacked, rounded(layer.self_attn.o_proj.weight, how))
+
+
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_the_bytes_are_those_promised(how: Quantization) -> None:
+    """The tiny model takes what its sizes promise, to the byte."""
+    folder = Path(serve_app.tiny.__file__).parent / "checkpoint"
+    model = load(folder, dtype=torch.bfloat16, device=CPU, quantization=how)
+    promised = weight_bytes(model.config, 2, how.absmax)
+    loaded = bytes_by_part(model)
+    assert loaded["head"] == promised["head"]
+    offsets = 4 if how.absmax == "nested" else 0  # bytes for each matrix, which nobody promises
+    assert loaded["experts"] == promised["experts"] + 4 * 8 * 3 * offsets
+    assert loaded["attention"] == promised["attention"] + 4 * 4 * offsets
+    floats = weight_bytes(model.config, 2)
+    assert 3.5 < floats["experts"] / loaded["experts"] < 3.9
+    assert {w.dtype for _, w in model.named_parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Mixtral:
+    """A loaded model in NF4 with four layers of eight experts."""
+    random_oracle(**SHAPES["narrow"], num_hidden_layers=4).save_pretrained(tmp_path)
+    return load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=NF4)
+
+
+def last_block(model: Mixtral) -> Block:
+    block = model.blocks[-1]
+    assert isinstance(block, Block)
+    return block
+
+
+def test_experts_left_in_bfloat16_fail_the_load(model: Mixtral) -> None:
+    """One layer's experts as floats among four: the sentence names the part."""
+    check_bytes(model, torch.bfloat16, NF4)
+    last_block(model).mlp.experts = Experts(model.config).bfloat16()
+    with pytest.raises(ModelLoadFailed, match=r"`experts` take .* where nf4 takes") as failed:
+        check_bytes(model, torch.bfloat16, NF4)
+    assert not failed.value.retry
+
+
+def test_one_expert_left_in_bfloat16_fails_the_load(model: Mixtral) -> None:
+    """A single expert of 32 that is kept as floats beside its 4 bits is noticed."""
+    expert = torch.empty(3, 64, 64, dtype=torch.bfloat16)
+    last_block(model).mlp.experts.register_buffer("spare", expert)
+    with pytest.raises(ModelLoadFailed, match="`experts`"):
+        check_bytes(model, torch.bfloat16, NF4)
+
+
+def test_attention_and_head_are_checked_too(model: Mixtral) -> None:
+    """A projection left in bfloat16, a head in float32: each is named."""
+    projection = last_block(model).attention.o
+    last_block(model).attention.o = Linear(64, (64,)).bfloat16()
+    with pytest.raises(ModelLoadFailed, match="`attention`"):
+        check_bytes(model, torch.bfloat16, NF4)
+    last_block(model).attention.o = projection
+    assert model.head is not None
+    model.head.data = model.head.float()
+    with pytest.raises(ModelLoadFailed, match="`head`"):
+        check_bytes(model, torch.bfloat16, NF4)
+
+
+def test_the_load_itself_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build that forgets the experts, as transformers' own does, does not get past the load."""
+    random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path)
+    monkeypatch.setattr("serve_app.model.mixtral.Experts4", lambda config, codes: Experts(config))
+    with pytest.raises(ModelLoadFailed, match="`experts`"):
+        load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=NF4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"hidden_size": 72, "num_attention_heads": 4, "head_dim": 16}, "hidden_size"),
+        ({}, "intermediate_size"),  # 48
+        ({"head_dim": 20, "intermediate_size": 64}, "num_attention_heads"),
+    ],
+)
+def test_sizes_without_whole_blocks_are_refused(
+    changes: dict[str, Any], key: str, tmp_path: Path
+) -> None:
+    """A matrix whose rows are no multiple of 64 loads as floats and is refused in 4 bits."""
+    random_oracle(**changes).save_pretrained(tmp_path)
+    inspect(tmp_path)
+    with pytest.raises(ModelLoadFailed, match=key):
+        load_float32(tmp_path, NF4)

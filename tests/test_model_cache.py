@@ -1,0 +1,86 @@
+"""`model.cache_dir`: the first start leaves a 4-bit copy, the next ones need nothing else."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.check import check_model
+from serve_app.convert import convert
+from serve_app.load import Loaded, load
+from serve_app.load_log import LoadLog
+from serve_app.settings import Settings
+from serve_app.tiny import CHECKPOINT
+
+
+def settings(name: Path, cache: Path, **model: Any) -> Settings:
+    chosen = {"quantization": "nf4", "device": "cpu", "cache_dir": str(cache), **model}
+    engine = {"kv_cache_tokens": 16384, "num_threads": 1}
+    return Settings(model={"name": str(name), **chosen}, engine=engine)
+
+
+def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
+    """The load and its phases; the engine is stopped again."""
+    loaded = load(chosen, LoadLog(str(log)))
+    loaded.engine.stop()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return loaded, [line["phase"] for line in lines if line["state"] == "started"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may take away."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+
+
+def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
+    """It has a phase of its own, once; afterwards the original may be gone."""
+    chosen = settings(source, tmp_path / "cache")
+    first, phases = load_once(chosen, tmp_path / "first")
+    assert phases == ["device", "checkpoint", "copy", "tokenizer", "weights", "engine"]
+    assert any("4-bit copy for later starts" in note for note in first.notes)
+    for file in source.iterdir():
+        file.unlink()
+    second, phases = load_once(chosen, tmp_path / "second")
+    assert phases == ["device", "checkpoint", "tokenizer", "weights", "engine"]
+    assert second.memory == first.memory
+    assert any("of stacked weights" in line for line in check_model(chosen))
+
+
+def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -> None:
+    """Another quantisation gets a copy of its own, and floats none."""
+    cache = tmp_path / "cache"
+    _, phases = load_once(settings(source, cache), tmp_path / "nf4")
+    assert "copy" in phases
+    _, phases = load_once(settings(source, cache, quantization="fp4"), tmp_path / "fp4")
+    assert "copy" in phases
+    assert len(list(cache.iterdir())) == 2
+    _, phases = load_once(settings(source, cache, quantization="none"), tmp_path / "none")
+    assert "copy" not in phases
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_copy_that_another_process_is_writing_is_not_waited_for(
+    source: Path, tmp_path: Path
+) -> None:
+    """This start reads the original, and says so."""
+    chosen = settings(source, tmp_path / "cache")
+    folder = tmp_path / "cache" / "--".join((str(source).strip("/").replace("/", "--"), "main"))
+    loads: list[Loaded] = []
+
+    def meanwhile(done: int, total: int, name: str) -> None:
+        if not loads:
+            loads.append(load_once(chosen, tmp_path / "log")[0])
+
+    convert(source, Path(f"{folder}--nf4--bfloat16"), progress=meanwhile)
+    assert any("another process writes" in note for note in loads[0].notes)
+
+
+def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
+    """It is what the copy would be."""
+    convert(source, tmp_path / "own")
+    chosen = settings(tmp_path / "own", tmp_path / "cache")
+    load_once(chosen, tmp_path / "log")
+    assert not (tmp_path / "cache").exists()

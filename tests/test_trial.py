@@ -1,0 +1,56 @@
+"""`serve_app.check --load`: the report that a user can send back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app import trial
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.matrices4 import Linear4
+from serve_app.settings import Settings
+
+
+def test_the_report_holds_what_we_would_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte table, kernels, ten answers and three speeds: said and written; no token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame")
+    lines: list[str] = []
+    out = tmp_path / "report.json"
+    trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), out, lines.append)
+    report = json.loads(out.read_text())
+    assert set(report["memory"]) == {"experts", "attention", "head", "other", "kv_cache"}
+    assert [answer["text"] for answer in report["answers"]].count("") == 0
+    assert len(report["answers"]) == 10
+    assert all(report["tokens_per_s"][size] > 0 for size in ("1", "8", "32"))
+    assert {kernel["kernel"] for kernel in report["kernels"]} == {
+        "linear (torch)",
+        "experts (torch)",
+    }
+    assert any("experts" in line for line in lines)
+    assert "hf_sesame" not in out.read_text() + "".join(lines)
+
+
+def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A product that is off by a percent stops the trial before the model loads."""
+    right = Linear4.forward
+    monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * 1.01)
+    with pytest.raises(ModelLoadFailed, match="linear"):
+        trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("absmax", ["float32", "bfloat16", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_torch_forms_are_within_tolerance(
+    quant_type: str, absmax: str, dtype: torch.dtype
+) -> None:
+    """Every storage form passes its own check, in either dtype."""
+    from serve_app.model.kernel_check import relative_errors
+    from serve_app.model.stacked import Quantization
+
+    how = Quantization(quant_type, absmax)  # type: ignore[arg-type]
+    for error in relative_errors(how, dtype, torch.device("cpu")).values():
+        assert error < trial.TOLERANCE[str(dtype).removeprefix("torch.")]

@@ -120,7 +120,7 @@ def check_remote(settings: Settings) -> list[str]:
     from serve_app.model.find import download_cache
     from serve_app.model.remote import look_up, require_disk
 
-    chosen, hub = settings.model, download_cache()
+    chosen, hub = settings.model, download_cache(Path(settings.runpod.volume))
     token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
     repository = look_up(chosen.name, chosen.revision, token, hub)
     config = MixtralConfig.from_dict(repository.config)

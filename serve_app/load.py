@@ -154,7 +154,8 @@ def find_local(settings: Settings) -> Path | None:
         return copy
     if settings.model.name == "tiny":
         return CHECKPOINT
-    return find_local(settings.model.name, settings.model.revision)
+    volume = Path(settings.runpod.volume)
+    return find_local(settings.model.name, settings.model.revision, volume=volume)
 
 
 def _checkpoint(settings: Settings) -> Path:
@@ -167,6 +168,7 @@ def _checkpoint(settings: Settings) -> Path:
         settings.model.name,
         settings.model.revision,
         token=token.get_secret_value() if token else None,
+        volume=Path(settings.runpod.volume),
     )
 
 

@@ -100,8 +100,9 @@ class EngineSettings(_Section):
     """Tokens in one KV block."""
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     """Tokens of KV cache; None is what the GPU's memory leaves, on a CPU 4 x max_model_len."""
-    gpu_memory_fraction: float = Field(default=0.92, gt=0, le=1)
-    """Share of the GPU's memory that weights and KV cache may take together."""
+    gpu_memory_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the GPU that this server may take; lower it where others use the GPU too. 1 GiB is
+    kept for activations in any case. A 32 GB card has no more to spare beside 25 GB of weights."""
     max_step_tokens: int = Field(default=512, ge=16)
     """Prompt and decode tokens in one step: long prompts are cut into chunks of this size."""
     num_threads: int | None = Field(default=None, ge=1)

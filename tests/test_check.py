@@ -180,3 +180,15 @@ def test_too_little_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     """A KV cache larger than the machine is refused with the size it would need."""
     said = sentence(capsys, config(tmp_path, engine={"kv_cache_tokens": 10**12}))
     assert "GB are free" in said
+
+
+def test_a_model_on_the_volume_is_found(tmp_path: Path) -> None:
+    """RunPod's model cache lies under `runpod.volume`, in lower case, and needs no network."""
+    hub = tmp_path / "volume" / "huggingface-cache" / "hub"
+    shutil.copytree(CHECKPOINT, hub / "models--someone--mixtral-tiny" / "snapshots" / "abc")
+    path = config(
+        tmp_path,
+        model=model(Path("Someone/Mixtral-Tiny")),
+        runpod={"volume": str(tmp_path / "volume")},
+    )
+    assert any("context 16,384 tokens" in line for line in check(path))

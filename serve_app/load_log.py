@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ServeError
+from serve_app.errors import ModelLoadFailed, ServeError
 
 log = logging.getLogger(__name__)
 
@@ -69,5 +69,10 @@ class LoadLog:
     def _write(self, line: dict[str, Any]) -> None:
         if self.path is None:
             return
-        with Path(self.path).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        try:
+            with Path(self.path).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise ModelLoadFailed(
+                f"`load_log`: {self.path} cannot be written ({error.strerror})."
+            ) from None

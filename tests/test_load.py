@@ -119,3 +119,10 @@ def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
     lines = (tmp_path / "load.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"phase": "weights", "state": "running", "done": 0.0}
     assert len(lines) < 10
+
+
+def test_a_load_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The folder of `load_log` must exist; the sentence says which file was meant."""
+    path = tmp_path / "absent" / "load.jsonl"
+    with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase("device"):
+        pass

@@ -53,10 +53,11 @@ def shard_files(path: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadFailed(f"{index}: `weight_map` is missing.")
-    files = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
             raise ModelLoadFailed(f"{index}: `weight_map` names {name!r}, which is no file here.")
+    files = []
+    for name in dict.fromkeys(weight_map.values()):
         if not (path / name).exists():
             raise ModelLoadFailed(
                 f"{path / name}: the file is missing, though `weight_map` in {index.name} names "
@@ -87,7 +88,7 @@ def read_header(file: Path) -> Header:
         return Header(tensors, metadata, 8 + length)
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise damaged(file, "its header is no safetensors header") from None
 
 
@@ -114,7 +115,7 @@ def read_json(file: Path) -> dict[str, Any]:
         raise ModelLoadFailed(f"{file}: is missing.") from None
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ModelLoadFailed(f"{file}: is not valid JSON.") from None
     if not isinstance(document, dict):
         raise ModelLoadFailed(f"{file}: must hold a JSON object.")

@@ -186,6 +186,9 @@ def wrong_offsets(folder: Path) -> None:
     shard(folder).write_bytes(struct.pack("<Q", len(changed)) + changed + data[8 + length :])
 
 
+DEEP = '{"a":' + "[" * 100_000 + "]" * 100_000 + "}"
+"""JSON that Python's parser gives up on."""
+
 BROKEN: dict[str, tuple[Break, list[str]]] = {
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json", "missing"]),
     "config cut": (lambda folder: (folder / "config.json").write_text('{"a"'), ["config.json"]),
@@ -198,6 +201,18 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
     "index leads out": (
         change_index(lambda index: index["weight_map"].update({QUERY: "../x.safetensors"})),
         ["index.json", "../x.safetensors"],
+    ),
+    "index names a list": (
+        change_index(lambda index: index["weight_map"].update({QUERY: ["x"]})),
+        ["index.json", "['x']"],
+    ),
+    "config too deep": (
+        lambda folder: (folder / "config.json").write_text(DEEP),
+        ["config.json", "JSON"],
+    ),
+    "header too deep": (
+        lambda folder: shard(folder).write_bytes(struct.pack("<Q", len(DEEP)) + DEEP.encode()),
+        [SHARD, "header"],
     ),
     "shard empty": (cut(0), [SHARD, "download"]),
     "header cut": (cut(100), [SHARD, "header is cut off", "download"]),

@@ -6,8 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
-from tests.worker.process import ENTRY, run_entry
+from serve_app.ingress import create_app
+from serve_app.server import MixtralServer
+from serve_app.settings import Settings
+from tests.worker.process import ENTRY, TINY, run_entry
 
 WORKER = ENTRY.parent / "serve_app" / "worker"
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod", "fastapi"}
@@ -88,4 +92,20 @@ def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
     assert answer.keys() == {"text", "finish_reason", "usage", "model"}
-    assert "5" in answer["text"]
+    assert answer["text"] == "2 + 3 = 5."
+
+
+@pytest.mark.ray
+def test_both_doors_serve_four_bits(tmp_path: Path) -> None:
+    """The tiny model in NF4 gives a job the answer that its HTTP door gives."""
+    body = {"prompt": "What is the capital of France?", "temperature": 0}
+    config = str(TINY.with_name("tiny-nf4.yaml"))
+    done = run_entry(tmp_path, "--test_input", json.dumps({"input": body}), SERVE_CONFIG=config)
+    assert done.returncode == 0, done.stderr
+    server = MixtralServer(Settings.from_yaml(config))
+    try:
+        response = TestClient(create_app(lambda: server)).post("/prompt", json=body)
+    finally:
+        server.close()
+    assert json.loads(done.stdout) == response.json()
+    assert response.json()["text"] == "The capital of France is Paris."

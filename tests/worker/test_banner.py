@@ -13,7 +13,8 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
     """Version, model, quantisation, thresholds and concurrency are there; keys are not."""
     monkeypatch.setenv("API_KEYS", "sk-secret")
     monkeypatch.setenv("HF_TOKEN", "hf-secret")
-    settings = Settings.from_args({"model": {"name": "org/model", "revision": "v2"}}, "test")
+    args = {"model": {"name": "org/model", "revision": "v2"}}
+    settings = Settings.from_args({**args, "engine": {"gpu_memory_fraction": 0.9}}, "test")
     text = "\n".join(banner(settings, "configs/x.yaml", 40, ["Memory: 25 GB of weights."]))
     for fact in (
         serve_app.__version__,
@@ -21,7 +22,7 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
         "org/model at v2",
         "Quantisation: nf4",
         "Memory: 25 GB of weights.",
-        "92% of GPU memory",
+        "90% of GPU memory",
         "100,000 characters",
         "40 jobs, 32 of them",
     ):

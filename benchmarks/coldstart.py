@@ -12,20 +12,19 @@ a container's start to the first token is not here.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.machine import describe
 from serve_app.convert import convert
 from serve_app.model.checkpoint import expected_shapes, inspect
 from serve_app.model.config import MixtralConfig
@@ -206,10 +205,8 @@ def main() -> int:
         shutil.rmtree(folder)
     document = {
         "benchmark": "coldstart",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        **describe(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "cores": len(os.sched_getaffinity(0)),
         "convert_s": round(convert_s, 3),
         "forms": results,
     }

@@ -11,16 +11,16 @@ so. Knows nothing about the server but its URL.
 import argparse
 import asyncio
 import json
-import platform
 import sys
 import time
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+
+from benchmarks.machine import describe
 
 PROMPT = "Count from 1 to 30. What is the capital of France? Spell the word cat. "
 
@@ -158,8 +158,7 @@ def main() -> int:
     levels = asyncio.run(measure(options))
     document = {
         "benchmark": "serve",
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}",
+        **describe(),
         "model": options.model,
         "max_tokens": options.max_tokens,
         "levels": levels,

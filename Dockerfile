@@ -13,13 +13,14 @@
 FROM python:3.12-slim-bookworm
 
 ARG TORCH_INDEX_URL=""
-# The library that bitsandbytes loads. Named, so that a mismatch with torch is an error at start
-# rather than a quiet choice of the nearest one; an empty value is not allowed.
+# The library that bitsandbytes loads where it is imported; it must match torch's CUDA. An empty
+# value is not allowed.
 ARG BNB_CUDA_VERSION=130
 
 # gcc: Triton builds its launchers at run time. tini: reaps Ray's children and passes signals on.
+# wget: KubeRay's probes call it.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev tini \
+    && apt-get install -y --no-install-recommends gcc libc6-dev tini wget \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 serve
@@ -67,6 +68,6 @@ ENV RUNPOD_SERVERLESS=true \
     PYTHONUNBUFFERED=1
 
 EXPOSE 8000
-# -g: a signal reaches the whole group, so that no child outlives the entry.
-ENTRYPOINT ["tini", "-g", "--"]
+# Without -g: a signal is for the entry alone, which lets running jobs finish before it ends Ray.
+ENTRYPOINT ["tini", "--"]
 CMD ["python", "runpod_entry.py"]

@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _start(arguments: list[str]) -> int:
     from serve_app.check import check
+    from serve_app.errors import ModelLoadFailed
     from serve_app.settings import ConfigError, EntrySettings, Settings
     from serve_app.worker import http, local, start
 
@@ -58,7 +59,14 @@ def _start(arguments: list[str]) -> int:
             "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
             "serve HTTP."
         )
-    checked = check(entry.serve_config)
+    try:
+        checked = check(entry.serve_config)
+    except ModelLoadFailed as error:
+        # Such as a lost network: another try may help, and the jobs are told if it does not.
+        if not (takes_jobs and error.retry):
+            raise
+        log.warning("%s", error)
+        checked = []
     settings = Settings.from_yaml(entry.serve_config)
     if job is not None:
         return local.run(settings, entry.serve_config, job)

@@ -65,7 +65,10 @@ def plan_memory(
     Raises `ModelLoadFailed` where this machine does not have it.
     """
     gpus = [] if settings.model.device == "cpu" else find_gpus()
-    on_cpu = settings.model.device == "cpu" or (settings.model.device == "auto" and not gpus)
+    is_tiny = settings.model.name == "tiny"  # for which `auto` reserves no GPU, see app.py
+    on_cpu = settings.model.device == "cpu" or (
+        settings.model.device == "auto" and not gpus and is_tiny
+    )
     need = compute_need(settings, config, stored, context, on_cpu)
     parts = ", ".join(f"{part} {in_gb(size)}" for part, size in need.weights.items())
     lines = [f"Weights: {in_gb(need.weight_bytes)} of {need.kind} ({parts})."]
@@ -75,10 +78,13 @@ def plan_memory(
         return [*lines, _fit_cpu(need)]
     if not gpus:
         raise ModelLoadFailed(
-            "`model.device` is cuda, but nvidia-smi finds no GPU on this machine; this model takes "
-            f"one with {in_gb(need.weight_bytes)} for its weights and more for the KV cache."
+            f"`model.device` is {settings.model.device}, but nvidia-smi finds no GPU on this "
+            f"machine; this model takes one with {in_gb(need.weight_bytes)} for its weights and "
+            "more for the KV cache. Set `model.device` to cpu to do without."
         )
     gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
+    if not gpu.total_bytes:
+        return [*lines, f"GPU: {gpu.name} does not say how much memory it has; the load will tell."]
     return [*lines, _fit_gpu(settings, need, gpu)]
 
 
@@ -102,20 +108,25 @@ def compute_need(
     if quantization != "none":
         absmax = settings.model.absmax if stored is None else stored.absmax
         kind = f"{quantization} with {absmax} absmax"
-    kv_tokens = settings.engine.kv_cache_tokens
+    block, kv_tokens = settings.engine.block_size, settings.engine.kv_cache_tokens
     if kv_tokens is None and on_cpu:
         kv_tokens = CPU_CONTEXTS * context
+    if kv_tokens is not None:
+        kv_tokens = kv_tokens // block * block
     if kv_tokens is not None and kv_tokens < context:
         raise ConfigError(
-            f"`engine.kv_cache_tokens` is {kv_tokens:,}, less than the context of {context:,} "
-            "tokens; raise it, or lower `engine.max_model_len`."
+            f"`engine.kv_cache_tokens` is {kv_tokens:,} in whole blocks, less than the context of "
+            f"{context:,} tokens; raise it, or lower `engine.max_model_len`."
         )
     weights = weight_bytes(config, item_bytes, absmax)
     return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs that nvidia-smi lists; none where there is no nvidia-smi."""
+    """The GPUs that nvidia-smi lists; none where there is no nvidia-smi.
+
+    Some share their memory with the machine and tell no size: those have 0 bytes.
+    """
     query = "--query-gpu=name,memory.total,memory.free"
     try:
         listed = subprocess.run(
@@ -128,7 +139,11 @@ def find_gpus() -> list[Gpu]:
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [line.rsplit(",", 2) for line in listed.splitlines() if line.strip()]
-    return [Gpu(name.strip(), int(total) * MIB, int(free) * MIB) for name, total, free in rows]
+    return [Gpu(name.strip(), _mib(total), _mib(free)) for name, total, free in rows]
+
+
+def _mib(text: str) -> int:
+    return int(text) * MIB if text.strip().isdecimal() else 0
 
 
 def in_gb(num_bytes: int) -> str:

@@ -139,7 +139,8 @@ class RunpodSettings(_Section):
     concurrency: int | None = Field(default=None, ge=1)
     """Jobs taken at once; None is `engine.max_running` + `engine.max_waiting` / 4."""
     drain_s: float = Field(default=25.0, ge=0)
-    """Seconds that running jobs have after SIGTERM."""
+    """Seconds for a job that is handed over after SIGTERM, and for HTTP requests that run then.
+    Jobs that run already are finished, however long the platform waits."""
     volume: str = "/runpod-volume"
     """Where the network volume is mounted."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import serve_app
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import InvalidRequest, ModelLoadFailed
 from serve_app.protocol.call import Call
 from serve_app.server import MixtralServer
-from serve_app.settings import Settings
+from serve_app.settings import ConfigError, Settings
 
 PROMPTS = (
     "What is the capital of France?",
@@ -42,8 +42,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Loads, tries, says what it finds line by line, and writes it to `out` as JSON.
 
-    Raises `ModelLoadFailed` where the model does not load or a product is wrong.
+    Raises `ModelLoadFailed` where the model does not load or a product is wrong, and `ConfigError`
+    where `out` cannot be written.
     """
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"{out}: its folder does not exist; --out must name a file in one.")
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})
     say(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
@@ -92,11 +95,11 @@ async def _try(server: MixtralServer, say: Callable[[str], None]) -> dict[str, A
         say(f"{part:>10}: {num_bytes:>15,} bytes")
     answers = []
     for prompt in PROMPTS:
-        answer = await _ask(server, "/prompt", {"prompt": prompt, "temperature": 0})
+        answer = await _answer(server, prompt)
         answers.append({"prompt": prompt, "text": answer["text"]})
         say(f"{prompt} -> {answer['text']}")
     speeds = {}
-    for size in BATCHES:
+    for size in (size for size in BATCHES if size <= server.settings.engine.max_running):
         speeds[str(size)] = await _tokens_per_s(server, size)
         say(f"Batch {size}: {speeds[str(size)]:.1f} tokens/s")
     kept = ("memory", "load", "notes")
@@ -105,6 +108,16 @@ async def _try(server: MixtralServer, say: Callable[[str], None]) -> dict[str, A
         "answers": answers,
         "tokens_per_s": speeds,
     }
+
+
+async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
+    """A chat's answer, or, of a model without a chat template, a continuation."""
+    body = {"prompt": prompt, "temperature": 0}
+    try:
+        return await _ask(server, "/prompt", body)
+    except InvalidRequest:
+        continued = await _ask(server, "/v1/completions", body)
+        return {"text": continued["choices"][0]["text"]}
 
 
 async def _tokens_per_s(server: MixtralServer, size: int) -> float:

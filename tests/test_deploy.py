@@ -31,6 +31,14 @@ def test_rayservice_is_what_serve_takes() -> None:
     assert settings.model.quantization == "nf4"
 
 
+def test_secrets_reach_head_and_worker() -> None:
+    """Serve builds the settings on the head; without keys there, nobody is asked for one."""
+    cluster = rayservice()["spec"]["rayClusterConfig"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = group["template"]["spec"]["containers"]
+        assert {entry["name"] for entry in container["env"]} == {"HF_TOKEN", "API_KEYS"}
+
+
 def test_rayservice_runs_the_pinned_ray() -> None:
     """KubeRay starts the Ray version that the image has."""
     assert rayservice()["spec"]["rayClusterConfig"]["rayVersion"] == pins()["ray[serve]"]

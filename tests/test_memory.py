@@ -177,14 +177,29 @@ def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, gpu: Any, capsys:
 
 @pytest.mark.usefixtures("no_gpu")
 def test_no_gpu(tmp_path: Path, floats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """cuda is refused; auto says that the CPU computes, if its memory is enough."""
-    said = sentence(capsys, config(tmp_path, floats))
-    assert "nvidia-smi finds no GPU" in said
-    assert "25.20 GB" in said
-    auto = config(tmp_path, CHECKPOINT, {"device": "auto"})
-    assert any("no GPU on this machine, so the CPU computes" in line for line in check(auto))
-    huge = config(tmp_path, floats, {"device": "auto", "quantization": "none", "dtype": "float32"})
+    """cuda is refused, and auto, which reserves a GPU for all but the tiny model; cpu computes if
+    its memory is enough."""
+    for device in ("cuda", "auto"):
+        said = sentence(capsys, config(tmp_path, floats, {"device": device}))
+        assert f"`model.device` is {device}, but nvidia-smi finds no GPU" in said
+        assert "25.20 GB" in said
+    tiny = config(tmp_path, Path("tiny"), {"device": "auto"})
+    assert any("no GPU on this machine, so the CPU computes" in line for line in check(tiny))
+    huge = config(tmp_path, floats, {"device": "cpu", "quantization": "none", "dtype": "float32"})
     assert "needs 19" in sentence(capsys, huge)  # 187 GB and the KV cache
+
+
+def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, gpu: Any) -> None:
+    """Some share their memory with the machine; the check says that it cannot say."""
+    gpu("NVIDIA GB10, [N/A], [N/A]")
+    assert any("does not say how much" in line for line in check(config(tmp_path, floats)))
+
+
+def test_kv_cache_is_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache that holds the context only with a broken block is refused, as the load would."""
+    engine = {"kv_cache_tokens": 1000, "max_model_len": 1000}
+    said = sentence(capsys, config(tmp_path, CHECKPOINT, {"device": "cpu"}, engine))
+    assert "992 in whole blocks" in said
 
 
 def test_a_type_that_the_weights_do_not_have(

@@ -1,6 +1,7 @@
 """`serve_app.check --load`: the report that a user can send back."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from serve_app import trial
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.matrices4 import Linear4
-from serve_app.settings import Settings
+from serve_app.settings import ConfigError, Settings
+from serve_app.tiny import CHECKPOINT
 
 
 def test_the_report_holds_what_we_would_ask_for(
@@ -33,10 +35,36 @@ def test_the_report_holds_what_we_would_ask_for(
     assert "hf_sesame" not in out.read_text() + "".join(lines)
 
 
-def test_a_wrong_kernel_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A product that is off by a percent stops the trial before the model loads."""
+def test_a_model_without_a_chat_template_is_tried_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are continuations; fewer places than 32 measure the batches that fit."""
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "base")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("MODEL_NAME", str(checkpoint))
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_RUNNING", "8")
+    report = trial.run(
+        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None
+    )
+    assert len(report["answers"]) == 10
+    assert set(report["tokens_per_s"]) == {"1", "8"}
+
+
+def test_a_report_needs_a_folder(tmp_path: Path) -> None:
+    """A wrong --out is said before the model is loaded."""
+    with pytest.raises(ConfigError, match="absent"):
+        trial.run(Settings.from_yaml("configs/tiny.yaml"), tmp_path / "absent" / "r.json")
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_kernel_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """A product that is off by a percent, or no number, stops the trial before the model loads."""
     right = Linear4.forward
-    monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * 1.01)
+    monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):
         trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None)
 

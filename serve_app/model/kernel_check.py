@@ -4,6 +4,7 @@ A kernel that disagrees is a kernel that must not be used. Small matrices: it sa
 arithmetic is right, not how fast it is. Knows no model and no files.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -60,8 +61,10 @@ def relative_errors(
             ),
         }
         for name, (found, expected) in pairs.items():
-            error = (found.float() - expected).norm() / expected.norm()
-            errors[name] = max(errors[name], float(error))
+            error = float((found.float() - expected).norm() / expected.norm())
+            if math.isnan(error):  # which max() would drop
+                return {name: error}
+            errors[name] = max(errors[name], error)
     return errors
 
 

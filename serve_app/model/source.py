@@ -17,8 +17,9 @@ from serve_app.model.checkpoint import Plan
 from serve_app.model.nf4 import Nested, Quantized
 from serve_app.model.shards import TensorInfo
 
-MAX_MAPPED = 4
-"""Files mapped at once, so that what was read leaves the process's memory."""
+MAX_MAPPED = 1
+"""Files mapped at once: pages that were read count as this process's memory until the file is let
+go, and one shard of Mixtral is 5 GB. Tensors come in the order of the files."""
 
 
 class Source:

@@ -17,15 +17,21 @@ ENDPOINTS = (
 )
 
 
-def banner(settings: Settings, config: str | Path, slots: int, checked: list[str]) -> list[str]:
-    """The lines of the banner; `checked` is what `serve_app.check` found out."""
+def banner(
+    settings: Settings, config: str | Path, slots: int | None, checked: list[str]
+) -> list[str]:
+    """The lines of the banner; `checked` is what `serve_app.check` found out.
+
+    `slots` is how many jobs are taken at once; None where HTTP is served.
+    """
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
     names = ", ".join(model.served_names)
     context = engine.max_model_len or "the checkpoint's"
     return [
         RULE,
-        f"Starting the RunPod worker of mixtral-serve {serve_app.__version__}, {config}",
+        f"Starting the {'HTTP server' if slots is None else 'RunPod worker'} of mixtral-serve "
+        f"{serve_app.__version__}, {config}",
         RULE,
         f"Model: {model.name}{revision}, served as {names}",
         f"Quantisation: {model.quantization}, dtype {model.dtype}, device {model.device}",
@@ -36,8 +42,9 @@ def banner(settings: Settings, config: str | Path, slots: int, checked: list[str
         f"Thresholds: {engine.gpu_memory_fraction:.0%} of GPU memory, context {context} tokens, "
         f"prompt {api.max_prompt_chars:,} characters, body {api.max_body_bytes:,} bytes, "
         f"{api.request_timeout_s:.0f} s per request",
-        f"Concurrency: {slots} jobs, {engine.max_running} of them decoding at once",
-        "The model loads with the first job.",
+        f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
+        f"{engine.max_running} of them decoding at once",
+        "The model loads now." if slots is None else "The model loads with the first job.",
         RULE,
     ]
 

@@ -13,7 +13,6 @@ from typing import Any
 from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import cluster
 from serve_app.worker.banner import banner
-from serve_app.worker.start import num_slots
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +30,7 @@ def run(settings: Settings, entry: EntrySettings, checked: list[str]) -> int:
         )
     if entry.port_health is not None:
         log.warning("PORT_HEALTH is not served yet; /ping on PORT answers once the model is there.")
-    for line in banner(settings, entry.serve_config, num_slots(settings), checked):
+    for line in banner(settings, entry.serve_config, None, checked):
         log.info("%s", line)
     is_serving, told_to_stop = threading.Event(), threading.Event()
 

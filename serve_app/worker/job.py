@@ -47,7 +47,8 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
     """
     request = _parse(job, request_id)
     try:
-        num_bytes = len(json.dumps(request.call.body, allow_nan=False))
+        text = json.dumps(request.call.body, allow_nan=False, ensure_ascii=False)
+        num_bytes = len(text.encode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         raise InvalidRequest(
             "The body is not valid JSON: it holds a NaN, an infinity or too deep a nesting."

@@ -137,3 +137,23 @@ def test_a_model_that_cannot_load_says_why(tmp_path: Path, broken: Path) -> None
     assert health["status"] == "failed"
     assert "tokenizer cannot be read" in health["reason"]
     assert code == 0
+
+
+def test_a_lost_network_is_told_to_the_jobs(tmp_path: Path) -> None:
+    """A hub that cannot be reached does not end the worker, which would leave its jobs waiting."""
+    with (
+        Platform() as platform,
+        Worker(
+            platform,
+            tmp_path,
+            SERVE_CONFIG=str(TINY),
+            MODEL_NAME="owner/absent",
+            HF_ENDPOINT="http://127.0.0.1:9",
+        ) as worker,
+    ):
+        job = Client(platform).ended({"prompt": "x"})
+        error = Client(platform).error_of(job)["error"]
+        code = worker.terminate()
+    assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", True)
+    assert "owner/absent" in error["message"]
+    assert code == 0

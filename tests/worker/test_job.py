@@ -106,6 +106,12 @@ def test_the_http_doors_limits_of_a_body_hold(prompt: Any, code: str | None) -> 
     assert caught.value.code == code
 
 
+def test_text_counts_as_utf8() -> None:
+    """As over HTTP, a Chinese character is three bytes, not the six of its JSON escape."""
+    body = {"prompt": "你" * 300}
+    assert parsed({"endpoint": "/prompt", "data": body}).call.body == body
+
+
 def test_names_for_one_thing_are_not_mixed() -> None:
     """Two bodies or two routes in one job would leave one of them unread."""
     with pytest.raises(InvalidRequest, match="one thing"):

@@ -115,20 +115,23 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_remote(settings: Settings) -> list[str]:
     """What the first start will download, and what it takes then."""
-    from serve_app.model.checkpoint import stored_quantization
-    from serve_app.model.config import MixtralConfig
+    from serve_app.model.checkpoint import Plan, stored_quantization
+    from serve_app.model.config import MixtralConfig, stored_form
     from serve_app.model.find import download_cache
+    from serve_app.model.loader import agreed
     from serve_app.model.remote import look_up, require_disk
 
     chosen, hub = settings.model, download_cache(Path(settings.runpod.volume))
     token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
     repository = look_up(chosen.name, chosen.revision, token, hub)
     config = MixtralConfig.from_dict(repository.config)
+    form, stored = stored_form(repository.config), stored_quantization(repository.config)
+    agreed(Plan(Path(chosen.name), config, form, {}, quantization=stored), _wished(settings))
     require_disk(chosen.name, repository, hub)
     return [
         f"{chosen.name}: is not on this machine; the first start downloads "
         f"{in_gb(repository.missing_bytes)}.",
-        *_check_sizes(settings, config, stored_quantization(repository.config)),
+        *_check_sizes(settings, config, stored),
     ]
 
 

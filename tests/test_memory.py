@@ -221,6 +221,11 @@ def run_check(path: Path, hub: str, home: Path) -> subprocess.CompletedProcess[s
     )
 
 
+SMALL_FILES = dict.fromkeys(
+    ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"), 0
+)
+
+
 def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, gpu: Any) -> None:
     """config.json and the list of files are enough: the download's size and the memory, and a
     quantisation that we cannot read is refused."""
@@ -228,7 +233,7 @@ def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, 
     path = config(tmp_path, Path("o/m"))
     stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_use_double_quant": True}
     document = {**full_size.CONFIG, "quantization_config": stored}
-    sizes = {f"model-0000{i}.safetensors": 5_000_000 for i in range(1, 6)}
+    sizes = SMALL_FILES | {f"model-0000{i}.safetensors": 5_000_000 for i in range(1, 6)}
     with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
         done = run_check(path, hub, tmp_path / "home")
         assert done.returncode == 0, done.stderr
@@ -242,6 +247,19 @@ def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, 
         assert "'gptq'" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("asked", ["nf4", "none"])
+def test_a_type_that_the_weights_on_the_hub_do_not_have(tmp_path: Path, asked: str) -> None:
+    """Refused by config.json alone, as the load would refuse it after the download."""
+    stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_quant_type": "fp4"}
+    document = {**full_size.CONFIG, "quantization_config": stored}
+    path = config(tmp_path, Path("o/m"), {"quantization": asked})
+    sizes = SMALL_FILES | {"model.safetensors": 5}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "home")
+    assert done.returncode == 1
+    assert "o/m: the weights are fp4 already; set `model.quantization` to fp4" in done.stderr
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     """No network is one sentence too."""
     done = run_check(config(tmp_path, Path("o/m")), "http://127.0.0.1:1", tmp_path / "home")
@@ -252,7 +270,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 
 def test_a_disk_too_small_for_the_download(tmp_path: Path) -> None:
     """Said with both sizes, before the memory is looked at."""
-    sizes = {"model.safetensors": 10**18}
+    sizes = SMALL_FILES | {"model.safetensors": 10**18}
     with serve({"config.json": json.dumps(full_size.CONFIG).encode()}, sizes) as hub:
         done = run_check(config(tmp_path, Path("o/m")), hub, tmp_path / "home")
     assert done.returncode == 1

@@ -5,7 +5,7 @@ Says before the first large file whether the disk holds it. Knows nothing of fol
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.shards import INDEX, SINGLE
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 """What we read of a repository; never pickles."""
+NEEDED = ["config.json", "tokenizer.json", "tokenizer_config.json"]
+"""Without these no model is served, whatever its weights."""
 SECOND_COPIES = ["consolidated*"]
 """The same weights again under other names."""
 
@@ -37,7 +40,7 @@ def look_up(name: str, revision: str | None, token: str | None, hub: Path | None
     """Asks the hub for repository `name`; downloads config.json into the cache `hub`.
 
     None is the default branch, no token, the Hugging Face cache.
-    Raises `ModelLoadFailed` as `download` does.
+    Raises `ModelLoadFailed` as `download` does, and without a download where a file is not there.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.hf_api import RepoFile
@@ -50,8 +53,7 @@ def look_up(name: str, revision: str | None, token: str | None, hub: Path | None
             for file in api.list_repo_tree(name, revision=commit)
             if isinstance(file, RepoFile) and _is_read(file.path)
         }
-        if "config.json" not in sizes:
-            raise ModelLoadFailed(f"{name}: the repository has no config.json, so it is no model.")
+        _require_servable(name, sizes)
         config = hf_hub_download(name, "config.json", revision=commit, token=token, cache_dir=hub)
         missing = sum(
             size
@@ -60,7 +62,7 @@ def look_up(name: str, revision: str | None, token: str | None, hub: Path | None
         )
     try:
         document = json.loads(Path(config).read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise ModelLoadFailed(f"{name}: config.json holds no JSON object.")
@@ -101,6 +103,20 @@ def download(name: str, revision: str | None, token: str | None, hub: Path | Non
                 allow_patterns=FILES,
                 ignore_patterns=SECOND_COPIES,
             )
+        )
+
+
+def _require_servable(name: str, paths: Collection[str]) -> None:
+    """Raises `ModelLoadFailed` for a repository whose files no load could do with."""
+    for needed in NEEDED:
+        if needed not in paths:
+            raise ModelLoadFailed(
+                f"{name}: the repository has no {needed}; name one that has, or a folder with it."
+            )
+    if SINGLE not in paths and INDEX not in paths:
+        raise ModelLoadFailed(
+            f"{name}: the repository has neither {SINGLE} nor {INDEX}, and weights in other files "
+            "are not read; name one in safetensors."
         )
 
 

@@ -85,6 +85,7 @@ FILES = {
     "config.json": b"{}",
     "model.safetensors": b"weights",
     "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
     "chat_template.jinja": b"{{ messages }}",
     "pytorch_model.bin": b"pickle",
     "consolidated.safetensors": b"the same weights again",
@@ -186,3 +187,17 @@ def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) 
     assert not list(tmp_path.rglob("model.safetensors"))
     answer, _ = find_in_process(hub, tmp_path, "o/m", free=needed)
     assert (Path(answer) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "lacking", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_repository_that_cannot_be_served_is_not_downloaded(tmp_path: Path, lacking: str) -> None:
+    """The list of its files is enough to refuse it, by the name of the one that it lacks."""
+    files = {name: data for name, data in FILES.items() if name != lacking}
+    with serve(files) as url:
+        answer, again = find_in_process(url, tmp_path, "o/m")
+    assert answer.startswith("o/m: the repository has")
+    assert lacking in answer
+    assert not again
+    assert not list(tmp_path.rglob("*.json"))

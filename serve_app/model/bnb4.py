@@ -177,7 +177,7 @@ def _companion(
 def _state(info: TensorInfo, name: str) -> dict[str, Any]:
     try:
         state = json.loads(read_bytes(info))
-    except ValueError:
+    except (ValueError, RecursionError):
         state = None
     if info.dtype != "U8" or not isinstance(state, dict):
         raise damaged(info.file, f"tensor `{name}` holds no JSON object")

@@ -61,7 +61,7 @@ def find_local(
         if cached := cached_snapshot(hub, name, revision):
             return cached
     cached = RUNPOD_CACHE / name / (revision or "main")
-    return cached if is_complete(cached) else None
+    return cached if _is_downloaded(cached) else None
 
 
 def _hub(volume: Path) -> Path:
@@ -81,9 +81,14 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
         snapshots = repository / "snapshots"
         found = [snapshots / commit] if commit else list(snapshots.glob("*"))
         # Several snapshots and no word on which is the default branch: let the hub say.
-        if len(found) == 1 and is_complete(found[0]):
+        if len(found) == 1 and _is_downloaded(found[0]):
             return found[0]
     return None
+
+
+def _is_downloaded(folder: Path) -> bool:
+    """True when nothing is left that another download would bring."""
+    return is_complete(folder) and (folder / "tokenizer.json").exists()
 
 
 def is_complete(folder: Path) -> bool:

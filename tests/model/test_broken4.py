@@ -125,6 +125,10 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
         instead(f"{W1}.{STATE}", torch.ones(9, dtype=torch.uint8)),
         [f"`{W1}.{STATE}`", "JSON"],
     ),
+    "state too deep": (
+        instead(f"{W1}.{STATE}", torch.full((100_000,), ord("["), dtype=torch.uint8)),
+        [f"`{W1}.{STATE}`", "JSON"],
+    ),
     "state no object": (
         instead(f"{W1}.{STATE}", torch.tensor(list(b"[]"), dtype=torch.uint8)),
         [f"`{W1}.{STATE}`", "JSON"],

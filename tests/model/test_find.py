@@ -21,6 +21,7 @@ def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = 
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
+    (folder / "tokenizer.json").write_text("{}")
     if ref:
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / ref).write_text(commit)
@@ -67,7 +68,7 @@ def test_without_refs_only_a_single_snapshot_is_certain(tmp_path: Path) -> None:
 
 
 def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
-    """A snapshot that lacks a shard of its index, or its configuration, is passed over."""
+    """A snapshot that lacks a shard, its tokenizer or configuration, is passed over."""
     folder = make_snapshot(tmp_path, "o/m")
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -75,6 +76,9 @@ def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert cached_snapshot(tmp_path, "o/m", None) is None
     (folder / "model-2.safetensors").write_bytes(b"")
     assert cached_snapshot(tmp_path, "o/m", None) == folder
+    (folder / "tokenizer.json").rename(folder / "tokenizer.part")
+    assert cached_snapshot(tmp_path, "o/m", None) is None
+    (folder / "tokenizer.part").rename(folder / "tokenizer.json")
     (folder / "config.json").unlink()
     assert cached_snapshot(tmp_path, "o/m", None) is None
 

@@ -17,6 +17,7 @@ import yaml
 from serve_app.app import DEPLOYMENT
 from serve_app.errors import ModelLoadFailed
 from serve_app.memory import in_gb, plan_memory
+from serve_app.model_cache import require_writable
 from serve_app.settings import ConfigError, Settings, application
 
 if TYPE_CHECKING:
@@ -89,6 +90,8 @@ def check_model(settings: Settings) -> list[str]:
     plan = inspect(folder)
     check_tokenizer(folder)
     agreed(plan, _wished(settings))
+    if plan.form != "stacked":
+        require_writable(settings)
     num_files = len(plan.headers)
     return [
         f"{settings.model.name}: {in_gb(plan.file_bytes)} of {plan.form} weights in {num_files} "
@@ -128,6 +131,8 @@ def check_remote(settings: Settings) -> list[str]:
     form, stored = stored_form(repository.config), stored_quantization(repository.config)
     agreed(Plan(Path(chosen.name), config, form, {}, quantization=stored), _wished(settings))
     require_disk(chosen.name, repository, hub)
+    if form != "stacked":
+        require_writable(settings)
     return [
         f"{chosen.name}: is not on this machine; the first start downloads "
         f"{in_gb(repository.missing_bytes)}.",

@@ -1,9 +1,13 @@
 """The 4-bit copy of a model in `model.cache_dir`, which later starts load instead of the original.
 
-Made at the first start by `convert`; a network volume is the place for it. Found by the model's
-public name and the settings that it was made with, so that others never meet it.
+Made at the first start by `convert`; a network volume is the place for it. Found by the model and
+the settings that it was made with, so that others never meet it: a local folder is its path and its
+weight files' names, sizes and times; a repository is its name and `model.revision`. So a branch
+that moves on is not noticed; a `revision` that is a commit never moves. Deletes no older copies.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,9 +31,26 @@ def copy_folder(settings: Settings) -> Path | None:
     model = settings.model
     if model.cache_dir is None or model.quantization == "none":
         return None
-    name = model.name.strip("/").replace("/", "--")
-    made = (name, model.revision or "main", model.quantization, model.absmax)
+    name, seen = model.name.replace("/", "--"), model.name
+    if (source := Path(model.name).expanduser().resolve()).is_dir():
+        name, seen = source.name, repr((str(source), _weight_files(source)))
+    digest = hashlib.sha256(seen.encode()).hexdigest()[:12]
+    made = (name, model.revision or "main", model.quantization, model.absmax, digest)
     return Path(model.cache_dir).expanduser() / "--".join(made)
+
+
+def _weight_files(folder: Path) -> list[tuple[str, int, int]]:
+    files = [(file.name, file.stat()) for file in folder.glob("*.safetensors") if file.is_file()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+
+def require_writable(settings: Settings) -> None:
+    """Raises `ModelLoadFailed` where a copy is wished for and the disk would not take it."""
+    if (folder := copy_folder(settings)) is None:
+        return
+    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ModelLoadFailed(f"`model.cache_dir`: {existing} cannot be written; name another.")
 
 
 def make_copy(

@@ -1,6 +1,7 @@
-"""`model.cache_dir`: the first start leaves a 4-bit copy, the next ones need nothing else."""
+"""`model.cache_dir`: the first start leaves a 4-bit copy, the next ones read no weights but its."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ import pytest
 
 from serve_app.check import check_model
 from serve_app.convert import convert
+from serve_app.errors import ModelLoadFailed
 from serve_app.load import Loaded, load
 from serve_app.load_log import LoadLog
+from serve_app.model_cache import copy_folder
 from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
 
@@ -36,13 +39,15 @@ def source(tmp_path: Path) -> Path:
 
 
 def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
-    """It has a phase of its own, once; afterwards the original may be gone."""
+    """It has a phase of its own, once; afterwards nobody reads the original."""
     chosen = settings(source, tmp_path / "cache")
     first, phases = load_once(chosen, tmp_path / "first")
     assert phases == ["device", "checkpoint", "copy", "tokenizer", "weights", "engine"]
     assert any("4-bit copy for later starts" in note for note in first.notes)
     for file in source.iterdir():
-        file.unlink()
+        stat = file.stat()
+        file.write_bytes(bytes(stat.st_size))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     second, phases = load_once(chosen, tmp_path / "second")
     assert phases == ["device", "checkpoint", "tokenizer", "weights", "engine"]
     assert second.memory == first.memory
@@ -67,14 +72,15 @@ def test_a_copy_that_another_process_is_writing_is_not_waited_for(
 ) -> None:
     """This start reads the original, and says so."""
     chosen = settings(source, tmp_path / "cache")
-    folder = tmp_path / "cache" / "--".join((str(source).strip("/").replace("/", "--"), "main"))
+    folder = copy_folder(chosen)
+    assert folder is not None
     loads: list[Loaded] = []
 
     def meanwhile(done: int, total: int, name: str) -> None:
         if not loads:
             loads.append(load_once(chosen, tmp_path / "log")[0])
 
-    convert(source, Path(f"{folder}--nf4--bfloat16"), progress=meanwhile)
+    convert(source, folder, progress=meanwhile)
     assert any("another process writes" in note for note in loads[0].notes)
 
 
@@ -84,3 +90,34 @@ def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
     chosen = settings(tmp_path / "own", tmp_path / "cache")
     load_once(chosen, tmp_path / "log")
     assert not (tmp_path / "cache").exists()
+
+
+def test_replaced_weights_get_another_copy(source: Path, tmp_path: Path) -> None:
+    """Nobody is served the weights that the folder held before."""
+    chosen = settings(source, tmp_path / "cache")
+    before = copy_folder(chosen)
+    assert copy_folder(chosen) == before
+    os.utime(source / "model.safetensors", (1, 1))
+    assert copy_folder(chosen) != before
+
+
+def test_names_that_look_alike(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is its path, however it is written; others and repositories have other copies."""
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    inner = tmp_path / str(source).strip("/")
+    shutil.copytree(source, inner)
+    names = (str(source), str(source).strip("/"), "a/b--c", "a--b/c")
+    assert len({copy_folder(settings(Path(name), cache)) for name in names}) == 4
+    again = settings(tmp_path / "x" / ".." / "source", cache)
+    assert copy_folder(again) == copy_folder(settings(source, cache))
+    assert copy_folder(again) == copy_folder(settings(Path("source"), cache))
+
+
+def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    """The check says so, as the load would."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
+        check_model(settings(source, tmp_path / "file" / "cache"))

@@ -80,7 +80,7 @@ def check_model(settings: Settings) -> list[str]:
 
     Asks the hub, where the checkpoint is not on this machine; downloads config.json and no more.
     """
-    from serve_app.load import find_local
+    from serve_app.load import find_local, wished_quantization
     from serve_app.model.checkpoint import inspect
     from serve_app.model.loader import agreed
 
@@ -89,7 +89,7 @@ def check_model(settings: Settings) -> list[str]:
         return check_remote(settings)
     plan = inspect(folder)
     check_tokenizer(folder)
-    agreed(plan, _wished(settings))
+    agreed(plan, wished_quantization(settings))
     if plan.form != "stacked":
         require_writable(settings)
     num_files = len(plan.headers)
@@ -118,6 +118,7 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_remote(settings: Settings) -> list[str]:
     """What the first start will download, and what it takes then."""
+    from serve_app.load import wished_quantization
     from serve_app.model.checkpoint import Plan, stored_quantization
     from serve_app.model.config import MixtralConfig, stored_form
     from serve_app.model.find import download_cache
@@ -129,7 +130,10 @@ def check_remote(settings: Settings) -> list[str]:
     repository = look_up(chosen.name, chosen.revision, token, hub)
     config = MixtralConfig.from_dict(repository.config)
     form, stored = stored_form(repository.config), stored_quantization(repository.config)
-    agreed(Plan(Path(chosen.name), config, form, {}, quantization=stored), _wished(settings))
+    agreed(
+        Plan(Path(chosen.name), config, form, {}, quantization=stored),
+        wished_quantization(settings),
+    )
     require_disk(chosen.name, repository, hub)
     if form != "stacked":
         require_writable(settings)
@@ -151,14 +155,6 @@ def _check_sizes(
         f"Model: {sum(parameters(config).values()):,} parameters, context {context:,} tokens.",
         *plan_memory(settings, config, stored, context),
     ]
-
-
-def _wished(settings: Settings) -> "Quantization | None":
-    from serve_app.model.stacked import Quantization
-
-    if settings.model.quantization == "none":
-        return None
-    return Quantization(settings.model.quantization, settings.model.absmax)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,11 +23,13 @@ if TYPE_CHECKING:
     import torch
 
     from serve_app.engine.engine import Engine
-    from serve_app.model.loader import Quantization
     from serve_app.model.mixtral import Mixtral
+    from serve_app.model.stacked import Quantization
 
 log = logging.getLogger(__name__)
 
+CPU_CONTEXTS = 4
+"""Contexts that the KV cache has on a CPU where the settings leave it open."""
 RESERVED_BYTES = 1 << 30
 """GPU memory left to activations and the allocator when the KV cache's size is chosen."""
 
@@ -71,7 +73,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 path,
                 dtype=dtype,
                 device=device,
-                quantization=_quantization(settings),
+                quantization=wished_quantization(settings),
                 progress=load_log.progress,
             )
         _note_quantization(settings, model, notes)
@@ -114,8 +116,9 @@ def choose_dtype(settings: Settings, device: "torch.device", notes: list[str]) -
     return chosen
 
 
-def _quantization(settings: Settings) -> "Quantization | None":
-    from serve_app.model.loader import Quantization
+def wished_quantization(settings: Settings) -> "Quantization | None":
+    """How `settings` ask for weights to be quantised; None where they ask for floats."""
+    from serve_app.model.stacked import Quantization
 
     if settings.model.quantization == "none":
         return None
@@ -262,7 +265,7 @@ def _kv_tokens(
     import torch
 
     if device.type == "cpu":
-        return 4 * max_model_len
+        return CPU_CONTEXTS * max_model_len
     free, total = torch.cuda.mem_get_info()
     room = int(free - total * (1 - engine.gpu_memory_fraction)) - RESERVED_BYTES
     return max(room, 0) // token_bytes

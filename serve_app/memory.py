@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.load import CPU_CONTEXTS, RESERVED_BYTES
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes, weight_bytes
 from serve_app.settings import ConfigError, Settings
@@ -21,8 +22,6 @@ ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MIB = 1 << 20
 CUDA_BYTES = 600 * MIB
 """What CUDA itself and torch's libraries take of a GPU."""
-CPU_CONTEXTS = 4
-"""Contexts that the KV cache has on a CPU where the settings leave it open, as in `load`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +152,6 @@ def in_gb(num_bytes: int) -> str:
 
 def _fit_gpu(settings: Settings, need: Need, gpu: Gpu) -> str:
     """The line about a GPU that is large enough."""
-    from serve_app.load import RESERVED_BYTES
-
     unused = int(gpu.total_bytes * (1 - settings.engine.gpu_memory_fraction))
     spare = RESERVED_BYTES + CUDA_BYTES
     room = gpu.free_bytes - unused - spare - need.weight_bytes

@@ -211,8 +211,6 @@ class EntrySettings(BaseSettings):
     """True: take jobs. False: serve HTTP on `port`."""
     port: int = 8000
     port_health: int | None = None
-    runpod_pod_id: str | None = None
-    runpod_endpoint_id: str | None = None
     runpod_webhook_get_job: str | None = None
     """Set by the platform only: its presence means that jobs come from there."""
 

@@ -67,17 +67,17 @@ def check_kernels(settings: Settings, say: Callable[[str], None]) -> list[dict[s
 
     `{"kernel", "relative_error", "tolerance"}` each; nothing where nothing is quantised.
     """
-    if settings.model.quantization == "none":
-        return []
     import torch
 
-    from serve_app.load import choose_device, choose_dtype
+    from serve_app.load import choose_device, choose_dtype, wished_quantization
     from serve_app.model.kernel_check import relative_errors
-    from serve_app.model.stacked import Quantization
+
+    quantization = wished_quantization(settings)
+    if quantization is None:
+        return []
 
     device = choose_device(settings, [])
     dtype = choose_dtype(settings, device, [])
-    quantization = Quantization(settings.model.quantization, settings.model.absmax)
     found = []
     with torch.inference_mode():
         for name, error in relative_errors(quantization, dtype, device).items():

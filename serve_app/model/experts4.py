@@ -1,6 +1,6 @@
 """The experts of one layer in 4 bits: the same `forward` as `Experts`, a quarter of the memory.
 
-Plain torch: right on every device, and what a kernel has to match. An expert's weights are
+Plain torch: the same on every device, and what a kernel has to match. An expert's weights are
 unpacked when a token comes to it and forgotten after the product, so that never more than one
 matrix of one expert exists as floats, or of several where they are small.
 """

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from serve_app.model.footprint import BLOCK, NESTED_BLOCK
 from serve_app.model.nf4 import (
-    BLOCK,
-    NESTED_BLOCK,
     Nested,
     Quantized,
     dequantize,

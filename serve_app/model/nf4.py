@@ -16,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve_app.model.footprint import BLOCK, NESTED_BLOCK
+
 QuantType = Literal["nf4", "fp4"]
 AbsmaxKind = Literal["float32", "bfloat16", "nested"]
 
-BLOCK = 64
-"""Weights that share one absmax."""
-NESTED_BLOCK = 256
-"""absmax values that share one absmax of their own."""
 CHUNK = 1 << 22
 """Weights that are computed at once: in float32 they are 16 MB, and several copies are needed."""
 SMALLEST = 1e-38

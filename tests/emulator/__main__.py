@@ -5,6 +5,7 @@ import argparse
 from aiohttp import web
 
 from tests.emulator import client_half, worker_half
+from tests.emulator.faults import Faults
 from tests.emulator.platform import create_app
 from tests.emulator.queue import Queue
 
@@ -26,7 +27,7 @@ def main() -> None:
     )
 
     async def app() -> web.Application:
-        return create_app(Queue())
+        return create_app(Queue(), Faults())
 
     web.run_app(app(), host="127.0.0.1", port=port)
 

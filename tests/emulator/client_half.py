@@ -66,7 +66,7 @@ class ClientHalf:
     async def openai(self, request: web.Request) -> web.StreamResponse:
         """The OpenAI gateway: the request becomes a job, its output the response."""
         _authorise(request)
-        body = await request.json() if request.can_read_body else None
+        body = await _json(request) if request.can_read_body else None
         wrapped: dict[str, Any] = {"openai_route": "/" + request.match_info["path"]}
         if body is not None:
             wrapped["openai_input"] = body
@@ -119,10 +119,17 @@ def _failed(job: Job) -> web.Response:
 
 async def _body(request: web.Request) -> dict[str, Any]:
     _authorise(request)
-    body = await request.json()
+    body = await _json(request)
     if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="the body is no object")
     return body
+
+
+async def _json(request: web.Request) -> Any:
+    try:
+        return json.loads(await request.read())
+    except (ValueError, RecursionError) as error:
+        raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from None
 
 
 def _authorise(request: web.Request) -> None:

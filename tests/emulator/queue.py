@@ -28,9 +28,13 @@ class Job:
     """Chunks that the client has already been given."""
     progress: list[Any] = field(default_factory=list)
     num_results: int = 0
-    """Terminal posts; a sound worker makes exactly one for every job it took."""
+    """Terminal posts that were acknowledged; a sound worker makes exactly one for every job."""
     num_late_posts: int = 0
     """Posts of any kind after the job had ended."""
+    num_deliveries: int = 0
+    """How often it was handed to a worker."""
+    pod: str = ""
+    """The worker that has it."""
     news: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, at every change."""
 
@@ -68,12 +72,21 @@ class Queue:
         self.pings: list[dict[str, str]] = []
         self.stream_delay_s = 0.0
         """How long the platform takes to acknowledge a streamed chunk."""
+        self.hold_s = 1.0
+        """How long an empty poll is held open."""
+        self.silence_s: float | None = None
+        """How long a worker may go without a ping before its jobs are taken from it; None: for
+        ever. The first time a job waits for another worker, the second time it is TIMED_OUT (a
+        guess)."""
         self.num_polls = 0
         """How often a worker has asked for jobs."""
+        self.num_open_polls = 0
+        """How many of these are held open now."""
         self.is_paused = False
         """While true, jobs wait here, so that one poll takes them all."""
         self._waiting: deque[Job] = deque()
         self._stops: list[str] = []
+        self._last_ping: dict[str, float] = {}
         self._work = asyncio.Condition()
 
     async def add(self, request: dict[str, Any], prefix: str = "") -> Job:
@@ -84,18 +97,47 @@ class Queue:
             self._work.notify_all()
         return job
 
-    async def take(self, limit: int, hold_s: float) -> list[Job]:
+    async def deliver_again(self, job: Job) -> None:
+        async with self._work:
+            self._waiting.append(job)
+            self._work.notify_all()
+
+    async def take(self, limit: int, pod: str = "") -> list[Job]:
         """Up to `limit` jobs, which are the worker's from now on; [] after `hold_s` seconds."""
         self.num_polls += 1
-        async with self._work:
-            await self._held(lambda: bool(self._waiting) and not self.is_paused, hold_s)
-            if self.is_paused:
-                return []
-            taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+        self.num_open_polls += 1
+        self.heard_from(pod)
+        try:
+            async with self._work:
+                await self._held(lambda: bool(self._waiting) and not self.is_paused)
+                if self.is_paused:
+                    return []
+                taken = [self._waiting.popleft() for _ in range(min(limit, len(self._waiting)))]
+        finally:
+            self.num_open_polls -= 1
         for job in taken:
-            job.status, job.started = "IN_PROGRESS", time.monotonic()
+            job.num_deliveries += 1
+            job.pod = pod
+            if not job.is_over:
+                job.status, job.started = "IN_PROGRESS", time.monotonic()
             job.changed()
         return taken
+
+    def heard_from(self, pod: str) -> None:
+        self._last_ping[pod] = time.monotonic()
+
+    async def give_up_silent_workers(self) -> None:
+        """Takes the jobs of workers that have not been heard from for `silence_s`."""
+        if self.silence_s is None:
+            return
+        since = time.monotonic() - self.silence_s
+        for job in self.jobs.values():
+            if job.status == "IN_PROGRESS" and self._last_ping.get(job.pod, 0.0) < since:
+                if job.num_deliveries > 1:
+                    job.end("TIMED_OUT")
+                else:
+                    job.status = "IN_QUEUE"
+                    await self.deliver_again(job)
 
     async def cancel(self, job: Job) -> None:
         if job.is_over:
@@ -108,16 +150,22 @@ class Queue:
                 self._work.notify_all()
         job.end("CANCELLED")
 
-    async def stops(self, hold_s: float) -> list[str]:
+    async def stop(self, job: Job) -> None:
+        """Tells the worker to stop a job, whether it has it or not."""
+        async with self._work:
+            self._stops.append(job.id)
+            self._work.notify_all()
+
+    async def stops(self) -> list[str]:
         """Ids of the jobs that the worker must stop; [] after `hold_s` seconds."""
         async with self._work:
-            await self._held(lambda: bool(self._stops), hold_s)
+            await self._held(lambda: bool(self._stops))
             stops, self._stops = self._stops, []
         return stops
 
-    async def _held(self, is_there: Any, hold_s: float) -> None:
+    async def _held(self, is_there: Any) -> None:
         try:
-            await asyncio.wait_for(self._work.wait_for(is_there), hold_s)
+            await asyncio.wait_for(self._work.wait_for(is_there), self.hold_s)
         except TimeoutError:
             pass
 

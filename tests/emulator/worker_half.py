@@ -10,10 +10,10 @@ from tests.emulator.queue import Job, Queue
 
 KEY = "worker-key"
 """Sent bare in `Authorization`, without `Bearer`."""
-HOLD_S = 1.0
-"""How long an empty poll is held open."""
 MAX_CHUNK_BYTES = 1_000_000
-MAX_RESULT_BYTES = 20_000_000
+MAX_RESULT_BYTES = 10_000_000
+MAX_SYNC_RESULT_BYTES = 20_000_000
+"""Of jobs that came by `/runsync`."""
 
 
 class WorkerHalf:
@@ -34,24 +34,26 @@ class WorkerHalf:
 
     async def take(self, request: web.Request) -> web.Response:
         _authorise(request)
-        jobs = await self.queue.take(1, HOLD_S)
+        jobs = await self.queue.take(1, _pod(request))
         return web.json_response(_handed_out(jobs[0])) if jobs else web.Response(status=204)
 
     async def take_batch(self, request: web.Request) -> web.Response:
         _authorise(request)
-        jobs = await self.queue.take(int(request.query["batch_size"]), HOLD_S)
+        jobs = await self.queue.take(int(request.query["batch_size"]), _pod(request))
         if not jobs:
             return web.Response(status=204)
         return web.json_response([_handed_out(job) for job in jobs])
 
     async def stop(self, request: web.Request) -> web.Response:
         _authorise(request)
-        stops = await self.queue.stops(HOLD_S)
+        stops = await self.queue.stops()
         return web.json_response({"jobsToStop": stops}) if stops else web.Response(status=204)
 
     async def done(self, request: web.Request) -> web.Response:
         _authorise(request)
-        job, body = await self._posted(request, MAX_RESULT_BYTES)
+        is_sync = request.match_info["job"].startswith("sync-")
+        limit = MAX_SYNC_RESULT_BYTES if is_sync else MAX_RESULT_BYTES
+        job, body = await self._posted(request, limit)
         if job.is_over:
             job.num_late_posts += 1
         elif body.get("status") == "IN_PROGRESS":
@@ -60,7 +62,8 @@ class WorkerHalf:
             job.changed()
         if body.get("status") == "IN_PROGRESS":
             return web.json_response({})
-        job.num_results += 1
+        if not request.get("is_lost"):
+            job.num_results += 1
         if not job.is_over:
             # Progress was shown as output until now; a failed job has none.
             job.output, job.error = body.get("output"), body.get("error")
@@ -80,6 +83,7 @@ class WorkerHalf:
 
     async def ping(self, request: web.Request) -> web.Response:
         self.queue.pings.append(dict(request.query))
+        self.queue.heard_from(_pod(request))
         return web.json_response({})
 
     async def _posted(self, request: web.Request, limit: int) -> tuple[Job, dict[str, Any]]:
@@ -95,6 +99,10 @@ class WorkerHalf:
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
         return self.queue.jobs[request.match_info["job"]], body
+
+
+def _pod(request: web.Request) -> str:
+    return request.match_info["pod"]
 
 
 def _handed_out(job: Job) -> dict[str, Any]:

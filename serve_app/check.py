@@ -18,7 +18,7 @@ from serve_app.app import DEPLOYMENT
 from serve_app.errors import ModelLoadFailed
 from serve_app.memory import in_gb, plan_memory
 from serve_app.model_cache import require_writable
-from serve_app.settings import ConfigError, Settings, application
+from serve_app.settings import ConfigError, Settings, application, unneeded_names
 
 if TYPE_CHECKING:
     from serve_app.model.config import MixtralConfig
@@ -34,7 +34,12 @@ def check(path: str | Path) -> list[str]:
     """
     check_schema(path)
     settings = Settings.from_yaml(path)
-    return [f"{path}: the configuration is valid.", *check_model(settings)]
+    told = unneeded_names()
+    return [
+        f"{path}: the configuration is valid.",
+        *([told] if told else []),
+        *check_model(settings),
+    ]
 
 
 def check_schema(path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Settings: everything that can be chosen, in one frozen model. The only reader of the environment.
 
 The YAML that `serve run` takes is the readable truth: `applications[0].args` is a `Settings`.
-`MIXTRAL_<SECTION>__<FIELD>` overrides one value, as do the names in `ENVIRONMENT_NAMES` that
+`MIXTRAL_<SECTION>__<FIELD>` overrides one value, as do the names in `environment.FAMILIAR` that
 RunPod's users already know. An unknown key or `MIXTRAL_*` name is an error. Secrets come from the
 environment only, because Ray logs `args:` in clear.
 
@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -24,25 +23,12 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
+from serve_app import environment
+from serve_app.serve_config import ConfigError, application
+
+__all__ = ["ConfigError", "EntrySettings", "Settings", "application", "unneeded_names"]
+
 PREFIX = "MIXTRAL_"
-
-ENVIRONMENT_NAMES = {
-    "MODEL_NAME": "model.name",
-    "MODEL_REVISION": "model.revision",
-    "SERVED_MODEL_NAME": "model.served_name",
-    "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "model.served_name",
-    "QUANTIZATION": "model.quantization",
-    "DTYPE": "model.dtype",
-    "HF_TOKEN": "model.hf_token",
-    "MAX_MODEL_LEN": "engine.max_model_len",
-    "MAX_CONCURRENCY": "runpod.concurrency",
-    "API_KEYS": "api.keys",
-}
-"""Names that RunPod users set, and the setting each stands for. `MIXTRAL_*` wins over these."""
-
-
-class ConfigError(ValueError):
-    """The configuration cannot work. The message is one sentence that names the key."""
 
 
 class _Section(BaseModel):
@@ -223,35 +209,19 @@ class EntrySettings(BaseSettings):
             raise ConfigError(f"The environment: {_first_error(error)}") from None
 
 
-def application(path: str | Path) -> dict[str, Any]:
-    """`applications[0]` of a Serve config; raises `ConfigError` naming the file."""
-    try:
-        document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}: is not valid YAML{line}.") from None
-    match document:
-        case {"applications": [dict(first), *_]}:
-            return first
-    raise ConfigError(f"{path}: needs `applications:` with one application in it.")
-
-
 class _KnownNames(PydanticBaseSettingsSource):
-    """`ENVIRONMENT_NAMES` as a settings source."""
+    """`environment.FAMILIAR` as a settings source."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # part of the interface; __call__ does the work
 
     def __call__(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, path in ENVIRONMENT_NAMES.items():
-            if value := os.environ.get(name):
-                section, key = path.split(".")
-                found.setdefault(section, {})[key] = value
-        return found
+        return dict(environment.familiar(os.environ))
+
+
+def unneeded_names() -> str | None:
+    """One line about names of older workers that are set and change nothing; None without any."""
+    return environment.unneeded(os.environ)
 
 
 SECRETS = {"api.keys": "API_KEYS", "model.hf_token": "HF_TOKEN"}

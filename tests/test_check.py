@@ -192,3 +192,9 @@ def test_a_model_on_the_volume_is_found(tmp_path: Path) -> None:
         runpod={"volume": str(tmp_path / "volume")},
     )
     assert any("context 16,384 tokens" in line for line in check(path))
+
+
+def test_names_of_other_workers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an endpoint still sets for an older worker stands in the check, and in the banner."""
+    monkeypatch.setenv("DEFAULT_BATCH_SIZE", "50")
+    assert any("DEFAULT_BATCH_SIZE" in line for line in check("configs/tiny.yaml"))

@@ -1,11 +1,13 @@
 """Settings: YAML is the truth, the environment overrides, nothing unknown passes."""
 
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 
-from serve_app.settings import ENVIRONMENT_NAMES, ConfigError, Settings, application
+from serve_app.environment import FAMILIAR, UNNEEDED
+from serve_app.settings import ConfigError, Settings, application, unneeded_names
 
 TINY = "configs/tiny.yaml"
 
@@ -45,9 +47,42 @@ def test_names_that_runpod_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_familiar_name_leads_to_a_setting() -> None:
     """No entry of the table points at a field that does not exist."""
-    for path in ENVIRONMENT_NAMES.values():
+    for path in FAMILIAR.values():
         section, key = path.split(".")
         assert key in type(getattr(Settings(), section)).model_fields
+
+
+def test_names_of_other_workers_that_mean_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An endpoint that was set up for another worker keeps its volume, timeout and batch."""
+    names = {"BASE_PATH": "/vol", "REQUEST_TIMEOUT": "3600", "MAX_NUM_SEQS": "8"}
+    for name, value in {**names, "GPU_MEMORY_UTILIZATION": "0.9"}.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_yaml(TINY)
+    assert settings.runpod.volume == "/vol"
+    assert settings.api.request_timeout_s == 3600
+    assert (settings.engine.max_running, settings.engine.gpu_memory_fraction) == (8, 0.9)
+
+
+def test_names_of_other_workers_that_nothing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once change no setting, and one line names each with the reason."""
+    plain = Settings.from_yaml(TINY)
+    assert unneeded_names() is None
+    for name in UNNEEDED:
+        monkeypatch.setenv(name, "1")
+    assert Settings.from_yaml(TINY) == plain
+    told = unneeded_names() or ""
+    assert "\n" not in told
+    for name, reason in UNNEEDED.items():
+        assert re.search(rf"\b{name}\b[A-Z_, ]* \({re.escape(reason)}\)", told), name
+    assert not FAMILIAR.keys() & UNNEEDED.keys()
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    """No other module asks for a variable; what children inherit is written with `setdefault`."""
+    pattern = re.compile(r"\bgetenv\b|\benviron\b(?!\.setdefault\()")
+    for path in [*Path("serve_app").rglob("*.py"), Path("runpod_entry.py")]:
+        if path.name != "settings.py":
+            assert not pattern.search(path.read_text()), path
 
 
 @pytest.mark.parametrize(

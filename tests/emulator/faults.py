@@ -34,6 +34,9 @@ class Fault:
     """No answer ever comes; the connection stays open until the worker closes it."""
 
 
+IS_LOST = web.RequestKey("is_lost", bool)
+"""Set on a request whose acknowledgement will never arrive."""
+
 RESET = Fault(is_reset=True)
 LOST = Fault(is_heard=True, is_reset=True)
 """Recorded, but the connection breaks before the acknowledgement."""
@@ -97,7 +100,7 @@ def middleware(faults: Faults) -> Middleware:
         if fault.is_held:
             await asyncio.Event().wait()
         if fault.is_heard:
-            request["is_lost"] = fault.is_reset
+            request[IS_LOST] = fault.is_reset
             await handler(request)
         if fault.is_reset:
             await request.read()  # else the other side may meet the reset while it writes

@@ -6,6 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.emulator.faults import IS_LOST
 from tests.emulator.queue import Job, Queue
 
 KEY = "worker-key"
@@ -62,7 +63,7 @@ class WorkerHalf:
             job.changed()
         if body.get("status") == "IN_PROGRESS":
             return web.json_response({})
-        if not request.get("is_lost"):
+        if not request.get(IS_LOST):
             job.num_results += 1
         if not job.is_over:
             # Progress was shown as output until now; a failed job has none.

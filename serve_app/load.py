@@ -5,7 +5,6 @@
 
 import logging
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,35 +50,43 @@ class Loaded:
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:
     """Loads what `settings` name onto the device; raises `ModelLoadFailed` in one sentence."""
+    from serve_app import warm_up
     from serve_app.model import loader
 
-    started = time.monotonic()
     notes: list[str] = []
     with load_log.phase("device"):  # the first to import torch, which takes its time
         device = choose_device(settings, notes)
         dtype = choose_dtype(settings, device, notes)
         _set_threads(settings, device, notes)
-    with load_log.phase("checkpoint"):
-        path = _checkpoint(settings)
+    with load_log.phase("resolve"):
+        path = find_local(settings)
+    if path is None:
+        with load_log.phase("download"):
+            path = _download(settings)
     if (wanted := copy_folder(settings)) is not None and path != wanted:
         with load_log.phase("copy"):
             tell = partial(load_log.progress, "copy")
             path = make_copy(settings, path, notes, tell)
     with load_log.phase("tokenizer"):
         tokenizer = _tokenizer(path, notes)
-    with load_log.phase("weights"):
+    reading = reading_phase(settings, path)
+    with load_log.phase(reading):
         with _memory_for("the weights", "quantise them, or take a larger GPU"):
             model = loader.load(
                 path,
                 dtype=dtype,
                 device=device,
                 quantization=wished_quantization(settings),
-                progress=load_log.progress,
+                progress=lambda _, done: load_log.progress(reading, done),
             )
         _note_quantization(settings, model, notes)
-    with load_log.phase("engine"):
+    with load_log.phase("warm-up"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
-    load_log.done("ready", time.monotonic() - started)
+        with _stopped_on_failure(engine):
+            warm_up.fill_a_step(engine, model.config.vocab_size)
+    with load_log.phase("first token"), _stopped_on_failure(engine):
+        warm_up.first_token(engine, tokenizer.encode("Hello"))
+    load_log.ready()
     for note in notes:
         log.info("load: %s", note)
     return Loaded(
@@ -161,11 +168,9 @@ def find_local(settings: Settings) -> Path | None:
     return find_local(settings.model.name, settings.model.revision, volume=volume)
 
 
-def _checkpoint(settings: Settings) -> Path:
+def _download(settings: Settings) -> Path:
     from serve_app.model import loader
 
-    if (found := find_local(settings)) is not None:
-        return found
     token = settings.model.hf_token
     return loader.find_checkpoint(
         settings.model.name,
@@ -173,6 +178,16 @@ def _checkpoint(settings: Settings) -> Path:
         token=token.get_secret_value() if token else None,
         volume=Path(settings.runpod.volume),
     )
+
+
+def reading_phase(settings: Settings, path: Path) -> str:
+    """What reading the checkpoint in folder `path` is called: floats are quantised meanwhile."""
+    from serve_app.model.config import stored_form
+    from serve_app.model.shards import read_json
+
+    is_float = stored_form(read_json(path / "config.json")) == "float"
+    quantises = is_float and settings.model.quantization != "none"
+    return "read and quantise" if quantises else "read"
 
 
 def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:
@@ -245,6 +260,15 @@ def _engine(
     )
     engine.start()
     return engine, num_blocks * chosen.block_size * token_bytes
+
+
+@contextmanager
+def _stopped_on_failure(engine: "Engine") -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        engine.stop()
+        raise
 
 
 @contextmanager

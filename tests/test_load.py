@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.load_log import LoadLog
+from serve_app.load_log import LoadLog, read_lines
 from serve_app.server import MixtralServer
 from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
@@ -30,11 +30,16 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantizati
         health = one.health()
     finally:
         one.close()
-    phases = ["device", "checkpoint", "tokenizer", "weights", "engine"]
+    reading = "read" if quantization == "none" else "read and quantise"
+    phases = ["device", "resolve", "tokenizer", reading, "warm-up", "first token"]
     assert [line["phase"] for line in lines if line["state"] == "started"] == phases
     done = [line["phase"] for line in lines if line["state"] == "done"]
     assert done == [*phases, "ready"]
     assert [phase["phase"] for phase in health["load"]] == done
+    *parts, whole = [phase["seconds"] for phase in health["load"]]
+    assert all(seconds >= 0 for seconds in parts)
+    assert whole == pytest.approx(sum(parts), abs=0.01)
+    assert health["engine"]["kv_blocks_used"] == 0
     assert health["model"] == {"id": "tiny", "quantization": quantization, "dtype": "float32"}
     assert health["engine"]["kv_blocks_total"] == 65536 // 16
     assert health["memory"].keys() == {"experts", "attention", "head", "other", "kv_cache"}
@@ -111,6 +116,29 @@ def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
     assert any("no chat template" in note for note in health["notes"])
 
 
+def test_a_replica_goes_on_where_its_parent_was(tmp_path: Path) -> None:
+    """The parent's phases come first, and the one that it left open ends when the replica is up."""
+    path = tmp_path / "load.jsonl"
+    assert read_lines(path) == []
+    parent = LoadLog(str(path))
+    parent.done("ray", 3.5)
+    parent.start("replica")
+    replica = LoadLog.begun_by_parent(str(path))
+    with replica.phase("read"):
+        pass
+    replica.ready()
+    assert [phase["phase"] for phase in replica.phases] == ["ray", "replica", "read", "ready"]
+    assert replica.phases[0]["seconds"] == 3.5
+    assert replica.phases[-1]["seconds"] >= 3.5
+    # One that replaces it has a load of its own, and a parent that starts anew begins at nothing.
+    assert LoadLog.begun_by_parent(str(path)).phases == []
+    with path.open("a") as file:
+        file.write('{"phase": "half a li')
+    assert read_lines(path)[-1]["phase"] == "ready"
+    parent.start_anew()
+    assert (read_lines(path), parent.phases) == ([], [])
+
+
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
     """Thousands of tensors make no thousands of lines."""
     load_log = LoadLog(str(tmp_path / "load.jsonl"))
@@ -118,6 +146,11 @@ def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
         load_log.progress("weights", part / 1000)
     lines = (tmp_path / "load.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {"phase": "weights", "state": "running", "done": 0.0}
+    path = tmp_path / "sized.jsonl"
+    LoadLog(str(path)).progress("download", 0.5, 1000)
+    assert read_lines(path) == [
+        {"phase": "download", "state": "running", "done": 0.5, "bytes": 1000}
+    ]
     assert len(lines) < 10
 
 

@@ -13,15 +13,15 @@ import secrets
 import signal
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.load_log import LoadLog, read_lines
 from serve_app.settings import ConfigError, Settings, application
-from serve_app.worker import progress
+from serve_app.worker import phases
 from serve_app.worker.forward import Forward, through
 
 log = logging.getLogger(__name__)
@@ -43,36 +43,48 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
 
-async def start(settings: Settings, config: str | Path) -> Forward:
+async def start(settings: Settings, config: str | Path, process_s: float | None = None) -> Forward:
     """Starts Ray, Serve and the deployment of `config`; returns when the model is loaded.
 
+    `process_s` is what this process took before it took jobs; None is its age.
     Raises `ModelLoadFailed`. Blocking steps run in a thread, so that the event loop stays free.
     """
-    began = time.monotonic()
     loop = asyncio.get_running_loop()
+    settings = with_load_log(settings)
+    load_log = _begin(settings, process_s)
     # Ray takes over the process's signals, whichever thread starts it. They are given back after
     # each step: a SIGTERM must reach the SDK, which lets running jobs finish.
-    for step in (_start_ray, _start_serve):
-        with _signals_kept():
-            await loop.run_in_executor(_thread(), step)
+    with load_log.phase("ray"):
+        for step in (_start_ray, _start_serve):
+            with _signals_kept():
+                await loop.run_in_executor(_thread(), step)
     with _signals_kept():
         try:
             handle = await loop.run_in_executor(_thread(), deploy, settings, config, None)
         except ConfigError as error:
             raise ModelLoadFailed(str(error)) from None
-    _log_phases(settings, time.monotonic() - began)
     return through(handle, settings.api.request_timeout_s)
 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
     """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
+    settings = with_load_log(settings)
+    load_log = _begin(settings, None)
+    with load_log.phase("ray"):
+        with _signals_kept():
+            _start_ray()
+        # From here on signals are the caller's: the model may take minutes to load.
+        with _signals_kept():
+            _start_serve({"host": "0.0.0.0", "port": port})
     with _signals_kept():
-        _start_ray()
-    # From here on signals are the caller's: the model may take minutes to load.
-    with _signals_kept():
-        _start_serve({"host": "0.0.0.0", "port": port})
-    with _signals_kept():
-        return deploy(with_load_log(settings), config, "/")
+        return deploy(settings, config, "/")
+
+
+def _begin(settings: Settings, process_s: float | None) -> LoadLog:
+    load_log = LoadLog(settings.load_log)
+    load_log.start_anew()
+    load_log.done("process", phases.process_age_s() if process_s is None else process_s)
+    return load_log
 
 
 def with_load_log(settings: Settings) -> Settings:
@@ -132,12 +144,12 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
 
     app = _overridden(build_app(settings), application(config))
     require_resources(app._bound_deployment, ray.cluster_resources())
-    if settings.load_log:
-        Path(settings.load_log).unlink(missing_ok=True)
+    LoadLog(settings.load_log).start("replica")  # which ends it, when its process has come up
     try:
-        return serve.run(
-            app, name=APP_NAME, route_prefix=route_prefix, logging_config=SERVE_LOGGING
-        )
+        with phases.logged(settings.load_log):
+            return serve.run(
+                app, name=APP_NAME, route_prefix=route_prefix, logging_config=SERVE_LOGGING
+            )
     except RuntimeError as error:
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
@@ -178,19 +190,10 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
 
 
 def _load_failure(settings: Settings) -> ModelLoadFailed:
-    for line in progress.lines(settings.load_log) if settings.load_log else []:
+    for line in read_lines(settings.load_log) if settings.load_log else []:
         if line.get("state") == "failed":
             return ModelLoadFailed(line["error"], retry=line["retry"])
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
-
-
-def _log_phases(settings: Settings, seconds: float) -> None:
-    """The cold start in one line."""
-    written = progress.lines(settings.load_log) if settings.load_log else []
-    phases = ", ".join(
-        f"{phase['phase']} {phase['seconds']:.1f} s" for phase in progress.summary(written)["load"]
-    )
-    log.info("Ready after %.1f s with Ray; the load: %s", seconds, phases)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ from serve_app.errors import (
     error_body,
     job_error,
 )
+from serve_app.load_log import read_lines
 from serve_app.protocol.sse import DONE, event
 from serve_app.routes import known
 from serve_app.worker import progress
@@ -107,7 +108,7 @@ class Handler:
         """What `/health` says while no model can say it."""
         health: dict[str, Any] = {
             "status": self._boot.status,
-            **progress.summary(progress.lines(self._load_log)),
+            **progress.summary(read_lines(self._load_log)),
         }
         if self._boot.status == "failed" and self._boot.error is not None:
             # Not "error": the SDK fails a job whose output has a field of that name.

@@ -6,10 +6,8 @@ when the wait is over.
 """
 
 import asyncio
-import json
 import logging
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any, TypeVar
 
 log = logging.getLogger(__name__)
@@ -22,20 +20,11 @@ TELL_TIMEOUT_S = 5.0
 """A result is worth more than news of its coming."""
 
 
-def lines(path: str | Path) -> list[dict[str, Any]]:
-    """What the load log holds; a line still being written is left for the next look."""
-    try:
-        written = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in written if line.endswith("\n")]
-
-
 def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
     """Lines of the load log, as clients hear them.
 
-    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way,
-    "done": its share from 0 to 1 where it is known}`.
+    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
+    it is known how far that is, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
     """
     told: dict[str, Any] = {
         "load": [
@@ -44,8 +33,17 @@ def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
             if line["state"] == "done"
         ]
     }
-    if written and written[-1]["state"] in ("started", "running"):
-        told |= {name: written[-1][name] for name in ("phase", "done") if name in written[-1]}
+    if not written or written[-1]["state"] not in ("started", "running"):
+        return told
+    last = written[-1]
+    told["phase"] = last["phase"]
+    if "done" in last:
+        percent = int(100 * last["done"])
+        message = f"{last['phase']}: {percent} %"
+        if "bytes" in last:
+            size = last["bytes"]
+            message += f", {last['done'] * size / 1e9:.2f} of {size / 1e9:.2f} GB"
+        told |= {"done": last["done"], "progress": percent, "message": message}
     return told
 
 

@@ -15,6 +15,7 @@ from serve_app.worker.banner import banner
 from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
 from serve_app.worker.job import new_request_id
+from serve_app.worker.phases import process_age_s
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +23,9 @@ log = logging.getLogger(__name__)
 def make_handler(settings: Settings, config: str | Path, tell: progress.Tell) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet."""
     settings = cluster.with_load_log(settings)
+    process_s = process_age_s()  # the first job may come much later
     return Handler(
-        Boot(lambda: cluster.start(settings, config)),
+        Boot(lambda: cluster.start(settings, config, process_s)),
         tell=tell,
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from typing import Any
 
 import openai
@@ -59,6 +60,18 @@ def test_the_first_job_starts_the_model_and_hears_of_it(
     assert jobs[0].output == jobs[1].output
     health = client.ended({"endpoint": "/health"}).output[0]
     assert health["status"] == "ready"
+
+
+def test_the_cold_start_is_told_phase_by_phase(client: Client, tiny_worker: Worker) -> None:
+    """From the process to the first token: seconds in /health, and a line each in the log."""
+    load = client.ended({"endpoint": "/health"}).output[0]["load"]
+    phases = ["process", "ray", "replica", "device", "resolve", "tokenizer", "read", "warm-up"]
+    assert [phase["phase"] for phase in load] == [*phases, "first token", "ready"]
+    seconds = {phase["phase"]: phase["seconds"] for phase in load}
+    # Whole processes start in these; a figure from another clock would be nonsense.
+    assert all(0.1 < seconds[phase] < 100 for phase in ("process", "ray", "replica"))
+    for phase in seconds:
+        assert len(re.findall(rf"Cold start: {phase} \d+\.\d s\n", tiny_worker.log)) == 1
 
 
 def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:

@@ -2,34 +2,34 @@
 
 import asyncio
 import itertools
-from pathlib import Path
 
 import pytest
 
 from serve_app.worker import progress
 
 
-def test_phases_are_read_as_they_are_written(tmp_path: Path) -> None:
-    """A line that is still being written is not read, and no file is no phases."""
-    path = tmp_path / "load.jsonl"
-    assert progress.lines(path) == []
-    path.write_text('{"phase": "tokenizer", "state": "started"}\n{"phase": "tok')
-    assert progress.lines(path) == [{"phase": "tokenizer", "state": "started"}]
-
-
 def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
     """The summary has the seconds of what is done, and how far the present phase is."""
-    started = {"phase": "weights", "state": "started"}
+    started = {"phase": "read", "state": "started", "at": 1.0}
     done = {"phase": "tokenizer", "state": "done", "seconds": 1.5}
-    running = {"phase": "weights", "state": "running", "done": 0.4}
+    running = {"phase": "read", "state": "running", "done": 0.4}
     load = [{"phase": "tokenizer", "seconds": 1.5}]
     assert progress.summary([]) == {"load": []}
     assert progress.summary([done]) == {"load": load}
-    assert progress.summary([done, started]) == {"load": load, "phase": "weights"}
+    assert progress.summary([done, started]) == {"load": load, "phase": "read"}
+    far = {"done": 0.4, "progress": 40}
     assert progress.summary([done, started, running]) == {
         "load": load,
-        "phase": "weights",
-        "done": 0.4,
+        "phase": "read",
+        "message": "read: 40 %",
+        **far,
+    }
+    told = progress.summary([done, started, {**running, "bytes": 25_200_000_000}])
+    assert told == {
+        "load": load,
+        "phase": "read",
+        "message": "read: 40 %, 10.08 of 25.20 GB",
+        **far,
     }
 
 

@@ -1,0 +1,52 @@
+"""The first prompts of a new engine, run before anybody waits for one.
+
+They make the device do for the first time what it does for every request, so that no user pays
+for it, and fill one whole step, so that what does not fit is known at the load. Knows no text.
+"""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from serve_app.engine.sequence import SamplingParams
+from serve_app.errors import ModelLoadFailed, OutOfMemory, ServeError
+
+if TYPE_CHECKING:
+    from serve_app.engine.engine import Engine
+
+
+def fill_a_step(engine: "Engine", vocab_size: int) -> None:
+    """A prompt as long as one step takes, and two tokens after it.
+
+    Raises `ModelLoadFailed` where the device does not hold it, or computes nonsense.
+    """
+    num_tokens = min(engine.config.max_step_tokens, engine.config.max_model_len - 2)
+    _run(engine, [i % vocab_size for i in range(num_tokens)], max_tokens=2)
+
+
+def first_token(engine: "Engine", prompt_ids: list[int]) -> None:
+    """A short prompt up to its first token; raises as `fill_a_step`."""
+    _run(engine, prompt_ids, max_tokens=1)
+
+
+def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int) -> None:
+    params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
+
+    async def generate() -> None:
+        async for _ in engine.generate(prompt_ids, params):
+            pass
+
+    # A thread of its own: a constructor may run inside somebody's event loop.
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        try:
+            thread.submit(lambda: asyncio.run(generate())).result()
+        except OutOfMemory as error:
+            raise ModelLoadFailed(
+                f"The device has no memory left for a prompt of {len(prompt_ids)} tokens beside "
+                "the weights and the KV cache; lower `engine.max_step_tokens` or "
+                "`engine.kv_cache_tokens`, or take a larger GPU."
+            ) from error
+        except ServeError as error:
+            raise ModelLoadFailed(
+                f"The model is loaded, and its first prompt failed: {error.message}"
+            ) from error

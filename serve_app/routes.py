@@ -5,7 +5,7 @@ Knows the engine only through `Generator`, and no doors: refusals are raised as 
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from serve_app.errors import ModelNotFound, ServeError, as_serve_error, error_body
@@ -119,7 +119,7 @@ class Routes:
     async def _prompt(self, call: Call, deadline: float) -> Reply:
         batch = await _read(plain.batch, call.body)
         if batch is not None:
-            return Reply(await self._prompts(batch, call, deadline))
+            return Reply(steps=self._prompts(batch, call, deadline))
         request = await _read(plain.PromptRequest.read, call.body)
         head = self._head(request, call)
         generation = await self._plain(request, deadline)
@@ -144,23 +144,40 @@ class Routes:
         """
         return asyncio.Semaphore(self._max_running)
 
-    async def _prompts(self, batch: plain.Batch, call: Call, deadline: float) -> dict[str, Any]:
-        """All items of a batch, in order; an item that fails is an error in its place."""
+    async def _prompts(
+        self, batch: plain.Batch, call: Call, deadline: float
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """The items side by side, told one by one as they end; their results are in order."""
         places = self._places()
+        total = len(batch.items)
+        running = [
+            asyncio.create_task(self._item(batch, item, call, deadline, places))
+            for item in batch.items
+        ]
+        try:
+            for num_done, each in enumerate(asyncio.as_completed(running), start=1):
+                await each
+                yield {"progress": plain.progress(num_done, total)}
+            results = [task.result() for task in running]
+            yield {"body": {"results": results, "total_processed": total}}
+        finally:
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
 
-        async def one(item: Any) -> dict[str, Any]:
-            async with places:
-                await asyncio.sleep(0)  # others have their turn between two items
-                try:
-                    request = await _read(batch.read, item)
-                    head = self._head(request, call)
-                    result = await plain.answer(head, await self._plain(request, deadline))
-                    return {name: result[name] for name in ("text", "finish_reason", "usage")}
-                except Exception as error:
-                    return error_body(known(error, call.request_id), call.request_id)
-
-        results = await asyncio.gather(*(one(item) for item in batch.items))
-        return {"results": results, "total_processed": len(results)}
+    async def _item(
+        self, batch: plain.Batch, item: Any, call: Call, deadline: float, places: asyncio.Semaphore
+    ) -> dict[str, Any]:
+        """One item's result; one that fails is an error in its place."""
+        async with places:
+            await asyncio.sleep(0)  # others have their turn between two items
+            try:
+                request = await _read(batch.read, item)
+                head = self._head(request, call)
+                result = await plain.answer(head, await self._plain(request, deadline))
+                return {name: result[name] for name in ("text", "finish_reason", "usage")}
+            except Exception as error:
+                return error_body(known(error, call.request_id), call.request_id)
 
     async def _tokenize(self, call: Call, deadline: float) -> Reply:
         request = await _read(tokens.TokenizeRequest.read, call.body)

@@ -53,10 +53,18 @@ class MixtralServer:
         self._routes = Routes(generator, settings.model.served_names, settings.engine.max_running)
 
     async def answer(self, call: Call) -> Reply:
-        """Answers one call; raises a `ServeError` where it cannot.
+        """Answers one call, waiting for the whole of a body; raises a `ServeError` where it cannot.
 
         A reply with chunks has its first one ready, so every refusal is raised from here.
         """
+        reply = await self._reply(call)
+        if reply.steps is None:
+            return reply
+        async with aclosing(reply.steps) as steps:
+            bodies = [step["body"] async for step in steps if "body" in step]
+        return replace(reply, body=bodies[-1], steps=None)
+
+    async def _reply(self, call: Call) -> Reply:
         deadline = asyncio.get_running_loop().time() + self.settings.api.request_timeout_s
         try:
             reply = await self._handler(call)(call, deadline)
@@ -75,20 +83,20 @@ class MixtralServer:
     ) -> AsyncGenerator[dict[str, Any], None]:
         """`answer` for a deployment handle: everything crosses as data, errors too.
 
-        Yields `{"status", "stream", "headers"}`, then one `{"body"}` or `{"chunk"}`s. A failure is
-        `{"status", "error"}`, where `error` is an `error_body`, as the last item. Closing the
-        generator cancels the request.
+        Yields `{"status", "stream", "headers"}`, then `{"chunk"}`s, or `{"progress"}`s and one
+        `{"body"}`. A failure is `{"status", "error"}`, where `error` is an `error_body`, as the
+        last item. Closing the generator cancels the request.
         """
         try:
-            reply = await self.answer(Call(method, path, body, request_id))
-            is_stream = reply.chunks is not None
-            # Closes the chunks even where nobody comes back for the second item.
-            async with aclosing(reply.chunks or _nothing()) as chunks:
+            reply = await self._reply(Call(method, path, body, request_id))
+            # Closes what runs even where nobody comes back for the second item.
+            async with aclosing(reply.chunks or reply.steps or _nothing()) as running:
+                is_stream = reply.chunks is not None
                 yield {"status": reply.status, "stream": is_stream, "headers": reply.headers}
-                if not is_stream:
+                if reply.chunks is None and reply.steps is None:
                     yield {"body": reply.body}
-                async for chunk in chunks:
-                    yield {"chunk": chunk}
+                async for each in running:
+                    yield {"chunk": each} if is_stream else each
         except ServeError as error:
             yield {"status": error.http_status, "error": error_body(error, request_id)}
 

@@ -109,7 +109,7 @@ async def items(server: MixtralServer, path: str, body: Any) -> list[dict[str, A
 async def answer(server: MixtralServer, path: str, body: Any) -> dict[str, Any]:
     """The body of a POST that is not streamed, or the error body."""
     first, *rest = await items(server, path, body)
-    return cast(dict[str, Any], first["error"] if "error" in first else rest[0]["body"])
+    return cast(dict[str, Any], first["error"] if "error" in first else rest[-1]["body"])
 
 
 async def chunks(server: MixtralServer, path: str, body: Any) -> list[dict[str, Any]]:

@@ -179,6 +179,19 @@ def test_a_batch_is_answered_in_order_and_item_by_item() -> None:
     assert engine.max_running == 2
 
 
+def test_a_batch_tells_how_far_it_is() -> None:
+    """Behind the handle each item that ends, failed ones too, is news before the one body."""
+    said = asyncio.run(items(server(), "/prompt", {"prompts": ["Hi", 5, "Ho"]}))
+    assert said[0] == {"status": 200, "stream": False, "headers": {}}
+    assert [item["progress"] for item in said[1:4]] == [
+        {"progress": 33, "message": "1 of 3 done"},
+        {"progress": 66, "message": "2 of 3 done"},
+        {"progress": 100, "message": "3 of 3 done"},
+    ]
+    assert [list(item) for item in said[4:]] == [["body"]]
+    assert said[4]["body"]["total_processed"] == 3
+
+
 def test_a_batch_never_overruns_the_queue() -> None:
     """No more items at once than may run, so that none is refused for its neighbours' sake."""
     engine = FakeEngine()

@@ -105,6 +105,24 @@ def test_cancelling_an_answer_frees_the_engine(path: str, body: Any) -> None:
     asyncio.run(leave())
 
 
+@pytest.mark.parametrize("num_items", [1, 2])
+def test_closing_a_batch_frees_the_engine(num_items: int) -> None:
+    """A batch job that is stopped at once, or after its first item, leaves nothing running."""
+    engine = FakeEngine(is_endless=True)
+
+    async def leave() -> None:
+        body = {"prompts": [{"wrong": 1}, "a", "b"]}
+        call = server(engine).call("POST", "/prompt", body, "r1")
+        for _ in range(num_items):
+            await anext(call)
+        if num_items > 1:
+            assert await asyncio.to_thread(engine.begun.wait, 10)
+        await call.aclose()
+        assert engine.num_running == 0
+
+    asyncio.run(leave())
+
+
 def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
     """A running stream goes on; a new request is 503 with a time to come back; /ping is 503."""
 

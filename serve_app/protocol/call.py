@@ -22,9 +22,12 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a `Call`: one JSON object, or chunks as they come."""
+    """The answer to a `Call`: one JSON object, a body to come, or chunks as they come."""
 
     body: dict[str, Any] | None = None
+    steps: AsyncGenerator[dict[str, Any], None] | None = None
+    """`{"progress": {"progress", "message"}}` again and again, then `{"body"}`: an answer that is
+    long in coming. Whoever takes a reply with steps closes them, which cancels the request."""
     chunks: AsyncGenerator[dict[str, Any], None] | None = None
     """Chunk dicts, without `[DONE]`. Whoever takes a reply with chunks closes them: closing
     is what cancels the request. A failure raises out of the iteration as a `ServeError`."""

@@ -101,6 +101,11 @@ def batch(body: Any) -> Batch | None:
     return Batch(listed, shared)
 
 
+def progress(num_done: int, total: int) -> dict[str, Any]:
+    """How far a batch is: `{"progress": percent, "message": "4 of 10 done"}`."""
+    return {"progress": num_done * 100 // total, "message": f"{num_done} of {total} done"}
+
+
 def _unstreamable() -> InvalidRequest:
     return InvalidRequest("A list of prompts cannot be streamed.", param="stream")
 

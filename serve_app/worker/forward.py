@@ -15,9 +15,9 @@ from serve_app.protocol.call import Call
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Call], AsyncGenerator[dict[str, Any], None]]
-"""Hands a call to the model. Items: `{"status", "stream", "headers"}`, then `{"body"}` or
-`{"chunk"}`s; a failure is `{"status", "error"}`. Closing the generator cancels the request.
-Raises `EngineDead` where the model is gone."""
+"""Hands a call to the model. Items: `{"status", "stream", "headers"}`, then `{"chunk"}`s, or
+`{"progress"}`s and one `{"body"}`; a failure is `{"status", "error"}`. Closing the generator
+cancels the request. Raises `EngineDead` where the model is gone."""
 
 GRACE_S = 10.0
 """How much later than the deployment this door ends a request, should no replica do it."""

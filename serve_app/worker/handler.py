@@ -13,6 +13,7 @@ from typing import Any
 
 from serve_app.errors import (
     EngineDead,
+    InternalError,
     MethodNotAllowed,
     error_body,
     job_error,
@@ -87,6 +88,9 @@ class Handler:
         for is_last_try in (False, True):
             forward = await self._model(job)
             try:
+                if not request.stream:
+                    yield await self._body(job, forward, request)
+                    return
                 async with contextlib.aclosing(_values(forward, request)) as values:
                     async for value in values:
                         sent = True
@@ -104,6 +108,28 @@ class Handler:
             self._boot.ready(), lambda: self._tell(job, self._health()), self._interval_s
         )
 
+    async def _body(self, job: dict[str, Any], forward: Forward, request: JobRequest) -> Any:
+        """The model's answer where it is no stream; tells the job how far a batch is."""
+        news: list[dict[str, Any]] = []
+
+        async def read() -> Any:
+            async with contextlib.aclosing(forward(request.call)) as items:
+                async for item in items:
+                    match item:
+                        case {"error": error}:
+                            raise _Refused(error)
+                        case {"body": body}:
+                            return body
+                        case {"progress": update}:
+                            news[:] = [update]
+            raise InternalError("The answer ended before it was whole; send the request again.")
+
+        async def tell() -> None:
+            if news:
+                await self._tell(job, news.pop())
+
+        return await progress.while_waiting(read(), tell, self._interval_s)
+
     def _health(self) -> dict[str, Any]:
         """What `/health` says while no model can say it."""
         health: dict[str, Any] = {
@@ -117,7 +143,7 @@ class Handler:
 
 
 async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, None]:
-    """The model's answer as the values to post, raising `_Refused` where it is an error."""
+    """The model's stream as the values to post, raising `_Refused` where it is an error."""
     async with contextlib.aclosing(batches(forward(request.call))) as items:
         async for batch in items:
             chunks = [item["chunk"] for item in batch if "chunk" in item]
@@ -126,8 +152,6 @@ async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, 
             for item in batch:
                 if "error" in item:
                     raise _Refused(item["error"])
-                if "body" in item:
-                    yield item["body"]
     if request.sse:
         yield DONE
 

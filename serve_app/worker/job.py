@@ -8,7 +8,9 @@
 Checks the shape only: routes, fields and limits are checked where the HTTP door's are.
 """
 
+import functools
 import json
+import logging
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +18,26 @@ from typing import Any
 from serve_app.errors import InvalidRequest, RequestTooLarge
 from serve_app.protocol.call import Call
 
+log = logging.getLogger(__name__)
+
 SHAPES = (
     "send `prompt`, `messages`, `prompts` or `items`, or `endpoint` with `data`, "
     "or `openai_route` with `openai_input`"
 )
+UNNEEDED = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
+"""What older workers wanted to know of a stream's chunks: here a chunk holds what came while the
+last one was posted. Accepted, and said once."""
+REFUSED = {
+    "refresh_worker": (
+        False,
+        "a worker keeps nothing of a job, and replaces a broken engine itself",
+    ),
+    "apply_chat_template": (
+        True,
+        'raw text is continued by {"endpoint": "/v1/completions", "data": {...}}',
+    ),
+}
+"""Fields of older workers: the one value that asks for what happens anyway, and why no other."""
 READ_ROUTES = ("/health", "/ping", "/metrics", "/v1/models")
 """Routes for which an empty body means GET."""
 
@@ -104,7 +122,16 @@ def _route(given: dict[str, Any], request_id: str) -> JobRequest:
 
 
 def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
-    body = {name: value for name, value in given.items() if name != "sampling_params"}
+    for name, (neutral, reason) in REFUSED.items():
+        if given.get(name, neutral) not in (neutral, None):
+            raise InvalidRequest(
+                f"`{name}` can only be {json.dumps(neutral)}: {reason}.", param=name
+            )
+    for name in UNNEEDED:
+        if name in given:
+            _say_once(f"Jobs send `{name}`, which nothing here needs.")
+    unused = {"sampling_params", *REFUSED, *UNNEEDED}
+    body = {name: value for name, value in given.items() if name not in unused}
     sampling = given.get("sampling_params")
     if sampling is not None:
         if not isinstance(sampling, dict):
@@ -116,6 +143,11 @@ def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
             )
         body |= sampling
     return JobRequest(Call("POST", "/prompt", body, request_id), _is_stream(body), sse=False)
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info("%s", line)
 
 
 def _path(value: Any, name: str) -> str:

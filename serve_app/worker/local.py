@@ -66,6 +66,9 @@ async def _run(
     said: list[str] = []
 
     async def tell(job: dict[str, Any], update: dict[str, Any]) -> None:
+        if "message" in update:
+            log.info("%s", update["message"])
+            return
         phase = update.get("phase", "Ray")
         if phase not in said:
             said.append(phase)

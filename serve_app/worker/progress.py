@@ -1,4 +1,4 @@
-"""What a loading model is doing, told to the jobs that wait for it.
+"""What a loading model is doing, told to the jobs that wait for it; and how updates are sent.
 
 The replica writes its load phases as JSON lines; this reads them. Progress goes to the address of
 the job's result, where a late one would overwrite it: each is awaited, and none is under way
@@ -66,6 +66,7 @@ async def while_waiting(
         return task.result()
     finally:
         task.cancel()
+        await asyncio.wait({task})  # so that it has let go of what it held
 
 
 async def post(job: dict[str, Any], update: dict[str, Any]) -> None:

@@ -72,7 +72,12 @@ def tiny_worker(
 ) -> Iterator[Worker]:
     """The worker as the image runs it, on the tiny model. The first job starts Ray."""
     home = tmp_path_factory.mktemp("tiny-home")
-    with Worker(tiny_platform, home, SERVE_CONFIG=str(TINY)) as worker:
+    with Worker(
+        tiny_platform,
+        home,
+        SERVE_CONFIG=str(TINY),
+        MIXTRAL_RUNPOD__PROGRESS_INTERVAL_S="0.2",
+    ) as worker:
         yield worker
 
 

@@ -126,6 +126,20 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
     assert (job.status(), record.num_results) == ("CANCELLED", 0)
 
 
+def test_a_batch_job_tells_its_progress(client: Client) -> None:
+    """Percentages while it runs, one result after them, a bad item's error in its own place."""
+    prompts: list[Any] = ["Count.", {"prompt": "Count.", "temperature": 3}, *["Count."] * 30]
+    job = client.ended({"prompts": prompts, "max_tokens": 64, "ignore_eos": True})
+    assert job.status == "COMPLETED", job.error
+    results = job.output[0]["results"]
+    assert [index for index, result in enumerate(results) if "error" in result] == [1]
+    assert job.progress
+    for update in job.progress:
+        assert update.keys() == {"progress", "message"}
+        assert update["message"].endswith("of 32 done")
+    assert (job.num_results, job.num_late_posts) == (1, 0)
+
+
 def test_the_openai_client_chats(gateway: openai.OpenAI) -> None:
     """Whole and streamed answers agree, in text and usage."""
     whole = gateway.chat.completions.create(

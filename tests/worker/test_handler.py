@@ -211,6 +211,27 @@ def test_waiting_jobs_hear_that_the_model_loads(
     assert told[0] == {"status": "loading", "load": [], "phase": "weights"}
 
 
+def test_a_batch_job_hears_how_far_it_is(
+    handler_of: Callable[..., Handler], told: list[dict[str, Any]]
+) -> None:
+    """The newest news, at the interval, and the result after it."""
+    updates = [{"progress": done * 10, "message": f"{done} of 10 done"} for done in range(1, 11)]
+
+    async def batch(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        yield HEAD
+        for update in updates:
+            yield {"progress": update}
+            await asyncio.sleep(0.05)
+        yield {"body": {"results": [], "total_processed": 0}}
+
+    whole = [{"results": [], "total_processed": 0}]
+    assert run(handler_of(batch), {"prompts": ["x"]}) == whole
+    news = [update for update in told if "message" in update]
+    assert 1 <= len(news) < 10
+    assert all(update in updates for update in news)
+    assert news == sorted(news, key=lambda update: update["progress"])
+
+
 def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Handler]) -> None:
     """Job-stop arrives as a cancellation: the model is told, and the SDK hears of it again."""
 
@@ -239,3 +260,8 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Hand
         assert closed.is_set()
 
     asyncio.run(scenario())
+
+
+def test_an_answer_without_a_body_is_an_error(handler_of: Callable[..., Handler]) -> None:
+    """A model that goes away in silence fails the job; it does not complete it with nothing."""
+    assert error_of(run(handler_of(Model([HEAD])), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"

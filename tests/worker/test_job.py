@@ -116,3 +116,23 @@ def test_names_for_one_thing_are_not_mixed() -> None:
     """Two bodies or two routes in one job would leave one of them unread."""
     with pytest.raises(InvalidRequest, match="one thing"):
         parsed({"endpoint": "/prompt", "data": {"prompt": "a"}, "body": {"prompt": "b"}})
+
+
+def test_fields_of_older_workers_change_nothing() -> None:
+    """Batch sizes, and values that ask for what happens anyway, leave the plain body as it is."""
+    older = {
+        "max_batch_size": 50,
+        "min_batch_size": 1,
+        "batch_size_growth_factor": 3,
+        "apply_chat_template": True,
+        "refresh_worker": False,
+    }
+    assert parsed({"prompt": "Hi", **older}).call.body == {"prompt": "Hi"}
+
+
+@pytest.mark.parametrize("field", ["apply_chat_template", "refresh_worker"])
+def test_what_older_workers_did_otherwise_is_refused(field: str) -> None:
+    """The other value is refused by name with what to do, never dropped in silence."""
+    with pytest.raises(InvalidRequest, match=f"`{field}` can only be") as caught:
+        parsed({"prompt": "Hi", field: field == "refresh_worker"})
+    assert caught.value.param == field

@@ -3,6 +3,10 @@
 import asyncio
 import json
 import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -191,3 +195,20 @@ def test_leaving_in_mid_upload_is_no_error(caplog: pytest.LogCaptureFixture) -> 
     assert not parts
     assert not engine.requests
     assert not caplog.records
+
+
+def test_the_example_prints_an_answer_and_a_mistake(door: Door) -> None:
+    """`examples/openai_http.py`, as a newcomer runs it."""
+    example = Path(__file__).parents[2] / "examples" / "openai_http.py"
+    done = subprocess.run(
+        [sys.executable, str(example), f"{door.url}/v1"],
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first == "Hello there."
+    assert second.startswith("A mistake is one sentence that names the field: messages: ")

@@ -1,0 +1,35 @@
+"""OpenAI's own client, straight to a server: a laptop, a GPU box, or a load-balancing endpoint.
+
+    python examples/openai_http.py http://127.0.0.1:8000/v1
+
+    export RUNPOD_API_KEY=...
+    python examples/openai_http.py https://ENDPOINT_ID.api.runpod.ai/v1
+
+A load-balancing endpoint has no queue: while no worker is ready its requests fail, and the client
+tries them again.
+"""
+
+import os
+import sys
+
+import openai
+
+client = openai.OpenAI(
+    base_url=sys.argv[1] if len(sys.argv) > 1 else "http://127.0.0.1:8000/v1",
+    api_key=os.environ.get("RUNPOD_API_KEY", "none"),
+    max_retries=8,
+)
+
+model = client.models.list().data[0].id
+answer = client.chat.completions.create(
+    model=model,
+    messages=[{"role": "user", "content": "What is the capital of France?"}],
+    max_tokens=100,
+    temperature=0,
+)
+print(answer.choices[0].message.content)
+
+try:
+    client.chat.completions.create(model=model, messages=[], temperature=0)
+except openai.BadRequestError as error:
+    print(f"A mistake is one sentence that names the field: {error.param}: {error.message}")

@@ -1,0 +1,27 @@
+"""Ask one question and wait for the answer.
+
+    export RUNPOD_API_KEY=...        # the key of your account
+    export RUNPOD_ENDPOINT_ID=...    # the endpoint's id, from its page
+    python examples/run.py "What is the capital of France?"
+
+`RUNPOD_ENDPOINT_BASE_URL` leads the client elsewhere, such as to the platform on loopback.
+"""
+
+import os
+import sys
+
+import runpod
+
+prompt = sys.argv[1] if len(sys.argv) > 1 else "What is the capital of France?"
+endpoint = runpod.Endpoint(os.environ["RUNPOD_ENDPOINT_ID"], api_key=os.environ["RUNPOD_API_KEY"])
+
+job = endpoint.run({"prompt": prompt, "max_tokens": 100, "temperature": 0})
+# The first job of a new worker waits for the model, which can take minutes.
+output = job.output(timeout=1800)
+if job.status() != "COMPLETED":
+    sys.exit(f"The job ended as {job.status()}; examples/retry.py shows how to read why.")
+
+# One answer, in a list: the worker's jobs may all be streams, and this one had one chunk.
+(answer,) = output
+print(answer["text"])
+print(f"{answer['finish_reason']}, {answer['usage']['completion_tokens']} tokens", file=sys.stderr)

@@ -1,0 +1,28 @@
+"""Print an answer while it is written.
+
+    export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
+    python examples/stream.py "Count from 1 to 5."
+
+The client asks for news once a second, so the text comes in gulps: examples/openai_chat.py has it
+as it is made.
+"""
+
+import os
+import sys
+
+import runpod
+
+prompt = sys.argv[1] if len(sys.argv) > 1 else "Count from 1 to 5."
+endpoint = runpod.Endpoint(os.environ["RUNPOD_ENDPOINT_ID"], api_key=os.environ["RUNPOD_API_KEY"])
+
+job = endpoint.run({"prompt": prompt, "stream": True, "max_tokens": 100, "temperature": 0})
+for chunk in job.stream():
+    print(chunk["token"], end="", flush=True)
+    if chunk["finished"]:
+        print()
+        if chunk["finish_reason"] == "error":
+            # Streams end with their error, since the client does not show a failed job's.
+            again = "worth another try" if chunk["retry"] else "the same again would fail again"
+            sys.exit(f"{chunk['status']}: {chunk['message']} ({again})")
+        tokens = chunk["usage"]["completion_tokens"]
+        print(f"{chunk['finish_reason']}, {tokens} tokens", file=sys.stderr)

@@ -1,0 +1,93 @@
+"""Every example, run as a newcomer runs it, with unmodified clients, against the platform."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.emulator import client_half
+from tests.emulator.platform import Platform
+from tests.emulator.worker import Worker
+from tests.worker.conftest import Client, until
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+SCRIPT = Path(__file__).with_name("scripted_worker.py")
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def start(platform: Platform, home: Path, name: str, *arguments: str) -> "subprocess.Popen[str]":
+    """`python examples/NAME.py` with the three variables that its first lines ask for."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(home),
+        "RUNPOD_API_KEY": client_half.KEY,
+        "RUNPOD_ENDPOINT_ID": "ep",
+        "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", str(EXAMPLES / f"{name}.py"), *arguments],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def said(example: "subprocess.Popen[str]") -> str:
+    """What it printed; it must have ended well."""
+    out, err = example.communicate(timeout=60)
+    assert example.returncode == 0, err
+    return out
+
+
+@pytest.mark.ray
+def test_the_examples_of_a_warm_worker(client: Client, tmp_path: Path) -> None:
+    """Side by side, as importing the clients takes most of the time: each prints its answer."""
+    platform = client.platform
+    run = start(platform, tmp_path, "run", "What is the capital of France?")
+    stream = start(platform, tmp_path, "stream", "What is 2 + 3?")
+    chat = start(platform, tmp_path, "openai_chat", "What is the capital of France?")
+    cancel = start(platform, tmp_path, "cancel")
+    assert said(run) == "The capital of France is Paris.\n"
+    assert said(stream) == "2 + 3 = 5.\n"
+    assert said(chat) == "The capital of France is Paris.\n"
+    assert said(cancel).endswith("\nCANCELLED\n")
+    engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
+    assert (engine["running"], engine["kv_blocks_used"]) == (0, 0)
+
+
+@pytest.mark.ray
+def test_the_progress_example(client: Client, tmp_path: Path) -> None:
+    """Enough prompts to take a while: percentages first, then every answer beside its prompt."""
+    prompts = [f"What is {n} + 1?" for n in range(1, 9)] * 100
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+    lines = said(start(client.platform, tmp_path, "progress", str(tmp_path / "prompts.txt")))
+    told = [line for line in lines.splitlines() if " %  " in line]
+    assert told
+    assert all(line.endswith(f" of {len(prompts)} done") for line in told)
+    answers = lines.splitlines()[len(told) :]
+    assert [answer.split("  ->  ")[0] for answer in answers] == prompts
+    assert "What is 2 + 1?  ->  2 + 1 = 3." in answers
+
+
+def test_the_retry_example(tmp_path: Path) -> None:
+    """A job that fails with `retry: true` is sent again; one with `false` ends it at once."""
+    with (
+        Platform() as platform,
+        Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
+    ):
+        until(lambda: platform.queue.num_polls)
+        flaky = start(platform, tmp_path, "retry", "flaky")
+        refused = start(platform, tmp_path, "retry", "refused")
+        out, err = flaky.communicate(timeout=60)
+        assert (flaky.returncode, out) == (0, "flaky\n"), worker.log
+        assert "Try 1: CONNECTION_ERROR: The model's process ended" in err
+        assert "Try 2" not in err
+        _, err = refused.communicate(timeout=60)
+        assert refused.returncode == 1
+        assert err.endswith("The same job would fail again.\n")
+        assert len(platform.queue.jobs) == 3

@@ -87,14 +87,15 @@ def check_model(settings: Settings) -> list[str]:
     """
     from serve_app.load import find_local, wished_quantization
     from serve_app.model.checkpoint import inspect
-    from serve_app.model.loader import agreed
+    from serve_app.model.loader import agreed, require_head
 
     folder = find_local(settings)
     if folder is None:
         return check_remote(settings)
     plan = inspect(folder)
     check_tokenizer(folder)
-    agreed(plan, wished_quantization(settings))
+    quantization = agreed(plan, wished_quantization(settings))
+    require_head(plan.config, quantization, settings.model.quantize_head)
     if plan.form != "stacked":
         require_writable(settings)
     num_files = len(plan.headers)
@@ -127,7 +128,7 @@ def check_remote(settings: Settings) -> list[str]:
     from serve_app.model.checkpoint import Plan, stored_quantization
     from serve_app.model.config import MixtralConfig, stored_form
     from serve_app.model.find import download_cache
-    from serve_app.model.loader import agreed
+    from serve_app.model.loader import agreed, require_head
     from serve_app.model.remote import look_up, require_disk
 
     chosen, hub = settings.model, download_cache(Path(settings.runpod.volume))
@@ -135,10 +136,9 @@ def check_remote(settings: Settings) -> list[str]:
     repository = look_up(chosen.name, chosen.revision, token, hub)
     config = MixtralConfig.from_dict(repository.config)
     form, stored = stored_form(repository.config), stored_quantization(repository.config)
-    agreed(
-        Plan(Path(chosen.name), config, form, {}, quantization=stored),
-        wished_quantization(settings),
-    )
+    plan = Plan(Path(chosen.name), config, form, {}, quantization=stored)
+    quantization = agreed(plan, wished_quantization(settings))
+    require_head(config, quantization, chosen.quantize_head)
     require_disk(chosen.name, repository, hub)
     if form != "stacked":
         require_writable(settings)

@@ -77,6 +77,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 dtype=dtype,
                 device=device,
                 quantization=wished_quantization(settings),
+                quantize_head=settings.model.quantize_head,
                 progress=lambda _, done: load_log.progress(reading, done),
             )
         _note_quantization(settings, model, notes)
@@ -137,6 +138,8 @@ def _note_quantization(settings: Settings, model: "Mixtral", notes: list[str]) -
         return
     how = model.codes.quantization
     note = f"experts and attention in {how.quant_type}, absmax {how.absmax}"
+    if settings.model.quantize_head:
+        note = f"experts, attention and head in {how.quant_type}, absmax {how.absmax}"
     if how.absmax != settings.model.absmax:
         note += ", as the checkpoint has it"
     notes.append(note)

@@ -117,7 +117,7 @@ def compute_need(
             f"`engine.kv_cache_tokens` is {kv_tokens:,} in whole blocks, less than the context of "
             f"{context:,} tokens; raise it, or lower `engine.max_model_len`."
         )
-    weights = weight_bytes(config, item_bytes, absmax)
+    weights = weight_bytes(config, item_bytes, absmax, settings.model.quantize_head)
     return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
 
 

@@ -1,11 +1,12 @@
 """A checkpoint's folder becomes a model on a device, tensor by tensor.
 
-Peak memory is the model plus one tensor. Everything that can be wrong with the files is found by
-`inspect` before the first weight is read; afterwards the bytes in memory are compared with what the
-quantisation promises. Knows no settings.
+Peak memory is the model, one tensor, and the next one that is read meanwhile. Everything that can
+be wrong with the files is found by `inspect` before the first weight is read; afterwards the bytes
+in memory are compared with what the quantisation promises. Knows no settings.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,10 +21,12 @@ from serve_app.model.stacked import Quantization, require_whole_blocks
 if TYPE_CHECKING:
     import torch
 
+    from serve_app.model.config import MixtralConfig
     from serve_app.model.mixtral import Mixtral
 
 __all__ = ["Plan", "Quantization", "bytes_by_part", "find_checkpoint", "inspect", "load"]
 
+HEAD = "lm_head.weight"
 TOLERANCE = 0.02
 """Share of a part's promised bytes that the loaded ones may differ by."""
 
@@ -37,12 +40,14 @@ def load(
     dtype: "torch.dtype",
     device: "torch.device",
     quantization: Quantization | None = None,
+    quantize_head: bool = False,
     progress: Progress | None = None,
 ) -> "Mixtral":
     """The model in folder `path`, in `dtype` on `device`, its large matrices in 4 bits if wished.
 
     Float tensors are quantised one by one on `device`. A checkpoint that is quantised already keeps
-    its own absmax; its type must be the one that `quantization` asks for.
+    its own absmax; its type must be the one that `quantization` asks for. Its head is in floats in
+    any form, and quantised here with `quantize_head`.
     Raises `ModelLoadFailed` as `inspect` does, when a file changes under our hands, and when the
     loaded weights take other than the promised memory.
     """
@@ -54,13 +59,17 @@ def load(
     tell("checkpoint", 0.0)
     plan = inspect(path)
     quantization = agreed(plan, quantization)
+    require_head(plan.config, quantization, quantize_head)
     tell("checkpoint", 1.0)
     with torch.device("meta"):
-        model = Mixtral(plan.config, quantization).to(dtype)
+        model = Mixtral(plan.config, quantization, quantize_head).to(dtype)
     model.to_empty(device=device)
     model.rope.fill()
-    _read_weights(plan, model, tell)
-    check_bytes(model, dtype, quantization)
+    if plan.form == "stacked":
+        _read_stacked(plan, model, tell)
+    else:
+        _read_one_by_one(plan, model, tell)
+    check_bytes(model, dtype, quantization, quantize_head)
     return model
 
 
@@ -77,29 +86,66 @@ def agreed(plan: Plan, wished: Quantization | None) -> Quantization | None:
     return stored or wished
 
 
-def _read_weights(plan: Plan, model: "Mixtral", tell: Progress) -> None:
-    """Puts the tensors of the files into `model`, one by one; our own form by several threads."""
-    from serve_app.model.place import put
-    from serve_app.model.source import Source
+def require_head(
+    config: "MixtralConfig", quantization: Quantization | None, quantize_head: bool
+) -> None:
+    """Raises `ModelLoadFailed` where there is no head that could be in 4 bits."""
+    if quantize_head and quantization is None:
+        raise ModelLoadFailed("`model.quantize_head` needs a `model.quantization` other than none.")
+    if quantize_head and config.tie_embeddings:
+        raise ModelLoadFailed(
+            "`model.quantize_head`: this model has no head of its own, it uses the embeddings; "
+            "set it to false."
+        )
+
+
+def _read_stacked(plan: Plan, model: "Mixtral", tell: Progress) -> None:
+    """Our own form: by several threads, straight into place, but for a head in 4 bits."""
+    import torch
+
+    from serve_app.model.place import put_head
+    from serve_app.model.source import DTYPES
     from serve_app.model.stacked_reader import read_stacked, stacked_places
 
-    if plan.form == "stacked":
-        read_stacked(plan, stacked_places(model), lambda done: tell("weights", done))
-        return
+    places = stacked_places(model)
+    floats = None
+    if (head := plan.tensors.get(HEAD)) is not None and HEAD not in places:
+        dtype, device = DTYPES[head.dtype], model.embedding.device
+        places[HEAD] = floats = torch.empty(head.shape, dtype=dtype, device=device)
+    read_stacked(plan, places, lambda done: tell("weights", done))
+    if floats is not None:
+        put_head(model, floats)
+
+
+def _read_one_by_one(plan: Plan, model: "Mixtral", tell: Progress) -> None:
+    """Any other form: a thread reads the next weight while this one quantises the last."""
+    from serve_app.model.place import put
+    from serve_app.model.source import Source
+
     shapes = expected_shapes(plan.config, stacked=False)
     total, done = sum(prod(shape) for shape in shapes.values()), 0
     source = Source(plan)
-    for name, shape in shapes.items():
-        put(model, name, source.weight(name))
-        done += prod(shape)
-        tell("weights", done / total)
-    source.close()
+    with ThreadPoolExecutor(1, "read-weights") as reader:
+        names = iter(shapes)
+        ahead = reader.submit(source.weight, next(names))
+        for name, shape in shapes.items():
+            weight = ahead.result()
+            if (following := next(names, None)) is not None:
+                ahead = reader.submit(source.weight, following)
+            put(model, name, weight)
+            done += prod(shape)
+            tell("weights", done / total)
 
 
-def check_bytes(model: "Mixtral", dtype: "torch.dtype", quantization: Quantization | None) -> None:
+def check_bytes(
+    model: "Mixtral",
+    dtype: "torch.dtype",
+    quantization: Quantization | None,
+    quantize_head: bool = False,
+) -> None:
     """Raises `ModelLoadFailed` where a part of `model` takes other than the promised memory."""
     absmax = None if quantization is None else quantization.absmax
-    promised = weight_bytes(model.config, dtype.itemsize, absmax)
+    promised = weight_bytes(model.config, dtype.itemsize, absmax, quantize_head)
     for tables in (model.rope, model.codes):
         promised["other"] += sum(table.nbytes for table in tables.buffers()) if tables else 0
     for part, loaded in bytes_by_part(model).items():
@@ -130,4 +176,4 @@ def _part(name: str) -> str:
         return "experts"
     if ".attention." in name:
         return "attention"
-    return "head" if name in ("embedding", "head") else "other"
+    return "head" if name == "embedding" or name.startswith("head.") else "other"

@@ -148,11 +148,16 @@ class Block(nn.Module):
 class Mixtral(nn.Module):
     """The whole model. Its weights are unset until a loader fills them.
 
-    With a `quantization`, experts and attention projections are in 4 bits; routers, norms,
-    embeddings and head are floats in any case.
+    With a `quantization`, experts and attention projections are in 4 bits, and the head where
+    `quantize_head` says so; routers, norms and embeddings are floats in any case.
     """
 
-    def __init__(self, config: MixtralConfig, quantization: Quantization | None = None) -> None:
+    def __init__(
+        self,
+        config: MixtralConfig,
+        quantization: Quantization | None = None,
+        quantize_head: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
         self.codes = None if quantization is None else Codes(quantization)
@@ -160,7 +165,10 @@ class Mixtral(nn.Module):
         self.rope = Rope(config)
         self.blocks = nn.ModuleList(Block(config, self.codes) for _ in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.head = None if config.tie_embeddings else _weight(*self.embedding.shape)
+        self.head: Linear | Linear4 | None = None
+        if not config.tie_embeddings:
+            codes = self.codes if quantize_head else None
+            self.head = linear(config.hidden_size, (config.vocab_size,), codes)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
@@ -178,8 +186,8 @@ class Mixtral(nn.Module):
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, step, cache)
         x = _pad_rows(self.norm(x[batch.sample_rows]))
-        head = self.embedding if self.head is None else self.head
-        return F.linear(x, head)[: len(batch.sample_rows)].float()
+        logits: Tensor = F.linear(x, self.embedding) if self.head is None else self.head(x)
+        return logits[: len(batch.sample_rows)].float()
 
 
 def linear(columns: int, rows: tuple[int, ...], codes: Codes | None) -> Linear | Linear4:

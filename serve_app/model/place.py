@@ -3,8 +3,10 @@
 Knows what the names mean; how a weight is stored, the modules know (`put`). Reads no files.
 """
 
+import torch
 from torch import Tensor
 
+from serve_app.errors import ModelLoadFailed
 from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.nf4 import Quantized
 
@@ -24,10 +26,26 @@ def put(model: Mixtral, name: str, weight: Tensor | Quantized) -> None:
             model.embedding.copy_(weight)
         case ["model", "norm", "weight"] if isinstance(weight, Tensor):
             model.norm.weight.copy_(weight)
-        case ["lm_head", "weight"] if isinstance(weight, Tensor) and model.head is not None:
-            model.head.copy_(weight)
+        case ["lm_head", "weight"] if model.head is not None:
+            put_head(model, weight)
         case _:
             raise AssertionError(f"inspect let {name} through")
+
+
+def put_head(model: Mixtral, weight: Tensor | Quantized) -> None:
+    """Fills the output head, which comes after all other weights.
+
+    Raises `ModelLoadFailed` where it would be quantised with other tables than those are.
+    """
+    assert model.head is not None
+    tables = [] if model.codes is None else list(model.codes.buffers())
+    before = [table.clone() for table in tables]
+    model.head.put(0, weight)
+    if not all(map(torch.equal, before, tables)):
+        raise ModelLoadFailed(
+            "The head cannot be quantised as the checkpoint's weights are: its tables are other "
+            "than ours; set `model.quantize_head` to false."
+        )
 
 
 def _put_in_block(block: Block, rest: list[str], weight: Tensor | Quantized) -> None:

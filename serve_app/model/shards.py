@@ -81,8 +81,12 @@ def read_header(file: Path) -> Header:
                 raise damaged(file, "its header is cut off")
             header = json.loads(stream.read(length))
         metadata = dict(header.pop("__metadata__", None) or {})
-        ends = [entry["data_offsets"][1] for entry in header.values()]
-        if (promised := 8 + length + max(ends, default=0)) != size:
+        end = 0  # the data has no holes, and no two tensors share any
+        for begin, next_end in sorted(entry["data_offsets"] for entry in header.values()):
+            if begin != end:
+                raise damaged(file, f"its data has a hole or an overlap at {min(begin, end)}")
+            end = next_end
+        if (promised := 8 + length + end) != size:
             raise damaged(file, f"it has {size} bytes and its header promises {promised}")
         tensors = {name: _tensor(file, 8 + length, name, it) for name, it in header.items()}
         return Header(tensors, metadata, 8 + length)
@@ -100,6 +104,19 @@ def read_bytes(tensor: TensorInfo) -> bytes:
             return stream.read(tensor.nbytes)
     except OSError as error:
         raise ModelLoadFailed(f"{tensor.file}: cannot be read ({error.strerror}).") from None
+
+
+def read_into(file: Path, begin: int, buffer: memoryview) -> None:
+    """Fills `buffer`, bytes, from byte `begin` of `file` on."""
+    try:
+        with file.open("rb", buffering=0) as stream:
+            stream.seek(begin)
+            while buffer:
+                if not (count := stream.readinto(buffer)):
+                    raise damaged(file, "it became shorter while it was read")
+                buffer = buffer[count:]
+    except OSError as error:
+        raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
 
 
 def damaged(file: Path, reason: str) -> ModelLoadFailed:

@@ -1,33 +1,36 @@
 """The weights of a float or bitsandbytes checkpoint, one by one, under one set of names.
 
 Every weight has the name of transformers 4's float checkpoints (one tensor per expert), however
-the files hold it. What is quantised in the files is never dequantised.
+the files hold it. What is quantised in the files is never dequantised. Holds nothing that it has
+handed out: files are read, not mapped, because pages of a mapped file count as this process's
+memory for as long as it is mapped, and one shard of Mixtral has 5 GB of them.
 """
 
-from pathlib import Path
-from typing import Any, cast
-
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.bnb4 import PackedInfo
 from serve_app.model.checkpoint import Plan
 from serve_app.model.nf4 import Nested, Quantized
-from serve_app.model.shards import TensorInfo
+from serve_app.model.shards import TensorInfo, read_into
 
-MAX_MAPPED = 1
-"""Files mapped at once: pages that were read count as this process's memory until the file is let
-go, and one shard of Mixtral is 5 GB. Tensors come in the order of the files."""
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+}
+"""Of safetensors' names."""
 
 
 class Source:
-    """Reads what a `Plan` of form "float" or "bitsandbytes" describes, from mapped files."""
+    """Reads what a `Plan` of form "float" or "bitsandbytes" describes."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
-        self._files: dict[Path, Any] = {}
         self._stacked = any(".mlp.experts." in name for name in plan.tensors)
         self._code: Tensor | None = None
         self._nested_code: Tensor | None = None
@@ -68,10 +71,6 @@ class Source:
         """`quantized` or `float`, whichever the weight is in the files."""
         return self.quantized(name) if name in self.plan.packed else self.float(name)
 
-    def close(self) -> None:
-        """Unmaps the files; tensors already read stay valid."""
-        self._files.clear()
-
     def _from_stack(self, name: str) -> Tensor:
         """Of transformers 5's stacked experts, the part that `name` had before."""
         layer, _, rest = name.partition(".block_sparse_moe.")
@@ -80,28 +79,22 @@ class Source:
                 return self._read(self.plan.tensors[f"{layer}.mlp.gate.weight"])
             case ["experts", expert, "w2", "weight"]:
                 down = self.plan.tensors[f"{layer}.mlp.experts.down_proj"]
-                return self._read(down, int(expert))
-            case ["experts", expert, half, "weight"]:
+                return self._read(down, int(expert), down.shape[0])
+            case ["experts", expert, "w1" | "w3" as half, "weight"]:
                 gate_up = self.plan.tensors[f"{layer}.mlp.experts.gate_up_proj"]
-                both = self._read(gate_up, int(expert))
-                return both.chunk(2)[0 if half == "w1" else 1]
+                part = 2 * int(expert) + (half == "w3")
+                return self._read(gate_up, part, 2 * gate_up.shape[0])
         raise AssertionError(f"{name} is no weight")
 
-    def _read(self, tensor: TensorInfo, index: int | None = None) -> Tensor:
-        try:
-            file = self._open(tensor.file)
-            if index is not None:
-                return cast(Tensor, file.get_slice(tensor.name)[index])
-            return cast(Tensor, file.get_tensor(tensor.name))
-        except (OSError, SafetensorError) as error:
-            raise ModelLoadFailed(f"{tensor.file}: cannot be read ({error}).") from None
-
-    def _open(self, path: Path) -> Any:
-        if path not in self._files:
-            if len(self._files) == MAX_MAPPED:
-                del self._files[next(iter(self._files))]
-            self._files[path] = safe_open(path, framework="pt", device="cpu")
-        return self._files[path]
+    def _read(self, tensor: TensorInfo, part: int = 0, num_parts: int | None = None) -> Tensor:
+        """A tensor of the files, or, of a stack of matrices, one of its `num_parts` parts."""
+        shape = tensor.shape
+        if num_parts is not None:
+            shape = (tensor.shape[0] * tensor.shape[1] // num_parts, *tensor.shape[2:])
+        weight = torch.empty(shape, dtype=DTYPES[tensor.dtype])
+        begin = tensor.begin + part * weight.nbytes
+        read_into(tensor.file, begin, weight.view(-1).view(torch.uint8).numpy().data)
+        return weight
 
     def _same_table(self, of: PackedInfo, table: TensorInfo, known: Tensor | None) -> Tensor:
         values = self._read(table).flatten()

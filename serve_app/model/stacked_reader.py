@@ -18,19 +18,15 @@ from torch import Tensor, nn
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint import Plan
 from serve_app.model.experts4 import Experts4
+from serve_app.model.linear import Linear
 from serve_app.model.matrices4 import Linear4
 from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.shards import Header, TensorInfo, damaged
+from serve_app.model.source import DTYPES
 from serve_app.model.stacked import PIECE_BYTES, checksums
 
 NUM_THREADS = 8
 """Reads under way at once: enough to keep a fast disk busy, and checksums on as many cores."""
-DTYPES = {
-    "F32": torch.float32,
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "U8": torch.uint8,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +46,16 @@ class Piece:
 
 
 def stacked_places(model: Mixtral) -> dict[str, Tensor]:
-    """Where each tensor of such a checkpoint is in a model of the same quantisation."""
+    """Where each tensor of such a checkpoint is in a model of the same quantisation.
+
+    Without the head where the model has it in 4 bits: the files have floats.
+    """
     places: dict[str, Tensor] = {
         "model.embed_tokens.weight": model.embedding,
         "model.norm.weight": model.norm.weight,
     }
-    if model.head is not None:
-        places["lm_head.weight"] = model.head
+    if isinstance(model.head, Linear):
+        places["lm_head.weight"] = model.head.weight
     assert model.codes is not None
     modules: dict[str, nn.Module] = {"quantization": model.codes}
     for i, block in enumerate(model.blocks):

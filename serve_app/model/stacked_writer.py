@@ -15,17 +15,12 @@ from torch import Tensor, nn
 
 from serve_app.model.experts4 import Experts4
 from serve_app.model.matrices4 import Codes, Linear4
-from serve_app.model.source import Source
+from serve_app.model.source import DTYPES, Source
 from serve_app.model.stacked import CHECKSUMS, PIECE_BYTES, SOURCE
 
 ALIGNMENT = 4096
 """Data begins at a multiple of this, so that it can be read without the page cache."""
-DTYPES = {
-    torch.float32: "F32",
-    torch.bfloat16: "BF16",
-    torch.float16: "F16",
-    torch.uint8: "U8",
-}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def layer_tensors(source: Source, layer: int, codes: Codes) -> dict[str, Tensor]:
@@ -81,7 +76,7 @@ def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
     for name, tensor in ordered:
         offsets = [begin, begin + tensor.nbytes]
         shape = list(tensor.shape)
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": offsets}
         begin += tensor.nbytes
     sums = " ".join(f"{crc:08x}" for crc in _checksums([tensor for _, tensor in ordered]))
     text = json.dumps({"__metadata__": {CHECKSUMS: sums, SOURCE: source}, **header}).encode()

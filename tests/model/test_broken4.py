@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from serve_app.convert import convert
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.loader import Quantization, inspect, load
+from serve_app.model.source import DTYPES
 from serve_app.model.stacked import PIECE_BYTES
-from serve_app.model.stacked_reader import DTYPES, read_stacked
+from serve_app.model.stacked_reader import read_stacked
 from tests.model.bnb4_files import save_bnb4
 from tests.model.driver import random_oracle
 

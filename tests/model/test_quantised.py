@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import serve_app.tiny
+from serve_app.convert import convert
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.experts import Experts
 from serve_app.model.footprint import weight_bytes
@@ -16,6 +18,7 @@ from serve_app.model.matrices4 import Linear4
 from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.nf4 import dequantize
 from serve_app.model.stacked import Quantization
+from serve_app.model.stacked_writer import write_file
 from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 from tests.model.oracle4 import VARIANTS, name, round_model, rounded
 
@@ -83,6 +86,63 @@ def test_the_bytes_are_those_promised(how: Quantization) -> None:
     assert {w.dtype for _, w in model.named_parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("how", VARIANTS, ids=name)
+def test_the_head_is_quantised_where_the_settings_say_so(how: Quantization, tmp_path: Path) -> None:
+    """From floats and our own form: the logits of an oracle with a rounded head, and the bytes."""
+    oracle = random_oracle(**SHAPES["narrow"])
+    oracle.save_pretrained(tmp_path / "floats")
+    convert(tmp_path / "floats", tmp_path / "ours", how)
+    round_model(oracle, how)
+    ids = random_ids(20)
+    float_head = oracle_logits(oracle, ids)
+    oracle.lm_head.weight.data = rounded(oracle.lm_head.weight, how)
+    expected = oracle_logits(oracle, ids)
+    assert (expected - float_head).abs().max() > 0.1
+    for folder in ("floats", "ours"):
+        model = load(
+            tmp_path / folder,
+            dtype=torch.float32,
+            device=CPU,
+            quantization=how,
+            quantize_head=True,
+        )
+        torch.testing.assert_close(Paged(model).step(s=ids)["s"], expected, rtol=0, atol=1e-4)
+        promised = weight_bytes(model.config, 4, how.absmax, quantize_head=True)["head"]
+        assert bytes_by_part(model)["head"] == promised + (4 if how.absmax == "nested" else 0)
+
+
+def test_a_head_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+    """A tied head, a model in floats, and a checkpoint whose tables are other than ours."""
+    random_oracle(**SHAPES["odd"]).save_pretrained(tmp_path / "tied")
+    random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path / "floats")
+    convert(tmp_path / "floats", tmp_path / "ours", NF4)
+    for file in (tmp_path / "ours").glob("*.safetensors"):
+        change_tables(file)
+
+    def refusal(folder: str, how: Quantization | None) -> str:
+        with pytest.raises(ModelLoadFailed) as refused:
+            load(
+                tmp_path / folder,
+                dtype=torch.float32,
+                device=CPU,
+                quantization=how,
+                quantize_head=True,
+            )
+        return refused.value.message
+
+    assert "it uses the embeddings" in refusal("tied", NF4)
+    assert "needs a `model.quantization`" in refusal("floats", None)
+    assert "its tables are other than ours" in refusal("ours", NF4)
+
+
+def change_tables(file: Path) -> None:
+    """Doubles the values that nibbles stand for in one of our own files, checksums and all."""
+    weights = load_file(file)
+    if "quantization.code" in weights:
+        weights["quantization.code"] *= 2
+        write_file(file, weights, "changed")
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Mixtral:
     """A loaded model in NF4 with four layers of eight experts."""
@@ -120,8 +180,8 @@ def test_attention_and_head_are_checked_too(model: Mixtral) -> None:
     with pytest.raises(ModelLoadFailed, match="`attention`"):
         check_bytes(model, torch.bfloat16, NF4)
     last_block(model).attention.o = projection
-    assert model.head is not None
-    model.head.data = model.head.float()
+    assert isinstance(model.head, Linear)
+    model.head.weight.data = model.head.weight.float()
     with pytest.raises(ModelLoadFailed, match="`head`"):
         check_bytes(model, torch.bfloat16, NF4)
 

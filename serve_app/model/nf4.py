@@ -23,6 +23,8 @@ AbsmaxKind = Literal["float32", "bfloat16", "nested"]
 
 CHUNK = 1 << 22
 """Weights that are computed at once: in float32 they are 16 MB, and several copies are needed."""
+QUANTIZE_CHUNK = 1 << 20
+"""The same where weights are quantised, which needs ten copies; a CPU is faster with less."""
 SMALLEST = 1e-38
 """bitsandbytes divides by no absmax below this, so that a block of zeros stays zeros."""
 
@@ -90,7 +92,7 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
     values = weight.reshape(-1, columns)
     packed = values.new_empty(len(values), columns // 2, dtype=torch.uint8)
     scales = values.new_empty(len(values), columns // BLOCK, dtype=torch.float32)
-    step = max(1, CHUNK // columns)
+    step = max(1, QUANTIZE_CHUNK // columns)
     for start in range(0, len(values), step):
         part = slice(start, start + step)
         packed[part], scales[part] = _quantize_rows(values[part], code)

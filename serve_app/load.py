@@ -5,7 +5,7 @@
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -62,7 +62,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         path = find_local(settings)
     if path is None:
         with load_log.phase("download"):
-            path = _download(settings)
+            path = _download(settings, partial(load_log.progress, "download"))
     if (wanted := copy_folder(settings)) is not None and path != wanted:
         with load_log.phase("copy"):
             tell = partial(load_log.progress, "copy")
@@ -78,7 +78,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 device=device,
                 quantization=wished_quantization(settings),
                 quantize_head=settings.model.quantize_head,
-                progress=lambda _, done: load_log.progress(reading, done),
+                progress=partial(load_log.progress, reading),
             )
         _note_quantization(settings, model, notes)
     with load_log.phase("warm-up"):
@@ -171,16 +171,14 @@ def find_local(settings: Settings) -> Path | None:
     return find_local(settings.model.name, settings.model.revision, volume=volume)
 
 
-def _download(settings: Settings) -> Path:
-    from serve_app.model import loader
+def _download(settings: Settings, progress: Callable[[float, int], None]) -> Path:
+    from serve_app.model.find import download_cache
+    from serve_app.model.remote import download
 
-    token = settings.model.hf_token
-    return loader.find_checkpoint(
-        settings.model.name,
-        settings.model.revision,
-        token=token.get_secret_value() if token else None,
-        volume=Path(settings.runpod.volume),
-    )
+    chosen = settings.model
+    token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
+    hub = download_cache(Path(settings.runpod.volume))
+    return download(chosen.name, chosen.revision, token, hub, progress)
 
 
 def reading_phase(settings: Settings, path: Path) -> str:

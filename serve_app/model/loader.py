@@ -30,8 +30,8 @@ HEAD = "lm_head.weight"
 TOLERANCE = 0.02
 """Share of a part's promised bytes that the loaded ones may differ by."""
 
-Progress = Callable[[str, float], None]
-"""Called with a phase's name and how much of it is done, from 0 to 1."""
+Progress = Callable[[float], None]
+"""Called with how much of the weights is in place, from 0 to 1."""
 
 
 def load(
@@ -55,12 +55,10 @@ def load(
 
     from serve_app.model.mixtral import Mixtral
 
-    tell = progress or (lambda phase, done: None)
-    tell("checkpoint", 0.0)
+    tell = progress or (lambda done: None)
     plan = inspect(path)
     quantization = agreed(plan, quantization)
     require_head(plan.config, quantization, quantize_head)
-    tell("checkpoint", 1.0)
     with torch.device("meta"):
         model = Mixtral(plan.config, quantization, quantize_head).to(dtype)
     model.to_empty(device=device)
@@ -112,7 +110,7 @@ def _read_stacked(plan: Plan, model: "Mixtral", tell: Progress) -> None:
     if (head := plan.tensors.get(HEAD)) is not None and HEAD not in places:
         dtype, device = DTYPES[head.dtype], model.embedding.device
         places[HEAD] = floats = torch.empty(head.shape, dtype=dtype, device=device)
-    read_stacked(plan, places, lambda done: tell("weights", done))
+    read_stacked(plan, places, tell)
     if floats is not None:
         put_head(model, floats)
 
@@ -134,7 +132,7 @@ def _read_one_by_one(plan: Plan, model: "Mixtral", tell: Progress) -> None:
                 ahead = reader.submit(source.weight, following)
             put(model, name, weight)
             done += prod(shape)
-            tell("weights", done / total)
+            tell(done / total)
 
 
 def check_bytes(

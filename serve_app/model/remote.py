@@ -5,7 +5,7 @@ Says before the first large file whether the disk holds it. Knows nothing of fol
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -21,6 +21,9 @@ NEEDED = ["config.json", "tokenizer.json", "tokenizer_config.json"]
 """Without these no model is served, whatever its weights."""
 SECOND_COPIES = ["consolidated*"]
 """The same weights again under other names."""
+
+Progress = Callable[[float, int], None]
+"""Called with how much of a download is done, from 0 to 1, and the bytes of all of it."""
 
 
 @dataclass(frozen=True)
@@ -85,14 +88,21 @@ def require_disk(name: str, repository: Repository, hub: Path | None) -> None:
         )
 
 
-def download(name: str, revision: str | None, token: str | None, hub: Path | None) -> Path:
+def download(
+    name: str,
+    revision: str | None,
+    token: str | None,
+    hub: Path | None,
+    progress: Progress | None = None,
+) -> Path:
     """Downloads repository `name` into the cache `hub`, going on where an earlier try ended.
 
-    Raises `ModelLoadFailed`, with `retry` where another try may help.
+    A terminal sees a bar. Raises `ModelLoadFailed`, with `retry` where another try may help.
     """
     from huggingface_hub import snapshot_download
 
-    require_disk(name, look_up(name, revision, token, hub), hub)
+    repository = look_up(name, revision, token, hub)
+    require_disk(name, repository, hub)
     with _refusals(name, revision):
         return Path(
             snapshot_download(
@@ -102,8 +112,33 @@ def download(name: str, revision: str | None, token: str | None, hub: Path | Non
                 cache_dir=hub,
                 allow_patterns=FILES,
                 ignore_patterns=SECOND_COPIES,
+                tqdm_class=progress and _telling(progress, repository.missing_bytes),
             )
         )
+
+
+def _telling(progress: Progress, total: int) -> type[Any]:
+    """The hub's own progress bar, which tells `progress` of `total` bytes too."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Telling(tqdm):
+        arrived = 0
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # The bar of bytes that are on the disk; another counts files, a third what the
+            # network brings.
+            self.counts = options.get("name") == "huggingface_hub.snapshot_download"
+            super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            if self.counts:
+                with self.get_lock():  # files are fetched by several threads
+                    self.arrived += int(n or 0)
+                    progress(min(1.0, self.arrived / max(1, total)), total)
+            shown: bool | None = super().update(n)
+            return shown
+
+    return Telling
 
 
 def _require_servable(name: str, paths: Collection[str]) -> None:

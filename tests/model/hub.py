@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -64,9 +65,13 @@ class Hub(BaseHTTPRequestHandler):
         name = path.rsplit("/", 1)[-1]
         if "/resolve/" not in path or name not in self.files:
             return self._answer(404, b"", {"X-Error-Code": "RevisionNotFound"})
-        self._answer(
-            200, self.files[name], {"ETag": f'"{sha(self.files[name])}"', "X-Repo-Commit": COMMIT}
-        )
+        data, headers = self.files[name], {"X-Repo-Commit": COMMIT}
+        headers["ETag"] = f'"{sha(data)}"'
+        if asked := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            begin = int(asked[1])
+            headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
+            return self._answer(206, data[begin:], headers)
+        self._answer(200, data, headers)
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -11,7 +11,7 @@ import pytest
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.find import cached_snapshot, find_checkpoint
-from tests.model.hub import COMMIT, serve
+from tests.model.hub import COMMIT, serve, sha
 
 
 def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
@@ -141,6 +141,38 @@ def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume
     assert folder.is_relative_to(tmp_path / "volume") == has_volume
     # The second time nobody is asked.
     assert find_in_process("http://127.0.0.1:1", tmp_path, "o/m") == (answer, False)
+
+
+@pytest.mark.parametrize("begun", [0, 300_000])
+def test_a_download_tells_how_far_it_is(tmp_path: Path, begun: int) -> None:
+    """In bytes of all that is missing, up to all of it; what an earlier try brought counts."""
+    weights = bytes(1_000_000)
+    small = {name: name.encode() for name in FILES if name != "config.json"}  # no two alike
+    files = {**FILES, **small, "model.safetensors": weights}
+    blobs = tmp_path / "hub" / "models--o--m" / "blobs"
+    if begun:
+        blobs.mkdir(parents=True)
+        (blobs / f"{sha(weights)}.incomplete").write_bytes(weights[:begun])
+    code = (
+        "import json, sys; from serve_app.model.remote import download\n"
+        "told = []\n"
+        "download('o/m', None, None, None, lambda share, size: told.append((share, size)))\n"
+        "print(json.dumps(told))"
+    )
+    with serve(files) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    told = json.loads(done.stdout)
+    shares = [share for share, _ in told]
+    missing = sum(len(files[name]) for name in set(files) - {"config.json", *UNREAD})
+    assert {size for _, size in told} == {missing}
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -88,21 +88,14 @@ def test_the_plan_counts_what_transformers_counts(oracle: Any, tmp_path: Path) -
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_progress_is_told_from_nothing_to_all(oracle: Any, tmp_path: Path) -> None:
-    """Each phase's share never falls and ends at 1."""
+def test_progress_is_told_until_all_is_done(oracle: Any, tmp_path: Path) -> None:
+    """The share never falls and ends at 1."""
     oracle.save_pretrained(tmp_path)
-    told: list[tuple[str, float]] = []
-    load(
-        tmp_path,
-        dtype=torch.float32,
-        device=CPU,
-        progress=lambda phase, share: told.append((phase, share)),
-    )
-    assert list(dict(told)) == ["checkpoint", "weights"]
-    for phase in ("checkpoint", "weights"):
-        shares = [share for name, share in told if name == phase]
-        assert shares == sorted(shares)
-        assert shares[-1] == 1.0
+    told: list[float] = []
+    load(tmp_path, dtype=torch.float32, device=CPU, progress=told.append)
+    assert len(told) > 10
+    assert told == sorted(told)
+    assert told[-1] == 1.0
 
 
 def test_inspect_needs_no_torch(oracle: Any, tmp_path: Path) -> None:

@@ -59,6 +59,8 @@ def _start(arguments: list[str]) -> int:
             "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
             "serve HTTP."
         )
+    # First of all: the load balancer hears of a start that takes long, such as asking the hub.
+    door = http.Door(entry) if job is None and not entry.runpod_serverless else None
     try:
         checked = check(entry.serve_config)
     except ModelLoadFailed as error:
@@ -70,8 +72,8 @@ def _start(arguments: list[str]) -> int:
     settings = Settings.from_yaml(entry.serve_config)
     if job is not None:
         return local.run(settings, entry.serve_config, job)
-    if not takes_jobs:
-        return http.run(settings, entry, checked)
+    if door is not None:
+        return http.run(settings, entry, checked, door)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry, checked)

@@ -198,8 +198,9 @@ class EntrySettings(BaseSettings):
     serve_config: str = "configs/runpod.yaml"
     runpod_serverless: bool = True
     """True: take jobs. False: serve HTTP on `port`."""
-    port: int = 8000
-    port_health: int | None = None
+    port: int = Field(default=8000, ge=0, le=65535)
+    port_health: int | None = Field(default=None, ge=0, le=65535)
+    """Where `/ping` tells a load balancer how far the server is; None: nowhere but on `port`."""
     runpod_webhook_get_job: str | None = None
     """Set by the platform only: its presence means that jobs come from there."""
 

@@ -68,7 +68,6 @@ async def start(settings: Settings, config: str | Path, process_s: float | None 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
     """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
-    settings = with_load_log(settings)
     load_log = _begin(settings, None)
     with load_log.phase("ray"):
         with _signals_kept():
@@ -189,10 +188,19 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
             )
 
 
-def _load_failure(settings: Settings) -> ModelLoadFailed:
-    for line in read_lines(settings.load_log) if settings.load_log else []:
+def require_no_failure(load_log: str) -> None:
+    """Raises the `ModelLoadFailed` that the replica wrote into `load_log`, if any."""
+    for line in read_lines(load_log):
         if line.get("state") == "failed":
-            return ModelLoadFailed(line["error"], retry=line["retry"])
+            raise ModelLoadFailed(line["error"], retry=line["retry"])
+
+
+def _load_failure(settings: Settings) -> ModelLoadFailed:
+    try:
+        if settings.load_log is not None:
+            require_no_failure(settings.load_log)
+    except ModelLoadFailed as known:
+        return known
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
 
 

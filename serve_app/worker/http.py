@@ -1,56 +1,120 @@
 """RUNPOD_SERVERLESS=false: the same deployment over HTTP, from the same entry point.
 
 For load-balancing endpoints, pods and any host. Unlike `serve run` it ends with exit code 0 when
-it is told to stop, and what runs then is finished.
+it is told to stop, and what runs then is finished; with 1 when the model is lost for good. How far
+it is stands on PORT_HEALTH from the first moment.
 """
 
 import logging
 import signal
 import threading
 import time
+from http.client import HTTPConnection, HTTPException
 from typing import Any
 
+from serve_app.errors import ServeError
+from serve_app.load_log import read_lines
 from serve_app.settings import ConfigError, EntrySettings, Settings
-from serve_app.worker import cluster
+from serve_app.worker import cluster, progress
 from serve_app.worker.banner import banner
+from serve_app.worker.health_listener import HealthListener, listen
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
+LOOK_S = 1.0
+"""Seconds between two looks at whether the deployment still answers."""
+DRAIN_LOOK_S = 0.25
 """Seconds between two looks at whether the deployment is idle."""
 ANSWER_S = 5.0
 """Seconds that the replicas have to say so."""
+PING_S = 2.0
+"""Seconds that a replica has to answer `/ping`; while there is none, Serve lets requests wait."""
 
 
-def run(settings: Settings, entry: EntrySettings, checked: list[str]) -> int:
-    """Serves on 0.0.0.0:PORT until SIGTERM or SIGINT, then finishes what runs; 0."""
-    if entry.port_health == entry.port:
-        raise ConfigError(
-            f"PORT_HEALTH and PORT are both {entry.port}; the health listener needs its own port."
-        )
-    if entry.port_health is not None:
-        log.warning("PORT_HEALTH is not served yet; /ping on PORT answers once the model is there.")
-    for line in banner(settings, entry.serve_config, None, checked):
-        log.info("%s", line)
-    is_serving, told_to_stop = threading.Event(), threading.Event()
+class Door:
+    """How far this server is. Made before all else: takes the signals, and opens PORT_HEALTH.
 
-    def stop(*_: Any) -> None:
-        is_first = not told_to_stop.is_set()
-        told_to_stop.set()
-        if is_first and not is_serving.is_set():
+    loading <-> ready -> draining        (back to loading while Serve replaces a replica)
+       |          |
+       +----------+----> failed
+    """
+
+    def __init__(self, entry: EntrySettings) -> None:
+        """For the main thread. Raises `ConfigError` where a port cannot be had."""
+        self.status = "loading"
+        self.load_log: str | None = None
+        self.is_serving = False
+        self._told_to_stop = threading.Event()
+        if entry.port_health == entry.port:
+            raise ConfigError(
+                f"PORT_HEALTH and PORT are both {entry.port}; the health listener needs its own "
+                "port."
+            )
+        listen("PORT", entry.port).close()  # Serve's proxy would say it in the middle of a trace
+        if entry.port_health is not None:
+            HealthListener(entry.port_health, self.health)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+
+    def health(self) -> dict[str, Any]:
+        """`{"status", "load": [...]}` and the phase under way, as waiting jobs hear them."""
+        written = read_lines(self.load_log) if self.load_log else []
+        return {"status": self.status, **progress.summary(written)}
+
+    def watch(self, port: int) -> None:
+        """Keeps `status` true until the signal to stop.
+
+        Raises `ModelLoadFailed` when a replica has died and the model does not load again.
+        """
+        while not self._told_to_stop.wait(LOOK_S):
+            is_ready = _answers(port)
+            if self._told_to_stop.is_set():
+                break
+            if is_ready != (self.status == "ready"):
+                self.status = "ready" if is_ready else "loading"
+                log.warning("/ping on port %d: the server is %s.", port, self.status)
+            if not is_ready and self.load_log:
+                cluster.require_no_failure(self.load_log)
+        self.status = "draining"
+
+    def _stop(self, *_: Any) -> None:
+        is_first = not self._told_to_stop.is_set()
+        self._told_to_stop.set()
+        self.status = "draining"
+        if is_first and not self.is_serving:
             raise SystemExit(0)  # there is nobody to wait for
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
+
+def run(settings: Settings, entry: EntrySettings, checked: list[str], door: Door) -> int:
+    """Serves on 0.0.0.0:PORT until SIGTERM or SIGINT, then finishes what runs; 0."""
+    for line in banner(settings, entry.serve_config, None, checked):
+        log.info("%s", line)
+    settings = cluster.with_load_log(settings)
+    door.load_log = settings.load_log
     try:
         handle = cluster.serve_http(settings, entry.serve_config, entry.port)
-        is_serving.set()
+        door.is_serving, door.status = True, "ready"
         log.info("Serving HTTP on port %d.", entry.port)
-        told_to_stop.wait()
+        door.watch(entry.port)
         _drain(handle, settings.runpod.drain_s)
+    except ServeError:
+        door.status = "failed"
+        raise
     finally:
         cluster.stop()
     return 0
+
+
+def _answers(port: int) -> bool:
+    """Whether a request gets through the proxy to a replica with a living engine."""
+    connection = HTTPConnection("127.0.0.1", port, timeout=PING_S)
+    try:
+        connection.request("GET", "/ping")
+        return connection.getresponse().status == 200
+    except (OSError, HTTPException):
+        return False
+    finally:
+        connection.close()
 
 
 def _drain(handle: Any, limit_s: float) -> None:
@@ -69,7 +133,7 @@ def _drain(handle: Any, limit_s: float) -> None:
                 log.warning("Some requests still run after %g s; they are cut off.", limit_s)
                 return
             num_idle = 0 if _num_requests(handle) else num_idle + 1
-            time.sleep(LOOK_S)
+            time.sleep(DRAIN_LOOK_S)
     except (RayError, RayServeException, TimeoutError) as error:
         log.warning("The deployment does not answer (%s); stopping at once.", type(error).__name__)
 

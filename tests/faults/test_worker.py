@@ -1,20 +1,18 @@
 """A RunPod worker whose processes are killed under it: what each job hears."""
 
 import os
-import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
-from serve_app.tiny import CHECKPOINT
 from tests.emulator.platform import Platform
 from tests.emulator.worker import Worker
+from tests.faults.conftest import spoil
+from tests.processes import replica_of
 from tests.worker.conftest import TINY, Client, until
-from tests.worker.process import run_entry
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
@@ -38,29 +36,6 @@ def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iter
 @pytest.fixture
 def client(platform: Platform, worker: Worker) -> Client:
     return Client(platform)
-
-
-def replica_of(pid: int) -> int:
-    """The process of the replica among the descendants of `pid`."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                # "pid (name) state ppid ...", where the name may hold anything
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
-                titles[int(folder.name)] = (folder / "cmdline").read_text()
-            except OSError:
-                continue  # it has just ended
-            parents[int(folder.name)] = int(fields[1])
-
-    def is_ours(child: int) -> bool:
-        while child not in (0, pid):
-            child = parents.get(child, 0)
-        return child == pid
-
-    (replica,) = [p for p, t in titles.items() if "ServeReplica:mixtral" in t and is_ours(p)]
-    return replica
 
 
 def test_a_killed_replica_fails_the_stream_and_not_the_worker(
@@ -101,29 +76,10 @@ def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> Non
     assert job.output[-1]["usage"]["completion_tokens"] == 1500
 
 
-@pytest.fixture
-def broken(tmp_path: Path) -> Path:
-    """A configuration that passes every check, and a tokenizer that does not load."""
-    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
-    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 5}')
-    config = yaml.safe_load(TINY.read_text())
-    config["applications"][0]["args"]["model"]["name"] = str(checkpoint)
-    path = tmp_path / "broken.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def test_http_ends_when_the_model_cannot_load(tmp_path: Path, broken: Path) -> None:
-    """Unlike `serve run`, which prints traces and stays: the cause is the last line, code 1."""
-    done = run_entry(tmp_path, SERVE_CONFIG=str(broken), RUNPOD_SERVERLESS="false", PORT="0")
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if " ERROR " in line]
-    assert "tokenizer cannot be read" in errors[-1]
-
-
-def test_a_model_that_cannot_load_says_why(tmp_path: Path, broken: Path) -> None:
+def test_a_model_that_cannot_load_says_why(tmp_path: Path, config: Path, checkpoint: Path) -> None:
     """Every waiting job hears the cause, the next one at once, and the worker lives on."""
-    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(broken)) as worker:
+    spoil(checkpoint)
+    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(config)) as worker:
         client = Client(platform)
         jobs = [client.submit({"prompt": "x"}) for _ in range(3)]
         until(lambda: all(job.is_over for job in jobs))

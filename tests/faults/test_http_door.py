@@ -1,0 +1,145 @@
+"""RUNPOD_SERVERLESS=false as a whole process: what its clients and a load balancer live through."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.faults.conftest import spoil
+from tests.processes import descendants, replica_of
+from tests.worker.conftest import until
+from tests.worker.process import ENTRY, environment, run_entry
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
+
+LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 1500, "stream": True}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@pytest.fixture
+def port() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def port_health() -> int:
+    return free_port()
+
+
+@pytest.fixture
+def entry(
+    tmp_path: Path, config: Path, port: int, port_health: int
+) -> Iterator[subprocess.Popen[bytes]]:
+    """The entry point, serving HTTP on `port`, in the folder of the test."""
+    variables = environment(
+        tmp_path,
+        RUNPOD_SERVERLESS="false",
+        SERVE_CONFIG=str(config),
+        PORT=str(port),
+        PORT_HEALTH=str(port_health),
+        MIXTRAL_LOAD_LOG=str(tmp_path / "load.jsonl"),
+    )
+    command = [sys.executable, str(ENTRY)]
+    with (
+        (tmp_path / "entry.log").open("wb") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=variables, stderr=log) as process,
+    ):
+        yield process
+        process.kill()
+
+
+def until_written(entry: subprocess.Popen[bytes], file: Path, words: str) -> None:
+    """Until `words` are in `file`, which the entry point or its replica writes."""
+
+    def is_there() -> bool:
+        assert entry.poll() is None, "it has ended"
+        return file.exists() and words in file.read_text()
+
+    until(is_there, timeout_s=100)
+
+
+def ping(port_health: int) -> int | None:
+    """What the load balancer reads; None where nobody listens."""
+    try:
+        return httpx.get(f"http://127.0.0.1:{port_health}/ping", timeout=10).status_code
+    except httpx.TransportError:
+        return None
+
+
+def test_sigterm_while_loading_ends_at_once(
+    entry: subprocess.Popen[bytes], tmp_path: Path, port_health: int
+) -> None:
+    """A load balancer hears 204 before Ray runs. Told to stop there is nobody to wait for: 0."""
+    until(lambda: ping(port_health))
+    assert (ping(port_health), descendants(entry.pid)) == (204, {})
+    until_written(entry, tmp_path / "load.jsonl", "device")
+    assert ping(port_health) == 204
+    health = httpx.get(f"http://127.0.0.1:{port_health}/health")
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    assert health.json()["load"] or health.json()["phase"]
+    entry.send_signal(signal.SIGTERM)
+    assert entry.wait(60) == 0
+    assert "Serving HTTP" not in (tmp_path / "entry.log").read_text()
+
+
+def test_sigterm_lets_a_stream_finish(
+    entry: subprocess.Popen[bytes], tmp_path: Path, port: int, port_health: int
+) -> None:
+    """The stream goes on to its `[DONE]`, who comes meanwhile is sent elsewhere, the exit is 0."""
+    until_written(entry, tmp_path / "entry.log", "Serving HTTP")
+    assert ping(port_health) == 200
+    http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
+    with http, http.stream("POST", "/prompt", json=LONG) as response:
+        lines = response.iter_lines()
+        next(lines)
+        entry.send_signal(signal.SIGTERM)
+        until(lambda: http.get("/ping").status_code == 503)
+        assert ping(port_health) == 503
+        refused = http.post("/prompt", json={"prompt": "a"})
+        events = [line.removeprefix("data: ") for line in lines if line]
+    assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+    assert "retry-after" in refused.headers
+    assert events.pop() == "[DONE]"
+    assert json.loads(events[-1])["usage"]["completion_tokens"] == LONG["max_tokens"]
+    assert entry.wait(60) == 0
+
+
+def test_a_model_that_does_not_load_again_ends_it(
+    entry: subprocess.Popen[bytes], tmp_path: Path, checkpoint: Path, port_health: int
+) -> None:
+    """The replica dies and Serve's new one cannot load: the cause is logged, the exit is 1."""
+    until_written(entry, tmp_path / "entry.log", "Serving HTTP")
+    spoil(checkpoint)
+    os.kill(replica_of(entry.pid), signal.SIGKILL)
+    answers: set[int | None] = set()
+
+    def has_ended() -> bool:
+        answers.add(ping(port_health))
+        return entry.poll() is not None
+
+    until(has_ended)
+    assert entry.returncode == 1
+    assert {204, 503} & answers, "nobody told the load balancer"
+    errors = [line for line in (tmp_path / "entry.log").read_text().splitlines() if "ERROR" in line]
+    assert "tokenizer cannot be read" in errors[-1]
+
+
+def test_it_ends_when_the_model_cannot_load(tmp_path: Path, config: Path, checkpoint: Path) -> None:
+    """Unlike `serve run`, which prints traces and stays: the cause is the last line, code 1."""
+    spoil(checkpoint)
+    done = run_entry(tmp_path, SERVE_CONFIG=str(config), RUNPOD_SERVERLESS="false", PORT="0")
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if " ERROR " in line]
+    assert "tokenizer cannot be read" in errors[-1]

@@ -1,0 +1,38 @@
+"""Which processes belong to which: read from /proc, as an operator would with `ps`."""
+
+from pathlib import Path
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """Pid and command line of every living process below `pid`."""
+    parents: dict[int, int] = {}
+    titles: dict[int, str] = {}
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdigit():
+            try:
+                # "pid (name) state ppid ...", where the name may hold anything
+                state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
+                title = (folder / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue  # it has just ended
+            parents[int(folder.name)] = int(parent)
+            if state != "Z":
+                titles[int(folder.name)] = title
+
+    def is_below(child: int) -> bool:
+        while child not in (0, pid):
+            child = parents.get(child, 0)
+        return child == pid
+
+    return {child: title for child, title in titles.items() if child != pid and is_below(child)}
+
+
+def one_below(pid: int, words: str) -> int:
+    """The one process below `pid` whose command line holds `words`."""
+    (found,) = [child for child, title in descendants(pid).items() if words in title]
+    return found
+
+
+def replica_of(pid: int) -> int:
+    """The process of the replica below `pid`."""
+    return one_below(pid, "ServeReplica:mixtral")

@@ -42,6 +42,8 @@ class Loaded:
     max_model_len: int
     vocab_size: int
     dtype: str
+    quantization: "Quantization | None"
+    """How the weights are stored: as a quantised checkpoint has them, else as the settings ask."""
     memory: dict[str, int]
     """Bytes of `experts`, `attention`, `head`, `other` and `kv_cache`."""
     notes: list[str]
@@ -96,6 +98,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         max_model_len=max_model_len(settings, model.config.max_position_embeddings),
         vocab_size=model.config.vocab_size,
         dtype=str(dtype).removeprefix("torch."),
+        quantization=None if model.codes is None else model.codes.quantization,
         memory={**loader.bytes_by_part(model), "kv_cache": kv_bytes},
         notes=notes,
     )

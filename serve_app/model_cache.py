@@ -2,7 +2,7 @@
 
 Made at the first start by `convert`; a network volume is the place for it. Found by the model and
 the settings that it was made with, so that others never meet it: a local folder is its path and its
-weight files' names, sizes and times; a repository is its name and `model.revision`. So a branch
+files' names, sizes and times; a repository is its name and `model.revision`. So a branch
 that moves on is not noticed; a `revision` that is a commit never moves. Deletes no older copies.
 """
 
@@ -33,14 +33,16 @@ def copy_folder(settings: Settings) -> Path | None:
         return None
     name, seen = model.name.replace("/", "--"), model.name
     if (source := Path(model.name).expanduser().resolve()).is_dir():
-        name, seen = source.name, repr((str(source), _weight_files(source)))
+        name, seen = source.name, repr((str(source), _files(source)))
     digest = hashlib.sha256(seen.encode()).hexdigest()[:12]
     made = (name, model.revision or "main", model.quantization, model.absmax, digest)
     return Path(model.cache_dir).expanduser() / "--".join(made)
 
 
-def _weight_files(folder: Path) -> list[tuple[str, int, int]]:
-    files = [(file.name, file.stat()) for file in folder.glob("*.safetensors") if file.is_file()]
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Weights, configuration, tokenizer and chat template: all that a copy is made of."""
+    read = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
+    files = [(file.name, file.stat()) for file in read if file.is_file()]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
 

@@ -40,6 +40,7 @@ class MixtralServer:
         self.settings = settings
         load_log = LoadLog.begun_by_parent(settings.load_log)
         self._loaded = load(settings, load_log)
+        self.quantization = self._loaded.quantization
         self._engine = self._loaded.engine
         self._phases = load_log.phases
         self._is_draining = False

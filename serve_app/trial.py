@@ -12,13 +12,16 @@ import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import serve_app
 from serve_app.errors import InvalidRequest, ModelLoadFailed
 from serve_app.protocol.call import Call
 from serve_app.server import MixtralServer
 from serve_app.settings import ConfigError, Settings
+
+if TYPE_CHECKING:
+    from serve_app.model.stacked import Quantization
 
 PROMPTS = (
     "What is the capital of France?",
@@ -50,9 +53,10 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})
     say(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
-    report["kernels"] = check_kernels(settings, say)
     server = MixtralServer(settings)
     try:
+        # In the form that the weights have, which a quantised checkpoint chooses itself.
+        report["kernels"] = check_kernels(settings, server.quantization, say)
         report |= asyncio.run(_try(server, say))
     finally:
         server.close()
@@ -62,28 +66,30 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     return report
 
 
-def check_kernels(settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+def check_kernels(
+    settings: Settings, quantization: "Quantization | None", say: Callable[[str], None]
+) -> list[dict[str, Any]]:
     """Every form of a 4-bit product on this device, beside the plain float32 product.
 
-    `{"kernel", "relative_error", "tolerance"}` each; nothing where nothing is quantised.
+    `{"kernel", "storage", "relative_error", "tolerance"}` each; nothing where nothing is quantised.
     """
     import torch
 
-    from serve_app.load import choose_device, choose_dtype, wished_quantization
+    from serve_app.load import choose_device, choose_dtype
     from serve_app.model.kernel_check import relative_errors
 
-    quantization = wished_quantization(settings)
     if quantization is None:
         return []
-
+    storage = f"{quantization.quant_type}, {quantization.absmax} absmax"
     device = choose_device(settings, [])
     dtype = choose_dtype(settings, device, [])
     found = []
     with torch.inference_mode():
         for name, error in relative_errors(quantization, dtype, device).items():
             limit = TOLERANCE[str(dtype).removeprefix("torch.")]
-            found.append({"kernel": name, "relative_error": error, "tolerance": limit})
-            say(f"Kernel {name}: relative error {error:.1e}, allowed {limit:.0e}")
+            measured = {"relative_error": error, "tolerance": limit}
+            found.append({"kernel": name, "storage": storage, **measured})
+            say(f"Kernel {name}, {storage}: relative error {error:.1e}, allowed {limit:.0e}")
             if not error <= limit:
                 raise ModelLoadFailed(f"Kernel {name} is wrong on this device; send the output.")
     return found

@@ -95,7 +95,7 @@ def server(engine: FakeEngine | None = None, /, **args: Any) -> MixtralServer:
     def load(settings: Settings, load_log: LoadLog) -> Loaded:
         memory = dict.fromkeys(("experts", "attention", "head", "other", "kv_cache"), 0)
         return Loaded(
-            tokenizer(), cast(Engine, fake), MAX_MODEL_LEN, VOCAB_SIZE, "float32", memory, []
+            tokenizer(), cast(Engine, fake), MAX_MODEL_LEN, VOCAB_SIZE, "float32", None, memory, []
         )
 
     return MixtralServer(settings, load)

@@ -92,12 +92,13 @@ def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "cache").exists()
 
 
-def test_replaced_weights_get_another_copy(source: Path, tmp_path: Path) -> None:
-    """Nobody is served the weights that the folder held before."""
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_replaced_files_get_another_copy(source: Path, tmp_path: Path, file: str) -> None:
+    """Nobody is served the weights, or the tokenizer, that the folder held before."""
     chosen = settings(source, tmp_path / "cache")
     before = copy_folder(chosen)
     assert copy_folder(chosen) == before
-    os.utime(source / "model.safetensors", (1, 1))
+    os.utime(source / file, (1, 1))
     assert copy_folder(chosen) != before
 
 
@@ -121,3 +122,5 @@ def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
         check_model(settings(source, tmp_path / "file" / "cache"))
+    convert(source, tmp_path / "own")  # of which no copy is made
+    check_model(settings(tmp_path / "own", tmp_path / "file" / "cache"))

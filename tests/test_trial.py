@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from serve_app import trial
+from serve_app.convert import convert
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.matrices4 import Linear4
+from serve_app.model.stacked import Quantization
 from serve_app.settings import ConfigError, Settings
 from serve_app.tiny import CHECKPOINT
 
@@ -52,6 +54,19 @@ def test_a_model_without_a_chat_template_is_tried_too(
     assert set(report["tokens_per_s"]) == {"1", "8"}
 
 
+def test_kernels_are_tried_in_the_checkpoints_own_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings say bfloat16 absmax, the checkpoint is nested: nested is what runs."""
+    convert(CHECKPOINT, tmp_path / "ours", Quantization("nf4", "nested"))
+    monkeypatch.setenv("MODEL_NAME", str(tmp_path / "ours"))
+    lines: list[str] = []
+    report = trial.run(
+        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lines.append
+    )
+    assert {kernel["storage"] for kernel in report["kernels"]} == {"nf4, nested absmax"}
+
+
 def test_a_report_needs_a_folder(tmp_path: Path) -> None:
     """A wrong --out is said before the model is loaded."""
     with pytest.raises(ConfigError, match="absent"):
@@ -62,7 +77,7 @@ def test_a_report_needs_a_folder(tmp_path: Path) -> None:
 def test_a_wrong_kernel_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    """A product that is off by a percent, or no number, stops the trial before the model loads."""
+    """A product that is off by a percent, or no number, fails the trial."""
     right = Linear4.forward
     monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):
@@ -77,7 +92,6 @@ def test_the_torch_forms_are_within_tolerance(
 ) -> None:
     """Every storage form passes its own check, in either dtype."""
     from serve_app.model.kernel_check import relative_errors
-    from serve_app.model.stacked import Quantization
 
     how = Quantization(quant_type, absmax)  # type: ignore[arg-type]
     for error in relative_errors(how, dtype, torch.device("cpu")).values():

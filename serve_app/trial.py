@@ -53,10 +53,12 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})
     say(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
+    expected = expected_quantization(settings)
+    report["kernels"] = check_kernels(settings, expected, say)
     server = MixtralServer(settings)
     try:
-        # In the form that the weights have, which a quantised checkpoint chooses itself.
-        report["kernels"] = check_kernels(settings, server.quantization, say)
+        if server.quantization != expected:  # of a download, only its files know
+            report["kernels"] = check_kernels(settings, server.quantization, say)
         report |= asyncio.run(_try(server, say))
     finally:
         server.close()
@@ -64,6 +66,16 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     say(f"Written to {out}.")
     return report
+
+
+def expected_quantization(settings: Settings) -> "Quantization | None":
+    """How the weights will be stored: as a checkpoint on this machine has them, or as wished."""
+    from serve_app.load import find_local, wished_quantization
+    from serve_app.model.checkpoint import inspect
+    from serve_app.model.loader import agreed
+
+    wished, folder = wished_quantization(settings), find_local(settings)
+    return wished if folder is None else agreed(inspect(folder), wished)
 
 
 def check_kernels(

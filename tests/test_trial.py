@@ -77,7 +77,7 @@ def test_a_report_needs_a_folder(tmp_path: Path) -> None:
 def test_a_wrong_kernel_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    """A product that is off by a percent, or no number, fails the trial."""
+    """A product that is off by a percent, or no number, stops the trial before the model loads."""
     right = Linear4.forward
     monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):

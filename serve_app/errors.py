@@ -7,7 +7,8 @@
     │   ├── RouteNotFound           404
     │   ├── MethodNotAllowed        405
     │   ├── ContextLengthExceeded   400
-    │   └── RequestTooLarge         413
+    │   ├── RequestTooLarge         413
+    │   └── ResultTooLarge          413
     ├── Overloaded                       the same request may succeed later
     │   ├── QueueFull               429
     │   └── Draining                503
@@ -102,6 +103,13 @@ class ContextLengthExceeded(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     http_status = 413
     code = "request_too_large"
+
+
+class ResultTooLarge(InvalidRequest):
+    """The platform takes no result of this size; a smaller request gets one."""
+
+    http_status = 413
+    code = "result_too_large"
 
 
 class Overloaded(ServeError):

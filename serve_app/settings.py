@@ -128,8 +128,11 @@ class RunpodSettings(_Section):
     concurrency: int | None = Field(default=None, ge=1)
     """Jobs taken at once; None is `engine.max_running` + `engine.max_waiting` / 4."""
     drain_s: float = Field(default=25.0, ge=0)
-    """Seconds for a job that is handed over after SIGTERM, and for HTTP requests that run then.
-    Jobs that run already are finished, however long the platform waits."""
+    """Seconds after SIGTERM in which jobs and HTTP requests that run are finished. Jobs that need
+    longer fail with `retry: true` when four fifths have passed, so that they hear of it in time."""
+    large_results: Literal["error", "volume"] = "error"
+    """What becomes of a result over the platform's limit (10 MB, of `/runsync` 20 MB): an error, or
+    a file `results/<job id>.json` on the volume, with `{"file", "bytes"}` as the output."""
     volume: str = "/runpod-volume"
     """Where the network volume is mounted."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)

@@ -15,6 +15,7 @@ from serve_app.errors import (
     EngineDead,
     InternalError,
     MethodNotAllowed,
+    ServeError,
     error_body,
     job_error,
 )
@@ -77,6 +78,16 @@ class Handler:
         finally:
             seconds = time.monotonic() - began
             log.info("job %r, %s: %s after %.2f s", job.get("id"), request_id, outcome, seconds)
+
+    def refusal(self, job: dict[str, Any], error: ServeError) -> list[Any]:
+        """What is posted for `job` where something outside of it ends it with `error`."""
+        request_id = new_request_id()
+        try:
+            request = parse(job, request_id, self._max_body_bytes)
+        except ServeError:
+            request = None
+        log.info("job %r, %s: %s", job.get("id"), request_id, error.job_status)
+        return [postable(value) for value in _failure(request, error_body(error, request_id))]
 
     async def _answer(self, job: dict[str, Any], request: JobRequest) -> AsyncGenerator[Any, None]:
         if request.call.path == "/health" and self._boot.forward is None:

@@ -1,14 +1,22 @@
 """A worker with the real SDK and the real handler, and a model that follows the prompt's orders.
 
-The prompt is how many tokens to say; `"hold"` says one and then waits for ever, `"flaky"` fails
-the first two calls, which are one job and the handler's own second try, and `"refused"` is refused.
-Starting takes as many seconds as the first argument says.
+    "12"            says so many tokens
+    "hold"          says one and then waits for ever
+    "mute"          says nothing, for ever
+    "bytes 500"     says so many bytes; streamed, in tokens of 100,000
+    "nan", "deep"   says what JSON cannot
+    "flaky"         fails the first two calls, which are one job and the handler's own second try
+    "refused"       is refused
+    "end 3"         ends the worker with this exit code, and answers
+
+`--start-s` is how long the first job waits for the model; the other options are the settings.
 """
 
+import argparse
 import asyncio
+import functools
 import itertools
 import logging
-import sys
 import tempfile
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -16,57 +24,94 @@ from typing import Any
 
 from serve_app.errors import EngineDead, InvalidRequest, error_body
 from serve_app.protocol.call import Call
-from serve_app.worker import progress
+from serve_app.worker import post, progress
 from serve_app.worker.boot import Boot
 from serve_app.worker.forward import Forward
 from serve_app.worker.handler import Handler
-from serve_app.worker.start import take_jobs
+from serve_app.worker.results import Results
+from serve_app.worker.sdk import JobLoop
 
+loops: list[JobLoop] = []
 num_flaky = itertools.count()
 
 
 async def say(call: Call) -> AsyncGenerator[dict[str, Any], None]:
     """Streams the tokens `0 `, `1 `, ... one every millisecond."""
     print("call", call.request_id, flush=True)
-    if call.body["prompt"] == "flaky" and next(num_flaky) < 2:
-        raise EngineDead("The model's process ended; send the request again.")
-    if call.body["prompt"] == "refused":
-        error = InvalidRequest("The prompt is refused.", param="prompt")
-        yield {"status": 400, "error": error_body(error, call.request_id)}
-        return
     try:
-        yield {"status": 200, "stream": bool(call.body.get("stream")), "headers": {}}
-        if not call.body.get("stream"):
-            yield {"body": {"text": call.body["prompt"]}}
+        order, _, number = str(call.body["prompt"]).partition(" ")
+        is_stream = bool(call.body.get("stream"))
+        if order == "flaky" and next(num_flaky) < 2:
+            raise EngineDead("The model's process ended; send the request again.")
+        if order == "refused":
+            error = InvalidRequest("The prompt is refused.", param="prompt")
+            yield {"status": 400, "error": error_body(error, call.request_id)}
             return
-        is_held = call.body["prompt"] == "hold"
-        for n in itertools.count() if is_held else range(int(call.body["prompt"])):
-            yield {"chunk": {"token": f"{n} ", "finished": False}}
+        yield {"status": 200, "stream": is_stream, "headers": {}}
+        if order == "end":
+            loops[0].end(int(number))
+        if order == "mute":
+            await asyncio.Event().wait()
+        if not is_stream:
+            yield {"body": {"text": _text(order, number, call.body["prompt"])}}
+            return
+        for token in _tokens(order, number):
+            yield {"chunk": {"token": token, "finished": False}}
             await asyncio.sleep(0.001)
-            if is_held:
-                await asyncio.Event().wait()
+        if order == "hold":
+            await asyncio.Event().wait()
         yield {"chunk": {"token": "", "finished": True, "finish_reason": "length", "usage": {}}}
     finally:
         print("closed", call.request_id, flush=True)
 
 
-async def start() -> Forward:
-    await asyncio.sleep(float(sys.argv[1]))
+def _text(order: str, number: str, prompt: Any) -> Any:
+    match order:
+        case "bytes":
+            return "x" * int(number)
+        case "nan":
+            return float("nan")
+        case "deep":
+            return functools.reduce(lambda inner, _: [inner], range(100_000), list[Any]())
+    return prompt
+
+
+def _tokens(order: str, number: str) -> list[str]:
+    if order == "bytes":
+        return ["x" * 100_000] * (int(number) // 100_000)
+    return [
+        f"{n} " for n in itertools.islice(itertools.count(), 1 if order == "hold" else int(order))
+    ]
+
+
+async def start(seconds: float) -> Forward:
+    await asyncio.sleep(seconds)
     return say
 
 
-if __name__ == "__main__":
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--start-s", type=float, default=0.0)
+    parser.add_argument("--drain-s", type=float, default=5.0)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--volume", help="large results are kept here")
+    parser.add_argument("--post-timeout-s", type=float, default=post.RESULT_TIMEOUT_S)
+    given = parser.parse_args()
+    post.RESULT_TIMEOUT_S = post.CHUNK_TIMEOUT_S = given.post_timeout_s
     logging.basicConfig(level=logging.INFO)
     load_log = Path(tempfile.mkdtemp()) / "load.jsonl"
     load_log.write_text('{"phase": "weights", "state": "done", "seconds": 0.5}\n')
-    take_jobs(
-        Handler(
-            Boot(start),
-            tell=progress.post,
-            load_log=str(load_log),
-            progress_interval_s=0.2,
-            max_body_bytes=1_000_000,
-        ),
-        slots=8,
-        drain_s=5,
+    handler = Handler(
+        Boot(functools.partial(start, given.start_s)),
+        tell=progress.post,
+        load_log=str(load_log),
+        progress_interval_s=0.2,
+        max_body_bytes=1_000_000,
     )
+    results = Results("volume" if given.volume else "error", given.volume or "")
+    loops.append(JobLoop(handler, given.slots, given.drain_s, results))
+    return loops[0].run()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

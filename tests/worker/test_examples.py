@@ -78,7 +78,7 @@ def test_the_retry_example(tmp_path: Path) -> None:
     """A job that fails with `retry: true` is sent again; one with `false` ends it at once."""
     with (
         Platform() as platform,
-        Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
+        Worker(platform, tmp_path, script=SCRIPT) as worker,
     ):
         until(lambda: platform.queue.num_polls)
         flaky = start(platform, tmp_path, "retry", "flaky")

@@ -24,7 +24,7 @@ def platform() -> Iterator[Platform]:
 @pytest.fixture(scope="module")
 def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
     home = tmp_path_factory.mktemp("home")
-    with Worker(platform, home, script=SCRIPT, arguments=["1.0"]) as worker:
+    with Worker(platform, home, script=SCRIPT, arguments=["--start-s", "1"]) as worker:
         yield worker
 
 
@@ -85,7 +85,7 @@ def test_sigterm_lets_jobs_finish(tmp_path: Path) -> None:
     """Told to stop in the middle of a stream, the worker answers it and exits with 0."""
     with (
         Platform() as platform,
-        Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
+        Worker(platform, tmp_path, script=SCRIPT) as worker,
     ):
         job = Client(platform).submit({"prompt": "1000", "stream": True})
         until(lambda: job.chunks)
@@ -99,7 +99,7 @@ def test_a_job_handed_out_after_sigterm_is_answered(tmp_path: Path) -> None:
     """The poll that was open at SIGTERM may still bring a job; the SDK alone would lose it."""
     with (
         Platform() as platform,
-        Worker(platform, tmp_path, script=SCRIPT, arguments=["0"]) as worker,
+        Worker(platform, tmp_path, script=SCRIPT) as worker,
     ):
         first = Client(platform).submit({"prompt": "1"})
         until(lambda: first.is_over)

@@ -44,7 +44,7 @@ def _start(arguments: list[str]) -> int:
     from serve_app.check import check
     from serve_app.errors import ModelLoadFailed
     from serve_app.settings import ConfigError, EntrySettings, Settings
-    from serve_app.worker import http, local, start
+    from serve_app.worker import fitness, http, local, start
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
@@ -61,22 +61,26 @@ def _start(arguments: list[str]) -> int:
         )
     # First of all: the load balancer hears of a start that takes long, such as asking the hub.
     door = http.Door(entry) if job is None and not entry.runpod_serverless else None
+    checked: list[str] = []
+    failure: ModelLoadFailed | None = None
     try:
         checked = check(entry.serve_config)
     except ModelLoadFailed as error:
-        # Such as a lost network: another try may help, and the jobs are told if it does not.
-        if not (takes_jobs and error.retry):
+        if not takes_jobs:
             raise
+        # A worker that ended here would leave its jobs waiting, and be started again and again.
         log.warning("%s", error)
-        checked = []
+        failure = error
     settings = Settings.from_yaml(entry.serve_config)
     if job is not None:
         return local.run(settings, entry.serve_config, job)
     if door is not None:
+        if (problem := fitness.first_problem(fitness.checks(settings, None))) is not None:
+            raise problem
         return http.run(settings, entry, checked, door)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    return start.run(settings, entry, checked)
+    return start.run(settings, entry, checked, failure)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def build_app(settings: Settings) -> "Application":
         name=DEPLOYMENT,
         # Above the engine's own limits, so that a full queue is answered by us, with Retry-After.
         max_ongoing_requests=engine.max_running + engine.max_waiting + SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if _is_on_cpu(settings) else 1},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if is_on_cpu(settings) else 1},
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
@@ -58,7 +58,7 @@ def build_app(settings: Settings) -> "Application":
     return deployment(serve.ingress(ingress)(Replica)).bind(settings)
 
 
-def _is_on_cpu(settings: Settings) -> bool:
+def is_on_cpu(settings: Settings) -> bool:
     """`auto` reserves a GPU for everything but the tiny model, which needs none."""
     if settings.model.device == "auto":
         return settings.model.name == "tiny"

@@ -16,6 +16,7 @@
     ├── DeadlinePassed              504
     ├── EngineDead                  503
     ├── ModelLoadFailed             503  retry: by cause
+    │   └── MachineUnfit                 another machine may serve it
     └── InternalError               500  anything else
 
 Raise one of these anywhere; the doors call `error_body` and nothing else. Everything that is not a
@@ -160,6 +161,17 @@ class ModelLoadFailed(ServeError):
     def __init__(self, message: str, *, retry: bool = False) -> None:
         super().__init__(message)
         self.retry = retry
+
+
+class MachineUnfit(ModelLoadFailed):
+    """This machine cannot serve the model: too little memory, a full disk, an old driver.
+
+    `check` says in a word what was looked at, such as "gpu_memory".
+    """
+
+    def __init__(self, message: str, *, check: str = "machine") -> None:
+        super().__init__(message)
+        self.check = check
 
 
 class InternalError(ServeError):

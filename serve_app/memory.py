@@ -1,15 +1,15 @@
 """How much memory a configuration takes, and whether this machine has it.
 
-Computed from config.json and the settings alone, with `nvidia-smi` and /proc/meminfo for the
-machine: imports no torch, and answers before a weight is read or downloaded.
+Computed from config.json and the settings alone, with `gpus` and `host` for the machine: imports no
+torch, and answers before a weight is read or downloaded.
 """
 
-import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import MachineUnfit
+from serve_app.gpus import MIB, Gpu, find_gpus
+from serve_app.host import free_bytes
 from serve_app.load import CPU_CONTEXTS, RESERVED_BYTES
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes, weight_bytes
@@ -19,18 +19,8 @@ if TYPE_CHECKING:
     from serve_app.model.stacked import Quantization
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-MIB = 1 << 20
 CUDA_BYTES = 600 * MIB
 """What CUDA itself and torch's libraries take of a GPU."""
-
-
-@dataclass(frozen=True, slots=True)
-class Gpu:
-    """One GPU as the driver describes it."""
-
-    name: str
-    total_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ def plan_memory(
 ) -> list[str]:
     """What weights and KV cache take, a line each; `stored` is how the checkpoint is quantised.
 
-    Raises `ModelLoadFailed` where this machine does not have it.
+    Raises `MachineUnfit` where this machine does not have it.
     """
     gpus = [] if settings.model.device == "cpu" else find_gpus()
     is_tiny = settings.model.name == "tiny"  # for which `auto` reserves no GPU, see app.py
@@ -76,10 +66,11 @@ def plan_memory(
             lines.append("Device: there is no GPU on this machine, so the CPU computes.")
         return [*lines, _fit_cpu(need)]
     if not gpus:
-        raise ModelLoadFailed(
+        raise MachineUnfit(
             f"`model.device` is {settings.model.device}, but nvidia-smi finds no GPU on this "
             f"machine; this model takes one with {in_gb(need.weight_bytes)} for its weights and "
-            "more for the KV cache. Set `model.device` to cpu to do without."
+            "more for the KV cache. Set `model.device` to cpu to do without.",
+            check="gpu",
         )
     gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
     if not gpu.total_bytes:
@@ -121,30 +112,6 @@ def compute_need(
     return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
 
 
-def find_gpus() -> list[Gpu]:
-    """The GPUs that nvidia-smi lists; none where there is no nvidia-smi.
-
-    Some share their memory with the machine and tell no size: those have 0 bytes.
-    """
-    query = "--query-gpu=name,memory.total,memory.free"
-    try:
-        listed = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        ).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(",", 2) for line in listed.splitlines() if line.strip()]
-    return [Gpu(name.strip(), _mib(total), _mib(free)) for name, total, free in rows]
-
-
-def _mib(text: str) -> int:
-    return int(text) * MIB if text.strip().isdecimal() else 0
-
-
 def in_gb(num_bytes: int) -> str:
     """For people: "25.20 GB", "4.2 MB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
@@ -157,12 +124,13 @@ def _fit_gpu(settings: Settings, need: Need, gpu: Gpu) -> str:
     room = gpu.free_bytes - unused - spare - need.weight_bytes
     wanted = need.kv_bytes(need.kv_tokens or need.context)
     if room < wanted:
-        raise ModelLoadFailed(
+        raise MachineUnfit(
             f"The GPU is too small: {gpu.name} has {in_gb(gpu.free_bytes)} free, of which "
             f"{in_gb(unused)} stay unused (`engine.gpu_memory_fraction`), and the model "
             f"needs {in_gb(need.weight_bytes)} for {need.kind}, {in_gb(spare)} to work "
             f"in and {in_gb(wanted)} for {need.kv_tokens or need.context:,} tokens of KV "
-            f"cache; {_remedy(need, gpu, room)}."
+            f"cache; {_remedy(need, gpu, room)}.",
+            check="gpu_memory",
         )
     num_tokens = need.kv_tokens or room // need.token_bytes
     return (
@@ -185,21 +153,14 @@ def _fit_cpu(need: Need) -> str:
     """The line about main memory that is large enough."""
     num_tokens = need.kv_tokens or 0
     kv_cache = need.kv_bytes(num_tokens)
-    if need.weight_bytes + kv_cache > (free := _free_bytes()):
-        raise ModelLoadFailed(
+    if need.weight_bytes + kv_cache > (free := free_bytes()):
+        raise MachineUnfit(
             f"The model needs {in_gb(need.weight_bytes + kv_cache)} of memory "
             f"({in_gb(need.weight_bytes)} of them for {need.kind} weights) and "
             f"{in_gb(free)} are free; lower `engine.kv_cache_tokens`, or take a machine with "
-            "more memory."
+            "more memory.",
+            check="memory",
         )
     return (
         f"Memory: {in_gb(free)} free, and {in_gb(kv_cache)} for {num_tokens:,} tokens of KV cache."
     )
-
-
-def _free_bytes() -> int:
-    """What new processes can have without swapping."""
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    raise ConfigError("/proc/meminfo has no MemAvailable line; this needs Linux.")

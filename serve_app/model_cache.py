@@ -7,12 +7,12 @@ that moves on is not noticed; a `revision` that is a commit never moves. Deletes
 """
 
 import hashlib
-import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.convert import convert
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.model.config import stored_form
 from serve_app.model.find import is_complete
 from serve_app.model.shards import read_json
@@ -47,12 +47,19 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
 
 
 def require_writable(settings: Settings) -> None:
-    """Raises `ModelLoadFailed` where a copy is wished for and the disk would not take it."""
+    """Raises `MachineUnfit` where a copy is wished for and the disk would not take it."""
     if (folder := copy_folder(settings)) is None:
         return
     existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ModelLoadFailed(f"`model.cache_dir`: {existing} cannot be written; name another.")
+    try:
+        # Really, because permissions say little of network volumes and nothing to root.
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise MachineUnfit(
+            f"`model.cache_dir`: {existing} cannot be written ({error.strerror}); name another.",
+            check="volume",
+        ) from None
 
 
 def make_copy(

@@ -137,6 +137,12 @@ class RunpodSettings(_Section):
     """Where the network volume is mounted."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)
     """Least seconds between two progress updates of a job."""
+    start: Literal["lazy", "eager"] = "lazy"
+    """When the model loads: with the first job, within its execution time, or before any job is
+    taken, within the platform's time for a worker to come up (7 minutes by default)."""
+    execution_timeout_s: float = Field(default=600.0, gt=0)
+    """The endpoint's execution timeout in seconds, 600 by the platform's default. Stops nothing: a
+    load that is expected to take longer is said so."""
 
 
 class Settings(BaseSettings):

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from serve_app.check import check, main
-from serve_app.memory import find_gpus
+from serve_app.gpus import find_gpus
 from serve_app.model.checkpoint import inspect
 from serve_app.tiny import CHECKPOINT
 from tests.model import full_size
@@ -27,8 +27,8 @@ MIB = 1 << 20
 IN_4_BITS: dict[str, dict[str, Any]] = {
     "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 }
-RTX_5090 = "NVIDIA GeForce RTX 5090, 32607, 32100"
-RTX_4090 = "NVIDIA GeForce RTX 4090, 24564, 24100"
+RTX_5090 = "NVIDIA GeForce RTX 5090, 32607, 32100, 580.65.06"
+RTX_4090 = "NVIDIA GeForce RTX 4090, 24564, 24100, 580.65.06"
 
 
 def checkpoint(folder: Path, tensors: full_size.Tensors, shards: int, **config: Any) -> Path:
@@ -161,9 +161,9 @@ def test_what_helps_is_said(
     gpu(RTX_5090)
     long = config(tmp_path, floats, engine={"kv_cache_tokens": 200_000})
     assert "lower `engine.max_model_len` or `engine.kv_cache_tokens`" in sentence(capsys, long)
-    gpu("NVIDIA GeForce RTX 5090, 32607, 20000")
+    gpu("NVIDIA GeForce RTX 5090, 32607, 20000, 580.65.06")
     assert "end what else runs on it" in sentence(capsys, config(tmp_path, floats))
-    gpu("NVIDIA A100-SXM4-80GB, 81920, 81000")
+    gpu("NVIDIA A100-SXM4-80GB, 81920, 81000, 580.65.06")
     unquantised = config(tmp_path, floats, {"quantization": "none"})
     assert "set `model.quantization` to nf4" in sentence(capsys, unquantised)
 
@@ -191,7 +191,7 @@ def test_no_gpu(tmp_path: Path, floats: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, gpu: Any) -> None:
     """Some share their memory with the machine; the check says that it cannot say."""
-    gpu("NVIDIA GB10, [N/A], [N/A]")
+    gpu("NVIDIA GB10, [N/A], [N/A], 580.65.06")
     assert any("does not say how much" in line for line in check(config(tmp_path, floats)))
 
 

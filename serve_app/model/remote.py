@@ -12,7 +12,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.model.shards import INDEX, SINGLE
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -73,7 +73,7 @@ def look_up(name: str, revision: str | None, token: str | None, hub: Path | None
 
 
 def require_disk(name: str, repository: Repository, hub: Path | None) -> None:
-    """Raises `ModelLoadFailed` unless the disk of the cache `hub` holds what is missing."""
+    """Raises `MachineUnfit` unless the disk of the cache `hub` holds what is missing."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     cache = hub or Path(HF_HUB_CACHE)
@@ -82,9 +82,10 @@ def require_disk(name: str, repository: Repository, hub: Path | None) -> None:
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
     if repository.missing_bytes - begun > free:
-        raise ModelLoadFailed(
+        raise MachineUnfit(
             f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free in {cache}; make room, or set HF_HOME to another disk."
+            f"{free / 1e9:.1f} GB are free in {cache}; make room, or set HF_HOME to another disk.",
+            check="disk",
         )
 
 

@@ -5,10 +5,10 @@ A handful of lines, because the platform drops lines from chatty logs. No secret
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import serve_app
+from serve_app.gpus import MIB, NoGpus, query_gpus
 from serve_app.settings import Settings
 
 RULE = "=" * 72
@@ -27,6 +27,7 @@ def banner(
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
     names = ", ".join(model.served_names)
+    is_eager = settings.runpod.start == "eager"
     context = engine.max_model_len or "the checkpoint's"
     return [
         RULE,
@@ -44,7 +45,7 @@ def banner(
         f"{api.request_timeout_s:.0f} s per request",
         f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
         f"{engine.max_running} of them decoding at once",
-        "The model loads now." if slots is None else "The model loads with the first job.",
+        f"The model loads {'now' if slots is None or is_eager else 'with the first job'}.",
         RULE,
     ]
 
@@ -59,13 +60,11 @@ def volume(path: str) -> str:
 
 
 def gpu() -> str:
-    """Name, memory and driver of each GPU, from nvidia-smi: torch would take a CUDA context."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return "none (no nvidia-smi)"
-    query = [program, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    """Name, memory and driver of each GPU, or why none is seen."""
     try:
-        found = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True)
-    except (subprocess.SubprocessError, OSError) as error:
-        return f"unknown (nvidia-smi: {type(error).__name__})"
-    return "; ".join(line.strip() for line in found.stdout.splitlines() if line.strip()) or "none"
+        found = query_gpus()
+    except NoGpus as reason:
+        return f"none ({reason})"
+    return "; ".join(
+        f"{gpu.name}, {gpu.total_bytes // MIB} MiB, driver {gpu.driver}" for gpu in found
+    )

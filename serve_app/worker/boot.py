@@ -22,12 +22,15 @@ Status = Literal["idle", "loading", "ready", "failed"]
 class Boot:
     """The model of this worker, started by the first job that needs it."""
 
-    def __init__(self, start: Callable[[], Awaitable[Forward]]) -> None:
+    def __init__(
+        self, start: Callable[[], Awaitable[Forward]], error: ServeError | None = None
+    ) -> None:
+        """`error` is why a start is known to fail before it was tried."""
         self._start = start
         self._starting: asyncio.Task[Forward] | None = None
         self.forward: Forward | None = None
         """How to reach the model; None until it is ready."""
-        self.error: ServeError | None = None
+        self.error = error
         """Why the last start failed."""
 
     @property

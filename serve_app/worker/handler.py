@@ -51,7 +51,7 @@ class Handler:
         progress_interval_s: float,
         max_body_bytes: int,
     ) -> None:
-        self._boot = boot
+        self.boot = boot
         self._tell = tell
         self._load_log = load_log
         self._interval_s = progress_interval_s
@@ -90,7 +90,7 @@ class Handler:
         return [postable(value) for value in _failure(request, error_body(error, request_id))]
 
     async def _answer(self, job: dict[str, Any], request: JobRequest) -> AsyncGenerator[Any, None]:
-        if request.call.path == "/health" and self._boot.forward is None:
+        if request.call.path == "/health" and self.boot.forward is None:
             if request.call.method != "GET":
                 raise MethodNotAllowed("/health takes GET.")
             yield self._health()
@@ -113,10 +113,10 @@ class Handler:
                 log.warning("%s: the model went away; trying once more", request.call.request_id)
 
     async def _model(self, job: dict[str, Any]) -> Forward:
-        if self._boot.forward is not None:
-            return self._boot.forward
+        if self.boot.forward is not None:
+            return self.boot.forward
         return await progress.while_waiting(
-            self._boot.ready(), lambda: self._tell(job, self._health()), self._interval_s
+            self.boot.ready(), lambda: self._tell(job, self._health()), self._interval_s
         )
 
     async def _body(self, job: dict[str, Any], forward: Forward, request: JobRequest) -> Any:
@@ -144,12 +144,12 @@ class Handler:
     def _health(self) -> dict[str, Any]:
         """What `/health` says while no model can say it."""
         health: dict[str, Any] = {
-            "status": self._boot.status,
+            "status": self.boot.status,
             **progress.summary(read_lines(self._load_log)),
         }
-        if self._boot.status == "failed" and self._boot.error is not None:
+        if self.boot.status == "failed" and self.boot.error is not None:
             # Not "error": the SDK fails a job whose output has a field of that name.
-            health["reason"] = self._boot.error.message
+            health["reason"] = self.boot.error.message
         return health
 
 

@@ -18,7 +18,6 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import Draining, InternalError, ServeError
-from serve_app.settings import ConfigError
 from serve_app.worker import post, results
 from serve_app.worker.drain import Drain
 from serve_app.worker.handler import Handler
@@ -56,12 +55,7 @@ class JobLoop:
 
     def run(self) -> int:
         """Returns when all jobs are answered: 0, or the code that was given to `end`."""
-        try:
-            import runpod
-        except ValueError as error:
-            raise ConfigError(
-                f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
-            ) from None
+        import runpod
         from runpod.serverless.modules import rp_job, rp_scale
 
         build = rp_scale.JobScaler

@@ -3,11 +3,15 @@
 Knows who is who, and the order of beginning and end.
 """
 
+import asyncio
+import contextlib
 import logging
+import signal
 from pathlib import Path
 
+from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.settings import EntrySettings, Settings
-from serve_app.worker import cluster, progress
+from serve_app.worker import cluster, fitness, progress
 from serve_app.worker.banner import banner
 from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
@@ -18,12 +22,21 @@ from serve_app.worker.sdk import JobLoop
 log = logging.getLogger(__name__)
 
 
-def make_handler(settings: Settings, config: str | Path, tell: progress.Tell) -> Handler:
-    """The handler for the deployment that `config` describes; starts nothing yet."""
+def make_handler(
+    settings: Settings,
+    config: str | Path,
+    tell: progress.Tell,
+    failure: ModelLoadFailed | None = None,
+) -> Handler:
+    """The handler for the deployment that `config` describes; starts nothing yet.
+
+    `failure` is why the model cannot load, where that is known already.
+    """
     settings = cluster.with_load_log(settings)
     process_s = process_age_s()  # the first job may come much later
+    final = failure if failure is not None and not failure.retry else None
     return Handler(
-        Boot(lambda: cluster.start(settings, config, process_s)),
+        Boot(lambda: cluster.start(settings, config, process_s), final),
         tell=tell,
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
@@ -37,17 +50,52 @@ def num_slots(settings: Settings) -> int:
     return settings.runpod.concurrency or engine.max_running + engine.max_waiting // 4
 
 
-def run(settings: Settings, entry: EntrySettings, checked: list[str]) -> int:
-    """Takes jobs until SIGTERM and answers every job taken; the exit code."""
+def run(
+    settings: Settings,
+    entry: EntrySettings,
+    checked: list[str],
+    failure: ModelLoadFailed | None = None,
+) -> int:
+    """Takes jobs until SIGTERM and answers every job taken; the exit code.
+
+    `failure` is what `serve_app.check` found wrong: the jobs hear of it, unless it is the machine's
+    fault, which ends the worker as unhealthy.
+    """
     slots = num_slots(settings)
     for line in banner(settings, entry.serve_config, slots, checked):
         log.info("%s", line)
-    handler = make_handler(settings, entry.serve_config, progress.post)
+    checks = fitness.checks(settings, failure)
+    fitness.register(checks)
+    handler = make_handler(settings, entry.serve_config, progress.post, failure)
     results = Results(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, results)
     try:
+        if settings.runpod.start == "eager" and fitness.first_problem(checks) is None:
+            load_now(handler.boot)
         code = loop.run()
     finally:
         cluster.stop()
     log.info("All jobs are answered; the worker ends.")
     return code
+
+
+def load_now(boot: Boot) -> None:
+    """Starts the model before any job is taken; why it fails is kept for the jobs.
+
+    For the main thread: SIGTERM ends the process, as there is no job to answer.
+    """
+
+    def stop(*_: object) -> None:
+        raise SystemExit(0)
+
+    kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        asyncio.run(_ready(boot))
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
+
+
+async def _ready(boot: Boot) -> None:
+    with contextlib.suppress(ServeError):  # which boot has logged, and tells to the jobs
+        await boot.ready()

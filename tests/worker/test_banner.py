@@ -41,8 +41,13 @@ def test_gpus_are_named_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.Monkey
     program = tmp_path / "nvidia-smi"
     monkeypatch.setenv("PATH", str(tmp_path))
     assert gpu() == "none (no nvidia-smi)"
-    program.write_text("#!/bin/sh\necho 'RTX 5090, 32607 MiB, 580.1'\necho 'B, 1 MiB, 580.1'\n")
+    rows = "RTX 5090, 32607, 32100, 580.1\nB, 1, [N/A], 580.1"
+    program.write_text(f"#!/bin/sh\necho '{rows}'\n")
     program.chmod(0o755)
-    assert gpu() == "RTX 5090, 32607 MiB, 580.1; B, 1 MiB, 580.1"
+    assert gpu() == "RTX 5090, 32607 MiB, driver 580.1; B, 1 MiB, driver 580.1"
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert gpu() == "unknown (nvidia-smi: CalledProcessError)"
+    assert gpu() == "none (nvidia-smi: exit 9)"
+    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed.'\nexit 9\n")
+    assert gpu() == "none (nvidia-smi: NVIDIA-SMI has failed.)"
+    program.write_text("#!/bin/sh\nexit 0\n")
+    assert gpu() == "none (nvidia-smi lists none)"

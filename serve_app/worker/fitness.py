@@ -1,0 +1,124 @@
+"""Whether this machine can serve the model: the checks that the SDK runs before it takes jobs.
+
+What another machine may do better belongs here: a failing check reports the worker as unhealthy
+and ends it with code 1 (SDK: `register_fitness_check`). What is wrong with the model or its name is
+for the jobs to hear. Every check is cheap, imports no torch, and says in one sentence what to do.
+"""
+
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from serve_app.app import is_on_cpu
+from serve_app.errors import MachineUnfit, ModelLoadFailed
+from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
+from serve_app.model_cache import require_writable
+from serve_app.settings import ConfigError, Settings
+from serve_app.worker.cluster import OBJECT_STORE_BYTES
+
+log = logging.getLogger(__name__)
+
+Check = Callable[[], None]
+"""Raises `MachineUnfit`."""
+
+SHARED_MEMORY = Path("/dev/shm")
+SCRATCH = Path("/tmp")
+SCRATCH_BYTES = 1_000_000_000
+"""What Ray's session and its logs may take."""
+
+
+def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
+    """All of them; `failure` is what `serve_app.check` found wrong, if anything."""
+
+    def gpu_driver() -> None:
+        require_driver(settings)
+
+    def shared_memory() -> None:
+        require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
+
+    def disk() -> None:
+        require_disk(SCRATCH, SCRATCH_BYTES)
+
+    def volume() -> None:
+        require_writable(settings)
+
+    def model_folder() -> None:
+        require_folder(settings)
+
+    def found() -> None:
+        if isinstance(failure, MachineUnfit):
+            raise failure
+
+    if isinstance(failure, MachineUnfit):
+        found.__name__ = failure.check  # what the platform is told
+    return [gpu_driver, shared_memory, disk, volume, model_folder, found]
+
+
+def first_problem(wanted: list[Check]) -> MachineUnfit | None:
+    """What the first failing check says, without ending the worker."""
+    for check in wanted:
+        try:
+            check()
+        except MachineUnfit as problem:
+            return problem
+    return None
+
+
+def register(wanted: list[Check]) -> None:
+    """Hands the checks to the SDK; raises `ConfigError` where the SDK cannot be imported."""
+    try:
+        from runpod.serverless import register_fitness_check
+    except ValueError as error:
+        raise ConfigError(
+            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
+        ) from None
+    for check in wanted:
+        register_fitness_check(check)
+
+
+def require_driver(settings: Settings) -> None:
+    """Raises `MachineUnfit` where a GPU is needed and its driver is too old, or gives no answer."""
+    if is_on_cpu(settings):
+        return
+    try:
+        gpus = query_gpus()
+    except NoGpus as reason:
+        raise MachineUnfit(
+            f"The model needs a GPU and none is seen ({reason}); choose another host, or set "
+            "`model.device` to cpu."
+        ) from None
+    cuda = torchs_cuda()
+    for gpu in gpus:
+        if cuda is not None and (problem := driver_problem(gpu, cuda)) is not None:
+            raise MachineUnfit(problem)
+
+
+def require_shared_memory(folder: Path, num_bytes: int) -> None:
+    """Raises `MachineUnfit` where Ray's object store has no room in shared memory."""
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    if free < num_bytes:
+        raise MachineUnfit(
+            f"{folder} has {free / 1e6:.0f} MB free and Ray needs {num_bytes / 1e6:.0f} MB; start "
+            "the container with a larger one (--shm-size)."
+        )
+
+
+def require_disk(folder: Path, num_bytes: int) -> None:
+    """Raises `MachineUnfit` where the container's disk is full."""
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise MachineUnfit(
+            f"The disk of {folder} is full: {free / 1e6:.0f} MB are free, and Ray needs "
+            f"{num_bytes / 1e6:.0f} MB for its session; raise the container's disk."
+        )
+
+
+def require_folder(settings: Settings) -> None:
+    """Raises `MachineUnfit` where `model.name` is a path and nothing is there."""
+    name = settings.model.name
+    if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
+        volume = settings.runpod.volume
+        is_lost = name.startswith(volume) and not Path(volume).is_dir()
+        why = f"the volume {volume} is not mounted" if is_lost else "there is no such folder"
+        raise MachineUnfit(f"{name}: {why}; `model.name` must be the model's folder.")

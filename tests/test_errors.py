@@ -45,6 +45,7 @@ TABLE = [
     ("DeadlinePassed", 504, "server_error", "timeout", "TIMEOUT", True),
     ("EngineDead", 503, "server_error", "engine_dead", "CONNECTION_ERROR", True),
     ("ModelLoadFailed", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
+    ("MachineUnfit", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
     ("InternalError", 500, "server_error", "internal_error", "UNKNOWN_ERROR", True),
 ]
 

@@ -260,6 +260,7 @@ def _engine(
             max_step_tokens=chosen.max_step_tokens,
             eos_token_ids=model.config.eos_token_ids,
             retry_after_s=settings.api.retry_after_s,
+            keeps_prefixes=chosen.prefix_cache,
         ),
     )
     engine.start()

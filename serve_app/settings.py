@@ -89,6 +89,9 @@ class EngineSettings(_Section):
     """Tokens in one KV block."""
     kv_cache_tokens: int | None = Field(default=None, ge=16)
     """Tokens of KV cache; None is what the GPU's memory leaves, on a CPU 4 x max_model_len."""
+    prefix_cache: bool = True
+    """Requests that begin alike, such as the turns of a conversation, share the KV blocks of what
+    they have in common; what nobody uses stays until its room is needed."""
     gpu_memory_fraction: float = Field(default=1.0, gt=0, le=1)
     """Share of the GPU that this server may take; lower it where others use the GPU too. 1 GiB is
     kept for activations in any case. A 32 GB card has no more to spare beside 25 GB of weights."""

@@ -73,7 +73,7 @@ class FakeEngine:
             self.left.set()
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0)
+        return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0, 0)
 
     def stop(self) -> None:
         self.is_alive = False

@@ -27,6 +27,8 @@ class EngineConfig:
     """Tokens in one step, prompts and decodes together; at least `max_running`."""
     eos_token_ids: frozenset[int]
     retry_after_s: int = 2
+    keeps_prefixes: bool = True
+    """Whether sequences share the KV blocks of what they begin with in common."""
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_running:

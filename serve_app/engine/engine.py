@@ -41,7 +41,7 @@ MAX_FAILED_STEPS = 3
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Now: sequences and KV blocks. Since the start: the four counters."""
+    """Now: sequences and KV blocks. Since the start: the counters."""
 
     running: int
     waiting: int
@@ -49,6 +49,8 @@ class EngineStats:
     kv_blocks_total: int
     generated_tokens: int
     prompt_tokens: int
+    shared_tokens: int
+    """Of prompts, and of what a preemption put back: found in the cache and not computed."""
     preemptions: int
     steps: int
 
@@ -60,7 +62,9 @@ class Engine:
         self.config = config
         self._runner = runner
         self._blocks = BlockAllocator(config.num_blocks, config.block_size)
-        self._scheduler = Scheduler(self._blocks, config.max_running, config.max_step_tokens)
+        self._scheduler = Scheduler(
+            self._blocks, config.max_running, config.max_step_tokens, config.keeps_prefixes
+        )
         self._inbox = Inbox(config.max_running + config.max_waiting, config.retry_after_s)
         self._outbox = Outbox()
         # The live sequences. Only the engine's thread touches this.
@@ -95,6 +99,7 @@ class Engine:
             kv_blocks_total=self._blocks.num_blocks,
             generated_tokens=self._generated_tokens,
             prompt_tokens=self._prompt_tokens,
+            shared_tokens=self._scheduler.num_shared_tokens,
             preemptions=self._scheduler.num_preemptions,
             steps=self._steps,
         )
@@ -184,6 +189,7 @@ class Engine:
             log.error("the logits of a sequence were not finite")
             self._fail(sequence, InternalError("The model computed no finite numbers; try again."))
             return
+        self._scheduler.keep(sequence)  # its logits are finite, so what they came from is too
         if token in sequence.stop_ids:
             self._end(sequence, Delta([], [], "stop"))
             return

@@ -59,7 +59,8 @@ class ModelRunner:
         for sequence, token in zip(sampled, samples.token_ids, strict=True):
             if token == FAILED:
                 # It left numbers that are not finite, and its blocks go to somebody else.
-                self.cache.clear(torch.tensor(sequence.block_table, device=self._device))
+                own = sequence.block_table[sequence.num_kept :]
+                self.cache.clear(torch.tensor(own, device=self._device))
         return samples
 
     def _batch(self, chunks: list[Chunk]) -> Batch:

@@ -4,22 +4,33 @@ A step first decodes every running sequence, then spends what is left of its tok
 prompts, so a long prompt never stalls the streams that run. Blocks for a whole prompt are taken at
 admission. When a decode finds no block, the latest arrived running sequence is preempted: it gives
 its blocks back and waits at the head of the queue until its prompt and its generated tokens are
-computed anew. Everyone that runs arrived before everyone that waits.
+computed anew, save for what the cache still holds. Everyone that runs arrived before everyone that
+waits.
+
+With `keeps_prefixes` a sequence computes only what follows the longest beginning that the cache
+knows, and leaves its own blocks to others (`keep`).
 
 The cost of a step does not depend on how many wait. Knows no tensors, sampling or threads.
 """
 
 from collections import OrderedDict
 
-from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.kv_cache import BlockAllocator, extend_hashes
 from serve_app.engine.sequence import Chunk, Sequence
 
 
 class Scheduler:
     """Waiting and running sequences; the caller ends each with `remove`."""
 
-    def __init__(self, blocks: BlockAllocator, max_running: int, max_step_tokens: int) -> None:
+    def __init__(
+        self,
+        blocks: BlockAllocator,
+        max_running: int,
+        max_step_tokens: int,
+        keeps_prefixes: bool = True,
+    ) -> None:
         self.blocks = blocks
+        self.keeps_prefixes = keeps_prefixes
         self.max_running = max_running
         self.max_step_tokens = max_step_tokens
         self.running: list[Sequence] = []
@@ -27,6 +38,8 @@ class Scheduler:
         # Ordered, with removal from the middle in constant time.
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.num_preemptions = 0
+        self.num_shared_tokens = 0
+        """Tokens that were not computed, as the cache had them."""
 
     @property
     def has_work(self) -> bool:
@@ -43,6 +56,20 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._release(sequence)
+
+    def keep(self, sequence: Sequence) -> None:
+        """Lets others share the blocks that a running sequence has filled.
+
+        For the caller to say when they are known to be sound: a block with a NaN, once shared,
+        would fail everybody who shares it.
+        """
+        num_full = sequence.num_computed // self.blocks.block_size
+        if not self.keeps_prefixes or num_full <= sequence.num_kept:
+            return
+        self._hash(sequence, num_full)
+        for index in range(sequence.num_kept, num_full):
+            self.blocks.keep(sequence.block_table[index], sequence.block_hashes[index])
+        sequence.num_kept = num_full
 
     def schedule(self) -> list[Chunk]:
         """The next step: at least one chunk when there is work, `max_step_tokens` at most.
@@ -88,16 +115,35 @@ class Scheduler:
         if not self.waiting or len(self.running) == self.max_running:
             return False
         head = next(iter(self.waiting))
+        shared = self._shared_blocks(head)
         # One block for each running sequence stays free: otherwise the next decodes would
         # preempt the newcomer and waste its prefill.
-        needed = self.blocks.blocks_for(len(head.token_ids)) + len(self.running)
+        missing = self.blocks.blocks_for(len(head.token_ids)) - len(shared)
+        needed = missing + self.blocks.num_idle(shared) + len(self.running)
         if self.running and needed > self.blocks.num_free:
             return False
+        self.blocks.share(shared)
+        head.block_table += shared
         if not self.blocks.grow(head.block_table, len(head.token_ids)):
             raise RuntimeError("a sequence was queued that can never fit into the KV cache")
+        head.num_kept = len(shared)
+        head.num_computed = len(shared) * self.blocks.block_size
+        self.num_shared_tokens += head.num_computed
         del self.waiting[head]
         self.running.append(head)
         return True
+
+    def _shared_blocks(self, sequence: Sequence) -> list[int]:
+        """What the cache holds of its beginning, but for its last token: that one has to be
+        computed, as its logits are what is asked for."""
+        if not self.keeps_prefixes:
+            return []
+        self._hash(sequence, (len(sequence.token_ids) - 1) // self.blocks.block_size)
+        return self.blocks.find(sequence.block_hashes)
+
+    def _hash(self, sequence: Sequence, num_blocks: int) -> None:
+        size = self.blocks.block_size
+        extend_hashes(sequence.block_hashes, sequence.token_ids, size, num_blocks)
 
     def _release(self, sequence: Sequence) -> None:
         self.blocks.free(sequence.block_table)

@@ -83,6 +83,10 @@ class Sequence:
     """How many of `token_ids` have keys and values in the cache; a preemption sets it to 0."""
     block_table: list[int] = field(default_factory=list)
     """KV blocks in the order of positions. A preemption replaces the list."""
+    num_kept: int = 0
+    """Leading blocks of the table that others may share: never written again."""
+    block_hashes: list[bytes] = field(default_factory=list)
+    """Of its leading blocks' tokens, as far as anybody has asked."""
     sampler_state: Any = None
     """What the sampler remembers of it (token counts); nobody else looks inside."""
 

@@ -1,9 +1,12 @@
-"""One compute thread: the machine is shared."""
+"""One compute thread, because the machine is shared; a random Mixtral beside transformers'."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from tests.engine.mixtral import Pair
+from tests.model.driver import load_float32, random_oracle
 
 
 @pytest.fixture(autouse=True)
@@ -12,3 +15,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    oracle = random_oracle(seed=3)
+    folder = tmp_path_factory.mktemp("mixtral")
+    oracle.save_pretrained(folder)
+    return Pair(load_float32(folder), oracle)

@@ -1,4 +1,7 @@
-"""The scheduler, driven by hand: a step is taken for computed, and every token is 0."""
+"""The scheduler, driven by hand: a step writes down which tokens each slot of the cache stands for.
+
+Every token is 0 unless a test says otherwise, so that sequences have as much in common as can be.
+"""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -11,8 +14,10 @@ from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 
 
-def new_sequence(num_prompt: int, max_tokens: int) -> Sequence:
-    return Sequence([0] * num_prompt, SamplingParams(max_tokens=max_tokens), 0, frozenset())
+def new_sequence(num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
+    """A prompt of zeros, whose sixth token is `kind`."""
+    token_ids = [kind if i == 5 else 0 for i in range(num_prompt)]
+    return Sequence(token_ids, SamplingParams(max_tokens=max_tokens), 0, frozenset())
 
 
 @dataclass
@@ -23,9 +28,11 @@ class Driver:
     arrived: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     ended: Counter[Sequence] = field(default_factory=Counter)
+    slots: dict[tuple[int, int], list[int]] = field(default_factory=dict)
+    """The keys and values of (block, offset), as the tokens that they were computed from."""
 
-    def add(self, num_prompt: int, max_tokens: int) -> Sequence:
-        sequence = new_sequence(num_prompt, max_tokens)
+    def add(self, num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
+        sequence = new_sequence(num_prompt, max_tokens, kind)
         self.arrived.append(sequence)
         self.scheduler.add(sequence)
         return sequence
@@ -41,16 +48,23 @@ class Driver:
         decoding = [s for s in self.scheduler.running if s.num_uncomputed == 1]
         chunks = self.scheduler.schedule()
         self.check(chunks, decoding)
-        for sequence, _, end, samples in chunks:
+        for sequence, start, end, samples in chunks:
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
+            for position in range(start, end):
+                self.slots[self.slot(sequence, position)] = sequence.token_ids[: position + 1]
             sequence.num_computed = end
             if samples:
+                self.scheduler.keep(sequence)
                 sequence.token_ids.append(0)
                 if sequence.num_generated == sequence.params.max_tokens:
                     self.scheduler.remove(sequence)
                     self.ended[sequence] += 1
         return chunks
+
+    def slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
+        block, offset = divmod(position, self.scheduler.blocks.block_size)
+        return sequence.block_table[block], offset
 
     def check(self, chunks: list[Chunk], decoding: list[Sequence]) -> None:
         scheduler = self.scheduler
@@ -66,7 +80,11 @@ class Driver:
         assert scheduled[: len(alive)] == alive, "a running stream was stalled"
         assert len(scheduler.running) <= scheduler.max_running
         owned = [block for s in scheduler.running for block in s.block_table]
-        assert len(set(owned)) == len(owned) == scheduler.blocks.num_used
+        assert len(set(owned)) == scheduler.blocks.num_used
+        for sequence in scheduler.running:
+            for position in range(sequence.num_computed):
+                seen = self.slots[self.slot(sequence, position)]
+                assert seen == sequence.token_ids[: position + 1], "another sequence's tokens"
         order = [*scheduler.running, *scheduler.waiting]
         assert order == [s for s in self.arrived if not self.ended[s]], "not in order of arrival"
         assert not any(s.block_table or s.num_computed for s in scheduler.waiting)
@@ -74,7 +92,8 @@ class Driver:
 
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.integers(1, 20), st.integers(1, 12)),  # a new request: prompt, max_tokens
+        # a new request: prompt, max_tokens, kind
+        st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(0, 2)),
         st.integers(0, 30),  # the one with this number leaves
         st.none(),  # a step
     ),
@@ -88,20 +107,29 @@ EVENTS = st.lists(
     st.integers(0, 10),
     st.integers(1, 5),
     st.integers(0, 8),
+    st.booleans(),
     EVENTS,
 )
 def test_every_sequence_ends_once_within_all_limits(
-    max_running: int, more_tokens: int, block_size: int, more_blocks: int, events: list[object]
+    max_running: int,
+    more_tokens: int,
+    block_size: int,
+    more_blocks: int,
+    keeps_prefixes: bool,
+    events: list[object],
 ) -> None:
-    """Whatever arrives and leaves: limits hold in every step, all end once, in order of arrival."""
+    """Whatever arrives and leaves: limits hold in every step, all end once, in order of arrival.
+
+    And whoever shares blocks, each sequence finds its own tokens in its table.
+    """
     num_blocks = -(-31 // block_size) + more_blocks  # 31 tokens: the longest request alone
     blocks = BlockAllocator(num_blocks, block_size)
-    driver = Driver(Scheduler(blocks, max_running, max_running + more_tokens))
+    driver = Driver(Scheduler(blocks, max_running, max_running + more_tokens, keeps_prefixes))
     left: set[Sequence] = set()
     for event in events:
         match event:
-            case (int(num_prompt), int(max_tokens)):
-                driver.add(num_prompt, max_tokens)
+            case (int(num_prompt), int(max_tokens), int(kind)):
+                driver.add(num_prompt, max_tokens, kind)
             case int(number) if number < len(driver.arrived):
                 left.add(driver.arrived[number])
                 driver.abort(driver.arrived[number])
@@ -119,7 +147,8 @@ def test_every_sequence_ends_once_within_all_limits(
 
 def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     """Blocks for two run out: the second gives way, then resumes from its prompt and its tokens."""
-    driver = Driver(Scheduler(BlockAllocator(6, 4), max_running=2, max_step_tokens=16))
+    blocks = BlockAllocator(6, 4)
+    driver = Driver(Scheduler(blocks, max_running=2, max_step_tokens=16, keeps_prefixes=False))
     first, second = driver.add(8, 13), driver.add(7, 9)
     while not driver.scheduler.num_preemptions:
         driver.step()
@@ -132,6 +161,64 @@ def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     while driver.step():
         pass
     assert second.num_generated == 9
+
+
+def test_a_second_turn_computes_only_what_is_new() -> None:
+    """A prompt that holds an earlier one and its answer begins where the full blocks of those end;
+    with the cache off it begins at 0."""
+    for keeps_prefixes, start in ((True, 16), (False, 0)):
+        blocks = BlockAllocator(64, 4)
+        driver = Driver(Scheduler(blocks, 4, max_step_tokens=64, keeps_prefixes=keeps_prefixes))
+        first = driver.add(11, 8)
+        while driver.step():
+            pass
+        assert blocks.num_used == 0
+        second = driver.add(11 + 8 + 5, 3)
+        (chunk,) = driver.step()
+        # The first one's last token was returned and never computed: 18 tokens, 4 full blocks.
+        assert chunk == Chunk(second, start, 24, samples=True)
+        assert driver.scheduler.num_shared_tokens == start
+        assert first.num_generated == 8
+
+
+def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> None:
+    """Somebody has to give the logits: the last block is computed anew, in a block of its own."""
+    driver = Driver(Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=64))
+    first = driver.add(8, 30)
+    driver.step()
+    second = driver.add(8, 30)
+    chunks = driver.step()
+    assert chunks[1] == Chunk(second, 4, 8, samples=True)
+    assert second.block_table[0] == first.block_table[0]
+    assert second.block_table[1] != first.block_table[1]
+
+
+def test_kept_blocks_give_way_to_those_who_need_room() -> None:
+    """A cache full of kept blocks admits as many as an empty one, the longest unused going first;
+    what is left of them is found."""
+    driver = Driver(Scheduler(BlockAllocator(8, 4), max_running=2, max_step_tokens=64))
+    for kind in (1, 2):
+        driver.add(16, 1, kind)
+        while driver.step():
+            pass
+    driver.add(20, 1, kind=3)  # shares the first block with both, and takes three of kind 1
+    driver.step()
+    for kind, known in ((2, 12), (1, 4)):
+        sequence = driver.add(16, 1, kind)
+        (chunk,) = driver.step()
+        assert (chunk.sequence, chunk.start) == (sequence, known)
+
+
+def test_what_nobody_vouches_for_is_not_shared() -> None:
+    """Blocks become known by `keep` alone, which the engine calls for finite logits."""
+    scheduler = Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=64)
+    failed = new_sequence(16, 4)
+    scheduler.add(failed)
+    scheduler.schedule()
+    failed.num_computed = 16
+    scheduler.remove(failed)
+    scheduler.add(again := new_sequence(16, 4))
+    assert scheduler.schedule() == [Chunk(again, 0, 16, samples=True)]
 
 
 def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:

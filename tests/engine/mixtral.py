@@ -1,0 +1,102 @@
+"""Our Mixtral in float32 in an engine, and how its answers are compared.
+
+Tokens may differ only where the two best logits lie within 1e-4: different shapes of the same
+product round differently. Each comparison counts how often that excuse was needed.
+"""
+
+import asyncio
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from serve_app.engine.engine import Engine
+from serve_app.engine.runner import ModelRunner
+from serve_app.engine.sequence import SamplingParams
+from serve_app.model.mixtral import Mixtral
+from tests.engine.fake import complete, run, running
+
+BLOCK_SIZE = 4
+NUM_TOKENS = 24
+NEAR = 1e-4
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Our model, and transformers' with the same random weights."""
+
+    ours: Mixtral
+    oracle: Any
+
+
+@contextmanager
+def serving(
+    model: Mixtral, num_blocks: int = 512, max_step_tokens: int = 64, keeps_prefixes: bool = True
+) -> Iterator[Engine]:
+    runner = ModelRunner(model, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    with running(
+        runner,
+        max_model_len=256,
+        max_running=32,
+        block_size=BLOCK_SIZE,
+        num_blocks=num_blocks,
+        max_step_tokens=max_step_tokens,
+        keeps_prefixes=keeps_prefixes,
+    ) as engine:
+        yield engine
+
+
+@contextmanager
+def poisoned(model: Mixtral, token: int) -> Iterator[None]:
+    """While this lasts, whoever says `token` computes NaN."""
+    row = model.embedding.data[token]
+    before = row.clone()
+    row.fill_(torch.nan)
+    try:
+        yield
+    finally:
+        row.copy_(before)
+
+
+def prompts(count: int, seed: int, longest: int = 40) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(96) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+
+
+def greedy(**how: Any) -> SamplingParams:
+    return SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True, **how)
+
+
+def together(engine: Engine, requests: list[tuple[list[int], SamplingParams]]) -> list[Any]:
+    async def gather() -> list[Any]:
+        return await asyncio.gather(*(complete(engine, *request) for request in requests))
+
+    return run(gather())
+
+
+def answers(engine: Engine, some: list[list[int]], params: SamplingParams) -> list[list[int]]:
+    return [tokens for tokens, _, _ in together(engine, [(prompt, params) for prompt in some])]
+
+
+def count_near_ties(oracle: Any, prompt: list[int], one: list[int], other: list[int]) -> int:
+    """0 for equal answers, 1 for those that part where the two best logits nearly tie."""
+    if one == other:
+        return 0
+    assert len(one) == len(other)
+    place = next(i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b)
+    logits = oracle(torch.tensor([prompt + one[:place]])).logits[0, -1]
+    best = logits.topk(2)
+    assert set(best.indices.tolist()) == {one[place], other[place]}
+    assert best.values[0] - best.values[1] < NEAR
+    return 1
+
+
+def assert_same(pair: Pair, some: list[list[int]], one: list[Any], other: list[Any]) -> None:
+    """Equal but for near ties, of which there may be one in a thousand tokens."""
+    near_ties = sum(
+        count_near_ties(pair.oracle, *case) for case in zip(some, one, other, strict=True)
+    )
+    assert near_ties <= max(1, len(some) * NUM_TOKENS // 1000)

@@ -22,7 +22,8 @@ RESULT_TIMEOUT_S = 10.0
 """How long the first post of a result may take; each further one may take twice as long."""
 MAX_TIMEOUT_S = 120.0
 CHUNK_TIMEOUT_S = 10.0
-CHUNK_TRIES = 4
+CHUNK_DELAYS_S = (0.5, 1.0)
+"""Pauses before a chunk is posted again; a lost one is in the result anyway."""
 
 Outcome = Literal["acknowledged", "too large", "given up"]
 
@@ -69,14 +70,14 @@ async def chunk(
 
     Not repeated after a timeout: a chunk that was heard twice could not be told from the text.
     """
-    failure: int | str | None = None
-    for _, delay in zip(range(CHUNK_TRIES), delays(), strict=False):
-        failure = await _post(session, url, body, job_id, CHUNK_TIMEOUT_S)
-        if failure is None:
-            return True
-        if failure == TIMED_OUT:
+    failure = await _post(session, url, body, job_id, CHUNK_TIMEOUT_S)
+    for delay in CHUNK_DELAYS_S:
+        if failure is None or failure == TIMED_OUT:
             break
         await drain.sleep(delay)
+        failure = await _post(session, url, body, job_id, CHUNK_TIMEOUT_S)
+    if failure is None:
+        return True
     log.warning("job %r: a chunk was not taken (%s); its result has the rest.", job_id, failure)
     return False
 

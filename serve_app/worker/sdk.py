@@ -22,7 +22,7 @@ from serve_app.worker import post, results
 from serve_app.worker.drain import Drain
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
-from serve_app.worker.take import RATE_LIMIT_S, Trouble, poll
+from serve_app.worker.take import QUICK_S, RATE_LIMIT_S, Trouble, poll
 from serve_app.worker.taken import Job, Taken
 
 if TYPE_CHECKING:
@@ -150,11 +150,13 @@ class JobLoop:
             return
         delays = post.delays()
         while True:
+            began = time.monotonic()
             try:
                 for job_id in await rp_job.get_stop_signals(session):
                     self._taken.stop(job_id)
                 delays = post.delays()
-                await asyncio.sleep(LOOK_S)
+                if time.monotonic() - began < QUICK_S:
+                    await asyncio.sleep(QUICK_S)
             except TooManyRequests:
                 await asyncio.sleep(RATE_LIMIT_S)
             except Exception as error:  # it must never end: a job may have to be stopped later

@@ -27,6 +27,7 @@ class ClientHalf:
             web.get("/v2/{endpoint}/status/{job}", self.status),
             web.get("/v2/{endpoint}/stream/{job}", self.stream),
             web.post("/v2/{endpoint}/cancel/{job}", self.cancel),
+            web.post("/v2/{endpoint}/retry/{job}", self.retry),
             web.get("/v2/{endpoint}/health", self.health),
             web.route("*", "/v2/{endpoint}/openai/{path:.*}", self.openai),
         ]
@@ -54,6 +55,13 @@ class ClientHalf:
     async def cancel(self, request: web.Request) -> web.Response:
         job = self._job(request)
         await self.queue.cancel(job)
+        return web.json_response({"id": job.id, "status": job.status})
+
+    async def retry(self, request: web.Request) -> web.Response:
+        job = self._job(request)
+        if job.status not in ("FAILED", "TIMED_OUT"):
+            raise web.HTTPBadRequest(text="only failed jobs can be retried")
+        await self.queue.retry(job)
         return web.json_response({"id": job.id, "status": job.status})
 
     async def health(self, request: web.Request) -> web.Response:

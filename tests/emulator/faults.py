@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
+from tests.emulator.queue import Job
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -34,8 +36,10 @@ class Fault:
     """No answer ever comes; the connection stays open until the worker closes it."""
 
 
-IS_LOST = web.RequestKey("is_lost", bool)
-"""Set on a request whose acknowledgement will never arrive."""
+IS_LATE = web.RequestKey("is_late", bool)
+"""Set on a request whose acknowledgement comes later than it is acted upon, or never."""
+JOB = web.RequestKey("job", Job)
+"""Left by such a request: the job whose terminal body it was."""
 
 RESET = Fault(is_reset=True)
 LOST = Fault(is_heard=True, is_reset=True)
@@ -93,14 +97,20 @@ def middleware(faults: Faults) -> Middleware:
         route = _route(request)
         fault = faults.next(route)
         if fault is None:
+            delay_s = faults.delay_s[route]
+            if delay_s == 0:
+                return await handler(request)
+            request[IS_LATE] = True
             response = await handler(request)
-            if (delay_s := faults.delay_s[route]) > 0:
-                await asyncio.sleep(delay_s)
+            await asyncio.sleep(delay_s)
+            is_heard = request.transport is not None and not request.transport.is_closing()
+            if is_heard and (job := request.get(JOB)) is not None:
+                job.num_results += 1
             return response
         if fault.is_held:
             await asyncio.Event().wait()
         if fault.is_heard:
-            request[IS_LOST] = fault.is_reset
+            request[IS_LATE] = fault.is_reset
             await handler(request)
         if fault.is_reset:
             await request.read()  # else the other side may meet the reset while it writes

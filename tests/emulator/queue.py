@@ -80,6 +80,10 @@ class Queue:
         guess)."""
         self.num_polls = 0
         """How often a worker has asked for jobs."""
+        self.last_limit = 0
+        """How many jobs the last poll asked for: the worker's free slots."""
+        self.num_cancels_at_take = 0
+        """This many of the next jobs are cancelled the moment that a worker takes them."""
         self.num_open_polls = 0
         """How many of these are held open now."""
         self.is_paused = False
@@ -106,6 +110,7 @@ class Queue:
         """Up to `limit` jobs, which are the worker's from now on; [] after `hold_s` seconds."""
         self.num_polls += 1
         self.num_open_polls += 1
+        self.last_limit = limit
         self.heard_from(pod)
         try:
             async with self._work:
@@ -121,7 +126,17 @@ class Queue:
             if not job.is_over:
                 job.status, job.started = "IN_PROGRESS", time.monotonic()
             job.changed()
+            if self.num_cancels_at_take > 0:
+                self.num_cancels_at_take -= 1
+                await self.cancel(job)
         return taken
+
+    async def retry(self, job: Job) -> None:
+        """A failed job waits again, under its old id."""
+        job.status, job.output, job.error, job.ended = "IN_QUEUE", None, None, None
+        job.num_results = 0
+        job.changed()
+        await self.deliver_again(job)
 
     def heard_from(self, pod: str) -> None:
         self._last_ping[pod] = time.monotonic()

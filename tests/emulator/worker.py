@@ -32,6 +32,8 @@ class Worker:
         arguments: Sequence[str] = (),
         **more: str,
     ) -> None:
+        self.home = home
+        self.script = script
         self._command = [sys.executable, str(script), *arguments]
         self._log = home / "worker.log"
         self._environment = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from aiohttp import web
 
-from tests.emulator.faults import IS_LOST
+from tests.emulator.faults import IS_LATE, JOB
 from tests.emulator.queue import Job, Queue
 
 KEY = "worker-key"
@@ -63,7 +63,9 @@ class WorkerHalf:
             job.changed()
         if body.get("status") == "IN_PROGRESS":
             return web.json_response({})
-        if not request.get(IS_LOST):
+        if request.get(IS_LATE):
+            request[JOB] = job
+        else:
             job.num_results += 1
         if not job.is_over:
             # Progress was shown as output until now; a failed job has none.

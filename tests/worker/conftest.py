@@ -35,6 +35,10 @@ class Client:
         url = self._url(f"cancel/{job.id}")
         requests.post(url, headers=HEADERS, timeout=10).raise_for_status()
 
+    def retry(self, job: Job) -> None:
+        url = self._url(f"retry/{job.id}")
+        requests.post(url, headers=HEADERS, timeout=10).raise_for_status()
+
     def ended(self, given: Any) -> Job:
         """The job after it has ended."""
         job = self.submit(given)
@@ -79,6 +83,37 @@ def tiny_worker(
         MIXTRAL_RUNPOD__PROGRESS_INTERVAL_S="0.2",
     ) as worker:
         yield worker
+
+
+SCRIPT = Path(__file__).with_name("scripted_worker.py")
+
+
+@pytest.fixture(scope="session")
+def scripted_platform() -> Iterator[Platform]:
+    with Platform() as platform:
+        yield platform
+
+
+@pytest.fixture(scope="session")
+def scripted_worker(
+    scripted_platform: Platform, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Worker]:
+    """A worker of 8 slots whose model follows a script: the real SDK, no Ray."""
+    home = tmp_path_factory.mktemp("scripted-home")
+    arguments = ["--post-timeout-s", "1"]
+    with Worker(scripted_platform, home, script=SCRIPT, arguments=arguments) as worker:
+        yield worker
+
+
+@pytest.fixture
+def scripted(scripted_platform: Platform, scripted_worker: Worker) -> Iterator[Client]:
+    """A client of the scripted worker; afterwards the faults are gone and all is in order."""
+    from tests.settled import settled
+
+    yield Client(scripted_platform)
+    scripted_platform.faults.clear()
+    settled(scripted_platform, scripted_worker)
+    scripted_platform.queue.jobs.clear()
 
 
 @pytest.fixture(scope="session")

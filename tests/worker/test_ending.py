@@ -1,0 +1,176 @@
+"""SIGTERM, and ending from inside: whoever was taken is answered, and in time."""
+
+import json
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import Worker
+from tests.settled import left_behind, settled
+from tests.worker.conftest import SCRIPT, Client, until
+
+
+@pytest.fixture
+def platform() -> Iterator[Platform]:
+    with Platform() as platform:
+        yield platform
+
+
+Start = Callable[..., Worker]
+
+
+@pytest.fixture
+def start(platform: Platform, tmp_path: Path) -> Iterator[Start]:
+    """Starts a worker with a script and these arguments, and waits for its first poll."""
+    with ExitStack() as stack:
+
+        def start(*arguments: str) -> Worker:
+            worker = Worker(platform, tmp_path, script=SCRIPT, arguments=arguments)
+            stack.enter_context(worker)
+            until(lambda: platform.queue.num_polls)
+            return worker
+
+        yield start
+
+
+def ended(platform: Platform, worker: Worker) -> int:
+    """The exit code, once it is there."""
+    code = worker.process.wait(60)
+    settled(platform, worker)
+    return code
+
+
+def told_to_stop(worker: Worker) -> None:
+    worker.process.send_signal(signal.SIGTERM)
+    until(lambda: "Told to stop" in worker.log)
+
+
+def refusals(jobs: list[Job]) -> set[tuple[str, bool]]:
+    errors = [json.loads(job.error)["error"] for job in jobs]
+    return {(error["code"], error["retry"]) for error in errors}
+
+
+def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> None:
+    """Running, loading or mute: each fails with `retry: true`, its stream hears it first."""
+    worker = start("--drain-s", "3")
+    client = Client(platform)
+    jobs = [client.submit({"prompt": p, "stream": True}) for p in ("hold", "mute")]
+    jobs.append(client.submit({"prompt": "mute"}))
+    short = client.submit({"prompt": "800", "stream": True})
+    until(lambda: worker.log.count("\ncall ") == 4)
+    told_to_stop(worker)
+    assert ended(platform, worker) == 0
+    assert short.status == "COMPLETED"
+    assert {job.status for job in jobs} == {"FAILED"}
+    assert refusals(jobs) == {("draining", True)}
+    assert [job.chunks[-1]["status"] for job in jobs[:2]] == ["OVERLOADED"] * 2
+
+
+def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Start) -> None:
+    """A start that takes longer than the end leaves them time enough."""
+    worker = start("--drain-s", "1", "--start-s", "1000")
+    jobs = [Client(platform).submit({"prompt": "3"}) for _ in range(3)]
+    until(lambda: all(job.progress for job in jobs))
+    told_to_stop(worker)
+    assert ended(platform, worker) == 0
+    assert refusals(jobs) == {("draining", True)}
+
+
+def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) -> None:
+    """Several that one poll brings after SIGTERM run side by side; the SDK would lose them."""
+    worker = start()
+    platform.queue.hold_s = 30
+    num_polls = platform.queue.num_polls
+    until(lambda: platform.queue.num_polls > num_polls)
+    told_to_stop(worker)
+    platform.queue.is_paused = True
+    client = Client(platform)
+    late = [client.submit({"prompt": "3"}) for _ in range(3)] + [client.submit({"prompt": "hold"})]
+    platform.queue.is_paused = False
+    late.append(client.submit({"prompt": "3", "stream": True}))
+    assert ended(platform, worker) == 0
+    assert [job.status for job in late] == ["COMPLETED"] * 5
+    assert platform.queue.num_polls == num_polls + 1
+
+
+@pytest.mark.parametrize("drain_s", ["0", "1"])
+def test_a_late_job_that_needs_longer_is_refused(
+    platform: Platform, start: Start, drain_s: str
+) -> None:
+    """It has what is left of the time; one that comes when that is over is refused at once."""
+    worker = start("--drain-s", drain_s)
+    platform.queue.hold_s = 30
+    num_polls = platform.queue.num_polls
+    until(lambda: platform.queue.num_polls > num_polls)
+    told_to_stop(worker)
+    job = Client(platform).submit({"prompt": "mute"})
+    assert ended(platform, worker) == 0
+    assert refusals([job]) == {("draining", True)}
+
+
+def test_an_idle_worker_is_gone_when_its_poll_returns(platform: Platform, start: Start) -> None:
+    """Not before, as the poll may bring a job; then at once."""
+    worker = start()
+    platform.queue.hold_s = 4
+    num_polls = platform.queue.num_polls
+    until(lambda: platform.queue.num_polls > num_polls)
+    told_to_stop(worker)
+    assert platform.queue.num_open_polls == 1
+    until(lambda: platform.queue.num_open_polls == 0)
+    assert worker.process.wait(10) == 0
+    settled(platform, worker)
+
+
+def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> None:
+    """Nor does a third: the job has the time that the first one gave it."""
+    worker = start()
+    job = Client(platform).submit({"prompt": "1500", "stream": True})
+    until(lambda: job.chunks)
+    told_to_stop(worker)
+    for _ in range(2):
+        num_chunks = len(job.chunks)
+        until(lambda: len(job.chunks) > num_chunks)  # noqa: B023
+        worker.process.send_signal(signal.SIGTERM)
+    assert ended(platform, worker) == 0
+    assert job.status == "COMPLETED"
+
+
+def test_a_worker_can_end_itself(platform: Platform, start: Start) -> None:
+    """With a code of its own, when all that it took is answered; it takes nothing more."""
+    worker = start()
+    client = Client(platform)
+    running = client.submit({"prompt": "1500", "stream": True})
+    until(lambda: running.chunks)
+    last = client.submit({"prompt": "end 3"})
+    assert ended(platform, worker) == 3
+    assert (running.status, last.status) == ("COMPLETED", "COMPLETED")
+
+
+def test_a_result_that_nobody_takes_does_not_keep_the_worker(
+    platform: Platform, start: Start
+) -> None:
+    """It is posted until the time is over; then the log says so, and the worker ends with 0."""
+    worker = start("--drain-s", "2")
+    platform.faults.inject_always("job-done", 500)
+    job = Client(platform).submit({"prompt": "3"})
+    until(lambda: platform.faults.num_faults["job-done"])
+    told_to_stop(worker)
+    assert worker.process.wait(60) == 0
+    assert f"job '{job.id}': its result could not be delivered in time" in worker.log
+    until(lambda: not left_behind(worker))
+
+
+def test_a_job_stopped_while_ending_is_let_go(platform: Platform, start: Start) -> None:
+    """Stops are heard to the last: nobody waits for a job that its client has cancelled."""
+    worker = start("--drain-s", "1000")
+    job = Client(platform).submit({"prompt": "hold", "stream": True})
+    until(lambda: job.chunks)
+    told_to_stop(worker)
+    Client(platform).cancel(job)
+    assert ended(platform, worker) == 0
+    assert (job.status, job.num_results) == ("CANCELLED", 0)

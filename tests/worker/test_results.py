@@ -1,0 +1,121 @@
+"""Results that the platform would not take: too large, or no JSON."""
+
+import asyncio
+import json
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import requests
+
+from serve_app.worker.results import Results, file_name
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import Worker
+from tests.settled import settled
+from tests.worker.conftest import HEADERS, SCRIPT, Client
+
+BIG = 25_000_000
+
+
+@pytest.fixture(scope="module")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("volume")
+
+
+@pytest.fixture(scope="module")
+def keeper(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A client of a worker that keeps large results on its volume."""
+    home = tmp_path_factory.mktemp("home")
+    arguments = ["--volume", str(volume)]
+    with Platform() as platform, Worker(platform, home, script=SCRIPT, arguments=arguments) as w:
+        yield Client(platform)
+        settled(platform, w)
+
+
+def test_an_answer_larger_than_a_chunk_arrives(scripted: Client) -> None:
+    """A whole answer is in the result alone where it is too large to be streamed."""
+    job = scripted.ended({"prompt": "bytes 1500000"})
+    assert (job.status, job.chunks) == ("COMPLETED", [])
+    assert len(job.output[0]["text"]) == 1_500_000
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_result_that_is_too_large_is_an_error(scripted: Client, stream: bool) -> None:
+    """25 MB: the job says how much is allowed; what was streamed has been delivered."""
+    job = scripted.ended({"prompt": f"bytes {BIG}", "stream": stream})
+    error = scripted.error_of(job)["error"]
+    assert (error["code"], error["retry"]) == ("result_too_large", False)
+    assert "10,000,000" in error["message"]
+    assert sum(len(chunk["token"]) for chunk in job.chunks) == (BIG if stream else 0)
+
+
+def runsync(platform: Platform, prompt: str) -> Job:
+    url = f"{platform.url}/v2/ep/runsync"
+    given = {"input": {"prompt": prompt}}
+    answer = requests.post(url, json=given, headers=HEADERS, timeout=60).json()
+    return platform.queue.jobs[answer["id"]]
+
+
+def test_runsync_takes_more(scripted: Client) -> None:
+    """15 MB are an answer there, 25 are not."""
+    job = runsync(scripted.platform, "bytes 15000000")
+    assert job.status == "COMPLETED", job.error
+    job = runsync(scripted.platform, f"bytes {BIG}")
+    assert "20,000,000" in scripted.error_of(job)["error"]["message"]
+
+
+def test_a_platform_that_takes_less_is_told_so(scripted: Client) -> None:
+    """A 413 is no reason to post the same again."""
+    scripted.platform.faults.inject("job-done", 413)
+    job = scripted.ended({"prompt": "bytes 5000"})
+    assert scripted.error_of(job)["error"]["code"] == "result_too_large"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_large_results_are_kept_on_the_volume(keeper: Client, volume: Path, stream: bool) -> None:
+    """By setting: the output names a file that holds what would have been the output."""
+    job = keeper.ended({"prompt": f"bytes {BIG}", "stream": stream})
+    assert job.status == "COMPLETED", job.error
+    (kept,) = job.output
+    path = Path(kept["file"])
+    assert path == volume / "results" / f"{job.id}.json"
+    assert path.stat().st_size == kept["bytes"]
+    output = json.loads(path.read_text())
+    assert "".join(part["token" if stream else "text"] for part in output) == "x" * BIG
+
+
+def test_a_volume_that_cannot_be_written_is_an_error(volume: Path, keeper: Client) -> None:
+    """The job hears of the size, the log of the volume; no half file stays."""
+    folder = volume / "results"
+    folder.mkdir(exist_ok=True)
+    before = sorted(folder.iterdir())
+    blocked = volume / "kept"
+    folder.rename(blocked)
+    folder.write_text("in the way")
+    try:
+        job = keeper.ended({"prompt": f"bytes {BIG}"})
+    finally:
+        folder.unlink()
+        blocked.rename(folder)
+    assert keeper.error_of(job)["error"]["code"] == "result_too_large"
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize("prompt", ["nan", "deep"])
+def test_what_is_no_json_is_an_error(scripted: Client, prompt: str) -> None:
+    """The SDK would post a bare NaN, or nothing at all."""
+    job = scripted.ended({"prompt": prompt})
+    assert scripted.error_of(job)["error"]["code"] == "internal_error"
+
+
+@pytest.mark.parametrize("job_id", ["../up", "a/b", "/etc/x", ".hidden", "", "x" * 300, "\ud800"])
+def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
+    """An id that is no plain name is not a path."""
+    results = Results("volume", str(tmp_path))
+    body = asyncio.run(results.instead(job_id, {"output": [1]}, BIG))
+    (kept,) = json.loads(body)["output"]
+    assert Path(kept["file"]) == tmp_path / "results" / f"{file_name(job_id)}.json"
+    assert [path.name for path in (tmp_path / "results").iterdir()] == [Path(kept["file"]).name]
+    assert stat.S_ISREG(Path(kept["file"]).stat().st_mode)

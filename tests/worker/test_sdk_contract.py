@@ -1,0 +1,101 @@
+"""What `worker/sdk.py` relies on in the pinned SDK. When one of these fails, read that module."""
+
+import asyncio
+import inspect
+import os
+from typing import Any
+
+import pytest
+
+SIGNATURES = {
+    "rp_job.get_job": "(session, num_jobs=1)",
+    "rp_job._job_get_url": "(batch_size=1)",
+    "rp_job.get_stop_signals": "(session)",
+    "rp_job._job_stop_url": "()",
+    "rp_job.handle_job": "(session, config, job)",
+    "rp_http.send_result": "(session, job_data, job, is_stream=False)",
+    "rp_http.stream_result": "(session, job_data, job)",
+    "rp_scale.JobScaler.__init__": "(self, config)",
+    "rp_scale.JobScaler.kill_worker": "(self)",
+}
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, Any]:
+    os.environ.setdefault("RUNPOD_LOG_LEVEL", "ERROR")  # read when the SDK is imported
+    from runpod.serverless import worker
+    from runpod.serverless.modules import rp_http, rp_job, rp_scale
+
+    return {"worker": worker, "rp_http": rp_http, "rp_job": rp_job, "rp_scale": rp_scale}
+
+
+def part(modules: dict[str, Any], path: str) -> Any:
+    module, *names = path.split(".")
+    found = modules[module]
+    for name in names:
+        found = getattr(found, name)
+    return found
+
+
+def test_the_version_is_the_pinned_one() -> None:
+    """Every fact here was read in this one."""
+    from importlib.metadata import version
+
+    assert version("runpod") == "1.12.0"
+
+
+@pytest.mark.parametrize("path", SIGNATURES)
+def test_signatures(modules: dict[str, Any], path: str) -> None:
+    """Functions that are called or stood for take what they did."""
+    signature = inspect.signature(part(modules, path))
+    bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    given = inspect.Signature(bare)
+    assert str(given) == SIGNATURES[path]
+
+
+def test_the_ways_in(modules: dict[str, Any]) -> None:
+    """Names that are looked up late enough to be replaced."""
+    run = inspect.getsource(modules["worker"].run_worker)
+    assert "rp_scale.JobScaler(config)" in run
+    handled = modules["rp_job"].handle_job.__code__.co_names
+    assert {"send_result", "stream_result"} <= set(handled)
+
+
+def test_a_scaler_has_what_is_replaced(modules: dict[str, Any]) -> None:
+    """The SDK's own places for a fetcher, a handler and a hearer of stops, and its queue."""
+    scaler = modules["rp_scale"].JobScaler({})
+    assert scaler.jobs_fetcher is modules["rp_job"].get_job
+    assert scaler.jobs_handler is modules["rp_job"].handle_job
+    assert scaler.stop_signals_fetcher is modules["rp_job"].get_stop_signals
+    assert (scaler.jobs_fetcher_timeout, scaler.stop_signals_fetcher_timeout) == (90, 90)
+    assert isinstance(scaler.jobs_queue, asyncio.Queue)
+    assert scaler.config == {}
+    assert scaler.is_alive()
+    scaler.kill_worker()
+    assert not scaler.is_alive()
+
+
+LOOPS = {
+    # A signal reaches `kill_worker`, which is replaced.
+    "handle_shutdown": "self.kill_worker()",
+    # One take at a time, of as many jobs as there are free slots; nothing after the end.
+    "get_jobs": """
+        while self.is_alive():
+            await self.set_scale()
+
+            jobs_needed = self.current_concurrency - self.current_occupancy()
+    """,
+    # The loop that runs jobs ends with an empty queue: whoever comes later is not run.
+    "run_jobs": "while self.is_alive() or not self.jobs_queue.empty():",
+    # All three loops must end before the worker does.
+    "run": "tasks = [jobtake_task, jobrun_task, jobstop_task]",
+    # The hearer of stops is called with the session, and again as long as the worker lives.
+    "monitor_stop_signals": "self.stop_signals_fetcher(session),",
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_the_loops(modules: dict[str, Any], name: str) -> None:
+    """Lines of the SDK's loop that the end of a worker is built on."""
+    source = inspect.getsource(getattr(modules["rp_scale"].JobScaler, name))
+    assert " ".join(LOOPS[name].split()) in " ".join(source.split())

@@ -1,0 +1,71 @@
+"""Jobs that the platform stops: before, during and after."""
+
+import pytest
+
+from tests.emulator.worker import Worker
+from tests.worker.conftest import Client, until
+
+SLOTS = 8
+
+
+def is_idle(client: Client) -> bool:
+    """Every slot of the worker is free again, as its next poll says."""
+    return client.platform.queue.last_limit == SLOTS
+
+
+@pytest.mark.parametrize(("prompt", "stream"), [("mute", False), ("mute", True), ("hold", True)])
+def test_a_stopped_job_frees_its_call(
+    scripted: Client, scripted_worker: Worker, prompt: str, stream: bool
+) -> None:
+    """Before its first token or after it, the call is closed and nothing is posted."""
+    num_calls = scripted_worker.log.count("\ncall ")
+    job = scripted.submit({"prompt": prompt, "stream": stream})
+    until(lambda: scripted_worker.log.count("\ncall ") > num_calls)
+    scripted.cancel(job)
+    until(lambda: scripted_worker.log.count("\nclosed ") > num_calls)
+    assert (job.status, job.num_results) == ("CANCELLED", 0)
+    until(lambda: is_idle(scripted))
+
+
+def test_jobs_stopped_as_they_are_taken_leak_no_slot(scripted: Client) -> None:
+    """The stop may come before the job, while it waits in the SDK's queue, or at its begin."""
+    scripted.platform.queue.num_cancels_at_take = 30
+    for _ in range(30):
+        scripted.submit({"prompt": "mute"})
+    until(lambda: all(job.status == "CANCELLED" for job in scripted.platform.queue.jobs.values()))
+    until(lambda: is_idle(scripted))
+    assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
+
+
+def test_a_stop_after_the_answer_changes_nothing(scripted: Client) -> None:
+    """Neither for the job nor for the next one."""
+    job = scripted.ended({"prompt": "3"})
+    scripted.platform.stop_again(job)
+    assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
+    assert (job.status, job.num_results, job.num_late_posts) == ("COMPLETED", 1, 0)
+
+
+def test_a_stop_before_its_job_is_answered(scripted: Client) -> None:
+    """It may have been meant for an earlier delivery of the id: the client hears of it."""
+    queue = scripted.platform.queue
+    queue.is_paused = True
+    job = scripted.submit({"prompt": "3"})
+    num_stops = scripted.platform.faults.num_requests["job-stop"]
+    scripted.platform.stop_again(job)
+    until(lambda: scripted.platform.faults.num_requests["job-stop"] > num_stops)
+    queue.is_paused = False
+    scripted.ended({"prompt": "3"})
+    until(lambda: job.is_over)
+    error = scripted.error_of(job)["error"]
+    assert "stopped" in error["message"]
+    assert error["retry"]
+
+
+def test_stops_are_heard_after_faults(scripted: Client, scripted_worker: Worker) -> None:
+    """A stop channel that fails for a while is listened to again."""
+    scripted.platform.faults.inject("job-stop", 500, 429)
+    until(lambda: scripted.platform.faults.num_planned == 0)
+    job = scripted.submit({"prompt": "hold", "stream": True})
+    until(lambda: job.chunks)
+    scripted.cancel(job)
+    until(lambda: is_idle(scripted))

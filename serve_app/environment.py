@@ -19,6 +19,7 @@ FAMILIAR = {
     "MAX_NUM_BATCHED_TOKENS": "engine.max_step_tokens",
     "BLOCK_SIZE": "engine.block_size",
     "GPU_MEMORY_UTILIZATION": "engine.gpu_memory_fraction",
+    "ENABLE_PREFIX_CACHING": "engine.prefix_cache",
     "API_KEYS": "api.keys",
     "REQUEST_TIMEOUT": "api.request_timeout_s",
     "MAX_CONCURRENCY": "runpod.concurrency",
@@ -52,7 +53,6 @@ UNNEEDED = {
     "PIPELINE_PARALLEL_SIZE": _ONE_GPU,
     "VLLM_STARTUP_TIMEOUT": "waiting jobs hear how the load goes, however long it takes",
     "ENFORCE_EAGER": "nothing is compiled",
-    "ENABLE_PREFIX_CACHING": "prefixes are not cached yet",
     "LOAD_FORMAT": "the form of a checkpoint is read from its files",
 }
 """Names of older workers that are accepted and change nothing, and why."""

@@ -32,7 +32,9 @@ PREFIX = "MIXTRAL_"
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
+    )
 
 
 class ModelSettings(_Section):
@@ -56,6 +58,7 @@ class ModelSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of activations and unquantised weights. auto: bfloat16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the model runs. auto: on a GPU if there is one."""
     cache_dir: str | None = None
     """Keep a 4-bit copy of the model in this folder: the first start writes it, later ones read 25
     GB instead of 93. A network volume, say."""
@@ -118,7 +121,9 @@ class ApiSettings(_Section):
     max_tokens_limit: int | None = Field(default=None, ge=1)
     """The largest `max_tokens` a request may ask for; None is what the context holds."""
     max_prompt_chars: int = Field(default=100_000, ge=1)
+    """Characters of a prompt, or of all messages together; more are answered 400."""
     max_body_bytes: int = Field(default=8_000_000, ge=1024)
+    """Bytes of a request's body, also of a job's; more are answered 413."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a request ends with 504."""
     retry_after_s: int = Field(default=2, ge=1)
@@ -158,6 +163,7 @@ class Settings(BaseSettings):
         env_nested_delimiter="__",
         env_ignore_empty=True,
         protected_namespaces=(),
+        use_attribute_docstrings=True,
     )
 
     model: ModelSettings = ModelSettings()
@@ -205,14 +211,18 @@ class Settings(BaseSettings):
 class EntrySettings(BaseSettings):
     """What `runpod_entry.py` asks the environment before it knows which YAML to read."""
 
-    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, use_attribute_docstrings=True
+    )
 
     serve_config: str = "configs/runpod.yaml"
+    """The YAML to serve: the file that `serve run` takes."""
     runpod_serverless: bool = True
-    """True: take jobs. False: serve HTTP on `port`."""
+    """true: take jobs. false: serve HTTP on `PORT`."""
     port: int = Field(default=8000, ge=0, le=65535)
+    """Where HTTP is served, on every interface."""
     port_health: int | None = Field(default=None, ge=0, le=65535)
-    """Where `/ping` tells a load balancer how far the server is; None: nowhere but on `port`."""
+    """Where `/ping` tells a load balancer how far the server is; None: nowhere but on `PORT`."""
     runpod_webhook_get_job: str | None = None
     """Set by the platform only: its presence means that jobs come from there."""
 

@@ -38,7 +38,7 @@ class Results:
     async def body(self, job_id: str, result: dict[str, Any]) -> bytes:
         """`result`, or what is said instead where it cannot be posted."""
         try:
-            body = as_json(result)
+            body = as_json(readable(result))
         except ServeError as error:
             return failure(error)
         limit = limit_of(job_id)
@@ -98,7 +98,21 @@ def as_json(value: Any) -> bytes:
 
 def failure(error: ServeError) -> bytes:
     """The terminal body of a job that fails with `error`."""
-    return as_json(job_error(error_body(error, new_request_id())))
+    return as_json(readable(job_error(error_body(error, new_request_id()))))
+
+
+def readable(result: dict[str, Any]) -> dict[str, Any]:
+    """A failed job's body with `status`, `retry` and `message` as its output, any other as it is.
+
+    RunPod's client shows a job's output and never its error. A plain function that returns
+    `{"error", "status", "retry"}` is posted in this form by the SDK; a generator's error is not.
+    """
+    try:
+        error = json.loads(result["error"])["error"]
+        told = {name: error[name] for name in ("status", "retry", "message")}
+    except (KeyError, TypeError, ValueError):
+        return result
+    return {"error": result["error"], "output": told}
 
 
 def _sentence(job_id: str, num_bytes: int) -> str:

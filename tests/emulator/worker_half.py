@@ -68,7 +68,8 @@ class WorkerHalf:
         else:
             job.num_results += 1
         if not job.is_over:
-            # Progress was shown as output until now; a failed job has none.
+            # Progress was shown as output until now. That a failed job keeps what was posted
+            # beside its error is a guess.
             job.output, job.error = body.get("output"), body.get("error")
             job.end("COMPLETED" if job.error is None else "FAILED")
         return web.json_response({})

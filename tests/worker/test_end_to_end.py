@@ -109,6 +109,14 @@ def test_the_runpod_client_streams(endpoint: Any) -> None:
     assert job.output() == chunks
 
 
+def test_the_runpod_client_reads_whether_to_retry(endpoint: Any) -> None:
+    """The client hides a failed job's error; its output says the same in three fields."""
+    output = endpoint.run_sync({**PROMPT, "temperature": 3}, timeout=60)
+    assert output.keys() == {"status", "retry", "message"}
+    assert (output["status"], output.get("retry")) == ("VALIDATION_FAILED", False)
+    assert "`temperature`" in output["message"]
+
+
 def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
     """A cancelled stream stops, and the engine has its blocks back."""
     body = {"prompt": "x", "stream": True, "max_tokens": 16_000, "ignore_eos": True}

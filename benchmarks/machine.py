@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mixtral-serve", "torch", "ray")
+PACKAGES = ("mixtral-serve", "torch", "ray", "runpod")
 
 
 def describe() -> dict[str, Any]:

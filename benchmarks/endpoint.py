@@ -1,0 +1,73 @@
+"""An endpoint on this machine: the platform on loopback and a real worker with the tiny model."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from tests.emulator import client_half
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import ENTRY, Worker
+
+CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
+HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}
+LOOK_S = 0.001
+"""Seconds between two looks at a job, which cost little: its record is in this process."""
+
+
+class Endpoint:
+    """Where jobs are sent; knows the platform's own record of each."""
+
+    def __init__(self, platform: Platform, worker: Worker) -> None:
+        self.platform = platform
+        self.worker = worker
+        self._session = requests.Session()
+
+    def send(self, given: Any) -> Job:
+        """The job, as the platform sees it."""
+        job_id = self._post("run", {"input": given})["id"]
+        return self.platform.queue.jobs[job_id]
+
+    def cancel(self, job: Job) -> None:
+        self._post(f"cancel/{job.id}", None)
+
+    def done(self, given: Any, timeout_s: float = 120) -> Job:
+        """The job after it has ended."""
+        job = self.send(given)
+        self.wait(lambda: job.is_over, timeout_s)
+        return job
+
+    def health(self) -> dict[str, Any]:
+        """What the worker says of itself."""
+        health: dict[str, Any] = self.done({"endpoint": "/health"}).output[0]
+        return health
+
+    def wait(self, is_true: Any, timeout_s: float = 120) -> None:
+        """Looks again and again; raises `TimeoutError`."""
+        end = time.monotonic() + timeout_s
+        while not is_true():
+            if time.monotonic() > end:
+                raise TimeoutError(f"The worker said:\n{self.worker.log[-2000:]}")
+            time.sleep(LOOK_S)
+
+    def _post(self, path: str, body: Any) -> Any:
+        url = f"{self.platform.url}/v2/ep/{path}"
+        answer = self._session.post(url, json=body, headers=HEADERS, timeout=30)
+        answer.raise_for_status()
+        return answer.json()
+
+
+@contextmanager
+def endpoint(script: Path = ENTRY) -> Iterator[Endpoint]:
+    """A platform and a worker that runs `script`; both end with the block."""
+    with (
+        tempfile.TemporaryDirectory(prefix="endpoint-") as home,
+        Platform() as platform,
+        Worker(platform, Path(home), script=script, SERVE_CONFIG=str(CONFIG)) as worker,
+    ):
+        yield Endpoint(platform, worker)

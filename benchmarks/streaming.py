@@ -1,0 +1,146 @@
+"""Streams of RunPod jobs on a slow platform: first token, tokens a second, posts.
+
+    python -m benchmarks.streaming
+
+The real worker with RunPod's SDK and the tiny model, against the platform on loopback, which
+acknowledges each streamed chunk late by 0, 20 and 100 ms. Beside it, in the same run, a worker that
+posts every token on its own, as the SDK's examples do. Does not measure the model.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.endpoint import Endpoint, endpoint
+from benchmarks.machine import describe
+from tests.emulator.worker import ENTRY
+
+WORKERS = {
+    "what has come": ENTRY,
+    "one token": Path(__file__).with_name("per_token_worker.py"),
+}
+"""What one post holds, and the worker that does so."""
+
+
+@dataclass
+class Stream:
+    """One streamed job; times in seconds."""
+
+    first_token_s: float
+    total_s: float
+    num_tokens: int
+    num_posts: int
+
+
+def ask(number: int, num_tokens: int) -> dict[str, Any]:
+    """A prompt of its own, so that no stream profits from another."""
+    return {
+        "prompt": f"{number}. Count from 1 to 30.",
+        "max_tokens": num_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+    }
+
+
+def streams(place: Endpoint, num_streams: int, num_tokens: int, number: int) -> list[Stream]:
+    """Runs so many at once and watches each one's first token come."""
+    jobs = [place.send({**ask(number + n, num_tokens), "stream": True}) for n in range(num_streams)]
+    first: dict[str, float] = {}
+
+    def are_over() -> bool:
+        for job in jobs:
+            if job.chunks and job.id not in first:
+                first[job.id] = time.monotonic()
+        return all(job.is_over for job in jobs)
+
+    place.wait(are_over, timeout_s=300)
+    found = []
+    for job in jobs:
+        if job.status != "COMPLETED" or job.started is None or job.ended is None:
+            raise RuntimeError(f"A stream ended as {job.status}: {job.error}")
+        said = job.output[-1]["usage"]["completion_tokens"]
+        total = job.ended - job.started
+        found.append(Stream(first[job.id] - job.started, total, said, len(job.chunks)))
+    return found
+
+
+def measure(place: Endpoint, delay_s: float, num_streams: int, options: Any) -> dict[str, Any]:
+    """Medians over all streams of all rounds."""
+    place.platform.faults.delay_s["job-stream"] = delay_s
+    rounds = [
+        streams(place, num_streams, options.tokens, 1000 * each) for each in range(options.rounds)
+    ]
+    every = [stream for each in rounds for stream in each]
+    return {
+        "post_ms": round(delay_s * 1000),
+        "streams": num_streams,
+        "first_token_ms": round(1000 * statistics.median(s.first_token_s for s in every), 1),
+        "tokens_per_s": round(
+            statistics.median(
+                sum(s.num_tokens for s in each) / max(s.total_s for s in each) for each in rounds
+            ),
+            1,
+        ),
+        "posts_per_100_tokens": round(
+            100 * sum(s.num_posts for s in every) / sum(s.num_tokens for s in every), 1
+        ),
+    }
+
+
+def unstreamed(place: Endpoint, num_tokens: int, rounds: int) -> float:
+    """Tokens a second of a job that is answered at once: what the model can."""
+    speeds = []
+    for number in range(rounds):
+        job = place.done(ask(5000 + number, num_tokens))
+        if job.status != "COMPLETED" or job.started is None or job.ended is None:
+            raise RuntimeError(f"The job ended as {job.status}: {job.error}")
+        speeds.append(num_tokens / (job.ended - job.started))
+    return round(statistics.median(speeds), 1)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tokens", type=int, default=100, help="of each stream")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--delays-ms", type=float, nargs="+", default=[0, 20, 100])
+    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    options = parser.parse_args()
+    print(
+        f"{'a post holds':>14} {'post ms':>8} {'streams':>8} {'first ms':>9} {'tok/s':>8} posts/100"
+    )
+    results: dict[str, Any] = {}
+    for name, script in WORKERS.items():
+        with endpoint(script) as place:
+            place.done(ask(0, 8))  # starts the model
+            results[name] = {"unstreamed_tokens_per_s": unstreamed(place, options.tokens, 3)}
+            levels = results[name]["levels"] = []
+            for num_streams in options.streams:
+                for delay_ms in options.delays_ms:
+                    level = measure(place, delay_ms / 1000, num_streams, options)
+                    levels.append(level)
+                    print(
+                        f"{name:>14} {level['post_ms']:>8} {num_streams:>8} "
+                        f"{level['first_token_ms']:>9} {level['tokens_per_s']:>8} "
+                        f"{level['posts_per_100_tokens']}",
+                        flush=True,
+                    )
+            print(f"{name:>14} not streamed: {results[name]['unstreamed_tokens_per_s']} tok/s")
+    document = {"benchmark": "streaming", **describe(), "tokens": options.tokens, "posts": results}
+    text = json.dumps(document)
+    if options.save:
+        options.save.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,7 +17,7 @@ from serve_app.protocol.fields import Sampling, printable
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import Detokenizer, Piece, TextStream, TokenScore
 from serve_app.protocol.tokenizer import Tokenizer
-from serve_app.settings import ApiSettings
+from serve_app.sections import ApiSettings
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import Engine

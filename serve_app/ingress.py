@@ -31,7 +31,7 @@ from serve_app.errors import (
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
 from serve_app.routes import PATHS, known
-from serve_app.settings import ApiSettings
+from serve_app.sections import ApiSettings
 
 if TYPE_CHECKING:
     from serve_app.server import MixtralServer

@@ -16,7 +16,8 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
 from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
-from serve_app.settings import EngineSettings, Settings
+from serve_app.sections import EngineSettings
+from serve_app.settings import Settings
 
 if TYPE_CHECKING:
     import torch

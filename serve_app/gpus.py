@@ -3,8 +3,10 @@
 Imports no torch, which would take a CUDA context. Knows nothing of models.
 """
 
+import functools
 import importlib.util
 import re
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,18 +36,25 @@ class NoGpus(Exception):
 
 
 def query_gpus() -> list[Gpu]:
-    """The GPUs, one at least; raises `NoGpus`."""
+    """The GPUs, one at least; raises `NoGpus`. Asks once: what is free is of the first time."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        raise NoGpus("no nvidia-smi")
+    return _query(program, Path(program).stat().st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _query(program: str, changed: int) -> list[Gpu]:
+    # Without a daemon that keeps the driver awake, an answer can take seconds.
     query = "--query-gpu=name,memory.total,memory.free,driver_version"
     try:
         listed = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader,nounits"],
+            [program, query, "--format=csv,noheader,nounits"],
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
             check=True,
         ).stdout
-    except FileNotFoundError:
-        raise NoGpus("no nvidia-smi") from None
     except subprocess.CalledProcessError as error:
         said = (error.stdout + error.stderr).strip().splitlines() or [f"exit {error.returncode}"]
         raise NoGpus(f"nvidia-smi: {said[0].strip()[:200]}") from None

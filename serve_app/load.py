@@ -4,7 +4,6 @@
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from serve_app.device import choose_device, choose_dtype, memory_for, set_threads
 from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
+from serve_app.model.footprint import weight_bytes
 from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.sections import EngineSettings
@@ -60,7 +61,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     with load_log.phase("device"):  # the first to import torch, which takes its time
         device = choose_device(settings, notes)
         dtype = choose_dtype(settings, device, notes)
-        _set_threads(settings, device, notes)
+        set_threads(settings, device, notes)
     with load_log.phase("resolve"):
         path = find_local(settings)
     if path is None:
@@ -74,7 +75,8 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         tokenizer = _tokenizer(path, notes)
     reading = reading_phase(settings, path)
     with load_log.phase(reading):
-        with _memory_for("the weights", "quantise them, or take a larger GPU"):
+        needed = _weight_bytes(settings, path, dtype)
+        with memory_for("the weights", needed, device, "quantise them, or take a larger GPU"):
             model = loader.load(
                 path,
                 dtype=dtype,
@@ -105,29 +107,6 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     )
 
 
-def choose_device(settings: Settings, notes: list[str]) -> "torch.device":
-    import torch
-
-    chosen, has_gpu = settings.model.device, torch.cuda.is_available()
-    if chosen == "cuda" and not has_gpu:
-        raise ModelLoadFailed("`model.device` is cuda, but torch sees no GPU on this machine.")
-    if chosen == "auto":
-        chosen = "cuda" if has_gpu else "cpu"
-        notes.append(f"device {chosen}: torch sees {'a' if has_gpu else 'no'} GPU")
-    return torch.device(chosen)
-
-
-def choose_dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
-    import torch
-
-    name = settings.model.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-        notes.append(f"dtype {name}: the default on {device.type}")
-    chosen: torch.dtype = getattr(torch, name)
-    return chosen
-
-
 def wished_quantization(settings: Settings) -> "Quantization | None":
     """How `settings` ask for weights to be quantised; None where they ask for floats."""
     from serve_app.model.stacked import Quantization
@@ -147,19 +126,6 @@ def _note_quantization(settings: Settings, model: "Mixtral", notes: list[str]) -
     if how.absmax != settings.model.absmax:
         note += ", as the checkpoint has it"
     notes.append(note)
-
-
-def _set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:
-    import torch
-
-    if device.type != "cpu":
-        return
-    num_threads = settings.engine.num_threads
-    if num_threads is None:
-        num_cores = len(os.sched_getaffinity(0))
-        num_threads = max(1, num_cores - 1)
-        notes.append(f"{num_threads} compute threads: {num_cores} cores, one left to the sockets")
-    torch.set_num_threads(num_threads)
 
 
 def find_local(settings: Settings) -> Path | None:
@@ -193,6 +159,17 @@ def reading_phase(settings: Settings, path: Path) -> str:
     is_float = stored_form(read_json(path / "config.json")) == "float"
     quantises = is_float and settings.model.quantization != "none"
     return "read and quantise" if quantises else "read"
+
+
+def _weight_bytes(settings: Settings, path: Path, dtype: "torch.dtype") -> int:
+    """What the weights of the checkpoint in folder `path` take on the device."""
+    from serve_app.model.loader import agreed, inspect
+
+    plan = inspect(path)
+    quantization = agreed(plan, wished_quantization(settings))
+    absmax = None if quantization is None else quantization.absmax
+    head = settings.model.quantize_head
+    return sum(weight_bytes(plan.config, dtype.itemsize, absmax, head).values())
 
 
 def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:
@@ -248,7 +225,8 @@ def _engine(
             f"The KV cache holds {num_blocks * chosen.block_size} tokens, less than the context of "
             f"{context}; lower `engine.max_model_len` or raise `engine.kv_cache_tokens`."
         )
-    with _memory_for(f"a KV cache of {num_tokens} tokens", "lower `engine.kv_cache_tokens`"):
+    what, needed = f"a KV cache of {num_tokens} tokens", num_tokens * token_bytes
+    with memory_for(what, needed, device, "lower `engine.kv_cache_tokens`"):
         runner = ModelRunner(model, num_blocks, chosen.block_size, dtype, device)
     engine = Engine(
         runner,
@@ -275,18 +253,6 @@ def _stopped_on_failure(engine: "Engine") -> Iterator[None]:
     except BaseException:
         engine.stop()
         raise
-
-
-@contextmanager
-def _memory_for(what: str, remedy: str) -> Iterator[None]:
-    """Says in a sentence that the device's memory does not hold `what`."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
-        if "memory" not in str(error):
-            raise
-        raise ModelLoadFailed(f"There is no memory for {what}; {remedy}.") from error
 
 
 def _kv_tokens(

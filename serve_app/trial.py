@@ -87,7 +87,7 @@ def check_kernels(
     """
     import torch
 
-    from serve_app.load import choose_device, choose_dtype
+    from serve_app.device import choose_device, choose_dtype
     from serve_app.model.kernel_check import relative_errors
 
     if quantization is None:

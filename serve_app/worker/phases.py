@@ -19,10 +19,21 @@ LOOK_S = 0.25
 
 
 def process_age_s() -> float:
-    """Seconds since this process was started (proc(5): field 22 of stat, in clock ticks)."""
-    after_name = Path("/proc/self/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    began = int(after_name[19]) / os.sysconf("SC_CLK_TCK")
+    """Seconds since this process was started."""
+    began = (started_at(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - began
+
+
+def started_at(pid: int) -> int | None:
+    """When process `pid` was started, in clock ticks since the machine was; None: there is none.
+
+    proc(5): field 22 of stat, counted behind the name, which may hold anything.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
 
 
 @contextlib.contextmanager

@@ -1,0 +1,222 @@
+"""Three loads that fail alike are enough: what is remembered on the volume, and what forgotten."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.settings import Settings
+from serve_app.worker import crash_guard
+from serve_app.worker.crash_guard import KILLED, PAUSE_S, STALE_S, CrashGuard
+from tests.worker.process import ENTRY
+
+CUT_OFF = "model.safetensors: is damaged (it has 5 bytes)."
+
+
+def settings(volume: Path, **model: Any) -> Settings:
+    return Settings.from_args(
+        {"model": {"name": "tiny", **model}, "runpod": {"volume": str(volume)}}, "test"
+    )
+
+
+def load(chosen: Settings, error: BaseException | None = None) -> None:
+    """One process's load, which fails with `error`."""
+    with CrashGuard(chosen).watch():
+        if error is not None:
+            raise error
+
+
+def fail(chosen: Settings, message: str = CUT_OFF, *, retry: bool = False) -> None:
+    with pytest.raises(ModelLoadFailed, match=message.partition("(")[0]):
+        load(chosen, ModelLoadFailed(message, retry=retry))
+
+
+def records(volume: Path) -> list[Path]:
+    return sorted(volume.glob(f"{crash_guard.FOLDER}/*/*.json"))
+
+
+def test_the_fourth_load_is_not_tried(tmp_path: Path) -> None:
+    """The cause, what was decided and what ends it are one sentence, not to be retried."""
+    chosen = settings(tmp_path)
+    for size in (5, 77, 123):  # figures in a cause are no other cause
+        fail(chosen, f"model.safetensors: is damaged (it has {size} bytes).")
+    for _ in range(2):
+        with pytest.raises(ModelLoadFailed) as refused:
+            load(chosen)
+        folder = records(tmp_path)[0].parent
+        assert refused.value.message == (
+            "model.safetensors: is damaged (it has 123 bytes); as the last 3 loads failed so, none "
+            f"is tried until the model's settings change or {folder} is removed."
+        )
+        assert refused.value.retry is False
+    assert len(records(tmp_path)) == 3
+    load(settings(tmp_path, quantization="none"))
+    with pytest.raises(ModelLoadFailed, match="as the last 3 loads failed so"):
+        load(chosen)
+    for record in records(tmp_path):
+        record.unlink()
+    load(chosen)
+
+
+def test_other_causes_and_successes_count_anew(tmp_path: Path) -> None:
+    """Only the same cause three times in a row is hopeless."""
+    chosen = settings(tmp_path)
+    fail(chosen)
+    fail(chosen)
+    fail(chosen, "config.json: is missing.")
+    fail(chosen)
+    fail(chosen)
+    load(chosen)
+    assert records(tmp_path) == []
+    fail(chosen)
+    fail(chosen)
+    load(chosen)
+
+
+def test_a_process_counts_once(tmp_path: Path) -> None:
+    """Jobs of one worker that try again one after the other are no reboots."""
+    guard = CrashGuard(settings(tmp_path))
+    for _ in range(5):
+        with pytest.raises(ModelLoadFailed, match="lost"), guard.watch():
+            raise ModelLoadFailed("The network is lost.", retry=True)
+    assert len(records(tmp_path)) == 1
+
+
+def test_a_load_that_is_given_up_is_no_failure(tmp_path: Path) -> None:
+    """A worker that is told to stop while it loads leaves nothing behind, either way to load."""
+    chosen = settings(tmp_path)
+    with pytest.raises(SystemExit):
+        load(chosen, SystemExit(0))
+
+    async def scenario() -> None:
+        begun = asyncio.Event()
+
+        async def go_on_for_ever() -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        loading = asyncio.create_task(CrashGuard(chosen).around(go_on_for_ever))
+        await begun.wait()
+        assert len(records(tmp_path)) == 1
+        loading.cancel()
+        await asyncio.wait({loading})
+
+    asyncio.run(scenario())
+    assert records(tmp_path) == []
+
+
+def test_what_may_pass_is_tried_again_later(tmp_path: Path) -> None:
+    """A lost network stops nothing for good, and its jobs are told to come back."""
+    chosen = settings(tmp_path)
+    for _ in range(3):
+        fail(chosen, "The hub cannot be reached.", retry=True)
+    with pytest.raises(ModelLoadFailed, match="none is tried for 10 minutes") as refused:
+        load(chosen)
+    assert refused.value.retry is True
+    for record in records(tmp_path):
+        then = record.stat().st_mtime - PAUSE_S - 1
+        os.utime(record, (then, then))
+    load(chosen)
+
+
+LOADING = """
+import sys, time
+from serve_app.settings import Settings
+from serve_app.worker.crash_guard import CrashGuard
+volume = {"volume": sys.argv[1]}
+with CrashGuard(Settings.from_args({"model": {"name": "tiny"}, "runpod": volume}, "test")).watch():
+    print("loading", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def loading(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that loads for a long time."""
+    command = [sys.executable, "-c", LOADING, str(tmp_path)]
+    with subprocess.Popen(command, cwd=ENTRY.parent, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loading\n"
+        yield process
+        process.kill()
+
+
+def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Popen[str]) -> None:
+    """It said that it begins and is no more; while it lives it is no failure."""
+    chosen = settings(tmp_path)
+    fail(chosen, KILLED, retry=True)
+    fail(chosen, KILLED, retry=True)
+    # By name the last: it began after this process's own, of which there must be a third.
+    (alive,) = [file for file in records(tmp_path) if f"-{loading.pid}." in file.name]
+    load(chosen)
+    assert records(tmp_path) == [alive]
+    fail(chosen, KILLED, retry=True)
+    fail(chosen, KILLED, retry=True)
+    loading.send_signal(signal.SIGKILL)
+    loading.wait()
+    with pytest.raises(ModelLoadFailed, match="was killed while it loaded") as refused:
+        load(chosen)
+    assert refused.value.retry is False
+
+
+def test_a_worker_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
+    """Its process cannot be looked at, so its file has to be touched now and then."""
+    chosen = settings(tmp_path)
+    fail(chosen, KILLED)
+    fail(chosen, KILLED)
+    (elsewhere,) = records(tmp_path)[1:]
+    record = json.loads(elsewhere.read_text())
+    elsewhere.write_text(json.dumps({**record, "state": "loading", "host": "another"}))
+    fail(chosen, KILLED)  # the second, as the one elsewhere still loads
+    then = elsewhere.stat().st_mtime - STALE_S - 1
+    os.utime(elsewhere, (then, then))
+    with pytest.raises(ModelLoadFailed, match="none is tried"):
+        load(chosen)
+
+
+def test_the_models_files_are_part_of_it(tmp_path: Path) -> None:
+    """A checkpoint that was repaired, and another token, are worth another try."""
+    checkpoint = tmp_path / "model"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    chosen = settings(tmp_path, name=str(checkpoint))
+    before = crash_guard.fingerprint(chosen)
+    assert crash_guard.fingerprint(chosen) == before
+    (checkpoint / "config.json").write_text("{ }")
+    repaired = crash_guard.fingerprint(chosen)
+    assert repaired != before
+    model = chosen.model.model_copy(update={"revision": "v2"})
+    assert crash_guard.fingerprint(chosen.model_copy(update={"model": model})) != repaired
+
+
+def test_without_a_volume_nothing_is_remembered(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A missing volume is none; one that cannot be written is said, and the load goes on."""
+    for _ in range(4):
+        fail(settings(tmp_path / "absent"))
+    assert caplog.text == ""
+    for _ in range(4):
+        fail(settings(Path("/proc")))
+    assert "The volume keeps no record" in caplog.text
+
+
+def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
+    """Half a file and somebody else's JSON stop no load."""
+    chosen = settings(tmp_path)
+    fail(chosen)
+    folder = records(tmp_path)[0].parent
+    (folder / "0.json").write_text('{"state": "lo')
+    (folder / "1.json").write_text("[]")
+    fail(chosen)
+    fail(chosen)
+    with pytest.raises(ModelLoadFailed, match="as the last 3"):
+        load(chosen)

@@ -23,6 +23,7 @@ from serve_app.load_log import LoadLog, read_lines
 from serve_app.settings import ConfigError, Settings, application
 from serve_app.worker import phases
 from serve_app.worker.forward import Forward, through
+from serve_app.worker.killed import MemoryBefore
 
 log = logging.getLogger(__name__)
 
@@ -143,6 +144,7 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
 
     app = _overridden(build_app(settings), application(config))
     require_resources(app._bound_deployment, ray.cluster_resources())
+    memory = MemoryBefore()
     LoadLog(settings.load_log).start("replica")  # which ends it, when its process has come up
     try:
         with phases.logged(settings.load_log):
@@ -152,7 +154,7 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
     except RuntimeError as error:
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
-        raise _load_failure(settings) from None
+        raise _load_failure(settings, memory) from None
 
 
 def _overridden(app: Any, given: dict[str, Any]) -> Any:
@@ -195,12 +197,15 @@ def require_no_failure(load_log: str) -> None:
             raise ModelLoadFailed(line["error"], retry=line["retry"])
 
 
-def _load_failure(settings: Settings) -> ModelLoadFailed:
+def _load_failure(settings: Settings, memory: MemoryBefore) -> ModelLoadFailed:
+    lines = read_lines(settings.load_log) if settings.load_log is not None else []
     try:
         if settings.load_log is not None:
             require_no_failure(settings.load_log)
     except ModelLoadFailed as known:
         return known
+    if lines and lines[-1]["state"] in ("started", "running"):
+        return memory.killed(settings, lines[-1]["phase"])
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
 
 

@@ -46,7 +46,7 @@ STALE_S = 90.0
 """A worker elsewhere that has not touched its file for so long is gone."""
 PAUSE_S = 600.0
 """For so long a reason that may pass is not tried again."""
-KILLED = "The process that loads the model was killed while it loaded, as happens without memory."
+KILLED = "The process that loads the model was killed"
 
 
 class CrashGuard:
@@ -210,7 +210,8 @@ def _outcomes(folder: Path, own: Path) -> list[Record]:
         if record is None:
             continue
         if record["state"] == "loading":
-            record |= {"cause": KILLED, "may_pass": False}
+            cause = f"{KILLED} while it loaded, as happens where memory is short."
+            record |= {"cause": cause, "may_pass": False}
         with contextlib.suppress(FileNotFoundError):
             outcomes.append({**record, "age_s": now - file.stat().st_mtime})
     return outcomes

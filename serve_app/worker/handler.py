@@ -8,7 +8,7 @@ jobs and the SDK's habits; not routes, Ray or tokens.
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from serve_app.errors import (
@@ -50,8 +50,11 @@ class Handler:
         load_log: str,
         progress_interval_s: float,
         max_body_bytes: int,
+        outlook: Callable[[], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
+        """`outlook` is what is said of the load besides how far it is."""
         self.boot = boot
+        self._outlook = outlook
         self._tell = tell
         self._load_log = load_log
         self._interval_s = progress_interval_s
@@ -115,9 +118,12 @@ class Handler:
     async def _model(self, job: dict[str, Any]) -> Forward:
         if self.boot.forward is not None:
             return self.boot.forward
-        return await progress.while_waiting(
-            self.boot.ready(), lambda: self._tell(job, self._health()), self._interval_s
-        )
+
+        async def tell() -> None:
+            outlook = {} if self._outlook is None else await self._outlook()
+            await self._tell(job, {**self._health(), **outlook})
+
+        return await progress.while_waiting(self.boot.ready(), tell, self._interval_s)
 
     async def _body(self, job: dict[str, Any], forward: Forward, request: JobRequest) -> Any:
         """The model's answer where it is no stream; tells the job how far a batch is."""

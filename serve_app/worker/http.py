@@ -17,6 +17,7 @@ from serve_app.load_log import read_lines
 from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import cluster, progress
 from serve_app.worker.banner import banner
+from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.health_listener import HealthListener, listen
 
 log = logging.getLogger(__name__)
@@ -92,7 +93,8 @@ def run(settings: Settings, entry: EntrySettings, checked: list[str], door: Door
     settings = cluster.with_load_log(settings)
     door.load_log = settings.load_log
     try:
-        handle = cluster.serve_http(settings, entry.serve_config, entry.port)
+        with ColdStart(settings).watch():
+            handle = cluster.serve_http(settings, entry.serve_config, entry.port)
         door.is_serving, door.status = True, "ready"
         log.info("Serving HTTP on port %d.", entry.port)
         door.watch(entry.port)

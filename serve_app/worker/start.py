@@ -14,6 +14,7 @@ from serve_app.settings import EntrySettings, Settings
 from serve_app.worker import cluster, fitness, progress
 from serve_app.worker.banner import banner
 from serve_app.worker.boot import Boot
+from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.handler import Handler
 from serve_app.worker.phases import process_age_s
 from serve_app.worker.results import Results
@@ -34,10 +35,12 @@ def make_handler(
     """
     settings = cluster.with_load_log(settings)
     process_s = process_age_s()  # the first job may come much later
+    cold = ColdStart(settings)
     final = failure if failure is not None and not failure.retry else None
     return Handler(
-        Boot(lambda: cluster.start(settings, config, process_s), final),
+        Boot(lambda: cold.around(lambda: cluster.start(settings, config, process_s)), final),
         tell=tell,
+        outlook=cold.outlook,
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
         max_body_bytes=settings.api.max_body_bytes,

@@ -1,6 +1,7 @@
 """How the YAML becomes a deployment, and Ray's failures become errors; without starting Ray."""
 
 import json
+import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serve_app.app import build_app
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker import cluster, forward
+from serve_app.worker import cluster, forward, killed
+from serve_app.worker.crash_guard import KILLED
+from serve_app.worker.killed import MemoryBefore
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
@@ -85,12 +88,31 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
     """What the replica wrote before it died is what jobs hear, with its verdict on retrying."""
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
-    unknown = cluster._load_failure(settings)
+    unknown = cluster._load_failure(settings, MemoryBefore())
     assert (unknown.retry, "log says why" in unknown.message) == (True, True)
     failed = {"phase": "weights", "state": "failed", "error": "File cut off.", "retry": False}
     path.write_text(json.dumps(failed) + "\n")
-    known = cluster._load_failure(settings)
+    known = cluster._load_failure(settings, MemoryBefore())
     assert (known.message, known.retry) == ("File cut off.", False)
+
+
+def test_a_replica_that_vanished_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it needed and what there was, and whether the kernel says that memory was the reason."""
+    path = tmp_path / "load.jsonl"
+    settings = TINY.model_copy(update={"load_log": str(path)})
+    path.write_text('{"phase": "read", "state": "started", "at": 1}\n')
+    said = cluster._load_failure(settings, MemoryBefore())
+    assert said.message.startswith(f"{KILLED} in phase read, as happens where memory is short: ")
+    assert "it takes 11.0 MB for its weights and 0.13 GB for its KV cache" in said.message
+    assert re.search(r"and \d+\.\d\d GB of main memory were free", said.message)
+    assert said.retry
+    before = MemoryBefore()
+    monkeypatch.setattr(killed, "num_oom_kills", lambda: before.num_kills + 1)
+    certain = cluster._load_failure(settings, before)
+    assert f"{KILLED} in phase read for want of memory: " in certain.message
+    assert not certain.retry
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from serve_app.worker import crash_guard
 from serve_app.worker.crash_guard import KILLED, PAUSE_S, STALE_S, CrashGuard
 from tests.worker.process import ENTRY
 
+SHORT = f"{KILLED} while it loaded, as happens where memory is short."
 CUT_OFF = "model.safetensors: is damaged (it has 5 bytes)."
 
 
@@ -152,14 +153,14 @@ def loading(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Popen[str]) -> None:
     """It said that it begins and is no more; while it lives it is no failure."""
     chosen = settings(tmp_path)
-    fail(chosen, KILLED, retry=True)
-    fail(chosen, KILLED, retry=True)
+    fail(chosen, SHORT, retry=True)
+    fail(chosen, SHORT, retry=True)
     # By name the last: it began after this process's own, of which there must be a third.
     (alive,) = [file for file in records(tmp_path) if f"-{loading.pid}." in file.name]
     load(chosen)
     assert records(tmp_path) == [alive]
-    fail(chosen, KILLED, retry=True)
-    fail(chosen, KILLED, retry=True)
+    fail(chosen, SHORT, retry=True)
+    fail(chosen, SHORT, retry=True)
     loading.send_signal(signal.SIGKILL)
     loading.wait()
     with pytest.raises(ModelLoadFailed, match="was killed while it loaded") as refused:
@@ -170,12 +171,12 @@ def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Pop
 def test_a_worker_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
     """Its process cannot be looked at, so its file has to be touched now and then."""
     chosen = settings(tmp_path)
-    fail(chosen, KILLED)
-    fail(chosen, KILLED)
+    fail(chosen, SHORT)
+    fail(chosen, SHORT)
     (elsewhere,) = records(tmp_path)[1:]
     record = json.loads(elsewhere.read_text())
     elsewhere.write_text(json.dumps({**record, "state": "loading", "host": "another"}))
-    fail(chosen, KILLED)  # the second, as the one elsewhere still loads
+    fail(chosen, SHORT)  # the second, as the one elsewhere still loads
     then = elsewhere.stat().st_mtime - STALE_S - 1
     os.utime(elsewhere, (then, then))
     with pytest.raises(ModelLoadFailed, match="none is tried"):

@@ -1,0 +1,101 @@
+"""How long a load will take is said beforehand, with what to do where nobody waits so long."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.load import find_local
+from serve_app.model.shards import shard_files
+from serve_app.settings import Settings
+from serve_app.tiny import CHECKPOINT
+from serve_app.worker.forecast import START_S, Forecast, predict, sample
+
+GB = 10**9
+
+
+def settings(model: dict[str, Any] | None = None, **runpod: Any) -> Settings:
+    chosen = {"name": "tiny", "device": "cpu", **(model or {})}
+    return Settings.from_args({"model": chosen, "runpod": runpod}, "test")
+
+
+def forecast(**known: Any) -> Forecast:
+    plain: dict[str, Any] = {
+        "read_bytes": 25 * GB,
+        "download_bytes": 0,
+        "read_bytes_s": GB / 2,
+        "is_measured": True,
+        "quantises": False,
+        "on_cpu": False,
+    }
+    return Forecast(**{**plain, **known})
+
+
+@pytest.mark.parametrize(
+    ("known", "seconds"),
+    [
+        ({}, 50),
+        ({"download_bytes": 10 * GB}, 50 + 50),
+        ({"quantises": True}, 50),
+        ({"quantises": True, "on_cpu": True}, 250),
+    ],
+)
+def test_what_counts(known: dict[str, Any], seconds: float) -> None:
+    """Reading at the measured speed, a download, and a processor that quantises slower."""
+    assert forecast(**known).seconds == START_S + seconds
+
+
+def test_a_load_that_is_short_enough_is_no_warning() -> None:
+    """The sentence says how much and how fast; nobody is alarmed."""
+    assert forecast().warning(settings()) is None
+    assert forecast().sentence() == (
+        "The load reads 25.00 GB, which takes about 70 s (reading 0.5 GB/s, measured)."
+    )
+
+
+@pytest.mark.parametrize(
+    ("known", "runpod", "said", "unsaid"),
+    [
+        (
+            {"read_bytes": 93 * GB, "quantises": True, "read_bytes_s": GB / 10},
+            {},
+            ["about 950 s, and 600 s are", "serve_app.convert", "to eager", "raise the timeout"],
+            "volume",
+        ),
+        (
+            {"download_bytes": 93 * GB},
+            {"execution_timeout_s": 300},
+            ["about 535 s, and 300 s are", "onto a network volume", "to eager"],
+            "convert",
+        ),
+        (
+            {"read_bytes_s": GB / 20},
+            {"start": "eager"},
+            ["about 520 s, and 420 s are", "RUNPOD_INIT_TIMEOUT"],
+            "to eager",
+        ),
+    ],
+)
+def test_the_remedy_is_said(
+    known: dict[str, Any], runpod: dict[str, Any], said: list[str], unsaid: str
+) -> None:
+    """Only what would help: nobody is told to convert what is in 4 bits already."""
+    warning = forecast(**known).warning(settings(**runpod))
+    assert warning is not None
+    for words in said:
+        assert words in warning
+    assert unsaid not in warning
+
+
+def test_this_machines_speed_is_measured(tmp_path: Path) -> None:
+    """A real read of the weights; too few bytes tell nothing."""
+    chosen = settings({"quantization": "nf4"})
+    folder = find_local(chosen)
+    assert folder == CHECKPOINT
+    predicted = predict(chosen, folder, shard_files(folder))
+    assert (predicted.is_measured, predicted.quantises, predicted.on_cpu) == (True, True, True)
+    assert predicted.read_bytes == (CHECKPOINT / "model.safetensors").stat().st_size
+    assert predicted.seconds > START_S
+    small = tmp_path / "small"
+    small.write_bytes(b"x" * 1000)
+    assert sample([small]) is None

@@ -1,0 +1,66 @@
+"""SIGTERM to a RunPod worker with Ray and a model: who is answered, and that nothing stays."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import Worker
+from tests.settled import settled
+from tests.worker.conftest import TINY, Client, until
+
+pytestmark = [pytest.mark.faults, pytest.mark.ray]
+
+LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 16_000}
+SHORT: dict[str, Any] = {"MIXTRAL_RUNPOD__DRAIN_S": "2", "SERVE_CONFIG": str(TINY)}
+
+
+@pytest.fixture
+def platform() -> Iterator[Platform]:
+    with Platform() as platform:
+        yield platform
+
+
+def assert_refused(client: Client, job: Job) -> None:
+    error = client.error_of(job)["error"]
+    assert (error["code"], error["retry"]) == ("draining", True)
+
+
+@pytest.mark.parametrize("words", ["status", "device"])
+def test_jobs_that_wait_for_the_model_are_refused(
+    platform: Platform, tmp_path: Path, words: str
+) -> None:
+    """Told to stop while Ray starts or the replica loads: the jobs hear it, the exit code is 0."""
+    with Worker(platform, tmp_path, **SHORT, MIXTRAL_RUNPOD__PROGRESS_INTERVAL_S="0.1") as worker:
+        client = Client(platform)
+        jobs = [client.submit({"prompt": "x"}) for _ in range(2)]
+        until(lambda: any(words in str(update) for update in jobs[0].progress))
+        assert worker.terminate() == 0, worker.log
+        settled(platform, worker)
+    for job in jobs:
+        assert_refused(client, job)
+
+
+def test_running_and_late_jobs_are_answered(platform: Platform, tmp_path: Path) -> None:
+    """What takes longer than `runpod.drain_s` is refused, what the open poll brings is run."""
+    with Worker(platform, tmp_path, **SHORT) as worker:
+        client = Client(platform)
+        stream = client.submit({**LONG, "stream": True})
+        until(lambda: stream.chunks)
+        whole = client.submit(LONG)
+        until(lambda: whole.status == "IN_PROGRESS")
+        platform.queue.hold_s = 20
+        num_polls = platform.queue.num_polls
+        until(lambda: platform.queue.num_polls > num_polls)
+        worker.process.terminate()
+        until(lambda: "Told to stop" in worker.log)
+        late = client.submit({"prompt": "x", "max_tokens": 2})
+        assert worker.process.wait(60) == 0, worker.log
+        settled(platform, worker)
+    assert late.status == "COMPLETED", late.error
+    assert_refused(client, whole)
+    assert_refused(client, stream)
+    assert stream.chunks[-1]["finish_reason"] == "error"

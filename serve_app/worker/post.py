@@ -100,8 +100,10 @@ async def _post(
     timeout = aiohttp.ClientTimeout(total=timeout_s)
     try:
         async with session.post(url, data=body, headers=headers, timeout=timeout) as response:
+            if response.ok:
+                return None  # acknowledged, even if the rest of the answer never comes
             await response.read()
-            return None if response.ok else response.status
+            return response.status
     except TimeoutError:
         return TIMED_OUT
     except (aiohttp.ClientError, OSError, ValueError) as error:

@@ -34,7 +34,7 @@ MAX_CHUNK_BYTES = 1_000_000
 LOOK_S = 0.1
 """Seconds between two looks at how far the end is."""
 GRACE_S = 5.0
-"""Seconds that a job has which comes when the time for ending is over already."""
+"""Seconds that a result has to be posted in, also when the time for ending is over."""
 
 
 class JobLoop:
@@ -96,7 +96,7 @@ class JobLoop:
                 self._loop.call_soon_threadsafe(self._begin_drain)
 
         scaler.kill_worker = kill_worker
-        # Without the SDK's time limits, which would cut off a job that `_take` answers.
+        # Without the SDK's time limits: `poll` has its own, and `_listen` waits for the end.
         scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
         scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._listen, None
         scaler.jobs_handler = self._answer
@@ -110,7 +110,7 @@ class JobLoop:
     # The SDK calls what follows in its event loop.
 
     async def _take(self, session: "ClientSession", num_jobs: int) -> list[Job]:
-        """Jobs for the SDK to run; those that come after the end has begun are answered here."""
+        """Jobs for the SDK to run."""
         from runpod.serverless.modules import rp_job
 
         self._loop = asyncio.get_running_loop()
@@ -119,11 +119,7 @@ class JobLoop:
         self._is_taking = True
         try:
             given = await poll(session, rp_job._job_get_url(num_jobs), self._trouble, self._drain)
-            jobs = self._taken.accept(given)
-            if not self._drain.begun.is_set():
-                return jobs
-            await asyncio.gather(*(self._answer(session, self._scaler.config, j) for j in jobs))
-            return []
+            return self._taken.accept(given)
         finally:
             self._is_taking = False
 
@@ -165,14 +161,17 @@ class JobLoop:
 
     def _hurry(self, session: "ClientSession") -> None:
         """What the end asks for at this moment."""
-        # The SDK's loop may have ended between the last take and its next look at the queue.
+        # The SDK's loop leaves a job in the queue that the open poll brings after SIGTERM.
         while not self._scaler.jobs_queue.empty():
             job = self._scaler.jobs_queue.get_nowait()
             self._late.add(asyncio.create_task(self._answer(session, self._scaler.config, job)))
         for job in self._taken.open:
-            is_late = time.monotonic() - job.came > GRACE_S and self._drain.is_over
-            is_cut = self._drain.is_cut and not job.is_answering
-            if job.task is not None and (is_cut or is_late):
+            since = job.answering_since
+            if since is None:
+                is_up = self._drain.is_cut
+            else:
+                is_up = self._drain.is_over and time.monotonic() - since > GRACE_S
+            if is_up and job.task is not None:
                 job.task.cancel()
 
     async def _answer(self, session: "ClientSession", config: dict[str, Any], job: Job) -> None:
@@ -190,7 +189,7 @@ class JobLoop:
             else:
                 error = await self._run(rp_job.handle_job(session, config, job), job)
             if error is not None:
-                job.is_answering = True
+                job.answering()
                 await self._run(self._refuse(session, job, error), job)
         finally:
             self._taken.close(job)
@@ -202,12 +201,12 @@ class JobLoop:
         if job.task.cancelled():
             if job.is_stopped:
                 return None
-            if not job.is_answering:
+            if job.answering_since is None:
                 return Draining("The worker is stopping; send the job again.")
             log.error("job %r: its result could not be delivered in time.", job.id)
         elif (failure := job.task.exception()) is not None:
             log.error("job %r: %s", job.id, type(failure).__name__, exc_info=failure)
-            if not job.is_answering:
+            if job.answering_since is None:
                 return InternalError("An internal error occurred; send the job again.")
         return None
 
@@ -236,7 +235,7 @@ class JobLoop:
         """Stands for the SDK's `send_result`."""
         from runpod.serverless.modules import rp_http
 
-        job.is_answering = True
+        job.answering()
         url = _url(rp_http.JOB_DONE_URL, job, "true" if is_stream else "false")
         body = await self._results.body(job.id, data)
         outcome = await post.result(session, url, body, job.id, self._drain)

@@ -21,17 +21,20 @@ class Job(dict[str, Any]):
     def __init__(self, given: dict[str, Any]) -> None:
         super().__init__(given)
         self.id: str = given["id"]
-        self.came = time.monotonic()
         self.task: asyncio.Task[None] | None = None
         """What answers it, from its begin on."""
         self.is_stopped = False
         """The platform wants no answer any more."""
         self.was_stopped_early = False
         """A stop came just before the job did; it may have been meant for an earlier delivery."""
-        self.is_answering = False
-        """Its terminal body is decided; nothing else may be posted in its place."""
+        self.answering_since: float | None = None
+        """When its terminal body was decided; nothing else may be posted in its place."""
         self.streams = True
         """False once a chunk was lost: text with a gap would be worse than text that ends."""
+
+    def answering(self) -> None:
+        if self.answering_since is None:
+            self.answering_since = time.monotonic()
 
     def stop(self) -> None:
         self.is_stopped = True

@@ -72,13 +72,17 @@ def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> 
 
 
 def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Start) -> None:
-    """A start that takes longer than the end leaves them time enough."""
+    """A start that takes longer than the end leaves them time enough; a cancelled one is let go."""
     worker = start("--drain-s", "1", "--start-s", "1000")
     jobs = [Client(platform).submit({"prompt": "3"}) for _ in range(3)]
     until(lambda: all(job.progress for job in jobs))
+    cancelled = jobs.pop()
+    Client(platform).cancel(cancelled)
+    until(lambda: "cancelled after" in worker.log)
     told_to_stop(worker)
     assert ended(platform, worker) == 0
     assert refusals(jobs) == {("draining", True)}
+    assert cancelled.num_results == 0
 
 
 def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) -> None:
@@ -116,7 +120,7 @@ def test_a_late_job_that_needs_longer_is_refused(
 def test_an_idle_worker_is_gone_when_its_poll_returns(platform: Platform, start: Start) -> None:
     """Not before, as the poll may bring a job; then at once."""
     worker = start()
-    platform.queue.hold_s = 4
+    platform.queue.hold_s = 2
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
     told_to_stop(worker)

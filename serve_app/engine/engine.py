@@ -10,6 +10,7 @@ Knows neither text nor HTTP.
 import asyncio
 import copy
 import logging
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from threading import Thread
@@ -18,6 +19,7 @@ from serve_app.engine.admission import EngineConfig, admit
 from serve_app.engine.inbox import Inbox, Mail
 from serve_app.engine.kv_cache import BlockAllocator
 from serve_app.engine.outbox import Outbox, Stream
+from serve_app.engine.pace import Pace
 from serve_app.engine.runner import Runner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import (
@@ -65,6 +67,7 @@ class Engine:
         self._scheduler = Scheduler(
             self._blocks, config.max_running, config.max_step_tokens, config.keeps_prefixes
         )
+        self._pace = Pace(config.max_step_tokens)
         self._inbox = Inbox(config.max_running + config.max_waiting, config.retry_after_s)
         self._outbox = Outbox()
         # The live sequences. Only the engine's thread touches this.
@@ -152,7 +155,7 @@ class Engine:
         mail = self._inbox.take(wait=not self._scheduler.has_work)
         self._read(mail)
         if not mail.is_stopping and self._scheduler.has_work:
-            self._step(self._scheduler.schedule())
+            self._step(self._scheduler.schedule(self._pace.prompt_tokens))
         self._flush()
         return not mail.is_stopping
 
@@ -168,6 +171,7 @@ class Engine:
 
     def _step(self, chunks: list[Chunk]) -> None:
         self._steps += 1
+        began = time.perf_counter()
         try:
             samples = self._runner.step(chunks)
         except Exception as error:
@@ -178,6 +182,9 @@ class Engine:
                 self._fail(chunk.sequence, copy.copy(as_serve_error(error)))
             return
         self._num_failed_steps = 0
+        num_decodes = sum(chunk.is_decode for chunk in chunks)
+        num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
+        self._pace.learn(num_decodes, num_tokens - num_decodes, time.perf_counter() - began)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]

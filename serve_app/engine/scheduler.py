@@ -14,6 +14,7 @@ The cost of a step does not depend on how many wait. Knows no tensors, sampling 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 
 from serve_app.engine.kv_cache import BlockAllocator, extend_hashes
 from serve_app.engine.sequence import Chunk, Sequence
@@ -71,13 +72,16 @@ class Scheduler:
             self.blocks.keep(sequence.block_table[index], sequence.block_hashes[index])
         sequence.num_kept = num_full
 
-    def schedule(self) -> list[Chunk]:
+    def schedule(self, prompt_tokens: Callable[[int], int] | None = None) -> list[Chunk]:
         """The next step: at least one chunk when there is work, `max_step_tokens` at most.
 
         Decodes come first. Their blocks are taken here; the caller marks what was computed.
+        `prompt_tokens` says how many tokens of prompts may go with a number of decodes, at least 1.
         """
         chunks = self._decodes()
         budget = self.max_step_tokens - len(chunks)
+        if prompt_tokens is not None:
+            budget = min(budget, prompt_tokens(len(chunks)))
         for sequence in self.running:
             if budget and sequence.num_uncomputed > 1:
                 chunks.append(_chunk(sequence, budget))

@@ -111,6 +111,11 @@ class Chunk(NamedTuple):
     samples: bool
     """Whether it reaches the sequence's last token, so that the step yields the next one."""
 
+    @property
+    def is_decode(self) -> bool:
+        """Whether it is one token after others that are computed."""
+        return self.samples and 0 < self.start == self.end - 1
+
 
 class Samples(NamedTuple):
     """What a step yields: one token for each chunk that samples, in the order of the chunks."""

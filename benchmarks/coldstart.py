@@ -1,12 +1,16 @@
-"""How fast each form of checkpoint loads, beside a plain read of the same files.
+"""From a worker's first moment to its first answer, phase by phase.
 
-    python -m benchmarks.coldstart --gb 0.5
+    python -m benchmarks.coldstart --gb 4
 
-Writes a synthetic Mixtral of `--gb` gigabytes in bfloat16, the same weights in bitsandbytes' 4 bits
-and, converted, in our own form; then loads each, its files dropped from the page cache, and reads
-its files from end to end by one thread in the same state, by turns. A load ends with the model on
-the device; floats are quantised on the way. Imports are done before. Knows no server: the time from
-a container's start to the first token is not here.
+    tiny     The real worker with RunPod's SDK on the tiny model, against the platform on loopback
+             with a job waiting: until that job is answered. Beside it, by turns, an empty Serve
+             deployment that imports torch, until it answers. The target is that the worker takes at
+             most 3 s more, plus what reading the weights takes.
+    ahead    The worker on a synthetic checkpoint in our 4-bit form, made from `--gb` gigabytes of
+             bfloat16, which the page cache does not hold: with and without reading ahead.
+
+How fast each form of checkpoint loads, without a server, `forms` measures. The programs and
+libraries themselves are in the page cache: a container's first start is slower.
 """
 
 import argparse
@@ -14,165 +18,159 @@ import json
 import os
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
+import requests
+import yaml
 
+from benchmarks.forms import forget, read_plainly, write_forms
 from benchmarks.machine import describe
-from serve_app.convert import convert
-from serve_app.model.checkpoint import expected_shapes, inspect
-from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import parameters, part_of
-from serve_app.model.loader import load
-from serve_app.model.nf4 import quantize
-from serve_app.model.shards import INDEX
-from serve_app.model.stacked import Quantization
+from serve_app.tiny import CHECKPOINT
+from tests.emulator import client_half
+from tests.emulator.platform import Platform
+from tests.emulator.worker import ENTRY, Worker
 
-SMALL = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8}
-FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
-QUANTIZATION = Quantization("nf4", "nested")
+TINY = ENTRY.parent / "configs" / "tiny.yaml"
+EMPTY = Path(__file__).with_name("empty_deployment.py")
+UNREAD = Path(__file__).with_name("unread_worker.py")
+TARGET_S = 3.0
+LOOK_S = 0.01
 
 
-def config_of(gb: float) -> dict[str, Any]:
-    """A config.json with as many layers as `gb` gigabytes of bfloat16 hold."""
-    document = {
-        "model_type": "mixtral",
-        "num_hidden_layers": 1,
-        "num_key_value_heads": 2,
-        "num_local_experts": 8,
-        "num_experts_per_tok": 2,
-        "vocab_size": 2048,
-        "max_position_embeddings": 2048,
-        "rope_theta": 1e6,
-        "head_dim": 128,
-        **(FULL if gb > 20 else SMALL),
-    }
-    layer = sum(parameters(MixtralConfig.from_dict(document)).values()) * 2
-    return {**document, "num_hidden_layers": max(1, round(gb * 1e9 / layer))}
+def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
+    """One cold start with a job waiting: `{"total_s", "phases": {phase: seconds}}`."""
+    home = Path(tempfile.mkdtemp(prefix="coldstart-"))
+    with Platform() as platform:
+        job = _submit(platform, {"prompt": "What is 2 + 3?", "max_tokens": 1, "temperature": 0})
+        began = time.monotonic()
+        with Worker(platform, home, script=script, SERVE_CONFIG=str(config)) as worker:
+            while not job.is_over:
+                if worker.process.poll() is not None:
+                    raise RuntimeError(worker.log)
+                time.sleep(LOOK_S)
+            total_s = time.monotonic() - began
+            if job.status != "COMPLETED":
+                raise RuntimeError(f"{job.error}\n{worker.log}")
+            health = _submit(platform, {"endpoint": "/health"})
+            while not health.is_over:
+                time.sleep(LOOK_S)
+    shutil.rmtree(home)
+    phases = {it["phase"]: it["seconds"] for it in health.output[0]["load"]}
+    return {"total_s": total_s, "phases": phases}
 
 
-def write_layers(
-    folder: Path,
-    document: dict[str, Any],
-    encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
-) -> None:
-    """A checkpoint of random weights, a file per layer, each weight as `encode` has it."""
-    folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    files: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, shape in expected_shapes(MixtralConfig.from_dict(document), stacked=False).items():
-        layer = name.split(".")[2] if ".layers." in name else "other"
-        files.setdefault(f"model-{layer}.safetensors", []).append((name, shape))
-    weight_map: dict[str, str] = {}
-    for file, weights in files.items():
-        tensors: dict[str, torch.Tensor] = {}
-        for name, shape in weights:
-            values = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
-            tensors |= encode(name, values)
-        save_file(tensors, folder / file)
-        weight_map |= dict.fromkeys(tensors, file)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(document))
+def start_empty() -> float:
+    """Seconds from the start of the empty deployment's process to its answer."""
+    began = time.monotonic()
+    with subprocess.Popen([sys.executable, str(EMPTY)], stdout=subprocess.PIPE, text=True) as one:
+        assert one.stdout is not None
+        for line in one.stdout:
+            if line == "ready\n":
+                seconds = time.monotonic() - began
+        one.wait()
+    return seconds
 
 
-def as_bitsandbytes(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What transformers 4 wrote for a weight with double quantisation."""
-    if part_of(name) not in ("experts", "attention"):
-        return {name: weight}
-    matrix = quantize(weight, QUANTIZATION.quant_type, "nested")
-    assert matrix.nested is not None
-    state = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "dtype": "bfloat16",
-        "shape": list(weight.shape),
-        "nested_blocksize": 256,
-        "nested_dtype": "float32",
-        "nested_offset": float(matrix.nested.offset),
-    }
-    return {
-        name: matrix.packed.view(-1, 1),
-        f"{name}.absmax": matrix.absmax.flatten(),
-        f"{name}.quant_map": matrix.code.clone(),
-        f"{name}.nested_absmax": matrix.nested.absmax.clone(),
-        f"{name}.nested_quant_map": matrix.nested.code.clone(),
-        f"{name}.quant_state.bitsandbytes__nf4": torch.tensor(
-            list(json.dumps(state).encode()), dtype=torch.uint8
-        ),
-    }
+def _submit(platform: Platform, given: dict[str, Any]) -> Any:
+    headers = {"Authorization": f"Bearer {client_half.KEY}"}
+    answer = requests.post(f"{platform.url}/v2/ep/run", json={"input": given}, headers=headers)
+    return platform.queue.jobs[answer.json()["id"]]
 
 
-def write_forms(folder: Path, gb: float) -> tuple[dict[str, Path], float]:
-    """The folders of each form, and the seconds that the conversion took."""
-    document = config_of(gb)
-    forms = {form: folder / form for form in ("float", "bitsandbytes", "stacked")}
-    write_layers(forms["float"], document, lambda name, weight: {name: weight})
-    in_4_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    stored = {**document, "quantization_config": in_4_bits}
-    write_layers(forms["bitsandbytes"], stored, as_bitsandbytes)
-    start = time.perf_counter()
-    convert(forms["float"], forms["stacked"], QUANTIZATION)
-    return forms, time.perf_counter() - start
-
-
-def forget(folder: Path) -> None:
-    """Drops a folder's files from the page cache."""
-    for file in folder.glob("*.safetensors"):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
-
-
-def read_plainly(folder: Path) -> float:
-    """Seconds to read all files of a folder, one after the other, by one thread."""
-    buffer = bytearray(16 << 20)
-    start = time.perf_counter()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-    return time.perf_counter() - start
-
-
-def load_once(folder: Path, device: torch.device) -> float:
-    """Seconds to load a folder onto the device."""
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    start = time.perf_counter()
-    load(folder, dtype=dtype, device=device, quantization=QUANTIZATION)
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Loads and plain reads of one checkpoint, by turns; the medians."""
-    size = inspect(folder).file_bytes / 1e9
-    loads, reads = [], []
+def compare(repeats: int) -> dict[str, Any]:
+    """The worker on the tiny model and the empty deployment, by turns; the medians."""
+    start_empty()  # brings everything into the page cache
+    workers, empties = [], []
     for _ in range(repeats):
-        forget(folder)
-        reads.append(read_plainly(folder))
-        forget(folder)
-        loads.append(load_once(folder, device))
-    load_s, read_s = statistics.median(loads), statistics.median(reads)
+        workers.append(start_worker(TINY))
+        empties.append(start_empty())
+    forget(CHECKPOINT)
+    read_s = read_plainly(CHECKPOINT)
+    total_s = statistics.median(one["total_s"] for one in workers)
+    empty_s = statistics.median(empties)
+    phases = _median_phases(workers)
+    _show(phases)
+    more_s = total_s - empty_s - read_s
+    print(
+        f"worker {total_s:.2f} s, empty deployment {empty_s:.2f} s, read {read_s:.2f} s: "
+        f"{more_s:.2f} s more (target {TARGET_S:g})"
+    )
     return {
-        "gb": round(size, 3),
-        "load_s": round(load_s, 3),
-        "load_gb_per_s": round(size / load_s, 3),
+        "worker_s": round(total_s, 3),
+        "empty_s": round(empty_s, 3),
         "read_s": round(read_s, 3),
-        "read_gb_per_s": round(size / read_s, 3),
-        "share_of_read": round(read_s / load_s, 3),
-        "all_load_s": [round(seconds, 3) for seconds in loads],
-        "all_read_s": [round(seconds, 3) for seconds in reads],
+        "more_s": round(more_s, 3),
+        "target_s": TARGET_S,
+        "phases": phases,
+        "all_worker_s": [round(one["total_s"], 3) for one in workers],
+        "all_empty_s": [round(seconds, 3) for seconds in empties],
     }
+
+
+def compare_ahead(folder: Path, gb: float, repeats: int) -> dict[str, Any]:
+    """The worker on a checkpoint that is on disk only, with and without reading ahead."""
+    forms, _ = write_forms(folder, gb)
+    checkpoint = forms.pop("stacked")
+    for other in forms.values():
+        shutil.rmtree(other)
+    for file in CHECKPOINT.glob("*token*"):
+        shutil.copy(file, checkpoint)
+    config = _config(folder, checkpoint)
+    scripts = {"ahead": ENTRY, "without": UNREAD}
+    starts: dict[str, list[dict[str, Any]]] = {name: [] for name in scripts}
+    reads = []
+    for _ in range(repeats):
+        for name, script in scripts.items():
+            forget(checkpoint)
+            starts[name].append(start_worker(config, script))
+        forget(checkpoint)
+        reads.append(read_plainly(checkpoint))
+    size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
+    result: dict[str, Any] = {
+        "gb": round(size / 1e9, 3),
+        "plain_read_s": round(statistics.median(reads), 3),
+    }
+    for name, ones in starts.items():
+        phases = _median_phases(ones)
+        total_s = statistics.median(one["total_s"] for one in ones)
+        print(
+            f"{name:>8}: {total_s:.2f} s to the first answer, {phases['read']:.2f} s of it reading"
+        )
+        result[name] = {
+            "total_s": round(total_s, 3),
+            "read_s": phases["read"],
+            "all_total_s": [round(one["total_s"], 3) for one in ones],
+            "all_read_s": [one["phases"]["read"] for one in ones],
+        }
+    return result
+
+
+def _config(folder: Path, checkpoint: Path) -> Path:
+    document = yaml.safe_load(TINY.read_text(encoding="utf-8"))
+    args = document["applications"][0]["args"]
+    args["model"] |= {"name": str(checkpoint), "quantization": "nf4", "dtype": "bfloat16"}
+    args["model"]["device"] = "auto" if shutil.which("nvidia-smi") else "cpu"
+    args["engine"] = {"max_model_len": 256, "kv_cache_tokens": 1024}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    return path
+
+
+def _median_phases(starts: list[dict[str, Any]]) -> dict[str, float]:
+    names = starts[0]["phases"]
+    return {
+        name: round(statistics.median(one["phases"][name] for one in starts), 3) for name in names
+    }
+
+
+def _show(phases: dict[str, float]) -> None:
+    for name, seconds in phases.items():
+        print(f"{name:>14} {seconds:7.2f} s")
 
 
 def main() -> int:
@@ -180,36 +178,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gb", type=float, default=0.4, help="of the bfloat16 checkpoint")
+    parser.add_argument("--gb", type=float, help="also measure reading ahead")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default a new one")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--note", help="kept with the result: what else the machine did, say")
     parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.zeros(1, device=device)  # the driver's start is no part of a load
-    folder = Path(tempfile.mkdtemp(prefix="coldstart-", dir=options.folder))
-    try:
-        if shutil.disk_usage(folder).free < options.gb * 2e9:
-            print(f"{folder}: {options.gb * 2:.1f} GB are needed.", file=sys.stderr)
-            return 1
-        forms, convert_s = write_forms(folder, options.gb)
-        print(f"{'form':>13} {'GB':>7} {'load s':>8} {'GB/s':>7} {'read s':>8} {'GB/s':>7} share")
-        results = {}
-        for form, path in forms.items():
-            result = results[form] = measure(path, device, options.repeats)
-            print(
-                f"{form:>13} {result['gb']:>7} {result['load_s']:>8} {result['load_gb_per_s']:>7} "
-                f"{result['read_s']:>8} {result['read_gb_per_s']:>7} {result['share_of_read']:.0%}"
-            )
-    finally:
-        shutil.rmtree(folder)
-    document = {
-        "benchmark": "coldstart",
-        **describe(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "convert_s": round(convert_s, 3),
-        "forms": results,
-    }
+    document = {"benchmark": "coldstart", **describe(), "load_average": os.getloadavg()[0]}
+    if options.note:
+        document["note"] = options.note
+    document["tiny"] = compare(options.repeats)
+    if options.gb is not None:
+        folder = Path(tempfile.mkdtemp(prefix="coldstart-", dir=options.folder))
+        try:
+            document["ahead"] = compare_ahead(folder, options.gb, options.repeats)
+        finally:
+            shutil.rmtree(folder)
     text = json.dumps(document)
     if options.save:
         options.save.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,19 @@
+"""The worker without its reading ahead: `runpod_entry.py` in all else, for `coldstart`."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Event
+
+import runpod_entry
+from serve_app.worker import read_ahead
+
+
+def nothing(files: Sequence[Path], load_log: str | None, stop: Event) -> int:
+    """Stands for `read_ahead.read`."""
+    return 0
+
+
+if __name__ == "__main__":
+    read_ahead.read = nothing
+    sys.exit(runpod_entry.main())

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from serve_app.errors import ServeError
 from serve_app.load import find_local
 from serve_app.model.shards import shard_files
-from serve_app.settings import Settings
+from serve_app.settings import ConfigError, Settings
 from serve_app.worker import read_ahead
 from serve_app.worker.crash_guard import CrashGuard
 from serve_app.worker.forecast import Forecast, predict
@@ -90,5 +90,5 @@ class ColdStart:
             if folder is not None:
                 self._files = shard_files(folder)
             self._forecast = predict(self._settings, folder, self._files)
-        except (ServeError, OSError) as error:
+        except (ServeError, ConfigError, OSError) as error:
             log.debug("There is no forecast: %s", error)  # the load will say what is wrong

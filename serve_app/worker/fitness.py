@@ -13,9 +13,11 @@ from pathlib import Path
 from serve_app.app import is_on_cpu
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
+from serve_app.host import free_bytes
 from serve_app.model_cache import require_writable
 from serve_app.settings import ConfigError, Settings
 from serve_app.worker.cluster import OBJECT_STORE_BYTES
+from serve_app.worker.killed import LOADER_BYTES
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,9 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
 
     def gpu_driver() -> None:
         require_driver(settings)
+
+    def memory() -> None:
+        require_memory(settings, LOADER_BYTES)
 
     def shared_memory() -> None:
         require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
@@ -52,7 +57,7 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
 
     if isinstance(failure, MachineUnfit):
         found.__name__ = failure.check  # what the platform is told
-    return [gpu_driver, shared_memory, disk, volume, model_folder, found]
+    return [gpu_driver, memory, shared_memory, disk, volume, model_folder, found]
 
 
 def first_problem(wanted: list[Check]) -> MachineUnfit | None:
@@ -92,6 +97,15 @@ def require_driver(settings: Settings) -> None:
     for gpu in gpus:
         if cuda is not None and (problem := driver_problem(gpu, cuda)) is not None:
             raise MachineUnfit(problem)
+
+
+def require_memory(settings: Settings, num_bytes: int) -> None:
+    """Raises `MachineUnfit` where a load onto the GPU lacks main memory on the way."""
+    if not is_on_cpu(settings) and (free := free_bytes()) < num_bytes:
+        raise MachineUnfit(
+            f"{free / 1e9:.2f} GB of main memory are free, and a load onto a GPU takes about "
+            f"{num_bytes / 1e9:.0f} GB on the way; take a machine with more."
+        )
 
 
 def require_shared_memory(folder: Path, num_bytes: int) -> None:

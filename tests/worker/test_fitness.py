@@ -107,6 +107,15 @@ def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
         fitness.require_disk(tmp_path, 10**12)
 
 
+def test_a_load_onto_a_gpu_needs_main_memory() -> None:
+    """Libraries and weights on their way; a model for the CPU is planned elsewhere."""
+    on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
+    fitness.require_memory(on_gpu, 1)
+    with pytest.raises(MachineUnfit, match=r"GB of main memory are free, .* about 1000000 GB"):
+        fitness.require_memory(on_gpu, 10**15)
+    fitness.require_memory(Settings.from_args({"model": {"name": "tiny"}}, "test"), 10**15)
+
+
 def test_a_gpu_that_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nvidia-smi's own words are in the sentence; a model for the CPU does not ask it."""
     monkeypatch.setenv("PATH", str(tmp_path))

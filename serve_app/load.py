@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from serve_app.device import choose_device, choose_dtype, memory_for, set_threads
+from serve_app.device import choose_device, choose_dtype, free_on, memory_for, set_threads
 from serve_app.errors import ModelLoadFailed
 from serve_app.load_log import LoadLog
 from serve_app.model.footprint import weight_bytes
@@ -89,9 +89,9 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     with load_log.phase("warm-up"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
         with _stopped_on_failure(engine):
-            warm_up.fill_a_step(engine, model.config.vocab_size)
+            warm_up.fill_a_step(engine, model.config.vocab_size, free_on(device))
     with load_log.phase("first token"), _stopped_on_failure(engine):
-        warm_up.first_token(engine, tokenizer.encode("Hello"))
+        warm_up.first_token(engine, tokenizer.encode("Hello"), free_on(device))
     load_log.ready()
     for note in notes:
         log.info("load: %s", note)

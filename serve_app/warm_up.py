@@ -15,21 +15,22 @@ if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
 
 
-def fill_a_step(engine: "Engine", vocab_size: int) -> None:
+def fill_a_step(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
     """A prompt as long as one step takes, and two tokens after it.
 
-    Raises `ModelLoadFailed` where the device does not hold it, or computes nonsense.
+    `free_bytes` is what the device has left. Raises `ModelLoadFailed` where it is not enough, or
+    where the device computes nonsense.
     """
     num_tokens = min(engine.config.max_step_tokens, engine.config.max_model_len - 2)
-    _run(engine, [i % vocab_size for i in range(num_tokens)], max_tokens=2)
+    _run(engine, [i % vocab_size for i in range(num_tokens)], 2, free_bytes)
 
 
-def first_token(engine: "Engine", prompt_ids: list[int]) -> None:
+def first_token(engine: "Engine", prompt_ids: list[int], free_bytes: int) -> None:
     """A short prompt up to its first token; raises as `fill_a_step`."""
-    _run(engine, prompt_ids, max_tokens=1)
+    _run(engine, prompt_ids, 1, free_bytes)
 
 
-def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int) -> None:
+def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int, free_bytes: int) -> None:
     params = SamplingParams(max_tokens=max_tokens, temperature=0, ignore_eos=True)
 
     async def generate() -> None:
@@ -42,9 +43,9 @@ def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int) -> None:
             thread.submit(lambda: asyncio.run(generate())).result()
         except OutOfMemory as error:
             raise ModelLoadFailed(
-                f"The device has no memory left for a prompt of {len(prompt_ids)} tokens beside "
-                "the weights and the KV cache; lower `engine.max_step_tokens` or "
-                "`engine.kv_cache_tokens`, or take a larger GPU."
+                f"A prompt of {len(prompt_ids)} tokens needs more memory than the "
+                f"{free_bytes / 1e9:.2f} GB that the weights and the KV cache leave; lower "
+                "`engine.max_step_tokens` or `engine.kv_cache_tokens`, or take a larger GPU."
             ) from error
         except ServeError as error:
             raise ModelLoadFailed(

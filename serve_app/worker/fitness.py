@@ -14,7 +14,6 @@ from serve_app.app import is_on_cpu
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
 from serve_app.host import free_bytes
-from serve_app.model_cache import require_writable
 from serve_app.settings import ConfigError, Settings
 from serve_app.worker.cluster import OBJECT_STORE_BYTES
 from serve_app.worker.killed import LOADER_BYTES
@@ -45,9 +44,6 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
     def disk() -> None:
         require_disk(SCRATCH, SCRATCH_BYTES)
 
-    def volume() -> None:
-        require_writable(settings)
-
     def model_folder() -> None:
         require_folder(settings)
 
@@ -57,7 +53,7 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
 
     if isinstance(failure, MachineUnfit):
         found.__name__ = failure.check  # what the platform is told
-    return [gpu_driver, memory, shared_memory, disk, volume, model_folder, found]
+    return [gpu_driver, memory, shared_memory, disk, model_folder, found]
 
 
 def first_problem(wanted: list[Check]) -> MachineUnfit | None:

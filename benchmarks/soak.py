@@ -144,7 +144,7 @@ def soak(num_jobs: int, seed: int) -> dict[str, Any]:
             "wrong": runs.wrong,
             "late_posts": late,
             "kv_blocks_used": place.health()["engine"]["kv_blocks_used"],
-            "faults": dict(place.platform.faults.num_faults),
+            "faults": {name: n for name, n in place.platform.faults.num_faults.items() if n},
             "memory_mb_after_a_tenth": in_mb(first),
             "memory_mb_at_the_end": in_mb(last),
             "growth": round(last.total() / first.total() - 1, 4),

@@ -25,7 +25,7 @@ READ_BYTES_S = 1e9
 """Assumed where there is no sample: what RunPod's volumes reach at best."""
 DOWNLOAD_BYTES_S = 2e8
 QUANTISE_BYTES_S = 1e8
-"""Floats quantised by two cores (`benchmarks/results/coldstart-cpu.json`); a GPU reads as fast as
+"""Floats quantised by two cores (`benchmarks/results/forms-cpu.json`); a GPU reads as fast as
 the disk."""
 INIT_S = 420.0
 """What the platform gives a worker to come up, by default."""

@@ -42,7 +42,8 @@ RUN mkdir serve_app \
 COPY serve_app serve_app
 COPY runpod_entry.py ./
 COPY configs configs
-RUN pip install --no-cache-dir --no-deps .
+# In place: the entry runs from this folder, and so must what is compiled.
+RUN pip install --no-cache-dir --no-deps -e .
 
 # Ray writes its token into the home; RunPod mounts the volume here.
 RUN mkdir -p /runpod-volume && chown serve:serve /runpod-volume /app

@@ -228,6 +228,8 @@ def _engine(
     what, needed = f"a KV cache of {num_tokens} tokens", num_tokens * token_bytes
     with memory_for(what, needed, device, "lower `engine.kv_cache_tokens`"):
         runner = ModelRunner(model, num_blocks, chosen.block_size, dtype, device)
+    if device.type == "cpu":
+        notes.append(runner.note)
     engine = Engine(
         runner,
         EngineConfig(

@@ -12,6 +12,7 @@ from torch import Tensor
 from serve_app.engine.sampler import Sampler
 from serve_app.engine.sequence import FAILED, Chunk, Samples
 from serve_app.model.batch import Batch
+from serve_app.model.kernels.cpu_step import CpuStep
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 
@@ -44,6 +45,12 @@ class ModelRunner:
         self._device = device
         self._tables = _BlockTables()
         self._sampler = Sampler()
+        step = CpuStep.of(model, self.cache)
+        self._decode = None if isinstance(step, str) else step
+        self.note = "a decode step is one call of compiled code"
+        """Which form of the model's step was chosen, and why."""
+        if isinstance(step, str):
+            self.note = f"a decode step is in plain torch; of the compiled one: {step}"
 
     @property
     def vocab_size(self) -> int:
@@ -51,7 +58,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def step(self, chunks: list[Chunk]) -> Samples:
-        logits: Tensor = self.model(self._batch(chunks), self.cache)
+        logits = self._logits(chunks)
         sampled = [chunk.sequence for chunk in chunks if chunk.samples]
         if not sampled:
             return Samples([], {})
@@ -62,6 +69,29 @@ class ModelRunner:
                 own = sequence.block_table[sequence.num_kept :]
                 self.cache.clear(torch.tensor(own, device=self._device))
         return samples
+
+    def _logits(self, chunks: list[Chunk]) -> Tensor:
+        """`[sampled, vocab_size]`, in the order of the chunks."""
+        if self._decode is None:
+            plain: Tensor = self.model(self._batch(chunks), self.cache)
+            return plain
+        decodes = [i for i, chunk in enumerate(chunks) if chunk.end - chunk.start == 1]
+        others = [i for i, chunk in enumerate(chunks) if chunk.end - chunk.start > 1]
+        parts, order = [], []
+        if decodes:
+            sampling = [i for i in decodes if chunks[i].samples]
+            logits = self._decode.decode(self._batch([chunks[i] for i in decodes]))
+            if sampling != decodes:
+                logits = logits[[decodes.index(i) for i in sampling]]
+            parts.append(logits)
+            order += sampling
+        if others:
+            parts.append(self.model(self._batch([chunks[i] for i in others]), self.cache))
+            order += [i for i in others if chunks[i].samples]
+        logits = torch.cat(parts) if len(parts) > 1 else parts[0]
+        if order != sorted(order):
+            logits = logits[sorted(range(len(order)), key=order.__getitem__)]
+        return logits
 
     def _batch(self, chunks: list[Chunk]) -> Batch:
         size = self._block_size

@@ -1,0 +1,194 @@
+"""The decode step of a float32 Mixtral on a CPU in one call, see `_cpu_step.c`.
+
+Promises the logits of `model/mixtral.py` to float32's rounding, and for each row the same bits in
+any batch. The call holds no interpreter lock, so that sockets are served while it computes. Built
+where the project is installed with a C compiler, and compared with plain torch before it is used;
+`CpuStep.of` says why where it is not. Keeps a second, transposed copy of the weights. Knows no
+prompts: rows are one new token each.
+"""
+
+import ctypes
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.batch import Batch
+from serve_app.model.config import MixtralConfig
+from serve_app.model.experts import Experts
+from serve_app.model.kv import KVCache
+from serve_app.model.linear import Linear
+from serve_app.model.matrices4 import Linear4
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+LANES = 16
+"""Sizes that are summed over are multiples of this."""
+MOST_BYTES = 500_000_000
+TOLERANCE = 1e-4
+"""Largest relative error beside plain torch, on this processor, with which it is used."""
+POINTER, INT = ctypes.c_void_p, ctypes.c_int64
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        (name, POINTER)
+        for name in (
+            "attention_norm",
+            "qkv",
+            "o",
+            "mlp_norm",
+            "router",
+            "gate_up",
+            "down",
+            "keys",
+            "values",
+        )
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("num_layers", "hidden", "heads", "kv_heads", "head_dim")),
+        *((name, INT) for name in ("inner", "experts", "top_k", "vocab", "block_size", "window")),
+        ("eps", ctypes.c_float),
+        *((name, POINTER) for name in ("embedding", "norm", "head", "cos", "sin")),
+        ("layers", ctypes.POINTER(_Layer)),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, INT) for name in ("count", "table_width")),
+        *((name, POINTER) for name in ("token_ids", "positions", "slots", "context_lens")),
+        ("tables", POINTER),
+    ]
+
+
+class CpuStep:
+    """The step of one model with one KV cache, whose memory it points into."""
+
+    def __init__(self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache) -> None:
+        config = model.config
+        layers = [
+            (*_weights(block), keys, values)
+            for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True)
+        ]
+        head = transposed(model.embedding if model.head is None else _float(model.head))
+        tables = (model.embedding, model.norm.weight, head, model.rope.cos, model.rope.sin)
+        # What the pointers point to must live as long as they do.
+        self._kept = (layers, tables)
+        self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
+        self._decode = library.mixtral_decode
+        pointers = [_Layer(*(tensor.data_ptr() for tensor in layer)) for layer in layers]
+        self._model = _Model(
+            *(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads),
+            *(config.head_dim, config.intermediate_size, config.num_experts, config.top_k),
+            *(config.vocab_size, cache.block_size, config.sliding_window or 0, config.rms_eps),
+            *(table.data_ptr() for table in tables),
+            (_Layer * len(layers))(*pointers),
+        )
+
+    @classmethod
+    def of(cls, model: "Mixtral", cache: KVCache) -> "CpuStep | str":
+        """The step of `model`, or why there is none. `cache` is not in use yet."""
+        if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
+            return "it is for float32 on a CPU"
+        if model.codes is not None:
+            return "the weights are in 4 bits"
+        if (size := sum(weight.nbytes for weight in model.parameters())) > MOST_BYTES:
+            return f"a second copy of {size / 1e9:.1f} GB of weights would be too large"
+        if reason := _unfit(model.config):
+            return reason
+        library = _library()
+        if isinstance(library, str):
+            return library
+        step = cls(library, model, cache)
+        error = step._error(model, cache)
+        # A NaN is no small number either.
+        return step if error < TOLERANCE else f"it differs from plain torch by {error:.1e}"
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
+        count = len(batch.query_lens)
+        context_lens = torch.tensor(batch.context_lens)
+        tables = batch.block_tables.contiguous()
+        tensors = (batch.token_ids, batch.positions, batch.slots, context_lens, tables)
+        rows = _Rows(count, tables.shape[1], *(tensor.data_ptr() for tensor in tensors))
+        logits = torch.empty(count, self._row_size)
+        failed = self._decode(
+            ctypes.byref(self._model), ctypes.byref(rows), POINTER(logits.data_ptr())
+        )
+        if failed:
+            raise MemoryError("There is no memory for a decode step.")
+        return logits[:, : self._vocab_size]
+
+    @torch.inference_mode()
+    def _error(self, model: "Mixtral", cache: KVCache) -> float:
+        """The largest relative error of logits, on random keys and values and made-up tokens."""
+        count = min(cache.num_blocks, 5)
+        blocks = torch.arange(count)
+        generator = torch.Generator().manual_seed(0)
+        for pages in (*cache.keys, *cache.values):
+            pages[blocks] = torch.randn(pages[blocks].shape, generator=generator)
+        position = cache.block_size - 1
+        batch = Batch(
+            token_ids=blocks % self._vocab_size,
+            positions=torch.full((count,), position),
+            slots=blocks * cache.block_size + position,
+            query_lens=[1] * count,
+            context_lens=[cache.block_size] * count,
+            block_tables=blocks[:, None],
+            sample_rows=blocks,
+        )
+        expected = model(batch, cache)
+        found = self.decode(batch)
+        cache.clear(blocks)
+        return float((found - expected).norm() / expected.norm())
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """A copy of `weight` `[..., N, K]` as `[..., K, N']`: N rounded up, the rest is 0."""
+    padded = F.pad(weight, (0, 0, 0, -weight.shape[-2] % LANES))
+    return padded.transpose(-1, -2).contiguous()
+
+
+def _float(linear: Linear | Linear4) -> Tensor:
+    assert isinstance(linear, Linear)
+    return linear.weight
+
+
+def _weights(block: Any) -> tuple[Tensor, ...]:
+    """In the order of `_Layer`."""
+    attention, experts = block.attention, block.mlp.experts
+    assert isinstance(experts, Experts)
+    return (
+        block.attention_norm.weight,
+        transposed(_float(attention.qkv)),
+        transposed(_float(attention.o)),
+        block.mlp_norm.weight,
+        transposed(block.mlp.router),
+        transposed(experts.gate_up),
+        transposed(experts.down),
+    )
+
+
+def _unfit(config: MixtralConfig) -> str | None:
+    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
+    if any(size % LANES for size in sizes):
+        return f"hidden_size, intermediate_size and head_dim must be multiples of {LANES}"
+    return None
+
+
+def _library() -> ctypes.CDLL | str:
+    file = Path(__file__).with_name("_cpu_step" + EXTENSION_SUFFIXES[0])
+    if not file.exists():
+        return "it was not built, as there was no C compiler at the installation"
+    try:
+        return ctypes.CDLL(str(file))
+    except OSError as error:
+        return f"{file.name} cannot be loaded ({error})"

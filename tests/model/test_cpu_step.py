@@ -1,0 +1,186 @@
+"""The compiled decode step, beside transformers, plain torch and itself."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.engine.runner import ModelRunner
+from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.cpu_step import CpuStep
+from serve_app.model.kv import KVCache
+from serve_app.model.mixtral import Mixtral
+from serve_app.model.stacked import Quantization
+from tests.model.driver import load_float32, oracle_logits, random_ids, random_oracle
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="it needs a C compiler")
+
+SIZES = {"hidden_size": 64, "intermediate_size": 48, "head_dim": 16, "num_attention_heads": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "window": {"sliding_window": 21},
+    "odd": {
+        "hidden_size": 80,
+        "head_dim": 32,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 3,
+        "num_hidden_layers": 3,
+        "vocab_size": 101,
+        "tie_word_embeddings": True,
+    },
+    "many experts": {"num_local_experts": 17, "num_experts_per_tok": 1, "num_key_value_heads": 4},
+}
+BLOCK_SIZE = 4
+NUM_BLOCKS = 512
+
+
+def model_of(folder: Path, **shape: Any) -> tuple[Mixtral, Any]:
+    oracle = random_oracle(**{**SIZES, **shape})
+    oracle.save_pretrained(folder)
+    return load_float32(folder), oracle
+
+
+def cache_of(model: Mixtral) -> KVCache:
+    cpu = torch.device("cpu")
+    return KVCache.allocate(model.config, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
+
+
+def step_of(model: Mixtral, cache: KVCache) -> CpuStep:
+    step = CpuStep.of(model, cache)
+    assert isinstance(step, CpuStep), step
+    return step
+
+
+def decodes(contexts: list[int], seed: int = 0) -> Batch:
+    """One token each after so many others, in blocks of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    width = -(-max(contexts) // BLOCK_SIZE)
+    tables = torch.randperm(NUM_BLOCKS, generator=generator)[: len(contexts) * width]
+    tables = tables.view(len(contexts), width)
+    last = torch.tensor(contexts) - 1
+    slots = tables.gather(1, (last // BLOCK_SIZE)[:, None])[:, 0] * BLOCK_SIZE + last % BLOCK_SIZE
+    return Batch(
+        token_ids=torch.randint(0, 90, (len(contexts),), generator=generator),
+        positions=last,
+        slots=slots,
+        query_lens=[1] * len(contexts),
+        context_lens=contexts,
+        block_tables=tables,
+        sample_rows=torch.arange(len(contexts)),
+    )
+
+
+def row(batch: Batch, i: int) -> Batch:
+    """The batch with its row `i` alone."""
+    only = slice(i, i + 1)
+    return Batch(
+        batch.token_ids[only],
+        batch.positions[only],
+        batch.slots[only],
+        [1],
+        batch.context_lens[only],
+        batch.block_tables[only],
+        torch.zeros(1, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_token_by_token_it_gives_transformers_logits(shape: dict[str, Any], tmp_path: Path) -> None:
+    """A text decoded from its first token on, in blocks in any order: the oracle's logits."""
+    model, oracle = model_of(tmp_path, **shape)
+    step = step_of(model, cache_of(model))
+    ids = random_ids(40)
+    table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))[:10]
+    found = []
+    for position, token in enumerate(ids):
+        at = torch.tensor([position])
+        slot = table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
+        one = (torch.tensor([token]), at, slot, [1], [position + 1], table[None], at * 0)
+        found.append(step.decode(Batch(*one)))
+    torch.testing.assert_close(torch.cat(found), oracle_logits(oracle, ids), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: Path) -> None:
+    """Beside 0 to 32 others with other contexts: exactly what it gets alone, and what torch gets
+    nearly."""
+    model, _ = model_of(tmp_path, **shape)
+    cache = cache_of(model)
+    step = step_of(model, cache)
+    generator = torch.Generator().manual_seed(2)
+    for pages in (*cache.keys, *cache.values):
+        pages.copy_(torch.randn(pages.shape, generator=generator))
+    contexts = torch.randint(1, 50, (33,), generator=generator).tolist()
+    whole = decodes(contexts)
+    alone = torch.cat([step.decode(row(whole, i)) for i in range(len(contexts))])
+    assert torch.equal(step.decode(whole), alone)
+    torch.testing.assert_close(model(whole, cache), alone, rtol=0, atol=1e-3)
+    for count in (2, 3, 5, 8, 13, 31):
+        assert torch.equal(step.decode(decodes(contexts)), alone)
+        few = decodes(contexts)
+        few.query_lens, few.context_lens = few.query_lens[:count], contexts[:count]
+        assert torch.equal(step.decode(few), alone[:count])
+
+
+def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) -> None:
+    """Chunks in any order, some of one token that asks for nothing: as the model alone has it."""
+    model, _ = model_of(tmp_path)
+
+    def tokens(is_compiled: bool) -> list[int]:
+        cpu = torch.device("cpu")
+        runner = ModelRunner(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
+        assert "one call" in runner.note
+        if not is_compiled:
+            runner._decode = None
+        params = SamplingParams(8, temperature=0)
+        some = [Sequence(random_ids(20, seed=i), params, 0, frozenset()) for i in range(7)]
+        for i, sequence in enumerate(some):
+            sequence.block_table = list(range(10 * i, 10 * i + 5))
+        runner.step([Chunk(s, 0, 19, False) for s in some])
+        ends = [(19, 20, True), (18, 20, True), (18, 19, False), (19, 20, True), (4, 9, False)]
+        ends += [(10, 20, True), (19, 20, True)]
+        chunks = [Chunk(s, *end) for s, end in zip(some, ends, strict=True)]
+        return runner.step(chunks).token_ids + runner.step([chunks[2]]).token_ids
+
+    assert len(set(tokens(True))) > 2
+    assert tokens(True) == tokens(False)
+
+
+def test_numbers_that_are_not_finite_stay_so(tmp_path: Path) -> None:
+    """A NaN among the keys, values or embeddings of one row reaches its logits, and no others'."""
+    model, _ = model_of(tmp_path)
+    cache = cache_of(model)
+    step = step_of(model, cache)
+    for spoilt in (cache.keys[0], cache.values[1]):
+        batch = decodes([9, 9])
+        assert step.decode(batch).isfinite().all()
+        spoilt[batch.block_tables[1, 1], 2] = torch.nan
+        found = step.decode(batch)
+        assert found[0].isfinite().all()
+        assert found[1].isnan().all()
+        cache.clear(torch.arange(NUM_BLOCKS))
+
+
+def refusal(model: Mixtral) -> str:
+    reason = CpuStep.of(model, cache_of(model))
+    assert isinstance(reason, str)
+    return reason
+
+
+def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes that do not fit, 4 bits, another dtype, numbers that are not torch's."""
+    odd, _ = model_of(tmp_path / "odd", head_dim=8)
+    assert "multiples of 16" in refusal(odd)
+    model, _ = model_of(tmp_path / "fits", intermediate_size=64)
+    quantised = load_float32(tmp_path / "fits", Quantization("nf4", "bfloat16"))
+    assert "in 4 bits" in refusal(quantised)
+    assert "float32" in refusal(load_float32(tmp_path / "fits").bfloat16())
+    decode = CpuStep.decode
+    for wrong in (1.001, float("nan")):
+        monkeypatch.setattr(CpuStep, "decode", lambda self, batch, w=wrong: decode(self, batch) * w)
+        assert "differs from plain torch" in refusal(model)

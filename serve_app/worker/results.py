@@ -61,7 +61,8 @@ class Results:
 
     def _keep(self, job_id: str, output: Any) -> dict[str, Any]:
         """Writes the output as JSON; `{"file", "bytes"}`. Raises `OSError`."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        # Without its parents: where no volume is mounted, a file would die with the container.
+        self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{file_name(job_id)}.json"
         body = as_json(output)
         partial = path.with_suffix(f".{os.getpid()}.partial")

@@ -70,8 +70,6 @@ class Queue:
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.pings: list[dict[str, str]] = []
-        self.stream_delay_s = 0.0
-        """How long the platform takes to acknowledge a streamed chunk."""
         self.hold_s = 1.0
         """How long an empty poll is held open."""
         self.silence_s: float | None = None

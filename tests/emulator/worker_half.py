@@ -1,6 +1,5 @@
 """What a worker speaks to: taking jobs, hearing of stops, posting chunks and results, pinging."""
 
-import asyncio
 import json
 from typing import Any
 
@@ -77,7 +76,6 @@ class WorkerHalf:
     async def stream(self, request: web.Request) -> web.Response:
         _authorise(request)
         job, body = await self._posted(request, MAX_CHUNK_BYTES)
-        await asyncio.sleep(self.queue.stream_delay_s)
         if job.is_over:
             job.num_late_posts += 1
         else:

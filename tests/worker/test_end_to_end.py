@@ -13,6 +13,7 @@ from tests.emulator import client_half
 from tests.emulator.platform import Platform
 from tests.emulator.queue import Job
 from tests.emulator.worker import Worker
+from tests.settled import settled
 from tests.worker.conftest import Client, until
 
 pytestmark = pytest.mark.ray
@@ -132,6 +133,21 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
 
     until(is_free, timeout_s=10)
     assert (job.status(), record.num_results) == ("CANCELLED", 0)
+
+
+def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -> None:
+    """A prompt that is still being read is given up, and holds no blocks."""
+    num_waiting = client.ended({"endpoint": "/health"}).output[0]["engine"]["running"]
+    job = client.submit({"prompt": "ten words " * 4000, "stream": True})
+
+    def is_read() -> bool:
+        engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
+        return bool(engine["running"] > num_waiting)
+
+    until(is_read)
+    client.cancel(job)
+    assert (job.status, job.chunks) == ("CANCELLED", [])
+    settled(client.platform, tiny_worker)
 
 
 def test_a_batch_job_tells_its_progress(client: Client) -> None:

@@ -110,6 +110,14 @@ def test_what_is_no_json_is_an_error(scripted: Client, prompt: str) -> None:
     assert scripted.error_of(job)["error"]["code"] == "internal_error"
 
 
+def test_no_volume_is_an_error(tmp_path: Path) -> None:
+    """A file on the container's own disk would be gone before anybody reads it."""
+    results = Results("volume", str(tmp_path / "absent"))
+    body = asyncio.run(results.instead("job-1", {"output": [1]}, BIG))
+    assert json.loads(body)["output"]["status"] == "VALIDATION_FAILED"
+    assert not (tmp_path / "absent").exists()
+
+
 @pytest.mark.parametrize("job_id", ["../up", "a/b", "/etc/x", ".hidden", "", "x" * 300, "\ud800"])
 def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
     """An id that is no plain name is not a path."""

@@ -43,12 +43,12 @@ def test_a_job_hears_the_load_and_gets_one_result(platform: Platform, worker: Wo
 
 def test_slow_posts_merge_tokens_and_lose_none(platform: Platform, worker: Worker) -> None:
     """A platform slow to acknowledge gets fewer, longer chunks; their text is the whole text."""
-    platform.queue.stream_delay_s = 0.1
+    platform.faults.delay_s["job-stream"] = 0.1
     try:
         job = Client(platform).submit({"prompt": "500", "stream": True})
         until(lambda: job.is_over)
     finally:
-        platform.queue.stream_delay_s = 0.0
+        platform.faults.clear()
     assert job.output == job.chunks
     assert job.chunks[0]["token"] == "0 "
     assert "".join(chunk["token"] for chunk in job.chunks) == "".join(f"{n} " for n in range(500))
@@ -59,7 +59,7 @@ def test_slow_posts_merge_tokens_and_lose_none(platform: Platform, worker: Worke
 @pytest.mark.parametrize("delay_s", [0.0, 0.5])
 def test_a_cancelled_job_frees_its_call(platform: Platform, worker: Worker, delay_s: float) -> None:
     """Cancelled between two posts or in the middle of one, the call to the model is closed."""
-    platform.queue.stream_delay_s = delay_s
+    platform.faults.delay_s["job-stream"] = delay_s
     num_closed = worker.log.count("closed")
     try:
         job = Client(platform).submit({"prompt": "hold", "stream": True})
@@ -67,7 +67,7 @@ def test_a_cancelled_job_frees_its_call(platform: Platform, worker: Worker, dela
         Client(platform).cancel(job)
         until(lambda: worker.log.count("closed") > num_closed)
     finally:
-        platform.queue.stream_delay_s = 0.0
+        platform.faults.clear()
     assert (job.status, job.num_results) == ("CANCELLED", 0)
 
 

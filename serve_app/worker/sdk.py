@@ -22,7 +22,7 @@ from serve_app.worker import post, results
 from serve_app.worker.drain import Drain
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
-from serve_app.worker.take import QUICK_S, RATE_LIMIT_S, Trouble, poll
+from serve_app.worker.take import POLL_TIMEOUT_S, QUICK_S, RATE_LIMIT_S, Trouble, poll
 from serve_app.worker.taken import Job, Taken
 
 if TYPE_CHECKING:
@@ -148,11 +148,15 @@ class JobLoop:
         while True:
             began = time.monotonic()
             try:
-                for job_id in await rp_job.get_stop_signals(session):
+                async with asyncio.timeout(POLL_TIMEOUT_S):
+                    job_ids = await rp_job.get_stop_signals(session)
+                for job_id in job_ids:
                     self._taken.stop(job_id)
                 delays = post.delays()
                 if time.monotonic() - began < QUICK_S:
                     await asyncio.sleep(QUICK_S)
+            except TimeoutError:
+                continue
             except TooManyRequests:
                 await asyncio.sleep(RATE_LIMIT_S)
             except Exception as error:  # it must never end: a job may have to be stopped later
@@ -212,7 +216,7 @@ class JobLoop:
 
     async def _refuse(self, session: "ClientSession", job: Job, error: ServeError) -> None:
         for value in self._handler.refusal(job, error):
-            if "error" in value and isinstance(value, dict):
+            if isinstance(value, dict) and "error" in value:
                 await self._send(session, value, job)
             else:
                 await self._stream(session, {"output": value}, job)

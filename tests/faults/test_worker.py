@@ -12,6 +12,7 @@ from tests.emulator.platform import Platform
 from tests.emulator.worker import Worker
 from tests.faults.conftest import spoil
 from tests.processes import replica_of
+from tests.settled import settled
 from tests.worker.conftest import TINY, Client, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
@@ -34,8 +35,10 @@ def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 
 @pytest.fixture
-def client(platform: Platform, worker: Worker) -> Client:
-    return Client(platform)
+def client(platform: Platform, worker: Worker) -> Iterator[Client]:
+    """A client of the worker; after each test all is in order again."""
+    yield Client(platform)
+    settled(platform, worker)
 
 
 def test_a_killed_replica_fails_the_stream_and_not_the_worker(
@@ -86,6 +89,7 @@ def test_a_model_that_cannot_load_says_why(tmp_path: Path, config: Path, checkpo
         jobs.append(client.ended({"prompt": "x"}))
         health = client.ended({"endpoint": "/health"}).output[0]
         code = worker.terminate()
+        settled(platform, worker)
     for job in jobs:
         error = client.error_of(job)["error"]
         assert (error["status"], error["code"]) == ("MODEL_LOAD_FAILED", "model_load_failed")
@@ -110,6 +114,7 @@ def test_a_lost_network_is_told_to_the_jobs(tmp_path: Path) -> None:
         job = Client(platform).ended({"prompt": "x"})
         error = Client(platform).error_of(job)["error"]
         code = worker.terminate()
+        settled(platform, worker)
     assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", True)
     assert "owner/absent" in error["message"]
     assert code == 0

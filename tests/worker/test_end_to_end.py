@@ -118,20 +118,14 @@ def test_the_runpod_client_reads_whether_to_retry(endpoint: Any) -> None:
     assert "`temperature`" in output["message"]
 
 
-def test_the_runpod_client_cancels(endpoint: Any, client: Client) -> None:
+def test_the_runpod_client_cancels(endpoint: Any, client: Client, tiny_worker: Worker) -> None:
     """A cancelled stream stops, and the engine has its blocks back."""
     body = {"prompt": "x", "stream": True, "max_tokens": 16_000, "ignore_eos": True}
     job = endpoint.run(body)
     record = client.platform.queue.jobs[job.job_id]
     until(lambda: record.chunks)
     job.cancel()
-    engine: dict[str, Any] = {}
-
-    def is_free() -> bool:
-        engine.update(client.ended({"endpoint": "/health"}).output[0]["engine"])
-        return bool(engine["kv_blocks_used"] == 0 and engine["running"] == 0)
-
-    until(is_free, timeout_s=10)
+    settled(client.platform, tiny_worker)
     assert (job.status(), record.num_results) == ("CANCELLED", 0)
 
 

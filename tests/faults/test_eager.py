@@ -41,7 +41,7 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
     with Platform() as platform, Worker(platform, tmp_path, **EAGER) as worker:
         until(lambda: "Cold start: ray" in worker.log)
         worker.process.send_signal(signal.SIGTERM)
-        assert worker.process.wait(30) == 0, worker.log
+        assert worker.process.wait(60) == 0, worker.log
         assert platform.queue.num_polls == 0
     assert "Cold start: ready" not in worker.log
 

@@ -27,6 +27,32 @@ def descendants(pid: int) -> dict[int, str]:
     return {child: title for child, title in titles.items() if child != pid and is_below(child)}
 
 
+def all_below(pid: int) -> set[tuple[int, str]]:
+    """Every process below `pid`, as `running` tells of them."""
+    return {known for child in descendants(pid) if (known := _known(child)) is not None}
+
+
+def ray_below(pid: int) -> set[tuple[int, str]]:
+    """Ray's processes below `pid`."""
+    titles = descendants(pid)
+    rays = [child for child, title in titles.items() if "ray::" in title or "/ray/" in title]
+    return {known for child in rays if (known := _known(child)) is not None}
+
+
+def running() -> set[tuple[int, str]]:
+    """Every living process: its pid, and its start, which tells it from a later one."""
+    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
+    return {known for pid in pids if (known := _known(pid)) is not None}
+
+
+def _known(pid: int) -> tuple[int, str] | None:
+    try:
+        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else (pid, fields[19])
+
+
 def one_below(pid: int, words: str) -> int:
     """The one process below `pid` whose command line holds `words`."""
     (found,) = [child for child, title in descendants(pid).items() if words in title]

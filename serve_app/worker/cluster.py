@@ -1,82 +1,118 @@
-"""Ray and Serve on this machine, for one process: start, reach, stop.
+"""The deployment on this machine's Ray, for one process: start, reach, watch, stop.
 
 Takes the same file as `serve run`, but no HTTP proxy unless asked: jobs reach the deployment
 through a handle. Knows Ray; knows no jobs.
 """
 
 import asyncio
-import contextlib
-import functools
 import logging
-import os
-import secrets
-import signal
 import tempfile
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.load_log import LoadLog, read_lines
 from serve_app.settings import ConfigError, Settings, application
-from serve_app.worker import phases
-from serve_app.worker.forward import Forward, through
+from serve_app.worker import phases, processes, ray_node
+from serve_app.worker.forward import Forward, Line
 from serve_app.worker.killed import MemoryBefore
+from serve_app.worker.processes import Process
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "mixtral"
-OBJECT_STORE_BYTES = 200_000_000
-"""Requests and answers travel through Ray's messages; the object store stays all but empty."""
-SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
-"""The handler logs a line per job, and the platform drops lines from chatty logs."""
+LOOK_S = 0.5
+"""Seconds between two looks at whether all processes live."""
+STOP_S = 30.0
+"""Seconds that what is left of a dead Ray has to end."""
 
 
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    """The one thread that starts Ray, alive as long as this process.
+class Cluster:
+    """One model for RunPod jobs: what `Boot` starts, watches and takes down."""
 
-    The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG), so none
-    of the event loop's own threads will do: those end with the loop, before the shutdown.
-    """
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+    def __init__(self, settings: Settings, config: str | Path, process_s: float | None) -> None:
+        """`process_s` is what this process took before it took jobs; None is its age."""
+        self._settings = with_load_log(settings)
+        self._config = config
+        self._process_s = process_s
+        self._line: Line | None = None
+        self._vital: dict[str, Process] = {}
 
+    async def start(self) -> Forward:
+        """Starts Ray, Serve and the deployment; returns when the model is loaded.
 
-async def start(settings: Settings, config: str | Path, process_s: float | None = None) -> Forward:
-    """Starts Ray, Serve and the deployment of `config`; returns when the model is loaded.
+        Raises `ModelLoadFailed`, or `EngineDead` where Ray dies meanwhile. Blocking steps run in a
+        thread, so that the event loop stays free.
+        """
+        load_log = _begin(self._settings, self._process_s)
+        # Ray takes over the process's signals, whichever thread starts it. They are given back
+        # after each step: a SIGTERM must reach the SDK, which lets running jobs finish.
+        with load_log.phase("ray"):
+            for step in (ray_node.start, ray_node.start_serve):
+                with ray_node.signals_kept():
+                    await _in_thread(step)
+        self._vital = ray_node.vital()
+        with ray_node.signals_kept():
+            try:
+                handle = await self._unless_dead(
+                    _in_thread(deploy, self._settings, self._config, None)
+                )
+            except ConfigError as error:
+                raise ModelLoadFailed(str(error)) from None
+        replicas = [it for it in ray_node.below() if f"ServeReplica:{APP_NAME}" in it.command]
+        # Of several, the others go on while Serve replaces one.
+        if len(replicas) == 1 and not _may_be_several(self._config):
+            self._vital["the model's process"] = replicas[0]
+        self._line = Line(handle, self._settings.api.request_timeout_s)
+        return self._line
 
-    `process_s` is what this process took before it took jobs; None is its age.
-    Raises `ModelLoadFailed`. Blocking steps run in a thread, so that the event loop stays free.
-    """
-    loop = asyncio.get_running_loop()
-    settings = with_load_log(settings)
-    load_log = _begin(settings, process_s)
-    # Ray takes over the process's signals, whichever thread starts it. They are given back after
-    # each step: a SIGTERM must reach the SDK, which lets running jobs finish.
-    with load_log.phase("ray"):
-        for step in (_start_ray, _start_serve):
-            with _signals_kept():
-                await loop.run_in_executor(_thread(), step)
-    with _signals_kept():
+    async def watch(self) -> str:
+        """Returns when a process has died that the model cannot do without: its name."""
+        while True:
+            for name, process in self._vital.items():
+                if not processes.is_alive(process):
+                    return name
+            await asyncio.sleep(LOOK_S)
+
+    async def stop(self) -> None:
+        """Ends the calls that still run, and kills what is left of Ray."""
+        if self._line is not None:
+            self._line.cut()
+        async with asyncio.timeout(STOP_S):
+            await _in_thread(ray_node.kill)
+
+    async def _unless_dead(self, step: asyncio.Future[Any]) -> Any:
+        """The result of `step`; `EngineDead` when Ray dies before it is there."""
+        watching = asyncio.create_task(self.watch())
         try:
-            handle = await loop.run_in_executor(_thread(), deploy, settings, config, None)
-        except ConfigError as error:
-            raise ModelLoadFailed(str(error)) from None
-    return through(handle, settings.api.request_timeout_s)
+            await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
+            if step.done():
+                return step.result()
+            raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
+        finally:
+            watching.cancel()
+
+
+def _may_be_several(config: str | Path) -> bool:
+    overrides = application(config).get("deployments") or []
+    return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
+
+
+def _in_thread(step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().run_in_executor(ray_node.thread(), step, *arguments)
 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
     """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
     load_log = _begin(settings, None)
     with load_log.phase("ray"):
-        with _signals_kept():
-            _start_ray()
+        with ray_node.signals_kept():
+            ray_node.start()
         # From here on signals are the caller's: the model may take minutes to load.
-        with _signals_kept():
-            _start_serve({"host": "0.0.0.0", "port": port})
-    with _signals_kept():
+        with ray_node.signals_kept():
+            ray_node.start_serve({"host": "0.0.0.0", "port": port})
+    with ray_node.signals_kept():
         return deploy(settings, config, "/")
 
 
@@ -93,43 +129,6 @@ def with_load_log(settings: Settings) -> Settings:
         return settings
     folder = Path(tempfile.mkdtemp(prefix="mixtral-load-"))
     return settings.model_copy(update={"load_log": str(folder / "load.jsonl")})
-
-
-def stop() -> None:
-    """Ends the deployment, Serve and Ray, where they run."""
-    import ray
-    from ray import serve
-
-    if ray.is_initialized():
-        with _signals_kept():
-            serve.shutdown()
-            ray.shutdown()
-
-
-def _start_ray() -> None:
-    import ray
-
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A token of this process's own: Ray would write one into a home that a container may not have.
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # It counts the page cache of weights being read as used memory, and kills the replica.
-    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-    )
-
-
-def _start_serve(http_options: dict[str, Any] | None = None) -> None:
-    from ray import serve
-
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    location = "Disabled" if http_options is None else "HeadOnly"
-    serve.start(proxy_location=location, http_options=http_options, logging_config=SERVE_LOGGING)
 
 
 def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> Any:
@@ -149,7 +148,7 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
     try:
         with phases.logged(settings.load_log):
             return serve.run(
-                app, name=APP_NAME, route_prefix=route_prefix, logging_config=SERVE_LOGGING
+                app, name=APP_NAME, route_prefix=route_prefix, logging_config=ray_node.SERVE_LOGGING
             )
     except RuntimeError as error:
         log.debug("Serve says: %s", error)
@@ -207,17 +206,3 @@ def _load_failure(settings: Settings, memory: MemoryBefore) -> ModelLoadFailed:
     if lines and lines[-1]["state"] in ("started", "running"):
         return memory.killed(settings, lines[-1]["phase"])
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
-
-
-@contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """Puts the handlers of SIGTERM and SIGINT back where they were."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -15,8 +15,8 @@ from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
 from serve_app.host import free_bytes
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker.cluster import OBJECT_STORE_BYTES
 from serve_app.worker.killed import LOADER_BYTES
+from serve_app.worker.ray_node import OBJECT_STORE_BYTES
 
 log = logging.getLogger(__name__)
 

@@ -23,29 +23,55 @@ GRACE_S = 10.0
 """How much later than the deployment this door ends a request, should no replica do it."""
 
 
-def through(handle: Any, timeout_s: float) -> Forward:
-    """Calls by `handle`, ended a little after `timeout_s` seconds if nobody else has done it."""
-    # One handle for all calls: each copy would start its own metrics pusher and long poll.
-    handle = handle.options(stream=True)
-    return lambda call: _items(handle, call, timeout_s + GRACE_S)
+GONE = "The model's process ended; send the request again."
 
 
-async def _items(handle: Any, call: Call, limit_s: float) -> AsyncGenerator[dict[str, Any], None]:
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
+class Line:
+    """Calls by a deployment handle; a `Forward`."""
 
-    response = handle.call.remote(call.method, call.path, call.body, call.request_id)
-    is_over = False
-    try:
-        async with asyncio.timeout(limit_s):
-            async for item in response:
-                yield item
-        is_over = True
-    except (RayError, RayServeException) as error:
-        raise as_serve_error(error) from error
-    finally:
-        if not is_over:
-            response.cancel()
+    def __init__(self, handle: Any, timeout_s: float) -> None:
+        """Calls end a little after `timeout_s` seconds if nobody else has ended them."""
+        # One handle for all calls: each copy would start its own metrics pusher and long poll.
+        self._handle = handle.options(stream=True)
+        self._limit_s = timeout_s + GRACE_S
+        self._open: set[asyncio.Timeout] = set()
+        self._is_cut = False
+
+    async def __call__(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        if self._is_cut:
+            raise EngineDead(GONE)
+        response = self._handle.call.remote(call.method, call.path, call.body, call.request_id)
+        is_over = False
+        scope = asyncio.timeout(self._limit_s)
+        self._open.add(scope)
+        try:
+            async with scope:
+                async for item in response:
+                    yield item
+            is_over = True
+        except (RayError, RayServeException) as error:
+            raise as_serve_error(error) from error
+        except TimeoutError:
+            if self._is_cut:
+                raise EngineDead(GONE) from None
+            raise
+        finally:
+            self._open.discard(scope)
+            if not is_over and not self._is_cut:
+                response.cancel()
+
+    def cut(self) -> None:
+        """Ends all calls with `EngineDead`, and those still to come.
+
+        Ray itself leaves them hanging when its GCS is gone.
+        """
+        self._is_cut = True
+        now = asyncio.get_running_loop().time()
+        for scope in self._open:
+            scope.reschedule(now)
 
 
 def as_serve_error(error: Exception) -> ServeError:
@@ -60,4 +86,4 @@ def as_serve_error(error: Exception) -> ServeError:
         log.error("The deployment raised %s", type(getattr(error, "cause", error)).__name__)
         return InternalError("An internal error occurred; please report it with the request id.")
     log.warning("The replica is gone: %s", type(error).__name__)
-    return EngineDead("The model's process ended; send the request again.")
+    return EngineDead(GONE)

@@ -104,20 +104,23 @@ class Handler:
             try:
                 if not request.stream:
                     yield await self._body(job, forward, request)
-                    return
-                async with contextlib.aclosing(_values(forward, request)) as values:
-                    async for value in values:
-                        sent = True
-                        yield value
+                else:
+                    async with contextlib.aclosing(_values(forward, request)) as values:
+                        async for value in values:
+                            sent = True
+                            yield value
+                if request.call.method == "POST":
+                    self.boot.answered(forward)
                 return
             except EngineDead:
                 if sent or is_last_try:
                     raise
                 log.warning("%s: the model went away; trying once more", request.call.request_id)
+                await self.boot.confirmed(forward)
 
     async def _model(self, job: dict[str, Any]) -> Forward:
         if self.boot.forward is not None:
-            return self.boot.forward
+            return await self.boot.ready()
 
         async def tell() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
@@ -134,7 +137,7 @@ class Handler:
                 async for item in items:
                     match item:
                         case {"error": error}:
-                            raise _Refused(error)
+                            raise _refused(error)
                         case {"body": body}:
                             return body
                         case {"progress": update}:
@@ -168,7 +171,7 @@ async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, 
                 yield value
             for item in batch:
                 if "error" in item:
-                    raise _Refused(item["error"])
+                    raise _refused(item["error"])
     if request.sse:
         yield DONE
 
@@ -177,6 +180,12 @@ def _merged(request: JobRequest, chunks: list[dict[str, Any]]) -> list[Any]:
     if request.sse:
         return merge_text([event(chunk) for chunk in chunks])
     return merge_chunks(chunks)
+
+
+def _refused(body: dict[str, Any]) -> Exception:
+    """What the model's error is here: a dead engine in a living replica is a dead model."""
+    error = body["error"]
+    return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(body)
 
 
 def _body_of(error: Exception, request_id: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 from serve_app.errors import ServeError
 from serve_app.load_log import read_lines
 from serve_app.settings import ConfigError, EntrySettings, Settings
-from serve_app.worker import cluster, progress
+from serve_app.worker import cluster, progress, ray_node
 from serve_app.worker.banner import banner
 from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.health_listener import HealthListener, listen
@@ -103,7 +103,7 @@ def run(settings: Settings, entry: EntrySettings, checked: list[str], door: Door
         door.status = "failed"
         raise
     finally:
-        cluster.stop()
+        ray_node.stop()
     return 0
 
 

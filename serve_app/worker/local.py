@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.settings import ConfigError, EntrySettings, Settings
-from serve_app.worker import cluster
+from serve_app.worker import ray_node
 from serve_app.worker.start import make_handler
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
         try:
             output, error = asyncio.run(_run(settings, config, job))
         finally:
-            cluster.stop()
+            ray_node.stop()
     if error is not None:
         print(error)
         return 1

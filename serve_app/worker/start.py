@@ -7,13 +7,15 @@ import asyncio
 import contextlib
 import logging
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.settings import EntrySettings, Settings
-from serve_app.worker import cluster, fitness, progress
+from serve_app.worker import fitness, processes, progress, ray_node
 from serve_app.worker.banner import banner
 from serve_app.worker.boot import Boot
+from serve_app.worker.cluster import Cluster, with_load_log
 from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.handler import Handler
 from serve_app.worker.phases import process_age_s
@@ -28,17 +30,27 @@ def make_handler(
     config: str | Path,
     tell: progress.Tell,
     failure: ModelLoadFailed | None = None,
+    gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet.
 
-    `failure` is why the model cannot load, where that is known already.
+    `failure` is why the model cannot load, where that is known already; `gave_up` is called when
+    the model has died and is not coming back.
     """
-    settings = cluster.with_load_log(settings)
+    settings = with_load_log(settings)
     process_s = process_age_s()  # the first job may come much later
+    cluster = Cluster(settings, config, process_s)
     cold = ColdStart(settings)
     final = failure if failure is not None and not failure.retry else None
+    boot = Boot(
+        lambda: cold.around(cluster.start),
+        final,
+        watch=cluster.watch,
+        stop=cluster.stop,
+        gave_up=gave_up,
+    )
     return Handler(
-        Boot(lambda: cold.around(lambda: cluster.start(settings, config, process_s)), final),
+        boot,
         tell=tell,
         outlook=cold.outlook,
         load_log=settings.load_log or "",
@@ -69,7 +81,10 @@ def run(
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
     fitness.register(checks)
-    handler = make_handler(settings, entry.serve_config, progress.post, failure)
+    processes.end_forks_with_this()
+    handler = make_handler(
+        settings, entry.serve_config, progress.post, failure, gave_up=lambda: loop.end(1)
+    )
     results = Results(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, results)
     try:
@@ -77,7 +92,7 @@ def run(
             load_now(handler.boot)
         code = loop.run()
     finally:
-        cluster.stop()
+        ray_node.stop()
     log.info("All jobs are answered; the worker ends.")
     return code
 

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
 from tests.emulator.worker import Worker
 from tests.faults.conftest import spoil
-from tests.processes import replica_of
+from tests.processes import all_below, one_below, ray_below, running
 from tests.settled import settled
 from tests.worker.conftest import TINY, Client, until
 
@@ -41,33 +42,41 @@ def client(platform: Platform, worker: Worker) -> Iterator[Client]:
     settled(platform, worker)
 
 
-def test_a_killed_replica_fails_the_stream_and_not_the_worker(
-    client: Client, worker: Worker
-) -> None:
-    """A stream that has spoken ends with CONNECTION_ERROR; the next job is answered."""
-    job = client.submit({**LONG, "stream": True})
-    until(lambda: job.chunks)
-    os.kill(replica_of(worker.process.pid), signal.SIGKILL)
-    until(lambda: job.is_over)
-    error = client.error_of(job)["error"]
-    assert (error["status"], error["retry"]) == ("CONNECTION_ERROR", True)
-    assert job.chunks[-1]["finish_reason"] == "error"
+def health_of(client: Client) -> dict[str, Any]:
+    """What a `/health` job says."""
+    told: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
+    return told
+
+
+def both_run(client: Client) -> tuple[Job, Job]:
+    """A stream that has spoken and a job that has sent nothing, both in the engine."""
+    stream, silent = client.submit({**LONG, "stream": True}), client.submit(LONG)
+    until(lambda: stream.chunks)
+    until(lambda: health_of(client)["engine"]["running"] == 2)
+    return stream, silent
+
+
+def has_lost_the_model(client: Client, stream: Job) -> bool:
+    """Whether the client of `stream` was told, in the stream and after it, to send it again."""
+    error = client.error_of(stream)["error"]
+    assert stream.chunks[-1]["finish_reason"] == "error"
+    return (error["status"], error["retry"]) == ("CONNECTION_ERROR", True)
+
+
+@pytest.mark.parametrize("victim", ["ServeReplica:mixtral", "/raylet ", "/gcs_server "])
+def test_a_killed_part_is_started_again(client: Client, worker: Worker, victim: str) -> None:
+    """A stream ends with CONNECTION_ERROR, a silent job is answered late, and nothing is left."""
     assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
-
-
-def test_a_killed_replica_costs_a_silent_job_nothing(client: Client, worker: Worker) -> None:
-    """A job that has not said a word is tried once more, and its client never knows."""
-    job = client.submit(LONG)
-
-    def is_running() -> bool:
-        health: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
-        return bool(health["engine"]["running"])
-
-    until(is_running)
-    os.kill(replica_of(worker.process.pid), signal.SIGKILL)
-    until(lambda: job.is_over)
-    assert job.status == "COMPLETED", job.error
-    assert job.num_results == 1
+    before = ray_below(worker.process.pid)
+    stream, silent = both_run(client)
+    os.kill(one_below(worker.process.pid, victim), signal.SIGKILL)
+    until(lambda: stream.is_over and silent.is_over)
+    assert has_lost_the_model(client, stream)
+    assert silent.status == "COMPLETED", silent.error
+    assert (stream.num_results, silent.num_results) == (1, 1)
+    health = health_of(client)
+    assert (health["status"], health["engine"]["kv_blocks_used"]) == ("ready", 0)
+    assert not before & running(), "something of the dead Ray lives on"
 
 
 def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> None:
@@ -118,3 +127,64 @@ def test_a_lost_network_is_told_to_the_jobs(tmp_path: Path) -> None:
     assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", True)
     assert "owner/absent" in error["message"]
     assert code == 0
+
+
+def test_a_model_that_does_not_load_again_ends_the_worker(
+    tmp_path: Path, config: Path, checkpoint: Path
+) -> None:
+    """All who wait hear the cause at once, and the exit is 1 when they have."""
+    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(config)) as worker:
+        client = Client(platform)
+        assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
+        stream, silent = both_run(client)
+        left = ray_below(worker.process.pid)
+        spoil(checkpoint)
+        os.kill(one_below(worker.process.pid, "ServeReplica:mixtral"), signal.SIGKILL)
+        until(lambda: stream.is_over)
+        late = client.submit({"prompt": "x"})
+        assert worker.process.wait(60) == 1, worker.log
+    assert has_lost_the_model(client, stream)
+    for job in (silent, late):
+        error = client.error_of(job)["error"]
+        assert error["status"] == "MODEL_LOAD_FAILED"
+        assert "tokenizer cannot be read" in error["message"]
+    assert [job.num_results for job in (stream, silent, late)] == [1, 1, 1]
+    assert not left & running()
+
+
+def test_a_model_that_dies_of_its_jobs_ends_the_worker(tmp_path: Path) -> None:
+    """Twice, and no answer between: a third start would end the same way. The exit is 1."""
+    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(TINY)) as worker:
+        client = Client(platform)
+        assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
+        jobs: list[Job] = []
+        for _ in range(2):
+            stream, silent = both_run(client)
+            jobs += [stream, silent]
+            left = ray_below(worker.process.pid)
+            os.kill(one_below(worker.process.pid, "ServeReplica:mixtral"), signal.SIGKILL)
+            until(lambda: jobs[-2].is_over)  # noqa: B023
+            client.cancel(jobs[-1])
+        until(lambda: all(job.is_over for job in jobs))
+        assert worker.process.wait(60) == 1, worker.log
+    assert has_lost_the_model(client, jobs[0])
+    assert has_lost_the_model(client, jobs[2])
+    assert "again before it had answered a job" in worker.log
+    assert not left & running()
+
+
+def test_nothing_outlives_a_killed_worker(tmp_path: Path) -> None:
+    """After `kill -9` of the worker its heartbeat tells nobody that it is well, and Ray is gone."""
+    with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(TINY)) as worker:
+        client = Client(platform)
+        platform.queue.silence_s = 5.0
+        job = client.submit({**LONG, "max_tokens": 16_000, "stream": True})
+        until(lambda: job.chunks)
+        left = all_below(worker.process.pid)
+        assert len(left - ray_below(worker.process.pid)) == 2, "no heartbeat, or no reaper"
+        worker.process.kill()
+        worker.process.wait()
+        until(lambda: not left & running(), timeout_s=20)
+        num_pings = len(platform.queue.pings)
+        until(lambda: job.status == "IN_QUEUE")
+        assert len(platform.queue.pings) == num_pings

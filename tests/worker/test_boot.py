@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.protocol.call import Call
 from serve_app.worker.boot import Boot
 from serve_app.worker.forward import Forward
@@ -110,5 +110,110 @@ def test_one_who_leaves_does_not_stop_the_start() -> None:
         start.go.set()
         assert await staying is echo
         assert leaving.cancelled()
+
+    asyncio.run(scenario())
+
+
+class Life:
+    """Starts `echo` each time, and dies when the test says so."""
+
+    def __init__(self, *outcomes: Forward | Exception) -> None:
+        self.start = Start(*outcomes)
+        self.start.go.set()
+        self.is_dying = False
+        self.told: list[str] = []
+        self.boot = Boot(
+            self.start,
+            watch=self.watch,
+            stop=self.stop,
+            gave_up=lambda: self.told.append("gave up"),
+        )
+
+    async def watch(self) -> str:
+        while not self.is_dying:  # noqa: ASYNC110  an Event belongs to one loop
+            await asyncio.sleep(0)
+        self.is_dying = False
+        return "the model's process"
+
+    async def stop(self) -> None:
+        self.told.append("stopped")
+
+    async def die(self) -> None:
+        """Returns when the worker knows."""
+        forward = self.boot.forward
+        assert forward is not None
+        self.is_dying = True
+        await self.boot.confirmed(forward)
+
+
+def other(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+    return echo(call)
+
+
+def test_a_dead_model_is_taken_down_and_started_again() -> None:
+    """Those who come meanwhile wait for the new one; once it has answered, so it may die again."""
+
+    async def scenario() -> None:
+        life = Life(echo, other, echo)
+        assert await life.boot.ready() is echo
+        life.start.go.clear()
+        await life.die()
+        assert (life.boot.status, life.boot.forward) == ("loading", None)
+        life.start.go.set()
+        assert await life.boot.ready() is other
+        life.boot.answered(other)
+        await life.die()
+        assert await life.boot.ready() is echo
+        assert life.told == ["stopped", "stopped"]
+
+    asyncio.run(scenario())
+
+
+def test_a_model_that_dies_before_it_answers_is_given_up() -> None:
+    """The second death in a row is the end: all jobs hear of it, and no third start is tried."""
+
+    async def scenario() -> None:
+        life = Life(echo, other)
+        await life.boot.ready()
+        life.boot.answered(echo)
+        await life.die()
+        assert await life.boot.ready() is other
+        life.boot.answered(echo)  # the answer of the dead one, which proves nothing
+        await life.die()
+        for _ in range(2):
+            with pytest.raises(EngineDead, match="again before it had answered"):
+                await life.boot.ready()
+        await asyncio.sleep(0)
+        assert (life.boot.status, life.start.num_calls) == ("failed", 2)
+        assert sorted(life.told) == ["gave up", "stopped", "stopped"]
+
+    asyncio.run(scenario())
+
+
+def test_a_restart_that_fails_is_not_tried_again() -> None:
+    """Whoever waits for it, and whoever comes later, hears the cause; even one that may pass."""
+
+    async def scenario() -> None:
+        life = Life(echo, ModelLoadFailed("The network is down.", retry=True))
+        await life.boot.ready()
+        await life.die()
+        for _ in range(2):
+            with pytest.raises(ModelLoadFailed, match="network"):
+                await life.boot.ready()
+        assert life.told == ["stopped", "gave up"]
+        assert (life.boot.status, life.start.num_calls) == ("failed", 2)
+
+    asyncio.run(scenario())
+
+
+def test_a_model_of_another_event_loop_is_watched() -> None:
+    """Started before the SDK's own loop, in one that has ended since."""
+    life = Life(echo, other)
+    asyncio.run(life.boot.ready())
+
+    async def scenario() -> None:
+        assert await life.boot.ready() is echo
+        await life.die()
+        assert await life.boot.ready() is other
 
     asyncio.run(scenario())

@@ -14,7 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from serve_app.app import build_app
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker import cluster, forward, killed
+from serve_app.worker import cluster, forward, killed, ray_node
 from serve_app.worker.crash_guard import KILLED
 from serve_app.worker.killed import MemoryBefore
 
@@ -128,6 +128,6 @@ def test_signals_are_given_back(restored: None) -> None:
     def ours(*_: Any) -> None: ...
 
     signal.signal(signal.SIGTERM, ours)
-    with cluster._signals_kept():
+    with ray_node.signals_kept():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert signal.getsignal(signal.SIGTERM) is ours

@@ -1,0 +1,159 @@
+"""Ray and Serve on this machine, for one process: started, watched, and ended to the last process.
+
+What Ray does when parts of it are killed (2.60, each seen):
+
+    raylet      The replica lives on and answers for half a minute, until Ray's GCS misses the
+                raylet. It is an orphan then, which only its parent's adopter finds.
+    GCS         Calls that run hang, the driver spins, and after 60 s Ray ends the driver: this
+                process, with all that it has taken on. So nobody waits for that here.
+    driver      GCS and raylet end with it, the replica 3 s later, and Ray's two agents would wait
+                a minute for the GCS: a reaper ends them all at once.
+
+Knows no deployment and no jobs.
+"""
+
+import contextlib
+import functools
+import logging
+import os
+import secrets
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from serve_app.worker import processes, reaper
+from serve_app.worker.processes import Process
+
+log = logging.getLogger(__name__)
+
+OBJECT_STORE_BYTES = 200_000_000
+"""Requests and answers travel through Ray's messages; the object store stays all but empty."""
+SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+"""The handler logs a line per job, and the platform drops lines from chatty logs."""
+GCS = "/gcs_server "
+VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
+MARK = "RAY_STARTED_BY"
+"""In the environment of all of Ray's processes: how they are found when this one is dead."""
+
+
+@functools.cache
+def _reaper() -> "subprocess.Popen[bytes]":
+    """Ends Ray's processes when this one has died, whatever killed it."""
+    mark = os.environ[MARK] = f"{os.getpid()}-{secrets.token_hex(8)}"
+    return reaper.start(f"{MARK}={mark}")
+
+
+@functools.cache
+def thread() -> ThreadPoolExecutor:
+    """The one thread that starts Ray, alive as long as this process.
+
+    The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG), so none
+    of the event loop's own threads will do: those end with the loop, before the shutdown.
+    """
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+
+
+def start() -> None:
+    """Starts Ray where it does not run yet."""
+    import ray
+    from ray._private import auto_init_hook
+
+    if ray.is_initialized() and len(vital()) == len(VITAL):
+        return
+    kill()
+    processes.adopt_orphans()
+    # Else whatever is left of an earlier Ray's client starts another one, with a dashboard.
+    auto_init_hook.enable_auto_connect = False
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A token of this process's own: Ray would write one into a home that a container may not have.
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    # It counts the page cache of weights being read as used memory, and kills the replica.
+    os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    _reaper()
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=OBJECT_STORE_BYTES,
+        logging_level=logging.ERROR,
+    )
+
+
+def start_serve(http_options: dict[str, Any] | None = None) -> None:
+    """Starts Serve's controller, and its proxy where there are `http_options`."""
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
+    location = "Disabled" if http_options is None else "HeadOnly"
+    serve.start(proxy_location=location, http_options=http_options, logging_config=SERVE_LOGGING)
+
+
+def vital() -> dict[str, Process]:
+    """The processes that Ray cannot do without, by the name to tell of them."""
+    return {name: it for words, name in VITAL.items() for it in below() if words in it.command}
+
+
+def below() -> list[Process]:
+    """All of Ray's processes below this one."""
+    import ray
+
+    ours = f"{Path(ray.__file__).parent}{os.sep}"
+    return [
+        process
+        for process in processes.below()
+        if process.command.startswith("ray::") or ours in process.command
+    ]
+
+
+def stop() -> None:
+    """Ends the deployments, Serve and Ray, where they run; kills what does not end."""
+    import ray
+    from ray import serve
+
+    with signals_kept():
+        if ray.is_initialized() and len(vital()) == len(VITAL):
+            serve.shutdown()
+            ray.shutdown()
+            _end_all()
+        else:
+            kill()
+    if _reaper.cache_info().currsize:
+        # There is nothing left for it to do.
+        with _reaper() as process:
+            process.kill()
+        _reaper.cache_clear()
+
+
+def kill() -> None:
+    """Ends Ray in whatever state it is, without asking its other parts."""
+    import ray
+
+    if not ray.is_initialized():
+        return
+    # This process takes its leave from the GCS, and waits for it for seconds where it is gone.
+    processes.end(lambda: [it for it in below() if GCS not in it.command])
+    ray.shutdown()
+    _end_all()
+
+
+def _end_all() -> None:
+    if left := processes.end(below):
+        names = ", ".join(process.command.split(" ")[0] for process in left)
+        log.error("These processes of Ray cannot be ended: %s", names)
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """Puts the handlers of SIGTERM and SIGINT back where they were."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""Descendants are found and ended, and what a dead process leaves behind is reaped."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.worker import processes, reaper
+from tests.processes import all_below, running
+from tests.worker.conftest import until
+
+FAMILY = """
+import os, subprocess, sys, time
+sys.path[:0] = [{root!r}]
+from serve_app.worker import processes, reaper
+{before}
+if os.fork() == 0:
+    time.sleep(1000)
+os.environ["KIN"] = "kin-1"
+child = [sys.executable, "-c", "import time; time.sleep(1000)"]
+subprocess.Popen(child, start_new_session=True)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a fork and a child; the parameter is what it does before it has them."""
+    root = str(Path(__file__).parents[2])
+    code = FAMILY.format(root=root, before=request.param)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        processes.end(lambda: [it for it in processes.below() if it.parent == process.pid])
+        process.kill()
+
+
+@pytest.mark.parametrize("family", ["pass"], indirect=True)
+def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> None:
+    """All of them, those in other sessions too, and nobody else."""
+    expected = all_below(family.pid)
+    found = processes.below(family.pid)
+    assert {(it.pid, it.started) for it in found} == expected
+    assert len(found) == 2
+    assert processes.end(lambda: processes.below(family.pid)) == []
+    assert not any(processes.is_alive(it) for it in found)
+    assert family.poll() is None
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["processes.end_forks_with_this(); reaper.start('KIN=kin-1')"],
+    indirect=True,
+    ids=["guarded"],  # pytest puts the name into every process's environment
+)
+def test_nothing_outlives_a_killed_process(family: subprocess.Popen[bytes]) -> None:
+    """The kernel ends its fork, the reaper what carries the mark, and then itself."""
+    left = all_below(family.pid)
+    assert len(left) == 3
+    assert len(reaper.marked("KIN=kin-1")) == 1
+    family.kill()
+    family.wait()
+    until(lambda: not left & running(), timeout_s=20)

@@ -7,8 +7,11 @@ No `from __future__ import annotations` here: Serve would then pass `args:` as a
 """
 
 import logging
+import os
+import threading
 from typing import TYPE_CHECKING, Any
 
+from serve_app.errors import EngineDead
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,6 +20,8 @@ if TYPE_CHECKING:
 DEPLOYMENT = "mixtral"
 SPARE_REQUESTS = 64
 """Places for what never enters the engine's queue: health, models, tokenising, refusals."""
+LAST_WORDS_S = 1.0
+"""Seconds between the discovery of a dead engine and the end of its process."""
 
 
 def build_app(settings: Settings) -> "Application":
@@ -35,13 +40,25 @@ def build_app(settings: Settings) -> "Application":
         return create_app(lambda: serve.get_replica_context().servable_object)
 
     class Replica(MixtralServer):
-        """The server, whose log lines go where Serve's do."""
+        """The server, whose log lines go where Serve's do, and whose process ends with its engine.
+
+        Serve would take three failed health checks, 15 s, to replace a replica whose engine is
+        dead; a dead process it replaces at once.
+        """
 
         def __init__(self, settings: Settings) -> None:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
             super().__init__(settings)
+
+        def check_health(self) -> None:
+            # Called before each request too.
+            try:
+                super().check_health()
+            except EngineDead:
+                end_process()
+                raise
 
     engine = settings.engine
     deployment = serve.deployment(
@@ -56,6 +73,11 @@ def build_app(settings: Settings) -> "Application":
         max_constructor_retry_count=1,
     )
     return deployment(serve.ingress(ingress)(Replica)).bind(settings)
+
+
+def end_process() -> None:
+    """Ends this process with code 1, when those who are just being answered have heard it."""
+    threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
 
 
 def is_on_cpu(settings: Settings) -> bool:

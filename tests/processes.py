@@ -45,6 +45,17 @@ def running() -> set[tuple[int, str]]:
     return {known for pid in pids if (known := _known(pid)) is not None}
 
 
+def told_of(pid: int) -> list[str]:
+    """What a failing test says of a process that should have gone."""
+    try:
+        folder = Path("/proc") / str(pid)
+        return [
+            (folder / name).read_text().replace("\0", " ")[:300] for name in ("cmdline", "stat")
+        ]
+    except OSError:
+        return []
+
+
 def _known(pid: int) -> tuple[int, str] | None:
     try:
         fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()

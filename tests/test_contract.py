@@ -1,5 +1,6 @@
 """Facts about the pinned libraries that our design rests on. Raise a pin, run this file."""
 
+import contextlib
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,14 @@ def test_serve_hands_the_builder_validated_settings() -> None:
     settings = application._bound_deployment.init_args[0]
     assert isinstance(settings, Settings)
     assert settings.engine.max_running == 3
+
+
+def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left of a dead Ray's client would start another one, with ports and a dashboard."""
+    import ray
+    from ray._private import auto_init_hook
+
+    monkeypatch.setattr(auto_init_hook, "enable_auto_connect", False)
+    with contextlib.suppress(Exception):  # with the parts that it has not
+        ray.nodes()
+    assert not ray.is_initialized()

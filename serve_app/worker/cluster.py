@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 APP_NAME = "mixtral"
 LOOK_S = 0.5
 """Seconds between two looks at whether all processes live."""
+HANG_S = 5.0
+"""Seconds after which a step of Ray's that has outlived Ray is left alone."""
 STOP_S = 30.0
 """Seconds that what is left of a dead Ray has to end."""
 
@@ -89,6 +91,12 @@ class Cluster:
             await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
             if step.done():
                 return step.result()
+            await asyncio.to_thread(processes.end, ray_node.below)
+            await asyncio.wait({step}, timeout=HANG_S)
+            if step.done():
+                step.exception()  # about the same death, in Ray's words
+            else:
+                ray_node.leave_thread()
             raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
         finally:
             watching.cancel()

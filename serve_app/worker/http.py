@@ -12,7 +12,7 @@ import time
 from http.client import HTTPConnection, HTTPException
 from typing import Any
 
-from serve_app.errors import ServeError
+from serve_app.errors import EngineDead, ServeError
 from serve_app.load_log import read_lines
 from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import cluster, progress, ray_node
@@ -65,9 +65,12 @@ class Door:
     def watch(self, port: int) -> None:
         """Keeps `status` true until the signal to stop.
 
-        Raises `ModelLoadFailed` when a replica has died and the model does not load again.
+        Raises `ModelLoadFailed` when a replica has died and the model does not load again, and
+        `EngineDead` when Ray itself has died, which nothing else would start again.
         """
         while not self._told_to_stop.wait(LOOK_S):
+            if (lost := ray_node.lost()) is not None:
+                raise EngineDead(f"The server lost {lost}, and ends.")
             is_ready = _answers(port)
             if self._told_to_stop.is_set():
                 break

@@ -35,7 +35,7 @@ def read(pid: int) -> Process | None:
     folder = Path("/proc") / str(pid)
     try:
         # "pid (name) state ppid ...", where the name may hold anything
-        fields = (folder / "stat").read_text().rpartition(")")[2].split()
+        fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
         command = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
     except OSError:
         return None

@@ -47,6 +47,9 @@ def _reaper() -> "subprocess.Popen[bytes]":
     return reaper.start(f"{MARK}={mark}")
 
 
+_left: list[ThreadPoolExecutor] = []
+
+
 @functools.cache
 def thread() -> ThreadPoolExecutor:
     """The one thread that starts Ray, alive as long as this process.
@@ -57,12 +60,26 @@ def thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
 
+def leave_thread() -> None:
+    """The next `thread` is another one: this one waits for processes that are dead."""
+    _left.append(thread())
+    thread.cache_clear()
+
+
+def ended(code: int) -> int:
+    """`code`; where a thread was left, ends the process with it, as Python would wait for it."""
+    if _left:
+        logging.shutdown()
+        os._exit(code)
+    return code
+
+
 def start() -> None:
     """Starts Ray where it does not run yet."""
     import ray
     from ray._private import auto_init_hook
 
-    if ray.is_initialized() and len(vital()) == len(VITAL):
+    if ray.is_initialized() and lost() is None:
         return
     kill()
     processes.adopt_orphans()
@@ -96,6 +113,16 @@ def vital() -> dict[str, Process]:
     return {name: it for words, name in VITAL.items() for it in below() if words in it.command}
 
 
+def lost() -> str | None:
+    """Which vital process has gone from a Ray that this process has started; None: none."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    alive = vital()
+    return next((name for name in VITAL.values() if name not in alive), None)
+
+
 def below() -> list[Process]:
     """All of Ray's processes below this one."""
     import ray
@@ -114,7 +141,7 @@ def stop() -> None:
     from ray import serve
 
     with signals_kept():
-        if ray.is_initialized() and len(vital()) == len(VITAL):
+        if ray.is_initialized() and lost() is None:
             serve.shutdown()
             ray.shutdown()
             _end_all()

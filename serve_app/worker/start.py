@@ -94,7 +94,7 @@ def run(
     finally:
         ray_node.stop()
     log.info("All jobs are answered; the worker ends.")
-    return code
+    return ray_node.ended(code)
 
 
 def load_now(boot: Boot) -> None:

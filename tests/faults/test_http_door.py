@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import spoil
-from tests.processes import descendants, replica_of
+from tests.processes import all_below, descendants, one_below, replica_of, running
 from tests.worker.conftest import until
 from tests.worker.process import ENTRY, environment, run_entry
 
@@ -134,6 +134,19 @@ def test_a_model_that_does_not_load_again_ends_it(
     assert {204, 503} & answers, "nobody told the load balancer"
     errors = [line for line in (tmp_path / "entry.log").read_text().splitlines() if "ERROR" in line]
     assert "tokenizer cannot be read" in errors[-1]
+
+
+@pytest.mark.parametrize("victim", ["/raylet ", "/gcs_server "])
+def test_it_ends_with_ray(
+    entry: subprocess.Popen[bytes], tmp_path: Path, port_health: int, victim: str
+) -> None:
+    """Serve cannot help itself: the exit is 1, for whoever starts containers, and nothing stays."""
+    until_written(entry, tmp_path / "entry.log", "Serving HTTP")
+    left = all_below(entry.pid)
+    os.kill(one_below(entry.pid, victim), signal.SIGKILL)
+    assert entry.wait(60) == 1
+    assert "The server lost Ray's" in (tmp_path / "entry.log").read_text()
+    assert not left & running()
 
 
 def test_it_ends_when_the_model_cannot_load(tmp_path: Path, config: Path, checkpoint: Path) -> None:

@@ -154,14 +154,31 @@ def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handl
     assert told["error"]["code"] == "model_load_failed"
 
 
-def test_a_job_that_sent_nothing_is_tried_once_more(handler_of: Callable[..., Handler]) -> None:
+def test_a_job_that_sent_nothing_is_tried_once_more(
+    handler_of: Callable[..., Handler], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A replica that dies before the first word costs the client nothing, once."""
+    monkeypatch.setattr("serve_app.worker.boot.CONFIRM_S", 0.01)
     dead = EngineDead("gone")
     once = Model([dead], [HEAD, {"body": {"text": "ok"}}])
     assert run(handler_of(once), {"prompt": "x"}) == [{"text": "ok"}]
     twice = Model([dead], [dead])
     assert error_of(run(handler_of(twice), {"prompt": "x"}))["status"] == "CONNECTION_ERROR"
     assert len(twice.calls) == 2
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_dead_engine_is_a_dead_model(
+    handler_of: Callable[..., Handler], is_stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told by a replica that still lives, it is worth the second try that a dead replica is."""
+    monkeypatch.setattr("serve_app.worker.boot.CONFIRM_S", 0.01)
+    dead = {"status": 503, "error": error_body(EngineDead("The engine has stopped."), "req-7")}
+    model = Model(
+        [dead], [STREAM, {"chunk": LAST}] if is_stream else [HEAD, {"body": {"text": ""}}]
+    )
+    values = run(handler_of(model), {"prompt": "x", "stream": is_stream})
+    assert values == [LAST if is_stream else {"text": ""}]
 
 
 def test_a_job_that_has_spoken_is_not_repeated(handler_of: Callable[..., Handler]) -> None:

@@ -1,0 +1,69 @@
+"""More jobs at once than the worker takes: 200, through the real SDK, Ray and the tiny model."""
+
+import heapq
+import itertools
+from typing import Any
+
+import pytest
+
+from serve_app.settings import Settings
+from serve_app.worker.start import num_slots
+from tests.emulator.queue import Job
+from tests.worker.conftest import TINY, Client, until
+
+pytestmark = pytest.mark.ray
+
+NUM_JOBS = 200
+QUESTIONS = [f"What is {a} + {b}?" for a, b in itertools.product(range(2, 7), range(1, 5))]
+
+
+def question(number: int) -> dict[str, Any]:
+    """Every second one is a stream."""
+    prompt = QUESTIONS[number // 2 % len(QUESTIONS)]
+    return {"prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": number % 2 == 1}
+
+
+def text_of(job: Job) -> str:
+    """The job's answer, whole or put together."""
+    assert job.status == "COMPLETED", job.error
+    return "".join(chunk["text"] if "text" in chunk else chunk["token"] for chunk in job.output)
+
+
+def most_at_once(jobs: list[Job]) -> int:
+    """How many jobs the worker had taken and not yet answered, at the worst moment."""
+    ends: list[float] = []
+    most = 0
+    for started, ended in sorted((job.started or 0.0, job.ended or 0.0) for job in jobs):
+        while ends and ends[0] <= started:
+            heapq.heappop(ends)
+        heapq.heappush(ends, ended)
+        most = max(most, len(ends))
+    return most
+
+
+def most_overtaken(jobs: list[Job]) -> int:
+    """How many later jobs ended before an earlier one, for the one that suffered most."""
+    ends = [job.ended or 0.0 for job in jobs]
+    return max(sum(later < end for later in ends[n + 1 :]) for n, end in enumerate(ends))
+
+
+def test_two_hundred_jobs_at_once(client: Client) -> None:
+    """Each gets its own answer, once, in its turn; what is beyond capacity waits outside."""
+    alone = [client.ended(question(2 * n)) for n in range(len(QUESTIONS))]
+    right = [text_of(job) for job in alone]
+    assert len(set(right)) > len(QUESTIONS) / 4, "the answers do not tell the jobs apart"
+    queue = client.platform.queue
+    queue.is_paused = True
+    try:
+        jobs = [client.submit(question(number)) for number in range(NUM_JOBS)]
+    finally:
+        queue.is_paused = False
+    until(lambda: all(job.is_over for job in jobs))
+    for number, job in enumerate(jobs):
+        assert text_of(job) == right[number // 2 % len(QUESTIONS)]
+        assert (job.num_results, job.num_deliveries, job.num_late_posts) == (1, 1, 0)
+    slots = num_slots(Settings.from_yaml(TINY))
+    assert most_at_once(jobs) == slots
+    assert most_overtaken(jobs) < slots
+    engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
+    assert (engine["running"], engine["waiting"], engine["kv_blocks_used"]) == (0, 0, 0)

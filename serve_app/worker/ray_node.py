@@ -44,7 +44,8 @@ MARK = "RAY_STARTED_BY"
 def _reaper() -> "subprocess.Popen[bytes]":
     """Ends Ray's processes when this one has died, whatever killed it."""
     mark = os.environ[MARK] = f"{os.getpid()}-{secrets.token_hex(8)}"
-    return reaper.start(f"{MARK}={mark}")
+    # The folder of Ray's logs, which has our number in its name.
+    return reaper.start(f"{MARK}={mark}", rf"/session_[^/]*_{os.getpid()}/")
 
 
 _left: list[ThreadPoolExecutor] = []

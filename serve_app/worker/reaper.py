@@ -1,12 +1,14 @@
-"""`python -m serve_app.worker.reaper MARK`: kills what this process's parent leaves behind.
+"""`python -m serve_app.worker.reaper MARK FOLDER`: kills what this process's parent leaves behind.
 
 Waits for the end of standard input, which comes when the parent ends, also by `kill -9`; then kills
-every process with the string MARK in its environment. Ray's own processes would stay for a minute,
-and its replica for seconds with the GPU's memory. The parent starts it once, and kills it when
-there is nothing left to do.
+every process with the string MARK in its environment, or with an open file in a folder that the
+expression FOLDER finds, as a process that changes its title may overwrite the former. Ray's own
+processes would stay for a minute, and its replica for seconds with the GPU's memory. The parent
+starts it once, and kills it when there is nothing left to do.
 """
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,34 +18,41 @@ from serve_app.worker import processes
 from serve_app.worker.processes import Process
 
 
-def start(mark: str) -> "subprocess.Popen[bytes]":
-    """The reaper of this process and its descendants with `mark`."""
-    command = [sys.executable, "-m", __spec__.name, mark]
-    folder = Path(__file__).parents[2]
+def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
+    """The reaper of this process and its descendants with `mark`, or a file in `folder`."""
+    command = [sys.executable, "-m", __spec__.name, mark, folder]
+    home = Path(__file__).parents[2]
     # A session of its own: what ends the worker's group must not end it first.
-    return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=folder, start_new_session=True)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=home, start_new_session=True)
 
 
-def marked(mark: str) -> list[Process]:
-    """The living processes with `mark` in their environment, except this one."""
+def marked(mark: str, folder: str) -> list[Process]:
+    """The living processes with `mark` or a file in `folder`, except this one."""
     found = []
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and int(folder.name) != os.getpid():
+    for name in os.listdir("/proc"):
+        if name.isdigit() and int(name) != os.getpid():
             try:
-                has_mark = mark.encode() in (folder / "environ").read_bytes()
+                is_marked = _is_marked(Path("/proc") / name, mark, folder)
             except OSError:
                 continue  # it has ended, or belongs to somebody else
-            if has_mark and (process := processes.read(int(folder.name))) is not None:
+            if is_marked and (process := processes.read(int(name))) is not None:
                 found.append(process)
     return found
+
+
+def _is_marked(process: Path, mark: str, folder: str) -> bool:
+    if mark.encode() in (process / "environ").read_bytes():
+        return True
+    files = os.listdir(process / "fd")
+    return any(re.search(folder, os.readlink(process / "fd" / file)) for file in files)
 
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    mark = sys.argv[1]
+    mark, folder = sys.argv[1:]
     sys.stdin.buffer.read()
-    processes.end(lambda: marked(mark))
+    processes.end(lambda: marked(mark, folder))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,11 @@ if os.fork() == 0:
 os.environ["KIN"] = "kin-1"
 child = [sys.executable, "-c", "import time; time.sleep(1000)"]
 subprocess.Popen(child, start_new_session=True)
+import pathlib, tempfile
+folder = pathlib.Path(tempfile.mkdtemp()) / "kin-2"
+folder.mkdir()
+with (folder / "log").open("w") as log:
+    subprocess.Popen(child, env={{}}, stdout=log)
 print("ready", flush=True)
 time.sleep(1000)
 """
@@ -45,7 +50,7 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
     expected = all_below(family.pid)
     found = processes.below(family.pid)
     assert {(it.pid, it.started) for it in found} == expected
-    assert len(found) == 2
+    assert len(found) == 3
     assert processes.end(lambda: processes.below(family.pid)) == []
     assert not any(processes.is_alive(it) for it in found)
     assert family.poll() is None
@@ -53,15 +58,16 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
 
 @pytest.mark.parametrize(
     "family",
-    ["processes.end_forks_with_this(); reaper.start('KIN=kin-1')"],
+    ["processes.end_forks_with_this(); reaper.start('KIN=kin-1', '/kin-[0-9]+/')"],
     indirect=True,
     ids=["guarded"],  # pytest puts the name into every process's environment
 )
 def test_nothing_outlives_a_killed_process(family: subprocess.Popen[bytes]) -> None:
     """The kernel ends its fork, the reaper what carries the mark, and then itself."""
     left = all_below(family.pid)
-    assert len(left) == 3
-    assert len(reaper.marked("KIN=kin-1")) == 1
+    assert len(left) == 4
+    assert len(reaper.marked("KIN=kin-1", "^no such$")) == 1
+    assert len(reaper.marked("KIN=no such", "/kin-[0-9]+/")) == 1
     family.kill()
     family.wait()
     until(lambda: not left & running(), timeout_s=20)

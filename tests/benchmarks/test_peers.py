@@ -1,0 +1,89 @@
+"""The run of several servers: who fails is named, who was started is ended."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from benchmarks.peer_environments import PeerError, python_of
+from benchmarks.peer_process import free_port, serving
+from benchmarks.peer_servers import PEERS, Peer, Site
+from benchmarks.peers import Run, run_all
+
+SERVER = Path(__file__).with_name("completions.py")
+FIRST = {"prompt": "x", "max_tokens": 1}
+
+
+def peer(name: str, command: Callable[[Site], list[str]]) -> Peer:
+    return Peer(name, ("numpy",), command, lambda site: name, "for a test")
+
+
+def small(site: Site) -> list[str]:
+    return [str(site.python), str(SERVER), str(site.port), str(site.folder / "child")]
+
+
+def options(environments: Path) -> argparse.Namespace:
+    return argparse.Namespace(environments=environments, concurrency=[1, 2], requests=4, notes="")
+
+
+def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
+    """A server that ends at once is left out with a sentence; ours has both rounds."""
+    run = Run(tmp_path, options(tmp_path))
+    broken = peer("broken", lambda site: [str(site.python), "-c", "raise SystemExit(3)"])
+    run_all(run, (broken, peer("ours", small), peer("other", small)), rounds=2)
+    document = run.document()
+    assert list(document["left_out"]) == ["broken"]
+    assert "ended with code 3" in document["left_out"]["broken"]
+    assert document["rounds"] == {"ours": 2, "other": 2}
+    assert document["medians"]["ours"][2]["errors"] == 0
+    assert document["peers"]["other"]["same_answer"] == 1.0
+    assert set(document["ours_to_theirs"]["other"]) == {1, 2}
+
+
+def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
+    """Also a child that made a session of its own is gone when the block has ended."""
+    port = free_port()
+    command = [sys.executable, str(SERVER), str(port), str(tmp_path / "child")]
+    with serving(command, {}, f"http://127.0.0.1:{port}", FIRST, tmp_path / "log"):
+        child = int((tmp_path / "child").read_text())
+        assert is_alive(child)
+    assert not is_alive(child)
+
+
+def is_alive(pid: int) -> bool:
+    """A zombie, which its adopter has yet to collect, is not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
+
+
+def test_an_environment_is_made_once(tmp_path: Path) -> None:
+    """The same pins use it again; other pins make it anew; pip's last word becomes the sentence."""
+    home = tmp_path / "home"
+    wheel = f"nothing @ file://{tmp_path}/nothing-1.0-py3-none-any.whl"
+    python_of(home, ("pip",))
+    (home / "kept").touch()
+    assert python_of(home, ("pip",)).exists()
+    assert (home / "kept").exists()
+    for _ in range(2):
+        with pytest.raises(PeerError, match=r"could not be installed: .*nothing"):
+            python_of(home, (wheel,))
+    assert not (home / "kept").exists()
+
+
+def test_all_peers_say_how_they_are_set(tmp_path: Path) -> None:
+    """Each of the four has a command on the port it is given and pins to be made from."""
+    openmp = tmp_path / "lib" / "libiomp5.so"
+    openmp.parent.mkdir()
+    openmp.touch()
+    site = Site(tmp_path / "bin" / "python", tmp_path, tmp_path, tmp_path, 12345, 2)
+    assert [peer.name for peer in PEERS] == ["ours", "vllm", "transformers", "llama.cpp"]
+    for each in PEERS:
+        written = "".join(each.command(site)) + (tmp_path / "ours.yaml").read_text()
+        assert "12345" in written
+        assert each.variables(site) is not None
+        assert bool(each.requirements) == (each.name != "ours")

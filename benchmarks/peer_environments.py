@@ -4,6 +4,7 @@ An environment is ready when its stamp holds the pins it was made with; otherwis
 Only the index that pip is configured with is asked. Knows no server.
 """
 
+import fcntl
 import json
 import shutil
 import subprocess
@@ -23,13 +24,19 @@ def python_of(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...
 
     `removed` are packages that come along and would only be in the way.
     """
+    home.parent.mkdir(parents=True, exist_ok=True)
+    with home.with_name(f"{home.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs at once would spoil it
+        return _made(home, requirements, removed)
+
+
+def _made(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...]) -> Path:
     python = home / "bin" / "python"
     pins = json.dumps([requirements, removed])
     stamp = home / "made-with.json"
     if stamp.exists() and stamp.read_text(encoding="utf-8") == pins:
         return python
     shutil.rmtree(home, ignore_errors=True)
-    home.parent.mkdir(parents=True, exist_ok=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     steps = [
         [sys.executable, "-m", "venv", "--without-pip", str(home)],

@@ -5,6 +5,7 @@ are held by a test. The SDK keeps its loop, its heartbeat, its checks and its wa
 a result; what it takes, hears of stops and posts goes through here:
 
     take    at a sensible pace; a job without `input` or with an id that runs already is no accident
+    run     at once; the SDK looks at its queue ten times a second, and first tokens wait for it
     stop    reaches a job that still waits, and frees its place
     post    again until acknowledged; too large a result is said or kept on the volume
     end     SIGTERM, or `end`: what runs finishes or is refused in time, what the open poll still
@@ -48,7 +49,7 @@ class JobLoop:
         self._taken = Taken()
         self._trouble = Trouble()
         self._is_taking = False
-        self._late: set[asyncio.Task[None]] = set()
+        self._answers: set[asyncio.Task[None]] = set()
         self._code = 0
         self._scaler: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,7 +100,6 @@ class JobLoop:
         # Without the SDK's time limits: `poll` has its own, and `_listen` waits for the end.
         scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
         scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._listen, None
-        scaler.jobs_handler = self._answer
 
     def _begin_drain(self) -> None:
         if not self._drain.begun.is_set():
@@ -110,7 +110,7 @@ class JobLoop:
     # The SDK calls what follows in its event loop.
 
     async def _take(self, session: "ClientSession", num_jobs: int) -> list[Job]:
-        """Jobs for the SDK to run."""
+        """Takes jobs and starts them; none is left to the SDK's own queue."""
         from runpod.serverless.modules import rp_job
 
         self._loop = asyncio.get_running_loop()
@@ -119,7 +119,13 @@ class JobLoop:
         self._is_taking = True
         try:
             given = await poll(session, rp_job._job_get_url(num_jobs), self._trouble, self._drain)
-            return self._taken.accept(given)
+            for job in self._taken.accept(given):
+                # What the SDK counts its free places by, and tells in its pings.
+                self._scaler.job_progress.add(job)
+                task = asyncio.create_task(self._answer(session, self._scaler.config, job))
+                self._answers.add(task)
+                task.add_done_callback(self._answers.discard)
+            return []
         finally:
             self._is_taking = False
 
@@ -130,7 +136,7 @@ class JobLoop:
         try:
             await self._drain.begun.wait()
             while self._is_taking or self._taken.open:
-                self._hurry(session)
+                self._hurry()
                 await asyncio.sleep(LOOK_S)
         finally:
             hearing.cancel()
@@ -163,12 +169,8 @@ class JobLoop:
                 log.debug("Stops cannot be heard of: %s", type(error).__name__)
                 await asyncio.sleep(next(delays))
 
-    def _hurry(self, session: "ClientSession") -> None:
+    def _hurry(self) -> None:
         """What the end asks for at this moment."""
-        # The SDK's loop leaves a job in the queue that the open poll brings after SIGTERM.
-        while not self._scaler.jobs_queue.empty():
-            job = self._scaler.jobs_queue.get_nowait()
-            self._late.add(asyncio.create_task(self._answer(session, self._scaler.config, job)))
         for job in self._taken.open:
             since = job.answering_since
             if since is None:
@@ -197,6 +199,7 @@ class JobLoop:
                 await self._run(self._refuse(session, job, error), job)
         finally:
             self._taken.close(job)
+            self._scaler.job_progress.remove(job)
 
     async def _run(self, work: Coroutine[Any, Any, None], job: Job) -> ServeError | None:
         """Why the job has to be refused, where `work` ended without an answer."""

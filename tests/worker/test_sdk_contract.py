@@ -1,6 +1,5 @@
 """What `worker/sdk.py` relies on in the pinned SDK. When one of these fails, read that module."""
 
-import asyncio
 import inspect
 import os
 from typing import Any
@@ -24,9 +23,15 @@ SIGNATURES = {
 def modules() -> dict[str, Any]:
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "ERROR")  # read when the SDK is imported
     from runpod.serverless import worker
-    from runpod.serverless.modules import rp_http, rp_job, rp_scale
+    from runpod.serverless.modules import rp_http, rp_job, rp_scale, worker_state
 
-    return {"worker": worker, "rp_http": rp_http, "rp_job": rp_job, "rp_scale": rp_scale}
+    return {
+        "worker": worker,
+        "rp_http": rp_http,
+        "rp_job": rp_job,
+        "rp_scale": rp_scale,
+        "worker_state": worker_state,
+    }
 
 
 def part(modules: dict[str, Any], path: str) -> Any:
@@ -62,13 +67,17 @@ def test_the_ways_in(modules: dict[str, Any]) -> None:
 
 
 def test_a_scaler_has_what_is_replaced(modules: dict[str, Any]) -> None:
-    """The SDK's own places for a fetcher, a handler and a hearer of stops, and its queue."""
+    """The SDK's own places for a fetcher and a hearer of stops, and what it counts jobs by."""
     scaler = modules["rp_scale"].JobScaler({})
     assert scaler.jobs_fetcher is modules["rp_job"].get_job
-    assert scaler.jobs_handler is modules["rp_job"].handle_job
     assert scaler.stop_signals_fetcher is modules["rp_job"].get_stop_signals
     assert (scaler.jobs_fetcher_timeout, scaler.stop_signals_fetcher_timeout) == (90, 90)
-    assert isinstance(scaler.jobs_queue, asyncio.Queue)
+    assert scaler.job_progress is modules["worker_state"].JobsProgress()
+    before = scaler.current_occupancy()
+    scaler.job_progress.add({"id": "a", "input": {}})
+    assert scaler.current_occupancy() == before + 1
+    scaler.job_progress.remove({"id": "a", "input": {}})
+    assert scaler.current_occupancy() == before
     assert scaler.config == {}
     assert scaler.is_alive()
     scaler.kill_worker()
@@ -85,7 +94,7 @@ LOOPS = {
 
             jobs_needed = self.current_concurrency - self.current_occupancy()
     """,
-    # The loop that runs jobs ends with an empty queue: whoever comes later is not run.
+    # The loop that runs jobs finds none in its queue, and ends at once.
     "run_jobs": "while self.is_alive() or not self.jobs_queue.empty():",
     # All three loops must end before the worker does.
     "run": "tasks = [jobtake_task, jobrun_task, jobstop_task]",

@@ -8,6 +8,7 @@ job on this machine and exits.
 import argparse
 import logging
 import os
+import signal
 import sys
 
 log = logging.getLogger("runpod_entry")
@@ -59,6 +60,8 @@ def _start(arguments: list[str]) -> int:
             "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
             "serve HTTP."
         )
+    if takes_jobs:  # until the SDK's own handler, which lets running jobs finish
+        signal.signal(signal.SIGTERM, _end_before_jobs)
     # First of all: the load balancer hears of a start that takes long, such as asking the hub.
     door = http.Door(entry) if job is None and not entry.runpod_serverless else None
     checked: list[str] = []
@@ -81,6 +84,11 @@ def _start(arguments: list[str]) -> int:
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry, checked, failure)
+
+
+def _end_before_jobs(*_: object) -> None:
+    log.info("Told to stop before any job was taken.")
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
 """The entry point: importing it costs nothing, and whatever stops it is one sentence."""
 
 import json
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +13,31 @@ from starlette.testclient import TestClient
 from serve_app.ingress import create_app
 from serve_app.server import MixtralServer
 from serve_app.settings import Settings
-from tests.worker.process import ENTRY, TINY, run_entry
+from tests.worker.process import ENTRY, TINY, environment, run_entry
 
 WORKER = ENTRY.parent / "serve_app" / "worker"
 HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod", "fastapi"}
+
+
+def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:
+    """While the checkpoint is looked for, on a hub that never answers: exit code 0, and a line."""
+    with socket.create_server(("127.0.0.1", 0)) as hub:
+        variables = environment(
+            tmp_path,
+            RUNPOD_WEBHOOK_GET_JOB="http://127.0.0.1:9/job-take/$ID?gpu=x",
+            MODEL_NAME="owner/model",
+            HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}",
+        )
+        with subprocess.Popen(
+            [sys.executable, str(ENTRY)], cwd=tmp_path, env=variables, stderr=subprocess.PIPE
+        ) as entry:
+            connection, _ = hub.accept()
+            with connection:
+                entry.send_signal(signal.SIGTERM)
+                _, written = entry.communicate(timeout=60)
+    assert entry.returncode == 0
+    assert b"Told to stop before any job" in written
+    assert b"Traceback" not in written
 
 
 def test_importing_loads_nothing_heavy() -> None:

@@ -124,7 +124,8 @@ class Handler:
 
         async def tell() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
-            await self._tell(job, {**self._health(), **outlook})
+            if self.boot.forward is None:  # else the answer itself is on its way
+                await self._tell(job, {**self._health(), **outlook})
 
         return await progress.while_waiting(self.boot.ready(), tell, self._interval_s)
 

@@ -106,7 +106,8 @@ class Boot:
         """
         if forward is self.forward:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._died.wait(), CONFIRM_S)
+                async with asyncio.timeout(CONFIRM_S):
+                    await self._died.wait()
 
     async def _run(self, lost: str | None = None) -> Forward:
         """Starts the model; where `lost` says what died, takes down the rest of it first."""

@@ -6,6 +6,7 @@ Knows only the clock. Lives in one event loop, whose thread makes every call.
 """
 
 import asyncio
+import contextlib
 import time
 
 CUT_SHARE = 0.8
@@ -41,10 +42,9 @@ class Drain:
         if self.begun.is_set():
             await asyncio.sleep(min(seconds, 1.0))
         else:
-            try:
-                await asyncio.wait_for(self.begun.wait(), seconds)
-            except TimeoutError:
-                pass
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self.begun.wait()
 
     def _share(self, share: float) -> bool:
         return self.begun.is_set() and time.monotonic() - self._began >= self.limit_s * share

@@ -59,7 +59,9 @@ async def while_waiting(
         await asyncio.sleep(0)  # what fails or succeeds at once is no news
         while not task.done():
             try:
-                await asyncio.wait_for(tell(), TELL_TIMEOUT_S)
+                # Not `wait_for`, which in Python 3.11 may lose a cancellation.
+                async with asyncio.timeout(TELL_TIMEOUT_S):
+                    await tell()
             except Exception as error:  # the job goes on without the news
                 log.warning("A progress update failed: %s", type(error).__name__)
             await asyncio.wait({task}, timeout=interval_s)

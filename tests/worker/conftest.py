@@ -112,8 +112,10 @@ def scripted(scripted_platform: Platform, scripted_worker: Worker) -> Iterator[C
 
     yield Client(scripted_platform)
     scripted_platform.faults.clear()
-    settled(scripted_platform, scripted_worker)
-    scripted_platform.queue.jobs.clear()
+    try:
+        settled(scripted_platform, scripted_worker)
+    finally:  # one failure is one test's
+        scripted_platform.queue.jobs.clear()
 
 
 @pytest.fixture(scope="session")

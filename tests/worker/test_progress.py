@@ -81,3 +81,22 @@ def test_a_failed_load_ends_the_wait_with_its_error() -> None:
 
     with pytest.raises(ValueError, match="no checkpoint"):
         asyncio.run(progress.while_waiting(fail(), tell, 0.1))
+
+
+@pytest.mark.parametrize("num_steps", range(1, 12))
+def test_a_job_can_be_stopped_at_any_moment(num_steps: int) -> None:
+    """The wait ends where it is cancelled after any number of the loop's steps."""
+
+    async def tell() -> None:
+        pass
+
+    async def scenario() -> bool:
+        for_ever = asyncio.Event()
+        waiting = asyncio.create_task(progress.while_waiting(for_ever.wait(), tell, 60.0))
+        for _ in range(num_steps):
+            await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait({waiting}, timeout=1.0)
+        return waiting.cancelled()
+
+    assert asyncio.run(scenario())

@@ -71,8 +71,9 @@ class JobLoop:
         config = {
             "handler": self._handler.handle,
             "return_aggregate_stream": True,
-            # A constant: any change stops the taking of jobs until the worker is idle.
-            "concurrency_modifier": lambda _: self._slots,
+            # A constant, as any change stops the taking until the worker is idle; and one more than
+            # ever run, as the SDK sleeps a second where there is no free place. `_take` counts.
+            "concurrency_modifier": lambda _: self._slots + 1,
         }
         runpod.serverless.start(config)
         return self._code
@@ -109,16 +110,19 @@ class JobLoop:
 
     # The SDK calls what follows in its event loop.
 
-    async def _take(self, session: "ClientSession", num_jobs: int) -> list[Job]:
-        """Takes jobs and starts them; none is left to the SDK's own queue."""
+    async def _take(self, session: "ClientSession", _: int) -> list[Job]:
+        """Takes jobs, once there is a place, and starts them; none is left to the SDK's queue."""
         from runpod.serverless.modules import rp_job
 
         self._loop = asyncio.get_running_loop()
+        while len(self._answers) >= self._slots:
+            await asyncio.wait(self._answers, return_when=asyncio.FIRST_COMPLETED)
         if self._drain.begun.is_set():
             return []
         self._is_taking = True
         try:
-            given = await poll(session, rp_job._job_get_url(num_jobs), self._trouble, self._drain)
+            url = rp_job._job_get_url(self._slots - len(self._answers))
+            given = await poll(session, url, self._trouble, self._drain)
             for job in self._taken.accept(given):
                 # What the SDK counts its free places by, and tells in its pings.
                 self._scaler.job_progress.add(job)

@@ -136,3 +136,19 @@ def test_a_failed_job_that_is_sent_again_is_run(scripted: Client) -> None:
     scripted.retry(job)
     until(lambda: job.is_over)
     assert job.status == "COMPLETED"
+
+
+def test_a_full_worker_takes_a_job_for_each_that_ends(scripted: Client) -> None:
+    """It never has more than its places, nor asks for any while it is full."""
+    queue = scripted.platform.queue
+    held = [scripted.submit({"prompt": "hold", "stream": True}) for _ in range(9)]
+    until(lambda: sum(bool(job.chunks) for job in held) == 8)
+    until(lambda: queue.num_open_polls == 0)
+    assert [job.status for job in held].count("IN_QUEUE") == 1
+    first = next(job for job in held if job.chunks)
+    scripted.cancel(first)
+    until(lambda: sum(bool(job.chunks) for job in held) == 9)
+    assert queue.last_limit == 1
+    for job in held:
+        scripted.cancel(job)
+    until(lambda: queue.last_limit == 8)

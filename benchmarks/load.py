@@ -123,9 +123,15 @@ def read(answer: Answer) -> Outcome:
     for when, line in _lines(answer.parts):
         if outcome.error or not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
             continue
-        event = json.loads(line[5:])
+        try:
+            event = json.loads(line[5:])
+        except ValueError:
+            outcome.error = "unreadable"
+            continue
         if "error" in event:
-            outcome.error = str(event["error"].get("code"))
+            said = event["error"]
+            is_told = isinstance(said, dict)
+            outcome.error = str(said.get("code") or said.get("message")) if is_told else str(said)
             continue
         usage = event.get("usage") or usage
         for choice in event.get("choices", []):

@@ -66,3 +66,16 @@ def test_lines_are_read_across_parts() -> None:
     outcome = read(Answer(due=0.5, status=200, parts=parts))
     assert (outcome.arrivals, outcome.num_tokens) == ([2.0, 3.0], 2)
     assert (outcome.counted_by, outcome.error, outcome.text) == ("chunks", None, "aa")
+
+
+@pytest.mark.parametrize(
+    ("said", "name"),
+    [
+        (b"data: {broken", "unreadable"),
+        (b'data: {"error": "out of luck"}', "out of luck"),
+        (b'data: {"error": {"message": "No.", "code": null}}', "No."),
+    ],
+)
+def test_a_peers_odd_errors_are_counted(said: bytes, name: str) -> None:
+    """What breaks one answer is that answer's error, and ends no run."""
+    assert read(Answer(due=0.0, status=200, parts=[(0.0, said + b"\n\n")])).error == name

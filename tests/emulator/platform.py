@@ -60,6 +60,15 @@ class Platform:
         self._await(self.queue.stop(job))
 
     @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While in here jobs wait; then one poll takes them all."""
+        self.queue.is_paused = True
+        try:
+            yield
+        finally:
+            self._await(self.queue.resume())
+
+    @contextlib.contextmanager
     def hung_up(self) -> Iterator[None]:
         """While in here, connections are reset and new ones refused."""
         self._await(self._hang_up())

@@ -85,7 +85,6 @@ class Queue:
         self.num_open_polls = 0
         """How many of these are held open now."""
         self.is_paused = False
-        """While true, jobs wait here, so that one poll takes them all."""
         self._waiting: deque[Job] = deque()
         self._stops: list[str] = []
         self._last_ping: dict[str, float] = {}
@@ -98,6 +97,12 @@ class Queue:
             self._waiting.append(job)
             self._work.notify_all()
         return job
+
+    async def resume(self) -> None:
+        """Hands out what has waited while `is_paused`."""
+        async with self._work:
+            self.is_paused = False
+            self._work.notify_all()
 
     async def deliver_again(self, job: Job) -> None:
         async with self._work:

@@ -52,12 +52,8 @@ def test_two_hundred_jobs_at_once(client: Client) -> None:
     alone = [client.ended(question(2 * n)) for n in range(len(QUESTIONS))]
     right = [text_of(job) for job in alone]
     assert len(set(right)) > len(QUESTIONS) / 4, "the answers do not tell the jobs apart"
-    queue = client.platform.queue
-    queue.is_paused = True
-    try:
+    with client.platform.paused():
         jobs = [client.submit(question(number)) for number in range(NUM_JOBS)]
-    finally:
-        queue.is_paused = False
     until(lambda: all(job.is_over for job in jobs))
     for number, job in enumerate(jobs):
         assert text_of(job) == right[number // 2 % len(QUESTIONS)]

@@ -231,9 +231,8 @@ def test_bad_jobs_say_what_to_change(client: Client, given: Any, param: str | No
 
 def test_a_batch_take_without_inputs_is_answered(client: Client) -> None:
     """A job that has no `input` at all fails alone; the others of its batch are answered."""
-    client.platform.queue.is_paused = True
-    jobs = [client.post({}), client.submit(PROMPT), client.submit(None)]
-    client.platform.queue.is_paused = False
+    with client.platform.paused():
+        jobs = [client.post({}), client.submit(PROMPT), client.submit(None)]
     until(lambda: all(job.is_over for job in jobs))
     assert [job.status for job in jobs] == ["FAILED", "COMPLETED", "FAILED"]
 

@@ -92,11 +92,10 @@ def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) ->
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
     told_to_stop(worker)
-    platform.queue.is_paused = True
     client = Client(platform)
-    late = [client.submit({"prompt": "3"}) for _ in range(3)] + [client.submit({"prompt": "hold"})]
-    platform.queue.is_paused = False
-    late.append(client.submit({"prompt": "3", "stream": True}))
+    with platform.paused():
+        late = [client.submit({"prompt": prompt}) for prompt in ("3", "3", "3", "hold")]
+        late.append(client.submit({"prompt": "3", "stream": True}))
     assert ended(platform, worker) == 0
     assert [job.status for job in late] == ["COMPLETED"] * 5
     assert platform.queue.num_polls == num_polls + 1

@@ -28,7 +28,7 @@ def test_a_stopped_job_frees_its_call(
 
 
 def test_jobs_stopped_as_they_are_taken_leak_no_slot(scripted: Client) -> None:
-    """The stop may come before the job, while it waits in the SDK's queue, or at its begin."""
+    """The stop may come before the job, with it, or at its begin."""
     scripted.platform.queue.num_cancels_at_take = 30
     for _ in range(30):
         scripted.submit({"prompt": "mute"})
@@ -47,13 +47,12 @@ def test_a_stop_after_the_answer_changes_nothing(scripted: Client) -> None:
 
 def test_a_stop_before_its_job_is_answered(scripted: Client) -> None:
     """It may have been meant for an earlier delivery of the id: the client hears of it."""
-    queue = scripted.platform.queue
-    queue.is_paused = True
-    job = scripted.submit({"prompt": "3"})
-    num_stops = scripted.platform.faults.num_requests["job-stop"]
-    scripted.platform.stop_again(job)
-    until(lambda: scripted.platform.faults.num_requests["job-stop"] > num_stops)
-    queue.is_paused = False
+    platform = scripted.platform
+    with platform.paused():
+        job = scripted.submit({"prompt": "3"})
+        num_stops = platform.faults.num_requests["job-stop"]
+        platform.stop_again(job)
+        until(lambda: platform.faults.num_requests["job-stop"] > num_stops)
     scripted.ended({"prompt": "3"})
     until(lambda: job.is_over)
     error = scripted.error_of(job)["error"]

@@ -109,11 +109,9 @@ def test_a_job_that_comes_again_while_it_runs(scripted: Client, scripted_worker:
 
 def test_a_job_that_comes_twice_in_one_batch(scripted: Client) -> None:
     """The same, for one take that brings both."""
-    queue = scripted.platform.queue
-    queue.is_paused = True
-    job = scripted.submit({"prompt": "3"})
-    scripted.platform.deliver_again(job)
-    queue.is_paused = False
+    with scripted.platform.paused():
+        job = scripted.submit({"prompt": "3"})
+        scripted.platform.deliver_again(job)
     other = scripted.ended({"prompt": "3"})
     until(lambda: job.is_over and job.num_deliveries == 2)
     assert (job.status, other.status) == ("COMPLETED", "COMPLETED")

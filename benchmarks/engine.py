@@ -25,10 +25,8 @@ from benchmarks.machine import describe
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, Samples, SamplingParams
-from serve_app.model.batch import Batch
-from serve_app.model.config import MixtralConfig
-from serve_app.model.kv import KVCache
 from serve_app.model.loader import load
+from serve_app.model.mixtral import Mixtral
 from serve_app.tiny import CHECKPOINT
 
 CPU = torch.device("cpu")
@@ -37,15 +35,11 @@ CONTEXTS = (64, 512, 2048)
 BLOCK_SIZE = 16
 
 
-class NullModel:
-    """Stands for a model that takes no time: the same logits for every row."""
+class NullRunner(ModelRunner):
+    """A runner whose model takes no time: the batch is made, and every row's logits are the same."""
 
-    def __init__(self, config: MixtralConfig) -> None:
-        self.config = config
-        self._logits = torch.zeros(max(BATCHES), config.vocab_size)
-
-    def __call__(self, batch: Batch, cache: KVCache) -> torch.Tensor:
-        return self._logits[: len(batch.sample_rows)]
+    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
+        return torch.zeros(len(self._batch(chunks).sample_rows), self.vocab_size)
 
 
 class Watched:
@@ -75,8 +69,9 @@ class Watched:
 class Bench:
     """One model, and engines around it."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Mixtral, runner: type[ModelRunner] = ModelRunner) -> None:
         self.model = model
+        self.runner = runner
         self.rng = np.random.default_rng(0)
 
     def prompt(self, num_tokens: int) -> list[int]:
@@ -95,7 +90,7 @@ class Bench:
             "eos_token_ids": frozenset[int](),
             **limits,
         }
-        runner = ModelRunner(self.model, config["num_blocks"], BLOCK_SIZE, torch.float32, CPU)
+        runner = self.runner(self.model, config["num_blocks"], BLOCK_SIZE, torch.float32, CPU)
         watched = Watched(runner)
         engine = Engine(watched, EngineConfig(**config))
         engine.start()
@@ -122,9 +117,9 @@ async def read(engine: Engine, prompt: list[int], params: SamplingParams) -> lis
     return times
 
 
-def host_cost(config: MixtralConfig) -> dict[str, Any]:
+def host_cost(model: Mixtral) -> dict[str, Any]:
     """Microseconds of the engine's thread per step, and what a straight line through them says."""
-    bench, found = Bench(NullModel(config)), {}
+    bench, found = Bench(model, NullRunner), {}
     for name, how in (
         ("greedy", {"temperature": 0.0}),
         ("sampled", {"temperature": 0.7, "top_p": 0.9}),
@@ -259,7 +254,7 @@ def main() -> None:
     model = load(CHECKPOINT, dtype=torch.float32, device=CPU)
     bench = Bench(model)
     document = {"benchmark": "engine", **describe(), "threads": options.threads}
-    document["host"] = host_cost(model.config)
+    document["host"] = host_cost(model)
     document |= model_speed(bench)
     document["speed_with_2000_waiting"] = waiting(bench)
     print(f"waiting: {document['speed_with_2000_waiting']} of the speed without")

@@ -9,13 +9,19 @@ No `from __future__ import annotations` here: Serve would then pass `args:` as a
 import logging
 import os
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from serve_app import load as loading
 from serve_app.errors import EngineDead
+from serve_app.load import Loaded
+from serve_app.load_log import LoadLog
 from serve_app.settings import Settings
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+Load = Callable[[Settings, LoadLog], Loaded]
 
 DEPLOYMENT = "mixtral"
 SPARE_REQUESTS = 64
@@ -26,6 +32,11 @@ LAST_WORDS_S = 1.0
 
 def build_app(settings: Settings) -> "Application":
     """The Serve application of these settings. Touches no GPU, and no file."""
+    return application(settings, loading.load)
+
+
+def application(settings: Settings, load: Load) -> "Application":
+    """`build_app` with another way to load, which the replica must be able to import."""
     from ray import serve
 
     from serve_app.server import MixtralServer
@@ -50,7 +61,7 @@ def build_app(settings: Settings) -> "Application":
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
-            super().__init__(settings)
+            super().__init__(settings, load)
 
         def check_health(self) -> None:
             # Called before each request too.

@@ -1,0 +1,89 @@
+"""The deployment around a model that computes nothing: every step takes 5 ms and holds no lock.
+
+`build_app` is what `serve run` takes for `benchmarks.road`. Tokenizer, engine thread, detokenising,
+shapes and doors are the real ones; only what stands behind `Runner.step` is not, and no sampling
+happens. Every answer is the same text, over and over.
+"""
+
+import ctypes
+import time
+from typing import TYPE_CHECKING
+
+from serve_app.app import application
+from serve_app.engine.admission import EngineConfig
+from serve_app.engine.engine import Engine
+from serve_app.engine.sequence import Chunk, Samples
+from serve_app.load import Loaded
+from serve_app.load_log import LoadLog
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.settings import Settings
+from serve_app.tiny import CHECKPOINT
+
+if TYPE_CHECKING:
+    from ray.serve import Application
+
+STEP_S = 0.005
+MAX_MODEL_LEN = 4096
+VOCAB_SIZE = 768
+BLOCK_SIZE = 16
+TEXT = (
+    "The capital of France is Paris, and 2 + 3 = 5. Grass is green; the sky is blue. "
+    "A café serves crème brûlée, naïve as it is. This server speaks to 32 clients at once.\n"
+)
+PR_SET_TIMERSLACK = 29
+
+
+class NullRunner:
+    """A model whose steps take `step_s` seconds to the moment, as a GPU's would."""
+
+    vocab_size = VOCAB_SIZE
+
+    def __init__(self, token_ids: list[int], step_s: float = STEP_S) -> None:
+        self._token_ids = token_ids
+        self._step_s = step_s
+        self.thread_s = 0.0
+        """Processor time of the engine's thread so far, as of the last step's beginning."""
+
+    def step(self, chunks: list[Chunk]) -> Samples:
+        end = time.perf_counter() + self._step_s
+        if self.thread_s == 0.0:
+            # Linux wakes a sleeping thread up to 50 us late unless the thread asks for better.
+            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+        self.thread_s = time.thread_time()
+        ids = self._token_ids
+        tokens = [ids[c.sequence.num_generated % len(ids)] for c in chunks if c.samples]
+        time.sleep(max(0.0, end - time.perf_counter()))
+        return Samples(tokens, {})
+
+
+def load(settings: Settings, load_log: LoadLog) -> Loaded:
+    """In place of `serve_app.load.load`: the tiny model's tokenizer, and no model."""
+    tokenizer = Tokenizer(CHECKPOINT)
+    ids = tokenizer.encode(TEXT, add_special_tokens=False)
+    engine = engine_of(NullRunner(ids), settings.engine.max_running)
+    engine.start()
+    load_log.ready()
+    memory = dict.fromkeys(("experts", "attention", "head", "other", "kv_cache"), 0)
+    notes = [f"no model: every step takes {STEP_S * 1e3:g} ms"]
+    return Loaded(tokenizer, engine, MAX_MODEL_LEN, VOCAB_SIZE, "none", None, memory, notes)
+
+
+def engine_of(runner: NullRunner, max_running: int) -> Engine:
+    """The real engine around it, not started."""
+    return Engine(
+        runner,
+        EngineConfig(
+            max_model_len=MAX_MODEL_LEN,
+            max_running=max_running,
+            max_waiting=max_running,
+            block_size=BLOCK_SIZE,
+            num_blocks=max_running * MAX_MODEL_LEN // BLOCK_SIZE,
+            max_step_tokens=512,
+            eos_token_ids=frozenset(),
+        ),
+    )
+
+
+def build_app(settings: Settings) -> "Application":
+    """The Serve application, as `serve_app.app.build_app` makes it."""
+    return application(settings, load)

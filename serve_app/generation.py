@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from serve_app.engine.sequence import Delta, SamplingParams
-from serve_app.errors import ContextLengthExceeded, DeadlinePassed, InternalError, InvalidRequest
+from serve_app.errors import ContextLengthExceeded, InternalError, InvalidRequest
 from serve_app.protocol import messages
 from serve_app.protocol.answer import Generation
 from serve_app.protocol.fields import Sampling, printable
@@ -115,9 +115,8 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         """One piece for each delta. Leaving it at any point frees the request's KV blocks."""
         text = TextStream(detokenizer, request.stop, min_tokens=request.min_tokens)
-        async with aclosing(self.engine.generate(ids, params)) as deltas:
-            while True:
-                delta = await _before(deadline, deltas)
+        async with aclosing(self.engine.generate(ids, params, deadline)) as deltas:
+            async for delta in deltas:
                 piece = text.push(delta.token_ids, _scores(delta))
                 if piece.finish_reason is None and delta.finish_reason is not None:
                     end = text.finish(_reason(delta))
@@ -130,6 +129,8 @@ class Generator:
                 if piece.finish_reason is not None:
                     break
                 yield piece
+            else:
+                raise InternalError("The answer ended without a reason.")
         # Outside, so that the blocks are free before the client hears of the end.
         yield piece
 
@@ -191,19 +192,6 @@ class Generator:
 
     async def _tokenised(self, size: int, work: Callable[[], T]) -> T:
         return work() if size <= CHARS_ON_LOOP else await asyncio.to_thread(work)
-
-
-async def _before(deadline: float, deltas: AsyncGenerator[Delta, None]) -> Delta:
-    """The next delta; raises `DeadlinePassed` after the deadline."""
-    try:
-        async with asyncio.timeout_at(deadline):
-            return await anext(deltas)
-    except TimeoutError:
-        raise DeadlinePassed(
-            "The request took longer than the server allows; ask for fewer tokens, or try again."
-        ) from None
-    except StopAsyncIteration:
-        raise InternalError("The answer ended without a reason.") from None
 
 
 def _reason(delta: Delta) -> str:

@@ -130,7 +130,7 @@ class _EventStream(StreamingResponse):
 
 async def _events(
     chunks: AsyncGenerator[dict[str, Any], None], request_id: str
-) -> AsyncGenerator[str, None]:
+) -> AsyncGenerator[bytes, None]:
     """The events, then `[DONE]`; or the error as the last event, and no `[DONE]`."""
     try:
         async for chunk in chunks:

@@ -88,7 +88,9 @@ class Routes:
         for prompt in request.prompts:
             await asyncio.sleep(0)  # others have their turn between two prompts
             generation = await self._completion(request, prompt, deadline)
-            generations.append(generation.in_turn(places))
+            if len(request.prompts) > 1:
+                generation = generation.in_turn(places)
+            generations.append(generation)
             echoes.append(await self._text(prompt) if request.echo else "")
         make = completions.chunks if request.stream else completions.answer
         made: Any = make(request, head, generations, echoes, self._tokenizer)

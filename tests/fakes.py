@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.sequence import Delta, FinishReason, SamplingParams, TokenLogprob
+from serve_app.errors import DeadlinePassed
 from serve_app.load import Loaded
 from serve_app.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ class FakeEngine:
         reason: FinishReason = "stop",
         error: Exception | None = None,
         is_endless: bool = False,
+        logprob: float = -0.5,
     ) -> None:
         self.token_ids = tokenizer().encode(text, add_special_tokens=False)
         self.is_alive = True
@@ -47,10 +49,10 @@ class FakeEngine:
         self.left = threading.Event()
         """Set when a request ended, however it did."""
         self._size, self._reason, self._error = size, reason, error
-        self._is_endless = is_endless
+        self._is_endless, self._logprob = is_endless, logprob
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams
+        self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         self.requests.append((prompt_ids, params))
         self.num_running += 1
@@ -61,10 +63,12 @@ class FakeEngine:
             for start in range(0, len(ids), self._size):
                 await asyncio.sleep(0)
                 group = ids[start : start + self._size]
-                yield Delta(group, _logprobs(group, params))
+                yield Delta(group, self._logprobs(group, params))
             while self._is_endless:
                 await asyncio.sleep(0.001)
-                yield Delta(ids[:1], _logprobs(ids[:1], params))
+                if deadline is not None and asyncio.get_running_loop().time() > deadline:
+                    raise DeadlinePassed("Too late.")
+                yield Delta(ids[:1], self._logprobs(ids[:1], params))
             if self._error is not None:
                 raise self._error
             yield Delta([], [], self._reason)
@@ -72,18 +76,17 @@ class FakeEngine:
             self.num_running -= 1
             self.left.set()
 
+    def _logprobs(self, ids: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
+        if params.logprobs is None:
+            return []
+        top = ((5, -0.25), (6, float("-inf")))[: params.logprobs]
+        return [TokenLogprob(token_id, self._logprob, top) for token_id in ids]
+
     def stats(self) -> EngineStats:
         return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0, 0)
 
     def stop(self) -> None:
         self.is_alive = False
-
-
-def _logprobs(ids: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
-    if params.logprobs is None:
-        return []
-    top = ((5, -0.25), (6, float("-inf")))[: params.logprobs]
-    return [TokenLogprob(token_id, -0.5, top) for token_id in ids]
 
 
 def server(engine: FakeEngine | None = None, /, **args: Any) -> MixtralServer:

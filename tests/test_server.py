@@ -58,6 +58,23 @@ def test_the_deadline_ends_a_request() -> None:
         assert engine.num_running == 0
 
 
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {**CHAT, "logprobs": True}),
+        ("/v1/completions", {"prompt": "a", "logprobs": 1}),
+    ],
+)
+def test_a_log_probability_that_is_no_number_is_an_error(
+    path: str, body: Any, stream: bool
+) -> None:
+    """NaN, which no JSON can say, does not become null: clients take that for a number."""
+    engine = FakeEngine(logprob=float("nan"))
+    *_, last = asyncio.run(items(server(engine), path, {**body, "stream": stream}))
+    assert (last["status"], last["error"]["error"]["code"]) == (500, "internal_error")
+
+
 @pytest.mark.parametrize("num_items", [1, 2, 5])
 @pytest.mark.parametrize(
     ("path", "body"),

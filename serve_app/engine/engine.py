@@ -108,23 +108,27 @@ class Engine:
         )
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams
+        self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
         """Deltas of a new request, each with all that came since the last; the last one ends it.
 
         The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for what can never
         run, `QueueFull`, `Draining` or `EngineDead` for what cannot now. Later ones raise the
-        request's own failure. Closing the generator, or cancelling its task, frees the request's
-        blocks before the next step.
+        request's own failure, or `DeadlinePassed` at `deadline`, a time on the event loop's clock.
+        Closing the generator, or cancelling its task, frees the request's blocks before the next
+        step.
         """
         sequence = admit(prompt_ids, params, self.config, self._runner.vocab_size)
         stream = Stream(asyncio.get_running_loop())
         self._inbox.submit(sequence, stream)
+        # One timer for the request, not one for each wait.
+        timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)
         has_ended = False
         try:
             while not has_ended:
                 delta = await stream.next()
-                has_ended = delta.finish_reason is not None
+                # The engine does not know of a deadline that has passed.
+                has_ended = delta.finish_reason not in (None, "cancelled")
                 if delta.error is None:
                     yield delta
                     continue
@@ -132,6 +136,8 @@ class Engine:
                     yield Delta(delta.token_ids, delta.logprobs)
                 raise delta.error
         finally:
+            if timer is not None:
+                timer.cancel()
             if not has_ended:
                 self._inbox.abort(sequence)
 

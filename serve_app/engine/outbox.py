@@ -7,6 +7,7 @@ engine nothing. Knows no scheduling.
 from asyncio import AbstractEventLoop, Future
 
 from serve_app.engine.sequence import Delta
+from serve_app.errors import DeadlinePassed
 
 
 class Stream:
@@ -39,6 +40,13 @@ class Stream:
             self._new.error = delta.error
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
+
+    def expire(self) -> None:
+        """Ends the request for its consumer; the engine still has to be told. Like `put`."""
+        error = DeadlinePassed(
+            "The request took longer than the server allows; ask for fewer tokens, or try again."
+        )
+        self.put(Delta([], [], "cancelled", error))
 
 
 class Outbox:

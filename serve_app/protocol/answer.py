@@ -67,4 +67,7 @@ LEAST_LOGPROB = -9999.0
 
 
 def finite(logprob: float) -> float:
+    """`logprob` as JSON can say it. Raises `ValueError` for NaN, which nothing may stand for."""
+    if logprob != logprob:
+        raise ValueError("a log probability is NaN")
     return max(logprob, LEAST_LOGPROB)

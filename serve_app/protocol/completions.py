@@ -91,7 +91,9 @@ async def chunks(
     extra: dict[str, Any] = {"usage": None} if request.include_usage else {}
     num_tokens = [0] * len(generations)
     unsaid = list(echoes)
-    async with aclosing(_merged([generation.pieces for generation in generations])) as pieces:
+    answers = [generation.pieces for generation in generations]
+    merged = _merged(answers) if len(answers) > 1 else _numbered(answers[0])
+    async with aclosing(merged) as pieces:
         async for index, piece in pieces:
             num_tokens[index] = piece.num_tokens
             if piece.text or piece.scores or piece.finish_reason or unsaid[index]:
@@ -144,6 +146,15 @@ def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> dict
         "top_logprobs": [top(score) for score in scores],
         "text_offset": [score.offset for score in scores],
     }
+
+
+async def _numbered(
+    stream: AsyncGenerator[Piece, None],
+) -> AsyncGenerator[tuple[int, Piece], None]:
+    """`_merged` for one stream, which needs no task beside the reader's."""
+    async with aclosing(stream):
+        async for piece in stream:
+            yield 0, piece
 
 
 async def _merged(

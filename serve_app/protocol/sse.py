@@ -1,24 +1,30 @@
 """Server-sent events as OpenAI's clients read them: one `data:` line and a blank line each.
 
-Both doors use this text: HTTP writes it to the socket, RunPod's OpenAI gateway passes it on.
+Both doors use them: HTTP writes the bytes to the socket, RunPod's OpenAI gateway passes them on as
+text.
 """
 
-import json
 from typing import Any
 
-DONE = "data: [DONE]\n\n"
+import orjson
+
+DONE = b"data: [DONE]\n\n"
 """The last event of a stream that ended well. A stream that failed ends without it."""
 
-_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\u0085\u2028\u2029"}
+_LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
 """JSON lets these stand, but clients that use `str.splitlines` cut lines there."""
 
 MEDIA_TYPE = "text/event-stream"
 
 
-def event(chunk: dict[str, Any]) -> str:
-    """One chunk (or error body) as one event; the JSON is one line, so the event is too.
+def event(chunk: dict[str, Any]) -> bytes:
+    """One chunk (or error body) as one event; the JSON is one line in UTF-8, so the event is too.
 
-    Raises `ValueError` for NaN and Infinity, which JSON does not have.
+    Raises `TypeError` for what JSON does not have, lone surrogates too, save that NaN and Infinity
+    become null: whoever puts numbers into chunks sees to that (`answer.finite`).
     """
-    text = json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return f"data: {text if text.isascii() else text.translate(_LINE_ENDS)}\n\n"
+    line = orjson.dumps(chunk)
+    if not line.isascii():
+        for char, escaped in _LINE_ENDS:
+            line = line.replace(char, escaped)
+    return b"data: %b\n\n" % line

@@ -174,12 +174,12 @@ async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, 
                 if "error" in item:
                     raise _refused(item["error"])
     if request.sse:
-        yield DONE
+        yield DONE.decode()
 
 
 def _merged(request: JobRequest, chunks: list[dict[str, Any]]) -> list[Any]:
     if request.sse:
-        return merge_text([event(chunk) for chunk in chunks])
+        return merge_text([event(chunk).decode() for chunk in chunks])
     return merge_chunks(chunks)
 
 
@@ -201,6 +201,6 @@ def _failure(request: JobRequest | None, body: dict[str, Any]) -> list[Any]:
     if request is None or not request.stream:
         return [last]
     if request.sse:
-        return [event(body), last]
+        return [event(body).decode(), last]
     told = {name: body["error"][name] for name in ("status", "retry", "message")}
     return [{"token": "", "finished": True, "finish_reason": "error", **told}, last]

@@ -7,8 +7,15 @@ from typing import Any
 import pytest
 
 from serve_app.engine.engine import Engine
+from serve_app.engine.outbox import Stream
 from serve_app.engine.sequence import Delta, SamplingParams
-from serve_app.errors import ContextLengthExceeded, Draining, InvalidRequest, QueueFull
+from serve_app.errors import (
+    ContextLengthExceeded,
+    DeadlinePassed,
+    Draining,
+    InvalidRequest,
+    QueueFull,
+)
 from tests.engine.fake import (
     EOS,
     FakeRunner,
@@ -194,6 +201,38 @@ def test_leaving_frees_the_blocks_at_the_next_step(how: str) -> None:
 
     with running(runner) as engine:
         run(leave())
+
+
+@pytest.mark.parametrize("wait_s", [0.0, 0.05])
+def test_a_deadline_ends_a_request_and_frees_its_blocks(wait_s: float) -> None:
+    """Passed from the start, or while a step takes for ever: the consumer is told at once."""
+    runner = FakeRunner(is_held=True)
+
+    async def late() -> None:
+        deadline = asyncio.get_running_loop().time() + wait_s
+        with pytest.raises(DeadlinePassed):
+            await anext(engine.generate([1, 2], greedy(50, ignore_eos=True), deadline))
+        runner.let_go()
+        await settled(engine)
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+
+    with running(runner) as engine:
+        run(late())
+
+
+def test_what_came_before_a_deadline_is_delivered() -> None:
+    """Tokens that nobody has fetched when the deadline passes come with the error."""
+
+    async def late() -> Delta:
+        stream = Stream(asyncio.get_running_loop())
+        stream.put(Delta([8], []))
+        stream.expire()
+        return await stream.next()
+
+    delta = run(late())
+    assert delta.token_ids == [8]
+    assert isinstance(delta.error, DeadlinePassed)
 
 
 def test_leaving_the_queue_costs_no_step() -> None:

@@ -42,10 +42,10 @@ def test_an_unforeseen_failure_at_the_door_keeps_its_text(
 def test_what_json_does_not_have_is_an_error(
     door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN in an answer or a chunk is one error in the one shape: no client could read it."""
+    """A NaN in an answer, or half a character in a chunk, is one error in the one shape."""
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        yield {"token": float("nan")}
+        yield {"token": "\ud83d"}
 
     async def whole(call: Call) -> Reply:
         return Reply({"token": float("nan")})

@@ -1,0 +1,39 @@
+"""Events: one line of JSON each, whatever the text is, and the same value back."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.protocol.sse import DONE, event
+
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(-1e6, 1e6) | TEXTS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(TEXTS, inner, max_size=4),
+    max_leaves=10,
+)
+
+
+@given(st.dictionaries(TEXTS, VALUES, max_size=4))
+def test_an_event_is_one_line_and_its_value(chunk: dict[str, Any]) -> None:
+    """Any text, line ends of any script too, is one `data:` line; any JSON reader gets it back."""
+    text = event(chunk).decode()
+    line, *rest = text.splitlines()
+    assert (line[:6], rest) == ("data: ", [""])
+    assert text.endswith("\n\n")
+    assert json.loads(line[6:]) == chunk
+
+
+@pytest.mark.parametrize("value", ["\ud83d", object(), b"bytes", {1: "key"}])
+def test_what_json_does_not_have_is_refused(value: Any) -> None:
+    """Half a character, an object, a key that is no text: an error, and not something else."""
+    with pytest.raises(TypeError):
+        event({"token": value})
+
+
+def test_the_end_is_openais() -> None:
+    """What OpenAI's clients compare with, byte for byte."""
+    assert DONE == b"data: [DONE]\n\n"

@@ -3,21 +3,31 @@
 import os
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mixtral-serve", "torch", "ray", "runpod")
+PACKAGES = ("mixtral-serve", "torch", "triton", "ray", "runpod")
 
 
 def describe() -> dict[str, Any]:
-    """`{"date", "machine", "cores", "versions"}`; the versions are those of this environment."""
+    """`{"date", "machine", "cores", "versions"}`; the versions are those of this environment.
+
+    A package that is not installed has none.
+    """
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",
         "cores": len(os.sched_getaffinity(0)),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

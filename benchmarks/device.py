@@ -1,0 +1,73 @@
+"""A device's clock and its copy bandwidth: what every speed on it is compared with."""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+class Device:
+    """One device, and how time is taken on it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_cuda = device.type == "cuda"
+
+    def describe(self) -> dict[str, Any]:
+        """`{"device", "device_gb"}`"""
+        if not self.is_cuda:
+            return {"device": "cpu", "device_gb": None}
+        properties = torch.cuda.get_device_properties(self.device)
+        return {
+            "device": properties.name,
+            "device_gb": round(properties.total_memory / 1e9, 1),
+            "multiprocessors": properties.multi_processor_count,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(self.device))),
+        }
+
+    def wait(self) -> None:
+        """Until everything asked of the device is done."""
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
+        """The median time of `work`, begun and ended with an idle device, after one for nothing."""
+        times = []
+        for _ in range(repeats + 1):
+            self.wait()
+            began = time.perf_counter()
+            work()
+            self.wait()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times[1:])
+
+    def device_seconds(self, work: Callable[[], object], repeats: int = 10) -> float:
+        """The median time of `work` on the device alone, as a captured graph.
+
+        So that what the host takes to launch it is not measured. `work` asks the device nothing.
+        """
+        if not self.is_cuda:
+            return self.seconds(work, repeats=1)
+        work()  # what compiles must not do so in a capture
+        self.wait()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        times = []
+        for _ in range(repeats + 1):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()  # type: ignore[no-untyped-call]
+            graph.replay()
+            end.record()  # type: ignore[no-untyped-call]
+            self.wait()
+            times.append(begin.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+        return statistics.median(times[1:])
+
+    def copy_bandwidth(self) -> float:
+        """Bytes per second, read and written, of a copy far larger than any cache."""
+        size = 2 << 30 if self.is_cuda else 64 << 20
+        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        return 2 * size / self.device_seconds(lambda: target.copy_(source))

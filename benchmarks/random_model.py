@@ -1,0 +1,93 @@
+"""A Mixtral of random weights, made where it will be used: no download and no float copy.
+
+Weights in 4 bits are random bytes with absmax values as a trained model might have; 25 GB of them
+take seconds on a GPU. What it says is noise, and what it costs is what Mixtral costs, but that its
+router sends tokens to all experts alike.
+"""
+
+import torch
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.matrices4 import Codes, Matrices4
+from serve_app.model.mixtral import Mixtral, RMSNorm, Rope
+from serve_app.model.nf4 import codes, dynamic_map
+from serve_app.model.stacked import Quantization
+
+SCALE = 0.02
+"""Standard deviation of the weights, as Mixtral's are about."""
+MIXTRAL = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1e6,
+}
+TINY = {
+    **MIXTRAL,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+}
+"""For a look at whether everything runs."""
+
+
+def config_of(*, tiny: bool, layers: int | None) -> MixtralConfig:
+    """Mixtral 8x7B's sizes, or tiny ones; with fewer layers where so many are asked for."""
+    document = dict(TINY if tiny else MIXTRAL)
+    if layers is not None:
+        document["num_hidden_layers"] = layers
+    return MixtralConfig.from_dict(document)
+
+
+def random_model(
+    config: MixtralConfig,
+    quantization: Quantization | None,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Mixtral:
+    """All weights random, generated on `device` in the form in which they are stored."""
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Mixtral(config, quantization).to(dtype)
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        parameter.normal_(std=SCALE)
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.weight.fill_(1)
+        elif isinstance(module, Rope):
+            module.fill()
+        elif isinstance(module, Codes):
+            _fill_codes(module)
+        elif isinstance(module, Matrices4):
+            _fill_matrices(module)
+    return model
+
+
+def _fill_codes(tables: Codes) -> None:
+    tables.code.copy_(codes(tables.quantization.quant_type))
+    if tables.quantization.absmax == "nested":
+        tables.nested_code.copy_(dynamic_map())
+
+
+def _fill_matrices(matrices: Matrices4) -> None:
+    # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
+    matrices.packed.view(torch.int64).random_()
+    mean = 2 * SCALE  # of absmax; a uniformly random code has half of it as its size
+    if matrices.codes.quantization.absmax == "nested":
+        matrices.absmax.random_(0, 256)
+        matrices.nested_absmax.fill_(mean / 4)
+        matrices.nested_offset.fill_(mean)
+    else:
+        matrices.absmax.uniform_(0.75 * mean, 1.25 * mean)

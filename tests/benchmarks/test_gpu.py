@@ -1,0 +1,38 @@
+"""The GPU benchmark at toy sizes on a CPU: all of it runs; a machine without CUDA is told so."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from benchmarks.random_model import config_of
+from benchmarks.roofline import decode_bytes, experts_hit
+
+
+@pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
+def test_it_runs_at_toy_sizes_on_a_cpu(
+    weights: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every part of the document is there and positive."""
+    assert gpu.main(["--tiny", "--device", "cpu", "--batches", "1", "2", *weights]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["batch"] for row in document["decode"]] == [1, 2]
+    assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in document["decode"])
+    assert document["prefill"]["tokens_per_s"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    """One sentence, and an exit code that no script mistakes for a measurement."""
+    assert gpu.main([]) == 1
+    assert capsys.readouterr().out.startswith("No CUDA device")
+
+
+def test_the_least_bytes_of_a_step_are_those_of_the_models_sizes() -> None:
+    """Mixtral in NF4: 6.8 GB for one token of a short context, all experts for many."""
+    config = config_of(tiny=False, layers=None)
+    assert experts_hit(config, 1) == pytest.approx(2)
+    assert experts_hit(config, 64) == pytest.approx(8)
+    assert decode_bytes(config, "nested", 1, 0, 2) == pytest.approx(6.77e9, rel=0.01)
+    assert decode_bytes(config, "nested", 16, 0, 2) == pytest.approx(24.0e9, rel=0.02)

@@ -36,7 +36,7 @@ BLOCK_SIZE = 16
 
 
 class NullRunner(ModelRunner):
-    """A runner whose model takes no time: the batch is made, and every row's logits are the same."""
+    """A runner whose model takes no time: the batch is made, every row's logits are the same."""
 
     def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
         return torch.zeros(len(self._batch(chunks).sample_rows), self.vocab_size)

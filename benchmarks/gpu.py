@@ -78,12 +78,12 @@ class Bench:
         """Tokens per second of `batch` sequences that are sampled, one step after the other."""
         sequences = self.sequences(batch, self.options.context, temperature=0.7)
         decode(self.runner, sequences, 2)
-        began, steps = time.perf_counter(), 0
+        steps, began = 0, time.perf_counter()
         while steps < 4 or (steps < 256 and time.perf_counter() - began < self.options.seconds):
             decode(self.runner, sequences, 4)
             steps += 4
         self.device.wait()
-        return batch * steps / (time.perf_counter() - began)
+        return float(batch * steps / (time.perf_counter() - began))
 
     def prefill(self) -> float:
         """Tokens per second of one prompt, in one step."""
@@ -91,7 +91,7 @@ class Bench:
         whole = [Chunk(prompt, 0, self.options.prompt, True)]
         prompt.block_table = list(range(-(-self.options.prompt // BLOCK_SIZE)))
         seconds = self.device.seconds(lambda: self.runner.step(whole), repeats=3)
-        return self.options.prompt / float(seconds)
+        return float(self.options.prompt / seconds)
 
 
 def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:

@@ -1,0 +1,185 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""Decode attention over the paged KV cache on a GPU, in Triton: one new token per sequence.
+
+Promises what `attention.py` computes for decodes, to the rounding of the cache's dtype. A context
+is cut into splits whose length depends on that context alone, so that a sequence gets the same bits
+in any batch; splits are combined in their order. The query heads that share a KV head are one tile.
+Everything that changes from step to step is read on the device, so the launch can be captured.
+
+Compared with plain torch by an interpreter of Triton on the CPU, and compiled for GPUs without one.
+Not measured, as nothing here has run on a GPU: how long a split should be (`LEAST_SPLIT` keeps what
+splits write below a sixteenth of what they read), how many programs fill a GPU (`PROGRAMS`), tile
+sizes and stages.
+
+Letters: B rows, H query heads, K KV heads, G = H / K, D head_dim, S splits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST_SPLITS = 32
+LEAST_SPLIT = 128
+"""Tokens; longer where a context would need more than `MOST_SPLITS` of them."""
+TILE = 64
+"""Tokens that are looked at together."""
+PROGRAMS = 1024
+"""Of a launch, about: each takes the splits of one row and KV head by turns."""
+
+
+class PagedAttention:
+    """Attention of up to `most_rows` decodes, with the memory that splits need."""
+
+    def __init__(self, num_heads: int, cache_page: Tensor, window: int | None, most_rows: int):
+        """`cache_page` is one layer's keys `[num_blocks, block_size, K, D]`."""
+        self.num_heads, self.window = num_heads, window or 0
+        _, self.block_size, self.num_kv_heads, self.head_dim = cache_page.shape
+        splits, device = (most_rows, num_heads, MOST_SPLITS), cache_page.device
+        self.sums = torch.empty(*splits, self.head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(*splits, 2, dtype=torch.float32, device=device)
+
+    def __call__(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        context_lens: Tensor,
+        out: Tensor,
+        *,
+        in_halves: bool = False,
+    ) -> None:
+        """Fills `out` `[B, H * D]` from `queries` `[B, H, D]`, both of the cache's dtype.
+
+        `tables` int32 `[B, max_blocks]` and `context_lens` int32 `[B]` with the new token counted;
+        a row without context gets zeros. `in_halves`: see `nf4_decode.py`.
+        """
+        rows, group = len(queries), self.num_heads // self.num_kv_heads
+        programs = max(1, min(MOST_SPLITS, PROGRAMS // (rows * self.num_kv_heads)))
+        _attend[(rows, self.num_kv_heads, programs)](
+            *(queries, keys, values, tables, context_lens, self.sums, self.stats),
+            *(self.head_dim**-0.5 * 1.4426950408889634, tables.stride(0)),
+            **dict(H=self.num_heads, K=self.num_kv_heads, D=self.head_dim, G=group),
+            **dict(ROWS=max(16, triton.next_power_of_2(group)), BLOCK=self.block_size),
+            **dict(WINDOW=self.window, PROGRAMS=programs, TILE=TILE),
+            **dict(MOST_SPLITS=MOST_SPLITS, LEAST_SPLIT=LEAST_SPLIT),
+            num_warps=4,
+            num_stages=2,
+        )
+        _combine[(rows, self.num_heads)](
+            *(context_lens, self.sums, self.stats, out),
+            **dict(H=self.num_heads, D=self.head_dim, WINDOW=self.window, TILE=TILE),
+            **dict(MOST_SPLITS=MOST_SPLITS, LEAST_SPLIT=LEAST_SPLIT, IN_HALVES=in_halves),
+            num_warps=4,
+        )
+
+
+@triton.jit
+def _span(
+    lens,
+    row,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
+):
+    """Where a row's context begins and ends, the tokens of a split, and how many splits."""
+    end = tl.load(lens + row)
+    first = end * 0
+    if WINDOW > 0:
+        first = tl.maximum(end - WINDOW, 0)
+    size = tl.maximum(tl.cdiv(tl.cdiv(end - first, MOST_SPLITS), TILE) * TILE, LEAST_SPLIT)
+    return first, end, size, tl.cdiv(end - first, size)
+
+
+@triton.jit
+def _attend(
+    queries,
+    keys,
+    values,
+    tables,
+    lens,
+    sums,
+    stats,
+    scale,
+    table_stride,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+    G: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WINDOW: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    TILE: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
+):
+    """Splits `program_id(2)`, + PROGRAMS, ... of one row and KV head, not yet normalised."""
+    row, kv_head = tl.program_id(0), tl.program_id(1)
+    first, end, size, count = _span(lens, row, WINDOW, TILE, MOST_SPLITS, LEAST_SPLIT)
+    g, d, t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, TILE)
+    heads = row.to(tl.int64) * H + kv_head * G + g
+    is_head = g < G
+    q = tl.load(queries + heads[:, None] * D + d[None, :], mask=is_head[:, None], other=0.0)
+    for split in range(tl.program_id(2), count, PROGRAMS):
+        begin = first + split * size
+        stop = tl.minimum(begin + size, end)
+        best = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        mixed = tl.zeros([ROWS, D], tl.float32)
+        for start in range(begin, stop, TILE):
+            place = start + t
+            is_there = place < stop
+            block = tl.load(tables + row * table_stride + place // BLOCK, mask=is_there, other=0)
+            slot = block.to(tl.int64) * BLOCK + place % BLOCK
+            where = (slot[:, None] * K + kv_head) * D + d[None, :]
+            k = tl.load(keys + where, mask=is_there[:, None], other=0.0)
+            v = tl.load(values + where, mask=is_there[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            scores = tl.where(is_there[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_best[:, None])
+            fade = tl.exp2(best - new_best)
+            total = total * fade + tl.sum(weights, 1)
+            mixed = mixed * fade[:, None]
+            mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            best = new_best
+        at = heads * MOST_SPLITS + split
+        tl.store(sums + at[:, None] * D + d[None, :], mixed, mask=is_head[:, None])
+        tl.store(stats + at * 2, best, mask=is_head)
+        tl.store(stats + at * 2 + 1, total, mask=is_head)
+
+
+@triton.jit
+def _combine(
+    lens,
+    sums,
+    stats,
+    out,
+    H: tl.constexpr,
+    D: tl.constexpr,
+    WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    MOST_SPLITS: tl.constexpr,
+    LEAST_SPLIT: tl.constexpr,
+    IN_HALVES: tl.constexpr,
+):
+    """One row's head: its splits, weighed by their sums."""
+    row, head = tl.program_id(0), tl.program_id(1)
+    _, _, _, count = _span(lens, row, WINDOW, TILE, MOST_SPLITS, LEAST_SPLIT)
+    s, d = tl.arange(0, MOST_SPLITS), tl.arange(0, D)
+    at = (row.to(tl.int64) * H + head) * MOST_SPLITS + s
+    is_there = s < count
+    best = tl.load(stats + at * 2, mask=is_there, other=float("-inf"))
+    total = tl.load(stats + at * 2 + 1, mask=is_there, other=0.0)
+    mixed = tl.load(sums + at[:, None] * D + d[None, :], mask=is_there[:, None], other=0.0)
+    most = tl.where(count > 0, tl.max(best, 0), 0.0)
+    weights = tl.where(is_there, tl.exp2(best - most), 0.0)
+    whole = tl.sum(weights * total, 0)
+    result = tl.sum(mixed * weights[:, None], 0) / tl.where(count > 0, whole, 1.0)
+    column = head * D + d
+    if IN_HALVES:
+        column = (column % 2) * (H * D // 2) + column // 2
+    tl.store(out + row.to(tl.int64) * (H * D) + column, result.to(out.dtype.element_ty))

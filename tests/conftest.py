@@ -1,0 +1,7 @@
+"""What every test process needs before anything else is imported."""
+
+import os
+
+# Triton's kernels run in its interpreter, which it decides when it is first imported. A machine
+# with a GPU sets 0, and tests them there.
+os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -1,0 +1,157 @@
+"""Compiles all Triton kernels at Mixtral's sizes for a GPU that is not here.
+
+    TRITON_INTERPRET=0 python -m tests.model.kernels.compiled 90
+
+Prints a line for each: shared memory, instructions of its innermost loop with matrix products, and
+for 4-bit weights how many that is for each weight. Fails where a kernel spills registers or exceeds
+a budget. Arguments are written as in a launch: tensors by their type, other values as they are.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from serve_app.model.kernels import nf4_decode, nf4_kernels, paged_attention
+
+Case = tuple[str, Any, dict[str, Any], dict[str, int], int]
+"""Name, kernel, arguments, options of the launch, weights that a thread decodes in a round."""
+MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+MOST_PER_WEIGHT = {80: 9.0, 90: 7.0, 120: 9.0}
+
+
+def products(rows: int, columns: int, tile_rows: int, nested: bool) -> dict[str, Any]:
+    """Arguments that all products share."""
+    return {
+        **{"packed": "*u8", "absmax": "*u8" if nested else "*bf16", "code": "*bf16"},
+        **dict.fromkeys(("low01", "low23", "high01", "high23"), "i64"),
+        **{"nested_code": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"},
+        **{"first_block": "*i32", "groups": 7168, "HAS_PTX": True, "BLOCKS": 2, "NESTED": nested},
+        **{"N": rows, "K": columns, "ROWS": tile_rows},
+    }
+
+
+def product_cases() -> list[Case]:
+    cases: list[Case] = []
+    routing = {"order": "*i32", "starts": "*i32"}
+    for tile, nested in ((16, False), (16, True), (32, False), (64, True)):
+        whole = {"x": "*bf16", "TILE": tile, "SPLIT_K": nf4_decode.SPLIT_K, "TOP_K": 2, **routing}
+        for kernel, sizes, rows, more in (
+            (nf4_kernels.gate_up_kernel, (28672, 4096), nf4_decode.GATE_UP_ROWS, {"out": "*bf16"}),
+            (
+                nf4_kernels.down_kernel,
+                (4096, 14336),
+                nf4_decode.rows_of(tile),
+                {"out": "*fp32", "shares": "*fp32", "entries": 32},
+            ),
+            (
+                nf4_kernels.dense_kernel,
+                (6144, 4096),
+                nf4_decode.rows_of(tile),
+                {"out": "*fp32", "tokens": 32},
+            ),
+        ):
+            arguments = {**whole, **more, **products(*sizes, rows, nested)}
+            name = f"tile {tile}{' nested' if nested else ''}"
+            cases.append((name, kernel, arguments, nf4_decode.shape_of(tile, rows), rows))
+    return cases
+
+
+def attention_cases() -> list[Case]:
+    shape: dict[str, Any] = {
+        "H": 32,
+        "D": 128,
+        "WINDOW": 0,
+        "TILE": 64,
+        "MOST_SPLITS": 32,
+        "LEAST_SPLIT": 128,
+    }
+    sums = {"lens": "*i32", "sums": "*fp32", "stats": "*fp32"}
+    attend: dict[str, Any] = {
+        **dict.fromkeys(("queries", "keys", "values"), "*bf16"),
+        "tables": "*i32",
+        **sums,
+    }
+    attend |= {"scale": 0.1, "table_stride": 2048, "K": 8, "G": 4, "ROWS": 16, "BLOCK": 16}
+    attend |= {"PROGRAMS": 4, **shape}
+    combine: dict[str, Any] = {"out": "*bf16", "IN_HALVES": True, **sums, **shape}
+    return [
+        ("Mixtral", paged_attention._attend, attend, {"num_warps": 4, "num_stages": 2}, 0),
+        ("Mixtral", paged_attention._combine, combine, {"num_warps": 4}, 0),
+    ]
+
+
+def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], chip: int) -> Any:
+    constants = {p.name for p in kernel.params if p.is_constexpr}
+    signature, values, aligned = {}, {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        value = arguments[name]
+        if name in constants:
+            signature[name], values[(index,)] = "constexpr", value
+            continue
+        kind = {int: "i32", float: "fp32"}.get(type(value), value)
+        signature[name] = kind
+        if kind[0] == "*" or (kind == "i32" and value % 16 == 0):
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, values, aligned)
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+
+
+def loop(listing: str) -> list[str]:
+    """The instructions of the shortest loop with matrix products."""
+    lines: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[list[str]] = []
+    for line in listing.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(lines)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            lines.append(instruction[1])
+            back = re.search(r"BRA.*\((\.L_x_\d+)\)", instruction[1])
+            if back and back[1] in labels:
+                loops.append(lines[labels[back[1]] :])
+    return min((body for body in loops if any("MMA" in i for i in body)), key=len, default=[])
+
+
+def listing_of(cubin: bytes) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run(
+            [tool, "-c", file.name], capture_output=True, text=True, check=True
+        ).stdout
+
+
+def main(chip: int) -> int:
+    failures = []
+    for name, kernel, arguments, options, tile_rows in product_cases() + attention_cases():
+        module = kernel.__module__.rpartition(".")[2]
+        what = f"{module}.{kernel.__name__} {name}"
+        binary = compiled(kernel, arguments, options, chip)
+        listing = listing_of(binary.asm["cubin"])
+        body = loop(listing)
+        said = f"{what}: {binary.metadata.shared} bytes shared, loop of {len(body)}"
+        if re.search(r"\b(STL|LDL)\b", listing):
+            failures.append(f"{what} spills registers")
+        if binary.metadata.shared > MOST_SHARED[chip]:
+            failures.append(f"{what} takes too much shared memory")
+        if tile_rows:
+            # A round decodes two blocks of 64, of each row of the tile, with all threads.
+            per_weight = len(body) / (2 * 64 * tile_rows / (32 * options["num_warps"]))
+            said += f", {per_weight:.2f} per weight"
+            if arguments["TILE"] == 16 and not 0 < per_weight <= MOST_PER_WEIGHT[chip]:
+                failures.append(f"{what}: {per_weight:.2f} instructions per weight")
+        print(said)
+    print(*failures, sep="\n")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(int(sys.argv[1])))

@@ -1,0 +1,96 @@
+"""The Triton 4-bit products, run by its interpreter, beside dequantising and plain products."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.kernels import nf4_decode
+from serve_app.model.kernels.nf4_decode import SPLIT_K, Packed
+from serve_app.model.matrices4 import GROUP, Codes, Matrices4
+from serve_app.model.nf4 import dequantize
+from serve_app.model.stacked import Quantization
+
+HIDDEN, INNER, EXPERTS, TOP_K = 128, 320, 4, 2
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+STORAGES = [("nf4", "nested"), ("fp4", "nested"), ("nf4", "bfloat16"), ("nf4", "float32")]
+
+
+def matrices(
+    codes: Codes, lead: tuple[int, ...], columns: int, rows: tuple[int, ...], seed: int = 0
+) -> Matrices4:
+    generator = torch.Generator().manual_seed(seed)
+    made = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
+    for index in [(e,) for e in range(lead[0])] if lead else [()]:
+        for part, count in enumerate(rows):
+            made.put(index, part, torch.randn(count, columns, generator=generator))
+    return made
+
+
+def in_halves(x: Tensor) -> Tensor:
+    return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.float() - expected).norm() / expected.norm())
+
+
+def codes_of(storage: tuple[str, str]) -> Codes:
+    return Codes(Quantization(*storage))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_matrix_of_parts(storage: tuple[str, str], dtype: torch.dtype) -> None:
+    """q, k and v one above the other, quantised apart, for one token, a few, and two tiles."""
+    weights = matrices(codes_of(storage), (), HIDDEN, (96, 40, 24))
+    plain = dequantize(weights.get(), torch.float32)
+    for tokens in (1, 5, 19):
+        x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
+        out = torch.full((SPLIT_K, tokens, 160), torch.nan)
+        nf4_decode.dense(Packed.of(weights, dtype), in_halves(x), out)
+        assert error(out.sum(0), x.float() @ plain.T) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
+    """Gate, up and down of the experts each token chose; some have no token, some two tiles."""
+    codes = codes_of(storage)
+    both = matrices(codes, (EXPERTS,), HIDDEN, (INNER, INNER))
+    back = matrices(codes, (EXPERTS,), INNER, (HIDDEN,), seed=1)
+    up_weights = dequantize(both.get(), torch.float32)
+    down_weights = dequantize(back.get(), torch.float32)
+    generator = torch.Generator().manual_seed(2)
+    for tokens, few in ((1, EXPERTS), (21, 3)):
+        x = torch.randn(tokens, HIDDEN, generator=generator).to(dtype)
+        ids = torch.stack([torch.randperm(few, generator=generator)[:TOP_K] for _ in range(tokens)])
+        shares = torch.rand(tokens * TOP_K, generator=generator)
+        order = ids.flatten().argsort(stable=True)
+        starts = torch.tensor([int((ids < e).sum()) for e in range(EXPERTS + 1)])
+        routing = (order.int(), starts.int())
+        inner = torch.full((tokens * TOP_K, INNER), torch.nan, dtype=dtype)
+        nf4_decode.gate_up(Packed.of(both, dtype), in_halves(x), *routing, TOP_K, inner)
+        out = torch.full((SPLIT_K, tokens * TOP_K, HIDDEN), torch.nan)
+        nf4_decode.down(Packed.of(back, dtype), inner, *routing, shares, TOP_K, out)
+        expected = torch.empty(tokens * TOP_K, HIDDEN)
+        for expert, (first, last) in enumerate(pairwise(starts.tolist())):
+            entries = order[first:last]
+            products = x[entries // TOP_K].float() @ up_weights[expert].T
+            gate, up = products.view(last - first, INNER // GROUP, 2, GROUP).unbind(2)
+            mixed = (F.silu(gate) * up).flatten(1) @ down_weights[expert].T
+            expected[entries] = mixed * shares[entries, None]
+        assert error(out.sum(0), expected) < TOLERANCE[dtype]
+
+
+def test_a_token_has_the_same_bits_in_any_batch() -> None:
+    """Of one tile: the sums over K are cut alike, whoever else is there."""
+    weights = Packed.of(matrices(codes_of(STORAGES[0]), (), HIDDEN, (64,)), torch.float32)
+    x = in_halves(torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3)))
+    whole = torch.empty(SPLIT_K, 9, 64)
+    nf4_decode.dense(weights, x, whole)
+    alone = torch.empty(SPLIT_K, 1, 64)
+    nf4_decode.dense(weights, x[4:5], alone)
+    assert torch.equal(alone[:, 0], whole[:, 4])

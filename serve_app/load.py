@@ -227,9 +227,10 @@ def _engine(
         )
     what, needed = f"a KV cache of {num_tokens} tokens", num_tokens * token_bytes
     with memory_for(what, needed, device, "lower `engine.kv_cache_tokens`"):
-        runner = ModelRunner(model, num_blocks, chosen.block_size, dtype, device)
-    if device.type == "cpu":
-        notes.append(runner.note)
+        sizes = (num_blocks, chosen.block_size)
+        runner = ModelRunner(model, *sizes, dtype, device, most_rows=chosen.max_running)
+    notes.append(runner.note)
+    log.info("%s", runner.note)
     engine = Engine(
         runner,
         EngineConfig(

@@ -2,7 +2,8 @@
 
 Every accepted request ends exactly once: with `stop`, `length`, its consumer's leaving, or its own
 error. A failed step costs the sequences in it and nobody else; three in a row end the engine. The
-loop sleeps when there is nothing to do, and never waits for a consumer.
+loop sleeps when there is nothing to do, and never waits for a consumer. Where the runner looks
+ahead, a step is started before the last one's tokens are handed out.
 
 Knows neither text nor HTTP.
 """
@@ -16,10 +17,12 @@ from dataclasses import dataclass
 from threading import Thread
 
 from serve_app.engine.admission import EngineConfig, admit
+from serve_app.engine.flight import AheadRunner, Flight
 from serve_app.engine.inbox import Inbox, Mail
 from serve_app.engine.kv_cache import BlockAllocator
 from serve_app.engine.outbox import Outbox, Stream
 from serve_app.engine.pace import Pace
+from serve_app.engine.penalties import has_penalty
 from serve_app.engine.runner import Runner
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import (
@@ -73,6 +76,11 @@ class Engine:
         # The live sequences. Only the engine's thread touches this.
         self._streams: dict[Sequence, Stream] = {}
         self._thread = Thread(target=self._run, name="engine", daemon=True)
+        self._looks_ahead = isinstance(runner, AheadRunner) and runner.looks_ahead
+        self._flight: Flight | None = None
+        # Live sequences whose next step needs to know their last token: it counts tokens here.
+        self._num_host_bound = 0
+        self._began = 0.0
         self._num_failed_steps = 0
         self._generated_tokens = 0
         self._prompt_tokens = 0
@@ -158,59 +166,97 @@ class Engine:
 
     def _turn(self) -> bool:
         """Reads the mail and makes one step; False when told to stop."""
-        mail = self._inbox.take(wait=not self._scheduler.has_work)
+        mail = self._inbox.take(wait=not self._scheduler.has_work and self._flight is None)
         self._read(mail)
-        if not mail.is_stopping and self._scheduler.has_work:
-            self._step(self._scheduler.schedule(self._pace.prompt_tokens))
+        if not mail.is_stopping:
+            self._advance()
         self._flush()
         return not mail.is_stopping
+
+    def _advance(self) -> None:
+        """Starts a step, and lands the one before while it runs; both where nothing may overlap."""
+        if not self._may_overlap():
+            self._land()
+        flight = None
+        if self._scheduler.has_work and (
+            chunks := self._scheduler.schedule(self._pace.prompt_tokens)
+        ):
+            flight = self._launch(chunks)
+        self._land()
+        self._flight = flight
+        if not self._may_overlap():
+            self._land()
+
+    def _may_overlap(self) -> bool:
+        """Whether a step may begin before the last one's tokens are known here."""
+        return self._looks_ahead and not self._num_host_bound
 
     def _read(self, mail: Mail) -> None:
         for sequence, stream in mail.accepted:
             self._streams[sequence] = stream
             self._scheduler.add(sequence)
+            self._num_host_bound += has_penalty(sequence.params)
             self._prompt_tokens += sequence.num_prompt
         for sequence in mail.aborted:
             # Its last delta may have been on the way when the consumer left.
             if sequence in self._streams:
                 self._drop(sequence)
 
-    def _step(self, chunks: list[Chunk]) -> None:
+    def _launch(self, chunks: list[Chunk]) -> Flight | None:
         self._steps += 1
-        began = time.perf_counter()
+        self._began = max(self._began, time.perf_counter())
         try:
-            samples = self._runner.step(chunks)
+            return Flight.start(self._runner, chunks)
         except Exception as error:
-            log.exception("a step of %d sequences failed", len(chunks))
-            self._num_failed_steps += 1
-            for chunk in chunks:
-                # A copy each: raising writes a traceback into the exception.
-                self._fail(chunk.sequence, copy.copy(as_serve_error(error)))
+            self._fail_step(chunks, error)
+            return None
+
+    def _land(self) -> None:
+        """Waits for the step under way, if there is one, and hands its tokens out."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        try:
+            samples = flight.outcome.samples()
+        except Exception as error:
+            self._fail_step(flight.chunks, error)
             return
         self._num_failed_steps = 0
-        num_decodes = sum(chunk.is_decode for chunk in chunks)
-        num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        self._pace.learn(num_decodes, num_tokens - num_decodes, time.perf_counter() - began)
-        for chunk in chunks:
-            chunk.sequence.num_computed = chunk.end
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        for row, (sequence, token) in enumerate(zip(sampled, samples.token_ids, strict=True)):
-            self._receive(sequence, token, samples.logprobs.get(row))
+        num_decodes = sum(chunk.is_decode for chunk in flight.chunks)
+        num_tokens = sum(chunk.end - chunk.start for chunk in flight.chunks)
+        # The next step, if it is started already, runs from now on.
+        now = time.perf_counter()
+        self._pace.learn(num_decodes, num_tokens - num_decodes, now - self._began)
+        self._began = now
+        sampled = [chunk for chunk in flight.chunks if chunk.samples]
+        for row, (chunk, token) in enumerate(zip(sampled, samples.token_ids, strict=True)):
+            # Others ended while the step ran: what it did for them is dropped.
+            if chunk.sequence in self._streams:
+                self._receive(chunk, token, samples.logprobs.get(row))
 
-    def _receive(self, sequence: Sequence, token: int, logprob: TokenLogprob | None) -> None:
+    def _fail_step(self, chunks: list[Chunk], error: Exception) -> None:
+        log.error("a step of %d sequences failed", len(chunks), exc_info=error)
+        self._num_failed_steps += 1
+        for chunk in chunks:
+            if chunk.sequence in self._streams:
+                # A copy each: raising writes a traceback into the exception.
+                self._fail(chunk.sequence, copy.copy(as_serve_error(error)))
+
+    def _receive(self, chunk: Chunk, token: int, logprob: TokenLogprob | None) -> None:
+        sequence, place = chunk.sequence, chunk.end
         if token == FAILED:
             log.error("the logits of a sequence were not finite")
             self._fail(sequence, InternalError("The model computed no finite numbers; try again."))
             return
-        self._scheduler.keep(sequence)  # its logits are finite, so what they came from is too
+        # Its logits are finite, so what they came from is too.
+        self._scheduler.keep(sequence, place)
         if token in sequence.stop_ids:
             self._end(sequence, Delta([], [], "stop"))
             return
-        sequence.token_ids.append(token)
+        sequence.token_ids[place] = token
         self._generated_tokens += 1
-        reason: FinishReason | None = None
-        if sequence.num_generated >= sequence.params.max_tokens:
-            reason = "length"
+        is_last = place + 1 - sequence.num_prompt >= sequence.params.max_tokens
+        reason: FinishReason | None = "length" if is_last else None
         delta = Delta([token], [] if logprob is None else [logprob], reason)
         if reason is None:
             self._outbox.add(self._streams[sequence], delta)
@@ -228,6 +274,7 @@ class Engine:
         """Ends a sequence without a word, as when nobody listens any more."""
         self._scheduler.remove(sequence)
         del self._streams[sequence]
+        self._num_host_bound -= has_penalty(sequence.params)
         self._inbox.ended()
 
     def _flush(self) -> None:

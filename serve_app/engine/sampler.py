@@ -24,23 +24,55 @@ class Sampler:
         self._batch: _Batch | None = None
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> Samples:
+        """The next token of each sequence; see `start`."""
+        return self.start(logits, sequences).samples()
+
+    def start(
+        self, logits: Tensor, sequences: list[Sequence], greedy: Tensor | None = None
+    ) -> "Sampled":
         """The next token of each sequence from float32 `logits` [sequences, vocab], overwritten.
 
         The order of operations is that of `SamplingParams`. A row whose logits are not finite
-        gives `FAILED`.
+        gives `FAILED`. Does not wait for the device, except where the batch is another one.
+        `greedy` is what a batch without any parameters gets, where that is known.
         """
         batch = self._batch
         if batch is None or batch.sequences != sequences:
             batch = self._batch = _Batch(sequences, logits.shape[1], logits.device)
+        if greedy is not None and batch.is_greedy:
+            return Sampled(greedy, batch, None)
         raw_logprobs = logits[batch.logprob_rows].log_softmax(-1) if batch.logprob_rows else None
         batch.adjust(logits)
-        # A NaN wins every maximum, so the best logit tells whether the row is sound.
-        best, tokens = logits.max(-1)
+        tokens = best_tokens(logits)
         if batch.random is not None:
-            tokens[batch.random.rows] = batch.random.sample(logits)
-        token_ids: list[int] = torch.where(best.isfinite(), tokens, FAILED).tolist()
-        logprobs = {} if raw_logprobs is None else batch.logprobs(raw_logprobs, token_ids)
-        return Samples(token_ids, logprobs)
+            rows = batch.random.rows
+            tokens[rows] = torch.where(tokens[rows] < 0, FAILED, batch.random.sample(logits))
+        return Sampled(tokens, batch, raw_logprobs)
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """int64 `[rows]` from `logits` `[rows, vocab]`; `FAILED` where they are not finite."""
+    # A NaN wins every maximum, so the best logit tells whether the row is sound.
+    best, tokens = logits.max(-1)
+    return torch.where(best.isfinite(), tokens, FAILED)
+
+
+class Sampled:
+    """Tokens on the device, and what is still to be told of them."""
+
+    def __init__(self, tokens: Tensor, batch: "_Batch", raw_logprobs: Tensor | None) -> None:
+        self.tokens = tokens
+        """int64 `[sequences]`; `FAILED` where the logits were not finite."""
+        self._batch = batch
+        self._raw_logprobs = raw_logprobs
+
+    def samples(self, token_ids: list[int] | None = None) -> Samples:
+        """On the host; waits for the device. `token_ids` are the tokens where they are known."""
+        if token_ids is None:
+            token_ids = self.tokens.tolist()
+        if self._raw_logprobs is None:
+            return Samples(token_ids, {})
+        return Samples(token_ids, self._batch.logprobs(self._raw_logprobs, token_ids))
 
 
 class _Batch:
@@ -68,6 +100,12 @@ class _Batch:
             )
         random = [row for row, p in enumerate(params) if p.temperature >= _GREEDY_BELOW]
         self.random = _Random(random, sequences, vocab_size, device) if random else None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether every row's token is that of its best logit, and nothing else is wanted."""
+        parts = (self.random, self._bias, self._penalties)
+        return not (any(part is not None for part in parts) or self._delayed or self.logprob_rows)
 
     def adjust(self, logits: Tensor) -> None:
         """Bias, penalties and the stops that come too early, in place."""
@@ -121,7 +159,7 @@ class _Random:
         scores = logits[self.rows] / self._temperature
         if self._filtered is not None:
             scores[self._filtered] = self._filter.apply(scores[self._filtered])
-        positions = torch.tensor([s.num_generated for s in self._sequences], device=logits.device)
+        positions = upload([s.num_generated for s in self._sequences], logits.device)
         return (noise.gumbel(self._seeds, positions, logits.shape[1]) + scores).argmax(-1)
 
 
@@ -157,6 +195,13 @@ class _Filter:
             threshold = torch.full_like(best, -torch.inf)
         threshold = torch.maximum(threshold, best + self._log_min_p)
         return scores.masked_fill(scores < threshold, -torch.inf)
+
+
+def upload(values: list[int], device: torch.device) -> Tensor:
+    """int64 `values` on `device`, without waiting for what the device has to do before."""
+    is_cuda = device.type == "cuda"
+    tensor = torch.tensor(values, dtype=torch.int64, pin_memory=is_cuda)
+    return tensor.to(device, non_blocking=True)
 
 
 def _is_filtered(params: SamplingParams) -> bool:

@@ -58,13 +58,13 @@ class Scheduler:
             self.running.remove(sequence)
             self._release(sequence)
 
-    def keep(self, sequence: Sequence) -> None:
-        """Lets others share the blocks that a running sequence has filled.
+    def keep(self, sequence: Sequence, num_tokens: int) -> None:
+        """Lets others share the blocks that its first `num_tokens` tokens have filled.
 
         For the caller to say when they are known to be sound: a block with a NaN, once shared,
         would fail everybody who shares it.
         """
-        num_full = sequence.num_computed // self.blocks.block_size
+        num_full = min(sequence.num_computed, num_tokens) // self.blocks.block_size
         if not self.keeps_prefixes or num_full <= sequence.num_kept:
             return
         self._hash(sequence, num_full)
@@ -74,6 +74,8 @@ class Scheduler:
 
     def schedule(self, prompt_tokens: Callable[[int], int] | None = None) -> list[Chunk]:
         """The next step: at least one chunk when there is work, `max_step_tokens` at most.
+
+        None where all there is waits for tokens that are under way.
 
         Decodes come first. Their blocks are taken here; the caller marks what was computed.
         `prompt_tokens` says how many tokens of prompts may go with a number of decodes, at least 1.
@@ -98,6 +100,8 @@ class Scheduler:
         while index < len(self.running) and len(chunks) < self.max_step_tokens:
             sequence = self.running[index]
             index += 1
+            if sequence.is_complete:  # its last token is still on its way
+                continue
             if sequence.num_uncomputed == 1 and self._make_room(sequence):
                 chunks.append(_chunk(sequence, 1))
         return chunks

@@ -72,7 +72,7 @@ class Sequence:
     """One accepted request on its way: its tokens, how many are computed, and its KV blocks."""
 
     token_ids: list[int]
-    """The prompt, then what was generated."""
+    """The prompt, then what was generated; the last one may be `PENDING`."""
     params: SamplingParams
     seed: int
     """64 bits: the request's own, or drawn once when it was accepted."""
@@ -96,6 +96,11 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - self.num_prompt
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it has all its tokens, the last of which may be `PENDING`."""
+        return self.num_generated >= self.params.max_tokens
 
     @property
     def num_uncomputed(self) -> int:
@@ -126,5 +131,7 @@ class Samples(NamedTuple):
     """By index into `token_ids`, for the sequences that asked."""
 
 
+PENDING = -2
+"""Stands in `token_ids` for the token that a step under way will give."""
 FAILED = -1
 """Stands for the token that non-finite logits could not give."""

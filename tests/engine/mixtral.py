@@ -6,7 +6,7 @@ product round differently. Each comparison counts how often that excuse was need
 
 import asyncio
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -34,9 +34,16 @@ class Pair:
 
 @contextmanager
 def serving(
-    model: Mixtral, num_blocks: int = 512, max_step_tokens: int = 64, keeps_prefixes: bool = True
+    model: Mixtral,
+    num_blocks: int = 512,
+    max_step_tokens: int = 64,
+    keeps_prefixes: bool = True,
+    looks_ahead: bool = False,
+    prepare: Callable[[ModelRunner], None] = lambda runner: None,
 ) -> Iterator[Engine]:
-    runner = ModelRunner(model, num_blocks, BLOCK_SIZE, torch.float32, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    runner = ModelRunner(model, num_blocks, BLOCK_SIZE, torch.float32, cpu, looks_ahead=looks_ahead)
+    prepare(runner)
     with running(
         runner,
         max_model_len=256,

@@ -55,7 +55,7 @@ class Driver:
                 self.slots[self.slot(sequence, position)] = sequence.token_ids[: position + 1]
             sequence.num_computed = end
             if samples:
-                self.scheduler.keep(sequence)
+                self.scheduler.keep(sequence, sequence.num_computed)
                 sequence.token_ids.append(0)
                 if sequence.num_generated == sequence.params.max_tokens:
                     self.scheduler.remove(sequence)

@@ -75,6 +75,16 @@ class Packed:
             nested,
         )
 
+    @property
+    def rows(self) -> int:
+        """N"""
+        return self.packed.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """K"""
+        return 2 * self.packed.shape[2]
+
     def arguments(self, rows: int, splits: int) -> dict[str, object]:
         """Of the weights, for a kernel with tiles of `rows` and sums cut into `splits`."""
         none = (self.code,) * 4
@@ -91,8 +101,8 @@ class Packed:
             "HAS_PTX": self.packed.device.type == "cuda",
             **self.planes,
             "NESTED": bool(self.nested),
-            "N": self.packed.shape[1],
-            "K": 2 * self.packed.shape[2],
+            "N": self.rows,
+            "K": self.columns,
             "ROWS": rows,
             "BLOCKS": next(n for n in (2, 1) if self.absmax.shape[2] % (n * splits) == 0 or n == 1),
         }

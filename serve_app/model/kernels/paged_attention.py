@@ -24,6 +24,7 @@ LEAST_SPLIT = 128
 """Tokens; longer where a context would need more than `MOST_SPLITS` of them."""
 TILE = 64
 """Tokens that are looked at together."""
+LOG2_E = 1.4426950408889634
 PROGRAMS = 1024
 """Of a launch, about: each takes the splits of one row and KV head by turns."""
 
@@ -59,10 +60,10 @@ class PagedAttention:
         programs = max(1, min(MOST_SPLITS, PROGRAMS // (rows * self.num_kv_heads)))
         _attend[(rows, self.num_kv_heads, programs)](
             *(queries, keys, values, tables, context_lens, self.sums, self.stats),
-            *(self.head_dim**-0.5 * 1.4426950408889634, tables.stride(0)),
+            *(self.head_dim**-0.5 * LOG2_E, tables.stride(0), programs),
             **dict(H=self.num_heads, K=self.num_kv_heads, D=self.head_dim, G=group),
             **dict(ROWS=max(16, triton.next_power_of_2(group)), BLOCK=self.block_size),
-            **dict(WINDOW=self.window, PROGRAMS=programs, TILE=TILE),
+            **dict(WINDOW=self.window, TILE=TILE),
             **dict(MOST_SPLITS=MOST_SPLITS, LEAST_SPLIT=LEAST_SPLIT),
             num_warps=4,
             num_stages=2,
@@ -104,6 +105,7 @@ def _attend(
     stats,
     scale,
     table_stride,
+    programs,
     H: tl.constexpr,
     K: tl.constexpr,
     D: tl.constexpr,
@@ -111,19 +113,18 @@ def _attend(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     TILE: tl.constexpr,
     MOST_SPLITS: tl.constexpr,
     LEAST_SPLIT: tl.constexpr,
 ):
-    """Splits `program_id(2)`, + PROGRAMS, ... of one row and KV head, not yet normalised."""
+    """Splits `program_id(2)`, + programs, ... of one row and KV head, not yet normalised."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
     first, end, size, count = _span(lens, row, WINDOW, TILE, MOST_SPLITS, LEAST_SPLIT)
     g, d, t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, TILE)
     heads = row.to(tl.int64) * H + kv_head * G + g
     is_head = g < G
     q = tl.load(queries + heads[:, None] * D + d[None, :], mask=is_head[:, None], other=0.0)
-    for split in range(tl.program_id(2), count, PROGRAMS):
+    for split in range(tl.program_id(2), count, programs):
         begin = first + split * size
         stop = tl.minimum(begin + size, end)
         best = tl.full([ROWS], float("-inf"), tl.float32)

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from serve_app.model.kernels import nf4_decode, nf4_kernels, paged_attention
+from serve_app.model.kernels import nf4_decode, nf4_kernels, paged_attention, step_kernels
 
 Case = tuple[str, Any, dict[str, Any], dict[str, int], int]
 """Name, kernel, arguments, options of the launch, weights that a thread decodes in a round."""
@@ -79,11 +79,28 @@ def attention_cases() -> list[Case]:
         **sums,
     }
     attend |= {"scale": 0.1, "table_stride": 2048, "K": 8, "G": 4, "ROWS": 16, "BLOCK": 16}
-    attend |= {"PROGRAMS": 4, **shape}
+    attend |= {"programs": 4, **shape}
     combine: dict[str, Any] = {"out": "*bf16", "IN_HALVES": True, **sums, **shape}
     return [
         ("Mixtral", paged_attention._attend, attend, {"num_warps": 4, "num_stages": 2}, 0),
         ("Mixtral", paged_attention._combine, combine, {"num_warps": 4}, 0),
+    ]
+
+
+def step_cases() -> list[Case]:
+    norm: dict[str, Any] = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "parts": "*fp32"}
+    norm |= {"lens": "*i32", "rows": 32, "eps": 1e-5, "SIZE": 4096, "WIDTH": 4096}
+    norm |= {"SPLITS": 2, "CHOICES": 2, "IN_HALVES": True}
+    rope: dict[str, Any] = {"qkv": "*fp32", "positions": "*i64", "slots": "*i64", "lens": "*i32"}
+    rope |= dict.fromkeys(("cos", "sin", "queries", "keys", "values"), "*bf16")
+    rope |= {"batch": 32, "SPLITS": 2, "H": 32, "K": 8, "D": 128}
+    routes: dict[str, Any] = {"logits": "*bf16", "shares": "*fp32", "rows": 128}
+    routes |= {**dict.fromkeys(("lens", "order", "starts"), "*i32"), "EXPERTS": 8, "WIDTH": 8}
+    routes |= {"TOP_K": 2, "ROWS": 128}
+    return [
+        ("Mixtral", step_kernels._add_norm, norm, {"num_warps": 8}, 0),
+        ("Mixtral", step_kernels._rope_write, rope, {"num_warps": 1}, 0),
+        ("Mixtral", step_kernels._route, routes, {"num_warps": 4}, 0),
     ]
 
 
@@ -131,7 +148,11 @@ def listing_of(cubin: bytes) -> str:
 
 def main(chip: int) -> int:
     failures = []
-    for name, kernel, arguments, options, tile_rows in product_cases() + attention_cases():
+    for name, kernel, arguments, options, tile_rows in (
+        *product_cases(),
+        *attention_cases(),
+        *step_cases(),
+    ):
         module = kernel.__module__.rpartition(".")[2]
         what = f"{module}.{kernel.__name__} {name}"
         binary = compiled(kernel, arguments, options, chip)

@@ -1,0 +1,198 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""What a decode step on a GPU does between its products, in Triton: a launch each.
+
+`add_norm` adds what the last products left in parts and normalises, `rope_write` turns queries and
+keys and fills the cache, `route` sends tokens to experts. Rows without a context are nobody's: they
+write no keys and go to no expert. Sums of parts are in their order, so no row depends on others.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def add_norm(
+    x: Tensor,
+    parts: Tensor | None,
+    context_lens: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    in_halves: bool,
+) -> Tensor:
+    """Adds to `x` `[B, H]` and returns its RMSNorm (arXiv 1910.07467) in x's dtype.
+
+    `parts` `[S, B * C, H]`: S parts of sums, each of C summands for every row that is somebody's.
+    """
+    rows, size = x.shape
+    y = torch.empty_like(x)
+    splits = 0 if parts is None else len(parts)
+    choices = 0 if parts is None else parts.shape[1] // rows
+    _add_norm[(rows,)](
+        *(x, x if parts is None else parts, context_lens, weight, y, rows, eps),
+        **dict(SIZE=size, WIDTH=triton.next_power_of_2(size), SPLITS=splits, CHOICES=choices),
+        **dict(IN_HALVES=in_halves),
+        num_warps=8 if size >= 2048 else 4,
+    )
+    return y
+
+
+def rope_write(
+    qkv: Tensor,
+    rows: tuple[Tensor, Tensor, Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+) -> None:
+    """Fills `queries` `[B, H, D]` and the cache's pages from `qkv` `[S, B, (H + 2 K) * D]`.
+
+    `rows` are positions and slots, int64 `[B]`, and context lengths, int32 `[B]`; `cos` and `sin`
+    are `Rope`'s tables.
+    """
+    batch, heads, head_dim = queries.shape
+    kv_heads = keys.shape[2]
+    _rope_write[(batch, heads + 2 * kv_heads)](
+        *(qkv, *rows, cos, sin, queries, keys, values, batch),
+        **dict(SPLITS=len(qkv), H=heads, K=kv_heads, D=head_dim),
+        num_warps=1,
+    )
+
+
+def route(logits: Tensor, context_lens: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """From router logits `[B, E]` the `order`, `starts` and `shares` that `nf4_decode` takes."""
+    rows, experts = logits.shape
+    order = torch.empty(rows * top_k, dtype=torch.int32, device=logits.device)
+    shares = torch.empty(rows * top_k, dtype=torch.float32, device=logits.device)
+    starts = torch.empty(experts + 1, dtype=torch.int32, device=logits.device)
+    _route[(1,)](
+        *(logits, context_lens, order, starts, shares, rows),
+        **dict(EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), TOP_K=top_k),
+        **dict(ROWS=triton.next_power_of_2(rows)),
+        num_warps=4,
+    )
+    return order, starts, shares
+
+
+@triton.jit
+def _add_norm(
+    x,
+    parts,
+    lens,
+    weight,
+    y,
+    rows,
+    eps,
+    SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    IN_HALVES: tl.constexpr,
+):
+    row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    is_there = column < SIZE
+    value = tl.load(x + row * SIZE + column, mask=is_there, other=0.0).to(tl.float32)
+    if SPLITS > 0:
+        is_added = is_there & (tl.load(lens + row) > 0)
+        added = tl.zeros([WIDTH], tl.float32)
+        for choice in tl.static_range(CHOICES):
+            for split in tl.static_range(SPLITS):
+                line = (split * rows + row) * CHOICES + choice
+                added += tl.load(parts + line * SIZE + column, mask=is_added, other=0.0)
+        # Rounded as the residual stream is kept, before it is normalised.
+        value = (value + added).to(x.dtype.element_ty)
+        tl.store(x + row * SIZE + column, value, mask=is_there)
+        value = value.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
+    scaled = value * scale * tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
+    if IN_HALVES:
+        column = (column % 2) * (SIZE // 2) + column // 2
+    tl.store(y + row * SIZE + column, scaled.to(y.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _rope_write(
+    qkv,
+    positions,
+    slots,
+    lens,
+    cos,
+    sin,
+    queries,
+    keys,
+    values,
+    batch,
+    SPLITS: tl.constexpr,
+    H: tl.constexpr,
+    K: tl.constexpr,
+    D: tl.constexpr,
+):
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    d = tl.arange(0, D)
+    own, partner = tl.zeros([D], tl.float32), tl.zeros([D], tl.float32)
+    for split in tl.static_range(SPLITS):
+        start = ((split * batch + row) * (H + 2 * K) + head) * D
+        own += tl.load(qkv + start + d).to(tl.float32)
+        partner += tl.load(qkv + start + (d + D // 2) % D).to(tl.float32)
+    is_live = tl.load(lens + row) > 0
+    position, slot = tl.load(positions + row), tl.load(slots + row)
+    turned = own * tl.load(cos + position * D + d).to(tl.float32)
+    # The sign of the rotation's minus is in the table.
+    turned += partner * tl.load(sin + position * D + d).to(tl.float32)
+    kept = d < (D * is_live)
+    if head < H:
+        tl.store(queries + (row * H + head) * D + d, turned.to(queries.dtype.element_ty))
+    elif head < H + K:
+        at = (slot * K + head - H) * D + d
+        tl.store(keys + at, turned.to(keys.dtype.element_ty), mask=kept)
+    else:
+        at = (slot * K + head - H - K) * D + d
+        tl.store(values + at, own.to(values.dtype.element_ty), mask=kept)
+
+
+@triton.jit
+def _route(
+    logits,
+    lens,
+    order,
+    starts,
+    shares,
+    rows,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    t, e = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    is_row, is_expert = t < rows, e < EXPERTS
+    is_live = tl.load(lens + t, mask=is_row, other=0) > 0
+    is_there = is_row[:, None] & is_expert[None, :]
+    score = tl.load(logits + t[:, None] * EXPERTS + e[None, :], mask=is_there, other=float("-inf"))
+    score = tl.where(is_row[:, None], score.to(tl.float32), 0.0)
+    # Softmax over the chosen alone: what renormalising the softmax of all gives.
+    top = tl.max(score, 1)
+    hits = tl.zeros([ROWS, WIDTH], tl.int32)
+    total = tl.zeros([ROWS], tl.float32)
+    left = score
+    for _ in tl.static_range(TOP_K):
+        best = tl.argmax(left, 1)
+        is_best = e[None, :] == best[:, None]
+        total += tl.exp(tl.max(left, 1) - top)
+        hits += (is_best & is_live[:, None]).to(tl.int32)
+        left = tl.where(is_best, float("-inf"), left)
+    sizes = tl.sum(hits, 0)
+    ends = tl.cumsum(sizes, 0)
+    place = tl.cumsum(hits, 0) - hits + (ends - sizes)[None, :]
+    left = score
+    for choice in tl.static_range(TOP_K):
+        best = tl.argmax(left, 1)
+        is_best = e[None, :] == best[:, None]
+        entry = t * TOP_K + choice
+        tl.store(shares + entry, tl.exp(tl.max(left, 1) - top) / total, mask=is_row)
+        at = tl.sum(tl.where(is_best, place, 0), 1)
+        tl.store(order + at, entry, mask=is_live)
+        left = tl.where(is_best, float("-inf"), left)
+    tl.store(starts + 1 + e, ends, mask=is_expert)
+    tl.store(starts + e, 0, mask=e == 0)

@@ -1,0 +1,104 @@
+"""Decode steps of fixed sizes from fixed places give everyone what other steps give.
+
+Not captured here, for want of a GPU: the same code runs at every step.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve_app.engine.graphs import DecodeGraphs, sizes_up_to
+from serve_app.engine.runner import ModelRunner
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.rows import Rows
+from tests.engine.mixtral import (
+    BLOCK_SIZE,
+    Pair,
+    answers,
+    assert_same,
+    greedy,
+    prompts,
+    serving,
+    together,
+)
+from tests.engine.test_ahead import requests
+
+CPU = torch.device("cpu")
+
+
+class ByModel:
+    """The step of a runner's model, for the rows that are somebody's; NaN for the others."""
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self._model, self._cache = runner.model, runner.cache
+        self.sizes: list[int] = []
+
+    def logits(self, rows: Rows) -> Tensor:
+        self.sizes.append(len(rows.token_ids))
+        live = (rows.context_lens > 0).nonzero().flatten()
+        out = torch.full((len(rows.token_ids), self._model.config.vocab_size), torch.nan)
+        if len(live):
+            batch = Batch(
+                rows.token_ids[live],
+                rows.positions[live],
+                rows.slots[live],
+                [1] * len(live),
+                rows.context_lens[live].tolist(),
+                rows.tables[live].long(),
+                torch.arange(len(live)),
+            )
+            out[live] = self._model(batch, self._cache)
+        return out
+
+
+class Prepared:
+    """Gives a runner decode steps of fixed sizes."""
+
+    def __call__(self, runner: ModelRunner) -> None:
+        self.step = ByModel(runner)
+        most_blocks = runner.cache.num_blocks
+        graphs = DecodeGraphs.of(self.step, 32, most_blocks, BLOCK_SIZE, CPU)
+        assert isinstance(graphs, DecodeGraphs)
+        runner._graphs = graphs
+
+
+@pytest.mark.parametrize("looks_ahead", [False, True])
+def test_every_kind_of_request_gets_the_same(pair: Pair, looks_ahead: bool) -> None:
+    """Greedy or not, with tokens fed from step to step or from the host, in batches that shrink."""
+    asked, prepared = requests(penalised=True), Prepared()
+    with serving(pair.ours) as engine:
+        expected = [answer[:2] for answer in together(engine, asked)]
+    with serving(pair.ours, looks_ahead=looks_ahead, prepare=prepared) as engine:
+        assert [answer[:2] for answer in together(engine, asked)] == expected
+    assert len(set(prepared.step.sizes)) > 3
+
+
+@pytest.mark.parametrize("num_blocks", [512, 60])
+def test_blocks_that_come_and_go(pair: Pair, num_blocks: int) -> None:
+    """Tables that grow, shrink and change owners, with preemptions and shared prefixes."""
+    some = [prompt * 2 for prompt in prompts(24, seed=2, longest=9)]
+    with serving(pair.ours, keeps_prefixes=False) as engine:
+        expected = answers(engine, some, greedy())
+    with serving(pair.ours, num_blocks=num_blocks, looks_ahead=True, prepare=Prepared()) as engine:
+        found = [answers(engine, some, greedy()) for _ in range(2)]
+        assert (engine.stats().preemptions > 0) == (num_blocks == 60)
+    for answer in found:
+        assert_same(pair, some, answer, expected)
+
+
+def test_a_capture_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In words for `/health`, and with its traceback in the log; the engine runs all the same."""
+
+    def fail(graphs: DecodeGraphs) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(DecodeGraphs, "capture", fail)
+    reason = DecodeGraphs.of(None, 2, 4, BLOCK_SIZE, CPU)
+    assert str(reason).startswith("capturing it failed (RuntimeError: operation not permitted")
+
+
+def test_sizes_reach_what_may_run() -> None:
+    """The last one holds the largest batch, and small batches have small sizes."""
+    assert sizes_up_to(1) == [1]
+    assert sizes_up_to(9) == [1, 2, 4, 8, 16]
+    assert sizes_up_to(300)[-3:] == [192, 256, 320]

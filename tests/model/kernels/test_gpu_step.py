@@ -1,0 +1,124 @@
+"""The decode step for a GPU, its Triton kernels run by the interpreter, beside plain torch."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.random_model import config_of, random_model
+from serve_app.engine import runner
+from serve_app.engine.flight import Flight
+from serve_app.engine.runner import ModelRunner
+from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.kernels.gpu_step import GpuStep
+from serve_app.model.kernels.rows import Rows
+from serve_app.model.kv import KVCache
+from serve_app.model.mixtral import Mixtral
+from serve_app.model.stacked import Quantization
+
+CPU = torch.device("cpu")
+BLOCK_SIZE, NUM_BLOCKS = 16, 32
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "head_dim": 16}
+CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
+    "floats": (None, {}),
+    "window, tied": (
+        Quantization("fp4", "bfloat16"),
+        {"sliding_window": 5, "tie_embeddings": True},
+    ),
+    "odd": (
+        Quantization("nf4", "nested"),
+        {"num_experts": 5, "top_k": 3, "num_heads": 12, "intermediate_size": 192},
+    ),
+}
+
+
+def model_of(quantization: Quantization | None, dtype: torch.dtype, **shape: Any) -> Mixtral:
+    config = replace(config_of(tiny=True, layers=2), vocab_size=96, **{**SMALL, **shape})
+    return random_model(config, quantization, dtype, CPU)
+
+
+def cache_of(model: Mixtral) -> KVCache:
+    dtype = model.embedding.dtype
+    return KVCache.allocate(model.config, NUM_BLOCKS, BLOCK_SIZE, dtype, CPU)
+
+
+@pytest.mark.parametrize(("quantization", "shape"), CASES.values(), ids=CASES)
+def test_it_gives_the_models_logits(
+    quantization: Quantization | None, shape: dict[str, Any]
+) -> None:
+    """In float32, to its rounding; a row that is nobody's changes nothing for the others."""
+    torch.manual_seed(1)
+    model = model_of(quantization, torch.float32, **shape)
+    assert GpuStep(model, cache_of(model), 8)._error(5) < 1e-5
+
+
+def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And refused, in words, when it does not, or fails."""
+    torch.manual_seed(1)
+    model = model_of(Quantization("nf4", "nested"), torch.float16)
+    assert isinstance(GpuStep.of(model, cache_of(model), 3), GpuStep)
+    logits = GpuStep.logits
+    for wrong in (1.1, float("nan")):
+        monkeypatch.setattr(GpuStep, "logits", lambda self, rows, w=wrong: logits(self, rows) * w)
+        assert "differs from plain torch" in str(GpuStep.of(model, cache_of(model), 3))
+    monkeypatch.setattr(GpuStep, "logits", lambda self, rows: rows.nothing)
+    assert "failed in its trial (AttributeError" in str(GpuStep.of(model, cache_of(model), 3))
+    odd = model_of(None, torch.float32, head_dim=24)
+    assert "power of two" in str(GpuStep.of(odd, cache_of(odd), 3))
+
+
+def test_rows_of_nobody_write_nothing() -> None:
+    """A batch of fixed size with one live row: its slot alone is written."""
+    torch.manual_seed(1)
+    model = model_of(Quantization("nf4", "bfloat16"), torch.float32)
+    cache = cache_of(model)
+    slots = torch.tensor([21, 0, 0])
+    lens, tables = torch.tensor([6, 0, 0]).int(), torch.tensor([[1], [0], [0]]).int()
+    ids = torch.tensor([7, 0, 0])
+    found = GpuStep(model, cache, 3).logits(Rows(ids, slots * 0 + 5, slots, lens, tables))
+    assert found[0].isfinite().all()
+    for page in (*cache.keys, *cache.values):
+        written = page.view(NUM_BLOCKS * BLOCK_SIZE, -1).any(dim=1).nonzero().flatten()
+        assert written.tolist() == [21]
+
+
+def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, but uncaptured: prompts by the model, decodes by the step, fed on the device."""
+    torch.manual_seed(1)
+    model = model_of(Quantization("nf4", "bfloat16"), torch.float32, hidden_size=64)
+    made = (model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+    plain = ModelRunner(*made)
+
+    def compiled(model: Mixtral, cache: KVCache, most_rows: int, device: torch.device) -> Any:
+        return GpuStep.of(model, cache, most_rows)
+
+    monkeypatch.setattr(runner, "_compiled_step", compiled)
+    fast = ModelRunner(*made, most_rows=3, looks_ahead=True)
+    assert "graph for each of 3 sizes" in fast.note
+
+    def tokens(runner: ModelRunner) -> list[list[int]]:
+        params = SamplingParams(9, temperature=0)
+        some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
+        for i, sequence in enumerate(some):
+            sequence.block_table = [2 * i + 1]
+        flights = [Flight.start(runner, [Chunk(s, 0, 3, True) for s in some])]
+        for end in (4, 5):  # no token has been read
+            flights.append(Flight.start(runner, [Chunk(s, end - 1, end, True) for s in some[:2]]))
+        return [flight.outcome.samples().token_ids for flight in flights]
+
+    assert tokens(fast) == tokens_one_by_one(plain)
+
+
+def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:
+    """What the last test asks for, by a runner that knows each token before the next step."""
+    params = SamplingParams(9, temperature=0)
+    some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
+    found = []
+    for i, sequence in enumerate(some):
+        sequence.block_table = [2 * i + 1]
+    for start, end, count in ((0, 3, 3), (3, 4, 2), (4, 5, 2)):
+        found.append(plain.step([Chunk(s, start, end, True) for s in some[:count]]).token_ids)
+        for sequence, token in zip(some, found[-1], strict=False):
+            sequence.token_ids.append(token)
+    return found

@@ -85,12 +85,14 @@ def end_forks_with_this() -> None:
     """From now on the kernel kills the forks of this process when it dies, however it dies.
 
     RunPod's heartbeat is such a fork: it would tell the platform for ever that the worker is well.
-    Processes that are started in another way are not affected.
+    SIGTERM ends them at once. Processes that are started in another way are not affected.
     """
     parent = os.getpid()
     _prctl(PR_SET_PDEATHSIG, 0)  # loads what the fork needs
 
     def in_child() -> None:
+        # What this process does then, and says, is about its jobs.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it has died already
             os._exit(1)

@@ -1,5 +1,6 @@
 """Descendants are found and ended, and what a dead process leaves behind is reaped."""
 
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -54,6 +55,29 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
     assert processes.end(lambda: processes.below(family.pid)) == []
     assert not any(processes.is_alive(it) for it in found)
     assert family.poll() is None
+
+
+def test_a_fork_that_is_told_to_end_says_nothing() -> None:
+    """As the heartbeat is at the end of a worker: what its parent does at SIGTERM is not for it."""
+    code = """
+import os, signal, time
+from serve_app.worker import processes
+processes.end_forks_with_this()
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+reads, writes = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writes, b".")
+    time.sleep(1000)
+os.read(reads, 1)
+os.kill(child, signal.SIGTERM)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{signal.SIGTERM:d}\n"
 
 
 @pytest.mark.parametrize(

@@ -20,21 +20,21 @@ def settled(platform: Platform, worker: Worker) -> None:
         assert job.num_results in ((0, 1) if job.status == "CANCELLED" else (1,)), job
         assert "Traceback" not in str(job.error)
     if worker.process.poll() is not None:
-        until(lambda: not left_behind(worker))
+        until(lambda: not left_behind(worker.home))
     elif worker.script == ENTRY:
         until(lambda: _is_engine_idle(platform))
     else:
         until(lambda: worker.log.count("\ncall ") == worker.log.count("\nclosed "))
 
 
-def left_behind(worker: Worker) -> list[int]:
-    """Living processes that have the worker's environment, whoever is their parent by now."""
-    home = f"HOME={worker.home}\0".encode()
+def left_behind(home: Path) -> list[int]:
+    """Living processes of the worker whose home this is, whoever is their parent by now."""
+    mark = f"HOME={home}\0".encode()
     found = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
-                if home in (folder / "environ").read_bytes():
+                if mark in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
             except OSError:
                 continue  # it has just ended, or belongs to somebody else

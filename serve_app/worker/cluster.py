@@ -7,7 +7,6 @@ through a handle. Knows Ray; knows no jobs.
 import asyncio
 import logging
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +52,12 @@ class Cluster:
         with load_log.phase("ray"):
             for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
-                    await _in_thread(step)
+                    await ray_node.in_thread(step)
         self._vital = ray_node.vital()
         with ray_node.signals_kept():
             try:
                 handle = await self._unless_dead(
-                    _in_thread(deploy, self._settings, self._config, None)
+                    ray_node.in_thread(deploy, self._settings, self._config, None)
                 )
             except ConfigError as error:
                 raise ModelLoadFailed(str(error)) from None
@@ -82,7 +81,7 @@ class Cluster:
         if self._line is not None:
             self._line.cut()
         async with asyncio.timeout(STOP_S):
-            await _in_thread(ray_node.kill)
+            await ray_node.in_thread(ray_node.kill)
 
     async def _unless_dead(self, step: asyncio.Future[Any]) -> Any:
         """The result of `step`; `EngineDead` when Ray dies before it is there."""
@@ -105,10 +104,6 @@ class Cluster:
 def _may_be_several(config: str | Path) -> bool:
     overrides = application(config).get("deployments") or []
     return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
-
-
-def _in_thread(step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    return asyncio.get_running_loop().run_in_executor(ray_node.thread(), step, *arguments)
 
 
 def serve_http(settings: Settings, config: str | Path, port: int) -> Any:

@@ -12,6 +12,7 @@ What Ray does when parts of it are killed (2.60, each seen):
 Knows no deployment and no jobs.
 """
 
+import asyncio
 import contextlib
 import functools
 import logging
@@ -19,9 +20,10 @@ import os
 import secrets
 import signal
 import subprocess
+import sys
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -48,11 +50,8 @@ def _reaper() -> "subprocess.Popen[bytes]":
     return reaper.start(f"{MARK}={mark}", rf"/session_[^/]*_{os.getpid()}/")
 
 
-_left: list[ThreadPoolExecutor] = []
-
-
 @functools.cache
-def thread() -> ThreadPoolExecutor:
+def _thread() -> ThreadPoolExecutor:
     """The one thread that starts Ray, alive as long as this process.
 
     The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG), so none
@@ -61,15 +60,27 @@ def thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
 
+_step: Future[Any] | None = None
+_left: list[ThreadPoolExecutor] = []
+
+
+def in_thread(step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Takes a step of Ray's, in the thread that is Ray's, while the event loop goes on."""
+    global _step
+    _step = _thread().submit(step, *arguments)
+    return asyncio.wrap_future(_step)
+
+
 def leave_thread() -> None:
-    """The next `thread` is another one: this one waits for processes that are dead."""
-    _left.append(thread())
-    thread.cache_clear()
+    """The next step has another thread: this one waits for processes that are dead."""
+    _left.append(_thread())
+    _thread.cache_clear()
 
 
 def ended(code: int) -> int:
     """`code`; where a thread was left, ends the process with it, as Python would wait for it."""
     if _left:
+        sys.stdout.flush()
         logging.shutdown()
         os._exit(code)
     return code
@@ -137,17 +148,17 @@ def below() -> list[Process]:
 
 
 def stop() -> None:
-    """Ends the deployments, Serve and Ray, where they run; kills what does not end."""
-    import ray
-    from ray import serve
+    """Ends Ray, where it runs or is being started; `ended` must end this process then.
 
+    By force, for when nobody is being answered any more: Serve's own farewell waits for half a
+    minute, or for a model that loads.
+    """
+    if _step is not None and not _step.done():
+        _end_all()
+        leave_thread()
+        return  # to the reaper, as that thread may be about to start more
     with signals_kept():
-        if ray.is_initialized() and lost() is None:
-            serve.shutdown()
-            ray.shutdown()
-            _end_all()
-        else:
-            kill()
+        kill()
     if _reaper.cache_info().currsize:
         # There is nothing left for it to do.
         with _reaper() as process:

@@ -87,28 +87,33 @@ def run(
     )
     results = Results(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, results)
+    is_wanted = True
     try:
         if settings.runpod.start == "eager" and fitness.first_problem(checks) is None:
-            load_now(handler.boot)
-        code = loop.run()
+            is_wanted = load_now(handler.boot)
+        code = loop.run() if is_wanted else 0
     finally:
         ray_node.stop()
     log.info("All jobs are answered; the worker ends.")
     return ray_node.ended(code)
 
 
-def load_now(boot: Boot) -> None:
+def load_now(boot: Boot) -> bool:
     """Starts the model before any job is taken; why it fails is kept for the jobs.
 
-    For the main thread: SIGTERM ends the process, as there is no job to answer.
+    False where SIGTERM or SIGINT came first: there is no job to answer. For the main thread.
     """
 
     def stop(*_: object) -> None:
-        raise SystemExit(0)
+        raise SystemExit
 
     kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         asyncio.run(_ready(boot))
+        return True
+    except SystemExit:
+        log.info("Told to stop before any job was taken.")
+        return False
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

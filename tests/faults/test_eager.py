@@ -11,6 +11,7 @@ import yaml
 from serve_app.tiny import CHECKPOINT
 from tests.emulator.platform import Platform
 from tests.emulator.worker import Worker
+from tests.settled import settled
 from tests.worker.conftest import TINY, Client, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
@@ -30,6 +31,7 @@ def test_the_model_is_loaded_before_a_job_is_taken(tmp_path: Path) -> None:
         job = client.submit({"prompt": "x", "ignore_eos": True, "max_tokens": 1500, "stream": True})
         until(lambda: job.chunks)
         code = worker.terminate()
+        settled(platform, worker)
     assert waiting.output[0]["text"] == "2 + 3 = 5."
     assert waiting.progress == []  # there was nothing to wait for
     assert (job.status, job.num_results) == ("COMPLETED", 1)
@@ -43,6 +45,7 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
         worker.process.send_signal(signal.SIGTERM)
         assert worker.process.wait(60) == 0, worker.log
         assert platform.queue.num_polls == 0
+        settled(platform, worker)
     assert "Cold start: ready" not in worker.log
 
 
@@ -59,6 +62,7 @@ def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
         until(lambda: "The model did not start" in worker.log)
         job = Client(platform).ended({"prompt": "x"})
         code = worker.terminate()
+        settled(platform, worker)
     error = Client(platform).error_of(job)["error"]
     assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", False)
     assert "tokenizer cannot be read" in error["message"]

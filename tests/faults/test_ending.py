@@ -1,5 +1,7 @@
 """SIGTERM to a RunPod worker with Ray and a model: who is answered, and that nothing stays."""
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 from tests.emulator.platform import Platform
 from tests.emulator.queue import Job
 from tests.emulator.worker import Worker
+from tests.processes import replica_of
 from tests.settled import settled
 from tests.worker.conftest import TINY, Client, until
 
@@ -38,8 +41,11 @@ def test_jobs_that_wait_for_the_model_are_refused(
         client = Client(platform)
         jobs = [client.submit({"prompt": "x"}) for _ in range(2)]
         until(lambda: any(words in str(update) for update in jobs[0].progress))
+        if words == "device":  # from now on the load would take for ever
+            os.kill(replica_of(worker.process.pid), signal.SIGSTOP)
         assert worker.terminate() == 0, worker.log
         settled(platform, worker)
+    assert "Controller failed to shut down" not in worker.log  # Serve's farewell waits for the load
     for job in jobs:
         assert_refused(client, job)
 

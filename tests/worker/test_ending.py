@@ -165,7 +165,7 @@ def test_a_result_that_nobody_takes_does_not_keep_the_worker(
     told_to_stop(worker)
     assert worker.process.wait(60) == 0
     assert f"job '{job.id}': its result could not be delivered in time" in worker.log
-    until(lambda: not left_behind(worker))
+    until(lambda: not left_behind(worker.home))
 
 
 def test_a_job_stopped_while_ending_is_let_go(platform: Platform, start: Start) -> None:

@@ -24,7 +24,7 @@ from serve_app.protocol.sse import DONE, event
 from serve_app.routes import known
 from serve_app.worker import progress
 from serve_app.worker.boot import Boot
-from serve_app.worker.delivery import batches, merge_chunks, merge_text, postable
+from serve_app.worker.delivery import Item, batches, merge_chunks, merge_text, postable
 from serve_app.worker.forward import Forward
 from serve_app.worker.job import JobRequest, new_request_id, parse
 
@@ -165,22 +165,37 @@ class Handler:
 
 async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, None]:
     """The model's stream as the values to post, raising `_Refused` where it is an error."""
-    async with contextlib.aclosing(batches(forward(request.call))) as items:
-        async for batch in items:
-            chunks = [item["chunk"] for item in batch if "chunk" in item]
-            for value in _merged(request, chunks):
+    answer = forward(request.call)
+    items = _with_done(answer) if request.sse else answer
+    values: list[Any]
+    async with contextlib.aclosing(batches(items)) as parts:
+        async for batch in parts:
+            if request.sse:
+                values = merge_text([text for item in batch if (text := _event(item))])
+            else:
+                values = merge_chunks([item["chunk"] for item in batch if "chunk" in item])
+            for value in values:
                 yield value
             for item in batch:
                 if "error" in item:
                     raise _refused(item["error"])
-    if request.sse:
-        yield DONE.decode()
 
 
-def _merged(request: JobRequest, chunks: list[dict[str, Any]]) -> list[Any]:
-    if request.sse:
-        return merge_text([event(chunk).decode() for chunk in chunks])
-    return merge_chunks(chunks)
+async def _with_done(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
+    """`items` and the stream's last event, which so goes into one post with the last text."""
+    async with contextlib.aclosing(items):
+        async for item in items:
+            yield item
+            if "error" in item:
+                return
+    yield {"done": True}
+
+
+def _event(item: Item) -> str:
+    """What the gateway passes on of an item; nothing of most."""
+    if "chunk" in item:
+        return event(item["chunk"]).decode()
+    return DONE.decode() if "done" in item else ""
 
 
 def _refused(body: dict[str, Any]) -> Exception:

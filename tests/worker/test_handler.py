@@ -113,6 +113,26 @@ def test_the_gateways_stream_is_sse_text_with_done(handler_of: Callable[..., Han
     assert events[2:] == ["data: [DONE]", ""]
 
 
+def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]) -> None:
+    """What comes while the first post is under way, [DONE] too, costs one post in all."""
+    chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "abc"]
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    model = Model([STREAM, *({"chunk": chunk} for chunk in [*chunks, last])])
+    given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
+
+    async def posted() -> list[str]:
+        values = handler_of(model).handle({"id": "j", "input": given})
+        first = await anext(values)
+        for _ in range(100):  # the post is under way
+            await asyncio.sleep(0)
+        assert model.num_closed
+        return [first, *[value async for value in values]]
+
+    posts = asyncio.run(posted())
+    assert len(posts) == 2
+    assert posts[1].endswith("data: [DONE]\n\n")
+
+
 def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> None:
     """What the model says about a bad request is what the job's error says, as JSON text."""
     body = error_body(QueueFull("The queue is full."), "req-7")

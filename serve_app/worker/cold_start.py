@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LOOK_S = 3.0
-"""Seconds that the first log line and update wait for the forecast, which may ask the hub."""
+"""Seconds that the forecast, which may ask the hub, has before nobody waits for it any more."""
 
 
 class ColdStart:
@@ -40,6 +41,7 @@ class ColdStart:
         self._guard = CrashGuard(settings)
         self._files: list[Path] = []
         self._forecast: Forecast | None = None
+        self._look_until = time.monotonic() + LOOK_S
         self._looking = threading.Thread(target=self._look, name="forecast", daemon=True)
         self._looking.start()
 
@@ -63,7 +65,7 @@ class ColdStart:
 
     async def outlook(self) -> dict[str, Any]:
         """For those who wait: `{"expected_s"}`, and a `"warning"` where it will take too long."""
-        await asyncio.to_thread(self._looking.join, LOOK_S)
+        await asyncio.to_thread(self._wait)
         if self._forecast is None:
             return {}
         told: dict[str, Any] = {"expected_s": round(self._forecast.seconds)}
@@ -71,8 +73,12 @@ class ColdStart:
             told["warning"] = warning
         return told
 
+    def _wait(self) -> None:
+        # A hundred jobs that each waited seconds of their own would hold all of the loop's threads.
+        self._looking.join(max(0.0, self._look_until - time.monotonic()))
+
     def _announce(self) -> None:
-        self._looking.join(LOOK_S)
+        self._wait()
         if self._forecast is None:
             return
         warning = self._forecast.warning(self._settings)

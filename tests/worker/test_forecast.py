@@ -1,14 +1,18 @@
 """How long a load will take is said beforehand, with what to do where nobody waits so long."""
 
+import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from serve_app.errors import ModelLoadFailed
 from serve_app.load import find_local
 from serve_app.model.shards import shard_files
 from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
+from serve_app.worker import cold_start
 from serve_app.worker.forecast import START_S, Forecast, predict, sample
 
 GB = 10**9
@@ -85,6 +89,23 @@ def test_the_remedy_is_said(
     for words in said:
         assert words in warning
     assert unsaid not in warning
+
+
+def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All have waited when the first one has: each job waiting anew would hold up the load."""
+    is_over = threading.Event()
+
+    def find_local(_: Settings) -> None:
+        is_over.wait()
+        raise ModelLoadFailed("There is none.")
+
+    monkeypatch.setattr(cold_start, "find_local", find_local)
+    monkeypatch.setattr(cold_start, "LOOK_S", 0.05)
+    cold = cold_start.ColdStart(settings())
+    monkeypatch.setattr(cold_start, "LOOK_S", 1000)
+    for _ in range(2):
+        assert asyncio.run(cold.outlook()) == {}
+    is_over.set()
 
 
 def test_this_machines_speed_is_measured(tmp_path: Path) -> None:

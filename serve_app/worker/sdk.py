@@ -117,7 +117,7 @@ class JobLoop:
         self._loop = asyncio.get_running_loop()
         while len(self._answers) >= self._slots:
             await asyncio.wait(self._answers, return_when=asyncio.FIRST_COMPLETED)
-        if self._drain.begun.is_set():
+        if self._drain.begun.is_set() or not self._scaler.is_alive():
             return []
         self._is_taking = True
         try:

@@ -1,0 +1,51 @@
+"""The streaming benchmark and the worker that it compares ours with."""
+
+import asyncio
+from argparse import Namespace
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+
+from benchmarks.endpoint import Endpoint
+from benchmarks.per_token_worker import one_by_one
+from benchmarks.streaming import measure
+from serve_app.worker import delivery, handler
+from tests.emulator.platform import Platform
+from tests.emulator.queue import Job
+from tests.emulator.worker import Worker
+
+TOKENS = 20
+
+
+@pytest.mark.ray
+def test_its_figures_are_those_of_the_jobs(
+    tiny_platform: Platform, tiny_worker: Worker, first_jobs: list[Job]
+) -> None:
+    """All tokens and all posts of all streams are counted, on a platform as slow as was asked."""
+    place = Endpoint(tiny_platform, tiny_worker)
+    try:
+        figures = measure(place, 0.05, 2, Namespace(rounds=2, tokens=TOKENS))
+    finally:
+        tiny_platform.faults.clear()
+    jobs = list(tiny_platform.queue.jobs.values())[-4:]
+    num_posts = sum(len(job.chunks) for job in jobs)
+    assert figures["posts_per_100_tokens"] == 100 * num_posts / (4 * TOKENS)
+    assert (figures["post_ms"], figures["streams"]) == (50, 2)
+    slowest = max((job.ended or 0) - (job.started or 0) for job in jobs)
+    assert figures["tokens_per_s"] >= 2 * TOKENS / slowest - 0.1
+    assert figures["first_token_ms"] < 1000 * slowest
+
+
+def test_its_peer_posts_every_token_alone() -> None:
+    """What it stands for is the name that the handler looks up, and nothing waits to be merged."""
+    assert handler.batches is delivery.batches  # type: ignore[attr-defined]
+
+    async def items() -> AsyncGenerator[dict[str, Any], None]:
+        for n in range(3):
+            yield {"n": n}
+
+    async def posted() -> list[Any]:
+        return [batch async for batch in one_by_one(items())]
+
+    assert asyncio.run(posted()) == [[{"n": 0}], [{"n": 1}], [{"n": 2}]]

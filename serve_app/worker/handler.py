@@ -216,6 +216,6 @@ def _failure(request: JobRequest | None, body: dict[str, Any]) -> list[Any]:
     if request is None or not request.stream:
         return [last]
     if request.sse:
-        return [event(body).decode(), last]
+        return [event(postable(body)).decode(), last]  # an event takes no lone surrogate
     told = {name: body["error"][name] for name in ("status", "retry", "message")}
     return [{"token": "", "finished": True, "finish_reason": "error", **told}, last]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.errors import EngineDead, ModelLoadFailed, QueueFull, error_body
+from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull, error_body
 from serve_app.protocol.call import Call
 from serve_app.worker.boot import Boot
 from serve_app.worker.forward import Forward
@@ -172,6 +172,16 @@ def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handl
     told = json.loads(values[0].removeprefix("data: "))
     assert told == json.loads(values[1]["error"])
     assert told["error"]["code"] == "model_load_failed"
+
+
+def test_a_failure_that_quotes_a_lone_surrogate_is_told(handler_of: Callable[..., Handler]) -> None:
+    """An event cannot hold one; raised from here, it would be a traceback at the client."""
+    body = error_body(InvalidRequest("There is no route /\ud800."), "req-7")
+    model = Model([HEAD, {"status": 404, "error": body}])
+    given = {"openai_route": "/\ud800", "openai_input": {"stream": True}}
+    said, error = run(handler_of(model), given)
+    assert said.startswith('data: {"error":{"message":"There is no route /')
+    assert "no route" in error["error"]
 
 
 def test_a_job_that_sent_nothing_is_tried_once_more(

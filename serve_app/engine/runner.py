@@ -58,20 +58,24 @@ class ModelRunner:
         self._sampler = Sampler()
         self._last = Launched(self.cache, [], None)
         step = _compiled_step(model, self.cache, most_rows, device)
-        self._decode = None if isinstance(step, str) else step
+        self._whole = step if isinstance(step, CpuStep) else None
+        self._decode = None if isinstance(step, str | CpuStep) else step
         self._graphs: DecodeGraphs | None = None
-        self.note = f"a decode step is one call of compiled code{self._captured(step, most_rows)}"
+        self.note = f"a {'step' if self._whole else 'decode step'} is one call of compiled code"
+        self.note += self._captured(most_rows)
         """Which form of the model's step was chosen, and why."""
         if isinstance(step, str):
-            self.note = f"a decode step is in plain torch; of the compiled one: {step}"
+            self.note = f"a step is in plain torch; of the compiled one: {step}"
 
-    def _captured(self, step: "CpuStep | GpuStep | str", most_rows: int) -> str:
-        """Captures the step where that is possible; what to say of it."""
-        if isinstance(step, str | CpuStep):
+    def _captured(self, most_rows: int) -> str:
+        """Captures the decode step where that is possible; what to say of it."""
+        if self._decode is None:
             return ""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         most_blocks = min(self.cache.num_blocks, longest)
-        graphs = DecodeGraphs.of(step, most_rows, most_blocks, self._block_size, self._device)
+        graphs = DecodeGraphs.of(
+            self._decode, most_rows, most_blocks, self._block_size, self._device
+        )
         if isinstance(graphs, str):
             return f", launched kernel by kernel: {graphs}"
         self._graphs = graphs
@@ -102,9 +106,10 @@ class ModelRunner:
 
     def _logits(self, chunks: list[Chunk]) -> Tensor:
         """`[sampled, vocab_size]`, in the order of the chunks."""
+        if self._whole is not None:
+            return self._whole.logits(self._batch(chunks))
         if self._decode is None:
-            plain: Tensor = self.model(self._batch(chunks), self.cache)
-            return plain
+            return self._plain(chunks)
         decodes = [i for i, chunk in enumerate(chunks) if chunk.end - chunk.start == 1]
         others = [i for i, chunk in enumerate(chunks) if chunk.end - chunk.start > 1]
         parts, order = [], []
@@ -116,11 +121,15 @@ class ModelRunner:
             parts.append(logits)
             order += sampling
         if others:
-            parts.append(self.model(self._batch([chunks[i] for i in others]), self.cache))
+            parts.append(self._plain([chunks[i] for i in others]))
             order += [i for i in others if chunks[i].samples]
         logits = torch.cat(parts) if len(parts) > 1 else parts[0]
         if order != sorted(order):
             logits = logits[sorted(range(len(order)), key=order.__getitem__)]
+        return logits
+
+    def _plain(self, chunks: list[Chunk]) -> Tensor:
+        logits: Tensor = self.model(self._batch(chunks), self.cache)
         return logits
 
     def _feed(self, chunks: list[Chunk], token_ids: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""The compiled decode step, beside transformers, plain torch and itself."""
+"""The compiled step, beside transformers, plain torch and itself."""
 
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,22 +91,6 @@ def row(batch: Batch, i: int) -> Batch:
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_token_by_token_it_gives_transformers_logits(shape: dict[str, Any], tmp_path: Path) -> None:
-    """A text decoded from its first token on, in blocks in any order: the oracle's logits."""
-    model, oracle = model_of(tmp_path, **shape)
-    step = step_of(model, cache_of(model))
-    ids = random_ids(40)
-    table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))[:10]
-    found = []
-    for position, token in enumerate(ids):
-        at = torch.tensor([position])
-        slot = table[at // BLOCK_SIZE] * BLOCK_SIZE + at % BLOCK_SIZE
-        one = (torch.tensor([token]), at, slot, [1], [position + 1], table[None], at * 0)
-        found.append(step.decode(Batch(*one)))
-    torch.testing.assert_close(torch.cat(found), oracle_logits(oracle, ids), rtol=0, atol=1e-4)
-
-
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: Path) -> None:
     """Beside 0 to 32 others with other contexts: exactly what it gets alone, and what torch gets
     nearly."""
@@ -117,14 +102,37 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: P
         pages.copy_(torch.randn(pages.shape, generator=generator))
     contexts = torch.randint(1, 50, (33,), generator=generator).tolist()
     whole = decodes(contexts)
-    alone = torch.cat([step.decode(row(whole, i)) for i in range(len(contexts))])
-    assert torch.equal(step.decode(whole), alone)
+    alone = torch.cat([step.logits(row(whole, i)) for i in range(len(contexts))])
+    assert torch.equal(step.logits(whole), alone)
     torch.testing.assert_close(model(whole, cache), alone, rtol=0, atol=1e-3)
     for count in (2, 3, 5, 8, 13, 31):
-        assert torch.equal(step.decode(decodes(contexts)), alone)
+        assert torch.equal(step.logits(decodes(contexts)), alone)
         few = decodes(contexts)
         few.query_lens, few.context_lens = few.query_lens[:count], contexts[:count]
-        assert torch.equal(step.decode(few), alone[:count])
+        few.sample_rows = few.sample_rows[:count]
+        assert torch.equal(step.logits(few), alone[:count])
+
+
+def piece(ids: list[int], start: int, end: int, table: torch.Tensor) -> Batch:
+    """Tokens `start` to `end` of a prompt."""
+    positions = torch.arange(start, end)
+    slots = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+    some = torch.tensor(ids[start:end])
+    return Batch(some, positions, slots, [end - start], [end], table[None], positions - start)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_a_prompt_has_the_same_bits_in_any_pieces(shape: dict[str, Any], tmp_path: Path) -> None:
+    """Token by token, at once, or cut anywhere: the same logits of every token, the oracle's."""
+    model, oracle = model_of(tmp_path, **shape)
+    step = step_of(model, cache_of(model))
+    ids = random_ids(83)
+    table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))[:21]
+    whole = step.logits(piece(ids, 0, 83, table))
+    torch.testing.assert_close(whole, oracle_logits(oracle, ids), rtol=0, atol=1e-4)
+    for cuts in (range(84), (0, 1, 5, 11, 28, 33, 50, 82, 83), (0, 64, 83)):
+        parts = [step.logits(piece(ids, *ends, table)) for ends in pairwise(cuts)]
+        assert torch.equal(torch.cat(parts), whole)
 
 
 def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) -> None:
@@ -136,7 +144,7 @@ def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) ->
         runner = ModelRunner(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
         assert "one call" in runner.note
         if not is_compiled:
-            runner._decode = None
+            runner._whole = None
         params = SamplingParams(8, temperature=0)
         some = [Sequence(random_ids(20, seed=i), params, 0, frozenset()) for i in range(7)]
         for i, sequence in enumerate(some):
@@ -158,9 +166,9 @@ def test_numbers_that_are_not_finite_stay_so(tmp_path: Path) -> None:
     step = step_of(model, cache)
     for spoilt in (cache.keys[0], cache.values[1]):
         batch = decodes([9, 9])
-        assert step.decode(batch).isfinite().all()
+        assert step.logits(batch).isfinite().all()
         spoilt[batch.block_tables[1, 1], 2] = torch.nan
-        found = step.decode(batch)
+        found = step.logits(batch)
         assert found[0].isfinite().all()
         assert found[1].isnan().all()
         cache.clear(torch.arange(NUM_BLOCKS))
@@ -180,7 +188,7 @@ def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     quantised = load_float32(tmp_path / "fits", Quantization("nf4", "bfloat16"))
     assert "in 4 bits" in refusal(quantised)
     assert "float32" in refusal(load_float32(tmp_path / "fits").bfloat16())
-    decode = CpuStep.decode
+    logits = CpuStep.logits
     for wrong in (1.001, float("nan")):
-        monkeypatch.setattr(CpuStep, "decode", lambda self, batch, w=wrong: decode(self, batch) * w)
+        monkeypatch.setattr(CpuStep, "logits", lambda self, batch, w=wrong: logits(self, batch) * w)
         assert "differs from plain torch" in refusal(model)

@@ -1,8 +1,9 @@
-/* One decode step of Mixtral in float32 on a CPU: token ids in, logits out, in a single call.
+/* One step of Mixtral in float32 on a CPU: token ids in, logits out, in a single call.
  *
- * Computes what `model/mixtral.py` computes for rows that are one new token each, without its two
- * hundred small operations and without the interpreter's lock. Every row is computed alone, in an
- * order that does not depend on the others: its bits are the same in any batch. One thread.
+ * Computes what `model/mixtral.py` computes, decodes and prompts, without its two hundred small
+ * operations and without the interpreter's lock. Every row is computed alone, in an order that does
+ * not depend on the others: its bits are the same in any batch, and a prompt's in any pieces. One
+ * thread.
  *
  * Letters: B rows, H hidden size, D head size, Q query heads, K key heads, I inner size,
  * E experts, V vocabulary; E' and V' are E and V rounded up to a multiple of 16, which all other
@@ -26,6 +27,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4)));
 #define FOR_EACH_CPU
 #endif
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
+#define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define TILE_ROWS 4
 #define TILE_COLUMNS 8
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
@@ -51,10 +53,13 @@ typedef struct {
     const Layer *layers;
 } Model;
 
+/* Each row is a token of the sequence whose blocks are table `owners[row]`. The rows of a sequence are
+ * successive tokens. */
 typedef struct {
-    int64_t count, table_width;
-    const int64_t *token_ids, *positions, *slots, *context_lens; /* [B] */
-    const int64_t *tables;                                       /* [B, table_width] */
+    int64_t count, num_sampled, table_width;
+    const int64_t *token_ids, *positions, *slots, *owners; /* [B] */
+    const int64_t *sampled;                                /* the rows whose logits are wanted */
+    const int64_t *tables;                                 /* [sequences, table_width] */
 } Rows;
 
 INLINE vec load(const float *p) { return *(const vec *)p; }
@@ -66,6 +71,24 @@ INLINE float sum(vec v) {
     v += __builtin_shuffle(v, (ivec){4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11});
     v += __builtin_shuffle(v, (ivec){2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13});
     v += __builtin_shuffle(v, (ivec){1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14});
+    return v[0];
+}
+
+/* The sums of 16 vectors, that of number j (of its four bits in reverse order) in lane j: halves of two
+ * are added until a lane is left, in fewer operations than 16 sums take. */
+INLINE vec sums(vec v[LANES]) {
+    const ivec low[] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
+                        {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
+                        {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
+                        {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
+#pragma GCC unroll 4
+    for (int stage = 0; stage < 4; stage++) {
+        int half = LANES >> (stage + 1);
+#pragma GCC unroll 8
+        for (int i = 0; i < half; i++)
+            v[i] = __builtin_shuffle(v[i], v[i + half], low[stage]) +
+                   __builtin_shuffle(v[i], v[i + half], low[stage] + half);
+    }
     return v[0];
 }
 
@@ -162,42 +185,91 @@ INLINE void softmax(float *scores, int64_t length) {
     for (int64_t t = 0; t < padded; t += LANES) store(scores + t, load(scores + t) * scale);
 }
 
-/* The keys (or values) [count, K, D] that follow in memory from position t on. */
-INLINE const float *run_of(const Model *m, const float *pages, const int64_t *table, int64_t t,
-                           int64_t length, int64_t *count) {
-    int64_t size = m->block_size, first = t % size;
-    *count = MIN(size - first, length - t);
-    return pages + (table[t / size] * size + first) * m->kv_heads * m->head_dim;
+/* Where the keys (or values) [K, D] of up to 16 positions from t on are; the last one's in place of
+ * those past `length`. */
+INLINE void find(const Model *m, const float *pages, const int64_t *table, int64_t t,
+                 int64_t length, const float **at) {
+    int64_t size = m->block_size, stride = m->kv_heads * m->head_dim;
+    int64_t block = t / size, offset = t % size;
+    for (int j = 0; j < LANES; j++, t++, offset++) {
+        if (offset == size) offset = 0, block++;
+        at[j] = t < length ? pages + (table[block] * size + offset) * stride : at[j - 1];
+    }
 }
 
-/* All query heads of one row over its sequence's context, from position `begin` on. Positions are
- * the outer loop, so that keys and values stream through once, in the order of memory. */
-INLINE void attend(const Model *m, const Layer *layer, const float *query, const int64_t *table,
-                   int64_t begin, int64_t length, const int64_t *kv_head, float *scores,
-                   float *out) {
-    int64_t dim = m->head_dim, stride = m->kv_heads * dim, padded = PADDED(length - begin), count;
-    float scale = 1.0f / sqrtf((float)dim);
-    for (int64_t t = begin; t < length; t += count) {
-        const float *key = run_of(m, layer->keys, table, t, length, &count);
-        for (int64_t j = 0; j < count; j++, key += stride)
-            for (int64_t h = 0; h < m->heads; h++) {
-                const float *q = query + h * dim, *k = key + kv_head[h] * dim;
-                vec dot = splat(0.0f);
-                for (int64_t i = 0; i < dim; i += LANES) dot += load(q + i) * load(k + i);
-                scores[h * padded + t - begin + j] = sum(dot) * scale;
-            }
+/* Up to TILE_ROWS successive tokens of one sequence, the first at `position`. */
+typedef struct {
+    const float *queries; /* [count, stride] */
+    float *out;           /* [count, Q D] */
+    int64_t count, stride, position, window;
+    const int64_t *table, *kv_head;
+} Tile;
+
+INLINE int64_t end_of(const Tile *tile, int64_t row) { return tile->position + row + 1; }
+
+INLINE int64_t begin_of(const Tile *tile, int64_t row) {
+    int64_t end = end_of(tile, row);
+    return tile->window && end > tile->window ? end - tile->window : 0;
+}
+
+/* The products of a query [D] with the keys of 16 positions. */
+INLINE vec products(const float *query, const float **keys, int64_t offset, int64_t dim) {
+    static const int reversed[LANES] = {0, 8, 4, 12, 2, 10, 6, 14, 1, 9, 5, 13, 3, 11, 7, 15};
+    vec dots[LANES];
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++) dots[j] = splat(0.0f);
+    for (int64_t i = 0; i < dim; i += LANES) {
+        vec some = load(query + i);
+#pragma GCC unroll 16
+        for (int j = 0; j < LANES; j++) dots[j] += some * load(keys[reversed[j]] + offset + i);
     }
-    for (int64_t h = 0; h < m->heads; h++) softmax(scores + h * padded, length - begin);
-    for (int64_t i = 0; i < m->heads * dim; i += LANES) store(out + i, splat(0.0f));
-    for (int64_t t = begin; t < length; t += count) {
-        const float *value = run_of(m, layer->values, table, t, length, &count);
-        for (int64_t j = 0; j < count; j++, value += stride)
+    return sums(dots);
+}
+
+/* Adds the weighted sum of values [D] to `out`, N vectors of it. */
+INLINE void mix(const float *weights, const float **values, int64_t offset, int64_t first,
+                int64_t last, float *out, int N) {
+    vec acc[2];
+    for (int c = 0; c < N; c++) acc[c] = load(out + c * LANES);
+    for (int64_t j = first; j < last; j++)
+        for (int c = 0; c < N; c++) acc[c] += weights[j] * load(values[j] + offset + c * LANES);
+    for (int c = 0; c < N; c++) store(out + c * LANES, acc[c]);
+}
+
+/* All query heads of a tile over their sequence's context. Positions are the outer loop, so that
+ * keys and values stream through once for all rows, in the order of memory. */
+INLINE void attend(const Model *m, const Layer *layer, const Tile *tile, float *scores) {
+    int64_t dim = m->head_dim, begin = begin_of(tile, 0), end = end_of(tile, tile->count - 1);
+    int64_t padded = PADDED(end - begin) + LANES;
+    float scale = 1.0f / sqrtf((float)dim);
+    const float *at[LANES];
+    for (int64_t t = begin; t < end; t += LANES) {
+        find(m, layer->keys, tile->table, t, end, at);
+        for (int64_t r = 0; r < tile->count; r++)
+            for (int64_t h = 0; h < m->heads; h++)
+                store(scores + (r * m->heads + h) * padded + t - begin,
+                      products(tile->queries + r * tile->stride + h * dim, at,
+                               tile->kv_head[h] * dim, dim) * scale);
+    }
+    for (int64_t r = 0; r < tile->count; r++)
+        for (int64_t h = 0; h < m->heads; h++)
+            softmax(scores + (r * m->heads + h) * padded + begin_of(tile, r) - begin,
+                    end_of(tile, r) - begin_of(tile, r));
+    for (int64_t i = 0; i < tile->count * m->heads * dim; i += LANES)
+        store(tile->out + i, splat(0.0f));
+    for (int64_t t = begin; t < end; t += LANES) {
+        find(m, layer->values, tile->table, t, end, at);
+        for (int64_t r = 0; r < tile->count; r++) {
+            int64_t first = MAX(begin_of(tile, r) - t, 0), last = MIN(end_of(tile, r) - t, LANES);
             for (int64_t h = 0; h < m->heads; h++) {
-                float *to = out + h * dim, weight = scores[h * padded + t - begin + j];
-                const float *v = value + kv_head[h] * dim;
-                for (int64_t i = 0; i < dim; i += LANES)
-                    store(to + i, load(to + i) + weight * load(v + i));
+                const float *weights = scores + (r * m->heads + h) * padded + t - begin;
+                float *out = tile->out + (r * m->heads + h) * dim;
+                int64_t of_head = tile->kv_head[h] * dim, i = 0;
+                for (; i + 2 * LANES <= dim; i += 2 * LANES)
+                    mix(weights, at, of_head + i, first, last, out + i, 2);
+                if (i < dim) mix(weights, at, of_head + i, first, last, out + i, 1);
             }
+        }
     }
 }
 
@@ -224,10 +296,19 @@ INLINE void attention(const Model *m, const Layer *layer, const Rows *rows, Scra
         rotate(query, m->heads + m->kv_heads, dim, m->cos + at, m->sin + at);
         memcpy(layer->keys + slot, key, sizeof(float) * m->kv_heads * dim);
         memcpy(layer->values + slot, value, sizeof(float) * m->kv_heads * dim);
-        int64_t length = rows->context_lens[b];
-        int64_t begin = m->window && length > m->window ? length - m->window : 0;
-        attend(m, layer, query, rows->tables + b * rows->table_width, begin, length, s->kv_head,
-               s->scores, s->attended + b * m->heads * dim);
+    }
+    for (int64_t b = 0, count; b < rows->count; b += count) {
+        for (count = 1; count < TILE_ROWS && b + count < rows->count; count++)
+            if (rows->owners[b + count] != rows->owners[b]) break;
+        Tile tile = {.queries = s->qkv + b * width,
+                     .out = s->attended + b * m->heads * dim,
+                     .count = count,
+                     .stride = width,
+                     .position = rows->positions[b],
+                     .window = m->window,
+                     .table = rows->tables + rows->owners[b] * rows->table_width,
+                     .kv_head = s->kv_head};
+        attend(m, layer, &tile, s->scores);
     }
     multiply(s->attended, rows->count, layer->o, m->hidden, m->heads * dim, s->projected);
     for (int64_t i = 0; i < rows->count * m->hidden; i += LANES)
@@ -292,14 +373,14 @@ INLINE void mixture(const Model *m, const Layer *layer, const Rows *rows, Scratc
 static int allocate(const Model *m, const Rows *rows, float **all, Scratch *s) {
     int64_t b = rows->count, longest = 0;
     for (int64_t i = 0; i < b; i++)
-        longest = rows->context_lens[i] > longest ? rows->context_lens[i] : longest;
+        longest = rows->positions[i] >= longest ? rows->positions[i] + 1 : longest;
     int64_t queries = m->heads * m->head_dim, keys = m->kv_heads * m->head_dim;
     struct { float **part; int64_t size; } parts[] = {
         {&s->x, b * m->hidden},          {&s->normed, b * m->hidden},
         {&s->qkv, b * (queries + 2 * keys)}, {&s->attended, b * queries},
         {&s->projected, b * m->hidden},  {&s->router, b * PADDED(m->experts)},
         {&s->grouped, b * m->hidden},    {&s->gate_up, b * 2 * m->inner},
-        {&s->inner, b * m->inner},       {&s->scores, m->heads * PADDED(longest)},
+        {&s->inner, b * m->inner},       {&s->scores, TILE_ROWS * m->heads * (PADDED(longest) + LANES)},
         {&s->weights, b * m->top_k},
     };
     int64_t total = 0;
@@ -327,14 +408,15 @@ static void compute(const Model *m, const Rows *rows, Scratch *s, float *logits)
         attention(m, m->layers + i, rows, s);
         mixture(m, m->layers + i, rows, s);
     }
-    for (int64_t b = 0; b < rows->count; b++)
-        normalise(s->x + b * m->hidden, m->norm, m->hidden, m->eps, s->normed + b * m->hidden);
-    multiply(s->normed, rows->count, m->head, PADDED(m->vocab), m->hidden, logits);
+    for (int64_t i = 0; i < rows->num_sampled; i++)
+        normalise(s->x + rows->sampled[i] * m->hidden, m->norm, m->hidden, m->eps,
+                  s->normed + i * m->hidden);
+    multiply(s->normed, rows->num_sampled, m->head, PADDED(m->vocab), m->hidden, logits);
 }
 
-/* Fills `logits` [B, V'], and the rows' slots of every layer's keys and values. 0, or -1 where there
- * is no memory. */
-int mixtral_decode(const Model *m, const Rows *rows, float *logits) {
+/* Fills `logits` [num_sampled, V'], and the rows' slots of every layer's keys and values. 0, or -1
+ * where there is no memory. */
+int mixtral_step(const Model *m, const Rows *rows, float *logits) {
     float *all = NULL;
     Scratch s = {0};
     int failed = allocate(m, rows, &all, &s);

@@ -1,10 +1,10 @@
-"""The decode step of a float32 Mixtral on a CPU in one call, see `_cpu_step.c`.
+"""The step of a float32 Mixtral on a CPU in one call, see `_cpu_step.c`.
 
-Promises the logits of `model/mixtral.py` to float32's rounding, and for each row the same bits in
-any batch. The call holds no interpreter lock, so that sockets are served while it computes. Built
-where the project is installed with a C compiler, and compared with plain torch before it is used;
-`CpuStep.of` says why where it is not. Keeps a second, transposed copy of the weights. Knows no
-prompts: rows are one new token each.
+Promises the logits of `model/mixtral.py` to float32's rounding, and for each token the same bits in
+any batch and in any piece of its prompt. The call holds no interpreter lock, so that sockets are
+served while it computes, in one thread. Built where the project is installed with a C compiler, and
+compared with plain torch before it is used; `CpuStep.of` says why where it is not. Keeps a second,
+transposed copy of the weights.
 """
 
 import ctypes
@@ -63,9 +63,9 @@ class _Model(ctypes.Structure):
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, INT) for name in ("count", "table_width")),
-        *((name, POINTER) for name in ("token_ids", "positions", "slots", "context_lens")),
-        ("tables", POINTER),
+        *((name, INT) for name in ("count", "num_sampled", "table_width")),
+        *((name, POINTER) for name in ("token_ids", "positions", "slots", "owners")),
+        *((name, POINTER) for name in ("sampled", "tables")),
     ]
 
 
@@ -83,7 +83,7 @@ class CpuStep:
         # What the pointers point to must live as long as they do.
         self._kept = (layers, tables)
         self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
-        self._decode = library.mixtral_decode
+        self._step = library.mixtral_step
         pointers = [_Layer(*(tensor.data_ptr() for tensor in layer)) for layer in layers]
         self._model = _Model(
             *(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads),
@@ -112,41 +112,44 @@ class CpuStep:
         # A NaN is no small number either.
         return step if error < TOLERANCE else f"it differs from plain torch by {error:.1e}"
 
-    def decode(self, batch: Batch) -> Tensor:
-        """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
-        count = len(batch.query_lens)
-        context_lens = torch.tensor(batch.context_lens)
+    def logits(self, batch: Batch) -> Tensor:
+        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
+        lens = torch.tensor(batch.query_lens)
+        owners = torch.arange(len(lens)).repeat_interleave(lens)
         tables = batch.block_tables.contiguous()
-        tensors = (batch.token_ids, batch.positions, batch.slots, context_lens, tables)
-        rows = _Rows(count, tables.shape[1], *(tensor.data_ptr() for tensor in tensors))
-        logits = torch.empty(count, self._row_size)
-        failed = self._decode(
+        tensors = (batch.token_ids, batch.positions, batch.slots, owners, batch.sample_rows, tables)
+        counts = (len(owners), len(batch.sample_rows), tables.shape[1])
+        rows = _Rows(*counts, *(tensor.data_ptr() for tensor in tensors))
+        logits = torch.empty(len(batch.sample_rows), self._row_size)
+        failed = self._step(
             ctypes.byref(self._model), ctypes.byref(rows), POINTER(logits.data_ptr())
         )
         if failed:
-            raise MemoryError("There is no memory for a decode step.")
+            raise MemoryError("There is no memory for a step.")
         return logits[:, : self._vocab_size]
 
     @torch.inference_mode()
     def _error(self, model: "Mixtral", cache: KVCache) -> float:
-        """The largest relative error of logits, on random keys and values and made-up tokens."""
-        count = min(cache.num_blocks, 5)
+        """The largest relative error of logits: a made-up prompt of a block of tokens, and others
+        that decode among random keys and values."""
+        count, size = min(cache.num_blocks, 5), cache.block_size
         blocks = torch.arange(count)
         generator = torch.Generator().manual_seed(0)
         for pages in (*cache.keys, *cache.values):
             pages[blocks] = torch.randn(pages[blocks].shape, generator=generator)
-        position = cache.block_size - 1
+        # The first block's every slot, and the last slot of the others.
+        slots = torch.cat((torch.arange(size), (blocks[1:] + 1) * size - 1))
         batch = Batch(
-            token_ids=blocks % self._vocab_size,
-            positions=torch.full((count,), position),
-            slots=blocks * cache.block_size + position,
-            query_lens=[1] * count,
-            context_lens=[cache.block_size] * count,
+            token_ids=slots % self._vocab_size,
+            positions=slots % size,
+            slots=slots,
+            query_lens=[size, *[1] * (count - 1)],
+            context_lens=[size] * count,
             block_tables=blocks[:, None],
-            sample_rows=blocks,
+            sample_rows=torch.arange(len(slots)),
         )
         expected = model(batch, cache)
-        found = self.decode(batch)
+        found = self.logits(batch)
         cache.clear(blocks)
         return float((found - expected).norm() / expected.norm())
 

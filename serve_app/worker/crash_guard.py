@@ -22,31 +22,26 @@ import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import serve_app
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.gpus import find_gpus
 from serve_app.load import find_local
 from serve_app.settings import Settings
-from serve_app.worker.phases import started_at
+from serve_app.worker import load_records
+from serve_app.worker.load_records import KILLED, Record
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Record = dict[str, Any]
 
 FOLDER = ".mixtral-serve"
 MAX_FAILURES = 3
-MAX_RECORDS = 20
 BEAT_S = 15.0
-STALE_S = 90.0
-"""A worker elsewhere that has not touched its file for so long is gone."""
 PAUSE_S = 600.0
 """For so long a reason that may pass is not tried again."""
-KILLED = "The process that loads the model was killed"
 
 
 class CrashGuard:
@@ -98,7 +93,7 @@ class CrashGuard:
             name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}.json"
             self._file = self._file or folder / name
             self._write({"state": "loading"})
-            outcomes = _outcomes(folder, self._file)
+            outcomes = load_records.outcomes(folder, self._file)
         except OSError as error:
             log.warning("The volume keeps no record of failing loads (%s).", error.strerror)
             self._file = None
@@ -120,7 +115,7 @@ class CrashGuard:
     def succeeded(self) -> None:
         """Forgets all failures of this model; what others are loading stays."""
         if (own := self._file) is not None:
-            self._end(lambda: _remove(_over(own.parent, own)))
+            self._end(lambda: load_records.remove(load_records.over(own.parent, own)))
             self.left()
 
     def left(self) -> None:
@@ -138,19 +133,8 @@ class CrashGuard:
                 log.warning("The volume keeps no record of this load (%s).", error.strerror)
 
     def _write(self, news: Record) -> None:
-        """The whole file at once: whoever reads it reads the old one or the new one."""
         assert self._file is not None
-        record = {
-            "model": self._settings.model.name,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": started_at(os.getpid()),
-            "at": datetime.now(UTC).isoformat(timespec="seconds"),
-            **news,
-        }
-        partial = self._file.with_suffix(".partial")
-        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        partial.replace(self._file)
+        load_records.write(self._file, {"model": self._settings.model.name, **news})
 
     def _beat(self) -> None:
         while not self._stop_beating.wait(BEAT_S):
@@ -197,57 +181,3 @@ def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
         f"{cause}; as the last {MAX_FAILURES} loads failed so, none is tried {until}.",
         retry=may_pass,
     )
-
-
-def _outcomes(folder: Path, own: Path) -> list[Record]:
-    """What became of the other loads that are over, the oldest first, each with its `age_s`."""
-    over = _over(folder, own)
-    _remove(over[:-MAX_RECORDS])
-    now = own.stat().st_mtime  # the volume's clock may be another than ours
-    outcomes = []
-    for file in over[-MAX_RECORDS:]:
-        record = _read(file)
-        if record is None:
-            continue
-        if record["state"] == "loading":
-            cause = f"{KILLED} while it loaded, as happens where memory is short."
-            record |= {"cause": cause, "may_pass": False}
-        with contextlib.suppress(FileNotFoundError):
-            outcomes.append({**record, "age_s": now - file.stat().st_mtime})
-    return outcomes
-
-
-def _over(folder: Path, own: Path) -> list[Path]:
-    """Files of loads that do not run any more, except for `own`, the oldest first."""
-    files = sorted(file for file in folder.glob("*.json") if file != own)
-    return [file for file in files if not _is_running(file, own)]
-
-
-def _remove(files: list[Path]) -> None:
-    for file in files:
-        file.unlink(missing_ok=True)
-
-
-def _is_running(file: Path, own: Path) -> bool:
-    record = _read(file)
-    if record is None or record["state"] != "loading":
-        return False
-    if record["host"] == socket.gethostname():
-        # A container that was started again has its old name, and numbers its processes anew.
-        return bool(started_at(record["pid"]) == record["process_started"])
-    try:
-        return own.stat().st_mtime - file.stat().st_mtime < STALE_S
-    except FileNotFoundError:
-        return False
-
-
-def _read(file: Path) -> Record | None:
-    """The record; None where it has just gone, or is none of ours."""
-    try:
-        record = json.loads(file.read_text(encoding="utf-8"))
-        known = {"state", "host", "pid", "process_started"}
-        if isinstance(record, dict) and record.keys() >= known:
-            return record
-    except (OSError, ValueError):
-        pass
-    return None

@@ -1,8 +1,8 @@
 """RunPod's SDK with its ways of losing jobs closed: take, stop, post and end.
 
-The one module that reaches into the SDK, whose version is pinned and whose parts that are used here
-are held by a test. The SDK keeps its loop, its heartbeat, its checks and its way from a handler to
-a result; what it takes, hears of stops and posts goes through here:
+The one module that reaches into the SDK's loop. The SDK's version is pinned, and a test holds what
+is used of it. It keeps its loop, its heartbeat, its checks and its way from a handler to a result;
+what it takes, hears of stops and posts goes through here:
 
     take    at a sensible pace; a job without `input` or with an id that runs already is no accident
     run     at once; the SDK looks at its queue ten times a second, and first tokens wait for it
@@ -19,11 +19,11 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import Draining, InternalError, ServeError
-from serve_app.worker import post, results
+from serve_app.worker import post, results, stops
 from serve_app.worker.drain import Drain
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
-from serve_app.worker.take import POLL_TIMEOUT_S, QUICK_S, RATE_LIMIT_S, Trouble, poll
+from serve_app.worker.take import Trouble, poll
 from serve_app.worker.taken import Job, Taken
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class JobLoop:
     async def _listen(self, session: "ClientSession") -> list[str]:
         """Stops what the platform wants stopped until the worker has ended; called once."""
         self._loop = asyncio.get_running_loop()
-        hearing = asyncio.create_task(self._hear_stops(session))
+        hearing = asyncio.create_task(stops.hear(session, self._taken.stop))
         try:
             await self._drain.begun.wait()
             while self._is_taking or self._taken.open:
@@ -146,32 +146,6 @@ class JobLoop:
             hearing.cancel()
             await asyncio.wait({hearing})
         return []
-
-    async def _hear_stops(self, session: "ClientSession") -> None:
-        from runpod.http_client import TooManyRequests
-        from runpod.serverless.modules import rp_job
-
-        if rp_job._job_stop_url() is None:
-            log.warning("The platform gave no address to hear of cancelled jobs; they run on.")
-            return
-        delays = post.delays()
-        while True:
-            began = time.monotonic()
-            try:
-                async with asyncio.timeout(POLL_TIMEOUT_S):
-                    job_ids = await rp_job.get_stop_signals(session)
-                for job_id in job_ids:
-                    self._taken.stop(job_id)
-                delays = post.delays()
-                if time.monotonic() - began < QUICK_S:
-                    await asyncio.sleep(QUICK_S)
-            except TimeoutError:
-                continue
-            except TooManyRequests:
-                await asyncio.sleep(RATE_LIMIT_S)
-            except Exception as error:  # it must never end: a job may have to be stopped later
-                log.debug("Stops cannot be heard of: %s", type(error).__name__)
-                await asyncio.sleep(next(delays))
 
     def _hurry(self) -> None:
         """What the end asks for at this moment."""

@@ -15,8 +15,8 @@ from serve_app.app import build_app
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.settings import ConfigError, Settings
 from serve_app.worker import cluster, forward, killed, ray_node
-from serve_app.worker.crash_guard import KILLED
 from serve_app.worker.killed import MemoryBefore
+from serve_app.worker.load_records import KILLED
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 

@@ -15,7 +15,8 @@ import pytest
 from serve_app.errors import ModelLoadFailed
 from serve_app.settings import Settings
 from serve_app.worker import crash_guard
-from serve_app.worker.crash_guard import KILLED, PAUSE_S, STALE_S, CrashGuard
+from serve_app.worker.crash_guard import PAUSE_S, CrashGuard
+from serve_app.worker.load_records import KILLED, STALE_S
 from tests.worker.process import ENTRY
 
 SHORT = f"{KILLED} while it loaded, as happens where memory is short."

@@ -26,6 +26,11 @@ def main() -> None:
         '-H \'Content-Type: application/json\' -d \'{"input": {"prompt": "What is 2 + 3?"}}\'\n'
     )
 
+    print("# The examples:")
+    print(f"export RUNPOD_API_KEY={client_half.KEY} RUNPOD_ENDPOINT_ID=ep")
+    print(f"export RUNPOD_ENDPOINT_BASE_URL={url}/v2")
+    print(".venv/bin/python examples/run.py\n", flush=True)
+
     async def app() -> web.Application:
         return create_app(Queue(), Faults())
 

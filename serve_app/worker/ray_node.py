@@ -167,14 +167,13 @@ def stop() -> None:
 
 
 def kill() -> None:
-    """Ends Ray in whatever state it is, without asking its other parts."""
+    """Ends Ray in whatever state it is, half started too, without asking its other parts."""
     import ray
 
-    if not ray.is_initialized():
-        return
-    # This process takes its leave from the GCS, and waits for it for seconds where it is gone.
-    processes.end(lambda: [it for it in below() if GCS not in it.command])
-    ray.shutdown()
+    if ray.is_initialized():
+        # This process takes its leave from the GCS, and waits for it for seconds where it is gone.
+        processes.end(lambda: [it for it in below() if GCS not in it.command])
+        ray.shutdown()
     _end_all()
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -131,3 +133,20 @@ def test_signals_are_given_back(restored: None) -> None:
     with ray_node.signals_kept():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert signal.getsignal(signal.SIGTERM) is ours
+
+
+def test_what_a_start_that_failed_has_left_is_ended() -> None:
+    """Ray knows nothing of it, and the next start would find it in its way."""
+    code = """
+import subprocess, sys
+from serve_app.worker import ray_node
+sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
+with subprocess.Popen(sleep, executable=sys.executable) as left:
+    ray_node.kill()
+    ended = not ray_node.below()
+    left.kill()
+sys.exit(not ended)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr

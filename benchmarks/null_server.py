@@ -6,6 +6,7 @@ happens. Every answer is the same text, over and over.
 """
 
 import ctypes
+import statistics
 import time
 from typing import TYPE_CHECKING
 
@@ -34,26 +35,46 @@ PR_SET_TIMERSLACK = 29
 
 
 class NullRunner:
-    """A model whose steps take `step_s` seconds to the moment, as a GPU's would."""
+    """A model whose steps take `step_s` seconds, as a GPU's would.
+
+    Linux wakes a sleeper late; by how much is measured before there is any load, and taken off.
+    What a step waits for Python's lock, or for a processor, is not.
+    """
 
     vocab_size = VOCAB_SIZE
 
     def __init__(self, token_ids: list[int], step_s: float = STEP_S) -> None:
         self._token_ids = token_ids
         self._step_s = step_s
+        self._late_s = _late_s(step_s)
         self.thread_s = 0.0
         """Processor time of the engine's thread so far, as of the last step's beginning."""
 
     def step(self, chunks: list[Chunk]) -> Samples:
-        end = time.perf_counter() + self._step_s
+        end = time.perf_counter() + self._step_s - self._late_s
         if self.thread_s == 0.0:
-            # Linux wakes a sleeping thread up to 50 us late unless the thread asks for better.
-            ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+            _wake_promptly()
         self.thread_s = time.thread_time()
         ids = self._token_ids
         tokens = [ids[c.sequence.num_generated % len(ids)] for c in chunks if c.samples]
         time.sleep(max(0.0, end - time.perf_counter()))
         return Samples(tokens, {})
+
+
+def _wake_promptly() -> None:
+    """Asks Linux to wake this thread on time, where by default it may be 50 us late."""
+    ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def _late_s(step_s: float) -> float:
+    """Seconds by which a sleep of `step_s` is too long here, in the median."""
+    _wake_promptly()
+    late = []
+    for _ in range(40):
+        began = time.perf_counter()
+        time.sleep(step_s)
+        late.append(time.perf_counter() - began - step_s)
+    return statistics.median(late)
 
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:

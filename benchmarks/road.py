@@ -159,7 +159,8 @@ class Alone:
 
 def alone(num_tokens: int, rounds: int) -> dict[str, Any]:
     """Microseconds of processor time per token up to each part of the road."""
-    bench, found = Alone(num_tokens), {}
+    bench = Alone(num_tokens)
+    found: dict[str, Any] = {}
     for streams in STREAMS:
         costs: dict[str, float] = {}
         for part in bench.parts:
@@ -233,7 +234,7 @@ def main() -> int:
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--tokens", type=int, default=400, help="of each answer")
     parser.add_argument("--seconds", type=float, default=8, help="of each level over HTTP")
-    parser.add_argument("--rounds", type=int, default=3, help="in one process")
+    parser.add_argument("--rounds", type=int, default=3, help="in one process; 0 for none")
     parser.add_argument("--save", type=Path, help="file for the last line's document")
     options = parser.parse_args()
     document: dict[str, Any] = {
@@ -242,7 +243,8 @@ def main() -> int:
         "step_ms": STEP_S * 1e3,
         "load_average": os.getloadavg()[0],
     }
-    document["alone_us_per_token"] = alone(options.tokens, options.rounds)
+    if options.rounds:
+        document["alone_us_per_token"] = alone(options.tokens, options.rounds)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         document["http"] = {
             mode: http(mode, options.tokens, options.seconds, Path(folder))

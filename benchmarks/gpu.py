@@ -19,9 +19,12 @@ from typing import Any
 import torch
 
 from benchmarks.device import Device
+from benchmarks.kernels import interpret, shapes_of
+from benchmarks.kernels import measure as kernels
 from benchmarks.machine import describe
 from benchmarks.random_model import config_of, random_model
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
+from serve_app.engine.flight import Flight
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 from serve_app.model.config import MixtralConfig
@@ -33,6 +36,10 @@ BATCHES = (1, 8, 32, 128)
 PROMPT = 4096
 BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+ROUND = 16
+"""Steps between two looks at the clock."""
+EXTRA = 320
+"""Tokens that a sequence may get while it is measured."""
 SPARE = 3e9
 """Bytes of a device that are left to intermediate results."""
 
@@ -48,10 +55,11 @@ class Bench:
         self.quantization = None if self.absmax is None else Quantization("nf4", self.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
         self.batches = [n for n in options.batches if n <= self._most_sequences()]
-        tokens = max(max(self.batches) * (options.context + 512), options.prompt)
-        self.runner = ModelRunner(
-            self.model, -(-tokens // BLOCK_SIZE), BLOCK_SIZE, self.dtype, device.device
-        )
+        tokens = max(max(self.batches) * (options.context + EXTRA), options.prompt)
+        sizes = (-(-tokens // BLOCK_SIZE), BLOCK_SIZE)
+        most_rows = max(self.batches)
+        made = (self.model, *sizes, self.dtype, device.device)
+        self.runner = ModelRunner(*made, most_rows=most_rows)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
 
@@ -59,11 +67,11 @@ class Bench:
         if not self.device.is_cuda:
             return 8
         free = torch.cuda.mem_get_info(self.device.device)[0] - SPARE
-        return int(free / kv_bytes(self.config, self.options.context + 512, self.dtype.itemsize))
+        return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
 
     def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
         """`count` sequences whose tokens but the last are computed, each with its own blocks."""
-        blocks = -(-(num_tokens + 512) // BLOCK_SIZE)
+        blocks = -(-(num_tokens + EXTRA) // BLOCK_SIZE)
         params = SamplingParams(512, ignore_eos=True, **how)
         made = []
         for i in range(count):
@@ -79,9 +87,9 @@ class Bench:
         sequences = self.sequences(batch, self.options.context, temperature=0.7)
         decode(self.runner, sequences, 2)
         steps, began = 0, time.perf_counter()
-        while steps < 4 or (steps < 256 and time.perf_counter() - began < self.options.seconds):
-            decode(self.runner, sequences, 4)
-            steps += 4
+        while steps < ROUND or (steps < 256 and time.perf_counter() - began < self.options.seconds):
+            decode(self.runner, sequences, ROUND)
+            steps += ROUND
         self.device.wait()
         return float(batch * steps / (time.perf_counter() - began))
 
@@ -95,12 +103,22 @@ class Bench:
 
 
 def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:
-    """So many steps in which every sequence gets a token."""
+    """So many steps in which every sequence gets a token, as the engine makes them: each is started
+    before the last one's tokens are read, where the runner can."""
+    before: Flight | None = None
     for _ in range(num_steps):
         chunks = [Chunk(s, len(s.token_ids) - 1, len(s.token_ids), True) for s in sequences]
-        samples = runner.step(chunks)
-        for sequence, token in zip(sequences, samples.token_ids, strict=True):
-            sequence.token_ids.append(token)
+        flight = Flight.start(runner, chunks)
+        read(before)
+        before = flight
+    read(before)
+
+
+def read(flight: Flight | None) -> None:
+    """Waits for a step, and gives its sequences their tokens."""
+    if flight is not None:
+        for chunk, token in zip(flight.chunks, flight.outcome.samples().token_ids, strict=True):
+            chunk.sequence.token_ids[chunk.end] = token
 
 
 def check(bench: Bench) -> dict[str, float]:
@@ -167,6 +185,9 @@ def measure(bench: Bench) -> dict[str, Any]:
         "tokens_per_s": round(speed, 1),
         "limit": round(limit, 1),
     }
+    if bench.quantization is not None:
+        shapes = shapes_of(device, bench.quantization, tiny=bench.options.tiny)
+        document["kernels"] = kernels(device, shapes, bandwidth, tiny=bench.options.tiny)
     return document
 
 
@@ -198,6 +219,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("No CUDA device: this benchmark measures a GPU; `--tiny --device cpu` only runs it.")
         return 1
     device = Device(torch.device(options.device))
+    if not device.is_cuda:
+        interpret()
     torch.manual_seed(0)
     began = time.perf_counter()
     bench = Bench(options, device)

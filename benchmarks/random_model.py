@@ -69,19 +69,21 @@ def random_model(
         elif isinstance(module, Rope):
             module.fill()
         elif isinstance(module, Codes):
-            _fill_codes(module)
+            fill_codes(module)
         elif isinstance(module, Matrices4):
-            _fill_matrices(module)
+            fill_matrices(module)
     return model
 
 
-def _fill_codes(tables: Codes) -> None:
+def fill_codes(tables: Codes) -> None:
+    """The tables that make random bytes numbers."""
     tables.code.copy_(codes(tables.quantization.quant_type))
     if tables.quantization.absmax == "nested":
         tables.nested_code.copy_(dynamic_map())
 
 
-def _fill_matrices(matrices: Matrices4) -> None:
+def fill_matrices(matrices: Matrices4) -> None:
+    """Random codes, and absmax values about as they are in a trained model."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
     mean = 2 * SCALE  # of absmax; a uniformly random code has half of it as its size

@@ -36,9 +36,19 @@ NUM_TOKENS = (1, 7, 40)
 
 
 def relative_errors(
-    quantization: Quantization, dtype: torch.dtype, device: torch.device
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_kernels: bool | None = None,
 ) -> dict[str, float]:
-    """The largest relative error of each form, for the numbers of tokens in `NUM_TOKENS`."""
+    """The largest relative error of each form, for the numbers of tokens in `NUM_TOKENS`.
+
+    `has_kernels`: whether Triton's are among them; by default where they are used, on a GPU in 16
+    bits.
+    """
+    if has_kernels is None:
+        has_kernels = device.type == "cuda" and dtype != torch.float32
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -47,7 +57,7 @@ def relative_errors(
     codes = Codes(quantization).to(device)
     linear, weight = _linear(codes, device, random(INNER, HIDDEN))
     experts, expert_weights = _experts(codes, device, random)
-    errors = {"linear (torch)": 0.0, "experts (torch)": 0.0}
+    errors: dict[str, float] = {}
     for count in NUM_TOKENS:
         x = random(count, HIDDEN).to(device, dtype)
         ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)])
@@ -60,11 +70,15 @@ def relative_errors(
                 _mixture(x.float(), ids, shares.float(), expert_weights),
             ),
         }
+        if has_kernels:
+            pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
+            found = _experts_by_kernel(experts, x, ids, shares)
+            pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
         for name, (found, expected) in pairs.items():
             error = float((found.float() - expected).norm() / expected.norm())
             if math.isnan(error):  # which max() would drop
                 return {name: error}
-            errors[name] = max(errors[name], error)
+            errors[name] = max(errors.get(name, 0.0), error)
     return errors
 
 
@@ -88,6 +102,34 @@ def _experts(
             experts.put(expert, name, weight)
         plain.append({name: _as_stored(codes, w).to(device) for name, w in weights.items()})
     return experts, plain
+
+
+def _in_halves(x: Tensor) -> Tensor:
+    return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
+
+
+def _linear_by_kernel(linear: Linear4, x: Tensor) -> Tensor:
+    from serve_app.model.kernels import nf4_decode
+
+    weights = nf4_decode.Packed.of(linear.matrix, x.dtype)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.rows, dtype=torch.float32)
+    nf4_decode.dense(weights, _in_halves(x), parts)
+    return parts.sum(0)
+
+
+def _experts_by_kernel(experts: Experts4, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+    from serve_app.model.kernels import nf4_decode
+
+    order = ids.flatten().argsort(stable=True).int()
+    edges = torch.arange(NUM_EXPERTS + 1, device=x.device)
+    starts = (ids.flatten()[None] < edges[:, None]).sum(1).int()
+    both = nf4_decode.Packed.of(experts.gate_up, x.dtype)
+    back = nf4_decode.Packed.of(experts.down, x.dtype)
+    inner = x.new_empty(len(order), back.columns)
+    nf4_decode.gate_up(both, _in_halves(x), order, starts, TOP_K, inner)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), back.rows, dtype=torch.float32)
+    nf4_decode.down(back, inner, order, starts, shares.flatten().float(), TOP_K, parts)
+    return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
 
 
 def _as_stored(codes: Codes, weight: Tensor) -> Tensor:

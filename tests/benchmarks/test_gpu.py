@@ -20,6 +20,9 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     assert [row["batch"] for row in document["decode"]] == [1, 2]
     assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in document["decode"])
     assert document["prefill"]["tokens_per_s"] > 0
+    measured = {row["kernel"] for row in document.get("kernels", ())}
+    in_4_bits = {"gate_up", "down", "qkv", "o", "attention"}
+    assert measured == (in_4_bits if "nested" in weights else set())
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

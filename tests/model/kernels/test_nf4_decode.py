@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve_app.model.kernel_check import relative_errors
 from serve_app.model.kernels import nf4_decode
 from serve_app.model.kernels.nf4_decode import SPLIT_K, Packed
 from serve_app.model.matrices4 import GROUP, Codes, Matrices4
@@ -15,6 +16,7 @@ from serve_app.model.stacked import Quantization
 
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 320, 4, 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+FORMS = ("torch", "triton")
 STORAGES = [("nf4", "nested"), ("fp4", "nested"), ("nf4", "bfloat16"), ("nf4", "float32")]
 
 
@@ -94,3 +96,11 @@ def test_a_token_has_the_same_bits_in_any_batch() -> None:
     alone = torch.empty(SPLIT_K, 1, 64)
     nf4_decode.dense(weights, x[4:5], alone)
     assert torch.equal(alone[:, 0], whole[:, 4])
+
+
+def test_the_trial_on_a_device_tries_them_too() -> None:
+    """Beside the torch forms, with the same data and for as many tokens."""
+    how = Quantization("nf4", "nested")
+    errors = relative_errors(how, torch.float16, torch.device("cpu"), has_kernels=True)
+    assert set(errors) == {f"{what} ({by})" for what in ("linear", "experts") for by in FORMS}
+    assert max(errors.values()) < 1e-2

@@ -69,6 +69,12 @@ class Bench:
         free = torch.cuda.mem_get_info(self.device.device)[0] - SPARE
         return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
 
+    def release(self) -> None:
+        """Gives the model's memory back."""
+        del self.model, self.runner
+        if self.device.is_cuda:
+            torch.cuda.empty_cache()
+
     def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
         """`count` sequences whose tokens but the last are computed, each with its own blocks."""
         blocks = -(-(num_tokens + EXTRA) // BLOCK_SIZE)
@@ -186,6 +192,7 @@ def measure(bench: Bench) -> dict[str, Any]:
         "limit": round(limit, 1),
     }
     if bench.quantization is not None:
+        bench.release()
         shapes = shapes_of(device, bench.quantization, tiny=bench.options.tiny)
         document["kernels"] = kernels(device, shapes, bandwidth, tiny=bench.options.tiny)
     return document

@@ -77,9 +77,10 @@ class ModelRunner:
             self._decode, most_rows, most_blocks, self._block_size, self._device
         )
         if isinstance(graphs, str):
-            return f", launched kernel by kernel: {graphs}"
+            return f", launched kernel by kernel: {graphs}{step.unpack_for_prompts()}"
         self._graphs = graphs
-        return f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
+        sizes = f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
+        return sizes + step.unpack_for_prompts()
 
     @property
     def vocab_size(self) -> int:

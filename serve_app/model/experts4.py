@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import group_by_expert
 from serve_app.model.matrices4 import GROUP, Codes, Matrices4
-from serve_app.model.nf4 import CHUNK, Quantized, dequantize
+from serve_app.model.nf4 import CHUNK, Quantized
 from serve_app.model.rows import row_multiple
 
 
@@ -53,9 +53,9 @@ class Experts4(nn.Module):
 
     def _compute(self, experts: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """`x` `[n, H]` through `experts`, each with its rows up to `ends` int32 -> `[n, H]`."""
-        gate_up = dequantize(self.gate_up.get(experts), x.dtype)
+        gate_up = self.gate_up.floats(experts, x.dtype)
         both = F.grouped_mm(x, gate_up.transpose(1, 2), offs=ends)
         gate, up = both.view(len(x), -1, 2, GROUP).unbind(dim=2)  # each [n, I / 8, 8]
         inner = (F.silu(gate) * up).flatten(1)
-        down = dequantize(self.down.get(experts), x.dtype)
+        down = self.down.floats(experts, x.dtype)
         return F.grouped_mm(inner, down.transpose(1, 2), offs=ends)

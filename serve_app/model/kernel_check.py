@@ -58,6 +58,7 @@ def relative_errors(
     linear, weight = _linear(codes, device, random(INNER, HIDDEN))
     experts, expert_weights = _experts(codes, device, random)
     errors: dict[str, float] = {}
+    both = dequantize(experts.gate_up.get(), torch.float32)
     for count in NUM_TOKENS:
         x = random(count, HIDDEN).to(device, dtype)
         ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)])
@@ -74,6 +75,7 @@ def relative_errors(
             pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
             found = _experts_by_kernel(experts, x, ids, shares)
             pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
+            pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), both)
         for name, (found, expected) in pairs.items():
             error = float((found.float() - expected).norm() / expected.norm())
             if math.isnan(error):  # which max() would drop
@@ -115,6 +117,13 @@ def _linear_by_kernel(linear: Linear4, x: Tensor) -> Tensor:
     parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.rows, dtype=torch.float32)
     nf4_decode.dense(weights, _in_halves(x), parts)
     return parts.sum(0)
+
+
+def _unpacked(experts: Experts4, dtype: torch.dtype) -> Tensor:
+    from serve_app.model.kernels.nf4_unpack import Unpacker
+
+    every = torch.arange(NUM_EXPERTS, device=experts.gate_up.packed.device)
+    return Unpacker(dtype)(experts.gate_up, every)
 
 
 def _experts_by_kernel(experts: Experts4, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:

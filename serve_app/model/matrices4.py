@@ -52,6 +52,8 @@ class Codes(_Stored):
     def __init__(self, quantization: Quantization) -> None:
         super().__init__()
         self.quantization = quantization
+        self.unpack: Callable[[Matrices4, Index], Tensor] | None = None
+        """Makes floats of matrices where something does it faster than `dequantize`."""
         self.register_buffer("code", torch.empty(16, dtype=torch.float32))
         if quantization.absmax == "nested":
             self.register_buffer("nested_code", torch.empty(256, dtype=torch.float32))
@@ -133,6 +135,12 @@ class Matrices4(_Stored):
             self._rows(absmax, part).copy_(plain.view(numbers.shape))
         return Quantized(self.packed[index], absmax, self.codes.code)
 
+    def floats(self, index: Index, dtype: torch.dtype) -> Tensor:
+        """Matrix (or matrices) `index` `[..., N, K]`, rows as they lie here."""
+        if self.codes.unpack is not None:
+            return self.codes.unpack(self, index)
+        return dequantize(self.get(index), dtype)
+
     def _put_nested(self, index: tuple[int, ...], part: int, nested: Nested) -> None:
         self.codes.nested_code.copy_(nested.code)
         torch.split(self.nested_absmax[index], self.groups)[part].copy_(nested.absmax)
@@ -162,4 +170,4 @@ class Linear4(nn.Module):
         self.matrix.put((), part, weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, dequantize(self.matrix.get(), x.dtype))
+        return F.linear(x, self.matrix.floats((), x.dtype))

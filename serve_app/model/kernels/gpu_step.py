@@ -15,6 +15,7 @@ from torch import Tensor
 from serve_app.model.batch import Batch
 from serve_app.model.kernels import nf4_decode
 from serve_app.model.kernels.nf4_decode import SPLIT_K, Packed
+from serve_app.model.kernels.nf4_unpack import Unpacker
 from serve_app.model.kernels.paged_attention import PagedAttention
 from serve_app.model.kernels.rows import Rows
 from serve_app.model.kernels.step_kernels import add_norm, rope_write, route
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest relative error of a row's logits beside plain torch, of the median row: where two experts
 nearly tie, rounding may choose another one in either."""
+
+
+UNPACK_TOLERANCE = 1e-2
+"""The same of weights that a kernel has unpacked."""
 
 
 class Layer(Protocol):
@@ -128,6 +133,23 @@ class GpuStep:
         limit = TOLERANCE[model.embedding.dtype]
         # A NaN is no small number either.
         return step if error < limit else f"it differs from plain torch by {error:.1e}"
+
+    @torch.inference_mode()
+    def unpack_for_prompts(self) -> str:
+        """Makes the model itself unpack 4-bit weights by a kernel, if that gives what torch gives;
+        what to say of it."""
+        codes, dtype = self._model.codes, self._model.embedding.dtype
+        if codes is None:
+            return ""
+        block: Any = self._model.blocks[0]
+        down = block.mlp.experts.down
+        first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
+        expected, unpack = down.floats(first, dtype).float(), Unpacker(dtype)
+        error = float((unpack(down, first).float() - expected).norm() / expected.norm())
+        if not error < UNPACK_TOLERANCE:
+            return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
+        codes.unpack = unpack
+        return "; prompts unpack weights by a kernel"
 
     @torch.inference_mode()
     def logits(self, rows: Rows) -> Tensor:

@@ -15,6 +15,29 @@ _CONSTRAINTS, _PTX = tl.constexpr(CONSTRAINTS), tl.constexpr(DECODE)
 
 
 @triton.jit
+def values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX: tl.constexpr):
+    """The values of the high and of the low nibbles of bytes, in the dtype of `code`."""
+    if HAS_PTX:
+        # Words that are the assembly's operands; two in an argument, or there would be too many.
+        wide = tl.int64
+        low0, low1 = tl.cast(low01, tl.int32), tl.cast(tl.cast(low01, wide) >> 32, tl.int32)
+        low2, low3 = tl.cast(low23, tl.int32), tl.cast(tl.cast(low23, wide) >> 32, tl.int32)
+        high0, high1 = tl.cast(high01, tl.int32), tl.cast(tl.cast(high01, wide) >> 32, tl.int32)
+        high2, high3 = tl.cast(high23, tl.int32), tl.cast(tl.cast(high23, wide) >> 32, tl.int32)
+        return tl.inline_asm_elementwise(
+            _PTX,
+            _CONSTRAINTS,
+            [bytes4, low0, low1, low2, low3, high0, high1, high2, high3],
+            dtype=(code.dtype.element_ty, code.dtype.element_ty),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        high = tl.load(code + (bytes4 >> 4).to(tl.int32))
+        return high, tl.load(code + (bytes4 & 15).to(tl.int32))
+
+
+@triton.jit
 def _sums(
     x,
     x_rows,
@@ -54,12 +77,6 @@ def _sums(
     if NESTED:
         offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
         number = tl.load(first_block + row, mask=is_row, other=0)
-    # Words that are the assembly's operands; two in an argument, or there would be too many.
-    wide = tl.int64
-    low0, low1 = tl.cast(low01, tl.int32), tl.cast(tl.cast(low01, wide) >> 32, tl.int32)
-    low2, low3 = tl.cast(low23, tl.int32), tl.cast(tl.cast(low23, wide) >> 32, tl.int32)
-    high0, high1 = tl.cast(high01, tl.int32), tl.cast(tl.cast(high01, wide) >> 32, tl.int32)
-    high2, high3 = tl.cast(high23, tl.int32), tl.cast(tl.cast(high23, wide) >> 32, tl.int32)
     total = tl.zeros([ROWS, TILE], tl.float32)
     for some in range(begin, end, BLOCKS):
         for block in tl.static_range(BLOCKS):
@@ -72,18 +89,7 @@ def _sums(
                 group = expert * groups + (number + block) // 256
                 of_group = tl.load(nested_absmax + group, mask=is_row, other=0.0)
                 scale = tl.load(nested_code + scale.to(tl.int32)) * of_group + offset
-            if HAS_PTX:
-                high, low = tl.inline_asm_elementwise(
-                    _PTX,
-                    _CONSTRAINTS,
-                    [bytes4, low0, low1, low2, low3, high0, high1, high2, high3],
-                    dtype=(code.dtype.element_ty, code.dtype.element_ty),
-                    is_pure=True,
-                    pack=4,
-                )
-            else:
-                high = tl.load(code + (bytes4 >> 4).to(tl.int32))
-                low = tl.load(code + (bytes4 & 15).to(tl.int32))
+            high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
             part = tl.dot(high, even, input_precision="ieee")
             part = tl.dot(low, odd, part, input_precision="ieee")
             total += part * scale.to(tl.float32)[:, None]

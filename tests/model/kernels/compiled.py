@@ -18,7 +18,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from serve_app.model.kernels import nf4_decode, nf4_kernels, paged_attention, step_kernels
+from serve_app.model.kernels import (
+    nf4_decode,
+    nf4_kernels,
+    nf4_unpack,
+    paged_attention,
+    step_kernels,
+)
 
 Case = tuple[str, Any, dict[str, Any], dict[str, int], int]
 """Name, kernel, arguments, options of the launch, weights that a thread decodes in a round."""
@@ -60,6 +66,10 @@ def product_cases() -> list[Case]:
             arguments = {**whole, **more, **products(*sizes, rows, nested)}
             name = f"tile {tile}{' nested' if nested else ''}"
             cases.append((name, kernel, arguments, nf4_decode.shape_of(tile, rows), rows))
+    for nested in (False, True):
+        unpack = {"which": "*i64", "out": "*bf16", "SPAN": nf4_unpack.SPAN}
+        unpack |= products(28672, 4096, nf4_unpack.ROWS, nested)
+        cases.append(("", nf4_unpack.unpack_kernel, unpack, {"num_warps": 4}, 0))
     return cases
 
 

@@ -12,8 +12,10 @@ from serve_app.engine.flight import Flight
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 from serve_app.model.kernels.gpu_step import GpuStep
+from serve_app.model.kernels.nf4_unpack import Unpacker
 from serve_app.model.kernels.rows import Rows
 from serve_app.model.kv import KVCache
+from serve_app.model.matrices4 import Codes
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.stacked import Quantization
 
@@ -86,16 +88,20 @@ def test_rows_of_nobody_write_nothing() -> None:
 def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, but uncaptured: prompts by the model, decodes by the step, fed on the device."""
     torch.manual_seed(1)
-    model = model_of(Quantization("nf4", "bfloat16"), torch.float32, hidden_size=64)
+    model = model_of(Quantization("nf4", "bfloat16"), torch.float32)
     made = (model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
     plain = ModelRunner(*made)
+
+    expected = tokens_one_by_one(plain)
 
     def compiled(model: Mixtral, cache: KVCache, most_rows: int, device: torch.device) -> Any:
         return GpuStep.of(model, cache, most_rows)
 
     monkeypatch.setattr(runner, "_compiled_step", compiled)
     fast = ModelRunner(*made, most_rows=3, looks_ahead=True)
-    assert "graph for each of 3 sizes" in fast.note
+    assert "graph for each of 3 sizes of batch; prompts unpack weights by a kernel" in fast.note
+    assert isinstance(model.codes, Codes)
+    assert isinstance(model.codes.unpack, Unpacker)
 
     def tokens(runner: ModelRunner) -> list[list[int]]:
         params = SamplingParams(9, temperature=0)
@@ -107,7 +113,7 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
             flights.append(Flight.start(runner, [Chunk(s, end - 1, end, True) for s in some[:2]]))
         return [flight.outcome.samples().token_ids for flight in flights]
 
-    assert tokens(fast) == tokens_one_by_one(plain)
+    assert tokens(fast) == expected
 
 
 def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:

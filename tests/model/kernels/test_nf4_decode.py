@@ -10,6 +10,7 @@ from torch import Tensor
 from serve_app.model.kernel_check import relative_errors
 from serve_app.model.kernels import nf4_decode
 from serve_app.model.kernels.nf4_decode import SPLIT_K, Packed
+from serve_app.model.kernels.nf4_unpack import Unpacker
 from serve_app.model.matrices4 import GROUP, Codes, Matrices4
 from serve_app.model.nf4 import dequantize
 from serve_app.model.stacked import Quantization
@@ -102,5 +103,18 @@ def test_the_trial_on_a_device_tries_them_too() -> None:
     """Beside the torch forms, with the same data and for as many tokens."""
     how = Quantization("nf4", "nested")
     errors = relative_errors(how, torch.float16, torch.device("cpu"), has_kernels=True)
-    assert set(errors) == {f"{what} ({by})" for what in ("linear", "experts") for by in FORMS}
+    products = {f"{what} ({by})" for what in ("linear", "experts") for by in FORMS}
+    assert set(errors) == products | {"unpacked (triton)"}
     assert max(errors.values()) < 1e-2
+
+
+@pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
+def test_matrices_are_unpacked(storage: tuple[str, str]) -> None:
+    """One matrix of parts, and some of a stack in any order: as `dequantize` has them."""
+    codes = codes_of(storage)
+    for made, index in (
+        (matrices(codes, (), HIDDEN, (96, 40, 24)), ()),
+        (matrices(codes, (EXPERTS,), HIDDEN, (72, 72)), torch.tensor([3, 0])),
+    ):
+        expected = dequantize(made.get(index), torch.float32)
+        torch.testing.assert_close(Unpacker(torch.float32)(made, index), expected)

@@ -77,10 +77,11 @@ class ModelRunner:
             self._decode, most_rows, most_blocks, self._block_size, self._device
         )
         if isinstance(graphs, str):
-            return f", launched kernel by kernel: {graphs}{step.unpack_for_prompts()}"
-        self._graphs = graphs
-        sizes = f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
-        return sizes + step.unpack_for_prompts()
+            captured = f", launched kernel by kernel: {graphs}"
+        else:
+            self._graphs = graphs
+            captured = f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
+        return captured + self._decode.unpack_for_prompts()
 
     @property
     def vocab_size(self) -> int:

@@ -3,7 +3,8 @@
 
 A program takes a tile of weight rows and a tile of tokens through K, or its part of it, 64 at a
 time: a block's codes become values in registers, are multiplied with the even and the odd numbers
-of the activations, and the sums are scaled by the block's absmax.
+of the activations, and the sums are scaled by the block's absmax. Counts that change with the batch
+are not specialised on, so that few variants are compiled.
 """
 
 import triton
@@ -96,7 +97,7 @@ def _sums(
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def dense_kernel(
     x,
     out,
@@ -232,7 +233,7 @@ def gate_up_kernel(
     tl.store(at, inner.to(out.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["entries"])
 def down_kernel(
     x,
     order,

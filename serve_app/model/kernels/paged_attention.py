@@ -94,7 +94,7 @@ def _span(
     return first, end, size, tl.cdiv(end - first, size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _attend(
     queries,
     keys,

@@ -76,7 +76,7 @@ def route(logits: Tensor, context_lens: Tensor, top_k: int) -> tuple[Tensor, Ten
     return order, starts, shares
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_norm(
     x,
     parts,
@@ -112,7 +112,7 @@ def _add_norm(
     tl.store(y + row * SIZE + column, scaled.to(y.dtype.element_ty), mask=is_there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _rope_write(
     qkv,
     positions,
@@ -152,7 +152,7 @@ def _rope_write(
         tl.store(values + at, own.to(values.dtype.element_ty), mask=kept)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _route(
     logits,
     lens,

@@ -124,7 +124,8 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], ch
             continue
         kind = {int: "i32", float: "fp32"}.get(type(value), value)
         signature[name] = kind
-        if kind[0] == "*" or (kind == "i32" and value % 16 == 0):
+        is_fixed = kind == "i32" and name not in ("tokens", "entries", "rows", "batch", "programs")
+        if kind[0] == "*" or (is_fixed and value % 16 == 0):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)

@@ -46,7 +46,7 @@ class Shapes:
         codes = Codes(self.quantization).to(self.device)
         fill_codes(codes)
         made = []
-        for _ in range(self.layers if lead else 4 * self.layers):
+        for _ in range(self.layers if lead or self.layers == 1 else 4 * self.layers):
             with torch.device(self.device):
                 one = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
             fill_matrices(one)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from serve_app.engine.kv_cache import BlockAllocator
 from serve_app.engine.scheduler import Scheduler
-from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.engine.sequence import PENDING, Chunk, SamplingParams, Sequence
 
 
 def new_sequence(num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
@@ -248,3 +248,30 @@ def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
 
     driver.scheduler.waiting = Untouchable({new_sequence(4, 4): None})  # type: ignore[assignment]
     assert len(driver.scheduler.schedule()) == 1
+
+
+def test_a_sequence_with_its_last_token_under_way_is_left_alone() -> None:
+    """It takes no block for a token that nobody will compute, though the step before still runs."""
+    scheduler = Scheduler(BlockAllocator(1, 4), 2, 8)
+    sequence = new_sequence(4, max_tokens=1)
+    scheduler.add(sequence)
+    (chunk,) = scheduler.schedule()
+    sequence.num_computed = chunk.end
+    sequence.token_ids.append(PENDING)
+    assert scheduler.has_work
+    assert scheduler.schedule() == []
+    assert scheduler.num_preemptions == 0
+
+
+def test_only_what_a_known_step_computed_is_shared() -> None:
+    """A block that a step under way fills has a token that nobody knows yet, and may hold a NaN."""
+    scheduler = Scheduler(BlockAllocator(8, 4), 2, 8)
+    sequence = new_sequence(7, max_tokens=9)
+    scheduler.add(sequence)
+    scheduler.schedule()
+    sequence.token_ids.append(PENDING)
+    sequence.num_computed = 8  # the first step is known, the second one runs
+    scheduler.keep(sequence, 7)
+    assert sequence.num_kept == 1
+    scheduler.keep(sequence, 8)
+    assert sequence.num_kept == 2

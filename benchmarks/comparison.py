@@ -10,6 +10,8 @@ from typing import Any
 Round = dict[int, dict[str, Any]]
 
 OURS = "ours"
+OURS_DIRECT = "ours, HAProxy"
+"""With Serve's HAProxy mode, a switch, in place of Serve's own proxy."""
 FASTER = {"vllm": 1.5, "transformers": 2.0, "llama.cpp": 1.0}
 """How many times a peer's tokens a second ours aims at; llama.cpp's is a stretch."""
 
@@ -43,13 +45,13 @@ def _present(rounds: list[Round], concurrency: int, times: str, quantile: str) -
     ]
 
 
-def ratios(middle: dict[str, Round]) -> dict[str, dict[int, dict[str, float]]]:
-    """Ours beside each peer: tokens a second (more is better), p99 of TTFT (less is better)."""
+def ratios(middle: dict[str, Round], of: str = OURS) -> dict[str, dict[int, dict[str, float]]]:
+    """One of ours beside each peer: tokens a second (more is better), p99 of TTFT (less is)."""
     found: dict[str, dict[int, dict[str, float]]] = {}
-    for name in middle.keys() - {OURS}:
+    for name in middle.keys() - {OURS, OURS_DIRECT}:
         found[name] = {}
         for concurrency, theirs in middle[name].items():
-            ours = middle[OURS][concurrency]
+            ours = middle[of][concurrency]
             if theirs["tokens_per_s"] and ours["ttft_ms"] and theirs["ttft_ms"]:
                 found[name][concurrency] = {
                     "tokens_per_s": round(ours["tokens_per_s"] / theirs["tokens_per_s"], 2),

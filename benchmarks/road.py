@@ -29,6 +29,7 @@ from benchmarks.load import closed_loop
 from benchmarks.machine import describe
 from benchmarks.null_server import STEP_S, NullRunner, load
 from benchmarks.peer_process import free_port, serving
+from benchmarks.peer_servers import HAPROXY
 from benchmarks.waiting import summarise
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import SamplingParams
@@ -45,10 +46,7 @@ STREAMS = (1, 16, 32)
 MAX_RUNNING = 64
 MODES: dict[str, dict[str, str]] = {
     "proxy": {},
-    "haproxy": {
-        "RAY_SERVE_ENABLE_HA_PROXY": "1",
-        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-    },
+    "haproxy": HAPROXY,
 }
 """How Serve brings requests to the replica, by the environment that says so."""
 

@@ -39,7 +39,7 @@ def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
     assert document["rounds"] == {"ours": 2, "other": 2}
     assert document["medians"]["ours"][2]["errors"] == 0
     assert document["peers"]["other"]["same_answer"] == 1.0
-    assert set(document["ours_to_theirs"]["other"]) == {1, 2}
+    assert set(document["ours_to_theirs"]["ours"]["other"]) == {1, 2}
 
 
 def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
@@ -76,14 +76,15 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
 
 
 def test_all_peers_say_how_they_are_set(tmp_path: Path) -> None:
-    """Each of the four has a command on the port it is given and pins to be made from."""
+    """Each has a command on the port it is given and pins to be made from."""
     openmp = tmp_path / "lib" / "libiomp5.so"
     openmp.parent.mkdir()
     openmp.touch()
     site = Site(tmp_path / "bin" / "python", tmp_path, tmp_path, tmp_path, 12345, 2)
-    assert [peer.name for peer in PEERS] == ["ours", "vllm", "transformers", "llama.cpp"]
+    own = ["ours", "ours, HAProxy"]
+    assert [peer.name for peer in PEERS] == [*own, "vllm", "transformers", "llama.cpp"]
     for each in PEERS:
         written = "".join(each.command(site)) + (tmp_path / "ours.yaml").read_text()
         assert "12345" in written
         assert each.variables(site) is not None
-        assert bool(each.requirements) == (each.name != "ours")
+        assert bool(each.requirements) == (each.name not in own)

@@ -103,12 +103,20 @@ def start() -> None:
     # It counts the page cache of weights being read as used memory, and kills the replica.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     _reaper()
-    ray.init(
+    init = functools.partial(
+        ray.init,
         address="local",
         include_dashboard=False,
         object_store_memory=OBJECT_STORE_BYTES,
         logging_level=logging.ERROR,
     )
+    try:
+        init()
+    except Exception as error:
+        # On a busy machine its processes may miss each other: each waits 30 s for the next.
+        log.warning("Ray did not start (%s); once more.", error)
+        kill()
+        init()
 
 
 def start_serve(http_options: dict[str, Any] | None = None) -> None:

@@ -150,3 +150,30 @@ sys.exit(not ended)
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_ray_is_started_once_more() -> None:
+    """A start that failed is cleared away and tried again; the second failure is the caller's."""
+    code = """
+import os, subprocess, sys
+import ray
+from serve_app.worker import ray_node
+sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
+left = []
+
+def init(**_):
+    assert not ray_node.below()
+    left.append(subprocess.Popen(sleep, executable=sys.executable))
+    raise TimeoutError("no port")
+
+ray.init = init
+try:
+    ray_node.start()
+except TimeoutError:
+    ray_node.stop()
+    sys.exit(len(left) != 2)
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"Ray did not start (no port); once more." in done.stderr

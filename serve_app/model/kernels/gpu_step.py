@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of a row's logits beside plain torch, of the median row: where two experts
-nearly tie, rounding may choose another one in either."""
+"""Largest relative error of a row's logits beside plain torch."""
+TRIED_ROWS, TRIED_LAYERS = 20, 2
+"""Of so many rows the median is taken, and of so many layers the logits: where two experts nearly
+tie, rounding may choose another one in either, and through many layers hardly a row is spared."""
 
 
 UNPACK_TOLERANCE = 1e-2
@@ -125,9 +127,9 @@ class GpuStep:
         """The step of `model`, or why there is none. `cache` is not in use yet."""
         if reason := _unfit(model):
             return reason
-        step = cls(model, cache, most_rows)
+        step = cls(model, cache, max(most_rows, TRIED_ROWS))
         try:
-            error = step._error(min(most_rows, cache.num_blocks, 20))
+            error = step._error(min(cache.num_blocks, TRIED_ROWS))
         except Exception as failure:  # a compiler's, a driver's: none is worth a model that is down
             return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
         limit = TOLERANCE[model.embedding.dtype]
@@ -160,7 +162,8 @@ class GpuStep:
         queries = x.new_empty(len(x), config.num_heads, config.head_dim)
         attended = x.new_empty(len(x), config.num_heads * config.head_dim)
         parts: Tensor | None = None
-        for i, (block, layer) in enumerate(zip(model.blocks, self._layers, strict=True)):
+        # A trial has fewer blocks.
+        for i, (block, layer) in enumerate(zip(model.blocks, self._layers, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
             halves = layer.in_halves
             y = normed(x, parts, rows, block.attention_norm, halves)
@@ -185,7 +188,10 @@ class GpuStep:
 
     @torch.inference_mode()
     def _error(self, count: int) -> float:
-        """Of the median row, on random keys and values and made-up tokens; one row is nobody's."""
+        """Of the median row through the first layers, on random keys and values and made-up tokens.
+
+        NaN where a number is not finite, be it after all layers. One row is nobody's.
+        """
         cache, size = self._cache, self._cache.block_size
         blocks = torch.arange(count, device=cache.keys[0].device)
         for pages in (*cache.keys, *cache.values):
@@ -202,14 +208,20 @@ class GpuStep:
             block_tables=blocks[:, None],
             sample_rows=blocks,
         )
-        expected = self._model(batch, cache)
         # The last row is nobody's, and nobody else may notice.
         context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
         rows = Rows(tokens, lens - 1, slots, context.int(), blocks[:, None].int())
-        found = self.logits(rows)
+        is_finite = self.logits(rows)[: max(1, count - 1)].isfinite().all()
+        whole = self._model.blocks
+        try:
+            self._model.blocks = whole[:TRIED_LAYERS]
+            expected, found = self._model(batch, cache), self.logits(rows)
+        finally:
+            self._model.blocks = whole
         cache.clear(blocks)
         errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[: max(1, count - 1)]
-        return float(errors.median()) if errors.isfinite().all() else float("nan")
+        is_finite &= errors.isfinite().all()
+        return float(errors.median()) if is_finite else float("nan")
 
 
 def normed(x: Tensor, parts: Tensor | None, rows: Rows, norm: Any, halves: bool) -> Tensor:

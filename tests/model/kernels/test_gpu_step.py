@@ -11,6 +11,7 @@ from serve_app.engine import runner
 from serve_app.engine.flight import Flight
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.kernels import gpu_step
 from serve_app.model.kernels.gpu_step import GpuStep
 from serve_app.model.kernels.nf4_unpack import Unpacker
 from serve_app.model.kernels.rows import Rows
@@ -35,6 +36,13 @@ CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a second for what a GPU does in a millisecond."""
+    monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
+    monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
+
+
 def model_of(quantization: Quantization | None, dtype: torch.dtype, **shape: Any) -> Mixtral:
     config = replace(config_of(tiny=True, layers=2), vocab_size=96, **{**SMALL, **shape})
     return random_model(config, quantization, dtype, CPU)
@@ -47,9 +55,10 @@ def cache_of(model: Mixtral) -> KVCache:
 
 @pytest.mark.parametrize(("quantization", "shape"), CASES.values(), ids=CASES)
 def test_it_gives_the_models_logits(
-    quantization: Quantization | None, shape: dict[str, Any]
+    quantization: Quantization | None, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float32, to its rounding; a row that is nobody's changes nothing for the others."""
+    monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 2)
     torch.manual_seed(1)
     model = model_of(quantization, torch.float32, **shape)
     assert GpuStep(model, cache_of(model), 8)._error(5) < 1e-5

@@ -3,9 +3,10 @@
     python -m benchmarks.peers
 
 The same weights in float32, the same prompts, 64 tokens an answer, streamed, closed loop; each
-server, ours with Serve's own proxy and with HAProxy, alone on the machine with the load generator, round after round; medians. Makes each peer's
-environment the first time, from the package index. A peer that cannot take part is named with the
-reason. Exit code 1 only when ours did not run. The last line is `{peer: {concurrency: tokens/s}}`.
+server alone on the machine with the load generator, ours with Serve's own proxy and with HAProxy;
+round after round; medians. Makes each peer's environment the first time, from the package index. A
+peer that cannot take part is named with the reason. Exit code 1 only when ours did not
+run. The last line is `{peer: {concurrency: tokens/s}}`.
 """
 
 import argparse

@@ -97,7 +97,7 @@ class Alone:
 
     @property
     def runner(self) -> NullRunner:
-        runner = self.engine._runner
+        runner = self.engine._loop._runner
         assert isinstance(runner, NullRunner)
         return runner
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.graphs import DecodeGraphs
 from serve_app.engine.sampler import Sampled, Sampler, upload
 from serve_app.engine.sequence import FAILED, PENDING, Chunk, Samples, Sequence
@@ -54,7 +55,7 @@ class ModelRunner:
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         self._block_size = block_size
         self._device = device
-        self._tables = _BlockTables()
+        self._tables = BlockTables()
         self._sampler = Sampler()
         self._last = Launched(self.cache, [], None)
         step = _compiled_step(model, self.cache, most_rows, device)
@@ -236,35 +237,3 @@ class Launched:
         if sequence.block_table is table:
             own = table[sequence.num_kept :]
             self._cache.clear(torch.tensor(own, device=self._cache.keys[0].device))
-
-
-class _BlockTables:
-    """The block tables of a batch as one padded tensor.
-
-    Most steps change nothing or add a block here and there, so the last tensor is kept.
-    """
-
-    def __init__(self) -> None:
-        self._tables: list[list[int]] = []
-        self._lengths: list[int] = []
-        self._tensor = torch.zeros(0, 0, dtype=torch.int64)
-
-    def of(self, chunks: list[Chunk]) -> Tensor:
-        """`[sequences, max_blocks]` on the host, rows padded with 0."""
-        tables = [chunk.sequence.block_table for chunk in chunks]
-        lengths = [len(table) for table in tables]
-        is_same = len(tables) == len(self._tables) and all(
-            table is known for table, known in zip(tables, self._tables, strict=True)
-        )
-        if not is_same or max(lengths) > self._tensor.shape[1]:
-            # A quarter more columns than needed, so that growing is rare.
-            width = max(lengths) + max(lengths) // 4 + 1
-            self._tensor = torch.zeros(len(tables), width, dtype=torch.int64)
-            known_lengths = [0] * len(tables)
-        else:
-            known_lengths = self._lengths
-        for row, (table, known) in enumerate(zip(tables, known_lengths, strict=True)):
-            if len(table) > known:
-                self._tensor[row, known : len(table)] = torch.tensor(table[known:])
-        self._tables, self._lengths = tables, lengths
-        return self._tensor[:, : max(lengths)]

@@ -144,7 +144,7 @@ def test_a_fault_of_the_loop_itself_hangs_nobody(monkeypatch: pytest.MonkeyPatch
         def schedule() -> list[Chunk]:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(engine._scheduler, "schedule", schedule)
+        monkeypatch.setattr(engine._loop.scheduler, "schedule", schedule)
         runner.let_go()
         with pytest.raises(EngineDead):
             await drain(request, [])

@@ -20,7 +20,7 @@ def rayservice() -> dict[str, Any]:
 def pins() -> dict[str, str]:
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     pinned = project["dependencies"] + project["optional-dependencies"]["dev"]
-    return dict(requirement.split("==") for requirement in pinned)
+    return dict(requirement.partition(";")[0].split("==") for requirement in pinned)
 
 
 def test_rayservice_is_what_serve_takes() -> None:

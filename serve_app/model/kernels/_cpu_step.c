@@ -74,22 +74,22 @@ INLINE float sum(vec v) {
     return v[0];
 }
 
-/* The sums of 16 vectors, that of number j (of its four bits in reverse order) in lane j: halves of two
- * are added until a lane is left, in fewer operations than 16 sums take. */
-INLINE vec sums(vec v[LANES]) {
-    const ivec low[] = {{0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23},
-                        {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27},
-                        {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29},
-                        {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30}};
-#pragma GCC unroll 4
-    for (int stage = 0; stage < 4; stage++) {
-        int half = LANES >> (stage + 1);
-#pragma GCC unroll 8
-        for (int i = 0; i < half; i++)
-            v[i] = __builtin_shuffle(v[i], v[i + half], low[stage]) +
-                   __builtin_shuffle(v[i], v[i + half], low[stage] + half);
-    }
-    return v[0];
+/* Adds the halves of each group of 2 * `half` lanes, of `a` and then of `b`; `low` are first halves. */
+INLINE vec folded(vec a, vec b, ivec low, int half) {
+    return __builtin_shuffle(a, b, low) + __builtin_shuffle(a, b, low + half);
+}
+
+/* The sums of 16 vectors, that of number j (of its four bits in reverse order) in lane j: in fewer
+ * operations than 16 sums take. */
+INLINE vec sums(const vec v[LANES]) {
+    const ivec eights = {0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23};
+    const ivec fours = {0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27};
+    const ivec twos = {0, 1, 4, 5, 8, 9, 12, 13, 16, 17, 20, 21, 24, 25, 28, 29};
+    const ivec ones = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+    vec a[8], b[4];
+    for (int i = 0; i < 8; i++) a[i] = folded(v[i], v[i + 8], eights, 8);
+    for (int i = 0; i < 4; i++) b[i] = folded(a[i], a[i + 4], fours, 4);
+    return folded(folded(b[0], b[2], twos, 2), folded(b[1], b[3], twos, 2), ones, 1);
 }
 
 INLINE vec choose(ivec is_first, vec first, vec second) {
@@ -197,6 +197,17 @@ INLINE void find(const Model *m, const float *pages, const int64_t *table, int64
     }
 }
 
+/* Asks memory for what the next `find` will find: heads are read one after the other, which the
+ * processor does not foresee. */
+INLINE void foresee(const Model *m, const float *pages, const int64_t *table, int64_t t,
+                    int64_t length) {
+    const float *at[LANES];
+    if (t >= length) return;
+    find(m, pages, table, t, length, at);
+    for (int j = 0; j < LANES; j++)
+        for (int64_t i = 0; i < m->kv_heads * m->head_dim; i += LANES) __builtin_prefetch(at[j] + i);
+}
+
 /* Up to TILE_ROWS successive tokens of one sequence, the first at `position`. */
 typedef struct {
     const float *queries; /* [count, stride] */
@@ -221,7 +232,7 @@ INLINE vec products(const float *query, const float **keys, int64_t offset, int6
     for (int64_t i = 0; i < dim; i += LANES) {
         vec some = load(query + i);
 #pragma GCC unroll 16
-        for (int j = 0; j < LANES; j++) dots[j] += some * load(keys[reversed[j]] + offset + i);
+        for (int j = 0; j < LANES; j++) dots[reversed[j]] += some * load(keys[j] + offset + i);
     }
     return sums(dots);
 }
@@ -245,6 +256,7 @@ INLINE void attend(const Model *m, const Layer *layer, const Tile *tile, float *
     const float *at[LANES];
     for (int64_t t = begin; t < end; t += LANES) {
         find(m, layer->keys, tile->table, t, end, at);
+        foresee(m, layer->keys, tile->table, t + 4 * LANES, end);
         for (int64_t r = 0; r < tile->count; r++)
             for (int64_t h = 0; h < m->heads; h++)
                 store(scores + (r * m->heads + h) * padded + t - begin,
@@ -259,6 +271,7 @@ INLINE void attend(const Model *m, const Layer *layer, const Tile *tile, float *
         store(tile->out + i, splat(0.0f));
     for (int64_t t = begin; t < end; t += LANES) {
         find(m, layer->values, tile->table, t, end, at);
+        foresee(m, layer->values, tile->table, t + 4 * LANES, end);
         for (int64_t r = 0; r < tile->count; r++) {
             int64_t first = MAX(begin_of(tile, r) - t, 0), last = MIN(end_of(tile, r) - t, LANES);
             for (int64_t h = 0; h < m->heads; h++) {

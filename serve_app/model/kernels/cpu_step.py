@@ -114,8 +114,9 @@ class CpuStep:
 
     def logits(self, batch: Batch) -> Tensor:
         """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
-        lens = torch.tensor(batch.query_lens)
-        owners = torch.arange(len(lens)).repeat_interleave(lens)
+        owners = torch.arange(len(batch.query_lens))
+        if len(batch.token_ids) > len(owners):  # else all decode; it would take 15 us
+            owners = owners.repeat_interleave(torch.tensor(batch.query_lens))
         tables = batch.block_tables.contiguous()
         tensors = (batch.token_ids, batch.positions, batch.slots, owners, batch.sample_rows, tables)
         counts = (len(owners), len(batch.sample_rows), tables.shape[1])

@@ -24,7 +24,7 @@ from benchmarks.kernels import measure as kernels
 from benchmarks.machine import describe
 from benchmarks.random_model import config_of, random_model
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
-from serve_app.engine.flight import Flight
+from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 from serve_app.model.config import MixtralConfig
@@ -112,9 +112,10 @@ def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> No
     """So many steps in which every sequence gets a token, as the engine makes them: each is started
     before the last one's tokens are read, where the runner can."""
     before: Flight | None = None
+    ahead = looking_ahead(runner)
     for _ in range(num_steps):
         chunks = [Chunk(s, len(s.token_ids) - 1, len(s.token_ids), True) for s in sequences]
-        flight = Flight.start(runner, chunks)
+        flight = Flight.start(runner, ahead, chunks)
         read(before)
         before = flight
     read(before)

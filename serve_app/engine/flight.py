@@ -33,6 +33,11 @@ class AheadRunner(Runner, Protocol):
         ...
 
 
+def looking_ahead(runner: Runner) -> AheadRunner | None:
+    """`runner`, where it can start steps ahead. Asking takes longer than scheduling: ask once."""
+    return runner if isinstance(runner, AheadRunner) and runner.looks_ahead else None
+
+
 class _Known:
     """The outcome of a step that is over."""
 
@@ -51,15 +56,12 @@ class Flight:
     outcome: Outcome
 
     @classmethod
-    def start(cls, runner: Runner, chunks: list[Chunk]) -> "Flight":
-        """Starts a step, or makes it where the runner does not look ahead; raises if it fails.
+    def start(cls, runner: Runner, ahead: AheadRunner | None, chunks: list[Chunk]) -> "Flight":
+        """Starts a step, or makes it where there is no runner that looks ahead; raises if it fails.
 
         From here on its chunks count as computed, and have a token that is `PENDING`.
         """
-        if isinstance(runner, AheadRunner) and runner.looks_ahead:
-            outcome = runner.launch(chunks)
-        else:
-            outcome = _Known(runner.step(chunks))
+        outcome = _Known(runner.step(chunks)) if ahead is None else ahead.launch(chunks)
         for chunk in chunks:
             chunk.sequence.num_computed = chunk.end
             if chunk.samples:

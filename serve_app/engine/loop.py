@@ -9,7 +9,7 @@ import logging
 import time
 
 from serve_app.engine.admission import EngineConfig
-from serve_app.engine.flight import AheadRunner, Flight
+from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.inbox import Inbox, Mail
 from serve_app.engine.kv_cache import BlockAllocator
 from serve_app.engine.outbox import Outbox, Stream
@@ -50,7 +50,7 @@ class Loop:
         self._outbox = Outbox()
         # The live sequences.
         self._streams: dict[Sequence, Stream] = {}
-        self._looks_ahead = isinstance(runner, AheadRunner) and runner.looks_ahead
+        self._ahead = looking_ahead(runner)
         self._flight: Flight | None = None
         # Live sequences whose next step needs to know their last token: it counts tokens here.
         self._num_host_bound = 0
@@ -96,7 +96,7 @@ class Loop:
 
     def _may_overlap(self) -> bool:
         """Whether a step may begin before the last one's tokens are known here."""
-        return self._looks_ahead and not self._num_host_bound
+        return self._ahead is not None and not self._num_host_bound
 
     def _read(self, mail: Mail) -> None:
         for sequence, stream in mail.accepted:
@@ -113,7 +113,7 @@ class Loop:
         self.steps += 1
         self._began = max(self._began, time.perf_counter())
         try:
-            return Flight.start(self._runner, chunks)
+            return Flight.start(self._runner, self._ahead, chunks)
         except Exception as error:
             self._fail_step(chunks, error)
             return None

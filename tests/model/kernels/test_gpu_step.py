@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.random_model import config_of, random_model
 from serve_app.engine import runner
-from serve_app.engine.flight import Flight
+from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 from serve_app.model.kernels import gpu_step
@@ -117,9 +117,15 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
         for i, sequence in enumerate(some):
             sequence.block_table = [2 * i + 1]
-        flights = [Flight.start(runner, [Chunk(s, 0, 3, True) for s in some])]
+        flights = [
+            Flight.start(runner, looking_ahead(runner), [Chunk(s, 0, 3, True) for s in some])
+        ]
         for end in (4, 5):  # no token has been read
-            flights.append(Flight.start(runner, [Chunk(s, end - 1, end, True) for s in some[:2]]))
+            flights.append(
+                Flight.start(
+                    runner, looking_ahead(runner), [Chunk(s, end - 1, end, True) for s in some[:2]]
+                )
+            )
         return [flight.outcome.samples().token_ids for flight in flights]
 
     assert tokens(fast) == expected

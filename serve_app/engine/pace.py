@@ -9,7 +9,7 @@ on how long the contexts are. Knows no sequences.
 MAX_SLOWDOWN = 1.8
 SMOOTHING = 0.3
 """Weight of the newest step in what is remembered."""
-LEAST_SHARE = 16
+LEAST_SHARE = 32
 """A prompt gets at least this part of the largest step: each piece has to read its whole context
 anew, so that small pieces would take the longest, and slow the streams for longer."""
 

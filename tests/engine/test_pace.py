@@ -73,7 +73,7 @@ def test_a_prompt_always_gets_on() -> None:
     pace = Pace(MOST)
     pace.learn(4, 0, 1e-9)
     pace.learn(4, 10, 100.0)
-    assert pace.prompt_tokens(4) == MOST // 16
+    assert pace.prompt_tokens(4) == MOST // 32
 
 
 def test_more_streams_than_were_ever_measured_are_taken_for_fewer() -> None:

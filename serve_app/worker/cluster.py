@@ -122,7 +122,7 @@ def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
 def _begin(settings: Settings, process_s: float | None) -> LoadLog:
     load_log = LoadLog(settings.load_log)
     load_log.start_anew()
-    load_log.done("process", phases.process_age_s() if process_s is None else process_s)
+    load_log.done("process", processes.own_age_s() if process_s is None else process_s)
     return load_log
 
 

@@ -22,7 +22,7 @@ from serve_app.errors import (
 from serve_app.load_log import read_lines
 from serve_app.protocol.sse import DONE, event
 from serve_app.routes import known
-from serve_app.worker import progress
+from serve_app.worker import phases, progress
 from serve_app.worker.boot import Boot
 from serve_app.worker.delivery import Item, batches, merge_chunks, merge_text, postable
 from serve_app.worker.forward import Forward
@@ -155,7 +155,7 @@ class Handler:
         """What `/health` says while no model can say it."""
         health: dict[str, Any] = {
             "status": self.boot.status,
-            **progress.summary(read_lines(self._load_log)),
+            **phases.summary(read_lines(self._load_log)),
         }
         if self.boot.status == "failed" and self.boot.error is not None:
             # Not "error": the SDK fails a job whose output has a field of that name.

@@ -15,7 +15,7 @@ from typing import Any
 from serve_app.errors import EngineDead, ServeError
 from serve_app.load_log import read_lines
 from serve_app.settings import ConfigError, EntrySettings, Settings
-from serve_app.worker import cluster, progress, ray_node
+from serve_app.worker import cluster, phases, ray_node
 from serve_app.worker.banner import banner
 from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.health_listener import HealthListener, listen
@@ -60,7 +60,7 @@ class Door:
     def health(self) -> dict[str, Any]:
         """`{"status", "load": [...]}` and the phase under way, as waiting jobs hear them."""
         written = read_lines(self.load_log) if self.load_log else []
-        return {"status": self.status, **progress.summary(written)}
+        return {"status": self.status, **phases.summary(written)}
 
     def watch(self, port: int) -> None:
         """Keeps `status` true until the signal to stop.

@@ -1,14 +1,14 @@
-"""The phases that another process writes into the load log, in this process's log as they end.
+"""The phases that another process writes into the load log, as this one tells of them.
 
-A short line each, because the platform drops lines from chatty logs. Knows not what they are.
+In its own log, a short line as each ends, because the platform drops lines from chatty logs; and
+to clients, as a summary. Knows not what the phases are, nor who asks.
 """
 
 import contextlib
 import logging
-import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from serve_app.load_log import PHASE_LINE, read_lines
 
@@ -16,24 +16,6 @@ log = logging.getLogger(__name__)
 
 LOOK_S = 0.25
 """Seconds between two looks into the load log."""
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started."""
-    began = (started_at(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
-    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - began
-
-
-def started_at(pid: int) -> int | None:
-    """When process `pid` was started, in clock ticks since the machine was; None: there is none.
-
-    proc(5): field 22 of stat, counted behind the name, which may hold anything.
-    """
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    return int(text.rpartition(")")[2].split()[19])
 
 
 @contextlib.contextmanager
@@ -62,3 +44,30 @@ def logged(path: str | None) -> Iterator[None]:
     finally:
         is_over.set()
         thread.join()
+
+
+def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
+    """Lines of the load log, as clients hear them.
+
+    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
+    it is known how far that is, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
+    """
+    told: dict[str, Any] = {
+        "load": [
+            {"phase": line["phase"], "seconds": line["seconds"]}
+            for line in written
+            if line["state"] == "done"
+        ]
+    }
+    if not written or written[-1]["state"] not in ("started", "running"):
+        return told
+    last = written[-1]
+    told["phase"] = last["phase"]
+    if "done" in last:
+        percent = int(100 * last["done"])
+        message = f"{last['phase']}: {percent} %"
+        if "bytes" in last:
+            size = last["bytes"]
+            message += f", {last['done'] * size / 1e9:.2f} of {size / 1e9:.2f} GB"
+        told |= {"done": last["done"], "progress": percent, "message": message}
+    return told

@@ -1,4 +1,4 @@
-"""The processes below this one: found by what they run, and none outlives it.
+"""The processes below this one: found by what they run, since when, and none outlives it.
 
 Linux only, by /proc and prctl. Knows no Ray and no RunPod.
 """
@@ -40,6 +40,24 @@ def read(pid: int) -> Process | None:
     except OSError:
         return None
     return None if fields[0] in "ZX" else Process(pid, int(fields[1]), fields[19], command)
+
+
+def own_age_s() -> float:
+    """Seconds since this process was started."""
+    began = (started_at(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
+    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - began
+
+
+def started_at(pid: int) -> int | None:
+    """When process `pid` was started, in clock ticks since the machine was; None: there is none.
+
+    proc(5): field 22 of stat, counted behind the name, which may hold anything.
+    """
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    return int(text.rpartition(")")[2].split()[19])
 
 
 def is_alive(process: Process) -> bool:

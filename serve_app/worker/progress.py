@@ -1,8 +1,7 @@
-"""What a loading model is doing, told to the jobs that wait for it; and how updates are sent.
+"""Progress updates, told to a job while it waits.
 
-The replica writes its load phases as JSON lines; this reads them. Progress goes to the address of
-the job's result, where a late one would overwrite it: each is awaited, and none is under way
-when the wait is over.
+They go to the address of the job's result, where a late one would overwrite it: each is awaited,
+and none is under way when the wait is over. Knows not what they say.
 """
 
 import asyncio
@@ -18,33 +17,6 @@ Tell = Callable[[dict[str, Any], dict[str, Any]], Awaitable[None]]
 
 TELL_TIMEOUT_S = 5.0
 """A result is worth more than news of its coming."""
-
-
-def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lines of the load log, as clients hear them.
-
-    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
-    it is known how far that is, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
-    """
-    told: dict[str, Any] = {
-        "load": [
-            {"phase": line["phase"], "seconds": line["seconds"]}
-            for line in written
-            if line["state"] == "done"
-        ]
-    }
-    if not written or written[-1]["state"] not in ("started", "running"):
-        return told
-    last = written[-1]
-    told["phase"] = last["phase"]
-    if "done" in last:
-        percent = int(100 * last["done"])
-        message = f"{last['phase']}: {percent} %"
-        if "bytes" in last:
-            size = last["bytes"]
-            message += f", {last['done'] * size / 1e9:.2f} of {size / 1e9:.2f} GB"
-        told |= {"done": last["done"], "progress": percent, "message": message}
-    return told
 
 
 async def while_waiting(

@@ -18,7 +18,6 @@ from serve_app.worker.boot import Boot
 from serve_app.worker.cluster import Cluster, with_load_log
 from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.handler import Handler
-from serve_app.worker.phases import process_age_s
 from serve_app.worker.results import Results
 from serve_app.worker.sdk import JobLoop
 
@@ -38,7 +37,7 @@ def make_handler(
     the model has died and is not coming back.
     """
     settings = with_load_log(settings)
-    process_s = process_age_s()  # the first job may come much later
+    process_s = processes.own_age_s()  # the first job may come much later
     cluster = Cluster(settings, config, process_s)
     cold = ColdStart(settings)
     final = failure if failure is not None and not failure.retry else None

@@ -1,4 +1,4 @@
-"""Progress while a model loads: read as it is written, told in order, silent once it is over."""
+"""Progress updates while a job waits: told in order, silent once it is over."""
 
 import asyncio
 import itertools
@@ -6,31 +6,6 @@ import itertools
 import pytest
 
 from serve_app.worker import progress
-
-
-def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
-    """The summary has the seconds of what is done, and how far the present phase is."""
-    started = {"phase": "read", "state": "started", "at": 1.0}
-    done = {"phase": "tokenizer", "state": "done", "seconds": 1.5}
-    running = {"phase": "read", "state": "running", "done": 0.4}
-    load = [{"phase": "tokenizer", "seconds": 1.5}]
-    assert progress.summary([]) == {"load": []}
-    assert progress.summary([done]) == {"load": load}
-    assert progress.summary([done, started]) == {"load": load, "phase": "read"}
-    far = {"done": 0.4, "progress": 40}
-    assert progress.summary([done, started, running]) == {
-        "load": load,
-        "phase": "read",
-        "message": "read: 40 %",
-        **far,
-    }
-    told = progress.summary([done, started, {**running, "bytes": 25_200_000_000}])
-    assert told == {
-        "load": load,
-        "phase": "read",
-        "message": "read: 40 %, 10.08 of 25.20 GB",
-        **far,
-    }
 
 
 def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:

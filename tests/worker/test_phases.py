@@ -1,0 +1,28 @@
+"""The phases of a load, as clients hear them."""
+
+from serve_app.worker import phases
+
+
+def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
+    """The summary has the seconds of what is done, and how far the present phase is."""
+    started = {"phase": "read", "state": "started", "at": 1.0}
+    done = {"phase": "tokenizer", "state": "done", "seconds": 1.5}
+    running = {"phase": "read", "state": "running", "done": 0.4}
+    load = [{"phase": "tokenizer", "seconds": 1.5}]
+    assert phases.summary([]) == {"load": []}
+    assert phases.summary([done]) == {"load": load}
+    assert phases.summary([done, started]) == {"load": load, "phase": "read"}
+    far = {"done": 0.4, "progress": 40}
+    assert phases.summary([done, started, running]) == {
+        "load": load,
+        "phase": "read",
+        "message": "read: 40 %",
+        **far,
+    }
+    told = phases.summary([done, started, {**running, "bytes": 25_200_000_000}])
+    assert told == {
+        "load": load,
+        "phase": "read",
+        "message": "read: 40 %, 10.08 of 25.20 GB",
+        **far,
+    }

@@ -44,8 +44,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _start(arguments: list[str]) -> int:
     from serve_app.check import check
     from serve_app.errors import ModelLoadFailed
+    from serve_app.node import fitness, http
     from serve_app.settings import ConfigError, EntrySettings, Settings
-    from serve_app.worker import fitness, http, local, start
+    from serve_app.worker import local, start
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')

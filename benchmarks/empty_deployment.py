@@ -24,7 +24,7 @@ class Empty:
 
 
 def main() -> None:
-    """Starts as `serve_app.worker.cluster` does: no dashboard, no proxy, a small object store."""
+    """Starts as `serve_app.node.cluster` does: no dashboard, no proxy, a small object store."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",

@@ -6,7 +6,7 @@ from pathlib import Path
 from threading import Event
 
 import runpod_entry
-from serve_app.worker import read_ahead
+from serve_app.cold_start import read_ahead
 
 
 def nothing(files: Sequence[Path], load_log: str | None, stop: Event) -> int:

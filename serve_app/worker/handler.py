@@ -20,12 +20,13 @@ from serve_app.errors import (
     job_error,
 )
 from serve_app.load_log import read_lines
+from serve_app.node import phases
+from serve_app.node.forward import Forward
 from serve_app.protocol.sse import DONE, event
 from serve_app.routes import known
-from serve_app.worker import phases, progress
+from serve_app.worker import progress
 from serve_app.worker.boot import Boot
 from serve_app.worker.delivery import Item, batches, merge_chunks, merge_text, postable
-from serve_app.worker.forward import Forward
 from serve_app.worker.job import JobRequest, new_request_id, parse
 
 log = logging.getLogger(__name__)

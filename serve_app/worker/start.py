@@ -10,13 +10,15 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from serve_app import processes
+from serve_app.cold_start.cold_start import ColdStart
 from serve_app.errors import ModelLoadFailed, ServeError
-from serve_app.settings import EntrySettings, Settings
-from serve_app.worker import fitness, processes, progress, ray_node
-from serve_app.worker.banner import banner
+from serve_app.node import fitness, ray_node
+from serve_app.node.banner import banner
+from serve_app.node.cluster import Cluster, with_load_log
+from serve_app.settings import ConfigError, EntrySettings, Settings
+from serve_app.worker import progress
 from serve_app.worker.boot import Boot
-from serve_app.worker.cluster import Cluster, with_load_log
-from serve_app.worker.cold_start import ColdStart
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
 from serve_app.worker.sdk import JobLoop
@@ -79,7 +81,7 @@ def run(
     for line in banner(settings, entry.serve_config, slots, checked):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
-    fitness.register(checks)
+    register(checks)
     processes.end_forks_with_this()
     handler = make_handler(
         settings, entry.serve_config, progress.post, failure, gave_up=lambda: loop.end(1)
@@ -95,6 +97,18 @@ def run(
         ray_node.stop()
     log.info("All jobs are answered; the worker ends.")
     return ray_node.ended(code)
+
+
+def register(wanted: list[fitness.Check]) -> None:
+    """Hands the checks to the SDK; raises `ConfigError` where the SDK cannot be imported."""
+    try:
+        from runpod.serverless import register_fitness_check
+    except ValueError as error:
+        raise ConfigError(
+            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
+        ) from None
+    for check in wanted:
+        register_fitness_check(check)
 
 
 def load_now(boot: Boot) -> bool:

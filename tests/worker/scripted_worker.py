@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import EngineDead, InvalidRequest, error_body
+from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker import post, progress
 from serve_app.worker.boot import Boot
-from serve_app.worker.forward import Forward
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
 from serve_app.worker.sdk import JobLoop

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from serve_app.errors import EngineDead, ModelLoadFailed
+from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker.boot import Boot
-from serve_app.worker.forward import Forward
 
 
 async def echo(call: Call) -> AsyncGenerator[dict[str, Any], None]:

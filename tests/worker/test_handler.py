@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull, error_body
+from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker.boot import Boot
-from serve_app.worker.forward import Forward
 from serve_app.worker.handler import Handler
 
 Items = list[dict[str, Any] | Exception]

@@ -16,13 +16,13 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from serve_app.cold_start import read_ahead
+from serve_app.cold_start.crash_guard import CrashGuard
+from serve_app.cold_start.forecast import Forecast, predict
 from serve_app.errors import ServeError
 from serve_app.load import find_local
 from serve_app.model.shards import shard_files
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker import read_ahead
-from serve_app.worker.crash_guard import CrashGuard
-from serve_app.worker.forecast import Forecast, predict
 
 log = logging.getLogger(__name__)
 

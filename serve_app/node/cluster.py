@@ -1,7 +1,7 @@
 """The deployment on this machine's Ray, for one process: start, reach, watch, stop.
 
-Takes the same file as `serve run`, but no HTTP proxy unless asked: jobs reach the deployment
-through a handle. Knows Ray; knows no jobs.
+Takes the same file as `serve run`, but no HTTP proxy unless asked: calls reach the deployment
+through a handle. Knows Ray; not what a call is for.
 """
 
 import asyncio
@@ -10,13 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from serve_app import processes
+from serve_app.cold_start.killed import MemoryBefore
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.load_log import LoadLog, read_lines
+from serve_app.node import phases, ray_node
+from serve_app.node.forward import Forward, Line
+from serve_app.processes import Process
 from serve_app.settings import ConfigError, Settings, application
-from serve_app.worker import phases, processes, ray_node
-from serve_app.worker.forward import Forward, Line
-from serve_app.worker.killed import MemoryBefore
-from serve_app.worker.processes import Process
 
 log = logging.getLogger(__name__)
 
@@ -30,10 +31,10 @@ STOP_S = 30.0
 
 
 class Cluster:
-    """One model for RunPod jobs: what `Boot` starts, watches and takes down."""
+    """One model that is called through a handle: started, watched, and taken down when it dies."""
 
     def __init__(self, settings: Settings, config: str | Path, process_s: float | None) -> None:
-        """`process_s` is what this process took before it took jobs; None is its age."""
+        """`process_s` is what this process took to come up; None is its age at `start`."""
         self._settings = with_load_log(settings)
         self._config = config
         self._process_s = process_s

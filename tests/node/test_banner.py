@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 import serve_app
+from serve_app.node.banner import banner, gpu, volume
 from serve_app.settings import Settings
-from serve_app.worker.banner import banner, gpu, volume
 
 
 def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:

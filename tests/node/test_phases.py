@@ -1,6 +1,6 @@
 """The phases of a load, as clients hear them."""
 
-from serve_app.worker import phases
+from serve_app.node import phases
 
 
 def test_clients_hear_finished_phases_and_the_one_under_way() -> None:

@@ -1,4 +1,4 @@
-"""`python -m serve_app.worker.reaper MARK FOLDER`: kills what this process's parent leaves behind.
+"""`python -m serve_app.node.reaper MARK FOLDER`: kills what this process's parent leaves behind.
 
 Waits for the end of standard input, which comes when the parent ends, also by `kill -9`; then kills
 every process with the string MARK in its environment, or with an open file in a folder that the
@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serve_app.worker import processes
-from serve_app.worker.processes import Process
+from serve_app import processes
+from serve_app.processes import Process
 
 
 def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":

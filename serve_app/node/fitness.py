@@ -1,4 +1,4 @@
-"""Whether this machine can serve the model: the checks that the SDK runs before it takes jobs.
+"""Whether this machine can serve the model: the checks before it takes jobs or requests.
 
 What another machine may do better belongs here: a failing check reports the worker as unhealthy
 and ends it with code 1 (SDK: `register_fitness_check`). What is wrong with the model or its name is
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.app import is_on_cpu
+from serve_app.cold_start.killed import LOADER_BYTES
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
 from serve_app.host import free_bytes
-from serve_app.settings import ConfigError, Settings
-from serve_app.worker.killed import LOADER_BYTES
-from serve_app.worker.ray_node import OBJECT_STORE_BYTES
+from serve_app.node.ray_node import OBJECT_STORE_BYTES
+from serve_app.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -64,18 +64,6 @@ def first_problem(wanted: list[Check]) -> MachineUnfit | None:
         except MachineUnfit as problem:
             return problem
     return None
-
-
-def register(wanted: list[Check]) -> None:
-    """Hands the checks to the SDK; raises `ConfigError` where the SDK cannot be imported."""
-    try:
-        from runpod.serverless import register_fitness_check
-    except ValueError as error:
-        raise ConfigError(
-            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
-        ) from None
-    for check in wanted:
-        register_fitness_check(check)
 
 
 def require_driver(settings: Settings) -> None:

@@ -7,12 +7,12 @@ import logging
 from pathlib import Path
 
 from serve_app.app import is_on_cpu
+from serve_app.cold_start.load_records import KILLED
 from serve_app.errors import ModelLoadFailed
 from serve_app.host import free_bytes, num_oom_kills
 from serve_app.load import find_local, max_model_len
 from serve_app.memory import compute_need, in_gb
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker.load_records import KILLED
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.worker import read_ahead
-from serve_app.worker.read_ahead import LOOK_BYTES, read, while_starting
+from serve_app.cold_start import read_ahead
+from serve_app.cold_start.read_ahead import LOOK_BYTES, read, while_starting
 from tests.worker.conftest import until
 
 SIZE = 3 * LOOK_BYTES

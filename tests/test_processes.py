@@ -8,14 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.worker import processes, reaper
+from serve_app import processes
+from serve_app.node import reaper
 from tests.processes import all_below, running
 from tests.worker.conftest import until
 
 FAMILY = """
 import os, subprocess, sys, time
 sys.path[:0] = [{root!r}]
-from serve_app.worker import processes, reaper
+from serve_app import processes
+from serve_app.node import reaper
 {before}
 if os.fork() == 0:
     time.sleep(1000)
@@ -61,7 +63,7 @@ def test_a_fork_that_is_told_to_end_says_nothing() -> None:
     """As the heartbeat is at the end of a worker: what its parent does at SIGTERM is not for it."""
     code = """
 import os, signal, time
-from serve_app.worker import processes
+from serve_app import processes
 processes.end_forks_with_this()
 signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
 reads, writes = os.pipe()

@@ -26,12 +26,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import serve_app
+from serve_app.cold_start import load_records
+from serve_app.cold_start.load_records import KILLED, Record
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.gpus import find_gpus
 from serve_app.load import find_local
 from serve_app.settings import Settings
-from serve_app.worker import load_records
-from serve_app.worker.load_records import KILLED, Record
 
 log = logging.getLogger(__name__)
 

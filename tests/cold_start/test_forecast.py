@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
+from serve_app.cold_start import cold_start
+from serve_app.cold_start.forecast import START_S, Forecast, predict, sample
 from serve_app.errors import ModelLoadFailed
 from serve_app.load import find_local
 from serve_app.model.shards import shard_files
 from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
-from serve_app.worker import cold_start
-from serve_app.worker.forecast import START_S, Forecast, predict, sample
 
 GB = 10**9
 

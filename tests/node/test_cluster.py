@@ -14,11 +14,12 @@ import ray.exceptions
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from serve_app.app import build_app
+from serve_app.cold_start import killed
+from serve_app.cold_start.killed import MemoryBefore
+from serve_app.cold_start.load_records import KILLED
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
+from serve_app.node import cluster, forward, ray_node
 from serve_app.settings import ConfigError, Settings
-from serve_app.worker import cluster, forward, killed, ray_node
-from serve_app.worker.killed import MemoryBefore
-from serve_app.worker.load_records import KILLED
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
@@ -139,7 +140,7 @@ def test_what_a_start_that_failed_has_left_is_ended() -> None:
     """Ray knows nothing of it, and the next start would find it in its way."""
     code = """
 import subprocess, sys
-from serve_app.worker import ray_node
+from serve_app.node import ray_node
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 with subprocess.Popen(sleep, executable=sys.executable) as left:
     ray_node.kill()
@@ -157,7 +158,7 @@ def test_ray_is_started_once_more() -> None:
     code = """
 import os, subprocess, sys
 import ray
-from serve_app.worker import ray_node
+from serve_app.node import ray_node
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 left = []
 

@@ -1,0 +1,49 @@
+"""What this machine must have, check by check: enough passes, too little is said in a sentence."""
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.errors import MachineUnfit, ModelLoadFailed
+from serve_app.node import fitness
+from serve_app.settings import Settings
+
+
+def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
+    """Each says how much is free and how much is needed; enough of it is no problem."""
+    fitness.require_shared_memory(tmp_path, 1)
+    fitness.require_disk(tmp_path, 1)
+    with pytest.raises(MachineUnfit, match=r"MB free and Ray needs 1000000 MB.*--shm-size"):
+        fitness.require_shared_memory(tmp_path, 10**12)
+    with pytest.raises(MachineUnfit, match="has 0 MB free"):
+        fitness.require_shared_memory(tmp_path / "absent", 1)
+    with pytest.raises(MachineUnfit, match=r"is full: .* needs 1000000 MB"):
+        fitness.require_disk(tmp_path, 10**12)
+
+
+def test_a_load_onto_a_gpu_needs_main_memory() -> None:
+    """Libraries and weights on their way; a model for the CPU is planned elsewhere."""
+    on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
+    fitness.require_memory(on_gpu, 1)
+    with pytest.raises(MachineUnfit, match=r"GB of main memory are free, .* about 1000000 GB"):
+        fitness.require_memory(on_gpu, 10**15)
+    fitness.require_memory(Settings.from_args({"model": {"name": "tiny"}}, "test"), 10**15)
+
+
+def test_a_gpu_that_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nvidia-smi's own words are in the sentence; a model for the CPU does not ask it."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
+    with pytest.raises(MachineUnfit, match=r"none is seen \(no nvidia-smi\)"):
+        fitness.require_driver(on_gpu)
+    fitness.require_driver(Settings.from_args({"model": {"name": "tiny"}}, "test"))
+
+
+def test_a_model_that_cannot_load_is_no_fault_of_the_machine() -> None:
+    """A wrong name passes the checks, and what the check found of the machine fails them."""
+    tiny = Settings.from_args({"model": {"name": "tiny", "device": "cpu"}}, "test")
+    assert fitness.first_problem(fitness.checks(tiny, ModelLoadFailed("gated"))) is None
+    unfit = MachineUnfit("The GPU is too small.", check="gpu_memory")
+    found = fitness.checks(tiny, unfit)
+    assert fitness.first_problem(found) is unfit
+    assert found[-1].__name__ == "gpu_memory"

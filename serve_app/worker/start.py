@@ -22,6 +22,7 @@ from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
 from serve_app.worker.results import Results
 from serve_app.worker.sdk import JobLoop
+from serve_app.worker.sdk_import import import_sdk
 
 log = logging.getLogger(__name__)
 
@@ -102,11 +103,13 @@ def run(
 def register(wanted: list[fitness.Check]) -> None:
     """Hands the checks to the SDK; raises `ConfigError` where the SDK cannot be imported."""
     try:
-        from runpod.serverless import register_fitness_check
+        import_sdk()
     except ValueError as error:
         raise ConfigError(
             f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
         ) from None
+    from runpod.serverless import register_fitness_check
+
     for check in wanted:
         register_fitness_check(check)
 

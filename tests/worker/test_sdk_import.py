@@ -1,0 +1,28 @@
+"""The SDK's import, in a process that has not imported it yet."""
+
+import subprocess
+import sys
+
+SCRIPT = """
+import cpuinfo
+from serve_app.worker.sdk_import import import_sdk
+
+def measures():
+    raise AssertionError("the clock is measured")
+
+cpuinfo.get_cpu_info = measures
+import_sdk()
+assert cpuinfo.get_cpu_info is measures
+from runpod.serverless.utils import rp_debugger
+print(rp_debugger.PROCESSOR)
+"""
+
+
+def test_the_sdk_knows_the_processor_without_measuring_it() -> None:
+    """A start saves py-cpuinfo's second, and the SDK's debugger still names the processor."""
+    run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    import cpuinfo
+
+    measured = cpuinfo.get_cpu_info().get("brand_raw", "Unable to get processor info.")
+    assert run.stdout.strip() == measured

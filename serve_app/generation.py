@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from serve_app.engine.sequence import Delta, SamplingParams
 from serve_app.errors import ContextLengthExceeded, InternalError, InvalidRequest
+from serve_app.metrics import Metrics
 from serve_app.protocol import messages
 from serve_app.protocol.answer import Generation
 from serve_app.protocol.fields import Sampling, printable
@@ -41,6 +42,7 @@ class Generator:
     max_model_len: int
     """Tokens of prompt and answer together."""
     vocab_size: int
+    metrics: Metrics
 
     async def conversation_ids(
         self, turns: list[Message], field: str = "messages", *, add_generation_prompt: bool = True
@@ -115,22 +117,26 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         """One piece for each delta. Leaving it at any point frees the request's KV blocks."""
         text = TextStream(detokenizer, request.stop, min_tokens=request.min_tokens)
-        async with aclosing(self.engine.generate(ids, params, deadline)) as deltas:
-            async for delta in deltas:
-                piece = text.push(delta.token_ids, _scores(delta))
-                if piece.finish_reason is None and delta.finish_reason is not None:
-                    end = text.finish(_reason(delta))
-                    piece = Piece(
-                        piece.text + end.text,
-                        piece.scores + end.scores,
-                        end.finish_reason,
-                        end.num_tokens,
-                    )
-                if piece.finish_reason is not None:
-                    break
-                yield piece
-            else:
-                raise InternalError("The answer ended without a reason.")
+        came = deadline - self.limits.request_timeout_s  # when the call did
+        with self.metrics.request(len(ids), came) as seen:
+            async with aclosing(self.engine.generate(ids, params, deadline)) as deltas:
+                async for delta in deltas:
+                    seen.delta(delta)
+                    piece = text.push(delta.token_ids, _scores(delta))
+                    if piece.finish_reason is None and delta.finish_reason is not None:
+                        end = text.finish(_reason(delta))
+                        piece = Piece(
+                            piece.text + end.text,
+                            piece.scores + end.scores,
+                            end.finish_reason,
+                            end.num_tokens,
+                        )
+                    if piece.finish_reason is not None:
+                        break
+                    yield piece
+                else:
+                    raise InternalError("The answer ended without a reason.")
+            seen.ended(piece.finish_reason, piece.num_tokens)
         # Outside, so that the blocks are free before the client hears of the end.
         yield piece
 

@@ -28,6 +28,7 @@ from serve_app.errors import (
     ServeError,
     error_body,
 )
+from serve_app.metrics import Metrics
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
 from serve_app.routes import PATHS, known
@@ -61,9 +62,10 @@ def create_app(get_server: Callable[[], "MixtralServer"]) -> FastAPI:
     app = FastAPI(routes=routes, docs_url=None, redoc_url=None, openapi_url=None)
 
     @app.exception_handler(HTTPException)
-    async def unrouted(request: Request, error: HTTPException) -> Response:
+    async def unrouted(request: Request, raised: HTTPException) -> Response:
         # `OPTIONS *`, which is no path.
-        return _failed(RouteNotFound("There is no such route."), uuid.uuid4().hex, {})
+        error = RouteNotFound("There is no such route.")
+        return _failed(error, uuid.uuid4().hex, {}, get_server().metrics)
 
     return app
 
@@ -94,13 +96,13 @@ async def _respond(request: Request, server: "MixtralServer") -> Response:
         reply = await server.answer(Call(method, path, body, request_id))
         headers |= reply.headers
         if reply.chunks is not None:
-            return _EventStream(reply.chunks, request_id, headers)
-        return _json(reply, headers)
+            return _EventStream(reply.chunks, request_id, headers, server.metrics)
+        return _whole(reply, headers)
     except ClientDisconnect:
         log.debug("request %s: the client left before its body was here", request_id)
         return Response(status_code=CLIENT_LEFT)
     except Exception as error:
-        return _failed(error, request_id, headers)
+        return _failed(error, request_id, headers, server.metrics)
 
 
 def _path(scope: Scope) -> str:
@@ -114,12 +116,17 @@ class _EventStream(StreamingResponse):
     """Chunks as server-sent events. However it ends, the chunks are closed: that cancels."""
 
     def __init__(
-        self, chunks: AsyncGenerator[dict[str, Any], None], request_id: str, headers: dict[str, str]
+        self,
+        chunks: AsyncGenerator[dict[str, Any], None],
+        request_id: str,
+        headers: dict[str, str],
+        metrics: Metrics,
     ) -> None:
         self._chunks = chunks
         # Proxies that buffer would hold the tokens back.
         headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__(_events(chunks, request_id), headers=headers, media_type=sse.MEDIA_TYPE)
+        events = _events(chunks, request_id, metrics)
+        super().__init__(events, headers=headers, media_type=sse.MEDIA_TYPE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -129,28 +136,35 @@ class _EventStream(StreamingResponse):
 
 
 async def _events(
-    chunks: AsyncGenerator[dict[str, Any], None], request_id: str
+    chunks: AsyncGenerator[dict[str, Any], None], request_id: str, metrics: Metrics
 ) -> AsyncGenerator[bytes, None]:
     """The events, then `[DONE]`; or the error as the last event, and no `[DONE]`."""
     try:
         async for chunk in chunks:
             yield sse.event(chunk)
     except Exception as error:
-        yield sse.event(error_body(known(error, request_id), request_id))
+        told = known(error, request_id)
+        metrics.error(told)
+        yield sse.event(error_body(told, request_id))
     else:
         yield sse.DONE
 
 
-def _json(reply: Reply, headers: dict[str, str]) -> Response:
-    content = json.dumps(reply.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(content, reply.status, headers, media_type="application/json")
+def _whole(reply: Reply, headers: dict[str, str]) -> Response:
+    content = reply.text
+    if content is None:
+        content = json.dumps(reply.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(content, reply.status, headers, media_type=reply.media_type)
 
 
-def _failed(error: Exception, request_id: str, headers: dict[str, str]) -> Response:
+def _failed(
+    error: Exception, request_id: str, headers: dict[str, str], metrics: Metrics
+) -> Response:
     """The one way an error leaves by HTTP."""
     told = known(error, request_id)
+    metrics.error(told)
     headers = {**headers, **_headers_of(told)}
-    return _json(Reply(error_body(told, request_id), status=told.http_status), headers)
+    return _whole(Reply(error_body(told, request_id), status=told.http_status), headers)
 
 
 def _headers_of(error: ServeError) -> dict[str, str]:

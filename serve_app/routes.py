@@ -26,6 +26,7 @@ Handler = Callable[[Call, float], Awaitable[Reply]]
 PATHS = (
     "/health",
     "/ping",
+    "/metrics",
     "/v1/models",
     "/v1/models/{id:path}",
     "/v1/chat/completions",
@@ -179,7 +180,9 @@ class Routes:
                 result = await plain.answer(head, await self._plain(request, deadline))
                 return {name: result[name] for name in ("text", "finish_reason", "usage")}
             except Exception as error:
-                return error_body(known(error, call.request_id), call.request_id)
+                told = known(error, call.request_id)
+                self._generator.metrics.error(told)
+                return error_body(told, call.request_id)
 
     async def _tokenize(self, call: Call, deadline: float) -> Reply:
         request = await _read(tokens.TokenizeRequest.read, call.body)

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from serve_app import load as loading
+from serve_app import metrics
 from serve_app.errors import (
     Draining,
     EngineDead,
@@ -22,6 +23,7 @@ from serve_app.errors import (
 from serve_app.generation import Generator
 from serve_app.load import Loaded
 from serve_app.load_log import LoadLog
+from serve_app.metrics import Metrics
 from serve_app.protocol.call import Call, Reply
 from serve_app.protocol.fields import printable
 from serve_app.routes import Handler, Routes, known
@@ -44,12 +46,14 @@ class MixtralServer:
         self._engine = self._loaded.engine
         self._phases = load_log.phases
         self._is_draining = False
+        self.metrics = Metrics(settings.model.served_names[0], self._engine.stats)
         generator = Generator(
             self._engine,
             self._loaded.tokenizer,
             settings.api,
             self._loaded.max_model_len,
             self._loaded.vocab_size,
+            self.metrics,
         )
         self._routes = Routes(generator, settings.model.served_names, settings.engine.max_running)
 
@@ -85,8 +89,8 @@ class MixtralServer:
         """`answer` for a deployment handle: everything crosses as data, errors too.
 
         Yields `{"status", "stream", "headers"}`, then `{"chunk"}`s, or `{"progress"}`s and one
-        `{"body"}`. A failure is `{"status", "error"}`, where `error` is an `error_body`, as the
-        last item. Closing the generator cancels the request.
+        `{"body"}`, an object or a text. A failure is `{"status", "error"}`, where `error` is an
+        `error_body`, as the last item. Closing the generator cancels the request.
         """
         try:
             reply = await self._reply(Call(method, path, body, request_id))
@@ -95,10 +99,11 @@ class MixtralServer:
                 is_stream = reply.chunks is not None
                 yield {"status": reply.status, "stream": is_stream, "headers": reply.headers}
                 if reply.chunks is None and reply.steps is None:
-                    yield {"body": reply.body}
+                    yield {"body": reply.body if reply.text is None else reply.text}
                 async for each in running:
                     yield {"chunk": each} if is_stream else each
         except ServeError as error:
+            self.metrics.error(error)
             yield {"status": error.http_status, "error": error_body(error, request_id)}
 
     def drain(self) -> None:
@@ -114,11 +119,15 @@ class MixtralServer:
         """Stops the engine; requests that still run fail."""
         self._engine.stop()
 
+    @property
+    def _status(self) -> str:
+        return "draining" if self._is_draining else "ready"
+
     def health(self) -> dict[str, Any]:
         """The `/health` object."""
         stats = self._engine.stats()
         return {
-            "status": "draining" if self._is_draining else "ready",
+            "status": self._status,
             "model": {
                 "id": self.settings.model.served_names[0],
                 "quantization": self.settings.model.quantization,
@@ -155,15 +164,20 @@ class MixtralServer:
         return handler
 
     def _status_route(self, path: str) -> tuple[str, Handler] | None:
+        if path == "/metrics":
+            return "GET", self._show
         if path not in ("/health", "/ping"):
             return None
 
         async def handler(call: Call, deadline: float) -> Reply:
-            health = self.health()
-            body = health if path == "/health" else {"status": health["status"]}
+            body = self.health() if path == "/health" else {"status": self._status}
             return Reply(body, status=503 if self._is_draining else 200)
 
         return "GET", handler
+
+    async def _show(self, call: Call, deadline: float) -> Reply:
+        # Also while draining, which somebody may want to watch.
+        return Reply(text=self.metrics.text(self._status), media_type=metrics.CONTENT_TYPE)
 
 
 async def _known_failures(chunks: Chunks, request_id: str) -> Chunks:

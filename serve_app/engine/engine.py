@@ -32,8 +32,10 @@ class EngineStats:
     kv_blocks_total: int
     generated_tokens: int
     prompt_tokens: int
+    queried_tokens: int
+    """Of prompts, and of what a preemption put back: looked for in the cache."""
     shared_tokens: int
-    """Of prompts, and of what a preemption put back: found in the cache and not computed."""
+    """Of those: found there, and not computed."""
     preemptions: int
     steps: int
 
@@ -73,6 +75,7 @@ class Engine:
             kv_blocks_total=loop.blocks.num_blocks,
             generated_tokens=loop.generated_tokens,
             prompt_tokens=loop.prompt_tokens,
+            queried_tokens=loop.scheduler.num_queried_tokens,
             shared_tokens=loop.scheduler.num_shared_tokens,
             preemptions=loop.scheduler.num_preemptions,
             steps=loop.steps,
@@ -101,6 +104,7 @@ class Engine:
                 # The engine does not know of a deadline that has passed.
                 has_ended = delta.finish_reason not in (None, "cancelled")
                 if delta.error is None:
+                    delta.queued_s = sequence.queued_s
                     yield delta
                     continue
                 if delta.token_ids:

@@ -13,6 +13,7 @@ knows, and leaves its own blocks to others (`keep`).
 The cost of a step does not depend on how many wait. Knows no tensors, sampling or threads.
 """
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -39,8 +40,10 @@ class Scheduler:
         # Ordered, with removal from the middle in constant time.
         self.waiting: OrderedDict[Sequence, None] = OrderedDict()
         self.num_preemptions = 0
+        self.num_queried_tokens = 0
+        """Tokens that the cache was asked for."""
         self.num_shared_tokens = 0
-        """Tokens that were not computed, as the cache had them."""
+        """Of those, tokens that it had, so that they were not computed."""
 
     @property
     def has_work(self) -> bool:
@@ -136,7 +139,11 @@ class Scheduler:
             raise RuntimeError("a sequence was queued that can never fit into the KV cache")
         head.num_kept = len(shared)
         head.num_computed = len(shared) * self.blocks.block_size
-        self.num_shared_tokens += head.num_computed
+        if self.keeps_prefixes:
+            self.num_queried_tokens += len(head.token_ids)
+            self.num_shared_tokens += head.num_computed
+        if head.queued_s is None:
+            head.queued_s = time.monotonic() - head.arrived
         del self.waiting[head]
         self.running.append(head)
         return True

@@ -3,6 +3,7 @@
 Plain data. Knows no scheduling and no tensors.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
@@ -65,6 +66,8 @@ class Delta:
     """Set on the last delta only, and exactly once."""
     error: BaseException | None = None
     """Why, when `finish_reason` is "error"."""
+    queued_s: float | None = None
+    """Seconds that the request waited for its first step; None while it has had none."""
 
 
 @dataclass(eq=False, slots=True)
@@ -87,6 +90,9 @@ class Sequence:
     """Leading blocks of the table that others may share: never written again."""
     block_hashes: list[bytes] = field(default_factory=list)
     """Of its leading blocks' tokens, as far as anybody has asked."""
+    arrived: float = field(default_factory=time.monotonic)
+    queued_s: float | None = None
+    """Seconds from its arrival until it first ran; None before."""
     sampler_state: Any = None
     """What the sampler remembers of it (token counts); nobody else looks inside."""
 

@@ -22,9 +22,11 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """The answer to a `Call`: one JSON object, a body to come, or chunks as they come."""
+    """The answer to a `Call`: one JSON object, a text, a body to come, or chunks as they come."""
 
     body: dict[str, Any] | None = None
+    text: str | None = None
+    """Of `media_type`, instead of a body."""
     steps: AsyncGenerator[dict[str, Any], None] | None = None
     """`{"progress": {"progress", "message"}}` again and again, then `{"body"}`: an answer that is
     long in coming. Whoever takes a reply with steps closes them, which cancels the request."""
@@ -32,4 +34,5 @@ class Reply:
     """Chunk dicts, without `[DONE]`. Whoever takes a reply with chunks closes them: closing
     is what cancels the request. A failure raises out of the iteration as a `ServeError`."""
     status: int = 200
+    media_type: str = "application/json"
     headers: dict[str, str] = field(default_factory=dict)

@@ -20,6 +20,7 @@ from serve_app.errors import (
     job_error,
 )
 from serve_app.load_log import read_lines
+from serve_app.metrics import status_text
 from serve_app.node import phases
 from serve_app.node.forward import Forward
 from serve_app.protocol.sse import DONE, event
@@ -51,6 +52,7 @@ class Handler:
         load_log: str,
         progress_interval_s: float,
         max_body_bytes: int,
+        model_name: str,
         outlook: Callable[[], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
         """`outlook` is what is said of the load besides how far it is."""
@@ -60,6 +62,7 @@ class Handler:
         self._load_log = load_log
         self._interval_s = progress_interval_s
         self._max_body_bytes = max_body_bytes
+        self._model_name = model_name
 
     async def handle(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
         """What the SDK posts for `job`: chunks of a stream, or one value, or an error."""
@@ -94,10 +97,11 @@ class Handler:
         return [postable(value) for value in _failure(request, error_body(error, request_id))]
 
     async def _answer(self, job: dict[str, Any], request: JobRequest) -> AsyncGenerator[Any, None]:
-        if request.call.path == "/health" and self.boot.forward is None:
+        if request.call.path in ("/health", "/metrics") and self.boot.forward is None:
             if request.call.method != "GET":
-                raise MethodNotAllowed("/health takes GET.")
-            yield self._health()
+                raise MethodNotAllowed(f"{request.call.path} takes GET.")
+            is_health = request.call.path == "/health"
+            yield self._health() if is_health else status_text(self.boot.status, self._model_name)
             return
         sent = False
         for is_last_try in (False, True):

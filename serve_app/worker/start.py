@@ -58,6 +58,7 @@ def make_handler(
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
         max_body_bytes=settings.api.max_body_bytes,
+        model_name=settings.model.served_names[0],
     )
 
 

@@ -107,6 +107,7 @@ def main() -> int:
         load_log=str(load_log),
         progress_interval_s=0.2,
         max_body_bytes=1_000_000,
+        model_name="scripted",
     )
     results = Results("volume" if given.volume else "error", given.volume or "")
     loops.append(JobLoop(handler, given.slots, given.drain_s, results))

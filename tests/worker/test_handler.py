@@ -60,6 +60,7 @@ def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Hand
             load_log=str(tmp_path / "load.jsonl"),
             progress_interval_s=0.1,
             max_body_bytes=10**6,
+            model_name="tiny",
         )
 
     return make

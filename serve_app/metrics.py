@@ -1,0 +1,277 @@
+"""What a serving engine must show, as Prometheus text: load, tokens, latencies, and every end.
+
+Names, units and labels are vLLM's where it counts the same thing, with `mixtral_` for `vllm:`. What
+the engine counts is read when somebody asks. What is observed of requests is kept in plain numbers:
+one token is one observation, and prometheus_client's histogram took 2.0 us for it on the CPU that
+this was written on, where a list of counts takes 0.4. prometheus_client writes the text. No label
+holds anything that a client has sent.
+
+One event loop observes, and anybody may ask. Counters begin with the server: what the load itself
+computed is nobody's request. Knows no HTTP and no Ray: of several replicas each tells its own.
+"""
+
+import time
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from serve_app.engine.sequence import Delta
+from serve_app.errors import InvalidRequest, Overloaded, ServeError, as_serve_error
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+
+    from serve_app.engine.engine import EngineStats
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format: https://prometheus.io/docs/instrumenting/exposition_formats/."""
+
+STATUSES = ("idle", "loading", "ready", "draining", "failed")
+"""What `/health` may say; the first two and the last are a worker's, which has no server."""
+FINISH_REASONS = ("stop", "length", "cancelled", "error")
+
+# From the tiny model on a CPU to Mixtral with a queue in front of it, and closest around what is
+# usually promised: a first token in 0.1 to 2.5 s, the others every 10 to 100 ms.
+FIRST_TOKEN_S = (
+    *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+    *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+)
+INTER_TOKEN_S = (
+    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+)
+QUEUE_S = (
+    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+)
+WHOLE_S = (
+    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0),
+    *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+)
+TOKENS = tuple(2.0**n for n in range(16))
+
+# Name, field of `EngineStats`, help.
+GAUGES = (
+    ("num_requests_running", "running", "Requests in the engine's steps."),
+    ("num_requests_waiting", "waiting", "Requests in the engine's queue."),
+    ("kv_blocks_used", "kv_blocks_used", "KV blocks that requests hold."),
+    ("kv_blocks", "kv_blocks_total", "KV blocks that there are."),
+)
+COUNTERS = (
+    ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),
+    ("generation_tokens", "generated_tokens", "Tokens that were generated."),
+    (
+        "prefix_cache_queries",
+        "queried_tokens",
+        "Tokens looked for in the prefix cache: of prompts, and of what a preemption put back.",
+    ),
+    ("prefix_cache_hits", "shared_tokens", "Tokens found in the prefix cache, and not computed."),
+    ("num_preemptions", "preemptions", "Running requests put back for want of KV blocks."),
+    ("engine_steps", "steps", "Steps of the engine."),
+)
+
+
+class Histogram:
+    """How many values were at most each of `bounds`, which ascend; and their sum."""
+
+    __slots__ = ("_bounds", "_counts", "_help", "_name", "_sum")
+
+    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
+        self._name = name
+        self._help = help
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def family(self, model: str) -> "Metric":
+        from prometheus_client.metrics_core import HistogramMetricFamily
+
+        buckets: list[tuple[str, float]] = []
+        total = 0
+        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
+            total += count
+            buckets.append((str(bound), total))
+        family = HistogramMetricFamily(f"mixtral_{self._name}", self._help, labels=["model_name"])
+        family.add_metric([model], buckets, self._sum)
+        return family
+
+
+class Metrics:
+    """What one server shows of itself. `model` is its public name; `stats` asks its engine."""
+
+    def __init__(self, model: str, stats: Callable[[], "EngineStats"]) -> None:
+        # Now rather than with the first question, which would keep the event loop for 0.1 s.
+        import prometheus_client  # noqa: F401
+
+        self._model = model
+        self._stats = stats
+        self._begin = stats()
+        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+        self._errors = dict.fromkeys(_codes(ServeError), 0)
+        self.first_token = Histogram(
+            "time_to_first_token_seconds",
+            "From a call's arrival to its first token.",
+            FIRST_TOKEN_S,
+        )
+        self.inter_token = Histogram(
+            "inter_token_latency_seconds",
+            "Between two tokens of an answer, as they are taken from the engine.",
+            INTER_TOKEN_S,
+        )
+        self.queue = Histogram(
+            "request_queue_time_seconds",
+            "In the engine's queue before the first step, of requests that got a token.",
+            QUEUE_S,
+        )
+        self.whole = Histogram(
+            "e2e_request_latency_seconds",
+            "From a call's arrival to the end of an answer, stop or length.",
+            WHOLE_S,
+        )
+        self.prompt_tokens = Histogram(
+            "request_prompt_tokens",
+            "Tokens of prompts whose answers came to their end, stop or length.",
+            TOKENS,
+        )
+        self.generation_tokens = Histogram(
+            "request_generation_tokens",
+            "Tokens of answers that came to their end, stop or length.",
+            TOKENS,
+        )
+
+    def request(self, num_prompt: int, came: float) -> "Request":
+        """One prompt of `num_prompt` tokens, of a call that came at `came` (`time.monotonic`)."""
+        return Request(self, num_prompt, came)
+
+    def error(self, error: BaseException) -> None:
+        """Counts an error that a client is told."""
+        code = _code(type(as_serve_error(error)))
+        self._errors[code] = self._errors.get(code, 0) + 1
+
+    def text(self, status: str) -> str:
+        """All of it in Prometheus' text format. `status` is what `/health` says."""
+        return _text(self._families(status))
+
+    def _families(self, status: str) -> Iterator["Metric"]:
+        from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
+
+        yield _status(status, self._model)
+        now = self._stats()
+        for name, field, help in GAUGES:
+            gauge = GaugeMetricFamily(f"mixtral_{name}", help, labels=["model_name"])
+            gauge.add_metric([self._model], getattr(now, field))
+            yield gauge
+        for name, field, help in COUNTERS:
+            counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name"])
+            counter.add_metric([self._model], getattr(now, field) - getattr(self._begin, field))
+            yield counter
+        for name, label, help, counts in (
+            ("requests", "finish_reason", "Requests that ended.", self.finished),
+            ("errors", "code", "Errors told: refusals, and failed requests.", self._errors),
+        ):
+            counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name", label])
+            for value, count in counts.items():
+                counter.add_metric([self._model, value], count)
+            yield counter
+        for histogram in (self.first_token, self.inter_token, self.queue):
+            yield histogram.family(self._model)
+        for histogram in (self.whole, self.prompt_tokens, self.generation_tokens):
+            yield histogram.family(self._model)
+
+
+class Request:
+    """One prompt's answer, while it comes. As a context it counts its end once, whatever it is.
+
+    A request that is refused before its first token has not begun: only its error counts.
+    """
+
+    __slots__ = ("_came", "_finish_reason", "_last", "_metrics", "_num_prompt")
+
+    def __init__(self, metrics: Metrics, num_prompt: int, came: float) -> None:
+        self._metrics = metrics
+        self._num_prompt = num_prompt
+        self._came = came
+        self._last: float | None = None
+        self._finish_reason = "error"
+
+    def delta(self, delta: Delta) -> None:
+        """Something came. The time since the last token is shared out evenly."""
+        if not (num_tokens := len(delta.token_ids)):
+            return
+        now = time.monotonic()
+        if self._last is not None:
+            self._metrics.inter_token.observe((now - self._last) / num_tokens, num_tokens)
+        else:
+            self._metrics.first_token.observe(now - self._came)
+            if delta.queued_s is not None:
+                self._metrics.queue.observe(delta.queued_s)
+        self._last = now
+
+    def ended(self, finish_reason: str, num_tokens: int) -> None:
+        """The answer is whole, with `num_tokens` tokens: "stop" or "length"."""
+        self._finish_reason = finish_reason
+        self._metrics.whole.observe(time.monotonic() - self._came)
+        self._metrics.prompt_tokens.observe(self._num_prompt)
+        self._metrics.generation_tokens.observe(num_tokens)
+
+    def __enter__(self) -> "Request":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        finish_reason = self._finish_reason
+        if isinstance(error, Exception):
+            if self._last is None and isinstance(error, InvalidRequest | Overloaded):
+                return
+            finish_reason = "error"
+        elif error is not None:  # nobody listens any more: a generator or a task was ended
+            finish_reason = "cancelled"
+        self._metrics.finished[finish_reason] += 1
+
+
+def status_text(status: str, model: str) -> str:
+    """All that can be shown of a model that is not there, in Prometheus' text format."""
+    return _text([_status(status, model)])
+
+
+def _status(status: str, model: str) -> "Metric":
+    from prometheus_client.metrics_core import GaugeMetricFamily
+
+    help = "1 for what /health says, 0 for what else it could say."
+    family = GaugeMetricFamily("mixtral_status", help, labels=["model_name", "status"])
+    for each in STATUSES:
+        family.add_metric([model, each], each == status)
+    return family
+
+
+def _text(families: Iterable["Metric"]) -> str:
+    from prometheus_client import CollectorRegistry, generate_latest
+    from prometheus_client.registry import Collector
+
+    class Families(Collector):
+        def collect(self) -> Iterable["Metric"]:
+            return families
+
+    registry = CollectorRegistry()
+    registry.register(Families())
+    return generate_latest(registry).decode()
+
+
+def _code(kind: type[ServeError]) -> str:
+    return kind.code or kind.type
+
+
+def _codes(kind: type[ServeError]) -> Iterator[str]:
+    """Of every error there is: a counter that is there from the start can be seen to rise."""
+    yield _code(kind)
+    for each in kind.__subclasses__():
+        yield from _codes(each)

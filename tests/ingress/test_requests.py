@@ -127,7 +127,7 @@ def test_a_path_that_is_none(http: httpx.Client) -> None:
     assert json.loads(body)["error"]["code"] == "not_found"
 
 
-@pytest.mark.parametrize("path", ["/health", "/ping", "/v1/models"])
+@pytest.mark.parametrize("path", ["/health", "/ping", "/metrics", "/v1/models"])
 def test_head_is_get_without_its_body(http: httpx.Client, path: str) -> None:
     """For load balancers that only want the status."""
     head, get = http.head(path), http.get(path)
@@ -150,7 +150,7 @@ def test_keys(door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -
     """Every route but the watchers' asks for one of the keys, as a bearer token."""
     monkeypatch.setenv("API_KEYS", "first, sécond")
     door.serve()
-    for path in ("/health", "/ping"):
+    for path in ("/health", "/ping", "/metrics"):
         assert http.get(path).status_code == 200
     for given in ("", "Bearer", "Bearer wrong", "first", "Basic first", "Bearer first, sécond"):
         response = http.get("/v1/models", headers={b"Authorization": given.encode()})

@@ -13,6 +13,7 @@ from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
+from tests.exposition import Shown
 
 Items = list[dict[str, Any] | Exception]
 
@@ -248,6 +249,23 @@ def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Han
     assert run(warm, {"route": "/health"}) == [{"status": "ready"}]
     posted = error_of(run(cold, {"route": "/health", "method": "POST"}))
     assert posted["status"] == "VALIDATION_FAILED"
+
+
+def test_metrics_are_shown_without_starting_the_model(handler_of: Callable[..., Handler]) -> None:
+    """Before there is a model the text has its status; then the model's own text is the output."""
+    cold = handler_of(ModelLoadFailed("No such checkpoint."))
+    for given, status in (
+        ({"route": "/metrics"}, "idle"),
+        ({"openai_route": "/metrics"}, "failed"),
+    ):
+        (text,) = run(cold, given)
+        assert Shown(text).by("status", "status") == {status: 1}
+        run(cold, {"prompt": "x"})
+    warm = handler_of(Model([HEAD, {"body": {"text": ""}}], [HEAD, {"body": "# A text.\n"}]))
+    run(warm, {"prompt": "x"})
+    assert run(warm, {"endpoint": "/metrics"}) == ["# A text.\n"]
+    posted = error_of(run(cold, {"route": "/metrics", "method": "POST"}))
+    assert posted["message"] == "/metrics takes GET."
 
 
 def test_waiting_jobs_hear_that_the_model_loads(

@@ -14,7 +14,6 @@ libraries themselves are in the page cache: a container's first start is slower.
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -29,7 +28,7 @@ import requests
 import yaml
 
 from benchmarks.forms import forget, read_plainly, write_forms
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from serve_app.tiny import CHECKPOINT
 from tests.emulator import client_half
 from tests.emulator.platform import Platform
@@ -194,10 +193,7 @@ def main() -> int:
             document["ahead"] = compare_ahead(folder, options.gb, options.repeats)
         finally:
             shutil.rmtree(folder)
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     return 0
 
 

@@ -10,7 +10,6 @@ side. Consumers share the machine with the engine, as they do in a server; no HT
 
 import argparse
 import asyncio
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, Samples, SamplingParams
@@ -260,9 +259,7 @@ def main() -> None:
     print(f"waiting: {document['speed_with_2000_waiting']} of the speed without")
     document["ttft_with_90_percent_shared"] = prefix(bench)
     document["intruder"] = intruder(bench)
-    if options.save:
-        options.save.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(document))
+    publish(document, options.save)
 
 
 if __name__ == "__main__":

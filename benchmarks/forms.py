@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from serve_app.convert import convert
 from serve_app.model.checkpoint import expected_shapes, inspect
 from serve_app.model.config import MixtralConfig
@@ -210,10 +210,7 @@ def main() -> int:
         "convert_s": round(convert_s, 3),
         "forms": results,
     }
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     return 0
 
 

@@ -10,7 +10,6 @@ with `--weights bf16`, floats; 24 GB or 93 GB at all layers. Needs torch, triton
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from benchmarks.device import Device
 from benchmarks.kernels import interpret, shapes_of
 from benchmarks.kernels import measure as kernels
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.random_model import config_of, random_model
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
 from serve_app.engine.flight import Flight, looking_ahead
@@ -243,10 +242,7 @@ def main(arguments: list[str] | None = None) -> int:
         **measure(bench),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     return 0
 
 

@@ -1,5 +1,6 @@
-"""Where and with what a figure was measured: what every document in `results/` begins with."""
+"""Where and with what a figure was measured, and how `results/` keeps it."""
 
+import json
 import os
 import platform
 from datetime import UTC, datetime
@@ -21,6 +22,14 @@ def describe() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "versions": {name: found for name in PACKAGES if (found := _version(name))},
     }
+
+
+def publish(document: dict[str, Any], file: Path | None) -> None:
+    """Prints the document as one line of JSON, the run's last; `file` gets it with its fields in
+    lines, so that two runs can be compared."""
+    if file is not None:
+        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(document))
 
 
 def _version(package: str) -> str | None:

@@ -26,7 +26,7 @@ import yaml
 
 from benchmarks.cpu_time import seconds_by_part
 from benchmarks.load import closed_loop
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.null_server import STEP_S, NullRunner, load
 from benchmarks.peer_process import free_port, serving
 from benchmarks.peer_servers import HAPROXY
@@ -248,10 +248,7 @@ def main() -> int:
             mode: http(mode, options.tokens, options.seconds, Path(folder))
             for mode in options.modes
         }
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     failed = [each for levels in document["http"].values() for each in levels if each["errors"]]
     return 1 if failed else 0
 

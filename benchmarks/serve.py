@@ -10,13 +10,12 @@ Counts tokens by the server's own usage; a server without usage is counted by ch
 
 import argparse
 import asyncio
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.load import closed_loop, open_loop
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
 from benchmarks.waiting import Objective, summarise
@@ -125,12 +124,9 @@ def main() -> int:
         "seed": options.seed,
         "levels": levels,
     }
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
     if options.plot:
         plot({options.model: levels}, "rate" if options.rate else "concurrency", options.plot)
-    print(text)
+    publish(document, options.save)
     return 1 if any(level["errors"] for level in levels) else 0
 
 

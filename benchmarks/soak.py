@@ -10,7 +10,6 @@ more than a twentieth after the first tenth of the jobs.
 """
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, endpoint
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from benchmarks.memory import memory_by_process
 from tests.emulator.faults import RESET
 from tests.emulator.queue import Job
@@ -164,10 +163,7 @@ def main() -> int:
     for line in figures["wrong"]:
         print(line, file=sys.stderr)
     document = {"benchmark": "soak", **describe(), **figures}
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     has_grown = figures["growth"] > MAX_GROWTH
     return 1 if figures["wrong"] or figures["kv_blocks_used"] or has_grown else 0
 

@@ -8,7 +8,6 @@ posts every token on its own, as the SDK's examples do. Does not measure the mod
 """
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.endpoint import Endpoint, endpoint
-from benchmarks.machine import describe
+from benchmarks.machine import describe, publish
 from tests.emulator.worker import ENTRY
 
 WORKERS = {
@@ -135,10 +134,7 @@ def main() -> int:
                     )
             print(f"{name:>14} not streamed: {results[name]['unstreamed_tokens_per_s']} tok/s")
     document = {"benchmark": "streaming", **describe(), "tokens": options.tokens, "posts": results}
-    text = json.dumps(document)
-    if options.save:
-        options.save.write_text(text + "\n", encoding="utf-8")
-    print(text)
+    publish(document, options.save)
     return 0
 
 

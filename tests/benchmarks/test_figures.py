@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic: lengths, prompts, percentiles, goodput, medians, ratios, targets."""
 
+import json
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 
 from benchmarks.comparison import likeness, medians, ratios, targets
 from benchmarks.load import Outcome
+from benchmarks.machine import publish
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
 from benchmarks.waiting import Objective, summarise
@@ -109,3 +111,17 @@ def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
     assert "<svg" in drawn
     assert "<!-- vllm, p99 -->" in drawn
     assert drawn == (tmp_path / "b.svg").read_text()
+
+
+def test_a_document_is_one_line_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is printed is what is kept, in lines of its own; without a file nothing is."""
+    document = {"benchmark": "test", "levels": [1, 2]}
+    publish(document, tmp_path / "kept.json")
+    publish(document, None)
+    first, second = capsys.readouterr().out.splitlines()
+    kept = (tmp_path / "kept.json").read_text(encoding="utf-8")
+    assert json.loads(first) == json.loads(second) == json.loads(kept) == document
+    assert kept.count("\n") > 3
+    assert list(tmp_path.iterdir()) == [tmp_path / "kept.json"]

@@ -5,12 +5,13 @@ from collections.abc import Iterable
 from functools import cache
 
 from serve_app.tiny import corpus
+from serve_app.tiny.topics import Pair
 
 DIALOGUES = 20_000
 
 
 @cache
-def trained_pairs() -> frozenset[corpus.Pair]:
+def trained_pairs() -> frozenset[Pair]:
     return frozenset(pair for dialogue in corpus.training(DIALOGUES) for pair in dialogue.turns)
 
 
@@ -25,7 +26,7 @@ def test_no_held_out_question_is_trained_on() -> None:
 def test_no_held_out_operands_are_trained_on() -> None:
     """Held-out sums are new as sums, in either order, and not only in their wording."""
 
-    def operands(pairs: Iterable[corpus.Pair]) -> set[frozenset[str]]:
+    def operands(pairs: Iterable[Pair]) -> set[frozenset[str]]:
         sums = (answer.split(" = ")[0] for _, answer in pairs if " + " in answer)
         return {frozenset(text.split(" + ")) for text in sums}
 
@@ -37,7 +38,7 @@ def test_no_held_out_operands_are_trained_on() -> None:
 def test_no_held_out_word_is_spelled_in_training() -> None:
     """The words to spell and to repeat in the exam occur in no trained answer of that kind."""
 
-    def spelled(pairs: Iterable[corpus.Pair]) -> set[str]:
+    def spelled(pairs: Iterable[Pair]) -> set[str]:
         return {answer for question, answer in pairs if "pell" in question}
 
     exam = spelled(corpus.held_out())

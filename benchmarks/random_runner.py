@@ -1,0 +1,115 @@
+"""The engine's runner with random weights: tokens per second of its decode steps and its prefill.
+
+Knows a device and the options of `benchmarks.gpu`, not what the speeds are compared with.
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from benchmarks.device import Device
+from benchmarks.random_model import config_of, random_model
+from serve_app.engine.flight import Flight, looking_ahead
+from serve_app.engine.runner import ModelRunner
+from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.footprint import kv_bytes
+from serve_app.model.stacked import Quantization
+
+BLOCK_SIZE = 16
+ROUND = 16
+"""Steps between two looks at the clock."""
+EXTRA = 320
+"""Tokens that a sequence may get while it is measured."""
+SPARE = 3e9
+"""Bytes of a device that are left to intermediate results."""
+
+
+class RandomRunner:
+    """Random weights, a cache full of random keys and values, and a clock."""
+
+    def __init__(self, options: argparse.Namespace, device: Device) -> None:
+        self.device, self.options = device, options
+        self.dtype = torch.bfloat16 if device.is_cuda else torch.float32
+        self.config = config_of(tiny=options.tiny, layers=options.layers)
+        self.absmax = None if options.weights == "bf16" else options.absmax
+        self.quantization = None if self.absmax is None else Quantization("nf4", self.absmax)
+        self.model = random_model(self.config, self.quantization, self.dtype, device.device)
+        self.batches = [n for n in options.batches if n <= self._most_sequences()]
+        tokens = max(max(self.batches) * (options.context + EXTRA), options.prompt)
+        sizes = (-(-tokens // BLOCK_SIZE), BLOCK_SIZE)
+        most_rows = max(self.batches)
+        made = (self.model, *sizes, self.dtype, device.device)
+        self.runner = ModelRunner(*made, most_rows=most_rows)
+        for pages in (*self.runner.cache.keys, *self.runner.cache.values):
+            pages.normal_()
+
+    def _most_sequences(self) -> int:
+        if not self.device.is_cuda:
+            return 8
+        free = torch.cuda.mem_get_info(self.device.device)[0] - SPARE
+        return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
+
+    @property
+    def note(self) -> str:
+        """How its steps are made."""
+        return self.runner.note
+
+    def release(self) -> None:
+        """Gives the model's memory back."""
+        del self.model, self.runner
+        if self.device.is_cuda:
+            torch.cuda.empty_cache()
+
+    def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
+        """`count` sequences whose tokens but the last are computed, each with its own blocks."""
+        blocks = -(-(num_tokens + EXTRA) // BLOCK_SIZE)
+        params = SamplingParams(512, ignore_eos=True, **how)
+        made = []
+        for i in range(count):
+            ids = torch.randint(self.config.vocab_size, (num_tokens,)).tolist()
+            sequence = Sequence(ids, params, seed=i, stop_ids=frozenset())
+            sequence.block_table = list(range(i * blocks, (i + 1) * blocks))
+            sequence.num_computed = num_tokens - 1
+            made.append(sequence)
+        return made
+
+    def decode(self, batch: int) -> float:
+        """Tokens per second of `batch` sequences that are sampled, one step after the other."""
+        sequences = self.sequences(batch, self.options.context, temperature=0.7)
+        decode(self.runner, sequences, 2)
+        steps, began = 0, time.perf_counter()
+        while steps < ROUND or (steps < 256 and time.perf_counter() - began < self.options.seconds):
+            decode(self.runner, sequences, ROUND)
+            steps += ROUND
+        self.device.wait()
+        return float(batch * steps / (time.perf_counter() - began))
+
+    def prefill(self) -> float:
+        """Tokens per second of one prompt, in one step."""
+        prompt = self.sequences(1, self.options.prompt, temperature=0.0)[0]
+        whole = [Chunk(prompt, 0, self.options.prompt, True)]
+        prompt.block_table = list(range(-(-self.options.prompt // BLOCK_SIZE)))
+        seconds = self.device.seconds(lambda: self.runner.step(whole), repeats=3)
+        return float(self.options.prompt / seconds)
+
+
+def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:
+    """So many steps in which every sequence gets a token, as the engine makes them: each is started
+    before the last one's tokens are read, where the runner can."""
+    before: Flight | None = None
+    ahead = looking_ahead(runner)
+    for _ in range(num_steps):
+        chunks = [Chunk(s, len(s.token_ids) - 1, len(s.token_ids), True) for s in sequences]
+        flight = Flight.start(runner, ahead, chunks)
+        read(before)
+        before = flight
+    read(before)
+
+
+def read(flight: Flight | None) -> None:
+    """Waits for a step, and gives its sequences their tokens."""
+    if flight is not None:
+        for chunk, token in zip(flight.chunks, flight.outcome.samples().token_ids, strict=True):
+            chunk.sequence.token_ids[chunk.end] = token

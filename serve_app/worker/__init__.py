@@ -10,6 +10,7 @@ Read `start.py` first, which puts the parts together. Then follow a job:
     delivery           a stream's chunks, merged while a post is under way
     results, post      the terminal body, posted until the platform has it
     stops, drain       what ends a job early: a cancel, or the end of the worker
+    sdk_import         the SDK's import, without the second that it wastes
 
 `local.py` runs one job from the command line instead. The model is `serve_app.node`'s.
 """

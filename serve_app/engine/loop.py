@@ -162,8 +162,7 @@ class Loop:
             return
         sequence.token_ids[place] = token
         self.generated_tokens += 1
-        is_last = place + 1 - sequence.num_prompt >= sequence.params.max_tokens
-        reason: FinishReason | None = "length" if is_last else None
+        reason: FinishReason | None = "length" if place + 1 >= sequence.most_tokens else None
         delta = Delta([token], [] if logprob is None else [logprob], reason)
         if reason is None:
             self._outbox.add(self._streams[sequence], delta)

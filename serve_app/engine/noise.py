@@ -19,7 +19,7 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     The argmax of logits plus this noise is a sample of their softmax. float64, because the tail
     of the distribution is what decides, and because it leaves no ties.
     """
-    keys = _mix(_mix(seeds) + positions * _GOLDEN)
+    keys = _mix(_mix(seeds.clone()) + positions * _GOLDEN)
     ids = torch.arange(vocab_size, device=seeds.device) * _GOLDEN
     bits = _shift_right(_mix(keys[:, None] + ids), 12)
     # 52 bits and a half: never 0 and never 1.
@@ -33,11 +33,15 @@ def signed(seed: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    """Overwrites `x`: fresh memory for each operation would take longer than the operation."""
+    x ^= _shift_right(x, 30)
+    x *= _MIX_1
+    x ^= _shift_right(x, 27)
+    x *= _MIX_2
+    x ^= _shift_right(x, 31)
+    return x
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """The logical shift; torch's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

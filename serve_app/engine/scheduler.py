@@ -103,10 +103,13 @@ class Scheduler:
         while index < len(self.running) and len(chunks) < self.max_step_tokens:
             sequence = self.running[index]
             index += 1
-            if sequence.is_complete:  # its last token is still on its way
+            total = len(sequence.token_ids)
+            # One that is complete has its last token still on its way.
+            if sequence.num_computed != total - 1 or sequence.is_complete:
                 continue
-            if sequence.num_uncomputed == 1 and self._make_room(sequence):
-                chunks.append(_chunk(sequence, 1))
+            has_room = total <= len(sequence.block_table) * self.blocks.block_size
+            if has_room or self._make_room(sequence):
+                chunks.append(Chunk(sequence, total - 1, total, True))
         return chunks
 
     def _make_room(self, sequence: Sequence) -> bool:

@@ -82,6 +82,8 @@ class Sequence:
     stop_ids: frozenset[int]
     """The ids that end it: its own and, unless `ignore_eos`, the model's."""
     num_prompt: int = field(init=False)
+    most_tokens: int = field(init=False)
+    """Prompt and answer together, where nothing else ends it."""
     num_computed: int = 0
     """How many of `token_ids` have keys and values in the cache; a preemption sets it to 0."""
     block_table: list[int] = field(default_factory=list)
@@ -98,6 +100,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.num_prompt = len(self.token_ids)
+        self.most_tokens = self.num_prompt + self.params.max_tokens
 
     @property
     def num_generated(self) -> int:
@@ -106,7 +109,7 @@ class Sequence:
     @property
     def is_complete(self) -> bool:
         """Whether it has all its tokens, the last of which may be `PENDING`."""
-        return self.num_generated >= self.params.max_tokens
+        return len(self.token_ids) >= self.most_tokens
 
     @property
     def num_uncomputed(self) -> int:

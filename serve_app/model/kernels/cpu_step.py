@@ -12,6 +12,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -114,13 +115,14 @@ class CpuStep:
 
     def logits(self, batch: Batch) -> Tensor:
         """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
-        owners = torch.arange(len(batch.query_lens))
-        if len(batch.token_ids) > len(owners):  # else all decode; it would take 15 us
-            owners = owners.repeat_interleave(torch.tensor(batch.query_lens))
-        tables = batch.block_tables.contiguous()
-        tensors = (batch.token_ids, batch.positions, batch.slots, owners, batch.sample_rows, tables)
-        counts = (len(owners), len(batch.sample_rows), tables.shape[1])
-        rows = _Rows(*counts, *(tensor.data_ptr() for tensor in tensors))
+        owners = np.arange(len(batch.query_lens)).repeat(batch.query_lens)
+        tables = batch.block_tables
+        assert tables.stride(1) == 1
+        counts = (len(owners), len(batch.sample_rows), tables.stride(0))
+        inputs = (batch.token_ids.data_ptr(), batch.positions.data_ptr(), batch.slots.data_ptr())
+        rows = _Rows(
+            *counts, *inputs, owners.ctypes.data, batch.sample_rows.data_ptr(), tables.data_ptr()
+        )
         logits = torch.empty(len(batch.sample_rows), self._row_size)
         failed = self._step(
             ctypes.byref(self._model), ctypes.byref(rows), POINTER(logits.data_ptr())

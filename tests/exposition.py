@@ -20,14 +20,19 @@ class Shown:
         """The value of `mixtral_<name>` for the model and these labels."""
         return self._values[(f"mixtral_{name}", *sorted({**MODEL, **labels}.items()))]
 
-    def by(self, label: str, name: str) -> dict[str, float]:
-        """The values of `mixtral_<name>` that are not 0, by `label`."""
+    def by(self, label: str, name: str) -> dict[str, int]:
+        """The counts of `mixtral_<name>` that are not 0, by `label`."""
         samples = [sample for family in self.families.values() for sample in family.samples]
         return {
-            sample.labels[label]: sample.value
+            sample.labels[label]: int(sample.value)
             for sample in samples
             if sample.name == f"mixtral_{name}" and sample.value
         }
+
+    @property
+    def series(self) -> set[object]:
+        """Every name with its labels."""
+        return set(self._values)
 
     @property
     def labels(self) -> dict[str, set[str]]:

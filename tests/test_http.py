@@ -6,6 +6,7 @@ One private Ray for the module, on free ports. The text of answers is not judged
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import openai
 import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from tests.exposition import Shown
 
 pytestmark = pytest.mark.ray
 
@@ -66,6 +69,27 @@ def running(http: httpx.Client) -> tuple[int, int]:
     """Sequences that run or wait, and KV blocks in use."""
     engine = http.get("/health").json()["engine"]
     return engine["running"] + engine["waiting"], engine["kv_blocks_used"]
+
+
+def ended(http: httpx.Client) -> Counter[str]:
+    """Requests that have ended, by their reason."""
+    return Counter(Shown(http.get("/metrics").text).by("finish_reason", "requests_total"))
+
+
+def ask_and_leave(http: httpx.Client, url: str, path: str, stream: bool) -> None:
+    """Asks for a long answer and closes the connection once the request runs."""
+    body = {"stream": stream, **LONG, "prompt": "Hello"}
+    if path == "/v1/chat/completions":
+        body["messages"] = HELLO
+        del body["prompt"]
+    # By hand, because a client would wait for the answer before it could leave.
+    address = (url.rpartition("/")[2].split(":")[0], int(url.rpartition(":")[2]))
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
+    with socket.create_connection(address) as connection:
+        connection.sendall(head.encode() + content)
+        while running(http)[0] == 0:
+            pass
 
 
 def wait_until_idle(http: httpx.Client) -> None:
@@ -123,19 +147,10 @@ def test_a_client_that_leaves_frees_its_blocks(
     http: httpx.Client, url: str, path: str, stream: bool
 ) -> None:
     """Streaming or not, a closed connection ends the request and returns its KV blocks."""
-    body = {"stream": stream, **LONG, "prompt": "Hello"}
-    if path == "/v1/chat/completions":
-        body["messages"] = HELLO
-        del body["prompt"]
-    # By hand, because a client would wait for the answer before it could leave.
-    address = (url.rpartition("/")[2].split(":")[0], int(url.rpartition(":")[2]))
-    content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
-    with socket.create_connection(address) as connection:
-        connection.sendall(head.encode() + content)
-        while running(http)[0] == 0:
-            pass
+    before = ended(http)
+    ask_and_leave(http, url, path, stream)
     wait_until_idle(http)
+    assert ended(http) - before == {"cancelled": 1}
 
 
 BAD: list[tuple[str, Any, int, str | None]] = [

@@ -124,7 +124,7 @@ def test_a_stream_that_is_closed_is_cancelled() -> None:
         ({"prompts": [{"x": 1}, {"prompt": "a", "model": "other"}, {}]}, None),
     ],
 )
-def test_a_refusal_is_an_error_and_no_request(body: Any, codes: dict[str, float] | None) -> None:
+def test_a_refusal_is_an_error_and_no_request(body: Any, codes: dict[str, int] | None) -> None:
     """By its code; of a list each item that is refused."""
     seen = after(FakeEngine(), "/prompt", body)
     wanted = {"invalid_request_error": 2, "model_not_found": 1} if codes is None else codes

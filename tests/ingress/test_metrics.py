@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
+from serve_app.errors import OutOfMemory
 from serve_app.server import MixtralServer
 from serve_app.settings import Settings
 from tests.exposition import Shown
+from tests.fakes import FakeEngine
 from tests.ingress.conftest import Door
 
 GREEDY = {"temperature": 0, "ignore_eos": True}
@@ -105,6 +107,16 @@ def test_a_stream_that_is_left_is_cancelled_once(http: httpx.Client) -> None:
     reasons = [one.by("finish_reason", "requests_total") for one in (before, after)]
     assert reasons[1] == reasons[0] | {"cancelled": reasons[0].get("cancelled", 0) + 1}
     assert after.by("code", "errors_total") == before.by("code", "errors_total")
+
+
+def test_a_stream_that_fails_is_one_error(running: Door) -> None:
+    """Its status was 200; the error that its last event tells is counted, and its end."""
+    running.serve(FakeEngine(error=OutOfMemory("Full.")))
+    with httpx.Client(base_url=running.url) as http:
+        assert http.post("/prompt", json={"prompt": "a", "stream": True}).status_code == 200
+        seen = scrape(http)
+    assert seen.by("code", "errors_total") == {"out_of_memory": 1}
+    assert seen.by("finish_reason", "requests_total") == {"error": 1}
 
 
 def test_the_doors_own_refusals_are_counted(running: Door, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.exposition import Shown
 from tests.worker.conftest import Client, until
 from tests.worker.process import ENTRY, environment
 
@@ -123,6 +124,26 @@ def test_errors_are_equal(
     job = client.ended({"route": path, "method": method, "body": body})
     assert job.status == "FAILED"
     assert anonymous(client.error_of(job)) == anonymous(answer.json())
+
+
+def test_metrics_are_shown_through_both_doors(http: httpx.Client, client: Client) -> None:
+    """The same series, with or without a gateway; a job's request is counted as HTTP's is."""
+
+    def job(given: Any) -> Shown:
+        ended = client.ended(given)
+        assert ended.status == "COMPLETED", ended.error
+        (text,) = ended.output
+        return Shown(text)
+
+    body = {"prompt": "What is 2 + 3?", **GREEDY}
+    befores = job({"route": "/metrics"}), Shown(http.get("/metrics").text)
+    assert client.ended({"endpoint": "/prompt", "data": body}).status == "COMPLETED"
+    assert http.post("/prompt", json=body).status_code == 200
+    afters = job({"openai_route": "/metrics"}), Shown(http.get("/metrics").text)
+    assert len({frozenset(shown.series) for shown in (*befores, *afters)}) == 1
+    for name in ("request_prompt_tokens_sum", "request_generation_tokens_sum"):
+        by_job, by_http = (b(name) - a(name) for a, b in zip(befores, afters, strict=True))
+        assert by_job == by_http > 0
 
 
 def test_plain_streams_are_equal(http: httpx.Client, client: Client) -> None:

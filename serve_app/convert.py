@@ -14,7 +14,6 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from math import prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,8 +25,9 @@ from serve_app.model.stacked import (
     SOURCE,
     VERSION,
     Quantization,
+    file_names,
     require_whole_blocks,
-    stacked_tensors,
+    stacked_bytes,
 )
 
 COPIED = ("tokenizer*", "*.jinja", "*.json")
@@ -71,21 +71,11 @@ def convert(
         ) from None
 
 
-def file_names(num_layers: int) -> list[str]:
-    """One file for each layer, one for the rest."""
-    total = num_layers + 1
-    return [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
-
-
 def converted_bytes(plan: Plan, quantization: Quantization) -> int:
     """Bytes of the converted checkpoint, but for its headers."""
     stored = {tensor.dtype for tensor in plan.tensors.values()}
-    floats = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
-    tensors = stacked_tensors(plan.config, quantization.absmax).values()
-    return sum(
-        prod(shape) * (floats if len(dtypes) > 1 else ITEM_BYTES[dtypes[0]])
-        for dtypes, shape in tensors
-    )
+    float_bytes = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
+    return stacked_bytes(plan.config, quantization.absmax, float_bytes)
 
 
 def require_disk(destination: Path, plan: Plan, quantization: Quantization, share: float) -> None:

@@ -8,13 +8,14 @@ every piece of `PIECE_BYTES` of its data. Reads no weights and imports no torch.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.config import OWN_METHOD, MixtralConfig
 from serve_app.model.footprint import BLOCK, NESTED_BLOCK
-from serve_app.model.shards import Header, TensorInfo, damaged
+from serve_app.model.shards import ITEM_BYTES, Header, TensorInfo, damaged
 
 if TYPE_CHECKING:  # that module imports torch
     from serve_app.model.nf4 import AbsmaxKind, QuantType
@@ -114,6 +115,20 @@ def stacked_tensors(
     if absmax == "nested":
         tensors["quantization.nested_code"] = ("F32",), (256,)
     return tensors
+
+
+def file_names(num_layers: int) -> list[str]:
+    """The files of a checkpoint: one for each layer, one for the rest."""
+    total = num_layers + 1
+    return [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
+
+
+def stacked_bytes(config: MixtralConfig, absmax: str, float_bytes: int) -> int:
+    """Bytes of such a checkpoint, but for its headers; of a float weight `float_bytes`."""
+    return sum(
+        prod(shape) * (float_bytes if dtypes == FLOATS else ITEM_BYTES[dtypes[0]])
+        for dtypes, shape in stacked_tensors(config, absmax).values()
+    )
 
 
 def match_stacked(

@@ -1,6 +1,7 @@
 """Facts about the pinned libraries that our design rests on. Raise a pin, run this file."""
 
 import contextlib
+import inspect
 import warnings
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,19 @@ def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch)
     with contextlib.suppress(Exception):  # with the parts that it has not
         ray.nodes()
     assert not ray.is_initialized()
+
+
+def test_what_is_shortened_of_rays_start_is_there() -> None:
+    """`node/head.py` stands for two of these, waits behind the third, and sets Serve's pace."""
+    from ray._private.node import Node
+    from ray.serve._private.client import ServeControllerClient
+
+    head = Node.start_head_processes.__code__.co_names
+    assert {"start_gcs_server", "start_monitor", "start_api_server"} <= set(head)
+    parameters = inspect.signature(Node.start_api_server).parameters
+    assert list(parameters) == ["self", "include_dashboard", "raise_on_failure"]
+    assert "_webui_url" in Node.start_api_server.__code__.co_names
+    assert list(inspect.signature(Node.start_monitor).parameters) == ["self"]
+    assert list(inspect.signature(Node.start_ray_processes).parameters) == ["self"]
+    waits = ServeControllerClient._wait_for_application_running.__code__.co_names
+    assert "CLIENT_POLLING_INTERVAL_S" in waits

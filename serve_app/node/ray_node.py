@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app import processes
-from serve_app.node import reaper
+from serve_app.node import head, reaper
 from serve_app.processes import Process
 
 log = logging.getLogger(__name__)
@@ -104,6 +104,7 @@ def start() -> None:
     # It counts the page cache of weights being read as used memory, and kills the replica.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     _reaper()
+    head.shorten()
     init = functools.partial(
         ray.init,
         address="local",

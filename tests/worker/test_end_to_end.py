@@ -13,6 +13,7 @@ from tests.emulator import client_half
 from tests.emulator.platform import Platform
 from tests.emulator.queue import Job
 from tests.emulator.worker import Worker
+from tests.processes import descendants
 from tests.settled import settled
 from tests.worker.conftest import Client, until
 
@@ -73,6 +74,15 @@ def test_the_cold_start_is_told_phase_by_phase(client: Client, tiny_worker: Work
     assert all(0.1 < seconds[phase] < 100 for phase in ("process", "ray", "replica"))
     for phase in seconds:
         assert len(re.findall(rf"Cold start: {phase} \d+\.\d s\n", tiny_worker.log)) == 1
+
+
+def test_ray_starts_no_process_that_nobody_needs(client: Client, tiny_worker: Worker) -> None:
+    """No API server and no autoscaler: each would take a second of the cold start, and memory."""
+    client.ended(PROMPT)
+    running = " ".join(descendants(tiny_worker.process.pid).values())
+    assert "/raylet" in running
+    assert "/dashboard/dashboard.py" not in running
+    assert "/autoscaler/" not in running
 
 
 def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:

@@ -1,23 +1,29 @@
 """What a serving engine must show, as Prometheus text: load, tokens, latencies, and every end.
 
-Names, units and labels are vLLM's where it counts the same thing, with `mixtral_` for `vllm:`. What
-the engine counts is read when somebody asks. What is observed of requests is kept in plain numbers:
-one token is one observation, and prometheus_client's histogram took 2.0 us for it on the CPU that
-this was written on, where a list of counts takes 0.4. prometheus_client writes the text. No label
-holds anything that a client has sent.
+Names, units and `model_name` are vLLM's where it counts the same thing, with `mixtral_` for
+`vllm:`. What the engine counts is read when somebody asks, what is seen of requests is kept in
+plain numbers (0.3 us for a token), and prometheus_client writes the text. No label holds anything
+that a client has sent.
 
 One event loop observes, and anybody may ask. Counters begin with the server: what the load itself
 computed is nobody's request. Knows no HTTP and no Ray: of several replicas each tells its own.
 """
 
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from serve_app.engine.sequence import Delta
 from serve_app.errors import InvalidRequest, Overloaded, ServeError, as_serve_error
+from serve_app.histogram import (
+    FIRST_TOKEN_S,
+    INTER_TOKEN_S,
+    QUEUE_S,
+    TOKENS,
+    WHOLE_S,
+    Histogram,
+)
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -30,26 +36,6 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = ("idle", "loading", "ready", "draining", "failed")
 """What `/health` may say; the first two and the last are a worker's, which has no server."""
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
-
-# From the tiny model on a CPU to Mixtral with a queue in front of it, and closest around what is
-# usually promised: a first token in 0.1 to 2.5 s, the others every 10 to 100 ms.
-FIRST_TOKEN_S = (
-    *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
-    *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
-)
-INTER_TOKEN_S = (
-    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
-)
-QUEUE_S = (
-    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
-)
-WHOLE_S = (
-    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0),
-    *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
-)
-TOKENS = tuple(2.0**n for n in range(16))
 
 # Name, field of `EngineStats`, help.
 GAUGES = (
@@ -70,35 +56,6 @@ COUNTERS = (
     ("num_preemptions", "preemptions", "Running requests put back for want of KV blocks."),
     ("engine_steps", "steps", "Steps of the engine."),
 )
-
-
-class Histogram:
-    """How many values were at most each of `bounds`, which ascend; and their sum."""
-
-    __slots__ = ("_bounds", "_counts", "_help", "_name", "_sum")
-
-    def __init__(self, name: str, help: str, bounds: Sequence[float]) -> None:
-        self._name = name
-        self._help = help
-        self._bounds = bounds
-        self._counts = [0] * (len(bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def family(self, model: str) -> "Metric":
-        from prometheus_client.metrics_core import HistogramMetricFamily
-
-        buckets: list[tuple[str, float]] = []
-        total = 0
-        for bound, count in zip((*self._bounds, "+Inf"), self._counts, strict=True):
-            total += count
-            buckets.append((str(bound), total))
-        family = HistogramMetricFamily(f"mixtral_{self._name}", self._help, labels=["model_name"])
-        family.add_metric([model], buckets, self._sum)
-        return family
 
 
 class Metrics:

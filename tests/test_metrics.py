@@ -13,7 +13,8 @@ from prometheus_client import CollectorRegistry
 from prometheus_client import Histogram as Reference
 
 from serve_app.errors import OutOfMemory, QueueFull
-from serve_app.metrics import FINISH_REASONS, STATUSES, Histogram, status_text
+from serve_app.histogram import Histogram
+from serve_app.metrics import FINISH_REASONS, STATUSES, status_text
 from serve_app.server import MixtralServer
 from tests.exposition import Shown
 from tests.fakes import FakeEngine, answer, items, server, tokenizer

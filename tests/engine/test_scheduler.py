@@ -163,6 +163,23 @@ def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     assert second.num_generated == 9
 
 
+def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
+    """From its arrival to its first step; a preemption is no second arrival."""
+    driver = Driver(Scheduler(BlockAllocator(6, 4), max_running=2, max_step_tokens=16))
+    first, second, third = driver.add(8, 13), driver.add(7, 9), driver.add(1, 1)
+    driver.step()
+    waited = [sequence.queued_s for sequence in (first, second, third)]
+    assert waited[0] is not None
+    assert waited[1] is not None
+    assert waited[2] is None
+    assert 0 <= waited[0] <= waited[1] + second.arrived - first.arrived
+    while driver.step():
+        pass
+    assert driver.scheduler.num_preemptions > 0
+    assert [first.queued_s, second.queued_s] == waited[:2]
+    assert (third.queued_s or 0) > waited[1]
+
+
 def test_a_second_turn_computes_only_what_is_new() -> None:
     """A prompt that holds an earlier one and its answer begins where the full blocks of those end;
     with the cache off it begins at 0."""

@@ -83,3 +83,12 @@ def test_what_is_shortened_of_rays_start_is_there() -> None:
     assert list(inspect.signature(Node.start_ray_processes).parameters) == ["self"]
     waits = ServeControllerClient._wait_for_application_running.__code__.co_names
     assert "CLIENT_POLLING_INTERVAL_S" in waits
+
+
+def test_the_text_of_metrics_is_of_the_type_that_we_say() -> None:
+    """What `generate_latest` writes for whoever asks for nothing newer."""
+    from prometheus_client import exposition
+
+    from serve_app.metrics import CONTENT_TYPE
+
+    assert exposition.choose_encoder("") == (exposition.generate_latest, CONTENT_TYPE)

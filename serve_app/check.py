@@ -152,7 +152,7 @@ def check_remote(settings: Settings) -> list[str]:
 def _check_sizes(
     settings: Settings, config: "MixtralConfig", stored: "Quantization | None"
 ) -> list[str]:
-    from serve_app.load import max_model_len
+    from serve_app.kv_size import max_model_len
     from serve_app.model.footprint import parameters
 
     context = max_model_len(settings, config.max_position_embeddings)

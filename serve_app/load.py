@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.device import choose_device, choose_dtype, free_on, memory_for, set_threads
-from serve_app.errors import ModelLoadFailed
+from serve_app.kv_size import kv_blocks, max_model_len
 from serve_app.load_log import LoadLog
 from serve_app.model.footprint import weight_bytes
 from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
-from serve_app.sections import EngineSettings
 from serve_app.settings import Settings
+from serve_app.tokenizer_reading import TokenizerReading
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +28,6 @@ if TYPE_CHECKING:
     from serve_app.model.stacked import Quantization
 
 log = logging.getLogger(__name__)
-
-CPU_CONTEXTS = 4
-"""Contexts that the KV cache has on a CPU where the settings leave it open."""
-RESERVED_BYTES = 1 << 30
-"""GPU memory left to activations and the allocator when the KV cache's size is chosen."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +66,13 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         with load_log.phase("copy"):
             tell = partial(load_log.progress, "copy")
             path = make_copy(settings, path, notes, tell)
-    with load_log.phase("tokenizer"):
-        tokenizer = _tokenizer(path, notes)
     reading = reading_phase(settings, path)
+    tokenizer_reading = TokenizerReading(path)
+
+    def tell_reading(done: float, num_bytes: int | None = None) -> None:
+        tokenizer_reading.require_no_failure()
+        load_log.progress(reading, done, num_bytes)
+
     with load_log.phase(reading):
         needed = _weight_bytes(settings, path, dtype)
         with memory_for("the weights", needed, device, "quantise them, or take a larger GPU"):
@@ -83,13 +82,17 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 device=device,
                 quantization=wished_quantization(settings),
                 quantize_head=settings.model.quantize_head,
-                progress=partial(load_log.progress, reading),
+                progress=tell_reading,
             )
         _note_quantization(settings, model, notes)
     with load_log.phase("warm-up"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
         with _stopped_on_failure(engine):
             warm_up.fill_a_step(engine, model.config.vocab_size, free_on(device))
+    with load_log.phase("tokenizer"), _stopped_on_failure(engine):  # what it takes longer
+        tokenizer = tokenizer_reading.wait()
+    if not tokenizer.has_chat_template:
+        notes.append("no chat template in the checkpoint: only /v1/completions answers")
     with load_log.phase("first token"), _stopped_on_failure(engine):
         warm_up.first_token(engine, tokenizer.encode("Hello"), free_on(device))
     load_log.ready()
@@ -172,34 +175,6 @@ def _weight_bytes(settings: Settings, path: Path, dtype: "torch.dtype") -> int:
     return sum(weight_bytes(plan.config, dtype.itemsize, absmax, head).values())
 
 
-def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer(path)
-        # The first encoding and rendering compile things; no request should wait for that.
-        tokenizer.encode("Hello")
-        if tokenizer.has_chat_template:
-            tokenizer.render([{"role": "user", "content": "Hello"}])
-    except Exception as error:  # tokenizers raises nothing more special
-        log.debug("the tokenizer did not load", exc_info=True)
-        raise ModelLoadFailed(
-            f"{path}: the tokenizer cannot be read ({type(error).__name__}); the folder needs "
-            "tokenizer.json and tokenizer_config.json with the model's chat template."
-        ) from error
-    if not tokenizer.has_chat_template:
-        notes.append("no chat template in the checkpoint: only /v1/completions answers")
-    return tokenizer
-
-
-def max_model_len(settings: Settings, trained: int) -> int:
-    """The context in tokens; `ModelLoadFailed` when the settings ask for more than was trained."""
-    asked = settings.engine.max_model_len
-    if asked is not None and asked > trained:
-        raise ModelLoadFailed(
-            f"`engine.max_model_len` is {asked}, but the checkpoint holds {trained} tokens."
-        )
-    return asked or trained
-
-
 def _engine(
     settings: Settings,
     model: "Mixtral",
@@ -215,16 +190,8 @@ def _engine(
     chosen = settings.engine
     context = max_model_len(settings, model.config.max_position_embeddings)
     token_bytes = KVCache.bytes_per_token(model.config, dtype)
-    num_tokens = chosen.kv_cache_tokens
-    if num_tokens is None:
-        num_tokens = _kv_tokens(chosen, device, token_bytes, context)
-        notes.append(f"KV cache of {num_tokens} tokens: {_kv_rule(chosen, device)}")
-    num_blocks = num_tokens // chosen.block_size
-    if num_blocks * chosen.block_size < context:
-        raise ModelLoadFailed(
-            f"The KV cache holds {num_blocks * chosen.block_size} tokens, less than the context of "
-            f"{context}; lower `engine.max_model_len` or raise `engine.kv_cache_tokens`."
-        )
+    num_blocks = kv_blocks(chosen, device, token_bytes, context, notes)
+    num_tokens = num_blocks * chosen.block_size
     what, needed = f"a KV cache of {num_tokens} tokens", num_tokens * token_bytes
     with memory_for(what, needed, device, "lower `engine.kv_cache_tokens`"):
         sizes = (num_blocks, chosen.block_size)
@@ -246,7 +213,7 @@ def _engine(
         ),
     )
     engine.start()
-    return engine, num_blocks * chosen.block_size * token_bytes
+    return engine, num_tokens * token_bytes
 
 
 @contextmanager
@@ -256,21 +223,3 @@ def _stopped_on_failure(engine: "Engine") -> Iterator[None]:
     except BaseException:
         engine.stop()
         raise
-
-
-def _kv_tokens(
-    engine: EngineSettings, device: "torch.device", token_bytes: int, max_model_len: int
-) -> int:
-    import torch
-
-    if device.type == "cpu":
-        return CPU_CONTEXTS * max_model_len
-    free, total = torch.cuda.mem_get_info()
-    room = int(free - total * (1 - engine.gpu_memory_fraction)) - RESERVED_BYTES
-    return max(room, 0) // token_bytes
-
-
-def _kv_rule(engine: EngineSettings, device: "torch.device") -> str:
-    if device.type == "cpu":
-        return "4 contexts, the default on a CPU"
-    return f"what {engine.gpu_memory_fraction:.0%} of the GPU's memory leaves"

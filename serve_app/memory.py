@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from serve_app.errors import MachineUnfit
 from serve_app.gpus import MIB, Gpu, find_gpus
 from serve_app.host import free_bytes
-from serve_app.load import CPU_CONTEXTS, RESERVED_BYTES
+from serve_app.kv_size import CPU_CONTEXTS, RESERVED_BYTES
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes, weight_bytes
 from serve_app.settings import ConfigError, Settings

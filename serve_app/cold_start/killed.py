@@ -10,7 +10,8 @@ from serve_app.app import is_on_cpu
 from serve_app.cold_start.load_records import KILLED
 from serve_app.errors import ModelLoadFailed
 from serve_app.host import free_bytes, num_oom_kills
-from serve_app.load import find_local, max_model_len
+from serve_app.kv_size import max_model_len
+from serve_app.load import find_local
 from serve_app.memory import compute_need, in_gb
 from serve_app.settings import ConfigError, Settings
 

@@ -22,9 +22,13 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        from transformers import AutoTokenizer
+        # What AutoTokenizer takes for every Mixtral checkpoint, without its import of all models'
+        # configurations; and no other where mistral-common happens to be installed.
+        from transformers import PreTrainedTokenizerFast
 
-        self._tokenizer: Any = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
+            str(path), local_files_only=True
+        )
         self.backend: Any = self._tokenizer.backend_tokenizer
 
     @property

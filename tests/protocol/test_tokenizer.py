@@ -1,12 +1,17 @@
 """Prompts become the ids that transformers makes of them."""
 
 import asyncio
+import json
+import shutil
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.tiny import CHECKPOINT
 from tests.fakes import tokenizer
 
 CONVERSATIONS = [
@@ -24,8 +29,6 @@ CONVERSATIONS = [
 def reference() -> Any:
     """transformers' own reading of the same files."""
     from transformers import AutoTokenizer
-
-    from serve_app.tiny import CHECKPOINT
 
     return AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
 
@@ -49,6 +52,26 @@ def test_text_gets_one_bos(reference: Any, text: str) -> None:
     assert tokenizer().encode(text).count(reference.bos_token_id) == 1
     if not text.startswith("<s>"):
         assert tokenizer().encode(text) == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
+)
+def test_it_is_the_one_that_autotokenizer_takes(tmp_path: Path, name: str | None) -> None:
+    """Whatever class a Mixtral checkpoint names: the same tokenizer, template and tokens."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    del config["tokenizer_class"]
+    file.write_text(json.dumps(config if name is None else {**config, "tokenizer_class": name}))
+    auto = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
+    ours = Tokenizer(tmp_path)
+    assert type(ours._tokenizer) is type(auto)
+    assert ours.backend.to_str() == auto.backend_tokenizer.to_str()
+    assert ours._tokenizer.chat_template == auto.chat_template
+    assert ours._tokenizer.special_tokens_map == auto.special_tokens_map
 
 
 def test_what_the_template_refuses_is_a_bad_request() -> None:

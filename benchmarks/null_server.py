@@ -1,4 +1,4 @@
-"""The deployment around a model that computes nothing: every step takes 5 ms and holds no lock.
+"""The deployment around a model that computes nothing: every step takes 5 ms of a made-up device.
 
 `build_app` is what `serve run` takes for `benchmarks.road`. Tokenizer, engine thread, detokenising,
 shapes and doors are the real ones; only what stands behind `Runner.step` is not, and no sampling
@@ -8,7 +8,7 @@ happens. Every answer is the same text, over and over.
 import ctypes
 import statistics
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from serve_app.app import application
 from serve_app.engine.admission import EngineConfig
@@ -35,30 +35,48 @@ PR_SET_TIMERSLACK = 29
 
 
 class NullRunner:
-    """A model whose steps take `step_s` seconds, as a GPU's would.
+    """A model whose steps take `step_s` seconds of a device, one after the other, as a GPU's do.
 
-    Linux wakes a sleeper late; by how much is measured before there is any load, and taken off.
-    What a step waits for Python's lock, or for a processor, is not.
+    The next step may wait on the device while the host hears of the last one; the device idles
+    when the host is late. Waiting holds no lock. Linux wakes a sleeper late; by how much is
+    measured before there is any load, and taken off. What a step waits for Python's lock, or for a
+    processor, is not.
     """
 
     vocab_size = VOCAB_SIZE
+    looks_ahead = True
 
     def __init__(self, token_ids: list[int], step_s: float = STEP_S) -> None:
         self._token_ids = token_ids
         self._step_s = step_s
         self._late_s = _late_s(step_s)
+        self._free_at = 0.0
+        """When the device has done what it was given."""
         self.thread_s = 0.0
         """Processor time of the engine's thread so far, as of the last step's beginning."""
 
-    def step(self, chunks: list[Chunk]) -> Samples:
-        end = time.perf_counter() + self._step_s - self._late_s
+    def launch(self, chunks: list[Chunk]) -> "NullStep":
         if self.thread_s == 0.0:
             _wake_promptly()
         self.thread_s = time.thread_time()
+        self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
         ids = self._token_ids
         tokens = [ids[c.sequence.num_generated % len(ids)] for c in chunks if c.samples]
-        time.sleep(max(0.0, end - time.perf_counter()))
-        return Samples(tokens, {})
+        return NullStep(tokens, self._free_at - self._late_s)
+
+    def step(self, chunks: list[Chunk]) -> Samples:
+        return self.launch(chunks).samples()
+
+
+class NullStep(NamedTuple):
+    """A step under way on the made-up device."""
+
+    token_ids: list[int]
+    ends_at: float
+
+    def samples(self) -> Samples:
+        time.sleep(max(0.0, self.ends_at - time.perf_counter()))
+        return Samples(self.token_ids, {})
 
 
 def _wake_promptly() -> None:

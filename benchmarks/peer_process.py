@@ -72,7 +72,7 @@ def _answers(url: str, first: dict[str, Any]) -> bool:
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Asks the process to stop, then kills what is left of it, its group and its children."""
-    below = descendants(process.pid)
+    below = {pid: _born(pid) for pid in descendants(process.pid)}
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
     try:
@@ -83,15 +83,18 @@ def end(process: subprocess.Popen[bytes]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:
         pass  # nobody is left in it
-    for pid, title in below.items():  # those that made groups of their own
-        if _title(pid) == title:
+    for pid, born in below.items():  # those that made groups of their own
+        if born is not None and _born(pid) == born:
             os.kill(pid, signal.SIGKILL)
-    while any(_title(pid) == title for pid, title in below.items()):
+    while any(born is not None and _born(pid) == born for pid, born in below.items()):
         time.sleep(0.01)  # the next server is to have the machine to itself
 
 
-def _title(pid: int) -> str | None:
+def _born(pid: int) -> str | None:
+    """When the process began, by which it is told from a later one of its number; None when it is
+    over. Its command line would not do: it changes when a child begins a program of its own."""
     try:
-        return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
+    return None if fields[0] in "ZX" else fields[19]

@@ -30,6 +30,9 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         return _start(sys.argv[1:] if arguments is None else arguments)
+    except KeyboardInterrupt:
+        log.info("Interrupted.")
+        return 130  # as a shell says it
     except Exception as error:
         from serve_app.errors import ServeError
         from serve_app.settings import ConfigError

@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from serve_app.worker.start import make_handler
 log = logging.getLogger(__name__)
 
 INPUT_FILE = Path("test_input.json")
+INTERRUPTED = 130
+"""What a shell says of a command that SIGINT has ended: 128 and its number."""
 
 
 def find(text: str | None, entry: EntrySettings) -> dict[str, Any] | None:
@@ -45,11 +48,20 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
-    """Runs `job` and prints its output, or its error; 0 or 1."""
+    """Runs `job` and prints its output, or its error; 0 or 1, or 130 after Ctrl-C."""
+    # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
+    return ray_node.ended(_run_to_its_end(settings, config, job))
+
+
+def _run_to_its_end(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
     # Ray prints what its processes say to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             output, error = asyncio.run(_run(settings, config, job))
+        except KeyboardInterrupt:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended
+            log.info("Interrupted; the job is not answered.")
+            return INTERRUPTED
         finally:
             ray_node.stop()
     if error is not None:

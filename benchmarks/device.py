@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 
+ASLEEP = 1_000_000
+"""Cycles, half a millisecond."""
+
 
 def events() -> tuple[Any, Any]:
     """Two events of a GPU between which time can be told."""
@@ -52,18 +55,21 @@ class Device:
     def device_seconds(self, work: Callable[[], object], repeats: int = 10) -> float:
         """The median time of `work` on the device alone, as a captured graph.
 
-        So that what the host takes to launch it is not measured. `work` asks the device nothing.
+        So that what the host takes to launch it is not measured: the device sleeps until the host
+        is done with that. `work` asks the device nothing.
         """
         if not self.is_cuda:
             return self.seconds(work, repeats=1)
         work()  # what compiles must not do so in a capture
         self.wait()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # What fails in a capture leaves another stream behind.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph):
             work()
         times = []
         for _ in range(repeats + 1):
             begin, end = events()
+            torch.cuda._sleep(ASLEEP)  # type: ignore[no-untyped-call]
             begin.record()
             graph.replay()
             end.record()
@@ -74,6 +80,7 @@ class Device:
     def copy_bandwidth(self) -> float:
         """Bytes per second, read and written, of a copy far larger than any cache."""
         size = 2 << 30 if self.is_cuda else 64 << 20
-        source = torch.zeros(size, dtype=torch.uint8, device=self.device)
+        source = torch.empty(size, dtype=torch.uint8, device=self.device)
+        source.view(torch.int64).random_()
         target = torch.empty_like(source)
         return 2 * size / self.device_seconds(lambda: target.copy_(source))

@@ -2,16 +2,18 @@
 
     python -m benchmarks.gpu --save benchmarks/results/gpu-h200.json
     python -m benchmarks.gpu --layers 4                  # a quick look, or a small card
+    python -m benchmarks.gpu --parts kernels             # without what failed
     python -m benchmarks.gpu --tiny --device cpu         # does all of it run
 
-First correctness, then speed: the copy bandwidth, the step at several batch sizes with contexts of
+The copy bandwidth, then correctness, then speed: the step at several batch sizes with contexts of
 `--context` tokens, prefill, and each kernel alone. Weights are random (`random_model`), in NF4 or,
-with `--weights bf16`, floats; 24 GB or 93 GB at all layers. Needs torch, triton and numpy alone.
+with `--weights bf16`, floats; 24 GB or 93 GB at all layers. What fails is told, stands under
+`failures` and makes the exit code 1; the rest is measured all the same, and the file has at every
+moment what is known. Needs torch, triton and numpy alone.
 """
 
 import argparse
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,52 +21,57 @@ import torch
 
 from benchmarks.device import Device
 from benchmarks.kernels import interpret, shapes_of
-from benchmarks.kernels import measure as kernels
+from benchmarks.kernels import measure as measure_kernels
 from benchmarks.machine import describe, publish
 from benchmarks.random_runner import RandomRunner
+from benchmarks.report import Report, say
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
 from serve_app.model.config import MixtralConfig
 from serve_app.model.kernel_check import relative_errors
+from serve_app.model.stacked import Quantization
 
 BATCHES = (1, 8, 32, 128)
 PROMPT = 4096
+PARTS = ("products", "step", "kernels")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
-def check(runner: RandomRunner) -> dict[str, float]:
-    """Relative errors beside plain float32; ends the program where one is too large."""
-    found: dict[str, float] = {}
-    if runner.quantization is not None:
-        with torch.inference_mode():
-            found = relative_errors(runner.quantization, runner.dtype, runner.device.device)
+def check(report: Report, quantization: Quantization, device: Device) -> None:
+    """Relative errors of every form of a product beside plain float32."""
+    dtype = torch.bfloat16 if device.is_cuda else torch.float32
+    with torch.inference_mode():
+        found = relative_errors(quantization, dtype, device.device)
+    report.document["relative_errors"] = found
     for name, error in found.items():
-        print(f"{name}: relative error {error:.1e}")
-        if not error <= TOLERANCE[runner.dtype]:
-            sys.exit(f"{name} is wrong on this device: nothing is measured.")
-    return found
+        say(f"{name}: relative error {error:.1e}")
+    wrong = [name for name, error in found.items() if not error <= TOLERANCE[dtype]]
+    if wrong:
+        raise ValueError(f"wrong on this device: {', '.join(wrong)}")
 
 
-def decode_table(runner: RandomRunner, bandwidth: float) -> list[dict[str, Any]]:
-    """A row for each batch size, printed as it is measured."""
-    context, item_bytes = runner.options.context, runner.dtype.itemsize
-    print(f"{'batch':>6} {'tokens/s':>10} {'ms/step':>9} {'limit':>10} {'share':>6}")
-    rows = []
+def decode_table(report: Report, runner: RandomRunner, bandwidth: float) -> None:
+    """A row for each batch size, told as it is measured."""
+    report.document["decode"] = []
+    say(f"{'batch':>6} {'tokens/s':>10} {'ms/step':>9} {'limit':>10} {'share':>6}")
     for batch in runner.batches:
-        speed = runner.decode(batch)
-        sizes = (runner.config, runner.absmax, batch, context, item_bytes)
-        limit = decode_limit(*sizes, bandwidth)
-        row = {
-            "batch": batch,
-            "tokens_per_s": round(speed, 1),
-            "ms_per_step": round(1e3 * batch / speed, 3),
-            "gb_per_step": round(decode_bytes(*sizes) / 1e9, 3),
-            "limit": round(limit, 1),
-            "share_of_limit": round(speed / limit, 3),
-        }
-        rows.append(row)
-        took = row["ms_per_step"]
-        print(f"{batch:>6} {speed:>10.1f} {took:>9} {limit:>10.1f} {speed / limit:>6.0%}")
-    return rows
+        with report.tried(f"decode of {batch}"):
+            report.document["decode"].append(decode_row(runner, batch, bandwidth))
+
+
+def decode_row(runner: RandomRunner, batch: int, bandwidth: float) -> dict[str, Any]:
+    """Of one batch size, printed."""
+    speed = runner.decode(batch)
+    sizes = (runner.config, runner.absmax, batch, runner.options.context, runner.dtype.itemsize)
+    limit, took = decode_limit(*sizes, bandwidth), round(1e3 * batch / speed, 3)
+    say(f"{batch:>6} {speed:>10.1f} {took:>9} {limit:>10.1f} {speed / limit:>6.0%}")
+    return {
+        "batch": batch,
+        "tokens_per_s": round(speed, 1),
+        "ms_per_step": took,
+        "gb_per_step": round(decode_bytes(*sizes) / 1e9, 3),
+        "limit": round(limit, 1),
+        "share_of_limit": round(speed / limit, 3),
+    }
 
 
 def product_flops(device: Device, config: MixtralConfig, dtype: torch.dtype) -> float:
@@ -74,32 +81,61 @@ def product_flops(device: Device, config: MixtralConfig, dtype: torch.dtype) -> 
     return 2.0 * size**3 / device.device_seconds(lambda: a @ b)
 
 
-def measure(runner: RandomRunner) -> dict[str, Any]:
-    """The document, but for machine and options."""
-    device = runner.device
-    document: dict[str, Any] = {"relative_errors": check(runner)}
+def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[float, float]:
+    """Bytes and operations per second of the device, which everything is compared with."""
     bandwidth = device.copy_bandwidth()
-    flops = product_flops(device, runner.config, runner.dtype)
-    print(f"copy {bandwidth / 1e9:.0f} GB/s, matrix products {flops / 1e12:.1f} TFLOP/s")
-    print(f"step: {runner.note}")
-    document |= {
-        "step": runner.note,
-        "copy_gb_per_s": round(bandwidth / 1e9, 1),
-        "product_tflops": round(flops / 1e12, 2),
-        "decode": decode_table(runner, bandwidth),
-    }
-    speed, limit = runner.prefill(), flops / prefill_flops(runner.config)
-    print(f"prefill of {runner.options.prompt} tokens: {speed:.0f} tokens/s, limit {limit:.0f}")
-    document["prefill"] = {
-        "tokens": runner.options.prompt,
-        "tokens_per_s": round(speed, 1),
-        "limit": round(limit, 1),
-    }
-    if runner.quantization is not None:
-        runner.release()
-        shapes = shapes_of(device, runner.quantization, tiny=runner.options.tiny)
-        document["kernels"] = kernels(device, shapes, bandwidth, tiny=runner.options.tiny)
-    return document
+    dtype = torch.bfloat16 if device.is_cuda else torch.float32
+    flops = product_flops(device, config, dtype)
+    say(f"copy {bandwidth / 1e9:.0f} GB/s, matrix products {flops / 1e12:.1f} TFLOP/s")
+    report.document["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
+    report.document["product_tflops"] = round(flops / 1e12, 2)
+    return bandwidth, flops
+
+
+def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
+    """Decodes and a prompt by the engine's runner."""
+    say(f"step: {runner.note}")
+    report.document["step"] = runner.note
+    with report.part("graphs"):
+        error = report.document["graph_error"] = runner.graph_error()
+        say(f"a replayed step beside a launched one: {error}")
+        if error is not None and not error <= TOLERANCE[runner.dtype]:
+            raise ValueError("a replayed step differs from a launched one")
+    with report.part("decode"):
+        decode_table(report, runner, bandwidth)
+    with report.part("prefill"):
+        speed, limit = runner.prefill(), flops / prefill_flops(runner.config)
+        say(f"prefill of {runner.options.prompt} tokens: {speed:.0f} tokens/s, limit {limit:.0f}")
+        report.document["prefill"] = {
+            "tokens": runner.options.prompt,
+            "tokens_per_s": round(speed, 1),
+            "limit": round(limit, 1),
+        }
+
+
+def measure(report: Report, options: argparse.Namespace, device: Device) -> None:
+    """All parts that are asked for; those that fail are among the report's failures."""
+    quantization = None if options.weights == "bf16" else Quantization("nf4", options.absmax)
+    config = RandomRunner.config_of(options)
+    say(f"{device.describe()['device']}, {config.num_layers} layers, {options.weights}")
+    found: list[float] = []
+    with report.part("ceilings"):
+        found += ceilings(report, device, config)
+    bandwidth, flops = found or (float("nan"),) * 2
+    if quantization is not None and "products" in options.parts:
+        with report.part("products"):
+            check(report, quantization, device)
+    if "step" in options.parts:
+        runner: RandomRunner | None = None
+        with report.part("model"):
+            runner = RandomRunner(options, device)
+        if runner is not None:
+            measure_step(report, runner, bandwidth, flops)
+            runner.release()
+    if quantization is not None and "kernels" in options.parts:
+        with report.part("kernels"), torch.inference_mode():
+            shapes = shapes_of(device, quantization, tiny=options.tiny)
+            measure_kernels(report, device, shapes, bandwidth, tiny=options.tiny)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -115,7 +151,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=5.0, help="of each batch size, about")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: says nothing about speed")
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
+    parser.add_argument(
+        "--save", type=Path, help="write the JSON document to this file, as it grows"
+    )
     options = parser.parse_args(arguments)
     if options.tiny:
         options.context, options.prompt = min(options.context, 40), min(options.prompt, 64)
@@ -133,21 +172,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not device.is_cuda:
         interpret()
     torch.manual_seed(0)
-    began = time.perf_counter()
-    runner = RandomRunner(options, device)
-    print(f"{device.describe()['device']}, {runner.config.num_layers} layers, {options.weights}")
-    document = {
-        "benchmark": "gpu",
-        **describe(),
-        **device.describe(),
-        "layers": runner.config.num_layers,
-        "weights": options.weights if runner.absmax is None else f"nf4, {runner.absmax} absmax",
-        "context": options.context,
-        **measure(runner),
-        "seconds": round(time.perf_counter() - began, 1),
-    }
-    publish(document, options.save)
-    return 0
+    document = {"benchmark": "gpu", **describe(), **device.describe()}
+    document["layers"] = RandomRunner.config_of(options).num_layers
+    document["weights"] = "bf16" if options.weights == "bf16" else f"nf4, {options.absmax} absmax"
+    document["context"] = options.context
+    report = Report(document, options.save)
+    measure(report, options, device)
+    publish(report.document, options.save)
+    for name, reason in report.document["failures"].items():
+        say(f"FAILED: {name}: {reason}", file=sys.stderr)
+    return 1 if report.document["failures"] else 0
 
 
 if __name__ == "__main__":

@@ -7,18 +7,23 @@ the keys and values. Launches go round several layers' weights, so that no cache
 replayed as a graph, so that the host's time is not measured. `benchmarks.gpu` runs this too.
 """
 
-import json
+import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.device import Device
+from benchmarks.machine import describe, publish
 from benchmarks.random_model import config_of, fill_codes, fill_matrices
+from benchmarks.report import Report, say
 from serve_app.model.config import MixtralConfig
 from serve_app.model.matrices4 import Codes, Matrices4
 from serve_app.model.stacked import Quantization
@@ -38,6 +43,13 @@ class Shapes:
     dtype: torch.dtype
     device: torch.device
     layers: int
+    """At least; more where they are small."""
+    least_bytes: int
+    """What they take together, at least: several times what a cache holds."""
+
+    def rounds(self, num_bytes: float) -> int:
+        """How many layers are gone round, of `num_bytes` each."""
+        return max(self.layers, -(-self.least_bytes // int(num_bytes)))
 
     def matrices(
         self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
@@ -46,7 +58,7 @@ class Shapes:
         codes = Codes(self.quantization).to(self.device)
         fill_codes(codes)
         made = []
-        for _ in range(self.layers if lead or self.layers == 1 else 4 * self.layers):
+        for _ in range(self.rounds(prod(lead) * columns * sum(rows) / 2)):
             with torch.device(self.device):
                 one = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
             fill_matrices(one)
@@ -55,42 +67,43 @@ class Shapes:
 
 
 def measure(
-    device: Device, shapes: Shapes, bandwidth: float, *, tiny: bool
-) -> list[dict[str, Any]]:
-    """A row for each kernel and size, printed as it is measured."""
-    print(f"{'kernel':>10} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of copy':>8}")
-    rows = []
-    for name, tokens, context, num_bytes, count, work in cases(shapes, tiny):
-        seconds = device.device_seconds(work) / count
-        share = num_bytes / seconds / bandwidth
-        rows.append(
-            {
-                "kernel": name,
-                "rows": tokens,
-                "context": context,
-                "us": round(1e6 * seconds, 2),
-                "gb_per_s": round(num_bytes / seconds / 1e9, 1),
-                "share_of_copy": round(share, 3),
-            }
-        )
-        last = rows[-1]
-        print(
-            f"{name:>10} {tokens:>5} {context or '':>8} {last['us']:>9} {last['gb_per_s']:>7} "
-            f"{share:>8.0%}"
-        )
-    return rows
+    report: Report, device: Device, shapes: Shapes, bandwidth: float, *, tiny: bool
+) -> None:
+    """A row of the report's `kernels` for each kernel and size."""
+    report.document["kernels"] = []
+    say(f"{'kernel':>10} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of copy':>8}")
+    for name, make in makers(tiny).items():
+        with report.part(f"kernels: {name}"):
+            for case in make(shapes):
+                with report.tried(f"kernels: {name} of {case[1]}"):
+                    report.document["kernels"].append(row_of(case, device, bandwidth))
+
+
+def row_of(case: "Case", device: Device, bandwidth: float) -> dict[str, Any]:
+    """One kernel's row, printed."""
+    name, tokens, context, num_bytes, count, work = case
+    seconds = device.device_seconds(work) / count
+    share = num_bytes / seconds / bandwidth
+    us, speed = round(1e6 * seconds, 2), round(num_bytes / seconds / 1e9, 1)
+    say(f"{name:>10} {tokens:>5} {context or '':>8} {us:>9} {speed:>7} {share:>8.0%}")
+    row = {"kernel": name, "rows": tokens, "context": context, "us": us}
+    return {**row, "gb_per_s": speed, "share_of_copy": round(share, 3)}
 
 
 Case = tuple[str, int, int | None, float, int, Callable[[], object]]
 """Name, rows, context, bytes of a launch, launches, and what does them."""
 
 
-def cases(shapes: Shapes, tiny: bool) -> list[Case]:
-    """Everything that is measured."""
+def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
+    """What makes the cases of each kernel; its weights are there as long as its cases are."""
     tokens = (2,) if tiny else TOKENS
     contexts = ((2, 140),) if tiny else CONTEXTS
-    found = [case for make in (gate_up, down, qkv, out) for case in make(shapes, tokens)]
-    return found + [attention(shapes, rows, context) for rows, context in contexts]
+    products = {"gate_up": gate_up, "down": down, "qkv": qkv, "o": out}
+    made: dict[str, Callable[[Shapes], Iterable[Case]]] = {
+        name: partial(make, sizes=tokens) for name, make in products.items()
+    }
+    made["attention"] = lambda shapes: (attention(shapes, *sizes) for sizes in contexts)
+    return made
 
 
 def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -194,9 +207,10 @@ def attention(shapes: Shapes, rows: int, context: int) -> Case:
     config, device = shapes.config, shapes.device
     width = -(-context // BLOCK_SIZE)
     page = (rows * width, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    num_bytes = 2.0 * rows * context * config.num_kv_heads * config.head_dim * shapes.dtype.itemsize
     pages = [
         [torch.randn(page, device=device).to(shapes.dtype) for _ in range(2)]
-        for _ in range(shapes.layers)
+        for _ in range(shapes.rounds(num_bytes))
     ]
     tables = torch.randperm(rows * width, device=device).int().view(rows, width)
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
@@ -208,7 +222,6 @@ def attention(shapes: Shapes, rows: int, context: int) -> Case:
         for keys, values in pages:
             kernel(queries, keys, values, tables, lens, result)
 
-    num_bytes = 2.0 * rows * context * config.num_kv_heads * config.head_dim * shapes.dtype.itemsize
     return "attention", rows, context, num_bytes, len(pages), work
 
 
@@ -216,22 +229,30 @@ def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shap
     """Mixtral's sizes on a GPU; on a CPU toy ones, for the interpreter."""
     config = config_of(tiny=tiny, layers=1)
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
-    return Shapes(config, quantization, dtype, device.device, layers=1 if tiny else 3)
+    layers, least_bytes = (1, 0) if tiny else (3, 256 << 20)
+    return Shapes(config, quantization, dtype, device.device, layers, least_bytes)
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """The command."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No CUDA device: there is nothing to measure.")
         return 1
     device = Device(torch.device("cuda"))
     torch.manual_seed(0)
     bandwidth = device.copy_bandwidth()
-    shapes = shapes_of(device, Quantization("nf4", "bfloat16"), tiny=False)
-    rows = measure(device, shapes, bandwidth, tiny=False)
-    document = {"benchmark": "kernels", **device.describe(), "copy_gb_per_s": bandwidth / 1e9}
-    print(json.dumps({**document, "kernels": rows}))
-    return 0
+    document = {"benchmark": "kernels", **describe(), **device.describe()}
+    report = Report({**document, "copy_gb_per_s": round(bandwidth / 1e9, 1)}, options.save)
+    with torch.inference_mode():
+        shapes = shapes_of(device, Quantization("nf4", "bfloat16"), tiny=False)
+        measure(report, device, shapes, bandwidth, tiny=False)
+    publish(report.document, options.save)
+    return 1 if report.document["failures"] else 0
 
 
 def interpret() -> None:

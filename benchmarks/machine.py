@@ -28,8 +28,15 @@ def publish(document: dict[str, Any], file: Path | None) -> None:
     """Prints the document as one line of JSON, the run's last; `file` gets it with its fields in
     lines, so that two runs can be compared."""
     if file is not None:
-        file.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        save(document, file)
     print(json.dumps(document))
+
+
+def save(document: dict[str, Any], file: Path) -> None:
+    """Writes `file` in one step, so that nobody, and no end of this program, sees a half of it."""
+    whole = file.with_name(file.name + ".part")
+    whole.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    whole.replace(file)
 
 
 def _version(package: str) -> str | None:

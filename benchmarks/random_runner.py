@@ -4,6 +4,7 @@ Knows a device and the options of `benchmarks.gpu`, not what the speeds are comp
 """
 
 import argparse
+import gc
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ from benchmarks.random_model import config_of, random_model
 from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
 from serve_app.model.stacked import Quantization
 
@@ -32,7 +34,7 @@ class RandomRunner:
     def __init__(self, options: argparse.Namespace, device: Device) -> None:
         self.device, self.options = device, options
         self.dtype = torch.bfloat16 if device.is_cuda else torch.float32
-        self.config = config_of(tiny=options.tiny, layers=options.layers)
+        self.config = self.config_of(options)
         self.absmax = None if options.weights == "bf16" else options.absmax
         self.quantization = None if self.absmax is None else Quantization("nf4", self.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
@@ -44,6 +46,11 @@ class RandomRunner:
         self.runner = ModelRunner(*made, most_rows=most_rows)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
+
+    @staticmethod
+    def config_of(options: argparse.Namespace) -> MixtralConfig:
+        """The sizes that are asked for."""
+        return config_of(tiny=options.tiny, layers=options.layers)
 
     def _most_sequences(self) -> int:
         if not self.device.is_cuda:
@@ -59,6 +66,7 @@ class RandomRunner:
     def release(self) -> None:
         """Gives the model's memory back."""
         del self.model, self.runner
+        gc.collect()  # a model and what unpacks its weights know each other
         if self.device.is_cuda:
             torch.cuda.empty_cache()
 
@@ -74,6 +82,20 @@ class RandomRunner:
             sequence.num_computed = num_tokens - 1
             made.append(sequence)
         return made
+
+    @torch.inference_mode()
+    def graph_error(self) -> float | None:
+        """How far the logits of a replayed step are from those of the same one launched kernel by
+        kernel, relatively; None where nothing is captured."""
+        graphs, step = self.runner._graphs, self.runner._decode
+        if graphs is None or step is None:
+            return None
+        count = max(self.batches)
+        sequences = self.sequences(count, self.options.context)
+        chunks = [Chunk(s, self.options.context - 1, self.options.context, True) for s in sequences]
+        launched = step.decode(self.runner._batch(chunks))
+        replayed, _ = graphs.run(chunks, {}, self.runner._tables.of(chunks))
+        return float((replayed - launched).norm() / launched.norm())
 
     def decode(self, batch: int) -> float:
         """Tokens per second of `batch` sequences that are sampled, one step after the other."""

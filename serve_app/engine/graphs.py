@@ -8,6 +8,7 @@ device is no GPU the same calls run uncaptured, which is how tests see them.
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -51,11 +52,18 @@ class DecodeGraphs:
         """All sizes captured, or why that was not possible."""
         graphs = cls(*arguments)
         try:
-            graphs.capture()
+            with graphs._stream():
+                graphs.capture()
         except Exception as error:
             log.exception("a decode step was not captured")
             return f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
         return graphs
+
+    def _stream(self) -> AbstractContextManager[object]:
+        """Puts the stream back that a capture that failed may leave another one in place of."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.current_stream(self._device))
 
     @torch.inference_mode()
     def capture(self) -> None:

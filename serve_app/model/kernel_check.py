@@ -1,7 +1,7 @@
-"""4-bit products on this device beside the same products in plain float32, on random data.
+"""4-bit products and attention on this device beside the same in plain float32, on random data.
 
-A kernel that disagrees is a kernel that must not be used. Small matrices: it says whether the
-arithmetic is right, not how fast it is. Knows no model and no files.
+A kernel that disagrees is a kernel that must not be used. Small sizes, but for a long context: it
+says whether the arithmetic is right, not how fast it is. Knows no model and no files.
 """
 
 import math
@@ -11,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from serve_app.model.attention import attend, plan_attention
+from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts4 import Experts4
+from serve_app.model.kv import KVCache
 from serve_app.model.matrices4 import Codes, Linear4
 from serve_app.model.nf4 import dequantize, quantize
 from serve_app.model.stacked import Quantization
@@ -33,6 +36,9 @@ CONFIG = MixtralConfig.from_dict(
 )
 NUM_TOKENS = (1, 7, 40)
 """One decode, a few, and a chunk of a prompt."""
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
+CONTEXTS = (1, 70, 300, 4500)
+"""Tokens of contexts: one split, several, and so many that splits are longer."""
 
 
 def relative_errors(
@@ -81,7 +87,35 @@ def relative_errors(
             if math.isnan(error):  # which max() would drop
                 return {name: error}
             errors[name] = max(errors.get(name, 0.0), error)
+    if has_kernels:
+        found, expected = _attention(dtype, device, random)
+        error = float((found.float() - expected).norm() / expected.norm())
+        errors["attention (triton)"] = error
     return errors
+
+
+def _attention(
+    dtype: torch.dtype, device: torch.device, random: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Decodes with `CONTEXTS` by the kernel, and in plain float32."""
+    from serve_app.model.kernels.paged_attention import PagedAttention
+
+    count, width = len(CONTEXTS), -(-max(CONTEXTS) // BLOCK_SIZE)
+    shape = (count * width, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    keys, values = (random(*shape).to(device, dtype) for _ in range(2))
+    queries = random(count, HEADS, HEAD_DIM).to(device, dtype)
+    tables = torch.arange(count * width, device=device).flip(0).view(count, width)
+    found = queries.new_empty(count, HEADS * HEAD_DIM)
+    lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    kernel = PagedAttention(HEADS, keys, None, count)
+    kernel(queries, keys, values, tables.int(), lens, found)
+    none = lens.new_empty(0)
+    batch = Batch(none, none, none, [1] * count, list(CONTEXTS), tables, none)
+    plan = plan_attention(batch, BLOCK_SIZE, None, torch.float32)
+    expected = found.float()
+    cache = KVCache([keys.float()], [values.float()])
+    attend(plan, 0, queries.float(), cache, expected)
+    return found, expected
 
 
 def _linear(codes: Codes, device: torch.device, weight: Tensor) -> tuple[Linear4, Tensor]:

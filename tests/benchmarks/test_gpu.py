@@ -1,12 +1,15 @@
 """The GPU benchmark at toy sizes on a CPU: all of it runs; a machine without CUDA is told so."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, kernels
 from benchmarks.random_model import config_of
+from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
 
 
@@ -23,6 +26,39 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     measured = {row["kernel"] for row in document.get("kernels", ())}
     in_4_bits = {"gate_up", "down", "qkv", "o", "attention"}
     assert measured == (in_4_bits if "nested" in weights else set())
+
+
+def test_what_fails_is_told_and_the_rest_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A product that is wrong, a batch size and a kernel that fail: each with its reason in the
+    file, which had the others' figures when they were known."""
+    file, decode = tmp_path / "gpu.json", RandomRunner.decode
+
+    def failing(runner: RandomRunner, batch: int) -> float:
+        known = json.loads(file.read_text())
+        if batch == 2:
+            assert [row["batch"] for row in known["decode"]] == [1]
+            raise torch.OutOfMemoryError("no memory")
+        return decode(runner, batch)
+
+    def no_kernel(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("an illegal instruction")
+
+    monkeypatch.setattr(gpu, "relative_errors", lambda *_: {"experts (triton)": float("nan")})
+    monkeypatch.setattr(RandomRunner, "decode", failing)
+    monkeypatch.setattr(kernels, "down", no_kernel)
+    options = ["--tiny", "--device", "cpu", "--batches", "1", "2", "4", "--save", str(file)]
+    assert gpu.main(options) == 1
+    document = json.loads(file.read_text())
+    assert document["failures"] == {
+        "products": "ValueError: wrong on this device: experts (triton)",
+        "decode of 2": "OutOfMemoryError: no memory",
+        "kernels: down": "RuntimeError: an illegal instruction",
+    }
+    assert [row["batch"] for row in document["decode"]] == [1, 4]
+    assert {row["kernel"] for row in document["kernels"]} == {"gate_up", "qkv", "o", "attention"}
+    assert "FAILED: decode of 2" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -6,6 +6,7 @@ by torch. Before it is used it is compared with plain torch on the device; `GpuS
 where it is not used. Knows no prompts, and no graphs: `engine/graphs.py` has them.
 """
 
+import logging
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -24,6 +25,8 @@ from serve_app.model.matrices4 import Linear4
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Largest relative error of a row's logits beside plain torch."""
@@ -131,6 +134,7 @@ class GpuStep:
         try:
             error = step._error(min(cache.num_blocks, TRIED_ROWS))
         except Exception as failure:  # a compiler's, a driver's: none is worth a model that is down
+            log.exception("the compiled step failed in its trial")
             return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
         limit = TOLERANCE[model.embedding.dtype]
         # A NaN is no small number either.

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 LOW, HIGH = ("$5", "$9", "$13", "$17"), ("$21", "$25", "$29", "$33")
 """Operands with the eight words of `planes`, four times each: once for every packed byte."""
-CONSTRAINTS = ",".join(["=r"] * 4 + ["r"] * 33)
+CONSTRAINTS = ",".join(["=&r"] * 4 + ["r"] * 33)
 """Four bytes and the planes in; out come the values of the bytes' high nibbles, two registers of
-two, then those of the low nibbles."""
+two, then those of the low nibbles. `&`: results are written while operands are still to be read,
+so no two may share a register."""
 
 
 def _decode() -> str:

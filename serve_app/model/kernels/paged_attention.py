@@ -94,7 +94,7 @@ def _span(
     return first, end, size, tl.cdiv(end - first, size)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "table_stride"])
 def _attend(
     queries,
     keys,

@@ -112,7 +112,8 @@ def _add_norm(
     tl.store(y + row * SIZE + column, scaled.to(y.dtype.element_ty), mask=is_there)
 
 
-@triton.jit(do_not_specialize=["batch"])
+# Positions and slots may lie anywhere in a batch's one tensor: one variant for all addresses.
+@triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_write(
     qkv,
     positions,
@@ -152,6 +153,10 @@ def _rope_write(
         tl.store(values + at, own.to(values.dtype.element_ty), mask=kept)
 
 
+LARGEST = tl.constexpr(1e38)
+"""Of a router's logit."""
+
+
 @triton.jit(do_not_specialize=["rows"])
 def _route(
     logits,
@@ -170,7 +175,13 @@ def _route(
     is_live = tl.load(lens + t, mask=is_row, other=0) > 0
     is_there = is_row[:, None] & is_expert[None, :]
     score = tl.load(logits + t[:, None] * EXPERTS + e[None, :], mask=is_there, other=float("-inf"))
-    score = tl.where(is_row[:, None], score.to(tl.float32), 0.0)
+    score = score.to(tl.float32)
+    # A row that is not finite has no shares; but it chooses experts, each another one. Threads that
+    # compare NaN disagree on which is the largest, and would write anywhere.
+    is_sound = (score > -LARGEST) & (score < LARGEST)
+    doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
+    score = tl.where(is_sound, score, -LARGEST)
+    score = tl.where(is_expert[None, :], score, float("-inf"))
     # Softmax over the chosen alone: what renormalising the softmax of all gives.
     top = tl.max(score, 1)
     hits = tl.zeros([ROWS, WIDTH], tl.int32)
@@ -190,7 +201,8 @@ def _route(
         best = tl.argmax(left, 1)
         is_best = e[None, :] == best[:, None]
         entry = t * TOP_K + choice
-        tl.store(shares + entry, tl.exp(tl.max(left, 1) - top) / total, mask=is_row)
+        share = tl.where(doubts > 0, float("nan"), tl.exp(tl.max(left, 1) - top) / total)
+        tl.store(shares + entry, share, mask=is_row)
         at = tl.sum(tl.where(is_best, place, 0), 1)
         tl.store(order + at, entry, mask=is_live)
         left = tl.where(is_best, float("-inf"), left)

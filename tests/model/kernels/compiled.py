@@ -26,6 +26,10 @@ from serve_app.model.kernels import (
     step_kernels,
 )
 
+CHANGING = ("tokens", "entries", "rows", "batch", "programs", "table_stride")
+"""Numbers that differ from step to step: each new one must not be another variant to compile."""
+ANYWHERE = ("positions", "slots")
+"""Tensors that begin at any number within another."""
 Case = tuple[str, Any, dict[str, Any], dict[str, int], int]
 """Name, kernel, arguments, options of the launch, weights that a thread decodes in a round."""
 MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
@@ -106,26 +110,30 @@ def step_cases() -> list[Case]:
     rope |= {"batch": 32, "SPLITS": 2, "H": 32, "K": 8, "D": 128}
     routes: dict[str, Any] = {"logits": "*bf16", "shares": "*fp32", "rows": 128}
     routes |= {**dict.fromkeys(("lens", "order", "starts"), "*i32"), "EXPERTS": 8, "WIDTH": 8}
-    routes |= {"TOP_K": 2, "ROWS": 128}
+    routes["TOP_K"] = 2
     return [
         ("Mixtral", step_kernels._add_norm, norm, {"num_warps": 8}, 0),
         ("Mixtral", step_kernels._rope_write, rope, {"num_warps": 1}, 0),
-        ("Mixtral", step_kernels._route, routes, {"num_warps": 4}, 0),
+        *(
+            (f"{rows} rows", step_kernels._route, {**routes, "ROWS": rows}, {"num_warps": 4}, 0)
+            for rows in (1, 2, 128)
+        ),
     ]
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], chip: int) -> Any:
-    constants = {p.name for p in kernel.params if p.is_constexpr}
     signature, values, aligned = {}, {}, {}
-    for index, name in enumerate(kernel.arg_names):
+    for index, parameter in enumerate(kernel.params):
+        name = parameter.name
         value = arguments[name]
-        if name in constants:
+        if parameter.is_constexpr:
             signature[name], values[(index,)] = "constexpr", value
             continue
         kind = {int: "i32", float: "fp32"}.get(type(value), value)
         signature[name] = kind
-        is_fixed = kind == "i32" and name not in ("tokens", "entries", "rows", "batch", "programs")
-        if kind[0] == "*" or (is_fixed and value % 16 == 0):
+        if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+            continue
+        if kind[0] == "*" or (kind == "i32" and value % 16 == 0):
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, values, aligned)
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
@@ -166,6 +174,12 @@ def main(chip: int) -> int:
     ):
         module = kernel.__module__.rpartition(".")[2]
         what = f"{module}.{kernel.__name__} {name}"
+        failures += [
+            f"{what} is compiled anew for each {parameter.name}"
+            for parameter in kernel.params
+            if (parameter.name in CHANGING and not parameter.do_not_specialize)
+            or (parameter.name in ANYWHERE and not parameter.do_not_specialize_on_alignment)
+        ]
         binary = compiled(kernel, arguments, options, chip)
         listing = listing_of(binary.asm["cubin"])
         body = loop(listing)

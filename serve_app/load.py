@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.device import choose_device, choose_dtype, free_on, memory_for, set_threads
+from serve_app.errors import ModelLoadFailed
 from serve_app.kv_size import kv_blocks, max_model_len
 from serve_app.load_log import LoadLog
 from serve_app.model.footprint import weight_bytes
 from serve_app.model_cache import copy_folder, find_copy, make_copy
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.settings import Settings
-from serve_app.tokenizer_reading import TokenizerReading
 
 if TYPE_CHECKING:
     import torch
@@ -66,13 +66,11 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         with load_log.phase("copy"):
             tell = partial(load_log.progress, "copy")
             path = make_copy(settings, path, notes, tell)
+    # First: a broken one is found before minutes go into the weights. A thread beside them saves
+    # nothing: importing transformers holds the interpreter, which their reader needs too.
+    with load_log.phase("tokenizer"):
+        tokenizer = _tokenizer(path, notes)
     reading = reading_phase(settings, path)
-    tokenizer_reading = TokenizerReading(path)
-
-    def tell_reading(done: float, num_bytes: int | None = None) -> None:
-        tokenizer_reading.require_no_failure()
-        load_log.progress(reading, done, num_bytes)
-
     with load_log.phase(reading):
         needed = _weight_bytes(settings, path, dtype)
         with memory_for("the weights", needed, device, "quantise them, or take a larger GPU"):
@@ -82,17 +80,13 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 device=device,
                 quantization=wished_quantization(settings),
                 quantize_head=settings.model.quantize_head,
-                progress=tell_reading,
+                progress=partial(load_log.progress, reading),
             )
         _note_quantization(settings, model, notes)
     with load_log.phase("warm-up"):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
         with _stopped_on_failure(engine):
             warm_up.fill_a_step(engine, model.config.vocab_size, free_on(device))
-    with load_log.phase("tokenizer"), _stopped_on_failure(engine):  # what it takes longer
-        tokenizer = tokenizer_reading.wait()
-    if not tokenizer.has_chat_template:
-        notes.append("no chat template in the checkpoint: only /v1/completions answers")
     with load_log.phase("first token"), _stopped_on_failure(engine):
         warm_up.first_token(engine, tokenizer.encode("Hello"), free_on(device))
     load_log.ready()
@@ -173,6 +167,24 @@ def _weight_bytes(settings: Settings, path: Path, dtype: "torch.dtype") -> int:
     absmax = None if quantization is None else quantization.absmax
     head = settings.model.quantize_head
     return sum(weight_bytes(plan.config, dtype.itemsize, absmax, head).values())
+
+
+def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer(path)
+        # The first encoding and rendering compile things; no request should wait for that.
+        tokenizer.encode("Hello")
+        if tokenizer.has_chat_template:
+            tokenizer.render([{"role": "user", "content": "Hello"}])
+    except Exception as error:  # tokenizers raises nothing more special
+        log.debug("the tokenizer did not load", exc_info=True)
+        raise ModelLoadFailed(
+            f"{path}: the tokenizer cannot be read ({type(error).__name__}); the folder needs "
+            "tokenizer.json and tokenizer_config.json with the model's chat template."
+        ) from error
+    if not tokenizer.has_chat_template:
+        notes.append("no chat template in the checkpoint: only /v1/completions answers")
+    return tokenizer
 
 
 def _engine(

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantizati
     finally:
         one.close()
     reading = "read" if quantization == "none" else "read and quantise"
-    phases = ["device", "resolve", reading, "warm-up", "tokenizer", "first token"]
+    phases = ["device", "resolve", "tokenizer", reading, "warm-up", "first token"]
     assert [line["phase"] for line in lines if line["state"] == "started"] == phases
     done = [line["phase"] for line in lines if line["state"] == "done"]
     assert done == [*phases, "ready"]
@@ -99,22 +98,6 @@ def test_a_tokenizer_that_is_broken_says_so(
     """Whatever tokenizers raises, and that is a bare Exception, becomes the one sentence."""
     with pytest.raises(ModelLoadFailed, match="tokenizer cannot be read"):
         MixtralServer(edited(tmp_path, "tokenizer.json", edit))
-
-
-def test_a_broken_tokenizer_ends_the_reading_of_the_weights(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It is read beside them, and nobody waits minutes for weights that will not be served."""
-    from serve_app.model import loader
-
-    def slow_disk(*_: object, progress: Callable[[float, int], None], **__: object) -> None:
-        until = time.monotonic() + 60
-        while time.monotonic() < until:
-            progress(0.5, 1000)
-
-    monkeypatch.setattr(loader, "load", slow_disk)
-    with pytest.raises(ModelLoadFailed, match="tokenizer cannot be read"):
-        MixtralServer(edited(tmp_path, "tokenizer.json", lambda it: it.update(added_tokens=5)))
 
 
 def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:

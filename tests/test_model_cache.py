@@ -42,14 +42,14 @@ def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
     """It has a phase of its own, once; afterwards nobody reads the original."""
     chosen = settings(source, tmp_path / "cache")
     first, phases = load_once(chosen, tmp_path / "first")
-    assert phases == ["device", "resolve", "copy", "read", "warm-up", "tokenizer", "first token"]
+    assert phases == ["device", "resolve", "copy", "tokenizer", "read", "warm-up", "first token"]
     assert any("4-bit copy for later starts" in note for note in first.notes)
     for file in source.iterdir():
         stat = file.stat()
         file.write_bytes(bytes(stat.st_size))
         os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     second, phases = load_once(chosen, tmp_path / "second")
-    assert phases == ["device", "resolve", "read", "warm-up", "tokenizer", "first token"]
+    assert phases == ["device", "resolve", "tokenizer", "read", "warm-up", "first token"]
     assert second.memory == first.memory
     assert any("of stacked weights" in line for line in check_model(chosen))
 

@@ -67,7 +67,7 @@ def test_the_first_job_starts_the_model_and_hears_of_it(
 def test_the_cold_start_is_told_phase_by_phase(client: Client, tiny_worker: Worker) -> None:
     """From the process to the first token: seconds in /health, and a line each in the log."""
     load = client.ended({"endpoint": "/health"}).output[0]["load"]
-    phases = ["process", "ray", "replica", "device", "resolve", "read", "warm-up", "tokenizer"]
+    phases = ["process", "ray", "replica", "device", "resolve", "tokenizer", "read", "warm-up"]
     assert [phase["phase"] for phase in load] == [*phases, "first token", "ready"]
     seconds = {phase["phase"]: phase["seconds"] for phase in load}
     # Whole processes start in these; a figure from another clock would be nonsense.

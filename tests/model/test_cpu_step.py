@@ -23,6 +23,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 48, "head_dim": 16, "num_attent
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "window": {"sliding_window": 21},
+    "wide window": {"sliding_window": 70},
     "odd": {
         "hidden_size": 80,
         "head_dim": 32,
@@ -37,7 +38,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "many experts": {"num_local_experts": 17, "num_experts_per_tok": 1, "num_key_value_heads": 4},
 }
 BLOCK_SIZE = 4
-NUM_BLOCKS = 512
+NUM_BLOCKS = 1280
 
 
 def model_of(folder: Path, **shape: Any) -> tuple[Mixtral, Any]:
@@ -100,7 +101,9 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: P
     generator = torch.Generator().manual_seed(2)
     for pages in (*cache.keys, *cache.values):
         pages.copy_(torch.randn(pages.shape, generator=generator))
-    contexts = torch.randint(1, 50, (33,), generator=generator).tolist()
+    # Keys and values are read in segments of 64.
+    contexts = [63, 64, 65, 90, 127, 128, 129, 130]
+    contexts += torch.randint(1, 50, (25,), generator=generator).tolist()
     whole = decodes(contexts)
     alone = torch.cat([step.logits(row(whole, i)) for i in range(len(contexts))])
     assert torch.equal(step.logits(whole), alone)
@@ -126,11 +129,12 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(shape: dict[str, Any], tmp_pat
     """Token by token, at once, or cut anywhere: the same logits of every token, the oracle's."""
     model, oracle = model_of(tmp_path, **shape)
     step = step_of(model, cache_of(model))
-    ids = random_ids(83)
-    table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))[:21]
-    whole = step.logits(piece(ids, 0, 83, table))
+    ids = random_ids(141)
+    table = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(1))[:36]
+    whole = step.logits(piece(ids, 0, 141, table))
     torch.testing.assert_close(whole, oracle_logits(oracle, ids), rtol=0, atol=1e-4)
-    for cuts in (range(84), (0, 1, 5, 11, 28, 33, 50, 82, 83), (0, 64, 83)):
+    small = (0, 1, 5, 11, 28, 33, 50, 59, 66, 75, 92, 126, 129, 138, 141)
+    for cuts in (range(142), small, (0, 64, 141), (0, 63, 128, 141)):
         parts = [step.logits(piece(ids, *ends, table)) for ends in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
 
@@ -172,6 +176,18 @@ def test_numbers_that_are_not_finite_stay_so(tmp_path: Path) -> None:
         assert found[0].isfinite().all()
         assert found[1].isnan().all()
         cache.clear(torch.arange(NUM_BLOCKS))
+
+
+def test_a_token_that_is_not_finite_spoils_what_follows_it_alone(tmp_path: Path) -> None:
+    """Within one piece of a prompt: the tokens before it do not see it."""
+    model, _ = model_of(tmp_path)
+    step = step_of(model, cache_of(model))
+    ids = [id_ + (id_ == 7) for id_ in random_ids(80)]
+    ids[70] = 7
+    model.embedding[7] = torch.nan
+    found = step.logits(piece(ids, 0, 80, torch.arange(20)))
+    assert found[:70].isfinite().all()
+    assert found[70:].isnan().all()
 
 
 def refusal(model: Mixtral) -> str:

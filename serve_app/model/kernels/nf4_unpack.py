@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from serve_app.model.kernels.nf4_decode import Packed
-from serve_app.model.kernels.nf4_kernels import values_of
+from serve_app.model.kernels.nf4_sums import values_of
 from serve_app.model.matrices4 import Index, Matrices4
 
 ROWS, SPAN = 64, 16

@@ -58,6 +58,7 @@ def _tokens(engine: EngineSettings, device: "torch.device", token_bytes: int, co
 
     if device.type == "cpu":
         return CPU_CONTEXTS * context
+    torch.cuda.empty_cache()  # of what the load needed on its way
     free, total = torch.cuda.mem_get_info()
     room = int(free - total * (1 - engine.gpu_memory_fraction)) - RESERVED_BYTES
     return max(room, 0) // token_bytes

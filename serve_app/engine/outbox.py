@@ -16,6 +16,8 @@ from serve_app.errors import DeadlinePassed
 DELIVERY_SHARE = 0.125
 """Of an event loop's time, for telling what comes between a request's first delta and its last.
 With less, readers see their text come in jerks; with more, a busy loop answers fewer tokens/s."""
+LONGEST_PAUSE_S = 1.0
+"""Between two deliveries: a loop that was held up once, for whatever reason, owes no more."""
 
 
 class Stream:
@@ -41,6 +43,8 @@ class Stream:
 
     def put(self, delta: Delta) -> None:
         """Adds `delta`, which the stream may keep. Only from a callback of `loop`."""
+        if self._new is not None and self._new.finish_reason is not None:
+            return  # The engine, or the deadline, came first.
         self._new = delta if self._new is None else _merged(self._new, delta)
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
@@ -120,8 +124,8 @@ class _Courier:
         self._loop.call_soon(self._delivered, sent)
 
     def _delivered(self, sent: float) -> None:
-        took = self._clock() - sent
-        self._due = sent + took / DELIVERY_SHARE
+        now = self._clock()
+        self._due = min(sent + (now - sent) / DELIVERY_SHARE, now + LONGEST_PAUSE_S)
 
 
 def _put(deltas: list[tuple[Stream, Delta]]) -> None:

@@ -4,11 +4,13 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.outbox import DELIVERY_SHARE, Outbox, Stream
+from serve_app.engine.outbox import DELIVERY_SHARE, LONGEST_PAUSE_S, Outbox, Stream
 from serve_app.engine.sequence import Delta, FinishReason
+from serve_app.errors import DeadlinePassed
 
 
 class Clock:
@@ -47,8 +49,14 @@ async def begun(outbox: Outbox, count: int) -> list[Stream]:
     return streams
 
 
-def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged() -> None:
-    """While one delivery is under way, and for as long as its share asks, deltas are merged."""
+@pytest.mark.parametrize(
+    ("took", "due"),
+    [(0.1, 0.1 / DELIVERY_SHARE), (60.0, 60.0 + LONGEST_PAUSE_S)],
+    ids=["busy", "held up"],
+)
+def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged(took: float, due: float) -> None:
+    """While one delivery is under way, and for as long as its share asks, deltas are merged; what
+    held a loop up for a minute holds no stream back much longer."""
 
     async def scenario() -> None:
         clock = Clock()
@@ -56,18 +64,18 @@ def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged() -> None:
         (stream,) = await begun(outbox, 1)
         outbox.add(stream, token(1))
         outbox.flush()  # under way
-        clock.now = 1.0
+        clock.now = took
         for token_id in (2, 3):
             outbox.add(stream, token(token_id))
             outbox.flush()
         assert (await stream.next()).token_ids == [1]
-        await worked_off()  # it took a second
-        clock.now = 1.0 / DELIVERY_SHARE - 0.01
+        await worked_off()  # it took that long
+        clock.now = due - 0.01
         outbox.flush()
         reader = asyncio.create_task(stream.next())
         await worked_off()
         assert not reader.done()
-        clock.now = 1.0 / DELIVERY_SHARE
+        clock.now = due
         outbox.flush()
         assert (await reader).token_ids == [2, 3]
 
@@ -107,6 +115,23 @@ def test_a_loop_that_closes_with_a_delivery_under_way_is_told_of() -> None:
     outbox.add(stream, token(2))
     assert outbox.flush() == {loop}
     assert outbox.flush() == set()
+
+
+def test_a_deadline_is_heard_though_tokens_come_after_it() -> None:
+    """By a consumer that fetches late; and an answer that was whole before it stays whole."""
+
+    async def scenario() -> None:
+        late, whole = (Stream(asyncio.get_running_loop()) for _ in range(2))
+        late.put(token(1))
+        late.expire()
+        late.put(token(2))
+        delta = await late.next()
+        assert (delta.token_ids, type(delta.error)) == ([1], DeadlinePassed)
+        whole.put(token(1, "stop"))
+        whole.expire()
+        assert await whole.next() == token(1, "stop")
+
+    run(scenario())
 
 
 @given(

@@ -13,7 +13,8 @@ from serve_app.settings import Settings
 
 RULE = "=" * 72
 ENDPOINTS = (
-    "/prompt, /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health"
+    "/prompt, /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, "
+    "/metrics"
 )
 
 

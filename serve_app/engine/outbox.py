@@ -16,8 +16,8 @@ from serve_app.errors import DeadlinePassed
 DELIVERY_SHARE = 0.125
 """Of an event loop's time, for telling what comes between a request's first delta and its last.
 With less, readers see their text come in jerks; with more, a busy loop answers fewer tokens/s."""
-LONGEST_PAUSE_S = 1.0
-"""Between two deliveries: a loop that was held up once, for whatever reason, owes no more."""
+LONGEST_PAUSE_S = 0.2
+"""After a delivery: whatever held the loop up once, readers are not to notice it twice."""
 
 
 class Stream:

@@ -132,7 +132,8 @@ class GpuStep:
             return reason
         step = cls(model, cache, max(most_rows, TRIED_ROWS))
         try:
-            error = step._error(min(cache.num_blocks, TRIED_ROWS))
+            longest = model.config.max_position_embeddings // cache.block_size
+            error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
         except Exception as failure:  # a compiler's, a driver's: none is worth a model that is down
             log.exception("the compiled step failed in its trial")
             return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
@@ -194,14 +195,16 @@ class GpuStep:
     def _error(self, count: int) -> float:
         """Of the median row through the first layers, on random keys and values and made-up tokens.
 
-        NaN where a number is not finite, be it after all layers. One row is nobody's.
+        NaN where a number is not finite, be it after all layers. One row is nobody's. The contexts
+        have from one block to `count`, which are several splits of attention.
         """
         cache, size = self._cache, self._cache.block_size
         blocks = torch.arange(count, device=cache.keys[0].device)
         for pages in (*cache.keys, *cache.values):
             pages[blocks] = torch.randn_like(pages[blocks])
-        lens = blocks % size + 1
-        slots = blocks * size + lens - 1
+        # Everyone has the blocks of those before, and one of its own.
+        lens = blocks * size + blocks % size + 1
+        slots, tables = lens - 1, blocks.repeat(count, 1)
         tokens = blocks * 7 % self._model.config.vocab_size
         batch = Batch(
             token_ids=tokens,
@@ -209,12 +212,12 @@ class GpuStep:
             slots=slots,
             query_lens=[1] * count,
             context_lens=lens.tolist(),
-            block_tables=blocks[:, None],
+            block_tables=tables,
             sample_rows=blocks,
         )
         # The last row is nobody's, and nobody else may notice.
         context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
-        rows = Rows(tokens, lens - 1, slots, context.int(), blocks[:, None].int())
+        rows = Rows(tokens, lens - 1, slots, context.int(), tables.int())
         is_finite = self.logits(rows)[: max(1, count - 1)].isfinite().all()
         whole = self._model.blocks
         try:

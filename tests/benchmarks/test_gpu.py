@@ -37,14 +37,14 @@ def test_what_fails_is_told_and_the_rest_is_measured(
 ) -> None:
     """A product that is wrong, a batch size and a kernel that fail: each with its reason in the
     file, which had the others' figures when they were known."""
-    file, decode = tmp_path / "gpu.json", RandomRunner.decode
+    file = tmp_path / "gpu.json"
 
     def failing(one: RandomRunner, batch: int) -> float:
         known = json.loads(file.read_text())
         if batch == 2:
             assert known["copy_gb_per_s"] > 0
             raise torch.OutOfMemoryError("no memory")
-        return decode(one, batch)
+        return 1.0
 
     def no_kernel(*_: Any, **__: Any) -> Any:
         raise RuntimeError("an illegal instruction")

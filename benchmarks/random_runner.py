@@ -28,6 +28,11 @@ SPARE = 3e9
 """Bytes of a device that are left to intermediate results."""
 
 
+def blocks_for(num_tokens: int) -> int:
+    """Of a sequence with so many tokens, and those that it may get."""
+    return -(-(num_tokens + EXTRA) // BLOCK_SIZE)
+
+
 class RandomRunner:
     """Random weights, a cache full of random keys and values, and a clock."""
 
@@ -39,8 +44,8 @@ class RandomRunner:
         self.quantization = None if self.absmax is None else Quantization("nf4", self.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
         self.batches = [n for n in options.batches if n <= self._most_sequences()]
-        tokens = max(max(self.batches) * (options.context + EXTRA), options.prompt)
-        sizes = (-(-tokens // BLOCK_SIZE), BLOCK_SIZE)
+        blocks = max(max(self.batches) * blocks_for(options.context), blocks_for(options.prompt))
+        sizes = (blocks, BLOCK_SIZE)
         most_rows = max(self.batches)
         made = (self.model, *sizes, self.dtype, device.device)
         self.runner = ModelRunner(*made, most_rows=most_rows)
@@ -72,7 +77,7 @@ class RandomRunner:
 
     def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
         """`count` sequences whose tokens but the last are computed, each with its own blocks."""
-        blocks = -(-(num_tokens + EXTRA) // BLOCK_SIZE)
+        blocks = blocks_for(num_tokens)
         params = SamplingParams(512, ignore_eos=True, **how)
         made = []
         for i in range(count):
@@ -112,7 +117,6 @@ class RandomRunner:
         """Tokens per second of one prompt, in one step."""
         prompt = self.sequences(1, self.options.prompt, temperature=0.0)[0]
         whole = [Chunk(prompt, 0, self.options.prompt, True)]
-        prompt.block_table = list(range(-(-self.options.prompt // BLOCK_SIZE)))
         seconds = self.device.seconds(lambda: self.runner.step(whole), repeats=3)
         return float(self.options.prompt / seconds)
 

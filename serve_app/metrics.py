@@ -2,7 +2,7 @@
 
 Names, units and `model_name` are vLLM's where it counts the same thing, with `mixtral_` for
 `vllm:`. What the engine counts is read when somebody asks, what is seen of requests is kept in
-plain numbers (0.3 us for a token), and prometheus_client writes the text. No label holds anything
+plain numbers (0.5 us for a token), and prometheus_client writes the text. No label holds anything
 that a client has sent.
 
 One event loop observes, and anybody may ask. Counters begin with the server: what the load itself

@@ -9,7 +9,7 @@ Knows neither text nor HTTP.
 
 import asyncio
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 
 from serve_app.engine.admission import EngineConfig, admit
@@ -103,12 +103,12 @@ class Engine:
                 delta = await stream.next()
                 # The engine does not know of a deadline that has passed.
                 has_ended = delta.finish_reason not in (None, "cancelled")
+                delta.queued_s = sequence.queued_s
                 if delta.error is None:
-                    delta.queued_s = sequence.queued_s
                     yield delta
                     continue
                 if delta.token_ids:
-                    yield Delta(delta.token_ids, delta.logprobs)
+                    yield replace(delta, finish_reason=None, error=None)
                 raise delta.error
         finally:
             if timer is not None:

@@ -235,6 +235,29 @@ def test_what_came_before_a_deadline_is_delivered() -> None:
     assert isinstance(delta.error, DeadlinePassed)
 
 
+def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
+    """As all first tokens do; then the error is raised."""
+
+    async def late() -> None:
+        deadline = asyncio.get_running_loop().time() + 0.01
+        request = engine.generate([1, 2], greedy(50, ignore_eos=True), deadline)
+        first = asyncio.ensure_future(anext(request))
+        await asyncio.sleep(0)
+        # The event loop is held up, and then hears of both at once: when there is a second token,
+        # the first one is on its way.
+        while asyncio.get_running_loop().time() <= deadline or engine.stats().generated_tokens < 2:
+            pass
+        delta = await first
+        assert delta.token_ids
+        assert (delta.finish_reason, delta.error) == (None, None)
+        assert (delta.queued_s or 0) > 0
+        with pytest.raises(DeadlinePassed):
+            await anext(request)
+
+    with running(FakeRunner()) as engine:
+        run(late())
+
+
 def test_leaving_the_queue_costs_no_step() -> None:
     """A request that leaves while it waits never runs, and its place is free."""
     runner = FakeRunner(is_held=True)

@@ -72,7 +72,8 @@ def test_one_request_is_one_in_everything(http: httpx.Client) -> None:
     for name in ("time_to_first_token", "request_queue_time", "e2e_request_latency"):
         assert grown(f"{name}_seconds_count") == 1
         assert 0 < grown(f"{name}_seconds_sum") <= took
-    assert 1 <= grown("inter_token_latency_seconds_count") <= 11
+    # Tokens that were taken with the first one have no time of their own.
+    assert grown("inter_token_latency_seconds_count") <= 11
     assert grown("num_requests_running") == grown("kv_blocks_used") == 0
     assert after("kv_blocks") > 0
 

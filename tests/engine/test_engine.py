@@ -237,6 +237,8 @@ def test_what_came_before_a_deadline_is_delivered() -> None:
 
 def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
     """As all first tokens do; then the error is raised."""
+    runner = FakeRunner(is_held=True)
+    runner.allow(2)
 
     async def late() -> None:
         deadline = asyncio.get_running_loop().time() + 0.01
@@ -254,7 +256,7 @@ def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
         with pytest.raises(DeadlinePassed):
             await anext(request)
 
-    with running(FakeRunner()) as engine:
+    with running(runner) as engine:
         run(late())
 
 

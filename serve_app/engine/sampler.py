@@ -208,7 +208,7 @@ def _descending(scores: Tensor) -> Tensor:
     """`scores` [rows, vocab], each row from its largest down."""
     if scores.is_cuda:
         return scores.sort(-1, descending=True).values
-    # On a CPU numpy's is ten times as fast.
+    # On a CPU numpy's takes half the time or less.
     return torch.from_numpy(np.sort(scores.neg().numpy(), axis=-1)).neg_()
 
 

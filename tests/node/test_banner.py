@@ -6,6 +6,7 @@ import pytest
 
 import serve_app
 from serve_app.node.banner import banner, gpu, volume
+from serve_app.routes import PATHS
 from serve_app.settings import Settings
 
 
@@ -28,6 +29,9 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
     ):
         assert fact in text
     assert "secret" not in text
+    endpoints = next(line for line in text.splitlines() if line.startswith("Endpoints: "))
+    told = set(endpoints.removeprefix("Endpoints: ").split(", "))
+    assert told == set(PATHS) - {"/ping", "/v1/models/{id:path}"}
 
 
 def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:

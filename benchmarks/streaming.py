@@ -4,7 +4,7 @@
 
 The real worker with RunPod's SDK and the tiny model, against the platform on loopback, which
 acknowledges each streamed chunk late by 0, 20 and 100 ms. Beside it, in the same run, a worker that
-posts every token on its own, as the SDK's examples do. Does not measure the model.
+posts every chunk on its own, as handlers in guides do. Does not measure the model.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from tests.emulator.worker import ENTRY
 
 WORKERS = {
     "what has come": ENTRY,
-    "one token": Path(__file__).with_name("per_token_worker.py"),
+    "one chunk": Path(__file__).with_name("per_chunk_worker.py"),
 }
 """What one post holds, and the worker that does so."""
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.per_token_worker import one_by_one
+from benchmarks.per_chunk_worker import one_by_one
 from benchmarks.streaming import measure
 from serve_app.worker import delivery, handler
 from tests.emulator.platform import Platform
@@ -37,7 +37,7 @@ def test_its_figures_are_those_of_the_jobs(
     assert figures["first_token_ms"] < 1000 * slowest
 
 
-def test_its_peer_posts_every_token_alone() -> None:
+def test_its_peer_posts_every_chunk_alone() -> None:
     """What it stands for is the name that the handler looks up, and nothing waits to be merged."""
     assert handler.batches is delivery.batches  # type: ignore[attr-defined]
 

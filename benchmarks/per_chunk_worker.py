@@ -1,4 +1,4 @@
-"""The worker that handlers in guides make: a yield, and so a post, for every token.
+"""The worker that handlers in guides make: a yield, and so a post, for every chunk.
 
 `runpod_entry.py` in all else, so that only the delivery differs.
 """

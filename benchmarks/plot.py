@@ -20,19 +20,23 @@ def plot(series: dict[str, list[dict[str, Any]]], load: str, path: Path) -> None
         (line,) = speed.plot(
             loads, [level["tokens_per_s"] for level in levels], marker="o", label=name
         )
-        for quantile, style in (("p50", "-"), ("p99", ":")):
+        for quantile, style, face in (("p50", "-", None), ("p99", ":", "white")):
             wait.plot(
                 loads,
                 [level["ttft_ms"][quantile] for level in levels],
                 marker="o",
                 linestyle=style,
+                markerfacecolor=face,
                 color=line.get_color(),
-                label=f"{name}, {quantile}",
             )
-    speed.set(xlabel=label, ylabel="tokens a second", ylim=(0, None))
-    wait.set(xlabel=label, ylabel="first token, ms", yscale="log")
+    ticks = sorted({level[load] for levels in series.values() for level in levels})
+    speed.set(ylabel="tokens a second", ylim=(0, None))
+    wait.set(ylabel="first token, ms: median, and hollow p99", yscale="log")
     for axes in (speed, wait):
-        axes.legend(fontsize="small")
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axes.set_xlabel(label)
         axes.grid(alpha=0.3)
+    figure.legend(loc="outside upper center", ncols=len(series), fontsize="small")
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)

@@ -103,13 +103,13 @@ def test_likeness_is_the_common_beginning() -> None:
 
 
 def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
-    """One line a server; the same figures give the same file."""
+    """A server is named once; the same figures give the same file."""
     levels = [{**level(100, 5), "concurrency": 1}, {**level(300, 9), "concurrency": 8}]
     for name in ("a.svg", "b.svg"):
         plot({"ours": levels, "vllm": levels}, "concurrency", tmp_path / name)
     drawn = (tmp_path / "a.svg").read_text()
     assert "<svg" in drawn
-    assert "<!-- vllm, p99 -->" in drawn
+    assert all(f"<!-- {name} -->" in drawn for name in ("ours", "vllm"))
     assert drawn == (tmp_path / "b.svg").read_text()
 
 

@@ -49,7 +49,8 @@ def test_the_files_are_in_the_page_cache(files: list[Path]) -> None:
     """All of them, in the background, while the block runs."""
     assert max(cached(file) for file in files) < 0.5
     with while_starting(files, None):
-        until(lambda: all(cached(file) == 1 for file in files))
+        # Not to the last page: the kernel may take some back.
+        until(lambda: all(cached(file) > 0.9 for file in files))
 
 
 def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> None:

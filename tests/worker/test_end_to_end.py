@@ -157,7 +157,8 @@ def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -
 def test_a_batch_job_tells_its_progress(client: Client) -> None:
     """Percentages while it runs, one result after them, a bad item's error in its own place."""
     prompts: list[Any] = ["Count.", {"prompt": "Count.", "temperature": 3}, *["Count."] * 30]
-    job = client.ended({"prompts": prompts, "max_tokens": 64, "ignore_eos": True})
+    # Ten times as long as it takes until the first update is due.
+    job = client.ended({"prompts": prompts, "max_tokens": 600, "ignore_eos": True})
     assert job.status == "COMPLETED", job.error
     results = job.output[0]["results"]
     assert [index for index, result in enumerate(results) if "error" in result] == [1]

@@ -20,7 +20,7 @@ from tests.worker.process import ENTRY, environment, run_entry
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 1500, "stream": True}
+LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 5000, "stream": True}
 
 
 def free_port() -> int:

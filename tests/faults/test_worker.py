@@ -19,7 +19,7 @@ from tests.worker.conftest import TINY, Client, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
-LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 1500}
+LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 5000}
 
 
 @pytest.fixture(scope="module")

@@ -86,7 +86,7 @@ def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> Non
     until(lambda: job.chunks)
     assert worker.terminate() == 0, worker.log
     assert (job.status, job.num_results) == ("COMPLETED", 1)
-    assert job.output[-1]["usage"]["completion_tokens"] == 1500
+    assert job.output[-1]["usage"]["completion_tokens"] == LONG["max_tokens"]
 
 
 def test_a_model_that_cannot_load_says_why(tmp_path: Path, config: Path, checkpoint: Path) -> None:

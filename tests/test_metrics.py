@@ -7,13 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
-from prometheus_client import Histogram as Reference
 
 from serve_app.errors import OutOfMemory, QueueFull
-from serve_app.histogram import Histogram
 from serve_app.metrics import FINISH_REASONS, STATUSES, status_text
 from serve_app.server import MixtralServer
 from tests.exposition import Shown
@@ -225,30 +220,6 @@ def test_it_has_one_method() -> None:
     assert asyncio.run(answer(server(), "/metrics", {}))["error"]["message"] == (
         "/metrics takes GET, not POST."
     )
-
-
-BOUNDS = (0.001, 0.25, 1.0, 10.0)
-values = st.floats(0, 20) | st.sampled_from(BOUNDS)
-
-
-@given(st.lists(st.tuples(values, st.integers(1, 3))))
-def test_histograms_are_prometheus_own(observed: list[tuple[float, int]]) -> None:
-    """The same buckets, count and sum as the client library's histogram, bounds included."""
-    ours, registry = Histogram("x", "Help.", BOUNDS), CollectorRegistry()
-    theirs = Reference("mixtral_x", "Help.", ["model_name"], buckets=BOUNDS, registry=registry)
-    theirs.labels("tiny")
-    for value, times in observed:
-        ours.observe(value, times)
-        for _ in range(times):
-            theirs.labels("tiny").observe(value)
-    (reference,) = registry.collect()
-    wanted = {
-        (s.name, s.labels.get("le")): s.value
-        for s in reference.samples
-        if not s.name.endswith("_created")
-    }
-    found = {(s.name, s.labels.get("le")): s.value for s in ours.family("tiny").samples}
-    assert found == pytest.approx(wanted)
 
 
 def test_the_page_names_every_metric() -> None:

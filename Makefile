@@ -10,7 +10,7 @@ CONFIG ?= configs/tiny.yaml
 install: $(READY)
 
 # Made again only when the pins or the compiled code change.
-$(READY): pyproject.toml $(wildcard serve_app/model/kernels/_cpu_*.[ch])
+$(READY): pyproject.toml $(wildcard serve_app/model/kernels/cpu/_cpu_*.[ch])
 	@echo "Installing the pinned dependencies into $(VENV); the first time takes a minute or more."
 	@test -x $(PYTHON) || python3 -m venv $(VENV)
 	@$(PYTHON) -m pip install -qq --disable-pip-version-check -e '.[dev]'

@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         log.info("Interrupted.")
         return 130  # as a shell says it
     except Exception as error:
+        from serve_app.config.settings import ConfigError
         from serve_app.errors import ServeError
-        from serve_app.settings import ConfigError
 
         if isinstance(error, ConfigError | ServeError):
             log.error("%s", error)
@@ -46,9 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _start(arguments: list[str]) -> int:
     from serve_app.check import check
+    from serve_app.config.settings import ConfigError, EntrySettings, Settings
     from serve_app.errors import ModelLoadFailed
     from serve_app.node import fitness, http
-    from serve_app.settings import ConfigError, EntrySettings, Settings
     from serve_app.worker import local, start
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)

@@ -29,10 +29,10 @@ import yaml
 
 from benchmarks.forms import forget, read_plainly, write_forms
 from benchmarks.machine import describe, publish
+from emulator import client_half
+from emulator.platform import Platform
+from emulator.worker import ENTRY, Worker
 from serve_app.tiny import CHECKPOINT
-from tests.emulator import client_half
-from tests.emulator.platform import Platform
-from tests.emulator.worker import ENTRY, Worker
 
 TINY = ENTRY.parent / "configs" / "tiny.yaml"
 EMPTY = Path(__file__).with_name("empty_deployment.py")

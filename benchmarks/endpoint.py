@@ -9,10 +9,10 @@ from typing import Any
 
 import requests
 
-from tests.emulator import client_half
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import ENTRY, Worker
+from emulator import client_half
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import ENTRY, Worker
 
 CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}

@@ -24,7 +24,7 @@ from benchmarks.machine import describe, publish
 from serve_app.engine.engine import Engine, EngineConfig
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, Samples, SamplingParams
-from serve_app.model.loader import load
+from serve_app.model.checkpoint.loader import load
 from serve_app.model.mixtral import Mixtral
 from serve_app.tiny import CHECKPOINT
 
@@ -81,11 +81,11 @@ class Bench:
         """What `scenario`, a coroutine function, returns with a new engine."""
         config = {
             "max_model_len": 12_288,
-            "max_running": max(BATCHES),
+            "max_num_seqs": max(BATCHES),
             "max_waiting": 4096,
             "block_size": BLOCK_SIZE,
             "num_blocks": 12_288,
-            "max_step_tokens": 512,
+            "max_num_batched_tokens": 512,
             "eos_token_ids": frozenset[int](),
             **limits,
         }

@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import describe, publish
-from serve_app.convert import convert
-from serve_app.model.checkpoint import expected_shapes, inspect
+from serve_app.model.checkpoint.checkpoint import expected_shapes, inspect
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.checkpoint.loader import load
+from serve_app.model.checkpoint.shards import INDEX
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import parameters, part_of
-from serve_app.model.loader import load
 from serve_app.model.nf4 import quantize
-from serve_app.model.shards import INDEX
-from serve_app.model.stacked import Quantization
 
 SMALL = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8}
 FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}

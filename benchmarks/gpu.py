@@ -26,9 +26,9 @@ from benchmarks.machine import describe, publish
 from benchmarks.random_runner import RandomRunner
 from benchmarks.report import Report, say
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
-from serve_app.model.kernel_check import relative_errors
-from serve_app.model.stacked import Quantization
+from serve_app.model.kernels.kernel_check import relative_errors
 
 BATCHES = (1, 8, 32, 128)
 PROMPT = 4096

@@ -24,9 +24,9 @@ from benchmarks.device import Device
 from benchmarks.machine import describe, publish
 from benchmarks.random_model import config_of, fill_codes, fill_matrices
 from benchmarks.report import Report, say
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.matrices4 import Codes, Matrices4
-from serve_app.model.stacked import Quantization
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = ((1, 512), (1, 8192), (32, 2048))
@@ -128,7 +128,7 @@ def bytes_of(matrices: Matrices4, experts: int = 1) -> float:
 
 
 def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    from serve_app.model.kernels import nf4_decode
+    from serve_app.model.kernels.triton import nf4_decode
 
     config, inner = shapes.config, shapes.config.intermediate_size
     matrices = shapes.matrices((config.num_experts,), config.hidden_size, (inner, inner))
@@ -148,7 +148,7 @@ def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
 
 
 def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    from serve_app.model.kernels import nf4_decode
+    from serve_app.model.kernels.triton import nf4_decode
 
     config = shapes.config
     stack = ((config.num_experts,), config.intermediate_size, (config.hidden_size,))
@@ -184,7 +184,7 @@ def out(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
 def dense(
     name: str, shapes: Shapes, sizes: tuple[int, ...], columns: int, rows: tuple[int, ...]
 ) -> list[Case]:
-    from serve_app.model.kernels import nf4_decode
+    from serve_app.model.kernels.triton import nf4_decode
 
     matrices = shapes.matrices((), columns, rows)
     weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
@@ -202,7 +202,7 @@ def dense(
 
 
 def attention(shapes: Shapes, rows: int, context: int) -> Case:
-    from serve_app.model.kernels.paged_attention import PagedAttention
+    from serve_app.model.kernels.triton.paged_attention import PagedAttention
 
     config, device = shapes.config, shapes.device
     width = -(-context // BLOCK_SIZE)

@@ -11,13 +11,13 @@ import time
 from typing import TYPE_CHECKING, NamedTuple
 
 from serve_app.app import application
+from serve_app.config.settings import Settings
 from serve_app.engine.admission import EngineConfig
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import Chunk, Samples
-from serve_app.load import Loaded
-from serve_app.load_log import LoadLog
+from serve_app.loading.load import Loaded
+from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
-from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
 
 if TYPE_CHECKING:
@@ -96,10 +96,10 @@ def _late_s(step_s: float) -> float:
 
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:
-    """In place of `serve_app.load.load`: the tiny model's tokenizer, and no model."""
+    """In place of `serve_app.loading.load.load`: the tiny model's tokenizer, and no model."""
     tokenizer = Tokenizer(CHECKPOINT)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
-    engine = engine_of(NullRunner(ids), settings.engine.max_running)
+    engine = engine_of(NullRunner(ids), settings.engine.max_num_seqs)
     engine.start()
     load_log.ready()
     memory = dict.fromkeys(("experts", "attention", "head", "other", "kv_cache"), 0)
@@ -107,17 +107,17 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     return Loaded(tokenizer, engine, MAX_MODEL_LEN, VOCAB_SIZE, "none", None, memory, notes)
 
 
-def engine_of(runner: NullRunner, max_running: int) -> Engine:
+def engine_of(runner: NullRunner, max_num_seqs: int) -> Engine:
     """The real engine around it, not started."""
     return Engine(
         runner,
         EngineConfig(
             max_model_len=MAX_MODEL_LEN,
-            max_running=max_running,
-            max_waiting=max_running,
+            max_num_seqs=max_num_seqs,
+            max_waiting=max_num_seqs,
             block_size=BLOCK_SIZE,
-            num_blocks=max_running * MAX_MODEL_LEN // BLOCK_SIZE,
-            max_step_tokens=512,
+            num_blocks=max_num_seqs * MAX_MODEL_LEN // BLOCK_SIZE,
+            max_num_batched_tokens=512,
             eos_token_ids=frozenset(),
         ),
     )

@@ -59,8 +59,8 @@ def _ours(site: Site) -> list[str]:
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = site.port
     arguments = config["applications"][0]["args"]
-    arguments["model"] |= {"name": str(site.checkpoint), "served_name": "tiny"}
-    arguments["engine"]["max_running"] = SEQUENCES
+    arguments["model"] |= {"name": str(site.checkpoint), "served_model_name": "tiny"}
+    arguments["engine"]["max_num_seqs"] = SEQUENCES
     path = site.folder / "ours.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
     serve = "from ray.serve.scripts import cli; cli()"
@@ -111,7 +111,7 @@ PEERS = (
         ("mixtral-serve", "torch", "ray"),
         _ours,
         lambda site: "tiny",
-        f"serve run configs/tiny.yaml with this checkpoint and max_running {SEQUENCES}",
+        f"serve run configs/tiny.yaml with this checkpoint and max_num_seqs {SEQUENCES}",
     ),
     Peer(
         OURS_DIRECT,

@@ -15,9 +15,9 @@ from benchmarks.random_model import config_of, random_model
 from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
-from serve_app.model.stacked import Quantization
 
 BLOCK_SIZE = 16
 ROUND = 16

@@ -31,19 +31,19 @@ from benchmarks.null_server import STEP_S, NullRunner, load
 from benchmarks.peer_process import free_port, serving
 from benchmarks.peer_servers import HAPROXY
 from benchmarks.waiting import summarise
+from serve_app.api.ingress import create_app
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 from serve_app.engine.engine import Engine
 from serve_app.engine.sequence import SamplingParams
-from serve_app.ingress import create_app
-from serve_app.load import Loaded
-from serve_app.load_log import LoadLog
+from serve_app.loading.load import Loaded
+from serve_app.loading.load_log import LoadLog
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call
-from serve_app.server import MixtralServer
-from serve_app.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 STREAMS = (1, 16, 32)
-MAX_RUNNING = 64
+MAX_NUM_SEQS = 64
 MODES: dict[str, dict[str, str]] = {
     "proxy": {},
     "haproxy": HAPROXY,
@@ -73,7 +73,7 @@ class Alone:
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
         settings = Settings(
-            model={"name": "tiny", "quantization": "none"}, engine={"max_running": MAX_RUNNING}
+            model={"name": "tiny", "quantization": "none"}, engine={"max_num_seqs": MAX_NUM_SEQS}
         )
         self._loaded: Loaded | None = None
         self.server = MixtralServer(settings, self._load)
@@ -181,7 +181,7 @@ def config(port: int) -> dict[str, Any]:
     document["http_options"]["port"] = port
     application = document["applications"][0]
     application["import_path"] = "benchmarks.null_server:build_app"
-    application["args"]["engine"]["max_running"] = MAX_RUNNING
+    application["args"]["engine"]["max_num_seqs"] = MAX_NUM_SEQS
     return document
 
 

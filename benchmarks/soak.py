@@ -21,8 +21,8 @@ from typing import Any
 from benchmarks.endpoint import Endpoint, endpoint
 from benchmarks.machine import describe, publish
 from benchmarks.memory import memory_by_process
-from tests.emulator.faults import RESET
-from tests.emulator.queue import Job
+from emulator.faults import RESET
+from emulator.queue import Job
 
 MAX_GROWTH = 0.05
 OPEN_AT_ONCE = 24

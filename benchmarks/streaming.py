@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.endpoint import Endpoint, endpoint
 from benchmarks.machine import describe, publish
-from tests.emulator.worker import ENTRY
+from emulator.worker import ENTRY
 
 WORKERS = {
     "what has come": ENTRY,

@@ -12,11 +12,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from serve_app import load as loading
+from serve_app.config.settings import Settings
 from serve_app.errors import EngineDead
-from serve_app.load import Loaded
-from serve_app.load_log import LoadLog
-from serve_app.settings import Settings
+from serve_app.loading import load as loading
+from serve_app.loading.load import Loaded
+from serve_app.loading.load_log import LoadLog
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -39,13 +39,13 @@ def application(settings: Settings, load: Load) -> "Application":
     """`build_app` with another way to load, which the replica must be able to import."""
     from ray import serve
 
-    from serve_app.server import MixtralServer
+    from serve_app.api.server import MixtralServer
 
     def ingress() -> Any:
         # Evaluated on the replica, which alone needs FastAPI.
         from ray import serve
 
-        from serve_app.ingress import create_app
+        from serve_app.api.ingress import create_app
 
         # Asked at each request: while the app is built there is no object yet.
         return create_app(lambda: serve.get_replica_context().servable_object)
@@ -75,7 +75,7 @@ def application(settings: Settings, load: Load) -> "Application":
     deployment = serve.deployment(
         name=DEPLOYMENT,
         # Above the engine's own limits, so that a full queue is answered by us, with Retry-After.
-        max_ongoing_requests=engine.max_running + engine.max_waiting + SPARE_REQUESTS,
+        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + SPARE_REQUESTS,
         ray_actor_options={"num_cpus": 1, "num_gpus": 0 if is_on_cpu(settings) else 1},
         health_check_period_s=5,
         health_check_timeout_s=30,

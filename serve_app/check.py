@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from serve_app.app import DEPLOYMENT
+from serve_app.config.settings import ConfigError, Settings, application, unneeded_names
 from serve_app.errors import ModelLoadFailed
-from serve_app.memory import in_gb, plan_memory
-from serve_app.model_cache import require_writable
-from serve_app.settings import ConfigError, Settings, application, unneeded_names
+from serve_app.loading.model_cache import require_writable
+from serve_app.start_plan.memory import in_gb, plan_memory
 
 if TYPE_CHECKING:
+    from serve_app.model.checkpoint.fused import Quantization
     from serve_app.model.config import MixtralConfig
-    from serve_app.model.stacked import Quantization
 
 IMPORT_PATH = "serve_app.app:build_app"
 
@@ -85,9 +85,9 @@ def check_model(settings: Settings) -> list[str]:
 
     Asks the hub, where the checkpoint is not on this machine; downloads config.json and no more.
     """
-    from serve_app.load import find_local, wished_quantization
-    from serve_app.model.checkpoint import inspect
-    from serve_app.model.loader import agreed, require_head
+    from serve_app.loading.load import find_local, wished_quantization
+    from serve_app.model.checkpoint.checkpoint import inspect
+    from serve_app.model.checkpoint.loader import agreed, require_head
 
     folder = find_local(settings)
     if folder is None:
@@ -95,7 +95,7 @@ def check_model(settings: Settings) -> list[str]:
     plan = inspect(folder)
     check_tokenizer(folder)
     quantization = agreed(plan, wished_quantization(settings))
-    require_head(plan.config, quantization, settings.model.quantize_head)
+    require_head(plan.config, quantization, settings.model.quantize_lm_head)
     if plan.form != "stacked":
         require_writable(settings)
     num_files = len(plan.headers)
@@ -124,12 +124,12 @@ def check_tokenizer(folder: Path) -> None:
 
 def check_remote(settings: Settings) -> list[str]:
     """What the first start will download, and what it takes then."""
-    from serve_app.load import wished_quantization
-    from serve_app.model.checkpoint import Plan, stored_quantization
+    from serve_app.loading.load import wished_quantization
+    from serve_app.model.checkpoint.checkpoint import Plan, stored_quantization
+    from serve_app.model.checkpoint.find import download_cache
+    from serve_app.model.checkpoint.loader import agreed, require_head
     from serve_app.model.config import MixtralConfig, stored_form
-    from serve_app.model.find import download_cache
-    from serve_app.model.loader import agreed, require_head
-    from serve_app.model.remote import look_up, require_disk
+    from serve_app.start_plan.hub import look_up, require_disk
 
     chosen, hub = settings.model, download_cache(Path(settings.runpod.volume))
     token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
@@ -138,7 +138,7 @@ def check_remote(settings: Settings) -> list[str]:
     form, stored = stored_form(repository.config), stored_quantization(repository.config)
     plan = Plan(Path(chosen.name), config, form, {}, quantization=stored)
     quantization = agreed(plan, wished_quantization(settings))
-    require_head(config, quantization, chosen.quantize_head)
+    require_head(config, quantization, chosen.quantize_lm_head)
     require_disk(chosen.name, repository, hub)
     if form != "stacked":
         require_writable(settings)
@@ -152,8 +152,8 @@ def check_remote(settings: Settings) -> list[str]:
 def _check_sizes(
     settings: Settings, config: "MixtralConfig", stored: "Quantization | None"
 ) -> list[str]:
-    from serve_app.kv_size import max_model_len
     from serve_app.model.footprint import parameters
+    from serve_app.start_plan.kv_size import max_model_len
 
     context = max_model_len(settings, config.max_position_embeddings)
     return [
@@ -177,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
         for line in check(options.config):
             print(line)
         if options.load:
-            from serve_app import trial
+            from serve_app.api import trial
 
             trial.run(Settings.from_yaml(options.config), options.out)
     except (ConfigError, ModelLoadFailed) as error:

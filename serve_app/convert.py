@@ -2,201 +2,17 @@
 
 SRC is a folder or a Hugging Face repository, in floats or in bitsandbytes' 4 bits; the latter is
 kept bit for bit. DST starts in a quarter of the time. A conversion that was stopped goes on
-where it was when it is started again: what has its final name is whole, and DST is no checkpoint
-before its index is written, which comes last. Holds one layer in memory.
+where it was when it is started again.
 """
 
 import argparse
-import fcntl
-import hashlib
-import json
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint import Plan, inspect
-from serve_app.model.config import stored_form
-from serve_app.model.shards import INDEX, ITEM_BYTES, SINGLE, read_header, read_json
-from serve_app.model.stacked import (
-    SOURCE,
-    VERSION,
-    Quantization,
-    file_names,
-    require_whole_blocks,
-    stacked_bytes,
-)
-
-COPIED = ("tokenizer*", "*.jinja", "*.json")
-LOCK = ".convert.lock"
-
-Progress = Callable[[int, int, str], None]
-"""Called with how many files are done, of how many, and the name of the last."""
-
-
-def convert(
-    source: Path,
-    destination: Path,
-    quantization: Quantization | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Writes the checkpoint in folder `source` to folder `destination` in our own form.
-
-    `quantization` is for float weights, None being NF4 with bfloat16 absmax; weights that are in
-    4 bits already stay as they are. Uses the GPU where there is one.
-    Raises `ModelLoadFailed` when `source` cannot be read, or `destination` not written.
-    """
-    tell = progress or (lambda done, total, name: None)
-    plan = inspect(source)
-    quantization = _choose(plan, quantization)
-    files = file_names(plan.config.num_layers)
-    try:
-        destination.mkdir(parents=True, exist_ok=True)
-        with _locked(destination):
-            _require_ours(destination)
-            made_from = _fingerprint(plan, quantization)
-            missing = [name for name in files if not _is_done(destination / name, made_from)]
-            require_disk(destination, plan, quantization, len(missing) / len(files))
-            if missing:  # an index of older files would make a checkpoint of a mixture
-                (destination / INDEX).unlink(missing_ok=True)
-            tell(len(files) - len(missing), len(files), "")
-            _write_files(plan, quantization, destination, missing, made_from, tell)
-            _finish(plan, quantization, destination)
-    except OSError as error:
-        raise ModelLoadFailed(
-            f"{error.filename or destination}: cannot be written ({error.strerror})."
-        ) from None
-
-
-def converted_bytes(plan: Plan, quantization: Quantization) -> int:
-    """Bytes of the converted checkpoint, but for its headers."""
-    stored = {tensor.dtype for tensor in plan.tensors.values()}
-    float_bytes = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
-    return stacked_bytes(plan.config, quantization.absmax, float_bytes)
-
-
-def require_disk(destination: Path, plan: Plan, quantization: Quantization, share: float) -> None:
-    """Raises `ModelLoadFailed` unless `share` of the converted checkpoint fits onto the disk."""
-    needed = int(converted_bytes(plan, quantization) * share)
-    free = shutil.disk_usage(destination).free
-    if needed > free:
-        raise ModelLoadFailed(
-            f"{destination}: the converted checkpoint takes another {needed / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free; make room or choose another disk."
-        )
-
-
-def _choose(plan: Plan, asked: Quantization | None) -> Quantization:
-    if plan.form == "stacked":
-        raise ModelLoadFailed(f"{plan.path}: is in our own form already; serve it as it is.")
-    if plan.quantization is None:
-        require_whole_blocks(plan.config)
-        return asked or Quantization("nf4", "bfloat16")
-    if asked not in (None, plan.quantization):
-        raise ModelLoadFailed(
-            f"{plan.path}: is in {plan.quantization.quant_type} with {plan.quantization.absmax} "
-            "absmax already, and stays so; leave out --quantization and --absmax."
-        )
-    return plan.quantization
-
-
-def _write_files(
-    plan: Plan,
-    quantization: Quantization,
-    destination: Path,
-    missing: list[str],
-    made_from: str,
-    tell: Progress,
-) -> None:
-    import torch
-
-    from serve_app.model.matrices4 import Codes
-    from serve_app.model.source import Source
-    from serve_app.model.stacked_writer import layer_tensors, other_tensors, write_file
-
-    files = file_names(plan.config.num_layers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = Source(plan)
-    codes = Codes(quantization).to(device)
-    for name in missing:
-        layer = files.index(name)
-        if layer < plan.config.num_layers:
-            tensors = layer_tensors(source, layer, codes)
-        else:
-            tensors = other_tensors(source, codes)
-        write_file(destination / name, tensors, made_from)
-        done = len(files) - len(missing) + missing.index(name) + 1
-        tell(done, len(files), name)
-    if device.type == "cuda":  # for whoever loads the model next
-        torch.cuda.empty_cache()
-
-
-def _finish(plan: Plan, quantization: Quantization, destination: Path) -> None:
-    """The small files; the index last, because it makes the folder a checkpoint."""
-    from serve_app.model.stacked_writer import write_bytes
-
-    for pattern in COPIED:
-        for file in plan.path.glob(pattern):
-            if file.name not in ("config.json", INDEX):
-                write_bytes(destination / file.name, file.read_bytes())
-    config = read_json(plan.path / "config.json")
-    config["quantization_config"] = quantization.as_config()
-    write_bytes(destination / "config.json", json.dumps(config, indent=2).encode())
-    weight_map = {
-        tensor: name
-        for name in file_names(plan.config.num_layers)
-        for tensor in read_header(destination / name).tensors
-    }
-    index = {"metadata": {}, "weight_map": weight_map}
-    write_bytes(destination / INDEX, json.dumps(index, indent=2).encode())
-
-
-def _require_ours(destination: Path) -> None:
-    """Raises `ModelLoadFailed` where another checkpoint would be overwritten."""
-    config = destination / "config.json"
-    is_other = config.exists() and stored_form(read_json(config)) != "stacked"
-    if is_other or (destination / SINGLE).exists():
-        raise ModelLoadFailed(f"{destination}: holds another checkpoint; name an empty folder.")
-
-
-def _is_done(file: Path, made_from: str) -> bool:
-    """True for a file that an earlier run has written, of the same source in the same way."""
-    if not file.exists():
-        return False
-    try:
-        return read_header(file).metadata.get(SOURCE) == made_from
-    except ModelLoadFailed:
-        return False
-
-
-def _fingerprint(plan: Plan, quantization: Quantization) -> str:
-    """Tells sources and ways to quantise apart without reading weights."""
-    seen: list[Any] = [VERSION, quantization.as_config(), plan.config]
-    for file in sorted(plan.headers):
-        stat = file.stat()
-        seen.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
-
-
-@contextmanager
-def _locked(destination: Path) -> Iterator[None]:
-    """One conversion into a folder at a time; afterwards nothing half-written is left there."""
-    with (destination / LOCK).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ModelLoadFailed(
-                f"{destination}: another process is converting into this folder; wait for it.",
-                retry=True,
-            ) from None
-        try:
-            yield
-        finally:
-            for partial in destination.glob(".*.partial"):
-                partial.unlink()
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.fused import Quantization
 
 
 class Bar:
@@ -217,7 +33,7 @@ class Bar:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command: 0 where DST is complete, else one sentence on stderr and 1."""
-    from serve_app.model.find import find_checkpoint
+    from serve_app.start_plan.hub import find_checkpoint
 
     parser = argparse.ArgumentParser(
         prog="python -m serve_app.convert",

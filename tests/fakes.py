@@ -6,14 +6,14 @@ from collections.abc import AsyncGenerator, Sequence
 from functools import cache
 from typing import Any, cast
 
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.sequence import Delta, FinishReason, SamplingParams, TokenLogprob
 from serve_app.errors import DeadlinePassed
-from serve_app.load import Loaded
-from serve_app.load_log import LoadLog
+from serve_app.loading.load import Loaded
+from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
-from serve_app.server import MixtralServer
-from serve_app.settings import Settings
 from serve_app.tiny import CHECKPOINT
 
 MAX_MODEL_LEN = 1024
@@ -43,7 +43,7 @@ class FakeEngine:
         self.is_alive = True
         self.requests: list[tuple[list[int], SamplingParams]] = []
         self.num_running = 0
-        self.max_running = 0
+        self.max_num_seqs = 0
         self.begun = threading.Event()
         """Set when a request has begun."""
         self.left = threading.Event()
@@ -57,7 +57,7 @@ class FakeEngine:
         self.requests.append((prompt_ids, params))
         self.num_running += 1
         self.begun.set()
-        self.max_running = max(self.max_running, self.num_running)
+        self.max_num_seqs = max(self.max_num_seqs, self.num_running)
         try:
             ids = self.token_ids
             for start in range(0, len(ids), self._size):

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import ENTRY, Worker
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import ENTRY, Worker
 from tests.worker.conftest import Client, until
 
 

@@ -7,8 +7,8 @@ REPLICA = """
 import sys, threading
 from serve_app import app
 from serve_app.errors import EngineDead
-from serve_app.server import MixtralServer
-from serve_app.settings import Settings
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 
 made = {}
 def ingress(_):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.settings import Settings
+from serve_app.config.settings import Settings
 
 
 @pytest.fixture(scope="module")
@@ -51,11 +51,11 @@ def test_serve_hands_the_builder_validated_settings() -> None:
     from serve_app.app import build_app
 
     application = call_user_app_builder_with_args_if_necessary(
-        build_app, {"model": {"name": "tiny"}, "engine": {"max_running": 3}}
+        build_app, {"model": {"name": "tiny"}, "engine": {"max_num_seqs": 3}}
     )
     settings = application._bound_deployment.init_args[0]
     assert isinstance(settings, Settings)
-    assert settings.engine.max_running == 3
+    assert settings.engine.max_num_seqs == 3
 
 
 def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,6 @@ def test_the_text_of_metrics_is_of_the_type_that_we_say() -> None:
     """What `generate_latest` writes for whoever asks for nothing newer."""
     from prometheus_client import exposition
 
-    from serve_app.metrics import CONTENT_TYPE
+    from serve_app.api.metrics import CONTENT_TYPE
 
     assert exposition.choose_encoder("") == (exposition.generate_latest, CONTENT_TYPE)

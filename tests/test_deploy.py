@@ -9,7 +9,7 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from serve_app.settings import Settings
+from serve_app.config.settings import Settings
 
 
 def rayservice() -> dict[str, Any]:

@@ -33,7 +33,7 @@ def url() -> Iterator[str]:
     from ray import serve
 
     from serve_app.app import build_app
-    from serve_app.settings import Settings
+    from serve_app.config.settings import Settings
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -19,10 +19,10 @@ from typing import Any, TypeVar
 from serve_app.cold_start import read_ahead
 from serve_app.cold_start.crash_guard import CrashGuard
 from serve_app.cold_start.forecast import Forecast, predict
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import ServeError
-from serve_app.load import find_local
-from serve_app.model.shards import shard_files
-from serve_app.settings import ConfigError, Settings
+from serve_app.loading.load import find_local
+from serve_app.model.checkpoint.shards import shard_files
 
 log = logging.getLogger(__name__)
 

@@ -28,10 +28,10 @@ from typing import TypeVar
 import serve_app
 from serve_app.cold_start import load_records
 from serve_app.cold_start.load_records import KILLED, Record
+from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed, ServeError
-from serve_app.gpus import find_gpus
-from serve_app.load import find_local
-from serve_app.settings import Settings
+from serve_app.loading.load import find_local
+from serve_app.machine.gpus import find_gpus
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from serve_app.app import is_on_cpu
-from serve_app.load import reading_phase
-from serve_app.memory import in_gb
-from serve_app.settings import Settings
+from serve_app.config.settings import Settings
+from serve_app.loading.load import reading_phase
+from serve_app.start_plan.memory import in_gb
 
 SAMPLE_BYTES = 64 << 20
 SAMPLE_S = 0.5
@@ -122,9 +122,9 @@ def sample(files: list[Path]) -> float | None:
 
 def _on_the_hub(settings: Settings) -> tuple[int, int, bool]:
     """Bytes of the repository, those still missing here, and whether its weights are floats."""
+    from serve_app.model.checkpoint.find import download_cache
     from serve_app.model.config import stored_form
-    from serve_app.model.find import download_cache
-    from serve_app.model.remote import look_up
+    from serve_app.start_plan.hub import look_up
 
     chosen = settings.model
     token = chosen.hf_token.get_secret_value() if chosen.hf_token else None

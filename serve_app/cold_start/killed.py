@@ -8,12 +8,12 @@ from pathlib import Path
 
 from serve_app.app import is_on_cpu
 from serve_app.cold_start.load_records import KILLED
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.host import free_bytes, num_oom_kills
-from serve_app.kv_size import max_model_len
-from serve_app.load import find_local
-from serve_app.memory import compute_need, in_gb
-from serve_app.settings import ConfigError, Settings
+from serve_app.loading.load import find_local
+from serve_app.machine.host import free_bytes, num_oom_kills
+from serve_app.start_plan.kv_size import max_model_len
+from serve_app.start_plan.memory import compute_need, in_gb
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def _needed(settings: Settings) -> str:
 
 def _sizes(settings: Settings, folder: Path | None, on_cpu: bool) -> tuple[int, int | None]:
     """Bytes of weights and KV cache; None is what the GPU's memory leaves."""
-    from serve_app.model.checkpoint import inspect
+    from serve_app.model.checkpoint.checkpoint import inspect
 
     if folder is None:
         raise ModelLoadFailed("The model is not on this machine.")

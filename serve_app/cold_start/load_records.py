@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from serve_app.processes import started_at
+from serve_app.machine.processes import started_at
 
 Record = dict[str, Any]
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serve_app.host import free_bytes
-from serve_app.load_log import read_lines
+from serve_app.loading.load_log import read_lines
+from serve_app.machine.host import free_bytes
 
 log = logging.getLogger(__name__)
 

@@ -16,25 +16,25 @@ class EngineConfig:
 
     max_model_len: int
     """Prompt and answer together."""
-    max_running: int
+    max_num_seqs: int
     """Sequences in one step."""
     max_waiting: int
-    """Sequences beyond `max_running` that may be alive; more are refused with `QueueFull`."""
+    """Sequences beyond `max_num_seqs` that may be alive; more are refused with `QueueFull`."""
     block_size: int
     """Tokens in one KV block."""
     num_blocks: int
-    max_step_tokens: int
-    """Tokens in one step, prompts and decodes together; at least `max_running`."""
+    max_num_batched_tokens: int
+    """Tokens in one step, prompts and decodes together; at least `max_num_seqs`."""
     eos_token_ids: frozenset[int]
     retry_after_s: int = 2
     keeps_prefixes: bool = True
     """Whether sequences share the KV blocks of what they begin with in common."""
 
     def __post_init__(self) -> None:
-        if self.max_step_tokens < self.max_running:
+        if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
-                f"max_step_tokens ({self.max_step_tokens}) must be at least max_running "
-                f"({self.max_running}), or running streams would stall one another."
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), or running streams would stall one another."
             )
 
     @property

@@ -46,7 +46,7 @@ class Engine:
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
         self._vocab_size = runner.vocab_size
-        self._inbox = Inbox(config.max_running + config.max_waiting, config.retry_after_s)
+        self._inbox = Inbox(config.max_num_seqs + config.max_waiting, config.retry_after_s)
         self._loop = Loop(runner, config, self._inbox)
         self._thread = Thread(target=self._loop.run, name="engine", daemon=True)
 

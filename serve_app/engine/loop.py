@@ -39,14 +39,14 @@ class Loop:
     def __init__(self, runner: Runner, config: EngineConfig, inbox: Inbox) -> None:
         self.blocks = BlockAllocator(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(
-            self.blocks, config.max_running, config.max_step_tokens, config.keeps_prefixes
+            self.blocks, config.max_num_seqs, config.max_num_batched_tokens, config.keeps_prefixes
         )
         self.generated_tokens = 0
         self.prompt_tokens = 0
         self.steps = 0
         self._runner = runner
         self._inbox = inbox
-        self._pace = Pace(config.max_step_tokens)
+        self._pace = Pace(config.max_num_batched_tokens)
         self._outbox = Outbox()
         # The live sequences.
         self._streams: dict[Sequence, Stream] = {}

@@ -17,9 +17,9 @@ anew, so that small pieces would take the longest, and slow the streams for long
 class Pace:
     """Learns from every step; says how many prompt tokens the next one may have."""
 
-    def __init__(self, max_step_tokens: int) -> None:
-        self._most = max_step_tokens
-        self._least = max(1, max_step_tokens // LEAST_SHARE)
+    def __init__(self, max_num_batched_tokens: int) -> None:
+        self._most = max_num_batched_tokens
+        self._least = max(1, max_num_batched_tokens // LEAST_SHARE)
         # Seconds of a step that only decodes, by the power of two below the number of sequences.
         self._decode_s: dict[int, float] = {}
         # Seconds that a prompt's token adds to a step.

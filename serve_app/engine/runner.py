@@ -14,12 +14,12 @@ from serve_app.engine.graphs import DecodeGraphs
 from serve_app.engine.sampler import Sampled, Sampler, upload
 from serve_app.engine.sequence import FAILED, PENDING, Chunk, Samples, Sequence
 from serve_app.model.batch import Batch
-from serve_app.model.kernels.cpu_step import CpuStep
+from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 
 if TYPE_CHECKING:  # that module imports triton, which not every machine has
-    from serve_app.model.kernels.gpu_step import GpuStep
+    from serve_app.model.kernels.triton.gpu_step import GpuStep
 
 
 class Runner(Protocol):
@@ -184,7 +184,7 @@ def _compiled_step(
     if device.type != "cuda":
         return CpuStep.of(model, cache)
     try:
-        from serve_app.model.kernels.gpu_step import GpuStep
+        from serve_app.model.kernels.triton.gpu_step import GpuStep
     except ImportError as error:
         return f"its kernels cannot be imported ({error})"
     return GpuStep.of(model, cache, most_rows)

@@ -27,14 +27,14 @@ class Scheduler:
     def __init__(
         self,
         blocks: BlockAllocator,
-        max_running: int,
-        max_step_tokens: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
         keeps_prefixes: bool = True,
     ) -> None:
         self.blocks = blocks
         self.keeps_prefixes = keeps_prefixes
-        self.max_running = max_running
-        self.max_step_tokens = max_step_tokens
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
         """In order of arrival."""
         # Ordered, with removal from the middle in constant time.
@@ -76,7 +76,7 @@ class Scheduler:
         sequence.num_kept = num_full
 
     def schedule(self, prompt_tokens: Callable[[int], int] | None = None) -> list[Chunk]:
-        """The next step: at least one chunk when there is work, `max_step_tokens` at most.
+        """The next step: at least one chunk when there is work, `max_num_batched_tokens` at most.
 
         None where all there is waits for tokens that are under way.
 
@@ -84,7 +84,7 @@ class Scheduler:
         `prompt_tokens` says how many tokens of prompts may go with a number of decodes, at least 1.
         """
         chunks = self._decodes()
-        budget = self.max_step_tokens - len(chunks)
+        budget = self.max_num_batched_tokens - len(chunks)
         if prompt_tokens is not None:
             budget = min(budget, prompt_tokens(len(chunks)))
         for sequence in self.running:
@@ -100,7 +100,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         index = 0
         # Preemption shortens the list from its end, never below `index`.
-        while index < len(self.running) and len(chunks) < self.max_step_tokens:
+        while index < len(self.running) and len(chunks) < self.max_num_batched_tokens:
             sequence = self.running[index]
             index += 1
             total = len(sequence.token_ids)
@@ -126,7 +126,7 @@ class Scheduler:
 
     def _admit(self) -> bool:
         """Moves the head of the queue to the running ones if it fits."""
-        if not self.waiting or len(self.running) == self.max_running:
+        if not self.waiting or len(self.running) == self.max_num_seqs:
             return False
         head = next(iter(self.waiting))
         shared = self._shared_blocks(head)

@@ -67,19 +67,21 @@ def weight_bytes(
     config: MixtralConfig,
     item_bytes: int,
     absmax: str | None = None,
-    quantize_head: bool = False,
+    quantize_lm_head: bool = False,
 ) -> dict[str, int]:
     """Bytes of each of `PARTS` in memory.
 
     `item_bytes` is the size of a float weight (2 for bfloat16). With `absmax` ("float32",
-    "bfloat16", "nested") experts and attention are in 4 bits, and with `quantize_head` the output
-    head too, with such an absmax for each block of 64 weights; the few hundred bytes of a layer's
+    "bfloat16", "nested") experts and attention are in 4 bits, and with `quantize_lm_head` lm_head
+    too, with such an absmax for each block of 64 weights; the few hundred bytes of a layer's
     tables are not counted.
     """
     sizes = dict.fromkeys(PARTS, 0)
     for name, shape in expected_shapes(config, stacked=False).items():
         part, count = part_of(name), prod(shape)
-        in_4_bits = part in ("experts", "attention") or (quantize_head and name == "lm_head.weight")
+        in_4_bits = part in ("experts", "attention") or (
+            quantize_lm_head and name == "lm_head.weight"
+        )
         if absmax is None or not in_4_bits:
             sizes[part] += count * item_bytes
             continue

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.footprint import BLOCK, NESTED_BLOCK
 from serve_app.model.nf4 import (
     Nested,
@@ -21,7 +22,6 @@ from serve_app.model.nf4 import (
     quantize,
     quantize_absmax,
 )
-from serve_app.model.stacked import Quantization
 
 GROUP = 8
 """Rows of one part in a row, where parts are interleaved: a kernel's tile has both of a pair."""

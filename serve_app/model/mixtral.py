@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from serve_app.model.attention import AttentionPlan, attend, plan_attention
 from serve_app.model.batch import Batch
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
 from serve_app.model.experts4 import Experts4
@@ -23,7 +24,6 @@ from serve_app.model.kv import KVCache
 from serve_app.model.linear import Linear
 from serve_app.model.matrices4 import Codes, Linear4
 from serve_app.model.rows import round_up, row_multiple
-from serve_app.model.stacked import Quantization
 
 
 @dataclass
@@ -149,14 +149,14 @@ class Mixtral(nn.Module):
     """The whole model. Its weights are unset until a loader fills them.
 
     With a `quantization`, experts and attention projections are in 4 bits, and the head where
-    `quantize_head` says so; routers, norms and embeddings are floats in any case.
+    `quantize_lm_head` says so; routers, norms and embeddings are floats in any case.
     """
 
     def __init__(
         self,
         config: MixtralConfig,
         quantization: Quantization | None = None,
-        quantize_head: bool = False,
+        quantize_lm_head: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -167,7 +167,7 @@ class Mixtral(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_eps)
         self.head: Linear | Linear4 | None = None
         if not config.tie_embeddings:
-            codes = self.codes if quantize_head else None
+            codes = self.codes if quantize_lm_head else None
             self.head = linear(config.hidden_size, (config.vocab_size,), codes)
 
     @torch.inference_mode()

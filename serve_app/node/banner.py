@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import serve_app
-from serve_app.gpus import MIB, NoGpus, query_gpus
-from serve_app.settings import Settings
+from serve_app.config.settings import Settings
+from serve_app.machine.gpus import MIB, NoGpus, query_gpus
 
 RULE = "=" * 72
 ENDPOINTS = (
@@ -27,7 +27,7 @@ def banner(
     """
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
-    names = ", ".join(model.served_names)
+    names = ", ".join(model.served_model_names)
     is_eager = settings.runpod.start == "eager"
     context = engine.max_model_len or "the checkpoint's"
     return [
@@ -41,11 +41,11 @@ def banner(
         f"Volume: {volume(settings.runpod.volume)}",
         f"GPU: {gpu()}",
         f"Endpoints: {ENDPOINTS}",
-        f"Thresholds: {engine.gpu_memory_fraction:.0%} of GPU memory, context {context} tokens, "
+        f"Thresholds: {engine.gpu_memory_utilization:.0%} of GPU memory, context {context} tokens, "
         f"prompt {api.max_prompt_chars:,} characters, body {api.max_body_bytes:,} bytes, "
         f"{api.request_timeout_s:.0f} s per request",
         f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
-        f"{engine.max_running} of them decoding at once",
+        f"{engine.max_num_seqs} of them decoding at once",
         f"The model loads {'now' if slots is None or is_eager else 'with the first job'}.",
         RULE,
     ]

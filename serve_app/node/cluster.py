@@ -10,14 +10,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from serve_app import processes
 from serve_app.cold_start.killed import MemoryBefore
+from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
-from serve_app.load_log import LoadLog, read_lines
+from serve_app.loading.load_log import LoadLog, read_lines
+from serve_app.machine import processes
+from serve_app.machine.processes import Process
 from serve_app.node import phases, ray_node
 from serve_app.node.forward import Forward, Line
-from serve_app.processes import Process
-from serve_app.settings import ConfigError, Settings, application
 
 log = logging.getLogger(__name__)
 

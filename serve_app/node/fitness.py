@@ -12,11 +12,11 @@ from pathlib import Path
 
 from serve_app.app import is_on_cpu
 from serve_app.cold_start.killed import LOADER_BYTES
+from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
-from serve_app.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
-from serve_app.host import free_bytes
+from serve_app.machine.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
+from serve_app.machine.host import free_bytes
 from serve_app.node.ray_node import OBJECT_STORE_BYTES
-from serve_app.settings import Settings
 
 log = logging.getLogger(__name__)
 

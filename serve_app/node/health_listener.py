@@ -16,7 +16,7 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from serve_app.settings import ConfigError
+from serve_app.config.settings import ConfigError
 
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
 """What `/ping` answers by status; any other one is SERVICE_UNAVAILABLE."""

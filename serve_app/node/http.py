@@ -13,12 +13,12 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 from serve_app.cold_start.cold_start import ColdStart
+from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import EngineDead, ServeError
-from serve_app.load_log import read_lines
+from serve_app.loading.load_log import read_lines
 from serve_app.node import cluster, phases, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.health_listener import HealthListener, listen
-from serve_app.settings import ConfigError, EntrySettings, Settings
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from serve_app.load_log import PHASE_LINE, read_lines
+from serve_app.loading.load_log import PHASE_LINE, read_lines
 
 log = logging.getLogger(__name__)
 

@@ -27,9 +27,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from serve_app import processes
+from serve_app.machine import processes
+from serve_app.machine.processes import Process
 from serve_app.node import head, reaper
-from serve_app.processes import Process
 
 log = logging.getLogger(__name__)
 

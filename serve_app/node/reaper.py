@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from serve_app import processes
-from serve_app.processes import Process
+from serve_app.machine import processes
+from serve_app.machine.processes import Process
 
 
 def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":

@@ -1,7 +1,7 @@
 """The tiny model: a real Mixtral checkpoint of under 8 MB, so that everything runs anywhere.
 
 It has Mixtral's architecture, tokenizer format and chat template, and was trained by
-`python -m serve_app.tiny.train` on dialogues that `corpus.py` writes. It answers those and nothing
+`python -m tools.tiny.train` on dialogues that `corpus.py` writes. It answers those and nothing
 else: it stands in for Mixtral's shape, never for its quality.
 """
 

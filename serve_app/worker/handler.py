@@ -11,6 +11,8 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
+from serve_app.api.metrics import status_text
+from serve_app.api.routes import known
 from serve_app.errors import (
     EngineDead,
     InternalError,
@@ -19,12 +21,10 @@ from serve_app.errors import (
     error_body,
     job_error,
 )
-from serve_app.load_log import read_lines
-from serve_app.metrics import status_text
+from serve_app.loading.load_log import read_lines
 from serve_app.node import phases
 from serve_app.node.forward import Forward
 from serve_app.protocol.sse import DONE, event
-from serve_app.routes import known
 from serve_app.worker import progress
 from serve_app.worker.boot import Boot
 from serve_app.worker.delivery import Item, batches, merge_chunks, merge_text, postable

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.node import ray_node
-from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker.start import make_handler
 
 log = logging.getLogger(__name__)

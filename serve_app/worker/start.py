@@ -10,13 +10,13 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app import processes
 from serve_app.cold_start.cold_start import ColdStart
+from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed, ServeError
+from serve_app.machine import processes
 from serve_app.node import fitness, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.cluster import Cluster, with_load_log
-from serve_app.settings import ConfigError, EntrySettings, Settings
 from serve_app.worker import progress
 from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
@@ -58,14 +58,14 @@ def make_handler(
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
         max_body_bytes=settings.api.max_body_bytes,
-        model_name=settings.model.served_names[0],
+        model_name=settings.model.served_model_names[0],
     )
 
 
 def num_slots(settings: Settings) -> int:
     """Jobs taken at once: a little more than the engine runs, so that it never waits for one."""
     engine = settings.engine
-    return settings.runpod.concurrency or engine.max_running + engine.max_waiting // 4
+    return settings.runpod.max_concurrency or engine.max_num_seqs + engine.max_waiting // 4
 
 
 def run(

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks.engine import CPU, Bench, NullRunner
-from serve_app.model.loader import load
+from serve_app.model.checkpoint.loader import load
 from serve_app.tiny import CHECKPOINT
 
 

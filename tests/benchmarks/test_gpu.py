@@ -14,7 +14,7 @@ from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
 from serve_app.engine import runner
 from serve_app.engine.graphs import DecodeGraphs
-from serve_app.model.kernels import gpu_step
+from serve_app.model.kernels.triton import gpu_step
 
 
 @pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])

@@ -15,8 +15,8 @@ import pytest
 from serve_app.cold_start import crash_guard
 from serve_app.cold_start.crash_guard import PAUSE_S, CrashGuard
 from serve_app.cold_start.load_records import KILLED, STALE_S
+from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.settings import Settings
 from tests.worker.process import ENTRY
 
 SHORT = f"{KILLED} while it loaded, as happens where memory is short."
@@ -131,7 +131,7 @@ def test_what_may_pass_is_tried_again_later(tmp_path: Path) -> None:
 
 LOADING = """
 import sys, time
-from serve_app.settings import Settings
+from serve_app.config.settings import Settings
 from serve_app.cold_start.crash_guard import CrashGuard
 volume = {"volume": sys.argv[1]}
 with CrashGuard(Settings.from_args({"model": {"name": "tiny"}, "runpod": volume}, "test")).watch():

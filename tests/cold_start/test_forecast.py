@@ -9,10 +9,10 @@ import pytest
 
 from serve_app.cold_start import cold_start
 from serve_app.cold_start.forecast import START_S, Forecast, predict, sample
+from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.load import find_local
-from serve_app.model.shards import shard_files
-from serve_app.settings import Settings
+from serve_app.loading.load import find_local
+from serve_app.model.checkpoint.shards import shard_files
 from serve_app.tiny import CHECKPOINT
 
 GB = 10**9
@@ -63,7 +63,12 @@ def test_a_load_that_is_short_enough_is_no_warning() -> None:
         (
             {"read_bytes": 93 * GB, "quantises": True, "read_bytes_s": GB / 10},
             {},
-            ["about 950 s, and 600 s are", "serve_app.convert", "to eager", "raise the timeout"],
+            [
+                "about 950 s, and 600 s are",
+                "serve_app.convert",
+                "to eager",
+                "raise the timeout",
+            ],
             "volume",
         ),
         (

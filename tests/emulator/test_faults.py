@@ -5,10 +5,10 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from tests.emulator import client_half, worker_half
-from tests.emulator.faults import HTML, LOST, NOT_JSON, RESET, Fault
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
+from emulator import client_half, worker_half
+from emulator.faults import HTML, LOST, NOT_JSON, RESET, Fault
+from emulator.platform import Platform
+from emulator.queue import Job
 from tests.worker.conftest import Client, until
 
 AS_WORKER = {"Authorization": worker_half.KEY}

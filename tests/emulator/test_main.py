@@ -23,7 +23,7 @@ def test_what_it_prints_connects_a_worker_and_a_client(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-u", "-m", "tests.emulator", "--port", port]
+    command = [sys.executable, "-u", "-m", "emulator", "--port", port]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as platform:
         assert platform.stdout is not None
         lines = []

@@ -89,11 +89,11 @@ class FakeRunner:
 def config(**changes: Any) -> EngineConfig:
     limits: dict[str, Any] = {
         "max_model_len": 64,
-        "max_running": 8,
+        "max_num_seqs": 8,
         "max_waiting": 100,
         "block_size": 4,
         "num_blocks": 128,
-        "max_step_tokens": 32,
+        "max_num_batched_tokens": 32,
         "eos_token_ids": frozenset({EOS}),
     }
     return EngineConfig(**limits | changes)

@@ -36,7 +36,7 @@ class Pair:
 def serving(
     model: Mixtral,
     num_blocks: int = 512,
-    max_step_tokens: int = 64,
+    max_num_batched_tokens: int = 64,
     keeps_prefixes: bool = True,
     looks_ahead: bool = False,
     prepare: Callable[[ModelRunner], None] = lambda runner: None,
@@ -47,10 +47,10 @@ def serving(
     with running(
         runner,
         max_model_len=256,
-        max_running=32,
+        max_num_seqs=32,
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
-        max_step_tokens=max_step_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         keeps_prefixes=keeps_prefixes,
     ) as engine:
         yield engine

@@ -50,7 +50,7 @@ async def all_at_once(engine: Any, requests: list[Request]) -> list[Any]:
 def test_every_request_is_exactly_the_same_among_32_strangers() -> None:
     """Tokens, reasons and log probabilities of 32 requests together are those of each alone."""
     requests = strangers(32, seed=1)
-    with running(FakeRunner(), max_running=32) as engine:
+    with running(FakeRunner(), max_num_seqs=32) as engine:
         alone = run(one_by_one(engine, requests))
         assert engine.stats().preemptions == 0
         assert run(all_at_once(engine, requests)) == alone
@@ -62,9 +62,9 @@ def test_preemptions_change_nothing() -> None:
         (prompt, replace(params, max_tokens=40, ignore_eos=True, stop_token_ids=frozenset()))
         for prompt, params in strangers(32, seed=2)
     ]
-    with running(FakeRunner(), max_running=32) as engine:
+    with running(FakeRunner(), max_num_seqs=32) as engine:
         alone = run(one_by_one(engine, requests))
-    with running(FakeRunner(), max_running=32, num_blocks=40) as engine:
+    with running(FakeRunner(), max_num_seqs=32, num_blocks=40) as engine:
         assert run(all_at_once(engine, requests)) == alone
         assert engine.stats().preemptions > 10
         assert engine.stats().kv_blocks_used == 0
@@ -76,7 +76,7 @@ def test_a_seed_repeats_and_its_absence_does_not() -> None:
     seeded = ([1, 2], replace(params, seed=11))
     other = ([1, 2], replace(params, seed=12))
     unseeded = ([1, 2], params)
-    with running(FakeRunner(), max_running=32) as engine:
+    with running(FakeRunner(), max_num_seqs=32) as engine:
         (alone,) = run(all_at_once(engine, [seeded]))
         company = [*strangers(10, seed=3), seeded, other, *strangers(5, seed=4), seeded]
         found = run(all_at_once(engine, company))

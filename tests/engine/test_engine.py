@@ -72,8 +72,8 @@ def test_the_longest_request_that_can_run_runs() -> None:
 
 def test_more_running_sequences_than_step_tokens_are_refused() -> None:
     """Such a configuration would stall streams, so it cannot be made."""
-    with pytest.raises(ValueError, match="max_step_tokens"):
-        config(max_running=33, max_step_tokens=32)
+    with pytest.raises(ValueError, match="max_num_batched_tokens"):
+        config(max_num_seqs=33, max_num_batched_tokens=32)
 
 
 @pytest.mark.parametrize(
@@ -277,14 +277,14 @@ def test_leaving_the_queue_costs_no_step() -> None:
             pass
         await settled(engine)
 
-    with running(runner, max_running=1) as engine:
+    with running(runner, max_num_seqs=1) as engine:
         run(leave())
         assert all(chunk.sequence.token_ids[0] != 42 for step in runner.steps for chunk in step)
         assert engine.stats().waiting == 0
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    """Beyond max_running + max_waiting: QueueFull with retry_after_s; the accepted all finish."""
+    """Beyond max_num_seqs + max_waiting: QueueFull with retry_after_s; the accepted all finish."""
     runner = FakeRunner(is_held=True)
 
     async def overfill() -> None:
@@ -301,7 +301,7 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
         assert [len(tokens) for tokens, _, _ in await asyncio.gather(*accepted)] == [4] * 5
         await settled(engine)
 
-    with running(runner, max_running=2, max_waiting=3, retry_after_s=7) as engine:
+    with running(runner, max_num_seqs=2, max_waiting=3, retry_after_s=7) as engine:
         run(overfill())
 
 
@@ -331,7 +331,7 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
         await long
         await stream.aclose()
 
-    with running(runner, max_model_len=300, max_running=2, max_step_tokens=9) as engine:
+    with running(runner, max_model_len=300, max_num_seqs=2, max_num_batched_tokens=9) as engine:
         run(both())
     prefill = [step for step in runner.steps if any(len(c.sequence.token_ids) > 100 for c in step)]
     assert len(prefill) >= 15
@@ -370,7 +370,7 @@ def test_stop_ends_everyone_and_refuses_newcomers() -> None:
             await complete(engine, [4], greedy(5))
 
     room = {"max_model_len": endless + 2, "num_blocks": endless}
-    with running(runner, max_running=1, **room) as engine:
+    with running(runner, max_num_seqs=1, **room) as engine:
         assert engine.is_alive
         run(stopped())
         assert not engine.is_alive

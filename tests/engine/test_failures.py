@@ -95,7 +95,7 @@ def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
         assert len((await waiting)[0]) == 4
         assert engine.stats().kv_blocks_used == 0
 
-    with running(runner, max_running=2) as engine:
+    with running(runner, max_num_seqs=2) as engine:
         run(fail())
         assert engine.is_alive
 
@@ -123,7 +123,7 @@ def test_three_failed_steps_in_a_row_end_the_engine() -> None:
         runner.let_go()
         return [type(e) for e in await asyncio.gather(*requests, return_exceptions=True)]
 
-    with running(runner, max_running=1) as engine:
+    with running(runner, max_num_seqs=1) as engine:
         assert run(die()) == [OutOfMemory] * 3 + [EngineDead] * 2
         with pytest.raises(EngineDead):
             run(complete(engine, [1], greedy(4)))

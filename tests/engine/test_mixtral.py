@@ -70,9 +70,9 @@ def test_a_prompt_of_many_chunks_gives_what_one_chunk_gives(pair: Pair) -> None:
     """200 tokens in steps of 32, beside decoding streams, or in one step: the same tokens."""
     long = prompts(1, seed=5, longest=1)[0] * 100 + prompts(1, seed=6)[0] * 3
     some = [long[:200], *prompts(7, seed=7)]
-    with serving(pair.ours, max_step_tokens=512) as engine:
+    with serving(pair.ours, max_num_batched_tokens=512) as engine:
         whole = answers(engine, some, greedy())
-    with serving(pair.ours, max_step_tokens=32) as engine:
+    with serving(pair.ours, max_num_batched_tokens=32) as engine:
         cut = answers(engine, some, greedy())
         assert engine.stats().steps > NUM_TOKENS + len(some[0]) // 32
     assert_same(pair, some, whole, cut)

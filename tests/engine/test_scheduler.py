@@ -68,7 +68,9 @@ class Driver:
 
     def check(self, chunks: list[Chunk], decoding: list[Sequence]) -> None:
         scheduler = self.scheduler
-        assert 0 < sum(end - start for _, start, end, _ in chunks) <= scheduler.max_step_tokens
+        assert (
+            0 < sum(end - start for _, start, end, _ in chunks) <= scheduler.max_num_batched_tokens
+        )
         assert len({sequence for sequence, *_ in chunks}) == len(chunks)
         for sequence, start, end, samples in chunks:
             assert sequence in scheduler.running
@@ -78,7 +80,7 @@ class Driver:
         scheduled = [sequence for sequence, *_ in chunks]
         alive = [s for s in decoding if s in scheduler.running]
         assert scheduled[: len(alive)] == alive, "a running stream was stalled"
-        assert len(scheduler.running) <= scheduler.max_running
+        assert len(scheduler.running) <= scheduler.max_num_seqs
         owned = [block for s in scheduler.running for block in s.block_table]
         assert len(set(owned)) == scheduler.blocks.num_used
         for sequence in scheduler.running:
@@ -111,7 +113,7 @@ EVENTS = st.lists(
     EVENTS,
 )
 def test_every_sequence_ends_once_within_all_limits(
-    max_running: int,
+    max_num_seqs: int,
     more_tokens: int,
     block_size: int,
     more_blocks: int,
@@ -124,7 +126,7 @@ def test_every_sequence_ends_once_within_all_limits(
     """
     num_blocks = -(-31 // block_size) + more_blocks  # 31 tokens: the longest request alone
     blocks = BlockAllocator(num_blocks, block_size)
-    driver = Driver(Scheduler(blocks, max_running, max_running + more_tokens, keeps_prefixes))
+    driver = Driver(Scheduler(blocks, max_num_seqs, max_num_seqs + more_tokens, keeps_prefixes))
     left: set[Sequence] = set()
     for event in events:
         match event:
@@ -148,7 +150,9 @@ def test_every_sequence_ends_once_within_all_limits(
 def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     """Blocks for two run out: the second gives way, then resumes from its prompt and its tokens."""
     blocks = BlockAllocator(6, 4)
-    driver = Driver(Scheduler(blocks, max_running=2, max_step_tokens=16, keeps_prefixes=False))
+    driver = Driver(
+        Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=16, keeps_prefixes=False)
+    )
     first, second = driver.add(8, 13), driver.add(7, 9)
     while not driver.scheduler.num_preemptions:
         driver.step()
@@ -165,7 +169,7 @@ def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
 
 def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
     """From its arrival to its first step; a preemption is no second arrival."""
-    driver = Driver(Scheduler(BlockAllocator(6, 4), max_running=2, max_step_tokens=16))
+    driver = Driver(Scheduler(BlockAllocator(6, 4), max_num_seqs=2, max_num_batched_tokens=16))
     first, second, third = driver.add(8, 13), driver.add(7, 9), driver.add(1, 1)
     driver.step()
     waited = [sequence.queued_s for sequence in (first, second, third)]
@@ -185,7 +189,9 @@ def test_a_second_turn_computes_only_what_is_new() -> None:
     with the cache off it begins at 0."""
     for keeps_prefixes, start in ((True, 16), (False, 0)):
         blocks = BlockAllocator(64, 4)
-        driver = Driver(Scheduler(blocks, 4, max_step_tokens=64, keeps_prefixes=keeps_prefixes))
+        driver = Driver(
+            Scheduler(blocks, 4, max_num_batched_tokens=64, keeps_prefixes=keeps_prefixes)
+        )
         first = driver.add(11, 8)
         while driver.step():
             pass
@@ -200,7 +206,7 @@ def test_a_second_turn_computes_only_what_is_new() -> None:
 
 def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> None:
     """Somebody has to give the logits: the last block is computed anew, in a block of its own."""
-    driver = Driver(Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=64))
+    driver = Driver(Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=64))
     first = driver.add(8, 30)
     driver.step()
     second = driver.add(8, 30)
@@ -213,7 +219,7 @@ def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> No
 def test_kept_blocks_give_way_to_those_who_need_room() -> None:
     """A cache full of kept blocks admits as many as an empty one, the longest unused going first;
     what is left of them is found."""
-    driver = Driver(Scheduler(BlockAllocator(8, 4), max_running=2, max_step_tokens=64))
+    driver = Driver(Scheduler(BlockAllocator(8, 4), max_num_seqs=2, max_num_batched_tokens=64))
     for kind in (1, 2):
         driver.add(16, 1, kind)
         while driver.step():
@@ -228,7 +234,7 @@ def test_kept_blocks_give_way_to_those_who_need_room() -> None:
 
 def test_what_nobody_vouches_for_is_not_shared() -> None:
     """Blocks become known by `keep` alone, which the engine calls for finite logits."""
-    scheduler = Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=64)
+    scheduler = Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=64)
     failed = new_sequence(16, 4)
     scheduler.add(failed)
     scheduler.schedule()
@@ -240,7 +246,7 @@ def test_what_nobody_vouches_for_is_not_shared() -> None:
 
 def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
     """A prompt of five steps' tokens is cut into chunks; a stream decodes in each of them."""
-    driver = Driver(Scheduler(BlockAllocator(64, 4), max_running=4, max_step_tokens=10))
+    driver = Driver(Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=10))
     stream = driver.add(2, 30)
     driver.step()
     prompt = driver.add(50, 1)
@@ -255,7 +261,7 @@ def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
 
 def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
     """With the places taken, a step touches no waiting sequence: its cost ignores their number."""
-    driver = Driver(Scheduler(BlockAllocator(8, 4), max_running=1, max_step_tokens=8))
+    driver = Driver(Scheduler(BlockAllocator(8, 4), max_num_seqs=1, max_num_batched_tokens=8))
     driver.add(4, 5)
     driver.step()
 

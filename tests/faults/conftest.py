@@ -21,7 +21,7 @@ def config(tmp_path: Path, checkpoint: Path) -> Path:
     """A configuration that serves `checkpoint`."""
     document = yaml.safe_load(TINY.read_text())
     document["applications"][0]["args"]["model"]["name"] = str(checkpoint)
-    document["applications"][0]["args"]["model"]["served_name"] = "tiny"
+    document["applications"][0]["args"]["model"]["served_model_name"] = "tiny"
     document["applications"][0]["args"]["model"]["device"] = "cpu"
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(document))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
+from emulator.platform import Platform
+from emulator.worker import Worker
 from tests.processes import replica_of
 from tests.worker.conftest import TINY, Client, until
 

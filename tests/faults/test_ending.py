@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from tests.processes import replica_of
 from tests.settled import settled
 from tests.worker.conftest import TINY, Client, until

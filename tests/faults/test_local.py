@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.worker import ENTRY
+from emulator.worker import ENTRY
 from tests.processes import all_below, running
 from tests.worker.conftest import TINY, until
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from tests.faults.conftest import spoil
 from tests.processes import all_below, one_below, ray_below, running, told_of
 from tests.settled import settled

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from serve_app.model.batch import Batch
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.checkpoint.loader import load
 from serve_app.model.kv import KVCache
-from serve_app.model.loader import load
 from serve_app.model.mixtral import Mixtral
-from serve_app.model.stacked import Quantization
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,

@@ -11,10 +11,10 @@ import torch
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
 from serve_app.model.batch import Batch
-from serve_app.model.kernels.cpu_step import CpuStep
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
-from serve_app.model.stacked import Quantization
 from tests.model.driver import load_float32, oracle_logits, random_ids, random_oracle
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="it needs a C compiler")

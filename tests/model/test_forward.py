@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import serve_app.tiny
-from serve_app.model.loader import load
+from serve_app.model.checkpoint.loader import load
 from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 
 SHAPES: dict[str, dict[str, Any]] = {

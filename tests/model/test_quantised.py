@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file
 
 import serve_app.tiny
-from serve_app.convert import convert
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.checkpoint.fused_writer import write_file
+from serve_app.model.checkpoint.loader import bytes_by_part, check_bytes, inspect, load
 from serve_app.model.experts import Experts
 from serve_app.model.footprint import weight_bytes
 from serve_app.model.linear import Linear
-from serve_app.model.loader import bytes_by_part, check_bytes, inspect, load
 from serve_app.model.matrices4 import Linear4
 from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.nf4 import dequantize
-from serve_app.model.stacked import Quantization
-from serve_app.model.stacked_writer import write_file
 from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 from tests.model.oracle4 import VARIANTS, name, round_model, rounded
 
@@ -104,10 +104,10 @@ def test_the_head_is_quantised_where_the_settings_say_so(how: Quantization, tmp_
             dtype=torch.float32,
             device=CPU,
             quantization=how,
-            quantize_head=True,
+            quantize_lm_head=True,
         )
         torch.testing.assert_close(Paged(model).step(s=ids)["s"], expected, rtol=0, atol=1e-4)
-        promised = weight_bytes(model.config, 4, how.absmax, quantize_head=True)["head"]
+        promised = weight_bytes(model.config, 4, how.absmax, quantize_lm_head=True)["head"]
         assert bytes_by_part(model)["head"] == promised + (4 if how.absmax == "nested" else 0)
 
 
@@ -126,7 +126,7 @@ def test_a_head_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
                 dtype=torch.float32,
                 device=CPU,
                 quantization=how,
-                quantize_head=True,
+                quantize_lm_head=True,
             )
         return refused.value.message
 

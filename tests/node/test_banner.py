@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import serve_app
+from serve_app.api.routes import PATHS
+from serve_app.config.settings import Settings
 from serve_app.node.banner import banner, gpu, volume
-from serve_app.routes import PATHS
-from serve_app.settings import Settings
 
 
 def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,7 +15,7 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("API_KEYS", "sk-secret")
     monkeypatch.setenv("HF_TOKEN", "hf-secret")
     args = {"model": {"name": "org/model", "revision": "v2"}}
-    settings = Settings.from_args({**args, "engine": {"gpu_memory_fraction": 0.9}}, "test")
+    settings = Settings.from_args({**args, "engine": {"gpu_memory_utilization": 0.9}}, "test")
     text = "\n".join(banner(settings, "configs/x.yaml", 40, ["Memory: 25 GB of weights."]))
     for fact in (
         serve_app.__version__,

@@ -17,9 +17,9 @@ from serve_app.app import build_app
 from serve_app.cold_start import killed
 from serve_app.cold_start.killed import MemoryBefore
 from serve_app.cold_start.load_records import KILLED
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.node import cluster, forward, ray_node
-from serve_app.settings import ConfigError, Settings
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 

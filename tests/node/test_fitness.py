@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.node import fitness
-from serve_app.settings import Settings
 
 
 def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:

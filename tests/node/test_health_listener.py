@@ -8,9 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.config.settings import ConfigError
 from serve_app.node import health_listener
 from serve_app.node.health_listener import HealthListener
-from serve_app.settings import ConfigError
 
 
 @pytest.fixture

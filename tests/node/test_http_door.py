@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.config.settings import ConfigError, EntrySettings
 from serve_app.errors import ModelLoadFailed
 from serve_app.node import http
 from serve_app.node.http import Door
-from serve_app.settings import ConfigError, EntrySettings
 from tests.worker.conftest import until
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import requests
 
-from tests.emulator import client_half
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
+from emulator import client_half
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from serve_app.settings import Settings
+from emulator.queue import Job
+from serve_app.config.settings import Settings
 from serve_app.worker.start import num_slots
-from tests.emulator.queue import Job
 from tests.worker.conftest import TINY, Client, until
 
 pytestmark = pytest.mark.ray

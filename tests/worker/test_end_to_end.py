@@ -9,10 +9,10 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from tests.emulator import client_half
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
+from emulator import client_half
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from tests.processes import descendants
 from tests.settled import settled
 from tests.worker.conftest import Client, until

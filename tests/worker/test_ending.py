@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from tests.settled import left_behind, settled
 from tests.worker.conftest import SCRIPT, Client, until
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from serve_app.ingress import create_app
-from serve_app.server import MixtralServer
-from serve_app.settings import Settings
+from serve_app.api.ingress import create_app
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 from tests.worker.process import ENTRY, TINY, environment, run_entry
 
 WORKER = ENTRY.parent / "serve_app" / "worker"

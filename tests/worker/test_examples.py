@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator import client_half
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
+from emulator import client_half
+from emulator.platform import Platform
+from emulator.worker import Worker
 from tests.worker.conftest import Client, until
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

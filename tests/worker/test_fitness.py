@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
+from emulator.platform import Platform
+from emulator.worker import Worker
 from serve_app.tiny import CHECKPOINT
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
 from tests.worker.conftest import TINY, Client, until
 from tests.worker.process import ENTRY
 

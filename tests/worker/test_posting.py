@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.emulator.faults import HELD, LOST, RESET, Fault
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
+from emulator.faults import HELD, LOST, RESET, Fault
+from emulator.platform import Platform
+from emulator.worker import Worker
 from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import requests
 
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from serve_app.worker.results import Results, file_name
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
 from tests.settled import settled
 from tests.worker.conftest import HEADERS, SCRIPT, Client
 

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
+from emulator.platform import Platform
+from emulator.worker import Worker
 from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.emulator.worker import Worker
+from emulator.worker import Worker
 from tests.worker.conftest import Client, until
 
 SLOTS = 8

@@ -10,10 +10,10 @@ import pytest
 from benchmarks.endpoint import Endpoint
 from benchmarks.per_chunk_worker import one_by_one
 from benchmarks.streaming import measure
+from emulator.platform import Platform
+from emulator.queue import Job
+from emulator.worker import Worker
 from serve_app.worker import delivery, handler
-from tests.emulator.platform import Platform
-from tests.emulator.queue import Job
-from tests.emulator.worker import Worker
 
 TOKENS = 20
 

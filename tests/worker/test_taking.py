@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
+from emulator.faults import HTML, NOT_JSON, RESET, Fault
+from emulator.platform import Platform
+from emulator.worker import Worker
 from serve_app.errors import InvalidRequest
 from serve_app.worker.job import parse
 from serve_app.worker.take import jobs_in
-from tests.emulator.faults import HTML, NOT_JSON, RESET, Fault
-from tests.emulator.platform import Platform
-from tests.emulator.worker import Worker
 from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 

@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from serve_app.model.kernels import (
+from serve_app.model.kernels.triton import (
     nf4_decode,
     nf4_kernels,
     nf4_unpack,

@@ -11,14 +11,14 @@ from serve_app.engine import runner
 from serve_app.engine.flight import Flight, looking_ahead
 from serve_app.engine.runner import ModelRunner
 from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
-from serve_app.model.kernels import gpu_step
-from serve_app.model.kernels.gpu_step import GpuStep
-from serve_app.model.kernels.nf4_unpack import Unpacker
+from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.triton import gpu_step
+from serve_app.model.kernels.triton.gpu_step import GpuStep
+from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kv import KVCache
 from serve_app.model.matrices4 import Codes
 from serve_app.model.mixtral import Mixtral
-from serve_app.model.stacked import Quantization
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 16, 32

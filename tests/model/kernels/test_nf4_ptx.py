@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from serve_app.model.kernels.nf4_ptx import CONSTRAINTS, DECODE, bits16, planes
+from serve_app.model.kernels.triton.nf4_ptx import CONSTRAINTS, DECODE, bits16, planes
 from serve_app.model.nf4 import codes
 
 MASK = 0xFFFFFFFF

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from serve_app.model.attention import attend, plan_attention
 from serve_app.model.batch import Batch
-from serve_app.model.kernels import paged_attention
-from serve_app.model.kernels.paged_attention import PagedAttention
+from serve_app.model.kernels.triton import paged_attention
+from serve_app.model.kernels.triton.paged_attention import PagedAttention
 from serve_app.model.kv import KVCache
 
 LENGTHS = [1, 5, 64, 65, 131, 300]

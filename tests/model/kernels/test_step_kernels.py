@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from serve_app.model.kernels.step_kernels import route
+from serve_app.model.kernels.triton.step_kernels import route
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)

@@ -1,0 +1,114 @@
+"""The platform as one app, and as a thread beside a test."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Coroutine, Iterator
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from aiohttp import web
+
+from emulator.client_half import ClientHalf
+from emulator.faults import Faults, middleware
+from emulator.queue import Job, Queue
+from emulator.worker_half import WorkerHalf
+
+T = TypeVar("T")
+
+LOOK_S = 0.1
+"""Seconds between two looks at which workers have fallen silent."""
+
+
+def create_app(queue: Queue, faults: Faults) -> web.Application:
+    app = web.Application(client_max_size=64 * 1024 * 1024, middlewares=[middleware(faults)])
+    app.add_routes(WorkerHalf(queue).routes() + ClientHalf(queue).routes())
+    return app
+
+
+class Platform:
+    """`with Platform() as platform:` serves one endpoint, "ep", on a free port of 127.0.0.1."""
+
+    def __init__(self) -> None:
+        self.url = ""
+        self.queue: Queue
+        self.faults = Faults()
+        self._loop = asyncio.new_event_loop()
+        self._started = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="platform", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        self._started.wait()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def deliver_again(self, job: Job) -> None:
+        """Hands a job out once more, whatever became of it; the client never sees that."""
+        self._await(self.queue.deliver_again(job))
+
+    def stop_again(self, job: Job) -> None:
+        """Tells the worker to stop a job, whether it is over or not."""
+        self._await(self.queue.stop(job))
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """While in here jobs wait; then one poll takes them all."""
+        self.queue.is_paused = True
+        try:
+            yield
+        finally:
+            self._await(self.queue.resume())
+
+    @contextlib.contextmanager
+    def hung_up(self) -> Iterator[None]:
+        """While in here, connections are reset and new ones refused."""
+        self._await(self._hang_up())
+        try:
+            yield
+        finally:
+            self._await(self._listen())
+
+    def _await(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._serve())
+
+    async def _serve(self) -> None:
+        self._stop = asyncio.Event()
+        self.queue = Queue()
+        self._port = 0
+        await self._listen()
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._started.set()
+        while not self._stop.is_set():
+            await self.queue.give_up_silent_workers()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), LOOK_S)
+        await self._runner.cleanup()
+
+    async def _listen(self) -> None:
+        app = create_app(self.queue, self.faults)
+        self._runner = web.AppRunner(app, shutdown_timeout=1)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
+        self._port = self._runner.addresses[0][1]
+
+    async def _hang_up(self) -> None:
+        assert self._runner.server is not None
+        for site in list(self._runner.sites):
+            await site.stop()
+        for connection in list(self._runner.server.connections):
+            if connection.transport is not None:
+                connection.transport.abort()
+        await self._runner.cleanup()

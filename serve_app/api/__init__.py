@@ -1,0 +1,1 @@
+"""Routes, the HTTP ingress, the server, generation and metrics. Read `server.py` first."""

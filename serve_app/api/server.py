@@ -1,0 +1,206 @@
+"""MixtralServer: the deployment class, as a plain object. Owns tokenizer and engine.
+
+Both doors hand it a `Call` and hear a `Reply`. Constructing one loads the model; nothing else does.
+Knows no HTTP library, no Ray and no jobs.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+
+from serve_app.api import metrics
+from serve_app.api.generation import Generator
+from serve_app.api.metrics import Metrics
+from serve_app.api.routes import Handler, Routes, known
+from serve_app.config.settings import Settings
+from serve_app.errors import (
+    Draining,
+    EngineDead,
+    MethodNotAllowed,
+    RouteNotFound,
+    ServeError,
+    error_body,
+)
+from serve_app.loading import load as loading
+from serve_app.loading.load import Loaded
+from serve_app.loading.load_log import LoadLog
+from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.fields import printable
+
+Chunks = AsyncGenerator[dict[str, Any], None]
+
+
+class MixtralServer:
+    """One loaded model and everything that can be asked of it."""
+
+    def __init__(
+        self, settings: Settings, load: Callable[[Settings, LoadLog], Loaded] = loading.load
+    ) -> None:
+        """Loads the model, which takes as long as it takes; raises `ModelLoadFailed`."""
+        self.settings = settings
+        load_log = LoadLog.begun_by_parent(settings.load_log)
+        self._loaded = load(settings, load_log)
+        self.quantization = self._loaded.quantization
+        self._engine = self._loaded.engine
+        self._phases = load_log.phases
+        self._is_draining = False
+        self.metrics = Metrics(settings.model.served_model_names[0], self._engine.stats)
+        generator = Generator(
+            self._engine,
+            self._loaded.tokenizer,
+            settings.api,
+            self._loaded.max_model_len,
+            self._loaded.vocab_size,
+            self.metrics,
+        )
+        self._routes = Routes(
+            generator, settings.model.served_model_names, settings.engine.max_num_seqs
+        )
+
+    async def answer(self, call: Call) -> Reply:
+        """Answers one call, waiting for the whole of a body; raises a `ServeError` where it cannot.
+
+        A reply with chunks has its first one ready, so every refusal is raised from here.
+        """
+        reply = await self._reply(call)
+        if reply.steps is None:
+            return reply
+        async with aclosing(reply.steps) as steps:
+            bodies = [step["body"] async for step in steps if "body" in step]
+        return replace(reply, body=bodies[-1], steps=None)
+
+    async def _reply(self, call: Call) -> Reply:
+        deadline = asyncio.get_running_loop().time() + self.settings.api.request_timeout_s
+        try:
+            reply = await self._handler(call)(call, deadline)
+            if reply.chunks is None:
+                return reply
+            chunks = _known_failures(reply.chunks, call.request_id)
+            await anext(chunks)
+            return replace(reply, chunks=chunks)
+        except ServeError:
+            raise
+        except Exception as error:
+            raise known(error, call.request_id) from error
+
+    async def call(
+        self, method: str, path: str, body: Any, request_id: str
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """`answer` for a deployment handle: everything crosses as data, errors too.
+
+        Yields `{"status", "stream", "headers"}`, then `{"chunk"}`s, or `{"progress"}`s and one
+        `{"body"}`, an object or a text. A failure is `{"status", "error"}`, where `error` is an
+        `error_body`, as the last item. Closing the generator cancels the request.
+        """
+        try:
+            reply = await self._reply(Call(method, path, body, request_id))
+            # Closes what runs even where nobody comes back for the second item.
+            async with aclosing(reply.chunks or reply.steps or _nothing()) as running:
+                is_stream = reply.chunks is not None
+                yield {"status": reply.status, "stream": is_stream, "headers": reply.headers}
+                if reply.chunks is None and reply.steps is None:
+                    yield {"body": reply.body if reply.text is None else reply.text}
+                async for each in running:
+                    yield {"chunk": each} if is_stream else each
+        except ServeError as error:
+            self.metrics.error(error)
+            yield {"status": error.http_status, "error": error_body(error, request_id)}
+
+    def drain(self) -> None:
+        """From now on only what runs is finished; whatever would start is refused."""
+        self._is_draining = True
+
+    def check_health(self) -> None:
+        """For Serve's health check: raises `EngineDead` when the replica must be replaced."""
+        if not self._engine.is_alive:
+            raise EngineDead("The engine has stopped; another replica can answer.")
+
+    def close(self) -> None:
+        """Stops the engine; requests that still run fail."""
+        self._engine.stop()
+
+    @property
+    def _status(self) -> str:
+        return "draining" if self._is_draining else "ready"
+
+    def health(self) -> dict[str, Any]:
+        """The `/health` object."""
+        stats = self._engine.stats()
+        return {
+            "status": self._status,
+            "model": {
+                "id": self.settings.model.served_model_names[0],
+                "quantization": self.settings.model.quantization,
+                "dtype": self._loaded.dtype,
+            },
+            "memory": self._loaded.memory,
+            "engine": {
+                "running": stats.running,
+                "waiting": stats.waiting,
+                "kv_blocks_used": stats.kv_blocks_used,
+                "kv_blocks_total": stats.kv_blocks_total,
+            },
+            "load": self._phases,
+            "notes": self._loaded.notes,
+        }
+
+    def _handler(self, call: Call) -> Handler:
+        """The route's handler; raises where there is none, or none for now."""
+        found = self._status_route(call.path) or self._routes.find(call.path)
+        if found is None:
+            raise RouteNotFound(f"There is no route {printable(call.path)}.")
+        method, handler = found
+        if call.method != method:
+            raise MethodNotAllowed(
+                f"{printable(call.path)} takes {method}, not {printable(call.method)}.",
+                allow=method,
+            )
+        self.check_health()
+        if method == "POST" and self._is_draining:
+            raise Draining(
+                "The server is shutting down; send the request to another one.",
+                retry_after_s=self.settings.api.retry_after_s,
+            )
+        return handler
+
+    def _status_route(self, path: str) -> tuple[str, Handler] | None:
+        if path == "/metrics":
+            return "GET", self._show
+        if path not in ("/health", "/ping"):
+            return None
+
+        async def handler(call: Call, deadline: float) -> Reply:
+            body = self.health() if path == "/health" else {"status": self._status}
+            return Reply(body, status=503 if self._is_draining else 200)
+
+        return "GET", handler
+
+    async def _show(self, call: Call, deadline: float) -> Reply:
+        # Also while draining, which somebody may want to watch.
+        return Reply(text=self.metrics.text(self._status), media_type=metrics.CONTENT_TYPE)
+
+
+async def _known_failures(chunks: Chunks, request_id: str) -> Chunks:
+    """First an empty mark, once the first chunk is ready; then the chunks.
+
+    Whoever has taken the mark holds a generator that has begun, so that closing it closes `chunks`
+    too. Failures are raised as `ServeError`s.
+    """
+    try:
+        async with aclosing(chunks):
+            first = await anext(chunks)
+            yield {}
+            yield first
+            async for chunk in chunks:
+                yield chunk
+    except ServeError:
+        raise
+    except Exception as error:
+        raise known(error, request_id) from error
+
+
+async def _nothing() -> Chunks:
+    return
+    yield {}

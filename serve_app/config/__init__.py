@@ -1,0 +1,1 @@
+"""Settings, from the Serve YAML and the environment. Read `settings.py` first."""

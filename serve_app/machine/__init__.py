@@ -1,0 +1,1 @@
+"""This machine: its GPUs, its memory limits, its processes. None of these modules imports torch."""

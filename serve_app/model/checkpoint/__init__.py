@@ -1,0 +1,1 @@
+"""Checkpoints: found, inspected, read into a model, converted. Read `checkpoint.py` first."""

@@ -1,0 +1,201 @@
+"""4-bit weights as bitsandbytes stores them in a checkpoint, from the headers alone.
+
+transformers 4.x wrote each quantised matrix as `<weight>` (packed nibbles, viewed as the dtype of
+`bnb_4bit_quant_storage`) and its companions `<weight>.absmax`, `.quant_map`, `.nested_absmax`,
+`.nested_quant_map` and `.quant_state.bitsandbytes__nf4` or `__fp4`, a JSON blob
+(`bitsandbytes.functional.QuantState.as_dict(packed=True)`).
+
+Reads the blobs and no weights, and imports no torch.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, cast
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.shards import ITEM_BYTES, TensorInfo, damaged, read_bytes
+from serve_app.model.footprint import BLOCK, NESTED_BLOCK, part_of
+
+if TYPE_CHECKING:  # that module imports torch
+    from serve_app.model.nf4 import AbsmaxKind, QuantType
+
+STATE = "quant_state.bitsandbytes__"
+COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+
+
+@dataclass(frozen=True, slots=True)
+class NestedInfo:
+    """Where the absmax of an absmax is."""
+
+    absmax: TensorInfo
+    """F32 `[ceil(N * K / 64 / 256)]`"""
+    code: TensorInfo
+    """F32 `[256]`"""
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class PackedInfo:
+    """Where the parts of one quantised matrix `[N, K]` are."""
+
+    shape: tuple[int, int]
+    quant_type: "QuantType"
+    packed: TensorInfo
+    """N * K / 2 bytes, whatever its dtype."""
+    absmax: TensorInfo
+    """F32 or BF16 `[N * K / 64]`; U8 where it is nested."""
+    code: TensorInfo
+    """F32 `[16]`"""
+    nested: NestedInfo | None
+
+    @property
+    def absmax_kind(self) -> "AbsmaxKind":
+        """How absmax is kept."""
+        if self.absmax.dtype == "U8":
+            return "nested"
+        return "bfloat16" if self.absmax.dtype == "BF16" else "float32"
+
+    @property
+    def tensors(self) -> list[TensorInfo]:
+        """All of it."""
+        nested = [] if self.nested is None else [self.nested.absmax, self.nested.code]
+        return [self.packed, self.absmax, self.code, *nested]
+
+
+def take_packed(
+    found: dict[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, PackedInfo]:
+    """The quantised ones among the weights `shapes`; takes them and their companions from `found`.
+
+    Raises `ModelLoadFailed` for a companion that is missing or does not fit, and where matrices
+    are quantised in different ways.
+    """
+    packed: dict[str, PackedInfo] = {}
+    states = {name.partition(f".{STATE}")[0]: name for name in found if f".{STATE}" in name}
+    for name, shape in shapes.items():
+        if name in found and (name in states or _looks_packed(name, found, shape)):
+            packed[name] = _take(name, states.get(name), found, shape)
+    kinds = {(one.quant_type, one.absmax_kind): name for name, one in packed.items()}
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise ModelLoadFailed(
+            f"{packed[one].packed.file.parent}: `{one}` is {first[0]} with {first[1]} absmax and "
+            f"`{other}` {second[0]} with {second[1]}; all weights must be quantised in one way."
+        )
+    return packed
+
+
+def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
+    """True when the blob is missing, but something else says that it should be there."""
+    stored = found[name].shape
+    return any(f"{name}.{companion}" in found for companion in COMPANIONS) or (
+        stored != shape and len(stored) == 2 and 1 in stored and len(shape) == 2
+    )
+
+
+def _take(
+    name: str, state_name: str | None, found: dict[str, TensorInfo], shape: tuple[int, ...]
+) -> PackedInfo:
+    weight = found.pop(name)
+    if part_of(name) not in ("experts", "attention") or shape[1] % BLOCK:
+        raise ModelLoadFailed(
+            f"{weight.file}: tensor `{name}` {list(shape)} is quantised; that is only read for "
+            f"attention and experts whose rows are multiples of {BLOCK}."
+        )
+    if state_name is None:
+        raise _missing(weight, f"{name}.{STATE}nf4")
+    info = found.pop(state_name)
+    state = _state(info, state_name)
+    quant_type = state_name.removeprefix(f"{name}.{STATE}")
+    _require(state, state_name, info, "quant_type", quant_type)
+    if quant_type not in ("nf4", "fp4"):
+        raise ModelLoadFailed(f"{info.file}: `{state_name}`: only nf4 and fp4 can be read.")
+    _require(state, state_name, info, "blocksize", BLOCK)
+    _require(state, state_name, info, "shape", list(shape))
+    if weight.dtype not in ITEM_BYTES or weight.nbytes * 2 != prod(shape):
+        raise ModelLoadFailed(
+            f"{weight.file}: tensor `{name}` has {weight.nbytes} bytes, and {list(shape)} in 4 "
+            f"bits takes {prod(shape) // 2}."
+        )
+    num_blocks = prod(shape) // BLOCK
+    nested = None
+    dtypes: tuple[str, ...] = ("F32", "BF16")
+    if "nested_offset" in state or f"{name}.nested_absmax" in found:
+        dtypes = ("U8",)
+        nested = _take_nested(name, weight, state_name, state, found, num_blocks)
+    return PackedInfo(
+        shape=(shape[0], shape[1]),
+        quant_type=cast("QuantType", quant_type),
+        packed=weight,
+        absmax=_companion(found, weight, f"{name}.absmax", num_blocks, dtypes),
+        code=_companion(found, weight, f"{name}.quant_map", 16, ("F32",)),
+        nested=nested,
+    )
+
+
+def _take_nested(
+    name: str,
+    weight: TensorInfo,
+    state_name: str,
+    state: dict[str, Any],
+    found: dict[str, TensorInfo],
+    num_blocks: int,
+) -> NestedInfo:
+    _require(state, state_name, weight, "nested_blocksize", NESTED_BLOCK)
+    offset = state.get("nested_offset")
+    if not isinstance(offset, float | int) or not math.isfinite(offset):
+        raise ModelLoadFailed(f"{weight.file}: `{state_name}`: `nested_offset` is {offset!r}.")
+    count = -(-num_blocks // NESTED_BLOCK)
+    return NestedInfo(
+        absmax=_companion(found, weight, f"{name}.nested_absmax", count, ("F32",)),
+        code=_companion(found, weight, f"{name}.nested_quant_map", 256, ("F32",)),
+        offset=float(offset),
+    )
+
+
+def _companion(
+    found: dict[str, TensorInfo],
+    weight: TensorInfo,
+    name: str,
+    count: int,
+    dtypes: tuple[str, ...],
+) -> TensorInfo:
+    tensor = found.pop(name, None)
+    if tensor is None:
+        raise _missing(weight, name)
+    if prod(tensor.shape) != count or tensor.dtype not in dtypes:
+        raise ModelLoadFailed(
+            f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, and its "
+            f"weight needs {count} values of {' or '.join(dtypes)}."
+        )
+    return tensor
+
+
+def _state(info: TensorInfo, name: str) -> dict[str, Any]:
+    try:
+        state = json.loads(read_bytes(info))
+    except (ValueError, RecursionError):
+        state = None
+    if info.dtype != "U8" or not isinstance(state, dict):
+        raise damaged(info.file, f"tensor `{name}` holds no JSON object")
+    return state
+
+
+def _require(
+    state: dict[str, Any], name: str, info: TensorInfo, key: str, expected: object
+) -> None:
+    if state.get(key) != expected:
+        raise ModelLoadFailed(
+            f"{info.file}: `{name}`: `{key}` is {state.get(key)!r}, and only {expected!r} can be "
+            "read."
+        )
+
+
+def _missing(weight: TensorInfo, name: str) -> ModelLoadFailed:
+    return ModelLoadFailed(
+        f"{weight.file.parent}: no file holds tensor `{name}`, without which the quantised weight "
+        "cannot be read; download the checkpoint again."
+    )

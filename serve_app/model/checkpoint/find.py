@@ -1,0 +1,85 @@
+"""A model's name becomes a folder on this machine: given, cached, or downloaded.
+
+Looks offline first, and without regard to case, because RunPod's model cache is lower-cased.
+Knows no tensors; what is in the folder is for `checkpoint.inspect` to judge.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from serve_app.errors import ModelLoadFailed
+
+RUNPOD_VOLUME = Path("/runpod-volume")
+RUNPOD_CACHE = Path("/runpod/cache")
+
+
+def download_cache(volume: Path = RUNPOD_VOLUME) -> Path | None:
+    """The cache that downloads go to: the volume's, or None for the Hugging Face cache."""
+    return _hub(volume) if volume.is_dir() and os.access(volume, os.W_OK) else None
+
+
+def find_local(
+    name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
+) -> Path | None:
+    """The folder of `name` on this machine; None where only a download is left.
+
+    Raises `ModelLoadFailed` when `name` is neither a folder here nor a repository's name.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] in "./":
+        raise ModelLoadFailed(
+            f"{name}: there is no such folder; `model.name` is a folder, or a repository as "
+            "'owner/name'."
+        )
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    for hub in (_hub(volume), Path(HF_HUB_CACHE)):
+        if cached := cached_snapshot(hub, name, revision):
+            return cached
+    cached = RUNPOD_CACHE / name / (revision or "main")
+    return cached if _is_downloaded(cached) else None
+
+
+def _hub(volume: Path) -> Path:
+    return volume / "huggingface-cache" / "hub"
+
+
+def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
+    """The complete snapshot of repository `name` in the Hugging Face cache `hub`, or None."""
+    wanted = f"models--{name.replace('/', '--')}".lower()
+    if not hub.is_dir():
+        return None
+    for repository in sorted(hub.iterdir()):
+        if repository.name.lower() != wanted:
+            continue
+        reference = repository / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        snapshots = repository / "snapshots"
+        found = [snapshots / commit] if commit else list(snapshots.glob("*"))
+        # Several snapshots and no word on which is the default branch: let the hub say.
+        if len(found) == 1 and _is_downloaded(found[0]):
+            return found[0]
+    return None
+
+
+def _is_downloaded(folder: Path) -> bool:
+    """True when nothing is left that another download would bring."""
+    return is_complete(folder) and (folder / "tokenizer.json").exists()
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the configuration and every safetensors file are there: no broken download."""
+    if not (folder / "config.json").exists():
+        return False
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return (folder / "model.safetensors").exists()
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, LookupError, AttributeError):
+        return False
+    return all((folder / name).exists() for name in names)

@@ -1,0 +1,1 @@
+"""The step of a float32 model on a CPU, in C. Read `cpu_step.py` first."""

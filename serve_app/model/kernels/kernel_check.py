@@ -1,0 +1,193 @@
+"""4-bit products and attention on this device beside the same in plain float32, on random data.
+
+A kernel that disagrees is a kernel that must not be used. Small sizes, but for a long context: it
+says whether the arithmetic is right, not how fast it is. Knows no model and no files.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.attention import attend, plan_attention
+from serve_app.model.batch import Batch
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.config import MixtralConfig
+from serve_app.model.experts4 import Experts4
+from serve_app.model.kv import KVCache
+from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.nf4 import dequantize, quantize
+
+HIDDEN, INNER, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
+CONFIG = MixtralConfig.from_dict(
+    {
+        "model_type": "mixtral",
+        "hidden_size": HIDDEN,
+        "intermediate_size": INNER,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_local_experts": NUM_EXPERTS,
+        "num_experts_per_tok": TOP_K,
+        "vocab_size": 64,
+        "max_position_embeddings": 64,
+    }
+)
+NUM_TOKENS = (1, 7, 40)
+"""One decode, a few, and a chunk of a prompt."""
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
+CONTEXTS = (1, 70, 300, 4500)
+"""Tokens of contexts: one split, several, and so many that splits are longer."""
+
+
+def relative_errors(
+    quantization: Quantization,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    has_kernels: bool | None = None,
+) -> dict[str, float]:
+    """The largest relative error of each form, for the numbers of tokens in `NUM_TOKENS`.
+
+    `has_kernels`: whether Triton's are among them; by default where they are used, on a GPU in 16
+    bits.
+    """
+    if has_kernels is None:
+        has_kernels = device.type == "cuda" and dtype != torch.float32
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    codes = Codes(quantization).to(device)
+    linear, weight = _linear(codes, device, random(INNER, HIDDEN))
+    experts, expert_weights = _experts(codes, device, random)
+    errors: dict[str, float] = {}
+    both = dequantize(experts.gate_up.get(), torch.float32)
+    for count in NUM_TOKENS:
+        x = random(count, HIDDEN).to(device, dtype)
+        ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)])
+        ids = ids[:, :TOP_K].to(device)
+        shares = random(count, TOP_K).softmax(-1).to(device, dtype)
+        pairs = {
+            "linear (torch)": (linear(x), F.linear(x.float(), weight)),
+            "experts (torch)": (
+                experts(x, ids, shares),
+                _mixture(x.float(), ids, shares.float(), expert_weights),
+            ),
+        }
+        if has_kernels:
+            pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
+            found = _experts_by_kernel(experts, x, ids, shares)
+            pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
+            pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), both)
+        for name, (found, expected) in pairs.items():
+            error = float((found.float() - expected).norm() / expected.norm())
+            if math.isnan(error):  # which max() would drop
+                return {name: error}
+            errors[name] = max(errors.get(name, 0.0), error)
+    if has_kernels:
+        found, expected = _attention(dtype, device, random)
+        error = float((found.float() - expected).norm() / expected.norm())
+        errors["attention (triton)"] = error
+    return errors
+
+
+def _attention(
+    dtype: torch.dtype, device: torch.device, random: Callable[..., Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Decodes with `CONTEXTS` by the kernel, and in plain float32."""
+    from serve_app.model.kernels.triton.paged_attention import PagedAttention
+
+    count, width = len(CONTEXTS), -(-max(CONTEXTS) // BLOCK_SIZE)
+    shape = (count * width, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
+    keys, values = (random(*shape).to(device, dtype) for _ in range(2))
+    queries = random(count, HEADS, HEAD_DIM).to(device, dtype)
+    tables = torch.arange(count * width, device=device).flip(0).view(count, width)
+    found = queries.new_empty(count, HEADS * HEAD_DIM)
+    lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    kernel = PagedAttention(HEADS, keys, None, count)
+    kernel(queries, keys, values, tables.int(), lens, found)
+    none = lens.new_empty(0)
+    batch = Batch(none, none, none, [1] * count, list(CONTEXTS), tables, none)
+    plan = plan_attention(batch, BLOCK_SIZE, None, torch.float32)
+    expected = found.float()
+    cache = KVCache([keys.float()], [values.float()])
+    attend(plan, 0, queries.float(), cache, expected)
+    return found, expected
+
+
+def _linear(codes: Codes, device: torch.device, weight: Tensor) -> tuple[Linear4, Tensor]:
+    """A 4-bit product, and the float32 weight that it stands for."""
+    linear = Linear4(codes, weight.shape[1], (weight.shape[0],)).to(device)
+    linear.put(0, weight)
+    return linear, _as_stored(codes, weight).to(device)
+
+
+def _experts(
+    codes: Codes, device: torch.device, random: Callable[..., Tensor]
+) -> tuple[Experts4, list[dict[str, Tensor]]]:
+    """4-bit experts, and the float32 matrices of each that they stand for."""
+    sizes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    experts = Experts4(CONFIG, codes).to(device)
+    plain = []
+    for expert in range(NUM_EXPERTS):
+        weights = {name: random(*size) for name, size in sizes.items()}
+        for name, weight in weights.items():
+            experts.put(expert, name, weight)
+        plain.append({name: _as_stored(codes, w).to(device) for name, w in weights.items()})
+    return experts, plain
+
+
+def _in_halves(x: Tensor) -> Tensor:
+    return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
+
+
+def _linear_by_kernel(linear: Linear4, x: Tensor) -> Tensor:
+    from serve_app.model.kernels.triton import nf4_decode
+
+    weights = nf4_decode.Packed.of(linear.matrix, x.dtype)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.rows, dtype=torch.float32)
+    nf4_decode.dense(weights, _in_halves(x), parts)
+    return parts.sum(0)
+
+
+def _unpacked(experts: Experts4, dtype: torch.dtype) -> Tensor:
+    from serve_app.model.kernels.triton.nf4_unpack import Unpacker
+
+    every = torch.arange(NUM_EXPERTS, device=experts.gate_up.packed.device)
+    return Unpacker(dtype)(experts.gate_up, every)
+
+
+def _experts_by_kernel(experts: Experts4, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+    from serve_app.model.kernels.triton import nf4_decode
+
+    order = ids.flatten().argsort(stable=True).int()
+    edges = torch.arange(NUM_EXPERTS + 1, device=x.device)
+    starts = (ids.flatten()[None] < edges[:, None]).sum(1).int()
+    both = nf4_decode.Packed.of(experts.gate_up, x.dtype)
+    back = nf4_decode.Packed.of(experts.down, x.dtype)
+    inner = x.new_empty(len(order), back.columns)
+    nf4_decode.gate_up(both, _in_halves(x), order, starts, TOP_K, inner)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), back.rows, dtype=torch.float32)
+    nf4_decode.down(back, inner, order, starts, shares.flatten().float(), TOP_K, parts)
+    return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
+
+
+def _as_stored(codes: Codes, weight: Tensor) -> Tensor:
+    """`weight` after 4 bits, on the CPU."""
+    chosen = codes.quantization
+    return dequantize(quantize(weight, chosen.quant_type, chosen.absmax), torch.float32)
+
+
+def _mixture(x: Tensor, ids: Tensor, shares: Tensor, experts: list[dict[str, Tensor]]) -> Tensor:
+    """What `Experts.forward` promises, token by token."""
+    rows = []
+    for token, chosen, share in zip(x, ids.tolist(), shares, strict=True):
+        outputs = [
+            e["down"] @ (F.silu(e["gate"] @ token) * (e["up"] @ token))
+            for e in (experts[i] for i in chosen)
+        ]
+        rows.append((torch.stack(outputs) * share[:, None]).sum(dim=0))
+    return torch.stack(rows)

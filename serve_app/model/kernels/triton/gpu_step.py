@@ -1,0 +1,245 @@
+"""The decode step of a Mixtral on a GPU from tensors that are there: it can be captured as a graph.
+
+Promises the logits of `model/mixtral.py` to the rounding of the model's dtype, and asks the device
+nothing on the way. In 4 bits a layer is ten launches, nearly all ours; float weights are multiplied
+by torch. Before it is used it is compared with plain torch on the device; `GpuStep.of` says why
+where it is not used. Knows no prompts, and no graphs: `engine/graphs.py` has them.
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.triton import nf4_decode
+from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
+from serve_app.model.kernels.triton.nf4_unpack import Unpacker
+from serve_app.model.kernels.triton.paged_attention import PagedAttention
+from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write, route
+from serve_app.model.kv import KVCache
+from serve_app.model.matrices4 import Linear4
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""Largest relative error of a row's logits beside plain torch."""
+TRIED_ROWS, TRIED_LAYERS = 20, 2
+"""Of so many rows the median is taken, and of so many layers the logits: where two experts nearly
+tie, rounding may choose another one in either, and through many layers hardly a row is spared."""
+
+
+UNPACK_TOLERANCE = 1e-2
+"""The same of weights that a kernel has unpacked."""
+
+
+class Layer(Protocol):
+    """The products of one layer; each gives parts `[S, B * C, N]` to be summed."""
+
+    in_halves: bool
+    """How it wants its inputs, see `nf4_decode.py`."""
+
+    def qkv(self, x: Tensor) -> Tensor: ...
+    def o(self, x: Tensor) -> Tensor: ...
+    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor: ...
+
+
+class FloatLayer:
+    """Products by torch."""
+
+    in_halves = False
+
+    def __init__(self, block: Any) -> None:
+        self._block = block
+
+    def qkv(self, x: Tensor) -> Tensor:
+        parts: Tensor = self._block.attention.qkv(x)[None]
+        return parts
+
+    def o(self, x: Tensor) -> Tensor:
+        parts: Tensor = self._block.attention.o(x)[None]
+        return parts
+
+    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
+        # Rows of nobody follow the first, so that no expert is read for them.
+        x = torch.where((context_lens > 0)[:, None], x, x[:1])
+        parts: Tensor = self._block.mlp(x, len(x))[None]
+        return parts
+
+
+class Layer4:
+    """Products with 4-bit weights."""
+
+    in_halves = True
+
+    def __init__(self, block: Any, dtype: torch.dtype) -> None:
+        attention, mlp = block.attention, block.mlp
+        self._qkv = Packed.of(attention.qkv.matrix, dtype)
+        self._o = Packed.of(attention.o.matrix, dtype)
+        self._gate_up = Packed.of(mlp.experts.gate_up, dtype)
+        self._down = Packed.of(mlp.experts.down, dtype)
+        self._router = torch.cat((mlp.router[:, ::2], mlp.router[:, 1::2]), dim=1).contiguous()
+        self._top_k = mlp.top_k
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return dense(self._qkv, x)
+
+    def o(self, x: Tensor) -> Tensor:
+        return dense(self._o, x)
+
+    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
+        order, starts, shares = route(F.linear(x, self._router), context_lens, self._top_k)
+        inner = x.new_empty(len(order), self._down.columns)
+        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, inner)
+        parts = x.new_empty(SPLIT_K, len(order), self._down.rows, dtype=torch.float32)
+        nf4_decode.down(self._down, inner, order, starts, shares, self._top_k, parts)
+        return parts
+
+
+def dense(weights: Packed, x: Tensor) -> Tensor:
+    """Parts of a product `[SPLIT_K, B, N]`, float32."""
+    parts = x.new_empty(SPLIT_K, len(x), weights.rows, dtype=torch.float32)
+    nf4_decode.dense(weights, x, parts)
+    return parts
+
+
+class GpuStep:
+    """The step of one model with one KV cache, for at most `most_rows` rows."""
+
+    def __init__(self, model: "Mixtral", cache: KVCache, most_rows: int) -> None:
+        self._model, self._cache = model, cache
+        config, dtype = model.config, model.embedding.dtype
+        is_float = model.codes is None
+        self._layers: list[Layer] = [
+            FloatLayer(block) if is_float else Layer4(block, dtype) for block in model.blocks
+        ]
+        page = cache.keys[0]
+        self._attention = PagedAttention(config.num_heads, page, config.sliding_window, most_rows)
+        self._head = model.head
+        if isinstance(model.head, Linear4):
+            self._packed_head = Packed.of(model.head.matrix, dtype)
+
+    @classmethod
+    def of(cls, model: "Mixtral", cache: KVCache, most_rows: int) -> "GpuStep | str":
+        """The step of `model`, or why there is none. `cache` is not in use yet."""
+        if reason := _unfit(model):
+            return reason
+        step = cls(model, cache, max(most_rows, TRIED_ROWS))
+        try:
+            longest = model.config.max_position_embeddings // cache.block_size
+            error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
+        except Exception as failure:  # a compiler's, a driver's: none is worth a model that is down
+            log.exception("the compiled step failed in its trial")
+            return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
+        limit = TOLERANCE[model.embedding.dtype]
+        # A NaN is no small number either.
+        return step if error < limit else f"it differs from plain torch by {error:.1e}"
+
+    @torch.inference_mode()
+    def unpack_for_prompts(self) -> str:
+        """Makes the model itself unpack 4-bit weights by a kernel, if that gives what torch gives;
+        what to say of it."""
+        codes, dtype = self._model.codes, self._model.embedding.dtype
+        if codes is None:
+            return ""
+        block: Any = self._model.blocks[0]
+        down = block.mlp.experts.down
+        first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
+        expected, unpack = down.floats(first, dtype).float(), Unpacker(dtype)
+        error = float((unpack(down, first).float() - expected).norm() / expected.norm())
+        if not error < UNPACK_TOLERANCE:
+            return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
+        codes.unpack = unpack
+        return "; prompts unpack weights by a kernel"
+
+    @torch.inference_mode()
+    def logits(self, rows: Rows) -> Tensor:
+        """Float32 `[B, vocab_size]`; fills the cache."""
+        model, config = self._model, self._model.config
+        x = F.embedding(rows.token_ids, model.embedding)
+        where = (rows.positions, rows.slots, rows.context_lens)
+        queries = x.new_empty(len(x), config.num_heads, config.head_dim)
+        attended = x.new_empty(len(x), config.num_heads * config.head_dim)
+        parts: Tensor | None = None
+        # A trial has fewer blocks.
+        for i, (block, layer) in enumerate(zip(model.blocks, self._layers, strict=False)):
+            keys, values = self._cache.keys[i], self._cache.values[i]
+            halves = layer.in_halves
+            y = normed(x, parts, rows, block.attention_norm, halves)
+            rope_write(layer.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values)
+            pages = (keys, values, rows.tables, rows.context_lens)
+            self._attention(queries, *pages, attended, in_halves=halves)
+            y = normed(x, layer.o(attended), rows, block.mlp_norm, halves)
+            parts = layer.mlp(y, rows.context_lens)
+        halves = isinstance(self._head, Linear4)
+        y = normed(x, parts, rows, model.norm, halves)
+        if halves:
+            return dense(self._packed_head, y).sum(0)
+        weight = model.embedding if self._head is None else self._head.weight
+        return F.linear(y, weight).float()  # type: ignore[arg-type]
+
+    def decode(self, batch: Batch) -> Tensor:
+        """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
+        lens = torch.tensor(batch.context_lens, dtype=torch.int32)
+        lens = lens.to(batch.token_ids.device, non_blocking=True)
+        tables = batch.block_tables.int()
+        return self.logits(Rows(batch.token_ids, batch.positions, batch.slots, lens, tables))
+
+    @torch.inference_mode()
+    def _error(self, count: int) -> float:
+        """Of the median row through the first layers, on random keys and values and made-up tokens.
+
+        NaN where a number is not finite, be it after all layers. One row is nobody's. The contexts
+        have from one block to `count`, which are several splits of attention.
+        """
+        cache, size = self._cache, self._cache.block_size
+        blocks = torch.arange(count, device=cache.keys[0].device)
+        for pages in (*cache.keys, *cache.values):
+            pages[blocks] = torch.randn_like(pages[blocks])
+        # Everyone has the blocks of those before, and one of its own.
+        lens = blocks * size + blocks % size + 1
+        slots, tables = lens - 1, blocks.repeat(count, 1)
+        tokens = blocks * 7 % self._model.config.vocab_size
+        batch = Batch(
+            token_ids=tokens,
+            positions=lens - 1,
+            slots=slots,
+            query_lens=[1] * count,
+            context_lens=lens.tolist(),
+            block_tables=tables,
+            sample_rows=blocks,
+        )
+        # The last row is nobody's, and nobody else may notice.
+        context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
+        rows = Rows(tokens, lens - 1, slots, context.int(), tables.int())
+        is_finite = self.logits(rows)[: max(1, count - 1)].isfinite().all()
+        whole = self._model.blocks
+        try:
+            self._model.blocks = whole[:TRIED_LAYERS]
+            expected, found = self._model(batch, cache), self.logits(rows)
+        finally:
+            self._model.blocks = whole
+        cache.clear(blocks)
+        errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[: max(1, count - 1)]
+        is_finite &= errors.isfinite().all()
+        return float(errors.median()) if is_finite else float("nan")
+
+
+def normed(x: Tensor, parts: Tensor | None, rows: Rows, norm: Any, halves: bool) -> Tensor:
+    """Adds `parts` to `x` and returns its norm."""
+    return add_norm(x, parts, rows.context_lens, norm.weight, norm.eps, in_halves=halves)
+
+
+def _unfit(model: "Mixtral") -> str | None:
+    config, dtype = model.config, model.embedding.dtype
+    if config.head_dim & (config.head_dim - 1) or config.head_dim < 16:
+        return "head_dim must be a power of two, and at least 16"
+    if model.codes is not None and model.embedding.is_cuda and dtype == torch.float32:
+        return "4-bit weights are decoded to 16-bit floats only"
+    return None

@@ -1,0 +1,182 @@
+"""Products with 4-bit weights for a few tokens on a GPU, in Triton: decoded in registers.
+
+For one matrix (`dense`), and for the experts of a layer with tokens grouped by expert: `gate_up`,
+with silu(gate) * up in the same launch, and `down`. Each weight is read once per launch for all its
+tokens, up to a tile of them. The rows of gate and up must be interleaved (`Matrices4`).
+
+Activations are *in halves*: of a vector of K numbers first all with an even index, then all with an
+odd one, because a byte holds two neighbours and each nibble is multiplied on its own. Sums over K
+are cut into `SPLIT_K` parts whatever the batch, and whoever reads them adds them in their order:
+the same bits in any batch of the same tile. Code values are rounded to the activations' dtype and
+scaled after each block of 64, so results lie within 2e-3 of `dequantize` and a product.
+
+An interpreter of Triton has compared this with plain torch on a CPU, in float16 and float32, with
+the table in memory; the assembly that stands for it on a GPU (`nf4_ptx.py`) is tested by itself,
+and the whole compiled for GPUs. Not measured, for want of a GPU: all times. By counting, the
+integer pipe binds on an H200 at about 70 % of its bandwidth, and nothing but memory on a 5090; a
+CUDA kernel with a table in shared memory could do better there. To be tried first: tile sizes,
+stages, SPLIT_K, and whether the loads of codes or of absmax stall.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from serve_app.model.footprint import BLOCK, NESTED_BLOCK
+from serve_app.model.kernels.triton.nf4_kernels import dense_kernel, down_kernel, gate_up_kernel
+from serve_app.model.kernels.triton.nf4_ptx import planes
+from serve_app.model.matrices4 import GROUP, Matrices4
+
+SPLIT_K = 2
+GATE_UP_ROWS = 128
+"""Weight rows of a tile of gate and up; `rows_of` the others."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """`Matrices4` as the kernels read them; points into the same memory."""
+
+    packed: Tensor
+    """uint8 `[E, N, K / 2]`"""
+    absmax: Tensor
+    """`[E, N, K / 64]`"""
+    code: Tensor
+    """The 16 values in the activations' dtype: what the interpreter reads."""
+    planes: dict[str, int]
+    """The same values as `nf4_ptx.planes` has them: what a GPU reads."""
+    nested: tuple[Tensor, ...]
+    """Empty, or: table `[256]`, scales `[E, groups]`, offset `[E, N]` of each row, and the number
+    `[N]` int32 of each row's first block, counted as if every part filled whole groups."""
+
+    @classmethod
+    def of(cls, matrices: Matrices4, dtype: torch.dtype) -> "Packed":
+        rows, columns = matrices.packed.shape[-2], 2 * matrices.packed.shape[-1]
+        codes = matrices.codes
+        nested: tuple[Tensor, ...] = ()
+        if codes.quantization.absmax == "nested":
+            part, index = _parts(matrices)
+            groups = torch.tensor([0, *matrices.groups]).cumsum(0)
+            first = groups[part] * NESTED_BLOCK + index * (columns // BLOCK)
+            offset = matrices.nested_offset.view(-1, len(matrices.rows))
+            device = offset.device
+            nested = (
+                codes.nested_code,
+                matrices.nested_absmax.view(len(offset), -1),
+                offset[:, part.to(device)].contiguous(),
+                first.to(device, torch.int32),
+            )
+        return cls(
+            matrices.packed.view(-1, rows, columns // 2),
+            matrices.absmax.view(-1, rows, columns // BLOCK),
+            codes.code.to(dtype),
+            planes(codes.code.tolist(), is_bfloat16=dtype == torch.bfloat16),
+            nested,
+        )
+
+    @property
+    def rows(self) -> int:
+        """N"""
+        return self.packed.shape[1]
+
+    @property
+    def columns(self) -> int:
+        """K"""
+        return 2 * self.packed.shape[2]
+
+    def arguments(self, rows: int, splits: int) -> dict[str, object]:
+        """Of the weights, for a kernel with tiles of `rows` and sums cut into `splits`."""
+        none = (self.code,) * 4
+        table, scales, offset, first = self.nested or none
+        return {
+            "packed": self.packed,
+            "absmax": self.absmax,
+            "code": self.code,
+            "nested_code": table,
+            "nested_absmax": scales,
+            "nested_offset": offset,
+            "first_block": first,
+            "groups": scales.shape[-1],
+            "HAS_PTX": self.packed.device.type == "cuda",
+            **self.planes,
+            "NESTED": bool(self.nested),
+            "N": self.rows,
+            "K": self.columns,
+            "ROWS": rows,
+            "BLOCKS": next(n for n in (2, 1) if self.absmax.shape[2] % (n * splits) == 0 or n == 1),
+        }
+
+
+def _parts(matrices: Matrices4) -> tuple[Tensor, Tensor]:
+    """Of every row `[N]`: which part it belongs to, and which of the part's rows it is."""
+    rows = torch.arange(sum(matrices.rows))
+    if matrices.interleaved:
+        count = len(matrices.rows)
+        return rows // GROUP % count, rows // (GROUP * count) * GROUP + rows % GROUP
+    part = torch.repeat_interleave(torch.tensor(matrices.rows))
+    starts = torch.tensor([0, *matrices.rows]).cumsum(0)
+    return part, rows - starts[part]
+
+
+def tile_of(tokens: int) -> int:
+    """Tokens of a tile, for so many in a batch: few experts get more than this many."""
+    return 16 if tokens <= 16 else 32 if tokens <= 64 else 64
+
+
+def rows_of(tile: int) -> int:
+    """Weight rows of a tile: more cost fewer instructions each, fewer fill more multiprocessors."""
+    return 128 if tile == 64 else 64
+
+
+def shape_of(tile: int, rows: int) -> dict[str, int]:
+    """Warps and stages of a launch: as few warps as hold a tile's sums without spilling."""
+    return {"num_warps": 8 if tile * rows >= 32 * 128 else 4, "num_stages": 3}
+
+
+def dense(weights: Packed, x: Tensor, out: Tensor) -> None:
+    """Fills `out` float32 `[SPLIT_K, T, N]`, to be summed, from `x` `[T, K]` in halves."""
+    tile = tile_of(len(x))
+    rows = rows_of(tile)
+    grid = (triton.cdiv(len(x), tile), triton.cdiv(out.shape[2], rows), SPLIT_K)
+    more = {**weights.arguments(rows, SPLIT_K), **shape_of(tile, rows)}
+    dense_kernel[grid](x, out, len(x), TILE=tile, SPLIT_K=SPLIT_K, **more)
+
+
+def gate_up(
+    weights: Packed, x: Tensor, order: Tensor, starts: Tensor, top_k: int, out: Tensor
+) -> None:
+    """Fills `out` `[T * k, I]`, in halves and in the order of experts, from `x` `[T, K]`.
+
+    `order` int32 `[T * k]` has the entries, token * k + choice, by expert; those of expert e are
+    `starts[e]` to `starts[e + 1]`, int32 `[E + 1]`. Rows after the last expert's stay as they are.
+    """
+    tile, arguments = tile_of(len(x)), weights.arguments(GATE_UP_ROWS, 1)
+    experts, rows = weights.packed.shape[:2]
+    grid = (triton.cdiv(len(x), tile), triton.cdiv(rows, GATE_UP_ROWS), experts)
+    shape = shape_of(tile, GATE_UP_ROWS)
+    gate_up_kernel[grid](x, order, starts, out, TILE=tile, TOP_K=top_k, **arguments, **shape)
+
+
+def down(
+    weights: Packed,
+    inner: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    shares: Tensor,
+    top_k: int,
+    out: Tensor,
+) -> None:
+    """Fills `out` float32 `[SPLIT_K, T * k, N]`, to be summed, from what `gate_up` gave.
+
+    `shares` float32 `[T * k]` is what each entry's output is multiplied with; `out` is in the order
+    of entries. Each token's k must be summed too.
+    """
+    tokens = len(inner) // top_k
+    tile = tile_of(tokens)
+    rows = rows_of(tile)
+    experts, height = weights.packed.shape[:2]
+    grid = (triton.cdiv(tokens, tile), triton.cdiv(height, rows), experts * SPLIT_K)
+    more = {**weights.arguments(rows, SPLIT_K), **shape_of(tile, rows)}
+    routing = (order, starts, shares)
+    down_kernel[grid](inner, *routing, out, len(inner), TILE=tile, SPLIT_K=SPLIT_K, **more)

@@ -1,0 +1,219 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""What `nf4_decode.py` launches: the Triton kernels of products with 4-bit weights.
+
+Each finds its tile's tokens and its expert, has `nf4_sums.py` do the sums, and says what becomes of
+them. Counts that change with the batch are not specialised on, so that few variants are compiled.
+All have the arguments of the weights, `packed` to `K`, as `nf4_decode.Packed` gives them.
+"""
+
+import triton
+import triton.language as tl
+
+from serve_app.model.kernels.triton.nf4_sums import sums
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def dense_kernel(
+    x,
+    out,
+    tokens,
+    packed,
+    absmax,
+    code,
+    low01,
+    low23,
+    high01,
+    high23,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    first_block,
+    groups,
+    HAS_PTX: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    split, is_live = tl.program_id(2), token < tokens
+    share = tl.cdiv(K // 64, SPLIT_K)
+    total = sums(
+        x,
+        token,
+        is_live,
+        split * 0,
+        row,
+        split * share,
+        tl.minimum(split * share + share, K // 64),
+        packed,
+        absmax,
+        code,
+        low01,
+        low23,
+        high01,
+        high23,
+        nested_code,
+        nested_absmax,
+        nested_offset,
+        first_block,
+        groups,
+        HAS_PTX,
+        BLOCKS,
+        NESTED,
+        N,
+        K,
+        ROWS,
+        TILE,
+    )
+    at = out + (split.to(tl.int64) * tokens + token[None, :]) * N + row[:, None]
+    tl.store(at, total, mask=is_live[None, :] & (row < N)[:, None])
+
+
+@triton.jit
+def gate_up_kernel(
+    x,
+    order,
+    starts,
+    out,
+    packed,
+    absmax,
+    code,
+    low01,
+    low23,
+    high01,
+    high23,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    first_block,
+    groups,
+    HAS_PTX: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
+    expert = tl.program_id(2)
+    first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
+    place = first + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if first + tl.program_id(0) * TILE >= last:
+        return
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_live = place < last
+    token = tl.load(order + place, mask=is_live, other=0) // TOP_K
+    total = sums(
+        x,
+        token,
+        is_live,
+        expert,
+        row,
+        0,
+        K // 64,
+        packed,
+        absmax,
+        code,
+        low01,
+        low23,
+        high01,
+        high23,
+        nested_code,
+        nested_absmax,
+        nested_offset,
+        first_block,
+        groups,
+        HAS_PTX,
+        BLOCKS,
+        NESTED,
+        N,
+        K,
+        ROWS,
+        TILE,
+    )
+    # Rows are 8 of gate, 8 of up, and so on.
+    pairs = tl.permute(tl.reshape(total, [ROWS // 16, 2, 8, TILE]), [0, 2, 3, 1])
+    gate, up = tl.split(pairs)
+    inner = tl.reshape(gate * tl.sigmoid(gate) * up, [ROWS // 2, TILE])
+    column = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    halved = (column % 2) * (N // 4) + column // 2
+    at = out + place.to(tl.int64)[None, :] * (N // 2) + halved[:, None]
+    is_there = is_live[None, :] & (column < N // 2)[:, None]
+    tl.store(at, inner.to(out.dtype.element_ty), mask=is_there)
+
+
+@triton.jit(do_not_specialize=["entries"])
+def down_kernel(
+    x,
+    order,
+    starts,
+    shares,
+    out,
+    entries,
+    packed,
+    absmax,
+    code,
+    low01,
+    low23,
+    high01,
+    high23,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    first_block,
+    groups,
+    HAS_PTX: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    expert, split = tl.program_id(2) // SPLIT_K, tl.program_id(2) % SPLIT_K
+    first, last = tl.load(starts + expert), tl.load(starts + expert + 1)
+    place = first + tl.program_id(0) * TILE + tl.arange(0, TILE)
+    if first + tl.program_id(0) * TILE >= last:
+        return
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    is_live = place < last
+    share = tl.cdiv(K // 64, SPLIT_K)
+    total = sums(
+        x,
+        place,
+        is_live,
+        expert,
+        row,
+        split * share,
+        tl.minimum(split * share + share, K // 64),
+        packed,
+        absmax,
+        code,
+        low01,
+        low23,
+        high01,
+        high23,
+        nested_code,
+        nested_absmax,
+        nested_offset,
+        first_block,
+        groups,
+        HAS_PTX,
+        BLOCKS,
+        NESTED,
+        N,
+        K,
+        ROWS,
+        TILE,
+    )
+    entry = tl.load(order + place, mask=is_live, other=0)
+    total *= tl.load(shares + entry, mask=is_live, other=0.0)[None, :]
+    at = out + (split.to(tl.int64) * entries + entry[None, :]) * N + row[:, None]
+    tl.store(at, total, mask=is_live[None, :] & (row < N)[:, None])

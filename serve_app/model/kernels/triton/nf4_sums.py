@@ -1,0 +1,97 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""What the Triton kernels of 4-bit weights share: codes become values, and values become sums.
+
+A tile of weight rows and a tile of tokens go through K, or a part of it, 64 at a time: a block's
+codes become values in registers, are multiplied with the even and the odd numbers of the
+activations, and the sums are scaled by the block's absmax. Knows no kernel: a launch is in
+`nf4_kernels.py` or `nf4_unpack.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from serve_app.model.kernels.triton.nf4_ptx import CONSTRAINTS, DECODE
+
+_CONSTRAINTS, _PTX = tl.constexpr(CONSTRAINTS), tl.constexpr(DECODE)
+
+
+@triton.jit
+def values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX: tl.constexpr):
+    """The values of the high and of the low nibbles of bytes, in the dtype of `code`."""
+    if HAS_PTX:
+        # Words that are the assembly's operands; two in an argument, or there would be too many.
+        wide = tl.int64
+        low0, low1 = tl.cast(low01, tl.int32), tl.cast(tl.cast(low01, wide) >> 32, tl.int32)
+        low2, low3 = tl.cast(low23, tl.int32), tl.cast(tl.cast(low23, wide) >> 32, tl.int32)
+        high0, high1 = tl.cast(high01, tl.int32), tl.cast(tl.cast(high01, wide) >> 32, tl.int32)
+        high2, high3 = tl.cast(high23, tl.int32), tl.cast(tl.cast(high23, wide) >> 32, tl.int32)
+        return tl.inline_asm_elementwise(
+            _PTX,
+            _CONSTRAINTS,
+            [bytes4, low0, low1, low2, low3, high0, high1, high2, high3],
+            dtype=(code.dtype.element_ty, code.dtype.element_ty),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        high = tl.load(code + (bytes4 >> 4).to(tl.int32))
+        return high, tl.load(code + (bytes4 & 15).to(tl.int32))
+
+
+@triton.jit
+def sums(
+    x,
+    x_rows,
+    is_live,
+    expert,
+    row,
+    begin,
+    end,
+    packed,
+    absmax,
+    code,
+    low01,
+    low23,
+    high01,
+    high23,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    first_block,
+    groups,
+    HAS_PTX: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    NESTED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """`[ROWS, TILE]`: weight rows `row` of `expert` times rows `x_rows` of x, in blocks `begin` to
+    `end` of 64."""
+    j = tl.arange(0, 32)
+    is_row = row < N
+    lines = expert.to(tl.int64) * N + row
+    codes_at = packed + lines[:, None] * (K // 2) + j[None, :]
+    even_at = x + x_rows.to(tl.int64)[None, :] * K + j[:, None]
+    scales_at = absmax + lines * (K // 64)
+    if NESTED:
+        offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
+        number = tl.load(first_block + row, mask=is_row, other=0)
+    total = tl.zeros([ROWS, TILE], tl.float32)
+    for some in range(begin, end, BLOCKS):
+        for block in tl.static_range(BLOCKS):
+            block += some
+            bytes4 = tl.load(codes_at + block * 32, mask=is_row[:, None], other=0)
+            even = tl.load(even_at + block * 32, mask=is_live[None, :], other=0.0)
+            odd = tl.load(even_at + K // 2 + block * 32, mask=is_live[None, :], other=0.0)
+            scale = tl.load(scales_at + block, mask=is_row, other=0)
+            if NESTED:
+                group = expert * groups + (number + block) // 256
+                of_group = tl.load(nested_absmax + group, mask=is_row, other=0.0)
+                scale = tl.load(nested_code + scale.to(tl.int32)) * of_group + offset
+            high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
+            part = tl.dot(high, even, input_precision="ieee")
+            part = tl.dot(low, odd, part, input_precision="ieee")
+            total += part * scale.to(tl.float32)[:, None]
+    return total

@@ -1,0 +1,92 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""4-bit matrices as floats in memory, on a GPU, in Triton: for prompts, whose products torch makes.
+
+Promises `nf4.dequantize` to the rounding of code values to the dtype. Reads half a byte and writes
+two for each weight, once; plain torch reads and writes several times that. Compared and compiled as
+`nf4_decode.py` is, and as little measured.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from serve_app.model.kernels.triton.nf4_decode import Packed
+from serve_app.model.kernels.triton.nf4_sums import values_of
+from serve_app.model.matrices4 import Index, Matrices4
+
+ROWS, SPAN = 64, 16
+"""Rows, and blocks of 64 of each, that a program unpacks."""
+
+
+class Unpacker:
+    """Unpacks the matrices of a model."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self._packed: dict[Matrices4, Packed] = {}
+
+    def __call__(self, matrices: Matrices4, index: Index) -> Tensor:
+        """Matrix `()`, or those that a tensor of indices names, `[..., N, K]`, rows as they lie."""
+        weights = self._packed.get(matrices)
+        if weights is None:
+            weights = self._packed[matrices] = Packed.of(matrices, self._dtype)
+        device = weights.packed.device
+        is_stack = isinstance(index, Tensor)
+        which = torch.zeros(1, dtype=torch.int64, device=device)
+        if isinstance(index, Tensor):
+            which = index
+        shape = (len(which), weights.rows, weights.columns)
+        out = torch.empty(shape, dtype=self._dtype, device=device)
+        arguments = weights.arguments(ROWS, 1)
+        del arguments["BLOCKS"]
+        spans = triton.cdiv(weights.columns // 64, SPAN)
+        grid = (triton.cdiv(weights.rows, ROWS), spans, len(which))
+        unpack_kernel[grid](which, out, **arguments, SPAN=SPAN, num_warps=4)
+        return out if is_stack else out[0]
+
+
+@triton.jit
+def unpack_kernel(
+    which,
+    out,
+    packed,
+    absmax,
+    code,
+    low01,
+    low23,
+    high01,
+    high23,
+    nested_code,
+    nested_absmax,
+    nested_offset,
+    first_block,
+    groups,
+    HAS_PTX: tl.constexpr,
+    NESTED: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    expert = tl.load(which + tl.program_id(2))
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    is_row = row < N
+    lines = expert.to(tl.int64) * N + row
+    j, both = tl.arange(0, 32), tl.arange(0, 64)
+    begin = tl.program_id(1) * SPAN
+    for block in range(begin, tl.minimum(begin + SPAN, K // 64)):
+        at = packed + lines[:, None] * (K // 2) + block * 32 + j[None, :]
+        bytes4 = tl.load(at, mask=is_row[:, None], other=0)
+        scale = tl.load(absmax + lines * (K // 64) + block, mask=is_row, other=0)
+        if NESTED:
+            number = tl.load(first_block + row, mask=is_row, other=0) + block
+            of_group = tl.load(nested_absmax + expert * groups + number // 256, mask=is_row)
+            offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
+            scale = tl.load(nested_code + scale.to(tl.int32)) * of_group + offset
+        high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
+        values = tl.interleave(high.to(tl.float32), low.to(tl.float32))
+        values *= scale.to(tl.float32)[:, None]
+        line = (tl.program_id(2).to(tl.int64) * N + row)[:, None] * K
+        where = out + line + block * 64 + both[None, :]
+        tl.store(where, values.to(out.dtype.element_ty), mask=is_row[:, None])

@@ -1,0 +1,63 @@
+"""The HTTP door on a real socket, for all tests here.
+
+The engine is a script; the door, the server behind it and uvicorn are the real ones.
+"""
+
+import socket
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import openai
+import pytest
+import uvicorn
+
+from serve_app.api.ingress import create_app
+from serve_app.api.server import MixtralServer
+from tests.fakes import FakeEngine, server
+
+
+class Door:
+    """A running uvicorn whose server a test may replace."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.server: MixtralServer = server()
+
+    def serve(self, engine: FakeEngine | None = None, /, **args: Any) -> FakeEngine:
+        """From now on this engine answers, with these settings."""
+        engine = engine or FakeEngine()
+        self.server = server(engine, **args)
+        return engine
+
+    def client(self, key: str = "none") -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Door]:
+    """One uvicorn for all tests here, on a free port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        door = Door(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        config = uvicorn.Config(create_app(lambda: door.server), log_level="warning", ws="none")
+        uvicorn_server = uvicorn.Server(config)
+        thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
+        thread.start()
+        yield door
+        uvicorn_server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def door(running: Door) -> Door:
+    """The door, with an engine that says hello."""
+    running.serve()
+    return running
+
+
+@pytest.fixture
+def http(door: Door) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=door.url) as client:
+        yield client

@@ -1,0 +1,98 @@
+"""`serve_app.check --load`: the report that a user can send back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from serve_app.api import trial
+from serve_app.config.settings import ConfigError, Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.matrices4 import Linear4
+from serve_app.tiny import CHECKPOINT
+
+
+def test_the_report_holds_what_we_would_ask_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte table, kernels, ten answers and three speeds: said and written; no token."""
+    monkeypatch.setenv("HF_TOKEN", "hf_sesame")
+    lines: list[str] = []
+    out = tmp_path / "report.json"
+    trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), out, lines.append)
+    report = json.loads(out.read_text())
+    assert set(report["memory"]) == {"experts", "attention", "head", "other", "kv_cache"}
+    assert [answer["text"] for answer in report["answers"]].count("") == 0
+    assert len(report["answers"]) == 10
+    assert all(report["tokens_per_s"][size] > 0 for size in ("1", "8", "32"))
+    assert {kernel["kernel"] for kernel in report["kernels"]} == {
+        "linear (torch)",
+        "experts (torch)",
+    }
+    assert any("experts" in line for line in lines)
+    assert "hf_sesame" not in out.read_text() + "".join(lines)
+
+
+def test_a_model_without_a_chat_template_is_tried_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answers are continuations; fewer places than 32 measure the batches that fit."""
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "base")
+    config = json.loads((checkpoint / "tokenizer_config.json").read_text())
+    del config["chat_template"]
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
+    monkeypatch.setenv("MODEL_NAME", str(checkpoint))
+    monkeypatch.setenv("MIXTRAL_ENGINE__MAX_NUM_SEQS", "8")
+    report = trial.run(
+        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None
+    )
+    assert len(report["answers"]) == 10
+    assert set(report["tokens_per_s"]) == {"1", "8"}
+
+
+def test_kernels_are_tried_in_the_checkpoints_own_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings say bfloat16 absmax, the checkpoint is nested: nested is what runs."""
+    convert(CHECKPOINT, tmp_path / "ours", Quantization("nf4", "nested"))
+    monkeypatch.setenv("MODEL_NAME", str(tmp_path / "ours"))
+    lines: list[str] = []
+    report = trial.run(
+        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lines.append
+    )
+    assert {kernel["storage"] for kernel in report["kernels"]} == {"nf4, nested absmax"}
+
+
+def test_a_report_needs_a_folder(tmp_path: Path) -> None:
+    """A wrong --out is said before the model is loaded."""
+    with pytest.raises(ConfigError, match="absent"):
+        trial.run(Settings.from_yaml("configs/tiny.yaml"), tmp_path / "absent" / "r.json")
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_a_wrong_kernel_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    """A product that is off by a percent, or no number, stops the trial before the model loads."""
+    right = Linear4.forward
+    monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
+    with pytest.raises(ModelLoadFailed, match="linear"):
+        trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("absmax", ["float32", "bfloat16", "nested"])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_the_torch_forms_are_within_tolerance(
+    quant_type: str, absmax: str, dtype: torch.dtype
+) -> None:
+    """Every storage form passes its own check, in either dtype."""
+    from serve_app.model.kernels.kernel_check import relative_errors
+
+    how = Quantization(quant_type, absmax)  # type: ignore[arg-type]
+    for error in relative_errors(how, dtype, torch.device("cpu")).values():
+        assert error < trial.TOLERANCE[str(dtype).removeprefix("torch.")]

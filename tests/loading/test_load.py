@@ -1,0 +1,161 @@
+"""The load says what it does, and why it cannot. The tiny model is really loaded."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load_log import LoadLog, read_lines
+from serve_app.tiny import CHECKPOINT
+from tests.fakes import answer
+
+
+@pytest.mark.parametrize(("config", "quantization"), [("tiny", "none"), ("tiny-nf4", "nf4")])
+def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantization: str) -> None:
+    """The real load of the tiny model: a line as each phase starts and ends, and /health."""
+    load_log = tmp_path / "load.jsonl"
+    settings = Settings.from_yaml(f"configs/{config}.yaml").model_copy(
+        update={"load_log": str(load_log)}
+    )
+    one = MixtralServer(settings)
+    try:
+        lines = [json.loads(line) for line in load_log.read_text().splitlines()]
+        health = one.health()
+    finally:
+        one.close()
+    reading = "read" if quantization == "none" else "read and quantise"
+    phases = ["device", "resolve", "tokenizer", reading, "warm-up", "first token"]
+    assert [line["phase"] for line in lines if line["state"] == "started"] == phases
+    done = [line["phase"] for line in lines if line["state"] == "done"]
+    assert done == [*phases, "ready"]
+    assert [phase["phase"] for phase in health["load"]] == done
+    *parts, whole = [phase["seconds"] for phase in health["load"]]
+    assert all(seconds >= 0 for seconds in parts)
+    assert whole == pytest.approx(sum(parts), abs=0.01)
+    assert health["engine"]["kv_blocks_used"] == 0
+    assert health["model"] == {"id": "tiny", "quantization": quantization, "dtype": "float32"}
+    assert health["engine"]["kv_blocks_total"] == 65536 // 16
+    assert health["memory"].keys() == {"experts", "attention", "head", "other", "kv_cache"}
+    experts = 4 * 8 * 3 * 128 * 192  # weights
+    said = "experts and attention in nf4, absmax bfloat16"
+    assert (said in health["notes"]) == (quantization == "nf4")
+    assert health["memory"]["experts"] == experts * (4 if quantization == "none" else 17 / 32)
+    assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
+        ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
+        ({"engine": {"kv_cache_tokens": 10**12}}, r"2048000.00 GB are needed and \d+.\d\d GB"),
+    ],
+)
+def test_a_load_that_cannot_be_says_why(
+    tmp_path: Path, args: dict[str, Any], sentence: str
+) -> None:
+    """One sentence, raised and written into the load log; trying again would not help."""
+    load_log = tmp_path / "load.jsonl"
+    model = {"name": "tiny", "quantization": "none", "dtype": "float32", "device": "cpu"}
+    settings = Settings(**{"model": model, "load_log": str(load_log), **args})
+    with pytest.raises(ModelLoadFailed, match=sentence) as failed:
+        MixtralServer(settings)
+    last = json.loads(load_log.read_text().splitlines()[-1])
+    assert (last["state"], last["error"]) == ("failed", failed.value.message)
+    assert last["retry"] is False
+
+
+def edited(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) -> Settings:
+    """Settings of a copy of the tiny checkpoint in which one JSON file is changed."""
+    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    content = json.loads((folder / name).read_text())
+    edit(content)
+    (folder / name).write_text(json.dumps(content))
+    model = {"name": str(folder), "quantization": "none", "dtype": "float32", "device": "cpu"}
+    return Settings(model=model, engine={"kv_cache_tokens": 16384, "num_threads": 1})
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda tokenizer: tokenizer["model"].update(type="None"),
+        lambda tokenizer: tokenizer["model"].update(merges=[["zz", "qq"]]),
+        lambda tokenizer: tokenizer.update(decoder={"type": "None"}),
+        lambda tokenizer: tokenizer.update(added_tokens=5),
+    ],
+    ids=["model", "merges", "decoder", "added"],
+)
+def test_a_tokenizer_that_is_broken_says_so(
+    tmp_path: Path, edit: Callable[[dict[str, Any]], object]
+) -> None:
+    """Whatever tokenizers raises, and that is a bare Exception, becomes the one sentence."""
+    with pytest.raises(ModelLoadFailed, match="tokenizer cannot be read"):
+        MixtralServer(edited(tmp_path, "tokenizer.json", edit))
+
+
+def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
+    """Raw text is completed, a conversation is refused with the way out, and /health says so."""
+    one = MixtralServer(
+        edited(tmp_path, "tokenizer_config.json", lambda config: config.pop("chat_template"))
+    )
+    try:
+        completed = asyncio.run(answer(one, "/v1/completions", {"prompt": "a", "max_tokens": 2}))
+        refused = asyncio.run(answer(one, "/prompt", {"prompt": "a"}))
+        health = one.health()
+    finally:
+        one.close()
+    assert completed["usage"]["completion_tokens"] > 0
+    assert "use /v1/completions" in refused["error"]["message"]
+    assert any("no chat template" in note for note in health["notes"])
+
+
+def test_a_replica_goes_on_where_its_parent_was(tmp_path: Path) -> None:
+    """The parent's phases come first, and the one that it left open ends when the replica is up."""
+    path = tmp_path / "load.jsonl"
+    assert read_lines(path) == []
+    parent = LoadLog(str(path))
+    parent.done("ray", 3.5)
+    parent.start("replica")
+    replica = LoadLog.begun_by_parent(str(path))
+    with replica.phase("read"):
+        pass
+    replica.ready()
+    assert [phase["phase"] for phase in replica.phases] == ["ray", "replica", "read", "ready"]
+    assert replica.phases[0]["seconds"] == 3.5
+    assert replica.phases[-1]["seconds"] >= 3.5
+    # One that replaces it has a load of its own, and a parent that starts anew begins at nothing.
+    assert LoadLog.begun_by_parent(str(path)).phases == []
+    with path.open("a") as file:
+        file.write('{"phase": "half a li')
+    assert read_lines(path)[-1]["phase"] == "ready"
+    parent.start_anew()
+    assert (read_lines(path), parent.phases) == ([], [])
+
+
+def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
+    """Thousands of tensors make no thousands of lines."""
+    load_log = LoadLog(str(tmp_path / "load.jsonl"))
+    for part in range(1000):
+        load_log.progress("weights", part / 1000)
+    lines = (tmp_path / "load.jsonl").read_text().splitlines()
+    assert json.loads(lines[0]) == {"phase": "weights", "state": "running", "done": 0.0}
+    path = tmp_path / "sized.jsonl"
+    LoadLog(str(path)).progress("download", 0.5, 1000)
+    assert read_lines(path) == [
+        {"phase": "download", "state": "running", "done": 0.5, "bytes": 1000}
+    ]
+    assert len(lines) < 10
+
+
+def test_a_load_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """The folder of `load_log` must exist; the sentence says which file was meant."""
+    path = tmp_path / "absent" / "load.jsonl"
+    with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase("device"):
+        pass

@@ -1,0 +1,126 @@
+"""`model.cache_dir`: the first start leaves a 4-bit copy, the next ones read no weights but its."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from serve_app.check import check_model
+from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load import Loaded, load
+from serve_app.loading.load_log import LoadLog
+from serve_app.loading.model_cache import copy_folder
+from serve_app.model.checkpoint.convert import convert
+from serve_app.tiny import CHECKPOINT
+
+
+def settings(name: Path, cache: Path, **model: Any) -> Settings:
+    chosen = {"quantization": "nf4", "device": "cpu", "cache_dir": str(cache), **model}
+    engine = {"kv_cache_tokens": 16384, "num_threads": 1}
+    return Settings(model={"name": str(name), **chosen}, engine=engine)
+
+
+def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
+    """The load and its phases; the engine is stopped again."""
+    loaded = load(chosen, LoadLog(str(log)))
+    loaded.engine.stop()
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return loaded, [line["phase"] for line in lines if line["state"] == "started"]
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the tiny model that a test may take away."""
+    return Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
+
+
+def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
+    """It has a phase of its own, once; afterwards nobody reads the original."""
+    chosen = settings(source, tmp_path / "cache")
+    first, phases = load_once(chosen, tmp_path / "first")
+    assert phases == ["device", "resolve", "copy", "tokenizer", "read", "warm-up", "first token"]
+    assert any("4-bit copy for later starts" in note for note in first.notes)
+    for file in source.iterdir():
+        stat = file.stat()
+        file.write_bytes(bytes(stat.st_size))
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    second, phases = load_once(chosen, tmp_path / "second")
+    assert phases == ["device", "resolve", "tokenizer", "read", "warm-up", "first token"]
+    assert second.memory == first.memory
+    assert any("of stacked weights" in line for line in check_model(chosen))
+
+
+def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -> None:
+    """Another quantisation gets a copy of its own, and floats none."""
+    cache = tmp_path / "cache"
+    _, phases = load_once(settings(source, cache), tmp_path / "nf4")
+    assert "copy" in phases
+    _, phases = load_once(settings(source, cache, quantization="fp4"), tmp_path / "fp4")
+    assert "copy" in phases
+    assert len(list(cache.iterdir())) == 2
+    _, phases = load_once(settings(source, cache, quantization="none"), tmp_path / "none")
+    assert "copy" not in phases
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_a_copy_that_another_process_is_writing_is_not_waited_for(
+    source: Path, tmp_path: Path
+) -> None:
+    """This start reads the original, and says so."""
+    chosen = settings(source, tmp_path / "cache")
+    folder = copy_folder(chosen)
+    assert folder is not None
+    loads: list[Loaded] = []
+
+    def meanwhile(done: int, total: int, name: str) -> None:
+        if not loads:
+            loads.append(load_once(chosen, tmp_path / "log")[0])
+
+    convert(source, folder, progress=meanwhile)
+    assert any("another process writes" in note for note in loads[0].notes)
+
+
+def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
+    """It is what the copy would be."""
+    convert(source, tmp_path / "own")
+    chosen = settings(tmp_path / "own", tmp_path / "cache")
+    load_once(chosen, tmp_path / "log")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_replaced_files_get_another_copy(source: Path, tmp_path: Path, file: str) -> None:
+    """Nobody is served the weights, or the tokenizer, that the folder held before."""
+    chosen = settings(source, tmp_path / "cache")
+    before = copy_folder(chosen)
+    assert copy_folder(chosen) == before
+    os.utime(source / file, (1, 1))
+    assert copy_folder(chosen) != before
+
+
+def test_names_that_look_alike(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder is its path, however it is written; others and repositories have other copies."""
+    monkeypatch.chdir(tmp_path)
+    cache = tmp_path / "cache"
+    inner = tmp_path / str(source).strip("/")
+    shutil.copytree(source, inner)
+    names = (str(source), str(source).strip("/"), "a/b--c", "a--b/c")
+    assert len({copy_folder(settings(Path(name), cache)) for name in names}) == 4
+    again = settings(tmp_path / "x" / ".." / "source", cache)
+    assert copy_folder(again) == copy_folder(settings(source, cache))
+    assert copy_folder(again) == copy_folder(settings(Path("source"), cache))
+
+
+def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
+    """The check says so, as the load would."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
+        check_model(settings(source, tmp_path / "file" / "cache"))
+    convert(source, tmp_path / "own")  # of which no copy is made
+    check_model(settings(tmp_path / "own", tmp_path / "file" / "cache"))

@@ -1,0 +1,51 @@
+"""The first prompts go through the engine, and what they show fails the load in a sentence."""
+
+import asyncio
+
+import pytest
+import torch
+
+from serve_app.engine.sequence import Chunk
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading import warm_up
+from tests.engine.fake import VOCAB_SIZE, FakeRunner, running
+
+
+def test_one_step_is_filled_and_a_first_token_made() -> None:
+    """The largest step that users can cause has been made, and nothing is left of it."""
+    runner = FakeRunner()
+    with running(runner) as engine:
+        warm_up.fill_a_step(engine, VOCAB_SIZE, 0)
+        assert max(chunk.end - chunk.start for step in runner.steps for chunk in step) == 32
+        num_steps = len(runner.steps)
+        warm_up.first_token(engine, [1, 2], 0)
+        assert len(runner.steps) == num_steps + 1
+        assert engine.stats().kv_blocks_used == 0
+
+
+def test_it_works_inside_an_event_loop() -> None:
+    """A replica's constructor may run in one."""
+
+    async def constructor() -> None:
+        with running(FakeRunner()) as engine:
+            warm_up.first_token(engine, [1], 0)
+
+    asyncio.run(constructor())
+
+
+def test_a_prompt_that_fails_fails_the_load() -> None:
+    """Out of memory with what was left; any other failure with the engine's own sentence."""
+
+    def out_of_memory(chunks: list[Chunk]) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def broken(chunks: list[Chunk]) -> None:
+        raise ValueError("a bug")
+
+    sentence = r"A prompt of 32 tokens needs more memory than the 1\.50 GB that .* leave; lower"
+    for before, said in ((out_of_memory, sentence), (broken, "its first prompt failed: An int")):
+        with (
+            running(FakeRunner(before=before)) as engine,
+            pytest.raises(ModelLoadFailed, match=said),
+        ):
+            warm_up.fill_a_step(engine, VOCAB_SIZE, 1_500_000_000)

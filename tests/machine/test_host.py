@@ -1,0 +1,46 @@
+"""Memory as the container sees it, under both versions of cgroups."""
+
+from pathlib import Path
+
+import pytest
+
+from serve_app.machine import host
+
+GB = 10**9
+
+
+def container(folder: Path, version: int, limit: str, used: int, cached: int) -> Path:
+    """A cgroup folder whose processes hold `used` bytes, `cached` of them page cache."""
+    if version == 2:
+        (folder / "memory.max").write_text(f"{limit}\n")
+        (folder / "memory.current").write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 5\ninactive_file {cached - 9}\nactive_file 9\n")
+        (folder / "memory.events").write_text("low 0\noom 3\noom_kill 2\n")
+        return folder
+    inside = folder / "memory"
+    inside.mkdir()
+    (inside / "memory.limit_in_bytes").write_text(f"{limit}\n")
+    (inside / "memory.usage_in_bytes").write_text(f"{used}\n")
+    stat = f"total_inactive_file {cached - 9}\ntotal_active_file 9\n"
+    (inside / "memory.stat").write_text(stat)
+    (inside / "memory.oom_control").write_text("oom_kill_disable 0\nunder_oom 0\noom_kill 2\n")
+    return folder
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
+    """The page cache is free memory, what the container holds is not, and kills are counted."""
+    cgroup = container(tmp_path, version, str(GB), 900_000_000, 600_000_000)
+    assert host.limit_bytes(cgroup) == GB
+    assert host.free_bytes(cgroup) == 700_000_000
+    assert host.num_oom_kills(cgroup) == 2
+
+
+@pytest.mark.parametrize(("version", "limit"), [(1, str(2**63 - 4096)), (2, "max")])
+def test_no_limit_is_the_machines_memory(tmp_path: Path, version: int, limit: str) -> None:
+    """What the container may hold is what the machine has; no files are no limit either."""
+    cgroup = container(tmp_path, version, limit, GB, 10)
+    assert host.limit_bytes(cgroup) is None
+    assert host.free_bytes(cgroup) > 50_000_000
+    assert host.limit_bytes(tmp_path / "absent") is None
+    assert host.num_oom_kills(tmp_path / "absent") == 0

@@ -1,0 +1,99 @@
+"""Descendants are found and ended, and what a dead process leaves behind is reaped."""
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.machine import processes
+from serve_app.node import reaper
+from tests.processes import all_below, running
+from tests.worker.conftest import until
+
+FAMILY = """
+import os, subprocess, sys, time
+sys.path[:0] = [{root!r}]
+from serve_app.machine import processes
+from serve_app.node import reaper
+{before}
+if os.fork() == 0:
+    time.sleep(1000)
+os.environ["KIN"] = "kin-1"
+child = [sys.executable, "-c", "import time; time.sleep(1000)"]
+subprocess.Popen(child, start_new_session=True)
+import pathlib, tempfile
+folder = pathlib.Path(tempfile.mkdtemp()) / "kin-2"
+folder.mkdir()
+with (folder / "log").open("w") as log:
+    subprocess.Popen(child, env={{}}, stdout=log)
+print("ready", flush=True)
+time.sleep(1000)
+"""
+
+
+@pytest.fixture
+def family(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+    """A process with a fork and a child; the parameter is what it does before it has them."""
+    root = str(Path(__file__).parents[2])
+    code = FAMILY.format(root=root, before=request.param)
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        yield process
+        processes.end(lambda: [it for it in processes.below() if it.parent == process.pid])
+        process.kill()
+
+
+@pytest.mark.parametrize("family", ["pass"], indirect=True)
+def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> None:
+    """All of them, those in other sessions too, and nobody else."""
+    expected = all_below(family.pid)
+    found = processes.below(family.pid)
+    assert {(it.pid, it.started) for it in found} == expected
+    assert len(found) == 3
+    assert processes.end(lambda: processes.below(family.pid)) == []
+    assert not any(processes.is_alive(it) for it in found)
+    assert family.poll() is None
+
+
+def test_a_fork_that_is_told_to_end_says_nothing() -> None:
+    """As the heartbeat is at the end of a worker: what its parent does at SIGTERM is not for it."""
+    code = """
+import os, signal, time
+from serve_app.machine import processes
+processes.end_forks_with_this()
+signal.signal(signal.SIGTERM, lambda *_: print("told", flush=True))
+reads, writes = os.pipe()
+child = os.fork()
+if child == 0:
+    os.write(writes, b".")
+    time.sleep(1000)
+os.read(reads, 1)
+os.kill(child, signal.SIGTERM)
+print(os.WTERMSIG(os.waitpid(child, 0)[1]))
+"""
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{signal.SIGTERM:d}\n"
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["processes.end_forks_with_this(); reaper.start('KIN=kin-1', '/kin-[0-9]+/')"],
+    indirect=True,
+    ids=["guarded"],  # pytest puts the name into every process's environment
+)
+def test_nothing_outlives_a_killed_process(family: subprocess.Popen[bytes]) -> None:
+    """The kernel ends its fork, the reaper what carries the mark, and then itself."""
+    left = all_below(family.pid)
+    assert len(left) == 4
+    assert len(reaper.marked("KIN=kin-1", "^no such$")) == 1
+    assert len(reaper.marked("KIN=no such", "/kin-[0-9]+/")) == 1
+    family.kill()
+    family.wait()
+    until(lambda: not left & running(), timeout_s=20)

@@ -1,0 +1,89 @@
+"""Every form of a 4-bit checkpoint loads without dequantising anything, and answers the same."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.loader import Quantization, inspect, load
+from serve_app.model.mixtral import Mixtral
+from tests.model.checkpoint.bnb4_files import KINDS, save_bnb4, with_weights
+from tests.model.driver import Paged, oracle_logits, random_ids, random_oracle
+
+CPU = torch.device("cpu")
+SIZES = {"intermediate_size": 192}  # rows of whole blocks, matrices of broken 256-groups
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Any:
+    return random_oracle(**SIZES)
+
+
+def load4(folder: Path, quant_type: str = "nf4", absmax: str = "nested") -> Mixtral:
+    quantization = Quantization(quant_type, absmax)  # type: ignore[arg-type]
+    return load(folder, dtype=torch.float32, device=CPU, quantization=quantization)
+
+
+def logits(model: Mixtral, ids: list[int]) -> torch.Tensor:
+    return Paged(model).step(s=ids)["s"]
+
+
+def assert_same_weights(one: Mixtral, other: Mixtral) -> None:
+    """Bit for bit, buffers and parameters."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    assert list(ours) == list(theirs)
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bitsandbytes_checkpoints_answer_as_dequantised(
+    kind: str, oracle: Any, tmp_path: Path
+) -> None:
+    """As transformers 4 wrote it, it computes what transformers does with the dequantised weights;
+    converted to our own form, it is the same bit for bit."""
+    meant = save_bnb4(oracle, tmp_path / "bnb4", **KINDS[kind])
+    reference = with_weights(oracle, meant, tmp_path / "meant")
+    quant_type = str(KINDS[kind].get("quant_type", "nf4"))
+    model = load4(tmp_path / "bnb4", quant_type)
+    ids = random_ids(12)
+    torch.testing.assert_close(logits(model, ids), oracle_logits(reference, ids), rtol=0, atol=1e-4)
+    convert(tmp_path / "bnb4", tmp_path / "own")
+    assert inspect(tmp_path / "own").form == "stacked"
+    assert_same_weights(load4(tmp_path / "own", quant_type), model)
+
+
+def test_plain_attention_is_quantised_while_it_loads(oracle: Any, tmp_path: Path) -> None:
+    """A checkpoint whose experts alone are in 4 bits gives the model that one in full gives."""
+    save_bnb4(oracle, tmp_path / "full", compress_statistics=False)
+    save_bnb4(oracle, tmp_path / "experts", attention=False, compress_statistics=False)
+    assert_same_weights(load4(tmp_path / "experts"), load4(tmp_path / "full"))
+
+
+@pytest.mark.parametrize("absmax", ["nested", "bfloat16", "float32"])
+def test_converted_floats_are_what_a_load_quantises(
+    absmax: str, oracle: Any, tmp_path: Path
+) -> None:
+    """Quantising once, into our form, and at every load give the same model bit for bit."""
+    oracle.save_pretrained(tmp_path / "float", max_shard_size="100KB")
+    quantization = Quantization("nf4", absmax)  # type: ignore[arg-type]
+    convert(tmp_path / "float", tmp_path / "own", quantization)
+    plan = inspect(tmp_path / "own")
+    assert plan.quantization == quantization
+    assert plan.config == inspect(tmp_path / "float").config
+    assert_same_weights(load4(tmp_path / "own"), load4(tmp_path / "float", absmax=absmax))
+
+
+def test_every_float_can_be_converted(oracle: Any, tmp_path: Path) -> None:
+    """The stacked layout too, and float64, give what the usual float32 checkpoint gives."""
+    oracle.save_pretrained(tmp_path / "float")
+    (tmp_path / "stacked").mkdir()
+    for file in (tmp_path / "float").iterdir():
+        (tmp_path / "stacked" / file.name).write_bytes(file.read_bytes())
+    state = {name: weight.double() for name, weight in oracle.state_dict().items()}
+    save_file(state, tmp_path / "stacked" / "model.safetensors")
+    convert(tmp_path / "float", tmp_path / "one")
+    convert(tmp_path / "stacked", tmp_path / "other")
+    assert_same_weights(load4(tmp_path / "one"), load4(tmp_path / "other"))

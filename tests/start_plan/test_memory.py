@@ -1,0 +1,277 @@
+"""What a configuration takes, from the checkpoint's headers alone, and whether the machine has it.
+
+The sizes are those of the published checkpoints: 93.41 GB in bfloat16, 26.65 GB in
+bitsandbytes' 4 bits with float32 absmax, 24.48 GB with double quantisation.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from serve_app.check import check, main
+from serve_app.machine.gpus import find_gpus
+from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.tiny import CHECKPOINT
+from tests.model.checkpoint import full_size
+from tests.model.checkpoint.hub import serve
+
+MIB = 1 << 20
+IN_4_BITS: dict[str, dict[str, Any]] = {
+    "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+}
+RTX_5090 = "NVIDIA GeForce RTX 5090, 32607, 32100, 580.65.06"
+RTX_4090 = "NVIDIA GeForce RTX 4090, 24564, 24100, 580.65.06"
+
+
+def checkpoint(folder: Path, tensors: full_size.Tensors, shards: int, **config: Any) -> Path:
+    for file in CHECKPOINT.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return full_size.write(folder, tensors, shards, **config)
+
+
+@pytest.fixture(scope="module")
+def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return checkpoint(tmp_path_factory.mktemp("floats"), full_size.floats(), 19)
+
+
+@pytest.fixture(scope="module")
+def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tensors = full_size.in_4_bits(nested=True)
+    return checkpoint(tmp_path_factory.mktemp("nested"), tensors, 6, **IN_4_BITS)
+
+
+@pytest.fixture
+def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Puts an nvidia-smi onto the PATH that prints what it is told."""
+
+    def install(printed: str) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{printed}'\n")
+        (folder / "nvidia-smi").chmod(0o755)
+        monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+    return install
+
+
+@pytest.fixture
+def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def config(folder: Path, name: Path, model: Any = None, engine: Any = None) -> Path:
+    """configs/local.yaml with another model folder and some settings."""
+    document = yaml.safe_load(Path("configs/local.yaml").read_text())
+    args = document["applications"][0]["args"]
+    args["model"] |= {"name": str(name), **(model or {})}
+    args["engine"] |= engine or {}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(document))
+    return path
+
+
+def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
+    assert main([str(path)]) == 1
+    said = capsys.readouterr().err.strip()
+    assert "\n" not in said
+    assert said.endswith(".")
+    return said
+
+
+@pytest.mark.parametrize(
+    ("is_nested", "size", "promised"),
+    [(None, 93.41, 93.41), (False, 26.65, 26.65), (True, 24.48, 24.48)],
+)
+def test_the_planner_knows_the_full_model(
+    is_nested: bool | None, size: float, promised: float, tmp_path: Path
+) -> None:
+    """Files, their shards, and memory, to the published hundredth of a gigabyte."""
+    if is_nested is None:
+        plan = inspect(full_size.write(tmp_path, full_size.floats(), 19))
+        assert plan.quantization is None
+    else:
+        tensors = full_size.in_4_bits(nested=is_nested)
+        plan = inspect(full_size.write(tmp_path, tensors, 6, **IN_4_BITS))
+        assert len(plan.packed) == 32 * (4 + 8 * 3)
+    absmax = None if plan.quantization is None else plan.quantization.absmax
+    assert len(plan.headers) == (19 if is_nested is None else 6)
+    assert round(plan.file_bytes / 1e9, 2) == size
+    assert round(sum(plan.weight_bytes(2, absmax).values()) / 1e9, 2) == promised
+    assert sum(plan.parameters.values()) == 46_702_792_704
+    written = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
+    assert written < 100e6  # the files are sparse
+
+
+@pytest.mark.parametrize(
+    ("absmax", "total", "experts", "attention"),
+    [
+        ("nested", "24.48 GB", "23.26 GB", "0.69 GB"),
+        ("bfloat16", "25.20 GB", "23.96 GB", "0.71 GB"),
+        ("float32", "26.65 GB", "25.37 GB", "0.75 GB"),
+    ],
+)
+def test_the_table_by_part(
+    absmax: str, total: str, experts: str, attention: str, tmp_path: Path, floats: Path, gpu: Any
+) -> None:
+    """Float weights that will be quantised, on a card that holds them."""
+    gpu(RTX_5090)
+    lines = check(config(tmp_path, floats, {"absmax": absmax}))
+    (line,) = [line for line in lines if line.startswith("Weights: ")]
+    assert f"{total} of nf4 with {absmax} absmax" in line
+    assert f"experts {experts}, attention {attention}, head 0.52 GB" in line
+    assert any("93.41 GB of float weights in 19 files" in line for line in lines)
+
+
+def test_room_for_kv(tmp_path: Path, nested: Path, gpu: Any) -> None:
+    """What a 32 GB card leaves for KV, of 131,072 bytes a token; the checkpoint's absmax counts."""
+    gpu(RTX_5090)
+    lines = check(config(tmp_path, nested))
+    assert any("24.48 GB of nf4 with nested absmax" in line for line in lines)
+    room = 32100 * MIB - 1024 * MIB - 600 * MIB - 24_483_536_896
+    assert any(f"room for {room // 131_072:,} tokens" in line for line in lines)
+    lines = check(config(tmp_path, nested, engine={"gpu_memory_utilization": 0.9}))
+    less = room - 32607 * MIB // 10
+    assert any(f"room for {less // 131_072:,} tokens" in line for line in lines)
+
+
+@pytest.mark.parametrize("absmax", ["nested", "bfloat16", "float32"])
+def test_24_gb_do_not_fit(
+    absmax: str, tmp_path: Path, floats: Path, gpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A 24 GB card is refused, however the weights are quantised, and told what fits."""
+    gpu(RTX_4090)
+    said = sentence(capsys, config(tmp_path, floats, {"absmax": absmax}))
+    assert "too small" in said
+    assert "RTX 4090 has 25.27 GB free" in said
+    assert "32 GB or more" in said
+
+
+def test_what_helps_is_said(
+    tmp_path: Path, floats: Path, gpu: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A longer context than fits, a card that others use, weights that are not quantised."""
+    gpu(RTX_5090)
+    long = config(tmp_path, floats, engine={"kv_cache_tokens": 200_000})
+    assert "lower `engine.max_model_len` or `engine.kv_cache_tokens`" in sentence(capsys, long)
+    gpu("NVIDIA GeForce RTX 5090, 32607, 20000, 580.65.06")
+    assert "end what else runs on it" in sentence(capsys, config(tmp_path, floats))
+    gpu("NVIDIA A100-SXM4-80GB, 81920, 81000, 580.65.06")
+    unquantised = config(tmp_path, floats, {"quantization": "none"})
+    assert "set `model.quantization` to nf4" in sentence(capsys, unquantised)
+
+
+def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, gpu: Any, capsys: Any) -> None:
+    """Any of them may be given to the replica."""
+    gpu(f"{RTX_5090}\n{RTX_4090}")
+    assert [card.total_bytes for card in find_gpus()] == [32607 * MIB, 24564 * MIB]
+    assert "RTX 4090" in sentence(capsys, config(tmp_path, floats))
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_no_gpu(tmp_path: Path, floats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """cuda is refused, and auto, which reserves a GPU for all but the tiny model; cpu computes if
+    its memory is enough."""
+    for device in ("cuda", "auto"):
+        said = sentence(capsys, config(tmp_path, floats, {"device": device}))
+        assert f"`model.device` is {device}, but nvidia-smi finds no GPU" in said
+        assert "25.20 GB" in said
+    tiny = config(tmp_path, Path("tiny"), {"device": "auto"})
+    assert any("no GPU on this machine, so the CPU computes" in line for line in check(tiny))
+    huge = config(tmp_path, floats, {"device": "cpu", "quantization": "none", "dtype": "float32"})
+    assert "needs 19" in sentence(capsys, huge)  # 187 GB and the KV cache
+
+
+def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, gpu: Any) -> None:
+    """Some share their memory with the machine; the check says that it cannot say."""
+    gpu("NVIDIA GB10, [N/A], [N/A], 580.65.06")
+    assert any("does not say how much" in line for line in check(config(tmp_path, floats)))
+
+
+def test_kv_cache_is_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cache that holds the context only with a broken block is refused, as the load would."""
+    engine = {"kv_cache_tokens": 1000, "max_model_len": 1000}
+    said = sentence(capsys, config(tmp_path, CHECKPOINT, {"device": "cpu"}, engine))
+    assert "992 in whole blocks" in said
+
+
+def test_a_type_that_the_weights_do_not_have(
+    tmp_path: Path, nested: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings that ask for another quantisation than the files have are refused here already."""
+    for asked in ("fp4", "none"):
+        path = config(tmp_path, nested, {"quantization": asked})
+        assert "set `model.quantization` to nf4" in sentence(capsys, path)
+
+
+def run_check(path: Path, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process that sees `hub` as the hub, and an empty cache."""
+    return subprocess.run(
+        [sys.executable, "-m", "serve_app.check", str(path)],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+SMALL_FILES = dict.fromkeys(
+    ("model.safetensors.index.json", "tokenizer.json", "tokenizer_config.json"), 0
+)
+
+
+def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, gpu: Any) -> None:
+    """config.json and the list of files are enough: the download's size and the memory, and a
+    quantisation that we cannot read is refused."""
+    gpu(RTX_5090)
+    path = config(tmp_path, Path("o/m"))
+    stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_use_double_quant": True}
+    document = {**full_size.CONFIG, "quantization_config": stored}
+    sizes = SMALL_FILES | {f"model-0000{i}.safetensors": 5_000_000 for i in range(1, 6)}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "home")
+        assert done.returncode == 0, done.stderr
+        assert "o/m: is not on this machine; the first start downloads 25.0 MB." in done.stdout
+        assert "24.48 GB of nf4 with nested absmax" in done.stdout
+        assert not list((tmp_path / "home").rglob("*.safetensors"))
+    document["quantization_config"] = {"quant_method": "gptq"}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "other")
+        assert done.returncode == 1
+        assert "'gptq'" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("asked", ["nf4", "none"])
+def test_a_type_that_the_weights_on_the_hub_do_not_have(tmp_path: Path, asked: str) -> None:
+    """Refused by config.json alone, as the load would refuse it after the download."""
+    stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_quant_type": "fp4"}
+    document = {**full_size.CONFIG, "quantization_config": stored}
+    path = config(tmp_path, Path("o/m"), {"quantization": asked})
+    sizes = SMALL_FILES | {"model.safetensors": 5}
+    with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
+        done = run_check(path, hub, tmp_path / "home")
+    assert done.returncode == 1
+    assert "o/m: the weights are fp4 already; set `model.quantization` to fp4" in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
+    """No network is one sentence too."""
+    done = run_check(config(tmp_path, Path("o/m")), "http://127.0.0.1:1", tmp_path / "home")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "check the network" in line
+
+
+def test_a_disk_too_small_for_the_download(tmp_path: Path) -> None:
+    """Said with both sizes, before the memory is looked at."""
+    sizes = SMALL_FILES | {"model.safetensors": 10**18}
+    with serve({"config.json": json.dumps(full_size.CONFIG).encode()}, sizes) as hub:
+        done = run_check(config(tmp_path, Path("o/m")), hub, tmp_path / "home")
+    assert done.returncode == 1
+    assert "the download takes 1000000000.0 GB" in done.stderr

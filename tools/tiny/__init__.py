@@ -1,0 +1,1 @@
+"""`python -m tools.tiny.train` makes the tiny model's checkpoint from nothing."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from serve_app.app import DEPLOYMENT
-from serve_app.config.settings import ConfigError, Settings, application, unneeded_names
+from serve_app.config.settings import ConfigError, Settings, application, unused_names
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.model_cache import require_writable
 from serve_app.start_plan.memory import in_gb, plan_memory
@@ -34,7 +34,7 @@ def check(path: str | Path) -> list[str]:
     """
     check_schema(path)
     settings = Settings.from_yaml(path)
-    told = unneeded_names()
+    told = unused_names()
     return [
         f"{path}: the configuration is valid.",
         *([told] if told else []),

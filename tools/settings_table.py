@@ -1,7 +1,7 @@
-"""`python -m tools.settings_table [FILE]`: every setting as a row of a Markdown table.
+"""`python -m tools.settings_table [FILE]` writes every setting as a row of a Markdown table.
 
-Made from the settings' own types, limits and docstrings. With FILE, the part of it between the
-two marks is replaced: that is how docs/runpod.md is kept, and a test holds that it was.
+The rows come from the settings' types, limits and docstrings. With FILE, the command replaces the
+text between the two marks in it; docs/runpod.md has them, and a test compares the two.
 """
 
 import argparse
@@ -15,32 +15,33 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from serve_app.config.environment import FAMILIAR
+from serve_app.config.environment import familiar_names
 from serve_app.config.settings import PREFIX, EntrySettings, Settings
 
 BEGIN, END = "<!-- settings: python -m tools.settings_table -->", "<!-- /settings -->"
 
 
 def table() -> str:
-    """One row for each variable: its names, its values, its default, and what it is."""
+    """The table, with one row for each setting: variables, values, default and meaning."""
     head = ["| variable | values | default | what it is |", "|---|---|---|---|"]
     return "\n".join([*head, *_rows()])
 
 
-OF_THE_PLATFORM = ("runpod_webhook_get_job",)
-"""Set by RunPod itself, never by hand."""
+SET_BY_RUNPOD = ("runpod_webhook_get_job",)
+"""Variables that RunPod sets for its workers; users do not set them."""
 
 
 def _rows() -> Iterator[str]:
     for name, field in EntrySettings.model_fields.items():
-        if name not in OF_THE_PLATFORM:
+        if name not in SET_BY_RUNPOD:
             yield _row([name.upper()], field)
     for section, info in Settings.model_fields.items():
         kind: Any = info.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for name, field in kind.model_fields.items():
-                other = [known for known, path in FAMILIAR.items() if path == f"{section}.{name}"]
-                yield _row([f"{PREFIX}{section}__{name}".upper(), *other], field)
+                path = f"{section}.{name}"
+                familiar = [each for each, sets in familiar_names().items() if sets == path]
+                yield _row([f"{PREFIX}{section}__{name}".upper(), *familiar], field)
         else:
             yield _row([f"{PREFIX}{section}".upper()], info)
 
@@ -48,9 +49,9 @@ def _rows() -> Iterator[str]:
 def _row(names: list[str], field: FieldInfo) -> str:
     variables = "<br>".join(f"`{name}`" for name in names)
     default = "" if field.default is None else f"`{_text(field.default)}`"
-    told = " ".join((field.description or "").split()).replace("|", "\\|")
-    told = re.sub(r"\bNone\b", "unset", told)
-    return f"| {variables} | {values(field)} | {default} | {told} |"
+    meaning = " ".join((field.description or "").split()).replace("|", "\\|")
+    meaning = re.sub(r"\bNone\b", "unset", meaning)
+    return f"| {variables} | {values(field)} | {default} | {meaning} |"
 
 
 def _text(value: Any) -> str:
@@ -58,18 +59,18 @@ def _text(value: Any) -> str:
 
 
 def values(field: FieldInfo) -> str:
-    """What may be written into the variable, in words: `1 to 8`, `nf4, fp4, none`, `text`."""
+    """The values that a variable takes: `whole number from 1`, `nf4, fp4, none`, `text`."""
     (kind,) = (kind for kind in _alternatives(field.annotation) if kind is not NoneType)
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))
     names = {bool: "true, false", int: "whole number", float: "number", SecretStr: "secret"}
-    told = [
+    limits = [
         f"{word} {limit:g}"
         for key, word in (("ge", "from"), ("gt", "above"), ("le", "to"), ("lt", "below"))
         for each in field.metadata
         if (limit := getattr(each, key, None)) is not None
     ]
-    return " ".join([names.get(kind, "text"), *told])
+    return " ".join([names.get(kind, "text"), *limits])
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:
@@ -78,7 +79,7 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def rewritten(text: str) -> str:
-    """`text` with the table between its marks made anew; raises `ValueError` without marks."""
+    """Returns `text` with a new table between the marks. Raises `ValueError` without marks."""
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
@@ -87,7 +88,7 @@ def rewritten(text: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command: prints the table, or writes it into FILE."""
+    """Prints the table, or writes it into FILE. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m tools.settings_table")
     parser.add_argument("file", nargs="?", type=Path)
     options = parser.parse_args(arguments)

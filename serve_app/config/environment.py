@@ -1,80 +1,102 @@
-"""The environment's names that users of other workers set: those that mean a setting of ours, and
-those that nothing here needs.
+"""Environment variables that users of vLLM and RunPod already set, and how each maps to a setting.
 
-Data and plain functions: `settings.py` alone reads the environment and hands it in.
+A setting has one such name by rule:
+
+* A field of several words is its own name: `MAX_MODEL_LEN` sets `engine.max_model_len`.
+* A field of one word needs its section: `MODEL_NAME` sets `model.name`. A bare `NAME`, `DEVICE`,
+  `START` or `VOLUME` occurs in containers for other purposes, so it sets nothing.
+
+The rule leaves out `NOT_BY_RULE`. `EXTRA_NAMES` are the names that do not follow it. The functions
+take the environment as an argument; `settings.py` is the only module that reads it.
 """
 
 from collections.abc import Mapping
+from functools import cache
 
-FAMILIAR = {
-    "MODEL_NAME": "model.name",
-    "MODEL_REVISION": "model.revision",
-    "SERVED_MODEL_NAME": "model.served_model_name",
+from serve_app.config.sections import SECTIONS
+
+EXTRA_NAMES = {
     "OPENAI_SERVED_MODEL_NAME_OVERRIDE": "model.served_model_name",
     "QUANTIZATION": "model.quantization",
     "DTYPE": "model.dtype",
-    "HF_TOKEN": "model.hf_token",
-    "MAX_MODEL_LEN": "engine.max_model_len",
-    "MAX_NUM_SEQS": "engine.max_num_seqs",
-    "MAX_NUM_BATCHED_TOKENS": "engine.max_num_batched_tokens",
-    "BLOCK_SIZE": "engine.block_size",
-    "GPU_MEMORY_UTILIZATION": "engine.gpu_memory_utilization",
-    "ENABLE_PREFIX_CACHING": "engine.enable_prefix_caching",
-    "API_KEYS": "api.keys",
     "REQUEST_TIMEOUT": "api.request_timeout_s",
-    "MAX_CONCURRENCY": "runpod.max_concurrency",
     "BASE_PATH": "runpod.volume",
 }
-"""Names that RunPod users set, and the setting each stands for. `MIXTRAL_*` wins over these."""
+"""Names of RunPod's vLLM worker that do not follow the rule, and the setting that each one sets."""
 
-_CHUNKS = "a chunk holds what came while the last one was posted"
+NOT_BY_RULE = {
+    "model.cache_dir": "other programs in a container read CACHE_DIR",
+    "engine.num_threads": "other programs in a container read NUM_THREADS",
+    "runpod.volume": "RunPod owns the names that begin with RUNPOD_",
+    "runpod.start": "RunPod owns the names that begin with RUNPOD_",
+}
+"""Settings whose name by rule could be set for another purpose, and that purpose. Only their
+`MIXTRAL_*` name sets them."""
+
+_RESPONSE_CHUNKS = "a response chunk holds all text since the last one was sent"
 _CHECKPOINT = "the checkpoint's own is used"
 _ONE_GPU = "one GPU holds the model"
-_TOOLS = "tool calls are not supported, and refused by name"
+_TOOLS = "tool calls are not supported; a request that asks for them gets an error"
 
-UNNEEDED = {
-    "DEFAULT_BATCH_SIZE": _CHUNKS,
-    "MIN_BATCH_SIZE": _CHUNKS,
-    "BATCH_SIZE_GROWTH_FACTOR": _CHUNKS,
-    "DEFAULT_MIN_BATCH_SIZE": _CHUNKS,
-    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _CHUNKS,
-    "RAW_OPENAI_OUTPUT": "the gateway's streams are SSE text in any case",
-    "OPENAI_RESPONSE_ROLE": "answers are the assistant's",
+UNUSED_NAMES = {
+    "DEFAULT_BATCH_SIZE": _RESPONSE_CHUNKS,
+    "MIN_BATCH_SIZE": _RESPONSE_CHUNKS,
+    "BATCH_SIZE_GROWTH_FACTOR": _RESPONSE_CHUNKS,
+    "DEFAULT_MIN_BATCH_SIZE": _RESPONSE_CHUNKS,
+    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _RESPONSE_CHUNKS,
+    "RAW_OPENAI_OUTPUT": "streams through RunPod's OpenAI gateway are always SSE text",
+    "OPENAI_RESPONSE_ROLE": "the role of an answer is always assistant",
     "TOKENIZER": _CHECKPOINT,
     "TOKENIZER_NAME": _CHECKPOINT,
     "TOKENIZER_REVISION": _CHECKPOINT,
     "CUSTOM_CHAT_TEMPLATE": _CHECKPOINT,
-    "TRUST_REMOTE_CODE": "no code of a checkpoint is run",
+    "TRUST_REMOTE_CODE": "code in a checkpoint is never run",
     "DISABLE_LOG_REQUESTS": "requests are never logged",
-    "DISABLE_LOG_STATS": "statistics are not logged",
+    "DISABLE_LOG_STATS": "statistics are not logged; GET /metrics has them",
     "ENABLE_AUTO_TOOL_CHOICE": _TOOLS,
     "TOOL_CALL_PARSER": _TOOLS,
     "TENSOR_PARALLEL_SIZE": _ONE_GPU,
     "PIPELINE_PARALLEL_SIZE": _ONE_GPU,
-    "VLLM_STARTUP_TIMEOUT": "waiting jobs hear how the load goes, however long it takes",
-    "ENFORCE_EAGER": "nothing is compiled",
-    "LOAD_FORMAT": "the form of a checkpoint is read from its files",
+    "VLLM_STARTUP_TIMEOUT": "a load has no time limit; waiting jobs get its progress",
+    "ENFORCE_EAGER": "torch.compile is not used",
+    "LOAD_FORMAT": "the checkpoint's files say which format it has",
 }
-"""Names of older workers that are accepted and change nothing, and why."""
+"""Names of RunPod's vLLM worker that are accepted and change nothing, and why."""
 
 
-def familiar(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """What the names in `FAMILIAR` say, as sections of settings; an empty value is none."""
+@cache
+def familiar_names() -> dict[str, str]:
+    """Every familiar variable and the setting that it sets, such as `engine.max_model_len`."""
+    names = {}
+    for section, model in SECTIONS.items():
+        for field in model.model_fields:
+            path = f"{section}.{field}"
+            if path not in NOT_BY_RULE:
+                names[_name_by_rule(section, field)] = path
+    return names | EXTRA_NAMES
+
+
+def _name_by_rule(section: str, field: str) -> str:
+    return (field if "_" in field else f"{section}_{field}").upper()
+
+
+def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """The values of familiar variables as sections of settings. An empty value counts as unset."""
     found: dict[str, dict[str, str]] = {}
-    for name, path in FAMILIAR.items():
+    for name, path in familiar_names().items():
         if value := environment.get(name):
-            section, key = path.split(".")
-            found.setdefault(section, {})[key] = value
+            section, field = path.split(".")
+            found.setdefault(section, {})[field] = value
     return found
 
 
-def unneeded(environment: Mapping[str, str]) -> str | None:
-    """One line about the names in `UNNEEDED` that are set; None where none is."""
+def unused_names(environment: Mapping[str, str]) -> str | None:
+    """One line that lists the variables in `UNUSED_NAMES` that are set; None if there are none."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in UNNEEDED.items():
+    for name, reason in UNUSED_NAMES.items():
         if environment.get(name):
             reasons.setdefault(reason, []).append(name)
     if not reasons:
         return None
-    told = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-    return f"Set, but not needed here: {'; '.join(told)}."
+    listed = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
+    return f"These variables are set and change nothing: {'; '.join(listed)}."

@@ -1,7 +1,4 @@
-"""The YAML that `serve run` takes, as far as we read it: its first application.
-
-Knows no settings: what `args:` may hold is theirs.
-"""
+"""Reads the first application of the YAML that `serve run` takes."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ class ConfigError(ValueError):
 
 
 def application(path: str | Path) -> dict[str, Any]:
-    """`applications[0]` of a Serve config; raises `ConfigError` naming the file."""
+    """Returns `applications[0]` of a Serve config. Raises `ConfigError` with the file's name."""
     try:
         document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:

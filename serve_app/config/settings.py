@@ -1,11 +1,11 @@
-"""Settings: everything that can be chosen, in one frozen model. The only reader of the environment.
+"""Settings: one frozen model that holds everything a user can choose.
 
-The YAML that `serve run` takes is the readable truth: `applications[0].args` is a `Settings`.
-`MIXTRAL_<SECTION>__<FIELD>` overrides one value, as do the names in `environment.FAMILIAR` that
-RunPod's users already know. An unknown key or `MIXTRAL_*` name is an error. Secrets come from the
+`applications[0].args` of the YAML that `serve run` takes is a `Settings`. The environment overrides
+single values: `MIXTRAL_<SECTION>__<FIELD>` first, then the names in `environment.py` that users of
+vLLM and RunPod know. An unknown key or `MIXTRAL_*` name is an error. Secrets come from the
 environment only, because Ray logs `args:` in clear.
 
-Knows no torch and no Ray, and opens no file but the YAML it is given.
+No other module reads the environment. Nothing is opened but the YAML.
 """
 
 import os
@@ -16,16 +16,36 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serve_app.config import environment
-from serve_app.config.sections import ApiSettings, EngineSettings, ModelSettings, RunpodSettings
+from serve_app.config.sections import (
+    SECTIONS,
+    ApiSettings,
+    EngineSettings,
+    ModelSettings,
+    RunpodSettings,
+)
 from serve_app.config.serve_config import ConfigError, application
 
-__all__ = ["ConfigError", "EntrySettings", "Settings", "application", "unneeded_names"]
+__all__ = ["ConfigError", "EntrySettings", "Settings", "application", "unused_names"]
 
 PREFIX = "MIXTRAL_"
 
+SECRETS = {"api.keys": "API_KEYS", "model.hf_token": "HF_TOKEN"}
+"""Settings that must not be written in `args:`, and the environment variable for each."""
+
+RENAMED = {
+    "model.served_name": "model.served_model_name",
+    "model.quantize_head": "model.quantize_lm_head",
+    "engine.max_running": "engine.max_num_seqs",
+    "engine.max_step_tokens": "engine.max_num_batched_tokens",
+    "engine.gpu_memory_fraction": "engine.gpu_memory_utilization",
+    "engine.prefix_cache": "engine.enable_prefix_caching",
+    "runpod.concurrency": "runpod.max_concurrency",
+}
+"""Old names of settings and the names that replaced them. An old name is an error."""
+
 
 class Settings(BaseSettings):
-    """All settings. Equals `args:` of the Serve application; frozen."""
+    """All settings, as in `args:` of the Serve application. Frozen."""
 
     model_config = SettingsConfigDict(
         frozen=True,
@@ -42,12 +62,11 @@ class Settings(BaseSettings):
     api: ApiSettings = ApiSettings()
     runpod: RunpodSettings = RunpodSettings()
     load_log: str | None = None
-    """JSON-lines file that the load phases are written to, for whoever started the replica."""
+    """JSON-lines file into which a replica writes its load phases while it loads."""
 
     def __init__(self, **values: Any) -> None:
-        _refuse_unknown_keys(values)
-        _refuse_secrets(values)
-        _refuse_unknown_names()
+        _refuse_keys(values)
+        _refuse_variables()
         super().__init__(**values)
 
     @classmethod
@@ -59,19 +78,19 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The environment first: it overrides the YAML, one value at a time."""
-        return env_settings, _KnownNames(settings_cls), init_settings
+        """The first source that has a value wins: environment, familiar names, YAML."""
+        return env_settings, _FamiliarNames(settings_cls), init_settings
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Settings":
-        """The settings of `applications[0].args` in a Serve config; raises `ConfigError`."""
+        """Reads `applications[0].args` of a Serve config. Raises `ConfigError`."""
         return cls.from_args(application(path).get("args") or {}, str(path))
 
     @classmethod
     def from_args(cls, args: dict[str, Any], where: str) -> "Settings":
-        """Validates `args`; the `ConfigError` names `where` and the first wrong key."""
+        """Validates `args`. Raises `ConfigError` with `where` and the first wrong key."""
         try:
-            _refuse_unknown_keys(args)
+            _refuse_unknown_sections(args)  # a key such as `self` cannot become a parameter
             return cls(**args)
         except ValidationError as error:
             raise ConfigError(f"{where}: {_first_error(error)}") from None
@@ -80,7 +99,7 @@ class Settings(BaseSettings):
 
 
 class EntrySettings(BaseSettings):
-    """What `runpod_entry.py` asks the environment before it knows which YAML to read."""
+    """What `runpod_entry.py` reads from the environment before it reads the YAML."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", env_ignore_empty=True, use_attribute_docstrings=True
@@ -89,75 +108,87 @@ class EntrySettings(BaseSettings):
     serve_config: str = "configs/runpod.yaml"
     """The YAML to serve: the file that `serve run` takes."""
     runpod_serverless: bool = True
-    """true: take jobs. false: serve HTTP on `PORT`."""
+    """true takes RunPod jobs; false serves HTTP on `PORT`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Where HTTP is served, on every interface."""
+    """Port for HTTP, on every interface."""
     port_health: int | None = Field(default=None, ge=0, le=65535)
-    """Where `/ping` tells a load balancer how far the server is; None: nowhere but on `PORT`."""
+    """Port on which a load balancer asks `/ping` for the server's state; None is `PORT` only."""
     runpod_webhook_get_job: str | None = None
-    """Set by the platform only: its presence means that jobs come from there."""
+    """Address from which the worker takes jobs. Only the platform sets it."""
 
     @classmethod
     def from_environment(cls) -> "EntrySettings":
-        """What the environment says; raises `ConfigError` naming the first wrong variable."""
+        """Reads the environment. Raises `ConfigError` with the first wrong variable."""
         try:
             return cls()
         except ValidationError as error:
             raise ConfigError(f"The environment: {_first_error(error)}") from None
 
 
-class _KnownNames(PydanticBaseSettingsSource):
-    """`environment.FAMILIAR` as a settings source."""
+class _FamiliarNames(PydanticBaseSettingsSource):
+    """The familiar names in `environment.py` as a settings source."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # part of the interface; __call__ does the work
 
     def __call__(self) -> dict[str, Any]:
-        return dict(environment.familiar(os.environ))
+        return dict(environment.familiar_values(os.environ))
 
 
-def unneeded_names() -> str | None:
-    """One line about names of older workers that are set and change nothing; None without any."""
-    return environment.unneeded(os.environ)
+def unused_names() -> str | None:
+    """One line that lists variables which are set and change nothing; None if there are none."""
+    return environment.unused_names(os.environ)
 
 
-SECRETS = {"api.keys": "API_KEYS", "model.hf_token": "HF_TOKEN"}
-"""Settings that are never written down, and the names that hold them."""
+def _refuse_keys(values: dict[str, Any]) -> None:
+    _refuse_unknown_sections(values)
+    for path, name in SECRETS.items():
+        section, field = path.split(".")
+        if _fields(values, section).get(field) is not None:
+            raise ConfigError(f"`{path}` is a secret, and Ray logs `args:`; set {name} instead.")
+    for path, new in RENAMED.items():
+        section, field = path.split(".")
+        if field in _fields(values, section):
+            raise ConfigError(f"`{path}` has a new name: `{new}`.")
 
 
-def _refuse_unknown_keys(values: dict[str, Any]) -> None:
-    # pydantic-settings itself would act on some, such as `_env_file`.
+def _refuse_unknown_sections(values: dict[str, Any]) -> None:
+    # pydantic-settings gives a meaning to some keys of its own, such as `_env_file`.
     for key in values:
         if key not in Settings.model_fields:
-            raise ConfigError(f"`{key}` is no setting of ours.")
+            raise ConfigError(f"`{key}` is not a setting.")
 
 
-def _refuse_secrets(values: dict[str, Any]) -> None:
-    for path, name in SECRETS.items():
-        section, key = path.split(".")
-        given = values.get(section)
-        if isinstance(given, dict) and given.get(key) is not None:
-            raise ConfigError(f"`{path}` is a secret, and Ray logs `args:`; set {name} instead.")
+def _fields(values: dict[str, Any], section: str) -> dict[str, Any]:
+    fields = values.get(section)
+    return fields if isinstance(fields, dict) else {}
 
 
-def _refuse_unknown_names() -> None:
-    known = {f"{PREFIX}LOAD_LOG"}
-    for section, info in Settings.model_fields.items():
-        fields = getattr(info.annotation, "model_fields", {})
-        known |= {f"{PREFIX}{section}__{name}".upper() for name in fields}
+def _refuse_variables() -> None:
+    paths = [f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields]
+    known = set(map(_variable, ["load_log", *paths]))
+    renamed = {_variable(old): _variable(new) for old, new in RENAMED.items()}
     for name in os.environ:
-        if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise ConfigError(f"the environment sets {name}, which is no setting of ours.")
+        if not name.upper().startswith(PREFIX) or name.upper() in known:
+            continue
+        if new := renamed.get(name.upper()):
+            raise ConfigError(f"the environment sets {name}, which has a new name: {new}.")
+        raise ConfigError(f"the environment sets {name}, which is not a setting.")
+
+
+def _variable(path: str) -> str:
+    """The environment variable of a setting: `api.keys` is `MIXTRAL_API__KEYS`."""
+    return PREFIX + path.replace(".", "__").upper()
 
 
 def _first_error(error: ValidationError) -> str:
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        return f"`{key}` is no setting of ours."
+        return f"`{key}` is not a setting."
     if first["type"] == "value_error":
         return f"`{key}`: {first['ctx']['error']}."
-    # Never a secret, nor a section as a whole: somebody may have written one there.
+    # A section as a whole is not shown either: a secret may be in it.
     is_hidden = key in SECRETS or key in Settings.model_fields
     is_shown = not is_hidden and isinstance(first["input"], str | int | float)
     got = f", got {first['input']!r:.100}" if is_shown else ""

@@ -1,4 +1,4 @@
-"""Settings: YAML is the truth, the environment overrides, nothing unknown passes."""
+"""Settings come from the YAML, the environment overrides them, and unknown names are errors."""
 
 import pickle
 import re
@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config.environment import FAMILIAR, UNNEEDED
-from serve_app.config.settings import ConfigError, Settings, application, unneeded_names
+from serve_app.config.environment import (
+    EXTRA_NAMES,
+    NOT_BY_RULE,
+    UNUSED_NAMES,
+    familiar_names,
+)
+from serve_app.config.sections import SECTIONS
+from serve_app.config.settings import RENAMED, ConfigError, Settings, application, unused_names
 
 TINY = "configs/tiny.yaml"
 
@@ -45,11 +51,76 @@ def test_names_that_runpod_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
     assert settings.model.quantization == "none"
 
 
-def test_every_familiar_name_leads_to_a_setting() -> None:
-    """No entry of the table points at a field that does not exist."""
-    for path in FAMILIAR.values():
-        section, key = path.split(".")
-        assert key in type(getattr(Settings(), section)).model_fields
+PATHS = {f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields}
+
+
+def test_the_sections_are_those_of_the_settings() -> None:
+    """`SECTIONS` has the sections of `Settings` with their types."""
+    fields = {name: info.annotation for name, info in Settings.model_fields.items()}
+    assert fields == {**SECTIONS, "load_log": str | None}
+
+
+def test_a_field_has_one_name_by_rule() -> None:
+    """Each field outside `NOT_BY_RULE` has exactly one name that is not in `EXTRA_NAMES`."""
+    by_rule = [path for name, path in familiar_names().items() if name not in EXTRA_NAMES]
+    assert sorted(by_rule) == sorted(PATHS - NOT_BY_RULE.keys())
+    assert set(EXTRA_NAMES.values()) | NOT_BY_RULE.keys() <= PATHS
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("MODEL_NAME", "model.name"),
+        ("MODEL_REVISION", "model.revision"),
+        ("SERVED_MODEL_NAME", "model.served_model_name"),
+        ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", "model.served_model_name"),
+        ("QUANTIZATION", "model.quantization"),
+        ("DTYPE", "model.dtype"),
+        ("HF_TOKEN", "model.hf_token"),
+        ("MAX_MODEL_LEN", "engine.max_model_len"),
+        ("MAX_NUM_SEQS", "engine.max_num_seqs"),
+        ("MAX_NUM_BATCHED_TOKENS", "engine.max_num_batched_tokens"),
+        ("BLOCK_SIZE", "engine.block_size"),
+        ("GPU_MEMORY_UTILIZATION", "engine.gpu_memory_utilization"),
+        ("ENABLE_PREFIX_CACHING", "engine.enable_prefix_caching"),
+        ("API_KEYS", "api.keys"),
+        ("REQUEST_TIMEOUT", "api.request_timeout_s"),
+        ("MAX_CONCURRENCY", "runpod.max_concurrency"),
+        ("BASE_PATH", "runpod.volume"),
+    ],
+)
+def test_names_that_vllm_and_runpod_document(name: str, path: str) -> None:
+    """The names that users of vLLM and RunPod set lead to the setting that means the same."""
+    assert familiar_names()[name] == path
+
+
+def test_stray_names_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Variables that containers have for other purposes change no setting."""
+    expected = Settings.from_yaml(TINY)
+    fields = [path.split(".")[1] for path in PATHS]
+    one_word = {field.upper() for field in fields if "_" not in field} - EXTRA_NAMES.keys()
+    assert one_word >= {"NAME", "DEVICE", "START", "VOLUME", "KEYS", "REVISION"}
+    left_out = {"CACHE_DIR", "NUM_THREADS", "RUNPOD_VOLUME", "RUNPOD_START", "LOAD_LOG"}
+    for name in one_word | left_out:
+        monkeypatch.setenv(name, "1")
+    assert Settings.from_yaml(TINY) == expected
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_an_old_name_is_refused_with_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
+    """In the YAML, through Serve and as a variable, the error says what the setting is called."""
+    assert new in PATHS
+    section, field = old.split(".")
+    with pytest.raises(ConfigError, match=f"`{old}` has a new name: `{new}`"):
+        Settings.from_yaml(write(tmp_path, f"{{{section}: {{{field}: null}}}}"))
+    with pytest.raises(ValueError, match=f"`{old}` has a new name: `{new}`"):
+        Settings.model_validate({section: {field: 1}})
+    before, after = (f"MIXTRAL_{path.replace('.', '__').upper()}" for path in (old, new))
+    monkeypatch.setenv(before, "1")
+    with pytest.raises(ConfigError, match=f"{before}, which has a new name: {after}"):
+        Settings()
 
 
 def test_names_of_other_workers_that_mean_a_setting(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,24 +134,24 @@ def test_names_of_other_workers_that_mean_a_setting(monkeypatch: pytest.MonkeyPa
     assert (settings.engine.max_num_seqs, settings.engine.gpu_memory_utilization) == (8, 0.9)
 
 
-def test_names_of_other_workers_that_nothing_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them at once change no setting, and one line names each with the reason."""
-    plain = Settings.from_yaml(TINY)
-    assert unneeded_names() is None
-    for name in UNNEEDED:
+def test_names_of_other_workers_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them at once change no setting; one line names each of them with the reason."""
+    expected = Settings.from_yaml(TINY)
+    assert unused_names() is None
+    for name in UNUSED_NAMES:
         monkeypatch.setenv(name, "1")
-    assert Settings.from_yaml(TINY) == plain
-    told = unneeded_names() or ""
-    assert "\n" not in told
-    for name, reason in UNNEEDED.items():
-        assert re.search(rf"\b{name}\b[A-Z_, ]* \({re.escape(reason)}\)", told), name
-    assert not FAMILIAR.keys() & UNNEEDED.keys()
+    assert Settings.from_yaml(TINY) == expected
+    line = unused_names() or ""
+    assert "\n" not in line
+    for name, reason in UNUSED_NAMES.items():
+        assert re.search(rf"\b{name}\b[A-Z_, ]* \({re.escape(reason)}\)", line), name
+    assert not familiar_names().keys() & UNUSED_NAMES.keys()
 
 
 def test_only_the_settings_read_the_environment() -> None:
-    """No other module asks for a variable; what children inherit may be written.
+    """No other module reads a variable. A module may set what its child processes inherit.
 
-    The quoted name is a file of another process.
+    The pattern skips the quoted name, a file in /proc.
     """
     pattern = re.compile(r"\bgetenv\b|(?<!\")\benviron\b(?!\.setdefault\(|\[\w+\] = )")
     for path in [*Path("serve_app").rglob("*.py"), Path("runpod_entry.py")]:
@@ -91,15 +162,15 @@ def test_only_the_settings_read_the_environment() -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ("{engine: {blok_size: 1}}", "`engine.blok_size` is no setting"),
-        ("{engin: {}}", "`engin` is no setting"),
+        ("{engine: {blok_size: 1}}", "`engine.blok_size` is not a setting"),
+        ("{engin: {}}", "`engin` is not a setting"),
         ("{engine: {max_num_seqs: 0}}", "`engine.max_num_seqs`"),
         ("{engine: {max_num_batched_tokens: 16}}", "(16) must be at least max_num_seqs (32)"),
         ("{model: {quantization: int3}}", "`model.quantization`"),
         ("{model: {served_model_name: ','}}", "`model.served_model_name`"),
-        ("{_env_file: /etc/hosts}", "`_env_file` is no setting"),
-        ("{1: 2}", "`1` is no setting"),
-        ("{self: 2}", "`self` is no setting"),
+        ("{_env_file: /etc/hosts}", "`_env_file` is not a setting"),
+        ("{1: 2}", "`1` is not a setting"),
+        ("{self: 2}", "`self` is not a setting"),
         ("{api: {keys: abc}}", "is a secret"),
         ("{model: {hf_token: abc}}", "is a secret"),
     ],
@@ -115,15 +186,15 @@ def test_what_is_wrong_is_named(tmp_path: Path, args: str, sentence: str) -> Non
 
 
 def test_misspelt_environment_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`MIXTRAL_` plus a name that is no setting is an error, never ignored."""
+    """`MIXTRAL_` plus a name that is not a setting is an error, never ignored."""
     monkeypatch.setenv("MIXTRAL_ENGINE__MAX_RUNING", "7")
     with pytest.raises(ConfigError, match="MIXTRAL_ENGINE__MAX_RUNING"):
         Settings()
 
 
 @pytest.mark.parametrize("text", ["applications: [", "just text", "applications: []", "[]"])
-def test_a_file_that_is_no_serve_config(tmp_path: Path, text: str) -> None:
-    """Broken YAML, or YAML without an application, is one sentence."""
+def test_a_file_that_is_not_a_serve_config(tmp_path: Path, text: str) -> None:
+    """Broken YAML, or YAML without an application, raises one sentence."""
     path = tmp_path / "config.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
@@ -131,7 +202,7 @@ def test_a_file_that_is_no_serve_config(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_file() -> None:
-    """A missing file is one sentence that names it."""
+    """A missing file raises one sentence that names it."""
     with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read"):
         application("absent.yaml")
 
@@ -150,15 +221,15 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("args", ["{api: sesame}", "{api: [sesame]}"])
 def test_a_misplaced_secret_is_not_repeated(tmp_path: Path, args: str) -> None:
-    """An error about a section does not print what was written there: it may be a key."""
+    """An error about a section does not print its value, which may hold a key."""
     with pytest.raises(ConfigError, match="`api`") as caught:
         Settings.from_yaml(write(tmp_path, args))
     assert "sesame" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["MIXTRAL_API", "MIXTRAL_ENGINE"])
-def test_a_section_is_no_environment_name(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    """A single underscore too few is said by name, and the value is not shown."""
+def test_a_section_is_not_a_variable(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A variable for a whole section is an error that names it and hides its value."""
     monkeypatch.setenv(name, '{"keys": ["sesame"]}')
     with pytest.raises(ConfigError, match=name) as caught:
         Settings()
@@ -166,7 +237,7 @@ def test_a_section_is_no_environment_name(monkeypatch: pytest.MonkeyPatch, name:
 
 
 def test_frozen_and_picklable() -> None:
-    """Settings travel to the replica as they are, and nobody changes them on the way."""
+    """Settings survive pickling, which carries them to the replica, and cannot be changed."""
     settings = Settings.from_yaml(TINY)
     assert pickle.loads(pickle.dumps(settings)) == settings
     with pytest.raises(ValueError, match="frozen"):

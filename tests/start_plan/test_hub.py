@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
-from serve_app.config.environment import FAMILIAR
+from serve_app.config.environment import familiar_names
 from serve_app.config.settings import PREFIX, Settings
 from serve_app.worker.job import parse
 from tests.fakes import answer, server
@@ -25,7 +25,7 @@ OF_THE_PLATFORM = {"RUNPOD_INIT_TIMEOUT"}
 
 def field_of(name: str) -> FieldInfo:
     """The setting that the variable `name` stands for."""
-    path = FAMILIAR.get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
+    path = familiar_names().get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
     section, key = path.split(".")
     field: FieldInfo = type(getattr(Settings(), section)).model_fields[key]
     return field
@@ -100,7 +100,7 @@ def test_every_setting_says_what_it_is() -> None:
     """No row without a description, and each of our names is in the table."""
     rows = table().splitlines()[2:]
     assert all(not row.endswith("|  |") for row in rows)
-    for name in FAMILIAR:
+    for name in familiar_names():
         assert sum(f"`{name}`" in row for row in rows) == 1, name
 
 

@@ -21,9 +21,12 @@ import numpy as np
 import torch
 
 from benchmarks.machine import describe, publish
-from serve_app.engine.engine import Engine, EngineConfig
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import Chunk, Samples, SamplingParams
+from serve_app.engine.engine import Engine
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.runner import InFlightStep
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.model.checkpoint.loader import load
 from serve_app.model.mixtral import Mixtral
 from serve_app.tiny import CHECKPOINT
@@ -37,23 +40,25 @@ BLOCK_SIZE = 16
 class NullRunner(ModelRunner):
     """A runner whose model takes no time: the batch is made, every row's logits are the same."""
 
-    def _logits(self, chunks: list[Chunk]) -> torch.Tensor:
-        return torch.zeros(len(self._batch(chunks).sample_rows), self.vocab_size)
+    def _logits(self, scheduled: list[ScheduledTokens]) -> torch.Tensor:
+        return torch.zeros(len(self._batch(scheduled).sample_rows), self.vocab_size)
 
 
 class Watched:
-    """A runner that writes down when each step began, by the clock and by its thread's time."""
+    """A runner that records when each step began, by the clock and by its thread's time."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self.vocab_size = runner.vocab_size
+        self.can_overlap_steps = runner.can_overlap_steps
+        self.clear_blocks = runner.clear_blocks
         self.steps: list[tuple[float, float, int, int]] = []
-        """Seconds by the clock, seconds of the thread, chunks, tokens."""
+        """Seconds by the clock, seconds of the thread, sequences, tokens."""
 
-    def step(self, chunks: list[Chunk]) -> Samples:
-        num_tokens = sum(chunk.end - chunk.start for chunk in chunks)
-        self.steps.append((time.perf_counter(), time.thread_time(), len(chunks), num_tokens))
-        return self._runner.step(chunks)
+    def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:
+        num_tokens = sum(part.num_tokens for part in scheduled)
+        self.steps.append((time.perf_counter(), time.thread_time(), len(scheduled), num_tokens))
+        return self._runner.launch(scheduled)
 
     def decode_steps(self, batch: int) -> tuple[list[float], list[float]]:
         """Seconds of each step that decodes `batch` sequences: by the clock, and of the thread."""

@@ -1,7 +1,7 @@
 """The deployment around a model that computes nothing: every step takes 5 ms of a made-up device.
 
 `build_app` is what `serve run` takes for `benchmarks.road`. Tokenizer, engine thread, detokenising,
-shapes and doors are the real ones; only what stands behind `Runner.step` is not, and no sampling
+shapes and doors are the real ones; only what stands behind `Runner.launch` is not, and no sampling
 happens. Every answer is the same text, over and over.
 """
 
@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from serve_app.app import application
 from serve_app.config.settings import Settings
-from serve_app.engine.admission import EngineConfig
 from serve_app.engine.engine import Engine
-from serve_app.engine.sequence import Chunk, Samples
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.runner import SampledTokens
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
@@ -44,7 +45,7 @@ class NullRunner:
     """
 
     vocab_size = VOCAB_SIZE
-    looks_ahead = True
+    can_overlap_steps = True
 
     def __init__(self, token_ids: list[int], step_s: float = STEP_S) -> None:
         self._token_ids = token_ids
@@ -55,28 +56,29 @@ class NullRunner:
         self.thread_s = 0.0
         """Processor time of the engine's thread so far, as of the last step's beginning."""
 
-    def launch(self, chunks: list[Chunk]) -> "NullStep":
+    def launch(self, scheduled: list[ScheduledTokens]) -> "NullStep":
         if self.thread_s == 0.0:
             _wake_promptly()
         self.thread_s = time.thread_time()
         self._free_at = max(self._free_at, time.perf_counter()) + self._step_s
         ids = self._token_ids
-        tokens = [ids[c.sequence.num_generated % len(ids)] for c in chunks if c.samples]
+        sampled = [part.sequence for part in scheduled if part.is_sampled]
+        tokens = [ids[sequence.num_output_tokens % len(ids)] for sequence in sampled]
         return NullStep(tokens, self._free_at - self._late_s)
 
-    def step(self, chunks: list[Chunk]) -> Samples:
-        return self.launch(chunks).samples()
+    def clear_blocks(self, blocks: list[int]) -> None:
+        """There is no KV cache."""
 
 
 class NullStep(NamedTuple):
-    """A step under way on the made-up device."""
+    """A step in flight on the made-up device."""
 
     token_ids: list[int]
     ends_at: float
 
-    def samples(self) -> Samples:
+    def wait(self) -> SampledTokens:
         time.sleep(max(0.0, self.ends_at - time.perf_counter()))
-        return Samples(self.token_ids, {})
+        return SampledTokens(self.token_ids, {})
 
 
 def _wake_promptly() -> None:

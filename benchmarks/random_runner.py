@@ -12,9 +12,11 @@ import torch
 
 from benchmarks.device import Device
 from benchmarks.random_model import config_of, random_model
-from serve_app.engine.flight import Flight, looking_ahead
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.runner import InFlightStep
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
+from serve_app.engine.sequence import Sequence
 from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
@@ -48,7 +50,7 @@ class RandomRunner:
         sizes = (blocks, BLOCK_SIZE)
         most_rows = max(self.batches)
         made = (self.model, *sizes, self.dtype, device.device)
-        self.runner = ModelRunner(*made, most_rows=most_rows)
+        self.runner = ModelRunner(*made, max_num_seqs=most_rows)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
 
@@ -84,7 +86,7 @@ class RandomRunner:
             ids = torch.randint(self.config.vocab_size, (num_tokens,)).tolist()
             sequence = Sequence(ids, params, seed=i, stop_ids=frozenset())
             sequence.block_table = list(range(i * blocks, (i + 1) * blocks))
-            sequence.num_computed = num_tokens - 1
+            sequence.num_computed_tokens = num_tokens - 1
             made.append(sequence)
         return made
 
@@ -92,14 +94,15 @@ class RandomRunner:
     def graph_error(self) -> float | None:
         """How far the logits of a replayed step are from those of the same one launched kernel by
         kernel, relatively; None where nothing is captured."""
-        graphs, step = self.runner._graphs, self.runner._decode
+        graphs, step = self.runner._graphs, self.runner._gpu_step
         if graphs is None or step is None:
             return None
         count = max(self.batches)
         sequences = self.sequences(count, self.options.context)
-        chunks = [Chunk(s, self.options.context - 1, self.options.context, True) for s in sequences]
-        launched = step.decode(self.runner._batch(chunks))
-        replayed, _ = graphs.run(chunks, {}, self.runner._tables.of(chunks))
+        last = self.options.context - 1
+        decodes = [ScheduledTokens(s, last, last + 1, True) for s in sequences]
+        launched = step.decode(self.runner._batch(decodes))
+        replayed, _ = graphs.run(decodes, None, self.runner._tables.of(decodes))
         return float((replayed - launched).norm() / launched.norm())
 
     def decode(self, batch: int) -> float:
@@ -116,26 +119,34 @@ class RandomRunner:
     def prefill(self) -> float:
         """Tokens per second of one prompt, in one step."""
         prompt = self.sequences(1, self.options.prompt, temperature=0.0)[0]
-        whole = [Chunk(prompt, 0, self.options.prompt, True)]
-        seconds = self.device.seconds(lambda: self.runner.step(whole), repeats=3)
+        whole = [ScheduledTokens(prompt, 0, self.options.prompt, True)]
+        seconds = self.device.seconds(lambda: self.runner.launch(whole).wait(), repeats=3)
         return float(self.options.prompt / seconds)
 
 
 def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:
-    """So many steps in which every sequence gets a token, as the engine makes them: each is started
-    before the last one's tokens are read, where the runner can."""
-    before: Flight | None = None
-    ahead = looking_ahead(runner)
+    """Runs steps in which every sequence gets a token. As in the engine, a step is launched before
+    the last one's tokens are read, where the device can overlap steps."""
+    last: Launched | None = None
     for _ in range(num_steps):
-        chunks = [Chunk(s, len(s.token_ids) - 1, len(s.token_ids), True) for s in sequences]
-        flight = Flight.start(runner, ahead, chunks)
-        read(before)
-        before = flight
-    read(before)
+        if not runner.can_overlap_steps:
+            collect(last)
+            last = None
+        ends = [(sequence, len(sequence.token_ids)) for sequence in sequences]
+        decodes = [ScheduledTokens(sequence, end - 1, end, True) for sequence, end in ends]
+        launched = (decodes, runner.launch(decodes))
+        mark_launched(decodes)
+        collect(last)
+        last = launched
+    collect(last)
 
 
-def read(flight: Flight | None) -> None:
-    """Waits for a step, and gives its sequences their tokens."""
-    if flight is not None:
-        for chunk, token in zip(flight.chunks, flight.outcome.samples().token_ids, strict=True):
-            chunk.sequence.token_ids[chunk.end] = token
+Launched = tuple[list[ScheduledTokens], InFlightStep]
+
+
+def collect(launched: Launched | None) -> None:
+    """Waits for a step and appends its tokens to the sequences."""
+    if launched is not None:
+        decodes, step = launched
+        for part, token_id in zip(decodes, step.wait().token_ids, strict=True):
+            part.sequence.token_ids[part.end] = token_id

@@ -35,7 +35,7 @@ from serve_app.api.ingress import create_app
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.engine.engine import Engine
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
 from serve_app.protocol import sse
@@ -97,7 +97,7 @@ class Alone:
 
     @property
     def runner(self) -> NullRunner:
-        runner = self.engine._loop._runner
+        runner = self.engine._core._runner
         assert isinstance(runner, NullRunner)
         return runner
 

@@ -8,8 +8,9 @@ from typing import Any, cast
 
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
+from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
-from serve_app.engine.sequence import Delta, FinishReason, SamplingParams, TokenLogprob
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import DeadlinePassed
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog

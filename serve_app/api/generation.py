@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from serve_app.api.metrics import Metrics
 from serve_app.config.sections import ApiSettings
-from serve_app.engine.sequence import Delta, SamplingParams
+from serve_app.engine.delta import Delta
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import ContextLengthExceeded, InternalError, InvalidRequest
 from serve_app.protocol import messages
 from serve_app.protocol.answer import Generation

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from serve_app.engine.sequence import Delta
+from serve_app.engine.delta import Delta
 from serve_app.errors import InvalidRequest, Overloaded, ServeError, as_serve_error
 
 if TYPE_CHECKING:
@@ -50,22 +50,26 @@ TOKENS = tuple(2.0**n for n in range(16))
 
 # Name, field of `EngineStats`, help.
 GAUGES = (
-    ("num_requests_running", "running", "Requests in the engine's steps."),
-    ("num_requests_waiting", "waiting", "Requests in the engine's queue."),
-    ("kv_blocks_used", "kv_blocks_used", "KV blocks that requests hold."),
-    ("kv_blocks", "kv_blocks_total", "KV blocks that there are."),
+    ("num_requests_running", "num_running", "Requests in the engine's steps."),
+    ("num_requests_waiting", "num_waiting", "Requests in the engine's queue."),
+    ("kv_blocks_used", "num_used_blocks", "KV blocks that requests hold."),
+    ("kv_blocks", "num_blocks", "KV blocks that there are."),
 )
 COUNTERS = (
-    ("prompt_tokens", "prompt_tokens", "Tokens of prompts."),
-    ("generation_tokens", "generated_tokens", "Tokens that were generated."),
+    ("prompt_tokens", "num_prompt_tokens", "Tokens of prompts."),
+    ("generation_tokens", "num_generation_tokens", "Tokens that were generated."),
     (
         "prefix_cache_queries",
-        "queried_tokens",
+        "prefix_cache_queries",
         "Tokens looked for in the prefix cache: of prompts, and of what a preemption put back.",
     ),
-    ("prefix_cache_hits", "shared_tokens", "Tokens found in the prefix cache, and not computed."),
-    ("num_preemptions", "preemptions", "Running requests put back for want of KV blocks."),
-    ("engine_steps", "steps", "Steps of the engine."),
+    (
+        "prefix_cache_hits",
+        "prefix_cache_hits",
+        "Tokens found in the prefix cache, and not computed.",
+    ),
+    ("num_preemptions", "num_preemptions", "Running requests put back for want of KV blocks."),
+    ("engine_steps", "num_steps", "Steps of the engine."),
 )
 
 

@@ -1,52 +1,20 @@
-"""What the engine takes: its limits, and a new request checked against them.
+"""Admission: checks a new request against the engine's limits and makes its sequence.
 
-Everything refused here could never run; nothing has been started. Knows no queue.
+A request that is refused here could never run. Nothing has been started for it.
 """
 
 import secrets
-from dataclasses import dataclass
 
-from serve_app.engine.sequence import SamplingParams, Sequence
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.sequence import Sequence
 from serve_app.errors import ContextLengthExceeded, InvalidRequest
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """The engine's limits. Lengths in tokens."""
-
-    max_model_len: int
-    """Prompt and answer together."""
-    max_num_seqs: int
-    """Sequences in one step."""
-    max_waiting: int
-    """Sequences beyond `max_num_seqs` that may be alive; more are refused with `QueueFull`."""
-    block_size: int
-    """Tokens in one KV block."""
-    num_blocks: int
-    max_num_batched_tokens: int
-    """Tokens in one step, prompts and decodes together; at least `max_num_seqs`."""
-    eos_token_ids: frozenset[int]
-    retry_after_s: int = 2
-    keeps_prefixes: bool = True
-    """Whether sequences share the KV blocks of what they begin with in common."""
-
-    def __post_init__(self) -> None:
-        if self.max_num_batched_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
-                f"max_num_seqs ({self.max_num_seqs}), or running streams would stall one another."
-            )
-
-    @property
-    def longest_sequence(self) -> int:
-        """Tokens of prompt and answer that can run; the last one is returned, never computed."""
-        return min(self.max_model_len, self.num_blocks * self.block_size + 1)
 
 
 def admit(
     prompt_ids: list[int], params: SamplingParams, config: EngineConfig, vocab_size: int
 ) -> Sequence:
-    """The sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
+    """Returns the sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
     if not prompt_ids:
         raise InvalidRequest("The prompt must not be empty.", param="prompt")
     for name, ids in (
@@ -66,9 +34,9 @@ def admit(
             "`min_tokens` needs a token that is not in `stop_token_ids`.", param="min_tokens"
         )
     num_tokens = len(prompt_ids) + params.max_tokens
-    if num_tokens > config.longest_sequence:
+    if num_tokens > config.max_sequence_len:
         raise ContextLengthExceeded(
-            f"The context holds {config.longest_sequence} tokens, and this request needs "
+            f"The context holds {config.max_sequence_len} tokens, and this request needs "
             f"{num_tokens} ({len(prompt_ids)} of the prompt and {params.max_tokens} of "
             "max_tokens); shorten the prompt or lower max_tokens."
         )

@@ -1,18 +1,16 @@
-"""Which blocks each sequence of a batch has, as the model reads it.
-
-Knows nothing of how blocks are given.
-"""
+"""BlockTables: the block tables of a batch as one tensor, as the model reads them."""
 
 import torch
 from torch import Tensor
 
-from serve_app.engine.sequence import Chunk
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 
 
 class BlockTables:
-    """The block tables of a batch as one padded tensor.
+    """Builds the padded tensor of a step's block tables.
 
-    Most steps change nothing or add a block here and there, so the last tensor is kept.
+    From step to step most tables stay the same or grow by one block, so the last tensor is kept and
+    only new blocks are written into it.
     """
 
     def __init__(self) -> None:
@@ -20,15 +18,15 @@ class BlockTables:
         self._lengths: list[int] = []
         self._tensor = torch.zeros(0, 0, dtype=torch.int64)
 
-    def of(self, chunks: list[Chunk]) -> Tensor:
-        """`[sequences, max_blocks]` on the host, rows padded with 0."""
-        tables = [chunk.sequence.block_table for chunk in chunks]
+    def of(self, scheduled: list[ScheduledTokens]) -> Tensor:
+        """int64 `[sequences, max_blocks]` on the host, padded with 0; valid until the next call."""
+        tables = [part.sequence.block_table for part in scheduled]
         lengths = [len(table) for table in tables]
         is_same = len(tables) == len(self._tables) and all(
             table is known for table, known in zip(tables, self._tables, strict=True)
         )
         if not is_same or max(lengths) > self._tensor.shape[1]:
-            # A quarter more columns than needed, so that growing is rare.
+            # A quarter wider than needed, so that it seldom has to be made anew.
             width = max(lengths) + max(lengths) // 4 + 1
             self._tensor = torch.zeros(len(tables), width, dtype=torch.int64)
             known_lengths = [0] * len(tables)

@@ -1,10 +1,8 @@
-"""Engine: token ids in, deltas out. The asyncio face of a loop in a thread of its own.
+"""Engine: token ids in, deltas out. The asyncio interface of `EngineCore` and its thread.
 
-Every accepted request ends exactly once: with `stop`, `length`, its consumer's leaving, or its own
-error. A failed step costs the sequences in it and nobody else; three in a row end the engine. The
-loop sleeps when there is nothing to do, and never waits for a consumer.
-
-Knows neither text nor HTTP.
+Every accepted request ends exactly once: with `stop`, with `length`, with its own error, or because
+its consumer closed the generator. A failed step ends the sequences in it and no others; three
+failed steps in a row end the engine. The thread sleeps while there is no request.
 """
 
 import asyncio
@@ -12,32 +10,33 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from threading import Thread
 
-from serve_app.engine.admission import EngineConfig, admit
-from serve_app.engine.inbox import Inbox
-from serve_app.engine.loop import Loop
-from serve_app.engine.outbox import Stream
+from serve_app.engine.admission import admit
+from serve_app.engine.core import EngineCore
+from serve_app.engine.delta import Delta
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
-from serve_app.engine.sequence import Delta, SamplingParams
-
-__all__ = ["Engine", "EngineConfig", "EngineStats"]
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.stream import Stream
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Now: sequences and KV blocks. Since the start: the counters."""
+    """Sequences and KV blocks now, and counters since the start."""
 
-    running: int
-    waiting: int
-    kv_blocks_used: int
-    kv_blocks_total: int
-    generated_tokens: int
-    prompt_tokens: int
-    queried_tokens: int
-    """Of prompts, and of what a preemption put back: looked for in the cache."""
-    shared_tokens: int
-    """Of those: found there, and not computed."""
-    preemptions: int
-    steps: int
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+    num_generation_tokens: int
+    num_prompt_tokens: int
+    prefix_cache_queries: int
+    """Tokens looked up in the prefix cache: of prompts, and of sequences that resume after a
+    preemption."""
+    prefix_cache_hits: int
+    """Tokens found there, and not computed again."""
+    num_preemptions: int
+    num_steps: int
 
 
 class Engine:
@@ -46,62 +45,64 @@ class Engine:
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
         self._vocab_size = runner.vocab_size
-        self._inbox = Inbox(config.max_num_seqs + config.max_waiting, config.retry_after_s)
-        self._loop = Loop(runner, config, self._inbox)
-        self._thread = Thread(target=self._loop.run, name="engine", daemon=True)
+        self._requests = RequestQueue(
+            config.max_num_seqs + config.max_waiting, config.retry_after_s
+        )
+        self._core = EngineCore(runner, config, self._requests)
+        self._thread = Thread(target=self._core.run, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Starts the loop's thread; once."""
+        """Starts the engine's thread; call it once."""
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends everyone with `Draining` after the step that runs, and waits for the thread."""
-        self._inbox.stop()
+        """Ends all requests with `Draining` after the current step, and waits for the thread."""
+        self._requests.stop()
         if self._thread.is_alive():
             self._thread.join()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the loop runs and takes requests."""
-        return self._thread.is_alive() and not self._inbox.is_dead
+        """Whether the engine runs and takes requests."""
+        return self._thread.is_alive() and not self._requests.has_failed
 
     def stats(self) -> EngineStats:
-        """Numbers for metrics; from any thread."""
-        loop = self._loop
+        """Numbers for metrics; may be called from any thread."""
+        core, scheduler = self._core, self._core.scheduler
         return EngineStats(
-            running=len(loop.scheduler.running),
-            waiting=len(loop.scheduler.waiting) + self._inbox.num_unread,
-            kv_blocks_used=loop.blocks.num_used,
-            kv_blocks_total=loop.blocks.num_blocks,
-            generated_tokens=loop.generated_tokens,
-            prompt_tokens=loop.prompt_tokens,
-            queried_tokens=loop.scheduler.num_queried_tokens,
-            shared_tokens=loop.scheduler.num_shared_tokens,
-            preemptions=loop.scheduler.num_preemptions,
-            steps=loop.steps,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting) + self._requests.num_waiting,
+            num_used_blocks=core.blocks.num_used,
+            num_blocks=core.blocks.num_blocks,
+            num_generation_tokens=core.num_generation_tokens,
+            num_prompt_tokens=core.num_prompt_tokens,
+            prefix_cache_queries=scheduler.prefix_cache_queries,
+            prefix_cache_hits=scheduler.prefix_cache_hits,
+            num_preemptions=scheduler.num_preemptions,
+            num_steps=core.num_steps,
         )
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
-        """Deltas of a new request, each with all that came since the last; the last one ends it.
+        """Yields a request's tokens as deltas; the last delta has the finish reason.
 
-        The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for what can never
-        run, `QueueFull`, `Draining` or `EngineDead` for what cannot now. Later ones raise the
-        request's own failure, or `DeadlinePassed` at `deadline`, a time on the event loop's clock.
-        Closing the generator, or cancelling its task, frees the request's blocks before the next
-        step.
+        The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for a request that
+        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now.
+        Later iterations raise the request's own error, or `DeadlinePassed` at `deadline`, a time on
+        the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
+        before the next step.
         """
         sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
-        self._inbox.submit(sequence, stream)
+        self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.
         timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)
         has_ended = False
         try:
             while not has_ended:
                 delta = await stream.next()
-                # The engine does not know of a deadline that has passed.
+                # After a deadline the sequence still runs, and is aborted below.
                 has_ended = delta.finish_reason not in (None, "cancelled")
                 delta.queued_s = sequence.queued_s
                 if delta.error is None:
@@ -114,4 +115,4 @@ class Engine:
             if timer is not None:
                 timer.cancel()
             if not has_ended:
-                self._inbox.abort(sequence)
+                self._requests.abort(sequence)

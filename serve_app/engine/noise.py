@@ -1,23 +1,24 @@
-"""Counter-based random numbers: a pure function of seed, output position and token id.
+"""Gumbel noise as a pure function of seed, output position and token id.
 
-No generator and no running offset, so neither company nor a preemption can shift what a seeded
-request draws. The bits are SplitMix64's (Steele, Lea and Flood, OOPSLA 2014).
+The generator is counter-based: it has no state, so a seeded request draws the same numbers in any
+batch and after a preemption. The bits are SplitMix64's (Steele, Lea and Flood, OOPSLA 2014).
 """
 
 import torch
 from torch import Tensor
 
-# As signed 64-bit numbers, whose arithmetic wraps in torch.
+# As signed 64-bit numbers, whose arithmetic wraps around in torch.
 _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIX_1 = 0xBF58476D1CE4E5B9 - (1 << 64)
 _MIX_2 = 0x94D049BB133111EB - (1 << 64)
 
 
 def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise [rows, vocab_size], float64, for int64 `seeds`, `positions` [rows].
+    """Standard Gumbel noise, float64 `[rows, vocab_size]`, for int64 `seeds`, `positions` `[rows]`.
 
-    The argmax of logits plus this noise is a sample of their softmax. float64, because the tail
-    of the distribution is what decides, and because it leaves no ties.
+    The argmax of logits plus this noise is a sample of their softmax (the Gumbel-max trick).
+    float64, because the tail of the distribution decides, and because ties become impossible in
+    practice.
     """
     keys = _mix(_mix(seeds.clone()) + positions * _GOLDEN)
     ids = torch.arange(vocab_size, device=seeds.device) * _GOLDEN
@@ -27,13 +28,13 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()
 
 
-def signed(seed: int) -> int:
-    """The low 64 bits of any integer, as int64 holds them."""
+def as_int64(seed: int) -> int:
+    """The low 64 bits of any integer, as a signed 64-bit number."""
     return ((seed + (1 << 63)) % (1 << 64)) - (1 << 63)
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Overwrites `x`: fresh memory for each operation would take longer than the operation."""
+    """SplitMix64's finalizer. Overwrites `x`: new memory would cost more than the arithmetic."""
     x ^= _shift_right(x, 30)
     x *= _MIX_1
     x ^= _shift_right(x, 27)

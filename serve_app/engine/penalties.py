@@ -1,7 +1,7 @@
-"""Presence, frequency and repetition penalties over a batch, from token counts kept per sequence.
+"""Penalties: presence, frequency and repetition penalties over a batch.
 
-The counts of a sequence are one row of its batch's matrices; a new batch takes the rows over, and
-counts only the tokens that came since. Knows no other sampling parameter.
+Token counts are one row of a matrix per sequence. A new batch copies the rows of the sequences that
+it takes over, and each step counts only the tokens that came since.
 """
 
 from dataclasses import dataclass
@@ -9,31 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from serve_app.engine.sequence import SamplingParams, Sequence
+from serve_app.engine.sequence import Sequence
 
 
 @dataclass(slots=True)
 class _Counts:
-    """What a sequence carries in `sampler_state`."""
+    """Token counts of one sequence, kept in `Sequence.sampler_state` between batches."""
 
     generated: Tensor
-    """How often each token was generated, float32 [vocab]."""
+    """How often each token was generated, float32 `[vocab]`."""
     prompt: Tensor
-    """Whether each token is in the prompt, bool [vocab]."""
+    """Whether each token is in the prompt, bool `[vocab]`."""
     num_counted: int
-    """How many of the sequence's tokens these counts include."""
-
-
-def has_penalty(params: SamplingParams) -> bool:
-    return (
-        params.presence_penalty != 0
-        or params.frequency_penalty != 0
-        or params.repetition_penalty != 1
-    )
+    """Leading tokens of the sequence that are in these counts."""
 
 
 class Penalties:
-    """The penalties of `sequences`, which are the rows `rows` of a batch's logits."""
+    """The penalties of `sequences`, which have the rows `rows` of the batch's logits."""
 
     def __init__(
         self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
@@ -52,19 +44,20 @@ class Penalties:
             self._generated, self._prompt, sequences, strict=True
         ):
             counts: _Counts | None = sequence.sampler_state
+            num_prompt_tokens = sequence.num_prompt_tokens
             if counts is None:
-                prompt[sequence.token_ids[: sequence.num_prompt]] = True
-                sequence.sampler_state = _Counts(generated, prompt, sequence.num_prompt)
+                prompt[sequence.token_ids[:num_prompt_tokens]] = True
+                sequence.sampler_state = _Counts(generated, prompt, num_prompt_tokens)
             else:
                 generated.copy_(counts.generated)
                 prompt.copy_(counts.prompt)
                 sequence.sampler_state = _Counts(generated, prompt, counts.num_counted)
 
     def apply(self, logits: Tensor) -> None:
-        """Penalises `logits` [batch, vocab] in place.
+        """Penalises `logits` `[batch, vocab]` in place.
 
-        The repetition penalty is CTRL's (arXiv 1909.05858, section 4.1), which divides positive
-        logits and multiplies negative ones; presence and frequency are OpenAI's.
+        The repetition penalty is CTRL's (arXiv 1909.05858, section 4.1): it divides positive logits
+        and multiplies negative ones. Presence and frequency penalties are OpenAI's.
         """
         self._count()
         scores = logits[self._rows]
@@ -75,7 +68,7 @@ class Penalties:
         logits[self._rows] = scores
 
     def _count(self) -> None:
-        """Counts what was generated since the last step."""
+        """Counts the tokens that were generated since the last step."""
         rows: list[int] = []
         token_ids: list[int] = []
         for row, sequence in enumerate(self._sequences):

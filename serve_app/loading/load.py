@@ -195,8 +195,9 @@ def _engine(
     notes: list[str],
 ) -> tuple["Engine", int]:
     """The started engine, and the bytes of its KV cache."""
-    from serve_app.engine.engine import Engine, EngineConfig
-    from serve_app.engine.runner import ModelRunner
+    from serve_app.engine.engine import Engine
+    from serve_app.engine.engine_config import EngineConfig
+    from serve_app.engine.model_runner import ModelRunner
     from serve_app.model.kv import KVCache
 
     chosen = settings.engine
@@ -207,7 +208,7 @@ def _engine(
     what, needed = f"a KV cache of {num_tokens} tokens", num_tokens * token_bytes
     with memory_for(what, needed, device, "lower `engine.kv_cache_tokens`"):
         sizes = (num_blocks, chosen.block_size)
-        runner = ModelRunner(model, *sizes, dtype, device, most_rows=chosen.max_num_seqs)
+        runner = ModelRunner(model, *sizes, dtype, device, max_num_seqs=chosen.max_num_seqs)
     notes.append(runner.note)
     log.info("%s", runner.note)
     engine = Engine(
@@ -221,7 +222,7 @@ def _engine(
             max_num_batched_tokens=chosen.max_num_batched_tokens,
             eos_token_ids=model.config.eos_token_ids,
             retry_after_s=settings.api.retry_after_s,
-            keeps_prefixes=chosen.enable_prefix_caching,
+            enable_prefix_caching=chosen.enable_prefix_caching,
         ),
     )
     engine.start()

@@ -8,7 +8,7 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import ModelLoadFailed, OutOfMemory, ServeError
 
 if TYPE_CHECKING:

@@ -42,7 +42,7 @@ def test_a_new_server_has_counted_nothing() -> None:
     """What the load computed to warm up is nobody's request; the counters are there, at 0."""
     server = MixtralServer(Settings.from_yaml("configs/tiny.yaml"))
     try:
-        assert server._engine.stats().generated_tokens > 0
+        assert server._engine.stats().num_generation_tokens > 0
         seen = Shown(server.metrics.text("ready"))
     finally:
         server.close()

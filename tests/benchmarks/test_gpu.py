@@ -13,7 +13,7 @@ from benchmarks.random_model import config_of
 from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
 from serve_app.engine import runner
-from serve_app.engine.graphs import DecodeGraphs
+from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.model.kernels.triton import gpu_step
 
 

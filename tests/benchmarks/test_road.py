@@ -38,9 +38,9 @@ def test_the_null_model_says_its_text(alone: Alone) -> None:
 @pytest.mark.parametrize("part", ["engine", "text and chunks", "events", "ingress"])
 def test_every_part_of_the_road_is_gone_to_its_end(alone: Alone, part: str) -> None:
     """As many tokens as were asked for are made for each stream, and cost something."""
-    before = alone.engine.stats().generated_tokens
+    before = alone.engine.stats().num_generation_tokens
     whole, own = alone.cost(part, STREAMS[1])
-    assert alone.engine.stats().generated_tokens - before == STREAMS[1] * NUM_TOKENS
+    assert alone.engine.stats().num_generation_tokens - before == STREAMS[1] * NUM_TOKENS
     assert whole > own > 0
 
 

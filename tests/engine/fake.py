@@ -10,10 +10,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from serve_app.engine.engine import Engine, EngineConfig
-from serve_app.engine.runner import Runner
+from serve_app.engine.delta import Delta, TokenLogprob
+from serve_app.engine.engine import Engine
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.runner import InFlightStep, Runner
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.sequence import Chunk, Delta, Samples, SamplingParams, TokenLogprob
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 
 VOCAB_SIZE = 50
 EOS = 3
@@ -41,19 +44,21 @@ def repeat(*token_ids: int) -> Callable[[list[int]], Tensor]:
 class FakeRunner:
     """Computes nothing: samples from `logits` of a sequence's tokens.
 
-    Steps wait for `allow` when made with `is_held`. `before` may raise in place of a step.
+    With `is_held`, each step waits for `allow`. `before` may raise in place of a step.
     """
 
     vocab_size = VOCAB_SIZE
+    can_overlap_steps = False
 
     def __init__(
         self,
         logits: Callable[[list[int]], Tensor] = logits_of,
         *,
         is_held: bool = False,
-        before: Callable[[list[Chunk]], None] = lambda chunks: None,
+        before: Callable[[list[ScheduledTokens]], None] = lambda scheduled: None,
     ) -> None:
-        self.steps: list[list[Chunk]] = []
+        self.steps: list[list[ScheduledTokens]] = []
+        self.cleared: list[int] = []
         self._logits = logits
         self._before = before
         self._sampler = Sampler()
@@ -69,21 +74,23 @@ class FakeRunner:
         self._allowed.release()
 
     async def entered(self, num_steps: int) -> None:
-        """Returns when so many more steps have begun; what is sent then is read after the last."""
+        """Waits for so many more launches. Requests sent then are taken after the last of them."""
         for _ in range(num_steps):
             await asyncio.to_thread(self._entered.acquire)
 
-    def step(self, chunks: list[Chunk]) -> Samples:
+    def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:
         self._entered.release()
         if self._is_held:
             self._allowed.acquire()
-        self.steps.append(chunks)
-        self._before(chunks)
-        sampled = [chunk.sequence for chunk in chunks if chunk.samples]
-        if not sampled:
-            return Samples([], {})
-        logits = torch.stack([self._logits(sequence.token_ids) for sequence in sampled])
+        self.steps.append(scheduled)
+        self._before(scheduled)
+        sampled = [part.sequence for part in scheduled if part.is_sampled]
+        rows = [self._logits(sequence.token_ids) for sequence in sampled]
+        logits = torch.stack(rows) if rows else torch.empty(0, VOCAB_SIZE)
         return self._sampler.sample(logits, sampled)
+
+    def clear_blocks(self, blocks: list[int]) -> None:
+        self.cleared += blocks
 
 
 def config(**changes: Any) -> EngineConfig:
@@ -144,7 +151,7 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 async def start(
     engine: Engine, runner: FakeRunner, params: SamplingParams
 ) -> tuple[AsyncGenerator[Delta, None], Delta]:
-    """A request and its first delta; the runner, which is held, has begun the next step."""
+    """A request and its first delta. The runner is held in the launch of the next step."""
     request = engine.generate([1, 2], params)
     runner.allow(1)
     first = await anext(request)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.model.mixtral import Mixtral
 from tests.engine.fake import complete, run, running
 
@@ -32,17 +32,24 @@ class Pair:
     oracle: Any
 
 
+class OverlappingRunner(ModelRunner):
+    """Lets the engine launch a step before it collects the last one, as on a GPU."""
+
+    can_overlap_steps = True
+
+
 @contextmanager
 def serving(
     model: Mixtral,
     num_blocks: int = 512,
     max_num_batched_tokens: int = 64,
-    keeps_prefixes: bool = True,
-    looks_ahead: bool = False,
+    enable_prefix_caching: bool = True,
+    can_overlap_steps: bool = False,
     prepare: Callable[[ModelRunner], None] = lambda runner: None,
 ) -> Iterator[Engine]:
     cpu = torch.device("cpu")
-    runner = ModelRunner(model, num_blocks, BLOCK_SIZE, torch.float32, cpu, looks_ahead=looks_ahead)
+    kind = OverlappingRunner if can_overlap_steps else ModelRunner
+    runner = kind(model, num_blocks, BLOCK_SIZE, torch.float32, cpu)
     prepare(runner)
     with running(
         runner,
@@ -51,7 +58,7 @@ def serving(
         block_size=BLOCK_SIZE,
         num_blocks=num_blocks,
         max_num_batched_tokens=max_num_batched_tokens,
-        keeps_prefixes=keeps_prefixes,
+        enable_prefix_caching=enable_prefix_caching,
     ) as engine:
         yield engine
 

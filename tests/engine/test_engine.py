@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 
+from serve_app.engine.delta import Delta
 from serve_app.engine.engine import Engine
-from serve_app.engine.outbox import Stream
-from serve_app.engine.sequence import Delta, SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.stream import Stream
 from serve_app.errors import (
     ContextLengthExceeded,
     DeadlinePassed,
@@ -149,7 +150,7 @@ def test_a_step_wakes_the_event_loop_once() -> None:
 
     with running(runner) as engine:
         calls = run(count())
-        assert calls <= engine.stats().steps < 20
+        assert calls <= engine.stats().num_steps < 20
 
 
 def test_requests_of_several_event_loops_run_together() -> None:
@@ -195,7 +196,7 @@ def test_leaving_frees_the_blocks_at_the_next_step(how: str) -> None:
         runner.let_go()
         await settled(engine)
         stats = engine.stats()
-        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+        assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
         # Its first step, the one that was under way, and the other request's.
         assert len(runner.steps) == 3
 
@@ -215,7 +216,7 @@ def test_a_deadline_ends_a_request_and_frees_its_blocks(wait_s: float) -> None:
         runner.let_go()
         await settled(engine)
         stats = engine.stats()
-        assert (stats.running, stats.waiting, stats.kv_blocks_used) == (0, 0, 0)
+        assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
 
     with running(runner) as engine:
         run(late())
@@ -247,7 +248,10 @@ def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
         await asyncio.sleep(0)
         # The event loop is held up, and then hears of both at once: when there is a second token,
         # the first one is on its way.
-        while asyncio.get_running_loop().time() <= deadline or engine.stats().generated_tokens < 2:
+        while (
+            asyncio.get_running_loop().time() <= deadline
+            or engine.stats().num_generation_tokens < 2
+        ):
             pass
         delta = await first
         assert delta.token_ids
@@ -268,7 +272,7 @@ def test_leaving_the_queue_costs_no_step() -> None:
         first, _ = await start(engine, runner, greedy(20, ignore_eos=True))
         waiting = asyncio.ensure_future(complete(engine, [42], greedy(5)))
         await asyncio.sleep(0)
-        assert engine.stats().waiting == 1
+        assert engine.stats().num_waiting == 1
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
@@ -280,7 +284,7 @@ def test_leaving_the_queue_costs_no_step() -> None:
     with running(runner, max_num_seqs=1) as engine:
         run(leave())
         assert all(chunk.sequence.token_ids[0] != 42 for step in runner.steps for chunk in step)
-        assert engine.stats().waiting == 0
+        assert engine.stats().num_waiting == 0
 
 
 def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
@@ -314,7 +318,7 @@ def test_a_request_whose_event_loop_is_gone_is_dropped() -> None:
         loop.close()
         runner.let_go()
         run(complete(engine, [5], greedy(3, ignore_eos=True)))
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
         assert len(runner.steps) < 10
         del request
 
@@ -335,7 +339,7 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
         run(both())
     prefill = [step for step in runner.steps if any(len(c.sequence.token_ids) > 100 for c in step)]
     assert len(prefill) >= 15
-    assert all(step[0].samples and step[0].end - step[0].start == 1 for step in prefill)
+    assert all(step[0].is_sampled and step[0].end - step[0].start == 1 for step in prefill)
 
 
 def test_an_idle_engine_makes_no_steps() -> None:
@@ -344,9 +348,9 @@ def test_an_idle_engine_makes_no_steps() -> None:
     with running(runner) as engine:
         run(complete(engine, [1, 2, 3], greedy(5, ignore_eos=True)))
         stats = engine.stats()
-        assert len(runner.steps) == stats.steps == 5
-        assert (stats.prompt_tokens, stats.generated_tokens) == (3, 5)
-        assert stats.kv_blocks_total == 128
+        assert len(runner.steps) == stats.num_steps == 5
+        assert (stats.num_prompt_tokens, stats.num_generation_tokens) == (3, 5)
+        assert stats.num_blocks == 128
 
 
 def test_stop_ends_everyone_and_refuses_newcomers() -> None:
@@ -374,7 +378,7 @@ def test_stop_ends_everyone_and_refuses_newcomers() -> None:
         assert engine.is_alive
         run(stopped())
         assert not engine.is_alive
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
 
 
 def test_the_fake_prescribes_what_it_says() -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.sequence import Chunk, Delta
+from serve_app.engine.delta import Delta
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.errors import EngineDead, InternalError, OutOfMemory, ServeError
 from tests.engine.fake import FakeRunner, complete, greedy, logits_of, run, running, start
 
@@ -23,8 +24,10 @@ def poisoned_logits(token_ids: list[int]) -> Tensor:
     return logits
 
 
-def fail_on_poison(chunks: list[Chunk]) -> None:
-    if any(POISON in chunk.sequence.token_ids[: chunk.sequence.num_prompt] for chunk in chunks):
+def fail_on_poison(chunks: list[ScheduledTokens]) -> None:
+    if any(
+        POISON in chunk.sequence.token_ids[: chunk.sequence.num_prompt_tokens] for chunk in chunks
+    ):
         raise torch.OutOfMemoryError("too much")
 
 
@@ -53,7 +56,7 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
         first, broken, third = run(together())
         assert isinstance(broken, InternalError)
         assert len(run(early_tokens())) == 3
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
         assert run(complete(engine, prompts[0], params)) == first
         assert run(complete(engine, prompts[2], params)) == third
 
@@ -72,7 +75,7 @@ def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
 ) -> None:
     """Those in the step get an error each, without foreign text; those that waited are served."""
 
-    def fail_on_poison(chunks: list[Chunk]) -> None:
+    def fail_on_poison(chunks: list[ScheduledTokens]) -> None:
         if any(chunk.sequence.token_ids[0] == POISON for chunk in chunks):
             raise error
 
@@ -93,7 +96,7 @@ def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
         assert errors[0] is not errors[1]
         assert "secret" not in str(errors[0])
         assert len((await waiting)[0]) == 4
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
 
     with running(runner, max_num_seqs=2) as engine:
         run(fail())
@@ -128,7 +131,7 @@ def test_three_failed_steps_in_a_row_end_the_engine() -> None:
         with pytest.raises(EngineDead):
             run(complete(engine, [1], greedy(4)))
         assert not engine.is_alive
-        assert engine.stats().running == engine.stats().waiting == 0
+        assert engine.stats().num_running == engine.stats().num_waiting == 0
         engine.stop()
         with pytest.raises(EngineDead):
             run(complete(engine, [1], greedy(4)))
@@ -141,10 +144,10 @@ def test_a_fault_of_the_loop_itself_hangs_nobody(monkeypatch: pytest.MonkeyPatch
     async def die() -> None:
         request, _ = await start(engine, runner, greedy(9, ignore_eos=True))
 
-        def schedule() -> list[Chunk]:
+        def schedule() -> list[ScheduledTokens]:
             raise ZeroDivisionError
 
-        monkeypatch.setattr(engine._loop.scheduler, "schedule", schedule)
+        monkeypatch.setattr(engine._core.scheduler, "schedule", schedule)
         runner.let_go()
         with pytest.raises(EngineDead):
             await drain(request, [])

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import InternalError
 from tests.engine.fake import complete, run
 from tests.engine.mixtral import (
@@ -58,11 +58,11 @@ def test_greedy_tokens_are_the_same_after_preemptions(pair: Pair) -> None:
     some = prompts(32, seed=4, longest=20)
     with serving(pair.ours) as engine:
         undisturbed = answers(engine, some, greedy())
-        assert engine.stats().preemptions == 0
+        assert engine.stats().num_preemptions == 0
     with serving(pair.ours, num_blocks=40) as engine:
         disturbed = answers(engine, some, greedy())
-        assert engine.stats().preemptions >= 5
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_preemptions >= 5
+        assert engine.stats().num_used_blocks == 0
     assert_same(pair, some, undisturbed, disturbed)
 
 
@@ -74,7 +74,7 @@ def test_a_prompt_of_many_chunks_gives_what_one_chunk_gives(pair: Pair) -> None:
         whole = answers(engine, some, greedy())
     with serving(pair.ours, max_num_batched_tokens=32) as engine:
         cut = answers(engine, some, greedy())
-        assert engine.stats().steps > NUM_TOKENS + len(some[0]) // 32
+        assert engine.stats().num_steps > NUM_TOKENS + len(some[0]) // 32
     assert_same(pair, some, whole, cut)
 
 
@@ -97,7 +97,7 @@ def test_a_seeded_request_repeats_itself_in_any_company(pair: Pair) -> None:
         in_company = together(engine, requests)
     with serving(pair.ours, num_blocks=40) as engine:
         preempted = together(engine, requests)
-        assert engine.stats().preemptions >= 5
+        assert engine.stats().num_preemptions >= 5
     # One may part from itself where rounding tips two scores that nearly tie.
     for found in (in_company, preempted):
         assert sum(a != b for a, b in zip(alone, found, strict=True)) <= 1

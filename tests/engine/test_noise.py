@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from serve_app.engine.noise import gumbel, signed
+from serve_app.engine.noise import as_int64, gumbel
 
 MASK = (1 << 64) - 1
 
@@ -28,7 +28,7 @@ def expected(seed: int, position: int, token_id: int) -> float:
 def test_noise_is_the_published_function_of_seed_position_and_token(seed: int) -> None:
     """Every number equals the pure Python one, signs and wrap-around included."""
     positions = [0, 1, 1000]
-    noise = gumbel(torch.tensor([signed(seed)] * 3), torch.tensor(positions), 40)
+    noise = gumbel(torch.tensor([as_int64(seed)] * 3), torch.tensor(positions), 40)
     for row, position in enumerate(positions):
         for token_id in range(40):
             assert noise[row, token_id].item() == pytest.approx(expected(seed, position, token_id))

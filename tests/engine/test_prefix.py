@@ -54,12 +54,12 @@ def test_conversations_are_the_same_with_the_cache_and_without(pair: Pair, num_b
     with serving(pair.ours, num_blocks=num_blocks) as engine:
         asked, said = turns(engine)
         stats = engine.stats()
-    assert stats.shared_tokens > 1000
-    assert (stats.preemptions > 0) == (num_blocks == 60)
-    assert stats.kv_blocks_used == 0
-    with serving(pair.ours, num_blocks=2048, keeps_prefixes=False) as engine:
+    assert stats.prefix_cache_hits > 1000
+    assert (stats.num_preemptions > 0) == (num_blocks == 60)
+    assert stats.num_used_blocks == 0
+    with serving(pair.ours, num_blocks=2048, enable_prefix_caching=False) as engine:
         plain = answers(engine, asked, greedy())
-        assert engine.stats().shared_tokens == engine.stats().queried_tokens == 0
+        assert engine.stats().prefix_cache_hits == engine.stats().prefix_cache_queries == 0
     assert_same(pair, asked, plain, said)
 
 
@@ -80,12 +80,12 @@ def test_a_consumer_that_leaves_takes_nothing_from_those_who_share(pair: Pair) -
         await asyncio.gather(*(leave(engine) for _ in range(12)))
         return list(await asyncio.gather(*staying))
 
-    with serving(pair.ours, keeps_prefixes=False) as engine:
+    with serving(pair.ours, enable_prefix_caching=False) as engine:
         (alone,) = answers(engine, [prompt], greedy())
     with serving(pair.ours, num_blocks=120) as engine:
         found = [tokens for tokens, _, _ in run(crowd(engine))]
         found += answers(engine, [prompt], greedy())
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
     assert_same(pair, [prompt] * 13, [alone] * 13, found)
 
 
@@ -94,7 +94,7 @@ def test_a_request_that_fails_spoils_no_prefix(pair: Pair) -> None:
     poison = 5
     good = [7] * 20
     bad = [*good[:16], poison, *good]
-    with serving(pair.ours, keeps_prefixes=False) as engine:
+    with serving(pair.ours, enable_prefix_caching=False) as engine:
         (alone,) = answers(engine, [good], greedy())
 
     async def crowd(engine: Engine) -> list[Any]:
@@ -110,5 +110,5 @@ def test_a_request_that_fails_spoils_no_prefix(pair: Pair) -> None:
     with poisoned(pair.ours, poison), serving(pair.ours) as engine:
         found = [tokens for tokens, _, _ in run(crowd(engine))]
         # 16 tokens each for those after the first; of the poisoned no block beyond those.
-        assert engine.stats().shared_tokens == 5 * 16
+        assert engine.stats().prefix_cache_hits == 5 * 16
     assert_same(pair, [good] * 3, [alone] * 3, found)

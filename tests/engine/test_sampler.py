@@ -11,12 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serve_app.engine.noise import gumbel, signed
+from serve_app.engine.noise import as_int64, gumbel
+from serve_app.engine.runner import SampledTokens
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.sequence import FAILED, SamplingParams, Sequence
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.sequence import FAILED, Sequence
 
 VOCAB_SIZE = 60
 STOP = frozenset({1, 2})
+
+
+def sampled(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> SampledTokens:
+    """The sampled tokens on the host."""
+    return sampler.sample(logits, sequences).wait()
 
 
 def new_sequence(
@@ -37,9 +44,9 @@ def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
         scores[token_id] += bias
     ids = torch.tensor([sequence.token_ids])
     scores = hf.RepetitionPenaltyLogitsProcessor(params.repetition_penalty)(ids, scores[None])[0]
-    for token_id, count in Counter(sequence.token_ids[sequence.num_prompt :]).items():
+    for token_id, count in Counter(sequence.token_ids[sequence.num_prompt_tokens :]).items():
         scores[token_id] -= count * params.frequency_penalty + params.presence_penalty
-    if sequence.num_generated < params.min_tokens:
+    if sequence.num_output_tokens < params.min_tokens:
         scores[list(sequence.stop_ids)] = -torch.inf
     if params.temperature == 0:
         return scores.masked_fill(scores < scores.max(), -torch.inf)
@@ -58,8 +65,8 @@ def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
 def reference_token(logits: Tensor, sequence: Sequence) -> tuple[int, float]:
     """The token that the noise picks, and by how much it beats the next one."""
     scores = reference_scores(logits, sequence).double()
-    position = torch.tensor([sequence.num_generated])
-    scores += gumbel(torch.tensor([signed(sequence.seed)]), position, len(scores))[0]
+    position = torch.tensor([sequence.num_output_tokens])
+    scores += gumbel(torch.tensor([as_int64(sequence.seed)]), position, len(scores))[0]
     best = scores.topk(2)
     return int(best.indices[0]), float(best.values[0] - best.values[1])
 
@@ -95,7 +102,7 @@ def test_every_row_gets_what_transformers_processors_and_the_noise_give(
     logits = torch.randn(
         len(sequences), VOCAB_SIZE, generator=torch.Generator().manual_seed(logits_seed)
     )
-    samples = Sampler().sample(logits.clone(), sequences)
+    samples = sampled(Sampler(), logits.clone(), sequences)
     for row, sequence in enumerate(sequences):
         token, lead = reference_token(logits[row], sequence)
         # A margin for the order of float32 operations, which may tip scales that nearly balance.
@@ -112,10 +119,10 @@ def test_a_row_is_exactly_the_same_alone_and_in_company(
     logits = torch.randn(
         len(sequences), VOCAB_SIZE, generator=torch.Generator().manual_seed(logits_seed)
     )
-    together = Sampler().sample(logits.clone(), sequences)
+    together = sampled(Sampler(), logits.clone(), sequences)
     for row, sequence in enumerate(sequences):
         sequence.sampler_state = None
-        alone = Sampler().sample(logits[row : row + 1].clone(), [sequence])
+        alone = sampled(Sampler(), logits[row : row + 1].clone(), [sequence])
         assert alone.token_ids == together.token_ids[row : row + 1]
         assert alone.logprobs.get(0) == together.logprobs.get(row)
 
@@ -132,11 +139,11 @@ def test_counts_follow_a_sequence_through_changing_batches() -> None:
         batch = sequences if step % 4 else rng.sample(sequences, rng.randint(1, 6))
         logits = torch.randn(len(batch), VOCAB_SIZE) * 0.3
         fresh = [new_sequence(params, s.token_ids[:2], s.token_ids[2:], seed=s.seed) for s in batch]
-        expected = Sampler().sample(logits.clone(), fresh).token_ids
-        assert sampler.sample(logits, list(batch)).token_ids == expected
+        expected = sampled(Sampler(), logits.clone(), fresh).token_ids
+        assert sampled(sampler, logits, list(batch)).token_ids == expected
         for sequence, token in zip(batch, expected, strict=True):
             sequence.token_ids.append(token)
-    assert max(sequence.num_generated for sequence in sequences) > 45
+    assert max(sequence.num_output_tokens for sequence in sequences) > 45
 
 
 @pytest.mark.parametrize(
@@ -161,13 +168,13 @@ def test_tokens_are_distributed_as_the_softmax_of_the_scores(how: dict[str, Any]
         new_sequence(params, [5, 6], [7, 8, 8][: i % 4], seed=i // 4) for i in range(num_draws)
     ]
     sampler = Sampler()
-    for num_generated in range(4):
-        some = sequences[num_generated::4]
-        tokens = sampler.sample(logits.repeat(len(some), 1), some).token_ids
+    for num_output_tokens in range(4):
+        some = sequences[num_output_tokens::4]
+        tokens = sampled(sampler, logits.repeat(len(some), 1), some).token_ids
         probs = reference_scores(logits, some[0]).double().softmax(-1).numpy()
         counts = np.bincount(tokens, minlength=VOCAB_SIZE)
         assert counts[probs == 0].sum() == 0
-        assert chi_square(counts, probs * len(some)) < 3.3, num_generated
+        assert chi_square(counts, probs * len(some)) < 3.3, num_output_tokens
 
 
 def chi_square(observed: Any, expected: Any) -> float:
@@ -192,7 +199,7 @@ def test_logprobs_are_those_of_the_models_own_distribution() -> None:
     )
     silent = SamplingParams(max_tokens=9, temperature=0)
     sequences = [new_sequence(params, [7], [7]), new_sequence(silent, [7], [7])]
-    samples = Sampler().sample(logits.clone(), sequences)
+    samples = sampled(Sampler(), logits.clone(), sequences)
     assert list(samples.logprobs) == [0]
     found = samples.logprobs[0]
     assert found.token_id == samples.token_ids[0] == 20
@@ -212,7 +219,7 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
     ]
     sequences = [new_sequence(p, [1], [4], seed=i) for i, p in enumerate(params)]
     logits = torch.randn(4, VOCAB_SIZE)
-    sound = Sampler().sample(logits.clone(), sequences).token_ids
+    sound = sampled(Sampler(), logits.clone(), sequences).token_ids
     for row in range(4):
         broken = logits.clone()
         if bad == -torch.inf:
@@ -220,11 +227,11 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
         else:
             broken[row, 9] = bad
         expected = [FAILED if i == row else token for i, token in enumerate(sound)]
-        assert Sampler().sample(broken, sequences).token_ids == expected
+        assert sampled(Sampler(), broken, sequences).token_ids == expected
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
     """Ties go to the lowest id, whatever the company."""
     logits = torch.zeros(3, VOCAB_SIZE)
     sequences = [new_sequence(SamplingParams(9, temperature=0), [4], []) for _ in range(3)]
-    assert Sampler().sample(logits, sequences).token_ids == [0, 0, 0]
+    assert sampled(Sampler(), logits, sequences).token_ids == [0, 0, 0]

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.block_manager import BlockManager
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.scheduler import Scheduler
-from serve_app.engine.sequence import PENDING, Chunk, SamplingParams, Sequence
+from serve_app.engine.sequence import PENDING, Sequence
 
 
 def new_sequence(num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
@@ -42,22 +44,22 @@ class Driver:
             self.scheduler.remove(sequence)
             self.ended[sequence] += 1
 
-    def step(self) -> list[Chunk]:
+    def step(self) -> list[ScheduledTokens]:
         if not self.scheduler.has_work:
             return []
-        decoding = [s for s in self.scheduler.running if s.num_uncomputed == 1]
+        decoding = [s for s in self.scheduler.running if s.num_uncomputed_tokens == 1]
         chunks = self.scheduler.schedule()
         self.check(chunks, decoding)
-        for sequence, start, end, samples in chunks:
+        for sequence, start, end, is_sampled in chunks:
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
             for position in range(start, end):
                 self.slots[self.slot(sequence, position)] = sequence.token_ids[: position + 1]
-            sequence.num_computed = end
-            if samples:
-                self.scheduler.keep(sequence, sequence.num_computed)
+            sequence.num_computed_tokens = end
+            if is_sampled:
+                self.scheduler.cache_blocks(sequence, sequence.num_computed_tokens)
                 sequence.token_ids.append(0)
-                if sequence.num_generated == sequence.params.max_tokens:
+                if sequence.num_output_tokens == sequence.params.max_tokens:
                     self.scheduler.remove(sequence)
                     self.ended[sequence] += 1
         return chunks
@@ -66,16 +68,16 @@ class Driver:
         block, offset = divmod(position, self.scheduler.blocks.block_size)
         return sequence.block_table[block], offset
 
-    def check(self, chunks: list[Chunk], decoding: list[Sequence]) -> None:
+    def check(self, chunks: list[ScheduledTokens], decoding: list[Sequence]) -> None:
         scheduler = self.scheduler
         assert (
             0 < sum(end - start for _, start, end, _ in chunks) <= scheduler.max_num_batched_tokens
         )
         assert len({sequence for sequence, *_ in chunks}) == len(chunks)
-        for sequence, start, end, samples in chunks:
+        for sequence, start, end, is_sampled in chunks:
             assert sequence in scheduler.running
-            assert sequence.num_computed == start < end <= len(sequence.token_ids)
-            assert samples == (end == len(sequence.token_ids))
+            assert sequence.num_computed_tokens == start < end <= len(sequence.token_ids)
+            assert is_sampled == (end == len(sequence.token_ids))
             assert len(sequence.block_table) * scheduler.blocks.block_size >= end
         scheduled = [sequence for sequence, *_ in chunks]
         alive = [s for s in decoding if s in scheduler.running]
@@ -84,12 +86,12 @@ class Driver:
         owned = [block for s in scheduler.running for block in s.block_table]
         assert len(set(owned)) == scheduler.blocks.num_used
         for sequence in scheduler.running:
-            for position in range(sequence.num_computed):
+            for position in range(sequence.num_computed_tokens):
                 seen = self.slots[self.slot(sequence, position)]
                 assert seen == sequence.token_ids[: position + 1], "another sequence's tokens"
         order = [*scheduler.running, *scheduler.waiting]
         assert order == [s for s in self.arrived if not self.ended[s]], "not in order of arrival"
-        assert not any(s.block_table or s.num_computed for s in scheduler.waiting)
+        assert not any(s.block_table or s.num_computed_tokens for s in scheduler.waiting)
 
 
 EVENTS = st.lists(
@@ -117,7 +119,7 @@ def test_every_sequence_ends_once_within_all_limits(
     more_tokens: int,
     block_size: int,
     more_blocks: int,
-    keeps_prefixes: bool,
+    enable_prefix_caching: bool,
     events: list[object],
 ) -> None:
     """Whatever arrives and leaves: limits hold in every step, all end once, in order of arrival.
@@ -125,8 +127,10 @@ def test_every_sequence_ends_once_within_all_limits(
     And whoever shares blocks, each sequence finds its own tokens in its table.
     """
     num_blocks = -(-31 // block_size) + more_blocks  # 31 tokens: the longest request alone
-    blocks = BlockAllocator(num_blocks, block_size)
-    driver = Driver(Scheduler(blocks, max_num_seqs, max_num_seqs + more_tokens, keeps_prefixes))
+    blocks = BlockManager(num_blocks, block_size)
+    driver = Driver(
+        Scheduler(blocks, max_num_seqs, max_num_seqs + more_tokens, enable_prefix_caching)
+    )
     left: set[Sequence] = set()
     for event in events:
         match event:
@@ -144,39 +148,39 @@ def test_every_sequence_ends_once_within_all_limits(
     assert blocks.num_used == 0
     assert driver.admitted == [s for s in driver.arrived if s in driver.admitted]
     for sequence in set(driver.arrived) - left:
-        assert sequence.num_generated == sequence.params.max_tokens
+        assert sequence.num_output_tokens == sequence.params.max_tokens
 
 
 def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     """Blocks for two run out: the second gives way, then resumes from its prompt and its tokens."""
-    blocks = BlockAllocator(6, 4)
+    blocks = BlockManager(6, 4)
     driver = Driver(
-        Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=16, keeps_prefixes=False)
+        Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=16, enable_prefix_caching=False)
     )
     first, second = driver.add(8, 13), driver.add(7, 9)
     while not driver.scheduler.num_preemptions:
         driver.step()
     assert list(driver.scheduler.waiting) == [second]
-    kept = second.num_generated
+    kept = second.num_output_tokens
     assert kept > 0
     while not driver.ended[first]:
         assert [sequence for sequence, *_ in driver.step()] == [first]
-    assert driver.step() == [Chunk(second, 0, 7 + kept, samples=True)]
+    assert driver.step() == [ScheduledTokens(second, 0, 7 + kept, is_sampled=True)]
     while driver.step():
         pass
-    assert second.num_generated == 9
+    assert second.num_output_tokens == 9
 
 
 def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
     """From its arrival to its first step; a preemption is no second arrival."""
-    driver = Driver(Scheduler(BlockAllocator(6, 4), max_num_seqs=2, max_num_batched_tokens=16))
+    driver = Driver(Scheduler(BlockManager(6, 4), max_num_seqs=2, max_num_batched_tokens=16))
     first, second, third = driver.add(8, 13), driver.add(7, 9), driver.add(1, 1)
     driver.step()
     waited = [sequence.queued_s for sequence in (first, second, third)]
     assert waited[0] is not None
     assert waited[1] is not None
     assert waited[2] is None
-    assert 0 <= waited[0] <= waited[1] + second.arrived - first.arrived
+    assert 0 <= waited[0] <= waited[1] + second.arrival_time - first.arrival_time
     while driver.step():
         pass
     assert driver.scheduler.num_preemptions > 0
@@ -187,10 +191,12 @@ def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
 def test_a_second_turn_computes_only_what_is_new() -> None:
     """A prompt that holds an earlier one and its answer begins where the full blocks of those end;
     with the cache off it begins at 0."""
-    for keeps_prefixes, start in ((True, 16), (False, 0)):
-        blocks = BlockAllocator(64, 4)
+    for enable_prefix_caching, start in ((True, 16), (False, 0)):
+        blocks = BlockManager(64, 4)
         driver = Driver(
-            Scheduler(blocks, 4, max_num_batched_tokens=64, keeps_prefixes=keeps_prefixes)
+            Scheduler(
+                blocks, 4, max_num_batched_tokens=64, enable_prefix_caching=enable_prefix_caching
+            )
         )
         first = driver.add(11, 8)
         while driver.step():
@@ -199,19 +205,19 @@ def test_a_second_turn_computes_only_what_is_new() -> None:
         second = driver.add(11 + 8 + 5, 3)
         (chunk,) = driver.step()
         # The first one's last token was returned and never computed: 18 tokens, 4 full blocks.
-        assert chunk == Chunk(second, start, 24, samples=True)
-        assert driver.scheduler.num_shared_tokens == start
-        assert first.num_generated == 8
+        assert chunk == ScheduledTokens(second, start, 24, is_sampled=True)
+        assert driver.scheduler.prefix_cache_hits == start
+        assert first.num_output_tokens == 8
 
 
 def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> None:
     """Somebody has to give the logits: the last block is computed anew, in a block of its own."""
-    driver = Driver(Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=64))
+    driver = Driver(Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64))
     first = driver.add(8, 30)
     driver.step()
     second = driver.add(8, 30)
     chunks = driver.step()
-    assert chunks[1] == Chunk(second, 4, 8, samples=True)
+    assert chunks[1] == ScheduledTokens(second, 4, 8, is_sampled=True)
     assert second.block_table[0] == first.block_table[0]
     assert second.block_table[1] != first.block_table[1]
 
@@ -219,7 +225,7 @@ def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> No
 def test_kept_blocks_give_way_to_those_who_need_room() -> None:
     """A cache full of kept blocks admits as many as an empty one, the longest unused going first;
     what is left of them is found."""
-    driver = Driver(Scheduler(BlockAllocator(8, 4), max_num_seqs=2, max_num_batched_tokens=64))
+    driver = Driver(Scheduler(BlockManager(8, 4), max_num_seqs=2, max_num_batched_tokens=64))
     for kind in (1, 2):
         driver.add(16, 1, kind)
         while driver.step():
@@ -234,19 +240,19 @@ def test_kept_blocks_give_way_to_those_who_need_room() -> None:
 
 def test_what_nobody_vouches_for_is_not_shared() -> None:
     """Blocks become known by `keep` alone, which the engine calls for finite logits."""
-    scheduler = Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=64)
+    scheduler = Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64)
     failed = new_sequence(16, 4)
     scheduler.add(failed)
     scheduler.schedule()
-    failed.num_computed = 16
+    failed.num_computed_tokens = 16
     scheduler.remove(failed)
     scheduler.add(again := new_sequence(16, 4))
-    assert scheduler.schedule() == [Chunk(again, 0, 16, samples=True)]
+    assert scheduler.schedule() == [ScheduledTokens(again, 0, 16, is_sampled=True)]
 
 
 def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
     """A prompt of five steps' tokens is cut into chunks; a stream decodes in each of them."""
-    driver = Driver(Scheduler(BlockAllocator(64, 4), max_num_seqs=4, max_num_batched_tokens=10))
+    driver = Driver(Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=10))
     stream = driver.add(2, 30)
     driver.step()
     prompt = driver.add(50, 1)
@@ -261,7 +267,7 @@ def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
 
 def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
     """With the places taken, a step touches no waiting sequence: its cost ignores their number."""
-    driver = Driver(Scheduler(BlockAllocator(8, 4), max_num_seqs=1, max_num_batched_tokens=8))
+    driver = Driver(Scheduler(BlockManager(8, 4), max_num_seqs=1, max_num_batched_tokens=8))
     driver.add(4, 5)
     driver.step()
 
@@ -275,11 +281,11 @@ def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
 
 def test_a_sequence_with_its_last_token_under_way_is_left_alone() -> None:
     """It takes no block for a token that nobody will compute, though the step before still runs."""
-    scheduler = Scheduler(BlockAllocator(1, 4), 2, 8)
+    scheduler = Scheduler(BlockManager(1, 4), 2, 8)
     sequence = new_sequence(4, max_tokens=1)
     scheduler.add(sequence)
     (chunk,) = scheduler.schedule()
-    sequence.num_computed = chunk.end
+    sequence.num_computed_tokens = chunk.end
     sequence.token_ids.append(PENDING)
     assert scheduler.has_work
     assert scheduler.schedule() == []
@@ -288,13 +294,13 @@ def test_a_sequence_with_its_last_token_under_way_is_left_alone() -> None:
 
 def test_only_what_a_known_step_computed_is_shared() -> None:
     """A block that a step under way fills has a token that nobody knows yet, and may hold a NaN."""
-    scheduler = Scheduler(BlockAllocator(8, 4), 2, 8)
+    scheduler = Scheduler(BlockManager(8, 4), 2, 8)
     sequence = new_sequence(7, max_tokens=9)
     scheduler.add(sequence)
     scheduler.schedule()
     sequence.token_ids.append(PENDING)
-    sequence.num_computed = 8  # the first step is known, the second one runs
-    scheduler.keep(sequence, 7)
-    assert sequence.num_kept == 1
-    scheduler.keep(sequence, 8)
-    assert sequence.num_kept == 2
+    sequence.num_computed_tokens = 8  # the first step is known, the second one runs
+    scheduler.cache_blocks(sequence, 7)
+    assert sequence.num_cached_blocks == 1
+    scheduler.cache_blocks(sequence, 8)
+    assert sequence.num_cached_blocks == 2

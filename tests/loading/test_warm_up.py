@@ -5,7 +5,7 @@ import asyncio
 import pytest
 import torch
 
-from serve_app.engine.sequence import Chunk
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading import warm_up
 from tests.engine.fake import VOCAB_SIZE, FakeRunner, running
@@ -20,7 +20,7 @@ def test_one_step_is_filled_and_a_first_token_made() -> None:
         num_steps = len(runner.steps)
         warm_up.first_token(engine, [1, 2], 0)
         assert len(runner.steps) == num_steps + 1
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
 
 
 def test_it_works_inside_an_event_loop() -> None:
@@ -36,10 +36,10 @@ def test_it_works_inside_an_event_loop() -> None:
 def test_a_prompt_that_fails_fails_the_load() -> None:
     """Out of memory with what was left; any other failure with the engine's own sentence."""
 
-    def out_of_memory(chunks: list[Chunk]) -> None:
+    def out_of_memory(chunks: list[ScheduledTokens]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    def broken(chunks: list[Chunk]) -> None:
+    def broken(chunks: list[ScheduledTokens]) -> None:
         raise ValueError("a bug")
 
     sentence = r"A prompt of 32 tokens needs more memory than the 1\.50 GB that .* leave; lower"

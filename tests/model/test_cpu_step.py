@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import Sequence
 from serve_app.model.batch import Batch
 from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
@@ -148,16 +150,17 @@ def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) ->
         runner = ModelRunner(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
         assert "one call" in runner.note
         if not is_compiled:
-            runner._whole = None
+            runner._cpu_step = None
         params = SamplingParams(8, temperature=0)
         some = [Sequence(random_ids(20, seed=i), params, 0, frozenset()) for i in range(7)]
         for i, sequence in enumerate(some):
             sequence.block_table = list(range(10 * i, 10 * i + 5))
-        runner.step([Chunk(s, 0, 19, False) for s in some])
+        runner.launch([ScheduledTokens(s, 0, 19, False) for s in some])
         ends = [(19, 20, True), (18, 20, True), (18, 19, False), (19, 20, True), (4, 9, False)]
         ends += [(10, 20, True), (19, 20, True)]
-        chunks = [Chunk(s, *end) for s, end in zip(some, ends, strict=True)]
-        return runner.step(chunks).token_ids + runner.step([chunks[2]]).token_ids
+        chunks = [ScheduledTokens(s, *end) for s, end in zip(some, ends, strict=True)]
+        steps = (runner.launch(chunks), runner.launch([chunks[2]]))
+        return [token for step in steps for token in step.wait().token_ids]
 
     assert len(set(tokens(True))) > 2
     assert tokens(True) == tokens(False)

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from benchmarks.random_model import config_of, random_model
-from serve_app.engine import runner
-from serve_app.engine.flight import Flight, looking_ahead
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import Chunk, SamplingParams, Sequence
+from serve_app.engine import model_runner
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
+from serve_app.engine.sequence import Sequence
 from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.rows import Rows
 from serve_app.model.kernels.triton import gpu_step
@@ -34,6 +35,9 @@ CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
         {"num_experts": 5, "top_k": 3, "num_heads": 12, "intermediate_size": 192},
     ),
 }
+
+PARTS = ((0, 3, 3), (3, 4, 2), (4, 5, 2))
+"""Start, end and number of sequences of each step in the runner's test."""
 
 
 @pytest.fixture(autouse=True)
@@ -103,11 +107,11 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     expected = tokens_one_by_one(plain)
 
-    def compiled(model: Mixtral, cache: KVCache, most_rows: int, device: torch.device) -> Any:
-        return GpuStep.of(model, cache, most_rows)
+    def compiled(model: Mixtral, cache: KVCache, max_rows: int, device: torch.device) -> Any:
+        return GpuStep.of(model, cache, max_rows)
 
-    monkeypatch.setattr(runner, "_compiled_step", compiled)
-    fast = ModelRunner(*made, most_rows=3, looks_ahead=True)
+    monkeypatch.setattr(model_runner, "_compiled_step", compiled)
+    fast = ModelRunner(*made, max_num_seqs=3)
     assert "graph for each of 3 sizes of batch; prompts unpack weights by a kernel" in fast.note
     assert isinstance(model.codes, Codes)
     assert isinstance(model.codes.unpack, Unpacker)
@@ -117,16 +121,12 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
         for i, sequence in enumerate(some):
             sequence.block_table = [2 * i + 1]
-        flights = [
-            Flight.start(runner, looking_ahead(runner), [Chunk(s, 0, 3, True) for s in some])
-        ]
-        for end in (4, 5):  # no token has been read
-            flights.append(
-                Flight.start(
-                    runner, looking_ahead(runner), [Chunk(s, end - 1, end, True) for s in some[:2]]
-                )
-            )
-        return [flight.outcome.samples().token_ids for flight in flights]
+        steps = []
+        for start, end, count in PARTS:  # no token is read before the last launch
+            scheduled = [ScheduledTokens(s, start, end, True) for s in some[:count]]
+            steps.append(runner.launch(scheduled))
+            mark_launched(scheduled)
+        return [step.wait().token_ids for step in steps]
 
     assert tokens(fast) == expected
 
@@ -138,8 +138,9 @@ def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:
     found = []
     for i, sequence in enumerate(some):
         sequence.block_table = [2 * i + 1]
-    for start, end, count in ((0, 3, 3), (3, 4, 2), (4, 5, 2)):
-        found.append(plain.step([Chunk(s, start, end, True) for s in some[:count]]).token_ids)
+    for start, end, count in PARTS:
+        scheduled = [ScheduledTokens(s, start, end, True) for s in some[:count]]
+        found.append(plain.launch(scheduled).wait().token_ids)
         for sequence, token in zip(some, found[-1], strict=False):
             sequence.token_ids.append(token)
     return found

@@ -5,7 +5,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from tests.engine.fake import VOCAB_SIZE, FakeRunner, complete, run, running
 
 Request = tuple[list[int], SamplingParams]
@@ -52,7 +52,7 @@ def test_every_request_is_exactly_the_same_among_32_strangers() -> None:
     requests = strangers(32, seed=1)
     with running(FakeRunner(), max_num_seqs=32) as engine:
         alone = run(one_by_one(engine, requests))
-        assert engine.stats().preemptions == 0
+        assert engine.stats().num_preemptions == 0
         assert run(all_at_once(engine, requests)) == alone
 
 
@@ -66,8 +66,8 @@ def test_preemptions_change_nothing() -> None:
         alone = run(one_by_one(engine, requests))
     with running(FakeRunner(), max_num_seqs=32, num_blocks=40) as engine:
         assert run(all_at_once(engine, requests)) == alone
-        assert engine.stats().preemptions > 10
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_preemptions > 10
+        assert engine.stats().num_used_blocks == 0
 
 
 def test_a_seed_repeats_and_its_absence_does_not() -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from serve_app.engine.engine import Engine
-from serve_app.engine.runner import ModelRunner
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import InternalError
 from tests.engine.fake import complete, run
 from tests.engine.mixtral import (
@@ -57,12 +57,12 @@ def requests(penalised: bool) -> list[tuple[list[int], SamplingParams]]:
 def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalised: bool) -> None:
     """Tokens, logprobs and reasons, for those that stop, too; penalties wait for their tokens."""
     asked = requests(penalised)
-    with serving(pair.ours, looks_ahead=False) as engine:
+    with serving(pair.ours, can_overlap_steps=False) as engine:
         expected = together(engine, asked)
     assert not fed
-    with serving(pair.ours, looks_ahead=True) as engine:
+    with serving(pair.ours, can_overlap_steps=True) as engine:
         found = together(engine, asked)
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
     assert [answer[:2] for answer in found] == [answer[:2] for answer in expected]
     for (_, _, one), (_, _, other) in zip(found, expected, strict=True):
         assert [p.token_id for p in one] == [p.token_id for p in other]
@@ -77,14 +77,14 @@ def test_preemption_and_shared_prefixes(pair: Pair, fed: list[int], num_blocks: 
     """A sequence that is put back while its token is under way, and blocks that others share."""
     system = prompts(1, seed=1, longest=1)[0] * 21
     some = [system + more for more in prompts(24, seed=2, longest=9)]
-    with serving(pair.ours, keeps_prefixes=False) as engine:
+    with serving(pair.ours, enable_prefix_caching=False) as engine:
         expected = answers(engine, some, greedy())
-    with serving(pair.ours, num_blocks=num_blocks, looks_ahead=True) as engine:
+    with serving(pair.ours, num_blocks=num_blocks, can_overlap_steps=True) as engine:
         first, second = (answers(engine, some, greedy()) for _ in range(2))
         stats = engine.stats()
     assert fed
-    assert stats.kv_blocks_used == 0
-    assert (stats.preemptions > 0) == (num_blocks == 60)
+    assert stats.num_used_blocks == 0
+    assert (stats.num_preemptions > 0) == (num_blocks == 60)
     assert_same(pair, some, first, expected)
     assert_same(pair, some, second, expected)
 
@@ -106,10 +106,10 @@ def test_who_leaves_in_a_step_that_has_begun_spoils_nothing(pair: Pair) -> None:
         staying = [complete(engine, prompt, greedy()) for prompt in some]
         return (await asyncio.gather(*staying, *leaving))[: len(some)]
 
-    with serving(pair.ours, num_blocks=200, looks_ahead=True) as engine:
+    with serving(pair.ours, num_blocks=200, can_overlap_steps=True) as engine:
         found = [tokens for tokens, _, _ in run(crowd(engine))]
         again = answers(engine, some, greedy())
-        assert engine.stats().kv_blocks_used == 0
+        assert engine.stats().num_used_blocks == 0
     assert_same(pair, some, found, expected)
     assert_same(pair, some, again, expected)
 
@@ -128,7 +128,7 @@ def test_a_nan_costs_its_request_alone(pair: Pair) -> None:
         good = (complete(engine, prompt, greedy()) for prompt in some)
         return await asyncio.gather(bad, *good, return_exceptions=True)
 
-    with serving(pair.ours, num_blocks=120, looks_ahead=True) as engine:
+    with serving(pair.ours, num_blocks=120, can_overlap_steps=True) as engine:
         with poisoned(pair.ours, token):
             failed, *others = run(with_poison(engine))
         assert isinstance(failed, InternalError)

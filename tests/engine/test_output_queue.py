@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.outbox import DELIVERY_SHARE, LONGEST_PAUSE_S, Outbox, Stream
-from serve_app.engine.sequence import Delta, FinishReason
+from serve_app.engine.delta import Delta, FinishReason
+from serve_app.engine.output_queue import DELIVERY_SHARE, MAX_PAUSE_S, OutputQueue
+from serve_app.engine.stream import Stream
 from serve_app.errors import DeadlinePassed
 
 
@@ -37,7 +38,7 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(scenario)
 
 
-async def begun(outbox: Outbox, count: int) -> list[Stream]:
+async def begun(outbox: OutputQueue, count: int) -> list[Stream]:
     """Streams that have read their first delta."""
     streams = [Stream(asyncio.get_running_loop()) for _ in range(count)]
     for stream in streams:
@@ -51,7 +52,7 @@ async def begun(outbox: Outbox, count: int) -> list[Stream]:
 
 @pytest.mark.parametrize(
     ("took", "due"),
-    [(0.01, 0.01 / DELIVERY_SHARE), (60.0, 60.0 + LONGEST_PAUSE_S)],
+    [(0.01, 0.01 / DELIVERY_SHARE), (60.0, 60.0 + MAX_PAUSE_S)],
     ids=["busy", "held up"],
 )
 def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged(took: float, due: float) -> None:
@@ -60,7 +61,7 @@ def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged(took: float, d
 
     async def scenario() -> None:
         clock = Clock()
-        outbox = Outbox(clock)
+        outbox = OutputQueue(clock)
         (stream,) = await begun(outbox, 1)
         outbox.add(stream, token(1))
         outbox.flush()  # under way
@@ -87,7 +88,7 @@ def test_first_and_last_deltas_never_wait() -> None:
     what was held back for the ending one comes with its end."""
 
     async def scenario() -> None:
-        outbox = Outbox(Clock())
+        outbox = OutputQueue(Clock())
         held, busy = await begun(outbox, 2)
         outbox.add(busy, token(1))
         outbox.flush()  # under way until the loop has its turn
@@ -105,7 +106,7 @@ def test_first_and_last_deltas_never_wait() -> None:
 
 def test_a_loop_that_closes_with_a_delivery_under_way_is_told_of() -> None:
     """The engine learns of it at the next flush, and does not wait for it."""
-    outbox = Outbox(Clock())
+    outbox = OutputQueue(Clock())
     loop = asyncio.new_event_loop()
     stream = Stream(loop)
     for token_id in range(2):  # the second is no first delta
@@ -150,7 +151,7 @@ def test_every_token_arrives_once_and_in_order(happenings: list[tuple[str, int]]
 
     async def scenario() -> None:
         clock = Clock()
-        outbox = Outbox(clock)
+        outbox = OutputQueue(clock)
         streams = [Stream(asyncio.get_running_loop()) for _ in range(3)]
         sent: list[list[int]] = [[] for _ in streams]
         readers = [asyncio.create_task(read_all(stream)) for stream in streams]

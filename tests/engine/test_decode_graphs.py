@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.graphs import DecodeGraphs, sizes_up_to
-from serve_app.engine.runner import ModelRunner
+from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
+from serve_app.engine.model_runner import ModelRunner
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.rows import Rows
 from tests.engine.mixtral import (
@@ -21,7 +21,7 @@ from tests.engine.mixtral import (
     serving,
     together,
 )
-from tests.engine.test_ahead import requests
+from tests.engine.test_async_scheduling import requests
 
 CPU = torch.device("cpu")
 
@@ -56,19 +56,19 @@ class Prepared:
 
     def __call__(self, runner: ModelRunner) -> None:
         self.step = ByModel(runner)
-        most_blocks = runner.cache.num_blocks
-        graphs = DecodeGraphs.of(self.step, 32, most_blocks, BLOCK_SIZE, CPU)
+        max_blocks = runner.cache.num_blocks
+        graphs = DecodeGraphs.of(self.step, 32, max_blocks, BLOCK_SIZE, CPU)
         assert isinstance(graphs, DecodeGraphs)
         runner._graphs = graphs
 
 
-@pytest.mark.parametrize("looks_ahead", [False, True])
-def test_every_kind_of_request_gets_the_same(pair: Pair, looks_ahead: bool) -> None:
+@pytest.mark.parametrize("can_overlap_steps", [False, True])
+def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool) -> None:
     """Greedy or not, with tokens fed from step to step or from the host, in batches that shrink."""
     asked, prepared = requests(penalised=True), Prepared()
     with serving(pair.ours) as engine:
         expected = [answer[:2] for answer in together(engine, asked)]
-    with serving(pair.ours, looks_ahead=looks_ahead, prepare=prepared) as engine:
+    with serving(pair.ours, can_overlap_steps=can_overlap_steps, prepare=prepared) as engine:
         assert [answer[:2] for answer in together(engine, asked)] == expected
     assert len(set(prepared.step.sizes)) > 3
 
@@ -77,11 +77,13 @@ def test_every_kind_of_request_gets_the_same(pair: Pair, looks_ahead: bool) -> N
 def test_blocks_that_come_and_go(pair: Pair, num_blocks: int) -> None:
     """Tables that grow, shrink and change owners, with preemptions and shared prefixes."""
     some = [prompt * 2 for prompt in prompts(24, seed=2, longest=9)]
-    with serving(pair.ours, keeps_prefixes=False) as engine:
+    with serving(pair.ours, enable_prefix_caching=False) as engine:
         expected = answers(engine, some, greedy())
-    with serving(pair.ours, num_blocks=num_blocks, looks_ahead=True, prepare=Prepared()) as engine:
+    with serving(
+        pair.ours, num_blocks=num_blocks, can_overlap_steps=True, prepare=Prepared()
+    ) as engine:
         found = [answers(engine, some, greedy()) for _ in range(2)]
-        assert (engine.stats().preemptions > 0) == (num_blocks == 60)
+        assert (engine.stats().num_preemptions > 0) == (num_blocks == 60)
     for answer in found:
         assert_same(pair, some, answer, expected)
 
@@ -99,6 +101,6 @@ def test_a_capture_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_sizes_reach_what_may_run() -> None:
     """The last one holds the largest batch, and small batches have small sizes."""
-    assert sizes_up_to(1) == [1]
-    assert sizes_up_to(9) == [1, 2, 4, 8, 16]
-    assert sizes_up_to(300)[-3:] == [192, 256, 320]
+    assert capture_sizes(1) == [1]
+    assert capture_sizes(9) == [1, 2, 4, 8, 16]
+    assert capture_sizes(300)[-3:] == [192, 256, 320]

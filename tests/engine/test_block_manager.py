@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engine.kv_cache import BlockAllocator
+from serve_app.engine.block_manager import BlockManager
 
 OPERATIONS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 40)), max_size=60)
 """(table, its length in tokens; 0 frees it)."""
@@ -14,14 +14,14 @@ def test_a_block_has_one_owner_and_comes_back(
     num_blocks: int, block_size: int, operations: list[tuple[int, int]]
 ) -> None:
     """Through any growing and freeing, no block is owned twice and none is lost."""
-    blocks = BlockAllocator(num_blocks, block_size)
+    blocks = BlockManager(num_blocks, block_size)
     tables: list[list[int]] = [[] for _ in range(5)]
     for index, num_tokens in operations:
         before = list(tables[index])
         if num_tokens == 0:
             blocks.free(tables[index])
             tables[index] = []
-        elif blocks.grow(tables[index], num_tokens):
+        elif blocks.allocate(tables[index], num_tokens):
             assert len(tables[index]) * block_size >= num_tokens
             assert len(tables[index]) == max(len(before), -(-num_tokens // block_size))
             assert tables[index][: len(before)] == before
@@ -35,5 +35,5 @@ def test_a_block_has_one_owner_and_comes_back(
     for table in tables:
         blocks.free(table)
     everything: list[int] = []
-    assert blocks.grow(everything, num_blocks * block_size)
+    assert blocks.allocate(everything, num_blocks * block_size)
     assert sorted(everything) == list(range(num_blocks))

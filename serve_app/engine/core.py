@@ -1,0 +1,206 @@
+"""EngineCore: the loop of the engine's thread.
+
+Each turn takes requests, schedules a step, launches it, collects sampled tokens and delivers them.
+
+On a device that can overlap steps, the next step is launched before the tokens of the last one are
+read (async scheduling): the device computes while the host collects, delivers and schedules. A
+`PENDING` placeholder stands in a sequence for the token that is not known yet. On a CPU a token is
+delivered before the next step begins.
+"""
+
+import copy
+import logging
+import time
+
+from serve_app.engine.block_manager import BlockManager
+from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
+from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.output_queue import OutputQueue
+from serve_app.engine.prefill_budget import PrefillBudget
+from serve_app.engine.request_queue import RequestQueue
+from serve_app.engine.runner import InFlightStep, Runner
+from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
+from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.sequence import FAILED, Sequence
+from serve_app.engine.stream import Stream
+from serve_app.errors import InternalError, as_serve_error
+
+log = logging.getLogger(__name__)
+
+MAX_FAILED_STEPS = 3
+"""Failed steps in a row after which the device is taken for broken and the engine ends."""
+
+
+class EngineCore:
+    """Computes the sequences of `requests` on `runner`. Other threads only read its counters."""
+
+    def __init__(self, runner: Runner, config: EngineConfig, requests: RequestQueue) -> None:
+        self.blocks = BlockManager(config.num_blocks, config.block_size)
+        self.scheduler = Scheduler(
+            self.blocks,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.enable_prefix_caching,
+        )
+        self.num_generation_tokens = 0
+        self.num_prompt_tokens = 0
+        self.num_steps = 0
+        self._runner = runner
+        self._requests = requests
+        self._prefill_budget = PrefillBudget(config.max_num_batched_tokens)
+        self._outputs = OutputQueue()
+        # All live sequences.
+        self._streams: dict[Sequence, Stream] = {}
+        self._in_flight: tuple[list[ScheduledTokens], InFlightStep] | None = None
+        # When the device began the step in flight.
+        self._began = 0.0
+        self._num_failed_steps = 0
+
+    def run(self) -> None:
+        """Runs until `requests` is stopped or the device fails, then ends all live sequences."""
+        try:
+            while self._take_requests(wait=not self.scheduler.has_work and not self._in_flight):
+                self._step()
+                self._deliver()
+                if self._num_failed_steps >= MAX_FAILED_STEPS:
+                    log.critical("%d steps in a row failed: the engine ends", MAX_FAILED_STEPS)
+                    self._requests.fail()
+                    break
+        except BaseException:
+            log.critical("the engine's loop failed", exc_info=True)
+            self._requests.fail()
+        finally:
+            self._end_all()
+
+    def _take_requests(self, *, wait: bool) -> bool:
+        """Adds new sequences and drops aborted ones; False when the engine shall stop."""
+        requests = self._requests.take(wait=wait)
+        for sequence, stream in requests.accepted:
+            self._streams[sequence] = stream
+            self.scheduler.add(sequence)
+            self.num_prompt_tokens += sequence.num_prompt_tokens
+        for sequence in requests.aborted:
+            # It may have ended in the step before.
+            if sequence in self._streams:
+                self._drop(sequence)
+        return not requests.is_stopping
+
+    def _step(self) -> None:
+        # A penalty counts tokens on the host, so it needs the token that is still in flight.
+        can_overlap = self._runner.can_overlap_steps and not any(
+            sequence.has_penalties for sequence in self.scheduler.running
+        )
+        if can_overlap:
+            launched = self._launch()
+            self._collect()
+            self._in_flight = launched
+        else:
+            self._collect()
+            self._in_flight = self._launch()
+            self._collect()
+
+    def _launch(self) -> tuple[list[ScheduledTokens], InFlightStep] | None:
+        """Schedules and launches the next step; None when there is none, or when it fails."""
+        scheduled = self.scheduler.schedule(self._prefill_budget.max_tokens)
+        if not scheduled:
+            return None
+        self.num_steps += 1
+        self._began = max(self._began, time.perf_counter())
+        try:
+            step = self._runner.launch(scheduled)
+        except Exception as error:
+            self._fail_step(scheduled, error)
+            return None
+        mark_launched(scheduled)
+        return scheduled, step
+
+    def _collect(self) -> None:
+        """Waits for the step in flight, if there is one, and gives its tokens to their streams."""
+        if self._in_flight is None:
+            return
+        (scheduled, step), self._in_flight = self._in_flight, None
+        try:
+            token_ids, logprobs = step.wait()
+        except Exception as error:
+            self._fail_step(scheduled, error)
+            return
+        self._num_failed_steps = 0
+        self._observe_time(scheduled)
+        sampled = [part for part in scheduled if part.is_sampled]
+        for row, (part, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
+            # A sequence may have ended while the step ran; its token is dropped.
+            if part.sequence in self._streams:
+                self._receive(part.sequence, part.end, token_id, logprobs.get(row))
+
+    def _observe_time(self, scheduled: list[ScheduledTokens]) -> None:
+        num_decodes = sum(part.is_decode for part in scheduled)
+        num_tokens = sum(part.num_tokens for part in scheduled)
+        now = time.perf_counter()
+        self._prefill_budget.observe(num_decodes, num_tokens - num_decodes, now - self._began)
+        # A step that is already launched begins when the one before ends.
+        self._began = now
+
+    def _receive(
+        self, sequence: Sequence, position: int, token_id: int, logprob: TokenLogprob | None
+    ) -> None:
+        """Appends one sampled token to its sequence and its stream, and ends the sequence when it
+        is complete."""
+        if token_id == FAILED:
+            log.error("the logits of a sequence were not finite")
+            self._runner.clear_blocks(sequence.block_table[sequence.num_cached_blocks :])
+            error = InternalError("The model computed no finite numbers; try again.")
+            self._end(sequence, Delta([], [], "error", error))
+            return
+        # The logits are finite, so the keys and values before them are finite too.
+        self.scheduler.cache_blocks(sequence, position)
+        if token_id in sequence.stop_ids:
+            self._end(sequence, Delta([], [], "stop"))
+            return
+        sequence.token_ids[position] = token_id
+        self.num_generation_tokens += 1
+        is_last = position + 1 >= sequence.max_num_tokens
+        reason: FinishReason | None = "length" if is_last else None
+        delta = Delta([token_id], [] if logprob is None else [logprob], reason)
+        if is_last:
+            self._end(sequence, delta)
+        else:
+            self._outputs.add(self._streams[sequence], delta)
+
+    def _fail_step(self, scheduled: list[ScheduledTokens], error: Exception) -> None:
+        """Ends the sequences of a failed step, each with the error."""
+        log.error("a step of %d sequences failed", len(scheduled), exc_info=error)
+        self._num_failed_steps += 1
+        for part in scheduled:
+            if part.sequence in self._streams:
+                # A copy each, because raising an exception writes a traceback into it.
+                own_error = copy.copy(as_serve_error(error))
+                self._end(part.sequence, Delta([], [], "error", own_error))
+
+    def _end(self, sequence: Sequence, last: Delta) -> None:
+        """Ends a sequence with its last delta."""
+        self._outputs.add(self._streams[sequence], last)
+        self._drop(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """Ends a sequence whose consumer is gone."""
+        self.scheduler.remove(sequence)
+        del self._streams[sequence]
+        self._requests.finish_one()
+
+    def _deliver(self) -> None:
+        """Sends new deltas, and drops the sequences of closed event loops."""
+        if closed := self._outputs.flush():
+            for sequence, stream in list(self._streams.items()):
+                if stream.loop in closed:
+                    self._drop(sequence)
+
+    def _end_all(self) -> None:
+        self._take_requests(wait=False)
+        for stream in self._streams.values():
+            self._outputs.add(stream, Delta([], [], "error", self._requests.refusal()))
+        try:
+            for sequence in list(self._streams):
+                self._drop(sequence)
+        finally:
+            # The scheduler may be what failed; the consumers get their errors all the same.
+            self._outputs.flush()

@@ -1,0 +1,167 @@
+"""DecodeGraphs: decode steps of fixed batch sizes, captured as CUDA graphs.
+
+A step of n sequences replays the graph of the smallest captured size that holds n. Padding rows
+have context length 0. The inputs of a graph lie in fixed tensors. A token that the last step has
+just sampled is read on the device, so the host need not know it (async scheduling). The replay also
+finds the best token of every row; the sampler uses it for greedy batches.
+
+On a CPU the same code runs without capture, for tests.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.in_flight_tokens import InFlightTokens
+from serve_app.engine.sampler import best_tokens
+from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import PENDING
+from serve_app.engine.transfer import to_device
+from serve_app.model.kernels.rows import Rows
+
+log = logging.getLogger(__name__)
+
+CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
+"""Then every 64. Each size is one more graph to capture; padding rows cost little."""
+
+
+class DecodeStep(Protocol):
+    """What is captured: computes logits from tensors, without a copy to the host."""
+
+    def logits(self, rows: Rows) -> Tensor:
+        """Float32 `[rows, vocab]`; fills the KV cache."""
+        ...
+
+
+class DecodeGraphs:
+    """The decode step of up to `max_num_seqs` sequences with up to `max_blocks` blocks each."""
+
+    def __init__(
+        self,
+        step: DecodeStep,
+        max_num_seqs: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self._step, self._block_size, self._device = step, block_size, device
+        self.sizes = capture_sizes(max_num_seqs)
+        # Per row: token id, the row of the last step that has the token or -1, position, slot,
+        # context length.
+        self._inputs = torch.zeros(5, self.sizes[-1], dtype=torch.int64, device=device)
+        self._tables = torch.zeros(self.sizes[-1], max_blocks, dtype=torch.int32, device=device)
+        self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
+        # The tables of the last step on the host; equal ones are not copied again.
+        self._copied_tables: Tensor | None = None
+        self._replays: dict[int, Callable[[], object]] = {}
+        self._logits: dict[int, Tensor] = {}
+
+    @classmethod
+    def of(cls, *arguments: Any) -> "DecodeGraphs | str":
+        """Captures all sizes; returns the reason where that fails."""
+        graphs = cls(*arguments)
+        try:
+            with graphs._restored_stream():
+                graphs.capture()
+        except Exception as error:
+            log.exception("a decode step was not captured")
+            return f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
+        return graphs
+
+    def _restored_stream(self) -> AbstractContextManager[object]:
+        """Restores the current stream, which a failed capture leaves changed."""
+        if self._device.type != "cuda":
+            return nullcontext()
+        return torch.cuda.stream(torch.cuda.current_stream(self._device))
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Captures every size, the largest first, all in one memory pool."""
+        pool = None
+        for size in reversed(self.sizes):
+            compute = self._computation(size)
+            if self._device.type != "cuda":
+                self._replays[size] = compute
+                continue
+            compute()  # kernels are compiled and loaded outside of a capture
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads may use the device during the capture.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                compute()
+            pool = graph.pool()
+            self._replays[size] = graph.replay
+
+    def run(
+        self, decodes: list[ScheduledTokens], last: InFlightTokens | None, tables: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Float32 logits `[n, vocab]` of n decodes and their best tokens, int64 `[n]`; both are
+        valid until the next call.
+
+        `last` is the last launched step, which has the tokens that are `PENDING`. `tables` is int64
+        `[n, blocks]` on the host.
+        """
+        size = next(size for size in self.sizes if size >= len(decodes))
+        inputs = self._pack(decodes, last, size)
+        self._inputs[:, :size].copy_(inputs, non_blocking=True)
+        self._copy_tables(tables)
+        if last is not None and last.tokens.data_ptr() != self._tokens.data_ptr():
+            self._tokens[: len(last.tokens)].copy_(last.tokens)
+        self._replays[size]()
+        return self._logits[size][: len(decodes)], self._tokens[: len(decodes)]
+
+    def _pack(
+        self, decodes: list[ScheduledTokens], last: InFlightTokens | None, size: int
+    ) -> Tensor:
+        """The values of `_inputs`, int64 `[5, size]`."""
+        columns: list[list[int]] = [[] for _ in range(5)]
+        block_size = self._block_size
+        row_of = {} if last is None else last.row_of
+        for sequence, start, end, _ in decodes:
+            token = sequence.token_ids[start]
+            is_pending = token == PENDING
+            columns[0].append(0 if is_pending else token)
+            columns[1].append(row_of[sequence] if is_pending else -1)
+            columns[2].append(start)
+            block = sequence.block_table[start // block_size]
+            columns[3].append(block * block_size + start % block_size)
+            columns[4].append(end)
+        padding = size - len(decodes)
+        for column, value in zip(columns, (0, -1, 0, 0, 0), strict=True):
+            column += [value] * padding
+        values = [value for column in columns for value in column]
+        return to_device(values, self._device).view(5, -1)
+
+    def _copy_tables(self, tables: Tensor) -> None:
+        if self._copied_tables is not None and torch.equal(self._copied_tables, tables):
+            return
+        self._copied_tables = tables.clone()
+        rows, width = tables.shape
+        host = tables.int()
+        if self._device.type == "cuda":
+            host = host.pin_memory()
+        self._tables[:rows, :width].copy_(host, non_blocking=True)
+
+    def _computation(self, size: int) -> Callable[[], None]:
+        def compute() -> None:
+            ids, sources, positions, slots, lens = self._inputs[:, :size].unbind()
+            # FAILED is no token id; the sequence ends when the host reads it.
+            pending = self._tokens[sources.clamp(min=0)].clamp(min=0)
+            ids = torch.where(sources < 0, ids, pending)
+            rows = Rows(ids, positions, slots, lens.int(), self._tables[:size])
+            self._logits[size] = self._step.logits(rows)
+            self._tokens[:size].copy_(best_tokens(self._logits[size]))
+
+        return compute
+
+
+def capture_sizes(max_num_seqs: int) -> list[int]:
+    """The batch sizes that are captured for up to `max_num_seqs` sequences: 9 gives 1, 2, 4, 8,
+    16."""
+    sizes = [*CAPTURE_SIZES, *range(CAPTURE_SIZES[-1] + 64, max_num_seqs + 64, 64)]
+    enough = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
+    return sizes[: enough + 1]

@@ -1,0 +1,38 @@
+"""EngineConfig: the limits of one engine."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The engine's limits. Lengths are in tokens."""
+
+    max_model_len: int
+    """Prompt and answer together."""
+    max_num_seqs: int
+    """Sequences in one step."""
+    max_waiting: int
+    """Requests accepted beyond `max_num_seqs`; more are refused with `QueueFull`."""
+    block_size: int
+    """Tokens in one KV block."""
+    num_blocks: int
+    """KV blocks in the cache."""
+    max_num_batched_tokens: int
+    """Tokens in one step, prompts and decodes together; at least `max_num_seqs`."""
+    eos_token_ids: frozenset[int]
+    retry_after_s: int = 2
+    enable_prefix_caching: bool = True
+    """Whether sequences share the KV blocks of a common prefix."""
+
+    def __post_init__(self) -> None:
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
+                f"max_num_seqs ({self.max_num_seqs}), or running streams would stall one another."
+            )
+
+    @property
+    def max_sequence_len(self) -> int:
+        """Longest prompt and answer that can run. The last token is returned, never computed, so
+        it needs no slot in the KV cache."""
+        return min(self.max_model_len, self.num_blocks * self.block_size + 1)

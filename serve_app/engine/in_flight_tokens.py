@@ -1,0 +1,66 @@
+"""InFlightTokens: the tokens of one step, on the device and on their way to the host."""
+
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.delta import TokenLogprob
+from serve_app.engine.runner import SampledTokens
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.transfer import to_host
+
+
+class LogprobTensors(NamedTuple):
+    """Log probabilities of the sequences that asked for the same number of top tokens, k."""
+
+    rows: list[int]
+    """Indices of these sequences in the step's batch."""
+    logprobs: Tensor
+    """float32 `[rows]`, of the sampled tokens."""
+    top_logprobs: Tensor
+    """float32 `[rows, k]`, in no particular order among equals."""
+    top_ids: Tensor
+    """int64 `[rows, k]`"""
+
+
+class InFlightTokens:
+    """The `InFlightStep` of a step that the sampler has sampled."""
+
+    def __init__(
+        self, sequences: list[Sequence], tokens: Tensor, logprobs: list[LogprobTensors]
+    ) -> None:
+        """Starts the copies to the host. `tokens` may be overwritten by the next step."""
+        self.sequences = sequences
+        self.tokens = tokens
+        """int64 `[sequences]` on the device; `FAILED` where the logits were not finite."""
+        self._token_ids = to_host(tokens)
+        self._logprobs = [
+            LogprobTensors(group.rows, *(to_host(tensor) for tensor in group[1:]))
+            for group in logprobs
+        ]
+        self._copied: Any = None
+        if tokens.is_cuda:
+            event: Any = torch.cuda.Event  # torch has no types for it
+            self._copied = event()
+            self._copied.record()
+
+    @cached_property
+    def row_of(self) -> dict[Sequence, int]:
+        """The index of each sequence in `tokens`."""
+        return {sequence: row for row, sequence in enumerate(self.sequences)}
+
+    def wait(self) -> SampledTokens:
+        """Waits for this step, but not for steps that were launched after it."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids: list[int] = self._token_ids.tolist()
+        logprobs: dict[int, TokenLogprob] = {}
+        for rows, *tensors in self._logprobs:
+            values = (tensor.tolist() for tensor in tensors)
+            for row, logprob, top_logprobs, top_ids in zip(rows, *values, strict=True):
+                top = zip(top_ids, top_logprobs, strict=True)
+                best_first = sorted(top, key=lambda pair: (-pair[1], pair[0]))
+                logprobs[row] = TokenLogprob(token_ids[row], logprob, tuple(best_first))
+        return SampledTokens(token_ids, logprobs)

@@ -1,0 +1,179 @@
+"""ModelRunner: computes steps with a Mixtral, its KV cache and the sampler.
+
+Three forms of a step exist. On a CPU in float32, one call of compiled C (`CpuStep`). On a GPU,
+Triton kernels for decodes (`GpuStep`), replayed as CUDA graphs, and the model in torch for prefill
+chunks. Everywhere else, the model in torch for all tokens.
+"""
+
+from itertools import chain
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from serve_app.engine.block_tables import BlockTables
+from serve_app.engine.decode_graphs import DecodeGraphs
+from serve_app.engine.in_flight_tokens import InFlightTokens
+from serve_app.engine.sampler import Sampler
+from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import PENDING
+from serve_app.engine.transfer import to_device
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.cpu.cpu_step import CpuStep
+from serve_app.model.kv import KVCache
+from serve_app.model.mixtral import Mixtral
+
+if TYPE_CHECKING:  # that module imports triton, which not every machine has
+    from serve_app.model.kernels.triton.gpu_step import GpuStep
+
+
+class ModelRunner:
+    """A `Runner` for one model on `device`, with a KV cache of its own."""
+
+    def __init__(
+        self,
+        model: Mixtral,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        max_num_seqs: int = 128,
+    ) -> None:
+        """`dtype` is that of the KV cache; at most `max_num_seqs` sequences decode in one step."""
+        self.model = model
+        self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
+        self.note: str
+        """Which form of a step was chosen, and why."""
+        self._block_size = block_size
+        self._device = device
+        self._tables = BlockTables()
+        self._sampler = Sampler()
+        self._last: InFlightTokens | None = None
+        step = _compiled_step(model, self.cache, max_num_seqs, device)
+        self._cpu_step = step if isinstance(step, CpuStep) else None
+        self._gpu_step = None if isinstance(step, str | CpuStep) else step
+        self._graphs: DecodeGraphs | None = None
+        if isinstance(step, str):
+            self.note = f"a step is in plain torch; of the compiled one: {step}"
+        elif isinstance(step, CpuStep):
+            self.note = "a step is one call of compiled code"
+        else:
+            self.note = "a decode step is one call of compiled code"
+            self.note += self._capture(step, max_num_seqs) + step.unpack_for_prompts()
+
+    def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
+        """Captures the decode steps; returns what the note says about it."""
+        longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
+        max_blocks = min(self.cache.num_blocks, longest)
+        graphs = DecodeGraphs.of(step, max_num_seqs, max_blocks, self._block_size, self._device)
+        if isinstance(graphs, str):
+            return f", launched kernel by kernel: {graphs}"
+        self._graphs = graphs
+        return f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.config.vocab_size
+
+    @property
+    def can_overlap_steps(self) -> bool:
+        """A GPU computes while the host does something else; a CPU has one thread for both."""
+        return self._device.type == "cuda"
+
+    @torch.inference_mode()
+    def launch(self, scheduled: list[ScheduledTokens]) -> InFlightTokens:
+        """Starts a step; see `Runner`."""
+        sequences = [part.sequence for part in scheduled if part.is_sampled]
+        best: Tensor | None = None
+        if self._graphs is not None and all(part.is_decode for part in scheduled):
+            logits, best = self._graphs.run(scheduled, self._last, self._tables.of(scheduled))
+        else:
+            logits = self._logits(scheduled)
+        self._last = self._sampler.sample(logits, sequences, best)
+        return self._last
+
+    @torch.inference_mode()
+    def clear_blocks(self, blocks: list[int]) -> None:
+        self.cache.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
+
+    def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
+        """Float32 `[sampled, vocab]`, in the order of `scheduled`."""
+        if self._cpu_step is not None:
+            return self._cpu_step.logits(self._batch(scheduled))
+        if self._gpu_step is None:
+            return self._torch_logits(scheduled)
+        # A prefill chunk of one token is computed like a decode, sampled or not.
+        decodes = [i for i, part in enumerate(scheduled) if part.num_tokens == 1]
+        chunks = [i for i, part in enumerate(scheduled) if part.num_tokens > 1]
+        logits = []
+        if decodes:
+            logits.append(self._gpu_step.decode(self._batch([scheduled[i] for i in decodes])))
+        if chunks:
+            logits.append(self._torch_logits([scheduled[i] for i in chunks]))
+        computed = [*decodes, *(i for i in chunks if scheduled[i].is_sampled)]
+        wanted = [i for i, part in enumerate(scheduled) if part.is_sampled]
+        joined = torch.cat(logits) if len(logits) > 1 else logits[0]
+        if computed == wanted:
+            return joined
+        row_of = {i: row for row, i in enumerate(computed)}
+        return joined[[row_of[i] for i in wanted]]
+
+    def _torch_logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
+        logits: Tensor = self.model(self._batch(scheduled), self.cache)
+        return logits
+
+    def _batch(self, scheduled: list[ScheduledTokens]) -> Batch:
+        size = self._block_size
+        token_ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        sample_rows: list[int] = []
+        for sequence, start, end, is_sampled in scheduled:
+            table = sequence.block_table
+            token_ids += sequence.token_ids[start:end]
+            positions += range(start, end)
+            slots += [table[p // size] * size + p % size for p in range(start, end)]
+            if is_sampled:
+                sample_rows.append(len(token_ids) - 1)
+        # One tensor, hence one copy to the device.
+        lists = (token_ids, positions, slots, sample_rows)
+        packed = to_device(list(chain(*lists)), self._device)
+        parts = packed.split_with_sizes([len(values) for values in lists])
+        if PENDING in token_ids:
+            self._feed(scheduled, parts[0])
+        return Batch(
+            token_ids=parts[0],
+            positions=parts[1],
+            slots=parts[2],
+            query_lens=[part.num_tokens for part in scheduled],
+            context_lens=[part.end for part in scheduled],
+            block_tables=self._tables.of(scheduled).to(self._device),
+            sample_rows=parts[3],
+        )
+
+    def _feed(self, scheduled: list[ScheduledTokens], token_ids: Tensor) -> None:
+        """Replaces `PENDING` in `token_ids` `[tokens]` by the last step's tokens, on the device."""
+        assert self._last is not None, "a token is pending, and no step was launched"
+        rows, sources, end = [], [], 0
+        for part in scheduled:
+            end += part.num_tokens
+            if part.sequence.token_ids[part.end - 1] == PENDING:
+                rows.append(end - 1)
+                sources.append(self._last.row_of[part.sequence])
+        where = to_device([*rows, *sources], self._device).view(2, -1)
+        # FAILED is no token id; the sequence ends when the host reads it.
+        token_ids[where[0]] = self._last.tokens[where[1]].clamp(min=0)
+
+
+def _compiled_step(
+    model: Mixtral, cache: KVCache, max_num_seqs: int, device: torch.device
+) -> "CpuStep | GpuStep | str":
+    """The compiled form of a step on this device, or the reason why there is none."""
+    if device.type != "cuda":
+        return CpuStep.of(model, cache)
+    try:
+        from serve_app.model.kernels.triton.gpu_step import GpuStep
+    except ImportError as error:
+        return f"its kernels cannot be imported ({error})"
+    return GpuStep.of(model, cache, max_num_seqs)

@@ -1,0 +1,113 @@
+"""SamplingMetadata: the sampling parameters of a batch as tensors, one part per operation.
+
+The parts depend on the parameters alone, so they are reused while the batch stays the same.
+"""
+
+import torch
+from torch import Tensor
+
+from serve_app.engine import noise
+from serve_app.engine.in_flight_tokens import LogprobTensors
+from serve_app.engine.penalties import Penalties
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.top_filter import TopFilter
+from serve_app.engine.transfer import to_device
+
+MIN_TEMPERATURE = 1e-6
+"""A lower temperature is greedy: float32 cannot tell it from 0."""
+
+
+class SamplingMetadata:
+    """Changes the logits of one batch; each operation touches only the rows that asked for it."""
+
+    def __init__(self, sequences: list[Sequence], vocab_size: int, device: torch.device) -> None:
+        self.sequences = list(sequences)
+        params = [sequence.params for sequence in sequences]
+        self._delayed = [(row, s) for row, s in enumerate(sequences) if s.params.min_tokens]
+        penalised = [row for row, s in enumerate(sequences) if s.has_penalties]
+        self._penalties: Penalties | None = None
+        if penalised:
+            with_penalties = [sequences[row] for row in penalised]
+            self._penalties = Penalties(penalised, with_penalties, vocab_size, device)
+        biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias.items()]
+        self._bias: tuple[Tensor, Tensor, Tensor] | None = None
+        if biases:
+            rows, ids, values = zip(*biases, strict=True)
+            self._bias = (
+                torch.tensor(rows, device=device),
+                torch.tensor(ids, device=device),
+                torch.tensor(values, dtype=torch.float32, device=device),
+            )
+        random = [row for row, p in enumerate(params) if p.temperature >= MIN_TEMPERATURE]
+        self.random = RandomRows(random, sequences, vocab_size, device) if random else None
+        counts = [p.logprobs for p in params]
+        self.logprobs = LogprobRows(counts, device) if counts != [None] * len(counts) else None
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether each row's token is that of its best logit, and nothing else is asked for."""
+        parts = (self.random, self._bias, self._penalties, self.logprobs)
+        return not self._delayed and all(part is None for part in parts)
+
+    def adjust(self, logits: Tensor) -> None:
+        """Applies bias, penalties and min_tokens to `logits` `[batch, vocab]` in place."""
+        if self._bias is not None:
+            rows, ids, values = self._bias
+            logits[rows, ids] += values
+        if self._penalties is not None:
+            self._penalties.apply(logits)
+        for row, sequence in self._delayed:
+            if sequence.num_output_tokens < sequence.params.min_tokens:
+                logits[row, list(sequence.stop_ids)] = -torch.inf
+
+
+class RandomRows:
+    """The rows of a batch with a temperature above 0."""
+
+    def __init__(
+        self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
+    ) -> None:
+        self.rows = torch.tensor(rows, device=device)
+        self._sequences = [sequences[row] for row in rows]
+        params = [sequence.params for sequence in self._sequences]
+        temperatures = [[p.temperature] for p in params]
+        self._temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
+        seeds = [noise.as_int64(sequence.seed) for sequence in self._sequences]
+        self._seeds = torch.tensor(seeds, device=device)
+        filtered = [row for row, p in enumerate(params) if p.is_filtered]
+        self._filtered = torch.tensor(filtered, device=device) if filtered else None
+        self._filter = TopFilter([params[row] for row in filtered], vocab_size, device)
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """Tokens int64 `[rows]`, drawn from `logits` `[batch, vocab]`."""
+        scores = logits[self.rows] / self._temperature
+        if self._filtered is not None:
+            scores[self._filtered] = self._filter.apply(scores[self._filtered])
+        positions = to_device([s.num_output_tokens for s in self._sequences], logits.device)
+        return (noise.gumbel(self._seeds, positions, logits.shape[1]) + scores).argmax(-1)
+
+
+class LogprobRows:
+    """The rows of a batch that ask for log probabilities, grouped by the number of top tokens."""
+
+    def __init__(self, counts: list[int | None], device: torch.device) -> None:
+        """`counts` has the number of top tokens per row; None where none are asked for."""
+        # One `topk` per number, because which of two equal logits it returns may depend on it.
+        self._groups: list[tuple[int, list[int], Tensor]] = []
+        for count in sorted({count for count in counts if count is not None}):
+            rows = [row for row, asked in enumerate(counts) if asked == count]
+            self._groups.append((count, rows, torch.tensor(rows, device=device)))
+
+    def log_softmax(self, logits: Tensor) -> list[Tensor]:
+        """Log probabilities `[rows, vocab]` of each group, from `logits` `[batch, vocab]`."""
+        return [logits[index].log_softmax(-1) for _, _, index in self._groups]
+
+    def gather(self, logprobs: list[Tensor], tokens: Tensor) -> list[LogprobTensors]:
+        """What each group asked for, from `log_softmax` and the sampled `tokens` `[batch]`."""
+        gathered = []
+        for (count, rows, index), of_group in zip(self._groups, logprobs, strict=True):
+            sampled = tokens[index].clamp(min=0)[:, None]  # FAILED is no index
+            top = of_group.topk(min(count, of_group.shape[1]))
+            of_sampled = of_group.gather(1, sampled)[:, 0]
+            gathered.append(LogprobTensors(rows, of_sampled, top.values, top.indices))
+        return gathered

@@ -1,0 +1,53 @@
+"""Sampling parameters of one request."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the tokens of one request are chosen. The values are validated before they get here.
+
+    The sampler changes the model's logits in this order: logit_bias, repetition penalty, presence
+    and frequency penalty, min_tokens (stop tokens are masked), temperature, top_k, top_p, min_p.
+    """
+
+    max_tokens: int
+    """Generate at most this many tokens (at least 1)."""
+    min_tokens: int = 0
+    """No stop token can be chosen before this many tokens are generated."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    min_p: float = 0.0
+    """Drop tokens whose probability is below min_p times that of the most probable one."""
+    seed: int | None = None
+    """The same seed, prompt and parameters give the same tokens in any batch."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    """OpenAI's additive penalties; both count generated tokens only."""
+    repetition_penalty: float = 1.0
+    """The multiplicative penalty of CTRL (arXiv 1909.05858); it counts the prompt's tokens too."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these token ids."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the request besides the model's eos. The stop token is not returned."""
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. n: the chosen token's log probability and those of the n most probable."""
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the next token depends on which tokens came before."""
+        return (
+            self.presence_penalty != 0
+            or self.frequency_penalty != 0
+            or self.repetition_penalty != 1
+        )
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether top_k, top_p or min_p drop tokens."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

@@ -1,0 +1,37 @@
+"""ScheduledTokens: the part of one sequence that one step computes."""
+
+from typing import NamedTuple
+
+from serve_app.engine.sequence import PENDING, Sequence
+
+
+class ScheduledTokens(NamedTuple):
+    """Tokens `start` to `end` (exclusive) of a sequence.
+
+    A decode is the last token alone. A prompt is scheduled as one or more prefill chunks: with 512
+    tokens a step, a prompt of 1,200 gives (0, 512), (512, 1024), (1024, 1200), and the last of them
+    is sampled.
+    """
+
+    sequence: Sequence
+    start: int
+    end: int
+    is_sampled: bool
+    """Whether `end` is the end of the sequence, so that the step samples the next token."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def is_decode(self) -> bool:
+        """Whether this is one token after others that are computed."""
+        return self.is_sampled and 0 < self.start == self.end - 1
+
+
+def mark_launched(scheduled: list[ScheduledTokens]) -> None:
+    """Counts the tokens of a launched step as computed, and appends `PENDING` where it samples."""
+    for sequence, _, end, is_sampled in scheduled:
+        sequence.num_computed_tokens = end
+        if is_sampled:
+            sequence.token_ids.append(PENDING)

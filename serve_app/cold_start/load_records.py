@@ -20,6 +20,8 @@ Record = dict[str, Any]
 MAX_RECORDS = 20
 STALE_S = 90.0
 """A worker elsewhere that has not touched its file for so long is gone."""
+CLOCK_S = 1.5
+"""The start of a process is computed from the clock, which may be adjusted meanwhile."""
 KILLED = "The process that loads the model was killed"
 
 
@@ -72,7 +74,8 @@ def _is_running(file: Path, own: Path) -> bool:
         return False
     if record["host"] == socket.gethostname():
         # A container that was started again has its old name, and numbers its processes anew.
-        return bool(started_at(record["pid"]) == record["process_started"])
+        started = started_at(record["pid"])
+        return started is not None and abs(started - record["process_started"]) < CLOCK_S
     try:
         return own.stat().st_mtime - file.stat().st_mtime < STALE_S
     except FileNotFoundError:

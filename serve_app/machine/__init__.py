@@ -1,1 +1,5 @@
-"""This machine: its GPUs, its memory limits, its processes. None of these modules imports torch."""
+"""What this machine has: GPUs and their driver, memory and its limits, processes.
+
+`gpus.py` asks NVML, `host.py` asks psutil and the container's cgroup, `processes.py` finds and ends
+processes with psutil. No module here imports torch or takes a CUDA context.
+"""

@@ -1,20 +1,17 @@
-"""The GPUs of this machine and their driver, as `nvidia-smi` tells of them.
+"""Lists the NVIDIA GPUs of this machine and checks their driver, through NVML.
 
-Imports no torch, which would take a CUDA context. Knows nothing of models.
+NVML takes no CUDA context, so a process that only forwards requests may call this. GPUs that
+`CUDA_VISIBLE_DEVICES` hides are listed too.
 """
 
 import functools
 import importlib.util
 import re
-import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 MIB = 1 << 20
-TIMEOUT_S = 20.0
-"""A driver that is being initialised takes a few seconds."""
-LEAST_DRIVERS = {13: 580, 12: 525, 11: 450}
+MIN_DRIVERS = {13: 580, 12: 525, 11: 450}
 """The first driver branch for each major version of CUDA (NVIDIA's CUDA release notes, table of
 minor version compatibility)."""
 
@@ -26,61 +23,63 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
-    """0 where it shares its memory with the machine and tells no size, as `total_bytes`."""
+    """0, as is `total_bytes`, where the GPU shares the machine's memory and reports no size."""
     driver: str
-    """Such as "580.65.06"."""
+    """The driver's version, such as "580.65.06"."""
 
 
 class NoGpus(Exception):
-    """Why no GPU could be listed, in a few words."""
+    """Why no GPU can be listed, in a few words."""
 
 
+@functools.cache
 def query_gpus() -> list[Gpu]:
-    """The GPUs, one at least; raises `NoGpus`. Asks once: what is free is of the first time."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        raise NoGpus("no nvidia-smi")
-    return _query(program, Path(program).stat().st_mtime_ns)
+    """The GPUs, at least one; raises `NoGpus`.
 
+    A process asks once, because a driver without a persistence daemon takes seconds to answer.
+    `free_bytes` is therefore that of the first call.
+    """
+    import pynvml
 
-@functools.lru_cache(maxsize=1)
-def _query(program: str, changed: int) -> list[Gpu]:
-    # Without a daemon that keeps the driver awake, an answer can take seconds.
-    query = "--query-gpu=name,memory.total,memory.free,driver_version"
     try:
-        listed = subprocess.run(
-            [program, query, "--format=csv,noheader,nounits"],
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=True,
-        ).stdout
-    except subprocess.CalledProcessError as error:
-        said = (error.stdout + error.stderr).strip().splitlines() or [f"exit {error.returncode}"]
-        raise NoGpus(f"nvidia-smi: {said[0].strip()[:200]}") from None
-    except (OSError, subprocess.SubprocessError) as error:
-        raise NoGpus(f"nvidia-smi: {type(error).__name__}") from None
-    rows = [line.rsplit(",", 3) for line in listed.splitlines() if line.count(",") >= 3]
-    if not rows:
-        raise NoGpus("nvidia-smi lists none")
-    return [
-        Gpu(name.strip(), _mib(total), _mib(free), driver.strip())
-        for name, total, free, driver in rows
-    ]
+        pynvml.nvmlInit()
+        try:
+            driver = pynvml.nvmlSystemGetDriverVersion()
+            handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+            gpus = [_describe(handle, driver) for handle in handles]
+        finally:
+            pynvml.nvmlShutdown()
+    except pynvml.NVMLError as error:
+        raise NoGpus(f"NVML: {error}") from None
+    if not gpus:
+        raise NoGpus("NVML lists none")
+    return gpus
+
+
+def _describe(handle: object, driver: str) -> Gpu:
+    import pynvml
+
+    total = free = 0
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = int(memory.total), int(memory.free)
+    except pynvml.NVMLError_NotSupported:
+        pass  # a GPU that shares the machine's memory
+    return Gpu(pynvml.nvmlDeviceGetName(handle), total, free, driver)
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs; none where they cannot be listed, whyever."""
+    """The GPUs, or an empty list where NVML lists none."""
     try:
         return query_gpus()
     except NoGpus:
         return []
 
 
-def torchs_cuda() -> str | None:
-    """The version of CUDA that the installed torch is built for; None: for none.
+def torch_cuda_version() -> str | None:
+    """The version of CUDA that the installed torch is built for; None for a CPU build.
 
-    From torch's own version file, because importing torch takes seconds.
+    Reads torch's version file, because importing torch takes seconds.
     """
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
@@ -94,17 +93,13 @@ def torchs_cuda() -> str | None:
 
 
 def driver_problem(gpu: Gpu, cuda: str) -> str | None:
-    """A sentence where the driver is too old for this version of CUDA; else None."""
-    least = LEAST_DRIVERS.get(int(cuda.partition(".")[0]))
+    """A sentence where the driver is too old for CUDA version `cuda`; else None."""
+    minimum = MIN_DRIVERS.get(int(cuda.partition(".")[0]))
     branch = gpu.driver.partition(".")[0]
-    if least is None or not branch.isdecimal() or int(branch) >= least:
+    if minimum is None or not branch.isdecimal() or int(branch) >= minimum:
         return None
     return (
         f"The driver is too old: {gpu.name} has driver {gpu.driver}, and this image's CUDA {cuda} "
-        f"needs {least} or newer; choose hosts with a newer driver (CUDA version filter of the "
+        f"needs {minimum} or newer; choose hosts with a newer driver (CUDA version filter of the "
         "endpoint), or an image for an older CUDA."
     )
-
-
-def _mib(text: str) -> int:
-    return int(text) * MIB if text.strip().isdecimal() else 0

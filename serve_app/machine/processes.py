@@ -1,6 +1,6 @@
-"""The processes below this one: found by what they run, since when, and none outlives it.
+"""Finds and kills the descendants of this process, and makes the kernel end them with it.
 
-Linux only, by /proc and prctl. Knows no Ray and no RunPod.
+psutil does the finding; two prctl(2) options of Linux, which psutil lacks, do the rest.
 """
 
 import contextlib
@@ -8,111 +8,95 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterable
+
+import psutil
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
-END_S = 10.0
-"""A killed process may take a while to give back a GPU's memory."""
-LOOK_S = 0.02
+KILL_LIMIT_S = 10.0
+"""A killed process may need seconds to release a GPU's memory."""
+KILL_POLL_S = 0.02
+"""Seconds between two looks at which killed processes are left."""
 
 
-@dataclass(frozen=True)
-class Process:
-    """A process as /proc shows it; `started` tells it from a later one with its number."""
-
-    pid: int
-    parent: int
-    started: str
-    command: str
-
-
-def read(pid: int) -> Process | None:
-    """The living process `pid`; None where there is none, or only its exit code."""
-    folder = Path("/proc") / str(pid)
+def is_alive(process: psutil.Process) -> bool:
+    """False for a zombie too, and for a later process with the same number."""
     try:
-        # "pid (name) state ppid ...", where the name may hold anything
-        fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
-        command = (folder / "cmdline").read_text(errors="replace").replace("\0", " ")
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else Process(pid, int(fields[1]), fields[19], command)
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command(process: psutil.Process) -> str:
+    """The command line, or the title that the process has given itself; "" once it has ended."""
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
 
 
 def own_age_s() -> float:
     """Seconds since this process was started."""
-    began = (started_at(os.getpid()) or 0) / os.sysconf("SC_CLK_TCK")
-    return float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0]) - began
+    return max(0.0, time.time() - float(psutil.Process().create_time()))
 
 
-def started_at(pid: int) -> int | None:
-    """When process `pid` was started, in clock ticks since the machine was; None: there is none.
-
-    proc(5): field 22 of stat, counted behind the name, which may hold anything.
-    """
+def started_at(pid: int) -> float | None:
+    """When process `pid` was started, in seconds since the epoch; None where there is none."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
+        return float(psutil.Process(pid).create_time())
+    except psutil.Error:
         return None
-    return int(text.rpartition(")")[2].split()[19])
 
 
-def is_alive(process: Process) -> bool:
-    now = read(process.pid)
-    return now is not None and now.started == process.started
+def descendants(pid: int | None = None) -> list[psutil.Process]:
+    """Every living process below `pid`, by default below this one."""
+    try:
+        return [it for it in psutil.Process(pid).children(recursive=True) if is_alive(it)]
+    except psutil.NoSuchProcess:
+        return []
 
 
-def below(pid: int | None = None) -> list[Process]:
-    """Every living process below `pid`, or below this one."""
-    top = os.getpid() if pid is None else pid
-    names = (folder.name for folder in Path("/proc").iterdir())
-    every = [it for name in names if name.isdigit() and (it := read(int(name))) is not None]
-    found: list[Process] = []
-    reached = {top}
-    while news := [it for it in every if it.parent in reached and it.pid not in reached]:
-        found += news
-        reached |= {it.pid for it in news}
-    return found
-
-
-def end(find: Callable[[], list[Process]], limit_s: float = END_S) -> list[Process]:
-    """Kills what `find` finds until it finds nothing; what is left after `limit_s` seconds."""
-    killed: set[int] = set()
-    until = time.monotonic() + limit_s
-    while (left := find()) and time.monotonic() < until:
-        for process in left:
-            with contextlib.suppress(OSError):
-                os.kill(process.pid, signal.SIGKILL)
-            killed.add(process.pid)
-        time.sleep(LOOK_S)
-        for pid in killed:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)  # those that this process has adopted
+def kill(
+    find: Callable[[], list[psutil.Process]], limit_s: float = KILL_LIMIT_S
+) -> list[psutil.Process]:
+    """Kills what `find` returns until it returns nothing; what is left after `limit_s` seconds."""
+    killed: set[psutil.Process] = set()
+    deadline = time.monotonic() + limit_s
+    while (left := find()) and time.monotonic() < deadline:
+        _send_kill(left)
+        killed.update(left)
+        # Also reaps those that this process has adopted.
+        psutil.wait_procs(killed, timeout=KILL_POLL_S)
     return left
 
 
+def _send_kill(found: Iterable[psutil.Process]) -> None:
+    for process in found:
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+
+
 def adopt_orphans() -> None:
-    """From now on a process whose parent has died is still below this one."""
+    """From now on, a descendant whose parent dies becomes a child of this process."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_forks_with_this() -> None:
-    """From now on the kernel kills the forks of this process when it dies, however it dies.
+    """From now on, the kernel kills forks of this process when it dies, in whatever way it dies.
 
-    RunPod's heartbeat is such a fork: it would tell the platform for ever that the worker is well.
-    SIGTERM ends them at once. Processes that are started in another way are not affected.
+    RunPod's heartbeat is such a fork: left alone, it would go on reporting a healthy worker.
+    SIGTERM ends the forks at once. Processes started in another way are not affected.
     """
     parent = os.getpid()
     _prctl(PR_SET_PDEATHSIG, 0)  # loads what the fork needs
 
     def in_child() -> None:
-        # What this process does then, and says, is about its jobs.
+        # The parent's handler drains jobs, which a fork must not do.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it has died already
+        if os.getppid() != parent:  # the parent died before the line above
             os._exit(1)
 
     os.register_at_fork(after_in_child=in_child)

@@ -8,16 +8,18 @@ import asyncio
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.cold_start.killed import MemoryBefore
 from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog, read_lines
 from serve_app.machine import processes
-from serve_app.machine.processes import Process
 from serve_app.node import phases, ray_node
 from serve_app.node.forward import Forward, Line
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ class Cluster:
         self._config = config
         self._process_s = process_s
         self._line: Line | None = None
-        self._vital: dict[str, Process] = {}
+        self._vital: dict[str, psutil.Process] = {}
 
     async def start(self) -> Forward:
         """Starts Ray, Serve and the deployment; returns when the model is loaded.
@@ -62,7 +64,8 @@ class Cluster:
                 )
             except ConfigError as error:
                 raise ModelLoadFailed(str(error)) from None
-        replicas = [it for it in ray_node.below() if f"ServeReplica:{APP_NAME}" in it.command]
+        title = f"ServeReplica:{APP_NAME}"
+        replicas = [it for it in ray_node.below() if title in processes.command(it)]
         # Of several, the others go on while Serve replaces one.
         if len(replicas) == 1 and not _may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
@@ -91,7 +94,7 @@ class Cluster:
             await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
             if step.done():
                 return step.result()
-            await asyncio.to_thread(processes.end, ray_node.below)
+            await asyncio.to_thread(processes.kill, ray_node.below)
             await asyncio.wait({step}, timeout=HANG_S)
             if step.done():
                 step.exception()  # about the same death, in Ray's words

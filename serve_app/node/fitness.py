@@ -14,7 +14,7 @@ from serve_app.app import is_on_cpu
 from serve_app.cold_start.killed import LOADER_BYTES
 from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
-from serve_app.machine.gpus import NoGpus, driver_problem, query_gpus, torchs_cuda
+from serve_app.machine.gpus import NoGpus, driver_problem, query_gpus, torch_cuda_version
 from serve_app.machine.host import free_bytes
 from serve_app.node.ray_node import OBJECT_STORE_BYTES
 
@@ -77,7 +77,7 @@ def require_driver(settings: Settings) -> None:
             f"The model needs a GPU and none is seen ({reason}); choose another host, or set "
             "`model.device` to cpu."
         ) from None
-    cuda = torchs_cuda()
+    cuda = torch_cuda_version()
     for gpu in gpus:
         if cuda is not None and (problem := driver_problem(gpu, cuda)) is not None:
             raise MachineUnfit(problem)

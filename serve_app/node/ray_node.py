@@ -25,11 +25,13 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.machine import processes
-from serve_app.machine.processes import Process
 from serve_app.node import head, reaper
+
+if TYPE_CHECKING:
+    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +132,10 @@ def start_serve(http_options: dict[str, Any] | None = None) -> None:
     serve.start(proxy_location=location, http_options=http_options, logging_config=SERVE_LOGGING)
 
 
-def vital() -> dict[str, Process]:
+def vital() -> "dict[str, psutil.Process]":
     """The processes that Ray cannot do without, by the name to tell of them."""
-    return {name: it for words, name in VITAL.items() for it in below() if words in it.command}
+    commands = [(it, processes.command(it)) for it in below()]
+    return {name: it for words, name in VITAL.items() for it, line in commands if words in line}
 
 
 def lost() -> str | None:
@@ -145,16 +148,13 @@ def lost() -> str | None:
     return next((name for name in VITAL.values() if name not in alive), None)
 
 
-def below() -> list[Process]:
+def below() -> "list[psutil.Process]":
     """All of Ray's processes below this one."""
     import ray
 
     ours = f"{Path(ray.__file__).parent}{os.sep}"
-    return [
-        process
-        for process in processes.below()
-        if process.command.startswith("ray::") or ours in process.command
-    ]
+    commands = ((it, processes.command(it)) for it in processes.descendants())
+    return [it for it, line in commands if line.startswith("ray::") or ours in line]
 
 
 def stop() -> None:
@@ -182,14 +182,14 @@ def kill() -> None:
 
     if ray.is_initialized():
         # This process takes its leave from the GCS, and waits for it for seconds where it is gone.
-        processes.end(lambda: [it for it in below() if GCS not in it.command])
+        processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])
         ray.shutdown()
     _end_all()
 
 
 def _end_all() -> None:
-    if left := processes.end(below):
-        names = ", ".join(process.command.split(" ")[0] for process in left)
+    if left := processes.kill(below):
+        names = ", ".join(processes.command(process).split(" ")[0] for process in left)
         log.error("These processes of Ray cannot be ended: %s", names)
 
 

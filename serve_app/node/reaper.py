@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from serve_app.machine import processes
-from serve_app.machine.processes import Process
 
 
 def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
@@ -26,16 +27,16 @@ def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=home, start_new_session=True)
 
 
-def marked(mark: str, folder: str) -> list[Process]:
+def marked(mark: str, folder: str) -> list[psutil.Process]:
     """The living processes with `mark` or a file in `folder`, except this one."""
     found = []
-    for name in os.listdir("/proc"):
-        if name.isdigit() and int(name) != os.getpid():
+    for process in psutil.process_iter():
+        if process.pid != os.getpid():
             try:
-                is_marked = _is_marked(Path("/proc") / name, mark, folder)
+                is_marked = _is_marked(Path("/proc") / str(process.pid), mark, folder)
             except OSError:
-                continue  # it has ended, or belongs to somebody else
-            if is_marked and (process := processes.read(int(name))) is not None:
+                continue  # it has ended, or belongs to another user
+            if is_marked and processes.is_alive(process):
                 found.append(process)
     return found
 
@@ -52,7 +53,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     mark, folder = sys.argv[1:]
     sys.stdin.buffer.read()
-    processes.end(lambda: marked(mark, folder))
+    processes.kill(lambda: marked(mark, folder))
 
 
 if __name__ == "__main__":

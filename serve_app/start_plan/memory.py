@@ -67,7 +67,7 @@ def plan_memory(
         return [*lines, _fit_cpu(need)]
     if not gpus:
         raise MachineUnfit(
-            f"`model.device` is {settings.model.device}, but nvidia-smi finds no GPU on this "
+            f"`model.device` is {settings.model.device}, but NVML finds no GPU on this "
             f"machine; this model takes one with {in_gb(need.weight_bytes)} for its weights and "
             "more for the KV cache. Set `model.device` to cpu to do without.",
             check="gpu",

@@ -43,7 +43,7 @@ def family(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         yield process
-        processes.end(lambda: [it for it in processes.below() if it.parent == process.pid])
+        processes.kill(lambda: [it for it in processes.descendants() if it.ppid() == process.pid])
         process.kill()
 
 
@@ -51,10 +51,10 @@ def family(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
 def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> None:
     """All of them, those in other sessions too, and nobody else."""
     expected = all_below(family.pid)
-    found = processes.below(family.pid)
-    assert {(it.pid, it.started) for it in found} == expected
+    found = processes.descendants(family.pid)
+    assert {it.pid for it in found} == {pid for pid, _ in expected}
     assert len(found) == 3
-    assert processes.end(lambda: processes.below(family.pid)) == []
+    assert processes.kill(lambda: processes.descendants(family.pid)) == []
     assert not any(processes.is_alive(it) for it in found)
     assert family.poll() is None
 

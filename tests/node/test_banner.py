@@ -8,6 +8,7 @@ import serve_app
 from serve_app.api.routes import PATHS
 from serve_app.config.settings import Settings
 from serve_app.node.banner import banner, gpu, volume
+from tests.nvml import Install
 
 
 def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,18 +41,11 @@ def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:
     assert "not mounted" in volume(str(tmp_path / "nothing"))
 
 
-def test_gpus_are_named_by_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One part per GPU; a machine without the program, or with a broken one, still starts."""
-    program = tmp_path / "nvidia-smi"
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert gpu() == "none (no nvidia-smi)"
-    rows = "RTX 5090, 32607, 32100, 580.1\nB, 1, [N/A], 580.1"
-    program.write_text(f"#!/bin/sh\necho '{rows}'\n")
-    program.chmod(0o755)
+def test_gpus_are_named_by_nvml(nvml: Install) -> None:
+    """One part per GPU; a machine without a driver, or with a broken one, still starts."""
+    nvml(("RTX 5090", 32607, 32100), ("B", 1, 0), driver="580.1")
     assert gpu() == "RTX 5090, 32607 MiB, driver 580.1; B, 1 MiB, driver 580.1"
-    program.write_text("#!/bin/sh\nexit 9\n")
-    assert gpu() == "none (nvidia-smi: exit 9)"
-    program.write_text("#!/bin/sh\necho 'NVIDIA-SMI has failed.'\nexit 9\n")
-    assert gpu() == "none (nvidia-smi: NVIDIA-SMI has failed.)"
-    program.write_text("#!/bin/sh\nexit 0\n")
-    assert gpu() == "none (nvidia-smi lists none)"
+    nvml(failure="Driver Not Loaded")
+    assert gpu() == "none (NVML: Driver Not Loaded)"
+    nvml()
+    assert gpu() == "none (NVML lists none)"

@@ -7,6 +7,7 @@ import pytest
 from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.node import fitness
+from tests.nvml import Install
 
 
 def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
@@ -30,11 +31,11 @@ def test_a_load_onto_a_gpu_needs_main_memory() -> None:
     fitness.require_memory(Settings.from_args({"model": {"name": "tiny"}}, "test"), 10**15)
 
 
-def test_a_gpu_that_is_not_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nvidia-smi's own words are in the sentence; a model for the CPU does not ask it."""
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_a_gpu_that_is_not_seen(nvml: Install) -> None:
+    """NVML's own words are in the sentence; a model for the CPU does not ask it."""
+    nvml(failure="Driver Not Loaded")
     on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
-    with pytest.raises(MachineUnfit, match=r"none is seen \(no nvidia-smi\)"):
+    with pytest.raises(MachineUnfit, match=r"none is seen \(NVML: Driver Not Loaded\)"):
         fitness.require_driver(on_gpu)
     fitness.require_driver(Settings.from_args({"model": {"name": "tiny"}}, "test"))
 

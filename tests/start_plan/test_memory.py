@@ -9,7 +9,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +21,12 @@ from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.tiny import CHECKPOINT
 from tests.model.checkpoint import full_size
 from tests.model.checkpoint.hub import serve
+from tests.nvml import RTX_4090, RTX_5090, Install, write
 
 MIB = 1 << 20
 IN_4_BITS: dict[str, dict[str, Any]] = {
     "quantization_config": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 }
-RTX_5090 = "NVIDIA GeForce RTX 5090, 32607, 32100, 580.65.06"
-RTX_4090 = "NVIDIA GeForce RTX 4090, 24564, 24100, 580.65.06"
 
 
 def checkpoint(folder: Path, tensors: full_size.Tensors, shards: int, **config: Any) -> Path:
@@ -46,25 +44,6 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tensors = full_size.in_4_bits(nested=True)
     return checkpoint(tmp_path_factory.mktemp("nested"), tensors, 6, **IN_4_BITS)
-
-
-@pytest.fixture
-def gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Puts an nvidia-smi onto the PATH that prints what it is told."""
-
-    def install(printed: str) -> None:
-        folder = tmp_path / "bin"
-        folder.mkdir(exist_ok=True)
-        (folder / "nvidia-smi").write_text(f"#!/bin/sh\necho '{printed}'\n")
-        (folder / "nvidia-smi").chmod(0o755)
-        monkeypatch.setenv("PATH", str(folder), prepend=":")
-
-    return install
-
-
-@pytest.fixture
-def no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
 
 
 def config(folder: Path, name: Path, model: Any = None, engine: Any = None) -> Path:
@@ -119,10 +98,16 @@ def test_the_planner_knows_the_full_model(
     ],
 )
 def test_the_table_by_part(
-    absmax: str, total: str, experts: str, attention: str, tmp_path: Path, floats: Path, gpu: Any
+    absmax: str,
+    total: str,
+    experts: str,
+    attention: str,
+    tmp_path: Path,
+    floats: Path,
+    nvml: Install,
 ) -> None:
     """Float weights that will be quantised, on a card that holds them."""
-    gpu(RTX_5090)
+    nvml(RTX_5090)
     lines = check(config(tmp_path, floats, {"absmax": absmax}))
     (line,) = [line for line in lines if line.startswith("Weights: ")]
     assert f"{total} of nf4 with {absmax} absmax" in line
@@ -130,9 +115,9 @@ def test_the_table_by_part(
     assert any("93.41 GB of float weights in 19 files" in line for line in lines)
 
 
-def test_room_for_kv(tmp_path: Path, nested: Path, gpu: Any) -> None:
+def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
     """What a 32 GB card leaves for KV, of 131,072 bytes a token; the checkpoint's absmax counts."""
-    gpu(RTX_5090)
+    nvml(RTX_5090)
     lines = check(config(tmp_path, nested))
     assert any("24.48 GB of nf4 with nested absmax" in line for line in lines)
     room = 32100 * MIB - 1024 * MIB - 600 * MIB - 24_483_536_896
@@ -144,10 +129,10 @@ def test_room_for_kv(tmp_path: Path, nested: Path, gpu: Any) -> None:
 
 @pytest.mark.parametrize("absmax", ["nested", "bfloat16", "float32"])
 def test_24_gb_do_not_fit(
-    absmax: str, tmp_path: Path, floats: Path, gpu: Any, capsys: pytest.CaptureFixture[str]
+    absmax: str, tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A 24 GB card is refused, however the weights are quantised, and told what fits."""
-    gpu(RTX_4090)
+    nvml(RTX_4090)
     said = sentence(capsys, config(tmp_path, floats, {"absmax": absmax}))
     assert "too small" in said
     assert "RTX 4090 has 25.27 GB free" in said
@@ -155,33 +140,35 @@ def test_24_gb_do_not_fit(
 
 
 def test_what_helps_is_said(
-    tmp_path: Path, floats: Path, gpu: Any, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A longer context than fits, a card that others use, weights that are not quantised."""
-    gpu(RTX_5090)
+    nvml(RTX_5090)
     long = config(tmp_path, floats, engine={"kv_cache_tokens": 200_000})
     assert "lower `engine.max_model_len` or `engine.kv_cache_tokens`" in sentence(capsys, long)
-    gpu("NVIDIA GeForce RTX 5090, 32607, 20000, 580.65.06")
+    nvml(("NVIDIA GeForce RTX 5090", 32607, 20000))
     assert "end what else runs on it" in sentence(capsys, config(tmp_path, floats))
-    gpu("NVIDIA A100-SXM4-80GB, 81920, 81000, 580.65.06")
+    nvml(("NVIDIA A100-SXM4-80GB", 81920, 81000))
     unquantised = config(tmp_path, floats, {"quantization": "none"})
     assert "set `model.quantization` to nf4" in sentence(capsys, unquantised)
 
 
-def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, gpu: Any, capsys: Any) -> None:
+def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, nvml: Install, capsys: Any) -> None:
     """Any of them may be given to the replica."""
-    gpu(f"{RTX_5090}\n{RTX_4090}")
+    nvml(RTX_5090, RTX_4090)
     assert [card.total_bytes for card in find_gpus()] == [32607 * MIB, 24564 * MIB]
     assert "RTX 4090" in sentence(capsys, config(tmp_path, floats))
 
 
-@pytest.mark.usefixtures("no_gpu")
-def test_no_gpu(tmp_path: Path, floats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_gpu(
+    tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
     """cuda is refused, and auto, which reserves a GPU for all but the tiny model; cpu computes if
     its memory is enough."""
+    nvml(failure="NVML Shared Library Not Found")
     for device in ("cuda", "auto"):
         said = sentence(capsys, config(tmp_path, floats, {"device": device}))
-        assert f"`model.device` is {device}, but nvidia-smi finds no GPU" in said
+        assert f"`model.device` is {device}, but NVML finds no GPU" in said
         assert "25.20 GB" in said
     tiny = config(tmp_path, Path("tiny"), {"device": "auto"})
     assert any("no GPU on this machine, so the CPU computes" in line for line in check(tiny))
@@ -189,9 +176,9 @@ def test_no_gpu(tmp_path: Path, floats: Path, capsys: pytest.CaptureFixture[str]
     assert "needs 19" in sentence(capsys, huge)  # 187 GB and the KV cache
 
 
-def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, gpu: Any) -> None:
+def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, nvml: Install) -> None:
     """Some share their memory with the machine; the check says that it cannot say."""
-    gpu("NVIDIA GB10, [N/A], [N/A], 580.65.06")
+    nvml(("NVIDIA GB10", None, None))
     assert any("does not say how much" in line for line in check(config(tmp_path, floats)))
 
 
@@ -212,10 +199,12 @@ def test_a_type_that_the_weights_do_not_have(
 
 
 def run_check(path: Path, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process that sees `hub` as the hub, and an empty cache."""
+    """The command in a process that sees `hub` as the hub, an empty cache, and one RTX 5090."""
+    write(path.parent, RTX_5090, driver="580.65.06")
+    machine = {"PYTHONPATH": str(path.parent), "HF_HOME": str(home)}
     return subprocess.run(
         [sys.executable, "-m", "serve_app.check", str(path)],
-        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        env={**os.environ, **machine, "HF_ENDPOINT": hub, "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
     )
@@ -226,10 +215,9 @@ SMALL_FILES = dict.fromkeys(
 )
 
 
-def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path, gpu: Any) -> None:
+def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path) -> None:
     """config.json and the list of files are enough: the download's size and the memory, and a
     quantisation that we cannot read is refused."""
-    gpu(RTX_5090)
     path = config(tmp_path, Path("o/m"))
     stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_use_double_quant": True}
     document = {**full_size.CONFIG, "quantization_config": stored}

@@ -4,7 +4,6 @@ Whole workers against the loopback platform: the SDK itself runs the checks, and
 None of them starts Ray.
 """
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import yaml
 from emulator.platform import Platform
 from emulator.worker import Worker
 from serve_app.tiny import CHECKPOINT
+from tests import nvml
 from tests.worker.conftest import TINY, Client, until
 from tests.worker.process import ENTRY
 
@@ -28,19 +28,13 @@ def config(folder: Path, **model: Any) -> str:
     return str(path)
 
 
-def with_gpu(folder: Path, row: str, cuda: str) -> dict[str, str]:
-    """The environment of a machine whose nvidia-smi prints `row`, and whose torch is for `cuda`."""
-    (folder / "bin").mkdir()
-    program = folder / "bin" / "nvidia-smi"
-    program.write_text(f"#!/bin/sh\necho '{row}'\n")
-    program.chmod(0o755)
+def with_gpu(folder: Path, gpu: nvml.Row, driver: str, cuda: str) -> dict[str, str]:
+    """The environment of a machine whose NVML lists `gpu`, and whose torch is for `cuda`."""
     (folder / "site" / "torch").mkdir(parents=True)
     (folder / "site" / "torch" / "__init__.py").touch()
     (folder / "site" / "torch" / "version.py").write_text(f"cuda = '{cuda}'\n")
-    return {
-        "PATH": f"{folder / 'bin'}:{os.environ['PATH']}",
-        "PYTHONPATH": f"{folder / 'site'}:{ENTRY.parent}",
-    }
+    nvml.write(folder / "site", gpu, driver=driver)
+    return {"PYTHONPATH": f"{folder / 'site'}:{ENTRY.parent}"}
 
 
 @pytest.mark.parametrize("fault", ["gpu_driver", "gpu_memory", "model_folder", "volume"])
@@ -49,7 +43,7 @@ def test_an_unfit_machine_is_reported(tmp_path: Path, fault: str) -> None:
     variables: dict[str, Any] = {}
     if fault.startswith("gpu"):
         driver, size = ("550.1", 32000) if fault == "gpu_driver" else ("580.1", 1200)
-        variables = with_gpu(tmp_path, f"RTX 5090, {size}, {size}, {driver}", "13.0")
+        variables = with_gpu(tmp_path, ("RTX 5090", size, size), driver, "13.0")
         path = config(tmp_path, device="cuda")
     elif fault == "model_folder":
         path = config(tmp_path, name="/runpod-volume/absent/model")

@@ -1,26 +1,38 @@
-"""The worker that handlers in guides make: a yield, and so a post, for every chunk.
+"""The worker that handlers in guides make: every chunk is a post of its own.
 
-`runpod_entry.py` in all else, so that only the delivery differs.
+It is `runpod_entry.py` in everything else, so that only the delivery differs.
 """
 
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 import runpod_entry
 from serve_app.worker import handler
+from serve_app.worker.buffer import ItemBuffer
 
 
-async def one_by_one(
-    items: AsyncGenerator[dict[str, Any], None],
-) -> AsyncGenerator[list[dict[str, Any]], None]:
-    """Stands for `delivery.batches`: the next item is taken when the last one was posted."""
-    async with aclosing(items):
-        async for item in items:
-            yield [item]
+class OneByOne(ItemBuffer):
+    """Stands for `ItemBuffer`: takes the next item when the last one was posted."""
+
+    async def __aenter__(self) -> "OneByOne":
+        self._is_over = False
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._items.aclose()
+
+    @property
+    def is_over(self) -> bool:
+        return self._is_over
+
+    async def take(self) -> list[dict[str, Any]]:
+        try:
+            return [await anext(self._items)]
+        except StopAsyncIteration:
+            self._is_over = True
+            return []
 
 
 if __name__ == "__main__":
-    handler.batches = one_by_one  # type: ignore[attr-defined]
+    handler.ItemBuffer = OneByOne  # type: ignore[attr-defined]
     sys.exit(runpod_entry.main())

@@ -1,16 +1,19 @@
-"""RunPod jobs: taken, run and answered. Knows no tokens, and not how a model is started.
+"""RunPod jobs: takes them from the platform, answers them with the model, and posts the results.
 
-Read `start.py` first, which puts the parts together. Then follow a job:
+Read `start.py` first, which puts the parts together. A job then passes
 
-    take, taken        a poll brings deliveries; each is run once, and remembered until answered
-    sdk                JobLoop, from a take to the last post: the only module inside the SDK's loop
-    job                its `input` becomes the `Call` that it means
-    handler            the call's answer, or its error, as values to post
-    boot, progress     the model's one start, which all jobs share, and what they hear meanwhile
-    delivery           a stream's chunks, merged while a post is under way
-    results, post      the terminal body, posted until the platform has it
-    stops, drain       what ends a job early: a cancel, or the end of the worker
-    sdk_import         the SDK's import, without the second that it wastes
+    poll         brings jobs
+    job_loop     runs each in a task, stops it when told so, and drains at the end
+    in_flight    remembers it until it is answered
+    job          reads its `input` as a `Call` of the HTTP API
+    handler      calls the model; turns an exception into the error of a failed job
+    buffer       reads a stream of the model ahead while a post is under way
+    output       merges its chunks, and writes each as JSON once
+    result       its output or error as a whole, within the platform's size limit
+    posts        posts progress, chunks, and the result until the platform has it
 
-`local.py` runs one job from the command line instead. The model is `serve_app.node`'s.
+`supervisor` starts the model for all jobs that wait, and once more when it dies; `progress` posts
+updates meanwhile. `sdk` is RunPod's SDK, whose loop drives `job_loop`. `drain` and `backoff` keep
+time. `local` runs one job from the command line, without a platform. The model itself runs in Ray,
+which `serve_app.node` starts.
 """

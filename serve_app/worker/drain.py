@@ -1,8 +1,8 @@
-"""The end of a worker: when it began, and how much time it leaves to what still runs.
+"""Draining: how much time running jobs have after the worker was told to stop.
 
-    began ---- running jobs finish ---- cut ---- the rest is told to come again ---- over
+    begin ---- running jobs finish ---- cut ---- the others are refused ---- over
 
-Knows only the clock. Lives in one event loop, whose thread makes every call.
+A `Drain` belongs to one event loop; only that loop's thread may call it.
 """
 
 import asyncio
@@ -10,11 +10,13 @@ import contextlib
 import time
 
 CUT_SHARE = 0.8
-"""The part of the time that running jobs have; in the rest those that are cut off are told so."""
+"""Share of the time in which running jobs may finish. The rest is for posting refusals."""
+MAX_SLEEP_S = 1.0
+"""Longest pause while draining, so that the end is noticed."""
 
 
 class Drain:
-    """At most `limit_s` seconds from `begin` until nobody is waited for any longer."""
+    """Lasts `limit_s` seconds, from `begin` until the worker waits for nothing any more."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -30,21 +32,21 @@ class Drain:
     @property
     def is_cut(self) -> bool:
         """Jobs that still run are refused from now on."""
-        return self._share(CUT_SHARE)
+        return self._has_passed(CUT_SHARE)
 
     @property
     def is_over(self) -> bool:
-        """Not even a refusal is waited for."""
-        return self._share(1.0)
+        """The worker no longer waits for a refusal to be posted."""
+        return self._has_passed(1.0)
 
     async def sleep(self, seconds: float) -> None:
-        """Sleeps, for a second at most once the drain has begun."""
+        """Sleeps until `seconds` have passed or the drain begins; at most 1 s while draining."""
         if self.begun.is_set():
-            await asyncio.sleep(min(seconds, 1.0))
+            await asyncio.sleep(min(seconds, MAX_SLEEP_S))
         else:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
                     await self.begun.wait()
 
-    def _share(self, share: float) -> bool:
+    def _has_passed(self, share: float) -> bool:
         return self.begun.is_set() and time.monotonic() - self._began >= self.limit_s * share

@@ -1,40 +1,37 @@
-"""The one handler for all jobs: a job in, what RunPod's SDK posts for it out.
+"""Answers jobs: reads the input, calls the model, posts the output, or the error of a failed job.
 
-Every job is answered exactly once: with its output, or with `{"error": "<JSON string>"}`. Nothing
-but a cancellation is ever raised, because the SDK would send the traceback to the client. Knows
-jobs and the SDK's habits; not routes, Ray or tokens.
+Every job gets exactly one result. `Handler` raises nothing but `CancelledError`, which is how a
+stopped job arrives.
 """
 
 import contextlib
+import json
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.api.metrics import status_text
 from serve_app.api.routes import known
-from serve_app.errors import (
-    EngineDead,
-    InternalError,
-    MethodNotAllowed,
-    ServeError,
-    error_body,
-    job_error,
-)
+from serve_app.errors import EngineDead, InternalError, MethodNotAllowed, ServeError, error_body
 from serve_app.loading.load_log import read_lines
 from serve_app.node import phases
 from serve_app.node.forward import Forward
+from serve_app.protocol.call import Call
 from serve_app.protocol.sse import DONE, event
 from serve_app.worker import progress
-from serve_app.worker.boot import Boot
-from serve_app.worker.delivery import Item, batches, merge_chunks, merge_text, postable
+from serve_app.worker.buffer import ItemBuffer
 from serve_app.worker.job import JobRequest, new_request_id, parse
+from serve_app.worker.output import Output, merged_chunks, merged_events
+from serve_app.worker.posts import Posts
+from serve_app.worker.result import Result, encode
+from serve_app.worker.supervisor import StartupSupervisor
 
 log = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
-    """The model answered with an error body: it goes to the client as it is."""
+    """The model answered with an error body, which the client gets unchanged."""
 
     def __init__(self, body: dict[str, Any]) -> None:
         super().__init__()
@@ -42,104 +39,96 @@ class _Refused(Exception):
 
 
 class Handler:
-    """Answers jobs through `boot`'s model, which the first job that needs it starts."""
+    """Answers jobs with the model of `supervisor`."""
 
     def __init__(
         self,
-        boot: Boot,
+        supervisor: StartupSupervisor,
         *,
-        tell: progress.Tell,
         load_log: str,
         progress_interval_s: float,
         max_body_bytes: int,
         model_name: str,
         outlook: Callable[[], Awaitable[dict[str, Any]]] | None = None,
     ) -> None:
-        """`outlook` is what is said of the load besides how far it is."""
-        self.boot = boot
+        """`outlook` returns fields for progress updates of the load, such as a forecast."""
+        self.supervisor = supervisor
         self._outlook = outlook
-        self._tell = tell
         self._load_log = load_log
         self._interval_s = progress_interval_s
         self._max_body_bytes = max_body_bytes
         self._model_name = model_name
 
-    async def handle(self, job: dict[str, Any]) -> AsyncGenerator[Any, None]:
-        """What the SDK posts for `job`: chunks of a stream, or one value, or an error."""
+    async def answer(self, job: dict[str, Any], posts: Posts) -> None:
+        """Runs `job`, the platform's object, and posts its output as it comes, then its result."""
         request_id = new_request_id()
         began = time.monotonic()
         request: JobRequest | None = None
         outcome = "cancelled"
         try:
             request = parse(job, request_id, self._max_body_bytes)
-            async with contextlib.aclosing(self._answer(job, request)) as values:
-                async for value in values:
-                    yield postable(value)
+            output = Output(posts)
+            await self._answer(request, posts, output)
+            result = output.result()
             outcome = "answered"
         except Exception as error:
-            # All is released by now: the SDK does not come back after an error.
-            body = _body_of(error, request_id)
+            body = _error_body(error, request_id)
             outcome = body["error"]["status"]
-            for value in _failure(request, body):
-                yield postable(value)
+            result = await _failed(request, body, posts)
         finally:
             seconds = time.monotonic() - began
             log.info("job %r, %s: %s after %.2f s", job.get("id"), request_id, outcome, seconds)
+        await posts.result(result)
 
-    def refusal(self, job: dict[str, Any], error: ServeError) -> list[Any]:
-        """What is posted for `job` where something outside of it ends it with `error`."""
+    async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
+        """Ends `job` with `error`, which is not the job's own fault: the worker stops."""
         request_id = new_request_id()
-        try:
+        request: JobRequest | None = None
+        with contextlib.suppress(ServeError):
             request = parse(job, request_id, self._max_body_bytes)
-        except ServeError:
-            request = None
         log.info("job %r, %s: %s", job.get("id"), request_id, error.job_status)
-        return [postable(value) for value in _failure(request, error_body(error, request_id))]
+        await posts.result(await _failed(request, error_body(error, request_id), posts))
 
-    async def _answer(self, job: dict[str, Any], request: JobRequest) -> AsyncGenerator[Any, None]:
-        if request.call.path in ("/health", "/metrics") and self.boot.forward is None:
-            if request.call.method != "GET":
-                raise MethodNotAllowed(f"{request.call.path} takes GET.")
-            is_health = request.call.path == "/health"
-            yield self._health() if is_health else status_text(self.boot.status, self._model_name)
+    async def _answer(self, request: JobRequest, posts: Posts, output: Output) -> None:
+        """Adds the answer to `output`. A job that has posted nothing is tried a second time."""
+        call = request.call
+        if call.path in ("/health", "/metrics") and self.supervisor.client is None:
+            await output.add(self._status(call))
             return
-        sent = False
         for is_last_try in (False, True):
-            forward = await self._model(job)
+            client = await self._client(posts)
             try:
-                if not request.stream:
-                    yield await self._body(job, forward, request)
+                if request.stream:
+                    await _stream(client, request, output)
                 else:
-                    async with contextlib.aclosing(_values(forward, request)) as values:
-                        async for value in values:
-                            sent = True
-                            yield value
-                if request.call.method == "POST":
-                    self.boot.answered(forward)
+                    await output.add(await self._body(client, call, posts))
+                if call.method == "POST":
+                    self.supervisor.answered(client)
                 return
             except EngineDead:
-                if sent or is_last_try:
+                if is_last_try or not output.is_empty:
                     raise
-                log.warning("%s: the model went away; trying once more", request.call.request_id)
-                await self.boot.confirmed(forward)
+                log.warning("%s: the model died; the job is tried once more", call.request_id)
+                await self.supervisor.wait_for_death(client)
 
-    async def _model(self, job: dict[str, Any]) -> Forward:
-        if self.boot.forward is not None:
-            return await self.boot.ready()
+    async def _client(self, posts: Posts) -> Forward:
+        """The client of a model that is ready; posts how far the load is while it waits."""
+        if self.supervisor.client is not None:
+            return await self.supervisor.ready()
 
-        async def tell() -> None:
+        async def update() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
-            if self.boot.forward is None:  # else the answer itself is on its way
-                await self._tell(job, {**self._health(), **outlook})
+            if self.supervisor.client is None:
+                await posts.progress({**self._health(), **outlook})
 
-        return await progress.while_waiting(self.boot.ready(), tell, self._interval_s)
+        return await progress.while_waiting(self.supervisor.ready(), update, self._interval_s)
 
-    async def _body(self, job: dict[str, Any], forward: Forward, request: JobRequest) -> Any:
-        """The model's answer where it is no stream; tells the job how far a batch is."""
-        news: list[dict[str, Any]] = []
+    async def _body(self, client: Forward, call: Call, posts: Posts) -> Any:
+        """The model's answer where it is no stream; posts how far a list of prompts is."""
+        latest: list[dict[str, Any]] = []
 
         async def read() -> Any:
-            async with contextlib.aclosing(forward(request.call)) as items:
+            async with contextlib.aclosing(client(call)) as items:
                 async for item in items:
                     match item:
                         case {"error": error}:
@@ -147,80 +136,74 @@ class Handler:
                         case {"body": body}:
                             return body
                         case {"progress": update}:
-                            news[:] = [update]
+                            latest[:] = [update]
             raise InternalError("The answer ended before it was whole; send the request again.")
 
-        async def tell() -> None:
-            if news:
-                await self._tell(job, news.pop())
+        async def update() -> None:
+            if latest:
+                await posts.progress(latest.pop())
 
-        return await progress.while_waiting(read(), tell, self._interval_s)
+        return await progress.while_waiting(read(), update, self._interval_s)
+
+    def _status(self, call: Call) -> Any:
+        """The answer to `/health` or `/metrics` while there is no model that could give it."""
+        if call.method != "GET":
+            raise MethodNotAllowed(f"{call.path} takes GET.")
+        if call.path == "/health":
+            return self._health()
+        return status_text(self.supervisor.status, self._model_name)
 
     def _health(self) -> dict[str, Any]:
-        """What `/health` says while no model can say it."""
-        health: dict[str, Any] = {
-            "status": self.boot.status,
-            **phases.summary(read_lines(self._load_log)),
-        }
-        if self.boot.status == "failed" and self.boot.error is not None:
-            # Not "error": the SDK fails a job whose output has a field of that name.
-            health["reason"] = self.boot.error.message
+        """`{"status", "load", ...}` of a model that is not ready, and why the last start failed."""
+        supervisor = self.supervisor
+        health = {"status": supervisor.status, **phases.summary(read_lines(self._load_log))}
+        if supervisor.status == "failed" and supervisor.error is not None:
+            # Not "error": RunPod's clients take a field of that name for a failed job.
+            health["reason"] = supervisor.error.message
         return health
 
 
-async def _values(forward: Forward, request: JobRequest) -> AsyncGenerator[Any, None]:
-    """The model's stream as the values to post, raising `_Refused` where it is an error."""
-    answer = forward(request.call)
-    items = _with_done(answer) if request.sse else answer
-    values: list[Any]
-    async with contextlib.aclosing(batches(items)) as parts:
-        async for batch in parts:
+async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
+    """Adds the model's stream to `output`. Raises what ends it early, after all that came before.
+
+    The stream's last event goes into one post with the last text.
+    """
+    async with ItemBuffer(client(request.call)) as buffer:
+        while not buffer.is_over:
+            batch = await buffer.take()
+            chunks = [item["chunk"] for item in batch if "chunk" in item]
+            errors = [item["error"] for item in batch if "error" in item]
+            values: list[Any]
             if request.sse:
-                values = merge_text([text for item in batch if (text := _event(item))])
+                values = merged_events(chunks, DONE if buffer.is_over and not errors else b"")
             else:
-                values = merge_chunks([item["chunk"] for item in batch if "chunk" in item])
+                values = merged_chunks(chunks)
             for value in values:
-                yield value
-            for item in batch:
-                if "error" in item:
-                    raise _refused(item["error"])
-
-
-async def _with_done(items: AsyncGenerator[Item, None]) -> AsyncGenerator[Item, None]:
-    """`items` and the stream's last event, which so goes into one post with the last text."""
-    async with contextlib.aclosing(items):
-        async for item in items:
-            yield item
-            if "error" in item:
-                return
-    yield {"done": True}
-
-
-def _event(item: Item) -> str:
-    """What the gateway passes on of an item; nothing of most."""
-    if "chunk" in item:
-        return event(item["chunk"]).decode()
-    return DONE.decode() if "done" in item else ""
+                await output.add(value)
+            for error in errors:
+                raise _refused(error)
 
 
 def _refused(body: dict[str, Any]) -> Exception:
-    """What the model's error is here: a dead engine in a living replica is a dead model."""
+    """The exception for an error body; a dead engine in a living replica is a dead model."""
     error = body["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(body)
 
 
-def _body_of(error: Exception, request_id: str) -> dict[str, Any]:
+def _error_body(error: Exception, request_id: str) -> dict[str, Any]:
     if isinstance(error, _Refused):
         return error.body
     return error_body(known(error, request_id), request_id)
 
 
-def _failure(request: JobRequest | None, body: dict[str, Any]) -> list[Any]:
-    """A failed job's last words. A stream hears them first, as clients never see a job's error."""
-    last = job_error(body)
-    if request is None or not request.stream:
-        return [last]
-    if request.sse:
-        return [event(postable(body)).decode(), last]  # an event takes no lone surrogate
-    told = {name: body["error"][name] for name in ("status", "retry", "message")}
-    return [{"token": "", "finished": True, "finish_reason": "error", **told}, last]
+async def _failed(request: JobRequest | None, body: dict[str, Any], posts: Posts) -> Result:
+    """The result of a job that fails with the error body `body`.
+
+    A stream gets the error as its last chunk, because RunPod's clients do not show a job's error.
+    """
+    if request is not None and request.stream:
+        clean = json.loads(encode(body))  # an event refuses lone surrogates
+        shown = {name: clean["error"][name] for name in ("status", "retry", "message")}
+        last = {"token": "", "finished": True, "finish_reason": "error", **shown}
+        await posts.chunk(encode(event(clean).decode() if request.sse else last))
+    return Result.of_error(body)

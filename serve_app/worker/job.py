@@ -1,11 +1,11 @@
-"""A RunPod job's `input` -> the `Call` it means. Three shapes, tried in the order of the README.
+"""Turns a RunPod job's `input` into the `Call` that it asks for. Three shapes, tried in order:
 
     1  {"openai_route": "/v1/...", "openai_input": {...}}       RunPod's OpenAI gateway
-    2  {"endpoint": "/prompt", "data": {...}}                   any route of the HTTP door
+    2  {"endpoint": "/prompt", "data": {...}}                   any route of the HTTP API
        {"route": "/tokenize", "method": "POST", "body": {...}}
     3  {"prompt" | "messages" | "prompts" | "items": ..., "sampling_params": {...}}
 
-Checks the shape only: routes, fields and limits are checked where the HTTP door's are.
+Checks the shape and the size alone. The server checks route and fields, as for HTTP.
 """
 
 import functools
@@ -25,8 +25,8 @@ SHAPES = (
     "or `openai_route` with `openai_input`"
 )
 UNNEEDED = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
-"""What older workers wanted to know of a stream's chunks: here a chunk holds what came while the
-last one was posted. Accepted, and said once."""
+"""Fields by which older workers sized a stream's chunks; here a chunk holds what came while the
+last one was posted. They are accepted and ignored, with one log line."""
 REFUSED = {
     "refresh_worker": (
         False,
@@ -37,31 +37,31 @@ REFUSED = {
         'raw text is continued by {"endpoint": "/v1/completions", "data": {...}}',
     ),
 }
-"""Fields of older workers: the one value that asks for what happens anyway, and why no other."""
+"""Fields of older workers: the only accepted value, which asks for what happens anyway, and why."""
 READ_ROUTES = ("/health", "/ping", "/metrics", "/v1/models")
 """Routes for which an empty body means GET."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What a job asks for, and in which form it wants to hear the answer."""
+    """What a job asks for, and the form of its output."""
 
     call: Call
     stream: bool
-    """The client asked for a stream, so it reads chunks rather than the job's error."""
+    """The output is chunks, and a failure is a chunk too."""
     sse: bool
-    """The stream is read by RunPod's OpenAI gateway, which expects SSE text."""
+    """The chunks are texts of server-sent events, which RunPod's OpenAI gateway passes on."""
 
 
 def new_request_id() -> str:
-    """An id of ours: the job's own id is logged and echoed, never used as a key."""
+    """A new id of our own. The platform's job id is logged, and never identifies a request."""
     return uuid.uuid4().hex
 
 
 def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
-    """The request in `job["input"]`; raises `InvalidRequest` saying what is wrong with it.
+    """The request in `job["input"]`. Raises `InvalidRequest` for one that cannot be read.
 
-    `max_body_bytes` is the HTTP door's limit of a body; here it counts the body as JSON.
+    `max_body_bytes` is the limit of an HTTP body; here it limits the body written as JSON.
     """
     request = _parse(job, request_id)
     try:
@@ -94,7 +94,7 @@ def _parse(job: dict[str, Any], request_id: str) -> JobRequest:
 
 
 def _gateway(given: dict[str, Any], request_id: str) -> JobRequest:
-    # Other keys are the gateway's business: which ones it adds is written down nowhere.
+    # Other keys are ignored: which ones the gateway adds is not documented.
     path = _path(given.get("openai_route", "/v1/chat/completions"), "openai_route")
     body = given.get("openai_input") or None
     method = "GET" if body is None else "POST"
@@ -129,7 +129,7 @@ def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
             )
     for name in UNNEEDED:
         if name in given:
-            _say_once(f"Jobs send `{name}`, which nothing here needs.")
+            _log_once(f"Jobs send `{name}`, which nothing here needs.")
     unused = {"sampling_params", *REFUSED, *UNNEEDED}
     body = {name: value for name, value in given.items() if name not in unused}
     sampling = given.get("sampling_params")
@@ -146,7 +146,7 @@ def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
 
 
 @functools.cache
-def _say_once(line: str) -> None:
+def _log_once(line: str) -> None:
     log.info("%s", line)
 
 

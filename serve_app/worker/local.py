@@ -1,7 +1,7 @@
-"""`--test_input '{"input": {...}}'` and `./test_input.json`: one job, really run, on this machine.
+"""Runs one job on this machine: `--test_input '{"input": {...}}'`, or `./test_input.json`.
 
-The SDK's own local mode prints a generator handler's name and calls it a success; this runs the
-job and prints its output as JSON on standard output, on a line of its own.
+Prints the job's output as JSON on a line of standard output. The SDK's own local mode runs no
+generator handler: it prints the generator's name and reports success.
 """
 
 import asyncio
@@ -15,19 +15,21 @@ from typing import Any
 
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.node import ray_node
+from serve_app.worker.result import Result
 from serve_app.worker.start import make_handler
 
 log = logging.getLogger(__name__)
 
 INPUT_FILE = Path("test_input.json")
 INTERRUPTED = 130
-"""What a shell says of a command that SIGINT has ended: 128 and its number."""
+"""The exit code of a command that SIGINT has ended, as in a shell: 128 and the signal's number."""
 
 
 def find(text: str | None, entry: EntrySettings) -> dict[str, Any] | None:
-    """The job on the command line, else the one in `./test_input.json` where nothing else is asked.
+    """The job `text` from the command line, else the one in `./test_input.json`.
 
-    Raises `ConfigError` where it is not a JSON object.
+    The file is read only where the environment asks neither for jobs nor for HTTP. Raises
+    `ConfigError` for a job that is no JSON object.
     """
     if text is not None:
         return _parse(text, "--test_input")
@@ -48,48 +50,50 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
-    """Runs `job` and prints its output, or its error; 0 or 1, or 130 after Ctrl-C."""
+    """Runs `job` and prints its output, or its error. Returns 0 or 1, or 130 after Ctrl-C."""
     # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
     return ray_node.ended(_run_to_its_end(settings, config, job))
 
 
 def _run_to_its_end(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
-    # Ray prints what its processes say to standard output, which is for the answer alone.
+    posts = LogPosts()
+    # Ray prints its processes' output to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            output, error = asyncio.run(_run(settings, config, job))
+            handler = make_handler(settings, config)
+            asyncio.run(handler.answer({"id": "local", **job}, posts))
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended
             log.info("Interrupted; the job is not answered.")
             return INTERRUPTED
         finally:
             ray_node.stop()
-    if error is not None:
-        print(error)
+    (result,) = posts.results
+    if result.error is not None:
+        print(result.error)
         return 1
+    output = json.loads(result.output)
     print(json.dumps(output[0] if len(output) == 1 else output, ensure_ascii=False))
     return 0
 
 
-async def _run(
-    settings: Settings, config: str | Path, job: dict[str, Any]
-) -> tuple[list[Any], str | None]:
-    """What the platform would keep: all that was yielded, or the error's JSON string."""
-    said: list[str] = []
+class LogPosts:
+    """The posts of a job without a platform: progress goes to the log, the result is kept."""
 
-    async def tell(job: dict[str, Any], update: dict[str, Any]) -> None:
+    def __init__(self) -> None:
+        self.results: list[Result] = []
+        self._phases: set[str] = set()
+
+    async def progress(self, update: dict[str, Any]) -> None:
+        phase = update.get("phase", "Ray")
         if "message" in update:
             log.info("%s", update["message"])
-            return
-        phase = update.get("phase", "Ray")
-        if phase not in said:
-            said.append(phase)
+        elif phase not in self._phases:
+            self._phases.add(phase)
             log.info("Loading: %s", phase)
 
-    handler = make_handler(settings, config, tell)
-    output: list[Any] = []
-    async for value in handler.handle({"id": "local", **job}):
-        if isinstance(value, dict) and isinstance(value.get("error"), str):
-            return output, value["error"]
-        output.append(value)
-    return output, None
+    async def chunk(self, value: bytes) -> None:
+        """Does nothing: the result has every chunk."""
+
+    async def result(self, result: Result) -> None:
+        self.results.append(result)

@@ -1,63 +1,89 @@
-"""RunPod's SDK with its ways of losing jobs closed: take, stop, post and end.
+"""RunPod's SDK: its import, its fitness checks, and its loop with our functions in it.
 
-The one module that reaches into the SDK's loop. The SDK's version is pinned, and a test holds what
-is used of it. It keeps its loop, its heartbeat, its checks and its way from a handler to a result;
-what it takes, hears of stops and posts goes through here:
+The SDK keeps its checks and its heartbeat. `SdkLoop` replaces what loses jobs: polls without a
+pause, a queue of jobs that is dropped at the end, and posts that are not repeated.
 
-    take    at a sensible pace; a job without `input` or with an id that runs already is no accident
-    run     at once; the SDK looks at its queue ten times a second, and first tokens wait for it
-    stop    reaches a job that still waits, and frees its place
-    post    again until acknowledged; too large a result is said or kept on the volume
-    end     SIGTERM, or `end`: what runs finishes or is refused in time, what the open poll still
-            brings too
+This package imports the SDK in this module alone. Its version is pinned;
+`tests/worker/test_sdk_contract.py` holds what is relied on here.
 """
 
 import asyncio
-import logging
-import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.errors import Draining, InternalError, ServeError
-from serve_app.worker import post, results, stops
-from serve_app.worker.drain import Drain
-from serve_app.worker.handler import Handler
-from serve_app.worker.results import Results
-from serve_app.worker.take import Trouble, poll
-from serve_app.worker.taken import Job, Taken
+from serve_app.config.settings import ConfigError
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession
 
-log = logging.getLogger(__name__)
-
-MAX_CHUNK_BYTES = 1_000_000
-LOOK_S = 0.1
-"""Seconds between two looks at how far the end is."""
-GRACE_S = 5.0
-"""Seconds that a result has to be posted in, also when the time for ending is over."""
+CPUINFO = Path("/proc/cpuinfo")
 
 
-class JobLoop:
-    """Takes jobs for `handler`, `slots` at once, until SIGTERM or `end`; one loop per process."""
+def import_sdk() -> None:
+    """Imports `runpod`, without the second that it spends on measuring the processor's clock.
 
-    def __init__(self, handler: Handler, slots: int, drain_s: float, results: Results) -> None:
-        self._handler = handler
-        self._slots = slots
-        self._results = results
-        self._drain = Drain(drain_s)
-        self._taken = Taken()
-        self._trouble = Trouble()
-        self._is_taking = False
-        self._answers: set[asyncio.Task[None]] = set()
-        self._code = 0
+    Its debugger's module, unused unless told `--rp_debugger`, takes the processor's name from
+    py-cpuinfo, which starts a process that counts ticks for a second. Raises `ConfigError` for a
+    log level that the SDK does not know.
+    """
+    import cpuinfo
+
+    measure = cpuinfo.get_cpu_info
+    cpuinfo.get_cpu_info = processor_name
+    try:
+        import runpod  # noqa: F401
+    except ValueError as error:
+        raise ConfigError(
+            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
+        ) from None
+    finally:
+        cpuinfo.get_cpu_info = measure
+
+
+def processor_name() -> dict[str, str]:
+    """The processor's name as py-cpuinfo has it; {} where the kernel does not say (ARM)."""
+    for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return {"brand_raw": value.strip()}
+    return {}
+
+
+def register_checks(checks: Sequence[Callable[[], None]]) -> None:
+    """Makes the SDK run `checks` before it takes jobs. One that raises ends the worker."""
+    from runpod.serverless import register_fitness_check
+
+    for check in checks:
+        register_fitness_check(check)
+
+
+class SdkLoop:
+    """The SDK's loop around three functions, which it calls in its own event loop.
+
+    `take(session)` polls once for jobs and starts them; it is called again when it returns.
+    `stop_jobs(session)` is called once; it stops jobs until the last one is answered.
+    `begin_drain()` is called at every SIGTERM and SIGINT, and by `end`.
+    """
+
+    def __init__(
+        self,
+        max_jobs: int,
+        take: Callable[["ClientSession"], Awaitable[None]],
+        stop_jobs: Callable[["ClientSession"], Awaitable[None]],
+        begin_drain: Callable[[], None],
+    ) -> None:
+        self._max_jobs = max_jobs
+        self._take = take
+        self._stop_jobs = stop_jobs
+        self._begin_drain = begin_drain
         self._scaler: Any = None
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
 
-    def run(self) -> int:
-        """Returns when all jobs are answered: 0, or the code that was given to `end`."""
+    def run(self) -> None:
+        """Blocks until `end` or a signal, and then until `take` and `stop_jobs` have returned."""
         import runpod
-        from runpod.serverless.modules import rp_job, rp_scale
+        from runpod.serverless.modules import rp_scale
 
         build = rp_scale.JobScaler
 
@@ -67,169 +93,77 @@ class JobLoop:
             return self._scaler
 
         rp_scale.JobScaler = wired
-        rp_job.send_result, rp_job.stream_result = self._send, self._stream
         config = {
-            "handler": self._handler.handle,
-            "return_aggregate_stream": True,
-            # A constant, as any change stops the taking until the worker is idle; and one more than
-            # ever run, as the SDK sleeps a second where there is no free place. `_take` counts.
-            "concurrency_modifier": lambda _: self._slots + 1,
+            "handler": _never_called,
+            # A constant, because a change stops the polls until the worker is idle; and one more
+            # than ever run, because the SDK sleeps a second when no slot is free.
+            "concurrency_modifier": lambda _: self._max_jobs + 1,
         }
         runpod.serverless.start(config)
-        return self._code
 
-    def end(self, code: int) -> None:
-        """Takes no more jobs; `run` returns `code` when all are answered. From the loop's thread.
-
-        The poll that is open is waited for: the platform may just be handing out a job.
-        """
-        self._code = code
+    def end(self) -> None:
+        """Ends the loop, with `begin_drain` first. The open poll is not cut off."""
         self._scaler.kill_worker()
+
+    @property
+    def is_ending(self) -> bool:
+        """`end` was called or a signal came; `begin_drain` may still be to come."""
+        return not self._scaler.is_alive()
+
+    def started(self, job_id: str) -> None:
+        """Counts a job, which the SDK's pings name from now on."""
+        self._scaler.job_progress.add(job_id)
+
+    def finished(self, job_id: str) -> None:
+        self._scaler.job_progress.remove(job_id)
 
     def _wire(self, scaler: Any) -> None:
         shut_down = scaler.kill_worker
 
         def kill_worker() -> None:
-            # The SDK calls it in a signal handler, which does not wake its event loop.
-            if self._drain.begun.is_set():
-                return
             shut_down()
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(self._begin_drain)
+            if self._event_loop is not None:
+                # Called in a signal handler, which does not wake the event loop.
+                self._event_loop.call_soon_threadsafe(self._begin_drain)
+
+        async def fetch_jobs(session: "ClientSession", _: int) -> list[Any]:
+            self._event_loop = asyncio.get_running_loop()
+            await self._take(session)
+            return []  # the SDK's own queue of jobs stays empty
+
+        async def fetch_stops(session: "ClientSession") -> list[str]:
+            self._event_loop = asyncio.get_running_loop()
+            await self._stop_jobs(session)
+            return []
 
         scaler.kill_worker = kill_worker
-        # Without the SDK's time limits: `poll` has its own, and `_listen` waits for the end.
-        scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = self._take, None
-        scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = self._listen, None
-
-    def _begin_drain(self) -> None:
-        if not self._drain.begun.is_set():
-            self._drain.begin()
-            num_open = len(self._taken.open)
-            log.info("Told to stop: %d job(s) have %g s.", num_open, self._drain.limit_s)
-
-    # The SDK calls what follows in its event loop.
-
-    async def _take(self, session: "ClientSession", _: int) -> list[Job]:
-        """Takes jobs, once there is a place, and starts them; none is left to the SDK's queue."""
-        from runpod.serverless.modules import rp_job
-
-        self._loop = asyncio.get_running_loop()
-        while len(self._answers) >= self._slots:
-            await asyncio.wait(self._answers, return_when=asyncio.FIRST_COMPLETED)
-        if self._drain.begun.is_set() or not self._scaler.is_alive():
-            return []
-        self._is_taking = True
-        try:
-            url = rp_job._job_get_url(self._slots - len(self._answers))
-            given = await poll(session, url, self._trouble, self._drain)
-            for job in self._taken.accept(given):
-                # What the SDK counts its free places by, and tells in its pings.
-                self._scaler.job_progress.add(job)
-                task = asyncio.create_task(self._answer(session, self._scaler.config, job))
-                self._answers.add(task)
-                task.add_done_callback(self._answers.discard)
-            return []
-        finally:
-            self._is_taking = False
-
-    async def _listen(self, session: "ClientSession") -> list[str]:
-        """Stops what the platform wants stopped until the worker has ended; called once."""
-        self._loop = asyncio.get_running_loop()
-        hearing = asyncio.create_task(stops.hear(session, self._taken.stop))
-        try:
-            await self._drain.begun.wait()
-            while self._is_taking or self._taken.open:
-                self._hurry()
-                await asyncio.sleep(LOOK_S)
-        finally:
-            hearing.cancel()
-            await asyncio.wait({hearing})
-        return []
-
-    def _hurry(self) -> None:
-        """What the end asks for at this moment."""
-        for job in self._taken.open:
-            since = job.answering_since
-            if since is None:
-                is_up = self._drain.is_cut
-            else:
-                is_up = self._drain.is_over and time.monotonic() - since > GRACE_S
-            if is_up and job.task is not None:
-                job.task.cancel()
-
-    async def _answer(self, session: "ClientSession", config: dict[str, Any], job: Job) -> None:
-        """Runs one job to its end; it is answered, or stopped by the platform."""
-        from runpod.serverless.modules import rp_job
-
-        try:
-            error: ServeError | None = None
-            if job.is_stopped:
-                return
-            if self._drain.is_cut:
-                error = Draining("The worker is stopping; send the job again.")
-            elif job.was_stopped_early:
-                error = InternalError("The job was stopped before it began; send it again.")
-            else:
-                error = await self._run(rp_job.handle_job(session, config, job), job)
-            if error is not None:
-                job.answering()
-                await self._run(self._refuse(session, job, error), job)
-        finally:
-            self._taken.close(job)
-            self._scaler.job_progress.remove(job)
-
-    async def _run(self, work: Coroutine[Any, Any, None], job: Job) -> ServeError | None:
-        """Why the job has to be refused, where `work` ended without an answer."""
-        job.task = asyncio.create_task(work)
-        await asyncio.wait({job.task})
-        if job.task.cancelled():
-            if job.is_stopped:
-                return None
-            if job.answering_since is None:
-                return Draining("The worker is stopping; send the job again.")
-            log.error("job %r: its result could not be delivered in time.", job.id)
-        elif (failure := job.task.exception()) is not None:
-            log.error("job %r: %s", job.id, type(failure).__name__, exc_info=failure)
-            if job.answering_since is None:
-                return InternalError("An internal error occurred; send the job again.")
-        return None
-
-    async def _refuse(self, session: "ClientSession", job: Job, error: ServeError) -> None:
-        for value in self._handler.refusal(job, error):
-            if isinstance(value, dict) and "error" in value:
-                await self._send(session, value, job)
-            else:
-                await self._stream(session, {"output": value}, job)
-
-    async def _stream(self, session: "ClientSession", data: dict[str, Any], job: Job) -> None:
-        """Stands for the SDK's `stream_result`."""
-        from runpod.serverless.modules import rp_http
-
-        if not job.streams:
-            return
-        body = results.as_json(data)
-        # Too large to be a chunk: an answer that is no stream, which the result has anyway.
-        job.streams = len(body) <= MAX_CHUNK_BYTES and await post.chunk(
-            session, _url(rp_http.JOB_STREAM_URL, job, "false"), body, job.id, self._drain
-        )
-
-    async def _send(
-        self, session: "ClientSession", data: dict[str, Any], job: Job, is_stream: bool = True
-    ) -> None:
-        """Stands for the SDK's `send_result`."""
-        from runpod.serverless.modules import rp_http
-
-        job.answering()
-        url = _url(rp_http.JOB_DONE_URL, job, "true" if is_stream else "false")
-        body = await self._results.body(job.id, data)
-        outcome = await post.result(session, url, body, job.id, self._drain)
-        if outcome == "too large":
-            body = await self._results.instead(job.id, data, len(body))
-            outcome = await post.result(session, url, body, job.id, self._drain)
-        if outcome == "acknowledged" and body.startswith(b'{"output"'):
-            self._taken.answered(job)
+        # Without the SDK's limits of time: a poll has its own, and `stop_jobs` lasts until the end.
+        scaler.jobs_fetcher, scaler.jobs_fetcher_timeout = fetch_jobs, None
+        scaler.stop_signals_fetcher, scaler.stop_signals_fetcher_timeout = fetch_stops, None
 
 
-def _url(template: str, job: Job, is_stream: str) -> str:
-    return template.replace("$ID", job.id) + f"&isStream={is_stream}"
+async def _never_called(job: dict[str, Any]) -> None:
+    """Stands for the handler that the SDK's configuration must have."""
+    raise AssertionError("`SdkLoop` starts the jobs.")
+
+
+def take_url(num_jobs: int) -> str:
+    """The URL of a poll for at most `num_jobs` jobs."""
+    from runpod.serverless.modules import rp_job
+
+    return str(rp_job._job_get_url(num_jobs))
+
+
+def stop_url() -> str | None:
+    """The URL of a poll for stops; None where it cannot be derived from that of the jobs."""
+    from runpod.serverless.modules import rp_job
+
+    url: str | None = rp_job._job_stop_url()
+    return url
+
+
+def post_urls() -> tuple[str, str]:
+    """The URLs of chunks and of results, with `$ID` in place of the job's id."""
+    from runpod.serverless.modules import rp_http
+
+    return rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL

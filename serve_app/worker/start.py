@@ -1,7 +1,4 @@
-"""The worker: banner, Settings, and RunPod's SDK until it is told to stop.
-
-Knows who is who, and the order of beginning and end.
-"""
+"""Puts the worker's parts together and runs them until SIGTERM."""
 
 import asyncio
 import contextlib
@@ -11,18 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from serve_app.cold_start.cold_start import ColdStart
-from serve_app.config.settings import ConfigError, EntrySettings, Settings
+from serve_app.config.settings import EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
 from serve_app.node import fitness, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.cluster import Cluster, with_load_log
-from serve_app.worker import progress
-from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
-from serve_app.worker.results import Results
-from serve_app.worker.sdk import JobLoop
-from serve_app.worker.sdk_import import import_sdk
+from serve_app.worker.job_loop import JobLoop
+from serve_app.worker.result import LargeResults
+from serve_app.worker.sdk import import_sdk, register_checks
+from serve_app.worker.supervisor import StartupSupervisor
 
 log = logging.getLogger(__name__)
 
@@ -30,21 +26,20 @@ log = logging.getLogger(__name__)
 def make_handler(
     settings: Settings,
     config: str | Path,
-    tell: progress.Tell,
     failure: ModelLoadFailed | None = None,
     gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet.
 
-    `failure` is why the model cannot load, where that is known already; `gave_up` is called when
-    the model has died and is not coming back.
+    `failure` is why the model cannot load, where that is known already. `gave_up` is called when
+    the model has died and is not started again.
     """
     settings = with_load_log(settings)
     process_s = processes.own_age_s()  # the first job may come much later
     cluster = Cluster(settings, config, process_s)
     cold = ColdStart(settings)
     final = failure if failure is not None and not failure.retry else None
-    boot = Boot(
+    supervisor = StartupSupervisor(
         lambda: cold.around(cluster.start),
         final,
         watch=cluster.watch,
@@ -52,8 +47,7 @@ def make_handler(
         gave_up=gave_up,
     )
     return Handler(
-        boot,
-        tell=tell,
+        supervisor,
         outlook=cold.outlook,
         load_log=settings.load_log or "",
         progress_interval_s=settings.runpod.progress_interval_s,
@@ -63,7 +57,7 @@ def make_handler(
 
 
 def num_slots(settings: Settings) -> int:
-    """Jobs taken at once: a little more than the engine runs, so that it never waits for one."""
+    """Jobs taken at once: a few more than the engine runs, so that it never waits for a job."""
     engine = settings.engine
     return settings.runpod.max_concurrency or engine.max_num_seqs + engine.max_waiting // 4
 
@@ -74,26 +68,25 @@ def run(
     checked: list[str],
     failure: ModelLoadFailed | None = None,
 ) -> int:
-    """Takes jobs until SIGTERM and answers every job taken; the exit code.
+    """Takes jobs until SIGTERM and answers every one of them. Returns the exit code.
 
-    `failure` is what `serve_app.check` found wrong: the jobs hear of it, unless it is the machine's
+    `failure` is what `serve_app.check` found wrong. Jobs fail with it, unless it is the machine's
     fault, which ends the worker as unhealthy.
     """
     slots = num_slots(settings)
     for line in banner(settings, entry.serve_config, slots, checked):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
-    register(checks)
+    import_sdk()
+    register_checks(checks)
     processes.end_forks_with_this()
-    handler = make_handler(
-        settings, entry.serve_config, progress.post, failure, gave_up=lambda: loop.end(1)
-    )
-    results = Results(settings.runpod.large_results, settings.runpod.volume)
-    loop = JobLoop(handler, slots, settings.runpod.drain_s, results)
+    handler = make_handler(settings, entry.serve_config, failure, gave_up=lambda: loop.end(1))
+    large_results = LargeResults(settings.runpod.large_results, settings.runpod.volume)
+    loop = JobLoop(handler, slots, settings.runpod.drain_s, large_results)
     is_wanted = True
     try:
         if settings.runpod.start == "eager" and fitness.first_problem(checks) is None:
-            is_wanted = load_now(handler.boot)
+            is_wanted = load_now(handler.supervisor)
         code = loop.run() if is_wanted else 0
     finally:
         ray_node.stop()
@@ -101,24 +94,10 @@ def run(
     return ray_node.ended(code)
 
 
-def register(wanted: list[fitness.Check]) -> None:
-    """Hands the checks to the SDK; raises `ConfigError` where the SDK cannot be imported."""
-    try:
-        import_sdk()
-    except ValueError as error:
-        raise ConfigError(
-            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
-        ) from None
-    from runpod.serverless import register_fitness_check
+def load_now(supervisor: StartupSupervisor) -> bool:
+    """Starts the model before any job is taken. A failure is kept for the jobs.
 
-    for check in wanted:
-        register_fitness_check(check)
-
-
-def load_now(boot: Boot) -> bool:
-    """Starts the model before any job is taken; why it fails is kept for the jobs.
-
-    False where SIGTERM or SIGINT came first: there is no job to answer. For the main thread.
+    Returns False if SIGTERM or SIGINT came first. Only the main thread may call it.
     """
 
     def stop(*_: object) -> None:
@@ -126,7 +105,7 @@ def load_now(boot: Boot) -> bool:
 
     kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        asyncio.run(_ready(boot))
+        asyncio.run(_ready(supervisor))
         return True
     except SystemExit:
         log.info("Told to stop before any job was taken.")
@@ -136,6 +115,6 @@ def load_now(boot: Boot) -> bool:
             signal.signal(number, handler)
 
 
-async def _ready(boot: Boot) -> None:
-    with contextlib.suppress(ServeError):  # which boot has logged, and tells to the jobs
-        await boot.ready()
+async def _ready(supervisor: StartupSupervisor) -> None:
+    with contextlib.suppress(ServeError):  # logged by the supervisor, and raised for every job
+        await supervisor.ready()

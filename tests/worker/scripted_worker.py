@@ -1,13 +1,13 @@
-"""A worker with the real SDK and the real handler, and a model that follows the prompt's orders.
+"""A worker with the real SDK and the real handler. Its model does what the prompt says:
 
-    "12"            says so many tokens
-    "hold"          says one and then waits for ever
-    "mute"          says nothing, for ever
-    "bytes 500"     says so many bytes; streamed, in tokens of 100,000
-    "nan", "deep"   says what JSON cannot
+    "12"            answers with 12 tokens
+    "hold"          answers with one token and then waits for ever
+    "mute"          waits for ever
+    "bytes 500"     answers with 500 bytes; streamed, in tokens of 100,000
+    "nan", "deep"   answers with what JSON does not have
     "flaky"         fails the first two calls, which are one job and the handler's own second try
-    "refused"       is refused
-    "end 3"         ends the worker with this exit code, and answers
+    "refused"       refuses the prompt
+    "end 3"         ends the worker with exit code 3, and answers
 
 `--start-s` is how long the first job waits for the model; the other options are the settings.
 """
@@ -25,17 +25,17 @@ from typing import Any
 from serve_app.errors import EngineDead, InvalidRequest, error_body
 from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
-from serve_app.worker import post, progress
-from serve_app.worker.boot import Boot
+from serve_app.worker import posts
 from serve_app.worker.handler import Handler
-from serve_app.worker.results import Results
-from serve_app.worker.sdk import JobLoop
+from serve_app.worker.job_loop import JobLoop
+from serve_app.worker.result import LargeResults
+from serve_app.worker.supervisor import StartupSupervisor
 
 loops: list[JobLoop] = []
 num_flaky = itertools.count()
 
 
-async def say(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+async def model(call: Call) -> AsyncGenerator[dict[str, Any], None]:
     """Streams the tokens `0 `, `1 `, ... one every millisecond."""
     print("call", call.request_id, flush=True)
     try:
@@ -86,7 +86,7 @@ def _tokens(order: str, number: str) -> list[str]:
 
 async def start(seconds: float) -> Forward:
     await asyncio.sleep(seconds)
-    return say
+    return model
 
 
 def main() -> int:
@@ -95,22 +95,21 @@ def main() -> int:
     parser.add_argument("--drain-s", type=float, default=5.0)
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--volume", help="large results are kept here")
-    parser.add_argument("--post-timeout-s", type=float, default=post.RESULT_TIMEOUT_S)
+    parser.add_argument("--post-timeout-s", type=float, default=posts.RESULT_TIMEOUT_S)
     given = parser.parse_args()
-    post.RESULT_TIMEOUT_S = post.CHUNK_TIMEOUT_S = given.post_timeout_s
+    posts.RESULT_TIMEOUT_S = posts.CHUNK_TIMEOUT_S = given.post_timeout_s
     logging.basicConfig(level=logging.INFO)
     load_log = Path(tempfile.mkdtemp()) / "load.jsonl"
     load_log.write_text('{"phase": "weights", "state": "done", "seconds": 0.5}\n')
     handler = Handler(
-        Boot(functools.partial(start, given.start_s)),
-        tell=progress.post,
+        StartupSupervisor(functools.partial(start, given.start_s)),
         load_log=str(load_log),
         progress_interval_s=0.2,
         max_body_bytes=1_000_000,
         model_name="scripted",
     )
-    results = Results("volume" if given.volume else "error", given.volume or "")
-    loops.append(JobLoop(handler, given.slots, given.drain_s, results))
+    large_results = LargeResults("volume" if given.volume else "error", given.volume or "")
+    loops.append(JobLoop(handler, given.slots, given.drain_s, large_results))
     return loops[0].run()
 
 

@@ -44,6 +44,20 @@ def said(example: "subprocess.Popen[str]") -> str:
     return out
 
 
+def test_the_engine_example() -> None:
+    """The engine alone answers each prompt."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(EXAMPLES / "engine.py")],
+        cwd=EXAMPLES.parent,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "What is 2 + 3?  ->  2 + 3 = 5.\n" in done.stdout
+    assert "What is the capital of France?  ->  The capital of France is Paris.\n" in done.stdout
+
+
 @pytest.mark.ray
 def test_the_examples_of_a_warm_worker(client: Client, tmp_path: Path) -> None:
     """Side by side, as importing the clients takes most of the time: each prints its answer."""

@@ -11,9 +11,10 @@ import pytest
 from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull, error_body
 from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
-from serve_app.worker.boot import Boot
 from serve_app.worker.handler import Handler
+from serve_app.worker.supervisor import StartupSupervisor
 from tests.exposition import Shown
+from tests.worker.recorded import RecordedPosts
 
 Items = list[dict[str, Any] | Exception]
 
@@ -39,15 +40,7 @@ class Model:
 
 
 @pytest.fixture
-def told() -> list[dict[str, Any]]:
-    return []
-
-
-@pytest.fixture
-def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Handler]:
-    async def tell(job: dict[str, Any], update: dict[str, Any]) -> None:
-        told.append(update)
-
+def handler_of(tmp_path: Path) -> Callable[..., Handler]:
     def make(model: Forward | Exception) -> Handler:
         async def start() -> Forward:
             await asyncio.sleep(0.01)
@@ -56,8 +49,7 @@ def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Hand
             return model
 
         return Handler(
-            Boot(start),
-            tell=tell,
+            StartupSupervisor(start),
             load_log=str(tmp_path / "load.jsonl"),
             progress_interval_s=0.1,
             max_body_bytes=10**6,
@@ -67,11 +59,16 @@ def handler_of(tmp_path: Path, told: list[dict[str, Any]]) -> Callable[..., Hand
     return make
 
 
-def run(handler: Handler, given: Any) -> list[Any]:
-    async def collect() -> list[Any]:
-        return [value async for value in handler.handle({"id": "job-1", "input": given})]
+def posts_of(handler: Handler, given: Any) -> RecordedPosts:
+    """All that is posted for a job with the input `given`."""
+    posts = RecordedPosts()
+    asyncio.run(handler.answer({"id": "job-1", "input": given}, posts))
+    return posts
 
-    return asyncio.run(collect())
+
+def run(handler: Handler, given: Any) -> list[Any]:
+    """The values of its output, then the error of a job that fails."""
+    return posts_of(handler, given).values
 
 
 def error_of(values: list[Any]) -> dict[str, Any]:
@@ -122,17 +119,17 @@ def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]
     model = Model([STREAM, *({"chunk": chunk} for chunk in [*chunks, last])])
     given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
 
-    async def posted() -> list[str]:
-        values = handler_of(model).handle({"id": "j", "input": given})
-        first = await anext(values)
-        for _ in range(100):  # the post is under way
-            await asyncio.sleep(0)
-        assert model.num_closed
-        return [first, *[value async for value in values]]
+    class SlowPosts(RecordedPosts):
+        async def chunk(self, value: bytes) -> None:
+            await super().chunk(value)
+            for _ in range(100):  # the post is under way
+                await asyncio.sleep(0)
+            assert model.num_closed
 
-    posts = asyncio.run(posted())
-    assert len(posts) == 2
-    assert posts[1].endswith("data: [DONE]\n\n")
+    posts = SlowPosts()
+    asyncio.run(handler_of(model).answer({"id": "j", "input": given}, posts))
+    assert len(posts.values) == 2
+    assert posts.values[1].endswith("data: [DONE]\n\n")
 
 
 def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> None:
@@ -190,7 +187,7 @@ def test_a_job_that_sent_nothing_is_tried_once_more(
     handler_of: Callable[..., Handler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A replica that dies before the first word costs the client nothing, once."""
-    monkeypatch.setattr("serve_app.worker.boot.CONFIRM_S", 0.01)
+    monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = EngineDead("gone")
     once = Model([dead], [HEAD, {"body": {"text": "ok"}}])
     assert run(handler_of(once), {"prompt": "x"}) == [{"text": "ok"}]
@@ -204,7 +201,7 @@ def test_a_dead_engine_is_a_dead_model(
     handler_of: Callable[..., Handler], is_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Told by a replica that still lives, it is worth the second try that a dead replica is."""
-    monkeypatch.setattr("serve_app.worker.boot.CONFIRM_S", 0.01)
+    monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = {"status": 503, "error": error_body(EngineDead("The engine has stopped."), "req-7")}
     model = Model(
         [dead], [STREAM, {"chunk": LAST}] if is_stream else [HEAD, {"body": {"text": ""}}]
@@ -269,17 +266,15 @@ def test_metrics_are_shown_without_starting_the_model(handler_of: Callable[..., 
 
 
 def test_waiting_jobs_hear_that_the_model_loads(
-    handler_of: Callable[..., Handler], told: list[dict[str, Any]], tmp_path: Path
+    handler_of: Callable[..., Handler], tmp_path: Path
 ) -> None:
     """The first update says loading and which phases are done."""
     (tmp_path / "load.jsonl").write_text('{"phase": "weights", "state": "started"}\n')
-    run(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
-    assert told[0] == {"status": "loading", "load": [], "phase": "weights"}
+    posts = posts_of(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
+    assert posts.updates[0] == {"status": "loading", "load": [], "phase": "weights"}
 
 
-def test_a_batch_job_hears_how_far_it_is(
-    handler_of: Callable[..., Handler], told: list[dict[str, Any]]
-) -> None:
+def test_a_batch_job_hears_how_far_it_is(handler_of: Callable[..., Handler]) -> None:
     """The newest news, at the interval, and the result after it."""
     updates = [{"progress": done * 10, "message": f"{done} of 10 done"} for done in range(1, 11)]
 
@@ -291,8 +286,9 @@ def test_a_batch_job_hears_how_far_it_is(
         yield {"body": {"results": [], "total_processed": 0}}
 
     whole = [{"results": [], "total_processed": 0}]
-    assert run(handler_of(batch), {"prompts": ["x"]}) == whole
-    news = [update for update in told if "message" in update]
+    posts = posts_of(handler_of(batch), {"prompts": ["x"]})
+    assert posts.values == whole
+    news = [update for update in posts.updates if "message" in update]
     assert 1 <= len(news) < 10
     assert all(update in updates for update in news)
     assert news == sorted(news, key=lambda update: update["progress"])
@@ -314,16 +310,15 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Hand
 
         handler = handler_of(endless)
 
-        async def job() -> None:
-            async for _ in handler.handle({"id": "j", "input": {"prompt": "x", "stream": True}}):
-                pass
-
-        task = asyncio.create_task(job())
+        posts = RecordedPosts()
+        job = {"id": "j", "input": {"prompt": "x", "stream": True}}
+        task = asyncio.create_task(handler.answer(job, posts))
         await started.wait()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert closed.is_set()
+        assert posts.results == []
 
     asyncio.run(scenario())
 

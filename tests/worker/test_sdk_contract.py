@@ -1,4 +1,4 @@
-"""What `worker/sdk.py` relies on in the pinned SDK. When one of these fails, read that module."""
+"""What `serve_app.worker.sdk` relies on in the pinned SDK."""
 
 import inspect
 import os
@@ -7,13 +7,8 @@ from typing import Any
 import pytest
 
 SIGNATURES = {
-    "rp_job.get_job": "(session, num_jobs=1)",
     "rp_job._job_get_url": "(batch_size=1)",
-    "rp_job.get_stop_signals": "(session)",
     "rp_job._job_stop_url": "()",
-    "rp_job.handle_job": "(session, config, job)",
-    "rp_http.send_result": "(session, job_data, job, is_stream=False)",
-    "rp_http.stream_result": "(session, job_data, job)",
     "rp_scale.JobScaler.__init__": "(self, config)",
     "rp_scale.JobScaler.kill_worker": "(self)",
 }
@@ -58,27 +53,30 @@ def test_signatures(modules: dict[str, Any], path: str) -> None:
     assert str(given) == SIGNATURES[path]
 
 
-def test_the_ways_in(modules: dict[str, Any]) -> None:
-    """Names that are looked up late enough to be replaced."""
+def test_the_scaler_can_be_replaced(modules: dict[str, Any]) -> None:
+    """Its class is looked up when the worker runs."""
     run = inspect.getsource(modules["worker"].run_worker)
     assert "rp_scale.JobScaler(config)" in run
-    handled = modules["rp_job"].handle_job.__code__.co_names
-    assert {"send_result", "stream_result"} <= set(handled)
+
+
+def test_urls_have_a_place_for_the_job(modules: dict[str, Any]) -> None:
+    """The SDK replaces `$ID` and appends `isStream`, as our posts do."""
+    source = inspect.getsource(modules["rp_http"]._handle_result)
+    assert """url_template.replace("$ID", job["id"]) + f"&isStream={is_stream}\"""" in source
 
 
 def test_a_scaler_has_what_is_replaced(modules: dict[str, Any]) -> None:
-    """The SDK's own places for a fetcher and a hearer of stops, and what it counts jobs by."""
+    """The fetchers of jobs and of stops, and the set that counts the jobs in flight."""
     scaler = modules["rp_scale"].JobScaler({})
     assert scaler.jobs_fetcher is modules["rp_job"].get_job
     assert scaler.stop_signals_fetcher is modules["rp_job"].get_stop_signals
     assert (scaler.jobs_fetcher_timeout, scaler.stop_signals_fetcher_timeout) == (90, 90)
     assert scaler.job_progress is modules["worker_state"].JobsProgress()
     before = scaler.current_occupancy()
-    scaler.job_progress.add({"id": "a", "input": {}})
+    scaler.job_progress.add("a")
     assert scaler.current_occupancy() == before + 1
-    scaler.job_progress.remove({"id": "a", "input": {}})
+    scaler.job_progress.remove("a")
     assert scaler.current_occupancy() == before
-    assert scaler.config == {}
     assert scaler.is_alive()
     scaler.kill_worker()
     assert not scaler.is_alive()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from benchmarks.endpoint import Endpoint
-from benchmarks.per_chunk_worker import one_by_one
+from benchmarks.per_chunk_worker import OneByOne
 from benchmarks.streaming import measure
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
-from serve_app.worker import delivery, handler
+from serve_app.worker import buffer, handler
 
 TOKENS = 20
 
@@ -39,13 +39,17 @@ def test_its_figures_are_those_of_the_jobs(
 
 def test_its_peer_posts_every_chunk_alone() -> None:
     """What it stands for is the name that the handler looks up, and nothing waits to be merged."""
-    assert handler.batches is delivery.batches  # type: ignore[attr-defined]
+    assert handler.ItemBuffer is buffer.ItemBuffer  # type: ignore[attr-defined]
 
     async def items() -> AsyncGenerator[dict[str, Any], None]:
         for n in range(3):
             yield {"n": n}
 
     async def posted() -> list[Any]:
-        return [batch async for batch in one_by_one(items())]
+        async with OneByOne(items()) as buffer:
+            batches = []
+            while not buffer.is_over:
+                batches.append(await buffer.take())
+            return batches
 
-    assert asyncio.run(posted()) == [[{"n": 0}], [{"n": 1}], [{"n": 2}]]
+    assert asyncio.run(posted()) == [[{"n": 0}], [{"n": 1}], [{"n": 2}], []]

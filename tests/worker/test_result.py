@@ -2,9 +2,11 @@
 
 import asyncio
 import json
+import math
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import requests
@@ -12,7 +14,8 @@ import requests
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
-from serve_app.worker.results import Results, file_name
+from serve_app.errors import InternalError
+from serve_app.worker.result import LargeResults, Result, encode, file_name
 from tests.settled import settled
 from tests.worker.conftest import HEADERS, SCRIPT, Client
 
@@ -112,18 +115,31 @@ def test_what_is_no_json_is_an_error(scripted: Client, prompt: str) -> None:
 
 def test_no_volume_is_an_error(tmp_path: Path) -> None:
     """A file on the container's own disk would be gone before anybody reads it."""
-    results = Results("volume", str(tmp_path / "absent"))
-    body = asyncio.run(results.instead("job-1", {"output": [1]}, BIG))
-    assert json.loads(body)["output"]["status"] == "VALIDATION_FAILED"
+    results = LargeResults("volume", str(tmp_path / "absent"))
+    result = asyncio.run(results.replacement("job-1", Result(b"[1]"), BIG))
+    assert json.loads(result.body())["output"]["status"] == "VALIDATION_FAILED"
     assert not (tmp_path / "absent").exists()
 
 
 @pytest.mark.parametrize("job_id", ["../up", "a/b", "/etc/x", ".hidden", "", "x" * 300, "\ud800"])
 def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
     """An id that is no plain name is not a path."""
-    results = Results("volume", str(tmp_path))
-    body = asyncio.run(results.instead(job_id, {"output": [1]}, BIG))
-    (kept,) = json.loads(body)["output"]
+    results = LargeResults("volume", str(tmp_path))
+    result = asyncio.run(results.replacement(job_id, Result(b"[1]"), BIG))
+    (kept,) = json.loads(result.body())["output"]
     assert Path(kept["file"]) == tmp_path / "results" / f"{file_name(job_id)}.json"
     assert [path.name for path in (tmp_path / "results").iterdir()] == [Path(kept["file"]).name]
     assert stat.S_ISREG(Path(kept["file"]).stat().st_mode)
+
+
+def test_lone_surrogates_are_replaced() -> None:
+    """Text that UTF-8 cannot carry would lose the job inside the SDK."""
+    assert json.loads(encode({"a": ["x\ud800y", "ok 😀"]})) == {"a": ["x\ufffdy", "ok 😀"]}
+    assert json.loads(encode("plain")) == "plain"
+
+
+@pytest.mark.parametrize("value", [math.nan, [math.inf], object(), {"a": b"bytes"}])
+def test_what_json_cannot_say_is_an_error(value: Any) -> None:
+    """The SDK posts a bare NaN, and nothing at all for unknown objects."""
+    with pytest.raises(InternalError):
+        encode(value)

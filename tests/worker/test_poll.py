@@ -11,11 +11,11 @@ from emulator.platform import Platform
 from emulator.worker import Worker
 from serve_app.errors import InvalidRequest
 from serve_app.worker.job import parse
-from serve_app.worker.take import jobs_in
+from serve_app.worker.poll import poll_for_jobs
 from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 
-BEGINS, ENDS = "hands out no jobs", "answers again"
+BEGINS, ENDS = "Polls for jobs fail", "Polls for jobs work again"
 ODD = [Fault(body=json.dumps(value).encode()) for value in (None, 5, [3, None], {"no": "id"})]
 
 
@@ -23,13 +23,13 @@ ODD = [Fault(body=json.dumps(value).encode()) for value in (None, 5, [3, None], 
 def test_odd_inputs_cost_no_other_job(odd: str) -> None:
     """What Python would not read is still a job of its batch, to be refused alone."""
     body = f'[{{"id": "a", "input": {odd}}}, {{"id": "b", "input": 1}}]'.encode("latin-1")
-    assert [job["id"] for job in jobs_in(200, body)] == ["a", "b"]
+    assert [job["id"] for job in poll_for_jobs().items(200, body)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("odd", ["[" * 9_999 + "]" * 9_999, "1" * 5_000])
 def test_odd_inputs_are_refused(odd: str) -> None:
     """The client hears what is wrong with it."""
-    (job,) = jobs_in(200, f'{{"id": "a", "input": {{"prompt": {odd}}}}}'.encode())
+    (job,) = poll_for_jobs().items(200, f'{{"id": "a", "input": {{"prompt": {odd}}}}}'.encode())
     with pytest.raises(InvalidRequest, match="JSON"):
         parse(job, "r1", 1_000_000)
 

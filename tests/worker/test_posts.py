@@ -71,10 +71,10 @@ def test_the_platform_is_away_for_a_while(scripted: Client, scripted_worker: Wor
     platform = scripted.platform
     running = scripted.submit({"prompt": "500", "stream": True})
     until(lambda: running.chunks)
-    num = scripted_worker.log.count("hands out no jobs")
+    num = scripted_worker.log.count("Polls for jobs fail")
     with platform.hung_up():
-        until(lambda: scripted_worker.log.count("hands out no jobs") > num)
-        until(lambda: scripted_worker.log.count("its result was not taken") > 0)
+        until(lambda: scripted_worker.log.count("Polls for jobs fail") > num)
+        until(lambda: scripted_worker.log.count("its result was refused") > 0)
     until(lambda: running.num_results)
     assert running.status == "COMPLETED"
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"

@@ -1,17 +1,14 @@
-"""One start of the model, shared by every job that waits for it, and one more when it dies.
+"""Starts the model once for all jobs that wait for it, and once more when it dies.
 
     idle -> loading -> ready
-               |         |-> loading again     what started it is taken down first
+               |         |-> loading again     after what is left of it was stopped
                |-> failed -> loading           a first start: the next job tries again, unless the
                |                               cause is final
                |-> given up                    a restart: every job fails with the cause, and the
-                                               worker is told to end
+                                               worker ends
 
-A model that dies again before it has answered a job is given up too: each start costs minutes, and
-whatever killed it twice is still there.
-
-Knows who waits and what became of the start; how a model is started, watched and taken down is
-handed in.
+A model that dies a second time before it has answered a job is given up too: each start costs
+minutes, and the cause that killed it twice is still there.
 """
 
 import asyncio
@@ -28,10 +25,10 @@ log = logging.getLogger(__name__)
 Status = Literal["idle", "loading", "ready", "failed"]
 
 CONFIRM_S = 3.0
-"""How long after a failed call a death may go unnoticed."""
+"""Limit of the wait for the death of a model after a call has failed."""
 
 
-async def _for_ever() -> str:
+async def _never() -> str:
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -39,23 +36,24 @@ async def _for_ever() -> str:
 async def _nothing() -> None: ...
 
 
-class Boot:
-    """The model of this worker, started by the first job that needs it.
-
-    `watch` returns when the model has died, with what of it did; `stop` takes down what is left of
-    it. `gave_up` is called once, when no start will be tried again. `error` is why a start is known
-    to fail before it was tried.
-    """
+class StartupSupervisor:
+    """The model of this worker, which the first job that needs it starts."""
 
     def __init__(
         self,
         start: Callable[[], Awaitable[Forward]],
         error: ServeError | None = None,
         *,
-        watch: Callable[[], Awaitable[str]] = _for_ever,
+        watch: Callable[[], Awaitable[str]] = _never,
         stop: Callable[[], Awaitable[None]] = _nothing,
         gave_up: Callable[[], None] = lambda: None,
     ) -> None:
+        """Starts nothing yet.
+
+        `error` is why every start fails, where that is known already. `watch` returns when the
+        model has died, with the name of the process that is gone; `stop` ends what is left of the
+        model. `gave_up` is called once, when no start will be tried again.
+        """
         self._start = start
         self._watch = watch
         self._stop = stop
@@ -65,28 +63,28 @@ class Boot:
         self._may_restart = True
         self._has_given_up = False
         self._died = asyncio.Event()
-        self.forward: Forward | None = None
-        """How to reach the model; None until it is ready."""
+        self.client: Forward | None = None
+        """Calls the model; None until it is ready."""
         self.error = error
-        """Why the last start failed, or no other is tried."""
+        """Why the last start failed."""
 
     @property
     def status(self) -> Status:
-        if self.forward is not None:
+        if self.client is not None:
             return "ready"
         if self._starting is not None:
             return "loading"
         return "idle" if self.error is None else "failed"
 
     async def ready(self) -> Forward:
-        """Waits for the one start, beginning it where none is under way.
+        """Waits for the one start, which it begins if none is under way.
 
-        Raises what made the start fail, to everyone who waits. Cancelling one waiter leaves the
-        start to the others.
+        Raises the `ServeError` that made the start fail. Cancelling one waiter leaves the start to
+        the others.
         """
-        if self.forward is not None:
-            self._watch_from_here()
-            return self.forward
+        if self.client is not None:
+            self._watch_in_this_loop()
+            return self.client
         is_final = isinstance(self.error, ModelLoadFailed) and not self.error.retry
         if self.error is not None and (is_final or self._has_given_up):
             raise self.error
@@ -94,27 +92,27 @@ class Boot:
             self._starting = asyncio.create_task(self._run())
         return await asyncio.shield(self._starting)
 
-    def answered(self, forward: Forward) -> None:
-        """`forward` has answered a job: should it die, it is worth another start."""
-        if forward is self.forward:
+    def answered(self, client: Forward) -> None:
+        """Allows another restart if it was the current model that has answered a job."""
+        if client is self.client:
             self._may_restart = True
 
-    async def confirmed(self, forward: Forward) -> None:
-        """After a call that failed as if the model were dead: returns when that is known.
+    async def wait_for_death(self, client: Forward) -> None:
+        """After a call that failed as if the model were dead: returns when its death is known.
 
-        Or after `CONFIRM_S` seconds, as one of several replicas may have died.
+        Returns after `CONFIRM_S` seconds at the latest: one of several replicas may have died.
         """
-        if forward is self.forward:
+        if client is self.client:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONFIRM_S):
                     await self._died.wait()
 
     async def _run(self, lost: str | None = None) -> Forward:
-        """Starts the model; where `lost` says what died, takes down the rest of it first."""
+        """Starts the model. `lost` names what has died of the last one, which is stopped first."""
         try:
             if lost is not None:
                 await self._stop()
-            self.forward = await self._start()
+            self.client = await self._start()
             self.error = None
         except ServeError as error:
             log.error("The model did not start: %s", error.message)
@@ -128,23 +126,23 @@ class Boot:
         finally:
             self._starting = None
         self._died = asyncio.Event()
-        self._watch_from_here()
-        return self.forward
+        self._watch_in_this_loop()
+        return self.client
 
-    def _watch_from_here(self) -> None:
-        """Watches in this event loop; the one that the model was started in may have ended."""
+    def _watch_in_this_loop(self) -> None:
+        """The event loop that started the model may have ended (`runpod.start: eager`)."""
         if self._watching is None or self._watching.done():
             self._watching = asyncio.create_task(self._until_death())
 
     async def _until_death(self) -> None:
         lost = await self._watch()
-        self.forward = None
+        self.client = None
         if self._may_restart:
             self._may_restart = False
             log.error("The worker lost %s; the model is started again.", lost)
             starting = self._starting = asyncio.create_task(self._run(lost))
-            # Nobody may be waiting for it; what went wrong stands in `error`.
-            starting.add_done_callback(lambda it: it.cancelled() or it.exception())
+            # No job may be waiting for it; `error` has the reason of a failure.
+            starting.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._died.set()
             return
         message = f"The worker lost {lost} again before it had answered a job, and ends."

@@ -9,7 +9,7 @@ import pytest
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
-from serve_app.worker.boot import Boot
+from serve_app.worker.supervisor import StartupSupervisor
 
 
 async def echo(call: Call) -> AsyncGenerator[dict[str, Any], None]:
@@ -38,16 +38,16 @@ def test_all_who_wait_share_one_start() -> None:
 
     async def scenario() -> None:
         start = Start(echo)
-        boot = Boot(start)
-        seen = [boot.status]
-        waiters = [asyncio.create_task(boot.ready()) for _ in range(10)]
+        supervisor = StartupSupervisor(start)
+        seen = [supervisor.status]
+        waiters = [asyncio.create_task(supervisor.ready()) for _ in range(10)]
         await asyncio.sleep(0)
-        seen.append(boot.status)
+        seen.append(supervisor.status)
         start.go.set()
         assert await asyncio.gather(*waiters) == [echo] * 10
-        assert [*seen, boot.status] == ["idle", "loading", "ready"]
+        assert [*seen, supervisor.status] == ["idle", "loading", "ready"]
         assert start.num_calls == 1
-        assert await boot.ready() is echo
+        assert await supervisor.ready() is echo
 
     asyncio.run(scenario())
 
@@ -58,11 +58,13 @@ def test_a_failure_reaches_all_and_the_next_job_tries_again() -> None:
     async def scenario() -> None:
         start = Start(ModelLoadFailed("The network is down.", retry=True), echo)
         start.go.set()
-        boot = Boot(start)
-        results = await asyncio.gather(*(boot.ready() for _ in range(3)), return_exceptions=True)
+        supervisor = StartupSupervisor(start)
+        results = await asyncio.gather(
+            *(supervisor.ready() for _ in range(3)), return_exceptions=True
+        )
         assert [str(result) for result in results] == ["The network is down."] * 3
-        assert (start.num_calls, boot.status) == (1, "failed")
-        assert await boot.ready() is echo
+        assert (start.num_calls, supervisor.status) == (1, "failed")
+        assert await supervisor.ready() is echo
         assert start.num_calls == 2
 
     asyncio.run(scenario())
@@ -74,10 +76,10 @@ def test_a_final_failure_is_not_tried_again() -> None:
     async def scenario() -> None:
         start = Start(ModelLoadFailed("model.safetensors is cut off."))
         start.go.set()
-        boot = Boot(start)
+        supervisor = StartupSupervisor(start)
         for _ in range(2):
             with pytest.raises(ModelLoadFailed, match="cut off"):
-                await boot.ready()
+                await supervisor.ready()
         assert start.num_calls == 1
 
     asyncio.run(scenario())
@@ -90,7 +92,7 @@ def test_an_unforeseen_failure_tells_nothing_internal() -> None:
         start = Start(OSError("/secret/path"))
         start.go.set()
         with pytest.raises(ModelLoadFailed) as caught:
-            await Boot(start).ready()
+            await StartupSupervisor(start).ready()
         assert caught.value.retry
         assert "secret" not in caught.value.message
 
@@ -102,8 +104,8 @@ def test_one_who_leaves_does_not_stop_the_start() -> None:
 
     async def scenario() -> None:
         start = Start(echo)
-        boot = Boot(start)
-        leaving, staying = (asyncio.create_task(boot.ready()) for _ in range(2))
+        supervisor = StartupSupervisor(start)
+        leaving, staying = (asyncio.create_task(supervisor.ready()) for _ in range(2))
         await asyncio.sleep(0)
         leaving.cancel()
         await asyncio.sleep(0)
@@ -122,7 +124,7 @@ class Life:
         self.start.go.set()
         self.is_dying = False
         self.told: list[str] = []
-        self.boot = Boot(
+        self.supervisor = StartupSupervisor(
             self.start,
             watch=self.watch,
             stop=self.stop,
@@ -140,10 +142,10 @@ class Life:
 
     async def die(self) -> None:
         """Returns when the worker knows."""
-        forward = self.boot.forward
-        assert forward is not None
+        client = self.supervisor.client
+        assert client is not None
         self.is_dying = True
-        await self.boot.confirmed(forward)
+        await self.supervisor.wait_for_death(client)
 
 
 def other(call: Call) -> AsyncGenerator[dict[str, Any], None]:
@@ -155,15 +157,15 @@ def test_a_dead_model_is_taken_down_and_started_again() -> None:
 
     async def scenario() -> None:
         life = Life(echo, other, echo)
-        assert await life.boot.ready() is echo
+        assert await life.supervisor.ready() is echo
         life.start.go.clear()
         await life.die()
-        assert (life.boot.status, life.boot.forward) == ("loading", None)
+        assert (life.supervisor.status, life.supervisor.client) == ("loading", None)
         life.start.go.set()
-        assert await life.boot.ready() is other
-        life.boot.answered(other)
+        assert await life.supervisor.ready() is other
+        life.supervisor.answered(other)
         await life.die()
-        assert await life.boot.ready() is echo
+        assert await life.supervisor.ready() is echo
         assert life.told == ["stopped", "stopped"]
 
     asyncio.run(scenario())
@@ -174,17 +176,17 @@ def test_a_model_that_dies_before_it_answers_is_given_up() -> None:
 
     async def scenario() -> None:
         life = Life(echo, other)
-        await life.boot.ready()
-        life.boot.answered(echo)
+        await life.supervisor.ready()
+        life.supervisor.answered(echo)
         await life.die()
-        assert await life.boot.ready() is other
-        life.boot.answered(echo)  # the answer of the dead one, which proves nothing
+        assert await life.supervisor.ready() is other
+        life.supervisor.answered(echo)  # the answer of the dead one, which proves nothing
         await life.die()
         for _ in range(2):
             with pytest.raises(EngineDead, match="again before it had answered"):
-                await life.boot.ready()
+                await life.supervisor.ready()
         await asyncio.sleep(0)
-        assert (life.boot.status, life.start.num_calls) == ("failed", 2)
+        assert (life.supervisor.status, life.start.num_calls) == ("failed", 2)
         assert sorted(life.told) == ["gave up", "stopped", "stopped"]
 
     asyncio.run(scenario())
@@ -195,13 +197,13 @@ def test_a_restart_that_fails_is_not_tried_again() -> None:
 
     async def scenario() -> None:
         life = Life(echo, ModelLoadFailed("The network is down.", retry=True))
-        await life.boot.ready()
+        await life.supervisor.ready()
         await life.die()
         for _ in range(2):
             with pytest.raises(ModelLoadFailed, match="network"):
-                await life.boot.ready()
+                await life.supervisor.ready()
         assert life.told == ["stopped", "gave up"]
-        assert (life.boot.status, life.start.num_calls) == ("failed", 2)
+        assert (life.supervisor.status, life.start.num_calls) == ("failed", 2)
 
     asyncio.run(scenario())
 
@@ -209,11 +211,11 @@ def test_a_restart_that_fails_is_not_tried_again() -> None:
 def test_a_model_of_another_event_loop_is_watched() -> None:
     """Started before the SDK's own loop, in one that has ended since."""
     life = Life(echo, other)
-    asyncio.run(life.boot.ready())
+    asyncio.run(life.supervisor.ready())
 
     async def scenario() -> None:
-        assert await life.boot.ready() is echo
+        assert await life.supervisor.ready() is echo
         await life.die()
-        assert await life.boot.ready() is other
+        assert await life.supervisor.ready() is other
 
     asyncio.run(scenario())

@@ -1,0 +1,98 @@
+"""A job's output: chunks that came together are merged, and each value is written as JSON once.
+
+The SDK posts every chunk alone, which caps a stream at one token per round trip. Here a post
+carries every chunk that came while the last one was under way. The bytes of a value are posted as
+a chunk and kept for the job's result.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from serve_app.protocol.sse import event
+from serve_app.worker.posts import MAX_CHUNK_BYTES, Posts
+from serve_app.worker.result import Result, encode
+
+Chunk = dict[str, Any]
+
+MAX_MERGED_CHARS = MAX_CHUNK_BYTES // 7
+"""JSON takes at most 6 bytes for a character; the seventh is for the other fields of a chunk."""
+
+
+class Output:
+    """The values of one job's output so far."""
+
+    def __init__(self, posts: Posts) -> None:
+        self._posts = posts
+        self._values: list[bytes] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing was posted yet, so the job can be tried again."""
+        return not self._values
+
+    async def add(self, value: Any) -> None:
+        """Posts `value` as a chunk and keeps it. Raises `InternalError` if it is no JSON."""
+        encoded = encode(value)
+        self._values.append(encoded)
+        await self._posts.chunk(encoded)
+
+    def result(self) -> Result:
+        return Result.of_values(self._values)
+
+
+def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:
+    """`chunks` as server-sent events and then `end`, in as few texts as RunPod's limit allows."""
+    texts = [event(chunk).decode() for chunk in chunks]
+    if end:
+        texts.append(end.decode())
+    merged: list[str] = []
+    for text in texts:
+        if merged and len(merged[-1]) + len(text) <= MAX_MERGED_CHARS:
+            merged[-1] += text
+        else:
+            merged.append(text)
+    return merged
+
+
+def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
+    """Joins neighbours that differ in their text alone, as far as RunPod's limit allows."""
+    merged: list[Chunk] = []
+    for chunk in chunks:
+        text = _joined_text(merged[-1], chunk) if merged else None
+        if text is not None and len(text) <= MAX_MERGED_CHARS:
+            merged[-1] = _with_text(chunk, text)
+        else:
+            merged.append(chunk)
+    return merged
+
+
+def _joined_text(first: Chunk, second: Chunk) -> str | None:
+    """The text of both, or None where they differ in anything else."""
+    one, two = _text_of(first), _text_of(second)
+    if one is None or two is None or _with_text(first, "") != _with_text(second, ""):
+        return None
+    return one + two
+
+
+def _text_of(chunk: Chunk) -> str | None:
+    """The text of a chunk that carries nothing else; None for any other chunk."""
+    match chunk:
+        case {"token": str(text), "finished": False} if len(chunk) == 2:
+            return text
+        case {"choices": [{"delta": {"content": str(text), **more}} as choice]} if not more:
+            said = "delta"
+        case {"choices": [{"text": str(text)} as choice]}:
+            said = "text"
+        case _:
+            return None
+    has_more = any(v is not None for k, v in choice.items() if k not in ("index", said))
+    return None if has_more else text
+
+
+def _with_text(chunk: Chunk, text: str) -> Chunk:
+    """A chunk that has a text, with `text` in its place."""
+    if "token" in chunk:
+        return {**chunk, "token": text}
+    (choice,) = chunk["choices"]
+    said = {"text": text} if "text" in choice else {"delta": {"content": text}}
+    return {**chunk, "choices": [{**choice, **said}]}

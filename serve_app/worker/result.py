@@ -1,0 +1,137 @@
+"""A job's result: its whole output, or its error, as JSON within the platform's size limit.
+
+`LargeResults` replaces a result over the limit: by an error, or by the path of a file on the
+network volume (`runpod.large_results`).
+"""
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from serve_app.errors import InternalError, ResultTooLarge, error_body, job_error
+from serve_app.worker.job import new_request_id
+
+log = logging.getLogger(__name__)
+
+MAX_RUN_BYTES = 10_000_000
+MAX_SYNC_BYTES = 20_000_000
+"""RunPod's limits of a result, for jobs sent to `/run` and to `/runsync`."""
+SYNC_PREFIX = "sync-"
+"""Ids of jobs sent to `/runsync` begin with this; nothing else in a job tells the two apart."""
+FOLDER = "results"
+
+PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+_ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(",", ":"))
+
+
+def encode(value: Any) -> bytes:
+    """`value` as JSON in UTF-8, with U+FFFD for lone surrogates, which UTF-8 does not have.
+
+    Raises `InternalError` for what JSON does not have: NaN, an infinity, other objects.
+    """
+    try:
+        text = _ENCODER.encode(value)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InternalError("The answer cannot be written as JSON.") from error
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What ends a job: `output`, which is JSON, and for a failed job `error`."""
+
+    output: bytes
+    error: str | None = None
+    """An error body as one JSON string: RunPod's clients show any other type as a Python repr."""
+
+    @classmethod
+    def of_values(cls, values: Iterable[bytes]) -> Self:
+        """The result of a job that succeeds: the list of its values, each of them JSON."""
+        return cls(b"[%b]" % b",".join(values))
+
+    @classmethod
+    def of_error(cls, body: dict[str, Any]) -> Self:
+        """The result of a job that fails with the error body `body`.
+
+        Its output repeats `status`, `retry` and `message`: RunPod's Python client shows a job's
+        output and never its error.
+        """
+        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
+        return cls(encode(shown), job_error(body)["error"])
+
+    def body(self) -> bytes:
+        """What is posted to the platform."""
+        if self.error is None:
+            return b'{"output":%b}' % self.output
+        return b'{"error":%b,"output":%b}' % (encode(self.error), self.output)
+
+
+def max_result_bytes(job_id: str) -> int:
+    """The most bytes that the platform takes as the result of this job."""
+    return MAX_SYNC_BYTES if job_id.startswith(SYNC_PREFIX) else MAX_RUN_BYTES
+
+
+class LargeResults:
+    """Replaces results that the platform refuses for their size."""
+
+    def __init__(self, policy: Literal["error", "volume"], volume: str) -> None:
+        """With `policy` "volume" outputs become files in the folder `results` of `volume`."""
+        self._policy = policy
+        self._folder = Path(volume) / FOLDER
+
+    async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
+        """What is posted instead of `result`, whose body has `num_bytes`."""
+        log.warning("job %r: its result has %d bytes, too many to post.", job_id, num_bytes)
+        if self._policy == "volume" and result.error is None:
+            try:
+                # In a thread: a network volume can be slow.
+                file = await asyncio.to_thread(self._write, job_id, result.output)
+            except OSError as error:
+                log.error("The volume cannot be written: %s", error.strerror)
+            else:
+                return Result.of_values([encode(file)])
+        too_large = ResultTooLarge(_message(job_id, num_bytes))
+        return Result.of_error(error_body(too_large, new_request_id()))
+
+    def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
+        """Writes `{"file", "bytes"}`'s file and returns this object. Raises `OSError`."""
+        # Without its parents: where no volume is mounted, a file would die with the container.
+        self._folder.mkdir(exist_ok=True)
+        path = self._folder / f"{file_name(job_id)}.json"
+        partial = path.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with partial.open("wb") as file:
+                file.write(output)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+        return {"file": str(path), "bytes": len(output)}
+
+
+def file_name(job_id: str) -> str:
+    """The id where it is a plain name, which leads out of no folder; else its digest."""
+    if PLAIN_ID.fullmatch(job_id):
+        return job_id
+    return hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _message(job_id: str, num_bytes: int) -> str:
+    limit = max_result_bytes(job_id)
+    sync = "" if limit == MAX_SYNC_BYTES else f", send it to /runsync ({MAX_SYNC_BYTES:,} bytes)"
+    return (
+        f"The result has {num_bytes:,} bytes and RunPod takes {limit:,}: ask for less at once{sync}"
+        ", or let the worker keep it on its volume (runpod.large_results)."
+    )

@@ -1,0 +1,78 @@
+"""Merging chunks that came together, without losing or reordering anything."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.protocol.sse import DONE, event
+from serve_app.worker.output import Output, merged_chunks, merged_events
+from serve_app.worker.posts import MAX_CHUNK_BYTES
+from serve_app.worker.result import encode
+from tests.worker.recorded import RecordedPosts
+
+
+def token(text: str) -> dict[str, Any]:
+    return {"token": text, "finished": False}
+
+
+def chat(delta: dict[str, Any], **choice: Any) -> dict[str, Any]:
+    return {"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": None, **choice}]}
+
+
+def test_text_is_joined_up_to_the_limit_of_a_post() -> None:
+    """Nothing is lost or reordered, and no string outgrows what the platform takes."""
+    chunks = [{"n": n, "text": "x" * 50_000} for n in range(40)]
+    texts = [event(chunk).decode() for chunk in chunks]
+    merged = merged_events(chunks, DONE)
+    assert "".join(merged) == "".join(texts) + DONE.decode()
+    assert 1 < len(merged) < len(texts)
+    assert all(len(json.dumps(text)) <= MAX_CHUNK_BYTES for text in merged)
+
+
+def test_plain_tokens_are_joined_and_the_last_word_stays_apart() -> None:
+    """`finished` and `usage` keep a chunk of their own, as clients stop reading at it."""
+    last = {"token": "", "finished": True, "finish_reason": "stop", "usage": {}}
+    assert merged_chunks([token("He"), token("llo"), last]) == [token("Hello"), last]
+
+
+def test_openai_chunks_are_joined_only_where_they_are_pure_text() -> None:
+    """Roles, finish reasons, logprobs and other choices keep the chunk they came in."""
+    role, end = chat({"role": "assistant", "content": ""}), chat({}, finish_reason="stop")
+    chunks = [role, chat({"content": "a"}), chat({"content": "b"}), end]
+    assert merged_chunks(chunks) == [role, chat({"content": "ab"}), end]
+    logprobs = [chat({"content": "a"}, logprobs={"content": []}) for _ in range(2)]
+    assert merged_chunks(logprobs) == logprobs
+    others = [chat({"content": "a"}, index=n) for n in range(2)]
+    assert merged_chunks(others) == others
+    texts = [{"choices": [{"index": 0, "text": text, "logprobs": None}]} for text in "xy"]
+    assert merged_chunks(texts) == [{"choices": [{"index": 0, "text": "xy", "logprobs": None}]}]
+
+
+def test_joined_chunks_stay_under_the_limit() -> None:
+    """A long backlog of tokens is several posts, none over the platform's limit."""
+    chunks = [token("\0" * 30_000) for _ in range(20)]  # 6 bytes each, the most that JSON takes
+    merged = merged_chunks(chunks)
+    assert "".join(c["token"] for c in merged) == "\0" * 600_000
+    assert len(merged) < len(chunks)
+    assert all(len(json.dumps(chunk)) <= MAX_CHUNK_BYTES for chunk in merged)
+
+
+def test_a_value_is_written_as_json_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The chunk that is posted and the result hold the same bytes."""
+    written: list[Any] = []
+
+    def counted(value: Any) -> bytes:
+        written.append(value)
+        return encode(value)
+
+    monkeypatch.setattr("serve_app.worker.output.encode", counted)
+    posts = RecordedPosts()
+    output = Output(posts)
+    assert output.is_empty
+    for value in (token("a"), "text"):
+        asyncio.run(output.add(value))
+    assert not output.is_empty
+    assert written == [token("a"), "text"]
+    assert output.result().body() == b'{"output":[%b]}' % b",".join(posts.encoded)

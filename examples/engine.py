@@ -6,7 +6,7 @@ python examples/engine.py
 import asyncio
 
 from serve_app.config.settings import Settings
-from serve_app.engine.sequence import SamplingParams
+from serve_app.engine.sampling_params import SamplingParams
 from serve_app.loading.load import Loaded, load
 from serve_app.loading.load_log import LoadLog
 

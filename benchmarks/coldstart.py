@@ -114,7 +114,7 @@ def compare(repeats: int) -> dict[str, Any]:
 def compare_ahead(folder: Path, gb: float, repeats: int) -> dict[str, Any]:
     """The worker on a checkpoint that is on disk only, with and without reading ahead."""
     forms, _ = write_forms(folder, gb)
-    checkpoint = forms.pop("stacked")
+    checkpoint = forms.pop("fused")
     for other in forms.values():
         shutil.rmtree(other)
     for file in CHECKPOINT.glob("*token*"):

@@ -27,6 +27,7 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.runner import InFlightStep
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.loader import load
 from serve_app.model.mixtral import Mixtral
 from serve_app.tiny import CHECKPOINT
@@ -255,7 +256,7 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="file for the last line's document")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    model = load(CHECKPOINT, dtype=torch.float32, device=CPU)
+    model = load(inspect(CHECKPOINT), dtype=torch.float32, device=CPU)
     bench = Bench(model)
     document = {"benchmark": "engine", **describe(), "threads": options.threads}
     document["host"] = host_cost(model)

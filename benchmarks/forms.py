@@ -25,14 +25,14 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.machine import describe, publish
-from serve_app.model.checkpoint.checkpoint import expected_shapes, inspect
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.checkpoint.loader import load
 from serve_app.model.checkpoint.shards import INDEX
 from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import parameters, part_of
+from serve_app.model.footprint import expected_shapes, parameters, part_of
 from serve_app.model.nf4 import quantize
+from serve_app.model.quantization import Quantization
 
 SMALL = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8}
 FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
@@ -111,13 +111,13 @@ def as_bitsandbytes(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
 def write_forms(folder: Path, gb: float) -> tuple[dict[str, Path], float]:
     """The folders of each form, and the seconds that the conversion took."""
     document = config_of(gb)
-    forms = {form: folder / form for form in ("float", "bitsandbytes", "stacked")}
+    forms = {form: folder / form for form in ("float", "bitsandbytes", "fused")}
     write_layers(forms["float"], document, lambda name, weight: {name: weight})
     in_4_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     stored = {**document, "quantization_config": in_4_bits}
     write_layers(forms["bitsandbytes"], stored, as_bitsandbytes)
     start = time.perf_counter()
-    convert(forms["float"], forms["stacked"], QUANTIZATION)
+    convert(forms["float"], forms["fused"], QUANTIZATION)
     return forms, time.perf_counter() - start
 
 
@@ -147,7 +147,7 @@ def load_once(folder: Path, device: torch.device) -> float:
     """Seconds to load a folder onto the device."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     start = time.perf_counter()
-    load(folder, dtype=dtype, device=device, quantization=QUANTIZATION)
+    load(inspect(folder), dtype=dtype, device=device, quantization=QUANTIZATION)
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

@@ -26,9 +26,9 @@ from benchmarks.machine import describe, publish
 from benchmarks.random_runner import RandomRunner
 from benchmarks.report import Report, say
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.kernel_check import relative_errors
+from serve_app.model.quantization import Quantization
 
 BATCHES = (1, 8, 32, 128)
 PROMPT = 4096
@@ -61,7 +61,13 @@ def decode_table(report: Report, runner: RandomRunner, bandwidth: float) -> None
 def decode_row(runner: RandomRunner, batch: int, bandwidth: float) -> dict[str, Any]:
     """Of one batch size, printed."""
     speed = runner.decode(batch)
-    sizes = (runner.config, runner.absmax, batch, runner.options.context, runner.dtype.itemsize)
+    sizes = (
+        runner.config,
+        runner.quantization,
+        batch,
+        runner.options.context,
+        runner.dtype.itemsize,
+    )
     limit, took = decode_limit(*sizes, bandwidth), round(1e3 * batch / speed, 3)
     say(f"{batch:>6} {speed:>10.1f} {took:>9} {limit:>10.1f} {speed / limit:>6.0%}")
     return {

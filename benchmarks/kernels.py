@@ -24,9 +24,9 @@ from benchmarks.device import Device
 from benchmarks.machine import describe, publish
 from benchmarks.random_model import config_of, fill_codes, fill_matrices
 from benchmarks.report import Report, say
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.matrices4 import Codes, Matrices4
+from serve_app.model.quantization import Quantization
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = ((1, 512), (1, 8192), (32, 2048))

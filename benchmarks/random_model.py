@@ -7,11 +7,11 @@ router sends tokens to all experts alike.
 
 import torch
 
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.matrices4 import Codes, Matrices4
 from serve_app.model.mixtral import Mixtral, RMSNorm, Rope
 from serve_app.model.nf4 import codes, dynamic_map
+from serve_app.model.quantization import Quantization
 
 SCALE = 0.02
 """Standard deviation of the weights, as Mixtral's are about."""

@@ -17,9 +17,9 @@ from serve_app.engine.runner import InFlightStep
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
+from serve_app.model.quantization import Quantization
 
 BLOCK_SIZE = 16
 ROUND = 16
@@ -42,8 +42,8 @@ class RandomRunner:
         self.device, self.options = device, options
         self.dtype = torch.bfloat16 if device.is_cuda else torch.float32
         self.config = self.config_of(options)
-        self.absmax = None if options.weights == "bf16" else options.absmax
-        self.quantization = None if self.absmax is None else Quantization("nf4", self.absmax)
+        is_bf16 = options.weights == "bf16"
+        self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
         self.batches = [n for n in options.batches if n <= self._most_sequences()]
         blocks = max(max(self.batches) * blocks_for(options.context), blocks_for(options.prompt))

@@ -7,6 +7,7 @@ batches on small GPUs.
 
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import weight_bytes
+from serve_app.model.quantization import Quantization
 
 
 def experts_hit(config: MixtralConfig, batch: int) -> float:
@@ -16,10 +17,14 @@ def experts_hit(config: MixtralConfig, batch: int) -> float:
 
 
 def decode_bytes(
-    config: MixtralConfig, absmax: str | None, batch: int, context: int, item_bytes: int
+    config: MixtralConfig,
+    quantization: Quantization | None,
+    batch: int,
+    context: int,
+    item_bytes: int,
 ) -> float:
     """Bytes of one step of `batch` sequences with `context` tokens each."""
-    parts = weight_bytes(config, item_bytes, absmax)
+    parts = weight_bytes(config, item_bytes, quantization)
     head = config.vocab_size * config.hidden_size * item_bytes  # the embedding is only looked up
     experts = parts["experts"] * experts_hit(config, batch) / config.num_experts
     kv = batch * context * config.kv_values_per_token * item_bytes
@@ -28,14 +33,14 @@ def decode_bytes(
 
 def decode_limit(
     config: MixtralConfig,
-    absmax: str | None,
+    quantization: Quantization | None,
     batch: int,
     context: int,
     item_bytes: int,
     bandwidth: float,
 ) -> float:
     """Tokens per second, all sequences together, at so many bytes per second."""
-    return batch * bandwidth / decode_bytes(config, absmax, batch, context, item_bytes)
+    return batch * bandwidth / decode_bytes(config, quantization, batch, context, item_bytes)
 
 
 def prefill_flops(config: MixtralConfig) -> float:

@@ -21,8 +21,8 @@ from serve_app.loading.model_cache import require_writable
 from serve_app.start_plan.memory import in_gb, plan_memory
 
 if TYPE_CHECKING:
-    from serve_app.model.checkpoint.fused import Quantization
     from serve_app.model.config import MixtralConfig
+    from serve_app.model.quantization import Quantization
 
 IMPORT_PATH = "serve_app.app:build_app"
 
@@ -87,22 +87,22 @@ def check_model(settings: Settings) -> list[str]:
     """
     from serve_app.loading.load import find_local, wished_quantization
     from serve_app.model.checkpoint.checkpoint import inspect
-    from serve_app.model.checkpoint.loader import agreed, require_head
 
     folder = find_local(settings)
     if folder is None:
         return check_remote(settings)
-    plan = inspect(folder)
+    checkpoint = inspect(folder)
     check_tokenizer(folder)
-    quantization = agreed(plan, wished_quantization(settings))
-    require_head(plan.config, quantization, settings.model.quantize_lm_head)
-    if plan.form != "stacked":
+    quantization = checkpoint.resolve_quantization(
+        wished_quantization(settings), settings.model.quantize_lm_head
+    )
+    if checkpoint.form != "fused":
         require_writable(settings)
-    num_files = len(plan.headers)
+    num_files = len(checkpoint.headers)
     return [
-        f"{settings.model.name}: {in_gb(plan.file_bytes)} of {plan.form} weights in {num_files} "
-        f"file{'s' if num_files > 1 else ''}.",
-        *_check_sizes(settings, plan.config, plan.quantization),
+        f"{settings.model.name}: {in_gb(checkpoint.file_bytes)} of {checkpoint.form} weights in "
+        f"{num_files} file{'s' if num_files > 1 else ''}.",
+        *_check_sizes(settings, checkpoint.config, quantization),
     ]
 
 
@@ -125,32 +125,29 @@ def check_tokenizer(folder: Path) -> None:
 def check_remote(settings: Settings) -> list[str]:
     """What the first start will download, and what it takes then."""
     from serve_app.loading.load import wished_quantization
-    from serve_app.model.checkpoint.checkpoint import Plan, stored_quantization
+    from serve_app.model.checkpoint.checkpoint import Checkpoint
     from serve_app.model.checkpoint.find import download_cache
-    from serve_app.model.checkpoint.loader import agreed, require_head
-    from serve_app.model.config import MixtralConfig, stored_form
     from serve_app.start_plan.hub import look_up, require_disk
 
     chosen, hub = settings.model, download_cache(Path(settings.runpod.volume))
     token = chosen.hf_token.get_secret_value() if chosen.hf_token else None
     repository = look_up(chosen.name, chosen.revision, token, hub)
-    config = MixtralConfig.from_dict(repository.config)
-    form, stored = stored_form(repository.config), stored_quantization(repository.config)
-    plan = Plan(Path(chosen.name), config, form, {}, quantization=stored)
-    quantization = agreed(plan, wished_quantization(settings))
-    require_head(config, quantization, chosen.quantize_lm_head)
+    checkpoint = Checkpoint.from_config(Path(chosen.name), repository.config)
+    quantization = checkpoint.resolve_quantization(
+        wished_quantization(settings), chosen.quantize_lm_head
+    )
     require_disk(chosen.name, repository, hub)
-    if form != "stacked":
+    if checkpoint.form != "fused":
         require_writable(settings)
     return [
         f"{chosen.name}: is not on this machine; the first start downloads "
         f"{in_gb(repository.missing_bytes)}.",
-        *_check_sizes(settings, config, stored),
+        *_check_sizes(settings, checkpoint.config, quantization),
     ]
 
 
 def _check_sizes(
-    settings: Settings, config: "MixtralConfig", stored: "Quantization | None"
+    settings: Settings, config: "MixtralConfig", quantization: "Quantization | None"
 ) -> list[str]:
     from serve_app.model.footprint import parameters
     from serve_app.start_plan.kv_size import max_model_len
@@ -158,7 +155,7 @@ def _check_sizes(
     context = max_model_len(settings, config.max_position_embeddings)
     return [
         f"Model: {sum(parameters(config).values()):,} parameters, context {context:,} tokens.",
-        *plan_memory(settings, config, stored, context),
+        *plan_memory(settings, config, quantization, context),
     ]
 
 

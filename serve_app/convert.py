@@ -12,7 +12,7 @@ from typing import IO
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.quantization import Quantization
 
 
 class Bar:

@@ -21,7 +21,7 @@ from serve_app.errors import InvalidRequest, ModelLoadFailed
 from serve_app.protocol.call import Call
 
 if TYPE_CHECKING:
-    from serve_app.model.checkpoint.fused import Quantization
+    from serve_app.model.quantization import Quantization
 
 PROMPTS = (
     "What is the capital of France?",
@@ -72,10 +72,9 @@ def expected_quantization(settings: Settings) -> "Quantization | None":
     """How the weights will be stored: as a checkpoint on this machine has them, or as wished."""
     from serve_app.loading.load import find_local, wished_quantization
     from serve_app.model.checkpoint.checkpoint import inspect
-    from serve_app.model.checkpoint.loader import agreed
 
     wished, folder = wished_quantization(settings), find_local(settings)
-    return wished if folder is None else agreed(inspect(folder), wished)
+    return wished if folder is None else inspect(folder).resolve_quantization(wished)
 
 
 def check_kernels(

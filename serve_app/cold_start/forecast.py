@@ -123,7 +123,7 @@ def sample(files: list[Path]) -> float | None:
 def _on_the_hub(settings: Settings) -> tuple[int, int, bool]:
     """Bytes of the repository, those still missing here, and whether its weights are floats."""
     from serve_app.model.checkpoint.find import download_cache
-    from serve_app.model.config import stored_form
+    from serve_app.model.checkpoint.form import stored_form
     from serve_app.start_plan.hub import look_up
 
     chosen = settings.model

@@ -10,7 +10,7 @@ from serve_app.app import is_on_cpu
 from serve_app.cold_start.load_records import KILLED
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.loading.load import find_local
+from serve_app.loading.load import find_local, wished_quantization
 from serve_app.machine.host import free_bytes, num_oom_kills
 from serve_app.start_plan.kv_size import max_model_len
 from serve_app.start_plan.memory import compute_need, in_gb
@@ -58,8 +58,9 @@ def _sizes(settings: Settings, folder: Path | None, on_cpu: bool) -> tuple[int, 
 
     if folder is None:
         raise ModelLoadFailed("The model is not on this machine.")
-    plan = inspect(folder)
-    context = max_model_len(settings, plan.config.max_position_embeddings)
-    need = compute_need(settings, plan.config, plan.quantization, context, on_cpu)
+    checkpoint = inspect(folder)
+    context = max_model_len(settings, checkpoint.config.max_position_embeddings)
+    quantization = checkpoint.resolve_quantization(wished_quantization(settings))
+    need = compute_need(settings, checkpoint.config, quantization, context, on_cpu)
     kv_cache = None if need.kv_tokens is None else need.kv_bytes(need.kv_tokens)
     return need.weight_bytes, kv_cache

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     import torch
 
     from serve_app.engine.engine import Engine
-    from serve_app.model.checkpoint.fused import Quantization
     from serve_app.model.mixtral import Mixtral
+    from serve_app.model.quantization import Quantization
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     """Loads what `settings` name onto the device; raises `ModelLoadFailed` in one sentence."""
     from serve_app.loading import warm_up
     from serve_app.model.checkpoint import loader
+    from serve_app.model.checkpoint.checkpoint import inspect
 
     notes: list[str] = []
     with load_log.phase("device"):  # the first to import torch, which takes its time
@@ -72,14 +73,18 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
         tokenizer = _tokenizer(path, notes)
     reading = reading_phase(settings, path)
     with load_log.phase(reading):
-        needed = _weight_bytes(settings, path, dtype)
+        checkpoint = inspect(path)
+        head = settings.model.quantize_lm_head
+        quantization = checkpoint.resolve_quantization(wished_quantization(settings), head)
+        sizes = weight_bytes(checkpoint.config, dtype.itemsize, quantization, head)
+        needed = sum(sizes.values())
         with memory_for("the weights", needed, device, "quantise them, or take a larger GPU"):
             model = loader.load(
-                path,
+                checkpoint,
                 dtype=dtype,
                 device=device,
-                quantization=wished_quantization(settings),
-                quantize_lm_head=settings.model.quantize_lm_head,
+                quantization=quantization,
+                quantize_lm_head=head,
                 progress=partial(load_log.progress, reading),
             )
         _note_quantization(settings, model, notes)
@@ -106,7 +111,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
 
 def wished_quantization(settings: Settings) -> "Quantization | None":
     """How `settings` ask for weights to be quantised; None where they ask for floats."""
-    from serve_app.model.checkpoint.fused import Quantization
+    from serve_app.model.quantization import Quantization
 
     if settings.model.quantization == "none":
         return None
@@ -150,23 +155,12 @@ def _download(settings: Settings, progress: Callable[[float, int], None]) -> Pat
 
 def reading_phase(settings: Settings, path: Path) -> str:
     """What reading the checkpoint in folder `path` is called: floats are quantised meanwhile."""
+    from serve_app.model.checkpoint.form import stored_form
     from serve_app.model.checkpoint.shards import read_json
-    from serve_app.model.config import stored_form
 
     is_float = stored_form(read_json(path / "config.json")) == "float"
     quantises = is_float and settings.model.quantization != "none"
     return "read and quantise" if quantises else "read"
-
-
-def _weight_bytes(settings: Settings, path: Path, dtype: "torch.dtype") -> int:
-    """What the weights of the checkpoint in folder `path` take on the device."""
-    from serve_app.model.checkpoint.loader import agreed, inspect
-
-    plan = inspect(path)
-    quantization = agreed(plan, wished_quantization(settings))
-    absmax = None if quantization is None else quantization.absmax
-    head = settings.model.quantize_lm_head
-    return sum(weight_bytes(plan.config, dtype.itemsize, absmax, head).values())
 
 
 def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:

@@ -15,9 +15,9 @@ from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.find import is_complete
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.checkpoint.form import stored_form
 from serve_app.model.checkpoint.shards import read_json
-from serve_app.model.config import stored_form
+from serve_app.model.quantization import Quantization
 
 
 def find_copy(settings: Settings) -> Path | None:
@@ -76,7 +76,7 @@ def make_copy(
         return source
     document = read_json(source / "config.json")
     form = stored_form(document)
-    if form == "stacked":
+    if form == "fused":
         return source
     # What is in 4 bits keeps its own absmax.
     wished = Quantization(quantization, settings.model.absmax) if form == "float" else None

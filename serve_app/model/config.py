@@ -5,15 +5,9 @@ Plain data. Knows no tensors and no files; refuses what our forward pass does no
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from serve_app.errors import ModelLoadFailed
-
-Form = Literal["float", "bitsandbytes", "stacked"]
-"""How weights lie in files: as floats, in 4 bits as transformers 4 wrote them, or in 4 bits as
-`serve_app.convert` writes them."""
-OWN_METHOD = "mixtral-serve"
-"""`quantization_config.quant_method` of what `serve_app.convert` writes."""
 
 
 @dataclass(frozen=True)
@@ -116,31 +110,6 @@ def _require_mixtral(document: Mapping[str, Any]) -> None:
         raise ModelLoadFailed(
             f"config.json: `hidden_act` is {activation!r}, and only 'silu' is implemented."
         )
-    stored_form(document)
-
-
-def stored_form(document: Mapping[str, Any]) -> Form:
-    """How a parsed `config.json` says that the weights are stored.
-
-    Raises `ModelLoadFailed`, with the name of the quantisation, where we cannot read it.
-    """
-    stored = document.get("quantization_config")
-    if not stored:
-        return "float"
-    if not isinstance(stored, Mapping):
-        raise ModelLoadFailed("config.json: `quantization_config` must be an object.")
-    method = stored.get("quant_method", "bitsandbytes")
-    if method == OWN_METHOD:
-        return "stacked"
-    # transformers wrote either name, and early on no `quant_method`.
-    four_bits = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
-    if method == "bitsandbytes" and four_bits:
-        return "bitsandbytes"
-    said = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
-    raise ModelLoadFailed(
-        f"config.json: `quantization_config` is {said}, and only bitsandbytes in 4 bits can be "
-        "read; name the float checkpoint that this one was made from."
-    )
 
 
 def _rope_theta(document: Mapping[str, Any]) -> float:

@@ -5,12 +5,16 @@ What a load promises before it reads anything, part by part. Imports no torch, k
 
 from math import prod
 
+from serve_app.model.checkpoint.shards import ITEM_BYTES
 from serve_app.model.config import MixtralConfig
+from serve_app.model.quantization import (
+    ABSMAX_DTYPES,
+    GROUP_SIZE,
+    Quantization,
+    num_nested_groups,
+)
 
 PARTS = ("experts", "attention", "head", "other")
-BLOCK, NESTED_BLOCK = 64, 256
-"""Weights that share one absmax; absmax values that share one of their own."""
-ABSMAX_BYTES = {"float32": 4, "bfloat16": 2, "nested": 1}
 
 
 def expected_shapes(config: MixtralConfig, *, stacked: bool) -> dict[str, tuple[int, ...]]:
@@ -66,15 +70,14 @@ def parameters(config: MixtralConfig) -> dict[str, int]:
 def weight_bytes(
     config: MixtralConfig,
     item_bytes: int,
-    absmax: str | None = None,
+    quantization: Quantization | None = None,
     quantize_lm_head: bool = False,
 ) -> dict[str, int]:
     """Bytes of each of `PARTS` in memory.
 
-    `item_bytes` is the size of a float weight (2 for bfloat16). With `absmax` ("float32",
-    "bfloat16", "nested") experts and attention are in 4 bits, and with `quantize_lm_head` lm_head
-    too, with such an absmax for each block of 64 weights; the few hundred bytes of a layer's
-    tables are not counted.
+    `item_bytes` is the size of a float weight (2 for bfloat16). With a `quantization` experts and
+    attention are in 4 bits, and with `quantize_lm_head` lm_head too; the few hundred bytes of a
+    layer's tables are not counted.
     """
     sizes = dict.fromkeys(PARTS, 0)
     for name, shape in expected_shapes(config, stacked=False).items():
@@ -82,14 +85,20 @@ def weight_bytes(
         in_4_bits = part in ("experts", "attention") or (
             quantize_lm_head and name == "lm_head.weight"
         )
-        if absmax is None or not in_4_bits:
+        if quantization is None or not in_4_bits:
             sizes[part] += count * item_bytes
-            continue
-        blocks = count // BLOCK
-        sizes[part] += count // 2 + blocks * ABSMAX_BYTES[absmax]
-        if absmax == "nested":
-            sizes[part] += -(-blocks // NESTED_BLOCK) * 4
+        else:
+            sizes[part] += quantized_bytes(count, quantization)
     return sizes
+
+
+def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
+    """Bytes of a matrix of `num_weights` in 4 bits with its absmax."""
+    absmax_bytes = ITEM_BYTES[ABSMAX_DTYPES[quantization.absmax]]
+    size = num_weights // 2 + num_weights // GROUP_SIZE * absmax_bytes
+    if quantization.absmax == "nested":
+        size += num_nested_groups(num_weights) * ITEM_BYTES["F32"]
+    return size
 
 
 def kv_bytes(config: MixtralConfig, num_tokens: int, item_bytes: int) -> int:

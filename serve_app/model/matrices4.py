@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from serve_app.model.checkpoint.fused import Quantization
-from serve_app.model.footprint import BLOCK, NESTED_BLOCK
 from serve_app.model.nf4 import (
     Nested,
     Quantized,
@@ -22,6 +20,7 @@ from serve_app.model.nf4 import (
     quantize,
     quantize_absmax,
 )
+from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE, Quantization
 
 GROUP = 8
 """Rows of one part in a row, where parts are interleaved: a kernel's tile has both of a pair."""
@@ -87,12 +86,12 @@ class Matrices4(_Stored):
         self.codes = codes
         self.rows = list(rows)
         self.interleaved = interleaved
-        self.groups = [-(-count * columns // BLOCK // NESTED_BLOCK) for count in rows]
+        self.groups = [-(-count * columns // GROUP_SIZE // NESTED_GROUP_SIZE) for count in rows]
         is_nested = codes.quantization.absmax == "nested"
         dtype = torch.uint8 if is_nested else getattr(torch, codes.quantization.absmax)
         shape = (*lead, sum(rows))
         self.register_buffer("packed", torch.empty(*shape, columns // 2, dtype=torch.uint8))
-        self.register_buffer("absmax", torch.empty(*shape, columns // BLOCK, dtype=dtype))
+        self.register_buffer("absmax", torch.empty(*shape, columns // GROUP_SIZE, dtype=dtype))
         if is_nested:
             groups = torch.empty(*lead, sum(self.groups), dtype=torch.float32)
             self.register_buffer("nested_absmax", groups)

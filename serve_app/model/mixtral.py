@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from serve_app.model.attention import AttentionPlan, attend, plan_attention
 from serve_app.model.batch import Batch
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
 from serve_app.model.experts4 import Experts4
 from serve_app.model.kv import KVCache
 from serve_app.model.linear import Linear
 from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.quantization import Quantization
 from serve_app.model.rows import round_up, row_multiple
 
 

@@ -10,16 +10,12 @@ matrix, or the dimensions of a stack of them.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.model.footprint import BLOCK, NESTED_BLOCK
-
-QuantType = Literal["nf4", "fp4"]
-AbsmaxKind = Literal["float32", "bfloat16", "nested"]
+from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE, AbsmaxKind, QuantType
 
 CHUNK = 1 << 22
 """Weights that are computed at once: in float32 they are 16 MB, and several copies are needed."""
@@ -86,12 +82,12 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
     Matrices of a stack are quantised apart, as a checkpoint with a tensor per expert has them.
     """
     columns = weight.shape[-1]
-    if columns % BLOCK:
-        raise ValueError(f"rows of {columns} weights are no whole blocks of {BLOCK}")
+    if columns % GROUP_SIZE:
+        raise ValueError(f"rows of {columns} weights are no whole blocks of {GROUP_SIZE}")
     code = codes(quant_type, weight.device)
     values = weight.reshape(-1, columns)
     packed = values.new_empty(len(values), columns // 2, dtype=torch.uint8)
-    scales = values.new_empty(len(values), columns // BLOCK, dtype=torch.float32)
+    scales = values.new_empty(len(values), columns // GROUP_SIZE, dtype=torch.float32)
     step = max(1, QUANTIZE_CHUNK // columns)
     for start in range(0, len(values), step):
         part = slice(start, start + step)
@@ -117,14 +113,14 @@ def dequantize(q: Quantized, dtype: torch.dtype, out: Tensor | None = None) -> T
     columns = q.shape[-1]
     packed, scales = (
         q.packed.view(-1, columns // 2),
-        plain_absmax(q.absmax, q.nested).view(-1, columns // BLOCK),
+        plain_absmax(q.absmax, q.nested).view(-1, columns // GROUP_SIZE),
     )
     rows = out.view(-1, columns)
     step = max(1, CHUNK // columns)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         values = pairs.index_select(0, packed[part].flatten().int()).view(torch.float32)
-        values = values.view(-1, BLOCK)
+        values = values.view(-1, GROUP_SIZE)
         values *= scales[part].reshape(-1, 1)
         rows[part] = values.view(-1, columns)
     return out
@@ -136,7 +132,7 @@ def plain_absmax(absmax: Tensor, nested: Nested | None) -> Tensor:
         return absmax
     flat = absmax.flatten(-2)
     num_blocks = flat.shape[-1]
-    scales = nested.absmax.repeat_interleave(NESTED_BLOCK, dim=-1)[..., :num_blocks]
+    scales = nested.absmax.repeat_interleave(NESTED_GROUP_SIZE, dim=-1)[..., :num_blocks]
     values = nested.code[flat.int()] * scales + nested.offset[..., None]
     return values.view(absmax.shape)
 
@@ -145,9 +141,9 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Nested]:
     """Float32 `absmax` `[..., N, K / 64]` in 8 bits, uint8, and what undoes it."""
     stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
     offset = torch.stack([matrix.mean() for matrix in stack])
-    num_blocks = -(-stack.shape[1] // NESTED_BLOCK)
-    padding = num_blocks * NESTED_BLOCK - stack.shape[1]
-    blocks = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_BLOCK)
+    num_blocks = -(-stack.shape[1] // NESTED_GROUP_SIZE)
+    padding = num_blocks * NESTED_GROUP_SIZE - stack.shape[1]
+    blocks = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_GROUP_SIZE)
     scales = blocks.abs().amax(dim=-1)
     is_flat = scales == 0
     scaled = (blocks * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
@@ -183,7 +179,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """packed `[n, K / 2]` and absmax `[n, K / 64]` of `values` `[n, K]`."""
-    blocks = values.float().view(-1, BLOCK)
+    blocks = values.float().view(-1, GROUP_SIZE)
     absmax = blocks.abs().amax(dim=-1)
     # Times the reciprocal, not divided: bitsandbytes' rounding.
     scaled = (blocks * (1.0 / absmax.clamp(min=SMALLEST))[:, None]).clamp_(-1, 1)

@@ -16,7 +16,7 @@ from serve_app.model.footprint import kv_bytes, weight_bytes
 from serve_app.start_plan.kv_size import CPU_CONTEXTS, RESERVED_BYTES
 
 if TYPE_CHECKING:
-    from serve_app.model.checkpoint.fused import Quantization
+    from serve_app.model.quantization import Quantization
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CUDA_BYTES = 600 * MIB
@@ -47,9 +47,9 @@ class Need:
 
 
 def plan_memory(
-    settings: Settings, config: MixtralConfig, stored: "Quantization | None", context: int
+    settings: Settings, config: MixtralConfig, quantization: "Quantization | None", context: int
 ) -> list[str]:
-    """What weights and KV cache take, a line each; `stored` is how the checkpoint is quantised.
+    """What weights and KV cache take, a line each; `quantization` is that of the weights in memory.
 
     Raises `MachineUnfit` where this machine does not have it.
     """
@@ -58,7 +58,7 @@ def plan_memory(
     on_cpu = settings.model.device == "cpu" or (
         settings.model.device == "auto" and not gpus and is_tiny
     )
-    need = compute_need(settings, config, stored, context, on_cpu)
+    need = compute_need(settings, config, quantization, context, on_cpu)
     parts = ", ".join(f"{part} {in_gb(size)}" for part, size in need.weights.items())
     lines = [f"Weights: {in_gb(need.weight_bytes)} of {need.kind} ({parts})."]
     if on_cpu:
@@ -81,7 +81,7 @@ def plan_memory(
 def compute_need(
     settings: Settings,
     config: MixtralConfig,
-    stored: "Quantization | None",
+    quantization: "Quantization | None",
     context: int,
     on_cpu: bool,
 ) -> Need:
@@ -90,14 +90,12 @@ def compute_need(
     Raises `ConfigError` where the KV cache could not hold one full context.
     """
     dtype: str = settings.model.dtype
-    quantization = settings.model.quantization
     if dtype == "auto":
         dtype = "float32" if on_cpu else "bfloat16"
     item_bytes = ITEM_BYTES[dtype]
-    absmax, kind = None, dtype
-    if quantization != "none":
-        absmax = settings.model.absmax if stored is None else stored.absmax
-        kind = f"{quantization} with {absmax} absmax"
+    kind = dtype
+    if quantization is not None:
+        kind = f"{quantization.quant_type} with {quantization.absmax} absmax"
     block, kv_tokens = settings.engine.block_size, settings.engine.kv_cache_tokens
     if kv_tokens is None and on_cpu:
         kv_tokens = CPU_CONTEXTS * context
@@ -108,7 +106,7 @@ def compute_need(
             f"`engine.kv_cache_tokens` is {kv_tokens:,} in whole blocks, less than the context of "
             f"{context:,} tokens; raise it, or lower `engine.max_model_len`."
         )
-    weights = weight_bytes(config, item_bytes, absmax, settings.model.quantize_lm_head)
+    weights = weight_bytes(config, item_bytes, quantization, settings.model.quantize_lm_head)
     return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
 
 

@@ -11,8 +11,8 @@ from serve_app.api import trial
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.matrices4 import Linear4
+from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
 
 

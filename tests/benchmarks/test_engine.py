@@ -3,13 +3,14 @@
 import torch
 
 from benchmarks.engine import CPU, Bench, NullRunner
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.loader import load
 from serve_app.tiny import CHECKPOINT
 
 
 def test_decode_steps_are_told_from_prefill() -> None:
     """Two sequences, each with a step for its prompt, then decode together to their end."""
-    model = load(CHECKPOINT, dtype=torch.float32, device=CPU)
+    model = load(inspect(CHECKPOINT), dtype=torch.float32, device=CPU)
     watched = Bench(model, NullRunner).decode(2, 8, 20, temperature=0.0)
     clock, thread = watched.decode_steps(2)
     assert 15 <= len(clock) == len(thread) <= 20

@@ -15,6 +15,7 @@ from benchmarks.roofline import decode_bytes, experts_hit
 from serve_app.engine import runner
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.model.kernels.triton import gpu_step
+from serve_app.model.quantization import Quantization
 
 
 @pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
@@ -92,8 +93,8 @@ def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_the_least_bytes_of_a_step_are_those_of_the_models_sizes() -> None:
     """Mixtral in NF4: 6.8 GB for one token of a short context, all experts for many."""
-    config = config_of(tiny=False, layers=None)
+    config, nested = config_of(tiny=False, layers=None), Quantization("nf4", "nested")
     assert experts_hit(config, 1) == pytest.approx(2)
     assert experts_hit(config, 64) == pytest.approx(8)
-    assert decode_bytes(config, "nested", 1, 0, 2) == pytest.approx(6.77e9, rel=0.01)
-    assert decode_bytes(config, "nested", 16, 0, 2) == pytest.approx(24.0e9, rel=0.02)
+    assert decode_bytes(config, nested, 1, 0, 2) == pytest.approx(6.77e9, rel=0.01)
+    assert decode_bytes(config, nested, 16, 0, 2) == pytest.approx(24.0e9, rel=0.02)

@@ -51,7 +51,7 @@ def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
     second, phases = load_once(chosen, tmp_path / "second")
     assert phases == ["device", "resolve", "tokenizer", "read", "warm-up", "first token"]
     assert second.memory == first.memory
-    assert any("of stacked weights" in line for line in check_model(chosen))
+    assert any("of fused weights" in line for line in check_model(chosen))
 
 
 def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -> None:

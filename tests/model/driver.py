@@ -5,6 +5,7 @@ adjacent; `step` runs any mix of prefill chunks and decodes.
 """
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor
 
 from serve_app.model.batch import Batch
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.loader import load
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
 
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
@@ -44,9 +46,28 @@ def random_oracle(seed: int = 0, **changes: Any) -> Any:
     return oracle
 
 
-def load_float32(path: Path, quantization: Quantization | None = None) -> Mixtral:
-    cpu = torch.device("cpu")
-    return load(path, dtype=torch.float32, device=cpu, quantization=quantization)
+def load_folder(
+    path: Path,
+    dtype: torch.dtype,
+    wanted: Quantization | None = None,
+    quantize_lm_head: bool = False,
+    progress: Callable[[float], None] | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
+) -> Mixtral:
+    """The model of the checkpoint in folder `path`, quantized as `wanted` where that can be."""
+    checkpoint = inspect(path)
+    return load(
+        checkpoint,
+        dtype=dtype,
+        device=device,
+        quantization=checkpoint.resolve_quantization(wanted, quantize_lm_head),
+        quantize_lm_head=quantize_lm_head,
+        progress=progress,
+    )
+
+
+def load_float32(path: Path, wanted: Quantization | None = None) -> Mixtral:
+    return load_folder(path, torch.float32, wanted)
 
 
 def random_ids(count: int, vocab_size: int = 96, seed: int = 1) -> list[int]:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.quantization import Quantization
 
 VARIANTS = [
     Quantization(quant_type, absmax)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.config import MixtralConfig, stored_form
+from serve_app.model.config import MixtralConfig
 
 MIXTRAL_8X7B: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
@@ -85,9 +85,6 @@ def test_every_way_to_write_a_value(changes: dict[str, Any], field: str, value: 
         ({"model_type": "llama"}, "model_type"),
         ({"model_type": None}, "model_type"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"quantization_config": {"load_in_8bit": True}}, "quantization_config"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-        ({"quantization_config": ["nf4"]}, "quantization_config"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_parameters"),
         ({"num_hidden_layers": None}, "num_hidden_layers"),
@@ -108,26 +105,3 @@ def test_what_cannot_be_served_is_refused_by_name(changes: dict[str, Any], key: 
     with pytest.raises(ModelLoadFailed, match=f"config.json: .*`{key}`") as caught:
         MixtralConfig.from_dict({**MIXTRAL_8X7B, **changes})
     assert not caught.value.retry
-
-
-@pytest.mark.parametrize(
-    ("stored", "form"),
-    [
-        (None, "float"),
-        ({}, "float"),
-        ({"load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "bitsandbytes", "_load_in_4bit": True}, "bitsandbytes"),
-        ({"quant_method": "mixtral-serve"}, "stacked"),
-    ],
-)
-def test_the_form_of_the_weights_is_read(stored: dict[str, Any] | None, form: str) -> None:
-    """Both names that transformers has given to 4 bits are known, and our own format's."""
-    assert stored_form({**MIXTRAL_8X7B, "quantization_config": stored}) == form
-
-
-def test_the_quantisation_that_cannot_be_read_is_named() -> None:
-    """The sentence says which one it is."""
-    with pytest.raises(ModelLoadFailed, match="'awq'"):
-        stored_form({"quantization_config": {"quant_method": "awq", "bits": 4}})
-    with pytest.raises(ModelLoadFailed, match="not in 4 bits"):
-        stored_form({"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}})

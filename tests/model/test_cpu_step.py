@@ -13,10 +13,10 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.model.batch import Batch
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
 from tests.model.driver import load_float32, oracle_logits, random_ids, random_oracle
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="it needs a C compiler")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import serve_app.tiny
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.quantization import Quantization
 from tests.model.driver import Paged, load_float32, random_ids, random_oracle
 
 BATCHES = (1, 2, 3, 5, 8, 13, 31)

@@ -8,11 +8,11 @@ from torch import Tensor
 from transformers import MixtralConfig as TheirConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts4 import Experts4
 from serve_app.model.matrices4 import Codes, Linear4
 from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.quantization import Quantization
 from tests.model.oracle4 import VARIANTS, name, round_experts, rounded
 
 SHAPES = {

@@ -7,8 +7,14 @@ import pytest
 import torch
 
 import serve_app.tiny
-from serve_app.model.checkpoint.loader import load
-from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
+from tests.model.driver import (
+    Paged,
+    load_float32,
+    load_folder,
+    oracle_logits,
+    random_ids,
+    random_oracle,
+)
 
 SHAPES: dict[str, dict[str, Any]] = {
     "one-layer": {"num_hidden_layers": 1},
@@ -131,7 +137,7 @@ def test_bfloat16_follows_transformers(tmp_path: Path) -> None:
     oracle = random_oracle(initializer_range=0.05)
     oracle.save_pretrained(tmp_path)
     ids = random_ids(40)
-    model = load(tmp_path, dtype=torch.bfloat16, device=torch.device("cpu"))
+    model = load_folder(tmp_path, torch.bfloat16)
 
     ours = Paged(model).step(s=ids)["s"]
     theirs = oracle_logits(oracle.bfloat16(), ids).float()

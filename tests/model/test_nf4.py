@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serve_app.model.nf4 import AbsmaxKind, QuantType, codes, dequantize, dynamic_map, quantize
+from serve_app.model.nf4 import codes, dequantize, dynamic_map, quantize
+from serve_app.model.quantization import AbsmaxKind, QuantType
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPES = st.sampled_from(get_args(QuantType))

@@ -9,20 +9,27 @@ from safetensors.torch import load_file
 
 import serve_app.tiny
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.checkpoint.fused_writer import write_file
-from serve_app.model.checkpoint.loader import bytes_by_part, check_bytes, inspect, load
+from serve_app.model.checkpoint.loader import bytes_by_part, check_bytes
 from serve_app.model.experts import Experts
 from serve_app.model.footprint import weight_bytes
 from serve_app.model.linear import Linear
 from serve_app.model.matrices4 import Linear4
 from serve_app.model.mixtral import Block, Mixtral
 from serve_app.model.nf4 import dequantize
-from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
+from serve_app.model.quantization import Quantization
+from tests.model.driver import (
+    Paged,
+    load_float32,
+    load_folder,
+    oracle_logits,
+    random_ids,
+    random_oracle,
+)
 from tests.model.oracle4 import VARIANTS, name, round_model, rounded
 
-CPU = torch.device("cpu")
 NF4 = Quantization("nf4", "bfloat16")
 SHAPES: dict[str, dict[str, Any]] = {
     "narrow": {"intermediate_size": 64},
@@ -62,7 +69,7 @@ def test_weights_are_quantised_before_they_are_rounded(how: Quantization, tmp_pa
     """A float32 checkpoint in a bfloat16 model: what is quantised is the file's float32."""
     oracle = random_oracle(**SHAPES["narrow"])
     oracle.save_pretrained(tmp_path)
-    model = load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=how)
+    model = load_folder(tmp_path, torch.bfloat16, how)
     for block, layer in zip(model.blocks, oracle.model.layers, strict=True):
         assert isinstance(block, Block)
         assert isinstance(block.attention.o, Linear4)
@@ -74,8 +81,8 @@ def test_weights_are_quantised_before_they_are_rounded(how: Quantization, tmp_pa
 def test_the_bytes_are_those_promised(how: Quantization) -> None:
     """The tiny model takes what its sizes promise, to the byte."""
     folder = Path(serve_app.tiny.__file__).parent / "checkpoint"
-    model = load(folder, dtype=torch.bfloat16, device=CPU, quantization=how)
-    promised = weight_bytes(model.config, 2, how.absmax)
+    model = load_folder(folder, torch.bfloat16, how)
+    promised = weight_bytes(model.config, 2, how)
     loaded = bytes_by_part(model)
     assert loaded["head"] == promised["head"]
     offsets = 4 if how.absmax == "nested" else 0  # bytes for each matrix, which nobody promises
@@ -99,15 +106,9 @@ def test_the_head_is_quantised_where_the_settings_say_so(how: Quantization, tmp_
     expected = oracle_logits(oracle, ids)
     assert (expected - float_head).abs().max() > 0.1
     for folder in ("floats", "ours"):
-        model = load(
-            tmp_path / folder,
-            dtype=torch.float32,
-            device=CPU,
-            quantization=how,
-            quantize_lm_head=True,
-        )
+        model = load_folder(tmp_path / folder, torch.float32, how, quantize_lm_head=True)
         torch.testing.assert_close(Paged(model).step(s=ids)["s"], expected, rtol=0, atol=1e-4)
-        promised = weight_bytes(model.config, 4, how.absmax, quantize_lm_head=True)["head"]
+        promised = weight_bytes(model.config, 4, how, quantize_lm_head=True)["head"]
         assert bytes_by_part(model)["head"] == promised + (4 if how.absmax == "nested" else 0)
 
 
@@ -121,13 +122,7 @@ def test_a_head_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
 
     def refusal(folder: str, how: Quantization | None) -> str:
         with pytest.raises(ModelLoadFailed) as refused:
-            load(
-                tmp_path / folder,
-                dtype=torch.float32,
-                device=CPU,
-                quantization=how,
-                quantize_lm_head=True,
-            )
+            load_folder(tmp_path / folder, torch.float32, how, quantize_lm_head=True)
         return refused.value.message
 
     assert "it uses the embeddings" in refusal("tied", NF4)
@@ -147,7 +142,7 @@ def change_tables(file: Path) -> None:
 def model(tmp_path: Path) -> Mixtral:
     """A loaded model in NF4 with four layers of eight experts."""
     random_oracle(**SHAPES["narrow"], num_hidden_layers=4).save_pretrained(tmp_path)
-    return load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=NF4)
+    return load_folder(tmp_path, torch.bfloat16, NF4)
 
 
 def last_block(model: Mixtral) -> Block:
@@ -191,7 +186,7 @@ def test_the_load_itself_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path)
     monkeypatch.setattr("serve_app.model.mixtral.Experts4", lambda config, codes: Experts(config))
     with pytest.raises(ModelLoadFailed, match="`experts`"):
-        load(tmp_path, dtype=torch.bfloat16, device=CPU, quantization=NF4)
+        load_folder(tmp_path, torch.bfloat16, NF4)
 
 
 @pytest.mark.parametrize(

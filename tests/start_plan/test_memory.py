@@ -18,6 +18,7 @@ import yaml
 from serve_app.check import check, main
 from serve_app.machine.gpus import find_gpus
 from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.model.footprint import parameters, weight_bytes
 from serve_app.tiny import CHECKPOINT
 from tests.model.checkpoint import full_size
 from tests.model.checkpoint.hub import serve
@@ -74,17 +75,19 @@ def test_the_planner_knows_the_full_model(
 ) -> None:
     """Files, their shards, and memory, to the published hundredth of a gigabyte."""
     if is_nested is None:
-        plan = inspect(full_size.write(tmp_path, full_size.floats(), 19))
-        assert plan.quantization is None
+        checkpoint = inspect(full_size.write(tmp_path, full_size.floats(), 19))
+        assert checkpoint.quantization is None
     else:
         tensors = full_size.in_4_bits(nested=is_nested)
-        plan = inspect(full_size.write(tmp_path, tensors, 6, **IN_4_BITS))
-        assert len(plan.packed) == 32 * (4 + 8 * 3)
-    absmax = None if plan.quantization is None else plan.quantization.absmax
-    assert len(plan.headers) == (19 if is_nested is None else 6)
-    assert round(plan.file_bytes / 1e9, 2) == size
-    assert round(sum(plan.weight_bytes(2, absmax).values()) / 1e9, 2) == promised
-    assert sum(plan.parameters.values()) == 46_702_792_704
+        checkpoint = inspect(full_size.write(tmp_path, tensors, 6, **IN_4_BITS))
+        assert len(checkpoint.packed) == 32 * (4 + 8 * 3)
+    assert len(checkpoint.headers) == (19 if is_nested is None else 6)
+    assert round(checkpoint.file_bytes / 1e9, 2) == size
+    assert (
+        round(sum(weight_bytes(checkpoint.config, 2, checkpoint.quantization).values()) / 1e9, 2)
+        == promised
+    )
+    assert sum(parameters(checkpoint.config).values()) == 46_702_792_704
     written = sum(file.stat().st_blocks * 512 for file in tmp_path.iterdir())
     assert written < 100e6  # the files are sparse
 

@@ -13,14 +13,19 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import ITEM_BYTES, TensorInfo, damaged, read_bytes
-from serve_app.model.footprint import BLOCK, NESTED_BLOCK, part_of
-
-if TYPE_CHECKING:  # that module imports torch
-    from serve_app.model.nf4 import AbsmaxKind, QuantType
+from serve_app.model.footprint import part_of
+from serve_app.model.quantization import (
+    GROUP_SIZE,
+    NESTED_GROUP_SIZE,
+    NUM_CODES,
+    NUM_NESTED_CODES,
+    AbsmaxKind,
+    QuantType,
+)
 
 STATE = "quant_state.bitsandbytes__"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
@@ -42,7 +47,7 @@ class PackedInfo:
     """Where the parts of one quantised matrix `[N, K]` are."""
 
     shape: tuple[int, int]
-    quant_type: "QuantType"
+    quant_type: QuantType
     packed: TensorInfo
     """N * K / 2 bytes, whatever its dtype."""
     absmax: TensorInfo
@@ -52,7 +57,7 @@ class PackedInfo:
     nested: NestedInfo | None
 
     @property
-    def absmax_kind(self) -> "AbsmaxKind":
+    def absmax_kind(self) -> AbsmaxKind:
         """How absmax is kept."""
         if self.absmax.dtype == "U8":
             return "nested"
@@ -100,10 +105,10 @@ def _take(
     name: str, state_name: str | None, found: dict[str, TensorInfo], shape: tuple[int, ...]
 ) -> PackedInfo:
     weight = found.pop(name)
-    if part_of(name) not in ("experts", "attention") or shape[1] % BLOCK:
+    if part_of(name) not in ("experts", "attention") or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
             f"{weight.file}: tensor `{name}` {list(shape)} is quantised; that is only read for "
-            f"attention and experts whose rows are multiples of {BLOCK}."
+            f"attention and experts whose rows are multiples of {GROUP_SIZE}."
         )
     if state_name is None:
         raise _missing(weight, f"{name}.{STATE}nf4")
@@ -113,14 +118,14 @@ def _take(
     _require(state, state_name, info, "quant_type", quant_type)
     if quant_type not in ("nf4", "fp4"):
         raise ModelLoadFailed(f"{info.file}: `{state_name}`: only nf4 and fp4 can be read.")
-    _require(state, state_name, info, "blocksize", BLOCK)
+    _require(state, state_name, info, "blocksize", GROUP_SIZE)
     _require(state, state_name, info, "shape", list(shape))
     if weight.dtype not in ITEM_BYTES or weight.nbytes * 2 != prod(shape):
         raise ModelLoadFailed(
             f"{weight.file}: tensor `{name}` has {weight.nbytes} bytes, and {list(shape)} in 4 "
             f"bits takes {prod(shape) // 2}."
         )
-    num_blocks = prod(shape) // BLOCK
+    num_blocks = prod(shape) // GROUP_SIZE
     nested = None
     dtypes: tuple[str, ...] = ("F32", "BF16")
     if "nested_offset" in state or f"{name}.nested_absmax" in found:
@@ -131,7 +136,7 @@ def _take(
         quant_type=cast("QuantType", quant_type),
         packed=weight,
         absmax=_companion(found, weight, f"{name}.absmax", num_blocks, dtypes),
-        code=_companion(found, weight, f"{name}.quant_map", 16, ("F32",)),
+        code=_companion(found, weight, f"{name}.quant_map", NUM_CODES, ("F32",)),
         nested=nested,
     )
 
@@ -144,14 +149,14 @@ def _take_nested(
     found: dict[str, TensorInfo],
     num_blocks: int,
 ) -> NestedInfo:
-    _require(state, state_name, weight, "nested_blocksize", NESTED_BLOCK)
+    _require(state, state_name, weight, "nested_blocksize", NESTED_GROUP_SIZE)
     offset = state.get("nested_offset")
     if not isinstance(offset, float | int) or not math.isfinite(offset):
         raise ModelLoadFailed(f"{weight.file}: `{state_name}`: `nested_offset` is {offset!r}.")
-    count = -(-num_blocks // NESTED_BLOCK)
+    count = -(-num_blocks // NESTED_GROUP_SIZE)
     return NestedInfo(
         absmax=_companion(found, weight, f"{name}.nested_absmax", count, ("F32",)),
-        code=_companion(found, weight, f"{name}.nested_quant_map", 256, ("F32",)),
+        code=_companion(found, weight, f"{name}.nested_quant_map", NUM_NESTED_CODES, ("F32",)),
         offset=float(offset),
     )
 

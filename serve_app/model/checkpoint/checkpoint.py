@@ -1,17 +1,19 @@
-"""What lies in a checkpoint's folder, from its JSON and the safetensors headers alone.
+"""What is in a checkpoint's folder, from its config.json and its safetensors headers alone.
 
-`inspect` finds in milliseconds everything that would make a load fail, and says it in one sentence.
-Reads no weights and imports no torch.
+`inspect` takes milliseconds, finds what would make a load fail, and raises it in one sentence.
+`loader.load`, `convert` and the checks take the `Checkpoint` that it returns and read neither
+config.json nor a header again. Reads no weights and imports no torch.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.bnb4 import PackedInfo, take_packed
-from serve_app.model.checkpoint.fused import Quantization, checksums, match_stacked
+from serve_app.model.checkpoint.form import Form, stored_form, stored_quantization
+from serve_app.model.checkpoint.fused import checksums, match_fused, require_whole_groups
 from serve_app.model.checkpoint.shards import (
     Header,
     TensorInfo,
@@ -19,38 +21,40 @@ from serve_app.model.checkpoint.shards import (
     read_json,
     shard_files,
 )
-from serve_app.model.config import Form, MixtralConfig, stored_form
-from serve_app.model.footprint import PARTS, expected_shapes, parameters, weight_bytes
-
-if TYPE_CHECKING:  # that module imports torch
-    from serve_app.model.nf4 import AbsmaxKind
-
-__all__ = ["PARTS", "Plan", "TensorInfo", "expected_shapes", "inspect"]
+from serve_app.model.config import MixtralConfig
+from serve_app.model.footprint import expected_shapes
+from serve_app.model.quantization import Quantization
 
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A checkpoint that can be loaded."""
+class Checkpoint:
+    """A checkpoint that can be loaded, or, from its config.json alone, one that may be."""
 
     path: Path
+    document: Mapping[str, Any]
+    """The parsed config.json."""
     config: MixtralConfig
     form: Form
-    tensors: dict[str, TensorInfo]
-    """Those that the model needs, by their name in the files, file by file; of bitsandbytes' form
-    only those that are not quantised."""
+    quantization: Quantization | None
+    """How the quantized weights are stored in the files; None where all are floats."""
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    """The tensors that the model needs, by their name in the files, file by file; in
+    bitsandbytes' form those that are not quantized."""
     packed: dict[str, PackedInfo] = field(default_factory=dict)
-    """Bitsandbytes' form: the quantised weights, by the name that their float tensor has."""
-    quantization: Quantization | None = None
-    """How the quantised weights are; None where all are floats."""
+    """The quantized weights of bitsandbytes' form, by the name that their float tensor has."""
     headers: dict[Path, Header] = field(default_factory=dict)
-    """Of every file."""
+    """The header of every safetensors file; empty for a checkpoint that is still on the hub."""
 
-    @property
-    def parameters(self) -> dict[str, int]:
-        """Parameters of each of `PARTS`; "head" is the embedding matrix and the output head."""
-        return parameters(self.config)
+    @classmethod
+    def from_config(cls, path: Path, document: Mapping[str, Any]) -> "Checkpoint":
+        """What a parsed config.json says, before there are files; `path` is named in errors.
+
+        Raises `ModelLoadFailed` for a model or a form that cannot be served.
+        """
+        config = MixtralConfig.from_dict(document)
+        return cls(path, document, config, stored_form(document), stored_quantization(document))
 
     @property
     def file_bytes(self) -> int:
@@ -58,60 +62,74 @@ class Plan:
         tensors = [t for header in self.headers.values() for t in header.tensors.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
-    def weight_bytes(self, item_bytes: int, absmax: str | None = None) -> dict[str, int]:
-        """Bytes of each part in memory, see `footprint.weight_bytes`."""
-        return weight_bytes(self.config, item_bytes, absmax)
+    def resolve_quantization(
+        self, wanted: Quantization | None, quantize_lm_head: bool = False
+    ) -> Quantization | None:
+        """How the model will be quantized in memory; None leaves it in floats.
+
+        Weights that are quantized in the files keep their absmax; `wanted` decides for floats.
+        Raises `ModelLoadFailed` where the files do not allow what is wanted.
+        """
+        stored = self.quantization
+        if stored is not None and (wanted is None or wanted.quant_type != stored.quant_type):
+            raise ModelLoadFailed(
+                f"{self.path}: the weights are {stored.quant_type} already; set "
+                f"`model.quantization` to {stored.quant_type}, or name the float checkpoint that "
+                "they were made from."
+            )
+        if wanted is not None:
+            require_whole_groups(self.config)
+        if quantize_lm_head:
+            self._require_lm_head(wanted)
+        return stored or wanted
+
+    def _require_lm_head(self, wanted: Quantization | None) -> None:
+        if wanted is None:
+            raise ModelLoadFailed(
+                "`model.quantize_lm_head` needs a `model.quantization` other than none."
+            )
+        if self.config.tie_embeddings:
+            raise ModelLoadFailed(
+                "`model.quantize_lm_head`: this model has no head of its own, it uses the "
+                "embeddings; set it to false."
+            )
 
 
-def inspect(path: Path) -> Plan:
-    """What a load of the folder `path` would do; `ModelLoadFailed` says why it would fail."""
+def inspect(path: Path) -> Checkpoint:
+    """The checkpoint in folder `path`; raises `ModelLoadFailed` where a load would fail."""
     if not path.is_dir():
         raise ModelLoadFailed(f"{path}: there is no such folder; `model.name` must name one.")
-    document = read_json(path / "config.json")
-    config, form = MixtralConfig.from_dict(document), stored_form(document)
+    checkpoint = Checkpoint.from_config(path, read_json(path / "config.json"))
     headers = {file: read_header(file) for file in shard_files(path)}
+    found = _merge(headers)
+    config, form, quantization = checkpoint.config, checkpoint.form, checkpoint.quantization
+    packed: dict[str, PackedInfo] = {}
+    if form == "fused":
+        assert quantization is not None
+        match_fused(path, config, quantization, found)
+        for file, header in headers.items():
+            checksums(file, header)
+        tensors = found
+    else:
+        if form == "bitsandbytes":
+            packed = take_packed(found, expected_shapes(config, stacked=False))
+        kinds = {Quantization(one.quant_type, one.absmax_kind) for one in packed.values()}
+        form, quantization = ("bitsandbytes", kinds.pop()) if kinds else ("float", None)
+        tensors = _match(path, config, found, packed)
+    return Checkpoint(
+        path, checkpoint.document, config, form, quantization, tensors, packed, headers
+    )
+
+
+def _merge(headers: Mapping[Path, Header]) -> dict[str, TensorInfo]:
+    """The tensors of all files by name; raises `ModelLoadFailed` where two have one name."""
     found: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, tensor in header.tensors.items():
             if name in found:
                 raise ModelLoadFailed(f"{file}: tensor `{name}` is also in {found[name].file}.")
             found[name] = tensor
-    if form == "stacked":
-        quantization = Quantization.from_config(document["quantization_config"])
-        match_stacked(path, config, quantization.absmax, found)
-        for file, header in headers.items():
-            checksums(file, header)
-        return Plan(path, config, form, found, {}, quantization, headers)
-    packed = {}
-    if form == "bitsandbytes":
-        packed = take_packed(found, expected_shapes(config, stacked=False))
-    tensors = _match(path, config, found, packed)
-    for one in packed.values():
-        return Plan(
-            path,
-            config,
-            form,
-            tensors,
-            packed,
-            Quantization(one.quant_type, one.absmax_kind),
-            headers,
-        )
-    return Plan(path, config, "float", tensors, headers=headers)
-
-
-def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
-    """What a parsed `config.json` says of its 4-bit weights, before any header is read.
-
-    The files have the last word (`Plan.quantization`). Raises as `stored_form`.
-    """
-    form = stored_form(document)
-    if form == "float":
-        return None
-    stored = document["quantization_config"]
-    if form == "stacked":
-        return Quantization.from_config(stored)
-    absmax: AbsmaxKind = "nested" if stored.get("bnb_4bit_use_double_quant") else "float32"
-    return Quantization("nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4", absmax)
+    return found
 
 
 def _match(

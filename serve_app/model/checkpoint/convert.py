@@ -16,17 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.checkpoint import Plan, inspect
+from serve_app.model.checkpoint.checkpoint import Checkpoint, inspect
+from serve_app.model.checkpoint.form import FUSED_VERSION, fused_quantization_config, stored_form
 from serve_app.model.checkpoint.fused import (
     SOURCE,
-    VERSION,
-    Quantization,
     file_names,
-    require_whole_blocks,
-    stacked_bytes,
+    fused_bytes,
+    require_whole_groups,
 )
 from serve_app.model.checkpoint.shards import INDEX, ITEM_BYTES, SINGLE, read_header, read_json
-from serve_app.model.config import stored_form
+from serve_app.model.quantization import Quantization
 
 COPIED = ("tokenizer*", "*.jinja", "*.json")
 LOCK = ".convert.lock"
@@ -48,37 +47,39 @@ def convert(
     Raises `ModelLoadFailed` when `source` cannot be read, or `destination` not written.
     """
     tell = progress or (lambda done, total, name: None)
-    plan = inspect(source)
-    quantization = _choose(plan, quantization)
-    files = file_names(plan.config.num_layers)
+    checkpoint = inspect(source)
+    quantization = _choose(checkpoint, quantization)
+    files = file_names(checkpoint.config.num_layers)
     try:
         destination.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
             _require_ours(destination)
-            made_from = _fingerprint(plan, quantization)
+            made_from = _fingerprint(checkpoint, quantization)
             missing = [name for name in files if not _is_done(destination / name, made_from)]
-            require_disk(destination, plan, quantization, len(missing) / len(files))
+            require_disk(destination, checkpoint, quantization, len(missing) / len(files))
             if missing:  # an index of older files would make a checkpoint of a mixture
                 (destination / INDEX).unlink(missing_ok=True)
             tell(len(files) - len(missing), len(files), "")
-            _write_files(plan, quantization, destination, missing, made_from, tell)
-            _finish(plan, quantization, destination)
+            _write_files(checkpoint, quantization, destination, missing, made_from, tell)
+            _finish(checkpoint, quantization, destination)
     except OSError as error:
         raise ModelLoadFailed(
             f"{error.filename or destination}: cannot be written ({error.strerror})."
         ) from None
 
 
-def converted_bytes(plan: Plan, quantization: Quantization) -> int:
+def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
     """Bytes of the converted checkpoint, but for its headers."""
-    stored = {tensor.dtype for tensor in plan.tensors.values()}
+    stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
     float_bytes = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
-    return stacked_bytes(plan.config, quantization.absmax, float_bytes)
+    return fused_bytes(checkpoint.config, quantization, float_bytes)
 
 
-def require_disk(destination: Path, plan: Plan, quantization: Quantization, share: float) -> None:
+def require_disk(
+    destination: Path, checkpoint: Checkpoint, quantization: Quantization, share: float
+) -> None:
     """Raises `ModelLoadFailed` unless `share` of the converted checkpoint fits onto the disk."""
-    needed = int(converted_bytes(plan, quantization) * share)
+    needed = int(converted_bytes(checkpoint, quantization) * share)
     free = shutil.disk_usage(destination).free
     if needed > free:
         raise ModelLoadFailed(
@@ -87,22 +88,23 @@ def require_disk(destination: Path, plan: Plan, quantization: Quantization, shar
         )
 
 
-def _choose(plan: Plan, asked: Quantization | None) -> Quantization:
-    if plan.form == "stacked":
-        raise ModelLoadFailed(f"{plan.path}: is in our own form already; serve it as it is.")
-    if plan.quantization is None:
-        require_whole_blocks(plan.config)
+def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
+    if checkpoint.form == "fused":
+        raise ModelLoadFailed(f"{checkpoint.path}: is in our own form already; serve it as it is.")
+    if checkpoint.quantization is None:
+        require_whole_groups(checkpoint.config)
         return asked or Quantization("nf4", "bfloat16")
-    if asked not in (None, plan.quantization):
+    stored = checkpoint.quantization
+    if asked not in (None, stored):
         raise ModelLoadFailed(
-            f"{plan.path}: is in {plan.quantization.quant_type} with {plan.quantization.absmax} "
-            "absmax already, and stays so; leave out --quantization and --absmax."
+            f"{checkpoint.path}: is in {stored.quant_type} with {stored.absmax} absmax "
+            "already, and stays so; leave out --quantization and --absmax."
         )
-    return plan.quantization
+    return stored
 
 
 def _write_files(
-    plan: Plan,
+    checkpoint: Checkpoint,
     quantization: Quantization,
     destination: Path,
     missing: list[str],
@@ -115,13 +117,13 @@ def _write_files(
     from serve_app.model.checkpoint.source import Source
     from serve_app.model.matrices4 import Codes
 
-    files = file_names(plan.config.num_layers)
+    files = file_names(checkpoint.config.num_layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = Source(plan)
+    source = Source(checkpoint)
     codes = Codes(quantization).to(device)
     for name in missing:
         layer = files.index(name)
-        if layer < plan.config.num_layers:
+        if layer < checkpoint.config.num_layers:
             tensors = layer_tensors(source, layer, codes)
         else:
             tensors = other_tensors(source, codes)
@@ -132,20 +134,22 @@ def _write_files(
         torch.cuda.empty_cache()
 
 
-def _finish(plan: Plan, quantization: Quantization, destination: Path) -> None:
+def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Path) -> None:
     """The small files; the index last, because it makes the folder a checkpoint."""
     from serve_app.model.checkpoint.fused_writer import write_bytes
 
     for pattern in COPIED:
-        for file in plan.path.glob(pattern):
+        for file in checkpoint.path.glob(pattern):
             if file.name not in ("config.json", INDEX):
                 write_bytes(destination / file.name, file.read_bytes())
-    config = read_json(plan.path / "config.json")
-    config["quantization_config"] = quantization.as_config()
+    config = {
+        **checkpoint.document,
+        "quantization_config": fused_quantization_config(quantization),
+    }
     write_bytes(destination / "config.json", json.dumps(config, indent=2).encode())
     weight_map = {
         tensor: name
-        for name in file_names(plan.config.num_layers)
+        for name in file_names(checkpoint.config.num_layers)
         for tensor in read_header(destination / name).tensors
     }
     index = {"metadata": {}, "weight_map": weight_map}
@@ -155,7 +159,7 @@ def _finish(plan: Plan, quantization: Quantization, destination: Path) -> None:
 def _require_ours(destination: Path) -> None:
     """Raises `ModelLoadFailed` where another checkpoint would be overwritten."""
     config = destination / "config.json"
-    is_other = config.exists() and stored_form(read_json(config)) != "stacked"
+    is_other = config.exists() and stored_form(read_json(config)) != "fused"
     if is_other or (destination / SINGLE).exists():
         raise ModelLoadFailed(f"{destination}: holds another checkpoint; name an empty folder.")
 
@@ -170,10 +174,10 @@ def _is_done(file: Path, made_from: str) -> bool:
         return False
 
 
-def _fingerprint(plan: Plan, quantization: Quantization) -> str:
+def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
     """Tells sources and ways to quantise apart without reading weights."""
-    seen: list[Any] = [VERSION, quantization.as_config(), plan.config]
-    for file in sorted(plan.headers):
+    seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
+    for file in sorted(checkpoint.headers):
         stat = file.stat()
         seen.append((file.name, stat.st_size, stat.st_mtime_ns))
     return hashlib.sha256(repr(seen).encode()).hexdigest()

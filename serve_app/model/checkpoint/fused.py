@@ -6,21 +6,21 @@ config.json marks it and says how it is quantised; each file's `__metadata__` ha
 every piece of `PIECE_BYTES` of its data. Reads no weights and imports no torch.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import ITEM_BYTES, Header, TensorInfo, damaged
-from serve_app.model.config import OWN_METHOD, MixtralConfig
-from serve_app.model.footprint import BLOCK, NESTED_BLOCK
+from serve_app.model.config import MixtralConfig
+from serve_app.model.quantization import (
+    ABSMAX_DTYPES,
+    GROUP_SIZE,
+    NUM_CODES,
+    NUM_NESTED_CODES,
+    Quantization,
+    num_nested_groups,
+)
 
-if TYPE_CHECKING:  # that module imports torch
-    from serve_app.model.nf4 import AbsmaxKind, QuantType
-
-VERSION = 1
 PIECE_BYTES = 16 << 20
 """Data that one checksum covers and one read fetches."""
 CHECKSUMS = "crc32"
@@ -28,41 +28,9 @@ CHECKSUMS = "crc32"
 SOURCE = "source"
 """Key of a file's metadata: what it was converted from, see `serve_app.convert`."""
 FLOATS = ("F32", "BF16", "F16")
-ABSMAX_DTYPES = {"float32": "F32", "bfloat16": "BF16", "nested": "U8"}
 
 
-@dataclass(frozen=True, slots=True)
-class Quantization:
-    """How all quantised weights of a checkpoint are quantised."""
-
-    quant_type: "QuantType"
-    absmax: "AbsmaxKind"
-
-    def as_config(self) -> dict[str, Any]:
-        """The `quantization_config` of config.json."""
-        return {
-            "quant_method": OWN_METHOD,
-            "version": VERSION,
-            "quant_type": self.quant_type,
-            "absmax": self.absmax,
-            "blocksize": BLOCK,
-        }
-
-    @classmethod
-    def from_config(cls, stored: Mapping[str, Any]) -> "Quantization":
-        """Reads `as_config`; raises `ModelLoadFailed` for another version of it."""
-        quant_type, absmax = str(stored.get("quant_type")), str(stored.get("absmax"))
-        quantization = cls(cast("QuantType", quant_type), cast("AbsmaxKind", absmax))
-        is_known = quant_type in ("nf4", "fp4") and absmax in ABSMAX_DTYPES
-        if not is_known or quantization.as_config() != dict(stored):
-            raise ModelLoadFailed(
-                f"config.json: `quantization_config` is none that version {VERSION} of our format "
-                "has; convert the checkpoint again with `python -m serve_app.convert`."
-            )
-        return quantization
-
-
-def require_whole_blocks(config: MixtralConfig) -> None:
+def require_whole_groups(config: MixtralConfig) -> None:
     """Raises `ModelLoadFailed` for sizes that 4 bits cannot have."""
     columns = {
         "hidden_size": config.hidden_size,
@@ -70,14 +38,14 @@ def require_whole_blocks(config: MixtralConfig) -> None:
         "num_attention_heads x head_dim": config.num_heads * config.head_dim,
     }
     for key, size in columns.items():
-        if size % BLOCK:
+        if size % GROUP_SIZE:
             raise ModelLoadFailed(
-                f"config.json: `{key}` ({size}) must be a multiple of {BLOCK} to be quantised."
+                f"config.json: `{key}` ({size}) must be a multiple of {GROUP_SIZE} to be quantised."
             )
 
 
-def stacked_tensors(
-    config: MixtralConfig, absmax: str
+def fused_tensors(
+    config: MixtralConfig, quantization: Quantization
 ) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """Possible dtypes, and shape, of every tensor by its name, in the order of the files.
 
@@ -87,14 +55,18 @@ def stacked_tensors(
     hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
     q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     tensors: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    absmax_dtype = ABSMAX_DTYPES[quantization.absmax]
 
     def add(name: str, lead: tuple[int, ...], rows: tuple[int, ...], columns: int) -> None:
         """A stack `lead` of matrices that are made of matrices with these `rows`."""
         whole = (*lead, sum(rows))
         tensors[f"{name}.packed"] = ("U8",), (*whole, columns // 2)
-        tensors[f"{name}.absmax"] = (ABSMAX_DTYPES[absmax],), (*whole, columns // BLOCK)
-        if absmax == "nested":
-            groups = sum(-(-count * columns // BLOCK // NESTED_BLOCK) for count in rows)
+        tensors[f"{name}.absmax"] = (
+            (absmax_dtype,),
+            (*whole, columns // GROUP_SIZE),
+        )
+        if quantization.absmax == "nested":
+            groups = sum(num_nested_groups(count * columns) for count in rows)
             tensors[f"{name}.nested_absmax"] = ("F32",), (*lead, groups)
             tensors[f"{name}.nested_offset"] = ("F32",), (*lead, len(rows))
 
@@ -111,9 +83,9 @@ def stacked_tensors(
     if not config.tie_embeddings:
         tensors["lm_head.weight"] = FLOATS, (config.vocab_size, hidden)
     tensors["model.norm.weight"] = FLOATS, (hidden,)
-    tensors["quantization.code"] = ("F32",), (16,)
-    if absmax == "nested":
-        tensors["quantization.nested_code"] = ("F32",), (256,)
+    tensors["quantization.code"] = ("F32",), (NUM_CODES,)
+    if quantization.absmax == "nested":
+        tensors["quantization.nested_code"] = ("F32",), (NUM_NESTED_CODES,)
     return tensors
 
 
@@ -123,19 +95,19 @@ def file_names(num_layers: int) -> list[str]:
     return [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
 
 
-def stacked_bytes(config: MixtralConfig, absmax: str, float_bytes: int) -> int:
+def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: int) -> int:
     """Bytes of such a checkpoint, but for its headers; of a float weight `float_bytes`."""
     return sum(
         prod(shape) * (float_bytes if dtypes == FLOATS else ITEM_BYTES[dtypes[0]])
-        for dtypes, shape in stacked_tensors(config, absmax).values()
+        for dtypes, shape in fused_tensors(config, quantization).values()
     )
 
 
-def match_stacked(
-    path: Path, config: MixtralConfig, absmax: str, found: dict[str, TensorInfo]
+def match_fused(
+    path: Path, config: MixtralConfig, quantization: Quantization, found: dict[str, TensorInfo]
 ) -> None:
     """Raises `ModelLoadFailed` unless `found` is exactly what such a checkpoint has."""
-    expected = stacked_tensors(config, absmax)
+    expected = fused_tensors(config, quantization)
     for name, (dtypes, shape) in expected.items():
         if name not in found:
             raise ModelLoadFailed(f"{path}: no file holds tensor `{name}`, which the model needs.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.checkpoint import Plan
+from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.fused import PIECE_BYTES, checksums
 from serve_app.model.checkpoint.shards import Header, TensorInfo, damaged
 from serve_app.model.checkpoint.source import DTYPES
@@ -45,7 +45,7 @@ class Piece:
         return sum(target.nbytes for target in self.targets)
 
 
-def stacked_places(model: Mixtral) -> dict[str, Tensor]:
+def fused_places(model: Mixtral) -> dict[str, Tensor]:
     """Where each tensor of such a checkpoint is in a model of the same quantisation.
 
     Without the head where the model has it in 4 bits: the files have floats.
@@ -77,20 +77,20 @@ def stacked_places(model: Mixtral) -> dict[str, Tensor]:
     return places
 
 
-def read_stacked(
-    plan: Plan, places: Mapping[str, Tensor], progress: Callable[[float], None]
+def read_fused(
+    checkpoint: Checkpoint, places: Mapping[str, Tensor], progress: Callable[[float], None]
 ) -> None:
-    """Fills `places`, a tensor of the right shape for every one of `plan.tensors`.
+    """Fills `places`, a tensor of the right shape for every one of `checkpoint.tensors`.
 
     A place whose dtype is another than the file's gets the values, converted; all others get the
     bytes. `progress` hears, in the calling thread, how much is done, from 0 to 1.
     Raises `ModelLoadFailed` when a file cannot be read or is not what was written.
     """
-    targets = {name: _target(plan.tensors[name], place) for name, place in places.items()}
+    targets = {name: _target(checkpoint.tensors[name], place) for name, place in places.items()}
     with ExitStack() as stack:
         pieces = [
             piece
-            for file, header in plan.headers.items()
+            for file, header in checkpoint.headers.items()
             for piece in _pieces(stack, file, header, targets)
         ]
         total, done = sum(piece.nbytes for piece in pieces), 0

@@ -25,7 +25,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def layer_tensors(source: Source, layer: int, codes: Codes) -> dict[str, Tensor]:
     """Everything that the file of one layer holds; 4-bit weights on the device of `codes`."""
-    config, prefix = source.plan.config, f"model.layers.{layer}"
+    config, prefix = source.checkpoint.config, f"model.layers.{layer}"
     tensors: dict[str, Tensor] = {}
     with codes.code.device:
         experts = Experts4(config, codes)
@@ -54,7 +54,7 @@ def layer_tensors(source: Source, layer: int, codes: Codes) -> dict[str, Tensor]
 
 def other_tensors(source: Source, codes: Codes) -> dict[str, Tensor]:
     """Everything that belongs to no layer."""
-    config = source.plan.config
+    config = source.checkpoint.config
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     if not config.tie_embeddings:
         names.append("lm_head.weight")

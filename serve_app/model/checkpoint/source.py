@@ -11,7 +11,7 @@ from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.bnb4 import PackedInfo
-from serve_app.model.checkpoint.checkpoint import Plan
+from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
 from serve_app.model.nf4 import Nested, Quantized
 
@@ -27,11 +27,11 @@ DTYPES = {
 
 
 class Source:
-    """Reads what a `Plan` of form "float" or "bitsandbytes" describes."""
+    """Reads what a `Checkpoint` of form "float" or "bitsandbytes" describes."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self._stacked = any(".mlp.experts." in name for name in plan.tensors)
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self._stacked = any(".mlp.experts." in name for name in checkpoint.tensors)
         self._code: Tensor | None = None
         self._nested_code: Tensor | None = None
 
@@ -43,7 +43,7 @@ class Source:
         if self._stacked and ".block_sparse_moe." in name:
             weight = self._from_stack(name)
         else:
-            weight = self._read(self.plan.tensors[name])
+            weight = self._read(self.checkpoint.tensors[name])
         return weight.float() if weight.dtype == torch.float64 else weight
 
     def quantized(self, name: str) -> Quantized:
@@ -52,7 +52,7 @@ class Source:
         All of them share the tables `code` and `nested.code`; a checkpoint whose matrices have
         different ones is refused.
         """
-        info = self.plan.packed[name]
+        info = self.checkpoint.packed[name]
         rows, columns = info.shape
         packed = self._read(info.packed).view(torch.uint8).view(rows, columns // 2)
         absmax = self._read(info.absmax).view(rows, -1)
@@ -69,19 +69,19 @@ class Source:
 
     def weight(self, name: str) -> Tensor | Quantized:
         """`quantized` or `float`, whichever the weight is in the files."""
-        return self.quantized(name) if name in self.plan.packed else self.float(name)
+        return self.quantized(name) if name in self.checkpoint.packed else self.float(name)
 
     def _from_stack(self, name: str) -> Tensor:
         """Of transformers 5's stacked experts, the part that `name` had before."""
         layer, _, rest = name.partition(".block_sparse_moe.")
         match rest.split("."):
             case ["gate", "weight"]:
-                return self._read(self.plan.tensors[f"{layer}.mlp.gate.weight"])
+                return self._read(self.checkpoint.tensors[f"{layer}.mlp.gate.weight"])
             case ["experts", expert, "w2", "weight"]:
-                down = self.plan.tensors[f"{layer}.mlp.experts.down_proj"]
+                down = self.checkpoint.tensors[f"{layer}.mlp.experts.down_proj"]
                 return self._read(down, int(expert), down.shape[0])
             case ["experts", expert, "w1" | "w3" as half, "weight"]:
-                gate_up = self.plan.tensors[f"{layer}.mlp.experts.gate_up_proj"]
+                gate_up = self.checkpoint.tensors[f"{layer}.mlp.experts.gate_up_proj"]
                 part = 2 * int(expert) + (half == "w3")
                 return self._read(gate_up, part, 2 * gate_up.shape[0])
         raise AssertionError(f"{name} is no weight")

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from serve_app.model.attention import attend, plan_attention
 from serve_app.model.batch import Batch
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts4 import Experts4
 from serve_app.model.kv import KVCache
 from serve_app.model.matrices4 import Codes, Linear4
 from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.quantization import Quantization
 
 HIDDEN, INNER, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
 CONFIG = MixtralConfig.from_dict(

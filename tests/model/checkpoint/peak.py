@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from serve_app.model.checkpoint.fused import Quantization
-from serve_app.model.checkpoint.loader import bytes_by_part, load
+from serve_app.model.checkpoint.loader import bytes_by_part
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
+from tests.model.driver import load_folder
 
 
 def memory(line: str) -> int:
@@ -25,12 +26,8 @@ def memory(line: str) -> int:
 
 
 def load_nf4(folder: Path) -> Mixtral:
-    return load(
-        folder,
-        dtype=torch.bfloat16,
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-        quantization=Quantization("nf4", "nested"),
-    )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_folder(folder, torch.bfloat16, Quantization("nf4", "nested"), device=device)
 
 
 if __name__ == "__main__":

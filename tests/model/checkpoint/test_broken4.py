@@ -11,13 +11,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.fused import PIECE_BYTES
-from serve_app.model.checkpoint.fused_reader import read_stacked
-from serve_app.model.checkpoint.loader import Quantization, inspect, load
+from serve_app.model.checkpoint.fused_reader import read_fused
 from serve_app.model.checkpoint.source import DTYPES
+from serve_app.model.quantization import Quantization
 from tests.model.checkpoint.bnb4_files import save_bnb4
-from tests.model.driver import random_oracle
+from tests.model.driver import load_float32, random_oracle
 
 QUERY = "model.layers.0.self_attn.q_proj.weight"
 W1 = "model.layers.1.block_sparse_moe.experts.3.w1.weight"
@@ -234,7 +235,7 @@ def test_broken_checkpoints_of_our_own(what: str, own: Path, tmp_path: Path) -> 
 
 def load4(folder: Path) -> None:
     quantization = Quantization("nf4", "nested")
-    load(folder, dtype=torch.float32, device=torch.device("cpu"), quantization=quantization)
+    load_float32(folder, quantization)
 
 
 def test_a_flipped_bit_is_found_by_its_checksum(own: Path, tmp_path: Path) -> None:
@@ -250,15 +251,15 @@ def test_a_flipped_bit_is_found_by_its_checksum(own: Path, tmp_path: Path) -> No
 
 def test_a_file_that_becomes_shorter_after_its_header_was_read(own: Path, tmp_path: Path) -> None:
     """The read ends, in a sentence."""
-    plan = inspect(copy(own, tmp_path))
+    checkpoint = inspect(copy(own, tmp_path))
     places = {
         name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])
-        for name, tensor in plan.tensors.items()
+        for name, tensor in checkpoint.tensors.items()
     }
     last = tmp_path / "model-00003-of-00003.safetensors"
     os.truncate(last, last.stat().st_size - 1)
     with pytest.raises(ModelLoadFailed, match=r"00003-of-00003.*became shorter"):
-        read_stacked(plan, places, lambda done: None)
+        read_fused(checkpoint, places, lambda done: None)
 
 
 def test_pieces_end_where_tensors_do_not(oracle: Any, tmp_path: Path) -> None:

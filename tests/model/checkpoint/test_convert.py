@@ -17,7 +17,7 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert, converted_bytes
 from serve_app.model.checkpoint.find import is_complete
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
 
 INDEX = "model.safetensors.index.json"

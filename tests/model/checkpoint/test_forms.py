@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.checkpoint.loader import Quantization, inspect, load
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
 from tests.model.checkpoint.bnb4_files import KINDS, save_bnb4, with_weights
-from tests.model.driver import Paged, oracle_logits, random_ids, random_oracle
+from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
 
-CPU = torch.device("cpu")
 SIZES = {"intermediate_size": 192}  # rows of whole blocks, matrices of broken 256-groups
 
 
@@ -24,7 +24,7 @@ def oracle() -> Any:
 
 def load4(folder: Path, quant_type: str = "nf4", absmax: str = "nested") -> Mixtral:
     quantization = Quantization(quant_type, absmax)  # type: ignore[arg-type]
-    return load(folder, dtype=torch.float32, device=CPU, quantization=quantization)
+    return load_float32(folder, quantization)
 
 
 def logits(model: Mixtral, ids: list[int]) -> torch.Tensor:
@@ -51,7 +51,7 @@ def test_bitsandbytes_checkpoints_answer_as_dequantised(
     ids = random_ids(12)
     torch.testing.assert_close(logits(model, ids), oracle_logits(reference, ids), rtol=0, atol=1e-4)
     convert(tmp_path / "bnb4", tmp_path / "own")
-    assert inspect(tmp_path / "own").form == "stacked"
+    assert inspect(tmp_path / "own").form == "fused"
     assert_same_weights(load4(tmp_path / "own", quant_type), model)
 
 
@@ -70,9 +70,9 @@ def test_converted_floats_are_what_a_load_quantises(
     oracle.save_pretrained(tmp_path / "float", max_shard_size="100KB")
     quantization = Quantization("nf4", absmax)  # type: ignore[arg-type]
     convert(tmp_path / "float", tmp_path / "own", quantization)
-    plan = inspect(tmp_path / "own")
-    assert plan.quantization == quantization
-    assert plan.config == inspect(tmp_path / "float").config
+    checkpoint = inspect(tmp_path / "own")
+    assert checkpoint.quantization == quantization
+    assert checkpoint.config == inspect(tmp_path / "float").config
     assert_same_weights(load4(tmp_path / "own"), load4(tmp_path / "float", absmax=absmax))
 
 

@@ -14,10 +14,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.loader import bytes_by_part, inspect, load
-from tests.model.driver import Paged, load_float32, oracle_logits, random_ids, random_oracle
-
-CPU = torch.device("cpu")
+from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.model.checkpoint.loader import bytes_by_part
+from serve_app.model.footprint import parameters, weight_bytes
+from tests.model.driver import (
+    Paged,
+    load_float32,
+    load_folder,
+    oracle_logits,
+    random_ids,
+    random_oracle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -77,11 +84,11 @@ def test_the_plan_counts_what_transformers_counts(oracle: Any, tmp_path: Path) -
         else:
             counts["other"] += weight.numel()
 
-    plan = inspect(tmp_path)
-    assert plan.parameters == counts
-    promised = plan.weight_bytes(2)
+    checkpoint = inspect(tmp_path)
+    assert parameters(checkpoint.config) == counts
+    promised = weight_bytes(checkpoint.config, 2)
     assert promised == {part: 2 * count for part, count in counts.items()}
-    model = load(tmp_path, dtype=torch.bfloat16, device=CPU)
+    model = load_folder(tmp_path, torch.bfloat16)
     loaded = bytes_by_part(model)
     rotary = model.rope.cos.nbytes + model.rope.sin.nbytes
     assert loaded == {**promised, "other": promised["other"] + rotary}
@@ -92,20 +99,21 @@ def test_progress_is_told_until_all_is_done(oracle: Any, tmp_path: Path) -> None
     """The share never falls and ends at 1."""
     oracle.save_pretrained(tmp_path)
     told: list[float] = []
-    load(tmp_path, dtype=torch.float32, device=CPU, progress=told.append)
+    load_folder(tmp_path, torch.float32, progress=told.append)
     assert len(told) > 10
     assert told == sorted(told)
     assert told[-1] == 1.0
 
 
 def test_inspect_needs_no_torch(oracle: Any, tmp_path: Path) -> None:
-    """`serve_app.check` gets its plan in a process that never imports torch."""
+    """`serve_app.check` inspects a checkpoint in a process that never imports torch."""
     oracle.save_pretrained(tmp_path)
     code = (
         "import sys; from pathlib import Path;"
-        "from serve_app.model.checkpoint.loader import inspect;"
-        "plan = inspect(Path(sys.argv[1])); assert 'torch' not in sys.modules;"
-        "print(sum(plan.parameters.values()))"
+        "from serve_app.model.checkpoint.checkpoint import inspect;"
+        "from serve_app.model.footprint import parameters;"
+        "checkpoint = inspect(Path(sys.argv[1])); assert 'torch' not in sys.modules;"
+        "print(sum(parameters(checkpoint.config).values()))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
@@ -254,7 +262,7 @@ def test_a_broken_checkpoint_is_refused_in_a_sentence(
     assert message.endswith(".")
     assert not caught.value.retry
     with pytest.raises(ModelLoadFailed) as again:
-        load(tmp_path, dtype=torch.float32, device=CPU)
+        load_float32(tmp_path)
     assert again.value.message == message
 
 

@@ -12,7 +12,6 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.rows import Rows
 from serve_app.model.kernels.triton import gpu_step
 from serve_app.model.kernels.triton.gpu_step import GpuStep
@@ -20,6 +19,7 @@ from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kv import KVCache
 from serve_app.model.matrices4 import Codes
 from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 16, 32

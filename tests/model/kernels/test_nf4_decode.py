@@ -7,13 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.model.checkpoint.fused import Quantization
 from serve_app.model.kernels.kernel_check import relative_errors
 from serve_app.model.kernels.triton import nf4_decode
 from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.matrices4 import GROUP, Codes, Matrices4
 from serve_app.model.nf4 import dequantize
+from serve_app.model.quantization import Quantization
 
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 320, 4, 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}

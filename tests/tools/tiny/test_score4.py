@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from serve_app.model.checkpoint.fused import Quantization
+from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
 from tests.model.oracle4 import rounded
 from tools.tiny.exam import examine

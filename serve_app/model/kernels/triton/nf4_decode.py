@@ -24,10 +24,10 @@ import torch
 import triton
 from torch import Tensor
 
-from serve_app.model.footprint import BLOCK, NESTED_BLOCK
 from serve_app.model.kernels.triton.nf4_kernels import dense_kernel, down_kernel, gate_up_kernel
 from serve_app.model.kernels.triton.nf4_ptx import planes
 from serve_app.model.matrices4 import GROUP, Matrices4
+from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE
 
 SPLIT_K = 2
 GATE_UP_ROWS = 128
@@ -58,7 +58,7 @@ class Packed:
         if codes.quantization.absmax == "nested":
             part, index = _parts(matrices)
             groups = torch.tensor([0, *matrices.groups]).cumsum(0)
-            first = groups[part] * NESTED_BLOCK + index * (columns // BLOCK)
+            first = groups[part] * NESTED_GROUP_SIZE + index * (columns // GROUP_SIZE)
             offset = matrices.nested_offset.view(-1, len(matrices.rows))
             device = offset.device
             nested = (
@@ -69,7 +69,7 @@ class Packed:
             )
         return cls(
             matrices.packed.view(-1, rows, columns // 2),
-            matrices.absmax.view(-1, rows, columns // BLOCK),
+            matrices.absmax.view(-1, rows, columns // GROUP_SIZE),
             codes.code.to(dtype),
             planes(codes.code.tolist(), is_bfloat16=dtype == torch.bfloat16),
             nested,

@@ -1,0 +1,76 @@
+"""How a checkpoint stores its weights, as its config.json says. Reads no other file."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.quantization import GROUP_SIZE, AbsmaxKind, Quantization, QuantType
+
+Form = Literal["float", "bitsandbytes", "fused"]
+"""float: as floats. bitsandbytes: in 4 bits, as transformers 4 wrote them with bitsandbytes.
+fused: in 4 bits, as `serve_app.convert` writes them (`fused.py`)."""
+FUSED_METHOD, FUSED_VERSION = "mixtral-serve", 1
+"""`quant_method` and `version` in the `quantization_config` of a fused checkpoint."""
+
+
+def stored_form(document: Mapping[str, Any]) -> Form:
+    """The form of the weights that belong to a parsed config.json.
+
+    Raises `ModelLoadFailed`, which names the quantization, for a form that cannot be read.
+    """
+    stored = document.get("quantization_config")
+    if not stored:
+        return "float"
+    if not isinstance(stored, Mapping):
+        raise ModelLoadFailed("config.json: `quantization_config` must be an object.")
+    method = stored.get("quant_method", "bitsandbytes")
+    if method == FUSED_METHOD:
+        return "fused"
+    # transformers wrote either name, and early on no `quant_method`.
+    four_bits = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
+    if method == "bitsandbytes" and four_bits:
+        return "bitsandbytes"
+    found = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
+    raise ModelLoadFailed(
+        f"config.json: `quantization_config` is {found}, and only bitsandbytes in 4 bits can be "
+        "read; name the float checkpoint that this one was made from."
+    )
+
+
+def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
+    """How a parsed config.json says that the weights are quantized; None where they are floats.
+
+    Of a bitsandbytes checkpoint the safetensors headers are more precise. Raises `ModelLoadFailed`
+    as `stored_form` does, and for another version of the fused form.
+    """
+    form = stored_form(document)
+    if form == "float":
+        return None
+    stored = document["quantization_config"]
+    if form == "fused":
+        return _fused_quantization(stored)
+    absmax: AbsmaxKind = "nested" if stored.get("bnb_4bit_use_double_quant") else "float32"
+    return Quantization("nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4", absmax)
+
+
+def fused_quantization_config(quantization: Quantization) -> dict[str, Any]:
+    """The `quantization_config` that a fused checkpoint has in its config.json."""
+    return {
+        "quant_method": FUSED_METHOD,
+        "version": FUSED_VERSION,
+        "quant_type": quantization.quant_type,
+        "absmax": quantization.absmax,
+        "blocksize": GROUP_SIZE,
+    }
+
+
+def _fused_quantization(stored: Mapping[str, Any]) -> Quantization:
+    for quant_type in get_args(QuantType):
+        for absmax in get_args(AbsmaxKind):
+            quantization = Quantization(quant_type, absmax)
+            if dict(stored) == fused_quantization_config(quantization):
+                return quantization
+    raise ModelLoadFailed(
+        f"config.json: `quantization_config` is none that version {FUSED_VERSION} of our format "
+        "has; convert the checkpoint again with `python -m serve_app.convert`."
+    )

@@ -2,16 +2,21 @@
 
 import asyncio
 import random
+import threading
+from itertools import count
 from typing import Any
 
 import pytest
 
 from serve_app.engine.engine import Engine
+from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.errors import InternalError
 from tests.engine.fake import complete, run
 from tests.engine.mixtral import (
+    NUM_TOKENS,
     Pair,
     answers,
     assert_same,
@@ -51,6 +56,29 @@ def requests(penalised: bool) -> list[tuple[list[int], SamplingParams]]:
             how |= {"repetition_penalty": 1.3, "presence_penalty": 0.5}
         made.append((prompt, SamplingParams(ignore_eos=True, **how)))
     return made
+
+
+def test_on_a_cpu_a_token_is_delivered_before_the_next_step_begins(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second launch waits until the consumer has the first token, and the request completes."""
+    has_token, launches, launch = threading.Event(), count(1), ModelRunner.launch
+
+    def waiting(self: ModelRunner, scheduled: list[ScheduledTokens]) -> InFlightTokens:
+        if next(launches) == 2 and not has_token.wait(timeout=30):
+            raise TimeoutError("the first token did not reach its consumer")
+        return launch(self, scheduled)
+
+    async def read(engine: Engine) -> int:
+        num_tokens = 0
+        async for delta in engine.generate([1, 2, 3], greedy()):
+            num_tokens += len(delta.token_ids)
+            has_token.set()
+        return num_tokens
+
+    monkeypatch.setattr(ModelRunner, "launch", waiting)
+    with serving(pair.ours) as engine:
+        assert run(read(engine)) == NUM_TOKENS
 
 
 @pytest.mark.parametrize("penalised", [False, True])

@@ -16,7 +16,8 @@
     ├── DeadlinePassed              504
     ├── EngineDead                  503
     ├── ModelLoadFailed             503  retry: by cause
-    │   └── MachineUnfit                 another machine may serve it
+    │   ├── MachineUnfit                 another machine may serve it
+    │   └── LoaderKilled                 by the kernel, usually for lack of memory
     └── InternalError               500  anything else
 
 Raise one of these anywhere; the doors call `error_body` and nothing else. Everything that is not a
@@ -172,6 +173,10 @@ class MachineUnfit(ModelLoadFailed):
     def __init__(self, message: str, *, check: str = "machine") -> None:
         super().__init__(message)
         self.check = check
+
+
+class LoaderKilled(ModelLoadFailed):
+    """The process that loads the model was killed, usually for lack of memory."""
 
 
 class InternalError(ServeError):

@@ -46,6 +46,7 @@ TABLE = [
     ("EngineDead", 503, "server_error", "engine_dead", "CONNECTION_ERROR", True),
     ("ModelLoadFailed", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
     ("MachineUnfit", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
+    ("LoaderKilled", 503, "server_error", "model_load_failed", "MODEL_LOAD_FAILED", False),
     ("InternalError", 500, "server_error", "internal_error", "UNKNOWN_ERROR", True),
 ]
 

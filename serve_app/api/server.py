@@ -40,7 +40,7 @@ class MixtralServer:
     ) -> None:
         """Loads the model, which takes as long as it takes; raises `ModelLoadFailed`."""
         self.settings = settings
-        load_log = LoadLog.begun_by_parent(settings.load_log)
+        load_log = LoadLog.resume(settings.load_log)
         self._loaded = load(settings, load_log)
         self.quantization = self._loaded.quantization
         self._engine = self._loaded.engine

@@ -27,9 +27,9 @@ from typing import TypeVar
 
 import serve_app
 from serve_app.cold_start import load_records
-from serve_app.cold_start.load_records import KILLED, Record
+from serve_app.cold_start.load_records import Record
 from serve_app.config.settings import Settings
-from serve_app.errors import ModelLoadFailed, ServeError
+from serve_app.errors import LoaderKilled, ModelLoadFailed, ServeError
 from serve_app.loading.load import find_local
 from serve_app.machine.gpus import find_gpus
 
@@ -109,7 +109,7 @@ class CrashGuard:
         cause, may_pass = f"The model could not be started ({type(error).__name__}).", False
         if isinstance(error, ServeError):
             cause = error.message
-            may_pass = error.retry and not cause.startswith(KILLED)
+            may_pass = error.retry and not isinstance(error, LoaderKilled)
         self._end(lambda: self._write({"state": "failed", "cause": cause, "may_pass": may_pass}))
 
     def succeeded(self) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from serve_app.app import is_on_cpu
 from serve_app.config.settings import Settings
 from serve_app.loading.load import reading_phase
+from serve_app.loading.phases import Phase
 from serve_app.start_plan.memory import in_gb
 
 SAMPLE_BYTES = 64 << 20
@@ -99,7 +100,7 @@ def predict(settings: Settings, folder: Path | None, files: list[Path]) -> Forec
         size, missing, is_float = _on_the_hub(settings)
         quantises = is_float and settings.model.quantization != "none"
         return Forecast(size, missing, READ_BYTES_S, False, quantises, on_cpu)
-    quantises = reading_phase(settings, folder) != "read"
+    quantises = reading_phase(settings, folder) is Phase.READ_AND_QUANTIZE
     rate, size = sample(files), sum(file.stat().st_size for file in files)
     return Forecast(size, 0, rate or READ_BYTES_S, rate is not None, quantises, on_cpu)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from serve_app.app import is_on_cpu
 from serve_app.cold_start.load_records import KILLED
 from serve_app.config.settings import ConfigError, Settings
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import LoaderKilled, ModelLoadFailed
 from serve_app.loading.load import find_local, wished_quantization
+from serve_app.loading.phases import Phase
 from serve_app.machine.host import free_bytes, num_oom_kills
 from serve_app.start_plan.kv_size import max_model_len
 from serve_app.start_plan.memory import compute_need, in_gb
@@ -28,12 +29,12 @@ class MemoryBefore:
         self.free_bytes = free_bytes()
         self.num_kills = num_oom_kills()
 
-    def killed(self, settings: Settings, phase: str) -> ModelLoadFailed:
+    def killed(self, settings: Settings, phase: Phase) -> LoaderKilled:
         """The error for a load that was killed in this phase."""
         is_certain = num_oom_kills() > self.num_kills
         why = " for want of memory" if is_certain else ", as happens where memory is short"
         free = f"{in_gb(self.free_bytes)} of main memory were free"
-        return ModelLoadFailed(
+        return LoaderKilled(
             f"{KILLED} in phase {phase}{why}: it takes "
             f"{_needed(settings)}, and {free} when it began; take a machine with more memory.",
             retry=not is_certain,

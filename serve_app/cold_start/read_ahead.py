@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from serve_app.loading.load_log import read_lines
+from serve_app.loading.phases import read_events
 from serve_app.machine.host import free_bytes
 
 log = logging.getLogger(__name__)
@@ -61,5 +61,5 @@ def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> 
 
 def _is_read(load_log: str | None) -> bool:
     """Whether the loader has begun to read the weights itself."""
-    lines = read_lines(load_log) if load_log is not None else []
-    return any(line["phase"].startswith("read") for line in lines)
+    events = read_events(load_log) if load_log is not None else []
+    return any(event.phase.reads_weights for event in events)

@@ -16,6 +16,7 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.loading.device import choose_device, choose_dtype, free_on, memory_for, set_threads
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.model_cache import copy_folder, find_copy, make_copy
+from serve_app.loading.phases import Phase
 from serve_app.model.footprint import weight_bytes
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.start_plan.kv_size import kv_blocks, max_model_len
@@ -54,22 +55,22 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
     from serve_app.model.checkpoint.checkpoint import inspect
 
     notes: list[str] = []
-    with load_log.phase("device"):  # the first to import torch, which takes its time
+    with load_log.phase(Phase.DEVICE):  # the first to import torch, which takes its time
         device = choose_device(settings, notes)
         dtype = choose_dtype(settings, device, notes)
         set_threads(settings, device, notes)
-    with load_log.phase("resolve"):
+    with load_log.phase(Phase.RESOLVE):
         path = find_local(settings)
     if path is None:
-        with load_log.phase("download"):
-            path = _download(settings, partial(load_log.progress, "download"))
+        with load_log.phase(Phase.DOWNLOAD):
+            path = _download(settings, partial(load_log.progress, Phase.DOWNLOAD))
     if (wanted := copy_folder(settings)) is not None and path != wanted:
-        with load_log.phase("copy"):
-            tell = partial(load_log.progress, "copy")
+        with load_log.phase(Phase.COPY):
+            tell = partial(load_log.progress, Phase.COPY)
             path = make_copy(settings, path, notes, tell)
     # First: a broken one is found before minutes go into the weights. A thread beside them saves
     # nothing: importing transformers holds the interpreter, which their reader needs too.
-    with load_log.phase("tokenizer"):
+    with load_log.phase(Phase.TOKENIZER):
         tokenizer = _tokenizer(path, notes)
     reading = reading_phase(settings, path)
     with load_log.phase(reading):
@@ -88,11 +89,11 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
                 progress=partial(load_log.progress, reading),
             )
         _note_quantization(settings, model, notes)
-    with load_log.phase("warm-up"):
+    with load_log.phase(Phase.WARM_UP):
         engine, kv_bytes = _engine(settings, model, device, dtype, notes)
         with _stopped_on_failure(engine):
             warm_up.fill_a_step(engine, model.config.vocab_size, free_on(device))
-    with load_log.phase("first token"), _stopped_on_failure(engine):
+    with load_log.phase(Phase.FIRST_TOKEN), _stopped_on_failure(engine):
         warm_up.first_token(engine, tokenizer.encode("Hello"), free_on(device))
     load_log.ready()
     for note in notes:
@@ -153,14 +154,14 @@ def _download(settings: Settings, progress: Callable[[float, int], None]) -> Pat
     return download(chosen.name, chosen.revision, token, hub, progress)
 
 
-def reading_phase(settings: Settings, path: Path) -> str:
+def reading_phase(settings: Settings, path: Path) -> Phase:
     """What reading the checkpoint in folder `path` is called: floats are quantised meanwhile."""
     from serve_app.model.checkpoint.form import stored_form
     from serve_app.model.checkpoint.shards import read_json
 
     is_float = stored_form(read_json(path / "config.json")) == "float"
     quantises = is_float and settings.model.quantization != "none"
-    return "read and quantise" if quantises else "read"
+    return Phase.READ_AND_QUANTIZE if quantises else Phase.READ
 
 
 def _tokenizer(path: Path, notes: list[str]) -> Tokenizer:

@@ -1,27 +1,28 @@
-"""What a loading model says while it loads: to `/health`, and to whoever started the process.
+"""Records the phases of one load: in memory for `/health`, in `settings.load_log` for its parent.
 
-The file `settings.load_log` gets one JSON object a line:
-
-    {"phase": "read", "state": "started", "at": seconds since the epoch}
-    {"phase": "read", "state": "running", "done": 0.43, "bytes": of all of it, where known}
-    {"phase": "read", "state": "done", "seconds": 41.2}
-    {"phase": "read", "state": "failed", "error": "One sentence.", "retry": false}
-
-and after the last phase `{"phase": "ready", "state": "done", "seconds": of all}`. A process that
-starts another one to load the model writes its own phases first, and leaves the last of them to be
-ended by that other one (`begun_by_parent`). Knows not what the phases are.
+The process that starts Ray writes the first phases and leaves the last of them, "replica", open;
+the replica ends it (`LoadLog.resume`) and writes the others. `phases.py` has the format.
 """
 
-import json
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from serve_app.errors import ModelLoadFailed, ServeError
+from serve_app.loading.phases import (
+    Done,
+    Event,
+    Failed,
+    Phase,
+    PhaseTime,
+    Running,
+    Started,
+    finished,
+    read_events,
+)
 
 log = logging.getLogger(__name__)
 
@@ -31,94 +32,83 @@ PHASE_LINE = "Cold start: %s %.1f s"
 
 @dataclass(slots=True)
 class LoadLog:
-    """The phases of one load, in memory and in the file `path`."""
+    """The phases of one load, in memory and, unless it is None, in the file `path`."""
 
     path: str | None = None
-    phases: list[dict[str, Any]] = field(default_factory=list)
-    """`{"phase", "seconds"}` of each finished one, as `/health` shows them."""
-    _told_at: float = 0.0
+    phases: list[PhaseTime] = field(default_factory=list)
+    """The finished phases, as `/health` shows them."""
+    _last_progress: float = 0.0
+    """When progress was last written, on the monotonic clock."""
 
     @classmethod
-    def begun_by_parent(cls, path: str | None) -> "LoadLog":
+    def resume(cls, path: str | None) -> "LoadLog":
         """The log in `path`, with the phases of the process that started this one.
 
-        The phase that is under way there ends now. A new one where no load has just begun: it is
-        over, say, and this process replaces the one that loaded.
+        The phase that the parent left open ends now. Where none is open, the load in `path` is
+        over and this process replaces the one that loaded: the log in memory begins empty.
         """
         load_log = cls(path)
-        written = read_lines(path) if path is not None else []
-        if not written or written[-1]["state"] != "started":
+        events = read_events(path) if path is not None else []
+        if not events or not isinstance(opened := events[-1], Started):
             return load_log
-        done = [line for line in written if line["state"] == "done"]
-        load_log.phases = [{"phase": it["phase"], "seconds": it["seconds"]} for it in done]
-        load_log.done(written[-1]["phase"], max(0.0, time.time() - written[-1]["at"]))
+        load_log.phases = finished(events)
+        load_log.done(opened.phase, max(0.0, time.time() - opened.at))
         return load_log
 
-    def start_anew(self) -> None:
-        """Forgets what an earlier load has written."""
+    def clear(self) -> None:
+        """Forgets an earlier load, in the file too."""
         self.phases.clear()
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
-    def start(self, name: str) -> None:
+    def start(self, phase: Phase) -> None:
         """Begins a phase that `done` ends, here or in another process."""
-        self._write({"phase": name, "state": "started", "at": round(time.time(), 3)})
+        self._write(Started(phase=phase, at=round(time.time(), 3)))
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Times what happens inside; a failure is written down and goes on its way."""
+    def phase(self, phase: Phase) -> Iterator[None]:
+        """Times the block. An error is written as a `Failed` event and raised again."""
         started = time.monotonic()
-        self.start(name)
+        self.start(phase)
         try:
             yield
         except ServeError as error:
-            failure = {"error": error.message, "retry": error.retry}
-            self._write({"phase": name, "state": "failed", **failure})
+            self._write(Failed(phase=phase, error=error.message, retry=error.retry))
             raise
         except Exception:
-            failure = {"error": f"The load failed in phase {name}; the log says why."}
-            self._write({"phase": name, "state": "failed", "retry": False, **failure})
+            sentence = f"The load failed in phase {phase}; the log says why."
+            self._write(Failed(phase=phase, error=sentence, retry=False))
             raise
-        self.done(name, time.monotonic() - started)
+        self.done(phase, time.monotonic() - started)
 
-    def done(self, name: str, seconds: float) -> None:
-        """Ends a phase that took so many seconds."""
-        seconds = round(seconds, 3)
-        self.phases.append({"phase": name, "seconds": seconds})
-        self._write({"phase": name, "state": "done", "seconds": seconds})
-        log.info(PHASE_LINE, name, seconds)
+    def done(self, phase: Phase, seconds: float) -> None:
+        """Ends a phase that took `seconds`."""
+        event = Done(phase=phase, seconds=round(seconds, 3))
+        self.phases += finished([event])
+        self._write(event)
+        log.info(PHASE_LINE, phase, event.seconds)
 
     def ready(self) -> None:
-        """After the last phase: what all of them took."""
-        self.done("ready", sum(phase["seconds"] for phase in self.phases))
+        """Ends the load: the event "ready" has the sum of all phases."""
+        self.done(Phase.READY, sum(phase["seconds"] for phase in self.phases))
 
-    def progress(self, phase: str, done: float, num_bytes: int | None = None) -> None:
-        """How much of a phase is done, from 0 to 1, of `num_bytes` where it is about bytes.
+    def progress(self, phase: Phase, done: float, num_bytes: int | None = None) -> None:
+        """Writes how much of a phase is done, from 0 to 1, at most once a second.
 
-        Written once a second at most.
+        `num_bytes` is the size of the whole, where progress is counted in bytes.
         """
         now = time.monotonic()
-        if now - self._told_at >= PROGRESS_INTERVAL_S:
-            self._told_at = now
-            size = {} if num_bytes is None else {"bytes": num_bytes}
-            self._write({"phase": phase, "state": "running", "done": round(done, 3), **size})
+        if now - self._last_progress >= PROGRESS_INTERVAL_S:
+            self._last_progress = now
+            self._write(Running(phase=phase, done=round(done, 3), bytes=num_bytes))
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, event: Event) -> None:
         if self.path is None:
             return
         try:
             with Path(self.path).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+                file.write(event.model_dump_json(exclude_none=True) + "\n")
         except OSError as error:
             raise ModelLoadFailed(
                 f"`load_log`: {self.path} cannot be written ({error.strerror})."
             ) from None
-
-
-def read_lines(path: str | Path) -> list[dict[str, Any]]:
-    """What a load log holds; a line still being written is left for the next look."""
-    try:
-        written = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in written if line.endswith("\n")]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from serve_app.cold_start.killed import MemoryBefore
 from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
-from serve_app.loading.load_log import LoadLog, read_lines
+from serve_app.loading.load_log import LoadLog
+from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
 from serve_app.machine import processes
 from serve_app.node import phases, ray_node
 from serve_app.node.forward import Forward, Line
@@ -52,7 +53,7 @@ class Cluster:
         load_log = _begin(self._settings, self._process_s)
         # Ray takes over the process's signals, whichever thread starts it. They are given back
         # after each step: a SIGTERM must reach the SDK, which lets running jobs finish.
-        with load_log.phase("ray"):
+        with load_log.phase(Phase.RAY):
             for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
                     await ray_node.in_thread(step)
@@ -113,7 +114,7 @@ def _may_be_several(config: str | Path) -> bool:
 def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
     """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
     load_log = _begin(settings, None)
-    with load_log.phase("ray"):
+    with load_log.phase(Phase.RAY):
         with ray_node.signals_kept():
             ray_node.start()
         # From here on signals are the caller's: the model may take minutes to load.
@@ -125,8 +126,8 @@ def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
 
 def _begin(settings: Settings, process_s: float | None) -> LoadLog:
     load_log = LoadLog(settings.load_log)
-    load_log.start_anew()
-    load_log.done("process", processes.own_age_s() if process_s is None else process_s)
+    load_log.clear()
+    load_log.done(Phase.PROCESS, processes.own_age_s() if process_s is None else process_s)
     return load_log
 
 
@@ -151,7 +152,7 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
     app = _overridden(build_app(settings), application(config))
     require_resources(app._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
-    LoadLog(settings.load_log).start("replica")  # which ends it, when its process has come up
+    LoadLog(settings.load_log).start(Phase.REPLICA)  # which ends it, when its process has come up
     try:
         with phases.logged(settings.load_log):
             return serve.run(
@@ -198,18 +199,16 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
 
 def require_no_failure(load_log: str) -> None:
     """Raises the `ModelLoadFailed` that the replica wrote into `load_log`, if any."""
-    for line in read_lines(load_log):
-        if line.get("state") == "failed":
-            raise ModelLoadFailed(line["error"], retry=line["retry"])
+    for event in read_events(load_log):
+        if isinstance(event, Failed):
+            raise ModelLoadFailed(event.error, retry=event.retry)
 
 
 def _load_failure(settings: Settings, memory: MemoryBefore) -> ModelLoadFailed:
-    lines = read_lines(settings.load_log) if settings.load_log is not None else []
-    try:
-        if settings.load_log is not None:
-            require_no_failure(settings.load_log)
-    except ModelLoadFailed as known:
-        return known
-    if lines and lines[-1]["state"] in ("started", "running"):
-        return memory.killed(settings, lines[-1]["phase"])
+    events = read_events(settings.load_log) if settings.load_log is not None else []
+    for event in events:
+        if isinstance(event, Failed):
+            return ModelLoadFailed(event.error, retry=event.retry)
+    if events and isinstance(last := events[-1], Started | Running):
+        return memory.killed(settings, last.phase)
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)

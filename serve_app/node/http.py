@@ -15,7 +15,7 @@ from typing import Any
 from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import EngineDead, ServeError
-from serve_app.loading.load_log import read_lines
+from serve_app.loading.phases import read_events
 from serve_app.node import cluster, phases, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.health_listener import HealthListener, listen
@@ -59,8 +59,8 @@ class Door:
 
     def health(self) -> dict[str, Any]:
         """`{"status", "load": [...]}` and the phase under way, as waiting jobs hear them."""
-        written = read_lines(self.load_log) if self.load_log else []
-        return {"status": self.status, **phases.summary(written)}
+        events = read_events(self.load_log) if self.load_log else []
+        return {"status": self.status, **phases.summary(events)}
 
     def watch(self, port: int) -> None:
         """Keeps `status` true until the signal to stop.

@@ -7,10 +7,11 @@ to clients, as a summary. Knows not what the phases are, nor who asks.
 import contextlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from serve_app.loading.load_log import PHASE_LINE, read_lines
+from serve_app.loading.load_log import PHASE_LINE
+from serve_app.loading.phases import Done, Event, Running, Started, finished, read_events
 
 log = logging.getLogger(__name__)
 
@@ -25,17 +26,17 @@ def logged(path: str | None) -> Iterator[None]:
         yield
         return
     is_over = threading.Event()
-    num_before = len(read_lines(path))
+    num_before = len(read_events(path))
 
     def follow() -> None:
         num_seen, is_last = num_before, False
         while not is_last:
             is_last = is_over.wait(LOOK_S)
-            lines = read_lines(path)
-            for line in lines[num_seen:]:
-                if line["state"] == "done":
-                    log.info(PHASE_LINE, line["phase"], line["seconds"])
-            num_seen = len(lines)
+            events = read_events(path)
+            for event in events[num_seen:]:
+                if isinstance(event, Done):
+                    log.info(PHASE_LINE, event.phase, event.seconds)
+            num_seen = len(events)
 
     thread = threading.Thread(target=follow, name="phases", daemon=True)
     thread.start()
@@ -46,28 +47,20 @@ def logged(path: str | None) -> Iterator[None]:
         thread.join()
 
 
-def summary(written: list[dict[str, Any]]) -> dict[str, Any]:
-    """Lines of the load log, as clients hear them.
+def summary(events: Sequence[Event]) -> dict[str, Any]:
+    """The events of a load, as clients see them.
 
     `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
-    it is known how far that is, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
+    its progress is known, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
     """
-    told: dict[str, Any] = {
-        "load": [
-            {"phase": line["phase"], "seconds": line["seconds"]}
-            for line in written
-            if line["state"] == "done"
-        ]
-    }
-    if not written or written[-1]["state"] not in ("started", "running"):
-        return told
-    last = written[-1]
-    told["phase"] = last["phase"]
-    if "done" in last:
-        percent = int(100 * last["done"])
-        message = f"{last['phase']}: {percent} %"
-        if "bytes" in last:
-            size = last["bytes"]
-            message += f", {last['done'] * size / 1e9:.2f} of {size / 1e9:.2f} GB"
-        told |= {"done": last["done"], "progress": percent, "message": message}
-    return told
+    shown: dict[str, Any] = {"load": finished(events)}
+    match events[-1] if events else None:
+        case Started(phase=phase):
+            shown["phase"] = phase.value
+        case Running(phase=phase, done=done, bytes=size):
+            percent = int(100 * done)
+            message = f"{phase}: {percent} %"
+            if size is not None:
+                message += f", {done * size / 1e9:.2f} of {size / 1e9:.2f} GB"
+            shown |= {"phase": phase.value, "done": done, "progress": percent, "message": message}
+    return shown

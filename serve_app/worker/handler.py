@@ -14,7 +14,7 @@ from typing import Any
 from serve_app.api.metrics import status_text
 from serve_app.api.routes import known
 from serve_app.errors import EngineDead, InternalError, MethodNotAllowed, ServeError, error_body
-from serve_app.loading.load_log import read_lines
+from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.forward import Forward
 from serve_app.protocol.call import Call
@@ -156,7 +156,7 @@ class Handler:
     def _health(self) -> dict[str, Any]:
         """`{"status", "load", ...}` of a model that is not ready, and why the last start failed."""
         supervisor = self.supervisor
-        health = {"status": supervisor.status, **phases.summary(read_lines(self._load_log))}
+        health = {"status": supervisor.status, **phases.summary(read_events(self._load_log))}
         if supervisor.status == "failed" and supervisor.error is not None:
             # Not "error": RunPod's clients take a field of that name for a failed job.
             health["reason"] = supervisor.error.message

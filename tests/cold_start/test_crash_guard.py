@@ -16,7 +16,7 @@ from serve_app.cold_start import crash_guard
 from serve_app.cold_start.crash_guard import PAUSE_S, CrashGuard
 from serve_app.cold_start.load_records import KILLED, STALE_S
 from serve_app.config.settings import Settings
-from serve_app.errors import ModelLoadFailed
+from serve_app.errors import LoaderKilled, ModelLoadFailed
 from tests.worker.process import ENTRY
 
 SHORT = f"{KILLED} while it loaded, as happens where memory is short."
@@ -36,9 +36,15 @@ def load(chosen: Settings, error: BaseException | None = None) -> None:
             raise error
 
 
-def fail(chosen: Settings, message: str = CUT_OFF, *, retry: bool = False) -> None:
-    with pytest.raises(ModelLoadFailed, match=message.partition("(")[0]):
-        load(chosen, ModelLoadFailed(message, retry=retry))
+def fail(
+    chosen: Settings,
+    message: str = CUT_OFF,
+    *,
+    retry: bool = False,
+    kind: type[ModelLoadFailed] = ModelLoadFailed,
+) -> None:
+    with pytest.raises(kind, match=message.partition("(")[0]):
+        load(chosen, kind(message, retry=retry))
 
 
 def records(volume: Path) -> list[Path]:
@@ -154,14 +160,14 @@ def loading(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Popen[str]) -> None:
     """It said that it begins and is no more; while it lives it is no failure."""
     chosen = settings(tmp_path)
-    fail(chosen, SHORT, retry=True)
-    fail(chosen, SHORT, retry=True)
+    fail(chosen, SHORT, retry=True, kind=LoaderKilled)
+    fail(chosen, SHORT, retry=True, kind=LoaderKilled)
     # By name the last: it began after this process's own, of which there must be a third.
     (alive,) = [file for file in records(tmp_path) if f"-{loading.pid}." in file.name]
     load(chosen)
     assert records(tmp_path) == [alive]
-    fail(chosen, SHORT, retry=True)
-    fail(chosen, SHORT, retry=True)
+    fail(chosen, SHORT, retry=True, kind=LoaderKilled)
+    fail(chosen, SHORT, retry=True, kind=LoaderKilled)
     loading.send_signal(signal.SIGKILL)
     loading.wait()
     with pytest.raises(ModelLoadFailed, match="was killed while it loaded") as refused:

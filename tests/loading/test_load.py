@@ -12,7 +12,8 @@ import pytest
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.loading.load_log import LoadLog, read_lines
+from serve_app.loading.load_log import LoadLog
+from serve_app.loading.phases import Done, Phase, Running, read_events
 from serve_app.tiny import CHECKPOINT
 from tests.fakes import answer
 
@@ -119,43 +120,41 @@ def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
 def test_a_replica_goes_on_where_its_parent_was(tmp_path: Path) -> None:
     """The parent's phases come first, and the one that it left open ends when the replica is up."""
     path = tmp_path / "load.jsonl"
-    assert read_lines(path) == []
+    assert read_events(path) == []
     parent = LoadLog(str(path))
-    parent.done("ray", 3.5)
-    parent.start("replica")
-    replica = LoadLog.begun_by_parent(str(path))
-    with replica.phase("read"):
+    parent.done(Phase.RAY, 3.5)
+    parent.start(Phase.REPLICA)
+    replica = LoadLog.resume(str(path))
+    with replica.phase(Phase.READ):
         pass
     replica.ready()
     assert [phase["phase"] for phase in replica.phases] == ["ray", "replica", "read", "ready"]
     assert replica.phases[0]["seconds"] == 3.5
     assert replica.phases[-1]["seconds"] >= 3.5
     # One that replaces it has a load of its own, and a parent that starts anew begins at nothing.
-    assert LoadLog.begun_by_parent(str(path)).phases == []
+    assert LoadLog.resume(str(path)).phases == []
     with path.open("a") as file:
         file.write('{"phase": "half a li')
-    assert read_lines(path)[-1]["phase"] == "ready"
-    parent.start_anew()
-    assert (read_lines(path), parent.phases) == ([], [])
+    assert read_events(path)[-1] == Done(phase=Phase.READY, seconds=replica.phases[-1]["seconds"])
+    parent.clear()
+    assert (read_events(path), parent.phases) == ([], [])
 
 
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
     """Thousands of tensors make no thousands of lines."""
     load_log = LoadLog(str(tmp_path / "load.jsonl"))
     for part in range(1000):
-        load_log.progress("weights", part / 1000)
+        load_log.progress(Phase.READ, part / 1000)
     lines = (tmp_path / "load.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {"phase": "weights", "state": "running", "done": 0.0}
+    assert json.loads(lines[0]) == {"phase": "read", "state": "running", "done": 0.0}
     path = tmp_path / "sized.jsonl"
-    LoadLog(str(path)).progress("download", 0.5, 1000)
-    assert read_lines(path) == [
-        {"phase": "download", "state": "running", "done": 0.5, "bytes": 1000}
-    ]
+    LoadLog(str(path)).progress(Phase.DOWNLOAD, 0.5, 1000)
+    assert read_events(path) == [Running(phase=Phase.DOWNLOAD, done=0.5, bytes=1000)]
     assert len(lines) < 10
 
 
 def test_a_load_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     """The folder of `load_log` must exist; the sentence says which file was meant."""
     path = tmp_path / "absent" / "load.jsonl"
-    with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase("device"):
+    with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase(Phase.DEVICE):
         pass

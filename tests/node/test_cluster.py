@@ -93,7 +93,7 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
     settings = TINY.model_copy(update={"load_log": str(path)})
     unknown = cluster._load_failure(settings, MemoryBefore())
     assert (unknown.retry, "log says why" in unknown.message) == (True, True)
-    failed = {"phase": "weights", "state": "failed", "error": "File cut off.", "retry": False}
+    failed = {"phase": "read", "state": "failed", "error": "File cut off.", "retry": False}
     path.write_text(json.dumps(failed) + "\n")
     known = cluster._load_failure(settings, MemoryBefore())
     assert (known.message, known.retry) == ("File cut off.", False)

@@ -16,7 +16,7 @@ from serve_app.node.health_listener import HealthListener
 @pytest.fixture
 def told() -> dict[str, Any]:
     """What the listener tells, which a test may change."""
-    return {"status": "loading", "load": [{"phase": "weights", "seconds": 1.5}]}
+    return {"status": "loading", "load": [{"phase": "read", "seconds": 1.5}]}
 
 
 @pytest.fixture

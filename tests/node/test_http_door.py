@@ -75,7 +75,7 @@ def test_a_load_that_failed_again_is_the_end(door: Door, server: Server, tmp_pat
     """What the new replica wrote down is the cause; without it the server waits for Serve."""
     server.status = 503
     (tmp_path / "load.jsonl").write_text(
-        '{"phase": "weights", "state": "failed", "error": "File cut off.", "retry": false}\n'
+        '{"phase": "read", "state": "failed", "error": "File cut off.", "retry": false}\n'
     )
     with pytest.raises(ModelLoadFailed, match=r"File cut off\."):
         door.watch(server.port)

@@ -1,13 +1,14 @@
 """The phases of a load, as clients hear them."""
 
+from serve_app.loading.phases import Done, Phase, Running, Started
 from serve_app.node import phases
 
 
 def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
     """The summary has the seconds of what is done, and how far the present phase is."""
-    started = {"phase": "read", "state": "started", "at": 1.0}
-    done = {"phase": "tokenizer", "state": "done", "seconds": 1.5}
-    running = {"phase": "read", "state": "running", "done": 0.4}
+    started = Started(phase=Phase.READ, at=1.0)
+    done = Done(phase=Phase.TOKENIZER, seconds=1.5)
+    running = Running(phase=Phase.READ, done=0.4)
     load = [{"phase": "tokenizer", "seconds": 1.5}]
     assert phases.summary([]) == {"load": []}
     assert phases.summary([done]) == {"load": load}
@@ -19,7 +20,9 @@ def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
         "message": "read: 40 %",
         **far,
     }
-    told = phases.summary([done, started, {**running, "bytes": 25_200_000_000}])
+    told = phases.summary(
+        [done, started, Running(phase=Phase.READ, done=0.4, bytes=25_200_000_000)]
+    )
     assert told == {
         "load": load,
         "phase": "read",

@@ -100,7 +100,7 @@ def main() -> int:
     posts.RESULT_TIMEOUT_S = posts.CHUNK_TIMEOUT_S = given.post_timeout_s
     logging.basicConfig(level=logging.INFO)
     load_log = Path(tempfile.mkdtemp()) / "load.jsonl"
-    load_log.write_text('{"phase": "weights", "state": "done", "seconds": 0.5}\n')
+    load_log.write_text('{"phase": "read", "state": "done", "seconds": 0.5}\n')
     handler = Handler(
         StartupSupervisor(functools.partial(start, given.start_s)),
         load_log=str(load_log),

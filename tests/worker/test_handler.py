@@ -269,9 +269,9 @@ def test_waiting_jobs_hear_that_the_model_loads(
     handler_of: Callable[..., Handler], tmp_path: Path
 ) -> None:
     """The first update says loading and which phases are done."""
-    (tmp_path / "load.jsonl").write_text('{"phase": "weights", "state": "started"}\n')
+    (tmp_path / "load.jsonl").write_text('{"phase": "read", "state": "started", "at": 1}\n')
     posts = posts_of(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
-    assert posts.updates[0] == {"status": "loading", "load": [], "phase": "weights"}
+    assert posts.updates[0] == {"status": "loading", "load": [], "phase": "read"}
 
 
 def test_a_batch_job_hears_how_far_it_is(handler_of: Callable[..., Handler]) -> None:

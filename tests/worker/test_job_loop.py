@@ -23,7 +23,7 @@ def test_a_job_hears_the_load_and_gets_one_result(tmp_path: Path) -> None:
     assert len(job.progress) >= 2
     assert job.progress[-1] == {
         "status": "loading",
-        "load": [{"phase": "weights", "seconds": 0.5}],
+        "load": [{"phase": "read", "seconds": 0.5}],
     }
     assert (job.num_results, job.num_late_posts) == (1, 0)
 

@@ -4,17 +4,16 @@ It is `runpod_entry.py` in everything else, so that only the delivery differs.
 """
 
 import sys
-from typing import Any
 
 import runpod_entry
 from serve_app.worker import handler
-from serve_app.worker.buffer import ItemBuffer
+from serve_app.worker.buffer import Item, ItemBuffer
 
 
-class OneByOne(ItemBuffer):
+class OneByOne(ItemBuffer[Item]):
     """Stands for `ItemBuffer`: takes the next item when the last one was posted."""
 
-    async def __aenter__(self) -> "OneByOne":
+    async def __aenter__(self) -> "OneByOne[Item]":
         self._is_over = False
         return self
 
@@ -25,7 +24,7 @@ class OneByOne(ItemBuffer):
     def is_over(self) -> bool:
         return self._is_over
 
-    async def take(self) -> list[dict[str, Any]]:
+    async def take(self) -> list[Item]:
         try:
             return [await anext(self._items)]
         except StopAsyncIteration:

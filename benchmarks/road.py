@@ -39,7 +39,7 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
 from serve_app.protocol import sse
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import Call, StreamReply
 
 ROOT = Path(__file__).parents[1]
 STREAMS = (1, 16, 32)
@@ -106,17 +106,21 @@ class Alone:
         async for _ in self.engine.generate([5, 6, 7], params):
             pass
 
-    async def _reply(self) -> Any:
+    async def _reply(self) -> StreamReply:
         call = Call("POST", "/v1/completions", body(self._num_tokens), "r1")
-        return (await self.server.answer(call)).chunks
+        reply = await self.server.answer(call)
+        assert isinstance(reply, StreamReply)
+        return reply
 
     async def _chunks(self) -> None:
-        async with aclosing(await self._reply()) as chunks:
+        async with aclosing((await self._reply()).rest) as chunks:
             async for _ in chunks:
                 pass
 
     async def _events(self) -> None:
-        async with aclosing(await self._reply()) as chunks:
+        reply = await self._reply()
+        sse.event(reply.first)
+        async with aclosing(reply.rest) as chunks:
             async for chunk in chunks:
                 sse.event(chunk)
 

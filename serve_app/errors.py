@@ -26,7 +26,27 @@ Knows neither HTTP libraries nor RunPod: statuses are plain numbers.
 """
 
 import json
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypedDict
+
+
+class ErrorFields(TypedDict):
+    """OpenAI's fields of an error, then the fields of a failed job, then our id of the request."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    status: str
+    """The job status, such as "OVERLOADED"; the README has the table."""
+    retry: bool
+    """Whether the same request may succeed when it is sent again."""
+    request_id: str
+
+
+class ErrorBody(TypedDict):
+    """The JSON body of an error, the same at every endpoint."""
+
+    error: ErrorFields
 
 
 class ServeError(Exception):
@@ -195,12 +215,8 @@ def as_serve_error(error: BaseException) -> ServeError:
     return InternalError("An internal error occurred; please report it with the request id.")
 
 
-def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
-    """The one error body, the same through every door: OpenAI's fields, then the job fields.
-
-    `{"error": {"message", "type", "param", "code", "status", "retry", "request_id"}}`, where
-    `status` is the job status of the table in the README.
-    """
+def error_body(error: BaseException, request_id: str) -> ErrorBody:
+    """The body that every endpoint sends for `error`."""
     known = as_serve_error(error)
     return {
         "error": {
@@ -215,7 +231,7 @@ def error_body(error: BaseException, request_id: str) -> dict[str, Any]:
     }
 
 
-def job_error(body: dict[str, Any]) -> dict[str, str]:
+def job_error(body: ErrorBody) -> dict[str, str]:
     """What a RunPod handler yields to fail its job: `{"error": "<body as one JSON string>"}`.
 
     A string, because the SDK passes anything else through `str()` and clients would get a

@@ -93,20 +93,20 @@ class Generator:
         field: str,
         *,
         default: int | None,
-        deadline: float,
+        arrived: float,
         continues: bool = False,
     ) -> Generation:
         """The answer to the prompt `ids`, which runs once its pieces are asked for.
 
         `field` is where the prompt came from. `default` stands for an absent limit of tokens, as
-        far as the context allows; None is all of it. `deadline` is on the loop's clock.
+        far as the context allows; None is all of it. `arrived` is `Call.arrived`.
         `continues`: the answer is more of the prompt's text, so its leading space counts.
         """
         params = self._params(request, self._room(len(ids), field), default)
         detokenizer = self.tokenizer.detokenizer(
             ids if continues else (), skip_special_tokens=request.skip_special_tokens
         )
-        return Generation(len(ids), self._pieces(request, ids, params, detokenizer, deadline))
+        return Generation(len(ids), self._pieces(request, ids, params, detokenizer, arrived))
 
     async def _pieces(
         self,
@@ -114,12 +114,13 @@ class Generator:
         ids: list[int],
         params: SamplingParams,
         detokenizer: Detokenizer,
-        deadline: float,
+        arrived: float,
     ) -> AsyncGenerator[Piece, None]:
         """One piece for each delta. Leaving it at any point frees the request's KV blocks."""
         text = TextStream(detokenizer, request.stop, min_tokens=request.min_tokens)
-        came = deadline - self.limits.request_timeout_s  # when the call did
-        with self.metrics.request(len(ids), came) as seen:
+        # An event loop's clock is `time.monotonic`, so the arrival gives the deadline on it.
+        deadline = arrived + self.limits.request_timeout_s
+        with self.metrics.request(len(ids), arrived) as seen:
             async with aclosing(self.engine.generate(ids, params, deadline)) as deltas:
                 async for delta in deltas:
                     seen.delta(delta)

@@ -9,7 +9,8 @@ import hmac
 import json
 import logging
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastapi import FastAPI, Request
@@ -32,7 +33,14 @@ from serve_app.errors import (
     error_body,
 )
 from serve_app.protocol import sse
-from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.call import (
+    BatchReply,
+    Call,
+    JsonObject,
+    JsonReply,
+    StreamReply,
+    TextReply,
+)
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -94,10 +102,17 @@ async def _respond(request: Request, server: "MixtralServer") -> Response:
         # HEAD is GET whose body the HTTP server leaves out.
         method = "GET" if request.method == "HEAD" else request.method
         reply = await server.answer(Call(method, path, body, request_id))
-        headers |= reply.headers
-        if reply.chunks is not None:
-            return _EventStream(reply.chunks, request_id, headers, server.metrics)
-        return _whole(reply, headers)
+        match reply:
+            case StreamReply():
+                return _EventStream(reply, request_id, headers, server.metrics)
+            case TextReply(text, media_type):
+                return Response(text, headers=headers, media_type=media_type)
+            case BatchReply(items):
+                async with aclosing(items):
+                    bodies = [item async for item in items if "body" in item]
+                return _json(bodies[-1]["body"], bodies[-1]["status"], headers)
+            case JsonReply(body, status):
+                return _json(body, status, headers)
     except ClientDisconnect:
         log.debug("request %s: the client left before its body was here", request_id)
         return Response(status_code=CLIENT_LEFT)
@@ -113,48 +128,50 @@ def _path(scope: Scope) -> str:
 
 
 class _EventStream(StreamingResponse):
-    """Chunks as server-sent events. However it ends, the chunks are closed: that cancels."""
+    """Response chunks as server-sent events, then `[DONE]`, or the error as the last event.
+
+    However it ends, it closes the chunks, which cancels the request.
+    """
 
     def __init__(
-        self,
-        chunks: AsyncGenerator[dict[str, Any], None],
-        request_id: str,
-        headers: dict[str, str],
-        metrics: Metrics,
+        self, reply: StreamReply, request_id: str, headers: dict[str, str], metrics: Metrics
     ) -> None:
-        self._chunks = chunks
+        self._first: JsonObject | None = reply.first
+        self._rest = reply.rest
+        self._is_over = False
+        self._request_id, self._metrics = request_id, metrics
         # Proxies that buffer would hold the tokens back.
         headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        events = _events(chunks, request_id, metrics)
-        super().__init__(events, headers=headers, media_type=sse.MEDIA_TYPE)
+        super().__init__((), headers=headers, media_type=sse.MEDIA_TYPE)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._rest):
+            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+            await send(start)
+            while not self._is_over:
+                event = await self._next_event()
+                await send({"type": "http.response.body", "body": event, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _next_event(self) -> bytes:
         try:
-            await super().__call__(scope, receive, send)
-        finally:
-            await self._chunks.aclose()
+            if (chunk := self._first) is None:
+                chunk = await anext(self._rest)
+            self._first = None
+            return sse.event(chunk)
+        except StopAsyncIteration:
+            self._is_over = True
+            return sse.DONE
+        except Exception as error:
+            self._is_over = True
+            told = known(error, self._request_id)
+            self._metrics.error(told)
+            return sse.event(error_body(told, self._request_id))
 
 
-async def _events(
-    chunks: AsyncGenerator[dict[str, Any], None], request_id: str, metrics: Metrics
-) -> AsyncGenerator[bytes, None]:
-    """The events, then `[DONE]`; or the error as the last event, and no `[DONE]`."""
-    try:
-        async for chunk in chunks:
-            yield sse.event(chunk)
-    except Exception as error:
-        told = known(error, request_id)
-        metrics.error(told)
-        yield sse.event(error_body(told, request_id))
-    else:
-        yield sse.DONE
-
-
-def _whole(reply: Reply, headers: dict[str, str]) -> Response:
-    content = reply.text
-    if content is None:
-        content = json.dumps(reply.body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(content, reply.status, headers, media_type=reply.media_type)
+def _json(body: Any, status: int, headers: dict[str, str]) -> Response:
+    content = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return Response(content, status, headers, media_type="application/json")
 
 
 def _failed(
@@ -164,7 +181,7 @@ def _failed(
     told = known(error, request_id)
     metrics.error(told)
     headers = {**headers, **_headers_of(told)}
-    return _whole(Reply(error_body(told, request_id), status=told.http_status), headers)
+    return _json(error_body(told, request_id), told.http_status, headers)
 
 
 def _headers_of(error: ServeError) -> dict[str, str]:

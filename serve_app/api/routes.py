@@ -12,7 +12,15 @@ from serve_app.api.generation import Generator
 from serve_app.errors import ModelNotFound, ServeError, as_serve_error, error_body
 from serve_app.protocol import chat, completions, plain, tokens
 from serve_app.protocol.answer import Generation, Head
-from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.call import (
+    BatchReply,
+    BodyItem,
+    Call,
+    JsonReply,
+    ProgressItem,
+    Reply,
+    StreamReply,
+)
 from serve_app.protocol.fields import Body, printable
 from serve_app.protocol.values import is_large
 
@@ -20,8 +28,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Handler = Callable[[Call, float], Awaitable[Reply]]
-"""Answers a call before the deadline, which is a time on the event loop's clock."""
+Handler = Callable[[Call], Awaitable[Reply]]
+"""Answers a call."""
 
 PATHS = (
     "/health",
@@ -62,43 +70,44 @@ class Routes:
             return "GET", self._model
         return self._table.get(path)
 
-    async def _models(self, call: Call, deadline: float) -> Reply:
-        return Reply({"object": "list", "data": [self._card(name) for name in self._names]})
+    async def _models(self, call: Call) -> Reply:
+        return JsonReply({"object": "list", "data": [self._card(name) for name in self._names]})
 
-    async def _model(self, call: Call, deadline: float) -> Reply:
+    async def _model(self, call: Call) -> Reply:
         name = call.path.removeprefix(MODELS)
         self._require_model(name)
-        return Reply(self._card(name))
+        return JsonReply(self._card(name))
 
-    async def _chat(self, call: Call, deadline: float) -> Reply:
+    async def _chat(self, call: Call) -> Reply:
         request = await _read(chat.ChatRequest.read, call.body)
         head = self._head(request, call)
         ids = await self._generator.conversation_ids(request.messages)
         generation = self._generator.start(
-            request, ids, "messages", default=None, deadline=deadline
+            request, ids, "messages", default=None, arrived=call.arrived
         )
         if request.stream:
-            return Reply(chunks=chat.chunks(request, head, generation, self._tokenizer))
-        return Reply(await chat.answer(request, head, generation, self._tokenizer))
+            return await _streamed(chat.chunks(request, head, generation, self._tokenizer))
+        return JsonReply(await chat.answer(request, head, generation, self._tokenizer))
 
-    async def _completions(self, call: Call, deadline: float) -> Reply:
+    async def _completions(self, call: Call) -> Reply:
         request = await _read(completions.CompletionRequest.read, call.body)
         head = self._head(request, call)
         places = self._places()
         generations, echoes = [], []
         for prompt in request.prompts:
             await asyncio.sleep(0)  # others have their turn between two prompts
-            generation = await self._completion(request, prompt, deadline)
+            generation = await self._completion(request, prompt, call)
             if len(request.prompts) > 1:
                 generation = generation.in_turn(places)
             generations.append(generation)
             echoes.append(await self._text(prompt) if request.echo else "")
-        make = completions.chunks if request.stream else completions.answer
-        made: Any = make(request, head, generations, echoes, self._tokenizer)
-        return Reply(chunks=made) if request.stream else Reply(await made)
+        parts = (request, head, generations, echoes, self._tokenizer)
+        if request.stream:
+            return await _streamed(completions.chunks(*parts))
+        return JsonReply(await completions.answer(*parts))
 
     async def _completion(
-        self, request: completions.CompletionRequest, prompt: str | list[int], deadline: float
+        self, request: completions.CompletionRequest, prompt: str | list[int], call: Call
     ) -> Generation:
         if isinstance(prompt, str):
             ids = await self._generator.text_ids(prompt)
@@ -110,7 +119,7 @@ class Routes:
             ids,
             "prompt",
             default=completions.DEFAULT_MAX_TOKENS,
-            deadline=deadline,
+            arrived=call.arrived,
             continues=True,
         )
 
@@ -119,25 +128,25 @@ class Routes:
             return prompt
         return await self._generator.decoded(prompt, "prompt")
 
-    async def _prompt(self, call: Call, deadline: float) -> Reply:
+    async def _prompt(self, call: Call) -> Reply:
         batch = await _read(plain.batch, call.body)
         if batch is not None:
-            return Reply(steps=self._prompts(batch, call, deadline))
+            return BatchReply(self._prompts(batch, call))
         request = await _read(plain.PromptRequest.read, call.body)
         head = self._head(request, call)
-        generation = await self._plain(request, deadline)
+        generation = await self._plain(request, call)
         if request.stream:
-            return Reply(chunks=plain.chunks(head, generation))
-        return Reply(await plain.answer(head, generation))
+            return await _streamed(plain.chunks(head, generation))
+        return JsonReply(await plain.answer(head, generation))
 
-    async def _plain(self, request: plain.PromptRequest, deadline: float) -> Generation:
+    async def _plain(self, request: plain.PromptRequest, call: Call) -> Generation:
         ids = await self._generator.conversation_ids(request.conversation, request.text_field)
         return self._generator.start(
             request,
             ids,
             request.text_field,
             default=plain.DEFAULT_MAX_TOKENS,
-            deadline=deadline,
+            arrived=call.arrived,
         )
 
     def _places(self) -> asyncio.Semaphore:
@@ -148,28 +157,27 @@ class Routes:
         return asyncio.Semaphore(self._max_running)
 
     async def _prompts(
-        self, batch: plain.Batch, call: Call, deadline: float
-    ) -> AsyncGenerator[dict[str, Any], None]:
+        self, batch: plain.Batch, call: Call
+    ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
         """The items side by side, told one by one as they end; their results are in order."""
         places = self._places()
         total = len(batch.items)
         running = [
-            asyncio.create_task(self._item(batch, item, call, deadline, places))
-            for item in batch.items
+            asyncio.create_task(self._item(batch, item, call, places)) for item in batch.items
         ]
         try:
             for num_done, each in enumerate(asyncio.as_completed(running), start=1):
                 await each
                 yield {"progress": plain.progress(num_done, total)}
             results = [task.result() for task in running]
-            yield {"body": {"results": results, "total_processed": total}}
+            yield {"status": 200, "body": {"results": results, "total_processed": total}}
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
     async def _item(
-        self, batch: plain.Batch, item: Any, call: Call, deadline: float, places: asyncio.Semaphore
+        self, batch: plain.Batch, item: Any, call: Call, places: asyncio.Semaphore
     ) -> dict[str, Any]:
         """One item's result; one that fails is an error in its place."""
         async with places:
@@ -177,14 +185,14 @@ class Routes:
             try:
                 request = await _read(batch.read, item)
                 head = self._head(request, call)
-                result = await plain.answer(head, await self._plain(request, deadline))
+                result = await plain.answer(head, await self._plain(request, call))
                 return {name: result[name] for name in ("text", "finish_reason", "usage")}
             except Exception as error:
                 told = known(error, call.request_id)
                 self._generator.metrics.error(told)
-                return error_body(told, call.request_id)
+                return {**error_body(told, call.request_id)}
 
-    async def _tokenize(self, call: Call, deadline: float) -> Reply:
+    async def _tokenize(self, call: Call) -> Reply:
         request = await _read(tokens.TokenizeRequest.read, call.body)
         self._require_model(request.model)
         if request.messages is not None:
@@ -198,14 +206,14 @@ class Routes:
         strings = None
         if request.return_token_strs:
             strings = [self._tokenizer.token_string(token_id) for token_id in ids]
-        return Reply(tokens.tokenized(ids, self._generator.max_model_len, strings))
+        return JsonReply(tokens.tokenized(ids, self._generator.max_model_len, strings))
 
-    async def _detokenize(self, call: Call, deadline: float) -> Reply:
+    async def _detokenize(self, call: Call) -> Reply:
         request = await _read(tokens.DetokenizeRequest.read, call.body)
         self._require_model(request.model)
         # As in vLLM, all that was tokenised comes back, special tokens too.
         text = await self._generator.decoded(request.tokens, "tokens", skip_special_tokens=False)
-        return Reply({"prompt": text})
+        return JsonReply({"prompt": text})
 
     def _head(self, request: Body, call: Call) -> Head:
         self._require_model(request.model)
@@ -226,6 +234,11 @@ class Routes:
             "owned_by": "mixtral-serve",
             "max_model_len": self._generator.max_model_len,
         }
+
+
+async def _streamed(chunks: AsyncGenerator[dict[str, Any], None]) -> StreamReply:
+    """Waits for the first response chunk, so that a refusal is raised before the stream begins."""
+    return StreamReply(await anext(chunks), chunks)
 
 
 async def _read(read: Callable[[Any], T], body: Any) -> T:

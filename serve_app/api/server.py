@@ -4,10 +4,8 @@ Both doors hand it a `Call` and hear a `Reply`. Constructing one loads the model
 Knows no HTTP library, no Ray and no jobs.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Any
 
 from serve_app.api import metrics
@@ -26,10 +24,16 @@ from serve_app.errors import (
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
-from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.call import (
+    BatchReply,
+    Call,
+    JsonReply,
+    Reply,
+    ReplyItem,
+    StreamReply,
+    TextReply,
+)
 from serve_app.protocol.fields import printable
-
-Chunks = AsyncGenerator[dict[str, Any], None]
 
 
 class MixtralServer:
@@ -60,26 +64,12 @@ class MixtralServer:
         )
 
     async def answer(self, call: Call) -> Reply:
-        """Answers one call, waiting for the whole of a body; raises a `ServeError` where it cannot.
+        """Answers one call; raises a `ServeError` where it cannot.
 
-        A reply with chunks has its first one ready, so every refusal is raised from here.
+        The first chunk of a stream is ready, so every refusal is raised from here.
         """
-        reply = await self._reply(call)
-        if reply.steps is None:
-            return reply
-        async with aclosing(reply.steps) as steps:
-            bodies = [step["body"] async for step in steps if "body" in step]
-        return replace(reply, body=bodies[-1], steps=None)
-
-    async def _reply(self, call: Call) -> Reply:
-        deadline = asyncio.get_running_loop().time() + self.settings.api.request_timeout_s
         try:
-            reply = await self._handler(call)(call, deadline)
-            if reply.chunks is None:
-                return reply
-            chunks = _known_failures(reply.chunks, call.request_id)
-            await anext(chunks)
-            return replace(reply, chunks=chunks)
+            return await self._handler(call)(call)
         except ServeError:
             raise
         except Exception as error:
@@ -87,26 +77,30 @@ class MixtralServer:
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str
-    ) -> AsyncGenerator[dict[str, Any], None]:
+    ) -> AsyncGenerator[ReplyItem, None]:
         """`answer` for a deployment handle: everything crosses as data, errors too.
 
-        Yields `{"status", "stream", "headers"}`, then `{"chunk"}`s, or `{"progress"}`s and one
-        `{"body"}`, an object or a text. A failure is `{"status", "error"}`, where `error` is an
-        `error_body`, as the last item. Closing the generator cancels the request.
+        Closing the generator cancels the request.
         """
         try:
-            reply = await self._reply(Call(method, path, body, request_id))
-            # Closes what runs even where nobody comes back for the second item.
-            async with aclosing(reply.chunks or reply.steps or _nothing()) as running:
-                is_stream = reply.chunks is not None
-                yield {"status": reply.status, "stream": is_stream, "headers": reply.headers}
-                if reply.chunks is None and reply.steps is None:
-                    yield {"body": reply.body if reply.text is None else reply.text}
-                async for each in running:
-                    yield {"chunk": each} if is_stream else each
-        except ServeError as error:
-            self.metrics.error(error)
-            yield {"status": error.http_status, "error": error_body(error, request_id)}
+            match await self.answer(Call(method, path, body, request_id)):
+                case JsonReply(body, status):
+                    yield {"status": status, "body": body}
+                case TextReply(text):
+                    yield {"status": 200, "body": text}
+                case BatchReply(items):
+                    async with aclosing(items):
+                        async for item in items:
+                            yield item
+                case StreamReply(first, rest):
+                    async with aclosing(rest):
+                        yield {"chunk": first}
+                        async for chunk in rest:
+                            yield {"chunk": chunk}
+        except Exception as error:
+            told = known(error, request_id)
+            self.metrics.error(told)
+            yield {"status": told.http_status, "error": error_body(told, request_id)}
 
     def drain(self) -> None:
         """From now on only what runs is finished; whatever would start is refused."""
@@ -171,36 +165,12 @@ class MixtralServer:
         if path not in ("/health", "/ping"):
             return None
 
-        async def handler(call: Call, deadline: float) -> Reply:
+        async def handler(call: Call) -> Reply:
             body = self.health() if path == "/health" else {"status": self._status}
-            return Reply(body, status=503 if self._is_draining else 200)
+            return JsonReply(body, status=503 if self._is_draining else 200)
 
         return "GET", handler
 
-    async def _show(self, call: Call, deadline: float) -> Reply:
+    async def _show(self, call: Call) -> Reply:
         # Also while draining, which somebody may want to watch.
-        return Reply(text=self.metrics.text(self._status), media_type=metrics.CONTENT_TYPE)
-
-
-async def _known_failures(chunks: Chunks, request_id: str) -> Chunks:
-    """First an empty mark, once the first chunk is ready; then the chunks.
-
-    Whoever has taken the mark holds a generator that has begun, so that closing it closes `chunks`
-    too. Failures are raised as `ServeError`s.
-    """
-    try:
-        async with aclosing(chunks):
-            first = await anext(chunks)
-            yield {}
-            yield first
-            async for chunk in chunks:
-                yield chunk
-    except ServeError:
-        raise
-    except Exception as error:
-        raise known(error, request_id) from error
-
-
-async def _nothing() -> Chunks:
-    return
-    yield {}
+        return TextReply(self.metrics.text(self._status), metrics.CONTENT_TYPE)

@@ -18,7 +18,7 @@ import serve_app
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import InvalidRequest, ModelLoadFailed
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import Call, JsonReply
 
 if TYPE_CHECKING:
     from serve_app.model.quantization import Quantization
@@ -148,7 +148,7 @@ async def _tokens_per_s(server: MixtralServer, size: int) -> float:
 async def _ask(server: MixtralServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
     body = {"max_tokens": NUM_TOKENS, **body}
     reply = await server.answer(Call("POST", path, body, "trial"))
-    assert reply.body is not None
+    assert isinstance(reply, JsonReply)
     return reply.body
 
 

@@ -10,14 +10,13 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 from serve_app.errors import EngineDead, InternalError, QueueFull, ServeError
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import Call, ReplyItem
 
 log = logging.getLogger(__name__)
 
-Forward = Callable[[Call], AsyncGenerator[dict[str, Any], None]]
-"""Hands a call to the model. Items: `{"status", "stream", "headers"}`, then `{"chunk"}`s, or
-`{"progress"}`s and one `{"body"}`; a failure is `{"status", "error"}`. Closing the generator
-cancels the request. Raises `EngineDead` where the model is gone."""
+Forward = Callable[[Call], AsyncGenerator[ReplyItem, None]]
+"""Hands a call to the model. Closing the generator cancels the request. Raises `EngineDead` where
+the model is gone."""
 
 GRACE_S = 10.0
 """How much later than the deployment this door ends a request, should no replica do it."""
@@ -37,7 +36,7 @@ class Line:
         self._open: set[asyncio.Timeout] = set()
         self._is_cut = False
 
-    async def __call__(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+    async def __call__(self, call: Call) -> AsyncGenerator[ReplyItem, None]:
         from ray.exceptions import RayError
         from ray.serve.exceptions import RayServeException
 

@@ -1,38 +1,118 @@
-"""The one shape in which both doors hand a request to the server, and hear its answer.
+"""One request to one route, and the reply to it, in the form that every endpoint uses.
 
-Knows no HTTP library and no job: a method, a path, a JSON value; a status and JSON values back.
+An endpoint (HTTP, RunPod jobs) builds a `Call` and gets a `Reply`. Where the endpoint is another
+process than the model, `MixtralServer.call` sends the reply as a sequence of `ReplyItem`s.
 """
 
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict, final
+
+from serve_app.errors import ErrorBody
+
+JsonObject = dict[str, Any]
+"""A JSON object as Python values."""
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request to one route of door 1, whichever door it came through."""
+    """One request to one route."""
 
     method: str
     path: str
     body: Any
-    """The parsed JSON value; None where there was no body."""
+    """The parsed JSON value; None where the request has no body."""
     request_id: str
-    """Made by us. Logged and echoed, never used as a key."""
+    """Made by this package. Logged and returned to the client, never used as a key."""
+    arrived: float = field(default_factory=time.monotonic)
+    """When this process had the whole request, on the clock of `time.monotonic`, in seconds."""
+
+
+@final
+class Progress(TypedDict):
+    """How much of a list of prompts is done."""
+
+    progress: int
+    """Percent."""
+    message: str
+    """For example "4 of 10 done"."""
+
+
+@final
+class ChunkItem(TypedDict):
+    """One response chunk of a stream, as a JSON object that is not encoded yet."""
+
+    chunk: JsonObject
+
+
+@final
+class ProgressItem(TypedDict):
+    """How far a list of prompts is, sent after each prompt that ends."""
+
+    progress: Progress
+
+
+@final
+class BodyItem(TypedDict):
+    """The whole body of a reply that is not streamed. The last item."""
+
+    status: int
+    """The HTTP status."""
+    body: JsonObject | str
+
+
+@final
+class ErrorItem(TypedDict):
+    """Why the call failed, at its beginning or after some chunks. The last item."""
+
+    status: int
+    """The HTTP status."""
+    error: ErrorBody
+
+
+ReplyItem = ChunkItem | ProgressItem | BodyItem | ErrorItem
+"""What crosses Ray. A stream is `ChunkItem`s, the last of which says why the answer ended; any
+other reply is `ProgressItem`s and one `BodyItem`. An `ErrorItem` may take the place of any item,
+and nothing follows it. Keys tell the items apart."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
-    """The answer to a `Call`: one JSON object, a text, a body to come, or chunks as they come."""
+class JsonReply:
+    """One JSON object."""
 
-    body: dict[str, Any] | None = None
-    text: str | None = None
-    """Of `media_type`, instead of a body."""
-    steps: AsyncGenerator[dict[str, Any], None] | None = None
-    """`{"progress": {"progress", "message"}}` again and again, then `{"body"}`: an answer that is
-    long in coming. Whoever takes a reply with steps closes them, which cancels the request."""
-    chunks: AsyncGenerator[dict[str, Any], None] | None = None
-    """Chunk dicts, without `[DONE]`. Whoever takes a reply with chunks closes them: closing
-    is what cancels the request. A failure raises out of the iteration as a `ServeError`."""
+    body: JsonObject
     status: int = 200
-    media_type: str = "application/json"
-    headers: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TextReply:
+    """One text, such as the metrics."""
+
+    text: str
+    media_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class StreamReply:
+    """A streamed answer, whose first response chunk is ready.
+
+    The receiver must close `rest`, on every way out: closing cancels the request. Iterating `rest`
+    raises what makes the answer fail.
+    """
+
+    first: JsonObject
+    rest: AsyncGenerator[JsonObject, None]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReply:
+    """The results of a list of prompts: progress as prompts end, then the body.
+
+    The receiver must close `items`, on every way out: closing cancels the request.
+    """
+
+    items: AsyncGenerator[ProgressItem | BodyItem, None]
+
+
+Reply = JsonReply | TextReply | StreamReply | BatchReply

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.answer import Generation, Head
+from serve_app.protocol.call import Progress
 from serve_app.protocol.fields import Sampling, usage, used_fields
 from serve_app.protocol.messages import Conversation, Message
 
@@ -101,7 +102,7 @@ def batch(body: Any) -> Batch | None:
     return Batch(listed, shared)
 
 
-def progress(num_done: int, total: int) -> dict[str, Any]:
+def progress(num_done: int, total: int) -> Progress:
     """How far a batch is: `{"progress": percent, "message": "4 of 10 done"}`."""
     return {"progress": num_done * 100 // total, "message": f"{num_done} of {total} done"}
 

@@ -4,6 +4,7 @@ Both doors use them: HTTP writes the bytes to the socket, RunPod's OpenAI gatewa
 text.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -17,7 +18,7 @@ _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u008
 MEDIA_TYPE = "text/event-stream"
 
 
-def event(chunk: dict[str, Any]) -> bytes:
+def event(chunk: Mapping[str, Any]) -> bytes:
     """One chunk (or error body) as one event; the JSON is one line in UTF-8, so the event is too.
 
     Raises `TypeError` for what JSON does not have, lone surrogates too, save that NaN and Infinity

@@ -4,12 +4,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from types import TracebackType
-from typing import Any, Self
+from typing import Generic, Self, TypeVar
 
-Item = dict[str, Any]
+Item = TypeVar("Item")
 
 
-class ItemBuffer:
+class ItemBuffer(Generic[Item]):
     """Reads `items` in a task of its own; `take` returns all that came since the last call.
 
         async with ItemBuffer(client(call)) as buffer:

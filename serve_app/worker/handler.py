@@ -13,7 +13,14 @@ from typing import Any
 
 from serve_app.api.metrics import status_text
 from serve_app.api.routes import known
-from serve_app.errors import EngineDead, InternalError, MethodNotAllowed, ServeError, error_body
+from serve_app.errors import (
+    EngineDead,
+    ErrorBody,
+    InternalError,
+    MethodNotAllowed,
+    ServeError,
+    error_body,
+)
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.forward import Forward
@@ -33,7 +40,7 @@ log = logging.getLogger(__name__)
 class _Refused(Exception):
     """The model answered with an error body, which the client gets unchanged."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
+    def __init__(self, body: ErrorBody) -> None:
         super().__init__()
         self.body = body
 
@@ -130,13 +137,12 @@ class Handler:
         async def read() -> Any:
             async with contextlib.aclosing(client(call)) as items:
                 async for item in items:
-                    match item:
-                        case {"error": error}:
-                            raise _refused(error)
-                        case {"body": body}:
-                            return body
-                        case {"progress": update}:
-                            latest[:] = [update]
+                    if "error" in item:
+                        raise _refused(item["error"])
+                    if "body" in item:
+                        return item["body"]
+                    if "progress" in item:
+                        latest[:] = [{**item["progress"]}]
             raise InternalError("The answer ended before it was whole; send the request again.")
 
         async def update() -> None:
@@ -184,19 +190,19 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
                 raise _refused(error)
 
 
-def _refused(body: dict[str, Any]) -> Exception:
+def _refused(body: ErrorBody) -> Exception:
     """The exception for an error body; a dead engine in a living replica is a dead model."""
     error = body["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(body)
 
 
-def _error_body(error: Exception, request_id: str) -> dict[str, Any]:
+def _error_body(error: Exception, request_id: str) -> ErrorBody:
     if isinstance(error, _Refused):
         return error.body
     return error_body(known(error, request_id), request_id)
 
 
-async def _failed(request: JobRequest | None, body: dict[str, Any], posts: Posts) -> Result:
+async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> Result:
     """The result of a job that fails with the error body `body`.
 
     A stream gets the error as its last chunk, because RunPod's clients do not show a job's error.

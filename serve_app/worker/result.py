@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from serve_app.errors import InternalError, ResultTooLarge, error_body, job_error
+from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body, job_error
 from serve_app.worker.job import new_request_id
 
 log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class Result:
         return cls(b"[%b]" % b",".join(values))
 
     @classmethod
-    def of_error(cls, body: dict[str, Any]) -> Self:
+    def of_error(cls, body: ErrorBody) -> Self:
         """The result of a job that fails with the error body `body`.
 
         Its output repeats `status`, `retry` and `message`: RunPod's Python client shows a job's

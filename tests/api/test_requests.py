@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from serve_app.api.ingress import create_app
-from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
 from tests.api.conftest import Door
 
 
@@ -45,13 +45,13 @@ def test_what_json_does_not_have_is_an_error(
     """A NaN in an answer, or half a character in a chunk, is one error in the one shape."""
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        yield {"token": "\ud83d"}
+        yield {"token": "never sent"}
 
     async def whole(call: Call) -> Reply:
-        return Reply({"token": float("nan")})
+        return JsonReply({"token": float("nan")})
 
     async def streamed(call: Call) -> Reply:
-        return Reply(chunks=chunks())
+        return StreamReply({"token": "\ud83d"}, chunks())
 
     monkeypatch.setattr(door.server, "answer", whole)
     response = http.post("/prompt", json={"prompt": "a"})

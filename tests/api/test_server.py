@@ -28,11 +28,9 @@ def test_a_refusal_of_the_engine_keeps_its_kind() -> None:
 def test_a_failure_in_the_middle_is_the_last_item() -> None:
     """After the chunks that were sent, one error; an unforeseen one is told without its text."""
     engine = FakeEngine(error=RuntimeError("secret"))
-    first, *middle, last = asyncio.run(
-        items(server(engine), "/prompt", {"prompt": "a", "stream": True})
-    )
-    assert first["status"] == 200
-    assert all("chunk" in item for item in middle)
+    *sent, last = asyncio.run(items(server(engine), "/prompt", {"prompt": "a", "stream": True}))
+    assert sent
+    assert all("chunk" in item for item in sent)
     assert (last["status"], last["error"]["error"]["code"]) == (500, "internal_error")
     assert "secret" not in str(last)
 
@@ -122,18 +120,15 @@ def test_cancelling_an_answer_frees_the_engine(path: str, body: Any) -> None:
     asyncio.run(leave())
 
 
-@pytest.mark.parametrize("num_items", [1, 2])
-def test_closing_a_batch_frees_the_engine(num_items: int) -> None:
-    """A batch job that is stopped at once, or after its first item, leaves nothing running."""
+def test_closing_a_batch_frees_the_engine() -> None:
+    """A batch job that is stopped after its first item leaves nothing running."""
     engine = FakeEngine(is_endless=True)
 
     async def leave() -> None:
         body = {"prompts": [{"wrong": 1}, "a", "b"]}
         call = server(engine).call("POST", "/prompt", body, "r1")
-        for _ in range(num_items):
-            await anext(call)
-        if num_items > 1:
-            assert await asyncio.to_thread(engine.begun.wait, 10)
+        await anext(call)
+        assert await asyncio.to_thread(engine.begun.wait, 10)
         await call.aclose()
         assert engine.num_running == 0
 
@@ -151,8 +146,9 @@ def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
         (refused,) = await items(one, "/prompt", {"prompt": "a"})
         assert (refused["status"], refused["error"]["error"]["code"]) == (503, "draining")
         ping = [item async for item in one.call("GET", "/ping", None, "r2")]
-        assert (ping[0]["status"], ping[1]["body"]) == (503, {"status": "draining"})
-        assert [item async for item in running][-1]["chunk"]["finish_reason"] == "stop"
+        assert ping == [{"status": 503, "body": {"status": "draining"}}]
+        last: Any = [item async for item in running][-1]
+        assert last["chunk"]["finish_reason"] == "stop"
 
     asyncio.run(drain())
 

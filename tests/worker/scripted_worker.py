@@ -35,7 +35,7 @@ loops: list[JobLoop] = []
 num_flaky = itertools.count()
 
 
-async def model(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+async def model(call: Call) -> AsyncGenerator[Any, None]:
     """Streams the tokens `0 `, `1 `, ... one every millisecond."""
     print("call", call.request_id, flush=True)
     try:
@@ -47,13 +47,12 @@ async def model(call: Call) -> AsyncGenerator[dict[str, Any], None]:
             error = InvalidRequest("The prompt is refused.", param="prompt")
             yield {"status": 400, "error": error_body(error, call.request_id)}
             return
-        yield {"status": 200, "stream": is_stream, "headers": {}}
         if order == "end":
             loops[0].end(int(number))
         if order == "mute":
             await asyncio.Event().wait()
         if not is_stream:
-            yield {"body": {"text": _text(order, number, call.body["prompt"])}}
+            yield {"status": 200, "body": {"text": _text(order, number, call.body["prompt"])}}
             return
         for token in _tokens(order, number):
             yield {"chunk": {"token": token, "finished": False}}

@@ -108,7 +108,7 @@ def test_leaving_closes_the_source() -> None:
     assert asyncio.run(scenario(is_cancelled=True))
 
 
-async def rest(buffer: ItemBuffer) -> list[dict[str, Any]]:
+async def rest(buffer: ItemBuffer[Any]) -> list[dict[str, Any]]:
     """All items up to the end."""
     seen: list[dict[str, Any]] = []
     while not buffer.is_over:

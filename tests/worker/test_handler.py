@@ -27,7 +27,7 @@ class Model:
         self.calls: list[Call] = []
         self.num_closed = 0
 
-    async def __call__(self, call: Call) -> AsyncGenerator[dict[str, Any], None]:
+    async def __call__(self, call: Call) -> AsyncGenerator[Any, None]:
         self.calls.append(call)
         try:
             for item in self.scripts.pop(0):
@@ -80,15 +80,13 @@ def error_of(values: list[Any]) -> dict[str, Any]:
     return error
 
 
-HEAD = {"status": 200, "stream": False, "headers": {}}
-STREAM = {"status": 200, "stream": True, "headers": {}}
-TOKENS: Items = [STREAM, *({"chunk": {"token": t, "finished": False}} for t in "abc")]
+TOKENS: Items = [{"chunk": {"token": t, "finished": False}} for t in "abc"]
 LAST = {"token": "", "finished": True, "finish_reason": "stop", "usage": {"total_tokens": 4}}
 
 
 def test_a_plain_answer_is_one_value(handler_of: Callable[..., Handler]) -> None:
     """Whatever is not a stream is yielded once, as the dict that HTTP would send."""
-    model = Model([HEAD, {"body": {"text": "5"}}])
+    model = Model([{"status": 200, "body": {"text": "5"}}])
     assert run(handler_of(model), {"prompt": "2 + 3"}) == [{"text": "5"}]
     assert model.calls[0].path == "/prompt"
     assert model.num_closed == 1
@@ -104,7 +102,7 @@ def test_a_plain_stream_is_chunk_dicts(handler_of: Callable[..., Handler]) -> No
 def test_the_gateways_stream_is_sse_text_with_done(handler_of: Callable[..., Handler]) -> None:
     """RunPod's gateway passes strings on as they are, so they are whole events."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "ab"]
-    model = Model([STREAM, *({"chunk": chunk} for chunk in chunks)])
+    model = Model([{"chunk": chunk} for chunk in chunks])
     given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
     text = "".join(run(handler_of(model), given))
     events = text.split("\n\n")
@@ -116,7 +114,7 @@ def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]
     """What comes while the first post is under way, [DONE] too, costs one post in all."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "abc"]
     last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
-    model = Model([STREAM, *({"chunk": chunk} for chunk in [*chunks, last])])
+    model = Model([{"chunk": chunk} for chunk in [*chunks, last]])
     given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
 
     class SlowPosts(RecordedPosts):
@@ -135,7 +133,7 @@ def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]
 def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> None:
     """What the model says about a bad request is what the job's error says, as JSON text."""
     body = error_body(QueueFull("The queue is full."), "req-7")
-    values = run(handler_of(Model([HEAD, {"status": 429, "error": body}])), {"prompt": "x"})
+    values = run(handler_of(Model([{"status": 429, "error": body}])), {"prompt": "x"})
     assert json.loads(values[0]["error"]) == body
     assert error_of(values)["status"] == "OVERLOADED"
 
@@ -176,7 +174,7 @@ def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handl
 def test_a_failure_that_quotes_a_lone_surrogate_is_told(handler_of: Callable[..., Handler]) -> None:
     """An event cannot hold one; raised from here, it would be a traceback at the client."""
     body = error_body(InvalidRequest("There is no route /\ud800."), "req-7")
-    model = Model([HEAD, {"status": 404, "error": body}])
+    model = Model([{"status": 404, "error": body}])
     given = {"openai_route": "/\ud800", "openai_input": {"stream": True}}
     said, error = run(handler_of(model), given)
     assert said.startswith('data: {"error":{"message":"There is no route /')
@@ -189,7 +187,7 @@ def test_a_job_that_sent_nothing_is_tried_once_more(
     """A replica that dies before the first word costs the client nothing, once."""
     monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = EngineDead("gone")
-    once = Model([dead], [HEAD, {"body": {"text": "ok"}}])
+    once = Model([dead], [{"status": 200, "body": {"text": "ok"}}])
     assert run(handler_of(once), {"prompt": "x"}) == [{"text": "ok"}]
     twice = Model([dead], [dead])
     assert error_of(run(handler_of(twice), {"prompt": "x"}))["status"] == "CONNECTION_ERROR"
@@ -204,7 +202,7 @@ def test_a_dead_engine_is_a_dead_model(
     monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = {"status": 503, "error": error_body(EngineDead("The engine has stopped."), "req-7")}
     model = Model(
-        [dead], [STREAM, {"chunk": LAST}] if is_stream else [HEAD, {"body": {"text": ""}}]
+        [dead], [{"chunk": LAST}] if is_stream else [{"status": 200, "body": {"text": ""}}]
     )
     values = run(handler_of(model), {"prompt": "x", "stream": is_stream})
     assert values == [LAST if is_stream else {"text": ""}]
@@ -221,7 +219,7 @@ def test_a_bug_shows_nothing_of_itself(
     handler_of: Callable[..., Handler], caplog: pytest.LogCaptureFixture
 ) -> None:
     """The client gets a request id; the log says where it happened beside the same id."""
-    error = error_of(run(handler_of(Model([HEAD, RuntimeError("/home/secret")])), {"prompt": "x"}))
+    error = error_of(run(handler_of(Model([RuntimeError("/home/secret")])), {"prompt": "x"}))
     assert error["status"] == "UNKNOWN_ERROR"
     assert "secret" not in json.dumps(error)
     assert f"{error['request_id']} failed: RuntimeError in __call__" in caplog.text
@@ -230,7 +228,7 @@ def test_a_bug_shows_nothing_of_itself(
 
 def test_an_answer_that_json_cannot_say_is_an_error(handler_of: Callable[..., Handler]) -> None:
     """The SDK would post it as it is, or not at all, and the job would hang."""
-    model = Model([HEAD, {"body": {"logprob": float("nan")}}])
+    model = Model([{"status": 200, "body": {"logprob": float("nan")}}])
     assert error_of(run(handler_of(model), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"
 
 
@@ -241,7 +239,11 @@ def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Han
     run(cold, {"prompt": "x"})
     failed = {"status": "failed", "load": [], "reason": "No such checkpoint."}
     assert run(cold, {"openai_route": "/health"}) == [failed]
-    warm = handler_of(Model([HEAD, {"body": {"text": ""}}], [HEAD, {"body": {"status": "ready"}}]))
+    warm = handler_of(
+        Model(
+            [{"status": 200, "body": {"text": ""}}], [{"status": 200, "body": {"status": "ready"}}]
+        )
+    )
     run(warm, {"prompt": "x"})
     assert run(warm, {"route": "/health"}) == [{"status": "ready"}]
     posted = error_of(run(cold, {"route": "/health", "method": "POST"}))
@@ -258,7 +260,9 @@ def test_metrics_are_shown_without_starting_the_model(handler_of: Callable[..., 
         (text,) = run(cold, given)
         assert Shown(text).by("status", "status") == {status: 1}
         run(cold, {"prompt": "x"})
-    warm = handler_of(Model([HEAD, {"body": {"text": ""}}], [HEAD, {"body": "# A text.\n"}]))
+    warm = handler_of(
+        Model([{"status": 200, "body": {"text": ""}}], [{"status": 200, "body": "# A text.\n"}])
+    )
     run(warm, {"prompt": "x"})
     assert run(warm, {"endpoint": "/metrics"}) == ["# A text.\n"]
     posted = error_of(run(cold, {"route": "/metrics", "method": "POST"}))
@@ -270,7 +274,7 @@ def test_waiting_jobs_hear_that_the_model_loads(
 ) -> None:
     """The first update says loading and which phases are done."""
     (tmp_path / "load.jsonl").write_text('{"phase": "read", "state": "started", "at": 1}\n')
-    posts = posts_of(handler_of(Model([HEAD, {"body": {}}])), {"prompt": "x"})
+    posts = posts_of(handler_of(Model([{"status": 200, "body": {}}])), {"prompt": "x"})
     assert posts.updates[0] == {"status": "loading", "load": [], "phase": "read"}
 
 
@@ -278,12 +282,11 @@ def test_a_batch_job_hears_how_far_it_is(handler_of: Callable[..., Handler]) -> 
     """The newest news, at the interval, and the result after it."""
     updates = [{"progress": done * 10, "message": f"{done} of 10 done"} for done in range(1, 11)]
 
-    async def batch(call: Call) -> AsyncGenerator[dict[str, Any], None]:
-        yield HEAD
+    async def batch(call: Call) -> AsyncGenerator[Any, None]:
         for update in updates:
             yield {"progress": update}
             await asyncio.sleep(0.05)
-        yield {"body": {"results": [], "total_processed": 0}}
+        yield {"status": 200, "body": {"results": [], "total_processed": 0}}
 
     whole = [{"results": [], "total_processed": 0}]
     posts = posts_of(handler_of(batch), {"prompts": ["x"]})
@@ -300,9 +303,9 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Hand
     async def scenario() -> None:
         started, closed = asyncio.Event(), asyncio.Event()
 
-        async def endless(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+        async def endless(call: Call) -> AsyncGenerator[Any, None]:
             try:
-                yield STREAM
+                yield TOKENS[0]
                 started.set()
                 await asyncio.Event().wait()
             finally:
@@ -325,4 +328,4 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Hand
 
 def test_an_answer_without_a_body_is_an_error(handler_of: Callable[..., Handler]) -> None:
     """A model that goes away in silence fails the job; it does not complete it with nothing."""
-    assert error_of(run(handler_of(Model([HEAD])), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"
+    assert error_of(run(handler_of(Model([])), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"

@@ -12,7 +12,7 @@ from serve_app.protocol.call import Call
 from serve_app.worker.supervisor import StartupSupervisor
 
 
-async def echo(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+async def echo(call: Call) -> AsyncGenerator[Any, None]:
     yield {"body": call.body}
 
 
@@ -148,7 +148,7 @@ class Life:
         await self.supervisor.wait_for_death(client)
 
 
-def other(call: Call) -> AsyncGenerator[dict[str, Any], None]:
+def other(call: Call) -> AsyncGenerator[Any, None]:
     return echo(call)
 
 

@@ -1,13 +1,12 @@
 """The tiny model through our own server: what four bits cost it."""
 
 import asyncio
-from typing import Any
 
 import pytest
 
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
-from serve_app.protocol.call import Call
+from tests.fakes import answer
 from tools.tiny.corpus import held_out
 
 MAX_TOKENS = 64
@@ -19,11 +18,9 @@ def score(config: str) -> int:
     body = {"prompts": list(questions), "temperature": 0, "max_tokens": MAX_TOKENS}
     server = MixtralServer(Settings.from_yaml(config))
     try:
-        reply = asyncio.run(server.answer(Call("POST", "/prompt", body, "exam")))
+        results = asyncio.run(answer(server, "/prompt", body))["results"]
     finally:
         server.close()
-    assert reply.body is not None
-    results: list[dict[str, Any]] = reply.body["results"]
     return sum(
         result["text"] == answer and result["finish_reason"] == "stop"
         for result, answer in zip(results, answers, strict=True)

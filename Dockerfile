@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# One image for every door: RunPod jobs (default), RunPod load balancing and plain HTTP.
+# One image for every endpoint: RunPod jobs (default), RunPod load balancing and plain HTTP.
 #
 #   docker build -t mixtral-serve .
 #
@@ -26,19 +26,12 @@ RUN apt-get update \
 RUN useradd --create-home --uid 1000 serve
 WORKDIR /app
 
-# Dependencies first, from the same pins as everywhere: a change of our code rebuilds no layer here.
-COPY pyproject.toml README.md LICENSE ./
-RUN mkdir serve_app \
-    && printf '__version__ = "0"\n' > serve_app/__init__.py \
-    && touch runpod_entry.py \
-    && if [ -n "$TORCH_INDEX_URL" ]; then \
-         torch="$(sed -n 's/^ *"\(torch==[^"]*\)",$/\1/p' pyproject.toml)" \
-         && pip install --no-cache-dir --index-url "$TORCH_INDEX_URL" "$torch"; \
-       fi \
-    && pip install --no-cache-dir . \
-    && pip uninstall --yes mixtral-serve \
-    && rm -rf serve_app runpod_entry.py build *.egg-info
+# Dependencies first, from the same lock as everywhere: a change of our code rebuilds no layer here.
+# A build of torch from TORCH_INDEX_URL has a local version, such as 2.13.0+cu126, which pip prefers.
+COPY requirements.txt ./
+RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements.txt
 
+COPY pyproject.toml README.md LICENSE ./
 COPY serve_app serve_app
 COPY runpod_entry.py ./
 COPY configs configs

@@ -5,7 +5,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
-CONFIG ?= configs/tiny.yaml
+CONFIG ?= tiny
 
 .PHONY: install install-dev lock run check test faults format clean
 
@@ -42,8 +42,7 @@ COMPILE = $(UV) pip compile --quiet pyproject.toml --universal --python-version 
   --annotation-style line --custom-compile-command 'make lock'
 
 run: install
-	$(PYTHON) -m serve_app.check $(CONFIG)
-	$(VENV)/bin/serve run $(CONFIG)
+	@$(VENV)/bin/mixtral-serve run $(CONFIG)
 
 check: install-dev
 	$(VENV)/bin/ruff check .

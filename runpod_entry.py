@@ -53,10 +53,10 @@ def _start(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
-    options, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
+    given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
 
     entry = EntrySettings.from_environment()
-    job = local.find(options.test_input, entry)
+    job = local.find(given.test_input, entry)
     takes_jobs = entry.runpod_serverless and entry.runpod_webhook_get_job is not None
     if job is None and entry.runpod_serverless and not takes_jobs:
         raise ConfigError(
@@ -66,8 +66,11 @@ def _start(arguments: list[str]) -> int:
         )
     if takes_jobs:  # until the SDK's own handler, which lets running jobs finish
         signal.signal(signal.SIGTERM, _end_before_jobs)
-    # First of all: the load balancer hears of a start that takes long, such as asking the hub.
-    door = http.Door(entry) if job is None and not entry.runpod_serverless else None
+    endpoint: http.HttpEndpoint | None = None
+    if job is None and not entry.runpod_serverless:
+        # Before the check, which may ask the hub: PORT_HEALTH answers from the first moment.
+        options = {"host": "0.0.0.0", "port": entry.port}
+        endpoint = http.HttpEndpoint(options, entry.port_health)
     checked: list[str] = []
     failure: ModelLoadFailed | None = None
     try:
@@ -81,10 +84,10 @@ def _start(arguments: list[str]) -> int:
     settings = Settings.from_yaml(entry.serve_config)
     if job is not None:
         return local.run(settings, entry.serve_config, job)
-    if door is not None:
+    if endpoint is not None:
         if (problem := fitness.first_problem(fitness.checks(settings, None))) is not None:
             raise problem
-        return http.run(settings, entry, checked, door)
+        return http.run(settings, entry.serve_config, checked, endpoint)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry, checked, failure)

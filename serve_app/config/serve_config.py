@@ -12,15 +12,23 @@ class ConfigError(ValueError):
 
 def application(path: str | Path) -> dict[str, Any]:
     """Returns `applications[0]` of a Serve config. Raises `ConfigError` with the file's name."""
+    match _document(path):
+        case {"applications": [dict(first), *_]}:
+            return first
+    raise ConfigError(f"{path}: needs `applications:` with one application in it.")
+
+
+def http_options(path: str | Path) -> dict[str, Any]:
+    """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`."""
+    return {"host": "0.0.0.0", "port": 8000} | (_document(path).get("http_options") or {})
+
+
+def _document(path: str | Path) -> Any:
     try:
-        document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}: is not valid YAML{line}.") from None
-    match document:
-        case {"applications": [dict(first), *_]}:
-            return first
-    raise ConfigError(f"{path}: needs `applications:` with one application in it.")

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serve_app.config import environment
@@ -25,7 +25,14 @@ from serve_app.config.sections import (
 )
 from serve_app.config.serve_config import ConfigError, application
 
-__all__ = ["ConfigError", "EntrySettings", "Settings", "application", "unused_names"]
+__all__ = [
+    "ClientSettings",
+    "ConfigError",
+    "EntrySettings",
+    "Settings",
+    "application",
+    "unused_names",
+]
 
 PREFIX = "MIXTRAL_"
 
@@ -123,6 +130,25 @@ class EntrySettings(BaseSettings):
             return cls()
         except ValidationError as error:
             raise ConfigError(f"The environment: {_first_error(error)}") from None
+
+
+class ClientSettings(BaseSettings):
+    """What `mixtral-serve chat` reads from the environment."""
+
+    model_config = SettingsConfigDict(
+        frozen=True, extra="ignore", env_ignore_empty=True, use_attribute_docstrings=True
+    )
+
+    api_keys: SecretStr | None = None
+    """Accepted API keys of a server on this machine, comma separated."""
+    openai_api_key: SecretStr | None = None
+    """The name that OpenAI's own client reads."""
+
+    @property
+    def api_key(self) -> str | None:
+        """The key to send: OPENAI_API_KEY, else the first of API_KEYS, else none."""
+        chosen = self.openai_api_key or self.api_keys
+        return chosen.get_secret_value().split(",")[0].strip() if chosen else None
 
 
 class _FamiliarNames(PydanticBaseSettingsSource):

@@ -17,7 +17,7 @@ from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
 from serve_app.machine import processes
 from serve_app.node import phases, ray_node
-from serve_app.node.forward import Forward, Line
+from serve_app.node.client import DeploymentClient, Forward
 
 if TYPE_CHECKING:
     import psutil
@@ -41,7 +41,7 @@ class Cluster:
         self._settings = with_load_log(settings)
         self._config = config
         self._process_s = process_s
-        self._line: Line | None = None
+        self._client: DeploymentClient | None = None
         self._vital: dict[str, psutil.Process] = {}
 
     async def start(self) -> Forward:
@@ -70,8 +70,8 @@ class Cluster:
         # Of several, the others go on while Serve replaces one.
         if len(replicas) == 1 and not _may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
-        self._line = Line(handle, self._settings.api.request_timeout_s)
-        return self._line
+        self._client = DeploymentClient(handle, self._settings.api.request_timeout_s)
+        return self._client
 
     async def watch(self) -> str:
         """Returns when a process has died that the model cannot do without: its name."""
@@ -83,8 +83,8 @@ class Cluster:
 
     async def stop(self) -> None:
         """Ends the calls that still run, and kills what is left of Ray."""
-        if self._line is not None:
-            self._line.cut()
+        if self._client is not None:
+            self._client.close()
         async with asyncio.timeout(STOP_S):
             await ray_node.in_thread(ray_node.kill)
 
@@ -111,15 +111,15 @@ def _may_be_several(config: str | Path) -> bool:
     return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
 
 
-def serve_http(settings: Settings, config: str | Path, port: int) -> Any:
-    """Starts the same deployment behind an HTTP proxy on 0.0.0.0:`port`; its handle."""
+def serve_http(settings: Settings, config: str | Path, http_options: dict[str, Any]) -> Any:
+    """Starts the deployment behind Serve's HTTP proxy with these `http_options`; its handle."""
     load_log = _begin(settings, None)
     with load_log.phase(Phase.RAY):
         with ray_node.signals_kept():
             ray_node.start()
         # From here on signals are the caller's: the model may take minutes to load.
         with ray_node.signals_kept():
-            ray_node.start_serve({"host": "0.0.0.0", "port": port})
+            ray_node.start_serve(http_options)
     with ray_node.signals_kept():
         return deploy(settings, config, "/")
 

@@ -28,10 +28,11 @@ Health = Callable[[], dict[str, Any]]
 """What `/health` tells; its "status" decides what `/ping` answers."""
 
 
-def listen(name: str, port: int) -> socket.socket:
-    """A socket on 0.0.0.0:`port`; raises `ConfigError`, which blames the variable `name`."""
+def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
+    """A socket on `host`:`port`; raises a `ConfigError` that names the setting `name`."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server(("0.0.0.0", port))
+        return socket.create_server((host, port), family=family)
     except OSError as error:
         raise ConfigError(
             f"{name}: nothing can listen on port {port} ({error.strerror}); choose another one."

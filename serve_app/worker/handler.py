@@ -23,7 +23,7 @@ from serve_app.errors import (
 )
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
-from serve_app.node.forward import Forward
+from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
 from serve_app.protocol.sse import DONE, event
 from serve_app.worker import progress

@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable
 from typing import Literal
 
 from serve_app.errors import EngineDead, ModelLoadFailed, ServeError
-from serve_app.node.forward import Forward
+from serve_app.node.client import Forward
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from serve_app.cold_start.killed import MemoryBefore
 from serve_app.cold_start.load_records import KILLED
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
-from serve_app.node import cluster, forward, ray_node
+from serve_app.node import client, cluster, ray_node
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
@@ -82,7 +82,7 @@ def test_keys_that_this_door_ignores_are_named(caplog: pytest.LogCaptureFixture)
 )
 def test_rays_errors_are_told_by_their_kind(error: Exception, kind: type[ServeError]) -> None:
     """A dead process can be retried elsewhere; a bug cannot; neither shows Ray's own text."""
-    known = forward.as_serve_error(error)
+    known = client.from_ray(error)
     assert type(known) is kind
     assert "Traceback" not in known.message
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import EngineDead, InvalidRequest, error_body
-from serve_app.node.forward import Forward
+from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker import posts
 from serve_app.worker.handler import Handler

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull, error_body
-from serve_app.node.forward import Forward
+from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker.handler import Handler
 from serve_app.worker.supervisor import StartupSupervisor

@@ -41,7 +41,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
             stderr=subprocess.STDOUT,
         )
     try:
-        until(lambda: f"Serving HTTP on port {port}" in (home / "log").read_text())
+        until(lambda: f"Serving HTTP on http://127.0.0.1:{port}" in (home / "log").read_text())
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
     finally:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from serve_app.errors import EngineDead, ModelLoadFailed
-from serve_app.node.forward import Forward
+from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker.supervisor import StartupSupervisor
 

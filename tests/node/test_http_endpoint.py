@@ -1,4 +1,4 @@
-"""The HTTP door's own idea of how far it is, beside a server that a test plays."""
+"""The state of the HTTP endpoint, with a test's own server in the place of Serve's proxy."""
 
 import signal
 import socket
@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.config.settings import ConfigError, EntrySettings
+from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
 from serve_app.node import http
-from serve_app.node.http import Door
+from serve_app.node.http import HttpEndpoint
 from tests.worker.conftest import until
 
 
@@ -46,44 +46,49 @@ def server() -> Iterator[Server]:
 
 
 @pytest.fixture
-def door(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Door]:
-    monkeypatch.setattr(http, "LOOK_S", 0.02)
+def endpoint(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server
+) -> Iterator[HttpEndpoint]:
+    monkeypatch.setattr(http, "PING_INTERVAL_S", 0.02)
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    door = Door(EntrySettings(port=0))
-    door.is_serving = True
-    door.load_log = str(tmp_path / "load.jsonl")
-    yield door
+    endpoint = HttpEndpoint({"host": "0.0.0.0", "port": 0})
+    endpoint.http_options["port"] = server.port
+    endpoint.is_serving = True
+    endpoint.load_log = str(tmp_path / "load.jsonl")
+    yield endpoint
     for number, handler in kept.items():
         signal.signal(number, handler)
 
 
-def test_ready_is_what_answers(door: Door, server: Server) -> None:
+def test_ready_is_what_answers(endpoint: HttpEndpoint, server: Server) -> None:
     """A deployment that stops answering is loading again, until it answers or is told to stop."""
-    watching = threading.Thread(target=door.watch, args=(server.port,))
+    watching = threading.Thread(target=endpoint.watch)
     watching.start()
-    until(lambda: door.status == "ready")
+    until(lambda: endpoint.status == "ready")
     server.status = 503
-    until(lambda: door.status == "loading")
+    until(lambda: endpoint.status == "loading")
     server.status = 200
-    until(lambda: door.status == "ready")
+    until(lambda: endpoint.status == "ready")
     signal.raise_signal(signal.SIGTERM)
     watching.join(30)
-    assert door.status == "draining"
+    assert endpoint.status == "draining"
 
 
-def test_a_load_that_failed_again_is_the_end(door: Door, server: Server, tmp_path: Path) -> None:
+def test_a_load_that_failed_again_is_the_end(
+    endpoint: HttpEndpoint, server: Server, tmp_path: Path
+) -> None:
     """What the new replica wrote down is the cause; without it the server waits for Serve."""
     server.status = 503
     (tmp_path / "load.jsonl").write_text(
         '{"phase": "read", "state": "failed", "error": "File cut off.", "retry": false}\n'
     )
     with pytest.raises(ModelLoadFailed, match=r"File cut off\."):
-        door.watch(server.port)
+        endpoint.watch()
 
 
-def test_a_stop_before_anything_serves_is_the_end(door: Door) -> None:
+def test_a_stop_before_anything_serves_is_the_end(endpoint: HttpEndpoint) -> None:
     """Exit code 0, at once: nobody is being answered."""
-    door.is_serving = False
+    endpoint.is_serving = False
     with pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 0
@@ -93,6 +98,13 @@ def test_a_stop_before_anything_serves_is_the_end(door: Door) -> None:
 def test_a_port_that_is_taken_is_named(server: Server, name: str) -> None:
     """Before anything is loaded, and by the variable that must change."""
     with socket.create_server(("0.0.0.0", 0)) as taken:
-        ports = {"port": 0, name: taken.getsockname()[1]}
+        ports = {"port": 0, "port_health": None, name: taken.getsockname()[1]}
         with pytest.raises(ConfigError, match=f"{name.upper()}: nothing can listen"):
-            Door(EntrySettings(**ports))
+            HttpEndpoint({"host": "0.0.0.0", "port": ports["port"]}, ports["port_health"])
+
+
+def test_a_second_ctrl_c_does_not_wait(endpoint: HttpEndpoint) -> None:
+    """The first one lets running requests finish, the second one ends the server."""
+    signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)

@@ -1,0 +1,130 @@
+"""`mixtral-serve chat`: a conversation with a running server, in the terminal.
+
+Every turn sends the whole conversation to `/v1/chat/completions` and prints the answer as it
+streams. /reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+
+HELP = "Ctrl-C stops an answer, /reset starts anew, Ctrl-D leaves."
+TIMEOUT = httpx.Timeout(10, read=None)
+"""Seconds; a queued request may wait long for its first token."""
+PREFIX = "data: "
+END = "[DONE]"
+
+
+class ChatError(Exception):
+    """The server refused a request, or cannot be reached; the message is one sentence."""
+
+
+class Chat:
+    """One conversation. `messages` holds the turns so far, in OpenAI's form."""
+
+    def __init__(self, url: str, key: str | None, model: str | None, system: str | None) -> None:
+        """`model` None is the first one that the server lists, `key` None sends no key."""
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        self._model = model
+        self._system = system
+        self.messages: list[dict[str, str]] = []
+        self._reset()
+
+    def run(self) -> int:
+        """Reads turns from standard input until its end; the exit code."""
+        import readline  # noqa: F401  # arrow keys and history for input()
+
+        with self._http:
+            try:
+                self._model = self._model or self._first_model()
+            except ChatError as error:
+                print(error, file=sys.stderr)
+                return 1
+            print(f"{self._model} at {self._http.base_url}. {HELP}")
+            while (text := _read()) is not None:
+                if text == "/reset":
+                    self._reset()
+                elif text:
+                    self._turn(text)
+        return 0
+
+    def _reset(self) -> None:
+        system = {"role": "system", "content": self._system or ""}
+        self.messages = [system] if self._system else []
+
+    def _turn(self, text: str) -> None:
+        """Sends `text` and prints the answer. A refused turn leaves the conversation as it was."""
+        self.messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            for piece in self._stream():
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(" [stopped]", end="")
+        except ChatError as error:
+            self.messages.pop()
+            print(error, file=sys.stderr)
+            return
+        print()
+        self.messages.append({"role": "assistant", "content": answer})
+
+    def _stream(self) -> Iterator[str]:
+        """The answer's text, piece by piece; raises `ChatError`."""
+        body = {"model": self._model, "messages": self.messages, "stream": True}
+        try:
+            with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
+                if response.is_error:
+                    response.read()
+                    raise ChatError(_message(response))
+                for line in response.iter_lines():
+                    if line.startswith(PREFIX) and (data := line.removeprefix(PREFIX)) != END:
+                        yield _text(json.loads(data))
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+
+    def _first_model(self) -> str:
+        try:
+            response = self._http.get("/v1/models")
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from None
+        if response.is_error:
+            raise ChatError(_message(response))
+        return str(response.json()["data"][0]["id"])
+
+    def _unreachable(self, error: httpx.HTTPError) -> ChatError:
+        if isinstance(error, httpx.ConnectError):
+            return ChatError(
+                f"No server answers at {self._http.base_url}; start one with `mixtral-serve run`."
+            )
+        return ChatError(f"The connection to {self._http.base_url} broke ({type(error).__name__}).")
+
+
+def _read() -> str | None:
+    """A line from standard input without spaces around it; None at its end."""
+    while True:
+        try:
+            return input("> " if sys.stdin.isatty() else "").strip()
+        except KeyboardInterrupt:
+            print()  # drops what was typed, as a shell does
+        except EOFError:
+            return None
+
+
+def _text(chunk: dict[str, Any]) -> str:
+    """The text in one chunk of a stream; raises `ChatError` for an error in its place."""
+    if "error" in chunk:
+        raise ChatError(chunk["error"]["message"])
+    return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+
+def _message(response: httpx.Response) -> str:
+    """The server's own sentence about a refused request, or its status."""
+    try:
+        return str(response.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"The server answered {response.status_code} {response.reason_phrase}."

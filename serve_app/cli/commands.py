@@ -1,0 +1,133 @@
+"""The subcommands of `mixtral-serve`.
+
+Each imports what it needs when it is called. A `ConfigError` or `ServeError` ends the command
+with its one sentence on standard error and exit code 1; Ctrl-C ends it with exit code 130.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+INTERRUPTED = 130
+"""128 and the number of SIGINT, as shells report it."""
+CONFIG_HELP = "local, runpod, tiny, tiny-nf4, or the path of a YAML file that `serve run` takes."
+
+app = typer.Typer(
+    help="Mixtral 8x7B in 4 bits from one Ray Serve deployment.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+Config = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
+
+
+@app.command()
+def run(config: Config) -> None:
+    """Serve CONFIG over HTTP until SIGTERM or Ctrl-C. Checks it first."""
+    from serve_app.cli import serving
+
+    raise typer.Exit(serving.run(config))
+
+
+@app.command()
+def check(
+    config: Config,
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the model too, try it, and write a report.")
+    ] = False,
+    out: Annotated[Path, typer.Option(help="The report that --load writes.")] = Path(
+        "mixtral-check.json"
+    ),
+) -> None:
+    """Say what CONFIG takes, or what would go wrong. Starts nothing."""
+    from serve_app.check import check
+    from serve_app.config import named
+
+    path = named.find(config)
+    for line in check(path):
+        print(line)
+    if load:
+        from serve_app.api import trial
+        from serve_app.config.settings import Settings
+
+        trial.run(Settings.from_yaml(path), out)
+
+
+@app.command()
+def convert(
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="A folder, or a repository as owner/name.")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder.")],
+    quantization: Annotated[
+        Literal["nf4", "fp4"] | None,
+        typer.Option(help="How to quantise floats; nf4 if not given.", show_default=False),
+    ] = None,
+    absmax: Annotated[
+        Literal["nested", "bfloat16", "float32"] | None,
+        typer.Option(
+            help="How to store scales: 24.5, 25.2 or 26.6 GB for Mixtral 8x7B; bfloat16 if not "
+            "given.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Write the checkpoint SRC in our own 4-bit form, which starts in a quarter of the time.
+
+    SRC may hold floats or bitsandbytes' 4 bits; the latter are kept bit for bit. A conversion
+    that was stopped continues when the same command is run again.
+    """
+    from serve_app.cli import progress
+    from serve_app.model.checkpoint.convert import convert
+    from serve_app.model.checkpoint.fused import Quantization
+    from serve_app.start_plan.hub import find_checkpoint
+
+    wished = None
+    if quantization or absmax:
+        wished = Quantization(quantization or "nf4", absmax or "bfloat16")
+    try:
+        folder = find_checkpoint(source)
+        with progress.files("Converting") as show:
+            convert(folder, destination, wished, show)
+    except KeyboardInterrupt:
+        print("Stopped; the same command continues from here.", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    print(f"{destination}: is complete.")
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    model: Annotated[
+        str | None, typer.Option(help="The first of /v1/models if not given.", show_default=False)
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option(help="A system message.", show_default=False)
+    ] = None,
+) -> None:
+    """Talk to a running server. An API key is read from API_KEYS or OPENAI_API_KEY."""
+    from serve_app.cli.chat import Chat
+    from serve_app.config.settings import ClientSettings
+
+    key = ClientSettings().api_key
+    raise typer.Exit(Chat(url, key, model, system).run())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command `arguments`, by default those of this process; its exit code."""
+    try:
+        app(arguments, prog_name="mixtral-serve")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
+    except Exception as error:
+        from serve_app.config.serve_config import ConfigError
+        from serve_app.errors import ServeError
+
+        if not isinstance(error, ConfigError | ServeError):
+            raise
+        print(error, file=sys.stderr)
+        return 1
+    return 0

@@ -112,6 +112,8 @@ def _read() -> str | None:
         except KeyboardInterrupt:
             print()  # drops what was typed, as a shell does
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # leaves the line of the prompt
             return None
 
 

@@ -1,0 +1,108 @@
+"""`mixtral-serve chat` against the real HTTP app, with a scripted engine."""
+
+import io
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from serve_app.cli.chat import Chat
+from serve_app.cli.commands import main
+from serve_app.errors import OutOfMemory
+from tests.api.conftest import Door
+from tests.fakes import FakeEngine
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """Standard input; a test writes what a user types, and rewinds."""
+    stdin = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    return stdin
+
+
+def type_lines(stdin: io.StringIO, *lines: str) -> None:
+    stdin.write("".join(f"{line}\n" for line in lines))
+    stdin.seek(0)
+
+
+def test_a_turn_prints_the_answer(
+    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The end of the input ends the conversation with exit code 0."""
+    type_lines(typed, "Hi", "")
+    assert main(["chat", "--url", door.url]) == 0
+    first, answer = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"tiny at {door.url}")
+    assert answer == "Hello there."
+
+
+def test_the_conversation_grows_until_reset(door: Door, typed: io.StringIO) -> None:
+    """Every turn sends the earlier ones; the system message outlives /reset."""
+    talk = Chat(door.url, None, None, "Be brief.")
+    type_lines(typed, "One", "/reset", "Two", "Three")
+    talk.run()
+    roles = [message["role"] for message in talk.messages]
+    assert roles == ["system", "user", "assistant", "user", "assistant"]
+    assert [it["content"] for it in talk.messages if it["role"] == "user"] == ["Two", "Three"]
+
+
+def test_a_refused_turn_is_not_part_of_it(
+    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server's sentence is printed, also for a failure inside the stream."""
+    door.serve(FakeEngine(error=OutOfMemory("No memory.")))
+    talk = Chat(door.url, None, None, None)
+    type_lines(typed, "Hi")
+    talk.run()
+    assert talk.messages == []
+    assert "No memory." in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_the_answer_alone(
+    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The server frees the request, what has arrived is kept, and the next turn is read."""
+    engine = door.serve(FakeEngine(is_endless=True))
+    talk = Chat(door.url, None, None, None)
+
+    def interrupt() -> None:
+        engine.begun.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    type_lines(typed, "Tell a story")
+    assert talk.run() == 0
+    thread.join()
+    assert engine.left.wait(30)
+    assert [message["role"] for message in talk.messages] == ["user", "assistant"]
+    assert capsys.readouterr().out.endswith(f"{talk.messages[1]['content']} [stopped]\n")
+
+
+def test_keys_come_from_the_environment(
+    door: Door,
+    typed: io.StringIO,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Without the key the server's refusal is the error; with it the server answers."""
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("API_KEYS", "first,second")
+    door.serve()
+    monkeypatch.delenv("API_KEYS")
+    assert main(["chat", "--url", door.url]) == 1
+    assert "API key" in capsys.readouterr().err
+    monkeypatch.setenv("API_KEYS", "first,second")
+    type_lines(typed, "Hi")
+    assert main(["chat", "--url", door.url]) == 0
+
+
+def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    """It names the address and the command that starts one."""
+    assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
+    assert capsys.readouterr().err == (
+        "No server answers at http://127.0.0.1:9; start one with `mixtral-serve run`.\n"
+    )

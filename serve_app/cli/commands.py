@@ -82,7 +82,7 @@ def convert(
     """
     from serve_app.cli import progress
     from serve_app.model.checkpoint.convert import convert
-    from serve_app.model.checkpoint.fused import Quantization
+    from serve_app.model.quantization import Quantization
     from serve_app.start_plan.hub import find_checkpoint
 
     wished = None

@@ -29,7 +29,7 @@ import yaml
 
 from benchmarks.forms import forget, read_plainly, write_forms
 from benchmarks.machine import describe, publish
-from emulator import client_half
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.worker import ENTRY, Worker
 from serve_app.tiny import CHECKPOINT
@@ -76,7 +76,7 @@ def start_empty() -> float:
 
 
 def _submit(platform: Platform, given: dict[str, Any]) -> Any:
-    headers = {"Authorization": f"Bearer {client_half.KEY}"}
+    headers = {"Authorization": f"Bearer {client_api.KEY}"}
     answer = requests.post(f"{platform.url}/v2/ep/run", json={"input": given}, headers=headers)
     return platform.queue.jobs[answer.json()["id"]]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import requests
 
-from emulator import client_half
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import ENTRY, Worker
 
 CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
-HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}
+HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
 LOOK_S = 0.001
 """Seconds between two looks at a job, which cost little: its record is in this process."""
 

@@ -1,10 +1,10 @@
-"""`python -m emulator [--port 9000]`: the platform, and how to send a worker to it."""
+"""Serves the platform (`python -m emulator [--port 9000]`) and prints how to connect to it."""
 
 import argparse
 
 from aiohttp import web
 
-from emulator import client_half, worker_half
+from emulator import client_api, worker_api
 from emulator.faults import Faults
 from emulator.platform import create_app
 from emulator.queue import Queue
@@ -17,17 +17,17 @@ def main() -> None:
     url = f"http://127.0.0.1:{port}"
 
     print("# A worker, in another terminal:")
-    for name, value in worker_half.environment(url).items():
+    for name, value in worker_api.environment(url).items():
         print(f"export {name}='{value}'")
     print("SERVE_CONFIG=configs/tiny.yaml .venv/bin/python runpod_entry.py\n")
     print("# A client:")
     print(
-        f"curl {url}/v2/ep/runsync -H 'Authorization: Bearer {client_half.KEY}' "
+        f"curl {url}/v2/ep/runsync -H 'Authorization: Bearer {client_api.KEY}' "
         '-H \'Content-Type: application/json\' -d \'{"input": {"prompt": "What is 2 + 3?"}}\'\n'
     )
 
     print("# The examples:")
-    print(f"export RUNPOD_API_KEY={client_half.KEY} RUNPOD_ENDPOINT_ID=ep")
+    print(f"export RUNPOD_API_KEY={client_api.KEY} RUNPOD_ENDPOINT_ID=ep")
     print(f"export RUNPOD_ENDPOINT_BASE_URL={url}/v2")
     print(".venv/bin/python examples/run.py\n", flush=True)
 

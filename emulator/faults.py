@@ -1,12 +1,12 @@
-"""What the platform does wrong when a test tells it to, counted.
+"""Faults that a test injects into the platform's routes, and counts of requests and faults.
 
-    platform.faults.inject("job-done", 500, RESET)     the next result is refused, the one after
-                                                       it loses its connection, then all is well
-    platform.faults.delay_s["job-stream"] = 0.1        every streamed chunk is acknowledged late
+    platform.faults.inject("job-done", 500, RESET)     the next result gets a 500, the connection
+                                                       of the one after it is reset
+    platform.faults.delay_s["job-stream"] = 0.1        every chunk is acknowledged 0.1 s late
 
-A route goes by the name in its URL: `job-take` (a batch too), `job-stop`, `job-done`, `job-stream`,
-`ping`, and the clients' `run`, `runsync`, `status`, `stream`, `cancel`. A progress update, which is
-posted to the result's URL, is `progress`.
+Routes have the names in their URLs: `job-take` (for batches too), `job-stop`, `job-done`,
+`job-stream`, `ping`, and for clients `run`, `runsync`, `status`, `stream`, `cancel`. A progress
+update, which is posted to the URL of results, counts as `progress`.
 """
 
 import asyncio
@@ -23,27 +23,27 @@ from emulator.queue import Job
 
 @dataclass(frozen=True)
 class Fault:
-    """What becomes of one request; an `int` where one is asked for is that status alone."""
+    """How one request is answered. Functions that take a fault take an `int` for a bare status."""
 
     status: int = 200
     body: bytes = b""
     content_type: str = "application/json"
-    is_heard: bool = False
-    """The platform acts on the request before it answers wrongly."""
+    is_processed: bool = False
+    """The platform processes the request before it answers wrongly."""
     is_reset: bool = False
     """The connection is reset (RST) instead of an answer."""
     is_held: bool = False
-    """No answer ever comes; the connection stays open until the worker closes it."""
+    """The platform never answers; the connection stays open until the worker closes it."""
 
 
-IS_LATE = web.RequestKey("is_late", bool)
-"""Set on a request whose acknowledgement comes later than it is acted upon, or never."""
+IS_UNACKNOWLEDGED = web.RequestKey("is_unacknowledged", bool)
+"""Set on a request that is processed before its acknowledgement is sent, or without one."""
 JOB = web.RequestKey("job", Job)
-"""Left by such a request: the job whose terminal body it was."""
+"""Set by such a request to the job whose result it posted."""
 
 RESET = Fault(is_reset=True)
-LOST = Fault(is_heard=True, is_reset=True)
-"""Recorded, but the connection breaks before the acknowledgement."""
+LOST = Fault(is_processed=True, is_reset=True)
+"""The platform has the request; the connection is reset before the acknowledgement."""
 HELD = Fault(is_held=True)
 NOT_JSON = Fault(body=b'{"id": "broken')
 HTML = Fault(body=b"<html>Bad gateway</html>", content_type="text/html")
@@ -51,34 +51,34 @@ HTML = Fault(body=b"<html>Bad gateway</html>", content_type="text/html")
 
 @dataclass
 class Faults:
-    """The faults still to come, and what has happened so far."""
+    """Faults to come, and counts of what has happened."""
 
     delay_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
-    """How late a request is answered, by route; it is acted upon before."""
+    """Seconds between processing a request and answering it, by route."""
     num_requests: Counter[str] = field(default_factory=Counter)
-    """Requests that came, by route, the faulty ones too."""
+    """Requests by route, with those that met a fault."""
     num_faults: Counter[str] = field(default_factory=Counter)
-    """Faults that were met, by route."""
+    """Requests that met a fault, by route."""
     _plans: defaultdict[str, deque[Fault]] = field(default_factory=lambda: defaultdict(deque))
     _constant: dict[str, Fault] = field(default_factory=dict)
 
     def inject(self, route: str, *faults: int | Fault) -> None:
-        """The next requests of `route` meet `faults`, one each."""
+        """Answers the next requests of `route` with `faults`, one each."""
         self._plans[route].extend(_fault(fault) for fault in faults)
 
     def inject_always(self, route: str, fault: int | Fault) -> None:
-        """Every request of `route` meets `fault` until `clear`."""
+        """Answers every request of `route` with `fault` until `clear`."""
         self._constant[route] = _fault(fault)
 
     def clear(self) -> None:
-        """No more faults and delays; the counts stay."""
+        """Ends all faults and delays; keeps the counts."""
         self._plans.clear()
         self._constant.clear()
         self.delay_s.clear()
 
     @property
     def num_planned(self) -> int:
-        """Faults that nobody has met yet."""
+        """Injected faults that no request has met yet."""
         return sum(map(len, self._plans.values()))
 
     def next(self, route: str) -> Fault | None:
@@ -90,38 +90,38 @@ class Faults:
 
 
 def middleware(faults: Faults) -> Middleware:
-    """Lets `faults` happen to the app's requests."""
+    """Applies `faults` to the requests of an app."""
 
     @web.middleware
-    async def happen(request: web.Request, handler: Handler) -> web.StreamResponse:
+    async def apply(request: web.Request, handler: Handler) -> web.StreamResponse:
         route = _route(request)
         fault = faults.next(route)
         if fault is None:
             delay_s = faults.delay_s[route]
             if delay_s == 0:
                 return await handler(request)
-            request[IS_LATE] = True
+            request[IS_UNACKNOWLEDGED] = True
             response = await handler(request)
             await asyncio.sleep(delay_s)
-            is_heard = request.transport is not None and not request.transport.is_closing()
-            if is_heard and (job := request.get(JOB)) is not None:
+            is_processed = request.transport is not None and not request.transport.is_closing()
+            if is_processed and (job := request.get(JOB)) is not None:
                 job.num_results += 1
             return response
         if fault.is_held:
             await asyncio.Event().wait()
-        if fault.is_heard:
-            request[IS_LATE] = fault.is_reset
+        if fault.is_processed:
+            request[IS_UNACKNOWLEDGED] = fault.is_reset
             await handler(request)
         if fault.is_reset:
-            await request.read()  # else the other side may meet the reset while it writes
+            await request.read()  # else the other side may be reset while it still writes
             reset(request)
         return web.Response(status=fault.status, body=fault.body, content_type=fault.content_type)
 
-    return happen
+    return apply
 
 
 def reset(request: web.Request) -> None:
-    """Resets the connection: the other side reads ECONNRESET, no orderly end."""
+    """Resets the connection, so that the other side reads ECONNRESET."""
     transport = request.transport
     if transport is None:
         return

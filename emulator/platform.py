@@ -1,4 +1,4 @@
-"""The platform as one app, and as a thread beside a test."""
+"""The platform: both sides' routes as one aiohttp app, which `Platform` runs in a thread."""
 
 import asyncio
 import contextlib
@@ -9,20 +9,20 @@ from typing import Any, Self, TypeVar
 
 from aiohttp import web
 
-from emulator.client_half import ClientHalf
+from emulator.client_api import ClientApi
 from emulator.faults import Faults, middleware
 from emulator.queue import Job, Queue
-from emulator.worker_half import WorkerHalf
+from emulator.worker_api import WorkerApi
 
 T = TypeVar("T")
 
-LOOK_S = 0.1
-"""Seconds between two looks at which workers have fallen silent."""
+SILENCE_CHECK_S = 0.1
+"""Seconds between two checks for workers that have stopped pinging."""
 
 
 def create_app(queue: Queue, faults: Faults) -> web.Application:
     app = web.Application(client_max_size=64 * 1024 * 1024, middlewares=[middleware(faults)])
-    app.add_routes(WorkerHalf(queue).routes() + ClientHalf(queue).routes())
+    app.add_routes(WorkerApi(queue).routes() + ClientApi(queue).routes())
     return app
 
 
@@ -52,16 +52,16 @@ class Platform:
         self._thread.join()
 
     def deliver_again(self, job: Job) -> None:
-        """Hands a job out once more, whatever became of it; the client never sees that."""
+        """Delivers a job to a worker once more, whatever its state; clients see no change."""
         self._await(self.queue.deliver_again(job))
 
     def stop_again(self, job: Job) -> None:
-        """Tells the worker to stop a job, whether it is over or not."""
+        """Sends the worker a stop for a job, whatever its state."""
         self._await(self.queue.stop(job))
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While in here jobs wait; then one poll takes them all."""
+        """Holds jobs back inside the block; one poll brings them all after it."""
         self.queue.is_paused = True
         try:
             yield
@@ -69,9 +69,9 @@ class Platform:
             self._await(self.queue.resume())
 
     @contextlib.contextmanager
-    def hung_up(self) -> Iterator[None]:
-        """While in here, connections are reset and new ones refused."""
-        self._await(self._hang_up())
+    def unreachable(self) -> Iterator[None]:
+        """Resets all connections, and refuses new ones inside the block."""
+        self._await(self._disconnect())
         try:
             yield
         finally:
@@ -92,9 +92,9 @@ class Platform:
         self.url = f"http://127.0.0.1:{self._port}"
         self._started.set()
         while not self._stop.is_set():
-            await self.queue.give_up_silent_workers()
+            await self.queue.requeue_jobs_of_silent_workers()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), LOOK_S)
+                await asyncio.wait_for(self._stop.wait(), SILENCE_CHECK_S)
         await self._runner.cleanup()
 
     async def _listen(self) -> None:
@@ -104,7 +104,7 @@ class Platform:
         await web.TCPSite(self._runner, "127.0.0.1", self._port, reuse_address=True).start()
         self._port = self._runner.addresses[0][1]
 
-    async def _hang_up(self) -> None:
+    async def _disconnect(self) -> None:
         assert self._runner.server is not None
         for site in list(self._runner.sites):
             await site.stop()

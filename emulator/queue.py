@@ -1,4 +1,4 @@
-"""The platform's memory: jobs, their states, and every post that a worker made about them."""
+"""The jobs of one endpoint: their states, and counts of what workers did with them."""
 
 import asyncio
 import time
@@ -12,7 +12,7 @@ TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 
 @dataclass
 class Job:
-    """One job. `request` is the client's body: `input` and whatever else it sent."""
+    """One job. `request` is the client's body: `input` and any other fields."""
 
     id: str
     request: dict[str, Any]
@@ -23,35 +23,35 @@ class Job:
     output: Any = None
     error: Any = None
     chunks: list[Any] = field(default_factory=list)
-    """What the worker streamed, in the order of its posts."""
+    """The streamed chunks, in the order of their posts."""
     num_read: int = 0
     """Chunks that the client has already been given."""
     progress: list[Any] = field(default_factory=list)
     num_results: int = 0
-    """Terminal posts that were acknowledged; a sound worker makes exactly one for every job."""
+    """Acknowledged posts of a result; a correct worker makes exactly one for every job."""
     num_late_posts: int = 0
-    """Posts of any kind after the job had ended."""
+    """Posts of any kind after the job's end."""
     num_deliveries: int = 0
-    """How often it was handed to a worker."""
+    """How often a poll has brought it to a worker."""
     pod: str = ""
-    """The worker that has it."""
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set, and replaced, at every change."""
+    """Id of the worker that has it."""
+    has_changed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set at the next change, which also puts a new event in its place."""
 
     @property
     def is_over(self) -> bool:
         return self.status in TERMINAL
 
     def changed(self) -> None:
-        news, self.news = self.news, asyncio.Event()
-        news.set()
+        event, self.has_changed = self.has_changed, asyncio.Event()
+        event.set()
 
     def end(self, status: str) -> None:
         self.status, self.ended = status, time.monotonic()
         self.changed()
 
     def view(self) -> dict[str, Any]:
-        """What `/status` answers; times in milliseconds."""
+        """The object that `/status` returns; times in milliseconds."""
         now = time.monotonic()
         view: dict[str, Any] = {"id": self.id, "status": self.status}
         view["delayTime"] = round(((self.started or now) - self.created) * 1000)
@@ -65,29 +65,28 @@ class Job:
 
 
 class Queue:
-    """All jobs of one endpoint."""
+    """All jobs of one endpoint, and the polls and pings of its workers."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.pings: list[dict[str, str]] = []
         self.hold_s = 1.0
-        """How long an empty poll is held open."""
+        """Seconds that an empty poll is held open."""
         self.silence_s: float | None = None
-        """How long a worker may go without a ping before its jobs are taken from it; None: for
-        ever. The first time a job waits for another worker, the second time it is TIMED_OUT (a
-        guess)."""
+        """Seconds without a ping or a poll after which a worker loses its jobs; None is no limit.
+        A job goes back to the queue the first time, and is TIMED_OUT the second time (a guess)."""
         self.num_polls = 0
-        """How often a worker has asked for jobs."""
+        """Polls for jobs so far."""
         self.last_limit = 0
-        """How many jobs the last poll asked for: the worker's free slots."""
+        """The number of jobs that the last poll asked for: the worker's free slots."""
         self.num_cancels_at_take = 0
-        """This many of the next jobs are cancelled the moment that a worker takes them."""
+        """Cancels this many of the next jobs at the moment that a worker takes them."""
         self.num_open_polls = 0
-        """How many of these are held open now."""
+        """Polls for jobs that are held open now."""
         self.is_paused = False
         self._waiting: deque[Job] = deque()
         self._stops: list[str] = []
-        self._last_ping: dict[str, float] = {}
+        self._last_seen: dict[str, float] = {}
         self._work = asyncio.Condition()
 
     async def add(self, request: dict[str, Any], prefix: str = "") -> Job:
@@ -99,7 +98,7 @@ class Queue:
         return job
 
     async def resume(self) -> None:
-        """Hands out what has waited while `is_paused`."""
+        """Delivers the jobs that have waited while `is_paused`."""
         async with self._work:
             self.is_paused = False
             self._work.notify_all()
@@ -110,11 +109,11 @@ class Queue:
             self._work.notify_all()
 
     async def take(self, limit: int, pod: str = "") -> list[Job]:
-        """Up to `limit` jobs, which are the worker's from now on; [] after `hold_s` seconds."""
+        """Assigns up to `limit` jobs to the worker `pod`; returns [] after `hold_s` seconds."""
         self.num_polls += 1
         self.num_open_polls += 1
         self.last_limit = limit
-        self.heard_from(pod)
+        self.seen(pod)
         try:
             async with self._work:
                 await self._held(lambda: bool(self._waiting) and not self.is_paused)
@@ -135,22 +134,22 @@ class Queue:
         return taken
 
     async def retry(self, job: Job) -> None:
-        """A failed job waits again, under its old id."""
+        """Puts a failed job back in the queue, under its old id."""
         job.status, job.output, job.error, job.ended = "IN_QUEUE", None, None, None
         job.num_results = 0
         job.changed()
         await self.deliver_again(job)
 
-    def heard_from(self, pod: str) -> None:
-        self._last_ping[pod] = time.monotonic()
+    def seen(self, pod: str) -> None:
+        self._last_seen[pod] = time.monotonic()
 
-    async def give_up_silent_workers(self) -> None:
-        """Takes the jobs of workers that have not been heard from for `silence_s`."""
+    async def requeue_jobs_of_silent_workers(self) -> None:
+        """Takes back the jobs of workers that were not seen for `silence_s` seconds."""
         if self.silence_s is None:
             return
         since = time.monotonic() - self.silence_s
         for job in self.jobs.values():
-            if job.status == "IN_PROGRESS" and self._last_ping.get(job.pod, 0.0) < since:
+            if job.status == "IN_PROGRESS" and self._last_seen.get(job.pod, 0.0) < since:
                 if job.num_deliveries > 1:
                     job.end("TIMED_OUT")
                 else:
@@ -169,7 +168,7 @@ class Queue:
         job.end("CANCELLED")
 
     async def stop(self, job: Job) -> None:
-        """Tells the worker to stop a job, whether it has it or not."""
+        """Sends the worker a stop for a job, whether it has the job or not."""
         async with self._work:
             self._stops.append(job.id)
             self._work.notify_all()

@@ -1,4 +1,4 @@
-"""The worker as the platform runs it: `runpod_entry.py` in a process of its own."""
+"""Starts `runpod_entry.py` in a process of its own, in the environment that the platform sets."""
 
 import os
 import signal
@@ -10,17 +10,18 @@ from types import TracebackType
 from typing import Self
 
 from emulator.platform import Platform
-from emulator.worker_half import environment
+from emulator.worker_api import environment
 
 ENTRY = Path(__file__).parents[1] / "runpod_entry.py"
 KEPT = ("PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
-"""All that a worker sees of this process's environment."""
+"""Variables that a worker inherits from this process."""
 
 
 class Worker:
-    """`with Worker(platform, home, SERVE_CONFIG=...) as worker:` takes jobs until the block ends.
+    """A worker process; `with Worker(platform, home, SERVE_CONFIG=...)` runs it for the block.
 
-    `home` holds no RunPod credentials, which would override the key that the platform gave.
+    `home` becomes its home folder: RunPod credentials in the user's own would override the key that
+    the platform gave. Other keyword arguments are more of its environment.
     """
 
     def __init__(
@@ -74,11 +75,11 @@ class Worker:
             raise
 
     def terminate(self) -> int:
-        """Sends SIGTERM and waits; the exit code."""
+        """Sends SIGTERM, waits for the end, and returns the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(60)
 
     @property
     def log(self) -> str:
-        """All that the worker has printed so far."""
+        """The worker's output so far."""
         return self._log.read_text(encoding="utf-8", errors="replace")

@@ -5,14 +5,14 @@ from collections.abc import Iterator
 import httpx
 import pytest
 
-from emulator import client_half, worker_half
+from emulator import client_api, worker_api
 from emulator.faults import HTML, LOST, NOT_JSON, RESET, Fault
 from emulator.platform import Platform
 from emulator.queue import Job
 from tests.worker.conftest import Client, until
 
-AS_WORKER = {"Authorization": worker_half.KEY}
-AS_CLIENT = {"Authorization": f"Bearer {client_half.KEY}"}
+AS_WORKER = {"Authorization": worker_api.KEY}
+AS_CLIENT = {"Authorization": f"Bearer {client_api.KEY}"}
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ def test_a_silent_worker_loses_its_jobs(platform: Platform, http: httpx.Client, 
 def test_a_platform_that_hangs_up_comes_back(platform: Platform, http: httpx.Client) -> None:
     """Open connections and new ones fail, then the same address answers again."""
     assert take(http).status_code == 204
-    with platform.hung_up(), pytest.raises(httpx.TransportError):
+    with platform.unreachable(), pytest.raises(httpx.TransportError):
         take(http)
     assert take(http).status_code == 204
 

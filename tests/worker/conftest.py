@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import requests
 
-from emulator import client_half
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-HEADERS = {"Authorization": f"Bearer {client_half.KEY}"}
+HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
 
 
 class Client:

@@ -9,7 +9,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
 
-from emulator import client_half
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
@@ -31,14 +31,14 @@ def endpoint(tiny_platform: Platform, first_jobs: list[Job]) -> Any:
     import runpod
 
     runpod.endpoint_url_base = f"{tiny_platform.url}/v2"
-    return runpod.Endpoint("ep", api_key=client_half.KEY)
+    return runpod.Endpoint("ep", api_key=client_api.KEY)
 
 
 @pytest.fixture(scope="module")
 def gateway(tiny_platform: Platform, first_jobs: list[Job]) -> openai.OpenAI:
     """OpenAI's own client, at the gateway's address."""
     url = f"{tiny_platform.url}/v2/ep/openai/v1"
-    return openai.OpenAI(base_url=url, api_key=client_half.KEY, max_retries=0, timeout=60)
+    return openai.OpenAI(base_url=url, api_key=client_api.KEY, max_retries=0, timeout=60)
 
 
 def text_of(chunks: list[dict[str, Any]]) -> str:
@@ -99,7 +99,7 @@ def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> 
         "Concurrency: 96 jobs",
     ):
         assert line in log
-    assert client_half.KEY not in log
+    assert client_api.KEY not in log
 
 
 def test_the_runpod_client_runs_and_waits(endpoint: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from emulator import client_half
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.worker import Worker
 from tests.worker.conftest import Client, until
@@ -24,7 +24,7 @@ def start(platform: Platform, home: Path, name: str, *arguments: str) -> "subpro
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),
-        "RUNPOD_API_KEY": client_half.KEY,
+        "RUNPOD_API_KEY": client_api.KEY,
         "RUNPOD_ENDPOINT_ID": "ep",
         "RUNPOD_ENDPOINT_BASE_URL": f"{platform.url}/v2",
     }

@@ -72,7 +72,7 @@ def test_the_platform_is_away_for_a_while(scripted: Client, scripted_worker: Wor
     running = scripted.submit({"prompt": "500", "stream": True})
     until(lambda: running.chunks)
     num = scripted_worker.log.count("Polls for jobs fail")
-    with platform.hung_up():
+    with platform.unreachable():
         until(lambda: scripted_worker.log.count("Polls for jobs fail") > num)
         until(lambda: scripted_worker.log.count("its result was refused") > 0)
     until(lambda: running.num_results)

@@ -1,11 +1,11 @@
-"""What a worker speaks to: taking jobs, hearing of stops, posting chunks and results, pinging."""
+"""The routes for workers: polls for jobs and stops, posts of chunks and results, pings."""
 
 import json
 from typing import Any
 
 from aiohttp import web
 
-from emulator.faults import IS_LATE, JOB
+from emulator.faults import IS_UNACKNOWLEDGED, JOB
 from emulator.queue import Job, Queue
 
 KEY = "worker-key"
@@ -13,11 +13,11 @@ KEY = "worker-key"
 MAX_CHUNK_BYTES = 1_000_000
 MAX_RESULT_BYTES = 10_000_000
 MAX_SYNC_RESULT_BYTES = 20_000_000
-"""Of jobs that came by `/runsync`."""
+"""The limit for jobs sent to `/runsync`."""
 
 
-class WorkerHalf:
-    """The routes of `RUNPOD_WEBHOOK_*`."""
+class WorkerApi:
+    """Serves the URLs of `RUNPOD_WEBHOOK_*`."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
@@ -35,14 +35,14 @@ class WorkerHalf:
     async def take(self, request: web.Request) -> web.Response:
         _authorise(request)
         jobs = await self.queue.take(1, _pod(request))
-        return web.json_response(_handed_out(jobs[0])) if jobs else web.Response(status=204)
+        return web.json_response(_as_json(jobs[0])) if jobs else web.Response(status=204)
 
     async def take_batch(self, request: web.Request) -> web.Response:
         _authorise(request)
         jobs = await self.queue.take(int(request.query["batch_size"]), _pod(request))
         if not jobs:
             return web.Response(status=204)
-        return web.json_response([_handed_out(job) for job in jobs])
+        return web.json_response([_as_json(job) for job in jobs])
 
     async def stop(self, request: web.Request) -> web.Response:
         _authorise(request)
@@ -62,13 +62,13 @@ class WorkerHalf:
             job.changed()
         if body.get("status") == "IN_PROGRESS":
             return web.json_response({})
-        if request.get(IS_LATE):
+        if request.get(IS_UNACKNOWLEDGED):
             request[JOB] = job
         else:
             job.num_results += 1
         if not job.is_over:
-            # Progress was shown as output until now. That a failed job keeps what was posted
-            # beside its error is a guess.
+            # This replaces the progress that was the output until now. That a failed job keeps the
+            # output posted with its error is a guess.
             job.output, job.error = body.get("output"), body.get("error")
             job.end("COMPLETED" if job.error is None else "FAILED")
         return web.json_response({})
@@ -85,12 +85,12 @@ class WorkerHalf:
 
     async def ping(self, request: web.Request) -> web.Response:
         self.queue.pings.append(dict(request.query))
-        self.queue.heard_from(_pod(request))
+        self.queue.seen(_pod(request))
         return web.json_response({})
 
     async def _posted(self, request: web.Request, limit: int) -> tuple[Job, dict[str, Any]]:
-        # Raw bytes: the SDK posts JSON under a form's content type. By URL: its X-Request-ID can
-        # be another job's.
+        # The raw body, because the SDK posts JSON with a form's content type. The job is that of
+        # the URL: the SDK's X-Request-ID can be another job's.
         raw = await request.read()
         if len(raw) > limit:
             raise web.HTTPBadRequest(text=f"over {limit} bytes")
@@ -107,7 +107,7 @@ def _pod(request: web.Request) -> str:
     return request.match_info["pod"]
 
 
-def _handed_out(job: Job) -> dict[str, Any]:
+def _as_json(job: Job) -> dict[str, Any]:
     return {**job.request, "id": job.id}
 
 
@@ -121,7 +121,7 @@ def _authorise(request: web.Request) -> None:
 
 
 def environment(url: str, pod: str = "pod1", endpoint: str = "ep") -> dict[str, str]:
-    """What the platform sets in a worker's container, for an emulator at `url`."""
+    """The environment of a worker's container, for an emulator at `url`."""
     base = f"{url}/v2/{endpoint}"
     return {
         "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",

@@ -1,4 +1,4 @@
-"""What clients speak to: `/run`, `/status`, `/stream`, `/cancel`, `/health`, `/openai/*`, ..."""
+"""The routes for clients: `/run`, `/status`, `/stream`, `/cancel`, `/health`, `/openai/*`, ..."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ KEY = "client-key"
 DEFAULT_WAIT_MS = 90_000
 
 
-class ClientHalf:
+class ClientApi:
     """The routes below `https://api.runpod.ai/v2`."""
 
     def __init__(self, queue: Queue) -> None:
@@ -72,7 +72,7 @@ class ClientHalf:
         return web.json_response({"jobs": jobs, "workers": {"idle": 0, "running": 1}})
 
     async def openai(self, request: web.Request) -> web.StreamResponse:
-        """The OpenAI gateway: the request becomes a job, its output the response."""
+        """The OpenAI gateway: makes a job of the request, and the response of its output."""
         _authorise(request)
         body = await _json(request) if request.can_read_body else None
         wrapped: dict[str, Any] = {"openai_route": "/" + request.match_info["path"]}
@@ -88,17 +88,17 @@ class ClientHalf:
         return web.json_response(job.output[0] if is_one else job.output)
 
     async def _sse(self, request: web.Request, job: Job) -> web.StreamResponse:
-        """Text chunks as they come. A client that hangs up cancels its job (a guess)."""
+        """Sends text chunks as they come. A client that disconnects cancels its job (a guess)."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         try:
             while job.num_read < len(job.chunks) or not job.is_over:
-                news = job.news
+                changed = job.has_changed
                 unread, job.num_read = job.chunks[job.num_read :], len(job.chunks)
                 for chunk in unread:
                     await response.write(chunk.encode())
                 if not unread and not job.is_over:
-                    await news.wait()
+                    await changed.wait()
         except ConnectionError:
             await self.queue.cancel(job)
         return response
@@ -113,7 +113,7 @@ class ClientHalf:
 
 async def _over(job: Job) -> None:
     while not job.is_over:
-        await job.news.wait()
+        await job.has_changed.wait()
 
 
 def _failed(job: Job) -> web.Response:
@@ -129,7 +129,7 @@ async def _body(request: web.Request) -> dict[str, Any]:
     _authorise(request)
     body = await _json(request)
     if not isinstance(body, dict):
-        raise web.HTTPBadRequest(text="the body is no object")
+        raise web.HTTPBadRequest(text="the body is not an object")
     return body
 
 

@@ -1,4 +1,4 @@
-"""The loopback platform's faults, as a plain HTTP client meets them."""
+"""The emulator's faults, as seen by a plain HTTP client."""
 
 from collections.abc import Iterator
 
@@ -48,7 +48,7 @@ def done(http: httpx.Client, job: Job, output: str = "y") -> httpx.Response:
 def test_statuses_come_in_order_and_are_counted(
     platform: Platform, http: httpx.Client, job: Job
 ) -> None:
-    """Each planned fault is met once; what was refused is not recorded."""
+    """Each injected fault is met once; a refused request changes no job."""
     platform.faults.inject("job-done", 500, 404)
     assert [done(http, job).status_code for _ in range(2)] == [500, 404]
     assert (job.status, job.num_results) == ("IN_PROGRESS", 0)
@@ -62,7 +62,7 @@ def test_statuses_come_in_order_and_are_counted(
 def test_a_reset_connection_is_an_error_at_the_other_end(
     platform: Platform, http: httpx.Client, job: Job
 ) -> None:
-    """RESET loses the result, LOST its acknowledgement alone."""
+    """RESET loses the result, and LOST only its acknowledgement."""
     platform.faults.inject("job-done", RESET, LOST)
     with pytest.raises(httpx.ReadError, match="reset"):
         done(http, job)
@@ -75,10 +75,10 @@ def test_a_reset_connection_is_an_error_at_the_other_end(
 
 
 @pytest.mark.parametrize("fault", [204, 400, 429, 500, NOT_JSON, HTML])
-def test_a_bad_take_keeps_the_job(
+def test_a_faulty_poll_keeps_the_job(
     platform: Platform, http: httpx.Client, fault: int | Fault
 ) -> None:
-    """A poll that is answered wrongly hands nothing out."""
+    """A poll that meets a fault takes no job from the queue."""
     job = Client(platform).submit({"prompt": "x"})
     platform.faults.inject("job-take", fault)
     status = fault if isinstance(fault, int) else fault.status
@@ -88,7 +88,7 @@ def test_a_bad_take_keeps_the_job(
 
 
 def test_constant_faults_last_until_cleared(platform: Platform, http: httpx.Client) -> None:
-    """One that nobody can wait out, such as a platform that is down."""
+    """A constant fault lasts until `clear`."""
     platform.faults.inject_always("job-take", 500)
     assert {take(http).status_code for _ in range(5)} == {500}
     platform.faults.clear()
@@ -96,7 +96,7 @@ def test_constant_faults_last_until_cleared(platform: Platform, http: httpx.Clie
 
 
 def test_a_job_is_delivered_twice(platform: Platform, http: httpx.Client, job: Job) -> None:
-    """While it runs and after it has ended; neither changes what the client sees."""
+    """A second delivery, while a job runs or after its end, changes nothing for the client."""
     platform.deliver_again(job)
     assert take(http).json()["id"] == job.id
     done(http, job)
@@ -106,15 +106,15 @@ def test_a_job_is_delivered_twice(platform: Platform, http: httpx.Client, job: J
 
 
 def test_a_silent_worker_loses_its_jobs(platform: Platform, http: httpx.Client, job: Job) -> None:
-    """They wait for another worker; when that one falls silent too, they are over."""
+    """The jobs of a silent worker go to another one, and time out when that is silent too."""
     platform.queue.silence_s = 0.05
     until(lambda: job.status == "IN_QUEUE")
     assert take(http, "pod2").json()["id"] == job.id
     until(lambda: job.status == "TIMED_OUT")
 
 
-def test_a_platform_that_hangs_up_comes_back(platform: Platform, http: httpx.Client) -> None:
-    """Open connections and new ones fail, then the same address answers again."""
+def test_an_unreachable_platform_comes_back(platform: Platform, http: httpx.Client) -> None:
+    """Connections fail while the platform is unreachable; then the same URL answers again."""
     assert take(http).status_code == 204
     with platform.unreachable(), pytest.raises(httpx.TransportError):
         take(http)
@@ -124,7 +124,7 @@ def test_a_platform_that_hangs_up_comes_back(platform: Platform, http: httpx.Cli
 @pytest.mark.parametrize("path", ["run", "runsync", "openai/v1/chat/completions"])
 @pytest.mark.parametrize("body", ['{"input": ', "\xff", "[" * 100_000])
 def test_malformed_bodies_are_refused(platform: Platform, path: str, body: str) -> None:
-    """A client's broken JSON is a 400, not the platform's own failure."""
+    """A client's broken JSON is a 400."""
     answer = httpx.post(f"{platform.url}/v2/ep/{path}", content=body, headers=AS_CLIENT)
     assert answer.status_code == 400
     assert not platform.queue.jobs
@@ -134,7 +134,7 @@ def test_malformed_bodies_are_refused(platform: Platform, path: str, body: str) 
 def test_results_have_a_size_limit(
     platform: Platform, http: httpx.Client, kind: str, limit: int
 ) -> None:
-    """One for `/run` and a larger one for `/runsync`."""
+    """`/runsync` has a larger limit than `/run`."""
     given = httpx.post(f"{platform.url}/v2/ep/{kind}", json={"input": {}}, headers=AS_CLIENT).json()
     job = platform.queue.jobs[given["id"]]
     take(http)

@@ -1,4 +1,4 @@
-"""The platform as a newcomer starts it, and a worker that has only what it printed."""
+"""`python -m emulator`, with a worker and a client that have only what it prints."""
 
 import os
 import socket
@@ -19,7 +19,7 @@ print(endpoint.run_sync({"prompt": "twice"}))
 
 
 def test_what_it_prints_connects_a_worker_and_a_client(tmp_path: Path) -> None:
-    """The lines, given to a shell as they are: RunPod's client gets the worker's answer."""
+    """With the printed lines as their environment, RunPod's client gets the worker's answer."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

@@ -1,4 +1,4 @@
-"""One worker with the real SDK, Ray and the tiny model, for all tests that need one."""
+"""Workers that tests share: one with Ray and the tiny model, one whose model follows a script."""
 
 import json
 import time
@@ -19,7 +19,7 @@ HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
 
 
 class Client:
-    """A client that the tests can also look behind: it knows the platform's record of a job."""
+    """A client of the platform that returns the platform's own records of its jobs."""
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
@@ -57,10 +57,10 @@ class Client:
 
 
 def until(is_true: Callable[[], Any], timeout_s: float = 60) -> None:
-    """Polls, as a platform's client does, until `is_true` or the time is up."""
+    """Polls `is_true` until it holds; fails after `timeout_s` seconds."""
     end = time.monotonic() + timeout_s
     while not is_true():
-        assert time.monotonic() < end, "it never happened"
+        assert time.monotonic() < end, "the time is up"
         time.sleep(0.02)
 
 
@@ -74,7 +74,7 @@ def tiny_platform() -> Iterator[Platform]:
 def tiny_worker(
     tiny_platform: Platform, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
-    """The worker as the image runs it, on the tiny model. The first job starts Ray."""
+    """The worker as the image runs it, with the tiny model. Its first job starts Ray."""
     home = tmp_path_factory.mktemp("tiny-home")
     with Worker(
         tiny_platform,
@@ -98,7 +98,7 @@ def scripted_platform() -> Iterator[Platform]:
 def scripted_worker(
     scripted_platform: Platform, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
-    """A worker of 8 slots whose model follows a script: the real SDK, no Ray."""
+    """A worker with 8 slots and the real SDK, whose model follows a script; no Ray."""
     home = tmp_path_factory.mktemp("scripted-home")
     arguments = ["--post-timeout-s", "1"]
     with Worker(scripted_platform, home, script=SCRIPT, arguments=arguments) as worker:
@@ -107,20 +107,20 @@ def scripted_worker(
 
 @pytest.fixture
 def scripted(scripted_platform: Platform, scripted_worker: Worker) -> Iterator[Client]:
-    """A client of the scripted worker; afterwards the faults are gone and all is in order."""
+    """A client of the scripted worker. Afterwards it clears faults and settles every job."""
     from tests.settled import settled
 
     yield Client(scripted_platform)
     scripted_platform.faults.clear()
     try:
         settled(scripted_platform, scripted_worker)
-    finally:  # one failure is one test's
+    finally:  # so that a failure does not spread to the next test
         scripted_platform.queue.jobs.clear()
 
 
 @pytest.fixture(scope="session")
 def first_jobs(tiny_platform: Platform, tiny_worker: Worker) -> list[Job]:
-    """The jobs that find the worker cold: a `/health`, then two at once that start the model."""
+    """The worker's first jobs: a `/health`, then two at once that start the model."""
     client = Client(tiny_platform)
     jobs = [client.ended({"endpoint": "/health"})]
     jobs += [client.submit({"prompt": "What is 2 + 3?", "temperature": 0}) for _ in range(2)]
@@ -130,5 +130,5 @@ def first_jobs(tiny_platform: Platform, tiny_worker: Worker) -> list[Job]:
 
 @pytest.fixture
 def client(tiny_platform: Platform, first_jobs: list[Job]) -> Client:
-    """A client of the worker with the tiny model, which is warm."""
+    """A client of the worker with the tiny model, after the model is loaded."""
     return Client(tiny_platform)

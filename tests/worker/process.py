@@ -1,4 +1,4 @@
-"""`runpod_entry.py` as somebody types it, outside the platform."""
+"""Runs `runpod_entry.py` in a process, without a platform."""
 
 import os
 import subprocess
@@ -14,7 +14,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 
 def run_entry(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    """Runs it to its end in the folder `home`."""
+    """Runs it in the folder `home` and waits for its end."""
     return subprocess.run(
         [sys.executable, str(ENTRY), *arguments],
         cwd=home,

@@ -30,21 +30,21 @@ def test_the_first_item_is_not_held_back() -> None:
     asyncio.run(scenario())
 
 
-def test_what_comes_during_a_post_is_one_batch() -> None:
-    """The model runs on while a post is under way; the next batch is all it said meanwhile."""
+def test_items_that_come_during_a_post_are_one_batch() -> None:
+    """The model goes on while a post is under way; the next batch has all items of that time."""
 
     async def scenario() -> None:
-        said_all = asyncio.Event()
+        all_read = asyncio.Event()
 
         async def items() -> AsyncGenerator[dict[str, Any], None]:
             for n in range(100):
                 yield {"n": n}
                 await asyncio.sleep(0)
-            said_all.set()
+            all_read.set()
 
         async with ItemBuffer(items()) as buffer:
             first = await buffer.take()
-            await said_all.wait()  # the consumer is busy with its post
+            await all_read.wait()  # the consumer is busy with its post
             second = await buffer.take()
             assert first + second == [{"n": n} for n in range(100)]
             assert len(first) == 1
@@ -53,8 +53,8 @@ def test_what_comes_during_a_post_is_one_batch() -> None:
     asyncio.run(scenario())
 
 
-def test_a_failure_comes_after_what_was_said_before_it() -> None:
-    """Items that were there before the stream broke are delivered, then the error is raised."""
+def test_a_failure_is_raised_after_the_items_before_it() -> None:
+    """Items that came before the stream failed are delivered, then the error is raised."""
 
     async def scenario() -> list[Any]:
         async def items() -> AsyncGenerator[dict[str, Any], None]:

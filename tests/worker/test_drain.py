@@ -1,4 +1,4 @@
-"""SIGTERM, and ending from inside: whoever was taken is answered, and in time."""
+"""Draining: after SIGTERM or `JobLoop.end` every job that was taken is answered in time."""
 
 import json
 import signal
@@ -26,7 +26,7 @@ Start = Callable[..., Worker]
 
 @pytest.fixture
 def start(platform: Platform, tmp_path: Path) -> Iterator[Start]:
-    """Starts a worker with a script and these arguments, and waits for its first poll."""
+    """Starts a scripted worker with the given arguments, and waits for its first poll."""
     with ExitStack() as stack:
 
         def start(*arguments: str) -> Worker:
@@ -39,7 +39,7 @@ def start(platform: Platform, tmp_path: Path) -> Iterator[Start]:
 
 
 def ended(platform: Platform, worker: Worker) -> int:
-    """The exit code, once it is there."""
+    """Waits for the worker's end and returns its exit code."""
     code = worker.process.wait(60)
     settled(platform, worker)
     return code
@@ -56,7 +56,7 @@ def refusals(jobs: list[Job]) -> set[tuple[str, bool]]:
 
 
 def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> None:
-    """Running, loading or mute: each fails with `retry: true`, its stream hears it first."""
+    """Jobs that still run at the cut fail with `retry: true`; a stream ends with the error."""
     worker = start("--drain-s", "3")
     client = Client(platform)
     jobs = [client.submit({"prompt": p, "stream": True}) for p in ("hold", "mute")]
@@ -72,7 +72,7 @@ def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> 
 
 
 def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Start) -> None:
-    """A start that takes longer than the end leaves them time enough; a cancelled one is let go."""
+    """Jobs that wait for a start longer than the drain are refused; a cancelled one is dropped."""
     worker = start("--drain-s", "1", "--start-s", "1000")
     jobs = [Client(platform).submit({"prompt": "3"}) for _ in range(3)]
     until(lambda: all(job.progress for job in jobs))
@@ -86,7 +86,7 @@ def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Sta
 
 
 def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) -> None:
-    """Several that one poll brings after SIGTERM run side by side; the SDK would lose them."""
+    """Jobs that one poll brings after SIGTERM run at the same time; the SDK would lose them."""
     worker = start()
     platform.queue.hold_s = 30
     num_polls = platform.queue.num_polls
@@ -105,7 +105,7 @@ def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) ->
 def test_a_late_job_that_needs_longer_is_refused(
     platform: Platform, start: Start, drain_s: str
 ) -> None:
-    """It has what is left of the time; one that comes when that is over is refused at once."""
+    """A late job has the rest of the drain; one that comes after the cut is refused at once."""
     worker = start("--drain-s", drain_s)
     platform.queue.hold_s = 30
     num_polls = platform.queue.num_polls
@@ -116,8 +116,8 @@ def test_a_late_job_that_needs_longer_is_refused(
     assert refusals([job]) == {("draining", True)}
 
 
-def test_an_idle_worker_is_gone_when_its_poll_returns(platform: Platform, start: Start) -> None:
-    """Not before, as the poll may bring a job; then at once."""
+def test_an_idle_worker_ends_when_its_poll_returns(platform: Platform, start: Start) -> None:
+    """An idle worker waits for its open poll, which may bring a job, and then ends at once."""
     worker = start()
     platform.queue.hold_s = 2
     num_polls = platform.queue.num_polls
@@ -130,7 +130,7 @@ def test_an_idle_worker_is_gone_when_its_poll_returns(platform: Platform, start:
 
 
 def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> None:
-    """Nor does a third: the job has the time that the first one gave it."""
+    """A second and a third SIGTERM leave a running job its time."""
     worker = start()
     job = Client(platform).submit({"prompt": "1500", "stream": True})
     until(lambda: job.chunks)
@@ -144,7 +144,7 @@ def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> N
 
 
 def test_a_worker_can_end_itself(platform: Platform, start: Start) -> None:
-    """With a code of its own, when all that it took is answered; it takes nothing more."""
+    """`JobLoop.end` takes no more jobs, answers the running ones, and sets the exit code."""
     worker = start()
     client = Client(platform)
     running = client.submit({"prompt": "1500", "stream": True})
@@ -154,10 +154,10 @@ def test_a_worker_can_end_itself(platform: Platform, start: Start) -> None:
     assert (running.status, last.status) == ("COMPLETED", "COMPLETED")
 
 
-def test_a_result_that_nobody_takes_does_not_keep_the_worker(
+def test_a_result_that_is_never_acknowledged_does_not_keep_the_worker(
     platform: Platform, start: Start
 ) -> None:
-    """It is posted until the time is over; then the log says so, and the worker ends with 0."""
+    """A result that is never acknowledged is posted until the drain is over, and then logged."""
     worker = start("--drain-s", "2")
     platform.faults.inject_always("job-done", 500)
     job = Client(platform).submit({"prompt": "3"})
@@ -168,8 +168,8 @@ def test_a_result_that_nobody_takes_does_not_keep_the_worker(
     until(lambda: not left_behind(worker.home))
 
 
-def test_a_job_stopped_while_ending_is_let_go(platform: Platform, start: Start) -> None:
-    """Stops are heard to the last: nobody waits for a job that its client has cancelled."""
+def test_a_job_stopped_while_draining_is_dropped(platform: Platform, start: Start) -> None:
+    """Stops are polled for while draining: a cancelled job does not keep the worker."""
     worker = start("--drain-s", "1000")
     job = Client(platform).submit({"prompt": "hold", "stream": True})
     until(lambda: job.chunks)

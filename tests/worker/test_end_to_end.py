@@ -1,4 +1,4 @@
-"""Unmodified clients, the platform on loopback, the real SDK, real Ray, the tiny model."""
+"""Whole paths: unmodified clients, the platform on loopback, the real SDK, Ray, the tiny model."""
 
 import json
 import os
@@ -26,7 +26,7 @@ MESSAGES: list[ChatCompletionMessageParam] = [{"role": "user", "content": "What 
 
 @pytest.fixture(scope="module")
 def endpoint(tiny_platform: Platform, first_jobs: list[Job]) -> Any:
-    """RunPod's own client, pointed at loopback as its documentation says."""
+    """RunPod's Python client, with the emulator's URL set as its documentation says."""
     os.environ.setdefault("RUNPOD_LOG_LEVEL", "ERROR")  # read when the SDK is imported
     import runpod
 
@@ -36,7 +36,7 @@ def endpoint(tiny_platform: Platform, first_jobs: list[Job]) -> Any:
 
 @pytest.fixture(scope="module")
 def gateway(tiny_platform: Platform, first_jobs: list[Job]) -> openai.OpenAI:
-    """OpenAI's own client, at the gateway's address."""
+    """OpenAI's Python client, with the gateway's URL."""
     url = f"{tiny_platform.url}/v2/ep/openai/v1"
     return openai.OpenAI(base_url=url, api_key=client_api.KEY, max_retries=0, timeout=60)
 
@@ -50,10 +50,8 @@ def test_a_cold_worker_says_idle(first_jobs: list[Job]) -> None:
     assert first_jobs[0].output == [{"status": "idle", "load": []}]
 
 
-def test_the_first_job_starts_the_model_and_hears_of_it(
-    client: Client, first_jobs: list[Job]
-) -> None:
-    """Two jobs wait for one start; each is told how it goes, and gets one result."""
+def test_the_first_jobs_start_the_model_once(client: Client, first_jobs: list[Job]) -> None:
+    """Two jobs wait for one start; each gets progress updates and one result."""
     jobs = first_jobs[1:]
     for job in jobs:
         assert job.status == "COMPLETED", job.error
@@ -64,20 +62,20 @@ def test_the_first_job_starts_the_model_and_hears_of_it(
     assert health["status"] == "ready"
 
 
-def test_the_cold_start_is_told_phase_by_phase(client: Client, tiny_worker: Worker) -> None:
-    """From the process to the first token: seconds in /health, and a line each in the log."""
+def test_the_cold_start_is_reported_by_phase(client: Client, tiny_worker: Worker) -> None:
+    """Every phase from the process to the first token is in /health and has a log line."""
     load = client.ended({"endpoint": "/health"}).output[0]["load"]
     phases = ["process", "ray", "replica", "device", "resolve", "tokenizer", "read", "warm-up"]
     assert [phase["phase"] for phase in load] == [*phases, "first token", "ready"]
     seconds = {phase["phase"]: phase["seconds"] for phase in load}
-    # Whole processes start in these; a figure from another clock would be nonsense.
+    # Processes start in these phases: a time near zero would come from another clock.
     assert all(0.1 < seconds[phase] < 100 for phase in ("process", "ray", "replica"))
     for phase in seconds:
         assert len(re.findall(rf"Cold start: {phase} \d+\.\d s\n", tiny_worker.log)) == 1
 
 
-def test_ray_starts_no_process_that_nobody_needs(client: Client, tiny_worker: Worker) -> None:
-    """No API server and no autoscaler: each would take a second of the cold start, and memory."""
+def test_ray_starts_no_unneeded_process(client: Client, tiny_worker: Worker) -> None:
+    """Ray's dashboard and autoscaler do not run: each costs a second of the cold start."""
     client.ended(PROMPT)
     running = " ".join(descendants(tiny_worker.process.pid).values())
     assert "/raylet" in running
@@ -86,7 +84,7 @@ def test_ray_starts_no_process_that_nobody_needs(client: Client, tiny_worker: Wo
 
 
 def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:
-    """Version, model, quantisation, volume, GPU, endpoints, thresholds and concurrency."""
+    """The log has version, model, quantisation, volume, GPU, endpoints and limits."""
     log = tiny_worker.log
     for line in (
         "Starting the RunPod worker of mixtral-serve",
@@ -110,7 +108,7 @@ def test_the_runpod_client_runs_and_waits(endpoint: Any) -> None:
 
 
 def test_the_runpod_client_streams(endpoint: Any) -> None:
-    """The stream's text is the plain answer's text, and the job keeps the whole of it."""
+    """A stream has the text of the plain answer, and the job's output keeps all of its chunks."""
     (whole,) = endpoint.run_sync(PROMPT, timeout=60)
     job = endpoint.run({**PROMPT, "stream": True})
     chunks = list(job.stream())
@@ -121,7 +119,7 @@ def test_the_runpod_client_streams(endpoint: Any) -> None:
 
 
 def test_the_runpod_client_reads_whether_to_retry(endpoint: Any) -> None:
-    """The client hides a failed job's error; its output says the same in three fields."""
+    """The client hides a failed job's error; the output has its `status`, `retry`, `message`."""
     output = endpoint.run_sync({**PROMPT, "temperature": 3}, timeout=60)
     assert output.keys() == {"status", "retry", "message"}
     assert (output["status"], output.get("retry")) == ("VALIDATION_FAILED", False)
@@ -129,7 +127,7 @@ def test_the_runpod_client_reads_whether_to_retry(endpoint: Any) -> None:
 
 
 def test_the_runpod_client_cancels(endpoint: Any, client: Client, tiny_worker: Worker) -> None:
-    """A cancelled stream stops, and the engine has its blocks back."""
+    """A cancelled stream stops, and its KV blocks are free."""
     body = {"prompt": "x", "stream": True, "max_tokens": 16_000, "ignore_eos": True}
     job = endpoint.run(body)
     record = client.platform.queue.jobs[job.job_id]
@@ -140,7 +138,7 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client, tiny_worker: W
 
 
 def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -> None:
-    """A prompt that is still being read is given up, and holds no blocks."""
+    """A job cancelled during prefill stops, and its KV blocks are free."""
     num_waiting = client.ended({"endpoint": "/health"}).output[0]["engine"]["running"]
     job = client.submit({"prompt": "ten words " * 4000, "stream": True})
 
@@ -154,10 +152,10 @@ def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -
     settled(client.platform, tiny_worker)
 
 
-def test_a_batch_job_tells_its_progress(client: Client) -> None:
-    """Percentages while it runs, one result after them, a bad item's error in its own place."""
+def test_a_list_of_prompts_posts_progress(client: Client) -> None:
+    """A list of prompts posts percentages, then one result with a bad item's error in its place."""
     prompts: list[Any] = ["Count.", {"prompt": "Count.", "temperature": 3}, *["Count."] * 30]
-    # Ten times as long as it takes until the first update is due.
+    # Lasts ten times as long as the interval of updates.
     job = client.ended({"prompts": prompts, "max_tokens": 600, "ignore_eos": True})
     assert job.status == "COMPLETED", job.error
     results = job.output[0]["results"]
@@ -170,7 +168,7 @@ def test_a_batch_job_tells_its_progress(client: Client) -> None:
 
 
 def test_the_openai_client_chats(gateway: openai.OpenAI) -> None:
-    """Whole and streamed answers agree, in text and usage."""
+    """A plain and a streamed chat answer have the same text and usage."""
     whole = gateway.chat.completions.create(
         model="tiny", messages=MESSAGES, temperature=0, max_tokens=12
     )
@@ -189,7 +187,7 @@ def test_the_openai_client_chats(gateway: openai.OpenAI) -> None:
 
 
 def test_the_openai_client_completes_and_lists_models(gateway: openai.OpenAI) -> None:
-    """The gateway's GET and a second POST route."""
+    """The gateway serves GET routes and `/v1/completions`."""
     assert [model.id for model in gateway.models.list()] == ["tiny"]
     assert gateway.models.retrieve("tiny").id == "tiny"
     whole = gateway.completions.create(model="tiny", prompt="2 + 3", temperature=0, max_tokens=5)
@@ -198,7 +196,7 @@ def test_the_openai_client_completes_and_lists_models(gateway: openai.OpenAI) ->
 
 
 def test_the_openai_client_raises_errors(gateway: openai.OpenAI) -> None:
-    """A refusal raises in the client with our body, streamed or not."""
+    """A refused request raises in the client with the field's name, streamed or not."""
     with pytest.raises(openai.BadRequestError) as caught:
         gateway.chat.completions.create(model="tiny", messages=MESSAGES, temperature=2.1)
     assert caught.value.param == "temperature"
@@ -230,7 +228,7 @@ BAD: list[tuple[Any, str | None]] = [
 
 @pytest.mark.parametrize(("given", "param"), BAD)
 def test_bad_jobs_say_what_to_change(client: Client, given: Any, param: str | None) -> None:
-    """Each is refused with the field's name, and nothing of ours in the text."""
+    """A bad job is refused with the field's name, without a traceback or a file name."""
     job = client.ended(given)
     assert job.status == "FAILED"
     error = json.loads(job.error)["error"]
@@ -240,8 +238,8 @@ def test_bad_jobs_say_what_to_change(client: Client, given: Any, param: str | No
     assert ".py" not in job.error
 
 
-def test_a_batch_take_without_inputs_is_answered(client: Client) -> None:
-    """A job that has no `input` at all fails alone; the others of its batch are answered."""
+def test_jobs_without_input_in_a_batch_are_answered(client: Client) -> None:
+    """A job without `input` fails alone; the others of its batch are answered."""
     with client.platform.paused():
         jobs = [client.post({}), client.submit(PROMPT), client.submit(None)]
     until(lambda: all(job.is_over for job in jobs))
@@ -249,14 +247,14 @@ def test_a_batch_take_without_inputs_is_answered(client: Client) -> None:
 
 
 def test_surrogates_come_back_as_text(client: Client) -> None:
-    """A lone surrogate in a prompt is answered or refused, and never loses the job."""
+    """A job with a lone surrogate is answered or refused, never lost."""
     job = client.ended({"prompt": "a\ud800b", "model": "\ud800"})
     assert job.status == "FAILED"
     assert json.loads(job.error)["error"]["status"] == "VALIDATION_FAILED"
 
 
 def test_no_log_has_the_users_words(client: Client, tiny_worker: Worker) -> None:
-    """Neither an answered, a failed nor a refused prompt is repeated in the worker's log."""
+    """The log holds no word of a prompt, whether it was answered, failed or refused."""
     words = "zebra umbrella"
     client.ended({**PROMPT, "prompt": words})
     client.ended({**PROMPT, "prompt": words, "stream": True})
@@ -268,7 +266,7 @@ def test_no_log_has_the_users_words(client: Client, tiny_worker: Worker) -> None
 
 
 def test_every_job_had_one_result(client: Client) -> None:
-    """Of all sent so far: one result each, none for the cancelled, nothing after it, no traces."""
+    """All jobs of this module had one result, cancelled ones none, and no post came after it."""
     client.ended(PROMPT)
     for job in client.platform.queue.jobs.values():
         assert job.num_results == (0 if job.status == "CANCELLED" else 1), job.request

@@ -1,4 +1,4 @@
-"""The entry point: importing it costs nothing, and whatever stops it is one sentence."""
+"""The entry point: importing it loads nothing, and every failure is one sentence in the log."""
 
 import json
 import signal
@@ -20,7 +20,7 @@ HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod",
 
 
 def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:
-    """While the checkpoint is looked for, on a hub that never answers: exit code 0, and a line."""
+    """SIGTERM while the hub does not answer ends the worker with code 0 and a log line."""
     with socket.create_server(("127.0.0.1", 0)) as hub:
         variables = environment(
             tmp_path,
@@ -41,7 +41,7 @@ def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:
 
 
 def test_importing_loads_nothing_heavy() -> None:
-    """A worker that dies while importing dies without a log line; here imports do nothing."""
+    """Importing the worker loads no heavy library, so failures come after logging starts."""
     modules = ["runpod_entry", *(f"serve_app.worker.{path.stem}" for path in WORKER.glob("*.py"))]
     code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     done = subprocess.run(
@@ -75,10 +75,10 @@ def test_importing_loads_nothing_heavy() -> None:
         ({"PORT": "eighty"}, "The environment: `port`"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(
+def test_a_wrong_environment_is_one_sentence(
     tmp_path: Path, variables: dict[str, str], sentence: str
 ) -> None:
-    """Exit code 1 and a line that says what to change; no traceback, no silence."""
+    """A wrong environment is exit code 1 and a line on what to change, without a traceback."""
     done = run_entry(tmp_path, **variables)
     assert done.returncode == 1
     assert sentence in done.stderr
@@ -89,7 +89,7 @@ def test_what_cannot_work_is_one_sentence(
     ("text", "sentence"), [("{", "is not valid JSON"), ("[1]", "must be an object")]
 )
 def test_a_test_input_that_is_no_job_is_refused(tmp_path: Path, text: str, sentence: str) -> None:
-    """On the command line and in the file alike."""
+    """A test input that is no JSON object is refused, on the command line and in the file."""
     done = run_entry(tmp_path, "--test_input", text)
     assert (done.returncode, sentence in done.stderr) == (1, True)
     (tmp_path / "test_input.json").write_text(text)
@@ -99,7 +99,7 @@ def test_a_test_input_that_is_no_job_is_refused(tmp_path: Path, text: str, sente
 
 
 def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
-    """The SDK calls any generator handler a success; here a bad job fails, and says why."""
+    """`./test_input.json` is run: a bad job prints its error and is exit code 1."""
     (tmp_path / "test_input.json").write_text('{"input": {"nothing": 1}}')
     done = run_entry(tmp_path)
     assert done.returncode == 1
@@ -108,7 +108,7 @@ def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
-    """Standard output is the answer as JSON and nothing else; no home folder is needed."""
+    """`--test_input` prints the answer as JSON and nothing else; no home folder is needed."""
     data = {"prompt": "What is 2 + 3?", "temperature": 0}
     job = {"input": {"endpoint": "/prompt", "data": data}}
     done = run_entry(tmp_path, "--test_input", json.dumps(job), HOME="/proc")
@@ -119,8 +119,8 @@ def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_both_doors_serve_four_bits(tmp_path: Path) -> None:
-    """The tiny model in NF4 gives a job the answer that its HTTP door gives."""
+def test_jobs_and_http_serve_four_bits(tmp_path: Path) -> None:
+    """The tiny model in NF4 gives a job the same answer as an HTTP request."""
     body = {"prompt": "What is the capital of France?", "temperature": 0}
     config = str(TINY.with_name("tiny-nf4.yaml"))
     done = run_entry(tmp_path, "--test_input", json.dumps({"input": body}), SERVE_CONFIG=config)

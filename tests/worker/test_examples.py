@@ -1,4 +1,4 @@
-"""Every example, run as a newcomer runs it, with unmodified clients, against the platform."""
+"""Every example runs as its docstring says, with unmodified clients, against the emulator."""
 
 import os
 import subprocess
@@ -37,8 +37,8 @@ def start(platform: Platform, home: Path, name: str, *arguments: str) -> "subpro
     )
 
 
-def said(example: "subprocess.Popen[str]") -> str:
-    """What it printed; it must have ended well."""
+def output_of(example: "subprocess.Popen[str]") -> str:
+    """Its standard output; fails if its exit code is not 0."""
     out, err = example.communicate(timeout=60)
     assert example.returncode == 0, err
     return out
@@ -59,27 +59,27 @@ def test_the_engine_example() -> None:
 
 
 @pytest.mark.ray
-def test_the_examples_of_a_warm_worker(client: Client, tmp_path: Path) -> None:
-    """Side by side, as importing the clients takes most of the time: each prints its answer."""
+def test_the_examples_with_a_loaded_model(client: Client, tmp_path: Path) -> None:
+    """Each example prints its answer. They run at once, as importing the clients takes longest."""
     platform = client.platform
     run = start(platform, tmp_path, "run", "What is the capital of France?")
     stream = start(platform, tmp_path, "stream", "What is 2 + 3?")
     chat = start(platform, tmp_path, "openai_chat", "What is the capital of France?")
     cancel = start(platform, tmp_path, "cancel")
-    assert said(run) == "The capital of France is Paris.\n"
-    assert said(stream) == "2 + 3 = 5.\n"
-    assert said(chat) == "The capital of France is Paris.\n"
-    assert said(cancel).endswith("\nCANCELLED\n")
+    assert output_of(run) == "The capital of France is Paris.\n"
+    assert output_of(stream) == "2 + 3 = 5.\n"
+    assert output_of(chat) == "The capital of France is Paris.\n"
+    assert output_of(cancel).endswith("\nCANCELLED\n")
     engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
     assert (engine["running"], engine["kv_blocks_used"]) == (0, 0)
 
 
 @pytest.mark.ray
 def test_the_progress_example(client: Client, tmp_path: Path) -> None:
-    """Enough prompts to take a while: percentages first, then every answer beside its prompt."""
+    """The progress example prints percentages, then each prompt with its answer."""
     prompts = [f"What is {n} + 1?" for n in range(1, 9)] * 100
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
-    lines = said(start(client.platform, tmp_path, "progress", str(tmp_path / "prompts.txt")))
+    lines = output_of(start(client.platform, tmp_path, "progress", str(tmp_path / "prompts.txt")))
     told = [line for line in lines.splitlines() if " %  " in line]
     assert told
     assert all(line.endswith(f" of {len(prompts)} done") for line in told)

@@ -1,7 +1,6 @@
-"""A machine that cannot serve ends its worker as unhealthy; a model that cannot load does not.
+"""An unfit machine ends its worker as unhealthy; a model that cannot load does not.
 
-Whole workers against the loopback platform: the SDK itself runs the checks, and ends the process.
-None of them starts Ray.
+The SDK of a whole worker runs the checks and ends the process. No test starts Ray.
 """
 
 import shutil
@@ -20,7 +19,7 @@ from tests.worker.process import ENTRY
 
 
 def config(folder: Path, **model: Any) -> str:
-    """configs/tiny.yaml with another model."""
+    """Writes configs/tiny.yaml with other `model` settings; returns its path."""
     document = yaml.safe_load(TINY.read_text())
     document["applications"][0]["args"]["model"] |= model
     path = folder / "config.yaml"
@@ -39,7 +38,7 @@ def with_gpu(folder: Path, gpu: nvml.Row, driver: str, cuda: str) -> dict[str, s
 
 @pytest.mark.parametrize("fault", ["gpu_driver", "gpu_memory", "model_folder", "volume"])
 def test_an_unfit_machine_is_reported(tmp_path: Path, fault: str) -> None:
-    """One sentence in the log, the check's name and reason on the platform, exit code 1."""
+    """An unfit machine is one log line, an unhealthy ping with the check, and exit code 1."""
     variables: dict[str, Any] = {}
     if fault.startswith("gpu"):
         driver, size = ("550.1", 32000) if fault == "gpu_driver" else ("580.1", 1200)
@@ -65,8 +64,8 @@ def test_an_unfit_machine_is_reported(tmp_path: Path, fault: str) -> None:
     assert "Traceback" not in one.log
 
 
-def test_a_broken_checkpoint_is_for_the_jobs_to_hear(tmp_path: Path) -> None:
-    """The worker that finds it before Ray starts lives on, and answers each job at once."""
+def test_a_broken_checkpoint_fails_the_jobs(tmp_path: Path) -> None:
+    """A checkpoint that the check finds broken fails every job at once; the worker goes on."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
     (checkpoint / "tokenizer.json").unlink()
     path = config(tmp_path, name=str(checkpoint))

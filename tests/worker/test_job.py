@@ -1,4 +1,4 @@
-"""The three shapes of a job's input, in their order, and what is said about any other."""
+"""The three shapes of a job's input, the order they are tried in, and errors for others."""
 
 from typing import Any
 
@@ -48,12 +48,12 @@ def parsed(given: Any) -> JobRequest:
 def test_every_shape_becomes_the_call_it_means(
     given: dict[str, Any], method: str, path: str, body: Any
 ) -> None:
-    """Each documented shape reaches the route of the HTTP door that it names."""
+    """Each documented shape becomes a call of the HTTP route that it names."""
     assert parsed(given).call == Call(method, path, body, "req-1")
 
 
 def test_shapes_are_tried_in_the_documented_order() -> None:
-    """The gateway's shape wins over a route, and a route over the plain form."""
+    """The gateway's shape comes before a route, and a route before the plain form."""
     gateway = {"openai_route": "/v1/models", "endpoint": "/prompt", "prompt": "x"}
     assert parsed(gateway).call.path == "/v1/models"
     with pytest.raises(InvalidRequest) as caught:
@@ -61,8 +61,8 @@ def test_shapes_are_tried_in_the_documented_order() -> None:
     assert caught.value.param == "prompt"
 
 
-def test_only_the_gateway_hears_sse() -> None:
-    """A stream is text for the gateway and dicts for everyone else; a plain answer is neither."""
+def test_only_the_gateway_gets_sse() -> None:
+    """A stream's chunks are SSE text for the gateway and dicts for other shapes."""
     gateway = parsed({"openai_input": {**CHAT, "stream": True}})
     assert (gateway.stream, gateway.sse) == (True, True)
     plain = parsed({"prompt": "x", "stream": True})
@@ -90,7 +90,7 @@ def test_only_the_gateway_hears_sse() -> None:
     ],
 )
 def test_anything_else_is_refused_by_name(job: dict[str, Any], param: str) -> None:
-    """Null, empty, missing and misshapen inputs are told which field to change."""
+    """The error for a null, empty, missing or misshapen input names the field to change."""
     with pytest.raises(InvalidRequest) as caught:
         parse({"id": "job", **job}, "req-1", 1000)
     assert caught.value.param == param
@@ -99,27 +99,27 @@ def test_anything_else_is_refused_by_name(job: dict[str, Any], param: str) -> No
 @pytest.mark.parametrize(
     ("prompt", "code"), [("x" * 1000, "request_too_large"), (float("nan"), None)]
 )
-def test_the_http_doors_limits_of_a_body_hold(prompt: Any, code: str | None) -> None:
-    """What HTTP refuses before it reads the fields is refused here too."""
+def test_the_limits_of_an_http_body_hold(prompt: Any, code: str | None) -> None:
+    """A body that is too large or holds NaN is refused, as over HTTP."""
     with pytest.raises(InvalidRequest) as caught:
         parsed({"endpoint": "/prompt", "data": {"prompt": prompt}})
     assert caught.value.code == code
 
 
 def test_text_counts_as_utf8() -> None:
-    """As over HTTP, a Chinese character is three bytes, not the six of its JSON escape."""
+    """A Chinese character counts as its three bytes in UTF-8, not as six of its JSON escape."""
     body = {"prompt": "你" * 300}
     assert parsed({"endpoint": "/prompt", "data": body}).call.body == body
 
 
-def test_names_for_one_thing_are_not_mixed() -> None:
-    """Two bodies or two routes in one job would leave one of them unread."""
+def test_two_names_for_one_thing_are_refused() -> None:
+    """A job with two bodies or two routes is refused: one of them would be ignored."""
     with pytest.raises(InvalidRequest, match="one thing"):
         parsed({"endpoint": "/prompt", "data": {"prompt": "a"}, "body": {"prompt": "b"}})
 
 
 def test_fields_of_older_workers_change_nothing() -> None:
-    """Batch sizes, and values that ask for what happens anyway, leave the plain body as it is."""
+    """Batch sizes, and values that ask for what happens anyway, are left out of the body."""
     older = {
         "max_batch_size": 50,
         "min_batch_size": 1,
@@ -131,8 +131,8 @@ def test_fields_of_older_workers_change_nothing() -> None:
 
 
 @pytest.mark.parametrize("field", ["apply_chat_template", "refresh_worker"])
-def test_what_older_workers_did_otherwise_is_refused(field: str) -> None:
-    """The other value is refused by name with what to do, never dropped in silence."""
+def test_other_behaviour_of_older_workers_is_refused(field: str) -> None:
+    """A value that asks for what older workers did is refused by name, with what to do."""
     with pytest.raises(InvalidRequest, match=f"`{field}` can only be") as caught:
         parsed({"prompt": "Hi", field: field == "refresh_worker"})
     assert caught.value.param == field

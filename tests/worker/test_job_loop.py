@@ -1,4 +1,4 @@
-"""The real SDK's worker loop around our handler, against the platform; the model is scripted."""
+"""The job loop in the real SDK, against the emulator; the model follows a script."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 
 
-def test_a_job_hears_the_load_and_gets_one_result(tmp_path: Path) -> None:
-    """Progress comes while the model starts, and nothing at all after the result."""
+def test_a_job_gets_progress_and_one_result(tmp_path: Path) -> None:
+    """Progress is posted while the model starts, and nothing after the result."""
     with (
         Platform() as platform,
         Worker(platform, tmp_path, script=SCRIPT, arguments=["--start-s", "1"]) as worker,
@@ -29,7 +29,7 @@ def test_a_job_hears_the_load_and_gets_one_result(tmp_path: Path) -> None:
 
 
 def test_slow_posts_merge_tokens_and_lose_none(scripted: Client) -> None:
-    """A platform slow to acknowledge gets fewer, longer chunks; their text is the whole text."""
+    """A slow platform gets fewer, longer chunks, which together have the whole text."""
     scripted.platform.faults.delay_s["job-stream"] = 0.1
     job = scripted.ended({"prompt": "500", "stream": True})
     assert job.output == job.chunks
@@ -42,7 +42,7 @@ def test_slow_posts_merge_tokens_and_lose_none(scripted: Client) -> None:
 def test_a_job_cancelled_during_a_post_frees_its_call(
     scripted: Client, scripted_worker: Worker
 ) -> None:
-    """The platform has yet to acknowledge a chunk; the call to the model is closed all the same."""
+    """A stop ends the call to the model while a chunk is still unacknowledged."""
     scripted.platform.faults.delay_s["job-stream"] = 1000
     num_calls = scripted_worker.log.count("\ncall ")
     job = scripted.submit({"prompt": "hold", "stream": True})

@@ -1,4 +1,4 @@
-"""More jobs at once than the worker takes: 200, through the real SDK, Ray and the tiny model."""
+"""200 jobs at once, more than the worker takes, through the real SDK, Ray and the tiny model."""
 
 import heapq
 import itertools
@@ -18,37 +18,37 @@ QUESTIONS = [f"What is {a} + {b}?" for a, b in itertools.product(range(2, 7), ra
 
 
 def question(number: int) -> dict[str, Any]:
-    """Every second one is a stream."""
+    """The input of job `number`; every second one streams."""
     prompt = QUESTIONS[number // 2 % len(QUESTIONS)]
     return {"prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": number % 2 == 1}
 
 
 def text_of(job: Job) -> str:
-    """The job's answer, whole or put together."""
+    """The job's answer; the text of all chunks for a stream."""
     assert job.status == "COMPLETED", job.error
     return "".join(chunk["text"] if "text" in chunk else chunk["token"] for chunk in job.output)
 
 
-def most_at_once(jobs: list[Job]) -> int:
-    """How many jobs the worker had taken and not yet answered, at the worst moment."""
+def max_at_once(jobs: list[Job]) -> int:
+    """The largest number of jobs that the worker had taken and not yet answered."""
     ends: list[float] = []
-    most = 0
+    num_max = 0
     for started, ended in sorted((job.started or 0.0, job.ended or 0.0) for job in jobs):
         while ends and ends[0] <= started:
             heapq.heappop(ends)
         heapq.heappush(ends, ended)
-        most = max(most, len(ends))
-    return most
+        num_max = max(num_max, len(ends))
+    return num_max
 
 
-def most_overtaken(jobs: list[Job]) -> int:
-    """How many later jobs ended before an earlier one, for the one that suffered most."""
+def max_overtaken(jobs: list[Job]) -> int:
+    """The largest number of later jobs that ended before one job."""
     ends = [job.ended or 0.0 for job in jobs]
     return max(sum(later < end for later in ends[n + 1 :]) for n, end in enumerate(ends))
 
 
 def test_two_hundred_jobs_at_once(client: Client) -> None:
-    """Each gets its own answer, once, in its turn; what is beyond capacity waits outside."""
+    """Each job gets its own answer once; jobs beyond the slots stay in the platform's queue."""
     alone = [client.ended(question(2 * n)) for n in range(len(QUESTIONS))]
     right = [text_of(job) for job in alone]
     assert len(set(right)) > len(QUESTIONS) / 4, "the answers do not tell the jobs apart"
@@ -59,7 +59,7 @@ def test_two_hundred_jobs_at_once(client: Client) -> None:
         assert text_of(job) == right[number // 2 % len(QUESTIONS)]
         assert (job.num_results, job.num_deliveries, job.num_late_posts) == (1, 1, 0)
     slots = num_slots(Settings.from_yaml(TINY))
-    assert most_at_once(jobs) == slots
-    assert most_overtaken(jobs) < slots
+    assert max_at_once(jobs) == slots
+    assert max_overtaken(jobs) < slots
     engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
     assert (engine["running"], engine["waiting"], engine["kv_blocks_used"]) == (0, 0, 0)

@@ -22,7 +22,7 @@ def chat(delta: dict[str, Any], **choice: Any) -> dict[str, Any]:
 
 
 def test_text_is_joined_up_to_the_limit_of_a_post() -> None:
-    """Nothing is lost or reordered, and no string outgrows what the platform takes."""
+    """No event is lost or reordered, and no text exceeds RunPod's limit."""
     chunks = [{"n": n, "text": "x" * 50_000} for n in range(40)]
     texts = [event(chunk).decode() for chunk in chunks]
     merged = merged_events(chunks, DONE)
@@ -31,8 +31,8 @@ def test_text_is_joined_up_to_the_limit_of_a_post() -> None:
     assert all(len(json.dumps(text)) <= MAX_CHUNK_BYTES for text in merged)
 
 
-def test_plain_tokens_are_joined_and_the_last_word_stays_apart() -> None:
-    """`finished` and `usage` keep a chunk of their own, as clients stop reading at it."""
+def test_plain_tokens_are_joined_and_the_last_chunk_stays_apart() -> None:
+    """The last chunk stays on its own, because clients stop reading at it."""
     last = {"token": "", "finished": True, "finish_reason": "stop", "usage": {}}
     assert merged_chunks([token("He"), token("llo"), last]) == [token("Hello"), last]
 
@@ -51,7 +51,7 @@ def test_openai_chunks_are_joined_only_where_they_are_pure_text() -> None:
 
 
 def test_joined_chunks_stay_under_the_limit() -> None:
-    """A long backlog of tokens is several posts, none over the platform's limit."""
+    """A long backlog of tokens becomes several chunks, none over RunPod's limit."""
     chunks = [token("\0" * 30_000) for _ in range(20)]  # 6 bytes each, the most that JSON takes
     merged = merged_chunks(chunks)
     assert "".join(c["token"] for c in merged) == "\0" * 600_000

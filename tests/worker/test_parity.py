@@ -1,4 +1,4 @@
-"""The same body through both doors: the same answer, and the same error."""
+"""The same body over HTTP and as a job: the same answer, and the same error."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 
 @pytest.fixture(scope="module")
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
-    """The HTTP door of the same entry point; told to stop at the end, it exits with 0."""
+    """A client of the HTTP server of the same entry point, which ends with code 0 on SIGTERM."""
     home: Path = tmp_path_factory.mktemp("http-home")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -51,7 +51,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 def anonymous(value: Any) -> Any:
-    """`value` without what is each request's own."""
+    """`value` without the fields that differ from request to request."""
     if isinstance(value, dict):
         return {name: anonymous(item) for name, item in value.items() if name not in OWN}
     if isinstance(value, list):
@@ -60,7 +60,7 @@ def anonymous(value: Any) -> Any:
 
 
 def events_of(text: str) -> list[Any]:
-    """The chunks of an event stream, before its [DONE]."""
+    """The chunks of an event stream, without its [DONE]."""
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     return [anonymous(json.loads(event)) for event in events if event != "[DONE]"]
 
@@ -87,7 +87,7 @@ def said(events: list[Any]) -> str:
 def test_answers_are_equal(
     http: httpx.Client, client: Client, method: str, path: str, body: Any
 ) -> None:
-    """Token for token and field for field."""
+    """The answers are equal in every token and field."""
     answer = http.request(method, path, json=body)
     assert answer.status_code == 200, answer.text
     job = client.ended({"route": path, "method": method, "body": body})
@@ -118,7 +118,7 @@ def test_answers_are_equal(
 def test_errors_are_equal(
     http: httpx.Client, client: Client, method: str, path: str, body: Any, status: int
 ) -> None:
-    """The job's error string is the HTTP body, word for word but for the request id."""
+    """The job's error string is the HTTP body, save for the request id."""
     answer = http.request(method, path, json=body)
     assert answer.status_code == status, answer.text
     job = client.ended({"route": path, "method": method, "body": body})
@@ -126,8 +126,8 @@ def test_errors_are_equal(
     assert anonymous(client.error_of(job)) == anonymous(answer.json())
 
 
-def test_metrics_are_shown_through_both_doors(http: httpx.Client, client: Client) -> None:
-    """The same series, with or without a gateway; a job's request is counted as HTTP's is."""
+def test_metrics_are_equal(http: httpx.Client, client: Client) -> None:
+    """All three ways show the same series; a job's request is counted like one over HTTP."""
 
     def job(given: Any) -> Shown:
         ended = client.ended(given)
@@ -147,7 +147,7 @@ def test_metrics_are_shown_through_both_doors(http: httpx.Client, client: Client
 
 
 def test_plain_streams_are_equal(http: httpx.Client, client: Client) -> None:
-    """`/prompt` streams the same text and the same last chunk, however it was cut on the way."""
+    """`/prompt` streams the same text and the same last chunk, however chunks were merged."""
     body = {"prompt": "What is 2 + 3?", "stream": True, **GREEDY}
     events = events_of(http.post("/prompt", json=body).text)
     chunks = client.ended(body).output
@@ -156,7 +156,7 @@ def test_plain_streams_are_equal(http: httpx.Client, client: Client) -> None:
 
 
 def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
-    """The gateway's text is HTTP's event stream, however both were cut, [DONE] too."""
+    """The gateway's text is HTTP's event stream with its [DONE], however chunks were merged."""
     body = {**CHAT, "stream": True}
     events = http.post("/v1/chat/completions", json=body).text
     job = client.ended({"openai_route": "/v1/chat/completions", "openai_input": body})

@@ -1,4 +1,4 @@
-"""Polls for jobs that go wrong, and jobs that come in odd ways."""
+"""Polls that fail, and jobs that are odd, come twice or come to a full worker."""
 
 import json
 from pathlib import Path
@@ -20,43 +20,43 @@ ODD = [Fault(body=json.dumps(value).encode()) for value in (None, 5, [3, None], 
 
 
 @pytest.mark.parametrize("odd", ["[" * 9_999 + "]" * 9_999, "1" * 5_000, '"\xff"', r'"\ud800"'])
-def test_odd_inputs_cost_no_other_job(odd: str) -> None:
-    """What Python would not read is still a job of its batch, to be refused alone."""
+def test_odd_inputs_do_not_harm_their_batch(odd: str) -> None:
+    """JSON that Python's defaults refuse still gives the jobs of its batch."""
     body = f'[{{"id": "a", "input": {odd}}}, {{"id": "b", "input": 1}}]'.encode("latin-1")
     assert [job["id"] for job in poll_for_jobs().items(200, body)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("odd", ["[" * 9_999 + "]" * 9_999, "1" * 5_000])
 def test_odd_inputs_are_refused(odd: str) -> None:
-    """The client hears what is wrong with it."""
+    """A job with such an input is refused on its own."""
     (job,) = poll_for_jobs().items(200, f'{{"id": "a", "input": {{"prompt": {odd}}}}}'.encode())
     with pytest.raises(InvalidRequest, match="JSON"):
         parse(job, "r1", 1_000_000)
 
 
-def trouble(log: str) -> tuple[int, int]:
-    """How often the log says that polls fail, and that they work again."""
+def outages(log: str) -> tuple[int, int]:
+    """How often the log says that polls begin to fail, and that they work again."""
     return log.count(BEGINS), log.count(ENDS)
 
 
 @pytest.mark.parametrize("fault", [500, 429, 404, RESET, NOT_JSON, HTML], ids=str)
-def test_a_take_that_fails_is_said_once(
+def test_an_outage_is_logged_once(
     scripted: Client, scripted_worker: Worker, fault: int | Fault
 ) -> None:
-    """One line when it begins and one when it is over; the next job is answered."""
-    before = trouble(scripted_worker.log)
-    num_faults = 1 if fault == 429 else 2  # after a 429, five seconds pass
+    """An outage is one log line at its begin and one at its end; the next job is answered."""
+    before = outages(scripted_worker.log)
+    num_faults = 1 if fault == 429 else 2  # five seconds pass after a 429
     scripted.platform.faults.inject("job-take", *[fault] * num_faults)
     until(lambda: scripted.platform.faults.num_planned == 0)
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
-    until(lambda: trouble(scripted_worker.log) == (before[0] + 1, before[1] + 1))
+    until(lambda: outages(scripted_worker.log) == (before[0] + 1, before[1] + 1))
 
 
 @pytest.mark.parametrize("fault", [204, 400, *ODD], ids=str)
-def test_a_take_that_brings_no_job_is_no_trouble(
+def test_an_answer_without_a_job_is_skipped(
     scripted: Client, scripted_worker: Worker, fault: int | Fault
 ) -> None:
-    """Such as RunPod's 400 after a thaw; what has no id is passed over."""
+    """Answers without a usable job, such as RunPod's 400 after a thaw, harm no later job."""
     scripted.platform.faults.inject("job-take", fault, fault)
     until(lambda: scripted.platform.faults.num_planned == 0)
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
@@ -64,7 +64,7 @@ def test_a_take_that_brings_no_job_is_no_trouble(
 
 @pytest.mark.parametrize("fault", [204, 400, 500, RESET], ids=str)
 def test_polls_keep_their_pace(scripted: Client, fault: int | Fault) -> None:
-    """A platform that answers at once is asked a few times between two heartbeats, no more."""
+    """A platform that answers at once gets at most 20 polls in two seconds."""
     platform = scripted.platform
     platform.faults.inject_always("job-take", fault)
     num_pings, num_polls = len(platform.queue.pings), platform.faults.num_requests["job-take"]
@@ -73,7 +73,7 @@ def test_polls_keep_their_pace(scripted: Client, fault: int | Fault) -> None:
 
 
 def test_a_job_without_input_is_answered_alone(tmp_path: Path) -> None:
-    """Taken one at a time, where the SDK itself would raise before any handler runs."""
+    """A lone job without `input` is answered; the SDK would raise before any handler."""
     with (
         Platform() as platform,
         Worker(platform, tmp_path, script=SCRIPT, arguments=["--slots", "1"]) as worker,
@@ -88,15 +88,15 @@ def test_a_job_without_input_is_answered_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("more", [{"self": 1}, {"webhook": None, "policy": {"ttl": 5}}])
-def test_other_fields_of_a_job_are_no_accident(scripted: Client, more: dict[str, Any]) -> None:
-    """The SDK passes them as keyword arguments, where a name can be taken."""
+def test_other_fields_of_a_job_are_ignored(scripted: Client, more: dict[str, Any]) -> None:
+    """Other fields of a job, `self` too, are ignored; the SDK takes them as keyword arguments."""
     job = scripted.post({"input": {"prompt": "3"}, **more})
     until(lambda: job.is_over)
     assert job.status == "COMPLETED"
 
 
 def test_a_job_that_comes_again_while_it_runs(scripted: Client, scripted_worker: Worker) -> None:
-    """It is run once: no token twice, one result."""
+    """A job that comes again while it runs is run once, with one result."""
     num_calls = scripted_worker.log.count("\ncall ")
     job = scripted.submit({"prompt": "1500", "stream": True})
     until(lambda: job.chunks)
@@ -108,7 +108,7 @@ def test_a_job_that_comes_again_while_it_runs(scripted: Client, scripted_worker:
 
 
 def test_a_job_that_comes_twice_in_one_batch(scripted: Client) -> None:
-    """The same, for one take that brings both."""
+    """A job that is twice in one batch is run once."""
     with scripted.platform.paused():
         job = scripted.submit({"prompt": "3"})
         scripted.platform.deliver_again(job)
@@ -117,8 +117,8 @@ def test_a_job_that_comes_twice_in_one_batch(scripted: Client) -> None:
     assert (job.status, other.status) == ("COMPLETED", "COMPLETED")
 
 
-def test_an_echo_of_an_answered_job_is_not_run(scripted: Client, scripted_worker: Worker) -> None:
-    """A moment after its result was acknowledged; then the worker goes on."""
+def test_a_late_delivery_of_an_answer_is_dropped(scripted: Client, scripted_worker: Worker) -> None:
+    """A delivery just after the result was acknowledged is dropped."""
     job = scripted.ended({"prompt": "3"})
     num_calls = scripted_worker.log.count("\ncall ")
     scripted.platform.deliver_again(job)
@@ -128,7 +128,7 @@ def test_an_echo_of_an_answered_job_is_not_run(scripted: Client, scripted_worker
 
 
 def test_a_failed_job_that_is_sent_again_is_run(scripted: Client) -> None:
-    """`/retry` sends a job under its old id, and is no echo."""
+    """`/retry` sends a failed job under its old id, and it is run."""
     job = scripted.ended({"prompt": "flaky"})
     assert job.status == "FAILED"
     scripted.retry(job)
@@ -137,7 +137,7 @@ def test_a_failed_job_that_is_sent_again_is_run(scripted: Client) -> None:
 
 
 def test_a_full_worker_takes_a_job_for_each_that_ends(scripted: Client) -> None:
-    """It never has more than its places, nor asks for any while it is full."""
+    """A full worker does not poll, and takes one job for each that ends."""
     queue = scripted.platform.queue
     held = [scripted.submit({"prompt": "hold", "stream": True}) for _ in range(9)]
     until(lambda: sum(bool(job.chunks) for job in held) == 8)

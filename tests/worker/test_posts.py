@@ -1,4 +1,4 @@
-"""Results and chunks that the platform refuses, loses or is slow to take."""
+"""Posts that the platform refuses, loses or acknowledges late."""
 
 from pathlib import Path
 
@@ -18,10 +18,10 @@ WORDS = "".join(f"{n} " for n in range(50))
 @pytest.mark.parametrize(
     "faults", [[500], [400], [401, 404], [RESET], [LOST], [429, RESET], [HELD]], ids=repr
 )
-def test_a_result_is_posted_until_it_is_taken(
+def test_a_result_is_posted_until_it_is_acknowledged(
     scripted: Client, faults: list[int | Fault], stream: bool
 ) -> None:
-    """Refused, reset, unanswered: the result arrives, and is acknowledged exactly once."""
+    """A result that is refused, reset or unanswered is posted until one acknowledgement."""
     platform = scripted.platform
     before = platform.faults.num_requests["job-done"]
     platform.faults.inject("job-done", *faults)
@@ -32,15 +32,15 @@ def test_a_result_is_posted_until_it_is_taken(
     assert platform.faults.num_requests["job-done"] - before == len(faults) + 1
 
 
-def test_a_failure_is_posted_until_it_is_taken(scripted: Client) -> None:
-    """An error is a result too."""
+def test_an_error_is_posted_until_it_is_acknowledged(scripted: Client) -> None:
+    """A failed job's error is posted until it is acknowledged."""
     scripted.platform.faults.inject("job-done", 400, RESET)
     job = scripted.ended({"prompt": "refused"})
     assert scripted.error_of(job)["error"]["status"] == "VALIDATION_FAILED"
 
 
 def test_slow_acknowledgements_are_waited_for(scripted: Client) -> None:
-    """Each further post is given more time, until one is heard of; then there is no other."""
+    """Each further post of a result waits longer; none follows an acknowledgement."""
     scripted.platform.faults.delay_s["job-done"] = 1.5
     job = scripted.submit({"prompt": "3"})
     until(lambda: job.num_results)
@@ -49,7 +49,7 @@ def test_slow_acknowledgements_are_waited_for(scripted: Client) -> None:
 
 @pytest.mark.parametrize("fault", [500, 400, RESET])
 def test_a_chunk_is_posted_again(scripted: Client, fault: int | Fault) -> None:
-    """One refused chunk costs the stream nothing."""
+    """A refused chunk is posted again, and the stream is whole."""
     scripted.platform.faults.inject("job-stream", fault)
     job = scripted.ended(STREAM)
     assert job.status == "COMPLETED"
@@ -66,8 +66,8 @@ def test_lost_chunks_do_not_cost_the_result(scripted: Client, fault: int | Fault
     assert "".join(chunk["token"] for chunk in job.output) == WORDS
 
 
-def test_the_platform_is_away_for_a_while(scripted: Client, scripted_worker: Worker) -> None:
-    """Nobody at the other end of any connection: jobs that ran are answered when it is back."""
+def test_an_unreachable_platform_loses_no_job(scripted: Client, scripted_worker: Worker) -> None:
+    """Jobs that ran while the platform was unreachable are answered afterwards."""
     platform = scripted.platform
     running = scripted.submit({"prompt": "500", "stream": True})
     until(lambda: running.chunks)
@@ -81,7 +81,7 @@ def test_the_platform_is_away_for_a_while(scripted: Client, scripted_worker: Wor
 
 
 def test_lost_progress_costs_nothing(tmp_path: Path) -> None:
-    """News of the load that nobody takes; the job is answered all the same."""
+    """A job is answered although its progress updates are lost."""
     with (
         Platform() as platform,
         Worker(platform, tmp_path, script=SCRIPT, arguments=["--start-s", "0.5"]) as worker,

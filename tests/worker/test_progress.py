@@ -1,4 +1,4 @@
-"""Progress updates while a job waits: told in order, silent once it is over."""
+"""Progress updates while a job waits: in order, and none after the wait."""
 
 import asyncio
 import itertools
@@ -9,31 +9,31 @@ from serve_app.worker import progress
 
 
 def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
-    """An update posted after the result would overwrite it; updates keep their distance."""
+    """Updates keep their interval, and none is under way when the wait is over."""
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
-        told: list[float] = []
+        started: list[float] = []
         under_way = 0
 
         async def tell() -> None:
             nonlocal under_way
             under_way += 1
-            told.append(loop.time())
+            started.append(loop.time())
             await asyncio.sleep(0.01)
             under_way -= 1
 
         result = await progress.while_waiting(asyncio.sleep(0.3, "ready"), tell, 0.1)
         assert result == "ready"
         assert under_way == 0
-        assert len(told) >= 2
-        assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(told))
+        assert len(started) >= 2
+        assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(started))
 
     asyncio.run(scenario())
 
 
 def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture) -> None:
-    """The platform not answering is logged; the job goes on."""
+    """A failed update is logged, and the job goes on."""
 
     async def tell() -> None:
         raise OSError("connection reset")
@@ -46,7 +46,7 @@ def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture
 
 
 def test_a_failed_load_ends_the_wait_with_its_error() -> None:
-    """What the load raises is what the waiting job hears."""
+    """The wait raises what the load raises."""
 
     async def tell() -> None:
         pass
@@ -58,9 +58,9 @@ def test_a_failed_load_ends_the_wait_with_its_error() -> None:
         asyncio.run(progress.while_waiting(fail(), tell, 0.1))
 
 
-@pytest.mark.parametrize("num_steps", range(1, 12))
-def test_a_job_can_be_stopped_at_any_moment(num_steps: int) -> None:
-    """The wait ends where it is cancelled after any number of the loop's steps."""
+@pytest.mark.parametrize("num_turns", range(1, 12))
+def test_a_job_can_be_stopped_at_any_moment(num_turns: int) -> None:
+    """The wait ends when it is cancelled after any number of turns of the event loop."""
 
     async def tell() -> None:
         pass
@@ -68,7 +68,7 @@ def test_a_job_can_be_stopped_at_any_moment(num_steps: int) -> None:
     async def scenario() -> bool:
         for_ever = asyncio.Event()
         waiting = asyncio.create_task(progress.while_waiting(for_ever.wait(), tell, 60.0))
-        for _ in range(num_steps):
+        for _ in range(num_turns):
             await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait({waiting}, timeout=1.0)

@@ -1,4 +1,4 @@
-"""Results that the platform would not take: too large, or no JSON."""
+"""Results that the platform would refuse: too large, or no JSON."""
 
 import asyncio
 import json
@@ -29,7 +29,7 @@ def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def keeper(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A client of a worker that keeps large results on its volume."""
+    """A client of a worker that writes large results to its volume."""
     home = tmp_path_factory.mktemp("home")
     arguments = ["--volume", str(volume)]
     with Platform() as platform, Worker(platform, home, script=SCRIPT, arguments=arguments) as w:
@@ -38,7 +38,7 @@ def keeper(volume: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
 
 
 def test_an_answer_larger_than_a_chunk_arrives(scripted: Client) -> None:
-    """A whole answer is in the result alone where it is too large to be streamed."""
+    """An answer that is too large for a chunk is in the result alone."""
     job = scripted.ended({"prompt": "bytes 1500000"})
     assert (job.status, job.chunks) == ("COMPLETED", [])
     assert len(job.output[0]["text"]) == 1_500_000
@@ -46,7 +46,7 @@ def test_an_answer_larger_than_a_chunk_arrives(scripted: Client) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_result_that_is_too_large_is_an_error(scripted: Client, stream: bool) -> None:
-    """25 MB: the job says how much is allowed; what was streamed has been delivered."""
+    """25 MB fail with a message that has the limit; chunks were delivered before."""
     job = scripted.ended({"prompt": f"bytes {BIG}", "stream": stream})
     error = scripted.error_of(job)["error"]
     assert (error["code"], error["retry"]) == ("result_too_large", False)
@@ -62,15 +62,15 @@ def runsync(platform: Platform, prompt: str) -> Job:
 
 
 def test_runsync_takes_more(scripted: Client) -> None:
-    """15 MB are an answer there, 25 are not."""
+    """A job of `/runsync` may have a result of 15 MB, but not of 25."""
     job = runsync(scripted.platform, "bytes 15000000")
     assert job.status == "COMPLETED", job.error
     job = runsync(scripted.platform, f"bytes {BIG}")
     assert "20,000,000" in scripted.error_of(job)["error"]["message"]
 
 
-def test_a_platform_that_takes_less_is_told_so(scripted: Client) -> None:
-    """A 413 is no reason to post the same again."""
+def test_a_413_is_an_error(scripted: Client) -> None:
+    """A 413 turns the result into an error instead of being posted again."""
     scripted.platform.faults.inject("job-done", 413)
     job = scripted.ended({"prompt": "bytes 5000"})
     assert scripted.error_of(job)["error"]["code"] == "result_too_large"
@@ -78,7 +78,7 @@ def test_a_platform_that_takes_less_is_told_so(scripted: Client) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_large_results_are_kept_on_the_volume(keeper: Client, volume: Path, stream: bool) -> None:
-    """By setting: the output names a file that holds what would have been the output."""
+    """With `runpod.large_results: volume` the output names a file that has the output."""
     job = keeper.ended({"prompt": f"bytes {BIG}", "stream": stream})
     assert job.status == "COMPLETED", job.error
     (kept,) = job.output
@@ -90,7 +90,7 @@ def test_large_results_are_kept_on_the_volume(keeper: Client, volume: Path, stre
 
 
 def test_a_volume_that_cannot_be_written_is_an_error(volume: Path, keeper: Client) -> None:
-    """The job hears of the size, the log of the volume; no half file stays."""
+    """A volume that cannot be written makes the result an error, and leaves no partial file."""
     folder = volume / "results"
     folder.mkdir(exist_ok=True)
     before = sorted(folder.iterdir())
@@ -107,14 +107,14 @@ def test_a_volume_that_cannot_be_written_is_an_error(volume: Path, keeper: Clien
 
 
 @pytest.mark.parametrize("prompt", ["nan", "deep"])
-def test_what_is_no_json_is_an_error(scripted: Client, prompt: str) -> None:
-    """The SDK would post a bare NaN, or nothing at all."""
+def test_an_answer_that_is_no_json_is_an_error(scripted: Client, prompt: str) -> None:
+    """An answer that is no JSON fails its job."""
     job = scripted.ended({"prompt": prompt})
     assert scripted.error_of(job)["error"]["code"] == "internal_error"
 
 
 def test_no_volume_is_an_error(tmp_path: Path) -> None:
-    """A file on the container's own disk would be gone before anybody reads it."""
+    """Without a volume nothing is written: the file would die with the container."""
     results = LargeResults("volume", str(tmp_path / "absent"))
     result = asyncio.run(results.replacement("job-1", Result(b"[1]"), BIG))
     assert json.loads(result.body())["output"]["status"] == "VALIDATION_FAILED"
@@ -123,7 +123,7 @@ def test_no_volume_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("job_id", ["../up", "a/b", "/etc/x", ".hidden", "", "x" * 300, "\ud800"])
 def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
-    """An id that is no plain name is not a path."""
+    """A job id that is no plain name is not used as a path."""
     results = LargeResults("volume", str(tmp_path))
     result = asyncio.run(results.replacement(job_id, Result(b"[1]"), BIG))
     (kept,) = json.loads(result.body())["output"]
@@ -133,13 +133,13 @@ def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
 
 
 def test_lone_surrogates_are_replaced() -> None:
-    """Text that UTF-8 cannot carry would lose the job inside the SDK."""
+    """A lone surrogate, which UTF-8 does not have, becomes U+FFFD."""
     assert json.loads(encode({"a": ["x\ud800y", "ok 😀"]})) == {"a": ["x\ufffdy", "ok 😀"]}
     assert json.loads(encode("plain")) == "plain"
 
 
 @pytest.mark.parametrize("value", [math.nan, [math.inf], object(), {"a": b"bytes"}])
-def test_what_json_cannot_say_is_an_error(value: Any) -> None:
-    """The SDK posts a bare NaN, and nothing at all for unknown objects."""
+def test_what_json_does_not_have_is_an_error(value: Any) -> None:
+    """NaN, infinities and other objects raise; the SDK would post a bare NaN, or nothing."""
     with pytest.raises(InternalError):
         encode(value)

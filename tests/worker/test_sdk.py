@@ -7,19 +7,19 @@ SCRIPT = """
 import cpuinfo
 from serve_app.worker.sdk import import_sdk
 
-def measures():
-    raise AssertionError("the clock is measured")
+def measure():
+    raise AssertionError("the processor is measured")
 
-cpuinfo.get_cpu_info = measures
+cpuinfo.get_cpu_info = measure
 import_sdk()
-assert cpuinfo.get_cpu_info is measures
+assert cpuinfo.get_cpu_info is measure
 from runpod.serverless.utils import rp_debugger
 print(rp_debugger.PROCESSOR)
 """
 
 
 def test_the_sdk_knows_the_processor_without_measuring_it() -> None:
-    """A start saves py-cpuinfo's second, and the SDK's debugger still names the processor."""
+    """`import_sdk` does not measure the processor, and the SDK's debugger still has its name."""
     run = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     import cpuinfo

@@ -38,7 +38,7 @@ def part(modules: dict[str, Any], path: str) -> Any:
 
 
 def test_the_version_is_the_pinned_one() -> None:
-    """Every fact here was read in this one."""
+    """The facts of this module are those of version 1.12.0."""
     from importlib.metadata import version
 
     assert version("runpod") == "1.12.0"
@@ -46,7 +46,7 @@ def test_the_version_is_the_pinned_one() -> None:
 
 @pytest.mark.parametrize("path", SIGNATURES)
 def test_signatures(modules: dict[str, Any], path: str) -> None:
-    """Functions that are called or stood for take what they did."""
+    """Functions that are called or replaced have their known parameters."""
     signature = inspect.signature(part(modules, path))
     bare = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
     given = inspect.Signature(bare)
@@ -54,7 +54,7 @@ def test_signatures(modules: dict[str, Any], path: str) -> None:
 
 
 def test_the_scaler_can_be_replaced(modules: dict[str, Any]) -> None:
-    """Its class is looked up when the worker runs."""
+    """The SDK looks up the class `JobScaler` when the worker runs."""
     run = inspect.getsource(modules["worker"].run_worker)
     assert "rp_scale.JobScaler(config)" in run
 
@@ -85,24 +85,24 @@ def test_a_scaler_has_what_is_replaced(modules: dict[str, Any]) -> None:
 LOOPS = {
     # A signal reaches `kill_worker`, which is replaced.
     "handle_shutdown": "self.kill_worker()",
-    # One take at a time, of as many jobs as there are free slots; nothing after the end.
+    # One poll at a time, for as many jobs as there are free slots, and none after the end.
     "get_jobs": """
         while self.is_alive():
             await self.set_scale()
 
             jobs_needed = self.current_concurrency - self.current_occupancy()
     """,
-    # The loop that runs jobs finds none in its queue, and ends at once.
+    # The loop over the SDK's own queue, which stays empty, ends at once.
     "run_jobs": "while self.is_alive() or not self.jobs_queue.empty():",
     # All three loops must end before the worker does.
     "run": "tasks = [jobtake_task, jobrun_task, jobstop_task]",
-    # The hearer of stops is called with the session, and again as long as the worker lives.
+    # The fetcher of stops is called with the session.
     "monitor_stop_signals": "self.stop_signals_fetcher(session),",
 }
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_the_loops(modules: dict[str, Any], name: str) -> None:
-    """Lines of the SDK's loop that the end of a worker is built on."""
+    """The SDK's loop has the lines that draining relies on."""
     source = inspect.getsource(getattr(modules["rp_scale"].JobScaler, name))
     assert " ".join(LOOPS[name].split()) in " ".join(source.split())

@@ -1,4 +1,4 @@
-"""Jobs that the platform stops: before, during and after."""
+"""Jobs that the platform stops before, during and after their run."""
 
 import pytest
 
@@ -9,7 +9,7 @@ SLOTS = 8
 
 
 def is_idle(client: Client) -> bool:
-    """Every slot of the worker is free again, as its next poll says."""
+    """The last poll asked for a job for every slot."""
     return client.platform.queue.last_limit == SLOTS
 
 
@@ -17,7 +17,7 @@ def is_idle(client: Client) -> bool:
 def test_a_stopped_job_frees_its_call(
     scripted: Client, scripted_worker: Worker, prompt: str, stream: bool
 ) -> None:
-    """Before its first token or after it, the call is closed and nothing is posted."""
+    """A job stopped before or after its first token closes its call and posts nothing."""
     num_calls = scripted_worker.log.count("\ncall ")
     job = scripted.submit({"prompt": prompt, "stream": stream})
     until(lambda: scripted_worker.log.count("\ncall ") > num_calls)
@@ -28,7 +28,7 @@ def test_a_stopped_job_frees_its_call(
 
 
 def test_jobs_stopped_as_they_are_taken_leak_no_slot(scripted: Client) -> None:
-    """The stop may come before the job, with it, or at its begin."""
+    """Jobs stopped before, while or just after they are taken free their slots."""
     scripted.platform.queue.num_cancels_at_take = 30
     for _ in range(30):
         scripted.submit({"prompt": "mute"})
@@ -38,15 +38,15 @@ def test_jobs_stopped_as_they_are_taken_leak_no_slot(scripted: Client) -> None:
 
 
 def test_a_stop_after_the_answer_changes_nothing(scripted: Client) -> None:
-    """Neither for the job nor for the next one."""
+    """A stop after the result changes neither the job nor the next one."""
     job = scripted.ended({"prompt": "3"})
     scripted.platform.stop_again(job)
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
     assert (job.status, job.num_results, job.num_late_posts) == ("COMPLETED", 1, 0)
 
 
-def test_a_stop_before_its_job_is_answered(scripted: Client) -> None:
-    """It may have been meant for an earlier delivery of the id: the client hears of it."""
+def test_a_job_whose_stop_came_first_is_refused(scripted: Client) -> None:
+    """It is refused with `retry`, as the stop may have been for an earlier delivery."""
     platform = scripted.platform
     with platform.paused():
         job = scripted.submit({"prompt": "3"})
@@ -60,8 +60,8 @@ def test_a_stop_before_its_job_is_answered(scripted: Client) -> None:
     assert error["retry"]
 
 
-def test_stops_are_heard_after_faults(scripted: Client, scripted_worker: Worker) -> None:
-    """A stop channel that fails for a while is listened to again."""
+def test_stops_work_after_faults(scripted: Client, scripted_worker: Worker) -> None:
+    """After failed polls for stops a job can be stopped again."""
     scripted.platform.faults.inject("job-stop", 500, 429)
     until(lambda: scripted.platform.faults.num_planned == 0)
     job = scripted.submit({"prompt": "hold", "stream": True})

@@ -22,7 +22,7 @@ TOKENS = 20
 def test_its_figures_are_those_of_the_jobs(
     tiny_platform: Platform, tiny_worker: Worker, first_jobs: list[Job]
 ) -> None:
-    """All tokens and all posts of all streams are counted, on a platform as slow as was asked."""
+    """The benchmark counts all tokens and posts of its streams, on a platform with a delay."""
     place = Endpoint(tiny_platform, tiny_worker)
     try:
         figures = measure(place, 0.05, 2, Namespace(rounds=2, tokens=TOKENS))
@@ -38,7 +38,7 @@ def test_its_figures_are_those_of_the_jobs(
 
 
 def test_its_peer_posts_every_chunk_alone() -> None:
-    """What it stands for is the name that the handler looks up, and nothing waits to be merged."""
+    """Its buffer replaces the one that the handler looks up, and takes one item at a time."""
     assert handler.ItemBuffer is buffer.ItemBuffer  # type: ignore[attr-defined]
 
     async def items() -> AsyncGenerator[dict[str, Any], None]:

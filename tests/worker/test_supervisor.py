@@ -1,4 +1,4 @@
-"""One start for all who wait; what becomes of the others when it fails or one of them leaves."""
+"""One start for all jobs that wait; failures, restarts, and jobs that stop waiting."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -17,7 +17,7 @@ async def echo(call: Call) -> AsyncGenerator[Any, None]:
 
 
 class Start:
-    """A start that waits for `go` and then does what `outcomes` say, one after the other."""
+    """A start that waits for `go` and then returns or raises the next of `outcomes`."""
 
     def __init__(self, *outcomes: Forward | Exception) -> None:
         self.outcomes = list(outcomes)
@@ -33,8 +33,8 @@ class Start:
         return outcome
 
 
-def test_all_who_wait_share_one_start() -> None:
-    """Ten jobs at once start the model once, and the status says how far it is."""
+def test_waiting_jobs_share_one_start() -> None:
+    """Ten jobs at once start the model once, and `status` follows the start."""
 
     async def scenario() -> None:
         start = Start(echo)
@@ -53,7 +53,7 @@ def test_all_who_wait_share_one_start() -> None:
 
 
 def test_a_failure_reaches_all_and_the_next_job_tries_again() -> None:
-    """A cause that may pass does not condemn the worker."""
+    """A failure with `retry` fails the jobs that wait; the next job starts the model again."""
 
     async def scenario() -> None:
         start = Start(ModelLoadFailed("The network is down.", retry=True), echo)
@@ -71,7 +71,7 @@ def test_a_failure_reaches_all_and_the_next_job_tries_again() -> None:
 
 
 def test_a_final_failure_is_not_tried_again() -> None:
-    """A broken checkpoint stays broken: later jobs hear so at once."""
+    """A failure without `retry` fails later jobs at once, without another start."""
 
     async def scenario() -> None:
         start = Start(ModelLoadFailed("model.safetensors is cut off."))
@@ -85,7 +85,7 @@ def test_a_final_failure_is_not_tried_again() -> None:
     asyncio.run(scenario())
 
 
-def test_an_unforeseen_failure_tells_nothing_internal() -> None:
+def test_an_unforeseen_failure_shows_nothing_internal() -> None:
     """A bug while starting becomes MODEL_LOAD_FAILED, without the exception's own text."""
 
     async def scenario() -> None:
@@ -99,7 +99,7 @@ def test_an_unforeseen_failure_tells_nothing_internal() -> None:
     asyncio.run(scenario())
 
 
-def test_one_who_leaves_does_not_stop_the_start() -> None:
+def test_a_cancelled_job_does_not_stop_the_start() -> None:
     """A cancelled job leaves the load to the jobs that still wait."""
 
     async def scenario() -> None:
@@ -117,18 +117,18 @@ def test_one_who_leaves_does_not_stop_the_start() -> None:
 
 
 class Life:
-    """Starts `echo` each time, and dies when the test says so."""
+    """A model with a supervisor; it dies when `die` is called."""
 
     def __init__(self, *outcomes: Forward | Exception) -> None:
         self.start = Start(*outcomes)
         self.start.go.set()
         self.is_dying = False
-        self.told: list[str] = []
+        self.events: list[str] = []
         self.supervisor = StartupSupervisor(
             self.start,
             watch=self.watch,
             stop=self.stop,
-            gave_up=lambda: self.told.append("gave up"),
+            gave_up=lambda: self.events.append("gave up"),
         )
 
     async def watch(self) -> str:
@@ -138,10 +138,10 @@ class Life:
         return "the model's process"
 
     async def stop(self) -> None:
-        self.told.append("stopped")
+        self.events.append("stopped")
 
     async def die(self) -> None:
-        """Returns when the worker knows."""
+        """Kills the model, and returns when the supervisor has noticed."""
         client = self.supervisor.client
         assert client is not None
         self.is_dying = True
@@ -152,8 +152,8 @@ def other(call: Call) -> AsyncGenerator[Any, None]:
     return echo(call)
 
 
-def test_a_dead_model_is_taken_down_and_started_again() -> None:
-    """Those who come meanwhile wait for the new one; once it has answered, so it may die again."""
+def test_a_dead_model_is_stopped_and_started_again() -> None:
+    """A dead model is stopped and restarted; after an answer it may die and restart again."""
 
     async def scenario() -> None:
         life = Life(echo, other, echo)
@@ -166,13 +166,13 @@ def test_a_dead_model_is_taken_down_and_started_again() -> None:
         life.supervisor.answered(other)
         await life.die()
         assert await life.supervisor.ready() is echo
-        assert life.told == ["stopped", "stopped"]
+        assert life.events == ["stopped", "stopped"]
 
     asyncio.run(scenario())
 
 
 def test_a_model_that_dies_before_it_answers_is_given_up() -> None:
-    """The second death in a row is the end: all jobs hear of it, and no third start is tried."""
+    """After a second death without an answer every job fails and no third start is tried."""
 
     async def scenario() -> None:
         life = Life(echo, other)
@@ -180,20 +180,20 @@ def test_a_model_that_dies_before_it_answers_is_given_up() -> None:
         life.supervisor.answered(echo)
         await life.die()
         assert await life.supervisor.ready() is other
-        life.supervisor.answered(echo)  # the answer of the dead one, which proves nothing
+        life.supervisor.answered(echo)  # an answer of the dead model, which does not count
         await life.die()
         for _ in range(2):
             with pytest.raises(EngineDead, match="again before it had answered"):
                 await life.supervisor.ready()
         await asyncio.sleep(0)
         assert (life.supervisor.status, life.start.num_calls) == ("failed", 2)
-        assert sorted(life.told) == ["gave up", "stopped", "stopped"]
+        assert sorted(life.events) == ["gave up", "stopped", "stopped"]
 
     asyncio.run(scenario())
 
 
 def test_a_restart_that_fails_is_not_tried_again() -> None:
-    """Whoever waits for it, and whoever comes later, hears the cause; even one that may pass."""
+    """A failed restart fails all jobs with its cause, even one with `retry`."""
 
     async def scenario() -> None:
         life = Life(echo, ModelLoadFailed("The network is down.", retry=True))
@@ -202,14 +202,14 @@ def test_a_restart_that_fails_is_not_tried_again() -> None:
         for _ in range(2):
             with pytest.raises(ModelLoadFailed, match="network"):
                 await life.supervisor.ready()
-        assert life.told == ["stopped", "gave up"]
+        assert life.events == ["stopped", "gave up"]
         assert (life.supervisor.status, life.start.num_calls) == ("failed", 2)
 
     asyncio.run(scenario())
 
 
 def test_a_model_of_another_event_loop_is_watched() -> None:
-    """Started before the SDK's own loop, in one that has ended since."""
+    """A model that was started in an event loop that has ended is watched in the next one."""
     life = Life(echo, other)
     asyncio.run(life.supervisor.ready())
 

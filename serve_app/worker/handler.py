@@ -8,7 +8,8 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+import uuid
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from serve_app.api.metrics import status_text
@@ -24,11 +25,11 @@ from serve_app.errors import (
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.client import Forward
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import Call, ProgressItem, ReplyItem
 from serve_app.protocol.sse import DONE, event
 from serve_app.worker import progress
 from serve_app.worker.buffer import ItemBuffer
-from serve_app.worker.job import JobRequest, new_request_id, parse
+from serve_app.worker.job import JobRequest, parse
 from serve_app.worker.output import Output, merged_chunks, merged_events
 from serve_app.worker.posts import Posts
 from serve_app.worker.result import Result, encode
@@ -68,18 +69,21 @@ class Handler:
 
     async def answer(self, job: dict[str, Any], posts: Posts) -> None:
         """Runs `job`, the platform's object, and posts its output as it comes, then its result."""
-        request_id = new_request_id()
+        request_id = uuid.uuid4().hex
         began = time.monotonic()
         request: JobRequest | None = None
+        output = Output(posts)
         outcome = "cancelled"
         try:
             request = parse(job, request_id, self._max_body_bytes)
-            output = Output(posts)
             await self._answer(request, posts, output)
             result = output.result()
             outcome = "answered"
         except Exception as error:
-            body = _error_body(error, request_id)
+            if isinstance(error, _Refused):
+                body = error.body
+            else:
+                body = error_body(known(error, request_id), request_id)
             outcome = body["error"]["status"]
             result = await _failed(request, body, posts)
         finally:
@@ -89,7 +93,7 @@ class Handler:
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
         """Ends `job` with `error`, which is not the job's own fault: the worker stops."""
-        request_id = new_request_id()
+        request_id = uuid.uuid4().hex
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
             request = parse(job, request_id, self._max_body_bytes)
@@ -103,7 +107,8 @@ class Handler:
             await output.add(self._status(call))
             return
         for is_last_try in (False, True):
-            client = await self._client(posts)
+            is_ready = self.supervisor.client is not None
+            client = await (self.supervisor.ready() if is_ready else self._loaded(posts))
             try:
                 if request.stream:
                     await _stream(client, request, output)
@@ -118,10 +123,8 @@ class Handler:
                 log.warning("%s: the model died; the job is tried once more", call.request_id)
                 await self.supervisor.wait_for_death(client)
 
-    async def _client(self, posts: Posts) -> Forward:
-        """The client of a model that is ready; posts how far the load is while it waits."""
-        if self.supervisor.client is not None:
-            return await self.supervisor.ready()
+    async def _loaded(self, posts: Posts) -> Forward:
+        """Waits for the model, and posts how far its load is; returns its client."""
 
         async def update() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
@@ -131,23 +134,40 @@ class Handler:
         return await progress.while_waiting(self.supervisor.ready(), update, self._interval_s)
 
     async def _body(self, client: Forward, call: Call, posts: Posts) -> Any:
-        """The model's answer where it is no stream; posts how far a list of prompts is."""
-        latest: list[dict[str, Any]] = []
+        """The model's answer where it is no stream. Raises what the model answers in its place."""
+        body: Any = None
+        async with contextlib.aclosing(client(call)) as items:
+            async for item in items:
+                if "error" in item:
+                    raise _failure(item["error"])
+                if "body" in item:
+                    body = item["body"]
+                elif "progress" in item:
+                    body = await self._results(items, item, posts)
+        if body is None:
+            raise InternalError("The answer ended before it was whole; send the request again.")
+        return body
+
+    async def _results(
+        self, items: AsyncGenerator[ReplyItem, None], first: ProgressItem, posts: Posts
+    ) -> Any:
+        """The results of a list of prompts; posts how many are done while it waits."""
+        latest = [first["progress"]]
 
         async def read() -> Any:
-            async with contextlib.aclosing(client(call)) as items:
-                async for item in items:
-                    if "error" in item:
-                        raise _refused(item["error"])
-                    if "body" in item:
-                        return item["body"]
-                    if "progress" in item:
-                        latest[:] = [{**item["progress"]}]
-            raise InternalError("The answer ended before it was whole; send the request again.")
+            body: Any = None
+            async for item in items:
+                if "error" in item:
+                    raise _failure(item["error"])
+                if "progress" in item:
+                    latest[:] = [item["progress"]]
+                elif "body" in item:
+                    body = item["body"]
+            return body
 
         async def update() -> None:
             if latest:
-                await posts.progress(latest.pop())
+                await posts.progress({**latest.pop()})
 
         return await progress.while_waiting(read(), update, self._interval_s)
 
@@ -187,19 +207,13 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
             for value in values:
                 await output.add(value)
             for error in errors:
-                raise _refused(error)
+                raise _failure(error)
 
 
-def _refused(body: ErrorBody) -> Exception:
+def _failure(body: ErrorBody) -> Exception:
     """The exception for an error body; a dead engine in a living replica is a dead model."""
     error = body["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(body)
-
-
-def _error_body(error: Exception, request_id: str) -> ErrorBody:
-    if isinstance(error, _Refused):
-        return error.body
-    return error_body(known(error, request_id), request_id)
 
 
 async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> Result:

@@ -11,7 +11,6 @@ Checks the shape and the size alone. The server checks route and fields, as for 
 import functools
 import json
 import logging
-import uuid
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,19 +52,27 @@ class JobRequest:
     """The chunks are texts of server-sent events, which RunPod's OpenAI gateway passes on."""
 
 
-def new_request_id() -> str:
-    """A new id of our own. The platform's job id is logged, and never identifies a request."""
-    return uuid.uuid4().hex
-
-
 def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
     """The request in `job["input"]`. Raises `InvalidRequest` for one that cannot be read.
 
     `max_body_bytes` is the limit of an HTTP body; here it limits the body written as JSON.
     """
-    request = _parse(job, request_id)
+    given = job.get("input")
+    if given is None:
+        raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
+    if not isinstance(given, dict):
+        raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
+    is_gateway = "openai_route" in given or "openai_input" in given
+    if is_gateway:
+        method, path, body = _gateway(given)
+    elif "endpoint" in given or "route" in given:
+        method, path, body = _route(given)
+    elif given.keys() & {"prompt", "messages", "prompts", "items"}:
+        method, path, body = "POST", "/prompt", _plain(given)
+    else:
+        raise InvalidRequest(f"`input` names nothing to do; {SHAPES}.", param="input")
     try:
-        text = json.dumps(request.call.body, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(body, allow_nan=False, ensure_ascii=False)
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         raise InvalidRequest(
@@ -75,34 +82,20 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
         raise RequestTooLarge(
             f"The body is larger than the {max_body_bytes} bytes that are allowed."
         )
-    return request
+    stream = isinstance(body, dict) and body.get("stream") is True
+    return JobRequest(Call(method, path, body, request_id), stream, sse=stream and is_gateway)
 
 
-def _parse(job: dict[str, Any], request_id: str) -> JobRequest:
-    given = job.get("input")
-    if given is None:
-        raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
-    if not isinstance(given, dict):
-        raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
-    if "openai_route" in given or "openai_input" in given:
-        return _gateway(given, request_id)
-    if "endpoint" in given or "route" in given:
-        return _route(given, request_id)
-    if given.keys() & {"prompt", "messages", "prompts", "items"}:
-        return _plain(given, request_id)
-    raise InvalidRequest(f"`input` names nothing to do; {SHAPES}.", param="input")
-
-
-def _gateway(given: dict[str, Any], request_id: str) -> JobRequest:
+def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:
+    """Method, path and body of the first shape."""
     # Other keys are ignored: which ones the gateway adds is not documented.
     path = _path(given.get("openai_route", "/v1/chat/completions"), "openai_route")
     body = given.get("openai_input") or None
-    method = "GET" if body is None else "POST"
-    stream = _is_stream(body)
-    return JobRequest(Call(method, path, body, request_id), stream, sse=stream)
+    return "GET" if body is None else "POST", path, body
 
 
-def _route(given: dict[str, Any], request_id: str) -> JobRequest:
+def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
+    """Method, path and body of the second shape."""
     for names in (("endpoint", "route"), ("data", "body")):
         if all(name in given for name in names):
             raise InvalidRequest(f"`{names[0]}` and `{names[1]}` are one thing; send one of them.")
@@ -118,10 +111,11 @@ def _route(given: dict[str, Any], request_id: str) -> JobRequest:
         method = given.get("method", "POST")
     if not isinstance(method, str):
         raise InvalidRequest("`method` must be a string such as POST.", param="method")
-    return JobRequest(Call(method.upper(), path, body, request_id), _is_stream(body), sse=False)
+    return method.upper(), path, body
 
 
-def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """The body of the third shape, with the fields of `sampling_params` in it."""
     for name, (neutral, reason) in REFUSED.items():
         if given.get(name, neutral) not in (neutral, None):
             raise InvalidRequest(
@@ -142,7 +136,7 @@ def _plain(given: dict[str, Any], request_id: str) -> JobRequest:
                 param=twice[0],
             )
         body |= sampling
-    return JobRequest(Call("POST", "/prompt", body, request_id), _is_stream(body), sse=False)
+    return body
 
 
 @functools.cache
@@ -154,7 +148,3 @@ def _path(value: Any, name: str) -> str:
     if not isinstance(value, str) or not value.startswith("/"):
         raise InvalidRequest(f"`{name}` must be a path such as /prompt.", param=name)
     return value
-
-
-def _is_stream(body: Any) -> bool:
-    return isinstance(body, dict) and body.get("stream") is True

@@ -10,13 +10,13 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body, job_error
-from serve_app.worker.job import new_request_id
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class LargeResults:
             else:
                 return Result.of_values([encode(file)])
         too_large = ResultTooLarge(_message(job_id, num_bytes))
-        return Result.of_error(error_body(too_large, new_request_id()))
+        return Result.of_error(error_body(too_large, uuid.uuid4().hex))
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
         """Writes `{"file", "bytes"}`'s file and returns this object. Raises `OSError`."""

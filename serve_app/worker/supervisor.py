@@ -83,7 +83,9 @@ class StartupSupervisor:
         the others.
         """
         if self.client is not None:
-            self._watch_in_this_loop()
+            # The event loop that started the model may have ended (`runpod.start: eager`).
+            if self._watching is None or self._watching.done():
+                self._watching = asyncio.create_task(self._until_death())
             return self.client
         is_final = isinstance(self.error, ModelLoadFailed) and not self.error.retry
         if self.error is not None and (is_final or self._has_given_up):
@@ -126,13 +128,8 @@ class StartupSupervisor:
         finally:
             self._starting = None
         self._died = asyncio.Event()
-        self._watch_in_this_loop()
+        self._watching = asyncio.create_task(self._until_death())
         return self.client
-
-    def _watch_in_this_loop(self) -> None:
-        """The event loop that started the model may have ended (`runpod.start: eager`)."""
-        if self._watching is None or self._watching.done():
-            self._watching = asyncio.create_task(self._until_death())
 
     async def _until_death(self) -> None:
         lost = await self._watch()

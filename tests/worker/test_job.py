@@ -49,7 +49,8 @@ def test_every_shape_becomes_the_call_it_means(
     given: dict[str, Any], method: str, path: str, body: Any
 ) -> None:
     """Each documented shape becomes a call of the HTTP route that it names."""
-    assert parsed(given).call == Call(method, path, body, "req-1")
+    call = parsed(given).call
+    assert call == Call(method, path, body, "req-1", call.arrived)
 
 
 def test_shapes_are_tried_in_the_documented_order() -> None:

@@ -1,4 +1,4 @@
-"""What must hold after any fault: every job accounted for, nothing in use, no process left."""
+"""Waits until every job is accounted for after a fault, with nothing in use and no process left."""
 
 from pathlib import Path
 
@@ -9,11 +9,11 @@ from tests.worker.conftest import Client, until
 
 
 def settled(platform: Platform, worker: Worker) -> None:
-    """Waits until all that a fault touched is in order again.
+    """Waits until every job is accounted for and nothing is in use; fails if that never happens.
 
-    Each job that the worker took has had exactly one terminal post acknowledged (a cancelled one
-    none, or one that was on its way), no call to the model is open and no KV block in use; or,
-    where the worker has ended, nothing of it runs any more.
+    Each job has exactly one acknowledged result; a cancelled one has none, or one that was under
+    way. No call to the model is open and no KV block in use. If the worker has ended, none of its
+    processes runs.
     """
     until(lambda: all(map(_is_accounted_for, platform.queue.jobs.values())))
     for job in platform.queue.jobs.values():
@@ -28,7 +28,7 @@ def settled(platform: Platform, worker: Worker) -> None:
 
 
 def left_behind(home: Path) -> list[int]:
-    """Living processes of the worker whose home this is, whoever is their parent by now."""
+    """Ids of living processes with this home folder, also those with another parent by now."""
     mark = f"HOME={home}\0".encode()
     found = []
     for folder in Path("/proc").iterdir():
@@ -37,7 +37,7 @@ def left_behind(home: Path) -> list[int]:
                 if mark in (folder / "environ").read_bytes():
                     found.append(int(folder.name))
             except OSError:
-                continue  # it has just ended, or belongs to somebody else
+                continue  # it has just ended, or belongs to another user
     return found
 
 
@@ -48,6 +48,6 @@ def _is_accounted_for(job: Job) -> bool:
 def _is_engine_idle(platform: Platform) -> bool:
     health = Client(platform).ended({"endpoint": "/health"}).output[0]
     if "engine" not in health:
-        return True  # there is no model that could hold any
+        return True  # no model is loaded
     engine = health["engine"]
     return (engine["running"], engine["waiting"], engine["kv_blocks_used"]) == (0, 0, 0)

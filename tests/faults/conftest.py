@@ -1,4 +1,4 @@
-"""Whole processes for tests that kill them."""
+"""Fixtures for tests that kill whole processes."""
 
 import shutil
 from pathlib import Path
@@ -12,13 +12,13 @@ from tests.worker.conftest import TINY
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy of the tiny checkpoint, which a test may spoil."""
+    """A copy of the tiny checkpoint, which a test may break."""
     return shutil.copytree(CHECKPOINT, tmp_path / "checkpoint")
 
 
 @pytest.fixture
 def config(tmp_path: Path, checkpoint: Path) -> Path:
-    """A configuration that serves `checkpoint`."""
+    """The path of a configuration that serves `checkpoint`."""
     document = yaml.safe_load(TINY.read_text())
     document["applications"][0]["args"]["model"]["name"] = str(checkpoint)
     document["applications"][0]["args"]["model"]["served_model_name"] = "tiny"
@@ -29,5 +29,5 @@ def config(tmp_path: Path, checkpoint: Path) -> Path:
 
 
 def spoil(checkpoint: Path) -> None:
-    """Passes every check, and holds a tokenizer that does not load."""
+    """Breaks the tokenizer in a way that only a load finds."""
     (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 5}')

@@ -1,4 +1,4 @@
-"""`runpod.start: eager`: the model is there before the worker takes its first job."""
+"""`runpod.start: eager`: the worker loads the model before it takes its first job."""
 
 import shutil
 import signal
@@ -20,7 +20,7 @@ EAGER: dict[str, Any] = {"MIXTRAL_RUNPOD__START": "eager", "SERVE_CONFIG": str(T
 
 
 def test_the_model_is_loaded_before_a_job_is_taken(tmp_path: Path) -> None:
-    """The first job finds it ready; the SDK, started after Ray, still drains on SIGTERM."""
+    """The first job finds the model ready; the worker drains on SIGTERM."""
     with Platform() as platform, Worker(platform, tmp_path, **EAGER) as worker:
         client = Client(platform)
         until(lambda: "Cold start: ray" in worker.log)
@@ -39,7 +39,7 @@ def test_the_model_is_loaded_before_a_job_is_taken(tmp_path: Path) -> None:
 
 
 def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
-    """No job has been taken, so there is nobody to answer."""
+    """SIGTERM during the load ends the worker with code 0, without a poll."""
     with Platform() as platform, Worker(platform, tmp_path, **EAGER) as worker:
         until(lambda: "Cold start: ray" in worker.log)
         worker.process.send_signal(signal.SIGTERM)
@@ -50,7 +50,7 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
 
 
 def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
-    """The worker takes jobs all the same, and each hears the cause at once."""
+    """After a load that failed the worker takes jobs, and each fails with the cause."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
     (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 5}')
     config = yaml.safe_load(TINY.read_text())

@@ -1,4 +1,4 @@
-"""Ctrl-C while `--test_input` waits for its answer: everything is gone, and one line says so."""
+"""Ctrl-C during `--test_input` ends all processes, with one log line."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ JOB = '{"input": {"prompt": "x", "ignore_eos": true, "max_tokens": 16000}}'
 
 @pytest.mark.parametrize("line", ["Cold start: process", "Cold start: ray", "Cold start: ready"])
 def test_ctrl_c_ends_all_of_it(tmp_path: Path, line: str) -> None:
-    """While Ray starts, the model loads, and the job runs: no traceback, no process, no waiting."""
+    """Ctrl-C at each stage of a start, and during a job, leaves no traceback and no process."""
     log = tmp_path / "log"
     with log.open("wb") as file:
         # A group of its own, all of which hears of Ctrl-C, as in a terminal.

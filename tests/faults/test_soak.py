@@ -1,4 +1,4 @@
-"""A short soak: jobs of every kind on a platform that misbehaves now and then."""
+"""A short soak: jobs of every kind on a platform with faults."""
 
 import pytest
 
@@ -8,7 +8,7 @@ pytestmark = pytest.mark.faults
 
 
 def test_every_job_is_accounted_for() -> None:
-    """Each ends as its kind should, with one result, and no KV block stays in use."""
+    """Each job ends as its kind should, with one result, and no KV block stays in use."""
     figures = soak(100, seed=2)
     assert figures["wrong"] == []
     assert figures["kv_blocks_used"] == 0

@@ -1,4 +1,4 @@
-"""A RunPod worker whose processes are killed under it: what each job hears."""
+"""A RunPod worker whose processes are killed: how each job ends."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ def platform() -> Iterator[Platform]:
 
 @pytest.fixture(scope="module")
 def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    """One worker for all faults that it survives; the last test stops it."""
+    """One worker for all faults that it survives; SIGTERM ends it in the last of them."""
     home = tmp_path_factory.mktemp("home")
     with Worker(platform, home, SERVE_CONFIG=str(TINY)) as worker:
         yield worker
@@ -38,19 +38,19 @@ def worker(platform: Platform, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture
 def client(platform: Platform, worker: Worker) -> Iterator[Client]:
-    """A client of the worker; after each test all is in order again."""
+    """A client of the worker; after each test every job is accounted for and no block in use."""
     yield Client(platform)
     settled(platform, worker)
 
 
 def health_of(client: Client) -> dict[str, Any]:
-    """What a `/health` job says."""
+    """The output of a `/health` job."""
     told: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
     return told
 
 
 def both_run(client: Client) -> tuple[Job, Job]:
-    """A stream that has spoken and a job that has sent nothing, both in the engine."""
+    """A stream that has posted chunks and a plain job, both running in the engine."""
     stream, silent = client.submit({**LONG, "stream": True}), client.submit(LONG)
     until(lambda: stream.chunks)
     until(lambda: health_of(client)["engine"]["running"] == 2)
@@ -58,7 +58,7 @@ def both_run(client: Client) -> tuple[Job, Job]:
 
 
 def has_lost_the_model(client: Client, stream: Job) -> bool:
-    """Whether the client of `stream` was told, in the stream and after it, to send it again."""
+    """Whether the stream's last chunk and the job's error both say to send it again."""
     error = client.error_of(stream)["error"]
     assert stream.chunks[-1]["finish_reason"] == "error"
     return (error["status"], error["retry"]) == ("CONNECTION_ERROR", True)
@@ -66,7 +66,7 @@ def has_lost_the_model(client: Client, stream: Job) -> bool:
 
 @pytest.mark.parametrize("victim", ["ServeReplica:mixtral", "/raylet ", "/gcs_server "])
 def test_a_killed_part_is_started_again(client: Client, worker: Worker, victim: str) -> None:
-    """A stream ends with CONNECTION_ERROR, a silent job is answered late, and nothing is left."""
+    """A killed process fails a stream, delays a plain job, and leaves no process behind."""
     assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
     before = ray_below(worker.process.pid)
     stream, silent = both_run(client)
@@ -81,7 +81,7 @@ def test_a_killed_part_is_started_again(client: Client, worker: Worker, victim: 
 
 
 def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> None:
-    """Ray takes SIGTERM for itself when it starts; the SDK must have it back, and drain."""
+    """After Ray's start, which takes SIGTERM for itself, the worker still drains on SIGTERM."""
     job = client.submit({**LONG, "stream": True})
     until(lambda: job.chunks)
     assert worker.terminate() == 0, worker.log
@@ -89,8 +89,10 @@ def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> Non
     assert job.output[-1]["usage"]["completion_tokens"] == LONG["max_tokens"]
 
 
-def test_a_model_that_cannot_load_says_why(tmp_path: Path, config: Path, checkpoint: Path) -> None:
-    """Every waiting job hears the cause, the next one at once, and the worker lives on."""
+def test_a_model_that_cannot_load_fails_the_jobs(
+    tmp_path: Path, config: Path, checkpoint: Path
+) -> None:
+    """A load that fails fails every waiting and later job with the cause; the worker goes on."""
     spoil(checkpoint)
     with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(config)) as worker:
         client = Client(platform)
@@ -109,8 +111,8 @@ def test_a_model_that_cannot_load_says_why(tmp_path: Path, config: Path, checkpo
     assert code == 0
 
 
-def test_a_lost_network_is_told_to_the_jobs(tmp_path: Path) -> None:
-    """A hub that cannot be reached does not end the worker, which would leave its jobs waiting."""
+def test_a_lost_network_fails_the_jobs(tmp_path: Path) -> None:
+    """An unreachable hub fails the jobs and does not end the worker."""
     with (
         Platform() as platform,
         Worker(
@@ -133,7 +135,7 @@ def test_a_lost_network_is_told_to_the_jobs(tmp_path: Path) -> None:
 def test_a_model_that_does_not_load_again_ends_the_worker(
     tmp_path: Path, config: Path, checkpoint: Path
 ) -> None:
-    """All who wait hear the cause at once, and the exit is 1 when they have."""
+    """A restart that fails fails all jobs with the cause, and ends the worker with code 1."""
     with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(config)) as worker:
         client = Client(platform)
         assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
@@ -155,7 +157,7 @@ def test_a_model_that_does_not_load_again_ends_the_worker(
 
 
 def test_a_model_that_dies_of_its_jobs_ends_the_worker(tmp_path: Path) -> None:
-    """Twice, and no answer between: a third start would end the same way. The exit is 1."""
+    """A model that dies twice without an answer in between ends the worker with code 1."""
     with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(TINY)) as worker:
         client = Client(platform)
         assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
@@ -177,7 +179,7 @@ def test_a_model_that_dies_of_its_jobs_ends_the_worker(tmp_path: Path) -> None:
 
 
 def test_nothing_outlives_a_killed_worker(tmp_path: Path) -> None:
-    """After `kill -9` of the worker its heartbeat tells nobody that it is well, and Ray is gone."""
+    """After `kill -9` of the worker its heartbeat stops and Ray is gone."""
     with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=str(TINY)) as worker:
         client = Client(platform)
         platform.queue.silence_s = 5.0

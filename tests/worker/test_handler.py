@@ -1,4 +1,4 @@
-"""The handler alone, with a scripted model: what is posted for every way a job can go."""
+"""The handler with a scripted model: what it posts for every way in which a job can end."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ Items = list[dict[str, Any] | Exception]
 
 
 class Model:
-    """Answers call after call with the next of `scripts`; remembers what it was asked."""
+    """Answers each call with the next of `scripts`, and records the calls."""
 
     def __init__(self, *scripts: Items) -> None:
         self.scripts = list(scripts)
@@ -72,7 +72,7 @@ def run(handler: Handler, given: Any) -> list[Any]:
 
 
 def error_of(values: list[Any]) -> dict[str, Any]:
-    """The failed job's error, which must be one JSON string and the last thing said."""
+    """The failed job's error, which must be one JSON string and the last value."""
     assert list(values[-1]) == ["error"]
     assert isinstance(values[-1]["error"], str)
     error: dict[str, Any] = json.loads(values[-1]["error"])["error"]
@@ -85,7 +85,7 @@ LAST = {"token": "", "finished": True, "finish_reason": "stop", "usage": {"total
 
 
 def test_a_plain_answer_is_one_value(handler_of: Callable[..., Handler]) -> None:
-    """Whatever is not a stream is yielded once, as the dict that HTTP would send."""
+    """An answer that is no stream is one value: the object that HTTP would send."""
     model = Model([{"status": 200, "body": {"text": "5"}}])
     assert run(handler_of(model), {"prompt": "2 + 3"}) == [{"text": "5"}]
     assert model.calls[0].path == "/prompt"
@@ -93,14 +93,14 @@ def test_a_plain_answer_is_one_value(handler_of: Callable[..., Handler]) -> None
 
 
 def test_a_plain_stream_is_chunk_dicts(handler_of: Callable[..., Handler]) -> None:
-    """All text arrives in order, however it was merged, and the last chunk is on its own."""
+    """A stream's text is in order, however it was merged, and its last chunk is on its own."""
     values = run(handler_of(Model([*TOKENS, {"chunk": LAST}])), {"prompt": "x", "stream": True})
     assert "".join(value["token"] for value in values) == "abc"
     assert values[-1] == LAST
 
 
 def test_the_gateways_stream_is_sse_text_with_done(handler_of: Callable[..., Handler]) -> None:
-    """RunPod's gateway passes strings on as they are, so they are whole events."""
+    """The gateway's values are whole events, because it passes strings on unchanged."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "ab"]
     model = Model([{"chunk": chunk} for chunk in chunks])
     given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
@@ -111,7 +111,7 @@ def test_the_gateways_stream_is_sse_text_with_done(handler_of: Callable[..., Han
 
 
 def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]) -> None:
-    """What comes while the first post is under way, [DONE] too, costs one post in all."""
+    """Everything that comes while the first post is under way, [DONE] too, is one post."""
     chunks = [{"choices": [{"index": 0, "delta": {"content": text}}]} for text in "abc"]
     last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
     model = Model([{"chunk": chunk} for chunk in [*chunks, last]])
@@ -131,7 +131,7 @@ def test_the_gateways_stream_ends_in_one_post(handler_of: Callable[..., Handler]
 
 
 def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> None:
-    """What the model says about a bad request is what the job's error says, as JSON text."""
+    """The job's error is the model's error body, as JSON text."""
     body = error_body(QueueFull("The queue is full."), "req-7")
     values = run(handler_of(Model([{"status": 429, "error": body}])), {"prompt": "x"})
     assert json.loads(values[0]["error"]) == body
@@ -140,14 +140,14 @@ def test_an_error_body_passes_unchanged(handler_of: Callable[..., Handler]) -> N
 
 @pytest.mark.parametrize("given", [None, {}, [], "text", {"nothing": 1}])
 def test_bad_input_never_starts_the_model(given: Any, handler_of: Callable[..., Handler]) -> None:
-    """A job that cannot be read is refused at once, cold worker or not."""
+    """A job that cannot be read is refused without a start of the model."""
     values = run(handler_of(ModelLoadFailed("must not start")), given)
     assert error_of(values)["status"] == "VALIDATION_FAILED"
     assert not error_of(values)["retry"]
 
 
-def test_a_failed_stream_says_so_before_it_fails(handler_of: Callable[..., Handler]) -> None:
-    """Clients never see a failed job's error, so the stream itself ends with it."""
+def test_a_failed_stream_ends_with_its_error(handler_of: Callable[..., Handler]) -> None:
+    """A failed stream ends with the error as a chunk, as clients do not see a job's error."""
     dead = EngineDead("The model's process ended.")
     values = run(handler_of(Model([*TOKENS, dead])), {"prompt": "x", "stream": True})
     assert "".join(value["token"] for value in values[:-1]) == "abc"
@@ -162,8 +162,8 @@ def test_a_failed_stream_says_so_before_it_fails(handler_of: Callable[..., Handl
     assert error_of(values)["status"] == "CONNECTION_ERROR"
 
 
-def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handler]) -> None:
-    """OpenAI clients raise at an event with an `error`; there is no [DONE] after it."""
+def test_the_gateway_gets_a_failure_as_an_event(handler_of: Callable[..., Handler]) -> None:
+    """The gateway's stream ends with the error as an event, at which OpenAI's clients raise."""
     given = {"openai_input": {"stream": True, "messages": []}}
     values = run(handler_of(ModelLoadFailed("No such checkpoint.")), given)
     told = json.loads(values[0].removeprefix("data: "))
@@ -171,8 +171,10 @@ def test_the_gateway_hears_a_failure_as_an_event(handler_of: Callable[..., Handl
     assert told["error"]["code"] == "model_load_failed"
 
 
-def test_a_failure_that_quotes_a_lone_surrogate_is_told(handler_of: Callable[..., Handler]) -> None:
-    """An event cannot hold one; raised from here, it would be a traceback at the client."""
+def test_a_failure_that_quotes_a_lone_surrogate_is_posted(
+    handler_of: Callable[..., Handler],
+) -> None:
+    """An error that quotes a lone surrogate, which no event can hold, is posted with U+FFFD."""
     body = error_body(InvalidRequest("There is no route /\ud800."), "req-7")
     model = Model([{"status": 404, "error": body}])
     given = {"openai_route": "/\ud800", "openai_input": {"stream": True}}
@@ -181,10 +183,10 @@ def test_a_failure_that_quotes_a_lone_surrogate_is_told(handler_of: Callable[...
     assert "no route" in error["error"]
 
 
-def test_a_job_that_sent_nothing_is_tried_once_more(
+def test_a_job_that_posted_nothing_is_tried_once_more(
     handler_of: Callable[..., Handler], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A replica that dies before the first word costs the client nothing, once."""
+    """A replica that dies before the first value costs the job nothing, once."""
     monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = EngineDead("gone")
     once = Model([dead], [{"status": 200, "body": {"text": "ok"}}])
@@ -198,7 +200,7 @@ def test_a_job_that_sent_nothing_is_tried_once_more(
 def test_a_dead_engine_is_a_dead_model(
     handler_of: Callable[..., Handler], is_stream: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Told by a replica that still lives, it is worth the second try that a dead replica is."""
+    """A dead engine in a living replica makes the job be tried once more."""
     monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
     dead = {"status": 503, "error": error_body(EngineDead("The engine has stopped."), "req-7")}
     model = Model(
@@ -208,8 +210,8 @@ def test_a_dead_engine_is_a_dead_model(
     assert values == [LAST if is_stream else {"text": ""}]
 
 
-def test_a_job_that_has_spoken_is_not_repeated(handler_of: Callable[..., Handler]) -> None:
-    """The client would read the beginning twice."""
+def test_a_job_that_has_posted_is_not_repeated(handler_of: Callable[..., Handler]) -> None:
+    """A job that has posted a value is not tried again: the client would read it twice."""
     model = Model([*TOKENS, EngineDead("gone")])
     run(handler_of(model), {"prompt": "x", "stream": True})
     assert len(model.calls) == 1
@@ -218,7 +220,7 @@ def test_a_job_that_has_spoken_is_not_repeated(handler_of: Callable[..., Handler
 def test_a_bug_shows_nothing_of_itself(
     handler_of: Callable[..., Handler], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The client gets a request id; the log says where it happened beside the same id."""
+    """A bug gives the client a request id; the log has the place of the error with the same id."""
     error = error_of(run(handler_of(Model([RuntimeError("/home/secret")])), {"prompt": "x"}))
     assert error["status"] == "UNKNOWN_ERROR"
     assert "secret" not in json.dumps(error)
@@ -226,14 +228,14 @@ def test_a_bug_shows_nothing_of_itself(
     assert "secret" not in caplog.text
 
 
-def test_an_answer_that_json_cannot_say_is_an_error(handler_of: Callable[..., Handler]) -> None:
-    """The SDK would post it as it is, or not at all, and the job would hang."""
+def test_an_answer_that_is_no_json_is_an_error(handler_of: Callable[..., Handler]) -> None:
+    """An answer with NaN fails the job; the SDK would post it as invalid JSON."""
     model = Model([{"status": 200, "body": {"logprob": float("nan")}}])
     assert error_of(run(handler_of(model), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"
 
 
-def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Handler]) -> None:
-    """A cold worker says idle, a broken one failed and why, a warm one lets the model speak."""
+def test_health_is_answered_without_starting_the_model(handler_of: Callable[..., Handler]) -> None:
+    """`/health` is idle before the first job, failed with a reason after it, else the model's."""
     cold = handler_of(ModelLoadFailed("No such checkpoint."))
     assert run(cold, {"endpoint": "/health"}) == [{"status": "idle", "load": []}]
     run(cold, {"prompt": "x"})
@@ -250,8 +252,10 @@ def test_health_is_told_without_starting_the_model(handler_of: Callable[..., Han
     assert posted["status"] == "VALIDATION_FAILED"
 
 
-def test_metrics_are_shown_without_starting_the_model(handler_of: Callable[..., Handler]) -> None:
-    """Before there is a model the text has its status; then the model's own text is the output."""
+def test_metrics_are_answered_without_starting_the_model(
+    handler_of: Callable[..., Handler],
+) -> None:
+    """`/metrics` has the worker's status before a model is ready, then the model's text."""
     cold = handler_of(ModelLoadFailed("No such checkpoint."))
     for given, status in (
         ({"route": "/metrics"}, "idle"),
@@ -269,17 +273,17 @@ def test_metrics_are_shown_without_starting_the_model(handler_of: Callable[..., 
     assert posted["message"] == "/metrics takes GET."
 
 
-def test_waiting_jobs_hear_that_the_model_loads(
+def test_waiting_jobs_get_the_phases_of_the_load(
     handler_of: Callable[..., Handler], tmp_path: Path
 ) -> None:
-    """The first update says loading and which phases are done."""
+    """A waiting job's first update has the status and the phases of the load."""
     (tmp_path / "load.jsonl").write_text('{"phase": "read", "state": "started", "at": 1}\n')
     posts = posts_of(handler_of(Model([{"status": 200, "body": {}}])), {"prompt": "x"})
     assert posts.updates[0] == {"status": "loading", "load": [], "phase": "read"}
 
 
-def test_a_batch_job_hears_how_far_it_is(handler_of: Callable[..., Handler]) -> None:
-    """The newest news, at the interval, and the result after it."""
+def test_a_list_of_prompts_posts_progress(handler_of: Callable[..., Handler]) -> None:
+    """A list of prompts posts its latest update at the interval, and then the result."""
     updates = [{"progress": done * 10, "message": f"{done} of 10 done"} for done in range(1, 11)]
 
     async def batch(call: Call) -> AsyncGenerator[Any, None]:
@@ -291,14 +295,14 @@ def test_a_batch_job_hears_how_far_it_is(handler_of: Callable[..., Handler]) -> 
     whole = [{"results": [], "total_processed": 0}]
     posts = posts_of(handler_of(batch), {"prompts": ["x"]})
     assert posts.values == whole
-    news = [update for update in posts.updates if "message" in update]
-    assert 1 <= len(news) < 10
-    assert all(update in updates for update in news)
-    assert news == sorted(news, key=lambda update: update["progress"])
+    shown = [update for update in posts.updates if "message" in update]
+    assert 1 <= len(shown) < 10
+    assert all(update in updates for update in shown)
+    assert shown == sorted(shown, key=lambda update: update["progress"])
 
 
 def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Handler]) -> None:
-    """Job-stop arrives as a cancellation: the model is told, and the SDK hears of it again."""
+    """Cancelling a job closes its call, posts nothing, and is raised again."""
 
     async def scenario() -> None:
         started, closed = asyncio.Event(), asyncio.Event()
@@ -327,5 +331,5 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: Callable[..., Hand
 
 
 def test_an_answer_without_a_body_is_an_error(handler_of: Callable[..., Handler]) -> None:
-    """A model that goes away in silence fails the job; it does not complete it with nothing."""
+    """An answer that ends without a body fails the job."""
     assert error_of(run(handler_of(Model([])), {"prompt": "x"}))["status"] == "UNKNOWN_ERROR"

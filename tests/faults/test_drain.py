@@ -1,4 +1,4 @@
-"""SIGTERM to a RunPod worker with Ray and a model: who is answered, and that nothing stays."""
+"""SIGTERM to a RunPod worker with Ray and a model: every job is answered, no process stays."""
 
 import os
 import signal
@@ -36,7 +36,7 @@ def assert_refused(client: Client, job: Job) -> None:
 def test_jobs_that_wait_for_the_model_are_refused(
     platform: Platform, tmp_path: Path, words: str
 ) -> None:
-    """Told to stop while Ray starts or the replica loads: the jobs hear it, the exit code is 0."""
+    """Jobs that wait while Ray starts or the replica loads are refused; the exit code is 0."""
     with Worker(platform, tmp_path, **SHORT, MIXTRAL_RUNPOD__PROGRESS_INTERVAL_S="0.1") as worker:
         client = Client(platform)
         jobs = [client.submit({"prompt": "x"}) for _ in range(2)]
@@ -51,7 +51,7 @@ def test_jobs_that_wait_for_the_model_are_refused(
 
 
 def test_running_and_late_jobs_are_answered(platform: Platform, tmp_path: Path) -> None:
-    """What takes longer than `runpod.drain_s` is refused, what the open poll brings is run."""
+    """Jobs longer than `runpod.drain_s` are refused; a job that the open poll brings is run."""
     with Worker(platform, tmp_path, **SHORT) as worker:
         client = Client(platform)
         stream = client.submit({**LONG, "stream": True})

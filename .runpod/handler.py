@@ -1,4 +1,4 @@
-"""The handler's file, as RunPod's Hub looks for one: the same as `python runpod_entry.py`."""
+"""Starts the worker like `python runpod_entry.py`; RunPod's Hub requires a file of this name."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Stop a job in the middle of its answer: the GPU is free for others at once.
+"""Cancel a job in the middle of its answer, which frees the GPU at once.
 
 export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
 python examples/cancel.py
@@ -15,7 +15,7 @@ job = endpoint.run(
         "prompt": "Write a long story about the sea.",
         "stream": True,
         "max_tokens": 4000,
-        "ignore_eos": True,  # goes on where the story is over, so that there is a job to stop
+        "ignore_eos": True,  # the story goes on after its end, so that there is a job to cancel
     }
 )
 for chunk in job.stream():

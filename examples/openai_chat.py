@@ -1,4 +1,4 @@
-"""OpenAI's own client, through RunPod's gateway: only address and key differ.
+"""Use OpenAI's client through RunPod's gateway: only URL and key differ.
 
 export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
 python examples/openai_chat.py "What is the capital of France?"

@@ -1,12 +1,12 @@
-"""OpenAI's own client, straight to a server: a laptop, a GPU box, or a load-balancing endpoint.
+"""Use OpenAI's client with a server: on a laptop, a GPU machine, or a load-balancing endpoint.
 
     python examples/openai_http.py http://127.0.0.1:8000/v1
 
     export RUNPOD_API_KEY=...
     python examples/openai_http.py https://ENDPOINT_ID.api.runpod.ai/v1
 
-A load-balancing endpoint has no queue: while no worker is ready its requests fail, and the client
-tries them again.
+A load-balancing endpoint has no queue: while no worker is ready requests fail, and the client sends
+them again.
 """
 
 import os
@@ -32,4 +32,4 @@ print(answer.choices[0].message.content)
 try:
     client.chat.completions.create(model=model, messages=[], temperature=0)
 except openai.BadRequestError as error:
-    print(f"A mistake is one sentence that names the field: {error.param}: {error.message}")
+    print(f"An error names the field and says what to change: {error.param}: {error.message}")

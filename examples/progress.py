@@ -1,10 +1,10 @@
-"""Send many prompts as one job and watch how far it is.
+"""Send many prompts as one job and show its progress.
 
     export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
     python examples/progress.py prompts.txt     # a prompt on each line
 
-While a job runs, its output is its last progress update: how the model's load goes on a new worker,
-then how many prompts are done.
+While a job runs, its output is its last progress update: on a new worker the phase of the model's
+load, then how many prompts are done.
 """
 
 import os
@@ -21,18 +21,18 @@ else:
 endpoint = runpod.Endpoint(os.environ["RUNPOD_ENDPOINT_ID"], api_key=os.environ["RUNPOD_API_KEY"])
 
 job = endpoint.run({"prompts": prompts, "max_tokens": 100, "temperature": 0})
-told = None
+shown = None
 while job.status() in ("IN_QUEUE", "IN_PROGRESS"):
     update = job.output()
-    # Between the two looks the job may have ended; its results are a list.
-    if isinstance(update, dict) and update != told:
+    # The job may have ended since the last poll; then its output is a list.
+    if isinstance(update, dict) and update != shown:
         print(f"{update.get('progress', 0):3} %  {update.get('message', update.get('status'))}")
-        told = update
+        shown = update
     time.sleep(0.5)
 if job.status() != "COMPLETED":
     sys.exit(f"The job ended as {job.status()}; examples/retry.py shows how to read why.")
 
 (answer,) = job.output()
 for prompt, result in zip(prompts, answer["results"], strict=True):
-    # In the order of the prompts. One that failed does so alone.
+    # Results are in the order of the prompts; each failed one has an error of its own.
     print(f"{prompt}  ->  {result['error']['message'] if 'error' in result else result['text']}")

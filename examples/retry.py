@@ -1,10 +1,10 @@
-"""Send a job again, later and later, for as long as that is of use.
+"""Send a failed job again, with growing pauses, as long as its error says `retry`.
 
     export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
     python examples/retry.py "What is the capital of France?"
 
-The client does not show why a job failed; its `/status` does: one JSON string, in which `retry`
-says whether the same job may succeed later.
+The client does not show why a job failed. `/status` does, in one JSON string, whose `retry` says
+whether the same job may succeed later.
 """
 
 import json
@@ -24,15 +24,15 @@ def why(endpoint: Any, job: Any) -> dict[str, Any]:
     try:
         error: dict[str, Any] = json.loads(state["error"])["error"]
     except (KeyError, TypeError, ValueError):
-        # The platform's own words: the job was cancelled, or nobody answered it in time.
+        # A text of the platform: the job was cancelled, or no worker answered it in time.
         message = str(state.get("error") or "there was no answer")
-        is_lost = state["status"] == "TIMED_OUT"
-        return {"message": message, "status": state["status"], "retry": is_lost}
+        is_timed_out = state["status"] == "TIMED_OUT"
+        return {"message": message, "status": state["status"], "retry": is_timed_out}
     return error
 
 
 def run_with_retry(endpoint: Any, given: dict[str, Any]) -> Any:
-    """The output of the first job that completes; exits when trying again is of no use."""
+    """The output of the first job that completes; exits when another try cannot help."""
     for attempt in range(MAX_TRIES):
         job = endpoint.run(given)
         output = job.output(timeout=1800)

@@ -4,7 +4,7 @@
     export RUNPOD_ENDPOINT_ID=...    # the endpoint's id, from its page
     python examples/run.py "What is the capital of France?"
 
-`RUNPOD_ENDPOINT_BASE_URL` leads the client elsewhere, such as to the platform on loopback.
+`RUNPOD_ENDPOINT_BASE_URL` makes the client use another platform, such as `python -m emulator`.
 """
 
 import os
@@ -21,7 +21,7 @@ output = job.output(timeout=1800)
 if job.status() != "COMPLETED":
     sys.exit(f"The job ended as {job.status()}; examples/retry.py shows how to read why.")
 
-# One answer, in a list: the worker's jobs may all be streams, and this one had one chunk.
+# The output is the list of a job's chunks; a job that does not stream has one.
 (answer,) = output
 print(answer["text"])
 print(f"{answer['finish_reason']}, {answer['usage']['completion_tokens']} tokens", file=sys.stderr)

@@ -1,10 +1,10 @@
-"""Print an answer while it is written.
+"""Print an answer while it is generated.
 
     export RUNPOD_API_KEY=... RUNPOD_ENDPOINT_ID=...
     python examples/stream.py "Count from 1 to 5."
 
-The client asks for news once a second, so the text comes in gulps: examples/openai_chat.py has it
-as it is made.
+The client polls once a second, so the text comes in large pieces. examples/openai_chat.py prints
+each token when it is generated.
 """
 
 import os
@@ -21,7 +21,7 @@ for chunk in job.stream():
     if chunk["finished"]:
         print()
         if chunk["finish_reason"] == "error":
-            # Streams end with their error, since the client does not show a failed job's.
+            # A failed stream ends with its error, because the client does not show a job's error.
             again = "worth another try" if chunk["retry"] else "the same again would fail again"
             sys.exit(f"{chunk['status']}: {chunk['message']} ({again})")
         tokens = chunk["usage"]["completion_tokens"]

@@ -13,7 +13,6 @@ How fast each form of checkpoint loads, without a server, `forms` measures. The 
 libraries themselves are in the page cache: a container's first start is slower.
 """
 
-import argparse
 import os
 import shutil
 import statistics
@@ -28,7 +27,7 @@ import requests
 import yaml
 
 from benchmarks.forms import forget, read_plainly, write_forms
-from benchmarks.machine import describe, publish
+from benchmarks.report import new_parser, publish
 from emulator import client_api
 from emulator.platform import Platform
 from emulator.worker import ENTRY, Worker
@@ -36,7 +35,7 @@ from serve_app.tiny import CHECKPOINT
 
 TINY = ENTRY.parent / "configs" / "tiny.yaml"
 EMPTY = Path(__file__).with_name("empty_deployment.py")
-UNREAD = Path(__file__).with_name("unread_worker.py")
+UNREAD = Path(__file__).with_name("no_read_ahead_worker.py")
 TARGET_S = 3.0
 LOOK_S = 0.01
 
@@ -174,26 +173,23 @@ def _show(phases: dict[str, float]) -> None:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--gb", type=float, help="also measure reading ahead")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default a new one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--note", help="kept with the result: what else the machine did, say")
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
-    document = {"benchmark": "coldstart", **describe(), "load_average": os.getloadavg()[0]}
+    figures: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     if options.note:
-        document["note"] = options.note
-    document["tiny"] = compare(options.repeats)
+        figures["note"] = options.note
+    figures["tiny"] = compare(options.repeats)
     if options.gb is not None:
         folder = Path(tempfile.mkdtemp(prefix="coldstart-", dir=options.folder))
         try:
-            document["ahead"] = compare_ahead(folder, options.gb, options.repeats)
+            figures["ahead"] = compare_ahead(folder, options.gb, options.repeats)
         finally:
             shutil.rmtree(folder)
-    publish(document, options.save)
+    publish("coldstart", figures, options.save)
     return 0
 
 

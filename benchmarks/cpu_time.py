@@ -1,28 +1,22 @@
-"""Processor time of a server's processes by what they are, read from /proc."""
+"""Processor time of a server's processes, by what they are."""
 
-import os
-from pathlib import Path
+from contextlib import suppress
 
-from tests.processes import descendants
+import psutil
 
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+from serve_app.machine.processes import command, descendants
+
 PARTS = (("ServeReplica", "replica"), ("ProxyActor", "proxy"), ("haproxy", "proxy"))
-"""Words of a command line, and what such a process is; the first that fits counts."""
+"""Words of a command line, and what such a process is; the first match counts."""
 OTHER = "other"
 
 
 def seconds_by_part(pid: int) -> dict[str, float]:
-    """User and system seconds so far of everything below `pid`; `other` is the rest of Ray."""
+    """User and system seconds so far of all processes below `pid`; `other` is the rest of Ray."""
     found = dict.fromkeys(("replica", "proxy", OTHER), 0.0)
-    for child, title in descendants(pid).items():
-        part = next((part for words, part in PARTS if words in title), OTHER)
-        found[part] += _seconds(child)
+    for child in descendants(pid):
+        part = next((part for words, part in PARTS if words in command(child)), OTHER)
+        with suppress(psutil.NoSuchProcess):
+            times = child.cpu_times()
+            found[part] += times.user + times.system
     return found
-
-
-def _seconds(pid: int) -> float:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return 0.0  # it has just ended
-    return (int(fields[11]) + int(fields[12])) * TICK_S

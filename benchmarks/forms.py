@@ -9,7 +9,6 @@ the device; floats are quantised on the way. Imports are done before. Knows no s
 a process's start to the first answer is in `coldstart`.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from benchmarks.machine import describe, publish
+from benchmarks.report import new_parser, publish
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.loader import load
@@ -177,13 +176,10 @@ def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--gb", type=float, default=0.4, help="of the bfloat16 checkpoint")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default a new one")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.zeros(1, device=device)  # the driver's start is no part of a load
@@ -203,14 +199,12 @@ def main() -> int:
             )
     finally:
         shutil.rmtree(folder)
-    document = {
-        "benchmark": "forms",
-        **describe(),
+    figures = {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "convert_s": round(convert_s, 3),
         "forms": results,
     }
-    publish(document, options.save)
+    publish("forms", figures, options.save)
     return 0
 
 

@@ -14,7 +14,6 @@ moment what is known. Needs torch, triton and numpy alone.
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +21,8 @@ import torch
 from benchmarks.device import Device
 from benchmarks.kernels import interpret, shapes_of
 from benchmarks.kernels import measure as measure_kernels
-from benchmarks.machine import describe, publish
 from benchmarks.random_runner import RandomRunner
-from benchmarks.report import Report, say
+from benchmarks.report import Report, new_parser, say
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
 from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.kernel_check import relative_errors
@@ -41,7 +39,7 @@ def check(report: Report, quantization: Quantization, device: Device) -> None:
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     with torch.inference_mode():
         found = relative_errors(quantization, dtype, device.device)
-    report.document["relative_errors"] = found
+    report.figures["relative_errors"] = found
     for name, error in found.items():
         say(f"{name}: relative error {error:.1e}")
     wrong = [name for name, error in found.items() if not error <= TOLERANCE[dtype]]
@@ -51,11 +49,11 @@ def check(report: Report, quantization: Quantization, device: Device) -> None:
 
 def decode_table(report: Report, runner: RandomRunner, bandwidth: float) -> None:
     """A row for each batch size, told as it is measured."""
-    report.document["decode"] = []
+    report.figures["decode"] = []
     say(f"{'batch':>6} {'tokens/s':>10} {'ms/step':>9} {'limit':>10} {'share':>6}")
     for batch in runner.batches:
-        with report.tried(f"decode of {batch}"):
-            report.document["decode"].append(decode_row(runner, batch, bandwidth))
+        with report.attempt(f"decode of {batch}"):
+            report.figures["decode"].append(decode_row(runner, batch, bandwidth))
 
 
 def decode_row(runner: RandomRunner, batch: int, bandwidth: float) -> dict[str, Any]:
@@ -93,17 +91,17 @@ def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[flo
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     flops = product_flops(device, config, dtype)
     say(f"copy {bandwidth / 1e9:.0f} GB/s, matrix products {flops / 1e12:.1f} TFLOP/s")
-    report.document["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
-    report.document["product_tflops"] = round(flops / 1e12, 2)
+    report.figures["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
+    report.figures["product_tflops"] = round(flops / 1e12, 2)
     return bandwidth, flops
 
 
 def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
     """Decodes and a prompt by the engine's runner."""
     say(f"step: {runner.note}")
-    report.document["step"] = runner.note
+    report.figures["step"] = runner.note
     with report.part("graphs"):
-        error = report.document["graph_error"] = runner.graph_error()
+        error = report.figures["graph_error"] = runner.graph_error()
         say(f"a replayed step beside a launched one: {error}")
         if error is not None and not error <= TOLERANCE[runner.dtype]:
             raise ValueError("a replayed step differs from a launched one")
@@ -112,7 +110,7 @@ def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: 
     with report.part("prefill"):
         speed, limit = runner.prefill(), flops / prefill_flops(runner.config)
         say(f"prefill of {runner.options.prompt} tokens: {speed:.0f} tokens/s, limit {limit:.0f}")
-        report.document["prefill"] = {
+        report.figures["prefill"] = {
             "tokens": runner.options.prompt,
             "tokens_per_s": round(speed, 1),
             "limit": round(limit, 1),
@@ -145,9 +143,7 @@ def measure(report: Report, options: argparse.Namespace, device: Device) -> None
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--weights", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--absmax", choices=["nested", "bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
@@ -158,9 +154,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: says nothing about speed")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
-    parser.add_argument(
-        "--save", type=Path, help="write the JSON document to this file, as it grows"
-    )
     options = parser.parse_args(arguments)
     if options.tiny:
         options.context, options.prompt = min(options.context, 40), min(options.prompt, 64)
@@ -178,16 +171,16 @@ def main(arguments: list[str] | None = None) -> int:
     if not device.is_cuda:
         interpret()
     torch.manual_seed(0)
-    document = {"benchmark": "gpu", **describe(), **device.describe()}
-    document["layers"] = RandomRunner.config_of(options).num_layers
-    document["weights"] = "bf16" if options.weights == "bf16" else f"nf4, {options.absmax} absmax"
-    document["context"] = options.context
-    report = Report(document, options.save)
+    figures = device.describe()
+    figures["layers"] = RandomRunner.config_of(options).num_layers
+    figures["weights"] = "bf16" if options.weights == "bf16" else f"nf4, {options.absmax} absmax"
+    figures["context"] = options.context
+    report = Report("gpu", figures, options.save)
     measure(report, options, device)
-    publish(report.document, options.save)
-    for name, reason in report.document["failures"].items():
+    report.publish()
+    for name, reason in report.figures["failures"].items():
         say(f"FAILED: {name}: {reason}", file=sys.stderr)
-    return 1 if report.document["failures"] else 0
+    return 1 if report.figures["failures"] else 0
 
 
 if __name__ == "__main__":

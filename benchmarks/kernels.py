@@ -2,84 +2,39 @@
 
     python -m benchmarks.kernels
 
-A product's bytes are those of the weights it has to read once, with their absmax; attention's are
-the keys and values. Launches go round several layers' weights, so that no cache holds them, and are
-replayed as a graph, so that the host's time is not measured. `benchmarks.gpu` runs this too.
+The bytes of a product are those of its weights and absmax, read once; those of attention are the
+keys and values. Launches go round the weights of several layers, so that no cache holds them, and
+are replayed as a CUDA graph, so that the host's time is not measured. `benchmarks.gpu` runs this
+too.
 """
 
-import argparse
 import os
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.device import Device
-from benchmarks.machine import describe, publish
-from benchmarks.random_model import config_of, fill_codes, fill_matrices
-from benchmarks.report import Report, say
-from serve_app.model.config import MixtralConfig
-from serve_app.model.matrices4 import Codes, Matrices4
+from benchmarks.kernel_cases import Case, Shapes, makers
+from benchmarks.report import Report, new_parser, say
 from serve_app.model.quantization import Quantization
-
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
-CONTEXTS = ((1, 512), (1, 8192), (32, 2048))
-"""Rows and tokens of their contexts."""
-BLOCK_SIZE = 16
-
-
-@dataclass
-class Shapes:
-    """Of what is measured: the model's sizes, and how many layers' weights are gone round."""
-
-    config: MixtralConfig
-    quantization: Quantization
-    dtype: torch.dtype
-    device: torch.device
-    layers: int
-    """At least; more where they are small."""
-    least_bytes: int
-    """What they take together, at least: several times what a cache holds."""
-
-    def rounds(self, num_bytes: float) -> int:
-        """How many layers are gone round, of `num_bytes` each."""
-        return max(self.layers, -(-self.least_bytes // int(num_bytes)))
-
-    def matrices(
-        self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
-    ) -> list[Matrices4]:
-        """Random matrices, one for each layer."""
-        codes = Codes(self.quantization).to(self.device)
-        fill_codes(codes)
-        made = []
-        for _ in range(self.rounds(prod(lead) * columns * sum(rows) / 2)):
-            with torch.device(self.device):
-                one = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
-            fill_matrices(one)
-            made.append(one)
-        return made
+from tools.random_model import config_of
 
 
 def measure(
     report: Report, device: Device, shapes: Shapes, bandwidth: float, *, tiny: bool
 ) -> None:
     """A row of the report's `kernels` for each kernel and size."""
-    report.document["kernels"] = []
+    report.figures["kernels"] = []
     say(f"{'kernel':>10} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of copy':>8}")
     for name, make in makers(tiny).items():
         with report.part(f"kernels: {name}"):
             for case in make(shapes):
-                with report.tried(f"kernels: {name} of {case[1]}"):
-                    report.document["kernels"].append(row_of(case, device, bandwidth))
+                with report.attempt(f"kernels: {name} of {case[1]}"):
+                    report.figures["kernels"].append(row_of(case, device, bandwidth))
 
 
-def row_of(case: "Case", device: Device, bandwidth: float) -> dict[str, Any]:
+def row_of(case: Case, device: Device, bandwidth: float) -> dict[str, Any]:
     """One kernel's row, printed."""
     name, tokens, context, num_bytes, count, work = case
     seconds = device.device_seconds(work) / count
@@ -88,141 +43,6 @@ def row_of(case: "Case", device: Device, bandwidth: float) -> dict[str, Any]:
     say(f"{name:>10} {tokens:>5} {context or '':>8} {us:>9} {speed:>7} {share:>8.0%}")
     row = {"kernel": name, "rows": tokens, "context": context, "us": us}
     return {**row, "gb_per_s": speed, "share_of_copy": round(share, 3)}
-
-
-Case = tuple[str, int, int | None, float, int, Callable[[], object]]
-"""Name, rows, context, bytes of a launch, launches, and what does them."""
-
-
-def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
-    """What makes the cases of each kernel; its weights are there as long as its cases are."""
-    tokens = (2,) if tiny else TOKENS
-    contexts = ((2, 140),) if tiny else CONTEXTS
-    products = {"gate_up": gate_up, "down": down, "qkv": qkv, "o": out}
-    made: dict[str, Callable[[Shapes], Iterable[Case]]] = {
-        name: partial(make, sizes=tokens) for name, make in products.items()
-    }
-    made["attention"] = lambda shapes: (attention(shapes, *sizes) for sizes in contexts)
-    return made
-
-
-def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`order`, `starts` and `shares` for tokens that choose by chance, and how many experts."""
-    config = shapes.config
-    scores = torch.rand(tokens, config.num_experts, generator=torch.Generator().manual_seed(tokens))
-    ids = scores.topk(config.top_k).indices.flatten()
-    order = ids.argsort(stable=True).int()
-    starts = torch.tensor([int((ids < e).sum()) for e in range(config.num_experts + 1)]).int()
-    shares = torch.full((len(ids),), 1 / config.top_k)
-    moved = [tensor.to(shapes.device) for tensor in (order, starts, shares)]
-    return moved[0], moved[1], moved[2], len(set(ids.tolist()))
-
-
-def bytes_of(matrices: Matrices4, experts: int = 1) -> float:
-    """Of one matrix, or of so many of a stack."""
-    lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
-    parts = [matrices.packed, matrices.absmax]
-    if matrices.codes.quantization.absmax == "nested":
-        parts.append(matrices.nested_absmax)
-    return sum(part.nbytes for part in parts) / lead * experts
-
-
-def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    from serve_app.model.kernels.triton import nf4_decode
-
-    config, inner = shapes.config, shapes.config.intermediate_size
-    matrices = shapes.matrices((config.num_experts,), config.hidden_size, (inner, inner))
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
-    found: list[Case] = []
-    for tokens in sizes:
-        order, starts, _, hit = routing(shapes, tokens)
-        x = torch.randn(tokens, config.hidden_size, device=shapes.device).to(shapes.dtype)
-        y = x.new_empty(tokens * config.top_k, inner)
-
-        def work(x: Tensor = x, y: Tensor = y, o: Tensor = order, s: Tensor = starts) -> None:
-            for one in weights:
-                nf4_decode.gate_up(one, x, o, s, config.top_k, y)
-
-        found.append(("gate_up", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
-    return found
-
-
-def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    from serve_app.model.kernels.triton import nf4_decode
-
-    config = shapes.config
-    stack = ((config.num_experts,), config.intermediate_size, (config.hidden_size,))
-    matrices = shapes.matrices(*stack)
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
-    found: list[Case] = []
-    for tokens in sizes:
-        rows = tokens * config.top_k
-        *route, hit = routing(shapes, tokens)
-        x = torch.randn(rows, config.intermediate_size, device=shapes.device).to(shapes.dtype)
-        y = torch.empty(nf4_decode.SPLIT_K, rows, config.hidden_size, device=shapes.device)
-
-        def work(x: Tensor = x, y: Tensor = y, route: Any = route) -> None:
-            order, starts, shares = route
-            for one in weights:
-                nf4_decode.down(one, x, order, starts, shares, config.top_k, y)
-
-        found.append(("down", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
-    return found
-
-
-def qkv(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    config = shapes.config
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    return dense("qkv", shapes, sizes, config.hidden_size, (queries, keys, keys))
-
-
-def out(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
-    config = shapes.config
-    return dense("o", shapes, sizes, config.num_heads * config.head_dim, (config.hidden_size,))
-
-
-def dense(
-    name: str, shapes: Shapes, sizes: tuple[int, ...], columns: int, rows: tuple[int, ...]
-) -> list[Case]:
-    from serve_app.model.kernels.triton import nf4_decode
-
-    matrices = shapes.matrices((), columns, rows)
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
-    found: list[Case] = []
-    for tokens in sizes:
-        x = torch.randn(tokens, columns, device=shapes.device).to(shapes.dtype)
-        y = torch.empty(nf4_decode.SPLIT_K, tokens, sum(rows), device=shapes.device)
-
-        def work(x: Tensor = x, y: Tensor = y) -> None:
-            for one in weights:
-                nf4_decode.dense(one, x, y)
-
-        found.append((name, tokens, None, bytes_of(matrices[0]), len(weights), work))
-    return found
-
-
-def attention(shapes: Shapes, rows: int, context: int) -> Case:
-    from serve_app.model.kernels.triton.paged_attention import PagedAttention
-
-    config, device = shapes.config, shapes.device
-    width = -(-context // BLOCK_SIZE)
-    page = (rows * width, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    num_bytes = 2.0 * rows * context * config.num_kv_heads * config.head_dim * shapes.dtype.itemsize
-    pages = [
-        [torch.randn(page, device=device).to(shapes.dtype) for _ in range(2)]
-        for _ in range(shapes.rounds(num_bytes))
-    ]
-    tables = torch.randperm(rows * width, device=device).int().view(rows, width)
-    lens = torch.full((rows,), context, dtype=torch.int32, device=device)
-    queries = torch.randn(rows, config.num_heads, config.head_dim, device=device).to(shapes.dtype)
-    result = queries.new_empty(rows, config.num_heads * config.head_dim)
-    kernel = PagedAttention(config.num_heads, pages[0][0], None, rows)
-
-    def work() -> None:
-        for keys, values in pages:
-            kernel(queries, keys, values, tables, lens, result)
-
-    return "attention", rows, context, num_bytes, len(pages), work
 
 
 def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shapes:
@@ -235,10 +55,7 @@ def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shap
 
 def main(arguments: list[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    parser = new_parser(__doc__)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("No CUDA device: there is nothing to measure.")
@@ -246,13 +63,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = Device(torch.device("cuda"))
     torch.manual_seed(0)
     bandwidth = device.copy_bandwidth()
-    document = {"benchmark": "kernels", **describe(), **device.describe()}
-    report = Report({**document, "copy_gb_per_s": round(bandwidth / 1e9, 1)}, options.save)
+    figures = {**device.describe(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    report = Report("kernels", figures, options.save)
     with torch.inference_mode():
         shapes = shapes_of(device, Quantization("nf4", "bfloat16"), tiny=False)
         measure(report, device, shapes, bandwidth, tiny=False)
-    publish(report.document, options.save)
-    return 1 if report.document["failures"] else 0
+    report.publish()
+    return 1 if report.figures["failures"] else 0
 
 
 def interpret() -> None:

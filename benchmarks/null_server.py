@@ -1,8 +1,8 @@
-"""The deployment around a model that computes nothing: every step takes 5 ms of a made-up device.
+"""The deployment around a null model: it computes nothing, and each of its steps takes 5 ms.
 
-`build_app` is what `serve run` takes for `benchmarks.road`. Tokenizer, engine thread, detokenising,
-shapes and doors are the real ones; only what stands behind `Runner.launch` is not, and no sampling
-happens. Every answer is the same text, over and over.
+`benchmarks.overhead` has `serve run` start `build_app`. Tokenizer, engine, detokenising, schemas
+and endpoints are the real ones. `NullRunner` stands in for the model and the sampler; every answer
+is the same text, repeated.
 """
 
 import ctypes
@@ -36,12 +36,12 @@ PR_SET_TIMERSLACK = 29
 
 
 class NullRunner:
-    """A model whose steps take `step_s` seconds of a device, one after the other, as a GPU's do.
+    """A runner whose steps take `step_s` seconds of a simulated device, one after the other.
 
-    The next step may wait on the device while the host hears of the last one; the device idles
-    when the host is late. Waiting holds no lock. Linux wakes a sleeper late; by how much is
-    measured before there is any load, and taken off. What a step waits for Python's lock, or for a
-    processor, is not.
+    As on a GPU, the next step can be queued while the host reads the last one's tokens, and the
+    device idles when the host is late. Waiting releases Python's lock. Linux wakes a sleeping
+    thread late; the median delay is measured before there is load, and subtracted. Time that a step
+    waits for Python's lock or for a processor is not subtracted.
     """
 
     vocab_size = VOCAB_SIZE
@@ -52,9 +52,9 @@ class NullRunner:
         self._step_s = step_s
         self._late_s = _late_s(step_s)
         self._free_at = 0.0
-        """When the device has done what it was given."""
+        """When the device finishes its queued steps."""
         self.thread_s = 0.0
-        """Processor time of the engine's thread so far, as of the last step's beginning."""
+        """Processor time of the engine's thread up to the last launch."""
 
     def launch(self, scheduled: list[ScheduledTokens]) -> "NullStep":
         if self.thread_s == 0.0:
@@ -71,7 +71,7 @@ class NullRunner:
 
 
 class NullStep(NamedTuple):
-    """A step in flight on the made-up device."""
+    """A step in flight on the simulated device."""
 
     token_ids: list[int]
     ends_at: float
@@ -82,12 +82,12 @@ class NullStep(NamedTuple):
 
 
 def _wake_promptly() -> None:
-    """Asks Linux to wake this thread on time, where by default it may be 50 us late."""
+    """Asks Linux to wake this thread on time; by default it may be 50 us late."""
     ctypes.CDLL(None).prctl(PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
 def _late_s(step_s: float) -> float:
-    """Seconds by which a sleep of `step_s` is too long here, in the median."""
+    """Median seconds by which a sleep of `step_s` is too long on this machine."""
     _wake_promptly()
     late = []
     for _ in range(40):
@@ -98,7 +98,7 @@ def _late_s(step_s: float) -> float:
 
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:
-    """In place of `serve_app.loading.load.load`: the tiny model's tokenizer, and no model."""
+    """Replaces `serve_app.loading.load.load`: the tiny model's tokenizer, and no model."""
     tokenizer = Tokenizer(CHECKPOINT)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     engine = engine_of(NullRunner(ids), settings.engine.max_num_seqs)
@@ -110,7 +110,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
 
 
 def engine_of(runner: NullRunner, max_num_seqs: int) -> Engine:
-    """The real engine around it, not started."""
+    """An engine around `runner`, not started."""
     return Engine(
         runner,
         EngineConfig(

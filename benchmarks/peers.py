@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import OURS, OURS_DIRECT, Round, likeness, medians, ratios, targets
+from benchmarks.latency import summarise
 from benchmarks.load import Request, closed_loop
-from benchmarks.machine import describe
 from benchmarks.peer_checkpoint import write_checkpoint
 from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_gguf import write_gguf
-from benchmarks.peer_process import free_port, serving
 from benchmarks.peer_servers import PEERS, SEQUENCES, Peer, Site, home, own_python
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
-from benchmarks.waiting import summarise
+from benchmarks.report import new_parser, publish
+from tools.server_process import ServerError, free_port, serving
 
 TOKENS = 64
 WORDS = 16
@@ -64,7 +64,7 @@ class Run:
         }
 
     def measure(self, peer: Peer, number: int) -> None:
-        """One round of one peer; raises `PeerError`."""
+        """One round of one peer; raises `ServerError` where it does not start."""
         where = home(peer, self.options.environments)
         python = where / "bin" / "python" if where else own_python()
         cores = len(os.sched_getaffinity(0))
@@ -114,8 +114,6 @@ class Run:
         for name, answer in self.answers.items():
             self.about[name]["same_answer"] = likeness(self.answers.get(OURS, ""), answer)
         return {
-            "benchmark": "peers",
-            **describe(),
             "load": {"answer_tokens": TOKENS, "prompt_words": WORDS, "sequences": SEQUENCES},
             "notes": self.options.notes,
             "peers": self.about,
@@ -154,7 +152,7 @@ def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
             return
         try:
             step(peer, *given)
-        except PeerError as error:
+        except (PeerError, ServerError) as error:
             run.left_out[peer.name] = str(error)
             print(f"{peer.name} is left out. {error}", flush=True)
 
@@ -184,16 +182,13 @@ def report(document: dict[str, Any]) -> None:
 
 def main() -> int:
     """The command; exit code 1 when ours did not run."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--environments", type=Path, default=CACHE, help="kept for the next run")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 64])
     parser.add_argument("--requests", type=int, default=24, help="at each level, at least")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
     parser.add_argument("--notes", default="", help="kept in the document")
-    parser.add_argument("--save", type=Path, help="also write a fuller JSON document to this file")
     parser.add_argument("--plot", type=Path, help="also draw the medians as SVG into this file")
     options = parser.parse_args()
     began = time.monotonic()
@@ -203,18 +198,12 @@ def main() -> int:
     run_all(run, chosen, options.rounds)
     document = run.document() | {"minutes": round((time.monotonic() - began) / 60, 1)}
     report(document)
-    if options.save:
-        options.save.write_text(json.dumps(document) + "\n", encoding="utf-8")
     middle = document["medians"]
     if options.plot:
         series = {name: list(levels.values()) for name, levels in middle.items()}
         plot(series, "concurrency", options.plot)
     print(f"The servers' logs are in {folder}.", file=sys.stderr)
-    speeds = {
-        name: {concurrency: level["tokens_per_s"] for concurrency, level in levels.items()}
-        for name, levels in middle.items()
-    }
-    print(json.dumps(speeds))
+    publish("peers", document, options.save)
     return 0 if OURS in run.rounds and OURS not in run.left_out else 1
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from benchmarks.device import Device
-from benchmarks.random_model import config_of, random_model
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.runner import InFlightStep
 from serve_app.engine.sampling_params import SamplingParams
@@ -20,6 +19,7 @@ from serve_app.engine.sequence import Sequence
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
 from serve_app.model.quantization import Quantization
+from tools.random_model import config_of, random_model
 
 BLOCK_SIZE = 16
 ROUND = 16

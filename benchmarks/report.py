@@ -1,8 +1,7 @@
-"""What a run has found so far: told and written as it is known, whatever comes after.
+"""A benchmark's options and its result: one JSON document, printed and kept in a file."""
 
-A part that fails is kept with its reason, and the run goes on. Knows nothing of what is measured.
-"""
-
+import argparse
+import json
 import time
 import traceback
 from collections.abc import Iterator
@@ -11,45 +10,76 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import save
+from benchmarks.machine import describe
 
 say = partial(print, flush=True)
-"""So that a run that is ended has told what it knew."""
+"""Prints at once, so that an interrupted run has shown what it measured."""
+
+
+def new_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the option `--save`, which every benchmark has."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
+    return parser
+
+
+def publish(benchmark: str, figures: dict[str, Any], file: Path | None) -> None:
+    """Prints the document of a run as one line of JSON, the last line that a run prints.
+
+    The document has the benchmark's name, date, machine and versions, then `figures`. `file`, if
+    given, gets it with one field per line, so that two runs can be compared.
+    """
+    document = {"benchmark": benchmark, **describe(), **figures}
+    if file is not None:
+        save(document, file)
+    print(json.dumps(document))
+
+
+def save(document: dict[str, Any], file: Path) -> None:
+    """Replaces `file` in one step, so that it is never half written."""
+    whole = file.with_name(file.name + ".part")
+    whole.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    whole.replace(file)
 
 
 class Report:
-    """A document, and the file, if any, that has it at every moment."""
+    """The figures of a run that goes on when a part fails, saved after every part."""
 
-    def __init__(self, document: dict[str, Any], file: Path | None) -> None:
-        """Raises `OSError` where the file cannot be written, before anything is measured."""
-        self.document = document
-        self.document |= {"seconds": {}, "failures": {}}
+    def __init__(self, benchmark: str, figures: dict[str, Any], file: Path | None) -> None:
+        """Raises `OSError` where `file` cannot be written, before anything is measured."""
+        self.figures: dict[str, Any] = {**figures, "seconds": {}, "failures": {}}
+        self._benchmark = benchmark
         self._file = file
-        self.keep()
+        self._save()
 
-    def keep(self) -> None:
-        """Writes what is known."""
+    def _save(self) -> None:
         if self._file is not None:
-            save(self.document, self._file)
+            save({"benchmark": self._benchmark, **describe(), **self.figures}, self._file)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """One of the run's parts, whose time is told; else as `tried`."""
+        """Times one part of the run; a failure is handled as by `attempt`."""
         began = time.perf_counter()
-        with self.tried(name):
+        with self.attempt(name):
             try:
                 yield
             finally:
-                self.document["seconds"][name] = round(time.perf_counter() - began, 1)
+                self.figures["seconds"][name] = round(time.perf_counter() - began, 1)
 
     @contextmanager
-    def tried(self, name: str) -> Iterator[None]:
-        """What is raised in here stands under `failures`, and the run goes on."""
+    def attempt(self, name: str) -> Iterator[None]:
+        """Records an exception under `failures` instead of raising it, and saves the file."""
         try:
             yield
         except Exception as error:
-            said = f"{type(error).__name__}: {str(error)[:500]}"
-            self.document["failures"][name] = said
-            say(f"FAILED: {name}: {said}\n{traceback.format_exc()}")
+            reason = f"{type(error).__name__}: {str(error)[:500]}"
+            self.figures["failures"][name] = reason
+            say(f"FAILED: {name}: {reason}\n{traceback.format_exc()}")
         finally:
-            self.keep()
+            self._save()
+
+    def publish(self) -> None:
+        """Prints the document as `publish` does."""
+        publish(self._benchmark, self.figures, self._file)

@@ -14,11 +14,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.latency import Objective, summarise
 from benchmarks.load import closed_loop, open_loop
-from benchmarks.machine import describe, publish
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
-from benchmarks.waiting import Objective, summarise
+from benchmarks.report import new_parser, publish
 
 HEADER = (
     f"{'load':>7} {'tok/s':>8} {'ttft p50':>9} {'p95':>8} {'p99':>8} {'gap p50':>8} {'p95':>7} "
@@ -82,9 +82,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="tiny")
     load = parser.add_mutually_exclusive_group()
@@ -100,7 +98,6 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--slo-ttft-ms", type=float, help="goodput: first token within this")
     parser.add_argument("--slo-inter-token-ms", type=float, help="goodput: mean time per token")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     parser.add_argument("--plot", type=Path, help="also draw the levels as SVG into this file")
     return parser
 
@@ -110,9 +107,7 @@ def main() -> int:
     options = arguments().parse_args()
     levels = asyncio.run(measure(options))
     chosen = ("output_tokens", "prompt_words")
-    document = {
-        "benchmark": "serve",
-        **describe(),
+    figures = {
         "model": options.model,
         "load": "open" if options.rate else "closed",
         **{name: vars(getattr(options, name)) for name in chosen},
@@ -126,7 +121,7 @@ def main() -> int:
     }
     if options.plot:
         plot({options.model: levels}, "rate" if options.rate else "concurrency", options.plot)
-    publish(document, options.save)
+    publish("serve", figures, options.save)
     return 1 if any(level["errors"] for level in levels) else 0
 
 

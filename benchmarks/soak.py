@@ -9,18 +9,16 @@ for, where KV blocks stay in use, or where the memory of the worker's processes,
 more than a twentieth after the first tenth of the jobs.
 """
 
-import argparse
 import random
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from benchmarks.endpoint import Endpoint, endpoint
-from benchmarks.machine import describe, publish
 from benchmarks.memory import memory_by_process
+from benchmarks.report import new_parser, publish
+from emulator.endpoint import Endpoint, endpoint
 from emulator.faults import RESET
 from emulator.queue import Job
 
@@ -152,18 +150,14 @@ def soak(num_jobs: int, seed: int) -> dict[str, Any]:
 
 def main() -> int:
     """The command; exit code 1 when a job was lost, a block kept, or memory grew."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
     figures = soak(options.jobs, options.seed)
     for line in figures["wrong"]:
         print(line, file=sys.stderr)
-    document = {"benchmark": "soak", **describe(), **figures}
-    publish(document, options.save)
+    publish("soak", figures, options.save)
     has_grown = figures["growth"] > MAX_GROWTH
     return 1 if figures["wrong"] or figures["kv_blocks_used"] or has_grown else 0
 

@@ -7,7 +7,6 @@ acknowledges each streamed chunk late by 0, 20 and 100 ms. Beside it, in the sam
 posts every chunk on its own, as handlers in guides do. Does not measure the model.
 """
 
-import argparse
 import statistics
 import sys
 import time
@@ -15,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.endpoint import Endpoint, endpoint
-from benchmarks.machine import describe, publish
+from benchmarks.report import new_parser, publish
+from emulator.endpoint import Endpoint, endpoint
 from emulator.worker import ENTRY
 
 WORKERS = {
@@ -104,14 +103,11 @@ def unstreamed(place: Endpoint, num_tokens: int, rounds: int) -> float:
 
 def main() -> int:
     """The command."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=100, help="of each stream")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--delays-ms", type=float, nargs="+", default=[0, 20, 100])
-    parser.add_argument("--save", type=Path, help="also write the JSON document to this file")
     options = parser.parse_args()
     print(
         f"{'a post holds':>14} {'post ms':>8} {'streams':>8} {'first ms':>9} {'tok/s':>8} posts/100"
@@ -133,8 +129,7 @@ def main() -> int:
                         flush=True,
                     )
             print(f"{name:>14} not streamed: {results[name]['unstreamed_tokens_per_s']} tok/s")
-    document = {"benchmark": "streaming", **describe(), "tokens": options.tokens, "posts": results}
-    publish(document, options.save)
+    publish("streaming", {"tokens": options.tokens, "posts": results}, options.save)
     return 0
 
 

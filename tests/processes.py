@@ -1,67 +1,42 @@
-"""Which processes belong to which: read from /proc, as an operator would with `ps`."""
+"""Which processes run below another one, and whether they are gone later."""
 
-from pathlib import Path
+from contextlib import suppress
+
+import psutil
+
+
+def all_below(pid: int) -> set[psutil.Process]:
+    """Every living process below `pid`. psutil compares processes by number and start time."""
+    with suppress(psutil.NoSuchProcess):
+        return {child for child in psutil.Process(pid).children(recursive=True) if _runs(child)}
+    return set()
+
+
+def running() -> set[psutil.Process]:
+    """Every living process."""
+    return {process for process in psutil.process_iter() if _runs(process)}
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return bool(process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD))
+    return False
 
 
 def descendants(pid: int) -> dict[int, str]:
     """Pid and command line of every living process below `pid`."""
-    parents: dict[int, int] = {}
-    titles: dict[int, str] = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit():
-            try:
-                # "pid (name) state ppid ...", where the name may hold anything
-                state, parent, *_ = (folder / "stat").read_text().rpartition(")")[2].split()
-                title = (folder / "cmdline").read_text().replace("\0", " ")
-            except OSError:
-                continue  # it has just ended
-            parents[int(folder.name)] = int(parent)
-            if state != "Z":
-                titles[int(folder.name)] = title
-
-    def is_below(child: int) -> bool:
-        while child not in (0, pid):
-            child = parents.get(child, 0)
-        return child == pid
-
-    return {child: title for child, title in titles.items() if child != pid and is_below(child)}
+    found = {}
+    for child in all_below(pid):
+        with suppress(psutil.NoSuchProcess):
+            found[child.pid] = " ".join(child.cmdline())
+    return found
 
 
-def all_below(pid: int) -> set[tuple[int, str]]:
-    """Every process below `pid`, as `running` tells of them."""
-    return {known for child in descendants(pid) if (known := _known(child)) is not None}
-
-
-def ray_below(pid: int) -> set[tuple[int, str]]:
+def ray_below(pid: int) -> set[psutil.Process]:
     """Ray's processes below `pid`."""
     titles = descendants(pid)
-    rays = [child for child, title in titles.items() if "ray::" in title or "/ray/" in title]
-    return {known for child in rays if (known := _known(child)) is not None}
-
-
-def running() -> set[tuple[int, str]]:
-    """Every living process: its pid, and its start, which tells it from a later one."""
-    pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
-    return {known for pid in pids if (known := _known(pid)) is not None}
-
-
-def told_of(pid: int) -> list[str]:
-    """What a failing test says of a process that should have gone."""
-    try:
-        folder = Path("/proc") / str(pid)
-        return [
-            (folder / name).read_text().replace("\0", " ")[:300] for name in ("cmdline", "stat")
-        ]
-    except OSError:
-        return []
-
-
-def _known(pid: int) -> tuple[int, str] | None:
-    try:
-        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return None if fields[0] in "ZX" else (pid, fields[19])
+    rays = {child for child, title in titles.items() if "ray::" in title or "/ray/" in title}
+    return {child for child in all_below(pid) if child.pid in rays}
 
 
 def one_below(pid: int, words: str) -> int:

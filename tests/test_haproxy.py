@@ -13,13 +13,17 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.peer_process import free_port, serving
-from benchmarks.peer_servers import HAPROXY
 from tests.test_http import ask_and_leave, ended, wait_until_idle
+from tools.server_process import free_port, serving
 
 pytestmark = pytest.mark.ray
 
 ROOT = Path(__file__).parents[1]
+HAPROXY = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+}
+"""Serve's HAProxy mode. Without the second one, an open replica drains for half a minute."""
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from tests.exposition import Shown
+from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -35,9 +36,7 @@ def url() -> Iterator[str]:
     from serve_app.app import build_app
     from serve_app.config.settings import Settings
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     ray.init(
         address="local",
         include_dashboard=False,

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison import likeness, medians, ratios, targets
+from benchmarks.latency import Objective, summarise
 from benchmarks.load import Outcome
-from benchmarks.machine import publish
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
-from benchmarks.waiting import Objective, summarise
+from benchmarks.report import publish
 
 
 @pytest.mark.parametrize("text", ["0", "9:3", "lognormal:64", "x", "-1", "1:2:3"])
@@ -117,11 +117,13 @@ def test_a_document_is_one_line_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """What is printed is what is kept, in lines of its own; without a file nothing is."""
-    document = {"benchmark": "test", "levels": [1, 2]}
-    publish(document, tmp_path / "kept.json")
-    publish(document, None)
+    publish("test", {"levels": [1, 2]}, tmp_path / "kept.json")
+    publish("test", {"levels": [1, 2]}, None)
     first, second = capsys.readouterr().out.splitlines()
     kept = (tmp_path / "kept.json").read_text(encoding="utf-8")
-    assert json.loads(first) == json.loads(second) == json.loads(kept) == document
+    document = json.loads(kept)
+    assert json.loads(first) == json.loads(second) == document
+    assert (document["benchmark"], document["levels"]) == ("test", [1, 2])
+    assert document["date"]
     assert kept.count("\n") > 3
     assert list(tmp_path.iterdir()) == [tmp_path / "kept.json"]

@@ -7,15 +7,15 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu, kernels
+from benchmarks import gpu, kernel_cases
 from benchmarks.device import Device
-from benchmarks.random_model import config_of
 from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
-from serve_app.engine import runner
+from serve_app.engine import model_runner
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.model.kernels.triton import gpu_step
 from serve_app.model.quantization import Quantization
+from tools.random_model import config_of
 
 
 @pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
@@ -52,7 +52,7 @@ def test_what_fails_is_told_and_the_rest_is_measured(
 
     monkeypatch.setattr(gpu, "relative_errors", lambda *_: {"experts (triton)": float("nan")})
     monkeypatch.setattr(RandomRunner, "decode", failing)
-    monkeypatch.setattr(kernels, "down", no_kernel)
+    monkeypatch.setattr(kernel_cases, "down", no_kernel)
     options = ["--tiny", "--device", "cpu", "--batches", "2", "1", "--save", str(file)]
     assert gpu.main(options) == 1
     document = json.loads(file.read_text())
@@ -69,7 +69,9 @@ def test_what_fails_is_told_and_the_rest_is_measured(
 def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """They give the same, until the replay reads other blocks than the sequences'."""
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
-    monkeypatch.setattr(runner, "_compiled_step", lambda *made: gpu_step.GpuStep.of(*made[:3]))
+    monkeypatch.setattr(
+        model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.of(*made[:3])
+    )
     made = RandomRunner(
         gpu.parse(["--tiny", "--device", "cpu", "--layers", "1", "--batches", "2"]),
         Device(torch.device("cpu")),
@@ -78,7 +80,7 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
     assert max(map(max, tables)) < made.runner.cache.num_blocks
     assert "a captured graph for each of 2 sizes" in made.note
     assert made.graph_error() == 0
-    monkeypatch.setattr(DecodeGraphs, "_put_tables", lambda graphs, _: graphs._tables.zero_())
+    monkeypatch.setattr(DecodeGraphs, "_copy_tables", lambda graphs, _: graphs._tables.zero_())
     error = made.graph_error()
     assert error is not None
     assert error > 1e-2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks.load import Answer, arrival_times, closed_loop, open_loop, read
-from benchmarks.peer_process import free_port, serving
+from tools.server_process import free_port, serving
 
 SERVER = Path(__file__).with_name("completions.py")
 

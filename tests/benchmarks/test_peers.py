@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.peer_environments import PeerError, python_of
-from benchmarks.peer_process import free_port, serving
 from benchmarks.peer_servers import PEERS, Peer, Site
 from benchmarks.peers import Run, run_all
+from tools.server_process import free_port, serving
 
 SERVER = Path(__file__).with_name("completions.py")
 FIRST = {"prompt": "x", "max_tokens": 1}

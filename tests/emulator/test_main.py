@@ -1,12 +1,12 @@
 """`python -m emulator`, with a worker and a client that have only what it prints."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 from tests.worker.conftest import SCRIPT
+from tools.server_process import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,9 +20,7 @@ print(endpoint.run_sync({"prompt": "twice"}))
 
 def test_what_it_prints_connects_a_worker_and_a_client(tmp_path: Path) -> None:
     """With the printed lines as their environment, RunPod's client gets the worker's answer."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     command = [sys.executable, "-u", "-m", "emulator", "--port", port]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as platform:
         assert platform.stdout is not None

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,16 +16,11 @@ from tests.processes import all_below, descendants, one_below, replica_of, runni
 from tests.settled import left_behind
 from tests.worker.conftest import until
 from tests.worker.process import ENTRY, environment, run_entry
+from tools.server_process import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 
 LONG = {"prompt": "x", "ignore_eos": True, "max_tokens": 5000, "stream": True}
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import json
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 from tests.exposition import Shown
 from tests.worker.conftest import Client, until
 from tests.worker.process import ENTRY, environment
+from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -29,9 +29,7 @@ CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """A client of the HTTP server of the same entry point, which ends with code 0 on SIGTERM."""
     home: Path = tmp_path_factory.mktemp("http-home")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with (home / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, str(ENTRY)],

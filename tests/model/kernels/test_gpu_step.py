@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.random_model import config_of, random_model
 from serve_app.engine import model_runner
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
@@ -20,6 +19,7 @@ from serve_app.model.kv import KVCache
 from serve_app.model.matrices4 import Codes
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
+from tools.random_model import config_of, random_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 16, 32

@@ -7,28 +7,21 @@ from typing import Any
 
 import pytest
 
-from benchmarks.endpoint import Endpoint
 from benchmarks.per_chunk_worker import OneByOne
 from benchmarks.streaming import measure
-from emulator.platform import Platform
-from emulator.queue import Job
-from emulator.worker import Worker
+from emulator.endpoint import endpoint
 from serve_app.worker import buffer, handler
 
 TOKENS = 20
 
 
 @pytest.mark.ray
-def test_its_figures_are_those_of_the_jobs(
-    tiny_platform: Platform, tiny_worker: Worker, first_jobs: list[Job]
-) -> None:
+def test_its_figures_are_those_of_the_jobs() -> None:
     """The benchmark counts all tokens and posts of its streams, on a platform with a delay."""
-    place = Endpoint(tiny_platform, tiny_worker)
-    try:
+    with endpoint() as place:
         figures = measure(place, 0.05, 2, Namespace(rounds=2, tokens=TOKENS))
-    finally:
-        tiny_platform.faults.clear()
-    jobs = list(tiny_platform.queue.jobs.values())[-4:]
+        jobs = list(place.platform.queue.jobs.values())
+    assert len(jobs) == 4
     num_posts = sum(len(job.chunks) for job in jobs)
     assert figures["posts_per_100_tokens"] == round(100 * num_posts / (4 * TOKENS), 1)
     assert (figures["post_ms"], figures["streams"]) == (50, 2)

@@ -1,4 +1,4 @@
-"""An endpoint on this machine: the platform on loopback and a real worker with the tiny model."""
+"""Endpoint: the platform on loopback and a real worker with the tiny model, for measurements."""
 
 import tempfile
 import time
@@ -17,11 +17,11 @@ from emulator.worker import ENTRY, Worker
 CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
 LOOK_S = 0.001
-"""Seconds between two looks at a job, which cost little: its record is in this process."""
+"""Seconds between two looks at a job. A look is cheap: the job's record is in this process."""
 
 
 class Endpoint:
-    """Where jobs are sent; knows the platform's own record of each."""
+    """Sends jobs, and reads the platform's own record of each."""
 
     def __init__(self, platform: Platform, worker: Worker) -> None:
         self.platform = platform
@@ -29,7 +29,7 @@ class Endpoint:
         self._session = requests.Session()
 
     def send(self, given: Any) -> Job:
-        """The job, as the platform sees it."""
+        """Sends a job with the input `given`; returns the platform's record of it."""
         job_id = self._post("run", {"input": given})["id"]
         return self.platform.queue.jobs[job_id]
 
@@ -37,22 +37,23 @@ class Endpoint:
         self._post(f"cancel/{job.id}", None)
 
     def done(self, given: Any, timeout_s: float = 120) -> Job:
-        """The job after it has ended."""
+        """Sends a job and waits for its end."""
         job = self.send(given)
         self.wait(lambda: job.is_over, timeout_s)
         return job
 
     def health(self) -> dict[str, Any]:
-        """What the worker says of itself."""
+        """The worker's `/health` object."""
         health: dict[str, Any] = self.done({"endpoint": "/health"}).output[0]
         return health
 
     def wait(self, is_true: Any, timeout_s: float = 120) -> None:
-        """Looks again and again; raises `TimeoutError`."""
+        """Polls `is_true`; raises `TimeoutError` with the end of the worker's log, at once when the
+        worker has ended."""
         end = time.monotonic() + timeout_s
         while not is_true():
-            if time.monotonic() > end:
-                raise TimeoutError(f"The worker said:\n{self.worker.log[-2000:]}")
+            if time.monotonic() > end or self.worker.process.poll() is not None:
+                raise TimeoutError(f"The worker's log ends:\n{self.worker.log[-2000:]}")
             time.sleep(LOOK_S)
 
     def _post(self, path: str, body: Any) -> Any:

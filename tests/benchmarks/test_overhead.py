@@ -1,4 +1,4 @@
-"""The benchmark of the road out goes the whole of it, with a model that is none."""
+"""The overhead benchmark passes every part of the server, with a null model."""
 
 import asyncio
 import os
@@ -10,7 +10,8 @@ import pytest
 
 from benchmarks.cpu_time import seconds_by_part
 from benchmarks.null_server import TEXT
-from benchmarks.road import STREAMS, Alone, body
+from benchmarks.overhead import STREAMS
+from benchmarks.server_in_process import ServerInProcess, completion
 from tests.fakes import answer
 from tests.worker.conftest import until
 
@@ -18,15 +19,15 @@ NUM_TOKENS = 6
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Alone]:
-    bench = Alone(NUM_TOKENS)
+def alone() -> Iterator[ServerInProcess]:
+    bench = ServerInProcess(NUM_TOKENS)
     yield bench
     bench.server.close()
 
 
-def test_the_null_model_says_its_text(alone: Alone) -> None:
-    """Tokens go through the real tokenizer and shapes: the answer is the text's beginning."""
-    asked = {**body(NUM_TOKENS), "stream": False}
+def test_the_null_model_answers_with_its_text(alone: ServerInProcess) -> None:
+    """Tokens pass the real detokenizer and schemas: the answer is the beginning of the text."""
+    asked = {**completion(NUM_TOKENS), "stream": False}
     del asked["stream_options"]
     whole = asyncio.run(answer(alone.server, "/v1/completions", asked))
     said = whole["choices"][0]["text"].strip()
@@ -36,16 +37,16 @@ def test_the_null_model_says_its_text(alone: Alone) -> None:
 
 
 @pytest.mark.parametrize("part", ["engine", "text and chunks", "events", "ingress"])
-def test_every_part_of_the_road_is_gone_to_its_end(alone: Alone, part: str) -> None:
-    """As many tokens as were asked for are made for each stream, and cost something."""
+def test_every_part_generates_all_tokens(alone: ServerInProcess, part: str) -> None:
+    """Each stream gets the tokens that it asked for, and their cost is measured."""
     before = alone.engine.stats().num_generation_tokens
     whole, own = alone.cost(part, STREAMS[1])
     assert alone.engine.stats().num_generation_tokens - before == STREAMS[1] * NUM_TOKENS
     assert whole > own > 0
 
 
-def test_processor_time_is_told_by_what_a_process_is() -> None:
-    """A busy child whose command line says so counts as the replica, and as nothing else."""
+def test_processor_time_is_counted_by_kind_of_process() -> None:
+    """A busy child with the replica's command line counts as the replica, and as nothing else."""
     command = [sys.executable, "-c", "while True: pass", "ray::ServeReplica:mixtral"]
     before = seconds_by_part(os.getpid())
     with subprocess.Popen(command) as child:

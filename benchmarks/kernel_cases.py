@@ -1,0 +1,187 @@
+"""KernelCase: one kernel of the GPU step with random inputs of one size, ready to be timed."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.matrices4 import Codes, Matrices4
+from serve_app.model.quantization import Quantization
+from tools.random_model import fill_codes, fill_matrices
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
+CONTEXTS = ((1, 512), (1, 8192), (32, 2048))
+"""Rows and tokens of their contexts."""
+BLOCK_SIZE = 16
+
+
+Case = tuple[str, int, int | None, float, int, Callable[[], object]]
+"""Name, rows, context, bytes of a launch, launches, and what does them."""
+
+
+@dataclass
+class Shapes:
+    """Of what is measured: the model's sizes, and how many layers' weights are gone round."""
+
+    config: MixtralConfig
+    quantization: Quantization
+    dtype: torch.dtype
+    device: torch.device
+    layers: int
+    """At least; more where they are small."""
+    least_bytes: int
+    """What they take together, at least: several times what a cache holds."""
+
+    def rounds(self, num_bytes: float) -> int:
+        """How many layers are gone round, of `num_bytes` each."""
+        return max(self.layers, -(-self.least_bytes // int(num_bytes)))
+
+    def matrices(
+        self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
+    ) -> list[Matrices4]:
+        """Random matrices, one for each layer."""
+        codes = Codes(self.quantization).to(self.device)
+        fill_codes(codes)
+        made = []
+        for _ in range(self.rounds(prod(lead) * columns * sum(rows) / 2)):
+            with torch.device(self.device):
+                one = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
+            fill_matrices(one)
+            made.append(one)
+        return made
+
+
+def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
+    """What makes the cases of each kernel; its weights are there as long as its cases are."""
+    tokens = (2,) if tiny else TOKENS
+    contexts = ((2, 140),) if tiny else CONTEXTS
+    products = {"gate_up": gate_up, "down": down, "qkv": qkv, "o": out}
+    made: dict[str, Callable[[Shapes], Iterable[Case]]] = {
+        name: partial(make, sizes=tokens) for name, make in products.items()
+    }
+    made["attention"] = lambda shapes: (attention(shapes, *sizes) for sizes in contexts)
+    return made
+
+
+def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
+    """`order`, `starts` and `shares` for tokens that choose by chance, and how many experts."""
+    config = shapes.config
+    scores = torch.rand(tokens, config.num_experts, generator=torch.Generator().manual_seed(tokens))
+    ids = scores.topk(config.top_k).indices.flatten()
+    order = ids.argsort(stable=True).int()
+    starts = torch.tensor([int((ids < e).sum()) for e in range(config.num_experts + 1)]).int()
+    shares = torch.full((len(ids),), 1 / config.top_k)
+    moved = [tensor.to(shapes.device) for tensor in (order, starts, shares)]
+    return moved[0], moved[1], moved[2], len(set(ids.tolist()))
+
+
+def bytes_of(matrices: Matrices4, experts: int = 1) -> float:
+    """Of one matrix, or of so many of a stack."""
+    lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
+    parts = [matrices.packed, matrices.absmax]
+    if matrices.codes.quantization.absmax == "nested":
+        parts.append(matrices.nested_absmax)
+    return sum(part.nbytes for part in parts) / lead * experts
+
+
+def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
+    from serve_app.model.kernels.triton import nf4_decode
+
+    config, inner = shapes.config, shapes.config.intermediate_size
+    matrices = shapes.matrices((config.num_experts,), config.hidden_size, (inner, inner))
+    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    found: list[Case] = []
+    for tokens in sizes:
+        order, starts, _, hit = routing(shapes, tokens)
+        x = torch.randn(tokens, config.hidden_size, device=shapes.device).to(shapes.dtype)
+        y = x.new_empty(tokens * config.top_k, inner)
+
+        def work(x: Tensor = x, y: Tensor = y, o: Tensor = order, s: Tensor = starts) -> None:
+            for one in weights:
+                nf4_decode.gate_up(one, x, o, s, config.top_k, y)
+
+        found.append(("gate_up", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
+    return found
+
+
+def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
+    from serve_app.model.kernels.triton import nf4_decode
+
+    config = shapes.config
+    stack = ((config.num_experts,), config.intermediate_size, (config.hidden_size,))
+    matrices = shapes.matrices(*stack)
+    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    found: list[Case] = []
+    for tokens in sizes:
+        rows = tokens * config.top_k
+        *route, hit = routing(shapes, tokens)
+        x = torch.randn(rows, config.intermediate_size, device=shapes.device).to(shapes.dtype)
+        y = torch.empty(nf4_decode.SPLIT_K, rows, config.hidden_size, device=shapes.device)
+
+        def work(x: Tensor = x, y: Tensor = y, route: Any = route) -> None:
+            order, starts, shares = route
+            for one in weights:
+                nf4_decode.down(one, x, order, starts, shares, config.top_k, y)
+
+        found.append(("down", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
+    return found
+
+
+def qkv(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
+    config = shapes.config
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return dense("qkv", shapes, sizes, config.hidden_size, (queries, keys, keys))
+
+
+def out(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
+    config = shapes.config
+    return dense("o", shapes, sizes, config.num_heads * config.head_dim, (config.hidden_size,))
+
+
+def dense(
+    name: str, shapes: Shapes, sizes: tuple[int, ...], columns: int, rows: tuple[int, ...]
+) -> list[Case]:
+    from serve_app.model.kernels.triton import nf4_decode
+
+    matrices = shapes.matrices((), columns, rows)
+    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    found: list[Case] = []
+    for tokens in sizes:
+        x = torch.randn(tokens, columns, device=shapes.device).to(shapes.dtype)
+        y = torch.empty(nf4_decode.SPLIT_K, tokens, sum(rows), device=shapes.device)
+
+        def work(x: Tensor = x, y: Tensor = y) -> None:
+            for one in weights:
+                nf4_decode.dense(one, x, y)
+
+        found.append((name, tokens, None, bytes_of(matrices[0]), len(weights), work))
+    return found
+
+
+def attention(shapes: Shapes, rows: int, context: int) -> Case:
+    from serve_app.model.kernels.triton.paged_attention import PagedAttention
+
+    config, device = shapes.config, shapes.device
+    width = -(-context // BLOCK_SIZE)
+    page = (rows * width, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
+    num_bytes = 2.0 * rows * context * config.num_kv_heads * config.head_dim * shapes.dtype.itemsize
+    pages = [
+        [torch.randn(page, device=device).to(shapes.dtype) for _ in range(2)]
+        for _ in range(shapes.rounds(num_bytes))
+    ]
+    tables = torch.randperm(rows * width, device=device).int().view(rows, width)
+    lens = torch.full((rows,), context, dtype=torch.int32, device=device)
+    queries = torch.randn(rows, config.num_heads, config.head_dim, device=device).to(shapes.dtype)
+    result = queries.new_empty(rows, config.num_heads * config.head_dim)
+    kernel = PagedAttention(config.num_heads, pages[0][0], None, rows)
+
+    def work() -> None:
+        for keys, values in pages:
+            kernel(queries, keys, values, tables, lens, result)
+
+    return "attention", rows, context, num_bytes, len(pages), work

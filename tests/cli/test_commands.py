@@ -11,12 +11,12 @@ import httpx
 import pytest
 import yaml
 
-from benchmarks.peer_process import free_port
 from serve_app.cli.commands import main
 from serve_app.config import named
 from serve_app.tiny import CHECKPOINT
 from tests.settled import left_behind
 from tests.worker.conftest import until
+from tools.server_process import free_port
 
 
 def test_check_takes_a_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -45,8 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(arguments: list[str]) -> int:
-    from serve_app.check import check
-    from serve_app.config.settings import ConfigError, EntrySettings, Settings
+    from serve_app.cold_start.check import Checked, check_config, check_start
+    from serve_app.config.settings import ConfigError, EntrySettings
     from serve_app.errors import ModelLoadFailed
     from serve_app.node import fitness, http
     from serve_app.worker import local, start
@@ -71,23 +71,23 @@ def _start(arguments: list[str]) -> int:
         # Before the check, which may ask the hub: PORT_HEALTH answers from the first moment.
         options = {"host": "0.0.0.0", "port": entry.port}
         endpoint = http.HttpEndpoint(options, entry.port_health)
-    checked: list[str] = []
+    settings = check_config(entry.serve_config)
+    checked: Checked | None = None
     failure: ModelLoadFailed | None = None
     try:
-        checked = check(entry.serve_config)
+        checked = check_start(entry.serve_config, settings)
     except ModelLoadFailed as error:
         if not takes_jobs:
             raise
         # A worker that ended here would leave its jobs waiting, and be started again and again.
         log.warning("%s", error)
         failure = error
-    settings = Settings.from_yaml(entry.serve_config)
-    if job is not None:
-        return local.run(settings, entry.serve_config, job)
-    if endpoint is not None:
+    if job is not None and checked is not None:
+        return local.run(checked, entry.serve_config, job)
+    if endpoint is not None and checked is not None:
         if (problem := fitness.first_problem(fitness.checks(settings, None))) is not None:
             raise problem
-        return http.run(settings, entry.serve_config, checked, endpoint)
+        return http.run(checked, entry.serve_config, endpoint)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry, checked, failure)

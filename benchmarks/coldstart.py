@@ -31,6 +31,7 @@ from benchmarks.report import new_parser, publish
 from emulator import client_api
 from emulator.platform import Platform
 from emulator.worker import ENTRY, Worker
+from serve_app.machine.gpus import find_gpus
 from serve_app.tiny import CHECKPOINT
 
 TINY = ENTRY.parent / "configs" / "tiny.yaml"
@@ -152,7 +153,7 @@ def _config(folder: Path, checkpoint: Path) -> Path:
     document = yaml.safe_load(TINY.read_text(encoding="utf-8"))
     args = document["applications"][0]["args"]
     args["model"] |= {"name": str(checkpoint), "quantization": "nf4", "dtype": "bfloat16"}
-    args["model"]["device"] = "auto" if shutil.which("nvidia-smi") else "cpu"
+    args["model"]["device"] = "cuda" if find_gpus() else "cpu"
     args["engine"] = {"max_model_len": 256, "kv_cache_tokens": 1024}
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document), encoding="utf-8")

@@ -1,53 +1,68 @@
-"""The only Ray Serve wiring: settings in, an application out.
+"""The only Ray Serve wiring: builds the application, and checks a Serve YAML's keys.
 
 One deployment, which is its own ingress: a second one in front would cost a Ray message for each
-token. `import_path: serve_app.app:build_app` in the YAML; its `deployments:` overrides win.
+token. Serve calls `build_app`, which `import_path:` in the YAML names; the YAML's `deployments:`
+override what is set here.
 
-No `from __future__ import annotations` here: Serve would then pass `args:` as a plain dict.
+`from __future__ import annotations` must not be used here: Serve would then pass `args:` as a plain
+dict.
 """
 
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from serve_app.config.settings import Settings
+import yaml
+
+from serve_app.config import serve_config
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
-from serve_app.loading.load_log import LoadLog
+from serve_app.start_plan.device import choose_device
+from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     from ray.serve import Application
 
-Load = Callable[[Settings, LoadLog], Loaded]
+Load = Callable[..., Loaded]
+"""Called with the settings and the load log, and with the keyword `plan` where there is one."""
 
 DEPLOYMENT = "mixtral"
+IMPORT_PATH = "serve_app.app:build_app"
 SPARE_REQUESTS = 64
-"""Places for what never enters the engine's queue: health, models, tokenising, refusals."""
-LAST_WORDS_S = 1.0
+"""Requests beside those of the engine's queue: health, models, tokenize, and refusals."""
+EXIT_DELAY_S = 1.0
 """Seconds between the discovery of a dead engine and the end of its process."""
 
 
 def build_app(settings: Settings) -> "Application":
-    """The Serve application of these settings. Touches no GPU, and no file."""
-    return application(settings, loading.load)
+    """The Serve application for `settings`. Reads no file and looks for no GPU."""
+    return application(settings)
 
 
-def application(settings: Settings, load: Load) -> "Application":
-    """`build_app` with another way to load, which the replica must be able to import."""
+def application(
+    settings: Settings, load: Load = loading.load, plan: StartPlan | None = None
+) -> "Application":
+    """`build_app` for a process on the replica's machine, which has made the `plan` already.
+
+    `load` replaces `loading.load.load`; the replica must be able to import it.
+    """
     from ray import serve
 
     from serve_app.api.server import MixtralServer
 
     def ingress() -> Any:
-        # Evaluated on the replica, which alone needs FastAPI.
+        # Runs on the replica, the only process that needs FastAPI.
         from ray import serve
 
         from serve_app.api.ingress import create_app
 
-        # Asked at each request: while the app is built there is no object yet.
+        # A function, because the object does not exist while the app is built.
         return create_app(lambda: serve.get_replica_context().servable_object)
 
     class Replica(MixtralServer):
@@ -57,42 +72,74 @@ def application(settings: Settings, load: Load) -> "Application":
         dead; a dead process it replaces at once.
         """
 
-        def __init__(self, settings: Settings) -> None:
+        def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
-            super().__init__(settings, load)
+            super().__init__(settings, load if plan is None else partial(load, plan=plan))
 
         def check_health(self) -> None:
-            # Called before each request too.
+            # The server calls this before each request, and Serve every few seconds.
             try:
                 super().check_health()
             except EngineDead:
-                end_process()
+                exit_soon()
                 raise
 
     engine = settings.engine
+    device = choose_device(settings.model)
     deployment = serve.deployment(
         name=DEPLOYMENT,
         # Above the engine's own limits, so that a full queue is answered by us, with Retry-After.
         max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 0 if is_on_cpu(settings) else 1},
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if device == "cuda" else 0},
         health_check_period_s=5,
         health_check_timeout_s=30,
         graceful_shutdown_timeout_s=30,
         # A model that does not load now will not load a second later.
         max_constructor_retry_count=1,
     )
-    return deployment(serve.ingress(ingress)(Replica)).bind(settings)
+    return deployment(serve.ingress(ingress)(Replica)).bind(settings, plan)
 
 
-def end_process() -> None:
-    """Ends this process with code 1, when those who are just being answered have heard it."""
-    threading.Timer(LAST_WORDS_S, os._exit, (1,)).start()
+def exit_soon() -> None:
+    """Ends this process with code 1, after the requests that just failed have been answered."""
+    threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
 
 
-def is_on_cpu(settings: Settings) -> bool:
-    """`auto` reserves a GPU for everything but the tiny model, which needs none."""
-    if settings.model.device == "auto":
-        return settings.model.name == "tiny"
-    return settings.model.device == "cpu"
+def check_schema(path: str | Path) -> None:
+    """Raises `ConfigError` for a YAML that Serve refuses, or whose keys Serve would ignore."""
+    from pydantic import ValidationError
+    from ray.serve.schema import ServeDeploySchema
+
+    first = serve_config.application(path)  # has a better message for a file that is no Serve YAML
+    document: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        ServeDeploySchema.model_validate(document)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise ConfigError(f"{path}: `{key}`: {wrong['msg']}.") from None
+    for name in _unknown_keys(document, first):
+        raise ConfigError(f"{path}: `{name}` is no key that Serve knows.")
+    if (given := first.get("import_path")) != IMPORT_PATH:
+        raise ConfigError(f"{path}: `import_path` must be {IMPORT_PATH}, got {given}.")
+    for deployment in first.get("deployments") or []:
+        if (given := deployment.get("name")) != DEPLOYMENT:
+            raise ConfigError(f"{path}: `deployments`: the only one is {DEPLOYMENT}, got {given}.")
+
+
+def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iterator[str]:
+    from ray.serve import schema
+
+    levels = [
+        ("", document, schema.ServeDeploySchema),
+        ("http_options.", document.get("http_options"), schema.HTTPOptionsSchema),
+        ("applications.0.", application, schema.ServeApplicationSchema),
+    ]
+    for i, deployment in enumerate(application.get("deployments") or []):
+        where, actor = f"applications.0.deployments.{i}.", deployment.get("ray_actor_options")
+        levels += [(where, deployment, schema.DeploymentSchema)]
+        levels += [(f"{where}ray_actor_options.", actor, schema.RayActorOptionsSchema)]
+    for where, given, known in levels:
+        yield from (f"{where}{key}" for key in given or {} if key not in known.model_fields)

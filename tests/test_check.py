@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.check import check, main
+from serve_app.check import main
+from serve_app.cold_start.check import check
 from serve_app.tiny import CHECKPOINT
 
 
@@ -45,7 +46,7 @@ def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
 
 def test_the_shipped_model_passes() -> None:
     """The tiny configuration is fine, and the check says what it takes."""
-    lines = check("configs/tiny.yaml")
+    lines = check("configs/tiny.yaml").lines
     assert any("context 16,384 tokens" in line for line in lines)
     assert any("KV cache" in line for line in lines)
 
@@ -191,10 +192,10 @@ def test_a_model_on_the_volume_is_found(tmp_path: Path) -> None:
         model=model(Path("Someone/Mixtral-Tiny")),
         runpod={"volume": str(tmp_path / "volume")},
     )
-    assert any("context 16,384 tokens" in line for line in check(path))
+    assert any("context 16,384 tokens" in line for line in check(path).lines)
 
 
 def test_names_of_other_workers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an endpoint still sets for an older worker stands in the check, and in the banner."""
     monkeypatch.setenv("DEFAULT_BATCH_SIZE", "50")
-    assert any("DEFAULT_BATCH_SIZE" in line for line in check("configs/tiny.yaml"))
+    assert any("DEFAULT_BATCH_SIZE" in line for line in check("configs/tiny.yaml").lines)

@@ -11,6 +11,7 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,9 @@ import serve_app
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import InvalidRequest, ModelLoadFailed
+from serve_app.loading.load import load
 from serve_app.protocol.call import Call, JsonReply
+from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     from serve_app.model.quantization import Quantization
@@ -42,7 +45,9 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 """Largest relative error of a 4-bit product beside the same one in float32."""
 
 
-def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> dict[str, Any]:
+def run(
+    settings: Settings, plan: StartPlan, out: Path, say: Callable[[str], None] = print
+) -> dict[str, Any]:
     """Loads, tries, says what it finds line by line, and writes it to `out` as JSON.
 
     Raises `ModelLoadFailed` where the model does not load or a product is wrong, and `ConfigError`
@@ -53,12 +58,11 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})
     say(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
-    expected = expected_quantization(settings)
-    report["kernels"] = check_kernels(settings, expected, say)
-    server = MixtralServer(settings)
+    report["kernels"] = check_kernels(plan, plan.quantization, say)
+    server = MixtralServer(settings, partial(load, plan=plan))
     try:
-        if server.quantization != expected:  # of a download, only its files know
-            report["kernels"] = check_kernels(settings, server.quantization, say)
+        if server.quantization != plan.quantization:  # the files of a download are more precise
+            report["kernels"] = check_kernels(plan, server.quantization, say)
         report |= asyncio.run(_try(server, say))
     finally:
         server.close()
@@ -68,17 +72,8 @@ def run(settings: Settings, out: Path, say: Callable[[str], None] = print) -> di
     return report
 
 
-def expected_quantization(settings: Settings) -> "Quantization | None":
-    """How the weights will be stored: as a checkpoint on this machine has them, or as wished."""
-    from serve_app.loading.load import find_local, wished_quantization
-    from serve_app.model.checkpoint.checkpoint import inspect
-
-    wished, folder = wished_quantization(settings), find_local(settings)
-    return wished if folder is None else inspect(folder).resolve_quantization(wished)
-
-
 def check_kernels(
-    settings: Settings, quantization: "Quantization | None", say: Callable[[str], None]
+    plan: StartPlan, quantization: "Quantization | None", say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Every form of a 4-bit product on this device, beside the plain float32 product.
 
@@ -86,18 +81,17 @@ def check_kernels(
     """
     import torch
 
-    from serve_app.loading.device import choose_device, choose_dtype
+    from serve_app.loading.device import open_device
     from serve_app.model.kernels.kernel_check import relative_errors
 
     if quantization is None:
         return []
     storage = f"{quantization.quant_type}, {quantization.absmax} absmax"
-    device = choose_device(settings, [])
-    dtype = choose_dtype(settings, device, [])
+    device, dtype = open_device(plan), getattr(torch, plan.dtype)
     found = []
     with torch.inference_mode():
         for name, error in relative_errors(quantization, dtype, device).items():
-            limit = TOLERANCE[str(dtype).removeprefix("torch.")]
+            limit = TOLERANCE[plan.dtype]
             measured = {"relative_error": error, "tolerance": limit}
             found.append({"kernel": name, "storage": storage, **measured})
             say(f"Kernel {name}, {storage}: relative error {error:.1e}, allowed {limit:.0e}")

@@ -43,17 +43,16 @@ def check(
     ),
 ) -> None:
     """Say what CONFIG takes, or what would go wrong. Starts nothing."""
-    from serve_app.check import check
+    from serve_app.cold_start.check import check
     from serve_app.config import named
 
-    path = named.find(config)
-    for line in check(path):
+    checked = check(named.find(config))
+    for line in checked.lines:
         print(line)
     if load:
         from serve_app.api import trial
-        from serve_app.config.settings import Settings
 
-        trial.run(Settings.from_yaml(path), out)
+        trial.run(checked.settings, checked.plan, out)
 
 
 @app.command()

@@ -3,10 +3,9 @@
 import logging
 import sys
 
-from serve_app.check import check
+from serve_app.cold_start.check import check
 from serve_app.config import named
 from serve_app.config.serve_config import http_options
-from serve_app.config.settings import Settings
 from serve_app.node import fitness, http
 
 
@@ -20,8 +19,7 @@ def run(config: str) -> int:
     )
     path = named.find(config)
     checked = check(path)
-    settings = Settings.from_yaml(path)
     endpoint = http.HttpEndpoint(http_options(path), port_name=f"{path}: `http_options.port`")
-    if (problem := fitness.first_problem(fitness.checks(settings, None))) is not None:
+    if (problem := fitness.first_problem(fitness.checks(checked.settings, None))) is not None:
         raise problem
-    return http.run(settings, path, checked, endpoint)
+    return http.run(checked, path, endpoint)

@@ -1,11 +1,11 @@
-"""What surrounds a load, in the process that orders it. Knows no jobs, no Ray and no SDK.
+"""What the process that orders a load does around it: predicts, guards, and reads ahead.
 
 Read `cold_start.py` first: `ColdStart` wraps any load with
 
-    forecast                       how long it will take, and what to do where that is too long
-    crash_guard, load_records      three loads that failed alike are enough: kept on the volume
-    read_ahead                     the weights, into the page cache while Ray starts
+    forecast.py       how long the load will take, and a warning where that is too long
+    crash_guard.py    no further load after three that failed alike; `load_records.py` keeps them
+    read_ahead.py     reads the weights into the page cache while Ray starts
 
-`killed.py` says why a process that loaded is gone without a word. The load itself is `load.py`, in
-the replica's process.
+`killed.py` explains the death of a process that loaded. The load itself runs in the replica's
+process, see `loading/`.
 """

@@ -1,14 +1,14 @@
-"""Stops a model that fails again and again from being loaded again and again, which is billed.
+"""Refuses to load a model whose last three loads failed alike, because each try is billed.
 
 Each process that loads keeps one small JSON file on the network volume: written before the load,
-changed when it fails, removed with all the others when it succeeds. One that still says "loading"
-while its process is gone was killed, out of memory say. Where the last three loads failed for the
-same reason, the next one is refused without being tried, until the settings, the model's files, the
-program or the kind of GPU change, which makes it another folder, or the folder is removed. A
-reason that may pass, such as a lost network, is tried again after some minutes.
+changed when it fails, removed with all the others when it succeeds. A file that still says
+"loading" while its process is gone belongs to a load that was killed. Where the last three loads
+failed for the same reason, the next one is refused, until the settings, the model's files, the
+program or the kind of GPU change, or the folder of records is removed. A reason that may pass, such
+as a lost network, is tried again after some minutes.
 
-Workers that share the volume write files of their own, so they need no lock. Without a volume that
-can be written nothing is remembered. Knows nothing of how a model is loaded.
+Workers that share the volume write files of their own, so they need no lock. Without a writable
+volume nothing is recorded.
 """
 
 import asyncio
@@ -30,8 +30,8 @@ from serve_app.cold_start import load_records
 from serve_app.cold_start.load_records import Record
 from serve_app.config.settings import Settings
 from serve_app.errors import LoaderKilled, ModelLoadFailed, ServeError
-from serve_app.loading.load import find_local
 from serve_app.machine.gpus import find_gpus
+from serve_app.start_plan.plan import StartPlan
 
 log = logging.getLogger(__name__)
 
@@ -39,23 +39,25 @@ T = TypeVar("T")
 
 FOLDER = ".mixtral-serve"
 MAX_FAILURES = 3
-BEAT_S = 15.0
+HEARTBEAT_S = 15.0
+"""Seconds between two touches of the record while the load runs."""
 PAUSE_S = 600.0
-"""For so long a reason that may pass is not tried again."""
+"""Seconds without another try after failures whose reason may pass."""
 
 
 class CrashGuard:
-    """The memory of one process's loads of one model."""
+    """Records the loads of one model by this process. `plan` is None where the check failed."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Touches nothing yet."""
+    def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
+        """Reads and writes no file yet."""
         self._settings = settings
+        self._plan = plan
         self._file: Path | None = None
-        self._stop_beating = threading.Event()
+        self._is_over = threading.Event()
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """The load happens inside. Raises `ModelLoadFailed` instead where it must not be tried."""
+        """Guards the load in the block; raises `ModelLoadFailed` before it where it is refused."""
         try:
             self.begin()
             yield
@@ -63,12 +65,12 @@ class CrashGuard:
             self.failed(error)
             raise
         except BaseException:
-            self.left()
+            self.abandoned()
             raise
         self.succeeded()
 
     async def around(self, load: Callable[[], Awaitable[T]]) -> T:
-        """`watch` for an event loop, which a slow volume must not stop."""
+        """`watch` for an event loop, which a slow volume must not block."""
         try:
             await asyncio.to_thread(self.begin)
             loaded = await load()
@@ -76,20 +78,20 @@ class CrashGuard:
             await asyncio.to_thread(self.failed, error)
             raise
         except BaseException:
-            self.left()
+            self.abandoned()
             raise
         await asyncio.to_thread(self.succeeded)
         return loaded
 
     def begin(self) -> None:
-        """Writes down that a load begins; raises `ModelLoadFailed` where it must not."""
+        """Records that a load begins; raises `ModelLoadFailed` where it is refused."""
         volume = Path(self._settings.runpod.volume)
         if not volume.is_dir():
             return
         try:
-            folder = volume / FOLDER / fingerprint(self._settings)
+            folder = volume / FOLDER / fingerprint(self._settings, self._plan)
             folder.mkdir(parents=True, exist_ok=True)
-            # Files are sorted by their names: the oldest comes first.
+            # Names sort by time: the oldest comes first.
             name = f"{time.time_ns():020d}-{socket.gethostname()}-{os.getpid()}.json"
             self._file = self._file or folder / name
             self._write({"state": "loading"})
@@ -99,13 +101,13 @@ class CrashGuard:
             self._file = None
             return
         if (refusal := _refusal(outcomes, folder)) is not None:
-            self.left()
+            self.abandoned()
             raise refusal
-        self._stop_beating.clear()
-        threading.Thread(target=self._beat, name="crash-guard", daemon=True).start()
+        self._is_over.clear()
+        threading.Thread(target=self._heartbeat, name="crash-guard", daemon=True).start()
 
     def failed(self, error: Exception) -> None:
-        """Writes down why the load failed."""
+        """Records why the load failed."""
         cause, may_pass = f"The model could not be started ({type(error).__name__}).", False
         if isinstance(error, ServeError):
             cause = error.message
@@ -113,48 +115,45 @@ class CrashGuard:
         self._end(lambda: self._write({"state": "failed", "cause": cause, "may_pass": may_pass}))
 
     def succeeded(self) -> None:
-        """Forgets all failures of this model; what others are loading stays."""
+        """Removes the records of all loads that are over; those of running loads stay."""
         if (own := self._file) is not None:
-            self._end(lambda: load_records.remove(load_records.over(own.parent, own)))
-            self.left()
+            self._end(lambda: load_records.remove(load_records.finished(own.parent, own)))
+            self.abandoned()
 
-    def left(self) -> None:
-        """The load was given up, which is no failure: somebody told the process to stop."""
+    def abandoned(self) -> None:
+        """Removes the record of a load that was stopped by a signal, which is no failure."""
         if (file := self._file) is not None:
             self._end(lambda: file.unlink(missing_ok=True))
             self._file = None
 
     def _end(self, write: Callable[[], object]) -> None:
-        self._stop_beating.set()
+        self._is_over.set()
         if self._file is not None:
             try:
                 write()
             except OSError as error:
                 log.warning("The volume keeps no record of this load (%s).", error.strerror)
 
-    def _write(self, news: Record) -> None:
+    def _write(self, record: Record) -> None:
         assert self._file is not None
-        load_records.write(self._file, {"model": self._settings.model.name, **news})
+        load_records.write(self._file, {"model": self._settings.model.name, **record})
 
-    def _beat(self) -> None:
-        while not self._stop_beating.wait(BEAT_S):
+    def _heartbeat(self) -> None:
+        while not self._is_over.wait(HEARTBEAT_S):
             with contextlib.suppress(OSError):
                 if self._file is not None:
                     os.utime(self._file)
 
 
-def fingerprint(settings: Settings) -> str:
-    """Another one whenever a load may end otherwise: settings, files, program, kind of GPU."""
-    try:
-        folder = find_local(settings)
-    except ModelLoadFailed:
-        folder = None
-    files = sorted(folder.iterdir()) if folder is not None else []
+def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
+    """A digest of what decides how a load ends: settings, files, program and kind of GPU."""
+    is_local = plan is not None and plan.repository is None
+    files = sorted(plan.checkpoint.path.iterdir()) if plan is not None and is_local else []
     token = settings.model.hf_token
     seen = (
         serve_app.__version__,
         settings.model.model_dump(mode="json", exclude={"hf_token"}),
-        # Of which a dozen digits of a digest of all this tell nothing.
+        # A dozen digits of a digest reveal nothing of it.
         token.get_secret_value() if token else None,
         settings.engine.model_dump(mode="json"),
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -164,9 +163,9 @@ def fingerprint(settings: Settings) -> str:
 
 
 def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
-    """Why no other try is made, given the earlier ones, the oldest first."""
+    """The error that refuses another try after these `outcomes`, the oldest first; or None."""
     last = outcomes[-MAX_FAILURES:]
-    # Numbers differ from time to time, as free bytes do.
+    # Numbers in a cause vary, such as free bytes.
     causes = {re.sub(r"\d+", "0", record["cause"]) for record in last}
     if len(last) < MAX_FAILURES or len(causes) != 1:
         return None

@@ -1,8 +1,7 @@
-"""One small JSON file for each process that loads a model: what it is about, and what became of it.
+"""Keeps one small JSON file for each process that loads a model: what it loads, and the outcome.
 
-On a volume that many workers share; each writes its own file and reads those of the others. A file
-that says "loading" while its process is gone is that of a load which was killed. Knows not what
-follows from that.
+The files are on a volume that many workers share. Each worker writes its own file and reads those
+of the others. A file that says "loading" while its process is gone belongs to a killed load.
 """
 
 import contextlib
@@ -19,20 +18,20 @@ Record = dict[str, Any]
 
 MAX_RECORDS = 20
 STALE_S = 90.0
-"""A worker elsewhere that has not touched its file for so long is gone."""
+"""Seconds after which a worker on another machine that has not touched its file is gone."""
 CLOCK_S = 1.5
 """The start of a process is computed from the clock, which may be adjusted meanwhile."""
 KILLED = "The process that loads the model was killed"
 
 
-def write(file: Path, news: Record) -> None:
-    """The whole file at once: whoever reads it reads the old one or the new one."""
+def write(file: Path, fields: Record) -> None:
+    """Replaces the file as a whole, so that a reader never sees half of it."""
     record = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_started": started_at(os.getpid()),
         "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        **news,
+        **fields,
     }
     partial = file.with_suffix(".partial")
     partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
@@ -40,10 +39,10 @@ def write(file: Path, news: Record) -> None:
 
 
 def outcomes(folder: Path, own: Path) -> list[Record]:
-    """What became of the other loads that are over, the oldest first, each with its `age_s`."""
-    files = over(folder, own)
+    """The records of the other loads that are over, the oldest first, each with its `age_s`."""
+    files = finished(folder, own)
     remove(files[:-MAX_RECORDS])
-    now = own.stat().st_mtime  # the volume's clock may be another than ours
+    now = own.stat().st_mtime  # the volume's clock may differ from this machine's
     found = []
     for file in files[-MAX_RECORDS:]:
         record = _read(file)
@@ -57,8 +56,8 @@ def outcomes(folder: Path, own: Path) -> list[Record]:
     return found
 
 
-def over(folder: Path, own: Path) -> list[Path]:
-    """Files of loads that do not run any more, except for `own`, the oldest first."""
+def finished(folder: Path, own: Path) -> list[Path]:
+    """Files of loads that no longer run, except for `own`, the oldest first."""
     files = sorted(file for file in folder.glob("*.json") if file != own)
     return [file for file in files if not _is_running(file, own)]
 
@@ -73,7 +72,7 @@ def _is_running(file: Path, own: Path) -> bool:
     if record is None or record["state"] != "loading":
         return False
     if record["host"] == socket.gethostname():
-        # A container that was started again has its old name, and numbers its processes anew.
+        # A restarted container keeps its name and numbers its processes anew.
         started = started_at(record["pid"])
         return started is not None and abs(started - record["process_started"]) < CLOCK_S
     try:
@@ -83,7 +82,7 @@ def _is_running(file: Path, own: Path) -> bool:
 
 
 def _read(file: Path) -> Record | None:
-    """The record; None where it has just gone, or is none of ours."""
+    """The record; None where the file is gone, or holds something else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = {"state", "host", "pid", "process_started"}

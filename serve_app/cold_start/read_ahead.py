@@ -1,8 +1,8 @@
-"""The weight files, read into the page cache while Ray starts and torch is imported.
+"""Reads the weight files into the page cache while Ray starts and torch is imported.
 
-Plain reads, file after file, in the order in which the loader reads. Ends when the loader itself
-begins to read, and where memory is short: pages read too early would push out others. Promises
-nothing: whatever goes wrong here, the load finds out for itself.
+Reads file after file, in the order in which the loader reads. Stops when the loader begins to read,
+and where memory is short, because the pages would evict others. Errors are only logged: the load
+meets them too.
 """
 
 import contextlib
@@ -16,18 +16,18 @@ from serve_app.machine.host import free_bytes
 
 log = logging.getLogger(__name__)
 
-CHUNK_BYTES = 8 << 20
-LOOK_BYTES = 64 << 20
-"""Between two looks at whether to go on."""
-SHARE = 0.5
-"""Of the memory that is free when it begins: the rest is for those who load."""
-SPARE_BYTES = 2_000_000_000
-"""Free memory below which it stops."""
+BUFFER_BYTES = 8 << 20
+CHECK_BYTES = 64 << 20
+"""Bytes read between two checks of whether to go on."""
+MAX_SHARE = 0.5
+"""Share of the free memory that may be filled; the rest is left to the load."""
+MIN_FREE_BYTES = 2_000_000_000
+"""Free memory below which reading stops."""
 
 
 @contextlib.contextmanager
 def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None]:
-    """Reads `files` in a thread until the block or the memory ends, or `load_log` says "read"."""
+    """Reads `files` in a thread while the block runs; the load writes events to `load_log`."""
     stop = threading.Event()
     thread = threading.Thread(
         target=read, args=(files, load_log, stop), name="read-ahead", daemon=True
@@ -36,13 +36,13 @@ def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None
     try:
         yield
     finally:
-        stop.set()  # not waited for: a read from a volume may hang
+        stop.set()  # without a join: a read from a volume may hang
 
 
 def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> int:
-    """Reads `files` as far as that makes sense; the number of bytes read."""
-    budget, done, looked = int(free_bytes() * SHARE), 0, 0
-    buffer = bytearray(CHUNK_BYTES)
+    """Reads `files` until one of the conditions above ends it; returns the number of bytes read."""
+    budget, done, checked = int(free_bytes() * MAX_SHARE), 0, 0
+    buffer = bytearray(BUFFER_BYTES)
     try:
         for file in files:
             with file.open("rb", buffering=0) as stream:
@@ -50,16 +50,17 @@ def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> 
                     done += count
                     if stop.is_set():
                         return done
-                    if done - looked >= LOOK_BYTES:
-                        looked = done
-                        if done > budget or free_bytes() < SPARE_BYTES or _is_read(load_log):
+                    if done - checked >= CHECK_BYTES:
+                        checked = done
+                        is_short = done > budget or free_bytes() < MIN_FREE_BYTES
+                        if is_short or _loader_reads(load_log):
                             return done
     except OSError as error:
         log.debug("Reading ahead ended: %s", error.strerror)
     return done
 
 
-def _is_read(load_log: str | None) -> bool:
-    """Whether the loader has begun to read the weights itself."""
+def _loader_reads(load_log: str | None) -> bool:
+    """Whether the loader has begun to read the weights."""
     events = read_events(load_log) if load_log is not None else []
     return any(event.phase.reads_weights for event in events)

@@ -36,7 +36,7 @@ class ModelSettings(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where the model runs. auto is the GPU if there is one, else the CPU."""
+    """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None
     """Folder for a 4-bit copy of the model, on a network volume for example. The first start writes
     it; later starts read 25 GB instead of 93."""

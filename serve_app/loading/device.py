@@ -1,66 +1,60 @@
-"""Which device computes, in which dtype, with how many threads, and whether its memory is enough.
-
-Notes what it chooses where the settings leave it open. Knows no model.
-"""
+"""Prepares the device that a `StartPlan` names, and explains a lack of memory on it."""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.machine.host import free_bytes
+from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     import torch
 
 
-def choose_device(settings: Settings, notes: list[str]) -> "torch.device":
+def open_device(plan: StartPlan) -> "torch.device":
+    """The planned device; raises `ModelLoadFailed` where it is a GPU and torch sees none."""
     import torch
 
-    chosen, has_gpu = settings.model.device, torch.cuda.is_available()
-    if chosen == "cuda" and not has_gpu:
-        raise ModelLoadFailed("`model.device` is cuda, but torch sees no GPU on this machine.")
-    if chosen == "auto":
-        chosen = "cuda" if has_gpu else "cpu"
-        notes.append(f"device {chosen}: torch sees {'a' if has_gpu else 'no'} GPU")
-    return torch.device(chosen)
+    if plan.device == "cuda" and not torch.cuda.is_available():
+        raise ModelLoadFailed(
+            f"`model.device` is {plan.asked_device}, but torch sees no GPU on this machine; set it "
+            "to cpu to do without."
+        )
+    return torch.device(plan.device)
 
 
-def choose_dtype(settings: Settings, device: "torch.device", notes: list[str]) -> "torch.dtype":
+def set_threads(num_threads: int | None) -> str | None:
+    """Sets the compute threads of a CPU; None leaves one core to the sockets.
+
+    Returns a note for users where the number was chosen here.
+    """
     import torch
 
-    name = settings.model.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-        notes.append(f"dtype {name}: the default on {device.type}")
-    chosen: torch.dtype = getattr(torch, name)
-    return chosen
-
-
-def set_threads(settings: Settings, device: "torch.device", notes: list[str]) -> None:
-    import torch
-
-    if device.type != "cpu":
-        return
-    num_threads = settings.engine.num_threads
+    note = None
     if num_threads is None:
         num_cores = len(os.sched_getaffinity(0))
         num_threads = max(1, num_cores - 1)
-        notes.append(f"{num_threads} compute threads: {num_cores} cores, one left to the sockets")
+        note = f"{num_threads} compute threads: {num_cores} cores, one left to the sockets"
     torch.set_num_threads(num_threads)
+    return note
 
 
 @contextmanager
-def memory_for(what: str, num_bytes: int, device: "torch.device", remedy: str) -> Iterator[None]:
-    """Says in a sentence that the device's memory does not hold `what`, of `num_bytes`."""
-    free = free_on(device)
+def explained_lack_of_memory(
+    what: str, num_bytes: int, device: "torch.device", remedy: str
+) -> Iterator[None]:
+    """Raises `ModelLoadFailed` where the block cannot allocate `what`, which takes `num_bytes`."""
+    import torch
+
+    free = free_device_bytes(device)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        # torch.OutOfMemoryError on a GPU, a plain RuntimeError on a CPU.
-        if "memory" not in str(error) and not isinstance(error, MemoryError):
+        # On a CPU torch raises a plain RuntimeError, so the sizes decide.
+        is_short = isinstance(error, torch.OutOfMemoryError | MemoryError) or num_bytes > free
+        if not is_short:
             raise
         place = "of the GPU's memory" if device.type == "cuda" else "of main memory"
         raise ModelLoadFailed(
@@ -69,8 +63,8 @@ def memory_for(what: str, num_bytes: int, device: "torch.device", remedy: str) -
         ) from error
 
 
-def free_on(device: "torch.device") -> int:
-    """Bytes that are free: of the GPU, or of main memory within the container's limit."""
+def free_device_bytes(device: "torch.device") -> int:
+    """Free bytes of the GPU, or of main memory within the container's limit."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()

@@ -18,6 +18,7 @@ from serve_app.loading.phases import Failed, Phase, Running, Started, read_event
 from serve_app.machine import processes
 from serve_app.node import phases, ray_node
 from serve_app.node.client import DeploymentClient, Forward
+from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     import psutil
@@ -36,10 +37,20 @@ STOP_S = 30.0
 class Cluster:
     """One model that is called through a handle: started, watched, and taken down when it dies."""
 
-    def __init__(self, settings: Settings, config: str | Path, process_s: float | None) -> None:
-        """`process_s` is what this process took to come up; None is its age at `start`."""
+    def __init__(
+        self,
+        settings: Settings,
+        config: str | Path,
+        plan: StartPlan | None,
+        process_s: float | None,
+    ) -> None:
+        """`process_s` is what this process took to come up; None is its age at `start`.
+
+        Without a `plan` the replica makes one.
+        """
         self._settings = with_load_log(settings)
         self._config = config
+        self._plan = plan
         self._process_s = process_s
         self._client: DeploymentClient | None = None
         self._vital: dict[str, psutil.Process] = {}
@@ -61,7 +72,7 @@ class Cluster:
         with ray_node.signals_kept():
             try:
                 handle = await self._unless_dead(
-                    ray_node.in_thread(deploy, self._settings, self._config, None)
+                    ray_node.in_thread(deploy, self._settings, self._config, None, self._plan)
                 )
             except ConfigError as error:
                 raise ModelLoadFailed(str(error)) from None
@@ -111,7 +122,9 @@ def _may_be_several(config: str | Path) -> bool:
     return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
 
 
-def serve_http(settings: Settings, config: str | Path, http_options: dict[str, Any]) -> Any:
+def serve_http(
+    settings: Settings, config: str | Path, http_options: dict[str, Any], plan: StartPlan
+) -> Any:
     """Starts the deployment behind Serve's HTTP proxy with these `http_options`; its handle."""
     load_log = _begin(settings, None)
     with load_log.phase(Phase.RAY):
@@ -121,7 +134,7 @@ def serve_http(settings: Settings, config: str | Path, http_options: dict[str, A
         with ray_node.signals_kept():
             ray_node.start_serve(http_options)
     with ray_node.signals_kept():
-        return deploy(settings, config, "/")
+        return deploy(settings, config, "/", plan)
 
 
 def _begin(settings: Settings, process_s: float | None) -> LoadLog:
@@ -139,7 +152,9 @@ def with_load_log(settings: Settings) -> Settings:
     return settings.model_copy(update={"load_log": str(folder / "load.jsonl")})
 
 
-def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> Any:
+def deploy(
+    settings: Settings, config: str | Path, route_prefix: str | None, plan: StartPlan | None
+) -> Any:
     """Deploys `config`'s application and waits for its model; its handle. Blocks.
 
     Raises `ModelLoadFailed` with the cause that the replica wrote into the load log.
@@ -147,21 +162,24 @@ def deploy(settings: Settings, config: str | Path, route_prefix: str | None) -> 
     import ray
     from ray import serve
 
-    from serve_app.app import build_app
+    from serve_app import app
 
-    app = _overridden(build_app(settings), application(config))
-    require_resources(app._bound_deployment, ray.cluster_resources())
+    bound = _overridden(app.application(settings, plan=plan), application(config))
+    require_resources(bound._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
     LoadLog(settings.load_log).start(Phase.REPLICA)  # which ends it, when its process has come up
     try:
         with phases.logged(settings.load_log):
             return serve.run(
-                app, name=APP_NAME, route_prefix=route_prefix, logging_config=ray_node.SERVE_LOGGING
+                bound,
+                name=APP_NAME,
+                route_prefix=route_prefix,
+                logging_config=ray_node.SERVE_LOGGING,
             )
     except RuntimeError as error:
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
-        raise _load_failure(settings, memory) from None
+        raise _load_failure(settings, plan, memory) from None
 
 
 def _overridden(app: Any, given: dict[str, Any]) -> Any:
@@ -204,11 +222,13 @@ def require_no_failure(load_log: str) -> None:
             raise ModelLoadFailed(event.error, retry=event.retry)
 
 
-def _load_failure(settings: Settings, memory: MemoryBefore) -> ModelLoadFailed:
+def _load_failure(
+    settings: Settings, plan: StartPlan | None, memory: MemoryBefore
+) -> ModelLoadFailed:
     events = read_events(settings.load_log) if settings.load_log is not None else []
     for event in events:
         if isinstance(event, Failed):
             return ModelLoadFailed(event.error, retry=event.retry)
     if events and isinstance(last := events[-1], Started | Running):
-        return memory.killed(settings, last.phase)
+        return memory.killed(plan, last.phase)
     return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)

@@ -10,13 +10,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app.app import is_on_cpu
 from serve_app.cold_start.killed import LOADER_BYTES
 from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.machine.gpus import NoGpus, driver_problem, query_gpus, torch_cuda_version
 from serve_app.machine.host import free_bytes
 from serve_app.node.ray_node import OBJECT_STORE_BYTES
+from serve_app.start_plan.device import Device, choose_device
 
 log = logging.getLogger(__name__)
 
@@ -30,13 +30,14 @@ SCRATCH_BYTES = 1_000_000_000
 
 
 def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
-    """All of them; `failure` is what `serve_app.check` found wrong, if anything."""
+    """All of them; `failure` is what the check found wrong, if anything."""
+    device = choose_device(settings.model)
 
     def gpu_driver() -> None:
-        require_driver(settings)
+        require_driver(device)
 
     def memory() -> None:
-        require_memory(settings, LOADER_BYTES)
+        require_memory(device, LOADER_BYTES)
 
     def shared_memory() -> None:
         require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
@@ -66,9 +67,9 @@ def first_problem(wanted: list[Check]) -> MachineUnfit | None:
     return None
 
 
-def require_driver(settings: Settings) -> None:
+def require_driver(device: Device) -> None:
     """Raises `MachineUnfit` where a GPU is needed and its driver is too old, or gives no answer."""
-    if is_on_cpu(settings):
+    if device == "cpu":
         return
     try:
         gpus = query_gpus()
@@ -83,9 +84,9 @@ def require_driver(settings: Settings) -> None:
             raise MachineUnfit(problem)
 
 
-def require_memory(settings: Settings, num_bytes: int) -> None:
+def require_memory(device: Device, num_bytes: int) -> None:
     """Raises `MachineUnfit` where a load onto the GPU lacks main memory on the way."""
-    if not is_on_cpu(settings) and (free := free_bytes()) < num_bytes:
+    if device == "cuda" and (free := free_bytes()) < num_bytes:
         raise MachineUnfit(
             f"{free / 1e9:.2f} GB of main memory are free, and a load onto a GPU takes about "
             f"{num_bytes / 1e9:.0f} GB on the way; take a machine with more."

@@ -14,8 +14,9 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
 from typing import Any
 
+from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
-from serve_app.config.settings import ConfigError, Settings
+from serve_app.config.settings import ConfigError
 from serve_app.errors import EngineDead, ServeError
 from serve_app.loading.phases import read_events
 from serve_app.node import cluster, phases, ray_node
@@ -130,15 +131,15 @@ class HttpEndpoint:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for running requests
 
 
-def run(settings: Settings, config: str | Path, checked: list[str], endpoint: HttpEndpoint) -> int:
+def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests; 0."""
-    for line in banner(settings, config, None, checked):
+    for line in banner(checked.settings, config, None, checked.lines):
         log.info("%s", line)
-    settings = cluster.with_load_log(settings)
+    settings = cluster.with_load_log(checked.settings)
     endpoint.load_log = settings.load_log
     try:
-        with ColdStart(settings).watch():
-            handle = cluster.serve_http(settings, config, endpoint.http_options)
+        with ColdStart(settings, checked.plan).watch():
+            handle = cluster.serve_http(settings, config, endpoint.http_options, checked.plan)
         endpoint.is_serving, endpoint.status = True, "ready"
         log.info("Serving HTTP on %s", endpoint.url)
         endpoint.watch()

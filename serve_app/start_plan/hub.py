@@ -1,30 +1,28 @@
-"""A checkpoint on the Hugging Face hub: how large it is, and its download.
+"""Looks up repositories on the Hugging Face hub, and downloads them.
 
-Says before the first large file whether the disk holds it. Knows nothing of folders of our own.
+Whether the disk holds a repository is checked before the first large file.
 """
 
-import json
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.model.checkpoint.find import RUNPOD_VOLUME, download_cache, find_local
-from serve_app.model.checkpoint.shards import INDEX, SINGLE
+from serve_app.model.checkpoint.shards import INDEX, SINGLE, read_json
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
-"""What we read of a repository; never pickles."""
+"""Files of a repository that are read; never pickles."""
 NEEDED = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-"""Without these no model is served, whatever its weights."""
+"""Files without which no model is served."""
 SECOND_COPIES = ["consolidated*"]
-"""The same weights again under other names."""
+"""Files that hold the same weights again."""
 
 Progress = Callable[[float, int], None]
-"""Called with how much of a download is done, from 0 to 1, and the bytes of all of it."""
+"""Called with the share of a download that is done, from 0 to 1, and the bytes of the whole."""
 
 
 def find_checkpoint(
@@ -43,60 +41,61 @@ def find_checkpoint(
     """
     if (found := find_local(name, revision, volume=volume)) is not None:
         return found
-    return download(name, revision, token, download_cache(volume))
+    return download(look_up(name, revision, token, download_cache(volume)), token)
 
 
 @dataclass(frozen=True)
 class Repository:
-    """What the hub says of one revision."""
+    """One revision of a repository, as the hub describes it."""
 
-    commit: str
+    name: str
+    revision: str | None
+    """Branch, tag or commit; None is the default branch."""
+    cache: Path | None
+    """Where it is downloaded to; None is the Hugging Face cache."""
     config: dict[str, Any]
     """The parsed config.json."""
-    nbytes: int
-    """Of all files that we read."""
+    num_bytes: int
+    """Bytes of the files that are read."""
     missing_bytes: int
-    """Of those that the cache does not have yet."""
+    """Those of them that the cache does not have yet."""
 
 
-def look_up(name: str, revision: str | None, token: str | None, hub: Path | None) -> Repository:
-    """Asks the hub for repository `name`; downloads config.json into the cache `hub`.
+def look_up(name: str, revision: str | None, token: str | None, cache: Path | None) -> Repository:
+    """Asks the hub for repository `name`, and downloads its config.json into `cache`.
 
-    None is the default branch, no token, the Hugging Face cache.
-    Raises `ModelLoadFailed` as `download` does, and without a download where a file is not there.
+    Raises `ModelLoadFailed` as `download` does, and for a repository that lacks a needed file.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     with _refusals(name, revision):
-        api = HfApi(token=token)
-        commit = api.repo_info(name, revision=revision).sha or revision or "main"
-        sizes = {
-            file.path: file.size
-            for file in api.list_repo_tree(name, revision=commit)
-            if isinstance(file, RepoFile) and _is_read(file.path)
+        info = HfApi(token=token).model_info(name, revision=revision, files_metadata=True)
+        commit = info.sha or revision or "main"
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
+        read = set(filter_repo_objects(sizes, allow_patterns=FILES, ignore_patterns=SECOND_COPIES))
+        _require_servable(name, read)
+        config = hf_hub_download(name, "config.json", revision=commit, token=token, cache_dir=cache)
+        missing = {
+            path
+            for path in read
+            if not isinstance(try_to_load_from_cache(name, path, cache, commit), str)
         }
-        _require_servable(name, sizes)
-        config = hf_hub_download(name, "config.json", revision=commit, token=token, cache_dir=hub)
-        missing = sum(
-            size
-            for path, size in sizes.items()
-            if not isinstance(try_to_load_from_cache(name, path, hub, commit), str)
-        )
-    try:
-        document = json.loads(Path(config).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        document = None
-    if not isinstance(document, dict):
-        raise ModelLoadFailed(f"{name}: config.json holds no JSON object.")
-    return Repository(commit, document, sum(sizes.values()), missing)
+    return Repository(
+        name,
+        revision,
+        cache,
+        read_json(Path(config)),
+        sum(sizes[path] for path in read),
+        sum(sizes[path] for path in missing),
+    )
 
 
-def require_disk(name: str, repository: Repository, hub: Path | None) -> None:
-    """Raises `MachineUnfit` unless the disk of the cache `hub` holds what is missing."""
+def require_disk(repository: Repository) -> None:
+    """Raises `MachineUnfit` unless the disk holds what is missing of `repository`."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    cache = hub or Path(HF_HUB_CACHE)
+    name, cache = repository.name, repository.cache or Path(HF_HUB_CACHE)
     half_done = cache / f"models--{name.replace('/', '--')}" / "blobs"
     begun = sum(file.stat().st_size for file in half_done.glob("*.incomplete"))
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
@@ -110,60 +109,54 @@ def require_disk(name: str, repository: Repository, hub: Path | None) -> None:
 
 
 def download(
-    name: str,
-    revision: str | None,
-    token: str | None,
-    hub: Path | None,
-    progress: Progress | None = None,
+    repository: Repository, token: str | None = None, progress: Progress | None = None
 ) -> Path:
-    """Downloads repository `name` into the cache `hub`, going on where an earlier try ended.
+    """Downloads `repository` and returns its folder. Resumes an earlier download.
 
-    A terminal sees a bar. Raises `ModelLoadFailed`, with `retry` where another try may help.
+    A terminal shows a bar. Raises `ModelLoadFailed`, with `retry` where another try may help.
     """
     from huggingface_hub import snapshot_download
 
-    repository = look_up(name, revision, token, hub)
-    require_disk(name, repository, hub)
-    with _refusals(name, revision):
+    require_disk(repository)
+    with _refusals(repository.name, repository.revision):
         return Path(
             snapshot_download(
-                name,
-                revision=revision,
+                repository.name,
+                revision=repository.revision,
                 token=token,
-                cache_dir=hub,
+                cache_dir=repository.cache,
                 allow_patterns=FILES,
                 ignore_patterns=SECOND_COPIES,
-                tqdm_class=progress and _telling(progress, repository.missing_bytes),
+                tqdm_class=progress and _reporting(progress, repository.missing_bytes),
             )
         )
 
 
-def _telling(progress: Progress, total: int) -> type[Any]:
-    """The hub's own progress bar, which tells `progress` of `total` bytes too."""
+def _reporting(progress: Progress, total: int) -> type[Any]:
+    """The hub's progress bar, which also calls `progress` with its share of `total` bytes."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    class Telling(tqdm):
+    class Reporting(tqdm):
         arrived = 0
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            # The bar of bytes that are on the disk; another counts files, a third what the
-            # network brings.
+            # The bar of bytes on the disk. Another one counts files, a third network bytes.
             self.counts = options.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
             if self.counts:
-                with self.get_lock():  # files are fetched by several threads
+                with self.get_lock():  # several threads fetch files
                     self.arrived += int(n or 0)
                     progress(min(1.0, self.arrived / max(1, total)), total)
             shown: bool | None = super().update(n)
             return shown
 
-    return Telling
+    return Reporting
 
 
 def _require_servable(name: str, paths: Collection[str]) -> None:
-    """Raises `ModelLoadFailed` for a repository whose files no load could do with."""
+    """Raises `ModelLoadFailed` for a repository that lacks a file that every load needs."""
     for needed in NEEDED:
         if needed not in paths:
             raise ModelLoadFailed(
@@ -176,16 +169,10 @@ def _require_servable(name: str, paths: Collection[str]) -> None:
         )
 
 
-def _is_read(path: str) -> bool:
-    return any(fnmatch(path, pattern) for pattern in FILES) and not any(
-        fnmatch(path, pattern) for pattern in SECOND_COPIES
-    )
-
-
 @contextmanager
 def _refusals(name: str, revision: str | None) -> Iterator[None]:
-    """Turns what the hub refuses into a sentence."""
-    from httpx2 import HTTPError  # what this version of huggingface_hub speaks with
+    """Turns the errors of the hub's client into `ModelLoadFailed` with one sentence."""
+    from httpx2 import HTTPError  # huggingface_hub's HTTP client
     from huggingface_hub import errors
 
     where = f"{name} at {revision}" if revision else name

@@ -1,164 +1,124 @@
-"""How much memory a configuration takes, and whether this machine has it.
-
-Computed from config.json and the settings alone, with `gpus` and `host` for the machine: imports no
-torch, and answers before a weight is read or downloaded.
-"""
+"""How many bytes the weights and the KV cache take, from config.json and the settings."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from serve_app.config.settings import ConfigError, Settings
-from serve_app.errors import MachineUnfit
-from serve_app.machine.gpus import MIB, Gpu, find_gpus
-from serve_app.machine.host import free_bytes
+from serve_app.config.sections import EngineSettings
+from serve_app.config.settings import ConfigError
+from serve_app.errors import ModelLoadFailed
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes, weight_bytes
-from serve_app.start_plan.kv_size import CPU_CONTEXTS, RESERVED_BYTES
+from serve_app.model.quantization import Quantization
+from serve_app.start_plan.device import ITEM_BYTES, Device, Dtype
 
-if TYPE_CHECKING:
-    from serve_app.model.quantization import Quantization
-
-ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CUDA_BYTES = 600 * MIB
-"""What CUDA itself and torch's libraries take of a GPU."""
+CPU_CONTEXTS = 4
+"""Full contexts that the KV cache holds on a CPU where the settings leave its size open."""
+RESERVED_BYTES = 1 << 30
+"""GPU memory kept for activations and the allocator when the KV cache's size is chosen."""
 
 
-@dataclass(frozen=True)
-class Need:
-    """What the settings ask for."""
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """The memory that a start needs on its device."""
 
     weights: dict[str, int]
-    """Bytes by part."""
+    """Bytes of `experts`, `attention`, `head` and `other`."""
     kind: str
-    """Of the weights, for people: "nf4 with bfloat16 absmax"."""
-    context: int
-    """Tokens of the longest request."""
+    """How the weights are stored, for users: "nf4 with bfloat16 absmax", "float32"."""
+    is_quantized: bool
+    max_model_len: int
+    """Tokens of the longest sequence."""
     token_bytes: int
-    """Of KV cache."""
-    kv_tokens: int | None
-    """Tokens of KV cache; None is what the memory leaves."""
+    """Bytes of KV cache for one token."""
+    kv_cache_tokens: int | None
+    """Tokens of KV cache, in whole blocks; None: as many as the GPU's memory leaves."""
+    kv_cache_rule: str | None
+    """Why the KV cache has that size, for users; None where the settings say it."""
+    gpu_memory_utilization: float
+    """Share of the GPU that this server may take."""
 
     @property
     def weight_bytes(self) -> int:
+        """Bytes of all weights."""
         return sum(self.weights.values())
 
     def kv_bytes(self, num_tokens: int) -> int:
+        """Bytes of a KV cache for `num_tokens` tokens."""
         return num_tokens * self.token_bytes
+
+    def fitting_kv_tokens(self, free_bytes: int, total_bytes: int) -> int:
+        """Tokens of KV cache that fit into a GPU on which the weights are loaded."""
+        room = kv_room_bytes(free_bytes, total_bytes, self.gpu_memory_utilization)
+        return max(room, 0) // self.token_bytes
+
+
+def kv_room_bytes(free_bytes: int, total_bytes: int, gpu_memory_utilization: float) -> int:
+    """Bytes of a GPU that the KV cache may take; negative where there is no room.
+
+    The share 1 - `gpu_memory_utilization` of the whole GPU stays unused, and `RESERVED_BYTES` are
+    kept. A GPU of 80 GB with 50 GB free and a utilization of 0.9: 50 - 8 - 1.07 = 40.93 GB.
+    """
+    unused = int(total_bytes * (1 - gpu_memory_utilization))
+    return free_bytes - unused - RESERVED_BYTES
 
 
 def plan_memory(
-    settings: Settings, config: MixtralConfig, quantization: "Quantization | None", context: int
-) -> list[str]:
-    """What weights and KV cache take, a line each; `quantization` is that of the weights in memory.
-
-    Raises `MachineUnfit` where this machine does not have it.
-    """
-    gpus = [] if settings.model.device == "cpu" else find_gpus()
-    is_tiny = settings.model.name == "tiny"  # for which `auto` reserves no GPU, see app.py
-    on_cpu = settings.model.device == "cpu" or (
-        settings.model.device == "auto" and not gpus and is_tiny
-    )
-    need = compute_need(settings, config, quantization, context, on_cpu)
-    parts = ", ".join(f"{part} {in_gb(size)}" for part, size in need.weights.items())
-    lines = [f"Weights: {in_gb(need.weight_bytes)} of {need.kind} ({parts})."]
-    if on_cpu:
-        if settings.model.device == "auto":
-            lines.append("Device: there is no GPU on this machine, so the CPU computes.")
-        return [*lines, _fit_cpu(need)]
-    if not gpus:
-        raise MachineUnfit(
-            f"`model.device` is {settings.model.device}, but NVML finds no GPU on this "
-            f"machine; this model takes one with {in_gb(need.weight_bytes)} for its weights and "
-            "more for the KV cache. Set `model.device` to cpu to do without.",
-            check="gpu",
-        )
-    gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
-    if not gpu.total_bytes:
-        return [*lines, f"GPU: {gpu.name} does not say how much memory it has; the load will tell."]
-    return [*lines, _fit_gpu(settings, need, gpu)]
-
-
-def compute_need(
-    settings: Settings,
+    engine: EngineSettings,
     config: MixtralConfig,
-    quantization: "Quantization | None",
-    context: int,
-    on_cpu: bool,
-) -> Need:
-    """The sizes, from the settings and the checkpoint's configuration.
+    quantization: Quantization | None,
+    quantize_lm_head: bool,
+    device: Device,
+    dtype: Dtype,
+) -> MemoryPlan:
+    """The sizes of a model with this `config` whose weights are stored as `quantization` says.
 
-    Raises `ConfigError` where the KV cache could not hold one full context.
+    Raises `ModelLoadFailed` for a context longer than the model was trained for, and `ConfigError`
+    for a KV cache that does not hold one context.
     """
-    dtype: str = settings.model.dtype
-    if dtype == "auto":
-        dtype = "float32" if on_cpu else "bfloat16"
-    item_bytes = ITEM_BYTES[dtype]
-    kind = dtype
+    kind: str = dtype
     if quantization is not None:
         kind = f"{quantization.quant_type} with {quantization.absmax} absmax"
-    block, kv_tokens = settings.engine.block_size, settings.engine.kv_cache_tokens
-    if kv_tokens is None and on_cpu:
-        kv_tokens = CPU_CONTEXTS * context
-    if kv_tokens is not None:
-        kv_tokens = kv_tokens // block * block
-    if kv_tokens is not None and kv_tokens < context:
+    context = _max_model_len(engine, config.max_position_embeddings)
+    kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
+    return MemoryPlan(
+        weights=weight_bytes(config, ITEM_BYTES[dtype], quantization, quantize_lm_head),
+        kind=kind,
+        is_quantized=quantization is not None,
+        max_model_len=context,
+        token_bytes=kv_bytes(config, 1, ITEM_BYTES[dtype]),
+        kv_cache_tokens=kv_cache_tokens,
+        kv_cache_rule=rule,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+    )
+
+
+def _max_model_len(engine: EngineSettings, trained: int) -> int:
+    asked = engine.max_model_len
+    if asked is not None and asked > trained:
+        raise ModelLoadFailed(
+            f"`engine.max_model_len` is {asked}, but the checkpoint holds {trained} tokens."
+        )
+    return asked or trained
+
+
+def _kv_cache_tokens(
+    engine: EngineSettings, context: int, device: Device
+) -> tuple[int | None, str | None]:
+    """The tokens in whole blocks, or None, and the rule where the settings leave it open."""
+    num_tokens, rule = engine.kv_cache_tokens, None
+    if num_tokens is None and device == "cuda":
+        return None, f"what {engine.gpu_memory_utilization:.0%} of the GPU's memory leaves"
+    if num_tokens is None:
+        num_tokens = CPU_CONTEXTS * context
+        rule = f"{CPU_CONTEXTS} contexts, the default on a CPU"
+    num_tokens = num_tokens // engine.block_size * engine.block_size
+    if num_tokens < context:
         raise ConfigError(
-            f"`engine.kv_cache_tokens` is {kv_tokens:,} in whole blocks, less than the context of "
+            f"`engine.kv_cache_tokens` is {num_tokens:,} in whole blocks, less than the context of "
             f"{context:,} tokens; raise it, or lower `engine.max_model_len`."
         )
-    weights = weight_bytes(config, item_bytes, quantization, settings.model.quantize_lm_head)
-    return Need(weights, kind, context, kv_bytes(config, 1, item_bytes), kv_tokens)
+    return num_tokens, rule
 
 
 def in_gb(num_bytes: int) -> str:
-    """For people: "25.20 GB", "4.2 MB"."""
+    """For users: "25.20 GB", "4.2 MB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
-
-
-def _fit_gpu(settings: Settings, need: Need, gpu: Gpu) -> str:
-    """The line about a GPU that is large enough."""
-    unused = int(gpu.total_bytes * (1 - settings.engine.gpu_memory_utilization))
-    spare = RESERVED_BYTES + CUDA_BYTES
-    room = gpu.free_bytes - unused - spare - need.weight_bytes
-    wanted = need.kv_bytes(need.kv_tokens or need.context)
-    if room < wanted:
-        raise MachineUnfit(
-            f"The GPU is too small: {gpu.name} has {in_gb(gpu.free_bytes)} free, of which "
-            f"{in_gb(unused)} stay unused (`engine.gpu_memory_utilization`), and the model "
-            f"needs {in_gb(need.weight_bytes)} for {need.kind}, {in_gb(spare)} to work "
-            f"in and {in_gb(wanted)} for {need.kv_tokens or need.context:,} tokens of KV "
-            f"cache; {_remedy(need, gpu, room)}.",
-            check="gpu_memory",
-        )
-    num_tokens = need.kv_tokens or room // need.token_bytes
-    return (
-        f"GPU: {gpu.name} with {in_gb(gpu.free_bytes)} free, room for {num_tokens:,} tokens "
-        f"of KV cache ({in_gb(need.kv_bytes(num_tokens))})."
-    )
-
-
-def _remedy(need: Need, gpu: Gpu, room: int) -> str:
-    if room > need.kv_bytes(1024):
-        return "lower `engine.max_model_len` or `engine.kv_cache_tokens`, or take a larger GPU"
-    if gpu.total_bytes - gpu.free_bytes > gpu.total_bytes // 10:
-        return "end what else runs on it, or take a larger GPU"
-    if "absmax" in need.kind:
-        return "take a larger GPU (Mixtral 8x7B: 32 GB or more)"
-    return "set `model.quantization` to nf4, or take a larger GPU"
-
-
-def _fit_cpu(need: Need) -> str:
-    """The line about main memory that is large enough."""
-    num_tokens = need.kv_tokens or 0
-    kv_cache = need.kv_bytes(num_tokens)
-    if need.weight_bytes + kv_cache > (free := free_bytes()):
-        raise MachineUnfit(
-            f"The model needs {in_gb(need.weight_bytes + kv_cache)} of memory "
-            f"({in_gb(need.weight_bytes)} of them for {need.kind} weights) and "
-            f"{in_gb(free)} are free; lower `engine.kv_cache_tokens`, or take a machine with "
-            "more memory.",
-            check="memory",
-        )
-    return (
-        f"Memory: {in_gb(free)} free, and {in_gb(kv_cache)} for {num_tokens:,} tokens of KV cache."
-    )

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from serve_app.config.settings import ConfigError, EntrySettings, Settings
+from serve_app.cold_start.check import Checked
+from serve_app.config.settings import ConfigError, EntrySettings
 from serve_app.node import ray_node
 from serve_app.worker.result import Result
 from serve_app.worker.start import make_handler
@@ -49,18 +50,18 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     return job
 
 
-def run(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
+def run(checked: Checked, config: str | Path, job: dict[str, Any]) -> int:
     """Runs `job` and prints its output, or its error. Returns 0 or 1, or 130 after Ctrl-C."""
     # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
-    return ray_node.ended(_run_to_its_end(settings, config, job))
+    return ray_node.ended(_run_to_its_end(checked, config, job))
 
 
-def _run_to_its_end(settings: Settings, config: str | Path, job: dict[str, Any]) -> int:
+def _run_to_its_end(checked: Checked, config: str | Path, job: dict[str, Any]) -> int:
     posts = LogPosts()
     # Ray prints its processes' output to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            handler = make_handler(settings, config)
+            handler = make_handler(checked.settings, config, checked.plan)
             asyncio.run(handler.answer({"id": "local", **job}, posts))
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed, ServeError
@@ -14,6 +15,7 @@ from serve_app.machine import processes
 from serve_app.node import fitness, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.cluster import Cluster, with_load_log
+from serve_app.start_plan.plan import StartPlan
 from serve_app.worker.handler import Handler
 from serve_app.worker.job_loop import JobLoop
 from serve_app.worker.result import LargeResults
@@ -26,18 +28,19 @@ log = logging.getLogger(__name__)
 def make_handler(
     settings: Settings,
     config: str | Path,
+    plan: StartPlan | None,
     failure: ModelLoadFailed | None = None,
     gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet.
 
-    `failure` is why the model cannot load, where that is known already. `gave_up` is called when
+    `plan` is None where the check failed, with `failure`. `gave_up` is called when
     the model has died and is not started again.
     """
     settings = with_load_log(settings)
     process_s = processes.own_age_s()  # the first job may come much later
-    cluster = Cluster(settings, config, process_s)
-    cold = ColdStart(settings)
+    cluster = Cluster(settings, config, plan, process_s)
+    cold = ColdStart(settings, plan)
     final = failure if failure is not None and not failure.retry else None
     supervisor = StartupSupervisor(
         lambda: cold.around(cluster.start),
@@ -65,22 +68,23 @@ def num_slots(settings: Settings) -> int:
 def run(
     settings: Settings,
     entry: EntrySettings,
-    checked: list[str],
+    checked: Checked | None,
     failure: ModelLoadFailed | None = None,
 ) -> int:
     """Takes jobs until SIGTERM and answers every one of them. Returns the exit code.
 
-    `failure` is what `serve_app.check` found wrong. Jobs fail with it, unless it is the machine's
-    fault, which ends the worker as unhealthy.
+    `failure` is what the check found wrong, in place of `checked`. Jobs fail with it, unless it is
+    the machine's fault, which ends the worker as unhealthy.
     """
     slots = num_slots(settings)
-    for line in banner(settings, entry.serve_config, slots, checked):
+    plan, lines = (checked.plan, checked.lines) if checked is not None else (None, [])
+    for line in banner(settings, entry.serve_config, slots, lines):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
     import_sdk()
     register_checks(checks)
     processes.end_forks_with_this()
-    handler = make_handler(settings, entry.serve_config, failure, gave_up=lambda: loop.end(1))
+    handler = make_handler(settings, entry.serve_config, plan, failure, lambda: loop.end(1))
     large_results = LargeResults(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, large_results)
     is_wanted = True

@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.matrices4 import Linear4
 from serve_app.model.quantization import Quantization
+from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
+
+
+def run(config: str, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    """The trial of `config` and the environment."""
+    settings = Settings.from_yaml(config)
+    return trial.run(settings, plan_start(settings), out, say)
 
 
 def test_the_report_holds_what_we_would_ask_for(
@@ -23,7 +32,7 @@ def test_the_report_holds_what_we_would_ask_for(
     monkeypatch.setenv("HF_TOKEN", "hf_sesame")
     lines: list[str] = []
     out = tmp_path / "report.json"
-    trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), out, lines.append)
+    run("configs/tiny-nf4.yaml", out, lines.append)
     report = json.loads(out.read_text())
     assert set(report["memory"]) == {"experts", "attention", "head", "other", "kv_cache"}
     assert [answer["text"] for answer in report["answers"]].count("") == 0
@@ -47,9 +56,7 @@ def test_a_model_without_a_chat_template_is_tried_too(
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
     monkeypatch.setenv("MODEL_NAME", str(checkpoint))
     monkeypatch.setenv("MIXTRAL_ENGINE__MAX_NUM_SEQS", "8")
-    report = trial.run(
-        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None
-    )
+    report = run("configs/tiny-nf4.yaml", tmp_path / "r.json", lambda _: None)
     assert len(report["answers"]) == 10
     assert set(report["tokens_per_s"]) == {"1", "8"}
 
@@ -61,16 +68,14 @@ def test_kernels_are_tried_in_the_checkpoints_own_form(
     convert(CHECKPOINT, tmp_path / "ours", Quantization("nf4", "nested"))
     monkeypatch.setenv("MODEL_NAME", str(tmp_path / "ours"))
     lines: list[str] = []
-    report = trial.run(
-        Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lines.append
-    )
+    report = run("configs/tiny-nf4.yaml", tmp_path / "r.json", lines.append)
     assert {kernel["storage"] for kernel in report["kernels"]} == {"nf4, nested absmax"}
 
 
 def test_a_report_needs_a_folder(tmp_path: Path) -> None:
     """A wrong --out is said before the model is loaded."""
     with pytest.raises(ConfigError, match="absent"):
-        trial.run(Settings.from_yaml("configs/tiny.yaml"), tmp_path / "absent" / "r.json")
+        run("configs/tiny.yaml", tmp_path / "absent" / "r.json", print)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -81,7 +86,7 @@ def test_a_wrong_kernel_is_found(
     right = Linear4.forward
     monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):
-        trial.run(Settings.from_yaml("configs/tiny-nf4.yaml"), tmp_path / "r.json", lambda _: None)
+        run("configs/tiny-nf4.yaml", tmp_path / "r.json", lambda _: None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

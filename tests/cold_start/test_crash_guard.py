@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from serve_app.cold_start.crash_guard import PAUSE_S, CrashGuard
 from serve_app.cold_start.load_records import KILLED, STALE_S
 from serve_app.config.settings import Settings
 from serve_app.errors import LoaderKilled, ModelLoadFailed
+from serve_app.start_plan.plan import plan_start
+from serve_app.tiny import CHECKPOINT
 from tests.worker.process import ENTRY
 
 SHORT = f"{KILLED} while it loaded, as happens where memory is short."
@@ -31,7 +34,7 @@ def settings(volume: Path, **model: Any) -> Settings:
 
 def load(chosen: Settings, error: BaseException | None = None) -> None:
     """One process's load, which fails with `error`."""
-    with CrashGuard(chosen).watch():
+    with CrashGuard(chosen, None).watch():
         if error is not None:
             raise error
 
@@ -91,7 +94,7 @@ def test_other_causes_and_successes_count_anew(tmp_path: Path) -> None:
 
 def test_a_process_counts_once(tmp_path: Path) -> None:
     """Jobs of one worker that try again one after the other are no reboots."""
-    guard = CrashGuard(settings(tmp_path))
+    guard = CrashGuard(settings(tmp_path), None)
     for _ in range(5):
         with pytest.raises(ModelLoadFailed, match="lost"), guard.watch():
             raise ModelLoadFailed("The network is lost.", retry=True)
@@ -111,7 +114,7 @@ def test_a_load_that_is_given_up_is_no_failure(tmp_path: Path) -> None:
             begun.set()
             await asyncio.Event().wait()
 
-        loading = asyncio.create_task(CrashGuard(chosen).around(go_on_for_ever))
+        loading = asyncio.create_task(CrashGuard(chosen, None).around(go_on_for_ever))
         await begun.wait()
         assert len(records(tmp_path)) == 1
         loading.cancel()
@@ -139,8 +142,8 @@ LOADING = """
 import sys, time
 from serve_app.config.settings import Settings
 from serve_app.cold_start.crash_guard import CrashGuard
-volume = {"volume": sys.argv[1]}
-with CrashGuard(Settings.from_args({"model": {"name": "tiny"}, "runpod": volume}, "test")).watch():
+args = {"model": {"name": "tiny"}, "runpod": {"volume": sys.argv[1]}}
+with CrashGuard(Settings.from_args(args, "test"), None).watch():
     print("loading", flush=True)
     time.sleep(600)
 """
@@ -192,17 +195,18 @@ def test_a_worker_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
 
 def test_the_models_files_are_part_of_it(tmp_path: Path) -> None:
     """A checkpoint that was repaired, and another token, are worth another try."""
-    checkpoint = tmp_path / "model"
-    checkpoint.mkdir()
-    (checkpoint / "config.json").write_text("{}")
-    chosen = settings(tmp_path, name=str(checkpoint))
-    before = crash_guard.fingerprint(chosen)
-    assert crash_guard.fingerprint(chosen) == before
-    (checkpoint / "config.json").write_text("{ }")
-    repaired = crash_guard.fingerprint(chosen)
+    checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "model")
+    chosen = settings(tmp_path, name=str(checkpoint), device="cpu")
+    before = crash_guard.fingerprint(chosen, plan_start(chosen))
+    assert crash_guard.fingerprint(chosen, plan_start(chosen)) == before
+    with (checkpoint / "config.json").open("a") as file:
+        file.write(" ")
+    plan = plan_start(chosen)
+    repaired = crash_guard.fingerprint(chosen, plan)
     assert repaired != before
     model = chosen.model.model_copy(update={"revision": "v2"})
-    assert crash_guard.fingerprint(chosen.model_copy(update={"model": model})) != repaired
+    another = chosen.model_copy(update={"model": model})
+    assert crash_guard.fingerprint(another, plan) != repaired
 
 
 def test_without_a_volume_nothing_is_remembered(

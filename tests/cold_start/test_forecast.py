@@ -10,9 +10,7 @@ import pytest
 from serve_app.cold_start import cold_start
 from serve_app.cold_start.forecast import START_S, Forecast, predict, sample
 from serve_app.config.settings import Settings
-from serve_app.errors import ModelLoadFailed
-from serve_app.loading.load import find_local
-from serve_app.model.checkpoint.shards import shard_files
+from serve_app.start_plan.plan import StartPlan, plan_start
 from serve_app.tiny import CHECKPOINT
 
 GB = 10**9
@@ -27,9 +25,9 @@ def forecast(**known: Any) -> Forecast:
     plain: dict[str, Any] = {
         "read_bytes": 25 * GB,
         "download_bytes": 0,
-        "read_bytes_s": GB / 2,
+        "read_bytes_per_s": GB / 2,
         "is_measured": True,
-        "quantises": False,
+        "quantizes": False,
         "on_cpu": False,
     }
     return Forecast(**{**plain, **known})
@@ -40,12 +38,12 @@ def forecast(**known: Any) -> Forecast:
     [
         ({}, 50),
         ({"download_bytes": 10 * GB}, 50 + 50),
-        ({"quantises": True}, 50),
-        ({"quantises": True, "on_cpu": True}, 250),
+        ({"quantizes": True}, 50),
+        ({"quantizes": True, "on_cpu": True}, 250),
     ],
 )
 def test_what_counts(known: dict[str, Any], seconds: float) -> None:
-    """Reading at the measured speed, a download, and a processor that quantises slower."""
+    """Reading at the measured speed, a download, and a processor that quantizes slower."""
     assert forecast(**known).seconds == START_S + seconds
 
 
@@ -61,7 +59,7 @@ def test_a_load_that_is_short_enough_is_no_warning() -> None:
     ("known", "runpod", "said", "unsaid"),
     [
         (
-            {"read_bytes": 93 * GB, "quantises": True, "read_bytes_s": GB / 10},
+            {"read_bytes": 93 * GB, "quantizes": True, "read_bytes_per_s": GB / 10},
             {},
             [
                 "about 950 s, and 600 s are",
@@ -78,7 +76,7 @@ def test_a_load_that_is_short_enough_is_no_warning() -> None:
             "convert",
         ),
         (
-            {"read_bytes_s": GB / 20},
+            {"read_bytes_per_s": GB / 20},
             {"start": "eager"},
             ["about 520 s, and 420 s are", "RUNPOD_INIT_TIMEOUT"],
             "to eager",
@@ -100,26 +98,28 @@ def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.Mon
     """All have waited when the first one has: each job waiting anew would hold up the load."""
     is_over = threading.Event()
 
-    def find_local(_: Settings) -> None:
+    def predict(_: StartPlan) -> Forecast:
         is_over.wait()
-        raise ModelLoadFailed("There is none.")
+        raise OSError("The volume is gone.")
 
-    monkeypatch.setattr(cold_start, "find_local", find_local)
-    monkeypatch.setattr(cold_start, "LOOK_S", 0.05)
-    cold = cold_start.ColdStart(settings())
-    monkeypatch.setattr(cold_start, "LOOK_S", 1000)
+    monkeypatch.setattr(cold_start, "predict", predict)
+    monkeypatch.setattr(cold_start, "FORECAST_LIMIT_S", 0.05)
+    cold = cold_start.ColdStart(settings(), plan_start(settings()))
+    monkeypatch.setattr(cold_start, "FORECAST_LIMIT_S", 1000)
     for _ in range(2):
         assert asyncio.run(cold.outlook()) == {}
     is_over.set()
 
 
+def test_a_start_without_a_plan_has_no_forecast() -> None:
+    """The check has failed, and the load says why."""
+    assert asyncio.run(cold_start.ColdStart(settings(), None).outlook()) == {}
+
+
 def test_this_machines_speed_is_measured(tmp_path: Path) -> None:
     """A real read of the weights; too few bytes tell nothing."""
-    chosen = settings({"quantization": "nf4"})
-    folder = find_local(chosen)
-    assert folder == CHECKPOINT
-    predicted = predict(chosen, folder, shard_files(folder))
-    assert (predicted.is_measured, predicted.quantises, predicted.on_cpu) == (True, True, True)
+    predicted = predict(plan_start(settings({"quantization": "nf4"})))
+    assert (predicted.is_measured, predicted.quantizes, predicted.on_cpu) == (True, True, True)
     assert predicted.read_bytes == (CHECKPOINT / "model.safetensors").stat().st_size
     assert predicted.seconds > START_S
     small = tmp_path / "small"

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from serve_app.cold_start import read_ahead
-from serve_app.cold_start.read_ahead import LOOK_BYTES, read, while_starting
+from serve_app.cold_start.read_ahead import CHECK_BYTES, read, while_starting
 from tests.worker.conftest import until
 
-SIZE = 3 * LOOK_BYTES
+SIZE = 3 * CHECK_BYTES
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> Non
     assert read(files, str(load_log), threading.Event()) == 2 * SIZE
     with load_log.open("a") as file:
         file.write(json.dumps({"phase": "read and quantise", "state": "started", "at": 2}) + "\n")
-    assert read(files, str(load_log), threading.Event()) == LOOK_BYTES
+    assert read(files, str(load_log), threading.Event()) == CHECK_BYTES
 
 
 def test_it_ends_when_told_and_when_memory_is_short(
@@ -69,11 +69,11 @@ def test_it_ends_when_told_and_when_memory_is_short(
     """What it reads must push nobody out of memory."""
     told = threading.Event()
     told.set()
-    assert read(files, None, told) <= read_ahead.CHUNK_BYTES
-    monkeypatch.setattr(read_ahead, "free_bytes", lambda: 3 * LOOK_BYTES)
-    assert read(files, None, threading.Event()) == LOOK_BYTES  # less is free than it spares
-    monkeypatch.setattr(read_ahead, "SPARE_BYTES", 0)
-    assert read(files, None, threading.Event()) == 2 * LOOK_BYTES  # half of it, and one look
+    assert read(files, None, told) <= read_ahead.BUFFER_BYTES
+    monkeypatch.setattr(read_ahead, "free_bytes", lambda: 3 * CHECK_BYTES)
+    assert read(files, None, threading.Event()) == CHECK_BYTES  # less is free than it spares
+    monkeypatch.setattr(read_ahead, "MIN_FREE_BYTES", 0)
+    assert read(files, None, threading.Event()) == 2 * CHECK_BYTES  # half of it, and one look
 
 
 def test_a_file_that_is_gone_is_the_loads_business(tmp_path: Path) -> None:

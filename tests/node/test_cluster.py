@@ -20,6 +20,7 @@ from serve_app.cold_start.load_records import KILLED
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
 from serve_app.node import client, cluster, ray_node
+from serve_app.start_plan.plan import plan_start
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
@@ -36,7 +37,7 @@ def test_the_yamls_overrides_reach_the_deployment() -> None:
     assert (plain.num_replicas, changed.num_replicas) == (1, 2)
     assert changed.ray_actor_options["num_cpus"] == 0.5
     assert changed.max_ongoing_requests == plain.max_ongoing_requests
-    assert changed.init_args == (TINY,)
+    assert changed.init_args == (TINY, None)
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,11 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
     """What the replica wrote before it died is what jobs hear, with its verdict on retrying."""
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
-    unknown = cluster._load_failure(settings, MemoryBefore())
+    unknown = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
     assert (unknown.retry, "log says why" in unknown.message) == (True, True)
     failed = {"phase": "read", "state": "failed", "error": "File cut off.", "retry": False}
     path.write_text(json.dumps(failed) + "\n")
-    known = cluster._load_failure(settings, MemoryBefore())
+    known = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
     assert (known.message, known.retry) == ("File cut off.", False)
 
 
@@ -106,14 +107,14 @@ def test_a_replica_that_vanished_was_killed(
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
     path.write_text('{"phase": "read", "state": "started", "at": 1}\n')
-    said = cluster._load_failure(settings, MemoryBefore())
+    said = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
     assert said.message.startswith(f"{KILLED} in phase read, as happens where memory is short: ")
     assert "it takes 11.0 MB for its weights and 0.13 GB for its KV cache" in said.message
     assert re.search(r"and \d+\.\d\d GB of main memory were free", said.message)
     assert said.retry
     before = MemoryBefore()
     monkeypatch.setattr(killed, "num_oom_kills", lambda: before.num_kills + 1)
-    certain = cluster._load_failure(settings, before)
+    certain = cluster._load_failure(settings, plan_start(settings), before)
     assert f"{KILLED} in phase read for want of memory: " in certain.message
     assert not certain.retry
 
@@ -140,6 +141,7 @@ def test_what_a_start_that_failed_has_left_is_ended() -> None:
     """Ray knows nothing of it, and the next start would find it in its way."""
     code = """
 import subprocess, sys
+from serve_app.start_plan.plan import plan_start
 from serve_app.node import ray_node
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 with subprocess.Popen(sleep, executable=sys.executable) as left:
@@ -158,6 +160,7 @@ def test_ray_is_started_once_more() -> None:
     code = """
 import os, subprocess, sys
 import ray
+from serve_app.start_plan.plan import plan_start
 from serve_app.node import ray_node
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 left = []

@@ -24,20 +24,18 @@ def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
 
 def test_a_load_onto_a_gpu_needs_main_memory() -> None:
     """Libraries and weights on their way; a model for the CPU is planned elsewhere."""
-    on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
-    fitness.require_memory(on_gpu, 1)
+    fitness.require_memory("cuda", 1)
     with pytest.raises(MachineUnfit, match=r"GB of main memory are free, .* about 1000000 GB"):
-        fitness.require_memory(on_gpu, 10**15)
-    fitness.require_memory(Settings.from_args({"model": {"name": "tiny"}}, "test"), 10**15)
+        fitness.require_memory("cuda", 10**15)
+    fitness.require_memory("cpu", 10**15)
 
 
 def test_a_gpu_that_is_not_seen(nvml: Install) -> None:
     """NVML's own words are in the sentence; a model for the CPU does not ask it."""
     nvml(failure="Driver Not Loaded")
-    on_gpu = Settings.from_args({"model": {"name": "tiny", "device": "cuda"}}, "test")
     with pytest.raises(MachineUnfit, match=r"none is seen \(NVML: Driver Not Loaded\)"):
-        fitness.require_driver(on_gpu)
-    fitness.require_driver(Settings.from_args({"model": {"name": "tiny"}}, "test"))
+        fitness.require_driver("cuda")
+    fitness.require_driver("cpu")
 
 
 def test_a_model_that_cannot_load_is_no_fault_of_the_machine() -> None:

@@ -1,114 +1,165 @@
-"""RunPod's Hub finds what it asks for, and every variable in it is one that we read."""
+"""Downloads from the hub: the real client against a hub on loopback."""
 
-import asyncio
 import json
-import re
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from pydantic.fields import FieldInfo
 
-from serve_app.config.environment import familiar_names
-from serve_app.config.settings import PREFIX, Settings
-from serve_app.worker.job import parse
-from tests.fakes import answer, server
-from tools.settings_table import BEGIN, rewritten, table, values
+from tests.hub import serve, sha
 
-HUB: dict[str, Any] = json.loads(Path(".runpod/hub.json").read_text())
-TESTS: dict[str, Any] = json.loads(Path(".runpod/tests.json").read_text())
-INPUTS = {each["key"]: each["input"] for each in HUB["config"]["env"] if "input" in each}
-STATIC = {each["key"]: each["value"] for each in HUB["config"]["env"] if "value" in each}
-OF_THE_PLATFORM = {"RUNPOD_INIT_TIMEOUT"}
-"""Read by RunPod, not by us."""
+FILES = {
+    "config.json": b"{}",
+    "model.safetensors": b"weights",
+    "tokenizer.json": b"{}",
+    "tokenizer_config.json": b"{}",
+    "chat_template.jinja": b"{{ messages }}",
+    "pytorch_model.bin": b"pickle",
+    "consolidated.safetensors": b"the same weights again",
+}
 
 
-def field_of(name: str) -> FieldInfo:
-    """The setting that the variable `name` stands for."""
-    path = familiar_names().get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
-    section, key = path.split(".")
-    field: FieldInfo = type(getattr(Settings(), section)).model_fields[key]
-    return field
+UNREAD = {"pytorch_model.bin", "consolidated.safetensors"}
 
 
-def settings_with(monkeypatch: pytest.MonkeyPatch, variables: dict[str, Any]) -> Settings:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, str(value))
-    return Settings.from_yaml("configs/runpod.yaml")
+@pytest.fixture(scope="module")
+def hub() -> Iterator[str]:
+    with serve(FILES) as url:
+        yield url
 
 
-def test_the_hub_finds_what_it_requires() -> None:
-    """The fields of the listing, and beside it a handler, a Dockerfile and a README."""
-    assert HUB.keys() >= {"title", "description", "type", "category", "config"}
-    assert (HUB["type"], HUB["category"]) == ("serverless", "language")
-    assert HUB["config"].keys() >= {"runsOn", "containerDiskInGb", "gpuIds", "presets", "env"}
-    assert "sys.exit(main())" in Path(".runpod/handler.py").read_text()
-    assert Path("Dockerfile").exists()
-    assert Path("README.md").exists()
-    assert TESTS["tests"]
-    assert all(each.keys() >= {"name", "input"} for each in TESTS["tests"])
+def find_in_process(
+    hub: str, home: Path, name: str, revision: str = "main", token: str = "", free: int = 10**12
+) -> tuple[str, bool]:
+    """The folder found, or the refusal's sentence; and whether to try again."""
+    code = (
+        "import sys; from pathlib import Path; from serve_app.start_plan.hub import *\n"
+        "import shutil; from types import SimpleNamespace as Usage\n"
+        "name, revision, token, volume, free = sys.argv[1:]\n"
+        "shutil.disk_usage = lambda path: Usage(free=int(free))\n"
+        "try: print(find_checkpoint(name, revision, token=token or None, volume=Path(volume)), 0)\n"
+        "except ModelLoadFailed as error: print(error.message, int(error.retry))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, name, revision, token, str(home / "volume"), str(free)],
+        env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answer, retry = done.stdout.strip().splitlines()[-1].rsplit(" ", 1)
+    return answer, retry == "1"
 
 
-@pytest.mark.parametrize("name", sorted(INPUTS))
-def test_a_form_field_is_a_setting_of_its_type(name: str) -> None:
-    """Numbers where we take numbers, and exactly our choices where we offer some."""
-    given, field = INPUTS[name], field_of(name)
-    kind = "number" if "number" in values(field) else "string"
-    assert given["type"] in (kind, "huggingface")
-    assert given["type"] != "huggingface" or name == "MODEL_NAME"
-    if get_origin(field.annotation) is Literal:
-        offered = [option["value"] for option in given["options"]]
-        assert offered == list(get_args(field.annotation))
-    assert given["name"]
-    assert given["description"]
+@pytest.mark.parametrize("has_volume", [False, True])
+def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume: bool) -> None:
+    """safetensors, JSON and tokenizer come, pickles and second copies stay; volumes are used."""
+    if has_volume:
+        (tmp_path / "volume").mkdir()
+    answer, _ = find_in_process(hub, tmp_path, "o/m")
+    folder = Path(answer)
+    wanted = set(FILES) - UNREAD
+    assert {file.name for file in folder.iterdir()} == wanted
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert folder.is_relative_to(tmp_path / "volume") == has_volume
+    # The second time nobody is asked.
+    assert find_in_process("http://127.0.0.1:1", tmp_path, "o/m") == (answer, False)
 
 
-def test_the_forms_defaults_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody who changes nothing gets valid settings, whose limits the form knows."""
-    assert STATIC.keys() <= OF_THE_PLATFORM
-    defaults = {name: given["default"] for name, given in INPUTS.items()}
-    assert settings_with(monkeypatch, defaults).api.max_tokens_limit == 4096
-    for bound in ("min", "max"):
-        limits = {name: given[bound] for name, given in INPUTS.items() if bound in given}
-        settings_with(monkeypatch, {**defaults, **limits})
+@pytest.mark.parametrize("begun", [0, 300_000])
+def test_a_download_tells_how_far_it_is(tmp_path: Path, begun: int) -> None:
+    """In bytes of all that is missing, up to all of it; what an earlier try brought counts."""
+    weights = bytes(1_000_000)
+    small = {name: name.encode() for name in FILES if name != "config.json"}  # no two alike
+    files = {**FILES, **small, "model.safetensors": weights}
+    blobs = tmp_path / "hub" / "models--o--m" / "blobs"
+    if begun:
+        blobs.mkdir(parents=True)
+        (blobs / f"{sha(weights)}.incomplete").write_bytes(weights[:begun])
+    code = (
+        "import json, sys; from serve_app.start_plan.hub import download, look_up\n"
+        "told = []\n"
+        "download(look_up('o/m', None, None, None), None, lambda *now: told.append(now))\n"
+        "print(json.dumps(told))"
+    )
+    with serve(files) as url:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "HF_ENDPOINT": url, "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    told = json.loads(done.stdout)
+    shares = [share for share, _ in told]
+    missing = sum(len(files[name]) for name in set(files) - {"config.json", *UNREAD})
+    assert {size for _, size in told} == {missing}
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
 
 
-@pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
-def test_a_preset_can_be_served(monkeypatch: pytest.MonkeyPatch, preset: dict[str, Any]) -> None:
-    """Its variables are in the form, and its values are valid."""
-    assert preset["defaults"].keys() <= INPUTS.keys()
-    settings_with(monkeypatch, preset["defaults"])
+@pytest.mark.parametrize(
+    ("name", "revision", "words", "retry"),
+    [
+        ("o/gated", "main", "HF_TOKEN", False),
+        ("nobody/nothing", "main", "no such repository", False),
+        ("o/m", "v9", "no such revision", False),
+        ("o/broken", "main", "check the network", True),
+    ],
+)
+def test_a_refusal_of_the_hub_becomes_a_sentence(
+    hub: str, tmp_path: Path, name: str, revision: str, words: str, retry: bool
+) -> None:
+    """What the hub says decides what to do about it, and whether to try again."""
+    answer, again = find_in_process(hub, tmp_path, name, revision)
+    assert answer.startswith(name)
+    assert words in answer
+    assert again == retry
 
 
-@pytest.mark.parametrize("test", TESTS["tests"], ids=lambda test: test["name"])
-def test_the_hubs_tests_would_pass(monkeypatch: pytest.MonkeyPatch, test: dict[str, Any]) -> None:
-    """Each input is answered, in the environment that the tests ask for."""
-    variables = {each["key"]: each["value"] for each in TESTS["config"]["env"]}
-    assert settings_with(monkeypatch, variables).model.name == "tiny"
-    call = parse({"id": "job", "input": test["input"]}, "req-1", 10**6).call
-    assert "error" not in asyncio.run(answer(server(), call.path, call.body))
+def test_a_token_opens_a_gated_repository(hub: str, tmp_path: Path) -> None:
+    """The token reaches the hub."""
+    answer, _ = find_in_process(hub, tmp_path, "o/gated", token="good")
+    assert (Path(answer) / "config.json").exists()
 
 
-def test_the_table_of_variables_is_true() -> None:
-    """docs/runpod.md has each setting as it is; `python -m tools.settings_table` writes it."""
-    text = Path("docs/runpod.md").read_text(encoding="utf-8")
-    assert rewritten(text) == text
-    assert BEGIN in text
+def test_no_network_is_worth_another_try(tmp_path: Path) -> None:
+    """A hub that does not answer ends in a sentence with `retry`."""
+    answer, again = find_in_process("http://127.0.0.1:1", tmp_path, "o/m")
+    assert "check the network" in answer
+    assert again
 
 
-def test_every_setting_says_what_it_is() -> None:
-    """No row without a description, and each of our names is in the table."""
-    rows = table().splitlines()[2:]
-    assert all(not row.endswith("|  |") for row in rows)
-    for name in familiar_names():
-        assert sum(f"`{name}`" in row for row in rows) == 1, name
+def test_a_wrong_token_is_said(hub: str, tmp_path: Path) -> None:
+    """Trying again would not help."""
+    answer, again = find_in_process(hub, tmp_path, "o/m", token="wrong")
+    assert "HF_TOKEN" in answer
+    assert not again
 
 
-@pytest.mark.parametrize("path", ["README.md", "docs/runpod.md", "benchmarks/README.md"])
-def test_the_files_that_pages_name_exist(path: str) -> None:
-    """An example, a page, a result or a script that a page names is in the repository."""
-    text = Path(path).read_text(encoding="utf-8")
-    folders = "examples|docs|benchmarks|configs|results|tests"
-    for name in re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|md|yaml|json))\b", text):
-        folder = Path("benchmarks") if name.startswith("results/") else Path()
-        assert (folder / name).exists(), name
+def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) -> None:
+    """Only what is read and not there yet is counted, and no weight is fetched in vain."""
+    needed = sum(len(FILES[name]) for name in set(FILES) - {"config.json", *UNREAD})
+    answer, again = find_in_process(hub, tmp_path, "o/m", free=needed - 1)
+    assert "GB are free" in answer
+    assert not again
+    assert not list(tmp_path.rglob("model.safetensors"))
+    answer, _ = find_in_process(hub, tmp_path, "o/m", free=needed)
+    assert (Path(answer) / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    "lacking", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+)
+def test_a_repository_that_cannot_be_served_is_not_downloaded(tmp_path: Path, lacking: str) -> None:
+    """The list of its files is enough to refuse it, by the name of the one that it lacks."""
+    files = {name: data for name, data in FILES.items() if name != lacking}
+    with serve(files) as url:
+        answer, again = find_in_process(url, tmp_path, "o/m")
+    assert answer.startswith("o/m: the repository has")
+    assert lacking in answer
+    assert not again
+    assert not list(tmp_path.rglob("*.json"))

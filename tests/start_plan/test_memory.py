@@ -15,13 +15,14 @@ from typing import Any
 import pytest
 import yaml
 
-from serve_app.check import check, main
+from serve_app.check import main
+from serve_app.cold_start.check import check
 from serve_app.machine.gpus import find_gpus
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.footprint import parameters, weight_bytes
 from serve_app.tiny import CHECKPOINT
+from tests.hub import serve
 from tests.model.checkpoint import full_size
-from tests.model.checkpoint.hub import serve
 from tests.nvml import RTX_4090, RTX_5090, Install, write
 
 MIB = 1 << 20
@@ -111,7 +112,7 @@ def test_the_table_by_part(
 ) -> None:
     """Float weights that will be quantised, on a card that holds them."""
     nvml(RTX_5090)
-    lines = check(config(tmp_path, floats, {"absmax": absmax}))
+    lines = check(config(tmp_path, floats, {"absmax": absmax})).lines
     (line,) = [line for line in lines if line.startswith("Weights: ")]
     assert f"{total} of nf4 with {absmax} absmax" in line
     assert f"experts {experts}, attention {attention}, head 0.52 GB" in line
@@ -121,11 +122,11 @@ def test_the_table_by_part(
 def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
     """What a 32 GB card leaves for KV, of 131,072 bytes a token; the checkpoint's absmax counts."""
     nvml(RTX_5090)
-    lines = check(config(tmp_path, nested))
+    lines = check(config(tmp_path, nested)).lines
     assert any("24.48 GB of nf4 with nested absmax" in line for line in lines)
     room = 32100 * MIB - 1024 * MIB - 600 * MIB - 24_483_536_896
     assert any(f"room for {room // 131_072:,} tokens" in line for line in lines)
-    lines = check(config(tmp_path, nested, engine={"gpu_memory_utilization": 0.9}))
+    lines = check(config(tmp_path, nested, engine={"gpu_memory_utilization": 0.9})).lines
     less = room - 32607 * MIB // 10
     assert any(f"room for {less // 131_072:,} tokens" in line for line in lines)
 
@@ -174,7 +175,7 @@ def test_no_gpu(
         assert f"`model.device` is {device}, but NVML finds no GPU" in said
         assert "25.20 GB" in said
     tiny = config(tmp_path, Path("tiny"), {"device": "auto"})
-    assert any("no GPU on this machine, so the CPU computes" in line for line in check(tiny))
+    assert any("the tiny model needs no GPU" in line for line in check(tiny).lines)
     huge = config(tmp_path, floats, {"device": "cpu", "quantization": "none", "dtype": "float32"})
     assert "needs 19" in sentence(capsys, huge)  # 187 GB and the KV cache
 
@@ -182,7 +183,8 @@ def test_no_gpu(
 def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, nvml: Install) -> None:
     """Some share their memory with the machine; the check says that it cannot say."""
     nvml(("NVIDIA GB10", None, None))
-    assert any("does not say how much" in line for line in check(config(tmp_path, floats)))
+    lines = check(config(tmp_path, floats)).lines
+    assert any("does not say how much" in line for line in lines)
 
 
 def test_kv_cache_is_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

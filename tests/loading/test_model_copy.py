@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from serve_app.check import check_model
+from serve_app.cold_start.check import check_plan
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import Loaded, load
 from serve_app.loading.load_log import LoadLog
-from serve_app.loading.model_cache import copy_folder
 from serve_app.model.checkpoint.convert import convert
+from serve_app.start_plan.model_copy import copy_folder
+from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
 
 
@@ -30,6 +31,11 @@ def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
     loaded.engine.stop()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     return loaded, [line["phase"] for line in lines if line["state"] == "started"]
+
+
+def checked(chosen: Settings) -> list[str]:
+    """What the check says of the start."""
+    return check_plan(chosen, plan_start(chosen))
 
 
 @pytest.fixture
@@ -51,7 +57,7 @@ def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
     second, phases = load_once(chosen, tmp_path / "second")
     assert phases == ["device", "resolve", "tokenizer", "read", "warm-up", "first token"]
     assert second.memory == first.memory
-    assert any("of fused weights" in line for line in check_model(chosen))
+    assert any("of fused weights" in line for line in checked(chosen))
 
 
 def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -> None:
@@ -72,7 +78,7 @@ def test_a_copy_that_another_process_is_writing_is_not_waited_for(
 ) -> None:
     """This start reads the original, and says so."""
     chosen = settings(source, tmp_path / "cache")
-    folder = copy_folder(chosen)
+    folder = copy_folder(chosen.model)
     assert folder is not None
     loads: list[Loaded] = []
 
@@ -96,10 +102,10 @@ def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
 def test_replaced_files_get_another_copy(source: Path, tmp_path: Path, file: str) -> None:
     """Nobody is served the weights, or the tokenizer, that the folder held before."""
     chosen = settings(source, tmp_path / "cache")
-    before = copy_folder(chosen)
-    assert copy_folder(chosen) == before
+    before = copy_folder(chosen.model)
+    assert copy_folder(chosen.model) == before
     os.utime(source / file, (1, 1))
-    assert copy_folder(chosen) != before
+    assert copy_folder(chosen.model) != before
 
 
 def test_names_that_look_alike(
@@ -111,16 +117,16 @@ def test_names_that_look_alike(
     inner = tmp_path / str(source).strip("/")
     shutil.copytree(source, inner)
     names = (str(source), str(source).strip("/"), "a/b--c", "a--b/c")
-    assert len({copy_folder(settings(Path(name), cache)) for name in names}) == 4
+    assert len({copy_folder(settings(Path(name), cache).model) for name in names}) == 4
     again = settings(tmp_path / "x" / ".." / "source", cache)
-    assert copy_folder(again) == copy_folder(settings(source, cache))
-    assert copy_folder(again) == copy_folder(settings(Path("source"), cache))
+    assert copy_folder(again.model) == copy_folder(settings(source, cache).model)
+    assert copy_folder(again.model) == copy_folder(settings(Path("source"), cache).model)
 
 
 def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     """The check says so, as the load would."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
-        check_model(settings(source, tmp_path / "file" / "cache"))
+        checked(settings(source, tmp_path / "file" / "cache"))
     convert(source, tmp_path / "own")  # of which no copy is made
-    check_model(settings(tmp_path / "own", tmp_path / "file" / "cache"))
+    checked(settings(tmp_path / "own", tmp_path / "file" / "cache"))

@@ -51,15 +51,13 @@ class Hub(BaseHTTPRequestHandler):
         if "/o/" not in path:
             return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
         if path.endswith(("/revision/main", "/api/models/o/m")):
-            return self._answer(200, json.dumps({"id": "o/m", "sha": COMMIT}).encode())
+            siblings = [{"rfilename": name, "size": size} for name, size in self._sizes().items()]
+            model = {"id": "o/m", "sha": COMMIT, "siblings": siblings}
+            return self._answer(200, json.dumps(model).encode())
         if path.endswith(f"/tree/{COMMIT}"):
             tree = [
-                {"type": "file", "path": name, "size": len(data), "oid": sha(data)}
-                for name, data in self.files.items()
-            ]
-            tree += [
-                {"type": "file", "path": name, "size": size, "oid": sha(name.encode())}
-                for name, size in self.sizes.items()
+                {"type": "file", "path": name, "size": size, "oid": self._oid(name)}
+                for name, size in self._sizes().items()
             ]
             return self._answer(200, json.dumps(tree).encode())
         name = path.rsplit("/", 1)[-1]
@@ -72,6 +70,12 @@ class Hub(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {begin}-{len(data) - 1}/{len(data)}"
             return self._answer(206, data[begin:], headers)
         self._answer(200, data, headers)
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: len(data) for name, data in self.files.items()} | dict(self.sizes)
+
+    def _oid(self, name: str) -> str:
+        return sha(self.files.get(name, name.encode()))
 
     def _answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(status)

@@ -1,0 +1,94 @@
+"""Finds what would make a start fail, before Ray starts: `mixtral-serve check CONFIG`.
+
+Checks the YAML's schema, the settings, the headers of the weight files or the hub's description of
+them, the memory and the disk. Reads no weights and starts nothing.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from serve_app.app import check_schema
+from serve_app.config.settings import Settings, unused_names
+from serve_app.errors import ModelLoadFailed
+from serve_app.model.footprint import parameters
+from serve_app.start_plan.hub import require_disk
+from serve_app.start_plan.machine_fit import require_memory
+from serve_app.start_plan.memory import in_gb
+from serve_app.start_plan.model_copy import require_writable
+from serve_app.start_plan.plan import StartPlan, plan_start
+
+
+class Checked(NamedTuple):
+    """A configuration that can be started."""
+
+    settings: Settings
+    plan: StartPlan
+    lines: list[str]
+    """What is served and what it takes, for users."""
+
+
+def check(path: str | Path) -> Checked:
+    """Checks the configuration in file `path`.
+
+    Raises `ConfigError` or `ModelLoadFailed` with one sentence about the first thing that is wrong.
+    """
+    return check_start(path, check_config(path))
+
+
+def check_config(path: str | Path) -> Settings:
+    """The settings in file `path`; raises `ConfigError` for a key or value that is wrong."""
+    check_schema(path)
+    return Settings.from_yaml(path)
+
+
+def check_start(path: str | Path, settings: Settings) -> Checked:
+    """Plans the start and checks that this machine can make it; raises as `check`."""
+    plan = plan_start(settings)
+    notice = unused_names()
+    lines = [
+        f"{path}: the configuration is valid.",
+        *([notice] if notice else []),
+        *check_plan(settings, plan),
+    ]
+    return Checked(settings, plan, lines)
+
+
+def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
+    """What `plan` reads and takes, a line each; raises `ModelLoadFailed` where it cannot work."""
+    name, checkpoint = settings.model.name, plan.checkpoint
+    if plan.repository is not None:
+        require_disk(plan.repository)
+        size = in_gb(plan.repository.missing_bytes)
+        source = f"{name}: is not on this machine; the first start downloads {size}."
+    else:
+        check_tokenizer(checkpoint.path)
+        num_files = len(plan.files)
+        source = (
+            f"{name}: {in_gb(checkpoint.file_bytes)} of {checkpoint.form} weights in {num_files} "
+            f"file{'s' if num_files > 1 else ''}."
+        )
+    if plan.copy_folder is not None:
+        require_writable(plan.copy_folder)
+    return [
+        source,
+        f"Model: {sum(parameters(checkpoint.config).values()):,} parameters, context "
+        f"{plan.memory.max_model_len:,} tokens.",
+        *require_memory(plan),
+    ]
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Reads the tokenizer's files as the load does; raises `ModelLoadFailed`."""
+    from tokenizers import Tokenizer
+
+    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
+        if not file.exists():
+            raise ModelLoadFailed(f"{file}: is missing.")
+        try:
+            if file.name == "tokenizer.json":
+                Tokenizer.from_file(str(file))
+            else:
+                json.loads(file.read_text(encoding="utf-8"))
+        except Exception as error:  # tokenizers raises nothing more precise
+            raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error

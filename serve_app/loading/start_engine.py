@@ -1,0 +1,76 @@
+"""Creates the KV cache and starts the engine for a loaded model."""
+
+import logging
+from typing import TYPE_CHECKING
+
+from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.device import explained_lack_of_memory
+from serve_app.start_plan.memory import MemoryPlan
+
+if TYPE_CHECKING:
+    import torch
+
+    from serve_app.engine.engine import Engine
+    from serve_app.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+
+def start_engine(
+    settings: Settings,
+    memory: MemoryPlan,
+    model: "Mixtral",
+    device: "torch.device",
+    dtype: "torch.dtype",
+) -> tuple["Engine", list[str]]:
+    """The running engine, and notes for users. Raises `ModelLoadFailed` for a lack of memory."""
+    from serve_app.engine.engine import Engine
+    from serve_app.engine.engine_config import EngineConfig
+    from serve_app.engine.model_runner import ModelRunner
+
+    chosen = settings.engine
+    num_blocks, notes = _num_kv_blocks(memory, chosen.block_size)
+    num_tokens = num_blocks * chosen.block_size
+    what, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)
+    with explained_lack_of_memory(what, needed, device, "lower `engine.kv_cache_tokens`"):
+        sizes = (num_blocks, chosen.block_size)
+        runner = ModelRunner(model, *sizes, dtype, device, max_num_seqs=chosen.max_num_seqs)
+    notes.append(runner.note)
+    log.info("%s", runner.note)
+    engine = Engine(
+        runner,
+        EngineConfig(
+            max_model_len=memory.max_model_len,
+            max_num_seqs=chosen.max_num_seqs,
+            max_waiting=chosen.max_waiting,
+            block_size=chosen.block_size,
+            num_blocks=num_blocks,
+            max_num_batched_tokens=chosen.max_num_batched_tokens,
+            eos_token_ids=model.config.eos_token_ids,
+            retry_after_s=settings.api.retry_after_s,
+            enable_prefix_caching=chosen.enable_prefix_caching,
+        ),
+    )
+    engine.start()
+    return engine, notes
+
+
+def _num_kv_blocks(memory: MemoryPlan, block_size: int) -> tuple[int, list[str]]:
+    """Blocks of the KV cache, after the weights are on the device, and notes for users."""
+    num_tokens = memory.kv_cache_tokens
+    if num_tokens is None:
+        import torch
+
+        torch.cuda.empty_cache()  # memory that the load needed on its way
+        num_tokens = memory.fitting_kv_tokens(*torch.cuda.mem_get_info())
+    num_blocks = num_tokens // block_size
+    if num_blocks * block_size < memory.max_model_len:
+        raise ModelLoadFailed(
+            f"The KV cache holds {num_blocks * block_size} tokens, less than the context of "
+            f"{memory.max_model_len}; lower `engine.max_model_len` or raise "
+            "`engine.kv_cache_tokens`."
+        )
+    if memory.kv_cache_rule is None:
+        return num_blocks, []
+    return num_blocks, [f"KV cache of {num_tokens} tokens: {memory.kv_cache_rule}"]

@@ -1,0 +1,40 @@
+"""Chooses the device and the dtype, from the settings alone.
+
+Ray must know whether a replica needs a GPU before any process looks for one, so `auto` does not
+depend on the machine. A machine without the GPU that was chosen is refused, see `machine_fit.py`.
+"""
+
+from typing import Literal
+
+from serve_app.config.sections import ModelSettings
+
+Device = Literal["cuda", "cpu"]
+Dtype = Literal["float32", "bfloat16", "float16"]
+
+ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Bytes of one value."""
+
+
+def choose_device(model: ModelSettings) -> Device:
+    """`model.device`. auto: a GPU, except for the tiny model, for which a CPU is fast enough."""
+    if model.device == "auto":
+        return "cpu" if model.name == "tiny" else "cuda"
+    return model.device
+
+
+def choose_dtype(model: ModelSettings, device: Device) -> Dtype:
+    """`model.dtype`. auto: bfloat16 on a GPU, float32 on a CPU."""
+    if model.dtype == "auto":
+        return "float32" if device == "cpu" else "bfloat16"
+    return model.dtype
+
+
+def notes(model: ModelSettings, device: Device, dtype: Dtype) -> list[str]:
+    """What was chosen where the settings say auto, and why."""
+    chosen = []
+    if model.device == "auto":
+        rule = "the tiny model needs no GPU" if device == "cpu" else "the default"
+        chosen.append(f"device {device}: {rule}")
+    if model.dtype == "auto":
+        chosen.append(f"dtype {dtype}: the default on {device}")
+    return chosen

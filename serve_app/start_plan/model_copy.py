@@ -1,0 +1,47 @@
+"""Where the 4-bit copy of a model is, which `model.cache_dir` asks for.
+
+The folder's name contains everything that the copy depends on, so that a start with other files or
+settings finds none: of a local folder its path and its files' names, sizes and times; of a
+repository its name and `model.revision`. A branch that moves on therefore keeps its old copy; a
+`revision` that is a commit never moves. Older copies are not deleted.
+"""
+
+import hashlib
+import tempfile
+from pathlib import Path
+
+from serve_app.config.sections import ModelSettings
+from serve_app.errors import MachineUnfit
+
+
+def copy_folder(model: ModelSettings) -> Path | None:
+    """The folder of the copy, whether it exists or not; None where the settings ask for none."""
+    if model.cache_dir is None or model.quantization == "none":
+        return None
+    name, source_id = model.name.replace("/", "--"), model.name
+    if (source := Path(model.name).expanduser().resolve()).is_dir():
+        name, source_id = source.name, repr((str(source), _files(source)))
+    digest = hashlib.sha256(source_id.encode()).hexdigest()[:12]
+    parts = (name, model.revision or "main", model.quantization, model.absmax, digest)
+    return Path(model.cache_dir).expanduser() / "--".join(parts)
+
+
+def _files(folder: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of the files that a copy is made of."""
+    read = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
+    files = [(file.name, file.stat()) for file in read if file.is_file()]
+    return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
+
+
+def require_writable(folder: Path) -> None:
+    """Raises `MachineUnfit` where the copy cannot be written to `folder`."""
+    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
+    try:
+        # A real write: permissions are unreliable on network volumes and do not bind root.
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"1")
+    except OSError as error:
+        raise MachineUnfit(
+            f"`model.cache_dir`: {existing} cannot be written ({error.strerror}); name another.",
+            check="volume",
+        ) from None

@@ -1,0 +1,136 @@
+"""Makes the `StartPlan`: what a start reads, how it stores it, where it runs, how much it takes.
+
+    settings --plan_start--> StartPlan --> check, forecast, crash guard, trial, load
+
+The process that starts Ray makes the plan and hands it to the replica with the deployment. A
+replica that got none, as with `serve run`, makes its own. A plan can be pickled.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from serve_app.config.settings import Settings
+from serve_app.model.checkpoint import find
+from serve_app.model.checkpoint.checkpoint import Checkpoint, inspect
+from serve_app.model.quantization import Quantization
+from serve_app.start_plan import device as devices
+from serve_app.start_plan.device import Device, Dtype
+from serve_app.start_plan.hub import Repository, look_up
+from serve_app.start_plan.memory import MemoryPlan, plan_memory
+from serve_app.start_plan.model_copy import copy_folder
+from serve_app.tiny import CHECKPOINT
+
+
+@dataclass(frozen=True)
+class StartPlan:
+    """Everything that a start decides before it loads."""
+
+    checkpoint: Checkpoint
+    """What is loaded. While it is still on the hub: what its config.json says, without files."""
+    repository: Repository | None
+    """What must be downloaded first; None where the files are on this machine."""
+    copy_folder: Path | None
+    """Where the load writes a 4-bit copy for later starts; None where it writes none."""
+    quantization: Quantization | None
+    """How the large matrices are stored on the device; None leaves them in floats."""
+    quantize_lm_head: bool
+    asked_device: Literal["auto", "cuda", "cpu"]
+    """`model.device`, for error messages."""
+    device: Device
+    dtype: Dtype
+    memory: MemoryPlan
+    notes: tuple[str, ...]
+    """What was chosen where the settings leave it open, and why, for users."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The weight files on this machine, in the order in which the loader reads them."""
+        return list(self.checkpoint.headers)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the load turns float weights into 4 bits."""
+        return self.checkpoint.form == "float" and self.quantization is not None
+
+
+def plan_start(settings: Settings) -> StartPlan:
+    """The plan for `settings`. Reads config.json and the headers of the weight files.
+
+    Asks the hub where the checkpoint is not on this machine, and downloads config.json then. Raises
+    `ModelLoadFailed` or `ConfigError` with one sentence where the start cannot work.
+    """
+    copy = copy_folder(settings.model)
+    if (folder := find_folder(settings, copy)) is not None:
+        return plan_folder(settings, folder, copy)
+    chosen = settings.model
+    cache = find.download_cache(Path(settings.runpod.volume))
+    repository = look_up(chosen.name, chosen.revision, hf_token(settings), cache)
+    checkpoint = Checkpoint.from_config(Path(chosen.name), repository.config)
+    return _decide(settings, checkpoint, repository, copy)
+
+
+def plan_folder(settings: Settings, folder: Path, copy: Path | None) -> StartPlan:
+    """The plan for the checkpoint in `folder`, such as one that was just downloaded or converted.
+
+    `copy` is where a 4-bit copy would be written.
+    """
+    return _decide(settings, inspect(folder), None, copy)
+
+
+def find_folder(settings: Settings, copy: Path | None) -> Path | None:
+    """The folder to load from: the complete `copy`, else that of `model.name`.
+
+    None where the checkpoint must be downloaded. Raises `ModelLoadFailed` for an impossible name.
+    """
+    if copy is not None and find.is_complete(copy):
+        return copy
+    chosen = settings.model
+    if chosen.name == "tiny":
+        return CHECKPOINT
+    return find.find_local(chosen.name, chosen.revision, volume=Path(settings.runpod.volume))
+
+
+def hf_token(settings: Settings) -> str | None:
+    """The token for gated repositories."""
+    token = settings.model.hf_token
+    return token.get_secret_value() if token else None
+
+
+def _decide(
+    settings: Settings, checkpoint: Checkpoint, repository: Repository | None, copy: Path | None
+) -> StartPlan:
+    model = settings.model
+    wanted = None
+    if model.quantization != "none":
+        wanted = Quantization(model.quantization, model.absmax)
+    quantization = checkpoint.resolve_quantization(wanted, model.quantize_lm_head)
+    device = devices.choose_device(model)
+    dtype = devices.choose_dtype(model, device)
+    memory = plan_memory(
+        settings.engine, checkpoint.config, quantization, model.quantize_lm_head, device, dtype
+    )
+    notes = devices.notes(model, device, dtype)
+    if quantization is not None:
+        notes.append(_quantization_note(settings, quantization))
+    return StartPlan(
+        checkpoint=checkpoint,
+        repository=repository,
+        copy_folder=None if checkpoint.form == "fused" else copy,
+        quantization=quantization,
+        quantize_lm_head=model.quantize_lm_head,
+        asked_device=model.device,
+        device=device,
+        dtype=dtype,
+        memory=memory,
+        notes=tuple(notes),
+    )
+
+
+def _quantization_note(settings: Settings, quantization: Quantization) -> str:
+    head = settings.model.quantize_lm_head
+    parts = "experts, attention and head" if head else "experts and attention"
+    note = f"{parts} in {quantization.quant_type}, absmax {quantization.absmax}"
+    if quantization.absmax != settings.model.absmax:
+        note += ", as the checkpoint has it"
+    return note

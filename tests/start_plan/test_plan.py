@@ -1,0 +1,167 @@
+"""The plan of a start: made once, and handed over to whatever needs it."""
+
+import os
+import pickle
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.api.server import MixtralServer
+from serve_app.cold_start.check import check
+from serve_app.cold_start.cold_start import ColdStart
+from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load import load
+from serve_app.loading.load_log import LoadLog
+from serve_app.node import fitness
+from serve_app.start_plan.hub import Repository
+from serve_app.start_plan.memory import RESERVED_BYTES, kv_room_bytes
+from serve_app.start_plan.plan import StartPlan, plan_start
+from serve_app.tiny import CHECKPOINT
+
+DECISIONS = ("inspect", "find_local", "find_folder", "copy_folder", "plan_start", "choose_device")
+
+opened: Counter[str] = Counter()
+
+
+def count_open(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and isinstance(arguments[0], str | os.PathLike):
+        opened[os.path.basename(arguments[0])] += 1
+
+
+sys.addaudithook(count_open)  # cannot be removed, and only counts
+
+
+@contextmanager
+def counted_calls() -> Iterator[Counter[str]]:
+    """Counts the calls of our functions, by name, in all threads while the block runs."""
+    calls: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and "/serve_app/" in frame.f_code.co_filename:
+            calls[frame.f_code.co_name] += 1
+
+    threading.setprofile(count)
+    sys.setprofile(count)
+    try:
+        yield calls
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+
+
+def settings(name: str = "tiny", **model: Any) -> Settings:
+    return Settings(model={"name": name, "quantization": "none", **model})
+
+
+def test_one_start_decides_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check, fitness, forecast, crash guard and load share one look at the checkpoint."""
+    monkeypatch.setenv("BASE_PATH", str(tmp_path))  # where the crash guard keeps its records
+    opened.clear()
+    with counted_calls() as calls:
+        checked = check("configs/tiny-nf4.yaml")
+        for each in fitness.checks(checked.settings, None):
+            each()
+        with ColdStart(checked.settings, checked.plan).watch():
+            server = MixtralServer(checked.settings, partial(load, plan=checked.plan))
+    server.close()
+    assert {name: calls[name] for name in DECISIONS} == {
+        "inspect": 1,
+        "find_local": 0,  # the tiny model is in this package
+        "find_folder": 1,
+        "copy_folder": 1,
+        "plan_start": 1,
+        "choose_device": 2,  # by the plan, and by the fitness checks, which a plan may lack
+    }
+    assert opened["config.json"] == 1
+
+
+def test_a_replica_without_a_plan_makes_one(tmp_path: Path) -> None:
+    """As with `serve run`: one look at a checkpoint that its name finds."""
+    chosen = settings(str(CHECKPOINT), device="cpu")
+    opened.clear()
+    with counted_calls() as calls:
+        load(chosen, LoadLog()).engine.stop()
+    assert (calls["inspect"], calls["find_local"], opened["config.json"]) == (1, 1, 1)
+
+
+def test_a_plan_can_be_handed_to_another_process() -> None:
+    """It crosses Ray with the deployment, and holds no secret."""
+    plan = plan_start(Settings.from_yaml("configs/tiny-nf4.yaml"))
+    assert pickle.loads(pickle.dumps(plan)) == plan
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "dtype", "notes"),
+    [
+        ({}, "cpu", "float32", ["device cpu: the tiny model needs no GPU", "float32"]),
+        ({"device": "cuda"}, "cuda", "bfloat16", ["dtype bfloat16: the default on cuda"]),
+        ({"name": str(CHECKPOINT)}, "cuda", "bfloat16", ["device cuda: the default", "bfloat16"]),
+        ({"device": "cpu", "dtype": "bfloat16"}, "cpu", "bfloat16", []),
+    ],
+)
+def test_the_settings_decide_device_and_dtype(
+    model: dict[str, Any], device: str, dtype: str, notes: list[str]
+) -> None:
+    """Not the machine: Ray must know which replica needs a GPU. What auto chose is noted."""
+    plan = plan_start(settings(**model))
+    assert (plan.device, plan.dtype) == (device, dtype)
+    assert len(plan.notes) == len(notes)
+    assert all(words in note for words, note in zip(notes, plan.notes, strict=True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_a_gpu_that_torch_does_not_see_is_an_error(device: str) -> None:
+    """The replica does not fall back to the CPU in silence."""
+    chosen = settings(str(CHECKPOINT), device=device)
+    with pytest.raises(ModelLoadFailed, match=f"`model.device` is {device}, but torch sees no GPU"):
+        load(chosen, LoadLog())
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "utilization", "room_gb"),
+    [(50, 1.0, 50), (50, 0.9, 42), (8, 0.9, 0), (1, 0.5, -39)],
+)
+def test_the_kv_cache_takes_what_a_gpu_leaves(
+    free_gb: int, utilization: float, room_gb: int
+) -> None:
+    """Of 80 GB: free memory, less the unused share of the whole, less what activations need."""
+    gb = 10**9
+    room = kv_room_bytes(free_gb * gb, 80 * gb, utilization)
+    assert room == pytest.approx(room_gb * gb - RESERVED_BYTES, abs=1)
+
+
+def test_the_kv_cache_is_counted_in_tokens() -> None:
+    """A token of the tiny model takes 2,048 bytes in float32; where there is no room, none fits."""
+    memory = plan_start(settings(device="cuda", dtype="float32")).memory
+    assert (memory.kv_cache_tokens, memory.token_bytes) == (None, 4 * 2 * 2 * 32 * 4)
+    free = RESERVED_BYTES + 10 * memory.token_bytes
+    assert memory.fitting_kv_tokens(free + 1, 80 * 10**9) == 10
+    assert memory.fitting_kv_tokens(free - 1, 80 * 10**9) == 9
+    assert memory.fitting_kv_tokens(0, 80 * 10**9) == 0
+
+
+def test_what_has_been_downloaded_since_is_not_downloaded_again(tmp_path: Path) -> None:
+    """A replica that replaces another one has the plan from before the download."""
+    chosen = settings("o/m", device="cpu").model_copy(deep=True)
+    old = plan_start(settings())
+    repository = Repository("o/m", None, None, {}, 1, 1)
+    plan = StartPlan(**{**vars(old), "repository": repository})
+    runpod = chosen.runpod.model_copy(update={"volume": str(tmp_path)})
+    chosen = chosen.model_copy(update={"runpod": runpod})
+    folder = tmp_path / "huggingface-cache" / "hub" / "models--o--m" / "snapshots" / "abc"
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(CHECKPOINT)
+    loaded = load(chosen, LoadLog(), plan)
+    loaded.engine.stop()
+    assert loaded.vocab_size == 768

@@ -72,7 +72,7 @@ def application(
         dead; a dead process it replaces at once.
         """
 
-        def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
+        def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)

@@ -3,7 +3,7 @@
 Read `start.py` first, which puts the parts together. A job then passes
 
     poll         brings jobs
-    job_loop     runs each in a task, stops it when told so, and drains at the end
+    job_loop     runs each in a task, stops those that the platform names, and drains at the end
     in_flight    remembers it until it is answered
     job          reads its `input` as a `Call` of the HTTP API
     handler      calls the model; turns an exception into the error of a failed job

@@ -1,4 +1,4 @@
-"""Draining: how much time running jobs have after the worker was told to stop.
+"""Draining: how much time running jobs have after SIGTERM.
 
     begin ---- running jobs finish ---- cut ---- the others are refused ---- over
 

@@ -67,7 +67,7 @@ class JobLoop:
         if not self._drain.begun.is_set():
             self._drain.begin()
             num_open = len(self._jobs.open)
-            log.info("Told to stop: %d job(s) have %g s.", num_open, self._drain.limit_s)
+            log.info("Stopping: %d running job(s) have %g s.", num_open, self._drain.limit_s)
 
     async def _take(self, session: "ClientSession") -> None:
         """Polls once, when a slot is free, and starts a task for each job."""

@@ -80,12 +80,12 @@ def _text_of(chunk: Chunk) -> str | None:
         case {"token": str(text), "finished": False} if len(chunk) == 2:
             return text
         case {"choices": [{"delta": {"content": str(text), **more}} as choice]} if not more:
-            said = "delta"
+            field = "delta"
         case {"choices": [{"text": str(text)} as choice]}:
-            said = "text"
+            field = "text"
         case _:
             return None
-    has_more = any(v is not None for k, v in choice.items() if k not in ("index", said))
+    has_more = any(v is not None for k, v in choice.items() if k not in ("index", field))
     return None if has_more else text
 
 
@@ -94,5 +94,5 @@ def _with_text(chunk: Chunk, text: str) -> Chunk:
     if "token" in chunk:
         return {**chunk, "token": text}
     (choice,) = chunk["choices"]
-    said = {"text": text} if "text" in choice else {"delta": {"content": text}}
-    return {**chunk, "choices": [{**choice, **said}]}
+    changed = {"text": text} if "text" in choice else {"delta": {"content": text}}
+    return {**chunk, "choices": [{**choice, **changed}]}

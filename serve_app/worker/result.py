@@ -24,7 +24,7 @@ MAX_RUN_BYTES = 10_000_000
 MAX_SYNC_BYTES = 20_000_000
 """RunPod's limits of a result, for jobs sent to `/run` and to `/runsync`."""
 SYNC_PREFIX = "sync-"
-"""Ids of jobs sent to `/runsync` begin with this; nothing else in a job tells the two apart."""
+"""Ids of jobs sent to `/runsync` begin with this; nothing else in a job shows which it was."""
 FOLDER = "results"
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")

@@ -23,9 +23,9 @@ CPUINFO = Path("/proc/cpuinfo")
 def import_sdk() -> None:
     """Imports `runpod`, without the second that it spends on measuring the processor's clock.
 
-    Its debugger's module, unused unless told `--rp_debugger`, takes the processor's name from
+    Its debugger's module, unused without `--rp_debugger`, takes the processor's name from
     py-cpuinfo, which starts a process that counts ticks for a second. Raises `ConfigError` for a
-    log level that the SDK does not know.
+    log level that the SDK does not have.
     """
     import cpuinfo
 

@@ -62,7 +62,7 @@ def test_running_and_late_jobs_are_answered(platform: Platform, tmp_path: Path) 
         num_polls = platform.queue.num_polls
         until(lambda: platform.queue.num_polls > num_polls)
         worker.process.terminate()
-        until(lambda: "Told to stop" in worker.log)
+        until(lambda: "Stopping: " in worker.log)
         late = client.submit({"prompt": "x", "max_tokens": 2})
         assert worker.process.wait(60) == 0, worker.log
         settled(platform, worker)

@@ -22,7 +22,7 @@ def test_ctrl_c_ends_all_of_it(tmp_path: Path, line: str) -> None:
     """Ctrl-C at each stage of a start, and during a job, leaves no traceback and no process."""
     log = tmp_path / "log"
     with log.open("wb") as file:
-        # A group of its own, all of which hears of Ctrl-C, as in a terminal.
+        # A group of its own, which gets SIGINT as a whole, as in a terminal.
         process = subprocess.Popen(
             [sys.executable, str(ENTRY), "--test_input", JOB],
             env={**os.environ, "SERVE_CONFIG": str(TINY)},
@@ -40,6 +40,6 @@ def test_ctrl_c_ends_all_of_it(tmp_path: Path, line: str) -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    said = log.read_text()
-    assert said.count("Interrupted") == 1
-    assert "Traceback" not in said
+    output = log.read_text()
+    assert output.count("Interrupted") == 1
+    assert "Traceback" not in output

@@ -45,8 +45,8 @@ def client(platform: Platform, worker: Worker) -> Iterator[Client]:
 
 def health_of(client: Client) -> dict[str, Any]:
     """The output of a `/health` job."""
-    told: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
-    return told
+    output: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
+    return output
 
 
 def both_run(client: Client) -> tuple[Job, Job]:

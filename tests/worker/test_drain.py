@@ -45,9 +45,9 @@ def ended(platform: Platform, worker: Worker) -> int:
     return code
 
 
-def told_to_stop(worker: Worker) -> None:
+def send_sigterm(worker: Worker) -> None:
     worker.process.send_signal(signal.SIGTERM)
-    until(lambda: "Told to stop" in worker.log)
+    until(lambda: "Stopping: " in worker.log)
 
 
 def refusals(jobs: list[Job]) -> set[tuple[str, bool]]:
@@ -63,7 +63,7 @@ def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> 
     jobs.append(client.submit({"prompt": "mute"}))
     short = client.submit({"prompt": "800", "stream": True})
     until(lambda: worker.log.count("\ncall ") == 4)
-    told_to_stop(worker)
+    send_sigterm(worker)
     assert ended(platform, worker) == 0
     assert short.status == "COMPLETED"
     assert {job.status for job in jobs} == {"FAILED"}
@@ -79,7 +79,7 @@ def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Sta
     cancelled = jobs.pop()
     Client(platform).cancel(cancelled)
     until(lambda: "cancelled after" in worker.log)
-    told_to_stop(worker)
+    send_sigterm(worker)
     assert ended(platform, worker) == 0
     assert refusals(jobs) == {("draining", True)}
     assert cancelled.num_results == 0
@@ -91,7 +91,7 @@ def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) ->
     platform.queue.hold_s = 30
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
-    told_to_stop(worker)
+    send_sigterm(worker)
     client = Client(platform)
     with platform.paused():
         late = [client.submit({"prompt": prompt}) for prompt in ("3", "3", "3", "hold")]
@@ -110,7 +110,7 @@ def test_a_late_job_that_needs_longer_is_refused(
     platform.queue.hold_s = 30
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
-    told_to_stop(worker)
+    send_sigterm(worker)
     job = Client(platform).submit({"prompt": "mute"})
     assert ended(platform, worker) == 0
     assert refusals([job]) == {("draining", True)}
@@ -122,7 +122,7 @@ def test_an_idle_worker_ends_when_its_poll_returns(platform: Platform, start: St
     platform.queue.hold_s = 2
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
-    told_to_stop(worker)
+    send_sigterm(worker)
     assert platform.queue.num_open_polls == 1
     until(lambda: platform.queue.num_open_polls == 0)
     assert worker.process.wait(10) == 0
@@ -134,7 +134,7 @@ def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> N
     worker = start()
     job = Client(platform).submit({"prompt": "1500", "stream": True})
     until(lambda: job.chunks)
-    told_to_stop(worker)
+    send_sigterm(worker)
     for _ in range(2):
         num_chunks = len(job.chunks)
         until(lambda: len(job.chunks) > num_chunks)  # noqa: B023
@@ -162,7 +162,7 @@ def test_a_result_that_is_never_acknowledged_does_not_keep_the_worker(
     platform.faults.inject_always("job-done", 500)
     job = Client(platform).submit({"prompt": "3"})
     until(lambda: platform.faults.num_faults["job-done"])
-    told_to_stop(worker)
+    send_sigterm(worker)
     assert worker.process.wait(60) == 0
     assert f"job '{job.id}': its result could not be delivered in time" in worker.log
     until(lambda: not left_behind(worker.home))
@@ -173,7 +173,7 @@ def test_a_job_stopped_while_draining_is_dropped(platform: Platform, start: Star
     worker = start("--drain-s", "1000")
     job = Client(platform).submit({"prompt": "hold", "stream": True})
     until(lambda: job.chunks)
-    told_to_stop(worker)
+    send_sigterm(worker)
     Client(platform).cancel(job)
     assert ended(platform, worker) == 0
     assert (job.status, job.num_results) == ("CANCELLED", 0)

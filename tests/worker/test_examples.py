@@ -80,10 +80,10 @@ def test_the_progress_example(client: Client, tmp_path: Path) -> None:
     prompts = [f"What is {n} + 1?" for n in range(1, 9)] * 100
     (tmp_path / "prompts.txt").write_text("\n".join(prompts))
     lines = output_of(start(client.platform, tmp_path, "progress", str(tmp_path / "prompts.txt")))
-    told = [line for line in lines.splitlines() if " %  " in line]
-    assert told
-    assert all(line.endswith(f" of {len(prompts)} done") for line in told)
-    answers = lines.splitlines()[len(told) :]
+    updates = [line for line in lines.splitlines() if " %  " in line]
+    assert updates
+    assert all(line.endswith(f" of {len(prompts)} done") for line in updates)
+    answers = lines.splitlines()[len(updates) :]
     assert [answer.split("  ->  ")[0] for answer in answers] == prompts
     assert "What is 2 + 1?  ->  2 + 1 = 3." in answers
 

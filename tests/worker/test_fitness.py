@@ -56,9 +56,9 @@ def test_an_unfit_machine_is_reported(tmp_path: Path, fault: str) -> None:
     }
     with Platform() as platform, Worker(platform, tmp_path, SERVE_CONFIG=path, **variables) as one:
         assert one.process.wait(60) == 1
-        told = [ping for ping in platform.queue.pings if ping.get("status") == "unhealthy"]
-    assert [ping["check"] for ping in told] == [fault]
-    assert sentences[fault] in told[0]["reason"]
+        unhealthy = [ping for ping in platform.queue.pings if ping.get("status") == "unhealthy"]
+    assert [ping["check"] for ping in unhealthy] == [fault]
+    assert sentences[fault] in unhealthy[0]["reason"]
     (line,) = [line for line in one.log.splitlines() if f"Fitness check failed: {fault}" in line]
     assert sentences[fault] in line
     assert "Traceback" not in one.log

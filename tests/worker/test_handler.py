@@ -166,9 +166,9 @@ def test_the_gateway_gets_a_failure_as_an_event(handler_of: Callable[..., Handle
     """The gateway's stream ends with the error as an event, at which OpenAI's clients raise."""
     given = {"openai_input": {"stream": True, "messages": []}}
     values = run(handler_of(ModelLoadFailed("No such checkpoint.")), given)
-    told = json.loads(values[0].removeprefix("data: "))
-    assert told == json.loads(values[1]["error"])
-    assert told["error"]["code"] == "model_load_failed"
+    shown = json.loads(values[0].removeprefix("data: "))
+    assert shown == json.loads(values[1]["error"])
+    assert shown["error"]["code"] == "model_load_failed"
 
 
 def test_a_failure_that_quotes_a_lone_surrogate_is_posted(
@@ -178,8 +178,8 @@ def test_a_failure_that_quotes_a_lone_surrogate_is_posted(
     body = error_body(InvalidRequest("There is no route /\ud800."), "req-7")
     model = Model([{"status": 404, "error": body}])
     given = {"openai_route": "/\ud800", "openai_input": {"stream": True}}
-    said, error = run(handler_of(model), given)
-    assert said.startswith('data: {"error":{"message":"There is no route /')
+    last, error = run(handler_of(model), given)
+    assert last.startswith('data: {"error":{"message":"There is no route /')
     assert "no route" in error["error"]
 
 

@@ -63,7 +63,7 @@ def events_of(text: str) -> list[Any]:
     return [anonymous(json.loads(event)) for event in events if event != "[DONE]"]
 
 
-def said(events: list[Any]) -> str:
+def text_of(events: list[Any]) -> str:
     return "".join(event["choices"][0]["delta"].get("content", "") for event in events)
 
 
@@ -159,7 +159,7 @@ def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
     events = http.post("/v1/chat/completions", json=body).text
     job = client.ended({"openai_route": "/v1/chat/completions", "openai_input": body})
     one, other = events_of(events), events_of("".join(job.output))
-    assert said(one) == said(other)
+    assert text_of(one) == text_of(other)
     # The role first and the reason last, each in a chunk of its own.
     assert (one[0], one[-1]) == (other[0], other[-1])
     assert events.endswith("data: [DONE]\n\n")

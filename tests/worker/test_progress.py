@@ -16,14 +16,14 @@ def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
         started: list[float] = []
         under_way = 0
 
-        async def tell() -> None:
+        async def update() -> None:
             nonlocal under_way
             under_way += 1
             started.append(loop.time())
             await asyncio.sleep(0.01)
             under_way -= 1
 
-        result = await progress.while_waiting(asyncio.sleep(0.3, "ready"), tell, 0.1)
+        result = await progress.while_waiting(asyncio.sleep(0.3, "ready"), update, 0.1)
         assert result == "ready"
         assert under_way == 0
         assert len(started) >= 2
@@ -35,11 +35,11 @@ def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
 def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """A failed update is logged, and the job goes on."""
 
-    async def tell() -> None:
+    async def update() -> None:
         raise OSError("connection reset")
 
     async def scenario() -> str:
-        return await progress.while_waiting(asyncio.sleep(0.01, "ready"), tell, 0.1)
+        return await progress.while_waiting(asyncio.sleep(0.01, "ready"), update, 0.1)
 
     assert asyncio.run(scenario()) == "ready"
     assert "OSError" in caplog.text
@@ -48,26 +48,26 @@ def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture
 def test_a_failed_load_ends_the_wait_with_its_error() -> None:
     """The wait raises what the load raises."""
 
-    async def tell() -> None:
+    async def update() -> None:
         pass
 
     async def fail() -> None:
         raise ValueError("no checkpoint")
 
     with pytest.raises(ValueError, match="no checkpoint"):
-        asyncio.run(progress.while_waiting(fail(), tell, 0.1))
+        asyncio.run(progress.while_waiting(fail(), update, 0.1))
 
 
 @pytest.mark.parametrize("num_turns", range(1, 12))
 def test_a_job_can_be_stopped_at_any_moment(num_turns: int) -> None:
     """The wait ends when it is cancelled after any number of turns of the event loop."""
 
-    async def tell() -> None:
+    async def update() -> None:
         pass
 
     async def scenario() -> bool:
         for_ever = asyncio.Event()
-        waiting = asyncio.create_task(progress.while_waiting(for_ever.wait(), tell, 60.0))
+        waiting = asyncio.create_task(progress.while_waiting(for_ever.wait(), update, 60.0))
         for _ in range(num_turns):
             await asyncio.sleep(0)
         waiting.cancel()

@@ -54,22 +54,41 @@ def application(
     """
     from ray import serve
 
+    engine = settings.engine
+    device = choose_device(settings.model)
+    deployment = serve.deployment(
+        name=DEPLOYMENT,
+        # Above the engine's limits, so that the engine answers a full queue, with Retry-After.
+        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + SPARE_REQUESTS,
+        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if device == "cuda" else 0},
+        health_check_period_s=5,
+        health_check_timeout_s=30,
+        graceful_shutdown_timeout_s=30,
+        # A model that fails to load fails again a second later.
+        max_constructor_retry_count=1,
+    )
+    return deployment(serve.ingress(_ingress)(_replica_class(load))).bind(settings, plan)
+
+
+def _ingress() -> Any:
+    """The ASGI app. Runs on the replica, the only process that needs FastAPI."""
+    from ray import serve
+
+    from serve_app.api.ingress import create_app
+
+    # A function, because the object does not exist while the app is built.
+    return create_app(lambda: serve.get_replica_context().servable_object)
+
+
+def _replica_class(load: Load) -> type[Any]:
+    """The deployment class; `load` is pickled with it."""
     from serve_app.api.server import MixtralServer
 
-    def ingress() -> Any:
-        # Runs on the replica, the only process that needs FastAPI.
-        from ray import serve
-
-        from serve_app.api.ingress import create_app
-
-        # A function, because the object does not exist while the app is built.
-        return create_app(lambda: serve.get_replica_context().servable_object)
-
     class Replica(MixtralServer):
-        """The server, whose log lines go where Serve's do, and whose process ends with its engine.
+        """A server that logs where Serve logs, and whose process ends with its engine.
 
-        Serve would take three failed health checks, 15 s, to replace a replica whose engine is
-        dead; a dead process it replaces at once.
+        Serve takes three failed health checks, 15 s, to replace a replica whose engine is dead. It
+        replaces a dead process at once.
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
@@ -86,20 +105,7 @@ def application(
                 exit_soon()
                 raise
 
-    engine = settings.engine
-    device = choose_device(settings.model)
-    deployment = serve.deployment(
-        name=DEPLOYMENT,
-        # Above the engine's own limits, so that a full queue is answered by us, with Retry-After.
-        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + SPARE_REQUESTS,
-        ray_actor_options={"num_cpus": 1, "num_gpus": 1 if device == "cuda" else 0},
-        health_check_period_s=5,
-        health_check_timeout_s=30,
-        graceful_shutdown_timeout_s=30,
-        # A model that does not load now will not load a second later.
-        max_constructor_retry_count=1,
-    )
-    return deployment(serve.ingress(ingress)(Replica)).bind(settings, plan)
+    return Replica
 
 
 def exit_soon() -> None:

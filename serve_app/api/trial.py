@@ -1,9 +1,8 @@
-"""`python -m serve_app.check --load CONFIG`: loads the model on this machine and tries it.
+"""`mixtral-serve check --load CONFIG`: loads the model on this machine and tries it.
 
-For machines that we cannot reach: one command prints what a person wants to know and writes one
-JSON file that can be sent back. The answers go the whole road of a request, without HTTP and Ray.
-The file holds the prompts below, the answers to them and no secrets. Promises no benchmark: for
-that there is `benchmarks/`.
+For machines that the developers cannot reach: prints the facts, and writes them to one JSON file
+that can be sent back. The prompts pass the same code as requests, but not HTTP and Ray. The file
+contains the prompts below, the answers to them and no secrets. `benchmarks/` measures speed better.
 """
 
 import asyncio
@@ -40,15 +39,15 @@ PROMPTS = (
 )
 BATCHES = (1, 8, 32)
 NUM_TOKENS = 64
-"""Of each answer whose speed is measured."""
+"""Tokens of each answer whose speed is measured."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
-"""Largest relative error of a 4-bit product beside the same one in float32."""
+"""Maximum relative error of a 4-bit product, compared with the same product in float32."""
 
 
 def run(
-    settings: Settings, plan: StartPlan, out: Path, say: Callable[[str], None] = print
+    settings: Settings, plan: StartPlan, out: Path, show: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Loads, tries, says what it finds line by line, and writes it to `out` as JSON.
+    """Loads the model, tries it, calls `show` with each result, and writes all to `out` as JSON.
 
     Raises `ModelLoadFailed` where the model does not load or a product is wrong, and `ConfigError`
     where `out` cannot be written.
@@ -57,27 +56,28 @@ def run(
         raise ConfigError(f"{out}: its folder does not exist; --out must name a file in one.")
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})
-    say(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
-    report["kernels"] = check_kernels(plan, plan.quantization, say)
+    show(f"Machine: {', '.join(str(value) for value in report['machine'].values())}")
+    report["kernels"] = check_kernels(plan, plan.quantization, show)
     server = MixtralServer(settings, partial(load, plan=plan))
     try:
         if server.quantization != plan.quantization:  # the files of a download are more precise
-            report["kernels"] = check_kernels(plan, server.quantization, say)
-        report |= asyncio.run(_try(server, say))
+            report["kernels"] = check_kernels(plan, server.quantization, show)
+        report |= asyncio.run(_try(server, show))
     finally:
         server.close()
     report["vram"] = _vram()
     out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    say(f"Written to {out}.")
+    show(f"Written to {out}.")
     return report
 
 
 def check_kernels(
-    plan: StartPlan, quantization: "Quantization | None", say: Callable[[str], None]
+    plan: StartPlan, quantization: "Quantization | None", show: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Every form of a 4-bit product on this device, beside the plain float32 product.
+    """Compares every 4-bit product on this device with the float32 product.
 
-    `{"kernel", "storage", "relative_error", "tolerance"}` each; nothing where nothing is quantised.
+    Returns `{"kernel", "storage", "relative_error", "tolerance"}` for each, or an empty list where
+    nothing is quantized. Raises `ModelLoadFailed` for one that is wrong.
     """
     import torch
 
@@ -94,25 +94,25 @@ def check_kernels(
             limit = TOLERANCE[plan.dtype]
             measured = {"relative_error": error, "tolerance": limit}
             found.append({"kernel": name, "storage": storage, **measured})
-            say(f"Kernel {name}, {storage}: relative error {error:.1e}, allowed {limit:.0e}")
+            show(f"Kernel {name}, {storage}: relative error {error:.1e}, allowed {limit:.0e}")
             if not error <= limit:
                 raise ModelLoadFailed(f"Kernel {name} is wrong on this device; send the output.")
     return found
 
 
-async def _try(server: MixtralServer, say: Callable[[str], None]) -> dict[str, Any]:
+async def _try(server: MixtralServer, show: Callable[[str], None]) -> dict[str, Any]:
     health = server.health()
     for part, num_bytes in health["memory"].items():
-        say(f"{part:>10}: {num_bytes:>15,} bytes")
+        show(f"{part:>10}: {num_bytes:>15,} bytes")
     answers = []
     for prompt in PROMPTS:
         answer = await _answer(server, prompt)
         answers.append({"prompt": prompt, "text": answer["text"]})
-        say(f"{prompt} -> {answer['text']}")
+        show(f"{prompt} -> {answer['text']}")
     speeds = {}
     for size in (size for size in BATCHES if size <= server.settings.engine.max_num_seqs):
         speeds[str(size)] = await _tokens_per_s(server, size)
-        say(f"Batch {size}: {speeds[str(size)]:.1f} tokens/s")
+        show(f"Batch {size}: {speeds[str(size)]:.1f} tokens/s")
     kept = ("memory", "load", "notes")
     return {
         **{key: health[key] for key in kept},
@@ -122,7 +122,7 @@ async def _try(server: MixtralServer, say: Callable[[str], None]) -> dict[str, A
 
 
 async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
-    """A chat's answer, or, of a model without a chat template, a continuation."""
+    """The answer to a chat, or the completion of a model without a chat template."""
     body = {"prompt": prompt, "temperature": 0}
     try:
         return await _ask(server, "/prompt", body)
@@ -132,11 +132,11 @@ async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
 
 
 async def _tokens_per_s(server: MixtralServer, size: int) -> float:
-    """Of `size` answers at once, prompts included."""
+    """Tokens per second of `size` answers at once; the time includes their prompts."""
     body = {"prompt": PROMPTS[0], "ignore_eos": True, "temperature": 0}
-    began = time.perf_counter()
+    started = time.perf_counter()
     await asyncio.gather(*(_ask(server, "/v1/completions", body) for _ in range(size)))
-    return size * NUM_TOKENS / (time.perf_counter() - began)
+    return size * NUM_TOKENS / (time.perf_counter() - started)
 
 
 async def _ask(server: MixtralServer, path: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _machine() -> dict[str, str]:
 
 
 def _vram() -> dict[str, int] | None:
-    """Bytes on the GPU: the most that torch held, what is free, and all of it."""
+    """Bytes on the GPU: the maximum that torch held, free and total; None without a GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -25,20 +25,20 @@ def open_device(plan: StartPlan) -> "torch.device":
     return torch.device(plan.device)
 
 
-def set_threads(num_threads: int | None) -> str | None:
+def set_threads(num_threads: int | None) -> list[str]:
     """Sets the compute threads of a CPU; None leaves one core to the sockets.
 
-    Returns a note for users where the number was chosen here.
+    Returns notes for users: one where the number was chosen here.
     """
     import torch
 
-    note = None
+    notes = []
     if num_threads is None:
         num_cores = len(os.sched_getaffinity(0))
         num_threads = max(1, num_cores - 1)
-        note = f"{num_threads} compute threads: {num_cores} cores, one left to the sockets"
+        notes = [f"{num_threads} compute threads: {num_cores} cores, one left to the sockets"]
     torch.set_num_threads(num_threads)
-    return note
+    return notes
 
 
 @contextmanager

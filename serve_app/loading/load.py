@@ -69,21 +69,13 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
     with load_log.phase(Phase.DEVICE):  # the first import of torch takes seconds
         import torch
 
-        from serve_app.loading import warm_up
         from serve_app.model.checkpoint import loader
     with load_log.phase(Phase.RESOLVE):
         plan = _current_plan(settings, plan)
         device, notes = open_device(plan), list(plan.notes)
-        if device.type == "cpu" and (note := set_threads(settings.engine.num_threads)) is not None:
-            notes.append(note)
-    if plan.repository is not None:
-        with load_log.phase(Phase.DOWNLOAD):
-            plan = _download(settings, plan, partial(load_log.progress, Phase.DOWNLOAD))
-    if plan.copy_folder is not None:
-        with load_log.phase(Phase.COPY):
-            progress = partial(load_log.progress, Phase.COPY)
-            plan, note = _write_copy(settings, plan, plan.copy_folder, progress)
-            notes.append(note)
+        if device.type == "cpu":
+            notes += set_threads(settings.engine.num_threads)
+    plan = _fetch_files(settings, plan, load_log, notes)
     # Before the weights, so that a broken tokenizer fails at once. A thread for it saves no time:
     # it would hold the interpreter lock, which reading the weights needs too.
     with load_log.phase(Phase.TOKENIZER):
@@ -92,14 +84,8 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
     reading = Phase.READ_AND_QUANTIZE if plan.quantizes else Phase.READ
     with load_log.phase(reading):
         model = _load_model(plan, device, dtype, partial(load_log.progress, reading))
-    with load_log.phase(Phase.WARM_UP):
-        engine, engine_notes = start_engine(settings, plan.memory, model, device, dtype)
-        with _stopped_on_failure(engine):
-            warm_up.fill_a_step(engine, model.config.vocab_size, free_device_bytes(device))
-    with load_log.phase(Phase.FIRST_TOKEN), _stopped_on_failure(engine):
-        warm_up.first_token(engine, tokenizer.encode("Hello"), free_device_bytes(device))
+    engine = _warm_engine(settings, plan, model, tokenizer, device, load_log, notes)
     load_log.ready()
-    notes += engine_notes
     for note in notes:
         log.info("load: %s", note)
     kv_tokens = engine.config.num_blocks * engine.config.block_size
@@ -130,13 +116,24 @@ def _current_plan(settings: Settings, plan: StartPlan | None) -> StartPlan:
         raise ModelLoadFailed(str(error)) from None
 
 
-def _download(
-    settings: Settings, plan: StartPlan, progress: Callable[[float, int], None]
+def _fetch_files(
+    settings: Settings, plan: StartPlan, load_log: LoadLog, notes: list[str]
 ) -> StartPlan:
-    """Downloads the checkpoint; returns the plan for its files."""
-    assert plan.repository is not None
-    folder = download(plan.repository, hf_token(settings), progress)
-    return plan_folder(settings, folder, plan.copy_folder)
+    """Downloads the checkpoint and writes the 4-bit copy, as far as `plan` says so.
+
+    Returns the plan for the files that are loaded.
+    """
+    if plan.repository is not None:
+        with load_log.phase(Phase.DOWNLOAD):
+            progress = partial(load_log.progress, Phase.DOWNLOAD)
+            folder = download(plan.repository, hf_token(settings), progress)
+            plan = plan_folder(settings, folder, plan.copy_folder)
+    if plan.copy_folder is not None:
+        with load_log.phase(Phase.COPY):
+            copied = partial(load_log.progress, Phase.COPY)
+            plan, note = _write_copy(settings, plan, plan.copy_folder, copied)
+            notes.append(note)
+    return plan
 
 
 def _write_copy(
@@ -199,6 +196,28 @@ def _load_model(
             quantize_lm_head=plan.quantize_lm_head,
             progress=progress,
         )
+
+
+def _warm_engine(
+    settings: Settings,
+    plan: StartPlan,
+    model: "Mixtral",
+    tokenizer: Tokenizer,
+    device: "torch.device",
+    load_log: LoadLog,
+    notes: list[str],
+) -> "Engine":
+    """The running engine, after its first prompts."""
+    from serve_app.loading import warm_up
+
+    with load_log.phase(Phase.WARM_UP):
+        engine, engine_notes = start_engine(settings, plan, model, device)
+        notes += engine_notes
+        with _stopped_on_failure(engine):
+            warm_up.fill_a_step(engine, model.config.vocab_size, free_device_bytes(device))
+    with load_log.phase(Phase.FIRST_TOKEN), _stopped_on_failure(engine):
+        warm_up.first_token(engine, tokenizer.encode("Hello"), free_device_bytes(device))
+    return engine
 
 
 @contextmanager

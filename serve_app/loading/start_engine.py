@@ -7,6 +7,7 @@ from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.device import explained_lack_of_memory
 from serve_app.start_plan.memory import MemoryPlan
+from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     import torch
@@ -18,18 +19,17 @@ log = logging.getLogger(__name__)
 
 
 def start_engine(
-    settings: Settings,
-    memory: MemoryPlan,
-    model: "Mixtral",
-    device: "torch.device",
-    dtype: "torch.dtype",
+    settings: Settings, plan: StartPlan, model: "Mixtral", device: "torch.device"
 ) -> tuple["Engine", list[str]]:
     """The running engine, and notes for users. Raises `ModelLoadFailed` for a lack of memory."""
+    import torch
+
     from serve_app.engine.engine import Engine
     from serve_app.engine.engine_config import EngineConfig
     from serve_app.engine.model_runner import ModelRunner
 
-    chosen = settings.engine
+    chosen, memory = settings.engine, plan.memory
+    dtype: torch.dtype = getattr(torch, plan.dtype)
     num_blocks, notes = _num_kv_blocks(memory, chosen.block_size)
     num_tokens = num_blocks * chosen.block_size
     what, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)

@@ -1,7 +1,7 @@
-"""The first prompts of a new engine, run before anybody waits for one.
+"""Runs the first prompts of a new engine, before any request.
 
-They make the device do for the first time what it does for every request, so that no user pays
-for it, and fill one whole step, so that what does not fit is known at the load. Knows no text.
+The first step of each kind compiles kernels and allocates memory, so no request pays for that. The
+first prompt fills one whole step, so a lack of memory shows during the load.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
 
 def fill_a_step(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
-    """A prompt as long as one step takes, and two tokens after it.
+    """Runs a prompt that fills one step, and two decode steps.
 
-    `free_bytes` is what the device has left. Raises `ModelLoadFailed` where it is not enough, or
-    where the device computes nonsense.
+    `free_bytes` is the device's free memory, for the error. Raises `ModelLoadFailed` where the
+    memory is not enough, or the engine fails.
     """
     num_tokens = min(engine.config.max_num_batched_tokens, engine.config.max_model_len - 2)
     _run(engine, [i % vocab_size for i in range(num_tokens)], 2, free_bytes)
 
 
 def first_token(engine: "Engine", prompt_ids: list[int], free_bytes: int) -> None:
-    """A short prompt up to its first token; raises as `fill_a_step`."""
+    """Runs a short prompt up to its first token; raises as `fill_a_step`."""
     _run(engine, prompt_ids, 1, free_bytes)
 
 
@@ -37,7 +37,7 @@ def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int, free_bytes: i
         async for _ in engine.generate(prompt_ids, params):
             pass
 
-    # A thread of its own: a constructor may run inside somebody's event loop.
+    # In a thread, because a constructor may run inside an event loop.
     with ThreadPoolExecutor(max_workers=1) as thread:
         try:
             thread.submit(lambda: asyncio.run(generate())).result()

@@ -1,8 +1,9 @@
-"""Whether this machine can serve the model: the checks before it takes jobs or requests.
+"""Checks whether this machine can serve the model, before it takes jobs or requests.
 
-What another machine may do better belongs here: a failing check reports the worker as unhealthy
-and ends it with code 1 (SDK: `register_fitness_check`). What is wrong with the model or its name is
-for the jobs to hear. Every check is cheap, imports no torch, and says in one sentence what to do.
+These checks are about the machine: one that fails reports the worker as unhealthy and ends it with
+code 1 (SDK: `register_fitness_check`), so that another machine is tried. What is wrong with the
+model or its name fails the jobs instead. Every check takes milliseconds, imports no torch, and
+raises `MachineUnfit` with one sentence that says what to do.
 """
 
 import logging
@@ -26,11 +27,11 @@ Check = Callable[[], None]
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = Path("/tmp")
 SCRATCH_BYTES = 1_000_000_000
-"""What Ray's session and its logs may take."""
+"""Bytes that Ray's session and its logs may take."""
 
 
 def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
-    """All of them; `failure` is what the check found wrong, if anything."""
+    """All checks; `failure` is what `cold_start.check` found wrong, if anything."""
     device = choose_device(settings.model)
 
     def gpu_driver() -> None:
@@ -53,12 +54,12 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
             raise failure
 
     if isinstance(failure, MachineUnfit):
-        found.__name__ = failure.check  # what the platform is told
+        found.__name__ = failure.check  # the name that the platform shows
     return [gpu_driver, memory, shared_memory, disk, model_folder, found]
 
 
 def first_problem(wanted: list[Check]) -> MachineUnfit | None:
-    """What the first failing check says, without ending the worker."""
+    """The error of the first check that fails, or None."""
     for check in wanted:
         try:
             check()

@@ -1,0 +1,49 @@
+"""The device of a load, and how a lack of memory on it is explained."""
+
+import os
+
+import pytest
+import torch
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.device import explained_lack_of_memory, set_threads
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("error", "num_bytes"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory."), 1),
+        (MemoryError(), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate"), 10**15),
+    ],
+)
+def test_a_lack_of_memory_is_one_sentence(error: Exception, num_bytes: int) -> None:
+    """It has what is needed and what was free; torch's own error for a CPU is a RuntimeError."""
+    sentence = r"no memory for the weights: [\d.]+ GB are needed and [\d.]+ GB of main memory were"
+    with (
+        pytest.raises(ModelLoadFailed, match=sentence),
+        explained_lack_of_memory("the weights", num_bytes, CPU, "take more"),
+    ):
+        raise error
+
+
+def test_another_error_is_not_a_lack_of_memory() -> None:
+    """The words of an error do not decide, and what fits is not short of memory."""
+    with (
+        pytest.raises(RuntimeError, match="shared memory"),
+        explained_lack_of_memory("the weights", 1, CPU, "take more"),
+    ):
+        raise RuntimeError("a file in shared memory is broken")
+
+
+def test_one_core_is_left_to_the_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default number of threads, at least one, is noted; a chosen number is not."""
+    numbers: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", numbers.append)
+    for cores in (8, 1):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)))
+        assert set_threads(None)[0].startswith(f"{numbers[-1]} compute threads: {cores} cores")
+    assert set_threads(3) == []
+    assert numbers == [7, 1, 3]

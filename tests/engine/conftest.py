@@ -1,4 +1,4 @@
-"""One compute thread, because the machine is shared; a random Mixtral beside transformers'."""
+"""One compute thread for all tests here, and a random Mixtral with its transformers twin."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""A runner with prescribed logits and the real sampler, and a way to drive an engine with it."""
+"""FakeRunner: prescribed logits and the real sampler; helpers that run requests on an engine."""
 
 import asyncio
 import random
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def logits_of(token_ids: list[int]) -> Tensor:
-    """`[vocab]`: arbitrary, but a function of the tokens so far alone."""
+    """Logits `[vocab]`: arbitrary, but a function of the tokens so far alone."""
     generator = torch.Generator().manual_seed(random.Random(str(token_ids)).getrandbits(62))
     return torch.randn(VOCAB_SIZE, generator=generator) * 2
 
@@ -74,7 +74,7 @@ class FakeRunner:
         self._allowed.release()
 
     async def entered(self, num_steps: int) -> None:
-        """Waits for so many more launches. Requests sent then are taken after the last of them."""
+        """Waits for `num_steps` more launches. Requests sent then are taken after the last one."""
         for _ in range(num_steps):
             await asyncio.to_thread(self._entered.acquire)
 
@@ -108,7 +108,7 @@ def config(**changes: Any) -> EngineConfig:
 
 @contextmanager
 def running(runner: Runner, **changes: Any) -> Iterator[Engine]:
-    """A started engine, stopped in the end."""
+    """Starts an engine, and stops it at the end of the block."""
     engine = Engine(runner, config(**changes))
     engine.start()
     try:
@@ -120,14 +120,15 @@ def running(runner: Runner, **changes: Any) -> Iterator[Engine]:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` that fails rather than hangs."""
+    """`asyncio.run` with a time limit, so that a hanging test fails."""
     return asyncio.run(asyncio.wait_for(coroutine, timeout=60))
 
 
 async def complete(
     engine: Engine, prompt_ids: list[int], params: SamplingParams
 ) -> tuple[list[int], str, list[TokenLogprob]]:
-    """Tokens, finish reason and logprobs of a whole request; asserts that it ends once."""
+    """Runs a request to its end; returns tokens, finish reason and logprobs, and asserts that it
+    ends once."""
     deltas = [delta async for delta in engine.generate(prompt_ids, params)]
     return joined(deltas)
 
@@ -151,7 +152,7 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 async def start(
     engine: Engine, runner: FakeRunner, params: SamplingParams
 ) -> tuple[AsyncGenerator[Delta, None], Delta]:
-    """A request and its first delta. The runner is held in the launch of the next step."""
+    """Starts a request; returns it with its first delta. The runner is held in the next launch."""
     request = engine.generate([1, 2], params)
     runner.allow(1)
     first = await anext(request)

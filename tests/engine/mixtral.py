@@ -1,7 +1,7 @@
-"""Our Mixtral in float32 in an engine, and how its answers are compared.
+"""Our Mixtral in float32 in an engine, and the comparison of its answers.
 
-Tokens may differ only where the two best logits lie within 1e-4: different shapes of the same
-product round differently. Each comparison counts how often that excuse was needed.
+Two answers may differ only where the two best logits lie within 1e-4: products of different shapes
+round differently. Each comparison counts these near ties and limits their number.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ NEAR = 1e-4
 
 @dataclass(frozen=True)
 class Pair:
-    """Our model, and transformers' with the same random weights."""
+    """Our model, and transformers' model with the same random weights."""
 
     ours: Mixtral
     oracle: Any
@@ -65,7 +65,7 @@ def serving(
 
 @contextmanager
 def poisoned(model: Mixtral, token: int) -> Iterator[None]:
-    """While this lasts, whoever says `token` computes NaN."""
+    """Inside the block, `token` has an embedding of NaN."""
     row = model.embedding.data[token]
     before = row.clone()
     row.fill_(torch.nan)
@@ -96,7 +96,7 @@ def answers(engine: Engine, some: list[list[int]], params: SamplingParams) -> li
 
 
 def count_near_ties(oracle: Any, prompt: list[int], one: list[int], other: list[int]) -> int:
-    """0 for equal answers, 1 for those that part where the two best logits nearly tie."""
+    """0 for equal answers; 1 for answers that first differ where the two best logits nearly tie."""
     if one == other:
         return 0
     assert len(one) == len(other)
@@ -109,7 +109,7 @@ def count_near_ties(oracle: Any, prompt: list[int], one: list[int], other: list[
 
 
 def assert_same(pair: Pair, some: list[list[int]], one: list[Any], other: list[Any]) -> None:
-    """Equal but for near ties, of which there may be one in a thousand tokens."""
+    """Asserts equal answers, with at most one near tie in a thousand tokens."""
     near_ties = sum(
         count_near_ties(pair.oracle, *case) for case in zip(some, one, other, strict=True)
     )

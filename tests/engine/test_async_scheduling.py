@@ -1,4 +1,4 @@
-"""Steps that start before the last one's tokens are known give everyone the same tokens."""
+"""Async scheduling: steps launched before the last one's tokens are known give the same tokens."""
 
 import asyncio
 import random
@@ -30,20 +30,20 @@ from tests.engine.mixtral import (
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by one with each step whose tokens came from the step before, on the device."""
+    """A list that grows by one with each step that takes the last step's tokens on the device."""
     steps: list[int] = []
     feed = ModelRunner._feed
 
-    def spy(self: ModelRunner, chunks: Any, token_ids: Any) -> None:
-        steps.append(len(chunks))
-        feed(self, chunks, token_ids)
+    def spy(self: ModelRunner, scheduled: Any, token_ids: Any) -> None:
+        steps.append(len(scheduled))
+        feed(self, scheduled, token_ids)
 
     monkeypatch.setattr(ModelRunner, "_feed", spy)
     return steps
 
 
 def requests(penalised: bool) -> list[tuple[list[int], SamplingParams]]:
-    """Of every kind, with answers of every length, from one token on."""
+    """Requests of every kind, with answers of every length from one token on."""
     rng = random.Random(5)
     made = []
     for i, prompt in enumerate(prompts(28, seed=6)):
@@ -83,7 +83,7 @@ def test_on_a_cpu_a_token_is_delivered_before_the_next_step_begins(
 
 @pytest.mark.parametrize("penalised", [False, True])
 def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalised: bool) -> None:
-    """Tokens, logprobs and reasons, for those that stop, too; penalties wait for their tokens."""
+    """Tokens, logprobs and finish reasons are the same with overlapping steps and without."""
     asked = requests(penalised)
     with serving(pair.ours, can_overlap_steps=False) as engine:
         expected = together(engine, asked)
@@ -102,7 +102,7 @@ def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalis
 
 @pytest.mark.parametrize("num_blocks", [512, 60])
 def test_preemption_and_shared_prefixes(pair: Pair, fed: list[int], num_blocks: int) -> None:
-    """A sequence that is put back while its token is under way, and blocks that others share."""
+    """Answers stay the same when sequences are preempted in flight, and when they share blocks."""
     system = prompts(1, seed=1, longest=1)[0] * 21
     some = [system + more for more in prompts(24, seed=2, longest=9)]
     with serving(pair.ours, enable_prefix_caching=False) as engine:
@@ -117,8 +117,8 @@ def test_preemption_and_shared_prefixes(pair: Pair, fed: list[int], num_blocks: 
     assert_same(pair, some, second, expected)
 
 
-def test_who_leaves_in_a_step_that_has_begun_spoils_nothing(pair: Pair) -> None:
-    """Its token is dropped, and its blocks serve the next ones, whose tokens are their own."""
+def test_an_abort_in_flight_leaves_the_others_alone(pair: Pair) -> None:
+    """The aborted token is dropped, and the next owners of the blocks have their own answers."""
     some = prompts(12, seed=8)
     with serving(pair.ours) as engine:
         expected = answers(engine, some, greedy())
@@ -129,13 +129,14 @@ def test_who_leaves_in_a_step_that_has_begun_spoils_nothing(pair: Pair) -> None:
             await anext(request)
         await request.aclose()
 
-    async def crowd(engine: Engine) -> list[Any]:
+    async def run_all(engine: Engine) -> list[Any]:
+        """12 requests that run to their end, beside 36 that leave after a few deltas."""
         leaving = [leave(engine, prompt, 1 + i % 3) for i, prompt in enumerate(some[::-1] * 3)]
         staying = [complete(engine, prompt, greedy()) for prompt in some]
         return (await asyncio.gather(*staying, *leaving))[: len(some)]
 
     with serving(pair.ours, num_blocks=200, can_overlap_steps=True) as engine:
-        found = [tokens for tokens, _, _ in run(crowd(engine))]
+        found = [tokens for tokens, _, _ in run(run_all(engine))]
         again = answers(engine, some, greedy())
         assert engine.stats().num_used_blocks == 0
     assert_same(pair, some, found, expected)
@@ -143,7 +144,7 @@ def test_who_leaves_in_a_step_that_has_begun_spoils_nothing(pair: Pair) -> None:
 
 
 def test_a_nan_costs_its_request_alone(pair: Pair) -> None:
-    """Found when the next step has begun: its blocks are cleared before others get them."""
+    """A NaN is found when the next step is in flight; its request fails and the others do not."""
     some = prompts(6, seed=9)
     with serving(pair.ours) as engine:
         expected = answers(engine, some, greedy())

@@ -1,4 +1,4 @@
-"""What a request gets depends on itself alone: among strangers, and after preemptions."""
+"""An answer depends on its own request alone: not on the batch, and not on preemptions."""
 
 import asyncio
 import random
@@ -11,8 +11,8 @@ from tests.engine.fake import VOCAB_SIZE, FakeRunner, complete, run, running
 Request = tuple[list[int], SamplingParams]
 
 
-def strangers(count: int, seed: int) -> list[Request]:
-    """Requests of every kind, each with parameters of its own."""
+def random_requests(count: int, seed: int) -> list[Request]:
+    """Requests with random prompts and random parameters of every kind."""
     rng = random.Random(seed)
 
     def params() -> SamplingParams:
@@ -47,9 +47,9 @@ async def all_at_once(engine: Any, requests: list[Request]) -> list[Any]:
     return await asyncio.gather(*(complete(engine, *request) for request in requests))
 
 
-def test_every_request_is_exactly_the_same_among_32_strangers() -> None:
+def test_every_request_is_exactly_the_same_in_a_batch_of_32() -> None:
     """Tokens, reasons and log probabilities of 32 requests together are those of each alone."""
-    requests = strangers(32, seed=1)
+    requests = random_requests(32, seed=1)
     with running(FakeRunner(), max_num_seqs=32) as engine:
         alone = run(one_by_one(engine, requests))
         assert engine.stats().num_preemptions == 0
@@ -57,10 +57,10 @@ def test_every_request_is_exactly_the_same_among_32_strangers() -> None:
 
 
 def test_preemptions_change_nothing() -> None:
-    """With too few blocks, requests are preempted again and again, and nobody can tell."""
+    """With too few blocks, requests are preempted many times and get the same tokens."""
     requests = [
         (prompt, replace(params, max_tokens=40, ignore_eos=True, stop_token_ids=frozenset()))
-        for prompt, params in strangers(32, seed=2)
+        for prompt, params in random_requests(32, seed=2)
     ]
     with running(FakeRunner(), max_num_seqs=32) as engine:
         alone = run(one_by_one(engine, requests))
@@ -71,15 +71,15 @@ def test_preemptions_change_nothing() -> None:
 
 
 def test_a_seed_repeats_and_its_absence_does_not() -> None:
-    """The same seed gives the same tokens in other company; without one, requests differ."""
+    """The same seed gives the same tokens in another batch; without a seed, requests differ."""
     params = SamplingParams(max_tokens=24, temperature=1.5, ignore_eos=True)
     seeded = ([1, 2], replace(params, seed=11))
     other = ([1, 2], replace(params, seed=12))
     unseeded = ([1, 2], params)
     with running(FakeRunner(), max_num_seqs=32) as engine:
         (alone,) = run(all_at_once(engine, [seeded]))
-        company = [*strangers(10, seed=3), seeded, other, *strangers(5, seed=4), seeded]
-        found = run(all_at_once(engine, company))
+        batch = [*random_requests(10, seed=3), seeded, other, *random_requests(5, seed=4), seeded]
+        found = run(all_at_once(engine, batch))
         assert found[10] == found[17] == alone
         assert found[11] != alone
         first, second = run(all_at_once(engine, [unseeded, unseeded]))

@@ -1,4 +1,4 @@
-"""The block allocator."""
+"""The block manager: ownership of KV blocks."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +13,7 @@ OPERATIONS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 40)), max_size
 def test_a_block_has_one_owner_and_comes_back(
     num_blocks: int, block_size: int, operations: list[tuple[int, int]]
 ) -> None:
-    """Through any growing and freeing, no block is owned twice and none is lost."""
+    """After any sequence of allocating and freeing, no block has two owners and none is lost."""
     blocks = BlockManager(num_blocks, block_size)
     tables: list[list[int]] = [[] for _ in range(5)]
     for index, num_tokens in operations:

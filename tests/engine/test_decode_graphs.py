@@ -1,6 +1,6 @@
-"""Decode steps of fixed sizes from fixed places give everyone what other steps give.
+"""Decode steps of fixed batch sizes give the same answers as steps of any size.
 
-Not captured here, for want of a GPU: the same code runs at every step.
+Nothing is captured here, because there is no GPU; the same code runs at every step.
 """
 
 import pytest
@@ -26,8 +26,8 @@ from tests.engine.test_async_scheduling import requests
 CPU = torch.device("cpu")
 
 
-class ByModel:
-    """The step of a runner's model, for the rows that are somebody's; NaN for the others."""
+class ModelStep:
+    """A decode step by the model in torch; its logits are NaN for padding rows."""
 
     def __init__(self, runner: ModelRunner) -> None:
         self._model, self._cache = runner.model, runner.cache
@@ -51,11 +51,11 @@ class ByModel:
         return out
 
 
-class Prepared:
+class WithGraphs:
     """Gives a runner decode steps of fixed sizes."""
 
     def __call__(self, runner: ModelRunner) -> None:
-        self.step = ByModel(runner)
+        self.step = ModelStep(runner)
         max_blocks = runner.cache.num_blocks
         graphs = DecodeGraphs.of(self.step, 32, max_blocks, BLOCK_SIZE, CPU)
         assert isinstance(graphs, DecodeGraphs)
@@ -64,8 +64,8 @@ class Prepared:
 
 @pytest.mark.parametrize("can_overlap_steps", [False, True])
 def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool) -> None:
-    """Greedy or not, with tokens fed from step to step or from the host, in batches that shrink."""
-    asked, prepared = requests(penalised=True), Prepared()
+    """Tokens are the same for any parameters, overlapping or not, in batches that shrink."""
+    asked, prepared = requests(penalised=True), WithGraphs()
     with serving(pair.ours) as engine:
         expected = [answer[:2] for answer in together(engine, asked)]
     with serving(pair.ours, can_overlap_steps=can_overlap_steps, prepare=prepared) as engine:
@@ -75,12 +75,12 @@ def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool
 
 @pytest.mark.parametrize("num_blocks", [512, 60])
 def test_blocks_that_come_and_go(pair: Pair, num_blocks: int) -> None:
-    """Tables that grow, shrink and change owners, with preemptions and shared prefixes."""
+    """Answers stay the same with block tables that grow, shrink and change owners."""
     some = [prompt * 2 for prompt in prompts(24, seed=2, longest=9)]
     with serving(pair.ours, enable_prefix_caching=False) as engine:
         expected = answers(engine, some, greedy())
     with serving(
-        pair.ours, num_blocks=num_blocks, can_overlap_steps=True, prepare=Prepared()
+        pair.ours, num_blocks=num_blocks, can_overlap_steps=True, prepare=WithGraphs()
     ) as engine:
         found = [answers(engine, some, greedy()) for _ in range(2)]
         assert (engine.stats().num_preemptions > 0) == (num_blocks == 60)
@@ -88,8 +88,8 @@ def test_blocks_that_come_and_go(pair: Pair, num_blocks: int) -> None:
         assert_same(pair, some, answer, expected)
 
 
-def test_a_capture_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In words for `/health`, and with its traceback in the log; the engine runs all the same."""
+def test_a_failed_capture_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reason is a sentence for `/health`, the traceback is logged, and the engine runs."""
 
     def fail(graphs: DecodeGraphs) -> None:
         raise RuntimeError("operation not permitted when stream is capturing")
@@ -99,8 +99,8 @@ def test_a_capture_that_fails_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(reason).startswith("capturing it failed (RuntimeError: operation not permitted")
 
 
-def test_sizes_reach_what_may_run() -> None:
-    """The last one holds the largest batch, and small batches have small sizes."""
+def test_capture_sizes_reach_the_largest_batch() -> None:
+    """The last size holds the largest batch, and small batches have small sizes."""
     assert capture_sizes(1) == [1]
     assert capture_sizes(9) == [1, 2, 4, 8, 16]
     assert capture_sizes(300)[-3:] == [192, 256, 320]

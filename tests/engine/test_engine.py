@@ -1,4 +1,4 @@
-"""The engine with prescribed logits: what a consumer sees, and what becomes of its blocks."""
+"""The engine with prescribed logits: what a consumer gets, and when KV blocks are freed."""
 
 import asyncio
 from threading import Thread
@@ -50,10 +50,10 @@ from tests.engine.fake import (
         ([1] * 32, {}, ContextLengthExceeded, None),  # 41 tokens in ten blocks of four
     ],
 )
-def test_what_can_never_run_is_refused_up_front(
+def test_a_request_that_can_never_run_is_refused(
     prompt: list[int], params: dict[str, Any], error: type[InvalidRequest], param: str | None
 ) -> None:
-    """The first iteration raises, naming the field, and nothing is started."""
+    """The first iteration raises an error that names the field, and no step runs."""
     runner = FakeRunner()
     num_blocks = 10 if len(prompt) == 32 else 128
     with running(runner, num_blocks=num_blocks) as engine:
@@ -65,14 +65,14 @@ def test_what_can_never_run_is_refused_up_front(
 
 
 def test_the_longest_request_that_can_run_runs() -> None:
-    """Prompt and max_tokens may fill the context, and the cache but for the last token."""
+    """Prompt and max_tokens may fill the context, and the KV cache except for the last token."""
     with running(FakeRunner(), max_model_len=41, num_blocks=10) as engine:
         tokens, reason, _ = run(complete(engine, [1] * 31, greedy(10, ignore_eos=True)))
     assert (len(tokens), reason) == (10, "length")
 
 
 def test_more_running_sequences_than_step_tokens_are_refused() -> None:
-    """Such a configuration would stall streams, so it cannot be made."""
+    """EngineConfig refuses max_num_seqs above max_num_batched_tokens."""
     with pytest.raises(ValueError, match="max_num_batched_tokens"):
         config(max_num_seqs=33, max_num_batched_tokens=32)
 
@@ -94,22 +94,23 @@ def test_more_running_sequences_than_step_tokens_are_refused() -> None:
 def test_stop_tokens_end_a_request_and_are_not_returned(
     how: dict[str, Any], expected: tuple[list[int], str]
 ) -> None:
-    """They end it with "stop", unless ignored or too early; max_tokens ends it with "length"."""
+    """A stop token ends with "stop", unless ignored or before min_tokens; max_tokens gives
+    "length"."""
     with running(FakeRunner(repeat(7, 8))) as engine:
         tokens, reason, _ = run(complete(engine, [1], greedy(5, **how)))
     assert (tokens, reason) == expected
 
 
 def test_logprobs_come_with_their_tokens() -> None:
-    """One for each returned token and none for the stop token."""
+    """Each returned token has a logprob, and the stop token has none."""
     with running(FakeRunner(repeat(7, 8))) as engine:
         tokens, _, logprobs = run(complete(engine, [1], greedy(5, logprobs=2)))
     assert [logprob.token_id for logprob in logprobs] == tokens == [7, 8]
     assert all(len(logprob.top) == 2 for logprob in logprobs)
 
 
-def test_a_consumer_gets_everything_since_it_last_looked() -> None:
-    """Tokens of many steps come as one delta, the terminal one, when nobody looked meanwhile."""
+def test_a_slow_consumer_gets_one_delta() -> None:
+    """Tokens of many steps come as one delta, the last one, to a consumer that did not read."""
     runner = FakeRunner(is_held=True)
 
     async def look_late() -> list[Delta]:
@@ -127,7 +128,7 @@ def test_a_consumer_gets_everything_since_it_last_looked() -> None:
 
 
 def test_a_step_wakes_the_event_loop_once() -> None:
-    """Eight streams of ten tokens cost as many callbacks as steps, not one for each token."""
+    """Eight streams of ten tokens cost at most one callback per step, not one per token."""
     runner = FakeRunner(is_held=True)
 
     async def count() -> int:
@@ -154,7 +155,7 @@ def test_a_step_wakes_the_event_loop_once() -> None:
 
 
 def test_requests_of_several_event_loops_run_together() -> None:
-    """Three threads with a loop each get what one loop gets."""
+    """Three threads with an event loop each get the answers that one loop gets."""
     params = SamplingParams(max_tokens=20, seed=4, ignore_eos=True)
     found: dict[int, Any] = {}
     with running(FakeRunner()) as engine:
@@ -174,13 +175,13 @@ def test_requests_of_several_event_loops_run_together() -> None:
 
 
 async def settled(engine: Engine) -> None:
-    """Returns when the engine has read everything that was sent before."""
+    """Returns when the engine has taken all requests and aborts that were sent before."""
     await complete(engine, [9], greedy(1, ignore_eos=True))
 
 
 @pytest.mark.parametrize("how", ["close", "cancel"])
 def test_leaving_frees_the_blocks_at_the_next_step(how: str) -> None:
-    """Whether the generator is closed or its task cancelled, the next step is without it."""
+    """After the generator is closed or its task cancelled, the next step has no such sequence."""
     runner = FakeRunner(is_held=True)
 
     async def leave() -> None:
@@ -197,7 +198,7 @@ def test_leaving_frees_the_blocks_at_the_next_step(how: str) -> None:
         await settled(engine)
         stats = engine.stats()
         assert (stats.num_running, stats.num_waiting, stats.num_used_blocks) == (0, 0, 0)
-        # Its first step, the one that was under way, and the other request's.
+        # Its first step, the one that was in flight, and the other request's.
         assert len(runner.steps) == 3
 
     with running(runner) as engine:
@@ -206,7 +207,7 @@ def test_leaving_frees_the_blocks_at_the_next_step(how: str) -> None:
 
 @pytest.mark.parametrize("wait_s", [0.0, 0.05])
 def test_a_deadline_ends_a_request_and_frees_its_blocks(wait_s: float) -> None:
-    """Passed from the start, or while a step takes for ever: the consumer is told at once."""
+    """A deadline in the past, or during a long step, raises DeadlinePassed at once."""
     runner = FakeRunner(is_held=True)
 
     async def late() -> None:
@@ -222,8 +223,8 @@ def test_a_deadline_ends_a_request_and_frees_its_blocks(wait_s: float) -> None:
         run(late())
 
 
-def test_what_came_before_a_deadline_is_delivered() -> None:
-    """Tokens that nobody has fetched when the deadline passes come with the error."""
+def test_tokens_before_a_deadline_are_delivered() -> None:
+    """Tokens that the consumer has not read when the deadline passes come with the error."""
 
     async def late() -> Delta:
         stream = Stream(asyncio.get_running_loop())
@@ -236,8 +237,8 @@ def test_what_came_before_a_deadline_is_delivered() -> None:
     assert isinstance(delta.error, DeadlinePassed)
 
 
-def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
-    """As all first tokens do; then the error is raised."""
+def test_first_tokens_with_an_error_have_their_queue_time() -> None:
+    """First tokens that come with an error are yielded with `queued_s`; then it is raised."""
     runner = FakeRunner(is_held=True)
     runner.allow(2)
 
@@ -246,8 +247,8 @@ def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
         request = engine.generate([1, 2], greedy(50, ignore_eos=True), deadline)
         first = asyncio.ensure_future(anext(request))
         await asyncio.sleep(0)
-        # The event loop is held up, and then hears of both at once: when there is a second token,
-        # the first one is on its way.
+        # The event loop is blocked, and then gets both at once: once there is a second token, the
+        # first one has been sent.
         while (
             asyncio.get_running_loop().time() <= deadline
             or engine.stats().num_generation_tokens < 2
@@ -265,7 +266,7 @@ def test_tokens_that_come_with_an_error_tell_what_they_waited() -> None:
 
 
 def test_leaving_the_queue_costs_no_step() -> None:
-    """A request that leaves while it waits never runs, and its place is free."""
+    """A request that is cancelled while it waits never runs."""
     runner = FakeRunner(is_held=True)
 
     async def leave() -> None:
@@ -287,8 +288,8 @@ def test_leaving_the_queue_costs_no_step() -> None:
         assert engine.stats().num_waiting == 0
 
 
-def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
-    """Beyond max_num_seqs + max_waiting: QueueFull with retry_after_s; the accepted all finish."""
+def test_a_full_queue_refuses() -> None:
+    """Beyond max_num_seqs + max_waiting: QueueFull with retry_after_s; accepted requests finish."""
     runner = FakeRunner(is_held=True)
 
     async def overfill() -> None:
@@ -309,8 +310,8 @@ def test_a_full_queue_refuses_and_takes_again_when_there_is_room() -> None:
         run(overfill())
 
 
-def test_a_request_whose_event_loop_is_gone_is_dropped() -> None:
-    """Its blocks are freed although nobody closed its generator; the others go on."""
+def test_a_request_of_a_closed_event_loop_is_dropped() -> None:
+    """Its blocks are freed although its generator was never closed; other requests go on."""
     runner = FakeRunner(is_held=True)
     with running(runner) as engine:
         loop = asyncio.new_event_loop()
@@ -324,7 +325,7 @@ def test_a_request_whose_event_loop_is_gone_is_dropped() -> None:
 
 
 def test_a_long_prompt_does_not_stall_a_stream() -> None:
-    """While a prompt of 15 steps and more is computed, a running stream gets a token every step."""
+    """While a prompt of 15 steps is computed, a running stream gets a token in every step."""
     runner = FakeRunner(is_held=True)
 
     async def both() -> None:
@@ -343,7 +344,7 @@ def test_a_long_prompt_does_not_stall_a_stream() -> None:
 
 
 def test_an_idle_engine_makes_no_steps() -> None:
-    """Steps are made for requests only, and counted with their tokens."""
+    """Steps run for requests only, and are counted with their tokens."""
     runner = FakeRunner()
     with running(runner) as engine:
         run(complete(engine, [1, 2, 3], greedy(5, ignore_eos=True)))
@@ -353,8 +354,8 @@ def test_an_idle_engine_makes_no_steps() -> None:
         assert stats.num_blocks == 128
 
 
-def test_stop_ends_everyone_and_refuses_newcomers() -> None:
-    """Running and waiting requests end with Draining, the thread ends, and so do later calls."""
+def test_stop_ends_all_requests_and_refuses_new_ones() -> None:
+    """Running and waiting requests end with Draining, later ones are refused, the thread ends."""
     runner = FakeRunner(repeat(7), is_held=True)
     endless = 100_000
 
@@ -381,7 +382,7 @@ def test_stop_ends_everyone_and_refuses_newcomers() -> None:
         assert engine.stats().num_used_blocks == 0
 
 
-def test_the_fake_prescribes_what_it_says() -> None:
+def test_greedy_takes_the_best_prescribed_logit() -> None:
     """Greedy output is the argmax of the prescribed logits, token by token."""
     with running(FakeRunner()) as engine:
         tokens, _, _ = run(complete(engine, [1, 2], greedy(9, ignore_eos=True)))

@@ -1,4 +1,4 @@
-"""A failure costs the request it belongs to; three failed steps in a row cost the engine."""
+"""A failure ends its own requests; three failed steps in a row end the engine."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -24,9 +24,9 @@ def poisoned_logits(token_ids: list[int]) -> Tensor:
     return logits
 
 
-def fail_on_poison(chunks: list[ScheduledTokens]) -> None:
+def fail_on_poison(scheduled: list[ScheduledTokens]) -> None:
     if any(
-        POISON in chunk.sequence.token_ids[: chunk.sequence.num_prompt_tokens] for chunk in chunks
+        POISON in part.sequence.token_ids[: part.sequence.num_prompt_tokens] for part in scheduled
     ):
         raise torch.OutOfMemoryError("too much")
 
@@ -37,7 +37,8 @@ async def drain(request: AsyncGenerator[Delta, None], tokens: list[int]) -> None
 
 
 def test_logits_that_are_not_finite_fail_their_request_only() -> None:
-    """It gets its earlier tokens, then an InternalError; its neighbours get what they always do."""
+    """The request gets its earlier tokens, then InternalError; its neighbours get their usual
+    answers."""
     prompts = [[1, 2], [POISON, 2], [3, 4]]
     params = greedy(12, ignore_eos=True)
 
@@ -70,13 +71,13 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
     ],
     ids=["memory", "other", "ours"],
 )
-def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
+def test_a_failed_step_ends_its_sequences_and_no_others(
     error: Exception, expected: type[ServeError]
 ) -> None:
-    """Those in the step get an error each, without foreign text; those that waited are served."""
+    """Each sequence of the step gets its own error, without foreign text; waiting ones run."""
 
-    def fail_on_poison(chunks: list[ScheduledTokens]) -> None:
-        if any(chunk.sequence.token_ids[0] == POISON for chunk in chunks):
+    def fail_on_poison(scheduled: list[ScheduledTokens]) -> None:
+        if any(part.sequence.token_ids[0] == POISON for part in scheduled):
             raise error
 
     runner = FakeRunner(is_held=True, before=fail_on_poison)
@@ -103,7 +104,7 @@ def test_a_failed_step_costs_its_sequences_and_the_loop_goes_on(
         assert engine.is_alive
 
 
-def test_failures_with_a_success_between_do_not_kill() -> None:
+def test_failures_with_a_success_between_do_not_end_the_engine() -> None:
     """Only failed steps in a row count."""
     with running(FakeRunner(before=fail_on_poison)) as engine:
         for _ in range(3):
@@ -115,7 +116,7 @@ def test_failures_with_a_success_between_do_not_kill() -> None:
 
 
 def test_three_failed_steps_in_a_row_end_the_engine() -> None:
-    """Each of three gets its error; whoever waits, and whoever comes later, gets EngineDead."""
+    """Three requests get their errors; waiting and later ones get EngineDead."""
     runner = FakeRunner(is_held=True, before=fail_on_poison)
 
     async def die() -> list[Any]:
@@ -137,8 +138,8 @@ def test_three_failed_steps_in_a_row_end_the_engine() -> None:
             run(complete(engine, [1], greedy(4)))
 
 
-def test_a_fault_of_the_loop_itself_hangs_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    """When the scheduler raises, those who wait and those who come end with EngineDead."""
+def test_an_error_in_the_scheduler_ends_all_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the scheduler raises, running and later requests get EngineDead."""
     runner = FakeRunner(is_held=True)
 
     async def die() -> None:

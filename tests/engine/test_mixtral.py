@@ -1,4 +1,4 @@
-"""The engine with our Mixtral in float32, against transformers' `generate` and against itself."""
+"""The engine with our Mixtral in float32, beside transformers' `generate` and beside itself."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from tests.engine.mixtral import (
 
 
 def test_greedy_tokens_are_those_of_transformers_generate(pair: Pair) -> None:
-    """32 prompts in one batch, cut into chunks, give what `generate` gives each alone."""
+    """32 prompts in one batch, in prefill chunks, give what `generate` gives for each alone."""
     some = prompts(32, seed=1)
     expected = [
         pair.oracle.generate(
@@ -38,23 +38,23 @@ def test_greedy_tokens_are_those_of_transformers_generate(pair: Pair) -> None:
         assert_same(pair, some, expected, answers(engine, some, greedy()))
 
 
-def test_greedy_tokens_are_the_same_alone_and_among_strangers(pair: Pair) -> None:
-    """Each of 32, beside 31 others that sample as they like, gets what it gets alone."""
+def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair: Pair) -> None:
+    """Each of 32 prompts gets the same tokens alone, and beside 31 sampled requests."""
     some = prompts(32, seed=2)
     with serving(pair.ours) as engine:
         alone = [answers(engine, [prompt], greedy())[0] for prompt in some]
         assert_same(pair, some, alone, answers(engine, some, greedy()))
-        strangers = [
+        sampled = [
             (prompt, SamplingParams(max_tokens=5 + i, temperature=1.5, seed=i, top_p=0.9))
             for i, prompt in enumerate(prompts(31, seed=3))
         ]
         for i in (0, 7, 31):
-            mixed = together(engine, [*strangers, (some[i], greedy())])
+            mixed = together(engine, [*sampled, (some[i], greedy())])
             assert_same(pair, [some[i]], [alone[i]], [mixed[-1][0]])
 
 
 def test_greedy_tokens_are_the_same_after_preemptions(pair: Pair) -> None:
-    """With too few blocks for all, those that were thrown out and computed anew cannot tell."""
+    """With too few blocks for all, preempted sequences get the same tokens."""
     some = prompts(32, seed=4, longest=20)
     with serving(pair.ours) as engine:
         undisturbed = answers(engine, some, greedy())
@@ -67,7 +67,7 @@ def test_greedy_tokens_are_the_same_after_preemptions(pair: Pair) -> None:
 
 
 def test_a_prompt_of_many_chunks_gives_what_one_chunk_gives(pair: Pair) -> None:
-    """200 tokens in steps of 32, beside decoding streams, or in one step: the same tokens."""
+    """200 tokens in steps of 32 beside decoding streams, or in one step, give the same tokens."""
     long = prompts(1, seed=5, longest=1)[0] * 100 + prompts(1, seed=6)[0] * 3
     some = [long[:200], *prompts(7, seed=7)]
     with serving(pair.ours, max_num_batched_tokens=512) as engine:
@@ -78,8 +78,8 @@ def test_a_prompt_of_many_chunks_gives_what_one_chunk_gives(pair: Pair) -> None:
     assert_same(pair, some, whole, cut)
 
 
-def test_a_seeded_request_repeats_itself_in_any_company(pair: Pair) -> None:
-    """Sampled with a seed, it gives the same tokens alone, among strangers and when preempted."""
+def test_a_seeded_request_repeats_itself_in_any_batch(pair: Pair) -> None:
+    """A seeded request gets the same tokens alone, in a batch, and when preempted."""
     params = [
         SamplingParams(
             max_tokens=NUM_TOKENS,
@@ -94,17 +94,17 @@ def test_a_seeded_request_repeats_itself_in_any_company(pair: Pair) -> None:
     requests = list(zip(prompts(32, seed=8, longest=20), params, strict=True))
     with serving(pair.ours) as engine:
         alone = [together(engine, [request])[0] for request in requests]
-        in_company = together(engine, requests)
+        in_batch = together(engine, requests)
     with serving(pair.ours, num_blocks=40) as engine:
         preempted = together(engine, requests)
         assert engine.stats().num_preemptions >= 5
     # One may part from itself where rounding tips two scores that nearly tie.
-    for found in (in_company, preempted):
+    for found in (in_batch, preempted):
         assert sum(a != b for a, b in zip(alone, found, strict=True)) <= 1
 
 
 def test_numbers_that_are_not_finite_stay_with_their_request(pair: Pair) -> None:
-    """A request that computes NaN fails alone, and whoever gets its blocks computes none."""
+    """A request with NaN fails, and the next owner of its blocks computes finite numbers."""
     poison, asked = 5, [[1], [4, 6, 7]]
     params = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
 

@@ -1,4 +1,4 @@
-"""The counter-based random numbers, against SplitMix64 in Python's own integers."""
+"""The counter-based random numbers, beside SplitMix64 in Python's own integers."""
 
 import math
 import statistics

@@ -1,4 +1,4 @@
-"""What the engine's thread tells reaches each consumer whole, in order, and without crowding it."""
+"""Deltas reach each consumer whole and in order, and leave its event loop time for other work."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -15,7 +15,7 @@ from serve_app.errors import DeadlinePassed
 
 
 class Clock:
-    """Seconds that pass when a test says so."""
+    """A clock that a test sets."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -28,8 +28,8 @@ def token(token_id: int, reason: FinishReason | None = None) -> Delta:
     return Delta([token_id], [], reason)
 
 
-async def worked_off() -> None:
-    """Until the loop has done all that it was told."""
+async def run_callbacks() -> None:
+    """Lets the event loop run everything that is scheduled."""
     for _ in range(5):
         await asyncio.sleep(0)
 
@@ -38,15 +38,15 @@ def run(scenario: Coroutine[Any, Any, None]) -> None:
     asyncio.run(scenario)
 
 
-async def begun(outbox: OutputQueue, count: int) -> list[Stream]:
+async def start_streams(outputs: OutputQueue, count: int) -> list[Stream]:
     """Streams that have read their first delta."""
     streams = [Stream(asyncio.get_running_loop()) for _ in range(count)]
     for stream in streams:
-        outbox.add(stream, token(0))
-    outbox.flush()
+        outputs.add(stream, token(0))
+    outputs.flush()
     for stream in streams:
         assert (await stream.next()).token_ids == [0]
-    await worked_off()
+    await run_callbacks()
     return streams
 
 
@@ -55,71 +55,69 @@ async def begun(outbox: OutputQueue, count: int) -> list[Stream]:
     [(0.01, 0.01 / DELIVERY_SHARE), (60.0, 60.0 + MAX_PAUSE_S)],
     ids=["busy", "held up"],
 )
-def test_a_loop_that_is_busy_with_a_delivery_gets_the_rest_merged(took: float, due: float) -> None:
-    """While one delivery is under way, and for as long as its share asks, deltas are merged; what
-    held a loop up for a minute holds no stream back much longer."""
+def test_a_busy_loop_gets_merged_deltas(took: float, due: float) -> None:
+    """Deltas are merged during a delivery and the pause after it, which has a limit."""
 
     async def scenario() -> None:
         clock = Clock()
-        outbox = OutputQueue(clock)
-        (stream,) = await begun(outbox, 1)
-        outbox.add(stream, token(1))
-        outbox.flush()  # under way
+        outputs = OutputQueue(clock)
+        (stream,) = await start_streams(outputs, 1)
+        outputs.add(stream, token(1))
+        outputs.flush()  # in progress
         clock.now = took
         for token_id in (2, 3):
-            outbox.add(stream, token(token_id))
-            outbox.flush()
+            outputs.add(stream, token(token_id))
+            outputs.flush()
         assert (await stream.next()).token_ids == [1]
-        await worked_off()  # it took that long
+        await run_callbacks()  # it took that long
         clock.now = due - 0.001
-        outbox.flush()
+        outputs.flush()
         reader = asyncio.create_task(stream.next())
-        await worked_off()
+        await run_callbacks()
         assert not reader.done()
         clock.now = due
-        outbox.flush()
+        outputs.flush()
         assert (await reader).token_ids == [2, 3]
 
     run(scenario())
 
 
 def test_first_and_last_deltas_never_wait() -> None:
-    """A new stream hears its first token, an ending one its last, though a delivery is under way;
-    what was held back for the ending one comes with its end."""
+    """First and last deltas are sent during a delivery; a held delta comes with the last one."""
 
     async def scenario() -> None:
-        outbox = OutputQueue(Clock())
-        held, busy = await begun(outbox, 2)
-        outbox.add(busy, token(1))
-        outbox.flush()  # under way until the loop has its turn
-        outbox.add(held, token(1))
-        outbox.flush()
+        outputs = OutputQueue(Clock())
+        held, busy = await start_streams(outputs, 2)
+        outputs.add(busy, token(1))
+        outputs.flush()  # in progress until the loop runs its callbacks
+        outputs.add(held, token(1))
+        outputs.flush()
         newcomer = Stream(asyncio.get_running_loop())
-        outbox.add(newcomer, token(7))
-        outbox.add(held, token(2, "length"))
-        outbox.flush()
+        outputs.add(newcomer, token(7))
+        outputs.add(held, token(2, "length"))
+        outputs.flush()
         assert (await newcomer.next()).token_ids == [7]
         assert await held.next() == Delta([1, 2], [], "length")
 
     run(scenario())
 
 
-def test_a_loop_that_closes_with_a_delivery_under_way_is_told_of() -> None:
-    """The engine learns of it at the next flush, and does not wait for it."""
-    outbox = OutputQueue(Clock())
+def test_flush_returns_a_loop_that_closed_during_a_delivery() -> None:
+    """The next flush returns the closed loop instead of waiting for its delivery."""
+    outputs = OutputQueue(Clock())
     loop = asyncio.new_event_loop()
     stream = Stream(loop)
     for token_id in range(2):  # the second is no first delta
-        outbox.add(stream, token(token_id))
-        assert outbox.flush() == set()
+        outputs.add(stream, token(token_id))
+        assert outputs.flush() == set()
     loop.close()
-    outbox.add(stream, token(2))
-    assert outbox.flush() == {loop}
-    assert outbox.flush() == set()
+    outputs.add(stream, token(2))
+    assert outputs.flush() == {loop}
+    assert outputs.flush() == set()
 
 
-def test_a_deadline_is_heard_though_tokens_come_after_it() -> None:
-    """By a consumer that fetches late; and an answer that was whole before it stays whole."""
+def test_a_deadline_ends_a_stream_that_gets_more_tokens() -> None:
+    """A late reader gets the deadline's error; an answer that was complete stays complete."""
 
     async def scenario() -> None:
         late, whole = (Stream(asyncio.get_running_loop()) for _ in range(2))
@@ -147,28 +145,28 @@ def test_a_deadline_is_heard_though_tokens_come_after_it() -> None:
     )
 )
 def test_every_token_arrives_once_and_in_order(happenings: list[tuple[str, int]]) -> None:
-    """Whatever the order of steps, deliveries, readers and time."""
+    """For any order of steps, deliveries, reads and clock times, no token is lost or doubled."""
 
     async def scenario() -> None:
         clock = Clock()
-        outbox = OutputQueue(clock)
+        outputs = OutputQueue(clock)
         streams = [Stream(asyncio.get_running_loop()) for _ in range(3)]
         sent: list[list[int]] = [[] for _ in streams]
         readers = [asyncio.create_task(read_all(stream)) for stream in streams]
         for what, number in happenings:
             if what == "add":
-                outbox.add(streams[number], token(len(sent[number])))
+                outputs.add(streams[number], token(len(sent[number])))
                 sent[number].append(len(sent[number]))
             elif what == "flush":
-                outbox.flush()
+                outputs.flush()
             elif what == "loop":
                 for _ in range(number):
                     await asyncio.sleep(0)
             else:
                 clock.now += number
         for stream in streams:
-            outbox.add(stream, Delta([], [], "stop"))
-        outbox.flush()
+            outputs.add(stream, Delta([], [], "stop"))
+        outputs.flush()
         assert await asyncio.gather(*readers) == sent
 
     run(scenario())

@@ -1,4 +1,4 @@
-"""The budget, on a simulated device whose times are known."""
+"""The prefill budget, on a simulated device whose times are known."""
 
 import random
 from dataclasses import dataclass
@@ -12,8 +12,8 @@ MOST = 512
 
 @dataclass
 class Device:
-    """Steps take `base` and something for each decode and each prompt token, in milliseconds; a
-    prompt's token costs twice as much for every `stretch` tokens before it."""
+    """A step takes `base`, `decode` per decode and `token` per prompt token, in milliseconds. A
+    prompt token costs twice as much for every `stretch` tokens before it."""
 
     base: float = 4.0
     decode: float = 0.1
@@ -28,7 +28,7 @@ class Device:
 
 
 def run_prompt(budget: PrefillBudget, device: Device, length: int, num_decodes: int) -> list[float]:
-    """The seconds of each step that a prompt of so many tokens takes."""
+    """Runs a prompt of `length` tokens; returns the seconds of each step."""
     steps: list[float] = []
     done = 0
     while done < length:
@@ -40,8 +40,8 @@ def run_prompt(budget: PrefillBudget, device: Device, length: int, num_decodes: 
     return steps
 
 
-def warmed_up(device: Device, num_decodes: int) -> PrefillBudget:
-    """After a prompt alone, and a decode of so many."""
+def measured(device: Device, num_decodes: int) -> PrefillBudget:
+    """A budget that has measured a prompt alone and a step of `num_decodes` decodes."""
     budget = PrefillBudget(MOST)
     run_prompt(budget, device, MOST, num_decodes=0)
     budget.observe(num_decodes, 0, device.seconds(num_decodes, 0, 0))
@@ -51,35 +51,35 @@ def warmed_up(device: Device, num_decodes: int) -> PrefillBudget:
 @pytest.mark.parametrize("noise", [0.0, 0.2])
 @pytest.mark.parametrize("num_decodes", [1, 16, 64])
 def test_streams_keep_their_pace_beside_a_long_prompt(num_decodes: int, noise: float) -> None:
-    """No step takes much more than the allowed slowdown, and the prompt is done within three times
-    its time alone."""
+    """No step exceeds the allowed slowdown by much, and the prompt takes at most three times as
+    long."""
     device = Device(noise=noise)
     alone = sum(run_prompt(PrefillBudget(MOST), device, 8192, num_decodes=0))
-    steps = run_prompt(warmed_up(device, num_decodes), device, 8192, num_decodes)
+    steps = run_prompt(measured(device, num_decodes), device, 8192, num_decodes)
     decode = device.seconds(num_decodes, 0, 0)
     assert max(steps) < decode * (MAX_SLOWDOWN + 0.1) * (1 + noise)
     assert sum(steps) < 3 * alone
 
 
-def test_a_prompt_that_keeps_nobody_waiting_gets_whole_steps() -> None:
-    """Whatever was measured beside streams."""
-    budget = warmed_up(Device(), 16)
+def test_a_prompt_without_streams_gets_whole_steps() -> None:
+    """Without decodes the limit is the largest step, whatever was measured beside streams."""
+    budget = measured(Device(), 16)
     run_prompt(budget, Device(), 4096, num_decodes=16)
     assert budget.max_tokens(0) == MOST
 
 
-def test_a_prompt_always_gets_on() -> None:
-    """Where decodes seem to take no time, or prompts for ever, it gets a small part of a step."""
+def test_a_prompt_always_gets_its_smallest_share() -> None:
+    """Where decodes seem free or prompt tokens very slow, the limit is 1/32 of the largest step."""
     budget = PrefillBudget(MOST)
     budget.observe(4, 0, 1e-9)
     budget.observe(4, 10, 100.0)
     assert budget.max_tokens(4) == MOST // 32
 
 
-def test_more_streams_than_were_ever_measured_are_taken_for_fewer() -> None:
-    """What is not known is guessed on the side of the streams."""
+def test_an_unmeasured_number_of_streams_counts_as_fewer() -> None:
+    """For more decodes than were measured, the limit is that of fewer decodes."""
     device = Device(decode=1.0)
-    budget = warmed_up(device, 2)
+    budget = measured(device, 2)
     few = budget.max_tokens(2)
     assert budget.max_tokens(50) == few
     budget.observe(50, 0, device.seconds(50, 0, 0))
@@ -88,8 +88,8 @@ def test_more_streams_than_were_ever_measured_are_taken_for_fewer() -> None:
 
 
 def test_a_device_that_becomes_slower_is_noticed() -> None:
-    """Ten steps after prompts began to cost four times as much, they get less of each step."""
-    budget = warmed_up(Device(), 16)
+    """Ten steps after prompt tokens cost four times as much, the limit is under a third."""
+    budget = measured(Device(), 16)
     before = budget.max_tokens(16)
     run_prompt(budget, Device(token=0.12), 10 * before, num_decodes=16)
     assert budget.max_tokens(16) < before / 3

@@ -1,4 +1,4 @@
-"""Shared prefixes, with our Mixtral: what is not computed again is what would have been."""
+"""Prefix caching with our Mixtral: answers are the same with cached blocks and without."""
 
 import asyncio
 import random
@@ -23,9 +23,9 @@ NUM_TURNS = 3
 
 
 def turns(engine: Engine) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts and answers of 24 conversations at once, of three turns each, that begin alike.
+    """Runs 24 conversations of three turns with a common prefix; returns prompts and answers.
 
-    A turn's prompt is all that was said before, and something new.
+    The prompt of a turn is the whole conversation before it, and a new question.
     """
     system = prompts(1, seed=1, longest=1)[0] * 21
     asked: list[list[int]] = []
@@ -50,7 +50,7 @@ def turns(engine: Engine) -> tuple[list[list[int]], list[list[int]]]:
 
 @pytest.mark.parametrize("num_blocks", [2048, 60])
 def test_conversations_are_the_same_with_the_cache_and_without(pair: Pair, num_blocks: int) -> None:
-    """With room for all and with preemptions: the same prompts get the same tokens."""
+    """With room for all and with preemptions, the same prompts get the same tokens."""
     with serving(pair.ours, num_blocks=num_blocks) as engine:
         asked, said = turns(engine)
         stats = engine.stats()
@@ -63,8 +63,8 @@ def test_conversations_are_the_same_with_the_cache_and_without(pair: Pair, num_b
     assert_same(pair, asked, plain, said)
 
 
-def test_a_consumer_that_leaves_takes_nothing_from_those_who_share(pair: Pair) -> None:
-    """Requests with one prompt, of which every other is dropped midway: the rest is right."""
+def test_an_abort_leaves_shared_blocks_alone(pair: Pair) -> None:
+    """Half of the requests with one prompt are aborted; the other half get their full answers."""
     prompt = prompts(1, seed=5, longest=1)[0] * 30
     rng = random.Random(6)
 
@@ -75,7 +75,7 @@ def test_a_consumer_that_leaves_takes_nothing_from_those_who_share(pair: Pair) -
             num_left -= len((await anext(request)).token_ids)
         await request.aclose()
 
-    async def crowd(engine: Engine) -> list[Any]:
+    async def run_all(engine: Engine) -> list[Any]:
         staying = [asyncio.create_task(complete(engine, prompt, greedy())) for _ in range(12)]
         await asyncio.gather(*(leave(engine) for _ in range(12)))
         return list(await asyncio.gather(*staying))
@@ -83,21 +83,21 @@ def test_a_consumer_that_leaves_takes_nothing_from_those_who_share(pair: Pair) -
     with serving(pair.ours, enable_prefix_caching=False) as engine:
         (alone,) = answers(engine, [prompt], greedy())
     with serving(pair.ours, num_blocks=120) as engine:
-        found = [tokens for tokens, _, _ in run(crowd(engine))]
+        found = [tokens for tokens, _, _ in run(run_all(engine))]
         found += answers(engine, [prompt], greedy())
         assert engine.stats().num_used_blocks == 0
     assert_same(pair, [prompt] * 13, [alone] * 13, found)
 
 
-def test_a_request_that_fails_spoils_no_prefix(pair: Pair) -> None:
-    """NaN after a shared beginning: that beginning stays as it was, and the NaN is not shared."""
+def test_a_failed_request_leaves_the_prefix_cache_alone(pair: Pair) -> None:
+    """A NaN after a shared prefix is never cached, and the prefix stays usable."""
     poison = 5
     good = [7] * 20
     bad = [*good[:16], poison, *good]
     with serving(pair.ours, enable_prefix_caching=False) as engine:
         (alone,) = answers(engine, [good], greedy())
 
-    async def crowd(engine: Engine) -> list[Any]:
+    async def run_all(engine: Engine) -> list[Any]:
         kept = await complete(engine, good, greedy())
         for _ in range(2):  # the second would share what the first one left
             with pytest.raises(InternalError):
@@ -108,7 +108,7 @@ def test_a_request_that_fails_spoils_no_prefix(pair: Pair) -> None:
         return [kept, await beside, await complete(engine, good, greedy())]
 
     with poisoned(pair.ours, poison), serving(pair.ours) as engine:
-        found = [tokens for tokens, _, _ in run(crowd(engine))]
+        found = [tokens for tokens, _, _ in run(run_all(engine))]
         # 16 tokens each for those after the first; of the poisoned no block beyond those.
         assert engine.stats().prefix_cache_hits == 5 * 16
     assert_same(pair, [good] * 3, [alone] * 3, found)

@@ -1,4 +1,4 @@
-"""The sampler, against transformers' logits processors and one row at a time."""
+"""The sampler, beside transformers' logits processors and beside one row at a time."""
 
 import random
 from collections import Counter
@@ -35,7 +35,7 @@ def new_sequence(
 
 
 def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
-    """The scores `[vocab]` whose softmax a token is drawn from: transformers' processors."""
+    """The scores `[vocab]` whose softmax a token is drawn from, by transformers' processors."""
     from transformers.generation import logits_process as hf
 
     params = sequence.params
@@ -63,7 +63,7 @@ def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
 
 
 def reference_token(logits: Tensor, sequence: Sequence) -> tuple[int, float]:
-    """The token that the noise picks, and by how much it beats the next one."""
+    """The token that the noise picks, and its lead over the second best."""
     scores = reference_scores(logits, sequence).double()
     position = torch.tensor([sequence.num_output_tokens])
     scores += gumbel(torch.tensor([as_int64(sequence.seed)]), position, len(scores))[0]
@@ -112,7 +112,7 @@ def test_every_row_gets_what_transformers_processors_and_the_noise_give(
 
 @settings(max_examples=100, deadline=None)
 @given(SEQUENCES, st.integers(0, 2**31), st.integers(1, 7))
-def test_a_row_is_exactly_the_same_alone_and_in_company(
+def test_a_row_is_exactly_the_same_alone_and_in_a_batch(
     sequences: list[Sequence], logits_seed: int, num_rows: int
 ) -> None:
     """Tokens and log probabilities of a batch are bit for bit those of each row alone."""
@@ -178,7 +178,7 @@ def test_tokens_are_distributed_as_the_softmax_of_the_scores(how: dict[str, Any]
 
 
 def chi_square(observed: Any, expected: Any) -> float:
-    """Standard deviations that Pearson's statistic lies above its mean (Wilson and Hilferty)."""
+    """Pearson's statistic as standard deviations above its mean (Wilson and Hilferty)."""
     rare = expected < 5
     observed = np.append(observed[~rare], observed[rare].sum())
     expected = np.append(expected[~rare], max(expected[rare].sum(), 1e-9))
@@ -190,7 +190,7 @@ def chi_square(observed: Any, expected: Any) -> float:
 
 
 def test_logprobs_are_those_of_the_models_own_distribution() -> None:
-    """Before bias, penalties and temperature; the best first, equal ones by id."""
+    """Logprobs are taken before bias, penalties and temperature; best first, equal ones by id."""
     logits = torch.randn(2, VOCAB_SIZE)
     logits[0, [11, 7, 30]] = 6.0
     expected = logits.double().log_softmax(-1)
@@ -212,7 +212,7 @@ def test_logprobs_are_those_of_the_models_own_distribution() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
-    """Its token is FAILED; the other rows' tokens are what they are without it."""
+    """Its token is FAILED; the tokens of the other rows do not change."""
     params = [
         SamplingParams(max_tokens=9, **how)
         for how in ({"temperature": 0}, {"top_p": 0.9}, {"frequency_penalty": 1.0}, {"logprobs": 2})
@@ -231,7 +231,7 @@ def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
 
 
 def test_greedy_takes_the_first_of_equals() -> None:
-    """Ties go to the lowest id, whatever the company."""
+    """Ties go to the lowest id, in any batch."""
     logits = torch.zeros(3, VOCAB_SIZE)
     sequences = [new_sequence(SamplingParams(9, temperature=0), [4], []) for _ in range(3)]
     assert sampled(Sampler(), logits, sequences).token_ids == [0, 0, 0]

@@ -1,6 +1,6 @@
-"""The scheduler, driven by hand: a step writes down which tokens each slot of the cache stands for.
+"""The scheduler, driven by hand. A simulated KV cache records which tokens each slot stands for.
 
-Every token is 0 unless a test says otherwise, so that sequences have as much in common as can be.
+All tokens are 0 unless a test says otherwise, so that sequences share as many blocks as possible.
 """
 
 from collections import Counter
@@ -24,7 +24,7 @@ def new_sequence(num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
 
 @dataclass
 class Driver:
-    """Does what the engine does around the scheduler, and checks every step."""
+    """Does what the engine's core does around the scheduler, and checks every step."""
 
     scheduler: Scheduler
     arrived: list[Sequence] = field(default_factory=list)
@@ -48,9 +48,9 @@ class Driver:
         if not self.scheduler.has_work:
             return []
         decoding = [s for s in self.scheduler.running if s.num_uncomputed_tokens == 1]
-        chunks = self.scheduler.schedule()
-        self.check(chunks, decoding)
-        for sequence, start, end, is_sampled in chunks:
+        scheduled = self.scheduler.schedule()
+        self.check(scheduled, decoding)
+        for sequence, start, end, is_sampled in scheduled:
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
             for position in range(start, end):
@@ -62,26 +62,28 @@ class Driver:
                 if sequence.num_output_tokens == sequence.params.max_tokens:
                     self.scheduler.remove(sequence)
                     self.ended[sequence] += 1
-        return chunks
+        return scheduled
 
     def slot(self, sequence: Sequence, position: int) -> tuple[int, int]:
         block, offset = divmod(position, self.scheduler.blocks.block_size)
         return sequence.block_table[block], offset
 
-    def check(self, chunks: list[ScheduledTokens], decoding: list[Sequence]) -> None:
+    def check(self, scheduled: list[ScheduledTokens], decoding: list[Sequence]) -> None:
         scheduler = self.scheduler
         assert (
-            0 < sum(end - start for _, start, end, _ in chunks) <= scheduler.max_num_batched_tokens
+            0
+            < sum(end - start for _, start, end, _ in scheduled)
+            <= scheduler.max_num_batched_tokens
         )
-        assert len({sequence for sequence, *_ in chunks}) == len(chunks)
-        for sequence, start, end, is_sampled in chunks:
+        assert len({sequence for sequence, *_ in scheduled}) == len(scheduled)
+        for sequence, start, end, is_sampled in scheduled:
             assert sequence in scheduler.running
             assert sequence.num_computed_tokens == start < end <= len(sequence.token_ids)
             assert is_sampled == (end == len(sequence.token_ids))
             assert len(sequence.block_table) * scheduler.blocks.block_size >= end
-        scheduled = [sequence for sequence, *_ in chunks]
+        sequences = [sequence for sequence, *_ in scheduled]
         alive = [s for s in decoding if s in scheduler.running]
-        assert scheduled[: len(alive)] == alive, "a running stream was stalled"
+        assert sequences[: len(alive)] == alive, "a running stream was stalled"
         assert len(scheduler.running) <= scheduler.max_num_seqs
         owned = [block for s in scheduler.running for block in s.block_table]
         assert len(set(owned)) == scheduler.blocks.num_used
@@ -122,9 +124,9 @@ def test_every_sequence_ends_once_within_all_limits(
     enable_prefix_caching: bool,
     events: list[object],
 ) -> None:
-    """Whatever arrives and leaves: limits hold in every step, all end once, in order of arrival.
+    """For any arrivals and aborts, steps keep all limits, and all end once, in order of arrival.
 
-    And whoever shares blocks, each sequence finds its own tokens in its table.
+    With shared blocks too, each sequence finds its own tokens in its block table.
     """
     num_blocks = -(-31 // block_size) + more_blocks  # 31 tokens: the longest request alone
     blocks = BlockManager(num_blocks, block_size)
@@ -152,7 +154,7 @@ def test_every_sequence_ends_once_within_all_limits(
 
 
 def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
-    """Blocks for two run out: the second gives way, then resumes from its prompt and its tokens."""
+    """When blocks run out, the second of two waits, then resumes from its prompt and its tokens."""
     blocks = BlockManager(6, 4)
     driver = Driver(
         Scheduler(blocks, max_num_seqs=2, max_num_batched_tokens=16, enable_prefix_caching=False)
@@ -171,8 +173,8 @@ def test_the_latest_arrival_is_preempted_and_computes_everything_anew() -> None:
     assert second.num_output_tokens == 9
 
 
-def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
-    """From its arrival to its first step; a preemption is no second arrival."""
+def test_queue_time_ends_with_the_first_step() -> None:
+    """`queued_s` counts from arrival to the first step; a preemption does not change it."""
     driver = Driver(Scheduler(BlockManager(6, 4), max_num_seqs=2, max_num_batched_tokens=16))
     first, second, third = driver.add(8, 13), driver.add(7, 9), driver.add(1, 1)
     driver.step()
@@ -189,8 +191,7 @@ def test_what_a_sequence_waited_is_known_once_it_runs() -> None:
 
 
 def test_a_second_turn_computes_only_what_is_new() -> None:
-    """A prompt that holds an earlier one and its answer begins where the full blocks of those end;
-    with the cache off it begins at 0."""
+    """A prompt that continues an earlier one starts after its full blocks; without cache, at 0."""
     for enable_prefix_caching, start in ((True, 16), (False, 0)):
         blocks = BlockManager(64, 4)
         driver = Driver(
@@ -210,8 +211,8 @@ def test_a_second_turn_computes_only_what_is_new() -> None:
         assert first.num_output_tokens == 8
 
 
-def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> None:
-    """Somebody has to give the logits: the last block is computed anew, in a block of its own."""
+def test_a_fully_cached_prompt_computes_its_last_block() -> None:
+    """The step needs logits, so the last block is computed again, in a block of its own."""
     driver = Driver(Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64))
     first = driver.add(8, 30)
     driver.step()
@@ -222,9 +223,9 @@ def test_a_prompt_that_is_known_as_a_whole_still_computes_its_last_token() -> No
     assert second.block_table[1] != first.block_table[1]
 
 
-def test_kept_blocks_give_way_to_those_who_need_room() -> None:
-    """A cache full of kept blocks admits as many as an empty one, the longest unused going first;
-    what is left of them is found."""
+def test_cached_blocks_are_evicted_when_room_is_needed() -> None:
+    """A cache full of unused blocks admits as many as an empty one, and evicts the least recently
+    used."""
     driver = Driver(Scheduler(BlockManager(8, 4), max_num_seqs=2, max_num_batched_tokens=64))
     for kind in (1, 2):
         driver.add(16, 1, kind)
@@ -238,8 +239,8 @@ def test_kept_blocks_give_way_to_those_who_need_room() -> None:
         assert (chunk.sequence, chunk.start) == (sequence, known)
 
 
-def test_what_nobody_vouches_for_is_not_shared() -> None:
-    """Blocks become known by `keep` alone, which the engine calls for finite logits."""
+def test_only_cache_blocks_makes_blocks_shareable() -> None:
+    """Without `cache_blocks`, the next sequence with the same prompt computes it again."""
     scheduler = Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=64)
     failed = new_sequence(16, 4)
     scheduler.add(failed)
@@ -250,8 +251,8 @@ def test_what_nobody_vouches_for_is_not_shared() -> None:
     assert scheduler.schedule() == [ScheduledTokens(again, 0, 16, is_sampled=True)]
 
 
-def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
-    """A prompt of five steps' tokens is cut into chunks; a stream decodes in each of them."""
+def test_a_stream_decodes_in_each_step_of_a_long_prompt() -> None:
+    """A prompt of five steps' tokens is cut into prefill chunks; a stream decodes beside each."""
     driver = Driver(Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=10))
     stream = driver.add(2, 30)
     driver.step()
@@ -266,7 +267,7 @@ def test_a_long_prompt_leaves_every_step_to_the_running_streams() -> None:
 
 
 def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
-    """With the places taken, a step touches no waiting sequence: its cost ignores their number."""
+    """With all places taken, a step touches no waiting sequence, so their number costs nothing."""
     driver = Driver(Scheduler(BlockManager(8, 4), max_num_seqs=1, max_num_batched_tokens=8))
     driver.add(4, 5)
     driver.step()
@@ -279,8 +280,8 @@ def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
     assert len(driver.scheduler.schedule()) == 1
 
 
-def test_a_sequence_with_its_last_token_under_way_is_left_alone() -> None:
-    """It takes no block for a token that nobody will compute, though the step before still runs."""
+def test_a_sequence_with_its_last_token_in_flight_is_not_scheduled() -> None:
+    """It takes no block for a token that is never computed."""
     scheduler = Scheduler(BlockManager(1, 4), 2, 8)
     sequence = new_sequence(4, max_tokens=1)
     scheduler.add(sequence)
@@ -292,8 +293,8 @@ def test_a_sequence_with_its_last_token_under_way_is_left_alone() -> None:
     assert scheduler.num_preemptions == 0
 
 
-def test_only_what_a_known_step_computed_is_shared() -> None:
-    """A block that a step under way fills has a token that nobody knows yet, and may hold a NaN."""
+def test_blocks_of_a_step_in_flight_are_not_cached() -> None:
+    """A block that a step in flight fills may hold a NaN; it is cached after the step."""
     scheduler = Scheduler(BlockManager(8, 4), 2, 8)
     sequence = new_sequence(7, max_tokens=9)
     scheduler.add(sequence)

@@ -119,12 +119,15 @@ def test_a_failure_in_a_stream_is_its_last_event(door: Door, http: httpx.Client)
     ("path", "body"), [("/v1/chat/completions", CHAT), ("/prompt", {"prompt": "Hi 你"})]
 )
 def test_a_stream_is_server_sent_events(http: httpx.Client, path: str, body: Any) -> None:
-    """One `data:` line and a blank line for each chunk, `[DONE]` at the end, the right type."""
+    """One `data:` line and a blank line for each chunk, `[DONE]` at the end, the right headers."""
     response = http.post(path, json={**body, "stream": True})
     *events, done, end = response.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", "")
     assert all(isinstance(json.loads(event.removeprefix("data: ")), dict) for event in events)
     assert response.headers["content-type"].startswith("text/event-stream")
+    # nginx buffers a stream, and a cache keeps it, unless these two say otherwise.
+    assert response.headers["x-accel-buffering"] == "no"
+    assert response.headers["cache-control"] == "no-cache"
 
 
 def test_events_are_lines_for_every_client(door: Door, http: httpx.Client) -> None:

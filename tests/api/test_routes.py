@@ -51,14 +51,23 @@ def test_a_chat_answer_is_openais(size: int) -> None:
     json.dumps([token.model_dump() for token in joined], allow_nan=False)
 
 
-def test_usage_comes_last_and_only_where_asked() -> None:
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"prompt": "Hello", "max_tokens": 8}),
+        ("/v1/completions", {"prompt": ["Hello", "Good day"], "max_tokens": 8}),
+    ],
+    ids=["chat", "completion", "two completions"],
+)
+def test_usage_comes_last_and_only_where_asked(path: str, body: Any) -> None:
     """include_usage adds one chunk without choices, and a null usage to those before it."""
-    asked = stream("/v1/chat/completions", {**CHAT, "stream_options": {"include_usage": True}})
-    whole = ask("/v1/chat/completions", CHAT)
+    asked = stream(path, {**body, "stream_options": {"include_usage": True}})
+    whole = ask(path, body)
     CompletionUsage.model_validate(whole["usage"], strict=True)
     assert (asked[-1]["choices"], asked[-1]["usage"]) == ([], whole["usage"])
     assert {chunk["usage"] for chunk in asked[:-1]} == {None}
-    assert not any("usage" in chunk for chunk in stream("/v1/chat/completions", CHAT))
+    assert not any("usage" in chunk for chunk in stream(path, body))
 
 
 def test_usage_counts_tokens() -> None:

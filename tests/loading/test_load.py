@@ -12,6 +12,7 @@ import pytest
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Done, Phase, Running, read_events
 from serve_app.tiny import CHECKPOINT
@@ -49,6 +50,19 @@ def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantizati
     assert (said in health["notes"]) == (quantization == "nf4")
     assert health["memory"]["experts"] == experts * (4 if quantization == "none" else 17 / 32)
     assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
+
+
+def test_the_load_computes_its_first_prompts() -> None:
+    """Before a request arrives, one whole step and a first token have been computed."""
+    settings = Settings.from_yaml("configs/tiny.yaml")
+    loaded = load(settings, LoadLog(None))
+    try:
+        stats = loaded.engine.stats()
+        num_hello = len(loaded.tokenizer.encode("Hello"))
+        assert stats.num_prompt_tokens == settings.engine.max_num_batched_tokens + num_hello
+        assert stats.num_generation_tokens == 2 + 1
+    finally:
+        loaded.engine.stop()
 
 
 @pytest.mark.parametrize(

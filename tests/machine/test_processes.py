@@ -15,7 +15,6 @@ from tests.worker.conftest import until
 
 FAMILY = """
 import os, subprocess, sys, time
-sys.path[:0] = [{root!r}]
 from serve_app.machine import processes
 from serve_app.node import reaper
 {before}
@@ -35,11 +34,11 @@ time.sleep(1000)
 
 
 @pytest.fixture
-def family(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[bytes]]:
+def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process with a fork and a child; the parameter is what it does before it has them."""
-    root = str(Path(__file__).parents[2])
-    code = FAMILY.format(root=root, before=request.param)
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", FAMILY.format(before=request.param)]
+    # In another folder, so that it imports the installed package.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=tmp_path) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         yield process
@@ -59,7 +58,7 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
     assert family.poll() is None
 
 
-def test_a_fork_that_is_told_to_end_says_nothing() -> None:
+def test_a_fork_that_is_told_to_end_says_nothing(tmp_path: Path) -> None:
     """As the heartbeat is at the end of a worker: what its parent does at SIGTERM is not for it."""
     code = """
 import os, signal, time
@@ -75,9 +74,8 @@ os.read(reads, 1)
 os.kill(child, signal.SIGTERM)
 print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 """
-    root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert done.stdout == f"{signal.SIGTERM:d}\n"
 

@@ -45,6 +45,23 @@ def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture
     assert "OSError" in caplog.text
 
 
+def test_an_update_that_never_ends_costs_the_job_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An update is given up after `UPDATE_TIMEOUT_S`, which is shorter than a result may wait."""
+    assert progress.UPDATE_TIMEOUT_S == 5.0
+    monkeypatch.setattr(progress, "UPDATE_TIMEOUT_S", 0.01)
+
+    async def tell() -> None:
+        await asyncio.Event().wait()
+
+    async def scenario() -> str:
+        return await progress.while_waiting(asyncio.sleep(0.02, "ready"), tell, 0.1)
+
+    assert asyncio.run(scenario()) == "ready"
+    assert "TimeoutError" in caplog.text
+
+
 def test_a_failed_load_ends_the_wait_with_its_error() -> None:
     """The wait raises what the load raises."""
 

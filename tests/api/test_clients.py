@@ -214,4 +214,4 @@ def test_the_example_prints_an_answer_and_a_mistake(door: Door) -> None:
     assert done.returncode == 0, done.stderr
     first, second = done.stdout.splitlines()
     assert first == "Hello there."
-    assert second.startswith("A mistake is one sentence that names the field: messages: ")
+    assert second.startswith("An error names the field and says what to change: messages: ")

@@ -1,4 +1,4 @@
-"""`python -m serve_app.check`: one sentence for whatever would go wrong, before anything starts."""
+"""The check: one sentence about what is wrong, before anything starts."""
 
 import json
 import shutil
@@ -37,7 +37,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
-    """What the command says of a configuration that cannot work; one line, exit code 1."""
+    """The one line on stderr for a configuration that cannot work; the exit code is 1."""
     assert main([str(path)]) == 1
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
@@ -45,7 +45,7 @@ def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
 
 
 def test_the_shipped_model_passes() -> None:
-    """The tiny configuration is fine, and the check says what it takes."""
+    """The tiny configuration passes, and the lines have its context and KV cache."""
     lines = check("configs/tiny.yaml").lines
     assert any("context 16,384 tokens" in line for line in lines)
     assert any("KV cache" in line for line in lines)
@@ -72,7 +72,7 @@ def test_misspelt_setting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_key_that_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A wrong key outside `args:` is named too."""
+    """A wrong key outside `args:` is named."""
     path = config(tmp_path)
     document = yaml.safe_load(path.read_text())
     document["applications"][0]["deployments"] = [{"name": "mixtral", "num_replica": 2}]
@@ -87,7 +87,7 @@ def test_key_that_serve_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_names_that_serve_would_not_find(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str, value: Any
 ) -> None:
-    """A misspelt builder or deployment is found before Serve prints its traces."""
+    """A misspelt import path or deployment is named before Serve starts."""
     path = config(tmp_path)
     document = yaml.safe_load(path.read_text())
     document["applications"][0][key] = value
@@ -107,7 +107,7 @@ def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_missing_file(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    """Each file that a model needs is missed by its name."""
+    """The error names the missing file."""
     (checkpoint / name).unlink()
     assert name in sentence(capsys, config(tmp_path, model=model(checkpoint)))
 
@@ -170,7 +170,7 @@ def test_damaged_tokenizer(
 def test_special_token_outside_the_vocabulary(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An end token that the model cannot say would fail requests later; it is refused now."""
+    """An end token outside the vocabulary is refused; it would fail requests later."""
     document = json.loads((checkpoint / "config.json").read_text())
     document["eos_token_id"] = 99_999
     (checkpoint / "config.json").write_text(json.dumps(document))
@@ -195,7 +195,7 @@ def test_a_model_on_the_volume_is_found(tmp_path: Path) -> None:
     assert any("context 16,384 tokens" in line for line in check(path).lines)
 
 
-def test_names_of_other_workers_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an endpoint still sets for an older worker stands in the check, and in the banner."""
+def test_names_of_other_workers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable of another worker that has no effect here is named in the lines."""
     monkeypatch.setenv("DEFAULT_BATCH_SIZE", "50")
     assert any("DEFAULT_BATCH_SIZE" in line for line in check("configs/tiny.yaml").lines)

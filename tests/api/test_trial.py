@@ -1,4 +1,4 @@
-"""`serve_app.check --load`: the report that a user can send back."""
+"""`mixtral-serve check --load`: the report that a user can send back."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def run(config: str, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
 def test_the_report_holds_what_we_would_ask_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Byte table, kernels, ten answers and three speeds: said and written; no token."""
+    """The report has bytes, kernels, ten answers and three speeds, and no secret."""
     monkeypatch.setenv("HF_TOKEN", "hf_sesame")
     lines: list[str] = []
     out = tmp_path / "report.json"
@@ -49,7 +49,7 @@ def test_the_report_holds_what_we_would_ask_for(
 def test_a_model_without_a_chat_template_is_tried_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers are continuations; fewer places than 32 measure the batches that fit."""
+    """Its answers are completions; batches above `max_num_seqs` are left out."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "base")
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     del config["chat_template"]
@@ -64,7 +64,7 @@ def test_a_model_without_a_chat_template_is_tried_too(
 def test_kernels_are_tried_in_the_checkpoints_own_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The settings say bfloat16 absmax, the checkpoint is nested: nested is what runs."""
+    """The checkpoint's absmax (nested) is tried, not that of the settings (bfloat16)."""
     convert(CHECKPOINT, tmp_path / "ours", Quantization("nf4", "nested"))
     monkeypatch.setenv("MODEL_NAME", str(tmp_path / "ours"))
     lines: list[str] = []
@@ -73,7 +73,7 @@ def test_kernels_are_tried_in_the_checkpoints_own_form(
 
 
 def test_a_report_needs_a_folder(tmp_path: Path) -> None:
-    """A wrong --out is said before the model is loaded."""
+    """A wrong --out is an error before the model is loaded."""
     with pytest.raises(ConfigError, match="absent"):
         run("configs/tiny.yaml", tmp_path / "absent" / "r.json", print)
 
@@ -82,7 +82,7 @@ def test_a_report_needs_a_folder(tmp_path: Path) -> None:
 def test_a_wrong_kernel_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    """A product that is off by a percent, or no number, stops the trial before the model loads."""
+    """A product that is wrong by a percent, or NaN, stops the trial before the model loads."""
     right = Linear4.forward
     monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):

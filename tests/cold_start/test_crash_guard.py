@@ -1,4 +1,4 @@
-"""Three loads that fail alike are enough: what is remembered on the volume, and what forgotten."""
+"""After three loads that failed alike a fourth is refused; what the records on the volume keep."""
 
 import asyncio
 import json
@@ -33,7 +33,7 @@ def settings(volume: Path, **model: Any) -> Settings:
 
 
 def load(chosen: Settings, error: BaseException | None = None) -> None:
-    """One process's load, which fails with `error`."""
+    """A load by one process, which fails with `error`."""
     with CrashGuard(chosen, None).watch():
         if error is not None:
             raise error
@@ -55,7 +55,7 @@ def records(volume: Path) -> list[Path]:
 
 
 def test_the_fourth_load_is_not_tried(tmp_path: Path) -> None:
-    """The cause, what was decided and what ends it are one sentence, not to be retried."""
+    """The refusal is one sentence: the cause, the decision, and what ends it. It is not retried."""
     chosen = settings(tmp_path)
     for size in (5, 77, 123):  # figures in a cause are no other cause
         fail(chosen, f"model.safetensors: is damaged (it has {size} bytes).")
@@ -78,7 +78,7 @@ def test_the_fourth_load_is_not_tried(tmp_path: Path) -> None:
 
 
 def test_other_causes_and_successes_count_anew(tmp_path: Path) -> None:
-    """Only the same cause three times in a row is hopeless."""
+    """Only the same cause three times in a row refuses a load."""
     chosen = settings(tmp_path)
     fail(chosen)
     fail(chosen)
@@ -93,7 +93,7 @@ def test_other_causes_and_successes_count_anew(tmp_path: Path) -> None:
 
 
 def test_a_process_counts_once(tmp_path: Path) -> None:
-    """Jobs of one worker that try again one after the other are no reboots."""
+    """Several tries of one worker are one record."""
     guard = CrashGuard(settings(tmp_path), None)
     for _ in range(5):
         with pytest.raises(ModelLoadFailed, match="lost"), guard.watch():
@@ -101,8 +101,8 @@ def test_a_process_counts_once(tmp_path: Path) -> None:
     assert len(records(tmp_path)) == 1
 
 
-def test_a_load_that_is_given_up_is_no_failure(tmp_path: Path) -> None:
-    """A worker that is told to stop while it loads leaves nothing behind, either way to load."""
+def test_a_load_that_is_stopped_is_no_failure(tmp_path: Path) -> None:
+    """A worker that is stopped while it loads leaves no record, in both ways to load."""
     chosen = settings(tmp_path)
     with pytest.raises(SystemExit):
         load(chosen, SystemExit(0))
@@ -125,7 +125,7 @@ def test_a_load_that_is_given_up_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_what_may_pass_is_tried_again_later(tmp_path: Path) -> None:
-    """A lost network stops nothing for good, and its jobs are told to come back."""
+    """A lost network refuses loads for ten minutes only, and jobs are told to retry."""
     chosen = settings(tmp_path)
     for _ in range(3):
         fail(chosen, "The hub cannot be reached.", retry=True)
@@ -161,7 +161,7 @@ def loading(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Popen[str]) -> None:
-    """It said that it begins and is no more; while it lives it is no failure."""
+    """A record that says loading counts once its process is dead, and not before."""
     chosen = settings(tmp_path)
     fail(chosen, SHORT, retry=True, kind=LoaderKilled)
     fail(chosen, SHORT, retry=True, kind=LoaderKilled)
@@ -178,8 +178,8 @@ def test_a_process_that_is_killed_counts(tmp_path: Path, loading: subprocess.Pop
     assert refused.value.retry is False
 
 
-def test_a_worker_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
-    """Its process cannot be looked at, so its file has to be touched now and then."""
+def test_a_silent_worker_on_another_machine_is_gone(tmp_path: Path) -> None:
+    """A process on another machine cannot be checked, so it must touch its file regularly."""
     chosen = settings(tmp_path)
     fail(chosen, SHORT)
     fail(chosen, SHORT)
@@ -194,7 +194,7 @@ def test_a_worker_elsewhere_that_is_silent_is_gone(tmp_path: Path) -> None:
 
 
 def test_the_models_files_are_part_of_it(tmp_path: Path) -> None:
-    """A checkpoint that was repaired, and another token, are worth another try."""
+    """A repaired checkpoint, or another revision, is loaded again."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "model")
     chosen = settings(tmp_path, name=str(checkpoint), device="cpu")
     before = crash_guard.fingerprint(chosen, plan_start(chosen))
@@ -209,10 +209,10 @@ def test_the_models_files_are_part_of_it(tmp_path: Path) -> None:
     assert crash_guard.fingerprint(another, plan) != repaired
 
 
-def test_without_a_volume_nothing_is_remembered(
+def test_without_a_volume_nothing_is_recorded(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """A missing volume is none; one that cannot be written is said, and the load goes on."""
+    """A missing volume is silent, an unwritable one is logged, and the load continues."""
     for _ in range(4):
         fail(settings(tmp_path / "absent"))
     assert caplog.text == ""
@@ -221,8 +221,8 @@ def test_without_a_volume_nothing_is_remembered(
     assert "The volume keeps no record" in caplog.text
 
 
-def test_files_of_others_are_passed_over(tmp_path: Path) -> None:
-    """Half a file and somebody else's JSON stop no load."""
+def test_foreign_files_are_ignored(tmp_path: Path) -> None:
+    """A truncated record and a foreign JSON file are ignored."""
     chosen = settings(tmp_path)
     fail(chosen)
     folder = records(tmp_path)[0].parent

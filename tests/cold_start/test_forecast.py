@@ -1,4 +1,4 @@
-"""How long a load will take is said beforehand, with what to do where nobody waits so long."""
+"""The forecast of a load: its seconds, its sentence, and the warning where it takes too long."""
 
 import asyncio
 import threading
@@ -42,13 +42,13 @@ def forecast(**known: Any) -> Forecast:
         ({"quantizes": True, "on_cpu": True}, 250),
     ],
 )
-def test_what_counts(known: dict[str, Any], seconds: float) -> None:
-    """Reading at the measured speed, a download, and a processor that quantizes slower."""
+def test_the_seconds_of_a_load(known: dict[str, Any], seconds: float) -> None:
+    """The time is that of reading, of a download, and of quantizing on a CPU, which is slower."""
     assert forecast(**known).seconds == START_S + seconds
 
 
-def test_a_load_that_is_short_enough_is_no_warning() -> None:
-    """The sentence says how much and how fast; nobody is alarmed."""
+def test_a_short_load_has_no_warning() -> None:
+    """The sentence says how much is read and how fast; there is no warning."""
     assert forecast().warning(settings()) is None
     assert forecast().sentence() == (
         "The load reads 25.00 GB, which takes about 70 s (reading 0.5 GB/s, measured)."
@@ -83,10 +83,10 @@ def test_a_load_that_is_short_enough_is_no_warning() -> None:
         ),
     ],
 )
-def test_the_remedy_is_said(
+def test_the_warning_names_remedies(
     known: dict[str, Any], runpod: dict[str, Any], said: list[str], unsaid: str
 ) -> None:
-    """Only what would help: nobody is told to convert what is in 4 bits already."""
+    """The warning names only remedies that help: converting does not help a 4-bit checkpoint."""
     warning = forecast(**known).warning(settings(**runpod))
     assert warning is not None
     for words in said:
@@ -95,7 +95,7 @@ def test_the_remedy_is_said(
 
 
 def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All have waited when the first one has: each job waiting anew would hold up the load."""
+    """All waits share one deadline, because each job that waited anew would delay the load."""
     is_over = threading.Event()
 
     def predict(_: StartPlan) -> Forecast:
@@ -112,12 +112,12 @@ def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.Mon
 
 
 def test_a_start_without_a_plan_has_no_forecast() -> None:
-    """The check has failed, and the load says why."""
+    """After a failed check there is nothing to predict."""
     assert asyncio.run(cold_start.ColdStart(settings(), None).outlook()) == {}
 
 
-def test_this_machines_speed_is_measured(tmp_path: Path) -> None:
-    """A real read of the weights; too few bytes tell nothing."""
+def test_the_reading_speed_is_measured(tmp_path: Path) -> None:
+    """The sample really reads the weights; a file that is too small gives no speed."""
     predicted = predict(plan_start(settings({"quantization": "nf4"})))
     assert (predicted.is_measured, predicted.quantizes, predicted.on_cpu) == (True, True, True)
     assert predicted.read_bytes == (CHECKPOINT / "model.safetensors").stat().st_size

@@ -1,4 +1,4 @@
-"""Weights are read into the page cache while something else goes on, and no longer than that."""
+"""Reading ahead fills the page cache while a block runs, and stops when the load reads."""
 
 import ctypes
 import json
@@ -46,7 +46,7 @@ def cached(file: Path) -> float:
 
 
 def test_the_files_are_in_the_page_cache(files: list[Path]) -> None:
-    """All of them, in the background, while the block runs."""
+    """A thread reads all files while the block runs."""
     assert max(cached(file) for file in files) < 0.5
     with while_starting(files, None):
         # Not to the last page: the kernel may take some back.
@@ -54,7 +54,7 @@ def test_the_files_are_in_the_page_cache(files: list[Path]) -> None:
 
 
 def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> None:
-    """Two readers of the same disk would only be in each other's way."""
+    """Two readers of one disk would slow each other down."""
     load_log = tmp_path / "load.jsonl"
     load_log.write_text(json.dumps({"phase": "device", "state": "started", "at": 1}) + "\n")
     assert read(files, str(load_log), threading.Event()) == 2 * SIZE
@@ -63,10 +63,10 @@ def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> Non
     assert read(files, str(load_log), threading.Event()) == CHECK_BYTES
 
 
-def test_it_ends_when_told_and_when_memory_is_short(
+def test_it_ends_when_stopped_and_when_memory_is_short(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it reads must push nobody out of memory."""
+    """It takes at most half of the free memory, and leaves 2 GB free."""
     told = threading.Event()
     told.set()
     assert read(files, None, told) <= read_ahead.BUFFER_BYTES
@@ -76,7 +76,7 @@ def test_it_ends_when_told_and_when_memory_is_short(
     assert read(files, None, threading.Event()) == 2 * CHECK_BYTES  # half of it, and one look
 
 
-def test_a_file_that_is_gone_is_the_loads_business(tmp_path: Path) -> None:
-    """Nothing is raised."""
+def test_a_missing_file_is_ignored(tmp_path: Path) -> None:
+    """A missing file raises nothing here; the load names it."""
     assert read([tmp_path / "gone.safetensors"], None, threading.Event()) == 0
     assert read([], None, threading.Event()) == 0

@@ -1,4 +1,4 @@
-"""The load says what it does, and why it cannot. The tiny model is really loaded."""
+"""A load of the tiny model: its phases, its notes, and its errors."""
 
 import asyncio
 import json
@@ -20,8 +20,8 @@ from tests.fakes import answer
 
 
 @pytest.mark.parametrize(("config", "quantization"), [("tiny", "none"), ("tiny-nf4", "nf4")])
-def test_the_load_is_told_phase_by_phase(tmp_path: Path, config: str, quantization: str) -> None:
-    """The real load of the tiny model: a line as each phase starts and ends, and /health."""
+def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: str) -> None:
+    """Each phase has an event when it starts and when it ends; /health shows the same phases."""
     load_log = tmp_path / "load.jsonl"
     settings = Settings.from_yaml(f"configs/{config}.yaml").model_copy(
         update={"load_log": str(load_log)}
@@ -73,10 +73,8 @@ def test_the_load_computes_its_first_prompts() -> None:
         ({"engine": {"kv_cache_tokens": 10**12}}, r"2048000.00 GB are needed and \d+.\d\d GB"),
     ],
 )
-def test_a_load_that_cannot_be_says_why(
-    tmp_path: Path, args: dict[str, Any], sentence: str
-) -> None:
-    """One sentence, raised and written into the load log; trying again would not help."""
+def test_a_load_that_fails_says_why(tmp_path: Path, args: dict[str, Any], sentence: str) -> None:
+    """The error is one sentence, raised and written to the load log, and is not to be retried."""
     load_log = tmp_path / "load.jsonl"
     model = {"name": "tiny", "quantization": "none", "dtype": "float32", "device": "cpu"}
     settings = Settings(**{"model": model, "load_log": str(load_log), **args})
@@ -110,13 +108,13 @@ def edited(folder: Path, name: str, edit: Callable[[dict[str, Any]], object]) ->
 def test_a_tokenizer_that_is_broken_says_so(
     tmp_path: Path, edit: Callable[[dict[str, Any]], object]
 ) -> None:
-    """Whatever tokenizers raises, and that is a bare Exception, becomes the one sentence."""
+    """The bare Exception that tokenizers raises becomes one sentence."""
     with pytest.raises(ModelLoadFailed, match="tokenizer cannot be read"):
         MixtralServer(edited(tmp_path, "tokenizer.json", edit))
 
 
 def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
-    """Raw text is completed, a conversation is refused with the way out, and /health says so."""
+    """Text is completed, a chat is refused with the route to use, and /health has a note."""
     one = MixtralServer(
         edited(tmp_path, "tokenizer_config.json", lambda config: config.pop("chat_template"))
     )
@@ -131,8 +129,8 @@ def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
     assert any("no chat template" in note for note in health["notes"])
 
 
-def test_a_replica_goes_on_where_its_parent_was(tmp_path: Path) -> None:
-    """The parent's phases come first, and the one that it left open ends when the replica is up."""
+def test_a_replica_resumes_its_parents_log(tmp_path: Path) -> None:
+    """The replica keeps its parent's phases and ends the one that the parent left open."""
     path = tmp_path / "load.jsonl"
     assert read_events(path) == []
     parent = LoadLog(str(path))
@@ -155,7 +153,7 @@ def test_a_replica_goes_on_where_its_parent_was(tmp_path: Path) -> None:
 
 
 def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
-    """Thousands of tensors make no thousands of lines."""
+    """A thousand calls within a second write fewer than ten events."""
     load_log = LoadLog(str(tmp_path / "load.jsonl"))
     for part in range(1000):
         load_log.progress(Phase.READ, part / 1000)
@@ -168,7 +166,7 @@ def test_progress_is_written_once_a_second_at_most(tmp_path: Path) -> None:
 
 
 def test_a_load_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    """The folder of `load_log` must exist; the sentence says which file was meant."""
+    """A `load_log` in a folder that does not exist is an error that names the file."""
     path = tmp_path / "absent" / "load.jsonl"
     with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase(Phase.DEVICE):
         pass

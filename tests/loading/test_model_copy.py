@@ -1,4 +1,4 @@
-"""`model.cache_dir`: the first start leaves a 4-bit copy, the next ones read no weights but its."""
+"""`model.cache_dir`: the first start writes a 4-bit copy, later starts read only the copy."""
 
 import json
 import os
@@ -40,12 +40,12 @@ def checked(chosen: Settings) -> list[str]:
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:
-    """A copy of the tiny model that a test may take away."""
+    """A copy of the tiny model that a test may change."""
     return Path(shutil.copytree(CHECKPOINT, tmp_path / "source"))
 
 
 def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
-    """It has a phase of its own, once; afterwards nobody reads the original."""
+    """Only the first start has the phase copy; later starts do not read the original."""
     chosen = settings(source, tmp_path / "cache")
     first, phases = load_once(chosen, tmp_path / "first")
     assert phases == ["device", "resolve", "copy", "tokenizer", "read", "warm-up", "first token"]
@@ -61,7 +61,7 @@ def test_the_second_start_reads_the_copy(source: Path, tmp_path: Path) -> None:
 
 
 def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -> None:
-    """Another quantisation gets a copy of its own, and floats none."""
+    """Another quantization gets another copy, and floats get none."""
     cache = tmp_path / "cache"
     _, phases = load_once(settings(source, cache), tmp_path / "nf4")
     assert "copy" in phases
@@ -76,7 +76,7 @@ def test_a_copy_is_for_the_settings_that_made_it(source: Path, tmp_path: Path) -
 def test_a_copy_that_another_process_is_writing_is_not_waited_for(
     source: Path, tmp_path: Path
 ) -> None:
-    """This start reads the original, and says so."""
+    """This start reads the original, and has a note about it."""
     chosen = settings(source, tmp_path / "cache")
     folder = copy_folder(chosen.model)
     assert folder is not None
@@ -91,7 +91,7 @@ def test_a_copy_that_another_process_is_writing_is_not_waited_for(
 
 
 def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
-    """It is what the copy would be."""
+    """A fused checkpoint is what the copy would be."""
     convert(source, tmp_path / "own")
     chosen = settings(tmp_path / "own", tmp_path / "cache")
     load_once(chosen, tmp_path / "log")
@@ -100,7 +100,7 @@ def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
 def test_replaced_files_get_another_copy(source: Path, tmp_path: Path, file: str) -> None:
-    """Nobody is served the weights, or the tokenizer, that the folder held before."""
+    """A start never reads a copy of files that were replaced since."""
     chosen = settings(source, tmp_path / "cache")
     before = copy_folder(chosen.model)
     assert copy_folder(chosen.model) == before
@@ -111,7 +111,7 @@ def test_replaced_files_get_another_copy(source: Path, tmp_path: Path, file: str
 def test_names_that_look_alike(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A folder is its path, however it is written; others and repositories have other copies."""
+    """One folder has one copy, however its path is written; other names have other copies."""
     monkeypatch.chdir(tmp_path)
     cache = tmp_path / "cache"
     inner = tmp_path / str(source).strip("/")
@@ -124,7 +124,7 @@ def test_names_that_look_alike(
 
 
 def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
-    """The check says so, as the load would."""
+    """The check refuses it before the load does."""
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
         checked(settings(source, tmp_path / "file" / "cache"))

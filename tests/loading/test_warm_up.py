@@ -1,4 +1,4 @@
-"""The first prompts go through the engine, and what they show fails the load in a sentence."""
+"""The first prompts of an engine; a failure becomes one sentence of the load."""
 
 import asyncio
 
@@ -12,7 +12,7 @@ from tests.engine.fake import VOCAB_SIZE, FakeRunner, running
 
 
 def test_one_step_is_filled_and_a_first_token_made() -> None:
-    """The largest step that users can cause has been made, and nothing is left of it."""
+    """The warm-up runs the largest possible step, and frees its blocks."""
     runner = FakeRunner()
     with running(runner) as engine:
         warm_up.fill_a_step(engine, VOCAB_SIZE, 0)
@@ -24,7 +24,7 @@ def test_one_step_is_filled_and_a_first_token_made() -> None:
 
 
 def test_it_works_inside_an_event_loop() -> None:
-    """A replica's constructor may run in one."""
+    """The warm-up works inside a running event loop, as in a replica's constructor."""
 
     async def constructor() -> None:
         with running(FakeRunner()) as engine:
@@ -34,7 +34,7 @@ def test_it_works_inside_an_event_loop() -> None:
 
 
 def test_a_prompt_that_fails_fails_the_load() -> None:
-    """Out of memory with what was left; any other failure with the engine's own sentence."""
+    """Out of memory names the free memory; any other failure has the engine's sentence."""
 
     def out_of_memory(chunks: list[ScheduledTokens]) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")

@@ -29,7 +29,7 @@ def container(folder: Path, version: int, limit: str, used: int, cached: int) ->
 
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
-    """The page cache is free memory, what the container holds is not, and kills are counted."""
+    """The page cache counts as free memory, other memory of the container does not; kills count."""
     cgroup = container(tmp_path, version, str(GB), 900_000_000, 600_000_000)
     assert host.limit_bytes(cgroup) == GB
     assert host.free_bytes(cgroup) == 700_000_000
@@ -38,7 +38,7 @@ def test_a_containers_limit_counts(tmp_path: Path, version: int) -> None:
 
 @pytest.mark.parametrize(("version", "limit"), [(1, str(2**63 - 4096)), (2, "max")])
 def test_no_limit_is_the_machines_memory(tmp_path: Path, version: int, limit: str) -> None:
-    """What the container may hold is what the machine has; no files are no limit either."""
+    """A container without a limit, or without cgroup files, has the machine's memory."""
     cgroup = container(tmp_path, version, limit, GB, 10)
     assert host.limit_bytes(cgroup) is None
     assert host.free_bytes(cgroup) > 50_000_000

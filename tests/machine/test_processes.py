@@ -1,4 +1,4 @@
-"""Descendants are found and ended, and what a dead process leaves behind is reaped."""
+"""Descendants are found and killed, also those of a process that has died."""
 
 import signal
 import subprocess
@@ -48,7 +48,7 @@ def family(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[subproces
 
 @pytest.mark.parametrize("family", ["pass"], indirect=True)
 def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> None:
-    """All of them, those in other sessions too, and nobody else."""
+    """All descendants are found, in other sessions too, and no other process."""
     expected = all_below(family.pid)
     found = processes.descendants(family.pid)
     assert set(found) == expected
@@ -58,8 +58,8 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
     assert family.poll() is None
 
 
-def test_a_fork_that_is_told_to_end_says_nothing(tmp_path: Path) -> None:
-    """As the heartbeat is at the end of a worker: what its parent does at SIGTERM is not for it."""
+def test_a_fork_ends_without_its_parents_handler(tmp_path: Path) -> None:
+    """A fork, such as the SDK's heartbeat, does not run its parent's handler of SIGTERM."""
     code = """
 import os, signal, time
 from serve_app.machine import processes
@@ -87,7 +87,7 @@ print(os.WTERMSIG(os.waitpid(child, 0)[1]))
     ids=["guarded"],  # pytest puts the name into every process's environment
 )
 def test_nothing_outlives_a_killed_process(family: subprocess.Popen[bytes]) -> None:
-    """The kernel ends its fork, the reaper what carries the mark, and then itself."""
+    """The kernel kills the fork; the reaper kills the marked processes and ends."""
     left = all_below(family.pid)
     assert len(left) == 4
     assert len(reaper.marked("KIN=kin-1", "^no such$")) == 1

@@ -34,7 +34,7 @@ def hub() -> Iterator[str]:
 def find_in_process(
     hub: str, home: Path, name: str, revision: str = "main", token: str = "", free: int = 10**12
 ) -> tuple[str, bool]:
-    """The folder found, or the refusal's sentence; and whether to try again."""
+    """The folder, or the sentence of the error; and whether to try again."""
     code = (
         "import sys; from pathlib import Path; from serve_app.start_plan.hub import *\n"
         "import shutil; from types import SimpleNamespace as Usage\n"
@@ -56,7 +56,7 @@ def find_in_process(
 
 @pytest.mark.parametrize("has_volume", [False, True])
 def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume: bool) -> None:
-    """safetensors, JSON and tokenizer come, pickles and second copies stay; volumes are used."""
+    """safetensors, JSON and tokenizer are downloaded, to the volume if any; pickles are not."""
     if has_volume:
         (tmp_path / "volume").mkdir()
     answer, _ = find_in_process(hub, tmp_path, "o/m")
@@ -65,13 +65,13 @@ def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume
     assert {file.name for file in folder.iterdir()} == wanted
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert folder.is_relative_to(tmp_path / "volume") == has_volume
-    # The second time nobody is asked.
+    # The second call sends no request.
     assert find_in_process("http://127.0.0.1:1", tmp_path, "o/m") == (answer, False)
 
 
 @pytest.mark.parametrize("begun", [0, 300_000])
-def test_a_download_tells_how_far_it_is(tmp_path: Path, begun: int) -> None:
-    """In bytes of all that is missing, up to all of it; what an earlier try brought counts."""
+def test_a_download_reports_progress(tmp_path: Path, begun: int) -> None:
+    """Progress counts the missing bytes up to all of them, and those of an earlier try."""
     weights = bytes(1_000_000)
     small = {name: name.encode() for name in FILES if name != "config.json"}  # no two alike
     files = {**FILES, **small, "model.safetensors": weights}
@@ -110,10 +110,10 @@ def test_a_download_tells_how_far_it_is(tmp_path: Path, begun: int) -> None:
         ("o/broken", "main", "check the network", True),
     ],
 )
-def test_a_refusal_of_the_hub_becomes_a_sentence(
+def test_an_error_of_the_hub_becomes_a_sentence(
     hub: str, tmp_path: Path, name: str, revision: str, words: str, retry: bool
 ) -> None:
-    """What the hub says decides what to do about it, and whether to try again."""
+    """The hub's answer decides the sentence, and whether to try again."""
     answer, again = find_in_process(hub, tmp_path, name, revision)
     assert answer.startswith(name)
     assert words in answer
@@ -133,7 +133,7 @@ def test_no_network_is_worth_another_try(tmp_path: Path) -> None:
     assert again
 
 
-def test_a_wrong_token_is_said(hub: str, tmp_path: Path) -> None:
+def test_a_wrong_token_is_named(hub: str, tmp_path: Path) -> None:
     """Trying again would not help."""
     answer, again = find_in_process(hub, tmp_path, "o/m", token="wrong")
     assert "HF_TOKEN" in answer
@@ -141,7 +141,7 @@ def test_a_wrong_token_is_said(hub: str, tmp_path: Path) -> None:
 
 
 def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) -> None:
-    """Only what is read and not there yet is counted, and no weight is fetched in vain."""
+    """Only missing files that are read are counted, and no weight is downloaded before."""
     needed = sum(len(FILES[name]) for name in set(FILES) - {"config.json", *UNREAD})
     answer, again = find_in_process(hub, tmp_path, "o/m", free=needed - 1)
     assert "GB are free" in answer
@@ -155,7 +155,7 @@ def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) 
     "lacking", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 )
 def test_a_repository_that_cannot_be_served_is_not_downloaded(tmp_path: Path, lacking: str) -> None:
-    """The list of its files is enough to refuse it, by the name of the one that it lacks."""
+    """It is refused by the list of its files; the error names the missing one."""
     files = {name: data for name, data in FILES.items() if name != lacking}
     with serve(files) as url:
         answer, again = find_in_process(url, tmp_path, "o/m")

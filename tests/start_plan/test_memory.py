@@ -1,4 +1,4 @@
-"""What a configuration takes, from the checkpoint's headers alone, and whether the machine has it.
+"""The memory that a configuration needs, and whether this machine has it.
 
 The sizes are those of the published checkpoints: 93.41 GB in bfloat16, 26.65 GB in
 bitsandbytes' 4 bits with float32 absmax, 24.48 GB with double quantisation.
@@ -110,7 +110,7 @@ def test_the_table_by_part(
     floats: Path,
     nvml: Install,
 ) -> None:
-    """Float weights that will be quantised, on a card that holds them."""
+    """The bytes of each part of float weights that the load quantizes."""
     nvml(RTX_5090)
     lines = check(config(tmp_path, floats, {"absmax": absmax})).lines
     (line,) = [line for line in lines if line.startswith("Weights: ")]
@@ -120,7 +120,7 @@ def test_the_table_by_part(
 
 
 def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
-    """What a 32 GB card leaves for KV, of 131,072 bytes a token; the checkpoint's absmax counts."""
+    """The KV cache that fits beside the weights on a 32 GB card, at 131,072 bytes a token."""
     nvml(RTX_5090)
     lines = check(config(tmp_path, nested)).lines
     assert any("24.48 GB of nf4 with nested absmax" in line for line in lines)
@@ -135,7 +135,7 @@ def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
 def test_24_gb_do_not_fit(
     absmax: str, tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A 24 GB card is refused, however the weights are quantised, and told what fits."""
+    """A 24 GB card is refused with every absmax; the error names a size that fits."""
     nvml(RTX_4090)
     said = sentence(capsys, config(tmp_path, floats, {"absmax": absmax}))
     assert "too small" in said
@@ -143,10 +143,10 @@ def test_24_gb_do_not_fit(
     assert "32 GB or more" in said
 
 
-def test_what_helps_is_said(
+def test_the_error_names_what_helps(
     tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A longer context than fits, a card that others use, weights that are not quantised."""
+    """The remedy fits the cause: a long context, other programs on the card, float weights."""
     nvml(RTX_5090)
     long = config(tmp_path, floats, engine={"kv_cache_tokens": 200_000})
     assert "lower `engine.max_model_len` or `engine.kv_cache_tokens`" in sentence(capsys, long)
@@ -158,7 +158,7 @@ def test_what_helps_is_said(
 
 
 def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, nvml: Install, capsys: Any) -> None:
-    """Any of them may be given to the replica."""
+    """Of several GPUs the smallest decides, because the replica may get any of them."""
     nvml(RTX_5090, RTX_4090)
     assert [card.total_bytes for card in find_gpus()] == [32607 * MIB, 24564 * MIB]
     assert "RTX 4090" in sentence(capsys, config(tmp_path, floats))
@@ -167,8 +167,8 @@ def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, nvml: Install, ca
 def test_no_gpu(
     tmp_path: Path, floats: Path, nvml: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """cuda is refused, and auto, which reserves a GPU for all but the tiny model; cpu computes if
-    its memory is enough."""
+    """Without a GPU, cuda is refused, and auto for all but the tiny model; cpu works if main
+    memory suffices."""
     nvml(failure="NVML Shared Library Not Found")
     for device in ("cuda", "auto"):
         said = sentence(capsys, config(tmp_path, floats, {"device": device}))
@@ -180,15 +180,15 @@ def test_no_gpu(
     assert "needs 19" in sentence(capsys, huge)  # 187 GB and the KV cache
 
 
-def test_a_gpu_that_tells_no_size(tmp_path: Path, floats: Path, nvml: Install) -> None:
-    """Some share their memory with the machine; the check says that it cannot say."""
+def test_a_gpu_that_reports_no_size(tmp_path: Path, floats: Path, nvml: Install) -> None:
+    """A GPU that reports no memory size passes, with a line about it."""
     nvml(("NVIDIA GB10", None, None))
     lines = check(config(tmp_path, floats)).lines
     assert any("does not say how much" in line for line in lines)
 
 
 def test_kv_cache_is_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cache that holds the context only with a broken block is refused, as the load would."""
+    """The KV cache has whole blocks; one that then is smaller than the context is refused."""
     engine = {"kv_cache_tokens": 1000, "max_model_len": 1000}
     said = sentence(capsys, config(tmp_path, CHECKPOINT, {"device": "cpu"}, engine))
     assert "992 in whole blocks" in said
@@ -197,7 +197,7 @@ def test_kv_cache_is_whole_blocks(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_a_type_that_the_weights_do_not_have(
     tmp_path: Path, nested: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Settings that ask for another quantisation than the files have are refused here already."""
+    """Settings that ask for another quantization than the files have are refused by the check."""
     for asked in ("fp4", "none"):
         path = config(tmp_path, nested, {"quantization": asked})
         assert "set `model.quantization` to nf4" in sentence(capsys, path)
@@ -242,7 +242,7 @@ def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path) 
 
 @pytest.mark.parametrize("asked", ["nf4", "none"])
 def test_a_type_that_the_weights_on_the_hub_do_not_have(tmp_path: Path, asked: str) -> None:
-    """Refused by config.json alone, as the load would refuse it after the download."""
+    """config.json alone is enough to refuse it, before the download."""
     stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_quant_type": "fp4"}
     document = {**full_size.CONFIG, "quantization_config": stored}
     path = config(tmp_path, Path("o/m"), {"quantization": asked})
@@ -254,7 +254,7 @@ def test_a_type_that_the_weights_on_the_hub_do_not_have(tmp_path: Path, asked: s
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
-    """No network is one sentence too."""
+    """A missing network is one line on stderr."""
     done = run_check(config(tmp_path, Path("o/m")), "http://127.0.0.1:1", tmp_path / "home")
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
@@ -262,7 +262,7 @@ def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
 
 
 def test_a_disk_too_small_for_the_download(tmp_path: Path) -> None:
-    """Said with both sizes, before the memory is looked at."""
+    """The error has the size of the download."""
     sizes = SMALL_FILES | {"model.safetensors": 10**18}
     with serve({"config.json": json.dumps(full_size.CONFIG).encode()}, sizes) as hub:
         done = run_check(config(tmp_path, Path("o/m")), hub, tmp_path / "home")

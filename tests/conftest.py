@@ -1,9 +1,31 @@
-"""What every test process needs before anything else is imported."""
+"""Sets up every test process, and says which tests must run in the same process."""
 
 import os
+
+import pytest
 
 from tests.nvml import nvml as nvml  # a fixture
 
 # Triton's kernels run in its interpreter, which it decides when it is first imported. A machine
 # with a GPU sets 0, and tests them there.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+
+SPLIT = ("tests/model/kernels/test_compiled.py", "tests/model/kernels/test_gpu_step.py")
+"""Files whose tests take long and share nothing: each test is a group of its own."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Groups the tests for `pytest -n N --dist loadgroup`: one process runs a whole group.
+
+    Tests that start Ray are one group, so that one Ray cluster runs at a time. The others are
+    grouped by file, so that each module's fixtures are made once.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        path = item.nodeid.partition("::")[0]
+        if item.get_closest_marker("ray") is not None:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif path not in SPLIT:
+            item.add_marker(pytest.mark.xdist_group(path))

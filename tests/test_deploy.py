@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
+from packaging.specifiers import SpecifierSet
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config.settings import Settings
@@ -75,3 +76,16 @@ def test_the_image_quiets_the_sdk() -> None:
         "RUNPOD_SKIP_GPU_CHECK=true",
     ):
         assert line in text
+
+
+def test_the_workflow_runs_what_ci_runs() -> None:
+    """The public workflow has the commands of .ci/run, on every Python that the package allows."""
+    workflow = yaml.safe_load(Path(".github/workflows/ci.yml").read_text())
+    (job,) = workflow["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    script = Path(".ci/run").read_text().splitlines()
+    assert commands == ["make install-dev", *(line for line in script if line.startswith("make "))]
+    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
+    allowed = SpecifierSet(project["requires-python"])
+    versions = [f"3.{minor}" for minor in range(30)]
+    assert job["strategy"]["matrix"]["python"] == list(allowed.filter(versions))

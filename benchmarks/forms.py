@@ -28,10 +28,11 @@ from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.loader import load
 from serve_app.model.checkpoint.shards import INDEX
+from serve_app.model.checkpoint.tensor_names import Weight, module_weights
 from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import expected_shapes, parameters, part_of
-from serve_app.model.nf4 import quantize
+from serve_app.model.footprint import parameters
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantize import quantize
 
 SMALL = {"hidden_size": 1024, "intermediate_size": 3584, "num_attention_heads": 8}
 FULL = {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32}
@@ -59,32 +60,33 @@ def config_of(gb: float) -> dict[str, Any]:
 def write_layers(
     folder: Path,
     document: dict[str, Any],
-    encode: Callable[[str, torch.Tensor], dict[str, torch.Tensor]],
+    encode: Callable[[Weight, torch.Tensor], dict[str, torch.Tensor]],
 ) -> None:
     """A checkpoint of random weights, a file per layer, each weight as `encode` has it."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
-    files: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
-    for name, shape in expected_shapes(MixtralConfig.from_dict(document), stacked=False).items():
-        layer = name.split(".")[2] if ".layers." in name else "other"
-        files.setdefault(f"model-{layer}.safetensors", []).append((name, shape))
+    files: dict[str, list[Weight]] = {}
+    for module_weight in module_weights(MixtralConfig.from_dict(document)):
+        layer = "other" if module_weight.layer is None else module_weight.layer
+        files.setdefault(f"model-{layer}.safetensors", []).extend(module_weight.weights)
     weight_map: dict[str, str] = {}
     for file, weights in files.items():
         tensors: dict[str, torch.Tensor] = {}
-        for name, shape in weights:
-            values = torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
-            tensors |= encode(name, values)
+        for weight in weights:
+            values = torch.randn(weight.shape, generator=generator).mul_(0.02).bfloat16()
+            tensors |= encode(weight, values)
         save_file(tensors, folder / file)
         weight_map |= dict.fromkeys(tensors, file)
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(document))
 
 
-def as_bitsandbytes(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def as_bitsandbytes(weight: Weight, values: torch.Tensor) -> dict[str, torch.Tensor]:
     """What transformers 4 wrote for a weight with double quantisation."""
-    if part_of(name) not in ("experts", "attention"):
-        return {name: weight}
-    matrix = quantize(weight, QUANTIZATION.quant_type, "nested")
+    name = weight.name
+    if not weight.is_quantized:
+        return {name: values}
+    matrix = quantize(values, QUANTIZATION.quant_type, "nested")
     assert matrix.nested is not None
     state = {
         "quant_type": "nf4",
@@ -111,7 +113,7 @@ def write_forms(folder: Path, gb: float) -> tuple[dict[str, Path], float]:
     """The folders of each form, and the seconds that the conversion took."""
     document = config_of(gb)
     forms = {form: folder / form for form in ("float", "bitsandbytes", "fused")}
-    write_layers(forms["float"], document, lambda name, weight: {name: weight})
+    write_layers(forms["float"], document, lambda weight, values: {weight.name: values})
     in_4_bits = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     stored = {**document, "quantization_config": in_4_bits}
     write_layers(forms["bitsandbytes"], stored, as_bitsandbytes)

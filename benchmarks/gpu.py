@@ -121,7 +121,7 @@ def measure(report: Report, options: argparse.Namespace, device: Device) -> None
     """All parts that are asked for; those that fail are among the report's failures."""
     quantization = None if options.weights == "bf16" else Quantization("nf4", options.absmax)
     config = RandomRunner.config_of(options)
-    say(f"{device.describe()['device']}, {config.num_layers} layers, {options.weights}")
+    say(f"{device.describe()['device']}, {config.num_hidden_layers} layers, {options.weights}")
     found: list[float] = []
     with report.part("ceilings"):
         found += ceilings(report, device, config)
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> int:
         interpret()
     torch.manual_seed(0)
     figures = device.describe()
-    figures["layers"] = RandomRunner.config_of(options).num_layers
+    figures["layers"] = RandomRunner.config_of(options).num_hidden_layers
     figures["weights"] = "bf16" if options.weights == "bf16" else f"nf4, {options.absmax} absmax"
     figures["context"] = options.context
     report = Report("gpu", figures, options.save)

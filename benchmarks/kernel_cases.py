@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.matrices4 import Codes, Matrices4
 from serve_app.model.quantization import Quantization
-from tools.random_model import fill_codes, fill_matrices
+from serve_app.model.quantized_weight import Codebook, QuantizedWeight
+from tools.random_model import fill_codebook, fill_matrices
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = ((1, 512), (1, 8192), (32, 2048))
@@ -43,14 +43,14 @@ class Shapes:
 
     def matrices(
         self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
-    ) -> list[Matrices4]:
+    ) -> list[QuantizedWeight]:
         """Random matrices, one for each layer."""
-        codes = Codes(self.quantization).to(self.device)
-        fill_codes(codes)
+        codes = Codebook(self.quantization).to(self.device)
+        fill_codebook(codes)
         made = []
         for _ in range(self.rounds(prod(lead) * columns * sum(rows) / 2)):
             with torch.device(self.device):
-                one = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
+                one = QuantizedWeight(codes, lead, columns, rows, interleaved=len(rows) == 2)
             fill_matrices(one)
             made.append(one)
         return made
@@ -71,20 +71,22 @@ def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
 def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
     """`order`, `starts` and `shares` for tokens that choose by chance, and how many experts."""
     config = shapes.config
-    scores = torch.rand(tokens, config.num_experts, generator=torch.Generator().manual_seed(tokens))
-    ids = scores.topk(config.top_k).indices.flatten()
+    scores = torch.rand(
+        tokens, config.num_local_experts, generator=torch.Generator().manual_seed(tokens)
+    )
+    ids = scores.topk(config.num_experts_per_tok).indices.flatten()
     order = ids.argsort(stable=True).int()
-    starts = torch.tensor([int((ids < e).sum()) for e in range(config.num_experts + 1)]).int()
-    shares = torch.full((len(ids),), 1 / config.top_k)
+    starts = torch.tensor([int((ids < e).sum()) for e in range(config.num_local_experts + 1)]).int()
+    shares = torch.full((len(ids),), 1 / config.num_experts_per_tok)
     moved = [tensor.to(shapes.device) for tensor in (order, starts, shares)]
     return moved[0], moved[1], moved[2], len(set(ids.tolist()))
 
 
-def bytes_of(matrices: Matrices4, experts: int = 1) -> float:
+def bytes_of(matrices: QuantizedWeight, experts: int = 1) -> float:
     """Of one matrix, or of so many of a stack."""
     lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
     parts = [matrices.packed, matrices.absmax]
-    if matrices.codes.quantization.absmax == "nested":
+    if matrices.codebook.quantization.absmax == "nested":
         parts.append(matrices.nested_absmax)
     return sum(part.nbytes for part in parts) / lead * experts
 
@@ -93,17 +95,17 @@ def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
     from serve_app.model.kernels.triton import nf4_decode
 
     config, inner = shapes.config, shapes.config.intermediate_size
-    matrices = shapes.matrices((config.num_experts,), config.hidden_size, (inner, inner))
+    matrices = shapes.matrices((config.num_local_experts,), config.hidden_size, (inner, inner))
     weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
     found: list[Case] = []
     for tokens in sizes:
         order, starts, _, hit = routing(shapes, tokens)
         x = torch.randn(tokens, config.hidden_size, device=shapes.device).to(shapes.dtype)
-        y = x.new_empty(tokens * config.top_k, inner)
+        y = x.new_empty(tokens * config.num_experts_per_tok, inner)
 
         def work(x: Tensor = x, y: Tensor = y, o: Tensor = order, s: Tensor = starts) -> None:
             for one in weights:
-                nf4_decode.gate_up(one, x, o, s, config.top_k, y)
+                nf4_decode.gate_up(one, x, o, s, config.num_experts_per_tok, y)
 
         found.append(("gate_up", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
     return found
@@ -113,12 +115,12 @@ def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
     from serve_app.model.kernels.triton import nf4_decode
 
     config = shapes.config
-    stack = ((config.num_experts,), config.intermediate_size, (config.hidden_size,))
+    stack = ((config.num_local_experts,), config.intermediate_size, (config.hidden_size,))
     matrices = shapes.matrices(*stack)
     weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
     found: list[Case] = []
     for tokens in sizes:
-        rows = tokens * config.top_k
+        rows = tokens * config.num_experts_per_tok
         *route, hit = routing(shapes, tokens)
         x = torch.randn(rows, config.intermediate_size, device=shapes.device).to(shapes.dtype)
         y = torch.empty(nf4_decode.SPLIT_K, rows, config.hidden_size, device=shapes.device)
@@ -126,7 +128,7 @@ def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
         def work(x: Tensor = x, y: Tensor = y, route: Any = route) -> None:
             order, starts, shares = route
             for one in weights:
-                nf4_decode.down(one, x, order, starts, shares, config.top_k, y)
+                nf4_decode.down(one, x, order, starts, shares, config.num_experts_per_tok, y)
 
         found.append(("down", tokens, None, bytes_of(matrices[0], hit), len(weights), work))
     return found
@@ -134,13 +136,18 @@ def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
 
 def qkv(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
     config = shapes.config
-    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    queries, keys = (
+        config.num_attention_heads * config.head_dim,
+        config.num_key_value_heads * config.head_dim,
+    )
     return dense("qkv", shapes, sizes, config.hidden_size, (queries, keys, keys))
 
 
 def out(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
     config = shapes.config
-    return dense("o", shapes, sizes, config.num_heads * config.head_dim, (config.hidden_size,))
+    return dense(
+        "o", shapes, sizes, config.num_attention_heads * config.head_dim, (config.hidden_size,)
+    )
 
 
 def dense(
@@ -168,17 +175,21 @@ def attention(shapes: Shapes, rows: int, context: int) -> Case:
 
     config, device = shapes.config, shapes.device
     width = -(-context // BLOCK_SIZE)
-    page = (rows * width, BLOCK_SIZE, config.num_kv_heads, config.head_dim)
-    num_bytes = 2.0 * rows * context * config.num_kv_heads * config.head_dim * shapes.dtype.itemsize
+    page = (rows * width, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+    num_bytes = (
+        2.0 * rows * context * config.num_key_value_heads * config.head_dim * shapes.dtype.itemsize
+    )
     pages = [
         [torch.randn(page, device=device).to(shapes.dtype) for _ in range(2)]
         for _ in range(shapes.rounds(num_bytes))
     ]
     tables = torch.randperm(rows * width, device=device).int().view(rows, width)
     lens = torch.full((rows,), context, dtype=torch.int32, device=device)
-    queries = torch.randn(rows, config.num_heads, config.head_dim, device=device).to(shapes.dtype)
-    result = queries.new_empty(rows, config.num_heads * config.head_dim)
-    kernel = PagedAttention(config.num_heads, pages[0][0], None, rows)
+    queries = torch.randn(rows, config.num_attention_heads, config.head_dim, device=device).to(
+        shapes.dtype
+    )
+    result = queries.new_empty(rows, config.num_attention_heads * config.head_dim)
+    kernel = PagedAttention(config.num_attention_heads, pages[0][0], None, rows)
 
     def work() -> None:
         for keys, values in pages:

@@ -12,8 +12,8 @@ from serve_app.model.quantization import Quantization
 
 def experts_hit(config: MixtralConfig, batch: int) -> float:
     """Experts of a layer that `batch` tokens go to, by chance and all alike."""
-    missed = (1 - config.top_k / config.num_experts) ** batch
-    return config.num_experts * (1 - missed)
+    missed = (1 - config.num_experts_per_tok / config.num_local_experts) ** batch
+    return config.num_local_experts * (1 - missed)
 
 
 def decode_bytes(
@@ -26,7 +26,7 @@ def decode_bytes(
     """Bytes of one step of `batch` sequences with `context` tokens each."""
     parts = weight_bytes(config, item_bytes, quantization)
     head = config.vocab_size * config.hidden_size * item_bytes  # the embedding is only looked up
-    experts = parts["experts"] * experts_hit(config, batch) / config.num_experts
+    experts = parts["experts"] * experts_hit(config, batch) / config.num_local_experts
     kv = batch * context * config.kv_values_per_token * item_bytes
     return experts + parts["attention"] + parts["other"] + head + kv
 
@@ -45,8 +45,10 @@ def decode_limit(
 
 def prefill_flops(config: MixtralConfig) -> float:
     """Operations per token in matrix products; attention, which is little, is not counted."""
-    hidden, heads = config.hidden_size, config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
+    hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
+    keys = config.num_key_value_heads * config.head_dim
     attention = hidden * (2 * heads + 2 * keys)
-    experts = config.top_k * 3 * hidden * config.intermediate_size
-    return 2.0 * config.num_layers * (attention + experts + config.num_experts * hidden)
+    experts = config.num_experts_per_tok * 3 * hidden * config.intermediate_size
+    return (
+        2.0 * config.num_hidden_layers * (attention + experts + config.num_local_experts * hidden)
+    )

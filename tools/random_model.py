@@ -8,10 +8,10 @@ router sends tokens to all experts alike.
 import torch
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.matrices4 import Codes, Matrices4
 from serve_app.model.mixtral import Mixtral, RMSNorm, Rope
-from serve_app.model.nf4 import codes, dynamic_map
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantize import code_values, dynamic_map
+from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 SCALE = 0.02
 """Standard deviation of the weights, as Mixtral's are about."""
@@ -68,26 +68,26 @@ def random_model(
             module.weight.fill_(1)
         elif isinstance(module, Rope):
             module.fill()
-        elif isinstance(module, Codes):
-            fill_codes(module)
-        elif isinstance(module, Matrices4):
+        elif isinstance(module, Codebook):
+            fill_codebook(module)
+        elif isinstance(module, QuantizedWeight):
             fill_matrices(module)
     return model
 
 
-def fill_codes(tables: Codes) -> None:
+def fill_codebook(tables: Codebook) -> None:
     """The tables that make random bytes numbers."""
-    tables.code.copy_(codes(tables.quantization.quant_type))
+    tables.code.copy_(code_values(tables.quantization.quant_type))
     if tables.quantization.absmax == "nested":
         tables.nested_code.copy_(dynamic_map())
 
 
-def fill_matrices(matrices: Matrices4) -> None:
+def fill_matrices(matrices: QuantizedWeight) -> None:
     """Random codes, and absmax values about as they are in a trained model."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
     mean = 2 * SCALE  # of absmax; a uniformly random code has half of it as its size
-    if matrices.codes.quantization.absmax == "nested":
+    if matrices.codebook.quantization.absmax == "nested":
         matrices.absmax.random_(0, 256)
         matrices.nested_absmax.fill_(mean / 4)
         matrices.nested_offset.fill_(mean)

@@ -21,7 +21,7 @@ from serve_app.engine.sampler import best_tokens
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
 from serve_app.engine.transfer import to_device
-from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.decode_batch import DecodeBatch
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +32,7 @@ CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 class DecodeStep(Protocol):
     """What is captured: computes logits from tensors, without a copy to the host."""
 
-    def logits(self, rows: Rows) -> Tensor:
+    def logits(self, rows: DecodeBatch) -> Tensor:
         """Float32 `[rows, vocab]`; fills the KV cache."""
         ...
 
@@ -152,7 +152,7 @@ class DecodeGraphs:
             # FAILED is no token id; the sequence ends when the host reads it.
             pending = self._tokens[sources.clamp(min=0)].clamp(min=0)
             ids = torch.where(sources < 0, ids, pending)
-            rows = Rows(ids, positions, slots, lens.int(), self._tables[:size])
+            rows = DecodeBatch(ids, positions, slots, lens.int(), self._tables[:size])
             self._logits[size] = self._step.logits(rows)
             self._tokens[:size].copy_(best_tokens(self._logits[size]))
 

@@ -1,6 +1,7 @@
-"""A Mixtral's sizes, read from the `config.json` of any Mixtral checkpoint.
+"""The sizes of a Mixtral, read from the config.json of any Mixtral checkpoint.
 
-Plain data. Knows no tensors and no files; refuses what our forward pass does not compute.
+Fields have the names of transformers' `MixtralConfig`. Reading refuses what our forward pass does
+not compute.
 """
 
 from collections.abc import Mapping
@@ -14,23 +15,23 @@ from serve_app.errors import ModelLoadFailed
 class MixtralConfig:
     """What the forward pass and the loader need to know of a checkpoint."""
 
-    num_layers: int
+    num_hidden_layers: int
     hidden_size: int
     intermediate_size: int
     """Width of one expert."""
-    num_heads: int
-    num_kv_heads: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    num_experts: int
-    top_k: int
+    num_local_experts: int
+    num_experts_per_tok: int
     """Experts that each token is sent to."""
     vocab_size: int
-    rms_eps: float
+    rms_norm_eps: float
     rope_theta: float
     sliding_window: int | None
     """A token attends to this many tokens, itself included; None is all of them."""
     max_position_embeddings: int
-    tie_embeddings: bool
+    tie_word_embeddings: bool
     """True: the output head is the embedding matrix."""
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
@@ -38,9 +39,19 @@ class MixtralConfig:
     """Of the weights in the file, as the file names it ("bfloat16")."""
 
     @property
+    def q_size(self) -> int:
+        """out_features of the query projection."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """out_features of the key projection, and of the value projection."""
+        return self.num_key_value_heads * self.head_dim
+
+    @property
     def kv_values_per_token(self) -> int:
-        """Numbers that one token leaves in the KV cache, all layers together."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim
+        """Numbers that one token takes in the KV cache, all layers together."""
+        return 2 * self.num_hidden_layers * self.kv_size
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "MixtralConfig":
@@ -53,20 +64,20 @@ class MixtralConfig:
         heads = _positive(document, "num_attention_heads")
         hidden = _positive(document, "hidden_size")
         config = cls(
-            num_layers=_positive(document, "num_hidden_layers"),
+            num_hidden_layers=_positive(document, "num_hidden_layers"),
             hidden_size=hidden,
             intermediate_size=_positive(document, "intermediate_size"),
-            num_heads=heads,
-            num_kv_heads=_positive(document, "num_key_value_heads", default=heads),
+            num_attention_heads=heads,
+            num_key_value_heads=_positive(document, "num_key_value_heads", default=heads),
             head_dim=_positive(document, "head_dim", default=hidden // heads),
-            num_experts=_positive(document, "num_local_experts"),
-            top_k=_positive(document, "num_experts_per_tok"),
+            num_local_experts=_positive(document, "num_local_experts"),
+            num_experts_per_tok=_positive(document, "num_experts_per_tok"),
             vocab_size=_positive(document, "vocab_size"),
-            rms_eps=_number(document, "rms_norm_eps", default=1e-5),
+            rms_norm_eps=_number(document, "rms_norm_eps", default=1e-5),
             rope_theta=_rope_theta(document),
             sliding_window=_window(document),
             max_position_embeddings=_positive(document, "max_position_embeddings"),
-            tie_embeddings=bool(document.get("tie_word_embeddings", False)),
+            tie_word_embeddings=bool(document.get("tie_word_embeddings", False)),
             bos_token_id=_bos(document),
             eos_token_ids=_eos(document),
             dtype=str(document.get("dtype") or document.get("torch_dtype") or "float32"),
@@ -75,15 +86,15 @@ class MixtralConfig:
         return config
 
     def _require_consistent(self) -> None:
-        if self.num_heads % self.num_kv_heads:
+        if self.num_attention_heads % self.num_key_value_heads:
             raise ModelLoadFailed(
-                f"config.json: `num_attention_heads` ({self.num_heads}) must be a multiple of "
-                f"`num_key_value_heads` ({self.num_kv_heads})."
+                f"config.json: `num_attention_heads` ({self.num_attention_heads}) must be a "
+                f"multiple of `num_key_value_heads` ({self.num_key_value_heads})."
             )
-        if self.top_k > self.num_experts:
+        if self.num_experts_per_tok > self.num_local_experts:
             raise ModelLoadFailed(
-                f"config.json: `num_experts_per_tok` ({self.top_k}) is more than "
-                f"`num_local_experts` ({self.num_experts})."
+                f"config.json: `num_experts_per_tok` ({self.num_experts_per_tok}) is more than "
+                f"`num_local_experts` ({self.num_local_experts})."
             )
         for key in ("hidden_size", "intermediate_size"):
             if getattr(self, key) % 8:  # the grouped matrix products of torch want whole 16 bytes

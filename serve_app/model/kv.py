@@ -36,9 +36,12 @@ class KVCache:
         device: torch.device,
     ) -> "KVCache":
         """A cache of zeros: a masked slot is multiplied by 0 and must not hold a NaN."""
-        shape = (num_blocks, block_size, config.num_kv_heads, config.head_dim)
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         keys, values = (
-            [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)]
+            [
+                torch.zeros(shape, dtype=dtype, device=device)
+                for _ in range(config.num_hidden_layers)
+            ]
             for _ in range(2)
         )
         return cls(keys, values)

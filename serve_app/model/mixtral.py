@@ -1,11 +1,11 @@
-"""Mixtral's forward pass: a batch of tokens in, the next tokens' logits out.
+"""Mixtral's forward pass: tokens of several sequences in, logits of their next tokens out.
 
-The model of "Mixtral of Experts" (arXiv 2401.04088): a Llama-like decoder whose feed-forward
-network is a choice of experts. Computes what transformers' `MixtralForCausalLM` computes. In
-float32 on a CPU a decoded row gets the same bits alone and in any batch: all matrix products have
-their rows padded (`rows.py`), everything else works row by row.
+The model is that of "Mixtral of Experts" (arXiv 2401.04088): a decoder like Llama's whose
+feed-forward networks are experts, of which a router chooses two for each token. It computes what
+transformers' `MixtralForCausalLM` computes.
 
-Knows no checkpoint files, no sequences and no sampling.
+In float32 on a CPU a token gets the same bits alone and in any batch: the rows of matrix products
+are padded (`row_padding.py`), and everything else works row by row. Elsewhere nothing is padded.
 """
 
 from dataclasses import dataclass
@@ -18,22 +18,22 @@ from serve_app.model.attention import AttentionPlan, attend, plan_attention
 from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
-from serve_app.model.experts4 import Experts4
 from serve_app.model.kv import KVCache
-from serve_app.model.linear import Linear
-from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.linear import Linear, QuantizedLinear, linear
 from serve_app.model.quantization import Quantization
-from serve_app.model.rows import round_up, row_multiple
+from serve_app.model.quantized_experts import QuantizedExperts
+from serve_app.model.quantized_weight import Codebook
+from serve_app.model.row_padding import pad_rows
 
 
 @dataclass
 class Step:
-    """What all layers need to know of one batch."""
+    """What all layers need to know about one batch."""
 
     num_tokens: int
     """Rows of the hidden state that are tokens; the others are padding."""
     slots: Tensor
-    """`[tokens]`"""
+    """int64 `[tokens]`, see `Batch.slots`."""
     cos: Tensor
     """`[tokens, 1, head_dim]`, as `sin`."""
     sin: Tensor
@@ -53,7 +53,7 @@ class RMSNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864), pairing element i with i + head_dim / 2."""
+    """Rotary position embedding (arXiv 2104.09864) of elements i and i + head_dim / 2 as pairs."""
 
     cos: Tensor
     sin: Tensor
@@ -66,39 +66,39 @@ class Rope(nn.Module):
         self.register_buffer("sin", torch.empty(shape), persistent=False)
 
     def fill(self) -> None:
-        """Computes the tables in place, in float32 first."""
+        """Computes the tables in float32 and stores them in the buffers' dtype."""
         length, head_dim = self.config.max_position_embeddings, self.config.head_dim
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         frequencies = 1.0 / self.config.rope_theta**exponents
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         self.cos.copy_(torch.cat((cos, cos), dim=-1))
-        # The sign of the rotation's minus is in the table, so that rotating is a roll.
+        # The minus sign of the rotation is in the table, so that rotating is a roll.
         self.sin.copy_(torch.cat((-sin, sin), dim=-1))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """The two factors of `rotate` for `positions` `[tokens]`, each `[tokens, 1, head_dim]`."""
+        """cos and sin for `positions` `[tokens]`, each `[tokens, 1, head_dim]`."""
         return self.cos[positions], self.sin[positions]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`x` `[tokens, heads, head_dim]`, turned by its position."""
+    """Applies the rotary embedding to `x` `[tokens, heads, head_dim]`."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 class Attention(nn.Module):
     """Grouped-query attention over the KV cache."""
 
-    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
+    def __init__(self, config: MixtralConfig, codebook: Codebook | None) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.num_kv_heads = config.num_kv_heads
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
-        queries, keys = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.qkv = linear(config.hidden_size, (queries, keys, keys), codes)
-        self.o = linear(queries, (config.hidden_size,), codes)
+        sizes = (config.q_size, config.kv_size, config.kv_size)
+        self.qkv = linear(config.hidden_size, sizes, codebook)
+        self.o = linear(config.q_size, (config.hidden_size,), codebook)
 
-    def forward(self, x: Tensor, layer: int, step: "Step", cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
         """`x` `[rows, hidden_size]` -> the same shape; writes the new keys and values."""
         tokens = step.num_tokens
         heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
@@ -112,44 +112,45 @@ class Attention(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts: each token goes through `top_k` experts."""
+    """Router and experts: each token goes through `num_experts_per_tok` experts."""
 
-    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
+    def __init__(self, config: MixtralConfig, codebook: Codebook | None) -> None:
         super().__init__()
-        self.top_k = config.top_k
-        self.router = _weight(config.num_experts, config.hidden_size)
-        self.experts = Experts(config) if codes is None else Experts4(config, codes)
+        self.top_k = config.num_experts_per_tok
+        self.router = _weight(config.num_local_experts, config.hidden_size)
+        self.experts = Experts(config) if codebook is None else QuantizedExperts(config, codebook)
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
         """`x` `[rows, hidden_size]` -> `[num_tokens, hidden_size]`."""
         probabilities = F.linear(x, self.router)[:num_tokens].softmax(-1, dtype=torch.float32)
-        weights, expert_ids = probabilities.topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        mixed: Tensor = self.experts(x[:num_tokens], expert_ids, weights.to(x.dtype))
+        topk_weights, topk_ids = probabilities.topk(self.top_k, dim=-1)
+        topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
+        mixed: Tensor = self.experts(x[:num_tokens], topk_ids, topk_weights.to(x.dtype))
         return mixed
 
 
-class Block(nn.Module):
-    """One decoder layer."""
+class DecoderLayer(nn.Module):
+    """Attention, then experts, each behind a norm and with a residual connection."""
 
-    def __init__(self, config: MixtralConfig, codes: Codes | None) -> None:
+    def __init__(self, config: MixtralConfig, codebook: Codebook | None) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.attention = Attention(config, codes)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.mlp = SparseMLP(config, codes)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = Attention(config, codebook)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMLP(config, codebook)
 
     def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), layer, step, cache)
-        x[: step.num_tokens] += self.mlp(self.mlp_norm(x), step.num_tokens)
+        """`x` `[rows, hidden_size]` -> the same shape; `layer` is this layer's number."""
+        x = x + self.attention(self.input_layernorm(x), layer, step, cache)
+        x[: step.num_tokens] += self.mlp(self.post_attention_layernorm(x), step.num_tokens)
         return x
 
 
 class Mixtral(nn.Module):
-    """The whole model. Its weights are unset until a loader fills them.
+    """The whole model; its weights are unset until `checkpoint.loader.load` fills them.
 
-    With a `quantization`, experts and attention projections are in 4 bits, and the head where
-    `quantize_lm_head` says so; routers, norms and embeddings are floats in any case.
+    With a `quantization`, experts and attention projections are in 4 bits, and with
+    `quantize_lm_head` lm_head too. Routers, norms and the embedding are always floats.
     """
 
     def __init__(
@@ -160,21 +161,24 @@ class Mixtral(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.codes = None if quantization is None else Codes(quantization)
+        self.codebook = None if quantization is None else Codebook(quantization)
         self.embedding = _weight(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
-        self.blocks = nn.ModuleList(Block(config, self.codes) for _ in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.rms_eps)
-        self.head: Linear | Linear4 | None = None
-        if not config.tie_embeddings:
-            codes = self.codes if quantize_lm_head else None
-            self.head = linear(config.hidden_size, (config.vocab_size,), codes)
+        layers = (DecoderLayer(config, self.codebook) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(layers)
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head: Linear | QuantizedLinear | None = None
+        """None where the embedding matrix is used in its place."""
+        if not config.tie_word_embeddings:
+            codebook = self.codebook if quantize_lm_head else None
+            self.lm_head = linear(config.hidden_size, (config.vocab_size,), codebook)
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
         """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`.
 
-        An inference tensor: it can be changed in place under `torch.inference_mode()` only.
+        They are an inference tensor, which can be changed in place under `torch.inference_mode()`
+        only.
         """
         num_tokens = len(batch.token_ids)
         cos, sin = self.rope(batch.positions)
@@ -182,24 +186,13 @@ class Mixtral(nn.Module):
             batch, cache.block_size, self.config.sliding_window, self.embedding.dtype
         )
         step = Step(num_tokens, batch.slots, cos, sin, plan)
-        x = _pad_rows(F.embedding(batch.token_ids, self.embedding))
-        for layer, block in enumerate(self.blocks):
-            x = block(x, layer, step, cache)
-        x = _pad_rows(self.norm(x[batch.sample_rows]))
-        logits: Tensor = F.linear(x, self.embedding) if self.head is None else self.head(x)
+        x = pad_rows(F.embedding(batch.token_ids, self.embedding))
+        for number, layer in enumerate(self.layers):
+            x = layer(x, number, step, cache)
+        x = pad_rows(self.norm(x[batch.sample_rows]))
+        logits: Tensor = F.linear(x, self.embedding) if self.lm_head is None else self.lm_head(x)
         return logits[: len(batch.sample_rows)].float()
-
-
-def linear(columns: int, rows: tuple[int, ...], codes: Codes | None) -> Linear | Linear4:
-    """A linear layer of `rows`, one matrix above the other; in 4 bits where there are `codes`."""
-    return Linear(columns, rows) if codes is None else Linear4(codes, columns, rows)
 
 
 def _weight(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape), requires_grad=False)
-
-
-def _pad_rows(x: Tensor) -> Tensor:
-    """`x` `[n, size]` with rows of zeros below, so that each row's bits do not depend on n."""
-    missing = round_up(x.shape[0], row_multiple(x)) - x.shape[0]
-    return F.pad(x, (0, 0, 0, missing)) if missing else x

@@ -13,7 +13,7 @@ from serve_app.api import trial
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.convert import convert
-from serve_app.model.matrices4 import Linear4
+from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantization import Quantization
 from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
@@ -83,8 +83,8 @@ def test_a_wrong_kernel_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
     """A product that is wrong by a percent, or NaN, stops the trial before the model loads."""
-    right = Linear4.forward
-    monkeypatch.setattr(Linear4, "forward", lambda self, x: right(self, x) * factor)
+    right = QuantizedLinear.forward
+    monkeypatch.setattr(QuantizedLinear, "forward", lambda self, x: right(self, x) * factor)
     with pytest.raises(ModelLoadFailed, match="linear"):
         run("configs/tiny-nf4.yaml", tmp_path / "r.json", lambda _: None)
 

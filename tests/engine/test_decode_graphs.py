@@ -10,7 +10,7 @@ from torch import Tensor
 from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.model.batch import Batch
-from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from tests.engine.mixtral import (
     BLOCK_SIZE,
     Pair,
@@ -33,7 +33,7 @@ class ModelStep:
         self._model, self._cache = runner.model, runner.cache
         self.sizes: list[int] = []
 
-    def logits(self, rows: Rows) -> Tensor:
+    def logits(self, rows: DecodeBatch) -> Tensor:
         self.sizes.append(len(rows.token_ids))
         live = (rows.context_lens > 0).nonzero().flatten()
         out = torch.full((len(rows.token_ids), self._model.config.vocab_size), torch.nan)

@@ -10,14 +10,14 @@ Reads the blobs and no weights, and imports no torch.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 from typing import Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import ITEM_BYTES, TensorInfo, damaged, read_bytes
-from serve_app.model.footprint import part_of
+from serve_app.model.checkpoint.tensor_names import Weight
 from serve_app.model.quantization import (
     GROUP_SIZE,
     NESTED_GROUP_SIZE,
@@ -70,19 +70,18 @@ class PackedInfo:
         return [self.packed, self.absmax, self.code, *nested]
 
 
-def take_packed(
-    found: dict[str, TensorInfo], shapes: Mapping[str, tuple[int, ...]]
-) -> dict[str, PackedInfo]:
-    """The quantised ones among the weights `shapes`; takes them and their companions from `found`.
+def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict[str, PackedInfo]:
+    """Removes the quantized ones among `weights`, with their companions, from `found`.
 
     Raises `ModelLoadFailed` for a companion that is missing or does not fit, and where matrices
     are quantised in different ways.
     """
     packed: dict[str, PackedInfo] = {}
     states = {name.partition(f".{STATE}")[0]: name for name in found if f".{STATE}" in name}
-    for name, shape in shapes.items():
-        if name in found and (name in states or _looks_packed(name, found, shape)):
-            packed[name] = _take(name, states.get(name), found, shape)
+    for weight in weights:
+        name = weight.name
+        if name in found and (name in states or _looks_packed(name, found, weight.shape)):
+            packed[name] = _take(weight, states.get(name), found)
     kinds = {(one.quant_type, one.absmax_kind): name for name, one in packed.items()}
     if len(kinds) > 1:
         (first, one), (second, other) = list(kinds.items())[:2]
@@ -101,11 +100,10 @@ def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...
     )
 
 
-def _take(
-    name: str, state_name: str | None, found: dict[str, TensorInfo], shape: tuple[int, ...]
-) -> PackedInfo:
+def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) -> PackedInfo:
+    name, shape = wanted.name, wanted.shape
     weight = found.pop(name)
-    if part_of(name) not in ("experts", "attention") or shape[1] % GROUP_SIZE:
+    if not wanted.is_quantized or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
             f"{weight.file}: tensor `{name}` {list(shape)} is quantised; that is only read for "
             f"attention and experts whose rows are multiples of {GROUP_SIZE}."
@@ -125,17 +123,17 @@ def _take(
             f"{weight.file}: tensor `{name}` has {weight.nbytes} bytes, and {list(shape)} in 4 "
             f"bits takes {prod(shape) // 2}."
         )
-    num_blocks = prod(shape) // GROUP_SIZE
+    num_groups = prod(shape) // GROUP_SIZE
     nested = None
     dtypes: tuple[str, ...] = ("F32", "BF16")
     if "nested_offset" in state or f"{name}.nested_absmax" in found:
         dtypes = ("U8",)
-        nested = _take_nested(name, weight, state_name, state, found, num_blocks)
+        nested = _take_nested(name, weight, state_name, state, found, num_groups)
     return PackedInfo(
         shape=(shape[0], shape[1]),
         quant_type=cast("QuantType", quant_type),
         packed=weight,
-        absmax=_companion(found, weight, f"{name}.absmax", num_blocks, dtypes),
+        absmax=_companion(found, weight, f"{name}.absmax", num_groups, dtypes),
         code=_companion(found, weight, f"{name}.quant_map", NUM_CODES, ("F32",)),
         nested=nested,
     )
@@ -147,13 +145,13 @@ def _take_nested(
     state_name: str,
     state: dict[str, Any],
     found: dict[str, TensorInfo],
-    num_blocks: int,
+    num_groups: int,
 ) -> NestedInfo:
     _require(state, state_name, weight, "nested_blocksize", NESTED_GROUP_SIZE)
     offset = state.get("nested_offset")
     if not isinstance(offset, float | int) or not math.isfinite(offset):
         raise ModelLoadFailed(f"{weight.file}: `{state_name}`: `nested_offset` is {offset!r}.")
-    count = -(-num_blocks // NESTED_GROUP_SIZE)
+    count = -(-num_groups // NESTED_GROUP_SIZE)
     return NestedInfo(
         absmax=_companion(found, weight, f"{name}.nested_absmax", count, ("F32",)),
         code=_companion(found, weight, f"{name}.nested_quant_map", NUM_NESTED_CODES, ("F32",)),

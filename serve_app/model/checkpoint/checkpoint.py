@@ -15,17 +15,21 @@ from serve_app.model.checkpoint.bnb4 import PackedInfo, take_packed
 from serve_app.model.checkpoint.form import Form, stored_form, stored_quantization
 from serve_app.model.checkpoint.fused import checksums, match_fused, require_whole_groups
 from serve_app.model.checkpoint.shards import (
+    FLOATS,
     Header,
     TensorInfo,
     read_header,
     read_json,
     shard_files,
 )
+from serve_app.model.checkpoint.tensor_names import (
+    is_merged,
+    is_redundant,
+    merged_shapes,
+    weights,
+)
 from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import expected_shapes
 from serve_app.model.quantization import Quantization
-
-FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,7 @@ class Checkpoint:
             raise ModelLoadFailed(
                 "`model.quantize_lm_head` needs a `model.quantization` other than none."
             )
-        if self.config.tie_embeddings:
+        if self.config.tie_word_embeddings:
             raise ModelLoadFailed(
                 "`model.quantize_lm_head`: this model has no head of its own, it uses the "
                 "embeddings; set it to false."
@@ -112,7 +116,7 @@ def inspect(path: Path) -> Checkpoint:
         tensors = found
     else:
         if form == "bitsandbytes":
-            packed = take_packed(found, expected_shapes(config, stacked=False))
+            packed = take_packed(found, weights(config).values())
         kinds = {Quantization(one.quant_type, one.absmax_kind) for one in packed.values()}
         form, quantization = ("bitsandbytes", kinds.pop()) if kinds else ("float", None)
         tensors = _match(path, config, found, packed)
@@ -138,9 +142,10 @@ def _match(
     found: dict[str, TensorInfo],
     packed: dict[str, PackedInfo],
 ) -> dict[str, TensorInfo]:
-    """The float tensors that the model needs, apart from those that are `packed`."""
-    stacked = any(".mlp.experts." in name for name in found)
-    expected = expected_shapes(config, stacked=stacked)
+    """The float tensors that the model needs besides those that are `packed`."""
+    expected = {name: weight.shape for name, weight in weights(config).items()}
+    if is_merged(config, found):
+        expected = merged_shapes(config)
     for name, shape in expected.items():
         if name in packed:
             continue
@@ -158,13 +163,6 @@ def _match(
                 "(F32, BF16, F16) can be loaded; name the checkpoint that it was made from."
             )
     for name, tensor in found.items():
-        if name not in expected and not _is_redundant(name, config):
+        if name not in expected and not is_redundant(config, name):
             raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is no part of a Mixtral.")
     return {name: tensor for name, tensor in found.items() if name in expected}
-
-
-def _is_redundant(name: str, config: MixtralConfig) -> bool:
-    """True for what old tools wrote besides the weights."""
-    return name.endswith("rotary_emb.inv_freq") or (
-        config.tie_embeddings and name == "lm_head.weight"
-    )

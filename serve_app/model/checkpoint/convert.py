@@ -49,7 +49,7 @@ def convert(
     tell = progress or (lambda done, total, name: None)
     checkpoint = inspect(source)
     quantization = _choose(checkpoint, quantization)
-    files = file_names(checkpoint.config.num_layers)
+    files = file_names(checkpoint.config.num_hidden_layers)
     try:
         destination.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
@@ -113,20 +113,18 @@ def _write_files(
 ) -> None:
     import torch
 
-    from serve_app.model.checkpoint.fused_writer import layer_tensors, other_tensors, write_file
+    from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
     from serve_app.model.checkpoint.source import Source
-    from serve_app.model.matrices4 import Codes
+    from serve_app.model.quantized_weight import Codebook
 
-    files = file_names(checkpoint.config.num_layers)
+    files = file_names(checkpoint.config.num_hidden_layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = Source(checkpoint)
-    codes = Codes(quantization).to(device)
+    codebook = Codebook(quantization).to(device)
     for name in missing:
         layer = files.index(name)
-        if layer < checkpoint.config.num_layers:
-            tensors = layer_tensors(source, layer, codes)
-        else:
-            tensors = other_tensors(source, codes)
+        is_layer = layer < checkpoint.config.num_hidden_layers
+        tensors = file_tensors(source, layer if is_layer else None, codebook)
         write_file(destination / name, tensors, made_from)
         done = len(files) - len(missing) + missing.index(name) + 1
         tell(done, len(files), name)
@@ -149,7 +147,7 @@ def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Pat
     write_bytes(destination / "config.json", json.dumps(config, indent=2).encode())
     weight_map = {
         tensor: name
-        for name in file_names(checkpoint.config.num_layers)
+        for name in file_names(checkpoint.config.num_hidden_layers)
         for tensor in read_header(destination / name).tensors
     }
     index = {"metadata": {}, "weight_map": weight_map}

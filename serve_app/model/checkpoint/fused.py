@@ -1,16 +1,19 @@
-"""Our own checkpoint: Mixtral in 4 bits, few large tensors that are read straight into place.
+"""The fused form: Mixtral in 4 bits in few large tensors, which are read straight into the weights.
 
-What `serve_app.convert` writes and `stacked_reader` reads: safetensors, one file per layer and one
-for the rest, whose bytes are those that `model.nf4` holds in memory. `quantization_config` in
-config.json marks it and says how it is quantised; each file's `__metadata__` has the CRC-32 of
-every piece of `PIECE_BYTES` of its data. Reads no weights and imports no torch.
+`serve_app.convert` writes it and `fused_reader` reads it: safetensors, one file per layer and one
+for the rest, with the bytes that `QuantizedWeight` holds in memory. `quantization_config` in
+config.json marks the form and says how it is quantized (`form.py`); the metadata of each file has
+the CRC-32 of every piece of `PIECE_BYTES` of its data. This module reads no weights and imports no
+torch.
 """
 
 from math import prod
 from pathlib import Path
+from typing import NamedTuple
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import ITEM_BYTES, Header, TensorInfo, damaged
+from serve_app.model.checkpoint.tensor_names import CODEBOOK, ModuleWeight, module_weights
 from serve_app.model.config import MixtralConfig
 from serve_app.model.quantization import (
     ABSMAX_DTYPES,
@@ -27,65 +30,59 @@ CHECKSUMS = "crc32"
 """Key of a file's metadata: the checksums of its pieces, 8 hexadecimal digits each."""
 SOURCE = "source"
 """Key of a file's metadata: what it was converted from, see `serve_app.convert`."""
-FLOATS = ("F32", "BF16", "F16")
+FUSED_FLOATS = ("F32", "BF16", "F16")
+"""dtypes that weights which are not quantized can have in a fused checkpoint."""
+
+
+class Expected(NamedTuple):
+    """What a tensor of a fused checkpoint must be."""
+
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
 
 
 def require_whole_groups(config: MixtralConfig) -> None:
-    """Raises `ModelLoadFailed` for sizes that 4 bits cannot have."""
-    columns = {
+    """Raises `ModelLoadFailed` for sizes whose rows are no whole quantization groups."""
+    sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
-        "num_attention_heads x head_dim": config.num_heads * config.head_dim,
+        "num_attention_heads x head_dim": config.q_size,
     }
-    for key, size in columns.items():
+    for key, size in sizes.items():
         if size % GROUP_SIZE:
             raise ModelLoadFailed(
                 f"config.json: `{key}` ({size}) must be a multiple of {GROUP_SIZE} to be quantised."
             )
 
 
-def fused_tensors(
-    config: MixtralConfig, quantization: Quantization
-) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Possible dtypes, and shape, of every tensor by its name, in the order of the files.
-
-    gate_up has the rows of gate (w1) and up (w3) interleaved in groups of 8; their double
-    quantisation stays apart, as does that of q, k and v in qkv.
-    """
-    hidden, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    tensors: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
-    absmax_dtype = ABSMAX_DTYPES[quantization.absmax]
-
-    def add(name: str, lead: tuple[int, ...], rows: tuple[int, ...], columns: int) -> None:
-        """A stack `lead` of matrices that are made of matrices with these `rows`."""
-        whole = (*lead, sum(rows))
-        tensors[f"{name}.packed"] = ("U8",), (*whole, columns // 2)
-        tensors[f"{name}.absmax"] = (
-            (absmax_dtype,),
-            (*whole, columns // GROUP_SIZE),
-        )
-        if quantization.absmax == "nested":
-            groups = sum(num_nested_groups(count * columns) for count in rows)
-            tensors[f"{name}.nested_absmax"] = ("F32",), (*lead, groups)
-            tensors[f"{name}.nested_offset"] = ("F32",), (*lead, len(rows))
-
-    for i in range(config.num_layers):
-        layer = f"model.layers.{i}"
-        add(f"{layer}.mlp.experts.gate_up", (experts,), (inner, inner), hidden)
-        add(f"{layer}.mlp.experts.down", (experts,), (hidden,), inner)
-        add(f"{layer}.self_attn.qkv", (), (q, kv, kv), hidden)
-        add(f"{layer}.self_attn.o", (), (hidden,), q)
-        tensors[f"{layer}.mlp.gate.weight"] = FLOATS, (experts, hidden)
-        tensors[f"{layer}.input_layernorm.weight"] = FLOATS, (hidden,)
-        tensors[f"{layer}.post_attention_layernorm.weight"] = FLOATS, (hidden,)
-    tensors["model.embed_tokens.weight"] = FLOATS, (config.vocab_size, hidden)
-    if not config.tie_embeddings:
-        tensors["lm_head.weight"] = FLOATS, (config.vocab_size, hidden)
-    tensors["model.norm.weight"] = FLOATS, (hidden,)
-    tensors["quantization.code"] = ("F32",), (NUM_CODES,)
+def fused_tensors(config: MixtralConfig, quantization: Quantization) -> dict[str, Expected]:
+    """Every tensor of a fused checkpoint by its name."""
+    tensors: dict[str, Expected] = {}
+    for weight in module_weights(config):
+        if weight.is_quantized:
+            tensors |= _quantized_tensors(weight, quantization)
+        else:
+            tensors[weight.fused] = Expected(FUSED_FLOATS, weight.shape)
+    tensors[f"{CODEBOOK}.code"] = Expected(("F32",), (NUM_CODES,))
     if quantization.absmax == "nested":
-        tensors["quantization.nested_code"] = ("F32",), (NUM_NESTED_CODES,)
+        tensors[f"{CODEBOOK}.nested_code"] = Expected(("F32",), (NUM_NESTED_CODES,))
+    return tensors
+
+
+def _quantized_tensors(weight: ModuleWeight, quantization: Quantization) -> dict[str, Expected]:
+    """The buffers of a `QuantizedWeight`; the parts of gate_up and qkv are nested apart."""
+    assert weight.in_features is not None
+    name, in_features, parts = weight.fused, weight.in_features, weight.out_features
+    whole = (*weight.experts, sum(parts))
+    absmax = (ABSMAX_DTYPES[quantization.absmax],)
+    tensors = {
+        f"{name}.packed": Expected(("U8",), (*whole, in_features // 2)),
+        f"{name}.absmax": Expected(absmax, (*whole, in_features // GROUP_SIZE)),
+    }
+    if quantization.absmax == "nested":
+        groups = sum(num_nested_groups(size * in_features) for size in parts)
+        tensors[f"{name}.nested_absmax"] = Expected(("F32",), (*weight.experts, groups))
+        tensors[f"{name}.nested_offset"] = Expected(("F32",), (*weight.experts, len(parts)))
     return tensors
 
 
@@ -98,7 +95,7 @@ def file_names(num_layers: int) -> list[str]:
 def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: int) -> int:
     """Bytes of such a checkpoint, but for its headers; of a float weight `float_bytes`."""
     return sum(
-        prod(shape) * (float_bytes if dtypes == FLOATS else ITEM_BYTES[dtypes[0]])
+        prod(shape) * (float_bytes if dtypes == FUSED_FLOATS else ITEM_BYTES[dtypes[0]])
         for dtypes, shape in fused_tensors(config, quantization).values()
     )
 

@@ -1,29 +1,30 @@
-"""Reads our own checkpoint, see `stacked`: several threads, each piece straight into its place.
+"""Reads a fused checkpoint: several threads, every piece straight into the weights of a model.
 
-Every piece is compared with its checksum as it passes.
+The checksum of each piece is compared while it passes (`fused.py`).
 """
 
 import os
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.fused import PIECE_BYTES, checksums
 from serve_app.model.checkpoint.shards import Header, TensorInfo, damaged
 from serve_app.model.checkpoint.source import DTYPES
-from serve_app.model.experts4 import Experts4
-from serve_app.model.linear import Linear
-from serve_app.model.matrices4 import Linear4
-from serve_app.model.mixtral import Block, Mixtral
+from serve_app.model.checkpoint.tensor_names import CODEBOOK, LM_HEAD, module_weights
+from serve_app.model.checkpoint.weight_mapping import module_weight
+from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantized_weight import QuantizedWeight
 
 NUM_THREADS = 8
 """Reads under way at once: enough to keep a fast disk busy, and checksums on as many cores."""
@@ -45,73 +46,81 @@ class Piece:
         return sum(target.nbytes for target in self.targets)
 
 
-def fused_places(model: Mixtral) -> dict[str, Tensor]:
-    """Where each tensor of such a checkpoint is in a model of the same quantisation.
+@dataclass(frozen=True, slots=True)
+class Reads:
+    """The reads of one file that are under way."""
 
-    Without the head where the model has it in 4 bits: the files have floats.
+    pieces: list[Future[int]]
+    conversions: list[tuple[Tensor, Tensor]]
+    """Tensors of another dtype than the model's: what is read, and where it belongs."""
+
+    def finish(self, report: Callable[[int], None]) -> None:
+        """Waits for all pieces; `report` gets the bytes of each."""
+        for piece in self.pieces:
+            report(piece.result())
+        for source, target in self.conversions:
+            target.copy_(source)
+
+
+def fused_targets(model: Mixtral) -> dict[str, Tensor]:
+    """The tensors of `model` by their names in a fused checkpoint.
+
+    An lm_head in 4 bits is left out, because the files have it in floats.
     """
-    places: dict[str, Tensor] = {
-        "model.embed_tokens.weight": model.embedding,
-        "model.norm.weight": model.norm.weight,
-    }
-    if isinstance(model.head, Linear):
-        places["lm_head.weight"] = model.head.weight
-    assert model.codes is not None
-    modules: dict[str, nn.Module] = {"quantization": model.codes}
-    for i, block in enumerate(model.blocks):
-        assert isinstance(block, Block)
-        layer, attention, mlp = f"model.layers.{i}", block.attention, block.mlp
-        assert isinstance(mlp.experts, Experts4)
-        assert isinstance(attention.qkv, Linear4)
-        assert isinstance(attention.o, Linear4)
-        modules[f"{layer}.mlp.experts.gate_up"] = mlp.experts.gate_up
-        modules[f"{layer}.mlp.experts.down"] = mlp.experts.down
-        modules[f"{layer}.self_attn.qkv"] = attention.qkv.matrix
-        modules[f"{layer}.self_attn.o"] = attention.o.matrix
-        places[f"{layer}.mlp.gate.weight"] = mlp.router
-        places[f"{layer}.input_layernorm.weight"] = block.attention_norm.weight
-        places[f"{layer}.post_attention_layernorm.weight"] = block.mlp_norm.weight
-    for prefix, module in modules.items():
-        for name, buffer in module.named_buffers(recurse=False):
-            places[f"{prefix}.{name}"] = buffer
-    return places
+    assert model.codebook is not None
+    targets = {f"{CODEBOOK}.{name}": table for name, table in model.codebook.named_buffers()}
+    for entry in module_weights(model.config):
+        weight = module_weight(model, entry.path)
+        if not isinstance(weight, QuantizedWeight):
+            targets[entry.fused] = weight
+        elif entry.fused != LM_HEAD:
+            buffers = weight.named_buffers(recurse=False)
+            targets |= {f"{entry.fused}.{name}": buffer for name, buffer in buffers}
+    return targets
 
 
 def read_fused(
-    checkpoint: Checkpoint, places: Mapping[str, Tensor], progress: Callable[[float], None]
+    checkpoint: Checkpoint, targets: Mapping[str, Tensor], progress: Callable[[float], None]
 ) -> None:
-    """Fills `places`, a tensor of the right shape for every one of `checkpoint.tensors`.
+    """Fills `targets`, which has a tensor of the right shape for each of `checkpoint.tensors`.
 
-    A place whose dtype is another than the file's gets the values, converted; all others get the
-    bytes. `progress` hears, in the calling thread, how much is done, from 0 to 1.
-    Raises `ModelLoadFailed` when a file cannot be read or is not what was written.
+    A target of another dtype than the file's (float32 absmax becomes bfloat16) gets the values,
+    rounded; all others get the bytes. The calling thread calls `progress` with the share that is
+    done, from 0 to 1. Raises `ModelLoadFailed` when a file cannot be read or is not what was
+    written.
     """
-    targets = {name: _target(checkpoint.tensors[name], place) for name, place in places.items()}
+    total, done = checkpoint.file_bytes, 0
+
+    def report(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        progress(done / total)
+
     with ExitStack() as stack:
-        pieces = [
-            piece
-            for file, header in checkpoint.headers.items()
-            for piece in _pieces(stack, file, header, targets)
-        ]
-        total, done = sum(piece.nbytes for piece in pieces), 0
         pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "read-weights"))
         stack.callback(pool.shutdown, cancel_futures=True)
         staging = threading.local()
-        reads = [pool.submit(_read, piece, staging) for piece in pieces]
-        for read in as_completed(reads):
-            done += read.result()
-            progress(done / total)
-    for name, place in places.items():
-        if targets[name] is not place:
-            place.copy_(targets[name])
+        under_way: deque[Reads] = deque()
+        for file, header in checkpoint.headers.items():
+            buffers = {name: _buffer(it, targets[name]) for name, it in header.tensors.items()}
+            pieces = list(_pieces(stack, file, header, buffers))
+            reads = [pool.submit(_read, piece, staging) for piece in pieces]
+            converted = [(it, targets[name]) for name, it in buffers.items()]
+            converted = [(it, target) for it, target in converted if it is not target]
+            under_way.append(Reads(reads, converted))
+            # Two files at a time: one ends while the next begins, and buffers stay few.
+            if len(under_way) > 1:
+                under_way.popleft().finish(report)
+        while under_way:
+            under_way.popleft().finish(report)
 
 
-def _target(tensor: TensorInfo, place: Tensor) -> Tensor:
-    """`place`, or a tensor to copy to it when the bytes cannot go there."""
+def _buffer(tensor: TensorInfo, target: Tensor) -> Tensor:
+    """`target`, or a tensor to copy to it when the bytes cannot go there."""
     dtype = DTYPES[tensor.dtype]
-    if place.dtype == dtype and place.is_contiguous():
-        return place
-    return torch.empty(tensor.shape, dtype=dtype, device=place.device)
+    if target.dtype == dtype and target.is_contiguous():
+        return target
+    return torch.empty(tensor.shape, dtype=dtype, device=target.device)
 
 
 def _pieces(

@@ -1,69 +1,72 @@
-"""Writes our own checkpoint, see `stacked`: one file per layer, one for the rest.
+"""Writes a fused checkpoint (`fused.py`): one file per layer, one for the rest.
 
-A file appears under its name when it is whole and on the disk, never before. Knows no command line
-and no config.json.
+A file gets its name when it is complete and on the disk, never before.
 """
 
 import json
 import os
 import zlib
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from serve_app.model.checkpoint.fused import CHECKSUMS, PIECE_BYTES, SOURCE
 from serve_app.model.checkpoint.source import DTYPES, Source
-from serve_app.model.experts4 import Experts4
-from serve_app.model.matrices4 import Codes, Linear4
+from serve_app.model.checkpoint.tensor_names import CODEBOOK, ModuleWeight, module_weights
+from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 ALIGNMENT = 4096
 """Data begins at a multiple of this, so that it can be read without the page cache."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def layer_tensors(source: Source, layer: int, codes: Codes) -> dict[str, Tensor]:
-    """Everything that the file of one layer holds; 4-bit weights on the device of `codes`."""
-    config, prefix = source.checkpoint.config, f"model.layers.{layer}"
+def file_tensors(source: Source, layer: int | None, codebook: Codebook) -> dict[str, Tensor]:
+    """Everything that the file of one layer holds; None is what belongs to no layer.
+
+    Weights in 4 bits are on the device of `codebook`.
+    """
+    entries = module_weights(source.checkpoint.config)
     tensors: dict[str, Tensor] = {}
-    with codes.code.device:
-        experts = Experts4(config, codes)
-    for expert in range(config.num_experts):
-        for stored, name in (("w1", "gate"), ("w3", "up"), ("w2", "down")):
-            weight = f"{prefix}.block_sparse_moe.experts.{expert}.{stored}.weight"
-            experts.put(expert, name, source.weight(weight))
-    _add(tensors, f"{prefix}.mlp.experts.gate_up", experts.gate_up)
-    _add(tensors, f"{prefix}.mlp.experts.down", experts.down)
-    heads = config.num_heads * config.head_dim
-    keys = config.num_kv_heads * config.head_dim
-    with codes.code.device:
-        qkv = Linear4(codes, config.hidden_size, (heads, keys, keys))
-        o = Linear4(codes, heads, (config.hidden_size,))
-    for part, one in enumerate("qkv"):
-        qkv.put(part, source.weight(f"{prefix}.self_attn.{one}_proj.weight"))
-    o.put(0, source.weight(f"{prefix}.self_attn.o_proj.weight"))
-    _add(tensors, f"{prefix}.self_attn.qkv", qkv.matrix)
-    _add(tensors, f"{prefix}.self_attn.o", o.matrix)
-    router = f"{prefix}.block_sparse_moe.gate.weight"
-    tensors[f"{prefix}.mlp.gate.weight"] = source.float(router)
-    for norm in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}.{norm}.weight"] = source.float(f"{prefix}.{norm}.weight")
+    for entry in entries:
+        if entry.layer != layer:
+            continue
+        if entry.is_quantized:
+            tensors |= _quantized(source, entry, codebook)
+        else:
+            tensors[entry.fused] = source.floats(entry.weights[0])
+    if layer is None:
+        _fill(codebook, source, entries)
+        tensors |= {f"{CODEBOOK}.{name}": table for name, table in codebook.named_buffers()}
     return tensors
 
 
-def other_tensors(source: Source, codes: Codes) -> dict[str, Tensor]:
-    """Everything that belongs to no layer."""
-    config = source.checkpoint.config
-    names = ["model.embed_tokens.weight", "model.norm.weight"]
-    if not config.tie_embeddings:
-        names.append("lm_head.weight")
-    tensors = {name: source.float(name) for name in names}
-    with codes.code.device:  # any matrix brings the tables, and the layers may be written already
-        keys = Linear4(codes, config.hidden_size, (config.num_kv_heads * config.head_dim,))
-    keys.put(0, source.weight("model.layers.0.self_attn.k_proj.weight"))
-    _add(tensors, "quantization", codes)
-    return tensors
+def _quantized(source: Source, entry: ModuleWeight, codebook: Codebook) -> dict[str, Tensor]:
+    assert entry.in_features is not None
+    with codebook.code.device:
+        weight = QuantizedWeight(
+            codebook,
+            entry.experts,
+            entry.in_features,
+            entry.out_features,
+            interleaved=entry.is_interleaved,
+        )
+    for part in entry.weights:
+        weight.load_weight(source.read(part), part.expert, part.index)
+    buffers = weight.named_buffers(recurse=False)
+    return {f"{entry.fused}.{name}": buffer for name, buffer in buffers}
+
+
+def _fill(codebook: Codebook, source: Source, entries: list[ModuleWeight]) -> None:
+    """Fills `codebook`, as any matrix does: all layers may have been written by an earlier run."""
+    matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
+    smallest = min(matrices, key=lambda weight: prod(weight.shape))
+    with codebook.code.device:
+        out_features, in_features = smallest.shape
+        scratch = QuantizedWeight(codebook, (), in_features, (out_features,))
+    scratch.load_weight(source.read(smallest))
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
@@ -109,12 +112,6 @@ def put_in_place(partial: Path, file: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
-
-
-def _add(tensors: dict[str, Tensor], prefix: str, module: nn.Module) -> None:
-    """Adds the module's own buffers: they are what the file has."""
-    for name, buffer in module.named_buffers(recurse=False):
-        tensors[f"{prefix}.{name}"] = buffer
 
 
 def _bytes(tensor: Tensor) -> memoryview:

@@ -8,20 +8,23 @@ promises.
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from math import prod
 
 import torch
+from torch import nn
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint
-from serve_app.model.checkpoint.fused_reader import fused_places, read_fused
+from serve_app.model.checkpoint.fused_reader import fused_targets, read_fused
 from serve_app.model.checkpoint.source import DTYPES, Source
-from serve_app.model.checkpoint.weight_mapping import put, put_head
-from serve_app.model.footprint import PARTS, expected_shapes, weight_bytes
-from serve_app.model.mixtral import Mixtral
+from serve_app.model.checkpoint.tensor_names import LM_HEAD, PARTS, weights
+from serve_app.model.checkpoint.weight_mapping import load_lm_head, load_weight
+from serve_app.model.footprint import weight_bytes
+from serve_app.model.mixtral import DecoderLayer, Mixtral
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantized_weight import Codebook
 
-HEAD = "lm_head.weight"
 TOLERANCE = 0.02
 """Share of a part's promised bytes that the loaded ones may differ by."""
 
@@ -45,46 +48,49 @@ def load(
     on `device`. Raises `ModelLoadFailed` when a file is not what its header said, and when the
     loaded weights take other than the promised memory.
     """
-    tell = progress or (lambda done: None)
+    report = progress or (lambda done: None)
     with torch.device("meta"):
         model = Mixtral(checkpoint.config, quantization, quantize_lm_head).to(dtype)
     model.to_empty(device=device)
     model.rope.fill()
     if checkpoint.form == "fused":
-        _read_fused(checkpoint, model, tell)
+        _load_fused(checkpoint, model, report)
     else:
-        _read_one_by_one(checkpoint, model, tell)
+        _load_one_by_one(checkpoint, model, report)
     check_bytes(model, dtype, quantization, quantize_lm_head)
     return model
 
 
-def _read_fused(checkpoint: Checkpoint, model: Mixtral, tell: Progress) -> None:
-    """Our own form: by several threads, straight into place, but for a head in 4 bits."""
-    places = fused_places(model)
-    floats = None
-    if (head := checkpoint.tensors.get(HEAD)) is not None and HEAD not in places:
-        dtype, device = DTYPES[head.dtype], model.embedding.device
-        places[HEAD] = floats = torch.empty(head.shape, dtype=dtype, device=device)
-    read_fused(checkpoint, places, tell)
-    if floats is not None:
-        put_head(model, floats)
+def _load_fused(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
+    """Several threads read straight into the weights; only an lm_head in 4 bits is staged."""
+    targets = fused_targets(model)
+    staged = None
+    if (info := checkpoint.tensors.get(LM_HEAD)) is not None and LM_HEAD not in targets:
+        dtype, device = DTYPES[info.dtype], model.embedding.device
+        targets[LM_HEAD] = staged = torch.empty(info.shape, dtype=dtype, device=device)
+    read_fused(checkpoint, targets, report)
+    if staged is not None:
+        load_lm_head(model, weights(checkpoint.config)[LM_HEAD], staged)
 
 
-def _read_one_by_one(checkpoint: Checkpoint, model: Mixtral, tell: Progress) -> None:
-    """Any other form: a thread reads the next weight while this one quantises the last."""
-    shapes = expected_shapes(checkpoint.config, stacked=False)
-    total, done = sum(prod(shape) for shape in shapes.values()), 0
+def _load_one_by_one(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
+    """A thread reads the next weight while this one quantizes the last."""
+    wanted = list(weights(checkpoint.config).values())
+    total, done = sum(prod(weight.shape) for weight in wanted), 0
     source = Source(checkpoint)
     with ThreadPoolExecutor(1, "read-weights") as reader:
-        names = iter(shapes)
-        ahead = reader.submit(source.weight, next(names))
-        for name, shape in shapes.items():
-            weight = ahead.result()
-            if (following := next(names, None)) is not None:
-                ahead = reader.submit(source.weight, following)
-            put(model, name, weight)
-            done += prod(shape)
-            tell(done / total)
+        ahead = reader.submit(source.read, wanted[0])
+        for weight, following in zip(wanted, [*wanted[1:], None], strict=True):
+            values = ahead.result()
+            if following is not None:
+                ahead = reader.submit(source.read, following)
+            if weight.name == LM_HEAD:
+                assert isinstance(values, torch.Tensor)
+                load_lm_head(model, weight, values)
+            else:
+                load_weight(model, weight, values)
+            done += prod(weight.shape)
+            report(done / total)
 
 
 def check_bytes(
@@ -95,8 +101,9 @@ def check_bytes(
 ) -> None:
     """Raises `ModelLoadFailed` where a part of `model` takes other than the promised memory."""
     promised = weight_bytes(model.config, dtype.itemsize, quantization, quantize_lm_head)
-    for tables in (model.rope, model.codes):
-        promised["other"] += sum(table.nbytes for table in tables.buffers()) if tables else 0
+    promised["other"] += _num_bytes(model.rope)
+    if model.codebook is not None:
+        promised["other"] += sum(table.nbytes for table in model.codebook.buffers())
     for part, loaded in bytes_by_part(model).items():
         if abs(loaded - promised[part]) > TOLERANCE * promised[part]:
             form = str(dtype).removeprefix("torch.")
@@ -109,20 +116,29 @@ def check_bytes(
 
 
 def bytes_by_part(model: Mixtral) -> dict[str, int]:
-    """Bytes of the weights in memory: `{"experts", "attention", "head", "other"}`.
+    """Bytes of the weights in memory, for each of `PARTS`.
 
-    "head" is the embedding matrix and the output head (one, when they are tied); "other" the
-    routers, the norms and the rotary tables.
+    "head" is the embedding matrix and lm_head (one matrix, when they are tied); "other" has the
+    routers, the norms, the code values and the rotary tables.
     """
-    sizes = dict.fromkeys(PARTS, 0)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        sizes[_part(name)] += tensor.nbytes
+    sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
+    for layer in model.layers:
+        assert isinstance(layer, DecoderLayer)
+        sizes["experts"] += _num_bytes(layer.mlp.experts)
+        sizes["attention"] += _num_bytes(layer.attention)
+    sizes["head"] = model.embedding.nbytes
+    if model.lm_head is not None:
+        sizes["head"] += _num_bytes(model.lm_head)
+    everything = chain(model.parameters(), model.buffers())
+    sizes["other"] = sum(tensor.nbytes for tensor in everything) - sum(sizes.values())
     return sizes
 
 
-def _part(name: str) -> str:
-    if ".experts." in name:
-        return "experts"
-    if ".attention." in name:
-        return "attention"
-    return "head" if name == "embedding" or name.startswith("head.") else "other"
+def _num_bytes(module: nn.Module) -> int:
+    """Bytes of a module's weights without the codebook, which all 4-bit weights share."""
+    return sum(
+        tensor.nbytes
+        for part in module.modules()
+        if not isinstance(part, Codebook)
+        for tensor in chain(part.parameters(recurse=False), part.buffers(recurse=False))
+    )

@@ -14,6 +14,8 @@ from serve_app.errors import ModelLoadFailed
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""dtypes of floats, by safetensors' names."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 """Bytes per element of the dtypes that a float or 4-bit checkpoint can have."""
 MAX_HEADER_BYTES = 100_000_000

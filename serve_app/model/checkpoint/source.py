@@ -1,9 +1,8 @@
-"""The weights of a float or bitsandbytes checkpoint, one by one, under one set of names.
+"""Reads the weights of a float or bitsandbytes checkpoint one by one, by transformers 4's names.
 
-Every weight has the name of transformers 4's float checkpoints (one tensor per expert), however
-the files hold it. What is quantised in the files is never dequantised. Holds nothing that it has
-handed out: files are read, not mapped, because pages of a mapped file count as this process's
-memory for as long as it is mapped, and one shard of Mixtral has 5 GB of them.
+Weights that are quantized in the files stay quantized. Files are read, not mapped: pages of a
+mapped file count as this process's memory as long as it is mapped, and one shard of Mixtral has 5
+GB of them.
 """
 
 import torch
@@ -13,7 +12,8 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.bnb4 import PackedInfo
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
-from serve_app.model.nf4 import Nested, Quantized
+from serve_app.model.checkpoint.tensor_names import Weight
+from serve_app.model.quantize import NestedAbsmax, QuantizedTensor
 
 DTYPES = {
     "F64": torch.float64,
@@ -23,7 +23,7 @@ DTYPES = {
     "U8": torch.uint8,
     "I8": torch.int8,
 }
-"""Of safetensors' names."""
+"""torch's dtypes by safetensors' names."""
 
 
 class Source:
@@ -31,76 +31,59 @@ class Source:
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
-        self._stacked = any(".mlp.experts." in name for name in checkpoint.tensors)
         self._code: Tensor | None = None
         self._nested_code: Tensor | None = None
 
-    def float(self, name: str) -> Tensor:
-        """A weight that is not quantised, on the CPU, in the dtype that it is stored in.
+    def read(self, weight: Weight) -> Tensor | QuantizedTensor:
+        """The weight as it is in the files, on the CPU; float64 becomes float32.
 
-        float64 becomes float32: nothing computes with it, and our own form does not have it.
+        Raises `ModelLoadFailed` where a file cannot be read, or where matrices are quantized with
+        different code values: all weights of a model share one codebook.
         """
-        if self._stacked and ".block_sparse_moe." in name:
-            weight = self._from_stack(name)
+        if (packed := self.checkpoint.packed.get(weight.name)) is not None:
+            return self._quantized(packed)
+        return self.floats(weight)
+
+    def floats(self, weight: Weight) -> Tensor:
+        """A weight that is not quantized in the files."""
+        if (tensor := self.checkpoint.tensors.get(weight.name)) is not None:
+            values = self._read(tensor)
         else:
-            weight = self._read(self.checkpoint.tensors[name])
-        return weight.float() if weight.dtype == torch.float64 else weight
+            merged = weight.merged
+            values = self._read(self.checkpoint.tensors[merged.name], merged.index, merged.count)
+            values = values.view(weight.shape)
+        return values.float() if values.dtype == torch.float64 else values
 
-    def quantized(self, name: str) -> Quantized:
-        """A weight `[N, K]` that is quantised in the files, as it is there, on the CPU.
-
-        All of them share the tables `code` and `nested.code`; a checkpoint whose matrices have
-        different ones is refused.
-        """
-        info = self.checkpoint.packed[name]
-        rows, columns = info.shape
-        packed = self._read(info.packed).view(torch.uint8).view(rows, columns // 2)
-        absmax = self._read(info.absmax).view(rows, -1)
+    def _quantized(self, info: PackedInfo) -> QuantizedTensor:
+        out_features, in_features = info.shape
+        packed = self._read(info.packed).view(torch.uint8).view(out_features, in_features // 2)
+        absmax = self._read(info.absmax).view(out_features, -1)
         self._code = self._same_table(info, info.code, self._code)
         if info.nested is None:
-            return Quantized(packed, absmax, self._code)
+            return QuantizedTensor(packed, absmax, self._code)
         self._nested_code = self._same_table(info, info.nested.code, self._nested_code)
-        nested = Nested(
+        nested = NestedAbsmax(
             self._read(info.nested.absmax).flatten(),
             self._nested_code,
             torch.tensor(info.nested.offset, dtype=torch.float32),
         )
-        return Quantized(packed, absmax, self._code, nested)
+        return QuantizedTensor(packed, absmax, self._code, nested)
 
-    def weight(self, name: str) -> Tensor | Quantized:
-        """`quantized` or `float`, whichever the weight is in the files."""
-        return self.quantized(name) if name in self.checkpoint.packed else self.float(name)
-
-    def _from_stack(self, name: str) -> Tensor:
-        """Of transformers 5's stacked experts, the part that `name` had before."""
-        layer, _, rest = name.partition(".block_sparse_moe.")
-        match rest.split("."):
-            case ["gate", "weight"]:
-                return self._read(self.checkpoint.tensors[f"{layer}.mlp.gate.weight"])
-            case ["experts", expert, "w2", "weight"]:
-                down = self.checkpoint.tensors[f"{layer}.mlp.experts.down_proj"]
-                return self._read(down, int(expert), down.shape[0])
-            case ["experts", expert, "w1" | "w3" as half, "weight"]:
-                gate_up = self.checkpoint.tensors[f"{layer}.mlp.experts.gate_up_proj"]
-                part = 2 * int(expert) + (half == "w3")
-                return self._read(gate_up, part, 2 * gate_up.shape[0])
-        raise AssertionError(f"{name} is no weight")
-
-    def _read(self, tensor: TensorInfo, part: int = 0, num_parts: int | None = None) -> Tensor:
-        """A tensor of the files, or, of a stack of matrices, one of its `num_parts` parts."""
+    def _read(self, tensor: TensorInfo, index: int = 0, count: int = 1) -> Tensor:
+        """Slice `index` of the `count` equal ones of a tensor; the whole one where `count` is 1."""
         shape = tensor.shape
-        if num_parts is not None:
-            shape = (tensor.shape[0] * tensor.shape[1] // num_parts, *tensor.shape[2:])
-        weight = torch.empty(shape, dtype=DTYPES[tensor.dtype])
-        begin = tensor.begin + part * weight.nbytes
-        read_into(tensor.file, begin, weight.view(-1).view(torch.uint8).numpy().data)
-        return weight
+        if count > 1:  # [E, N, K] in E * 2 slices: [N / 2, K] each
+            shape = (tensor.shape[0] * tensor.shape[1] // count, *tensor.shape[2:])
+        values = torch.empty(shape, dtype=DTYPES[tensor.dtype])
+        begin = tensor.begin + index * values.nbytes
+        read_into(tensor.file, begin, values.view(-1).view(torch.uint8).numpy().data)
+        return values
 
-    def _same_table(self, of: PackedInfo, table: TensorInfo, known: Tensor | None) -> Tensor:
+    def _same_table(self, info: PackedInfo, table: TensorInfo, known: Tensor | None) -> Tensor:
         values = self._read(table).flatten()
         if known is None or torch.equal(values, known):
             return values if known is None else known
         raise ModelLoadFailed(
-            f"{of.packed.file}: tensor `{table.name}` differs from that "
+            f"{info.packed.file}: tensor `{table.name}` differs from that "
             "of other weights; all weights must be quantised with the same values."
         )

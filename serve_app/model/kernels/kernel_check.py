@@ -14,11 +14,12 @@ from torch import Tensor
 from serve_app.model.attention import attend, plan_attention
 from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
-from serve_app.model.experts4 import Experts4
 from serve_app.model.kv import KVCache
-from serve_app.model.matrices4 import Codes, Linear4
-from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantize import dequantize, quantize
+from serve_app.model.quantized_experts import QuantizedExperts
+from serve_app.model.quantized_weight import Codebook
 
 HIDDEN, INNER, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
 CONFIG = MixtralConfig.from_dict(
@@ -60,7 +61,7 @@ def relative_errors(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    codes = Codes(quantization).to(device)
+    codes = Codebook(quantization).to(device)
     linear, weight = _linear(codes, device, random(INNER, HIDDEN))
     experts, expert_weights = _experts(codes, device, random)
     errors: dict[str, float] = {}
@@ -118,24 +119,27 @@ def _attention(
     return found, expected
 
 
-def _linear(codes: Codes, device: torch.device, weight: Tensor) -> tuple[Linear4, Tensor]:
+def _linear(
+    codes: Codebook, device: torch.device, weight: Tensor
+) -> tuple[QuantizedLinear, Tensor]:
     """A 4-bit product, and the float32 weight that it stands for."""
-    linear = Linear4(codes, weight.shape[1], (weight.shape[0],)).to(device)
-    linear.put(0, weight)
+    linear = QuantizedLinear(codes, weight.shape[1], (weight.shape[0],)).to(device)
+    linear.weight.load_weight(weight)
     return linear, _as_stored(codes, weight).to(device)
 
 
 def _experts(
-    codes: Codes, device: torch.device, random: Callable[..., Tensor]
-) -> tuple[Experts4, list[dict[str, Tensor]]]:
+    codes: Codebook, device: torch.device, random: Callable[..., Tensor]
+) -> tuple[QuantizedExperts, list[dict[str, Tensor]]]:
     """4-bit experts, and the float32 matrices of each that they stand for."""
     sizes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
-    experts = Experts4(CONFIG, codes).to(device)
+    experts = QuantizedExperts(CONFIG, codes).to(device)
     plain = []
     for expert in range(NUM_EXPERTS):
         weights = {name: random(*size) for name, size in sizes.items()}
-        for name, weight in weights.items():
-            experts.put(expert, name, weight)
+        experts.gate_up.load_weight(weights["gate"], expert, 0)
+        experts.gate_up.load_weight(weights["up"], expert, 1)
+        experts.down.load_weight(weights["down"], expert)
         plain.append({name: _as_stored(codes, w).to(device) for name, w in weights.items()})
     return experts, plain
 
@@ -144,23 +148,23 @@ def _in_halves(x: Tensor) -> Tensor:
     return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
 
 
-def _linear_by_kernel(linear: Linear4, x: Tensor) -> Tensor:
+def _linear_by_kernel(linear: QuantizedLinear, x: Tensor) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
-    weights = nf4_decode.Packed.of(linear.matrix, x.dtype)
+    weights = nf4_decode.Packed.of(linear.weight, x.dtype)
     parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.rows, dtype=torch.float32)
     nf4_decode.dense(weights, _in_halves(x), parts)
     return parts.sum(0)
 
 
-def _unpacked(experts: Experts4, dtype: torch.dtype) -> Tensor:
+def _unpacked(experts: QuantizedExperts, dtype: torch.dtype) -> Tensor:
     from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 
     every = torch.arange(NUM_EXPERTS, device=experts.gate_up.packed.device)
     return Unpacker(dtype)(experts.gate_up, every)
 
 
-def _experts_by_kernel(experts: Experts4, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+def _experts_by_kernel(experts: QuantizedExperts, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
     order = ids.flatten().argsort(stable=True).int()
@@ -175,7 +179,7 @@ def _experts_by_kernel(experts: Experts4, x: Tensor, ids: Tensor, shares: Tensor
     return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
 
 
-def _as_stored(codes: Codes, weight: Tensor) -> Tensor:
+def _as_stored(codes: Codebook, weight: Tensor) -> Tensor:
     """`weight` after 4 bits, on the CPU."""
     chosen = codes.quantization
     return dequantize(quantize(weight, chosen.quant_type, chosen.absmax), torch.float32)

@@ -11,28 +11,33 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
-from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import gpu_step
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kv import KVCache
-from serve_app.model.matrices4 import Codes
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantized_weight import Codebook
 from tools.random_model import config_of, random_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 16, 32
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_heads": 4, "head_dim": 16}
+SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
 CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
     "floats": (None, {}),
     "window, tied": (
         Quantization("fp4", "bfloat16"),
-        {"sliding_window": 5, "tie_embeddings": True},
+        {"sliding_window": 5, "tie_word_embeddings": True},
     ),
     "odd": (
         Quantization("nf4", "nested"),
-        {"num_experts": 5, "top_k": 3, "num_heads": 12, "intermediate_size": 192},
+        {
+            "num_local_experts": 5,
+            "num_experts_per_tok": 3,
+            "num_attention_heads": 12,
+            "intermediate_size": 192,
+        },
     ),
 }
 
@@ -91,7 +96,7 @@ def test_rows_of_nobody_write_nothing() -> None:
     slots = torch.tensor([21, 0, 0])
     lens, tables = torch.tensor([6, 0, 0]).int(), torch.tensor([[1], [0], [0]]).int()
     ids = torch.tensor([7, 0, 0])
-    found = GpuStep(model, cache, 3).logits(Rows(ids, slots * 0 + 5, slots, lens, tables))
+    found = GpuStep(model, cache, 3).logits(DecodeBatch(ids, slots * 0 + 5, slots, lens, tables))
     assert found[0].isfinite().all()
     for page in (*cache.keys, *cache.values):
         written = page.view(NUM_BLOCKS * BLOCK_SIZE, -1).any(dim=1).nonzero().flatten()
@@ -113,8 +118,8 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_runner, "_compiled_step", compiled)
     fast = ModelRunner(*made, max_num_seqs=3)
     assert "graph for each of 3 sizes of batch; prompts unpack weights by a kernel" in fast.note
-    assert isinstance(model.codes, Codes)
-    assert isinstance(model.codes.unpack, Unpacker)
+    assert isinstance(model.codebook, Codebook)
+    assert isinstance(model.codebook.unpack, Unpacker)
 
     def tokens(runner: ModelRunner) -> list[list[int]]:
         params = SamplingParams(9, temperature=0)

@@ -11,9 +11,9 @@ from serve_app.model.kernels.kernel_check import relative_errors
 from serve_app.model.kernels.triton import nf4_decode
 from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
-from serve_app.model.matrices4 import GROUP, Codes, Matrices4
-from serve_app.model.nf4 import dequantize
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantize import dequantize
+from serve_app.model.quantized_weight import INTERLEAVED_ROWS, Codebook, QuantizedWeight
 
 HIDDEN, INNER, EXPERTS, TOP_K = 128, 320, 4, 2
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -22,13 +22,14 @@ STORAGES = [("nf4", "nested"), ("fp4", "nested"), ("nf4", "bfloat16"), ("nf4", "
 
 
 def matrices(
-    codes: Codes, lead: tuple[int, ...], columns: int, rows: tuple[int, ...], seed: int = 0
-) -> Matrices4:
+    codes: Codebook, lead: tuple[int, ...], columns: int, rows: tuple[int, ...], seed: int = 0
+) -> QuantizedWeight:
     generator = torch.Generator().manual_seed(seed)
-    made = Matrices4(codes, lead, columns, rows, interleaved=len(rows) == 2)
-    for index in [(e,) for e in range(lead[0])] if lead else [()]:
+    made = QuantizedWeight(codes, lead, columns, rows, interleaved=len(rows) == 2)
+    for expert in range(lead[0]) if lead else [None]:
         for part, count in enumerate(rows):
-            made.put(index, part, torch.randn(count, columns, generator=generator))
+            weight = torch.randn(count, columns, generator=generator)
+            made.load_weight(weight, expert, part)
     return made
 
 
@@ -40,8 +41,8 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.float() - expected).norm() / expected.norm())
 
 
-def codes_of(storage: tuple[str, str]) -> Codes:
-    return Codes(Quantization(*storage))  # type: ignore[arg-type]
+def codes_of(storage: tuple[str, str]) -> Codebook:
+    return Codebook(Quantization(*storage))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
@@ -82,7 +83,7 @@ def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
         for expert, (first, last) in enumerate(pairwise(starts.tolist())):
             entries = order[first:last]
             products = x[entries // TOP_K].float() @ up_weights[expert].T
-            gate, up = products.view(last - first, INNER // GROUP, 2, GROUP).unbind(2)
+            gate, up = products.view(last - first, -1, 2, INTERLEAVED_ROWS).unbind(2)
             mixed = (F.silu(gate) * up).flatten(1) @ down_weights[expert].T
             expected[entries] = mixed * shares[entries, None]
         assert error(out.sum(0), expected) < TOLERANCE[dtype]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from serve_app.model.kernels.triton.nf4_ptx import CONSTRAINTS, DECODE, bits16, planes
-from serve_app.model.nf4 import codes
+from serve_app.model.quantize import code_values
 
 MASK = 0xFFFFFFFF
 
@@ -48,7 +48,7 @@ def execute(word: int, tables: dict[str, int]) -> list[int]:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_code_becomes_its_value(quant_type: str, dtype: torch.dtype) -> None:
     """High nibbles first, then low ones, in the order of bytes, with the bits torch gives them."""
-    values = codes("nf4" if quant_type == "nf4" else "fp4")
+    values = code_values("nf4" if quant_type == "nf4" else "fp4")
     tables = planes(values.tolist(), is_bfloat16=dtype == torch.bfloat16)
     rng = random.Random(0)
     words = [*(0x11111111 * i for i in range(16)), *(rng.getrandbits(32) for _ in range(200))]

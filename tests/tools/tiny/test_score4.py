@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
-from tests.model.oracle4 import rounded
+from tests.model.quantized_oracle import rounded
 from tools.tiny.exam import examine
 
 POINTS = 3

@@ -21,8 +21,7 @@ from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
 from serve_app.model.kv import KVCache
-from serve_app.model.linear import Linear
-from serve_app.model.matrices4 import Linear4
+from serve_app.model.linear import Linear, QuantizedLinear
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
@@ -39,10 +38,10 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         (name, POINTER)
         for name in (
-            "attention_norm",
+            "input_layernorm",
             "qkv",
             "o",
-            "mlp_norm",
+            "post_attention_layernorm",
             "router",
             "gate_up",
             "down",
@@ -77,9 +76,9 @@ class CpuStep:
         config = model.config
         layers = [
             (*_weights(block), keys, values)
-            for block, keys, values in zip(model.blocks, cache.keys, cache.values, strict=True)
+            for block, keys, values in zip(model.layers, cache.keys, cache.values, strict=True)
         ]
-        head = transposed(model.embedding if model.head is None else _float(model.head))
+        head = transposed(model.embedding if model.lm_head is None else _float(model.lm_head))
         tables = (model.embedding, model.norm.weight, head, model.rope.cos, model.rope.sin)
         # What the pointers point to must live as long as they do.
         self._kept = (layers, tables)
@@ -87,9 +86,19 @@ class CpuStep:
         self._step = library.mixtral_step
         pointers = [_Layer(*(tensor.data_ptr() for tensor in layer)) for layer in layers]
         self._model = _Model(
-            *(config.num_layers, config.hidden_size, config.num_heads, config.num_kv_heads),
-            *(config.head_dim, config.intermediate_size, config.num_experts, config.top_k),
-            *(config.vocab_size, cache.block_size, config.sliding_window or 0, config.rms_eps),
+            *(
+                config.num_hidden_layers,
+                config.hidden_size,
+                config.num_attention_heads,
+                config.num_key_value_heads,
+            ),
+            *(
+                config.head_dim,
+                config.intermediate_size,
+                config.num_local_experts,
+                config.num_experts_per_tok,
+            ),
+            *(config.vocab_size, cache.block_size, config.sliding_window or 0, config.rms_norm_eps),
             *(table.data_ptr() for table in tables),
             (_Layer * len(layers))(*pointers),
         )
@@ -99,7 +108,7 @@ class CpuStep:
         """The step of `model`, or why there is none. `cache` is not in use yet."""
         if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
             return "it is for float32 on a CPU"
-        if model.codes is not None:
+        if model.codebook is not None:
             return "the weights are in 4 bits"
         if (size := sum(weight.nbytes for weight in model.parameters())) > MOST_BYTES:
             return f"a second copy of {size / 1e9:.1f} GB of weights would be too large"
@@ -163,7 +172,7 @@ def transposed(weight: Tensor) -> Tensor:
     return padded.transpose(-1, -2).contiguous()
 
 
-def _float(linear: Linear | Linear4) -> Tensor:
+def _float(linear: Linear | QuantizedLinear) -> Tensor:
     assert isinstance(linear, Linear)
     return linear.weight
 
@@ -173,10 +182,10 @@ def _weights(block: Any) -> tuple[Tensor, ...]:
     attention, experts = block.attention, block.mlp.experts
     assert isinstance(experts, Experts)
     return (
-        block.attention_norm.weight,
+        block.input_layernorm.weight,
         transposed(_float(attention.qkv)),
         transposed(_float(attention.o)),
-        block.mlp_norm.weight,
+        block.post_attention_layernorm.weight,
         transposed(block.mlp.router),
         transposed(experts.gate_up),
         transposed(experts.down),

@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.batch import Batch
-from serve_app.model.kernels.rows import Rows
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import nf4_decode
 from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.triton.paged_attention import PagedAttention
 from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write, route
 from serve_app.model.kv import KVCache
-from serve_app.model.matrices4 import Linear4
+from serve_app.model.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
@@ -80,8 +80,8 @@ class Layer4:
 
     def __init__(self, block: Any, dtype: torch.dtype) -> None:
         attention, mlp = block.attention, block.mlp
-        self._qkv = Packed.of(attention.qkv.matrix, dtype)
-        self._o = Packed.of(attention.o.matrix, dtype)
+        self._qkv = Packed.of(attention.qkv.weight, dtype)
+        self._o = Packed.of(attention.o.weight, dtype)
         self._gate_up = Packed.of(mlp.experts.gate_up, dtype)
         self._down = Packed.of(mlp.experts.down, dtype)
         self._router = torch.cat((mlp.router[:, ::2], mlp.router[:, 1::2]), dim=1).contiguous()
@@ -115,15 +115,17 @@ class GpuStep:
     def __init__(self, model: "Mixtral", cache: KVCache, most_rows: int) -> None:
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
-        is_float = model.codes is None
+        is_float = model.codebook is None
         self._layers: list[Layer] = [
-            FloatLayer(block) if is_float else Layer4(block, dtype) for block in model.blocks
+            FloatLayer(block) if is_float else Layer4(block, dtype) for block in model.layers
         ]
         page = cache.keys[0]
-        self._attention = PagedAttention(config.num_heads, page, config.sliding_window, most_rows)
-        self._head = model.head
-        if isinstance(model.head, Linear4):
-            self._packed_head = Packed.of(model.head.matrix, dtype)
+        self._attention = PagedAttention(
+            config.num_attention_heads, page, config.sliding_window, most_rows
+        )
+        self._head = model.lm_head
+        if isinstance(model.lm_head, QuantizedLinear):
+            self._packed_head = Packed.of(model.lm_head.weight, dtype)
 
     @classmethod
     def of(cls, model: "Mixtral", cache: KVCache, most_rows: int) -> "GpuStep | str":
@@ -145,39 +147,39 @@ class GpuStep:
     def unpack_for_prompts(self) -> str:
         """Makes the model itself unpack 4-bit weights by a kernel, if that gives what torch gives;
         what to say of it."""
-        codes, dtype = self._model.codes, self._model.embedding.dtype
-        if codes is None:
+        codebook, dtype = self._model.codebook, self._model.embedding.dtype
+        if codebook is None:
             return ""
-        block: Any = self._model.blocks[0]
+        block: Any = self._model.layers[0]
         down = block.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
         expected, unpack = down.floats(first, dtype).float(), Unpacker(dtype)
         error = float((unpack(down, first).float() - expected).norm() / expected.norm())
         if not error < UNPACK_TOLERANCE:
             return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
-        codes.unpack = unpack
+        codebook.unpack = unpack
         return "; prompts unpack weights by a kernel"
 
     @torch.inference_mode()
-    def logits(self, rows: Rows) -> Tensor:
+    def logits(self, rows: DecodeBatch) -> Tensor:
         """Float32 `[B, vocab_size]`; fills the cache."""
         model, config = self._model, self._model.config
         x = F.embedding(rows.token_ids, model.embedding)
         where = (rows.positions, rows.slots, rows.context_lens)
-        queries = x.new_empty(len(x), config.num_heads, config.head_dim)
-        attended = x.new_empty(len(x), config.num_heads * config.head_dim)
+        queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
+        attended = x.new_empty(len(x), config.num_attention_heads * config.head_dim)
         parts: Tensor | None = None
         # A trial has fewer blocks.
-        for i, (block, layer) in enumerate(zip(model.blocks, self._layers, strict=False)):
+        for i, (block, layer) in enumerate(zip(model.layers, self._layers, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
             halves = layer.in_halves
-            y = normed(x, parts, rows, block.attention_norm, halves)
+            y = normed(x, parts, rows, block.input_layernorm, halves)
             rope_write(layer.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values)
             pages = (keys, values, rows.tables, rows.context_lens)
             self._attention(queries, *pages, attended, in_halves=halves)
-            y = normed(x, layer.o(attended), rows, block.mlp_norm, halves)
+            y = normed(x, layer.o(attended), rows, block.post_attention_layernorm, halves)
             parts = layer.mlp(y, rows.context_lens)
-        halves = isinstance(self._head, Linear4)
+        halves = isinstance(self._head, QuantizedLinear)
         y = normed(x, parts, rows, model.norm, halves)
         if halves:
             return dense(self._packed_head, y).sum(0)
@@ -189,7 +191,7 @@ class GpuStep:
         lens = torch.tensor(batch.context_lens, dtype=torch.int32)
         lens = lens.to(batch.token_ids.device, non_blocking=True)
         tables = batch.block_tables.int()
-        return self.logits(Rows(batch.token_ids, batch.positions, batch.slots, lens, tables))
+        return self.logits(DecodeBatch(batch.token_ids, batch.positions, batch.slots, lens, tables))
 
     @torch.inference_mode()
     def _error(self, count: int) -> float:
@@ -217,21 +219,21 @@ class GpuStep:
         )
         # The last row is nobody's, and nobody else may notice.
         context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
-        rows = Rows(tokens, lens - 1, slots, context.int(), tables.int())
+        rows = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
         is_finite = self.logits(rows)[: max(1, count - 1)].isfinite().all()
-        whole = self._model.blocks
+        whole = self._model.layers
         try:
-            self._model.blocks = whole[:TRIED_LAYERS]
+            self._model.layers = whole[:TRIED_LAYERS]
             expected, found = self._model(batch, cache), self.logits(rows)
         finally:
-            self._model.blocks = whole
+            self._model.layers = whole
         cache.clear(blocks)
         errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[: max(1, count - 1)]
         is_finite &= errors.isfinite().all()
         return float(errors.median()) if is_finite else float("nan")
 
 
-def normed(x: Tensor, parts: Tensor | None, rows: Rows, norm: Any, halves: bool) -> Tensor:
+def normed(x: Tensor, parts: Tensor | None, rows: DecodeBatch, norm: Any, halves: bool) -> Tensor:
     """Adds `parts` to `x` and returns its norm."""
     return add_norm(x, parts, rows.context_lens, norm.weight, norm.eps, in_halves=halves)
 
@@ -240,6 +242,6 @@ def _unfit(model: "Mixtral") -> str | None:
     config, dtype = model.config, model.embedding.dtype
     if config.head_dim & (config.head_dim - 1) or config.head_dim < 16:
         return "head_dim must be a power of two, and at least 16"
-    if model.codes is not None and model.embedding.is_cuda and dtype == torch.float32:
+    if model.codebook is not None and model.embedding.is_cuda and dtype == torch.float32:
         return "4-bit weights are decoded to 16-bit floats only"
     return None

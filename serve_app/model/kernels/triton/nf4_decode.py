@@ -2,7 +2,7 @@
 
 For one matrix (`dense`), and for the experts of a layer with tokens grouped by expert: `gate_up`,
 with silu(gate) * up in the same launch, and `down`. Each weight is read once per launch for all its
-tokens, up to a tile of them. The rows of gate and up must be interleaved (`Matrices4`).
+tokens, up to a tile of them. The rows of gate and up must be interleaved (`QuantizedWeight`).
 
 Activations are *in halves*: of a vector of K numbers first all with an even index, then all with an
 odd one, because a byte holds two neighbours and each nibble is multiplied on its own. Sums over K
@@ -26,8 +26,8 @@ from torch import Tensor
 
 from serve_app.model.kernels.triton.nf4_kernels import dense_kernel, down_kernel, gate_up_kernel
 from serve_app.model.kernels.triton.nf4_ptx import planes
-from serve_app.model.matrices4 import GROUP, Matrices4
 from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE
+from serve_app.model.quantized_weight import INTERLEAVED_ROWS, QuantizedWeight
 
 SPLIT_K = 2
 GATE_UP_ROWS = 128
@@ -36,7 +36,7 @@ GATE_UP_ROWS = 128
 
 @dataclass(frozen=True)
 class Packed:
-    """`Matrices4` as the kernels read them; points into the same memory."""
+    """`QuantizedWeight` as the kernels read them; points into the same memory."""
 
     packed: Tensor
     """uint8 `[E, N, K / 2]`"""
@@ -51,18 +51,18 @@ class Packed:
     `[N]` int32 of each row's first block, counted as if every part filled whole groups."""
 
     @classmethod
-    def of(cls, matrices: Matrices4, dtype: torch.dtype) -> "Packed":
+    def of(cls, matrices: QuantizedWeight, dtype: torch.dtype) -> "Packed":
         rows, columns = matrices.packed.shape[-2], 2 * matrices.packed.shape[-1]
-        codes = matrices.codes
+        codebook = matrices.codebook
         nested: tuple[Tensor, ...] = ()
-        if codes.quantization.absmax == "nested":
+        if codebook.quantization.absmax == "nested":
             part, index = _parts(matrices)
-            groups = torch.tensor([0, *matrices.groups]).cumsum(0)
+            groups = torch.tensor([0, *matrices.num_nested_groups]).cumsum(0)
             first = groups[part] * NESTED_GROUP_SIZE + index * (columns // GROUP_SIZE)
-            offset = matrices.nested_offset.view(-1, len(matrices.rows))
+            offset = matrices.nested_offset.view(-1, len(matrices.out_features))
             device = offset.device
             nested = (
-                codes.nested_code,
+                codebook.nested_code,
                 matrices.nested_absmax.view(len(offset), -1),
                 offset[:, part.to(device)].contiguous(),
                 first.to(device, torch.int32),
@@ -70,8 +70,8 @@ class Packed:
         return cls(
             matrices.packed.view(-1, rows, columns // 2),
             matrices.absmax.view(-1, rows, columns // GROUP_SIZE),
-            codes.code.to(dtype),
-            planes(codes.code.tolist(), is_bfloat16=dtype == torch.bfloat16),
+            codebook.code.to(dtype),
+            planes(codebook.code.tolist(), is_bfloat16=dtype == torch.bfloat16),
             nested,
         )
 
@@ -108,14 +108,14 @@ class Packed:
         }
 
 
-def _parts(matrices: Matrices4) -> tuple[Tensor, Tensor]:
+def _parts(matrices: QuantizedWeight) -> tuple[Tensor, Tensor]:
     """Of every row `[N]`: which part it belongs to, and which of the part's rows it is."""
-    rows = torch.arange(sum(matrices.rows))
+    rows = torch.arange(sum(matrices.out_features))
     if matrices.interleaved:
-        count = len(matrices.rows)
-        return rows // GROUP % count, rows // (GROUP * count) * GROUP + rows % GROUP
-    part = torch.repeat_interleave(torch.tensor(matrices.rows))
-    starts = torch.tensor([0, *matrices.rows]).cumsum(0)
+        count, size = len(matrices.out_features), INTERLEAVED_ROWS
+        return rows // size % count, rows // (size * count) * size + rows % size
+    part = torch.repeat_interleave(torch.tensor(matrices.out_features))
+    starts = torch.tensor([0, *matrices.out_features]).cumsum(0)
     return part, rows - starts[part]
 
 

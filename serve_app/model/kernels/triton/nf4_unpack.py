@@ -13,7 +13,7 @@ from torch import Tensor
 
 from serve_app.model.kernels.triton.nf4_decode import Packed
 from serve_app.model.kernels.triton.nf4_sums import values_of
-from serve_app.model.matrices4 import Index, Matrices4
+from serve_app.model.quantized_weight import Index, QuantizedWeight
 
 ROWS, SPAN = 64, 16
 """Rows, and blocks of 64 of each, that a program unpacks."""
@@ -24,9 +24,9 @@ class Unpacker:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
-        self._packed: dict[Matrices4, Packed] = {}
+        self._packed: dict[QuantizedWeight, Packed] = {}
 
-    def __call__(self, matrices: Matrices4, index: Index) -> Tensor:
+    def __call__(self, matrices: QuantizedWeight, index: Index) -> Tensor:
         """Matrix `()`, or those that a tensor of indices names, `[..., N, K]`, rows as they lie."""
         weights = self._packed.get(matrices)
         if weights is None:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 @dataclass
-class Rows:
+class DecodeBatch:
     """One new token for each of B sequences, or for nobody where the context length is 0."""
 
     token_ids: Tensor

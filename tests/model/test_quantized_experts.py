@@ -9,11 +9,12 @@ from transformers import MixtralConfig as TheirConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.experts4 import Experts4
-from serve_app.model.matrices4 import Codes, Linear4
-from serve_app.model.nf4 import dequantize, quantize
+from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantization import Quantization
-from tests.model.oracle4 import VARIANTS, name, round_experts, rounded
+from serve_app.model.quantize import dequantize, quantize
+from serve_app.model.quantized_experts import QuantizedExperts
+from serve_app.model.quantized_weight import Codebook
+from tests.model.quantized_oracle import VARIANTS, name, round_experts, rounded
 
 SHAPES = {
     "one-block": {"hidden_size": 64, "intermediate_size": 64},
@@ -44,10 +45,10 @@ def random_block(shape: str, dtype: torch.dtype) -> Any:
     return block.to(dtype)
 
 
-def quantised(block: Any, how: Quantization) -> Experts4:
+def quantised(block: Any, how: Quantization) -> QuantizedExperts:
     """Our experts with the weights of transformers' `block`."""
     gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
-    experts = Experts4(
+    experts = QuantizedExperts(
         MixtralConfig.from_dict(
             {
                 "model_type": "mixtral",
@@ -61,13 +62,13 @@ def quantised(block: Any, how: Quantization) -> Experts4:
                 "max_position_embeddings": 8,
             }
         ),
-        Codes(how),
+        Codebook(how),
     )
     for i, matrices in enumerate(gate_up):
         gate, up = matrices.chunk(2)
-        experts.put(i, "down", down[i])
-        experts.put(i, "up", up)
-        experts.put(i, "gate", gate)
+        experts.down.load_weight(down[i], i)
+        experts.gate_up.load_weight(up, i, 1)
+        experts.gate_up.load_weight(gate, i, 0)
     return experts
 
 
@@ -100,9 +101,12 @@ def test_quantised_and_float_weights_are_stored_alike(how: Quantization) -> None
     for stored in again.buffers():
         stored.zero_()
     gate, up = block.experts.gate_up_proj[2].chunk(2)
-    matrices = {"gate": gate, "up": up, "down": block.experts.down_proj[2]}
-    for matrix, weight in matrices.items():
-        again.put(2, matrix, quantize(weight, how.quant_type, how.absmax))
+    for target, part, weight in (
+        (again.gate_up, 0, gate),
+        (again.gate_up, 1, up),
+        (again.down, 0, block.experts.down_proj[2]),
+    ):
+        target.load_weight(quantize(weight, how.quant_type, how.absmax), 2, part)
     for one, other in ((ours.gate_up, again.gate_up), (ours.down, again.down)):
         mine, its = dict(one.named_buffers(recurse=False)), dict(other.named_buffers())
         for kind, stored in mine.items():
@@ -119,9 +123,9 @@ def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
         (plain, Quantization("nf4", "nested"), nested),
         (plain, Quantization("nf4", "bfloat16"), quantize(weight, "nf4", "bfloat16")),
     ):
-        linear = Linear4(Codes(how), 192, (128,))
-        linear.put(0, stored)
-        unpacked = dequantize(linear.matrix.get(), torch.float32)
+        linear = QuantizedLinear(Codebook(how), 192, (128,))
+        linear.weight.load_weight(stored)
+        unpacked = dequantize(linear.weight.get(), torch.float32)
         assert torch.equal(unpacked, dequantize(expected, torch.float32))
 
 
@@ -129,11 +133,11 @@ def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
 def test_fused_projections_keep_their_own_quantisation(how: Quantization) -> None:
     """q, k and v in one matrix are what bitsandbytes makes of each alone, in any order."""
     parts = [torch.randn(rows, 192) * scale for rows, scale in ((128, 1), (64, 5), (64, 0.01))]
-    linear = Linear4(Codes(how), 192, (128, 64, 64))
+    linear = QuantizedLinear(Codebook(how), 192, (128, 64, 64))
     for part in (2, 0, 1):
-        linear.put(part, parts[part])
+        linear.weight.load_weight(parts[part], part=part)
     expected = torch.cat([rounded(part, how) for part in parts])
-    assert torch.equal(dequantize(linear.matrix.get(), torch.float32), expected)
+    assert torch.equal(dequantize(linear.weight.get(), torch.float32), expected)
     x = torch.randn(5, 192)
     torch.testing.assert_close(linear(x), x @ expected.T)
 
@@ -141,8 +145,8 @@ def test_fused_projections_keep_their_own_quantisation(how: Quantization) -> Non
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
 def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
     """`to(dtype)` is for the model's floats: storage keeps its bytes and its dtypes."""
-    linear = Linear4(Codes(how), 128, (64,))
-    linear.put(0, torch.randn(64, 128))
+    linear = QuantizedLinear(Codebook(how), 128, (64,))
+    linear.weight.load_weight(torch.randn(64, 128))
     before = {name: stored.clone() for name, stored in linear.named_buffers()}
     for stored_name, stored in linear.to(torch.bfloat16).named_buffers():
         assert stored.dtype == before[stored_name].dtype

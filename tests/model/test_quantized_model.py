@@ -15,11 +15,10 @@ from serve_app.model.checkpoint.fused_writer import write_file
 from serve_app.model.checkpoint.loader import bytes_by_part, check_bytes
 from serve_app.model.experts import Experts
 from serve_app.model.footprint import weight_bytes
-from serve_app.model.linear import Linear
-from serve_app.model.matrices4 import Linear4
-from serve_app.model.mixtral import Block, Mixtral
-from serve_app.model.nf4 import dequantize
+from serve_app.model.linear import Linear, QuantizedLinear
+from serve_app.model.mixtral import DecoderLayer, Mixtral
 from serve_app.model.quantization import Quantization
+from serve_app.model.quantize import dequantize
 from tests.model.driver import (
     Paged,
     load_float32,
@@ -28,7 +27,7 @@ from tests.model.driver import (
     random_ids,
     random_oracle,
 )
-from tests.model.oracle4 import VARIANTS, name, round_model, rounded
+from tests.model.quantized_oracle import VARIANTS, name, round_model, rounded
 
 NF4 = Quantization("nf4", "bfloat16")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -70,10 +69,10 @@ def test_weights_are_quantised_before_they_are_rounded(how: Quantization, tmp_pa
     oracle = random_oracle(**SHAPES["narrow"])
     oracle.save_pretrained(tmp_path)
     model = load_folder(tmp_path, torch.bfloat16, how)
-    for block, layer in zip(model.blocks, oracle.model.layers, strict=True):
-        assert isinstance(block, Block)
-        assert isinstance(block.attention.o, Linear4)
-        unpacked = dequantize(block.attention.o.matrix.get(), torch.float32)
+    for block, layer in zip(model.layers, oracle.model.layers, strict=True):
+        assert isinstance(block, DecoderLayer)
+        assert isinstance(block.attention.o, QuantizedLinear)
+        unpacked = dequantize(block.attention.o.weight.get(), torch.float32)
         assert torch.equal(unpacked, rounded(layer.self_attn.o_proj.weight, how))
 
 
@@ -145,9 +144,9 @@ def model(tmp_path: Path) -> Mixtral:
     return load_folder(tmp_path, torch.bfloat16, NF4)
 
 
-def last_block(model: Mixtral) -> Block:
-    block = model.blocks[-1]
-    assert isinstance(block, Block)
+def last_block(model: Mixtral) -> DecoderLayer:
+    block = model.layers[-1]
+    assert isinstance(block, DecoderLayer)
     return block
 
 
@@ -175,8 +174,8 @@ def test_attention_and_head_are_checked_too(model: Mixtral) -> None:
     with pytest.raises(ModelLoadFailed, match="`attention`"):
         check_bytes(model, torch.bfloat16, NF4)
     last_block(model).attention.o = projection
-    assert isinstance(model.head, Linear)
-    model.head.weight.data = model.head.weight.float()
+    assert isinstance(model.lm_head, Linear)
+    model.lm_head.weight.data = model.lm_head.weight.float()
     with pytest.raises(ModelLoadFailed, match="`head`"):
         check_bytes(model, torch.bfloat16, NF4)
 
@@ -184,7 +183,9 @@ def test_attention_and_head_are_checked_too(model: Mixtral) -> None:
 def test_the_load_itself_checks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build that forgets the experts, as transformers' own does, does not get past the load."""
     random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path)
-    monkeypatch.setattr("serve_app.model.mixtral.Experts4", lambda config, codes: Experts(config))
+    monkeypatch.setattr(
+        "serve_app.model.mixtral.QuantizedExperts", lambda config, codes: Experts(config)
+    )
     with pytest.raises(ModelLoadFailed, match="`experts`"):
         load_folder(tmp_path, torch.bfloat16, NF4)
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from serve_app.model.nf4 import codes, dequantize, dynamic_map, quantize
 from serve_app.model.quantization import AbsmaxKind, QuantType
+from serve_app.model.quantize import code_values, dequantize, dynamic_map, quantize
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TYPES = st.sampled_from(get_args(QuantType))
@@ -46,7 +46,7 @@ def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
 def test_the_tables_are_bitsandbytes_tables() -> None:
     """NF4, FP4 and the map of 8-bit absmax."""
     for quant_type in get_args(QuantType):
-        assert_same_bits(codes(quant_type), bnb.get_4bit_type(quant_type, "cpu"))
+        assert_same_bits(code_values(quant_type), bnb.get_4bit_type(quant_type, "cpu"))
     assert_same_bits(dynamic_map(), bnb.create_dynamic_map())
 
 

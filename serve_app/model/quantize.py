@@ -1,0 +1,202 @@
+"""Quantizes weights to 4 bits and back, bit for bit as bitsandbytes does on a CPU.
+
+Each quantization group, 64 values side by side in a row, is divided by its largest absolute value,
+`absmax`; then every value becomes the nearest of 16 code values (QLoRA, arXiv 2305.14314). For
+example, of a group whose largest value is -2.0, the value 0.5 is scaled to 0.25; the nearest code
+value of nf4 is 0.2461, number 10, so its nibble is 10 and it is read back as 0.4922.
+
+`quantize` returns the bits that `bitsandbytes.functional.quantize_4bit` returns, without needing
+bitsandbytes.
+
+Letters: N out_features, K in_features (a multiple of 64); `...` stands for the dimensions of a
+stack of matrices, none for one matrix.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE, AbsmaxKind, QuantType
+
+DEQUANTIZE_WEIGHTS = 1 << 22
+"""Weights that `dequantize` computes at once: 16 MB in float32, and it needs several copies."""
+QUANTIZE_WEIGHTS = 1 << 20
+"""Weights that `quantize` computes at once; it needs ten copies, and a CPU is faster with less."""
+MIN_ABSMAX = 1e-38
+"""bitsandbytes divides by nothing smaller, so that a group of zeros stays zeros."""
+
+# fmt: off
+NF4 = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)
+"""Code values of nf4, "normal float": quantiles of a normal distribution."""
+FP4_TWELFTHS = (0.0, 0.0625, 8, 12, 4, 6, 2, 3, 0.0, -0.0625, -8, -12, -4, -6, -2, -3)
+"""Code values of fp4 (sign, 2 bits of exponent, 1 of mantissa) in twelfths."""
+# fmt: on
+
+
+@dataclass(frozen=True)
+class NestedAbsmax:
+    """What turns absmax in 8 bits into numbers.
+
+    Number i of a matrix is `code[absmax_8bit[i]] * absmax[i // 256] + offset`.
+    """
+
+    absmax: Tensor
+    """float32 `[..., ceil(N * K / 64 / 256)]`"""
+    code: Tensor
+    """float32 `[256]`"""
+    offset: Tensor
+    """float32 `[...]`: the mean of each matrix's absmax."""
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """One matrix, or a stack of matrices, in 4 bits."""
+
+    packed: Tensor
+    """uint8 `[..., N, K / 2]`: byte j of a row has value 2j in its high nibble, 2j + 1 in the low
+    one."""
+    absmax: Tensor
+    """`[..., N, K / 64]`: float32 or bfloat16, or uint8 with `nested`."""
+    code: Tensor
+    """float32 `[16]`: the value that each nibble stands for."""
+    nested: NestedAbsmax | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`[..., N, K]`"""
+        return (*self.packed.shape[:-1], 2 * self.packed.shape[-1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, tables included."""
+        tensors = [self.packed, self.absmax, self.code]
+        if self.nested is not None:
+            tensors += [self.nested.absmax, self.nested.code, self.nested.offset]
+        return sum(tensor.nbytes for tensor in tensors)
+
+
+def absmax_dtype(absmax: AbsmaxKind) -> torch.dtype:
+    """The dtype of an absmax tensor."""
+    dtype: torch.dtype = torch.uint8 if absmax == "nested" else getattr(torch, absmax)
+    return dtype
+
+
+def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> QuantizedTensor:
+    """Quantizes floats `[..., N, K]` without NaN, on the device where they are.
+
+    Each matrix of a stack is quantized apart, which matters where absmax is nested. Raises
+    `ValueError` where K is no multiple of 64.
+    """
+    in_features = weight.shape[-1]
+    if in_features % GROUP_SIZE:
+        raise ValueError(f"rows of {in_features} weights are no whole groups of {GROUP_SIZE}")
+    code = code_values(quant_type, weight.device)
+    values = weight.reshape(-1, in_features)
+    packed = values.new_empty(len(values), in_features // 2, dtype=torch.uint8)
+    scales = values.new_empty(len(values), in_features // GROUP_SIZE, dtype=torch.float32)
+    num_rows = max(1, QUANTIZE_WEIGHTS // in_features)
+    for start in range(0, len(values), num_rows):
+        rows = slice(start, start + num_rows)
+        packed[rows], scales[rows] = _quantize_rows(values[rows], code)
+    packed = packed.view(*weight.shape[:-1], -1)
+    scales = scales.view(*weight.shape[:-1], -1)
+    if absmax == "nested":
+        numbers, nested = quantize_absmax(scales)
+        return QuantizedTensor(packed, numbers, code, nested)
+    return QuantizedTensor(packed, scales.to(absmax_dtype(absmax)), code)
+
+
+def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrices `[..., N, K]`: code value times absmax in float32, rounded to `dtype`.
+
+    Fills and returns `out`, a contiguous tensor of that shape and dtype, where one is given.
+    """
+    if out is None:
+        out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
+    # Two values for each byte: one look-up instead of two, and no shifts.
+    pairs = torch.stack((q.code.repeat_interleave(16), q.code.repeat(16)), dim=-1)
+    pairs = pairs.view(torch.int64).flatten()  # [256]; gathering whole elements is faster
+    in_features = q.shape[-1]
+    packed = q.packed.view(-1, in_features // 2)
+    scales = absmax_values(q.absmax, q.nested).view(-1, in_features // GROUP_SIZE)
+    result = out.view(-1, in_features)
+    num_rows = max(1, DEQUANTIZE_WEIGHTS // in_features)
+    for start in range(0, len(result), num_rows):
+        rows = slice(start, start + num_rows)
+        values = pairs.index_select(0, packed[rows].flatten().int()).view(torch.float32)
+        values = values.view(-1, GROUP_SIZE)
+        values *= scales[rows].reshape(-1, 1)
+        result[rows] = values.view(-1, in_features)
+    return out
+
+
+def absmax_values(absmax: Tensor, nested: NestedAbsmax | None) -> Tensor:
+    """`absmax` `[..., N, K / 64]` as floats: what each group of code values is multiplied by."""
+    if nested is None:
+        return absmax
+    flat = absmax.flatten(-2)
+    num_groups = flat.shape[-1]
+    scales = nested.absmax.repeat_interleave(NESTED_GROUP_SIZE, dim=-1)[..., :num_groups]
+    values = nested.code[flat.int()] * scales + nested.offset[..., None]
+    return values.view(absmax.shape)
+
+
+def quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
+    """Quantizes float32 `absmax` `[..., N, K / 64]` to uint8; `absmax_values` undoes it."""
+    stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
+    offset = torch.stack([matrix.mean() for matrix in stack])
+    num_groups = -(-stack.shape[1] // NESTED_GROUP_SIZE)
+    padding = num_groups * NESTED_GROUP_SIZE - stack.shape[1]
+    groups = F.pad(stack - offset[:, None], (0, padding)).view(len(stack), -1, NESTED_GROUP_SIZE)
+    scales = groups.abs().amax(dim=-1)
+    is_flat = scales == 0
+    scaled = (groups * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
+    # bitsandbytes looks up the nearest value by the first 16 bits, not by the value itself.
+    snapped = ((scaled + 1) * 0.5 * 65535 + 0.5).int().float() * 2 / 65535 - 1
+    levels = dynamic_map(absmax.device)
+    nearest = torch.bucketize(snapped, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    nearest = nearest.masked_fill_(is_flat[..., None], 0).to(torch.uint8)
+    offset = offset.view(absmax.shape[:-2])
+    nested = NestedAbsmax(scales.view(*absmax.shape[:-2], -1), levels, offset)
+    return nearest.view(len(stack), -1)[:, : stack.shape[1]].reshape(absmax.shape), nested
+
+
+def code_values(quant_type: QuantType, device: torch.device | None = None) -> Tensor:
+    """The 16 code values: float32 `[16]`."""
+    if quant_type == "nf4":
+        return torch.tensor(NF4, device=device)
+    return torch.tensor(FP4_TWELFTHS, device=device) / 12
+
+
+def dynamic_map(device: torch.device | None = None) -> Tensor:
+    """The 256 values of 8-bit absmax, float32, ascending (dynamic tree, arXiv 1511.04561).
+
+    These are 0, 1, and for each power of ten from 1e-6 to 1 evenly spaced fractions of both signs:
+    1 for 1e-6, 2 for 1e-5, and so on to 64 for 1.
+    """
+    values = [0.0, 1.0]
+    for exponent in range(7):
+        edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
+        means = (edges[:-1] + edges[1:]) / 2.0
+        values += (10 ** (exponent - 6) * means).tolist()
+        values += (-(10 ** (exponent - 6)) * means).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
+    """packed `[n, K / 2]` and absmax `[n, K / 64]` of `values` `[n, K]`."""
+    groups = values.float().view(-1, GROUP_SIZE)
+    absmax = groups.abs().amax(dim=-1)
+    # Times the reciprocal, not divided: bitsandbytes' rounding.
+    scaled = (groups * (1.0 / absmax.clamp(min=MIN_ABSMAX))[:, None]).clamp_(-1, 1)
+    ascending, order = code.sort(stable=True)
+    nearest = torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)
+    nibbles = order.to(torch.uint8)[nearest].view(len(values), -1, 2)
+    return nibbles[..., 0] << 4 | nibbles[..., 1], absmax.view(len(values), -1)

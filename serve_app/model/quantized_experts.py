@@ -1,0 +1,60 @@
+"""The experts of one layer in 4 bits: the same `forward` as `Experts`, a quarter of the memory.
+
+Plain torch, the same on every device: the reference for kernels, and what computes prompts. The
+matrices of an expert are dequantized when a token needs them and freed after the product, so that
+no more than about `DEQUANTIZE_WEIGHTS` weights exist as floats at a time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.experts import group_by_expert
+from serve_app.model.quantize import DEQUANTIZE_WEIGHTS
+from serve_app.model.quantized_weight import INTERLEAVED_ROWS, Codebook, QuantizedWeight
+from serve_app.model.row_padding import row_multiple
+
+
+class QuantizedExperts(nn.Module):
+    """Experts with weights in 4 bits; letters as in `Experts`."""
+
+    def __init__(self, config: MixtralConfig, codebook: Codebook) -> None:
+        super().__init__()
+        stack, hidden_size = (config.num_local_experts,), config.hidden_size
+        halves = (config.intermediate_size, config.intermediate_size)
+        self.gate_up = QuantizedWeight(codebook, stack, hidden_size, halves, interleaved=True)
+        """`[E, 2I, H]`: 8 rows of gate, 8 rows of up, and so on."""
+        self.down = QuantizedWeight(codebook, stack, config.intermediate_size, (hidden_size,))
+        """`[E, H, I]`"""
+
+    def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Computes what `Experts.forward` does; waits for the device to learn which experts."""
+        num_experts = len(self.down.packed)
+        rows, ends, num_rows = group_by_expert(topk_ids, num_experts, row_multiple(x))
+        grouped = x.new_zeros(num_rows, x.shape[1])
+        grouped[rows] = x[:, None]
+        outputs = torch.empty_like(grouped)
+        bounds = [0, *ends.tolist()]
+        used = [expert for expert in range(num_experts) if bounds[expert] < bounds[expert + 1]]
+        num_at_once = max(1, DEQUANTIZE_WEIGHTS // self.gate_up.packed[0].numel() // 2)
+        for start in range(0, len(used), num_at_once):
+            some = used[start : start + num_at_once]
+            part = slice(bounds[some[0]], bounds[some[-1] + 1])
+            experts = torch.tensor(some, device=x.device)
+            outputs[part] = self._compute(experts, grouped[part], ends[experts] - part.start)
+        return (outputs[rows] * topk_weights[..., None]).sum(dim=1)
+
+    def _compute(self, experts: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+        """`x` `[n, H]` through `experts` -> `[n, H]`; the rows of expert i end at `ends[i]`."""
+        gate_up = _product(x, self.gate_up.floats(experts, x.dtype), ends)
+        gate, up = gate_up.view(len(x), -1, 2, INTERLEAVED_ROWS).unbind(dim=2)  # [n, I / 8, 8]
+        return _product((F.silu(gate) * up).flatten(1), self.down.floats(experts, x.dtype), ends)
+
+
+def _product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """`x` `[n, K]` times `weights` `[e, N, K]` -> `[n, N]`; the rows of matrix i end at
+    `ends[i]`."""
+    if len(weights) == 1 and x.is_cuda:  # one plain product is faster than a group of one
+        return F.linear(x, weights[0])
+    return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)

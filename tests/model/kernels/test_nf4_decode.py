@@ -83,7 +83,9 @@ def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
         for expert, (first, last) in enumerate(pairwise(starts.tolist())):
             entries = order[first:last]
             products = x[entries // TOP_K].float() @ up_weights[expert].T
-            gate, up = products.view(last - first, -1, 2, INTERLEAVED_ROWS).unbind(2)
+            gate, up = products.view(
+                last - first, INNER // INTERLEAVED_ROWS, 2, INTERLEAVED_ROWS
+            ).unbind(2)
             mixed = (F.silu(gate) * up).flatten(1) @ down_weights[expert].T
             expected[entries] = mixed * shares[entries, None]
         assert error(out.sum(0), expected) < TOLERANCE[dtype]

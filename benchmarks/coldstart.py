@@ -38,7 +38,7 @@ TINY = ENTRY.parent / "configs" / "tiny.yaml"
 EMPTY = Path(__file__).with_name("empty_deployment.py")
 UNREAD = Path(__file__).with_name("no_read_ahead_worker.py")
 TARGET_S = 3.0
-LOOK_S = 0.01
+JOB_POLL_S = 0.01
 
 
 def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
@@ -51,13 +51,13 @@ def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
             while not job.is_over:
                 if worker.process.poll() is not None:
                     raise RuntimeError(worker.log)
-                time.sleep(LOOK_S)
+                time.sleep(JOB_POLL_S)
             total_s = time.monotonic() - began
             if job.status != "COMPLETED":
                 raise RuntimeError(f"{job.error}\n{worker.log}")
             health = _submit(platform, {"endpoint": "/health"})
             while not health.is_over:
-                time.sleep(LOOK_S)
+                time.sleep(JOB_POLL_S)
     shutil.rmtree(home)
     phases = {it["phase"]: it["seconds"] for it in health.output[0]["load"]}
     return {"total_s": total_s, "phases": phases}

@@ -16,7 +16,7 @@ from emulator.worker import ENTRY, Worker
 
 CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
-LOOK_S = 0.001
+JOB_POLL_S = 0.001
 """Seconds between two looks at a job. A look is cheap: the job's record is in this process."""
 
 
@@ -54,7 +54,7 @@ class Endpoint:
         while not is_true():
             if time.monotonic() > end or self.worker.process.poll() is not None:
                 raise TimeoutError(f"The worker's log ends:\n{self.worker.log[-2000:]}")
-            time.sleep(LOOK_S)
+            time.sleep(JOB_POLL_S)
 
     def _post(self, path: str, body: Any) -> Any:
         url = f"{self.platform.url}/v2/ep/{path}"

@@ -1,7 +1,7 @@
 """Loads a model: device, checkpoint, tokenizer, weights and engine, phase by phase.
 
 `load` is the work of `MixtralServer`'s constructor. It follows a `StartPlan`, and makes a new one
-only where files are new: after a download, or after the 4-bit copy is written.
+only where files are new: around a download, and after the 4-bit copy is written.
 """
 
 import logging
@@ -26,13 +26,7 @@ from serve_app.loading.start_engine import start_engine
 from serve_app.model.checkpoint.convert import convert
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.start_plan.hub import download
-from serve_app.start_plan.plan import (
-    StartPlan,
-    find_folder,
-    hf_token,
-    plan_folder,
-    plan_start,
-)
+from serve_app.start_plan.plan import StartPlan, hf_token, plan_folder, plan_start
 
 if TYPE_CHECKING:
     import torch
@@ -102,13 +96,11 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
 
 
 def _current_plan(settings: Settings, plan: StartPlan | None) -> StartPlan:
-    """`plan`; a new one where there is none, or where its download has been made since."""
-    is_stale = (
-        plan is not None
-        and plan.repository is not None
-        and find_folder(settings, plan.copy_folder) is not None
-    )
-    if plan is not None and not is_stale:
+    """`plan`, or a new one where there is none or where files must be downloaded.
+
+    An earlier try may have downloaded some or all of them since `plan` was made.
+    """
+    if plan is not None and plan.repository is None:
         return plan
     try:
         return plan_start(settings)

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 APP_NAME = "mixtral"
-LOOK_S = 0.5
-"""Seconds between two looks at whether all processes live."""
+LIVENESS_POLL_S = 0.5
+"""Seconds between two checks of whether all processes live."""
 HANG_S = 5.0
 """Seconds after which a step of Ray's that has outlived Ray is left alone."""
 STOP_S = 30.0
@@ -90,7 +90,7 @@ class Cluster:
             for name, process in self._vital.items():
                 if not processes.is_alive(process):
                     return name
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(LIVENESS_POLL_S)
 
     async def stop(self) -> None:
         """Ends the calls that still run, and kills what is left of Ray."""

@@ -15,12 +15,12 @@ process imports Serve. Reaches into `ray._private`: tests/test_contract.py holds
 import time
 from typing import Any
 
-LOOK_S = 0.02
-"""Seconds between two looks at whether the node is known."""
-LOOK_LIMIT_S = 10.0
+NODE_POLL_S = 0.02
+"""Seconds between two checks of whether Ray's GCS knows the node."""
+NODE_LIMIT_S = 10.0
 """Seconds after which Ray's own wait has the last word."""
-SERVE_LOOK_S = 0.1
-"""Seconds between two looks at whether the application runs; its controller has the same pace."""
+APP_POLL_S = 0.1
+"""Seconds between two checks of whether the application runs; Serve's controller polls as often."""
 
 
 def shorten() -> None:
@@ -51,12 +51,12 @@ def _no_monitor(node: Any) -> None: ...
 def _import_serve() -> None:
     from ray.serve._private import client
 
-    client.CLIENT_POLLING_INTERVAL_S = SERVE_LOOK_S
+    client.CLIENT_POLLING_INTERVAL_S = APP_POLL_S
 
 
 def _wait_until_known(node: Any) -> None:
-    until = time.monotonic() + LOOK_LIMIT_S
+    until = time.monotonic() + NODE_LIMIT_S
     while time.monotonic() < until:
-        if node.get_gcs_client().get_all_node_info(timeout=LOOK_LIMIT_S):
+        if node.get_gcs_client().get_all_node_info(timeout=NODE_LIMIT_S):
             return
-        time.sleep(LOOK_S)
+        time.sleep(NODE_POLL_S)

@@ -15,8 +15,8 @@ from serve_app.loading.phases import Done, Event, Running, Started, finished, re
 
 log = logging.getLogger(__name__)
 
-LOOK_S = 0.25
-"""Seconds between two looks into the load log."""
+LOAD_LOG_POLL_S = 0.25
+"""Seconds between two reads of the load log."""
 
 
 @contextlib.contextmanager
@@ -31,7 +31,7 @@ def logged(path: str | None) -> Iterator[None]:
     def follow() -> None:
         num_seen, is_last = num_before, False
         while not is_last:
-            is_last = is_over.wait(LOOK_S)
+            is_last = is_over.wait(LOAD_LOG_POLL_S)
             events = read_events(path)
             for event in events[num_seen:]:
                 if isinstance(event, Done):

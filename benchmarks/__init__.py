@@ -1,1 +1,1 @@
-"""Measurements: each script's last line is one JSON document; `results/` keeps them."""
+"""Measurements. The last line of each script is one JSON document; `results/` has some."""

@@ -1,16 +1,16 @@
-"""From a worker's first moment to its first answer, phase by phase.
+"""Cold start of a RunPod worker: from the start of its process to its first answer, by phase.
 
     python -m benchmarks.coldstart --gb 4
 
-    tiny     The real worker with RunPod's SDK on the tiny model, against the platform on loopback
-             with a job waiting: until that job is answered. Beside it, by turns, an empty Serve
+    tiny     The real worker with RunPod's SDK and the tiny model, against the platform on loopback.
+             A job waits; the time ends when it is answered. Beside it, by turns, an empty Serve
              deployment that imports torch, until it answers. The target is that the worker takes at
-             most 3 s more, plus what reading the weights takes.
+             most 3 s more, plus the time to read the weights.
     ahead    The worker on a synthetic checkpoint in our 4-bit form, made from `--gb` gigabytes of
              bfloat16, which the page cache does not hold: with and without reading ahead.
 
-How fast each form of checkpoint loads, without a server, `forms` measures. The programs and
-libraries themselves are in the page cache: a container's first start is slower.
+`benchmarks.forms` measures how fast a checkpoint loads without a server. Programs and libraries are
+in the page cache here, so the first start of a container takes longer.
 """
 
 import os
@@ -42,7 +42,7 @@ JOB_POLL_S = 0.01
 
 
 def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
-    """One cold start with a job waiting: `{"total_s", "phases": {phase: seconds}}`."""
+    """Measures one cold start with a job waiting: `{"total_s", "phases": {phase: seconds}}`."""
     home = Path(tempfile.mkdtemp(prefix="coldstart-"))
     with Platform() as platform:
         job = _submit(platform, {"prompt": "What is 2 + 3?", "max_tokens": 1, "temperature": 0})
@@ -82,7 +82,7 @@ def _submit(platform: Platform, given: dict[str, Any]) -> Any:
 
 
 def compare(repeats: int) -> dict[str, Any]:
-    """The worker on the tiny model and the empty deployment, by turns; the medians."""
+    """Measures the worker on the tiny model and the empty deployment by turns; returns medians."""
     start_empty()  # brings everything into the page cache
     workers, empties = [], []
     for _ in range(repeats):
@@ -112,7 +112,7 @@ def compare(repeats: int) -> dict[str, Any]:
 
 
 def compare_ahead(folder: Path, gb: float, repeats: int) -> dict[str, Any]:
-    """The worker on a checkpoint that is on disk only, with and without reading ahead."""
+    """Measures the worker with and without reading ahead; the page cache has no checkpoint."""
     forms, _ = write_forms(folder, gb)
     checkpoint = forms.pop("fused")
     for other in forms.values():

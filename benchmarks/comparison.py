@@ -1,7 +1,6 @@
-"""What rounds of several servers come to: medians, ratios to ours, targets met or missed.
+"""Medians over rounds of several servers, ratios of ours to theirs, and targets.
 
-A round is one server's levels, `{concurrency: level}` as `waiting.summarise` gives them. Knows no
-server but by name.
+A round is the levels of one server, `{concurrency: level}`, as `latency.summarise` returns them.
 """
 
 from statistics import median
@@ -11,13 +10,13 @@ Round = dict[int, dict[str, Any]]
 
 OURS = "ours"
 OURS_DIRECT = "ours, HAProxy"
-"""With Serve's HAProxy mode, a switch, in place of Serve's own proxy."""
+"""Our server in Serve's HAProxy mode instead of Serve's own proxy."""
 FASTER = {"vllm": 1.5, "transformers": 2.0, "llama.cpp": 1.0}
-"""How many times a peer's tokens a second ours aims at; llama.cpp's is a stretch."""
+"""Targets: our tokens per second as a multiple of a peer's; llama.cpp's is a stretch."""
 
 
 def medians(rounds: list[Round]) -> Round:
-    """Per concurrency the median of each figure over the rounds, and all errors."""
+    """Per concurrency, the median of each figure over the rounds, and the sum of errors."""
     return {
         concurrency: {
             "concurrency": concurrency,
@@ -37,7 +36,7 @@ def medians(rounds: list[Round]) -> Round:
 
 
 def _present(rounds: list[Round], concurrency: int, times: str, quantile: str) -> list[float]:
-    """A round in which every request failed has no times."""
+    """One figure of all rounds; a round without answers has none."""
     return [
         each[concurrency][times][quantile]
         for each in rounds
@@ -46,7 +45,7 @@ def _present(rounds: list[Round], concurrency: int, times: str, quantile: str) -
 
 
 def ratios(middle: dict[str, Round], of: str = OURS) -> dict[str, dict[int, dict[str, float]]]:
-    """One of ours beside each peer: tokens a second (more is better), p99 of TTFT (less is)."""
+    """Ours divided by each peer: tokens per second (more is better), p99 of TTFT (less is)."""
     found: dict[str, dict[int, dict[str, float]]] = {}
     for name in middle.keys() - {OURS, OURS_DIRECT}:
         found[name] = {}
@@ -77,9 +76,9 @@ def targets(compared: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, 
 
 
 def likeness(ours: str, theirs: str) -> float:
-    """How far two answers are the same, from their beginning: a share of the longer one.
+    """The share of the longer answer that both have in common from the beginning.
 
-    Outer spaces do not count, which servers treat each in its way.
+    Surrounding spaces are ignored, because servers treat them differently.
     """
     a, b = ours.strip(), theirs.strip()
     same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), None)

@@ -1,4 +1,4 @@
-"""A device's clock and its copy bandwidth: what every speed on it is compared with."""
+"""Device: times work on a GPU or CPU, and measures the copy bandwidth."""
 
 import statistics
 import time
@@ -12,13 +12,13 @@ ASLEEP = 1_000_000
 
 
 def events() -> tuple[Any, Any]:
-    """Two events of a GPU between which time can be told."""
+    """Two events of a GPU that measure the time between them."""
     make: Any = torch.cuda.Event  # which has no types
     return make(enable_timing=True), make(enable_timing=True)
 
 
 class Device:
-    """One device, and how time is taken on it."""
+    """One device and its clock."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,12 +37,13 @@ class Device:
         }
 
     def wait(self) -> None:
-        """Until everything asked of the device is done."""
+        """Waits until all queued work is done."""
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """The median time of `work`, begun and ended with an idle device, after one for nothing."""
+        """The median time of `work` from an idle device to an idle device, after one run to warm
+        up."""
         times = []
         for _ in range(repeats + 1):
             self.wait()
@@ -53,10 +54,10 @@ class Device:
         return statistics.median(times[1:])
 
     def device_seconds(self, work: Callable[[], object], repeats: int = 10) -> float:
-        """The median time of `work` on the device alone, as a captured graph.
+        """The median time of `work` on the device alone, replayed as a CUDA graph.
 
-        So that what the host takes to launch it is not measured: the device sleeps until the host
-        is done with that. `work` asks the device nothing.
+        The device sleeps until the host has launched the graph, so the host's time is not measured.
+        `work` must not wait for the device.
         """
         if not self.is_cuda:
             return self.seconds(work, repeats=1)
@@ -78,7 +79,8 @@ class Device:
         return statistics.median(times[1:])
 
     def copy_bandwidth(self) -> float:
-        """Bytes per second, read and written, of a copy far larger than any cache."""
+        """Bytes read and written per second by a copy far larger than any cache. Captured as a CUDA
+        graph, a copy is slower than other kernels; see README.md."""
         size = 2 << 30 if self.is_cuda else 64 << 20
         source = torch.empty(size, dtype=torch.uint8, device=self.device)
         source.view(torch.int64).random_()

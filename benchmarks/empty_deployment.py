@@ -1,6 +1,6 @@
-"""The least that a Serve worker can be: Ray, and a deployment whose constructor imports torch.
+"""An empty Serve worker: Ray, and a deployment whose constructor imports torch.
 
-What `coldstart` compares the worker with. Prints "ready" when a call has been answered.
+`benchmarks.coldstart` compares the worker with it. Prints "ready" when a call has been answered.
 """
 
 import logging
@@ -12,7 +12,7 @@ SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 
 
 class Empty:
-    """Answers nothing with nothing."""
+    """Imports torch and answers a number."""
 
     def __init__(self) -> None:
         import torch

@@ -31,7 +31,7 @@ CONTEXTS = (64, 512, 2048)
 
 
 def host_cost(model: Mixtral) -> dict[str, Any]:
-    """Microseconds of the engine's thread per step, and what a straight line through them says."""
+    """Microseconds of the engine's thread per step, and a straight line through the batch sizes."""
     bench, found = TimedEngine(model, NullRunner), {}
     for name, how in (
         ("greedy", {"temperature": 0.0}),
@@ -123,7 +123,7 @@ def prefix(bench: TimedEngine) -> dict[str, float]:
 
 
 def intruder(bench: TimedEngine) -> dict[str, float]:
-    """What an 8k-token prompt does to 16 running streams, and they to it."""
+    """Slowdown of 16 running streams by an 8k-token prompt, and of the prompt by the streams."""
     long, one = bench.prompt(8192), SamplingParams(1, temperature=0.0, ignore_eos=True)
 
     async def alone(engine: Engine) -> float:
@@ -157,7 +157,7 @@ def intruder(bench: TimedEngine) -> dict[str, float]:
 
 
 def gaps(times: list[float], since: float = 0.0, until: float = float("inf")) -> list[float]:
-    """Seconds between tokens that came in a stretch of time."""
+    """Seconds between tokens that came between `since` and `until`."""
     return [
         after - before for before, after in pairwise(times) if since <= before and after <= until
     ]

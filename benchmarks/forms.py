@@ -2,11 +2,10 @@
 
     python -m benchmarks.forms --gb 0.5
 
-Writes a synthetic Mixtral of `--gb` gigabytes in bfloat16, the same weights in bitsandbytes' 4 bits
-and, converted, in our own form; then loads each, its files dropped from the page cache, and reads
-its files from end to end by one thread in the same state, by turns. A load ends with the model on
-the device; floats are quantised on the way. Imports are done before. Knows no server: the time from
-a process's start to the first answer is in `coldstart`.
+Writes a synthetic Mixtral of `--gb` gigabytes in bfloat16, and the same weights in bitsandbytes' 4
+bits and in our own form. Then loads each and reads its files by one thread, by turns; the files are
+dropped from the page cache before. A load ends with the model on the device; floats are quantized
+on the way. Imports are not timed.
 """
 
 import json
@@ -62,7 +61,7 @@ def write_layers(
     document: dict[str, Any],
     encode: Callable[[Weight, torch.Tensor], dict[str, torch.Tensor]],
 ) -> None:
-    """A checkpoint of random weights, a file per layer, each weight as `encode` has it."""
+    """Writes a checkpoint of random weights, a file per layer, with tensors from `encode`."""
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
     files: dict[str, list[Weight]] = {}
@@ -82,7 +81,7 @@ def write_layers(
 
 
 def as_bitsandbytes(weight: Weight, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What transformers 4 wrote for a weight with double quantisation."""
+    """The tensors that transformers 4 wrote for a weight with double quantization."""
     name = weight.name
     if not weight.is_quantized:
         return {name: values}
@@ -110,7 +109,7 @@ def as_bitsandbytes(weight: Weight, values: torch.Tensor) -> dict[str, torch.Ten
 
 
 def write_forms(folder: Path, gb: float) -> tuple[dict[str, Path], float]:
-    """The folders of each form, and the seconds that the conversion took."""
+    """Writes all forms; returns their folders and the seconds of the conversion."""
     document = config_of(gb)
     forms = {form: folder / form for form in ("float", "bitsandbytes", "fused")}
     write_layers(forms["float"], document, lambda weight, values: {weight.name: values})
@@ -134,7 +133,7 @@ def forget(folder: Path) -> None:
 
 
 def read_plainly(folder: Path) -> float:
-    """Seconds to read all files of a folder, one after the other, by one thread."""
+    """Seconds in which one thread reads all files of a folder, one after the other."""
     buffer = bytearray(16 << 20)
     start = time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -155,7 +154,7 @@ def load_once(folder: Path, device: torch.device) -> float:
 
 
 def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Loads and plain reads of one checkpoint, by turns; the medians."""
+    """Loads and plainly reads one checkpoint by turns; returns medians."""
     size = inspect(folder).file_bytes / 1e9
     loads, reads = [], []
     for _ in range(repeats):

@@ -1,15 +1,15 @@
-"""The engine on a GPU: tokens per second beside what the memory allows. No download.
+"""The engine on a GPU: tokens per second beside what the memory allows. Downloads nothing.
 
     python -m benchmarks.gpu --save benchmarks/results/gpu-h200.json
     python -m benchmarks.gpu --layers 4                  # a quick look, or a small card
-    python -m benchmarks.gpu --parts kernels             # without what failed
-    python -m benchmarks.gpu --tiny --device cpu         # does all of it run
+    python -m benchmarks.gpu --parts kernels             # one part only
+    python -m benchmarks.gpu --tiny --device cpu         # checks that all of it runs
 
-The copy bandwidth, then correctness, then speed: the step at several batch sizes with contexts of
-`--context` tokens, prefill, and each kernel alone. Weights are random (`random_model`), in NF4 or,
-with `--weights bf16`, floats; 24 GB or 93 GB at all layers. What fails is told, stands under
-`failures` and makes the exit code 1; the rest is measured all the same, and the file has at every
-moment what is known. Needs torch, triton and numpy alone.
+Measures the copy bandwidth, then correctness, then speed: the step at several batch sizes with
+contexts of `--context` tokens, prefill, and each kernel alone. Weights are random, in NF4 or, with
+`--weights bf16`, floats; all layers take 24 GB or 93 GB. A part that fails is recorded under
+`failures` and makes the exit code 1; the other parts are measured all the same. The file of
+`--save` is written after every part. Needs torch, triton and numpy alone.
 """
 
 import argparse
@@ -35,7 +35,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def check(report: Report, quantization: Quantization, device: Device) -> None:
-    """Relative errors of every form of a product beside plain float32."""
+    """Records the relative errors of every form of a product beside float32; raises where one is
+    wrong."""
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     with torch.inference_mode():
         found = relative_errors(quantization, dtype, device.device)
@@ -48,7 +49,7 @@ def check(report: Report, quantization: Quantization, device: Device) -> None:
 
 
 def decode_table(report: Report, runner: RandomRunner, bandwidth: float) -> None:
-    """A row for each batch size, told as it is measured."""
+    """Measures each batch size; prints and records a row for each."""
     report.figures["decode"] = []
     say(f"{'batch':>6} {'tokens/s':>10} {'ms/step':>9} {'limit':>10} {'share':>6}")
     for batch in runner.batches:
@@ -57,7 +58,7 @@ def decode_table(report: Report, runner: RandomRunner, bandwidth: float) -> None
 
 
 def decode_row(runner: RandomRunner, batch: int, bandwidth: float) -> dict[str, Any]:
-    """Of one batch size, printed."""
+    """Measures one batch size and prints its row."""
     speed = runner.decode(batch)
     sizes = (
         runner.config,
@@ -86,7 +87,7 @@ def product_flops(device: Device, config: MixtralConfig, dtype: torch.dtype) -> 
 
 
 def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[float, float]:
-    """Bytes and operations per second of the device, which everything is compared with."""
+    """Measures bytes and operations per second of the device, with which speeds are compared."""
     bandwidth = device.copy_bandwidth()
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     flops = product_flops(device, config, dtype)
@@ -97,7 +98,7 @@ def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[flo
 
 
 def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
-    """Decodes and a prompt by the engine's runner."""
+    """Measures decodes and a prompt of the engine's runner."""
     say(f"step: {runner.note}")
     report.figures["step"] = runner.note
     with report.part("graphs"):
@@ -118,7 +119,7 @@ def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: 
 
 
 def measure(report: Report, options: argparse.Namespace, device: Device) -> None:
-    """All parts that are asked for; those that fail are among the report's failures."""
+    """Measures all parts that are asked for; failures go into the report."""
     quantization = None if options.weights == "bf16" else Quantization("nf4", options.absmax)
     config = RandomRunner.config_of(options)
     say(f"{device.describe()['device']}, {config.num_hidden_layers} layers, {options.weights}")

@@ -1,4 +1,4 @@
-"""KernelCase: one kernel of the GPU step with random inputs of one size, ready to be timed."""
+"""The cases of `benchmarks.kernels`: one kernel of the GPU step with random inputs of one size, ready to be timed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,30 +16,30 @@ from tools.random_model import fill_codebook, fill_matrices
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128)
 CONTEXTS = ((1, 512), (1, 8192), (32, 2048))
-"""Rows and tokens of their contexts."""
+"""Numbers of rows, and the context length of each row."""
 BLOCK_SIZE = 16
 
 
 Case = tuple[str, int, int | None, float, int, Callable[[], object]]
-"""Name, rows, context, bytes of a launch, launches, and what does them."""
+"""Name, rows, context, bytes of a launch, number of launches, and the function that does them."""
 
 
 @dataclass
 class Shapes:
-    """Of what is measured: the model's sizes, and how many layers' weights are gone round."""
+    """The model's sizes and dtype, and how many layers' weights the launches go round."""
 
     config: MixtralConfig
     quantization: Quantization
     dtype: torch.dtype
     device: torch.device
     layers: int
-    """At least; more where they are small."""
-    least_bytes: int
-    """What they take together, at least: several times what a cache holds."""
+    """Layers that the launches go round, at least."""
+    min_bytes: int
+    """Bytes that these layers have together, at least: several times the size of a cache."""
 
     def rounds(self, num_bytes: float) -> int:
-        """How many layers are gone round, of `num_bytes` each."""
-        return max(self.layers, -(-self.least_bytes // int(num_bytes)))
+        """How many layers of `num_bytes` each the launches go round."""
+        return max(self.layers, -(-self.min_bytes // int(num_bytes)))
 
     def matrices(
         self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
@@ -57,7 +57,7 @@ class Shapes:
 
 
 def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
-    """What makes the cases of each kernel; its weights are there as long as its cases are."""
+    """Functions that make the cases of each kernel. Weights live as long as the cases."""
     tokens = (2,) if tiny else TOKENS
     contexts = ((2, 140),) if tiny else CONTEXTS
     products = {"gate_up": gate_up, "down": down, "qkv": qkv, "o": out}
@@ -69,7 +69,8 @@ def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
 
 
 def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """`order`, `starts` and `shares` for tokens that choose by chance, and how many experts."""
+    """Random routing of `tokens`: `order`, `starts`, `shares`, and the number of experts that are
+    hit."""
     config = shapes.config
     scores = torch.rand(
         tokens, config.num_local_experts, generator=torch.Generator().manual_seed(tokens)
@@ -83,7 +84,7 @@ def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def bytes_of(matrices: QuantizedWeight, experts: int = 1) -> float:
-    """Of one matrix, or of so many of a stack."""
+    """Bytes of one matrix, or of `experts` matrices of a stack."""
     lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
     parts = [matrices.packed, matrices.absmax]
     if matrices.codebook.quantization.absmax == "nested":

@@ -24,7 +24,7 @@ from tools.random_model import config_of
 def measure(
     report: Report, device: Device, shapes: Shapes, bandwidth: float, *, tiny: bool
 ) -> None:
-    """A row of the report's `kernels` for each kernel and size."""
+    """Records a row of the report's `kernels` for each kernel and size."""
     report.figures["kernels"] = []
     say(f"{'kernel':>10} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of copy':>8}")
     for name, make in makers(tiny).items():
@@ -35,7 +35,7 @@ def measure(
 
 
 def row_of(case: Case, device: Device, bandwidth: float) -> dict[str, Any]:
-    """One kernel's row, printed."""
+    """Times one case and prints its row."""
     name, tokens, context, num_bytes, count, work = case
     seconds = device.device_seconds(work) / count
     share = num_bytes / seconds / bandwidth
@@ -46,11 +46,11 @@ def row_of(case: Case, device: Device, bandwidth: float) -> dict[str, Any]:
 
 
 def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shapes:
-    """Mixtral's sizes on a GPU; on a CPU toy ones, for the interpreter."""
+    """Mixtral's sizes on a GPU; toy sizes on a CPU, for Triton's interpreter."""
     config = config_of(tiny=tiny, layers=1)
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
-    layers, least_bytes = (1, 0) if tiny else (3, 256 << 20)
-    return Shapes(config, quantization, dtype, device.device, layers, least_bytes)
+    layers, min_bytes = (1, 0) if tiny else (3, 256 << 20)
+    return Shapes(config, quantization, dtype, device.device, layers, min_bytes)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def interpret() -> None:
-    """Makes Triton's kernels run on a CPU; before they are imported."""
+    """Makes Triton's kernels run on a CPU. Call it before they are imported."""
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 

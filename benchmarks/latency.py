@@ -1,7 +1,7 @@
-"""Figures of a run: tokens a second, how long people waited, and goodput under an SLO.
+"""Figures of a run: tokens per second, latencies, and goodput under an SLO.
 
-Times are in milliseconds at p50, p95 and p99. Inter-token time is that between two chunks with
-text, which hold one token unless the server had more at once.
+Times are in milliseconds at p50, p95 and p99. Inter-token time is the time between two chunks with
+text; a chunk has one token unless the server sent several at once.
 """
 
 from collections import Counter
@@ -16,13 +16,13 @@ from benchmarks.load import Outcome
 
 @dataclass(frozen=True)
 class Objective:
-    """What a good answer keeps: milliseconds to the first text, and per token after it."""
+    """A service level objective: milliseconds to the first text, and per token after it."""
 
     ttft_ms: float | None = None
     inter_token_ms: float | None = None
 
     def kept(self, outcome: Outcome) -> bool:
-        """Whether an answer without error kept it; per token is its own mean."""
+        """Whether an answer without error meets the objective. Per token, its own mean counts."""
         first, last = outcome.arrivals[0], outcome.arrivals[-1]
         waited = (first - outcome.sent) * 1e3
         each = (last - first) * 1e3 / max(outcome.num_tokens - 1, 1)
@@ -42,7 +42,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def summarise(
     outcomes: list[Outcome], wall_s: float, objective: Objective | None = None
 ) -> dict[str, Any]:
-    """What one level of load gave; with an objective, also what kept it."""
+    """The figures of one level of load; with an objective, its goodput too."""
     good = [outcome for outcome in outcomes if outcome.error is None and outcome.arrivals]
     gaps = [
         later - earlier

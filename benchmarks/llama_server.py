@@ -1,4 +1,4 @@
-"""llama.cpp's server through xllamacpp; runs in that peer's environment, which has no more.
+"""llama.cpp's server through xllamacpp. Runs in the environment of that peer.
 
 python llama_server.py MODEL.gguf PORT SEQUENCES CONTEXT THREADS
 """
@@ -10,7 +10,7 @@ import xllamacpp  # type: ignore[import-not-found]  # lives in the peer's enviro
 
 
 def main() -> None:
-    """Serves until it is ended."""
+    """Serves until the process is ended."""
     model, (port, sequences, context, threads) = sys.argv[1], map(int, sys.argv[2:])
     params = xllamacpp.CommonParams()
     params.model.path = model

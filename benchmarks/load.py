@@ -1,11 +1,10 @@
 """Load on a server that speaks OpenAI's `/v1/completions` as a stream.
 
-Closed loop: so many clients, each sending its next request when the last one ended. Open loop:
-requests arrive by chance at a rate (Poisson), whether or not the server keeps up; what a request
-waits is counted from when it should have been sent. While a run lasts only bytes and times are
-noted, so that the generator takes little of a machine that it shares with the server; they are read
-afterwards. Each request opens a connection of its own, as from another user. Knows nothing about
-the server but its URL.
+Closed loop: each of `concurrency` clients sends its next request when its last one has ended. Open
+loop: requests arrive at random at a rate (Poisson), whether or not the server keeps up; waiting
+counts from when a request was due. During a run only bytes and times are recorded and parsed
+afterwards, because the generator shares the machine with the server. Each request has a connection
+of its own, as from another user.
 """
 
 import asyncio
@@ -38,7 +37,7 @@ class Outcome:
 
 @dataclass
 class Answer:
-    """What came back, unread."""
+    """The raw bytes of an answer, with the time of each part."""
 
     due: float
     status: int = 0
@@ -49,7 +48,7 @@ class Answer:
 async def closed_loop(
     url: str, request: Request, concurrency: int, requests: int
 ) -> tuple[list[Outcome], float]:
-    """Runs `requests` requests, `concurrency` of them at any time; returns outcomes and seconds."""
+    """Sends `requests` requests, `concurrency` at any time; returns outcomes and seconds."""
     remaining = iter(range(requests))
     answers: list[Answer] = []
     async with _session() as session:
@@ -86,7 +85,7 @@ async def open_loop(
 
 
 def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
-    """Seconds from the start at which requests of a Poisson process of `rate` a second are due."""
+    """Seconds from the start at which requests are due: a Poisson process of `rate` a second."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, requests)
     return [float(due) for due in np.cumsum(gaps)]
 
@@ -113,7 +112,7 @@ async def _send(
 
 
 def read(answer: Answer) -> Outcome:
-    """The tokens, times and text of an answer; a stream that no finish reason ends is an error."""
+    """Parses an answer into tokens, times and text. A stream without finish reason is an error."""
     outcome = Outcome(sent=answer.due, error=answer.error)
     if outcome.error is None and answer.status != 200:
         outcome.error = f"status {answer.status}"
@@ -130,8 +129,8 @@ def read(answer: Answer) -> Outcome:
             continue
         if "error" in event:
             said = event["error"]
-            is_told = isinstance(said, dict)
-            outcome.error = str(said.get("code") or said.get("message")) if is_told else str(said)
+            is_object = isinstance(said, dict)
+            outcome.error = str(said.get("code") or said.get("message") if is_object else said)
             continue
         usage = event.get("usage") or usage
         for choice in event.get("choices", []):
@@ -149,7 +148,7 @@ def read(answer: Answer) -> Outcome:
 
 
 def _lines(parts: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
-    """Each whole line and when its end came."""
+    """All complete lines, each with the time of its end."""
     lines = []
     rest = b""
     for when, part in parts:

@@ -1,4 +1,4 @@
-"""The memory of a worker's processes, Ray's among them: each found by the home it was given."""
+"""Memory of a worker's processes, Ray's included, found by the HOME that they were given."""
 
 from collections import Counter
 from pathlib import Path
@@ -14,9 +14,9 @@ KINDS = {
 
 
 def memory_by_process(home: Path) -> Counter[str]:
-    """Bytes by kind of process, what several share counted once; processes whose HOME is `home`.
+    """Bytes by kind of process, for processes whose HOME is `home`; shared pages count once.
 
-    Ray's daemons leave their parent's session, but nobody changes HOME.
+    Ray's daemons leave their parent's session, but keep HOME.
     """
     found: Counter[str] = Counter()
     marker = f"HOME={home}".encode()
@@ -36,7 +36,7 @@ def _kind(command: str) -> str:
 
 
 def _proportional(process: Path) -> int:
-    """Resident bytes, where each page that n processes share counts 1/n (`Pss`)."""
+    """Resident bytes, where a page that n processes share counts 1/n (`Pss` of proc(5))."""
     for line in (process / "smaps_rollup").read_text(encoding="utf-8").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""The worker without its reading ahead: `runpod_entry.py` in all else, for `coldstart`."""
+"""The worker without reading ahead, otherwise `runpod_entry.py`, for `benchmarks.coldstart`."""
 
 import sys
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from serve_app.cold_start import read_ahead
 
 
 def nothing(files: Sequence[Path], load_log: str | None, stop: Event) -> int:
-    """Stands for `read_ahead.read`."""
+    """Replaces `read_ahead.read`."""
     return 0
 
 

@@ -55,7 +55,7 @@ def alone(num_tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def config(port: int) -> dict[str, Any]:
-    """What `serve run` takes: `configs/tiny.yaml` with the null model."""
+    """`configs/tiny.yaml` with the null model, as `serve run` takes it."""
     text = (ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8")
     document: dict[str, Any] = yaml.safe_load(text)
     document["http_options"]["port"] = port
@@ -66,7 +66,7 @@ def config(port: int) -> dict[str, Any]:
 
 
 def level(url: str, streams: int, num_tokens: int, seconds: float) -> dict[str, Any]:
-    """One level of load on a running server, with the processor time that it took."""
+    """Measures one level of load on a running server, with the processor time that it took."""
     requests = streams * max(2, round(seconds / (num_tokens * STEP_S)))
 
     def load(requests: int) -> tuple[list[Outcome], float]:

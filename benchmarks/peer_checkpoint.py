@@ -1,9 +1,8 @@
-"""The tiny model for every peer: float32, and never at an end.
+"""The tiny model for every peer: in float32, and without an end of answers.
 
-Promises a folder that transformers, vLLM and our server read alike. The row of the head that speaks
-eos is the row of `<unk>`, which the model was trained never to say, so that a greedy answer is as
-long as was asked for on every server, whether or not it knows `ignore_eos`, and all answer the
-same. Knows no peer.
+transformers, vLLM and our server read the folder alike. The eos row of the lm_head is replaced by
+that of `<unk>`, which the model was trained never to answer. So a greedy answer has the length that
+was asked for on every server, whether or not the server knows `ignore_eos`.
 """
 
 import json
@@ -17,7 +16,7 @@ SOURCE = Path(__file__).parents[1] / "serve_app" / "tiny" / "checkpoint"
 
 
 def write_checkpoint(folder: Path, source: Path = SOURCE) -> Path:
-    """Writes the copy into `folder` and returns it."""
+    """Writes the copy into `folder` and returns `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(source / name, folder / name)

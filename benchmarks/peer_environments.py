@@ -1,7 +1,7 @@
-"""The environment of each peer: a virtual environment with its pins, made once and used again.
+"""The virtual environment of each peer, with its pins; made once and used again.
 
-An environment is ready when its stamp holds the pins it was made with; otherwise it is made anew.
-Only the index that pip is configured with is asked. Knows no server.
+An environment is used again when its stamp has the same pins. Packages come from the index that pip
+is configured with.
 """
 
 import fcntl
@@ -20,9 +20,9 @@ class PeerError(RuntimeError):
 
 
 def python_of(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...] = ()) -> Path:
-    """The interpreter of the environment in `home`, made if need be; raises `PeerError`.
+    """The interpreter of the environment in `home`, which is made if necessary; raises `PeerError`.
 
-    `removed` are packages that come along and would only be in the way.
+    `removed` are packages that are installed as dependencies and get in the way.
     """
     home.parent.mkdir(parents=True, exist_ok=True)
     with home.with_name(f"{home.name}.lock").open("w") as lock:

@@ -1,9 +1,8 @@
-"""A small Mixtral as GGUF in float32, for llama.cpp.
+"""Writes a small Mixtral as GGUF in float32, for llama.cpp, whose converter is not a package.
 
-Written by hand, as llama.cpp's own converter is no package. Tensor names and metadata are those of
-its `llama` architecture with experts; the tokenizer is its `llama` kind (pieces with scores, bytes
-as fallback), where the score of a merged piece is the rank of its merge, so that it cuts text as
-the Hugging Face tokenizer does. Knows nothing of servers.
+Tensor names and metadata are those of llama.cpp's `llama` architecture with experts. The tokenizer
+is its `llama` kind: pieces with scores, and bytes as fallback. The score of a merged piece is the
+rank of its merge, so llama.cpp cuts text as the Hugging Face tokenizer does.
 """
 
 import json

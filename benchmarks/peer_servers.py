@@ -1,7 +1,7 @@
-"""Ours and its peers: what each needs installed, how it is started, and what it must be told.
+"""Our server and its peers: what each needs installed, how it is started, and its settings.
 
-All serve the same weights in float32 with the same limits. Each is started as its own
-documentation advises for a CPU; what was tuned stands beside it. Knows nothing of the load.
+All serve the same weights in float32 with the same limits. Each is started as its documentation
+advises for a CPU.
 """
 
 import sys
@@ -24,13 +24,13 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Site:
-    """Where a server finds what it needs."""
+    """Folders, port and cores that a server is started with."""
 
     python: Path
     checkpoint: Path
     gguf: Path
     folder: Path
-    """For what it wants to write."""
+    """For files that the server writes."""
     port: int
     cores: int
 
@@ -41,18 +41,18 @@ class Peer:
 
     name: str
     packages: tuple[str, ...]
-    """Whose versions say what was measured."""
+    """Their versions are recorded."""
     command: Callable[[Site], list[str]]
     model: Callable[[Site], str]
-    """What a request calls the model."""
-    told: str
-    """How it was set, for the reader."""
+    """The model's name in a request."""
+    how: str
+    """How it is set, for the reader."""
     requirements: tuple[str, ...] = ()
-    """None: this project's own environment."""
+    """Empty for our server, which runs in this environment."""
     removed: tuple[str, ...] = ()
     variables: Callable[[Site], dict[str, str]] = lambda site: {}
     fields: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
-    """Of its requests alone."""
+    """Fields that only its requests have."""
 
 
 def _ours(site: Site) -> list[str]:
@@ -153,7 +153,7 @@ PEERS = (
 
 
 def home(peer: Peer, environments: Path) -> Path | None:
-    """The folder of its environment; None for ours, which runs in this one."""
+    """The folder of its environment; None for our server, which runs in this one."""
     return environments / peer.name if peer.requirements else None
 
 

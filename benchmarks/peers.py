@@ -1,12 +1,12 @@
-"""Ours, vLLM on CPU, `transformers serve` and llama.cpp under the same load, in turn in one run.
+"""Our server, vLLM on CPU, `transformers serve` and llama.cpp under the same load, in one run.
 
     python -m benchmarks.peers
 
-The same weights in float32, the same prompts, 64 tokens an answer, streamed, closed loop; each
-server alone on the machine with the load generator, ours with Serve's own proxy and with HAProxy;
-round after round; medians. Makes each peer's environment the first time, from the package index. A
-peer that cannot take part is named with the reason. Exit code 1 only when ours did not
-run. The last line is `{peer: {concurrency: tokens/s}}`.
+All serve the same weights in float32 and get the same prompts: 64 tokens an answer, streamed, in a
+closed loop. Each server is alone on the machine with the load generator. Our server runs with Serve's own
+proxy and with HAProxy. Servers run in turn, round after round; figures are medians. The first run
+makes each peer's environment from the package index. A peer that cannot take part is named with the
+reason. The exit code is 1 only when our server did not run.
 """
 
 import argparse
@@ -38,7 +38,7 @@ CACHE = Path.home() / ".cache" / "mixtral-serve" / "peers"
 
 
 class Run:
-    """One run: what each peer gave, and why some did not take part."""
+    """One run: the figures of each peer, and the reasons of those that were left out."""
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder = folder
@@ -60,7 +60,7 @@ class Run:
         self.about[peer.name] = {
             "versions": versions(python, peer.packages),
             "dtype": "float32",
-            "how": peer.told,
+            "how": peer.how,
         }
 
     def measure(self, peer: Peer, number: int) -> None:
@@ -108,7 +108,7 @@ class Run:
         return levels
 
     def document(self) -> dict[str, Any]:
-        """Everything that is known at the end."""
+        """All figures of the run."""
         middle = {name: medians(rounds) for name, rounds in self.rounds.items()}
         compared = {name: ratios(middle, name) for name in (OURS, OURS_DIRECT) if name in middle}
         for name, answer in self.answers.items():
@@ -145,7 +145,7 @@ def row(name: str, level: dict[str, Any]) -> str:
 
 
 def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
-    """Every peer in turn, round after round; who fails is left out from there on."""
+    """Runs every peer in turn, round after round; a peer that fails is left out from then on."""
 
     def attempt(peer: Peer, step: Callable[..., None], *given: Any) -> None:
         if peer.name in run.left_out:

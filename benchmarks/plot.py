@@ -1,4 +1,4 @@
-"""A result as a picture: tokens a second and time to first token over load, one line a server."""
+"""Plots a result: tokens per second and time to first token over load, one line per server."""
 
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,7 @@
-"""Prompts and answer lengths of a load: drawn by a seed, so that each server gets the same.
+"""Prompts and answer lengths of a load, drawn by a seed, so that each server gets the same.
 
-Lengths of prompts are in words, as the generator has no tokenizer; what they came to in tokens is
-the server's to say. No two prompts begin alike but for the share that was asked for, so that no
-cache helps unseen.
+Prompt lengths are in words, because the generator has no tokenizer. No two prompts begin alike,
+except for the shared part that was asked for.
 """
 
 import re
@@ -19,7 +18,7 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Lengths:
-    """How long: `64`, `16:128` (any of these as likely) or `lognormal:64:0.5` (median, sigma)."""
+    """Lengths `64`, `16:128` (uniform) or `lognormal:64:0.5` (median, sigma)."""
 
     low: float
     high: float
@@ -41,7 +40,7 @@ class Lengths:
         return lengths
 
     def draw(self, random: np.random.Generator) -> int:
-        """One length; lognormal ones end at 8 times the median."""
+        """One length; lognormal ones are cut at 8 times the median."""
         if self.sigma is None:
             return int(random.integers(int(self.low), int(self.high), endpoint=True))
         drawn = self.low * float(np.exp(random.normal(0, self.sigma)))
@@ -50,7 +49,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompt and the answer's length of each request."""
+    """The prompt and the answer length of each request."""
 
     words: Lengths
     tokens: Lengths

@@ -1,7 +1,4 @@
-"""The engine's runner with random weights: tokens per second of its decode steps and its prefill.
-
-Knows a device and the options of `benchmarks.gpu`, not what the speeds are compared with.
-"""
+"""RandomRunner: the engine's runner with random weights, and the speed of its steps."""
 
 import argparse
 import gc
@@ -31,12 +28,12 @@ SPARE = 3e9
 
 
 def blocks_for(num_tokens: int) -> int:
-    """Of a sequence with so many tokens, and those that it may get."""
+    """KV blocks of a sequence with `num_tokens` tokens and `EXTRA` more."""
     return -(-(num_tokens + EXTRA) // BLOCK_SIZE)
 
 
 class RandomRunner:
-    """Random weights, a cache full of random keys and values, and a clock."""
+    """A model with random weights and a KV cache of random keys and values."""
 
     def __init__(self, options: argparse.Namespace, device: Device) -> None:
         self.device, self.options = device, options
@@ -45,21 +42,20 @@ class RandomRunner:
         is_bf16 = options.weights == "bf16"
         self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
-        self.batches = [n for n in options.batches if n <= self._most_sequences()]
+        self.batches = [n for n in options.batches if n <= self._max_num_seqs()]
         blocks = max(max(self.batches) * blocks_for(options.context), blocks_for(options.prompt))
         sizes = (blocks, BLOCK_SIZE)
-        most_rows = max(self.batches)
         made = (self.model, *sizes, self.dtype, device.device)
-        self.runner = ModelRunner(*made, max_num_seqs=most_rows)
+        self.runner = ModelRunner(*made, max_num_seqs=max(self.batches))
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
 
     @staticmethod
     def config_of(options: argparse.Namespace) -> MixtralConfig:
-        """The sizes that are asked for."""
+        """The model's sizes that the options ask for."""
         return config_of(tiny=options.tiny, layers=options.layers)
 
-    def _most_sequences(self) -> int:
+    def _max_num_seqs(self) -> int:
         if not self.device.is_cuda:
             return 8
         free = torch.cuda.mem_get_info(self.device.device)[0] - SPARE
@@ -67,18 +63,18 @@ class RandomRunner:
 
     @property
     def note(self) -> str:
-        """How its steps are made."""
+        """Which form of a step the runner uses."""
         return self.runner.note
 
     def release(self) -> None:
-        """Gives the model's memory back."""
+        """Frees the model's memory."""
         del self.model, self.runner
         gc.collect()  # a model and what unpacks its weights know each other
         if self.device.is_cuda:
             torch.cuda.empty_cache()
 
     def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
-        """`count` sequences whose tokens but the last are computed, each with its own blocks."""
+        """`count` sequences with their own blocks, whose tokens except the last are computed."""
         blocks = blocks_for(num_tokens)
         params = SamplingParams(512, ignore_eos=True, **how)
         made = []
@@ -92,8 +88,8 @@ class RandomRunner:
 
     @torch.inference_mode()
     def graph_error(self) -> float | None:
-        """How far the logits of a replayed step are from those of the same one launched kernel by
-        kernel, relatively; None where nothing is captured."""
+        """Relative error of the logits of a replayed step beside the same step launched kernel by
+        kernel; None where nothing is captured."""
         graphs, step = self.runner._graphs, self.runner._gpu_step
         if graphs is None or step is None:
             return None
@@ -117,7 +113,7 @@ class RandomRunner:
         return float(batch * steps / (time.perf_counter() - began))
 
     def prefill(self) -> float:
-        """Tokens per second of one prompt, in one step."""
+        """Tokens per second of one prompt, computed in one step."""
         prompt = self.sequences(1, self.options.prompt, temperature=0.0)[0]
         whole = [ScheduledTokens(prompt, 0, self.options.prompt, True)]
         seconds = self.device.seconds(lambda: self.runner.launch(whole).wait(), repeats=3)

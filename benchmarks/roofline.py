@@ -1,8 +1,8 @@
-"""The least bytes that a decode step has to read, hence the most tokens per second.
+"""The least bytes that a decode step reads, hence the most tokens per second.
 
-Weights once for all tokens of a step, of the experts only those that are hit, and every sequence's
-keys and values. Arithmetic is ignored: for a decode it is hidden behind the memory, save in large
-batches on small GPUs.
+A step reads the weights once for all its tokens, of the experts only those that are hit, and the
+keys and values of every sequence. Arithmetic is ignored: in a decode step it is hidden behind the
+memory, except in large batches on small GPUs.
 """
 
 from serve_app.model.config import MixtralConfig
@@ -11,7 +11,7 @@ from serve_app.model.quantization import Quantization
 
 
 def experts_hit(config: MixtralConfig, batch: int) -> float:
-    """Experts of a layer that `batch` tokens go to, by chance and all alike."""
+    """Expected number of a layer's experts that `batch` tokens hit, if routing is uniform."""
     missed = (1 - config.num_experts_per_tok / config.num_local_experts) ** batch
     return config.num_local_experts * (1 - missed)
 
@@ -39,12 +39,12 @@ def decode_limit(
     item_bytes: int,
     bandwidth: float,
 ) -> float:
-    """Tokens per second, all sequences together, at so many bytes per second."""
+    """Tokens per second of all sequences together at `bandwidth` bytes per second."""
     return batch * bandwidth / decode_bytes(config, quantization, batch, context, item_bytes)
 
 
 def prefill_flops(config: MixtralConfig) -> float:
-    """Operations per token in matrix products; attention, which is little, is not counted."""
+    """Operations per token in matrix products. Attention is small and not counted."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     attention = hidden * (2 * heads + 2 * keys)

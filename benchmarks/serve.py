@@ -1,11 +1,10 @@
-"""An OpenAI load generator: how many tokens a second, and how long people wait.
+"""A load generator for OpenAI-compatible servers: tokens per second and latencies.
 
     python -m benchmarks.serve --url http://127.0.0.1:8000 --concurrency 1 8 16
     python -m benchmarks.serve --rate 2 4 8 --slo-ttft-ms 200 --slo-inter-token-ms 50
 
-Speaks `/v1/completions` with `stream` and `ignore_eos`, so that every server does the same work.
-Counts tokens by the server's own usage; a server without usage is counted by chunks, and
-`counted_by` says so. Knows nothing about the server but its URL.
+Sends `/v1/completions` with `stream` and `ignore_eos`, so that every server does the same work.
+Tokens are counted by the server's usage, or by chunks where a server sends none (`counted_by`).
 """
 
 import argparse
@@ -27,7 +26,7 @@ HEADER = (
 
 
 def row(load: float, level: dict[str, Any]) -> str:
-    """One level of load, for people."""
+    """One level of load as a line of the table."""
     cells = [f"{load:>7g} {level['tokens_per_s']:>8}"]
     for name, widths in (
         ("ttft_ms", (9, 8, 8)),

@@ -1,12 +1,11 @@
-"""Thousands of jobs of every kind through one worker: nothing is lost, and nothing grows.
+"""Thousands of jobs of every kind through one worker: each is accounted for, and nothing grows.
 
     python -m benchmarks.soak --jobs 2000
 
 The real worker with RunPod's SDK and the tiny model, against the platform on loopback. Streams,
-plain jobs, batches, chats through the gateway, refused ones, cancelled ones, and platforms that
-answer late or not at all, mixed by a seed and some at a time. Fails where a job is not accounted
-for, where KV blocks stay in use, or where the memory of the worker's processes, Ray's too, grew by
-more than a twentieth after the first tenth of the jobs.
+plain jobs, batches, chats, refused jobs, cancelled jobs, and a platform that fails or answers late
+are mixed at random. Fails where a job is not accounted for, where KV blocks stay in use, or where
+the memory of all the worker's processes grows by more than 5 % after the first tenth of the jobs.
 """
 
 import random
@@ -28,7 +27,7 @@ KINDS = ("plain", "stream", "chat", "batch", "refused", "unreadable", "cancelled
 
 
 def given(kind: str, rng: random.Random) -> Any:
-    """What a job of this kind sends."""
+    """The input of a job of this kind."""
     number = rng.randrange(10**6)
     prompt = {"prompt": f"{number}. Spell the word cat.", "max_tokens": rng.randint(4, 32)}
     match kind:
@@ -60,7 +59,7 @@ class Soak:
         self._open: dict[str, Job] = {}
 
     def run(self, num_jobs: int) -> None:
-        """Sends so many more jobs and waits until all have ended."""
+        """Sends `num_jobs` more jobs and waits until all have ended."""
         waiting = self._kinds(num_jobs)
         while True:
             while len(self._open) < OPEN_AT_ONCE and (kind := next(waiting, None)):
@@ -77,7 +76,7 @@ class Soak:
             yield self.rng.choice(KINDS)
 
     def _misbehave(self) -> None:
-        """Now and then the platform refuses, resets or is slow."""
+        """Makes the platform refuse, reset or delay posts now and then."""
         faults = self.place.platform.faults
         chance = self.rng.random()
         if chance < 0.02:
@@ -88,7 +87,7 @@ class Soak:
             faults.delay_s["job-stream"] = self.rng.choice([0.0, 0.01, 0.05])
 
     def _look(self) -> bool:
-        """Cancels what is to be cancelled, drops what is over; whether there is room again."""
+        """Cancels jobs and checks ended ones; returns whether there is room for more."""
         for name, job in list(self._open.items()):
             kind = name.partition(" ")[0]
             if job.is_over:
@@ -99,7 +98,7 @@ class Soak:
         return len(self._open) < OPEN_AT_ONCE / 2 or not self._open
 
     def _check(self, kind: str, job: Job) -> None:
-        """That it ended as its kind should, with one result."""
+        """Checks that a job ended as its kind should, with one result."""
         expected = {"refused": "FAILED", "unreadable": "FAILED", "cancelled": "CANCELLED"}
         self.counts[f"{kind} {job.status}"] += 1
         num_results = 0 if job.status == "CANCELLED" else 1
@@ -115,13 +114,13 @@ class Soak:
 
 
 def in_mb(memory: Counter[str]) -> dict[str, float]:
-    """By process, the largest first, and in all."""
+    """Megabytes in all, and by kind of process, the largest first."""
     each = {name: round(size / 1e6, 1) for name, size in memory.most_common()}
     return {"all": round(memory.total() / 1e6, 1), **each}
 
 
 def soak(num_jobs: int, seed: int) -> dict[str, Any]:
-    """The figures; `wrong` is empty where every job ended as it should."""
+    """Runs the jobs; returns the figures. `wrong` is empty where each job ended as it should."""
     began = time.monotonic()
     with endpoint() as place:
         place.done({"prompt": "What is 2 + 3?"})  # starts the model
@@ -149,7 +148,7 @@ def soak(num_jobs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command; exit code 1 when a job was lost, a block kept, or memory grew."""
+    """The command; exit code 1 when a job was lost, a block stayed in use, or memory grew."""
     parser = new_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)

@@ -1,10 +1,10 @@
-"""Streams of RunPod jobs on a slow platform: first token, tokens a second, posts.
+"""Streamed RunPod jobs on a slow platform: time to first token, tokens per second, posts.
 
     python -m benchmarks.streaming
 
 The real worker with RunPod's SDK and the tiny model, against the platform on loopback, which
-acknowledges each streamed chunk late by 0, 20 and 100 ms. Beside it, in the same run, a worker that
-posts every chunk on its own, as handlers in guides do. Does not measure the model.
+acknowledges each post 0, 20 or 100 ms late. Beside it, in the same run, a worker that posts every
+chunk alone, as handlers in guides do.
 """
 
 import statistics
@@ -36,7 +36,7 @@ class Stream:
 
 
 def ask(number: int, num_tokens: int) -> dict[str, Any]:
-    """A prompt of its own, so that no stream profits from another."""
+    """A prompt of its own, so that no stream profits from the cached prefix of another."""
     return {
         "prompt": f"{number}. Count from 1 to 30.",
         "max_tokens": num_tokens,
@@ -46,7 +46,7 @@ def ask(number: int, num_tokens: int) -> dict[str, Any]:
 
 
 def streams(place: Endpoint, num_streams: int, num_tokens: int, number: int) -> list[Stream]:
-    """Runs so many at once and watches each one's first token come."""
+    """Runs `num_streams` jobs at once and records when each one's first token came."""
     jobs = [place.send({**ask(number + n, num_tokens), "stream": True}) for n in range(num_streams)]
     first: dict[str, float] = {}
 
@@ -91,7 +91,7 @@ def measure(place: Endpoint, delay_s: float, num_streams: int, options: Any) -> 
 
 
 def unstreamed(place: Endpoint, num_tokens: int, rounds: int) -> float:
-    """Tokens a second of a job that is answered at once: what the model can."""
+    """Tokens per second of jobs without a stream."""
     speeds = []
     for number in range(rounds):
         job = place.done(ask(5000 + number, num_tokens))

@@ -1,8 +1,7 @@
-"""A Mixtral of random weights, made where it will be used: no download and no float copy.
+"""A Mixtral of random weights, made on the device: no download and no float copy.
 
-Weights in 4 bits are random bytes with absmax values as a trained model might have; 25 GB of them
-take seconds on a GPU. What it says is noise, and what it costs is what Mixtral costs, but that its
-router sends tokens to all experts alike.
+4-bit weights are random bytes, with absmax values like a trained model's; 25 GB of them take
+seconds on a GPU. Steps cost what Mixtral's cost, except that the router chooses all experts alike.
 """
 
 import torch
@@ -43,7 +42,7 @@ TINY = {
 
 
 def config_of(*, tiny: bool, layers: int | None) -> MixtralConfig:
-    """Mixtral 8x7B's sizes, or tiny ones; with fewer layers where so many are asked for."""
+    """Mixtral 8x7B's sizes, or tiny ones; with `layers` layers where given."""
     document = dict(TINY if tiny else MIXTRAL)
     if layers is not None:
         document["num_hidden_layers"] = layers
@@ -56,7 +55,7 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Mixtral:
-    """All weights random, generated on `device` in the form in which they are stored."""
+    """A model with random weights, generated on `device` in the form in which they are stored."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Mixtral(config, quantization).to(dtype)
@@ -76,14 +75,14 @@ def random_model(
 
 
 def fill_codebook(tables: Codebook) -> None:
-    """The tables that make random bytes numbers."""
+    """Fills the code tables of the quantization."""
     tables.code.copy_(code_values(tables.quantization.quant_type))
     if tables.quantization.absmax == "nested":
         tables.nested_code.copy_(dynamic_map())
 
 
 def fill_matrices(matrices: QuantizedWeight) -> None:
-    """Random codes, and absmax values about as they are in a trained model."""
+    """Fills packed codes at random, and absmax with values like a trained model's."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
     mean = 2 * SCALE  # of absmax; a uniformly random code has half of it as its size

@@ -1,1 +1,1 @@
-"""The load generator and the runs beside other servers."""
+"""Tests of the benchmarks."""

@@ -1,10 +1,9 @@
-"""A small server of `/v1/completions` for the benchmarks' own tests, of the standard library alone.
+"""A small server of `/v1/completions` for the tests of the benchmarks; standard library alone.
 
     python completions.py PORT FILE
 
-Writes the pid of a child in a session of its own to FILE, as Ray's processes have. Every answer is
-one word a token, `max_tokens` of them; a prompt of "fail" is answered 500, one of "stop" ends
-without a finish reason.
+Starts a child in a session of its own, as Ray does, and writes its pid to FILE. An answer has one
+word per token and `max_tokens` tokens. The prompt "fail" gets a 500, "stop" no finish reason.
 """
 
 import json
@@ -32,11 +31,11 @@ class Completions(BaseHTTPRequestHandler):
         self.wfile.write(b"data: " + json.dumps(event).encode() + b"\n\n")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Nothing."""
+        """Logs nothing."""
 
 
 def main() -> None:
-    """Serves until it is ended."""
+    """Serves until the process is ended."""
     child = subprocess.Popen(
         [sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True
     )

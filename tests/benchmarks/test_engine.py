@@ -1,4 +1,4 @@
-"""The engine's benchmark measures what it says."""
+"""The timed engine counts decode steps apart from prefill."""
 
 import torch
 
@@ -8,8 +8,8 @@ from serve_app.model.checkpoint.loader import load
 from serve_app.tiny import CHECKPOINT
 
 
-def test_decode_steps_are_told_from_prefill() -> None:
-    """Two sequences, each with a step for its prompt, then decode together to their end."""
+def test_decode_steps_are_counted_apart_from_prefill() -> None:
+    """Two sequences start together; only steps in which both decode are counted."""
     model = load(inspect(CHECKPOINT), dtype=torch.float32, device=CPU)
     timed = TimedEngine(model, NullRunner).decode(2, 8, 20, temperature=0.0)
     clock, thread = timed.decode_steps(2)

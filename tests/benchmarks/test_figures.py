@@ -18,13 +18,13 @@ from benchmarks.report import publish
 
 @pytest.mark.parametrize("text", ["0", "9:3", "lognormal:64", "x", "-1", "1:2:3"])
 def test_other_lengths_are_refused(text: str) -> None:
-    """A form that means nothing is an error which names it."""
+    """Any other form raises an error that contains it."""
     with pytest.raises(ValueError, match=text):
         Lengths.parse(text)
 
 
-def test_lengths_are_as_said() -> None:
-    """Fixed, even between two ends, and lognormal about its median."""
+def test_lengths_have_their_distribution() -> None:
+    """Fixed, uniform between two ends, and lognormal about its median."""
     random = np.random.default_rng(0)
     assert {Lengths.parse("64").draw(random) for _ in range(9)} == {64}
     assert {Lengths.parse("3:5").draw(random) for _ in range(99)} == {3, 4, 5}
@@ -48,8 +48,8 @@ def outcome(sent: float, *arrivals: float, error: str | None = None) -> Outcome:
     return Outcome(sent, list(arrivals), num_tokens=len(arrivals), error=error)
 
 
-def test_goodput_is_what_kept_the_objective() -> None:
-    """Late firsts, slow tokens and errors are no goodput; tokens of errors are none at all."""
+def test_goodput_counts_answers_that_meet_the_objective() -> None:
+    """Late first texts, slow tokens and errors do not count."""
     outcomes = [
         outcome(0, 0.1, 0.2, 0.3),
         outcome(0, 0.9, 1.0),  # its first token is late
@@ -76,7 +76,8 @@ def level(tokens: float, first: float, errors: int = 0) -> dict[str, Any]:
 
 
 def test_medians_ratios_and_targets() -> None:
-    """The middle round counts; speed is ours to theirs; a slower peer's wait is no excuse."""
+    """Medians are over rounds, ratios are ours to theirs, and each target is compared with its
+    ratio."""
     ours = medians([{1: level(300, 10)}, {1: level(100, 30, errors=1)}, {1: level(200, 20)}])
     assert ours[1]["tokens_per_s"] == 200
     assert (ours[1]["ttft_ms"]["p99"], ours[1]["errors"]) == (40, 1)
@@ -88,7 +89,7 @@ def test_medians_ratios_and_targets() -> None:
 
 
 def test_a_round_without_answers_has_no_ratio() -> None:
-    """A peer whose requests all failed is in the medians and in no ratio."""
+    """A peer whose requests all failed has medians and no ratio."""
     failed = summarise([outcome(0, error="status 500")], 1.0)
     middle = {"ours": medians([{1: level(1, 1)}]), "vllm": medians([{1: failed}])}
     assert middle["vllm"][1]["errors"] == 1
@@ -96,14 +97,14 @@ def test_a_round_without_answers_has_no_ratio() -> None:
 
 
 def test_likeness_is_the_common_beginning() -> None:
-    """Outer spaces aside; of the longer answer."""
+    """The common beginning counts, as a share of the longer answer, without outer spaces."""
     assert likeness(" the cat", "the cat") == 1.0
     assert likeness("abcd", "abxd") == 0.5
     assert likeness("ab", "abcd") == 0.5
 
 
 def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
-    """A server is named once; the same figures give the same file."""
+    """Each server is named once; the same figures give the same file."""
     levels = [{**level(100, 5), "concurrency": 1}, {**level(300, 9), "concurrency": 8}]
     for name in ("a.svg", "b.svg"):
         plot({"ours": levels, "vllm": levels}, "concurrency", tmp_path / name)
@@ -116,7 +117,7 @@ def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
 def test_a_document_is_one_line_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What is printed is what is kept, in lines of its own; without a file nothing is."""
+    """The printed line and the file have the same document; without a file none is written."""
     publish("test", {"levels": [1, 2]}, tmp_path / "kept.json")
     publish("test", {"levels": [1, 2]}, None)
     first, second = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""The GPU benchmark at toy sizes on a CPU: all of it runs; a machine without CUDA is told so."""
+"""The GPU benchmark at toy sizes on a CPU."""
 
 import json
 from pathlib import Path
@@ -22,7 +22,7 @@ from tools.random_model import config_of
 def test_it_runs_at_toy_sizes_on_a_cpu(
     weights: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every part of the document is there and positive."""
+    """Every part of the document is there, with positive figures."""
     assert gpu.main(["--tiny", "--device", "cpu", "--batches", "1", "2", *weights]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in document["decode"]] == [1, 2]
@@ -33,11 +33,11 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     assert measured == (in_4_bits if "nested" in weights else set())
 
 
-def test_what_fails_is_told_and_the_rest_is_measured(
+def test_failures_are_recorded_and_the_rest_is_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A product that is wrong, a batch size and a kernel that fail: each with its reason in the
-    file, which had the others' figures when they were known."""
+    """A wrong product, a batch size and a kernel that fail are recorded with reasons; the file has
+    the other figures."""
     file = tmp_path / "gpu.json"
 
     def failing(one: RandomRunner, batch: int) -> float:
@@ -67,7 +67,7 @@ def test_what_fails_is_told_and_the_rest_is_measured(
 
 
 def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They give the same, until the replay reads other blocks than the sequences'."""
+    """The error is 0, until the replay reads other blocks than the sequences'."""
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
     monkeypatch.setattr(
         model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.of(*made[:3])
@@ -88,13 +88,13 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_without_cuda_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    """One sentence, and an exit code that no script mistakes for a measurement."""
+    """Without CUDA it prints one sentence, and the exit code is 1."""
     assert gpu.main([]) == 1
     assert capsys.readouterr().out.startswith("No CUDA device")
 
 
 def test_the_least_bytes_of_a_step_are_those_of_the_models_sizes() -> None:
-    """Mixtral in NF4: 6.8 GB for one token of a short context, all experts for many."""
+    """Mixtral in NF4 reads 6.8 GB for one token of a short context, and all experts for many."""
     config, nested = config_of(tiny=False, layers=None), Quantization("nf4", "nested")
     assert experts_hit(config, 1) == pytest.approx(2)
     assert experts_hit(config, 64) == pytest.approx(8)

@@ -1,4 +1,4 @@
-"""The load generator against a small server: what it sends, counts and calls an error."""
+"""The load generator, on a small server."""
 
 import asyncio
 import sys
@@ -29,7 +29,7 @@ def request(number: int) -> dict[str, Any]:
 
 
 def test_closed_loop_counts_and_names_errors(url: str) -> None:
-    """Each request is sent once; a refused and an unfinished one are errors, the rest tokens."""
+    """Each request is sent once; refused and unfinished answers are errors, the others count."""
     outcomes, wall_s = asyncio.run(closed_loop(url, request, 2, 6))
     by_tokens = {outcome.num_tokens: outcome for outcome in outcomes if not outcome.error}
     assert sorted(by_tokens) == [1, 2, 5, 6]
@@ -40,14 +40,14 @@ def test_closed_loop_counts_and_names_errors(url: str) -> None:
 
 
 def test_open_loop_sends_when_due(url: str) -> None:
-    """Nothing comes before its time; waiting is counted from the time it was due."""
+    """No request is sent before it is due, and waiting counts from then."""
     outcomes, _ = asyncio.run(open_loop(url, lambda n: request(0), 100, 8, seed=3))
     assert [outcome.sent for outcome in outcomes] == arrival_times(100, 8, 3)
     assert all(outcome.arrivals[0] > outcome.sent for outcome in outcomes)
 
 
 def test_a_server_that_is_not_there_is_an_error() -> None:
-    """The run goes on and says which error."""
+    """Requests to a closed port are errors, and the run ends."""
     outcomes, _ = asyncio.run(closed_loop(f"http://127.0.0.1:{free_port()}", request, 1, 2))
     assert [outcome.error for outcome in outcomes] == ["ClientConnectorError"] * 2
 
@@ -60,7 +60,7 @@ def test_arrivals_are_poisson() -> None:
 
 
 def test_lines_are_read_across_parts() -> None:
-    """A chunk counts when its end came, however the bytes were cut; no usage: chunks count."""
+    """A chunk has the time of its last byte; without usage, chunks are counted."""
     event = b'data: {"choices": [{"text": "a", "finish_reason": "length"}]}\n\n'
     parts = [(1.0, event[:20]), (2.0, event[20:] + event[:5]), (3.0, event[5:])]
     outcome = read(Answer(due=0.5, status=200, parts=parts))
@@ -77,5 +77,5 @@ def test_lines_are_read_across_parts() -> None:
     ],
 )
 def test_a_peers_odd_errors_are_counted(said: bytes, name: str) -> None:
-    """What breaks one answer is that answer's error, and ends no run."""
+    """An unreadable event is an error of its answer alone."""
     assert read(Answer(due=0.0, status=200, parts=[(0.0, said + b"\n\n")])).error == name

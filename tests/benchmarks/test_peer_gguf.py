@@ -1,4 +1,4 @@
-"""The GGUF holds the tiny model: read back by gguf's own reader."""
+"""The GGUF holds the tiny model, as gguf's own reader reads it."""
 
 import json
 from pathlib import Path
@@ -37,7 +37,7 @@ def test_every_weight_is_there_once(checkpoint: Path, found: dict[str, np.ndarra
 def test_rotary_pairs_are_neighbours(
     checkpoint: Path, found: dict[str, np.ndarray], name: str, heads: int
 ) -> None:
-    """Row i of each head is followed by the row it rotates with, i + head_dim / 2."""
+    """Row i of each head is followed by its rotary partner, row i + head_dim / 2."""
     weights = load_file(checkpoint / "model.safetensors")
     ours = weights[f"model.layers.2.self_attn.{name}_proj.weight"].reshape(heads, 32, 128)
     theirs = found[f"blk.2.attn_{name}.weight"].reshape(heads, 32, 128)
@@ -47,7 +47,7 @@ def test_rotary_pairs_are_neighbours(
 
 
 def test_the_tokenizer_is_whole(checkpoint: Path, found: dict[str, np.ndarray]) -> None:
-    """Tokens by id; an earlier merge has a better score; bytes and specials are marked."""
+    """Tokens are in order of ids, earlier merges score higher, bytes and specials are marked."""
     fields = GGUFReader(checkpoint / "tiny.gguf").fields
     tokens = fields["tokenizer.ggml.tokens"].contents()
     model = json.loads((checkpoint / "tokenizer.json").read_text())["model"]
@@ -59,8 +59,8 @@ def test_the_tokenizer_is_whole(checkpoint: Path, found: dict[str, np.ndarray]) 
     assert [kinds[tokens.index(t)] for t in ("<unk>", "<s>", "<0x0A>", "▁the")] == [2, 3, 6, 1]
 
 
-def test_eos_is_never_said(checkpoint: Path) -> None:
-    """Its row of the head is that of `<unk>`, so that it never is the best; no file names it."""
+def test_eos_is_never_generated(checkpoint: Path) -> None:
+    """Its row of the lm_head is that of `<unk>`, and no file names an eos."""
     head = load_file(checkpoint / "model.safetensors")["lm_head.weight"]
     np.testing.assert_array_equal(head[2], head[0])
     assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] is None

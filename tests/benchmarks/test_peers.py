@@ -1,4 +1,4 @@
-"""The run of several servers: who fails is named, who was started is ended."""
+"""The comparison of several servers: failures are named, and servers are ended."""
 
 import argparse
 import sys
@@ -29,7 +29,7 @@ def options(environments: Path) -> argparse.Namespace:
 
 
 def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
-    """A server that ends at once is left out with a sentence; ours has both rounds."""
+    """A server that ends at once is left out with a sentence; the others run both rounds."""
     run = Run(tmp_path, options(tmp_path))
     broken = peer("broken", lambda site: [str(site.python), "-c", "raise SystemExit(3)"])
     run_all(run, (broken, peer("ours", small), peer("other", small)), rounds=2)
@@ -43,7 +43,7 @@ def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
 
 
 def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
-    """Also a child that made a session of its own is gone when the block has ended."""
+    """A child in a session of its own is gone at the end of the block."""
     port = free_port()
     command = [sys.executable, str(SERVER), str(port), str(tmp_path / "child")]
     with serving(command, {}, f"http://127.0.0.1:{port}", FIRST, tmp_path / "log"):
@@ -53,7 +53,7 @@ def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """A zombie, which its adopter has yet to collect, is not."""
+    """False for a zombie too."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -62,7 +62,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_an_environment_is_made_once(tmp_path: Path) -> None:
-    """The same pins use it again; other pins make it anew; pip's last word becomes the sentence."""
+    """The same pins use it again, other pins make it anew; pip's last line becomes the error."""
     home = tmp_path / "home"
     wheel = f"nothing @ file://{tmp_path}/nothing-1.0-py3-none-any.whl"
     python_of(home, ("pip",))
@@ -75,8 +75,8 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
     assert not (home / "kept").exists()
 
 
-def test_all_peers_say_how_they_are_set(tmp_path: Path) -> None:
-    """Each has a command on the port it is given and pins to be made from."""
+def test_all_peers_have_a_command_and_pins(tmp_path: Path) -> None:
+    """Each peer has a command with its port, and requirements unless it is ours."""
     openmp = tmp_path / "lib" / "libiomp5.so"
     openmp.parent.mkdir()
     openmp.touch()

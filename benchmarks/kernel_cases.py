@@ -1,4 +1,4 @@
-"""The cases of `benchmarks.kernels`: one kernel of the GPU step with random inputs of one size, ready to be timed."""
+"""Cases of `benchmarks.kernels`: one kernel with random inputs of one size, ready to be timed."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

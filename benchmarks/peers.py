@@ -3,10 +3,10 @@
     python -m benchmarks.peers
 
 All serve the same weights in float32 and get the same prompts: 64 tokens an answer, streamed, in a
-closed loop. Each server is alone on the machine with the load generator. Our server runs with Serve's own
-proxy and with HAProxy. Servers run in turn, round after round; figures are medians. The first run
-makes each peer's environment from the package index. A peer that cannot take part is named with the
-reason. The exit code is 1 only when our server did not run.
+closed loop. Each server is alone on the machine with the load generator. Our server runs with
+Serve's own proxy and with HAProxy. Servers run in turn, round after round; figures are medians. The
+first run makes each peer's environment from the package index. A peer that cannot take part is
+named with the reason. The exit code is 1 only when our server did not run.
 """
 
 import argparse

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
-from serve_app.config.settings import EntrySettings, Settings
+from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
 from serve_app.node import fitness, ray_node
@@ -29,22 +29,21 @@ def make_handler(
     settings: Settings,
     config: str | Path,
     plan: StartPlan | None,
-    failure: ModelLoadFailed | None = None,
+    error: ModelLoadFailed | None = None,
     gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
     """The handler for the deployment that `config` describes; starts nothing yet.
 
-    `plan` is None where the check failed, with `failure`. `gave_up` is called when
-    the model has died and is not started again.
+    `plan` is None where the check failed; the replica makes its own then. `error` is why no start
+    can succeed. `gave_up` is called when the model has died and is not started again.
     """
     settings = with_load_log(settings)
     process_s = processes.own_age_s()  # the first job may come much later
     cluster = Cluster(settings, config, plan, process_s)
     cold = ColdStart(settings, plan)
-    final = failure if failure is not None and not failure.retry else None
     supervisor = StartupSupervisor(
         lambda: cold.around(cluster.start),
-        final,
+        error,
         watch=cluster.watch,
         stop=cluster.stop,
         gave_up=gave_up,
@@ -65,26 +64,25 @@ def num_slots(settings: Settings) -> int:
     return settings.runpod.max_concurrency or engine.max_num_seqs + engine.max_waiting // 4
 
 
-def run(
-    settings: Settings,
-    entry: EntrySettings,
-    checked: Checked | None,
-    failure: ModelLoadFailed | None = None,
-) -> int:
+def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> int:
     """Takes jobs until SIGTERM and answers every one of them. Returns the exit code.
 
-    `failure` is what the check found wrong, in place of `checked`. Jobs fail with it, unless it is
-    the machine's fault, which ends the worker as unhealthy.
+    A `ModelLoadFailed` is what the check of the start has raised. Jobs fail with it, unless it is
+    the machine's fault, which ends the worker as unhealthy, or it is worth a second try.
     """
+    if isinstance(checked, ModelLoadFailed):
+        plan, lines, failure = None, list[str](), checked
+    else:
+        plan, lines, failure = checked.plan, checked.lines, None
     slots = num_slots(settings)
-    plan, lines = (checked.plan, checked.lines) if checked is not None else (None, [])
-    for line in banner(settings, entry.serve_config, slots, lines):
+    for line in banner(settings, config, slots, lines):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
     import_sdk()
     register_checks(checks)
     processes.end_forks_with_this()
-    handler = make_handler(settings, entry.serve_config, plan, failure, lambda: loop.end(1))
+    final = failure if failure is not None and not failure.retry else None
+    handler = make_handler(settings, config, plan, final, gave_up=lambda: loop.end(1))
     large_results = LargeResults(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, large_results)
     is_wanted = True
@@ -112,7 +110,7 @@ def load_now(supervisor: StartupSupervisor) -> bool:
         asyncio.run(_ready(supervisor))
         return True
     except SystemExit:
-        log.info("Told to stop before any job was taken.")
+        log.info("Stopped before any job was taken.")
         return False
     finally:
         for number, handler in kept.items():

@@ -36,7 +36,7 @@ def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:
                 entry.send_signal(signal.SIGTERM)
                 _, written = entry.communicate(timeout=60)
     assert entry.returncode == 0
-    assert b"Told to stop before any job" in written
+    assert b"Stopped before any job" in written
     assert b"Traceback" not in written
 
 

@@ -105,8 +105,8 @@ class LargeResults:
         return Result.of_error(error_body(too_large, uuid.uuid4().hex))
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
-        """Writes `{"file", "bytes"}`'s file and returns this object. Raises `OSError`."""
-        # Without its parents: where no volume is mounted, a file would die with the container.
+        """Writes `output` to a file; returns `{"file": path, "bytes": size}`. Raises `OSError`."""
+        # Not its parents: where no volume is mounted, the file would be lost with the container.
         self._folder.mkdir(exist_ok=True)
         path = self._folder / f"{file_name(job_id)}.json"
         partial = path.with_suffix(f".{os.getpid()}.partial")

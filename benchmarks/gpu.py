@@ -146,7 +146,7 @@ def measure(report: Report, options: argparse.Namespace, device: Device) -> None
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--weights", choices=["nf4", "bf16"], default="nf4")
-    parser.add_argument("--absmax", choices=["nested", "bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--absmax", choices=["nested", "bfloat16"], default="bfloat16")
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence")

@@ -29,10 +29,10 @@ class ModelSettings(_Section):
     quantize_lm_head: bool = False
     """Also quantizes lm_head to 4 bits, at each load, because no checkpoint stores it that way. For
     Mixtral 8x7B this frees 0.19 GB, which is 1,400 tokens of KV cache."""
-    absmax: Literal["bfloat16", "nested", "float32"] = "bfloat16"
+    absmax: Literal["bfloat16", "nested"] = "bfloat16"
     """Storage of the scale of each quantization group (64 weights). Of Mixtral 8x7B's 25.2 GB,
-    nested (8 bits and a second look-up) saves 0.7 GB, which is 5,500 tokens of KV cache; float32
-    adds 1.5 GB without a measurable gain. A checkpoint that is already quantized keeps its own."""
+    nested (8 bits and a second look-up) saves 0.7 GB, which is 5,500 tokens of KV cache. A
+    checkpoint that is already quantized keeps its own; float32 in a checkpoint becomes bfloat16."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -42,6 +42,16 @@ class ModelSettings(_Section):
     it; later starts read 25 GB instead of 93."""
     hf_token: SecretStr | None = None
     """Hugging Face token for gated repositories. Read from the environment only."""
+
+    @field_validator("absmax", mode="before")
+    @classmethod
+    def _is_in_memory(cls, value: object) -> object:
+        if value == "float32":
+            raise ValueError(
+                "float32 is not held in memory any more; use bfloat16. Checkpoints with float32 "
+                "absmax are still read, and `mixtral-serve convert --absmax float32` writes them"
+            )
+        return value
 
     @field_validator("served_model_name")
     @classmethod

@@ -5,13 +5,14 @@ values, a nibble, times `absmax`, the largest absolute value of its group (QLoRA
 absmax itself is stored in one of three ways, see `AbsmaxKind`. Imports no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 QuantType = Literal["nf4", "fp4"]
 """The 16 code values: quantiles of a normal distribution, or 4-bit floats."""
 AbsmaxKind = Literal["float32", "bfloat16", "nested"]
-"""absmax as float32, rounded to bfloat16, or quantized to 8 bits ("double quantization")."""
+"""absmax as float32 (in files only), rounded to bfloat16, or quantized to 8 bits ("double
+quantization")."""
 
 GROUP_SIZE = 64
 """Weights of a quantization group: they lie side by side in one row and share one absmax."""
@@ -29,6 +30,12 @@ class Quantization:
 
     quant_type: QuantType
     absmax: AbsmaxKind
+
+    @property
+    def in_memory(self) -> "Quantization":
+        """How weights stored like this are held on the device: float32 absmax is rounded to
+        bfloat16, which no measurement can tell apart and which saves 1.5 GB for Mixtral 8x7B."""
+        return replace(self, absmax="bfloat16") if self.absmax == "float32" else self
 
 
 def num_nested_groups(num_weights: int) -> int:

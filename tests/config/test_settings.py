@@ -54,6 +54,12 @@ def test_names_that_runpod_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
 PATHS = {f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields}
 
 
+def test_float32_absmax_is_refused_with_what_to_do() -> None:
+    """The value that was dropped gets one sentence: what to set, and that files may have it."""
+    with pytest.raises(ConfigError, match=r"`model.absmax`: float32 is .* use bfloat16.*convert"):
+        Settings.from_args({"model": {"absmax": "float32"}}, "a.yaml")
+
+
 def test_the_sections_are_those_of_the_settings() -> None:
     """`SECTIONS` has the sections of `Settings` with their types."""
     fields = {name: info.annotation for name, info in Settings.model_fields.items()}

@@ -10,7 +10,7 @@ from serve_app.model.quantization import Quantization
 VARIANTS = [
     Quantization(quant_type, absmax)
     for quant_type in ("nf4", "fp4")
-    for absmax in ("float32", "bfloat16", "nested")
+    for absmax in ("bfloat16", "nested")
 ]
 
 

@@ -1,5 +1,6 @@
 """4-bit experts and linear layers against transformers with what bitsandbytes unpacks."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from serve_app.model.config import MixtralConfig
 from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantization import Quantization
-from serve_app.model.quantize import dequantize, quantize
+from serve_app.model.quantize import absmax_values, dequantize, quantize
 from serve_app.model.quantized_experts import QuantizedExperts
 from serve_app.model.quantized_weight import Codebook
 from tests.model.quantized_oracle import VARIANTS, name, round_experts, rounded
@@ -115,11 +116,16 @@ def test_quantised_and_float_weights_are_stored_alike(how: Quantization) -> None
 
 
 def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
-    """Double quantised weights in plain storage, and the reverse, are what absmax allows."""
+    """Nested weights with bfloat16 absmax, and the reverse: the same values, rounded once."""
     weight = torch.randn(128, 192)
     nested, plain = quantize(weight, "nf4", "nested"), quantize(weight, "nf4", "float32")
+    rounded_once = absmax_values(nested.absmax, nested.nested).bfloat16()
     for stored, how, expected in (
-        (nested, Quantization("nf4", "float32"), nested),
+        (
+            nested,
+            Quantization("nf4", "bfloat16"),
+            replace(nested, absmax=rounded_once, nested=None),
+        ),
         (plain, Quantization("nf4", "nested"), nested),
         (plain, Quantization("nf4", "bfloat16"), quantize(weight, "nf4", "bfloat16")),
     ):
@@ -154,7 +160,7 @@ def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("how", VARIANTS[:3], ids=name)  # the code's values make no difference
+@pytest.mark.parametrize("how", VARIANTS[:2], ids=name)  # the code's values make no difference
 def test_a_row_has_the_same_bits_in_any_company(how: Quantization, threads: int) -> None:
     """Each token's result alone is exactly the one among 40 others, in float32."""
     torch.set_num_threads(threads)

@@ -71,7 +71,8 @@ class Checkpoint:
     ) -> Quantization | None:
         """How the model will be quantized in memory; None leaves it in floats.
 
-        Weights that are quantized in the files keep their absmax; `wanted` decides for floats.
+        Weights that are quantized in the files keep their absmax, but for float32, which becomes
+        bfloat16; `wanted` decides for floats.
         Raises `ModelLoadFailed` where the files do not allow what is wanted.
         """
         stored = self.quantization
@@ -85,7 +86,8 @@ class Checkpoint:
             require_whole_groups(self.config)
         if quantize_lm_head:
             self._require_lm_head(wanted)
-        return stored or wanted
+        chosen = stored or wanted
+        return None if chosen is None else chosen.in_memory
 
     def _require_lm_head(self, wanted: Quantization | None) -> None:
         if wanted is None:

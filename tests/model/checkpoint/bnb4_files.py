@@ -24,7 +24,11 @@ KINDS: dict[str, dict[str, Any]] = {
 def save_bnb4(
     oracle: Any, folder: Path, *, attention: bool = True, shards: int = 2, **how: Any
 ) -> dict[str, torch.Tensor]:
-    """`oracle` in 4 bits into `folder`; returns its weights as bitsandbytes dequantises them."""
+    """Writes `oracle` in 4 bits into `folder`.
+
+    Returns its weights as bitsandbytes dequantizes them, a float32 absmax rounded to bfloat16
+    first, as it is in memory.
+    """
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     oracle.save_pretrained(folder)
@@ -40,6 +44,8 @@ def save_bnb4(
         packed, state = quantize_4bit(weight, **{"quant_type": "nf4", **how})
         stored[name] = packed
         stored |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+        if not state.nested:
+            state.absmax = state.absmax.bfloat16().float()
         meant[name] = dequantize_4bit(packed, state)
     save_shards(stored, folder, shards)
     config = json.loads((folder / "config.json").read_text())

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
@@ -53,6 +53,26 @@ def test_bitsandbytes_checkpoints_answer_as_dequantised(
     convert(tmp_path / "bnb4", tmp_path / "own")
     assert inspect(tmp_path / "own").form == "fused"
     assert_same_weights(load4(tmp_path / "own", quant_type), model)
+
+
+def test_float32_absmax_is_kept_bit_for_bit_on_disk(oracle: Any, tmp_path: Path) -> None:
+    """A conversion copies bitsandbytes' nibbles and float32 absmax; memory has absmax rounded."""
+    save_bnb4(oracle, tmp_path / "bnb4", compress_statistics=False)
+    convert(tmp_path / "bnb4", tmp_path / "own")
+    theirs = {
+        k: v
+        for file in (tmp_path / "bnb4").glob("*.safetensors")
+        for k, v in load_file(file).items()
+    }
+    ours = load_file(tmp_path / "own" / "model-00001-of-00003.safetensors")
+    name, weight = "model.layers.0.self_attn.o", "model.layers.0.self_attn.o_proj.weight"
+    assert ours[f"{name}.absmax"].dtype == torch.float32
+    assert torch.equal(ours[f"{name}.absmax"].flatten(), theirs[f"{weight}.absmax"].flatten())
+    assert torch.equal(ours[f"{name}.packed"].flatten(), theirs[weight].flatten())
+    rounded = theirs[f"{weight}.absmax"].bfloat16()
+    for folder in ("bnb4", "own"):
+        layer: Any = load4(tmp_path / folder).layers[0]
+        assert torch.equal(layer.attention.o.weight.absmax.flatten(), rounded.flatten())
 
 
 def test_plain_attention_is_quantised_while_it_loads(oracle: Any, tmp_path: Path) -> None:

@@ -32,8 +32,8 @@ ANYWHERE = ("positions", "slots")
 """Tensors that begin at any number within another."""
 Case = tuple[str, Any, dict[str, Any], dict[str, int], int]
 """Name, kernel, arguments, options of the launch, weights that a thread decodes in a round."""
-MOST_SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
-MOST_PER_WEIGHT = {80: 9.0, 90: 7.0, 120: 9.0}
+MAX_SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+MAX_PER_WEIGHT = {80: 9.0, 90: 7.0, 120: 9.0}
 
 
 def products(rows: int, columns: int, tile_rows: int, nested: bool) -> dict[str, Any]:
@@ -42,7 +42,13 @@ def products(rows: int, columns: int, tile_rows: int, nested: bool) -> dict[str,
         **{"packed": "*u8", "absmax": "*u8" if nested else "*bf16", "code": "*bf16"},
         **dict.fromkeys(("low01", "low23", "high01", "high23"), "i64"),
         **{"nested_code": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"},
-        **{"first_block": "*i32", "groups": 7168, "HAS_PTX": True, "BLOCKS": 2, "NESTED": nested},
+        **{
+            "first_group": "*i32",
+            "nested_groups": 7168,
+            "HAS_PTX": True,
+            "GROUPS": 2,
+            "NESTED": nested,
+        },
         **{"N": rows, "K": columns, "ROWS": tile_rows},
     }
 
@@ -58,7 +64,7 @@ def product_cases() -> list[Case]:
                 nf4_kernels.down_kernel,
                 (4096, 14336),
                 nf4_decode.rows_of(tile),
-                {"out": "*fp32", "shares": "*fp32", "entries": 32},
+                {"out": "*fp32", "topk_weights": "*fp32", "entries": 32},
             ),
             (
                 nf4_kernels.dense_kernel,
@@ -83,8 +89,8 @@ def attention_cases() -> list[Case]:
         "D": 128,
         "WINDOW": 0,
         "TILE": 64,
-        "MOST_SPLITS": 32,
-        "LEAST_SPLIT": 128,
+        "MAX_SPLITS": 32,
+        "MIN_SPLIT": 128,
     }
     sums = {"lens": "*i32", "sums": "*fp32", "stats": "*fp32"}
     attend: dict[str, Any] = {
@@ -104,11 +110,11 @@ def attention_cases() -> list[Case]:
 def step_cases() -> list[Case]:
     norm: dict[str, Any] = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "parts": "*fp32"}
     norm |= {"lens": "*i32", "rows": 32, "eps": 1e-5, "SIZE": 4096, "WIDTH": 4096}
-    norm |= {"SPLITS": 2, "CHOICES": 2, "IN_HALVES": True}
+    norm |= {"SPLITS": 2, "SUMMANDS": 2, "IN_HALVES": True}
     rope: dict[str, Any] = {"qkv": "*fp32", "positions": "*i64", "slots": "*i64", "lens": "*i32"}
     rope |= dict.fromkeys(("cos", "sin", "queries", "keys", "values"), "*bf16")
     rope |= {"batch": 32, "SPLITS": 2, "H": 32, "K": 8, "D": 128}
-    routes: dict[str, Any] = {"logits": "*bf16", "shares": "*fp32", "rows": 128}
+    routes: dict[str, Any] = {"logits": "*bf16", "topk_weights": "*fp32", "rows": 128}
     routes |= {**dict.fromkeys(("lens", "order", "starts"), "*i32"), "EXPERTS": 8, "WIDTH": 8}
     routes["TOP_K"] = 2
     return [
@@ -186,13 +192,13 @@ def main(chip: int) -> int:
         said = f"{what}: {binary.metadata.shared} bytes shared, loop of {len(body)}"
         if re.search(r"\b(STL|LDL)\b", listing):
             failures.append(f"{what} spills registers")
-        if binary.metadata.shared > MOST_SHARED[chip]:
+        if binary.metadata.shared > MAX_SHARED[chip]:
             failures.append(f"{what} takes too much shared memory")
         if tile_rows:
             # A round decodes two blocks of 64, of each row of the tile, with all threads.
             per_weight = len(body) / (2 * 64 * tile_rows / (32 * options["num_warps"]))
             said += f", {per_weight:.2f} per weight"
-            if arguments["TILE"] == 16 and not 0 < per_weight <= MOST_PER_WEIGHT[chip]:
+            if arguments["TILE"] == 16 and not 0 < per_weight <= MAX_PER_WEIGHT[chip]:
                 failures.append(f"{what}: {per_weight:.2f} instructions per weight")
         print(said)
     print(*failures, sep="\n")

@@ -110,9 +110,9 @@ def dense(weights: Packed, x: Tensor) -> Tensor:
 
 
 class GpuStep:
-    """The step of one model with one KV cache, for at most `most_rows` rows."""
+    """The step of one model with one KV cache, for at most `max_rows` rows."""
 
-    def __init__(self, model: "Mixtral", cache: KVCache, most_rows: int) -> None:
+    def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
         is_float = model.codebook is None
@@ -121,18 +121,18 @@ class GpuStep:
         ]
         page = cache.keys[0]
         self._attention = PagedAttention(
-            config.num_attention_heads, page, config.sliding_window, most_rows
+            config.num_attention_heads, page, config.sliding_window, max_rows
         )
         self._head = model.lm_head
         if isinstance(model.lm_head, QuantizedLinear):
             self._packed_head = Packed.of(model.lm_head.weight, dtype)
 
     @classmethod
-    def of(cls, model: "Mixtral", cache: KVCache, most_rows: int) -> "GpuStep | str":
+    def of(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep | str":
         """The step of `model`, or why there is none. `cache` is not in use yet."""
         if reason := _unfit(model):
             return reason
-        step = cls(model, cache, max(most_rows, TRIED_ROWS))
+        step = cls(model, cache, max(max_rows, TRIED_ROWS))
         try:
             longest = model.config.max_position_embeddings // cache.block_size
             error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))

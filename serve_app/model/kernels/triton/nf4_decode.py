@@ -96,15 +96,15 @@ class Packed:
             "nested_code": table,
             "nested_absmax": scales,
             "nested_offset": offset,
-            "first_block": first,
-            "groups": scales.shape[-1],
+            "first_group": first,
+            "nested_groups": scales.shape[-1],
             "HAS_PTX": self.packed.device.type == "cuda",
             **self.planes,
             "NESTED": bool(self.nested),
             "N": self.rows,
             "K": self.columns,
             "ROWS": rows,
-            "BLOCKS": next(n for n in (2, 1) if self.absmax.shape[2] % (n * splits) == 0 or n == 1),
+            "GROUPS": next(n for n in (2, 1) if self.absmax.shape[2] % (n * splits) == 0 or n == 1),
         }
 
 
@@ -163,14 +163,14 @@ def down(
     inner: Tensor,
     order: Tensor,
     starts: Tensor,
-    shares: Tensor,
+    topk_weights: Tensor,
     top_k: int,
     out: Tensor,
 ) -> None:
     """Fills `out` float32 `[SPLIT_K, T * k, N]`, to be summed, from what `gate_up` gave.
 
-    `shares` float32 `[T * k]` is what each entry's output is multiplied with; `out` is in the order
-    of entries. Each token's k must be summed too.
+    `topk_weights` float32 `[T * k]` multiplies each entry's output; `out` is in the order of
+    entries. The k entries of each token must be summed too.
     """
     tokens = len(inner) // top_k
     tile = tile_of(tokens)
@@ -178,5 +178,5 @@ def down(
     experts, height = weights.packed.shape[:2]
     grid = (triton.cdiv(tokens, tile), triton.cdiv(height, rows), experts * SPLIT_K)
     more = {**weights.arguments(rows, SPLIT_K), **shape_of(tile, rows)}
-    routing = (order, starts, shares)
+    routing = (order, starts, topk_weights)
     down_kernel[grid](inner, *routing, out, len(inner), TILE=tile, SPLIT_K=SPLIT_K, **more)

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """What the Triton kernels of 4-bit weights share: codes become values, and values become sums.
 
-A tile of weight rows and a tile of tokens go through K, or a part of it, 64 at a time: a block's
+A tile of weight rows and a tile of tokens go through K, or a part of it, 64 at a time: a group's
 codes become values in registers, are multiplied with the even and the odd numbers of the
-activations, and the sums are scaled by the block's absmax. Knows no kernel: a launch is in
+activations, and the sums are scaled by the group's absmax. Knows no kernel: a launch is in
 `nf4_kernels.py` or `nf4_unpack.py`.
 """
 
@@ -57,10 +57,10 @@ def sums(
     nested_code,
     nested_absmax,
     nested_offset,
-    first_block,
-    groups,
+    first_group,
+    nested_groups,
     HAS_PTX: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    GROUPS: tl.constexpr,
     NESTED: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
@@ -77,19 +77,19 @@ def sums(
     scales_at = absmax + lines * (K // 64)
     if NESTED:
         offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
-        number = tl.load(first_block + row, mask=is_row, other=0)
+        number = tl.load(first_group + row, mask=is_row, other=0)
     total = tl.zeros([ROWS, TILE], tl.float32)
-    for some in range(begin, end, BLOCKS):
-        for block in tl.static_range(BLOCKS):
-            block += some
-            bytes4 = tl.load(codes_at + block * 32, mask=is_row[:, None], other=0)
-            even = tl.load(even_at + block * 32, mask=is_live[None, :], other=0.0)
-            odd = tl.load(even_at + K // 2 + block * 32, mask=is_live[None, :], other=0.0)
-            scale = tl.load(scales_at + block, mask=is_row, other=0)
+    for some in range(begin, end, GROUPS):
+        for group in tl.static_range(GROUPS):
+            group += some
+            bytes4 = tl.load(codes_at + group * 32, mask=is_row[:, None], other=0)
+            even = tl.load(even_at + group * 32, mask=is_live[None, :], other=0.0)
+            odd = tl.load(even_at + K // 2 + group * 32, mask=is_live[None, :], other=0.0)
+            scale = tl.load(scales_at + group, mask=is_row, other=0)
             if NESTED:
-                group = expert * groups + (number + block) // 256
-                of_group = tl.load(nested_absmax + group, mask=is_row, other=0.0)
-                scale = tl.load(nested_code + scale.to(tl.int32)) * of_group + offset
+                nested_group = expert * nested_groups + (number + group) // 256
+                nested_scale = tl.load(nested_absmax + nested_group, mask=is_row, other=0.0)
+                scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale + offset
             high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
             part = tl.dot(high, even, input_precision="ieee")
             part = tl.dot(low, odd, part, input_precision="ieee")

@@ -39,7 +39,7 @@ class Unpacker:
         shape = (len(which), weights.rows, weights.columns)
         out = torch.empty(shape, dtype=self._dtype, device=device)
         arguments = weights.arguments(ROWS, 1)
-        del arguments["BLOCKS"]
+        del arguments["GROUPS"]
         spans = triton.cdiv(weights.columns // 64, SPAN)
         grid = (triton.cdiv(weights.rows, ROWS), spans, len(which))
         unpack_kernel[grid](which, out, **arguments, SPAN=SPAN, num_warps=4)
@@ -60,8 +60,8 @@ def unpack_kernel(
     nested_code,
     nested_absmax,
     nested_offset,
-    first_block,
-    groups,
+    first_group,
+    nested_groups,
     HAS_PTX: tl.constexpr,
     NESTED: tl.constexpr,
     N: tl.constexpr,
@@ -75,18 +75,20 @@ def unpack_kernel(
     lines = expert.to(tl.int64) * N + row
     j, both = tl.arange(0, 32), tl.arange(0, 64)
     begin = tl.program_id(1) * SPAN
-    for block in range(begin, tl.minimum(begin + SPAN, K // 64)):
-        at = packed + lines[:, None] * (K // 2) + block * 32 + j[None, :]
+    for group in range(begin, tl.minimum(begin + SPAN, K // 64)):
+        at = packed + lines[:, None] * (K // 2) + group * 32 + j[None, :]
         bytes4 = tl.load(at, mask=is_row[:, None], other=0)
-        scale = tl.load(absmax + lines * (K // 64) + block, mask=is_row, other=0)
+        scale = tl.load(absmax + lines * (K // 64) + group, mask=is_row, other=0)
         if NESTED:
-            number = tl.load(first_block + row, mask=is_row, other=0) + block
-            of_group = tl.load(nested_absmax + expert * groups + number // 256, mask=is_row)
+            number = tl.load(first_group + row, mask=is_row, other=0) + group
+            nested_scale = tl.load(
+                nested_absmax + expert * nested_groups + number // 256, mask=is_row
+            )
             offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
-            scale = tl.load(nested_code + scale.to(tl.int32)) * of_group + offset
+            scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale + offset
         high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
         values = tl.interleave(high.to(tl.float32), low.to(tl.float32))
         values *= scale.to(tl.float32)[:, None]
         line = (tl.program_id(2).to(tl.int64) * N + row)[:, None] * K
-        where = out + line + block * 64 + both[None, :]
+        where = out + line + group * 64 + both[None, :]
         tl.store(where, values.to(out.dtype.element_ty), mask=is_row[:, None])

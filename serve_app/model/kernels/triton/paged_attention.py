@@ -7,7 +7,7 @@ in any batch; splits are combined in their order. The query heads that share a K
 Everything that changes from step to step is read on the device, so the launch can be captured.
 
 Compared with plain torch by an interpreter of Triton on the CPU, and compiled for GPUs without one.
-Not measured, as nothing here has run on a GPU: how long a split should be (`LEAST_SPLIT` keeps what
+Not measured, as nothing here has run on a GPU: how long a split should be (`MIN_SPLIT` keeps what
 splits write below a sixteenth of what they read), how many programs fill a GPU (`PROGRAMS`), tile
 sizes and stages.
 
@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_SPLITS = 32
-LEAST_SPLIT = 128
-"""Tokens; longer where a context would need more than `MOST_SPLITS` of them."""
+MAX_SPLITS = 32
+MIN_SPLIT = 128
+"""Tokens; longer where a context would need more than `MAX_SPLITS` of them."""
 TILE = 64
 """Tokens that are looked at together."""
 LOG2_E = 1.4426950408889634
@@ -30,13 +30,13 @@ PROGRAMS = 1024
 
 
 class PagedAttention:
-    """Attention of up to `most_rows` decodes, with the memory that splits need."""
+    """Attention of up to `max_rows` decodes, with the memory that splits need."""
 
-    def __init__(self, num_heads: int, cache_page: Tensor, window: int | None, most_rows: int):
+    def __init__(self, num_heads: int, cache_page: Tensor, window: int | None, max_rows: int):
         """`cache_page` is one layer's keys `[num_blocks, block_size, K, D]`."""
         self.num_heads, self.window = num_heads, window or 0
         _, self.block_size, self.num_kv_heads, self.head_dim = cache_page.shape
-        splits, device = (most_rows, num_heads, MOST_SPLITS), cache_page.device
+        splits, device = (max_rows, num_heads, MAX_SPLITS), cache_page.device
         self.sums = torch.empty(*splits, self.head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(*splits, 2, dtype=torch.float32, device=device)
 
@@ -57,21 +57,21 @@ class PagedAttention:
         a row without context gets zeros. `in_halves`: see `nf4_decode.py`.
         """
         rows, group = len(queries), self.num_heads // self.num_kv_heads
-        programs = max(1, min(MOST_SPLITS, PROGRAMS // (rows * self.num_kv_heads)))
+        programs = max(1, min(MAX_SPLITS, PROGRAMS // (rows * self.num_kv_heads)))
         _attend[(rows, self.num_kv_heads, programs)](
             *(queries, keys, values, tables, context_lens, self.sums, self.stats),
             *(self.head_dim**-0.5 * LOG2_E, tables.stride(0), programs),
             **dict(H=self.num_heads, K=self.num_kv_heads, D=self.head_dim, G=group),
             **dict(ROWS=max(16, triton.next_power_of_2(group)), BLOCK=self.block_size),
             **dict(WINDOW=self.window, TILE=TILE),
-            **dict(MOST_SPLITS=MOST_SPLITS, LEAST_SPLIT=LEAST_SPLIT),
+            **dict(MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=MIN_SPLIT),
             num_warps=4,
             num_stages=2,
         )
         _combine[(rows, self.num_heads)](
             *(context_lens, self.sums, self.stats, out),
             **dict(H=self.num_heads, D=self.head_dim, WINDOW=self.window, TILE=TILE),
-            **dict(MOST_SPLITS=MOST_SPLITS, LEAST_SPLIT=LEAST_SPLIT, IN_HALVES=in_halves),
+            **dict(MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=MIN_SPLIT, IN_HALVES=in_halves),
             num_warps=4,
         )
 
@@ -82,15 +82,15 @@ def _span(
     row,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    LEAST_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
 ):
     """Where a row's context begins and ends, the tokens of a split, and how many splits."""
     end = tl.load(lens + row)
     first = end * 0
     if WINDOW > 0:
         first = tl.maximum(end - WINDOW, 0)
-    size = tl.maximum(tl.cdiv(tl.cdiv(end - first, MOST_SPLITS), TILE) * TILE, LEAST_SPLIT)
+    size = tl.maximum(tl.cdiv(tl.cdiv(end - first, MAX_SPLITS), TILE) * TILE, MIN_SPLIT)
     return first, end, size, tl.cdiv(end - first, size)
 
 
@@ -114,12 +114,12 @@ def _attend(
     BLOCK: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    LEAST_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
 ):
     """Splits `program_id(2)`, + programs, ... of one row and KV head, not yet normalised."""
     row, kv_head = tl.program_id(0), tl.program_id(1)
-    first, end, size, count = _span(lens, row, WINDOW, TILE, MOST_SPLITS, LEAST_SPLIT)
+    first, end, size, count = _span(lens, row, WINDOW, TILE, MAX_SPLITS, MIN_SPLIT)
     g, d, t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, TILE)
     heads = row.to(tl.int64) * H + kv_head * G + g
     is_head = g < G
@@ -147,7 +147,7 @@ def _attend(
             mixed = mixed * fade[:, None]
             mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             best = new_best
-        at = heads * MOST_SPLITS + split
+        at = heads * MAX_SPLITS + split
         tl.store(sums + at[:, None] * D + d[None, :], mixed, mask=is_head[:, None])
         tl.store(stats + at * 2, best, mask=is_head)
         tl.store(stats + at * 2 + 1, total, mask=is_head)
@@ -163,15 +163,15 @@ def _combine(
     D: tl.constexpr,
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
-    MOST_SPLITS: tl.constexpr,
-    LEAST_SPLIT: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    MIN_SPLIT: tl.constexpr,
     IN_HALVES: tl.constexpr,
 ):
     """One row's head: its splits, weighed by their sums."""
     row, head = tl.program_id(0), tl.program_id(1)
-    _, _, _, count = _span(lens, row, WINDOW, TILE, MOST_SPLITS, LEAST_SPLIT)
-    s, d = tl.arange(0, MOST_SPLITS), tl.arange(0, D)
-    at = (row.to(tl.int64) * H + head) * MOST_SPLITS + s
+    _, _, _, count = _span(lens, row, WINDOW, TILE, MAX_SPLITS, MIN_SPLIT)
+    s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, D)
+    at = (row.to(tl.int64) * H + head) * MAX_SPLITS + s
     is_there = s < count
     best = tl.load(stats + at * 2, mask=is_there, other=float("-inf"))
     total = tl.load(stats + at * 2 + 1, mask=is_there, other=0.0)

@@ -28,10 +28,10 @@ def add_norm(
     rows, size = x.shape
     y = torch.empty_like(x)
     splits = 0 if parts is None else len(parts)
-    choices = 0 if parts is None else parts.shape[1] // rows
+    summands = 0 if parts is None else parts.shape[1] // rows
     _add_norm[(rows,)](
         *(x, x if parts is None else parts, context_lens, weight, y, rows, eps),
-        **dict(SIZE=size, WIDTH=triton.next_power_of_2(size), SPLITS=splits, CHOICES=choices),
+        **dict(SIZE=size, WIDTH=triton.next_power_of_2(size), SPLITS=splits, SUMMANDS=summands),
         **dict(IN_HALVES=in_halves),
         num_warps=8 if size >= 2048 else 4,
     )
@@ -62,18 +62,18 @@ def rope_write(
 
 
 def route(logits: Tensor, context_lens: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From router logits `[B, E]` the `order`, `starts` and `shares` that `nf4_decode` takes."""
+    """Routes router logits `[B, E]`: the `order`, `starts` and `topk_weights` of `nf4_decode`."""
     rows, experts = logits.shape
     order = torch.empty(rows * top_k, dtype=torch.int32, device=logits.device)
-    shares = torch.empty(rows * top_k, dtype=torch.float32, device=logits.device)
+    topk_weights = torch.empty(rows * top_k, dtype=torch.float32, device=logits.device)
     starts = torch.empty(experts + 1, dtype=torch.int32, device=logits.device)
     _route[(1,)](
-        *(logits, context_lens, order, starts, shares, rows),
+        *(logits, context_lens, order, starts, topk_weights, rows),
         **dict(EXPERTS=experts, WIDTH=triton.next_power_of_2(experts), TOP_K=top_k),
         **dict(ROWS=triton.next_power_of_2(rows)),
         num_warps=4,
     )
-    return order, starts, shares
+    return order, starts, topk_weights
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -88,7 +88,7 @@ def _add_norm(
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
-    CHOICES: tl.constexpr,
+    SUMMANDS: tl.constexpr,
     IN_HALVES: tl.constexpr,
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
@@ -97,9 +97,9 @@ def _add_norm(
     if SPLITS > 0:
         is_added = is_there & (tl.load(lens + row) > 0)
         added = tl.zeros([WIDTH], tl.float32)
-        for choice in tl.static_range(CHOICES):
+        for summand in tl.static_range(SUMMANDS):
             for split in tl.static_range(SPLITS):
-                line = (split * rows + row) * CHOICES + choice
+                line = (split * rows + row) * SUMMANDS + summand
                 added += tl.load(parts + line * SIZE + column, mask=is_added, other=0.0)
         # Rounded as the residual stream is kept, before it is normalised.
         value = (value + added).to(x.dtype.element_ty)
@@ -163,7 +163,7 @@ def _route(
     lens,
     order,
     starts,
-    shares,
+    topk_weights,
     rows,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -176,8 +176,8 @@ def _route(
     is_there = is_row[:, None] & is_expert[None, :]
     score = tl.load(logits + t[:, None] * EXPERTS + e[None, :], mask=is_there, other=float("-inf"))
     score = score.to(tl.float32)
-    # A row that is not finite has no shares; but it chooses experts, each another one. Threads that
-    # compare NaN disagree on which is the largest, and would write anywhere.
+    # A row with numbers that are not finite gets NaN as its weights, and still k different experts:
+    # threads that compare NaN disagree on which is the largest, and would write anywhere.
     is_sound = (score > -LARGEST) & (score < LARGEST)
     doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
     score = tl.where(is_sound, score, -LARGEST)
@@ -197,12 +197,12 @@ def _route(
     ends = tl.cumsum(sizes, 0)
     place = tl.cumsum(hits, 0) - hits + (ends - sizes)[None, :]
     left = score
-    for choice in tl.static_range(TOP_K):
+    for k in tl.static_range(TOP_K):
         best = tl.argmax(left, 1)
         is_best = e[None, :] == best[:, None]
-        entry = t * TOP_K + choice
-        share = tl.where(doubts > 0, float("nan"), tl.exp(tl.max(left, 1) - top) / total)
-        tl.store(shares + entry, share, mask=is_row)
+        entry = t * TOP_K + k
+        topk_weight = tl.where(doubts > 0, float("nan"), tl.exp(tl.max(left, 1) - top) / total)
+        tl.store(topk_weights + entry, topk_weight, mask=is_row)
         at = tl.sum(tl.where(is_best, place, 0), 1)
         tl.store(order + at, entry, mask=is_live)
         left = tl.where(is_best, float("-inf"), left)

@@ -23,7 +23,7 @@ from serve_app.loading.device import (
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Phase
 from serve_app.loading.start_engine import start_engine
-from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.convert import convert_checkpoint
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.start_plan.hub import download
 from serve_app.start_plan.plan import StartPlan, hf_token, plan_folder, plan_start
@@ -134,13 +134,13 @@ def _write_copy(
     """Writes the 4-bit copy into folder `copy`; returns the plan to load it, and a note for users.
 
     Where another process writes it at this moment, `plan` is returned as it is. Raises
-    `ModelLoadFailed` as `convert` does.
+    `ModelLoadFailed` as `convert_checkpoint` does.
     """
     # Weights that are in 4 bits already keep their absmax.
     quantization = plan.quantization if plan.quantizes else None
     try:
-        convert(
-            plan.checkpoint.path,
+        convert_checkpoint(
+            plan.checkpoint,
             copy,
             quantization,
             lambda done, total, name: progress(done / total),

@@ -94,6 +94,15 @@ def test_a_replica_without_a_plan_makes_one(tmp_path: Path) -> None:
     assert (calls["inspect"], calls["find_local"], opened["config.json"]) == (1, 1, 1)
 
 
+def test_a_start_that_writes_a_copy_looks_at_each_folder_once(tmp_path: Path) -> None:
+    """The source is inspected for the plan, the copy once it is written."""
+    chosen = settings(device="cpu", quantization="nf4", cache_dir=str(tmp_path))
+    opened.clear()
+    with counted_calls() as calls:
+        load(chosen, LoadLog()).engine.stop()
+    assert (calls["inspect"], calls["copy_folder"]) == (2, 1)
+
+
 def test_a_plan_can_be_handed_to_another_process() -> None:
     """It crosses Ray with the deployment, and holds no secret."""
     plan = plan_start(Settings.from_yaml("configs/tiny-nf4.yaml"))

@@ -40,14 +40,23 @@ def convert(
     quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes the checkpoint in folder `source` to folder `destination` in our own form.
+    """`convert_checkpoint` for the checkpoint in folder `source`; raises as it and `inspect` do."""
+    convert_checkpoint(inspect(source), destination, quantization, progress)
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    destination: Path,
+    quantization: Quantization | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes `checkpoint` to folder `destination` in our own form.
 
     `quantization` is for float weights, None being NF4 with bfloat16 absmax; weights that are in
-    4 bits already stay as they are. Uses the GPU where there is one.
-    Raises `ModelLoadFailed` when `source` cannot be read, or `destination` not written.
+    4 bits already stay as they are. Uses the GPU where there is one. Raises `ModelLoadFailed` when
+    a file cannot be read, or `destination` not written.
     """
     tell = progress or (lambda done, total, name: None)
-    checkpoint = inspect(source)
     quantization = _choose(checkpoint, quantization)
     files = file_names(checkpoint.config.num_hidden_layers)
     try:

@@ -1,4 +1,4 @@
-"""Every error a user can meet, and the one place that turns an error into an answer.
+"""Every error that a client can get, and the function that maps any exception to one of them.
 
     ServeError
     ├── InvalidRequest              400  the request must change
@@ -20,13 +20,18 @@
     │   └── LoaderKilled                 by the kernel, usually for lack of memory
     └── InternalError               500  anything else
 
-Raise one of these anywhere; the doors call `error_body` and nothing else. Everything that is not a
-`ServeError` becomes an `InternalError`, whose message never repeats the original exception's text.
-Knows neither HTTP libraries nor RunPod: statuses are plain numbers.
+Code raises one of these anywhere. An endpoint maps what it catches with `handle_error`, once per
+failure, and sends `error_body`. An exception that is not a `ServeError` becomes one whose message
+never repeats the exception's own text.
 """
 
 import json
+import logging
+import sys
+import traceback
 from typing import Any, ClassVar, TypedDict
+
+log = logging.getLogger(__name__)
 
 
 class ErrorFields(TypedDict):
@@ -52,8 +57,8 @@ class ErrorBody(TypedDict):
 class ServeError(Exception):
     """An error with one clear sentence for the user.
 
-    `message` says what to do and reaches the client verbatim; put nothing internal into it.
-    `param` names the offending request field, `retry_after_s` (seconds) becomes `Retry-After`.
+    `message` says what to do. It reaches the client unchanged, so it must hold nothing internal.
+    `param` is the request field that is wrong; `retry_after_s` (seconds) becomes `Retry-After`.
     """
 
     http_status: ClassVar[int] = 500
@@ -70,8 +75,15 @@ class ServeError(Exception):
         self.param = param
         self.retry_after_s = retry_after_s
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The HTTP headers that belong to this error."""
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(self.retry_after_s)}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own pickling forgets keyword arguments; errors may cross a process boundary.
+        # Exception's own pickling drops keyword arguments; errors may cross a process boundary.
         return (_rebuild, (type(self), self.message, self.__dict__))
 
 
@@ -95,6 +107,10 @@ class InvalidApiKey(InvalidRequest):
     http_status = 401
     code = "invalid_api_key"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"WWW-Authenticate": "Bearer"}
+
 
 class ModelNotFound(InvalidRequest):
     http_status = 404
@@ -107,13 +123,17 @@ class RouteNotFound(InvalidRequest):
 
 
 class MethodNotAllowed(InvalidRequest):
-    """`allow` is the method that the route takes."""
+    """`allow` is the value of the header `Allow`, such as "GET, HEAD"."""
 
     http_status = 405
 
-    def __init__(self, message: str, *, allow: str = "GET") -> None:
+    def __init__(self, message: str, *, allow: str = "") -> None:
         super().__init__(message)
         self.allow = allow
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Allow": self.allow}
 
 
 class ContextLengthExceeded(InvalidRequest):
@@ -128,7 +148,7 @@ class RequestTooLarge(InvalidRequest):
 
 
 class ResultTooLarge(InvalidRequest):
-    """The platform takes no result of this size; a smaller request gets one."""
+    """The platform refuses a result of this size; a smaller request has a smaller one."""
 
     http_status = 413
     code = "result_too_large"
@@ -165,7 +185,7 @@ class DeadlinePassed(ServeError):
 
 
 class EngineDead(ServeError):
-    """Engine, replica or Ray is gone; another worker can answer."""
+    """The engine, the replica or Ray has died; another worker can answer."""
 
     http_status = 503
     code = "engine_dead"
@@ -187,7 +207,7 @@ class ModelLoadFailed(ServeError):
 class MachineUnfit(ModelLoadFailed):
     """This machine cannot serve the model: too little memory, a full disk, an old driver.
 
-    `check` says in a word what was looked at, such as "gpu_memory".
+    `check` names what was checked, such as "gpu_memory".
     """
 
     def __init__(self, message: str, *, check: str = "machine") -> None:
@@ -200,41 +220,56 @@ class LoaderKilled(ModelLoadFailed):
 
 
 class InternalError(ServeError):
-    """A bug of ours. The log has the cause beside the same request id."""
+    """A bug. The log has its cause, with the same request id."""
 
 
 def as_serve_error(error: BaseException) -> ServeError:
-    """The `ServeError` that stands for `error`: itself, or the nearest kind without its text."""
+    """The `ServeError` for any exception: itself, or the nearest class without the text."""
     if isinstance(error, ServeError):
         return error
-    # By name, so that this module never imports torch.
-    if type(error).__name__ == "OutOfMemoryError":
+    # Only code that has imported torch can raise its error, so this module need not import it.
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory("The GPU ran out of memory; send a shorter prompt or fewer max_tokens.")
     if isinstance(error, TimeoutError):
         return DeadlinePassed("The request took longer than the server allows; try again.")
     return InternalError("An internal error occurred; please report it with the request id.")
 
 
-def error_body(error: BaseException, request_id: str) -> ErrorBody:
-    """The body that every endpoint sends for `error`."""
+def handle_error(error: Exception, request_id: str) -> ServeError:
+    """`as_serve_error`; logs an exception that is not a `ServeError` with the request's id.
+
+    The log has the exception's type and the lines of code that it passed. Its text, which may
+    quote a user, is logged at DEBUG only.
+    """
     known = as_serve_error(error)
+    if known is not error:
+        frames = traceback.extract_tb(error.__traceback__)[::-1]
+        lines = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
+        log.error("request %s failed: %s in %s", request_id, type(error).__name__, lines)
+        log.debug("request %s failed", request_id, exc_info=error)
+    return known
+
+
+def error_body(error: ServeError, request_id: str) -> ErrorBody:
+    """The body that every endpoint sends for `error`."""
     return {
         "error": {
-            "message": known.message,
-            "type": known.type,
-            "param": known.param,
-            "code": known.code,
-            "status": known.job_status,
-            "retry": known.retry,
+            "message": error.message,
+            "type": error.type,
+            "param": error.param,
+            "code": error.code,
+            "status": error.job_status,
+            "retry": error.retry,
             "request_id": request_id,
         }
     }
 
 
 def job_error(body: ErrorBody) -> dict[str, str]:
-    """What a RunPod handler yields to fail its job: `{"error": "<body as one JSON string>"}`.
+    """The result of a RunPod job that fails: `{"error": "<body as one JSON string>"}`.
 
-    A string, because the SDK passes anything else through `str()` and clients would get a
+    A string, because the SDK passes other values through `str()`, which would give clients a
     Python repr.
     """
     return {"error": json.dumps(body)}

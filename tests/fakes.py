@@ -1,16 +1,23 @@
-"""An engine that plays a script, with the real one's interface, and a server around it."""
+"""A fake engine that follows a script, and a server with it.
+
+The fake checks requests as the real engine does.
+"""
 
 import asyncio
 import threading
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as ListLike
 from functools import cache
 from typing import Any, cast
 
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
+from serve_app.engine.admission import admit
 from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
+from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.sequence import Sequence
 from serve_app.errors import DeadlinePassed
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
@@ -19,6 +26,16 @@ from serve_app.tiny import CHECKPOINT
 
 MAX_MODEL_LEN = 1024
 VOCAB_SIZE = 768
+CONFIG = EngineConfig(
+    max_model_len=MAX_MODEL_LEN,
+    max_num_seqs=32,
+    max_waiting=32,
+    block_size=16,
+    num_blocks=32 * MAX_MODEL_LEN // 16,
+    max_num_batched_tokens=512,
+    eos_token_ids=frozenset(),
+)
+"""The fake engine's limits."""
 
 
 @cache
@@ -28,7 +45,7 @@ def tokenizer() -> Tokenizer:
 
 
 class FakeEngine:
-    """Answers every request with `text`, `size` tokens a delta; then fails or goes on for ever."""
+    """Answers every request with `text` in deltas of `size` tokens, then fails or never ends."""
 
     def __init__(
         self,
@@ -52,9 +69,13 @@ class FakeEngine:
         self._size, self._reason, self._error = size, reason, error
         self._is_endless, self._logprob = is_endless, logprob
 
+    def admit(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
+        return admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
+
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
+        self.admit(prompt_ids, params)
         self.requests.append((prompt_ids, params))
         self.num_running += 1
         self.begun.set()
@@ -77,7 +98,7 @@ class FakeEngine:
             self.num_running -= 1
             self.left.set()
 
-    def _logprobs(self, ids: Sequence[int], params: SamplingParams) -> list[TokenLogprob]:
+    def _logprobs(self, ids: ListLike[int], params: SamplingParams) -> list[TokenLogprob]:
         if params.logprobs is None:
             return []
         top = ((5, -0.25), (6, float("-inf")))[: params.logprobs]

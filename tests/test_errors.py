@@ -6,9 +6,9 @@ import pickle
 import pytest
 
 from serve_app import errors
-from serve_app.errors import ServeError, error_body, job_error
+from serve_app.errors import ServeError, as_serve_error, error_body, job_error
 
-# DESIGN's table: class, HTTP status, type, code, job status, retry.
+# The README's table of errors: class, HTTP status, type, code, job status, retry.
 TABLE = [
     ("InvalidRequest", 400, "invalid_request_error", None, "VALIDATION_FAILED", False),
     ("MethodNotAllowed", 405, "invalid_request_error", None, "VALIDATION_FAILED", False),
@@ -71,7 +71,7 @@ def test_each_error_says_what_the_table_says(
 
 
 def test_the_table_is_complete() -> None:
-    """No error class exists that users were not told about."""
+    """The table has every error class."""
 
     def leaves(kind: type[ServeError]) -> set[str]:
         below = {name for child in kind.__subclasses__() for name in leaves(child)}
@@ -82,21 +82,25 @@ def test_the_table_is_complete() -> None:
 
 def test_unknown_exceptions_keep_their_text_to_themselves() -> None:
     """A bug's message, which may hold paths or user text, never reaches the client."""
-    body = json.dumps(error_body(RuntimeError("/secret/path of a user"), "req-1"))
+    body = json.dumps(error_body(as_serve_error(RuntimeError("/secret/path of a user")), "req-1"))
     assert "secret" not in body
     assert "req-1" in body
 
 
-def test_out_of_memory_is_known_by_name() -> None:
-    """torch's error is recognised without importing torch here."""
+def test_out_of_memory_is_known_by_its_class() -> None:
+    """torch's error, and no other of the same name, is recognised without importing torch."""
     torch = pytest.importorskip("torch")
-    body = error_body(torch.OutOfMemoryError("tried 3 GiB"), "r")["error"]
-    assert (body["status"], body["retry"]) == ("OOM_ERROR", False)
+    error = as_serve_error(torch.OutOfMemoryError("tried 3 GiB"))
+    assert (error.job_status, error.retry) == ("OOM_ERROR", False)
+
+    class OutOfMemoryError(Exception): ...
+
+    assert as_serve_error(OutOfMemoryError()).job_status == "UNKNOWN_ERROR"
 
 
 def test_timeouts_are_deadlines() -> None:
     """asyncio's TimeoutError is a passed deadline, worth a retry."""
-    assert error_body(TimeoutError(), "r")["error"]["status"] == "TIMEOUT"
+    assert as_serve_error(TimeoutError()).job_status == "TIMEOUT"
 
 
 def test_errors_survive_a_process_boundary() -> None:

@@ -28,7 +28,7 @@ HAPROXY = {
 
 @pytest.fixture(scope="module")
 def haproxys() -> Iterator[str]:
-    """Its folder, of a short name: a socket's path in it has 97 characters at most."""
+    """HAProxy's folder. Its name is short, because a socket's path has at most 97 characters."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         yield folder
 

@@ -1,4 +1,4 @@
-"""The HTTP door as it is deployed: real Ray Serve, the tiny model, real clients.
+"""The HTTP endpoint as it is deployed: real Ray Serve, the tiny model, real clients.
 
 One private Ray for the module, on free ports. The text of answers is not judged here.
 """
@@ -212,7 +212,7 @@ def test_a_request_has_one_id_header(http: httpx.Client) -> None:
 
 
 def test_the_handle_gives_what_http_gives(url: str, http: httpx.Client) -> None:
-    """The RunPod door's way in: the same answer, as data, and errors as data too."""
+    """The deployment handle, which the RunPod worker calls: answers and errors are data."""
     from ray import serve
 
     handle = serve.get_app_handle("mixtral").options(stream=True)
@@ -236,7 +236,7 @@ def test_the_handle_gives_what_http_gives(url: str, http: httpx.Client) -> None:
 def test_cancelling_through_the_handle_frees_the_blocks(
     url: str, http: httpx.Client, stream: bool
 ) -> None:
-    """What the RunPod door does when a job is stopped."""
+    """The RunPod worker does this when a job is stopped."""
     from ray import serve
 
     handle = serve.get_app_handle("mixtral").options(stream=True)

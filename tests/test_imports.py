@@ -43,7 +43,7 @@ def test_no_module_loads_a_heavy_library() -> None:
 
 
 def test_libraries_stay_in_their_rooms() -> None:
-    """fastapi comes with the ingress only, runpod with the worker and the entry only."""
+    """Starlette comes with the ingress only, runpod with the worker and the entry only."""
     doors = ("serve_app.api.ingress", "serve_app.worker", "runpod_entry")
     others = [name for name in modules() if not name.startswith(doors)]
-    assert brought_in(others, ("fastapi", "starlette", "runpod")) == {}
+    assert brought_in(others, ("starlette", "runpod")) == {}

@@ -1,1 +1,6 @@
-"""Routes, the HTTP ingress, the server, generation and metrics. Read `server.py` first."""
+"""The HTTP API and the deployment class: routes, their handlers, the ingress, metrics.
+
+Read `routes.py` first: the table of all routes. `server.py` has the deployment class, which both
+endpoints call; `ingress.py` turns HTTP requests into calls. Then follow one handler, `chat.py`,
+into `generator.py` (prompt to token ids) and `answer.py` (the engine's deltas to text).
+"""

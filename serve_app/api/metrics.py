@@ -1,11 +1,11 @@
-"""What a serving engine must show, as Prometheus text: load, tokens, latencies, and every end.
+"""Metrics of one replica as Prometheus text: load, tokens, latencies, and how requests end.
 
 Names, units and `model_name` are vLLM's where it counts the same thing, with `mixtral_` for
-`vllm:`. What the engine counts is read when somebody asks; prometheus_client keeps the histograms
-(1 to 2 us for a token) and writes the text. No label holds anything that a client has sent.
+`vllm:`. The engine's counters are read at each scrape; prometheus_client keeps the histograms (1 to
+2 us for a token) and writes the text. No label holds anything that a client has sent.
 
-One event loop counts, and anybody may ask. Counters begin with the server: what the load itself
-computed is nobody's request. Knows no HTTP and no Ray: of several replicas each tells its own.
+Call the counting methods from one event loop; `text` may be called from any thread. Counters begin
+at 0 when the server is made, so the steps of the load's warm-up are not in them.
 """
 
 import time
@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from serve_app.engine.delta import Delta
-from serve_app.errors import InvalidRequest, Overloaded, ServeError, as_serve_error
+from serve_app.errors import InvalidRequest, Overloaded, ServeError
 
 if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
@@ -25,11 +25,12 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format: https://prometheus.io/docs/instrumenting/exposition_formats/."""
 
 STATUSES = ("idle", "loading", "ready", "draining", "failed")
-"""What `/health` may say; the first two and the last are a worker's, which has no server."""
+"""The values of `status` in `/health`. "idle", "loading" and "failed" are those of a worker whose
+model is not there."""
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
-# From the tiny model on a CPU to Mixtral with a queue in front of it, and closest around what is
-# usually promised: a first token in 0.1 to 2.5 s, the others every 10 to 100 ms.
+# Buckets reach from the tiny model on a CPU to Mixtral behind a long queue. They are narrowest
+# around usual service levels: a first token in 0.1 to 2.5 s, then one every 10 to 100 ms.
 FIRST_TOKEN_S = (
     *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
     *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
@@ -74,12 +75,13 @@ COUNTERS = (
 
 
 class Metrics:
-    """What one server shows of itself. `model` is its public name; `stats` asks its engine."""
+    """The metrics of one server."""
 
     def __init__(self, model: str, stats: Callable[[], "EngineStats"]) -> None:
+        """`model` is the public name; `stats` returns the engine's numbers."""
         from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
 
-        # The moment of a series' birth, which nobody asks for; of this process as a whole.
+        # Drops the series with creation times, for the whole process.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._model = model
         self._stats = stats
@@ -129,17 +131,13 @@ class Metrics:
             TOKENS,
         )
 
-    def request(self, num_prompt: int, came: float) -> "Request":
-        """One prompt of `num_prompt` tokens, of a call that came at `came` (`time.monotonic`)."""
-        return Request(self, num_prompt, came)
-
-    def error(self, error: BaseException) -> None:
-        """Counts an error that a client is told."""
-        code = _code(type(as_serve_error(error)))
+    def error(self, error: ServeError) -> None:
+        """Counts an error that a client gets."""
+        code = _code(type(error))
         self._errors[code] = self._errors.get(code, 0) + 1
 
     def text(self, status: str) -> str:
-        """All of it in Prometheus' text format. `status` is what `/health` says."""
+        """All metrics in Prometheus' text format. `status` is the one in `/health`."""
         return _text(self._families(status))
 
     def _families(self, status: str) -> Iterator["Metric"]:
@@ -166,23 +164,23 @@ class Metrics:
         yield from self._histograms.collect()
 
 
-class Request:
-    """One prompt's answer, while it comes. As a context it counts its end once, whatever it is.
+class RequestMetrics:
+    """Measures one prompt's answer. As a context manager, it counts the end of the answer once.
 
-    A request that is refused before its first token has not begun: only its error counts.
+    A request that is refused before its first token counts as an error only.
     """
 
-    __slots__ = ("_came", "_finish_reason", "_last", "_metrics", "_num_prompt")
+    __slots__ = ("_arrived", "_finish_reason", "_last", "_metrics", "_num_prompt_tokens")
 
-    def __init__(self, metrics: Metrics, num_prompt: int, came: float) -> None:
+    def __init__(self, metrics: Metrics, num_prompt_tokens: int, arrived: float) -> None:
         self._metrics = metrics
-        self._num_prompt = num_prompt
-        self._came = came
+        self._num_prompt_tokens = num_prompt_tokens
+        self._arrived = arrived
         self._last: float | None = None
         self._finish_reason = "error"
 
     def delta(self, delta: Delta) -> None:
-        """Something came. The time since the last token is shared out evenly."""
+        """Counts the tokens of a delta. They share the time since the last delta evenly."""
         if not (num_tokens := len(delta.token_ids)):
             return
         now = time.monotonic()
@@ -190,19 +188,19 @@ class Request:
             for _ in range(num_tokens):
                 self._metrics.inter_token.observe((now - self._last) / num_tokens)
         else:
-            self._metrics.first_token.observe(now - self._came)
+            self._metrics.first_token.observe(now - self._arrived)
             if delta.queued_s is not None:
                 self._metrics.queue.observe(delta.queued_s)
         self._last = now
 
     def ended(self, finish_reason: str, num_tokens: int) -> None:
-        """The answer is whole, with `num_tokens` tokens: "stop" or "length"."""
+        """Counts a complete answer of `num_tokens` tokens; the reason is "stop" or "length"."""
         self._finish_reason = finish_reason
-        self._metrics.whole.observe(time.monotonic() - self._came)
-        self._metrics.prompt_tokens.observe(self._num_prompt)
+        self._metrics.whole.observe(time.monotonic() - self._arrived)
+        self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.generation_tokens.observe(num_tokens)
 
-    def __enter__(self) -> "Request":
+    def __enter__(self) -> "RequestMetrics":
         return self
 
     def __exit__(
@@ -216,13 +214,13 @@ class Request:
             if self._last is None and isinstance(error, InvalidRequest | Overloaded):
                 return
             finish_reason = "error"
-        elif error is not None:  # nobody listens any more: a generator or a task was ended
+        elif error is not None:  # the generator was closed, or its task was cancelled
             finish_reason = "cancelled"
         self._metrics.finished[finish_reason] += 1
 
 
 def status_text(status: str, model: str) -> str:
-    """All that can be shown of a model that is not there, in Prometheus' text format."""
+    """The metrics of a model that is not there, in Prometheus' text format: its status."""
     return _text([_status(status, model)])
 
 
@@ -254,7 +252,7 @@ def _code(kind: type[ServeError]) -> str:
 
 
 def _codes(kind: type[ServeError]) -> Iterator[str]:
-    """Of every error there is: a counter that is there from the start can be seen to rise."""
+    """The codes of all errors. A counter must exist at 0, or its first increase is not seen."""
     yield _code(kind)
     for each in kind.__subclasses__():
         yield from _codes(each)

@@ -1,25 +1,23 @@
-"""MixtralServer: the deployment class, as a plain object. Owns tokenizer and engine.
+"""MixtralServer: the deployment class, as a plain object. It owns the tokenizer and the engine.
 
-Both doors hand it a `Call` and hear a `Reply`. Constructing one loads the model; nothing else does.
-Knows no HTTP library, no Ray and no jobs.
+The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns the same as data.
 """
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
 
-from serve_app.api import metrics
-from serve_app.api.generation import Generator
+from serve_app.api import routes
+from serve_app.api.generator import Generator
 from serve_app.api.metrics import Metrics
-from serve_app.api.routes import Handler, Routes, known
 from serve_app.config.settings import Settings
 from serve_app.errors import (
     Draining,
     EngineDead,
-    MethodNotAllowed,
-    RouteNotFound,
+    ModelNotFound,
     ServeError,
     error_body,
+    handle_error,
 )
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
@@ -34,51 +32,55 @@ from serve_app.protocol.call import (
     TextReply,
 )
 from serve_app.protocol.fields import printable
+from serve_app.protocol.response import ResponseMetadata
 
 
 class MixtralServer:
-    """One loaded model and everything that can be asked of it."""
+    """One loaded model and the answers to all routes."""
 
     def __init__(
         self, settings: Settings, load: Callable[[Settings, LoadLog], Loaded] = loading.load
     ) -> None:
-        """Loads the model, which takes as long as it takes; raises `ModelLoadFailed`."""
+        """Loads the model, which takes minutes for Mixtral; raises `ModelLoadFailed`."""
         self.settings = settings
         load_log = LoadLog.resume(settings.load_log)
         self._loaded = load(settings, load_log)
         self.quantization = self._loaded.quantization
         self._engine = self._loaded.engine
         self._phases = load_log.phases
-        self._is_draining = False
-        self.metrics = Metrics(settings.model.served_model_names[0], self._engine.stats)
-        generator = Generator(
+        self.is_draining = False
+        self.names = settings.model.served_model_names
+        self.max_num_seqs = settings.engine.max_num_seqs
+        self.tokenizer = self._loaded.tokenizer
+        self.metrics = Metrics(self.names[0], self._engine.stats)
+        self.generator = Generator(
             self._engine,
-            self._loaded.tokenizer,
+            self.tokenizer,
             settings.api,
             self._loaded.max_model_len,
             self._loaded.vocab_size,
             self.metrics,
         )
-        self._routes = Routes(
-            generator, settings.model.served_model_names, settings.engine.max_num_seqs
-        )
 
-    async def answer(self, call: Call) -> Reply:
-        """Answers one call; raises a `ServeError` where it cannot.
+    async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
+        """Answers one call, whose `route` the caller may have found already.
 
-        The first chunk of a stream is ready, so every refusal is raised from here.
+        Raises any exception where it cannot; see `failure`. A stream has its first chunk ready, so
+        errors before it are raised from here.
         """
-        try:
-            return await self._handler(call)(call)
-        except ServeError:
-            raise
-        except Exception as error:
-            raise known(error, call.request_id) from error
+        route = route or routes.match(call.method, call.path)
+        self.check_health()
+        if self.is_draining and route.method == "POST":
+            raise Draining(
+                "The server is shutting down; send the request to another one.",
+                retry_after_s=self.settings.api.retry_after_s,
+            )
+        return await route.handler(self, call)
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str
     ) -> AsyncGenerator[ReplyItem, None]:
-        """`answer` for a deployment handle: everything crosses as data, errors too.
+        """Answers one call of a deployment handle. Replies and errors are data: see `ReplyItem`.
 
         Closing the generator cancels the request.
         """
@@ -97,17 +99,35 @@ class MixtralServer:
                         yield {"chunk": first}
                         async for chunk in rest:
                             yield {"chunk": chunk}
-        except Exception as error:
-            told = known(error, request_id)
-            self.metrics.error(told)
-            yield {"status": told.http_status, "error": error_body(told, request_id)}
+        except Exception as raised:
+            error = self.failure(raised, request_id)
+            yield {"status": error.http_status, "error": error_body(error, request_id)}
+
+    def failure(self, error: Exception, request_id: str) -> ServeError:
+        """The error that the client gets for any exception; counts it, and logs it once."""
+        known = handle_error(error, request_id)
+        self.metrics.error(known)
+        return known
+
+    def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
+        """The metadata of the response; raises `ModelNotFound` for another model's name."""
+        self.check_model(model)
+        return ResponseMetadata(call.request_id, self.names[0])
+
+    def check_model(self, name: str | None) -> None:
+        """Raises `ModelNotFound` where `name` is not a served name."""
+        if name is not None and name not in self.names:
+            raise ModelNotFound(
+                f"There is no model `{printable(name)}` here, only {', '.join(self.names)}.",
+                param="model",
+            )
 
     def drain(self) -> None:
-        """From now on only what runs is finished; whatever would start is refused."""
-        self._is_draining = True
+        """Refuses new requests from now on; running ones are finished."""
+        self.is_draining = True
 
     def check_health(self) -> None:
-        """For Serve's health check: raises `EngineDead` when the replica must be replaced."""
+        """Raises `EngineDead` when the replica must be replaced; Serve's health check calls it."""
         if not self._engine.is_alive:
             raise EngineDead("The engine has stopped; another replica can answer.")
 
@@ -116,16 +136,16 @@ class MixtralServer:
         self._engine.stop()
 
     @property
-    def _status(self) -> str:
-        return "draining" if self._is_draining else "ready"
+    def status(self) -> str:
+        return "draining" if self.is_draining else "ready"
 
     def health(self) -> dict[str, Any]:
-        """The `/health` object."""
+        """The body of `/health`."""
         stats = self._engine.stats()
         return {
-            "status": self._status,
+            "status": self.status,
             "model": {
-                "id": self.settings.model.served_model_names[0],
+                "id": self.names[0],
                 "quantization": self.settings.model.quantization,
                 "dtype": self._loaded.dtype,
             },
@@ -139,38 +159,3 @@ class MixtralServer:
             "load": self._phases,
             "notes": self._loaded.notes,
         }
-
-    def _handler(self, call: Call) -> Handler:
-        """The route's handler; raises where there is none, or none for now."""
-        found = self._status_route(call.path) or self._routes.find(call.path)
-        if found is None:
-            raise RouteNotFound(f"There is no route {printable(call.path)}.")
-        method, handler = found
-        if call.method != method:
-            raise MethodNotAllowed(
-                f"{printable(call.path)} takes {method}, not {printable(call.method)}.",
-                allow=method,
-            )
-        self.check_health()
-        if method == "POST" and self._is_draining:
-            raise Draining(
-                "The server is shutting down; send the request to another one.",
-                retry_after_s=self.settings.api.retry_after_s,
-            )
-        return handler
-
-    def _status_route(self, path: str) -> tuple[str, Handler] | None:
-        if path == "/metrics":
-            return "GET", self._show
-        if path not in ("/health", "/ping"):
-            return None
-
-        async def handler(call: Call) -> Reply:
-            body = self.health() if path == "/health" else {"status": self._status}
-            return JsonReply(body, status=503 if self._is_draining else 200)
-
-        return "GET", handler
-
-    async def _show(self, call: Call) -> Reply:
-        # Also while draining, which somebody may want to watch.
-        return TextReply(self.metrics.text(self._status), metrics.CONTENT_TYPE)

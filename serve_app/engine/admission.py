@@ -4,6 +4,7 @@ A request that is refused here could never run. Nothing has been started for it.
 """
 
 import secrets
+from collections.abc import Iterable
 
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
@@ -11,21 +12,22 @@ from serve_app.engine.sequence import Sequence
 from serve_app.errors import ContextLengthExceeded, InvalidRequest
 
 
+def check_token_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
+    """Raises `InvalidRequest` for an id that is not in the vocabulary; `name` is its field."""
+    if not all(0 <= token_id < vocab_size for token_id in ids):
+        raise InvalidRequest(f"`{name}` has a token id outside 0 to {vocab_size - 1}.", param=name)
+
+
 def admit(
     prompt_ids: list[int], params: SamplingParams, config: EngineConfig, vocab_size: int
 ) -> Sequence:
     """Returns the sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
     if not prompt_ids:
-        raise InvalidRequest("The prompt must not be empty.", param="prompt")
-    for name, ids in (
-        ("prompt", prompt_ids),
-        ("logit_bias", params.logit_bias),
-        ("stop_token_ids", params.stop_token_ids),
-    ):
-        if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-            raise InvalidRequest(
-                f"The token ids of `{name}` must be between 0 and {vocab_size - 1}.", param=name
-            )
+        raise InvalidRequest("The prompt must not be empty.", param=params.prompt_field)
+    _check_context_len(len(prompt_ids), params, config.max_sequence_len)
+    check_token_ids(prompt_ids, vocab_size, params.prompt_field)
+    check_token_ids(params.logit_bias, vocab_size, "logit_bias")
+    check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
     stop_ids = params.stop_token_ids
     if not params.ignore_eos:
         stop_ids |= config.eos_token_ids
@@ -33,12 +35,24 @@ def admit(
         raise InvalidRequest(
             "`min_tokens` needs a token that is not in `stop_token_ids`.", param="min_tokens"
         )
-    num_tokens = len(prompt_ids) + params.max_tokens
-    if num_tokens > config.max_sequence_len:
-        raise ContextLengthExceeded(
-            f"The context holds {config.max_sequence_len} tokens, and this request needs "
-            f"{num_tokens} ({len(prompt_ids)} of the prompt and {params.max_tokens} of "
-            "max_tokens); shorten the prompt or lower max_tokens."
-        )
     seed = secrets.randbits(64) if params.seed is None else params.seed
     return Sequence(list(prompt_ids), params, seed, stop_ids)
+
+
+def _check_context_len(num_prompt_tokens: int, params: SamplingParams, max_len: int) -> None:
+    room = max_len - num_prompt_tokens
+    if room < 1:
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt_tokens} tokens and the context holds {max_len}, "
+            "the answer included; send a shorter prompt.",
+            param=params.prompt_field,
+        )
+    if params.max_tokens > room:
+        field = params.max_tokens_field
+        # A client may send a number of any length.
+        asked = str(params.max_tokens)[:64]
+        raise ContextLengthExceeded(
+            f"The prompt has {num_prompt_tokens} tokens and `{field}` is {asked}, but the context "
+            f"holds {max_len} together; ask for {room} at most.",
+            param=field,
+        )

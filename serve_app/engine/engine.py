@@ -17,6 +17,7 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 
 
@@ -82,6 +83,10 @@ class Engine:
             num_steps=core.num_steps,
         )
 
+    def admit(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
+        """The sequence of a request; raises what the first iteration of `generate` raises first."""
+        return admit(prompt_ids, params, self.config, self._vocab_size)
+
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
@@ -93,7 +98,7 @@ class Engine:
         the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
         before the next step.
         """
-        sequence = admit(prompt_ids, params, self.config, self._vocab_size)
+        sequence = self.admit(prompt_ids, params)
         stream = Stream(asyncio.get_running_loop())
         self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.

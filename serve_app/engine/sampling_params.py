@@ -37,6 +37,9 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """None: none. n: the chosen token's log probability and those of the n most probable."""
+    prompt_field: str = "prompt"
+    max_tokens_field: str = "max_tokens"
+    """The request fields of the prompt and of `max_tokens`, for errors about them."""
 
     @property
     def has_penalties(self) -> bool:

@@ -8,14 +8,11 @@ import shutil
 from pathlib import Path
 
 import serve_app
+from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.machine.gpus import MIB, NoGpus, query_gpus
 
 RULE = "=" * 72
-ENDPOINTS = (
-    "/prompt, /v1/chat/completions, /v1/completions, /v1/models, /tokenize, /detokenize, /health, "
-    "/metrics"
-)
 
 
 def banner(
@@ -40,7 +37,7 @@ def banner(
         *checked,
         f"Volume: {volume(settings.runpod.volume)}",
         f"GPU: {gpu()}",
-        f"Endpoints: {ENDPOINTS}",
+        f"Endpoints: {', '.join(route.path for route in ROUTES)}",
         f"Thresholds: {engine.gpu_memory_utilization:.0%} of GPU memory, context {context} tokens, "
         f"prompt {api.max_prompt_chars:,} characters, body {api.max_body_bytes:,} bytes, "
         f"{api.request_timeout_s:.0f} s per request",

@@ -1,1 +1,6 @@
-"""What clients say and hear: OpenAI, `/prompt`, chat template, text. No HTTP, no jobs."""
+"""Requests and responses of the API: OpenAI's, vLLM's and `/prompt`'s schemas, and their text.
+
+Read `call.py` first: it defines what every endpoint sends and gets. Then `fields.py` (how a body
+is validated) and `chat.py` (one request with its response); `completions.py`, `prompt.py` and
+`tokens.py` are built the same way. `text.py` turns token ids into text.
+"""

@@ -25,7 +25,7 @@ class Call:
     """The parsed JSON value; None where the request has no body."""
     request_id: str
     """Made by this package. Logged and returned to the client, never used as a key."""
-    arrived: float = field(default_factory=time.monotonic)
+    arrived: float = field(default_factory=time.monotonic, compare=False)
     """When this process had the whole request, on the clock of `time.monotonic`, in seconds."""
 
 

@@ -1,19 +1,18 @@
-"""OpenAI's chat completions: the request, the answer, and the chunks of a streamed one.
+"""OpenAI's chat completions: the request, the response, and the chunks of a streamed response.
 
-Protocol: https://platform.openai.com/docs/api-reference/chat. Knows no engine.
+Protocol: https://platform.openai.com/docs/api-reference/chat.
 """
 
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.answer import Generation, Head, TokenNames, finite
-from serve_app.protocol.fields import Sampling, usage
+from serve_app.protocol.call import JsonObject
+from serve_app.protocol.fields import Sampling
 from serve_app.protocol.messages import Conversation
-from serve_app.protocol.text import TokenScore
+from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
+from serve_app.protocol.text import TextDelta, TokenScore
 
 
 class ChatRequest(Sampling):
@@ -28,43 +27,39 @@ class ChatRequest(Sampling):
     @property
     def limit(self) -> tuple[int | None, str]:
         if self.max_completion_tokens is None:
-            return super().limit
+            return self.max_tokens, "max_tokens"
         return self.max_completion_tokens, "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
         return self.top_logprobs if self.logprobs else None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_limit(cls, values: dict[str, Any]) -> dict[str, Any]:
-        if "max_completion_tokens" not in values:
-            return values
-        if "max_tokens" in values:
+    @model_validator(mode="after")
+    def _chat_fields_fit_together(self) -> "ChatRequest":
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise InvalidRequest(
                 "Send `max_tokens` or `max_completion_tokens`, not both.",
                 param="max_completion_tokens",
             )
-        return values
-
-    @model_validator(mode="after")
-    def _logprobs_asked_for(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
         return self
 
 
-async def answer(
-    request: ChatRequest, head: Head, generation: Generation, names: TokenNames
-) -> dict[str, Any]:
+def body(
+    request: ChatRequest,
+    metadata: ResponseMetadata,
+    num_prompt_tokens: int,
+    whole: TextDelta,
+    names: TokenNames,
+) -> JsonObject:
     """The whole answer as a `chat.completion` object."""
-    whole = await generation.whole()
     logprobs = _logprobs(request, whole.scores, names) if request.logprobs else None
     return {
-        "id": f"chatcmpl-{head.id}",
+        "id": f"chatcmpl-{metadata.id}",
         "object": "chat.completion",
-        "created": head.created,
-        "model": head.model,
+        "created": metadata.created,
+        "model": metadata.model,
         "choices": [
             {
                 "index": 0,
@@ -73,50 +68,70 @@ async def answer(
                 "finish_reason": whole.finish_reason,
             }
         ],
-        "usage": usage(generation.prompt_tokens, whole.num_tokens),
+        "usage": usage(num_prompt_tokens, whole.num_tokens),
     }
 
 
-async def chunks(
-    request: ChatRequest, head: Head, generation: Generation, names: TokenNames
-) -> AsyncGenerator[dict[str, Any], None]:
-    """`chat.completion.chunk` objects: the role, the text as it comes, the reason, the usage."""
-    extra: dict[str, Any] = {"usage": None} if request.include_usage else {}
+class ChatChunks:
+    """Makes the `chat.completion.chunk` objects of one answer, delta by delta.
 
-    def chunk(choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        return {
-            "id": f"chatcmpl-{head.id}",
+    The first has the role, the next the text as it comes, the last the finish reason; with
+    `include_usage` one more has the usage.
+    """
+
+    def __init__(
+        self,
+        request: ChatRequest,
+        metadata: ResponseMetadata,
+        num_prompt_tokens: int,
+        names: TokenNames,
+    ) -> None:
+        self._request, self._names = request, names
+        self._num_prompt_tokens = num_prompt_tokens
+        self._has_begun = False
+        self._fields: JsonObject = {
+            "id": f"chatcmpl-{metadata.id}",
             "object": "chat.completion.chunk",
-            "created": head.created,
-            "model": head.model,
-            "choices": choices,
-            **extra,
-            **more,
+            "created": metadata.created,
+            "model": metadata.model,
         }
+        if request.include_usage:
+            self._fields["usage"] = None
 
-    def choice(
-        delta: dict[str, str], scores: list[TokenScore], reason: str | None = None
-    ) -> list[dict[str, Any]]:
-        logprobs = _logprobs(request, scores, names) if request.logprobs and scores else None
-        return [{"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}]
+    def __call__(self, delta: TextDelta) -> list[JsonObject]:
+        """The chunks for `delta`; none where it adds nothing."""
+        chunks = []
+        if not self._has_begun:
+            chunks.append(self._chunk({"role": "assistant", "content": ""}))
+            self._has_begun = True
+        if delta.text or delta.scores:
+            logprobs = None
+            if self._request.logprobs and delta.scores:
+                logprobs = _logprobs(self._request, delta.scores, self._names)
+            chunks.append(self._chunk({"content": delta.text}, logprobs))
+        if delta.finish_reason is not None:
+            chunks.append(self._chunk({}, None, delta.finish_reason))
+            if self._request.include_usage:
+                totals = usage(self._num_prompt_tokens, delta.num_tokens)
+                chunks.append({**self._fields, "choices": [], "usage": totals})
+        return chunks
 
-    num_tokens, has_role = 0, False
-    async with aclosing(generation.pieces):
-        async for piece in generation.pieces:
-            num_tokens = piece.num_tokens
-            if not has_role:
-                # Not before the first piece: until then a refusal still has its own status.
-                yield chunk(choice({"role": "assistant", "content": ""}, []))
-                has_role = True
-            if piece.text or piece.scores:
-                yield chunk(choice({"content": piece.text}, piece.scores))
-            if piece.finish_reason:
-                yield chunk(choice({}, [], piece.finish_reason))
-    if request.include_usage:
-        yield chunk([], usage=usage(generation.prompt_tokens, num_tokens))
+    def _chunk(
+        self,
+        message: dict[str, str],
+        logprobs: JsonObject | None = None,
+        finish_reason: str | None = None,
+    ) -> JsonObject:
+        choice = {
+            "index": 0,
+            "delta": message,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+        }
+        return {**self._fields, "choices": [choice]}
 
 
-def _logprobs(request: ChatRequest, scores: list[TokenScore], names: TokenNames) -> dict[str, Any]:
+def _logprobs(request: ChatRequest, scores: list[TokenScore], names: TokenNames) -> JsonObject:
     def named(token_id: int, logprob: float) -> dict[str, Any]:
         raw = names.token_bytes(token_id)
         text = raw.decode(errors="replace")

@@ -1,19 +1,18 @@
-"""OpenAI's completions: raw text continued, for one prompt or several.
+"""OpenAI's completions: continues raw text, for one prompt or several.
 
-Protocol: https://platform.openai.com/docs/api-reference/completions. Knows no engine.
+Protocol: https://platform.openai.com/docs/api-reference/completions.
 """
 
-import asyncio
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.answer import Generation, Head, TokenNames, finite
-from serve_app.protocol.fields import Sampling, usage
-from serve_app.protocol.text import Piece, TokenScore
+from serve_app.protocol.call import JsonObject
+from serve_app.protocol.fields import Sampling
+from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
+from serve_app.protocol.text import TextDelta, TokenScore
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
@@ -22,11 +21,11 @@ Prompt = str | list[int]
 
 
 class CompletionRequest(Sampling):
-    """`POST /v1/completions`. `prompts` is `prompt` as a list, whichever form it had."""
+    """`POST /v1/completions`. `prompts` is the field `prompt`, always as a list."""
 
     prompts: list[Any] = Field(alias="prompt")
     echo: bool = False
-    """The prompt's text stands before the answer's."""
+    """Puts the prompt's text before the answer's."""
     logprobs: int | None = Field(default=None, ge=0, le=20)
 
     @property
@@ -59,81 +58,77 @@ class CompletionRequest(Sampling):
         return self
 
 
-async def answer(
-    request: CompletionRequest,
-    head: Head,
-    generations: Sequence[Generation],
-    echoes: Sequence[str],
-    names: TokenNames,
-) -> dict[str, Any]:
-    """All answers as one `text_completion` object; the first failure cancels the rest."""
-    tasks = [asyncio.create_task(generation.whole()) for generation in generations]
-    try:
-        wholes = await asyncio.gather(*tasks)
-    finally:
-        await _cancel(tasks)
-    num_prompt = sum(generation.prompt_tokens for generation in generations)
-    choices = [
-        _choice(request, index, whole, echoes[index], names) for index, whole in enumerate(wholes)
-    ]
-    totals = usage(num_prompt, sum(whole.num_tokens for whole in wholes))
-    return {**_envelope(head), "choices": choices, "usage": totals}
+class CompletionResponse:
+    """Makes the response to one request: the whole body, or its chunks.
+
+    `echoes` has the text that goes before each answer. Choice `index` answers prompt `index`.
+    """
+
+    def __init__(
+        self,
+        request: CompletionRequest,
+        metadata: ResponseMetadata,
+        num_prompt_tokens: int,
+        echoes: Sequence[str],
+        names: TokenNames,
+    ) -> None:
+        """`num_prompt_tokens` is the sum over all prompts."""
+        self._request, self._names = request, names
+        self._num_prompt_tokens = num_prompt_tokens
+        self._echoes = list(echoes)
+        self._num_running = len(echoes)
+        self._num_tokens = 0
+        self._fields: JsonObject = {
+            "id": f"cmpl-{metadata.id}",
+            "object": "text_completion",
+            "created": metadata.created,
+            "model": metadata.model,
+        }
+
+    def body(self, wholes: Sequence[TextDelta]) -> JsonObject:
+        """All answers, in the order of the prompts, as one `text_completion` object."""
+        totals = usage(self._num_prompt_tokens, sum(whole.num_tokens for whole in wholes))
+        choices = [self._choice(index, whole) for index, whole in enumerate(wholes)]
+        return {**self._fields, "choices": choices, "usage": totals}
+
+    def chunks(self, index: int, delta: TextDelta) -> list[JsonObject]:
+        """The chunks for a delta of prompt `index`; the usage follows the end of the last answer.
+
+        With `include_usage` only.
+        """
+        chunks = []
+        extra: JsonObject = {"usage": None} if self._request.include_usage else {}
+        if delta.text or delta.scores or delta.finish_reason or self._echoes[index]:
+            choice = self._choice(index, delta)
+            self._echoes[index] = ""
+            chunks.append({**self._fields, "choices": [choice], **extra})
+        if delta.finish_reason is not None:
+            self._num_running -= 1
+            self._num_tokens += delta.num_tokens
+            if extra and not self._num_running:
+                totals = usage(self._num_prompt_tokens, self._num_tokens)
+                chunks.append({**self._fields, "choices": [], "usage": totals})
+        return chunks
+
+    def _choice(self, index: int, delta: TextDelta) -> JsonObject:
+        logprobs = None
+        if self._request.logprobs is not None and (delta.scores or delta.finish_reason):
+            logprobs = _logprobs(delta.scores, self._request.logprobs, self._names)
+        return {
+            "index": index,
+            "text": self._echoes[index] + delta.text,
+            "logprobs": logprobs,
+            "finish_reason": delta.finish_reason,
+        }
 
 
-async def chunks(
-    request: CompletionRequest,
-    head: Head,
-    generations: Sequence[Generation],
-    echoes: Sequence[str],
-    names: TokenNames,
-) -> AsyncGenerator[dict[str, Any], None]:
-    """`text_completion` objects, each with the next text of one prompt; then the usage."""
-    extra: dict[str, Any] = {"usage": None} if request.include_usage else {}
-    num_tokens = [0] * len(generations)
-    unsaid = list(echoes)
-    answers = [generation.pieces for generation in generations]
-    merged = _merged(answers) if len(answers) > 1 else _numbered(answers[0])
-    async with aclosing(merged) as pieces:
-        async for index, piece in pieces:
-            num_tokens[index] = piece.num_tokens
-            if piece.text or piece.scores or piece.finish_reason or unsaid[index]:
-                choice = _choice(request, index, piece, unsaid[index], names)
-                unsaid[index] = ""
-                yield {**_envelope(head), "choices": [choice], **extra}
-    if request.include_usage:
-        num_prompt = sum(generation.prompt_tokens for generation in generations)
-        totals = usage(num_prompt, sum(num_tokens))
-        yield {**_envelope(head), "choices": [], "usage": totals}
-
-
-def _envelope(head: Head) -> dict[str, Any]:
-    return {
-        "id": f"cmpl-{head.id}",
-        "object": "text_completion",
-        "created": head.created,
-        "model": head.model,
-    }
-
-
-def _choice(
-    request: CompletionRequest, index: int, piece: Piece, echo: str, names: TokenNames
-) -> dict[str, Any]:
-    with_scores = request.logprobs is not None and (piece.scores or piece.finish_reason)
-    return {
-        "index": index,
-        "text": echo + piece.text,
-        "logprobs": _logprobs(piece.scores, request.logprobs or 0, names) if with_scores else None,
-        "finish_reason": piece.finish_reason,
-    }
-
-
-def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> dict[str, Any]:
+def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> JsonObject:
     def name(token_id: int) -> str:
         raw = names.token_bytes(token_id)
         try:
             return raw.decode()
         except UnicodeDecodeError:
-            # OpenAI's spelling of a part of a character.
+            # OpenAI's spelling of an incomplete character.
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def top(score: TokenScore) -> dict[str, float]:
@@ -146,49 +141,6 @@ def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> dict
         "top_logprobs": [top(score) for score in scores],
         "text_offset": [score.offset for score in scores],
     }
-
-
-async def _numbered(
-    stream: AsyncGenerator[Piece, None],
-) -> AsyncGenerator[tuple[int, Piece], None]:
-    """`_merged` for one stream, which needs no task beside the reader's."""
-    async with aclosing(stream):
-        async for piece in stream:
-            yield 0, piece
-
-
-async def _merged(
-    streams: Sequence[AsyncGenerator[Piece, None]],
-) -> AsyncGenerator[tuple[int, Piece], None]:
-    """The pieces of all streams as they come, with the stream's index; closes all of them."""
-    queue: asyncio.Queue[tuple[int, Piece | None]] = asyncio.Queue()
-
-    async def pump(index: int) -> None:
-        async with aclosing(streams[index]):
-            async for piece in streams[index]:
-                queue.put_nowait((index, piece))
-
-    tasks = [asyncio.create_task(pump(index)) for index in range(len(streams))]
-    for task in tasks:
-        # After the task's own items, so that what failed it is heard in its turn.
-        task.add_done_callback(lambda task: queue.put_nowait((tasks.index(task), None)))
-    try:
-        num_running = len(tasks)
-        while num_running:
-            index, piece = await queue.get()
-            if piece is not None:
-                yield index, piece
-                continue
-            tasks[index].result()  # raises what ended it
-            num_running -= 1
-    finally:
-        await _cancel(tasks)
-
-
-async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _are_ids(value: Any) -> bool:

@@ -1,7 +1,7 @@
-"""What every request body has in common: how it is read, and the fields that steer sampling.
+"""Request bodies: how every body is validated, and the sampling fields that several routes take.
 
-Field names and defaults are OpenAI's; vLLM's names for what OpenAI lacks. A field is used, or it
-is one of `IGNORED`, or it is refused by name. Knows no routes and no engine.
+Field names and defaults are OpenAI's, and vLLM's for fields that OpenAI does not have. Every field
+of a request is used, ignored (`IGNORED`) or refused by name.
 """
 
 import re
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticCustomError
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.values import is_plain
+from serve_app.protocol.values import is_json
 
 IGNORED = frozenset(
     {
@@ -24,7 +24,7 @@ IGNORED = frozenset(
         "user",
     }
 )
-"""Fields accepted and not used: they would not change the answer."""
+"""Fields that are accepted and not used: they do not change the answer."""
 
 UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "audio": ((), "there is no audio"),
@@ -43,7 +43,7 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "verbosity": ((), "ask for a short answer in words"),
     "web_search_options": ((), "there is no web search"),
 }
-"""Fields of OpenAI's that we know and refuse: the values that ask for nothing, and the reason."""
+"""OpenAI's fields that are refused: values that ask for nothing and pass, and the reason."""
 
 MAX_STOP_CHARS = 500
 MAX_BIASES = 1024
@@ -55,12 +55,12 @@ B = TypeVar("B", bound="Body")
 
 
 class Body(BaseModel):
-    """A request body. Unknown fields and wrong types are refused; a null field is an absent one."""
+    """A request body. Unknown fields and wrong types are refused; null means absent."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
     model: str | None = None
-    """A served name; None is the first one."""
+    """A served name; None means the first one."""
 
     @classmethod
     def read(cls: type[B], body: Any) -> B:
@@ -69,7 +69,7 @@ class Body(BaseModel):
 
     @classmethod
     def of(cls: type[B], fields: dict[str, Any]) -> B:
-        """Validates what `used_fields` has left; raises as `read` does."""
+        """Validates the result of `used_fields`; raises the same errors as `read`."""
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
@@ -80,13 +80,13 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool = False
-    """One more chunk before the end, with no choices and the usage."""
+    """Adds a last chunk with the usage and no choices."""
     include_obfuscation: bool = False
     """Accepted and not used: chunks are not padded."""
 
 
 class Sampling(Body):
-    """How an answer is generated, the same on every route that generates one."""
+    """The sampling fields, which are the same on every route that generates text."""
 
     max_tokens: int | None = Field(default=None, ge=1)
     min_tokens: int = Field(default=0, ge=0)
@@ -100,7 +100,7 @@ class Sampling(Body):
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
     logit_bias: dict[str, float] = Field(default_factory=dict)
-    """Token id, as JSON's text, to a bias from -100 to 100."""
+    """Token id, as a JSON string, to a bias from -100 to 100."""
     stop: tuple[str, ...] = ()
     stop_token_ids: list[int] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
@@ -114,17 +114,13 @@ class Sampling(Body):
 
     @property
     def limit(self) -> tuple[int | None, str]:
-        """How many tokens may be generated, and the field that says so."""
+        """The maximum number of tokens to generate, and the name of the field that has it."""
         return self.max_tokens, "max_tokens"
 
     @property
     def num_logprobs(self) -> int | None:
-        """None: none. n: the chosen token's and those of the n most probable."""
+        """None: none. n: for the chosen token and the n most probable ones."""
         return None
-
-    @property
-    def bias(self) -> dict[int, float]:
-        return {int(token): value for token, value in self.logit_bias.items()}
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -150,7 +146,7 @@ class Sampling(Body):
     @field_validator("logit_bias")
     @classmethod
     def _bias_of_tokens(cls, value: dict[str, float]) -> dict[str, float]:
-        # Also false for NaN.
+        # The comparison is false for NaN.
         if not all(
             _TOKEN_ID.fullmatch(token) and abs(bias) <= 100 for token, bias in value.items()
         ):
@@ -171,61 +167,50 @@ class Sampling(Body):
         return self
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's `usage` object."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
 def used_fields(body: Any) -> dict[str, Any]:
-    """The fields of a parsed body that steer the answer, which may still have wrong values.
+    """The fields of a parsed body that matter for the answer; their values are not validated.
 
-    Raises `InvalidRequest` for what is no object, what we do not support, and what breaks whoever
-    reads it next.
+    Raises `InvalidRequest` for a body that is no object, a field that is not supported, and a value
+    that JSON in UTF-8 cannot hold.
     """
     if not isinstance(body, dict):
         raise InvalidRequest("The body must be a JSON object.")
-    fields = {k: v for k, v in body.items() if v is not None and k not in IGNORED}
-    for name, value in fields.items():
-        _refuse_unsupported(name, value)
-    used = {name: value for name, value in fields.items() if name not in UNSUPPORTED}
-    for name, value in used.items():
-        if not (is_plain(name) and is_plain(value)):
-            field = printable(name)
-            raise InvalidRequest(
-                f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, or a lone "
-                "surrogate.",
-                param=field,
-            )
-    return used
+    used = {}
+    for name, value in body.items():
+        if value is None or name in IGNORED:
+            continue
+        if name not in UNSUPPORTED:
+            used[name] = value
+            continue
+        neutral, reason = UNSUPPORTED[name]
+        # The types must be equal too: True == 1, but true is no number of answers.
+        if not any(type(value) is type(each) and value == each for each in neutral):
+            raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
+    if is_json(used):
+        return used
+    field = next(printable(name) for name, value in used.items() if not is_json([name, value]))
+    raise InvalidRequest(
+        f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, or a lone surrogate.",
+        param=field,
+    )
 
 
 def printable(name: Any) -> str:
-    """A client's own word, short and safe to put into an error."""
+    """A client's own text, cut to 64 characters and safe to put into an error."""
     return str(name)[:64].encode("utf-8", "replace").decode()
 
 
-def _refuse_unsupported(name: str, value: Any) -> None:
-    if name not in UNSUPPORTED:
-        return
-    neutral, reason = UNSUPPORTED[name]
-    # By type too: True equals 1, and is no number of answers.
-    if not any(type(value) is type(each) and value == each for each in neutral):
-        raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
-
-
 def sentence(message: str, field: str | None = None) -> PydanticCustomError:
-    """For validators that do not know where they stand: `message` as it is; its param is the path
-    to the validated value, and on to `field` inside of it."""
+    """An error for validators of nested values, which do not know their path in the body.
+
+    The client gets `message` unchanged. `param` is the path of the validated value, plus `field`.
+    """
     context = None if field is None else {"field": field}
     return PydanticCustomError(_SENTENCE, message, context)
 
 
 def _first_error(error: ValidationError) -> InvalidRequest:
-    """Pydantic's first complaint as one sentence that starts with the field."""
+    """Pydantic's first error as one sentence that starts with the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     inner = first.get("ctx", {}).get("field")
     path = [*first["loc"], *([inner] if first["type"] == _SENTENCE and inner else [])]
@@ -236,5 +221,5 @@ def _first_error(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"`{field}` is not a field of this request.", param=field)
     if first["type"] == "missing":
         return InvalidRequest(f"`{field}` is required.", param=field)
-    said = first["msg"].removeprefix("Input ").rstrip(".")
-    return InvalidRequest(f"`{field}` {said[:1].lower()}{said[1:]}.", param=field)
+    message = first["msg"].removeprefix("Input ").rstrip(".")
+    return InvalidRequest(f"`{field}` {message[:1].lower()}{message[1:]}.", param=field)

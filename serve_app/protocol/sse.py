@@ -1,7 +1,7 @@
 """Server-sent events as OpenAI's clients read them: one `data:` line and a blank line each.
 
-Both doors use them: HTTP writes the bytes to the socket, RunPod's OpenAI gateway passes them on as
-text.
+HTTP writes the bytes to the socket; RunPod's OpenAI gateway passes them on as text.
+Format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
 from collections.abc import Mapping
@@ -10,19 +10,19 @@ from typing import Any
 import orjson
 
 DONE = b"data: [DONE]\n\n"
-"""The last event of a stream that ended well. A stream that failed ends without it."""
+"""The last event of a complete stream. A stream that fails ends without it."""
 
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
-"""JSON lets these stand, but clients that use `str.splitlines` cut lines there."""
+"""JSON may contain these, but clients that use `str.splitlines` cut lines there."""
 
 MEDIA_TYPE = "text/event-stream"
 
 
 def event(chunk: Mapping[str, Any]) -> bytes:
-    """One chunk (or error body) as one event; the JSON is one line in UTF-8, so the event is too.
+    """One response chunk, or an error body, as one event in UTF-8.
 
-    Raises `TypeError` for what JSON does not have, lone surrogates too, save that NaN and Infinity
-    become null: whoever puts numbers into chunks sees to that (`answer.finite`).
+    Raises `TypeError` for values that JSON does not have, lone surrogates included. NaN and
+    Infinity would become null, so callers make numbers finite first (`response.finite`).
     """
     line = orjson.dumps(chunk)
     if not line.isascii():

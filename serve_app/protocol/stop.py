@@ -1,29 +1,31 @@
-"""Stop strings: the text before the first one, and nothing of it.
+"""Stop strings: returns the text before the first stop string, and nothing of the string itself.
 
-Knows no tokens: text comes in pieces of any size, and the answer does not depend on how it was cut.
+Text may come in pieces of any size; the result does not depend on where it was cut.
 """
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the stop string that is complete first, holding back what might become one.
+    """Finds the stop string that is complete first, and holds back text that may become one.
 
-    Of two that end at the same character the longer one counts.
+    Where two stop strings end at the same character, the longer one counts.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
-        self._held = ""  # the last text that may belong to a stop string
-        self._num_shown = 0  # characters at its beginning that are shown already
+        self._held = ""
+        """The last text, which may belong to a stop string."""
+        self._num_shown = 0
+        """Characters at the beginning of `_held` that were returned already."""
         self.found = False
-        """True once a stop string has come; every later text is dropped."""
+        """True once a stop string is complete; later text is dropped."""
 
     def pass_over(self, text: str) -> str:
-        """Shows text that ends nothing, but in which a stop string may begin.
+        """Returns text that cannot end the answer, but in which a stop string may begin.
 
-        Only before the first `push`. Of a stop string that begins here and ends later the rest is
-        cut.
+        For calls before the first `push`. If a stop string begins in `text` and ends later, only
+        its later part is cut.
         """
         longest = max(map(len, self._stops), default=1) - 1
         self._held = (self._held + text)[-longest:] if longest else ""
@@ -31,7 +33,7 @@ class StopStrings:
         return text
 
     def push(self, text: str) -> str:
-        """What may be shown now that `text` has come: nothing that a stop string may cut."""
+        """Adds `text`; returns the text that no stop string can cut any more."""
         if self.found or not self._stops:
             return "" if self.found else text
         text = self._held + text
@@ -44,23 +46,23 @@ class StopStrings:
         return text[num_shown:kept]
 
     def flush(self) -> str:
-        """What was held back, when no more text will come."""
+        """Returns the text that is held back, when no more text will come."""
         held, self._held = self._held[self._num_shown :], ""
         self._num_shown = 0
         return held
 
     def _first_stop(self, text: str) -> int | None:
-        """Where the stop string begins that is complete first in `text`."""
+        """The start of the stop string that is complete first in `text`; None without one."""
         found = []
         for stop in self._stops:
-            # One that ends in what was passed over ended nothing.
+            # A stop string that ends in passed-over text does not count.
             at = text.find(stop, max(0, self._num_shown - len(stop) + 1))
             if at >= 0:
                 found.append((at + len(stop), at))
         return min(found)[1] if found else None
 
     def _num_held(self, text: str) -> int:
-        """The length of the longest end of `text` that begins a stop string."""
+        """The length of the longest suffix of `text` that begins a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         for length in range(longest, 0, -1):
             if any(stop.startswith(text[-length:]) for stop in self._stops):

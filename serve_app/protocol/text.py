@@ -1,25 +1,36 @@
-"""Token ids to text as they come: whole characters only, stop strings held back and cut.
+"""Turns token ids into text as they come: whole characters only, stop strings cut.
 
-Streamed and unstreamed answers are made by the same steps, token by token, so their text is equal.
-Knows no JSON shapes and no engine.
+Streamed and whole answers pass through the same code token by token, so their text is equal.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from serve_app.protocol.stop import StopStrings
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
+    from tokenizers.decoders import DecodeStream
 
 PRIMING_TOKENS = 8
 """Prompt tokens that the decoder sees first, so that a continuation keeps its leading space."""
 
 
+class TokenLogprob(Protocol):
+    """The log probabilities at one position, as the engine returns them."""
+
+    @property
+    def token_id(self) -> int: ...
+    @property
+    def logprob(self) -> float: ...
+    @property
+    def top(self) -> tuple[tuple[int, float], ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class TokenScore:
-    """One answered token with log probabilities, for `logprobs`."""
+    """One generated token with its log probabilities, for `logprobs`."""
 
     token_id: int
     logprob: float
@@ -30,8 +41,8 @@ class TokenScore:
 
 
 @dataclass(slots=True)
-class Piece:
-    """Everything new of one answer: text, scores, and on the last piece why it ended."""
+class TextDelta:
+    """Everything new of one answer: text, scores, and at the end why it ended."""
 
     text: str
     scores: list[TokenScore] = field(default_factory=list)
@@ -43,101 +54,127 @@ class Piece:
 class Detokenizer:
     """Incremental decoding on tokenizers' `DecodeStream`, which holds back split characters.
 
-    `prompt_tail` are the last prompt ids when the answer continues the prompt's text; without
-    them the answer starts afresh, and SentencePiece's leading space is dropped.
+    `prompt_ids` is the prompt where the answer continues its text. Without it the answer begins a
+    new text, and SentencePiece's leading space is dropped.
     """
 
     def __init__(
-        self, backend: "Backend", *, prompt_tail: Sequence[int] = (), skip_special: bool = True
+        self, backend: "Backend", *, prompt_ids: Sequence[int] = (), skip_special: bool = True
     ) -> None:
         self._backend = backend
+        self._prompt_ids = prompt_ids
         self._skip_special = skip_special
         self._pending: list[int] = []
-        self._restart(prompt_tail)
+        self._stream: DecodeStream | None = None
 
     def push(self, token_id: int) -> str:
-        """The text that `token_id` completes; empty while a character is incomplete."""
+        """Returns the text that `token_id` completes; empty while a character is incomplete."""
+        stream = self._stream or self._start(self._prompt_tail())
         self._pending.append(token_id)
         try:
-            text = self._stream.step(self._backend, token_id)
+            text = stream.step(self._backend, token_id)
         except Exception:
-            # Bytes that are no UTF-8 after all: DecodeStream gives up ("Invalid prefix").
+            # The bytes are no UTF-8: DecodeStream fails with "Invalid prefix".
             text = self._decode(self._pending)
-            self._restart(self._pending)
+            self._start(self._pending)
         if text is None:
             return ""
         self._pending = []
         return str(text)
 
     def flush(self) -> str:
-        """The rest: an incomplete character becomes U+FFFD, as in any decoder."""
+        """Returns the rest. An incomplete character becomes U+FFFD, as in any decoder."""
         rest, self._pending = self._pending, []
         return self._decode(rest) if rest else ""
 
-    def _restart(self, ids: Sequence[int]) -> None:
+    def _start(self, ids: Sequence[int]) -> "DecodeStream":
+        """Begins a new stream behind the text of `ids`."""
         from tokenizers.decoders import DecodeStream
 
         self._stream = DecodeStream(ids=list(ids), skip_special_tokens=self._skip_special)
+        return self._stream
+
+    def _prompt_tail(self) -> Sequence[int]:
+        """Some last ids of the prompt; none where their text ends in an incomplete character.
+
+        DecodeStream would return a prompt's text that ends in U+FFFD as if it were new.
+        """
+        if not self._prompt_ids:
+            return ()
+        # A character has up to 4 bytes, each a token: one of the 4 tails begins at a character.
+        for num_tokens in range(PRIMING_TOKENS, PRIMING_TOKENS + 4):
+            tail = list(self._prompt_ids[-num_tokens:])
+            if not self._backend.decode(tail, skip_special_tokens=True).endswith("\ufffd"):
+                return tail
+        return ()
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=self._skip_special))
 
 
 class TextStream:
-    """One answer's text: tokens in, `Piece`s out, until `is_stopped` or `finish`."""
+    """The text of one answer. `push` takes the tokens of each delta, the last one with a reason."""
 
     def __init__(
         self, detokenizer: Detokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0
     ) -> None:
         self._detokenizer = detokenizer
-        self._stops = StopStrings(stops)
+        self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens
         self._num_tokens = 0
-        self._num_decoded = 0  # characters decoded, held ones included
-        self._num_shown = 0  # characters given out
-        self._waiting: list[TokenScore] = []
+        self._num_decoded = 0
+        """Characters decoded, those included that are held back."""
+        self._num_shown = 0
+        """Characters returned."""
+        self._held_scores: list[TokenScore] = []
 
-    @property
-    def is_stopped(self) -> bool:
-        """A stop string has come; the answer is complete."""
-        return self._stops.found
+    def push(
+        self,
+        token_ids: Sequence[int],
+        logprobs: Sequence[TokenLogprob] = (),
+        finish_reason: str | None = None,
+    ) -> TextDelta:
+        """Returns what these tokens add. With `finish_reason`, returns all that was held back too.
 
-    def push(self, token_ids: Sequence[int], scores: Sequence[TokenScore] = ()) -> Piece:
-        """What these tokens add. Tokens after a stop string are ignored, and not counted."""
-        shown = ""
+        A stop string ends the answer with "stop". Tokens behind it are ignored, and not counted.
+        """
+        text = ""
         for index, token_id in enumerate(token_ids):
-            if self.is_stopped:
-                break
-            if scores:
-                self._waiting.append(_at(scores[index], self._num_decoded))
+            if logprobs:
+                new = logprobs[index]
+                score = TokenScore(new.token_id, new.logprob, new.top, self._num_decoded)
+                self._held_scores.append(score)
             self._num_tokens += 1
-            shown += self._take(self._detokenizer.push(token_id))
-        return self._piece(shown, "stop" if self.is_stopped else None)
+            text += self._shown(self._detokenizer.push(token_id))
+            if self._stops is not None and self._stops.found:
+                return self._delta(text, "stop", is_cut=True)
+        if finish_reason is None:
+            return self._delta(text)
+        text += self._shown(self._detokenizer.flush())
+        if self._stops is not None:
+            if self._stops.found:
+                return self._delta(text, "stop", is_cut=True)
+            text += self._stops.flush()
+        return self._delta(text, finish_reason)
 
-    def finish(self, reason: str) -> Piece:
-        """Everything held back, with the reason of the end."""
-        if self.is_stopped:
-            return self._piece("", "stop")
-        shown = self._take(self._detokenizer.flush())
-        if self.is_stopped:
-            return self._piece(shown, "stop")
-        return self._piece(shown + self._stops.flush(), reason)
-
-    def _take(self, text: str) -> str:
+    def _shown(self, text: str) -> str:
+        """The part of new text that no stop string can cut any more."""
         self._num_decoded += len(text)
-        # As for stop tokens: before min_tokens nothing ends the answer.
+        if self._stops is None:
+            return text
+        # As for stop tokens: nothing ends the answer before `min_tokens`.
         if self._num_tokens < self._min_tokens:
             return self._stops.pass_over(text)
         return self._stops.push(text)
 
-    def _piece(self, text: str, reason: str | None) -> Piece:
-        """Scores go out with their token's first character; a cut token's score is dropped."""
+    def _delta(
+        self, text: str, finish_reason: str | None = None, *, is_cut: bool = False
+    ) -> TextDelta:
+        """Returns scores with their token's first character; drops those of cut tokens."""
         self._num_shown += len(text)
-        everything = reason is not None and not self.is_stopped
-        ready = [s for s in self._waiting if everything or s.offset < self._num_shown]
-        self._waiting = self._waiting[len(ready) :]
-        return Piece(text, ready, reason, self._num_tokens)
-
-
-def _at(score: TokenScore, offset: int) -> TokenScore:
-    return TokenScore(score.token_id, score.logprob, score.top, offset)
+        takes_all = finish_reason is not None and not is_cut
+        scores = self._held_scores
+        if scores:
+            scores = [s for s in scores if takes_all or s.offset < self._num_shown]
+            self._held_scores = self._held_scores[len(scores) :]
+        return TextDelta(text, scores, finish_reason, self._num_tokens)

@@ -1,7 +1,6 @@
 """The checkpoint's tokenizer and chat template: text and messages to token ids, and back.
 
-A thin face on transformers' tokenizer. The chat format comes from the checkpoint's template and
-nowhere else, and so does its BOS. Knows no limits and no engine.
+Wraps transformers' tokenizer. The chat format and its BOS come from the checkpoint's template.
 """
 
 import re
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.text import PRIMING_TOKENS, Detokenizer
+from serve_app.protocol.text import Detokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -22,8 +21,8 @@ class Tokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        # What AutoTokenizer takes for every Mixtral checkpoint, without its import of all models'
-        # configurations; and no other where mistral-common happens to be installed.
+        # AutoTokenizer chooses this class for every Mixtral checkpoint, but imports the
+        # configurations of all models first, and chooses another where mistral-common is installed.
         from transformers import PreTrainedTokenizerFast
 
         self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
@@ -33,12 +32,12 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Without one `render` refuses every conversation."""
+        """Whether the checkpoint has one; without it `render` refuses every conversation."""
         return self._tokenizer.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`; BOS in front once, even where the text brings its own."""
-        # As a batch of one, because `encode` itself would hold the interpreter's lock.
+        """The ids of `text`, with one BOS in front, even where the text begins with one."""
+        # A batch of one: unlike `encode`, it releases the interpreter's lock.
         (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoded.ids
         bos = self._tokenizer.bos_token_id
@@ -51,11 +50,11 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of a conversation (`{"role", "content"}` each) in the model's chat format.
 
-        Raises `InvalidRequest` with the template's own sentence when it refuses the messages.
+        Raises `InvalidRequest` with the template's own sentence where it refuses the messages.
         """
         from jinja2.exceptions import TemplateError
 
-        if not self.has_chat_template:
+        if self._tokenizer.chat_template is None:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
@@ -74,25 +73,11 @@ class Tokenizer:
     def detokenizer(
         self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
     ) -> Detokenizer:
-        """Decodes one answer as it comes; `prompt_ids` when it continues the prompt's text."""
-        return Detokenizer(
-            self.backend, prompt_tail=self._tail(prompt_ids), skip_special=skip_special_tokens
-        )
-
-    def _tail(self, prompt_ids: Sequence[int]) -> Sequence[int]:
-        """Some last ids of the prompt whose text is whole; none where it ends in a broken one.
-
-        DecodeStream would give out a prompt's text that ends in U+FFFD as if it were new.
-        """
-        # A character has up to 4 bytes, each a token: one of these begins at a character.
-        for num_tokens in range(PRIMING_TOKENS, PRIMING_TOKENS + 4):
-            tail = prompt_ids[-num_tokens:]
-            if not self.decode(tail).endswith("\ufffd"):
-                return tail
-        return ()
+        """A decoder for one answer; `prompt_ids` where it continues the prompt's text."""
+        return Detokenizer(self.backend, prompt_ids=prompt_ids, skip_special=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes one token stands for; a part of a character for a byte token."""
+        """The bytes of one token; a byte token may be a part of a character."""
         token: str | None = self.backend.id_to_token(token_id)
         if token is None:
             return b""
@@ -101,5 +86,5 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     def token_string(self, token_id: int) -> str:
-        """The vocabulary's own spelling of a token (`▁Hello`, `<0x0A>`)."""
+        """The spelling of a token in the vocabulary, such as `▁Hello` or `<0x0A>`."""
         return self.backend.id_to_token(token_id) or ""

@@ -1,4 +1,4 @@
-"""`/tokenize` and `/detokenize`, in vLLM's schema. Knows no tokenizer."""
+"""`/tokenize` and `/detokenize`: requests and responses, in vLLM's schema."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ class TokenizeRequest(Body):
     prompt: str | None = None
     messages: Conversation | None = None
     add_special_tokens: bool | None = None
-    """BOS before a `prompt`, which is the default; the chat template brings its own."""
+    """Whether BOS goes before a `prompt` (default: yes); the chat template has its own."""
     add_generation_prompt: bool = True
     return_token_strs: bool = False
 
@@ -45,7 +45,7 @@ class DetokenizeRequest(Body):
 
 
 def tokenized(ids: list[int], max_model_len: int, strings: list[str] | None) -> dict[str, Any]:
-    """The answer of `/tokenize`; `token_strs` is null unless asked for."""
+    """The response of `/tokenize`; `strings` is None where the client did not ask for them."""
     return {
         "count": len(ids),
         "max_model_len": max_model_len,

@@ -12,15 +12,15 @@ import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
+from serve_app.api import routes
 from serve_app.api.metrics import status_text
-from serve_app.api.routes import known
 from serve_app.errors import (
     EngineDead,
     ErrorBody,
     InternalError,
-    MethodNotAllowed,
     ServeError,
     error_body,
+    handle_error,
 )
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
@@ -83,7 +83,7 @@ class Handler:
             if isinstance(error, _Refused):
                 body = error.body
             else:
-                body = error_body(known(error, request_id), request_id)
+                body = error_body(handle_error(error, request_id), request_id)
             outcome = body["error"]["status"]
             result = await _failed(request, body, posts)
         finally:
@@ -103,9 +103,11 @@ class Handler:
     async def _answer(self, request: JobRequest, posts: Posts, output: Output) -> None:
         """Adds the answer to `output`. A job that has posted nothing is tried a second time."""
         call = request.call
-        if call.path in ("/health", "/metrics") and self.supervisor.client is None:
-            await output.add(self._status(call))
-            return
+        if self.supervisor.client is None:
+            route = routes.find(call.path)
+            if route is not None and route.is_open_before_load:
+                await output.add(self._status(call))
+                return
         for is_last_try in (False, True):
             is_ready = self.supervisor.client is not None
             client = await (self.supervisor.ready() if is_ready else self._loaded(posts))
@@ -173,8 +175,7 @@ class Handler:
 
     def _status(self, call: Call) -> Any:
         """The answer to `/health` or `/metrics` while there is no model that could give it."""
-        if call.method != "GET":
-            raise MethodNotAllowed(f"{call.path} takes GET.")
+        routes.match(call.method, call.path)
         if call.path == "/health":
             return self._health()
         return status_text(self.supervisor.status, self._model_name)

@@ -14,6 +14,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.api import routes
 from serve_app.errors import InvalidRequest, RequestTooLarge
 from serve_app.protocol.call import Call
 
@@ -37,8 +38,6 @@ REFUSED = {
     ),
 }
 """Fields of older workers: the only accepted value, which asks for what happens anyway, and why."""
-READ_ROUTES = ("/health", "/ping", "/metrics", "/v1/models")
-"""Routes for which an empty body means GET."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,8 @@ def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
     name = "endpoint" if "endpoint" in given else "route"
     path = _path(given[name], name)
     body = given.get("data", given.get("body"))
-    if not body and (path in READ_ROUTES or path.startswith("/v1/models/")):
+    api_route = routes.find(path)
+    if not body and api_route is not None and api_route.method == "GET":
         body = None
         method = given.get("method", "GET")
     else:

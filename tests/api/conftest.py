@@ -1,6 +1,6 @@
-"""The HTTP door on a real socket, for all tests here.
+"""The HTTP endpoint on a real socket, for all tests here.
 
-The engine is a script; the door, the server behind it and uvicorn are the real ones.
+The engine is a fake; the endpoint, the server behind it and uvicorn are real.
 """
 
 import socket
@@ -18,7 +18,7 @@ from serve_app.api.server import MixtralServer
 from tests.fakes import FakeEngine, server
 
 
-class Door:
+class Endpoint:
     """A running uvicorn whose server a test may replace."""
 
     def __init__(self, url: str) -> None:
@@ -36,28 +36,28 @@ class Door:
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Door]:
+def running() -> Iterator[Endpoint]:
     """One uvicorn for all tests here, on a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        door = Door(f"http://127.0.0.1:{listener.getsockname()[1]}")
-        config = uvicorn.Config(create_app(lambda: door.server), log_level="warning", ws="none")
+        endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}")
+        config = uvicorn.Config(create_app(lambda: endpoint.server), log_level="warning", ws="none")
         uvicorn_server = uvicorn.Server(config)
         thread = threading.Thread(target=uvicorn_server.run, args=([listener],))
         thread.start()
-        yield door
+        yield endpoint
         uvicorn_server.should_exit = True
         thread.join()
 
 
 @pytest.fixture
-def door(running: Door) -> Door:
-    """The door, with an engine that says hello."""
+def endpoint(running: Endpoint) -> Endpoint:
+    """The HTTP endpoint, with an engine that answers `Hello there.`"""
     running.serve()
     return running
 
 
 @pytest.fixture
-def http(door: Door) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=door.url) as client:
+def http(endpoint: Endpoint) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=endpoint.url) as client:
         yield client

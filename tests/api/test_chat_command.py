@@ -11,7 +11,7 @@ import pytest
 from serve_app.cli.chat import Chat
 from serve_app.cli.commands import main
 from serve_app.errors import OutOfMemory
-from tests.api.conftest import Door
+from tests.api.conftest import Endpoint
 from tests.fakes import FakeEngine
 
 
@@ -29,19 +29,19 @@ def type_lines(stdin: io.StringIO, *lines: str) -> None:
 
 
 def test_a_turn_prints_the_answer(
-    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+    endpoint: Endpoint, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The end of the input ends the conversation with exit code 0."""
     type_lines(typed, "Hi", "")
-    assert main(["chat", "--url", door.url]) == 0
+    assert main(["chat", "--url", endpoint.url]) == 0
     first, answer = capsys.readouterr().out.splitlines()
-    assert first.startswith(f"tiny at {door.url}")
+    assert first.startswith(f"tiny at {endpoint.url}")
     assert answer == "Hello there."
 
 
-def test_the_conversation_grows_until_reset(door: Door, typed: io.StringIO) -> None:
+def test_the_conversation_grows_until_reset(endpoint: Endpoint, typed: io.StringIO) -> None:
     """Every turn sends the earlier ones; the system message outlives /reset."""
-    talk = Chat(door.url, None, None, "Be brief.")
+    talk = Chat(endpoint.url, None, None, "Be brief.")
     type_lines(typed, "One", "/reset", "Two", "Three")
     talk.run()
     roles = [message["role"] for message in talk.messages]
@@ -50,11 +50,11 @@ def test_the_conversation_grows_until_reset(door: Door, typed: io.StringIO) -> N
 
 
 def test_a_refused_turn_is_not_part_of_it(
-    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+    endpoint: Endpoint, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The server's sentence is printed, also for a failure inside the stream."""
-    door.serve(FakeEngine(error=OutOfMemory("No memory.")))
-    talk = Chat(door.url, None, None, None)
+    endpoint.serve(FakeEngine(error=OutOfMemory("No memory.")))
+    talk = Chat(endpoint.url, None, None, None)
     type_lines(typed, "Hi")
     talk.run()
     assert talk.messages == []
@@ -62,11 +62,11 @@ def test_a_refused_turn_is_not_part_of_it(
 
 
 def test_ctrl_c_stops_the_answer_alone(
-    door: Door, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+    endpoint: Endpoint, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The server frees the request, what has arrived is kept, and the next turn is read."""
-    engine = door.serve(FakeEngine(is_endless=True))
-    talk = Chat(door.url, None, None, None)
+    engine = endpoint.serve(FakeEngine(is_endless=True))
+    talk = Chat(endpoint.url, None, None, None)
 
     def interrupt() -> None:
         engine.begun.wait(30)
@@ -83,7 +83,7 @@ def test_ctrl_c_stops_the_answer_alone(
 
 
 def test_keys_come_from_the_environment(
-    door: Door,
+    endpoint: Endpoint,
     typed: io.StringIO,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -91,13 +91,13 @@ def test_keys_come_from_the_environment(
     """Without the key the server's refusal is the error; with it the server answers."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setenv("API_KEYS", "first,second")
-    door.serve()
+    endpoint.serve()
     monkeypatch.delenv("API_KEYS")
-    assert main(["chat", "--url", door.url]) == 1
+    assert main(["chat", "--url", endpoint.url]) == 1
     assert "API key" in capsys.readouterr().err
     monkeypatch.setenv("API_KEYS", "first,second")
     type_lines(typed, "Hi")
-    assert main(["chat", "--url", door.url]) == 0
+    assert main(["chat", "--url", endpoint.url]) == 0
 
 
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The real openai client, streams, and clients that leave."""
+"""The real openai client, streams, and clients that close their connection."""
 
 import asyncio
 import json
@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from serve_app.api.ingress import create_app
 from serve_app.errors import EngineDead, OutOfMemory, QueueFull
-from tests.api.conftest import Door
+from tests.api.conftest import Endpoint
 from tests.fakes import FakeEngine, server
 
 HELLO: Any = [{"role": "user", "content": "Hello"}]
@@ -30,9 +30,9 @@ def scope(method: str, path: str) -> dict[str, Any]:
     return {**head, "query_string": b"", "headers": []}
 
 
-def test_the_openai_client_chats(door: Door) -> None:
+def test_the_openai_client_chats(endpoint: Endpoint) -> None:
     """The unmodified client gets the same answer whole and streamed, with its usage."""
-    with door.client() as client:
+    with endpoint.client() as client:
         whole = client.chat.completions.create(model="tiny", messages=HELLO)
         stream = client.chat.completions.create(
             model="tiny", messages=HELLO, stream=True, stream_options={"include_usage": True}
@@ -46,9 +46,9 @@ def test_the_openai_client_chats(door: Door) -> None:
     assert whole.id.startswith("chatcmpl-")
 
 
-def test_the_openai_client_completes(door: Door) -> None:
+def test_the_openai_client_completes(endpoint: Endpoint) -> None:
     """Completions for several prompts, whole and streamed."""
-    with door.client() as client:
+    with endpoint.client() as client:
         whole = client.completions.create(model="tiny", prompt=["a", "b"])
         chunks = list(client.completions.create(model="tiny", prompt=["a", "b"], stream=True))
     texts = {0: "", 1: ""}
@@ -57,9 +57,9 @@ def test_the_openai_client_completes(door: Door) -> None:
     assert [choice.text for choice in whole.choices] == [texts[0], texts[1]]
 
 
-def test_the_openai_client_lists_models(door: Door) -> None:
+def test_the_openai_client_lists_models(endpoint: Endpoint) -> None:
     """Models, and one model."""
-    with door.client() as client:
+    with endpoint.client() as client:
         assert [model.id for model in client.models.list()] == ["tiny"]
         assert client.models.retrieve("tiny").id == "tiny"
         with pytest.raises(openai.NotFoundError):
@@ -77,11 +77,15 @@ def test_the_openai_client_lists_models(door: Door) -> None:
     ],
 )
 def test_early_errors_keep_their_status(
-    door: Door, stream: bool, error: Exception, kind: type[openai.APIStatusError], code: str
+    endpoint: Endpoint,
+    stream: bool,
+    error: Exception,
+    kind: type[openai.APIStatusError],
+    code: str,
 ) -> None:
     """Before the first token a failure is a status, with Retry-After, also for a stream."""
-    door.serve(FakeEngine("", error=error))
-    with door.client() as client, pytest.raises(kind) as raised:
+    endpoint.serve(FakeEngine("", error=error))
+    with endpoint.client() as client, pytest.raises(kind) as raised:
         client.chat.completions.create(model="tiny", messages=HELLO, stream=stream)
     assert raised.value.code == code
     wanted = "7" if code == "queue_full" else None
@@ -89,9 +93,9 @@ def test_early_errors_keep_their_status(
     assert "secret" not in raised.value.response.text
 
 
-def test_bad_requests_reach_the_client_with_their_param(door: Door) -> None:
+def test_bad_requests_reach_the_client_with_their_param(endpoint: Endpoint) -> None:
     """The client's own exceptions, and the field that must change."""
-    with door.client() as client:
+    with endpoint.client() as client:
         with pytest.raises(openai.BadRequestError) as bad:
             client.chat.completions.create(model="tiny", messages=HELLO, temperature=2.1)
         with pytest.raises(openai.BadRequestError) as tools:
@@ -101,15 +105,15 @@ def test_bad_requests_reach_the_client_with_their_param(door: Door) -> None:
     assert [bad.value.param, tools.value.param, model.value.param] == ["temperature", "n", "model"]
 
 
-def test_a_failure_in_a_stream_is_its_last_event(door: Door, http: httpx.Client) -> None:
+def test_a_failure_in_a_stream_is_its_last_event(endpoint: Endpoint, http: httpx.Client) -> None:
     """The error is an event of its own, nothing follows, and the client raises it."""
-    door.serve(FakeEngine(error=OutOfMemory("No memory.")))
+    endpoint.serve(FakeEngine(error=OutOfMemory("No memory.")))
     text = http.post("/v1/chat/completions", json={**CHAT, "stream": True}).text
     events = text.split("\n\n")
     assert events[-1] == ""
     assert json.loads(events[-2].removeprefix("data: "))["error"]["code"] == "out_of_memory"
     assert "[DONE]" not in text
-    with door.client() as client:
+    with endpoint.client() as client:
         stream = client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
         with pytest.raises(openai.APIError, match="No memory"):
             list(stream)
@@ -130,7 +134,7 @@ def test_a_stream_is_server_sent_events(http: httpx.Client, path: str, body: Any
     assert response.headers["cache-control"] == "no-cache"
 
 
-def test_events_are_lines_for_every_client(door: Door, http: httpx.Client) -> None:
+def test_events_are_lines_for_every_client(endpoint: Endpoint, http: httpx.Client) -> None:
     """Text with Unicode's own line ends arrives whole where a client uses `str.splitlines`."""
     text = "a\u2028b\u2029c\u0085d"
     body = {"prompt": text, "echo": True, "stream": True, "max_tokens": 3}
@@ -142,9 +146,11 @@ def test_events_are_lines_for_every_client(door: Door, http: httpx.Client) -> No
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/prompt"])
-def test_leaving_a_stream_frees_the_engine(door: Door, http: httpx.Client, path: str) -> None:
+def test_leaving_a_stream_frees_the_engine(
+    endpoint: Endpoint, http: httpx.Client, path: str
+) -> None:
     """When the client closes the connection, the request ends."""
-    engine = door.serve(FakeEngine(is_endless=True))
+    engine = endpoint.serve(FakeEngine(is_endless=True))
     body = CHAT if "chat" in path else {"prompt": "a"}
     with http.stream("POST", path, json={**body, "stream": True, "max_tokens": 500}) as response:
         received = response.iter_bytes()  # kept: an iterator that is collected closes the response
@@ -200,11 +206,11 @@ def test_leaving_in_mid_upload_is_no_error(caplog: pytest.LogCaptureFixture) -> 
     assert not caplog.records
 
 
-def test_the_example_prints_an_answer_and_a_mistake(door: Door) -> None:
+def test_the_example_prints_an_answer_and_a_mistake(endpoint: Endpoint) -> None:
     """`examples/openai_http.py`, as a newcomer runs it."""
     example = Path(__file__).parents[2] / "examples" / "openai_http.py"
     done = subprocess.run(
-        [sys.executable, str(example), f"{door.url}/v1"],
+        [sys.executable, str(example), f"{endpoint.url}/v1"],
         env={"PATH": os.environ["PATH"]},
         capture_output=True,
         text=True,

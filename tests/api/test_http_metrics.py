@@ -1,4 +1,4 @@
-"""`GET /metrics` over HTTP, with the tiny model: what a scrape sees of real requests."""
+"""`GET /metrics` over HTTP after real requests to the tiny model."""
 
 import time
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ import pytest
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.errors import OutOfMemory
-from tests.api.conftest import Door
+from tests.api.conftest import Endpoint
 from tests.exposition import Shown
 from tests.fakes import FakeEngine
 
@@ -24,7 +24,7 @@ def tiny() -> Iterator[MixtralServer]:
 
 
 @pytest.fixture
-def http(running: Door, tiny: MixtralServer) -> Iterator[httpx.Client]:
+def http(running: Endpoint, tiny: MixtralServer) -> Iterator[httpx.Client]:
     """A client of the tiny model."""
     running.server = tiny
     with httpx.Client(base_url=running.url, timeout=60) as client:
@@ -39,7 +39,7 @@ def scrape(http: httpx.Client) -> Shown:
 
 
 def test_a_new_server_has_counted_nothing() -> None:
-    """What the load computed to warm up is nobody's request; the counters are there, at 0."""
+    """The load's warm-up is not counted; all counters exist, at 0."""
     server = MixtralServer(Settings.from_yaml("configs/tiny.yaml"))
     try:
         assert server._engine.stats().num_generation_tokens > 0
@@ -79,7 +79,7 @@ def test_one_request_is_one_in_everything(http: httpx.Client) -> None:
 
 
 def test_a_shared_prefix_is_counted(http: httpx.Client) -> None:
-    """Asked again, all of a prompt's full blocks but what its last token needs is found."""
+    """A repeated prompt hits all its full blocks, save the one that its last token needs."""
     body = {"prompt": "Say it again, and once more, please: " * 8, "max_tokens": 1, **GREEDY}
     num_prompt = http.post("/prompt", json=body).json()["usage"]["prompt_tokens"]
     before = scrape(http)
@@ -110,8 +110,8 @@ def test_a_stream_that_is_left_is_cancelled_once(http: httpx.Client) -> None:
     assert after.by("code", "errors_total") == before.by("code", "errors_total")
 
 
-def test_a_stream_that_fails_is_one_error(running: Door) -> None:
-    """Its status was 200; the error that its last event tells is counted, and its end."""
+def test_a_stream_that_fails_is_one_error(running: Endpoint) -> None:
+    """Its status was 200; the error in its last event is counted, and its end."""
     running.serve(FakeEngine(error=OutOfMemory("Full.")))
     with httpx.Client(base_url=running.url) as http:
         assert http.post("/prompt", json={"prompt": "a", "stream": True}).status_code == 200
@@ -120,7 +120,9 @@ def test_a_stream_that_fails_is_one_error(running: Door) -> None:
     assert seen.by("finish_reason", "requests_total") == {"error": 1}
 
 
-def test_the_doors_own_refusals_are_counted(running: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_endpoints_own_refusals_are_counted(
+    running: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Keys, sizes, JSON and routes, by code; a scrape needs no key."""
     monkeypatch.setenv("API_KEYS", "secret")
     running.serve(api={"max_body_bytes": 2000})

@@ -55,7 +55,7 @@ def after(fake: FakeEngine, path: str, *bodies: Any, **args: Any) -> Shown:
 def test_every_request_ends_once(
     engine: FakeEngine, body: dict[str, Any], reason: str, stream: bool
 ) -> None:
-    """By the reason that its client hears; only an answer that is whole counts as an answer."""
+    """The reason is the one that the client gets; only a complete answer counts as an answer."""
     args = {"api": {"request_timeout_s": 0.2}}
     seen = after(engine, "/prompt", {"prompt": "a", "stream": stream, **body}, **args)
     assert seen.by("finish_reason", "requests_total") == {reason: 1}
@@ -74,7 +74,7 @@ def test_every_request_ends_once(
     ],
 )
 def test_a_client_that_leaves_is_counted_once(path: str, body: Any, num_left: int) -> None:
-    """Each prompt as cancelled, and no error, as nobody is told one."""
+    """Each prompt counts as cancelled, and as no error."""
     engine = FakeEngine(is_endless=True)
 
     async def leave() -> Shown:
@@ -98,7 +98,7 @@ def test_a_client_that_leaves_is_counted_once(path: str, body: Any, num_left: in
 
 
 def test_a_stream_that_is_closed_is_cancelled() -> None:
-    """As both doors do it where a client has gone: in the middle of the chunks."""
+    """Closing the generator in the middle of the chunks counts one cancelled request."""
 
     async def leave() -> Shown:
         one = server(FakeEngine(is_endless=True))
@@ -123,7 +123,7 @@ def test_a_stream_that_is_closed_is_cancelled() -> None:
     ],
 )
 def test_a_refusal_is_an_error_and_no_request(body: Any, codes: dict[str, int] | None) -> None:
-    """By its code; of a list each item that is refused."""
+    """It counts by its code; each refused item of a list counts."""
     seen = after(FakeEngine(), "/prompt", body)
     wanted = {"invalid_request_error": 2, "model_not_found": 1} if codes is None else codes
     assert seen.by("code", "errors_total") == wanted
@@ -163,7 +163,7 @@ def test_tokens_and_what_lies_between_them(size: int) -> None:
 
 
 def test_the_first_token_is_counted_from_the_calls_arrival() -> None:
-    """What a long list waits for its turn is a part of it."""
+    """The time includes the wait of an item in a long list."""
     wait_s = 0.05
 
     class Slow(FakeEngine):

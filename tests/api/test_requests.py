@@ -1,4 +1,4 @@
-"""Bodies, routes, methods, keys and ids: what HTTP itself asks of the door."""
+"""Bodies, routes, methods, keys and ids of HTTP requests."""
 
 import json
 import logging
@@ -14,22 +14,23 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from serve_app.api.ingress import create_app
+from serve_app.api.routes import Route
 from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
-from tests.api.conftest import Door
+from tests.api.conftest import Endpoint
 
 
-def test_an_unforeseen_failure_at_the_door_keeps_its_text(
-    door: Door,
+def test_an_unforeseen_failure_at_the_endpoint_keeps_its_text(
+    endpoint: Endpoint,
     http: httpx.Client,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The log has the id and the lines of code; neither log nor answer has the exception's text."""
 
-    async def fail(call: Any) -> None:
+    async def fail(call: Any, route: Any) -> None:
         raise RuntimeError("my words")
 
-    monkeypatch.setattr(door.server, "answer", fail)
+    monkeypatch.setattr(endpoint.server, "answer", fail)
     with caplog.at_level(logging.INFO):
         response = http.post("/prompt", json={"prompt": "a"})
     error = response.json()["error"]
@@ -40,23 +41,23 @@ def test_an_unforeseen_failure_at_the_door_keeps_its_text(
 
 
 def test_what_json_does_not_have_is_an_error(
-    door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+    endpoint: Endpoint, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN in an answer, or half a character in a chunk, is one error in the one shape."""
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
         yield {"token": "never sent"}
 
-    async def whole(call: Call) -> Reply:
+    async def whole(call: Call, route: Route) -> Reply:
         return JsonReply({"token": float("nan")})
 
-    async def streamed(call: Call) -> Reply:
+    async def streamed(call: Call, route: Route) -> Reply:
         return StreamReply({"token": "\ud83d"}, chunks())
 
-    monkeypatch.setattr(door.server, "answer", whole)
+    monkeypatch.setattr(endpoint.server, "answer", whole)
     response = http.post("/prompt", json={"prompt": "a"})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
-    monkeypatch.setattr(door.server, "answer", streamed)
+    monkeypatch.setattr(endpoint.server, "answer", streamed)
     (event,) = http.post("/prompt", json={"prompt": "a"}).text.split("\n\n")[:-1]
     assert json.loads(event.removeprefix("data: "))["error"]["code"] == "internal_error"
 
@@ -85,9 +86,9 @@ def test_a_body_that_cannot_be_read(http: httpx.Client, content: bytes) -> None:
     assert http.post("/prompt", json={"prompt": "Hi"}).status_code == 200
 
 
-def test_a_body_over_the_limit_is_not_read(door: Door, http: httpx.Client) -> None:
+def test_a_body_over_the_limit_is_not_read(endpoint: Endpoint, http: httpx.Client) -> None:
     """413, whether the size is declared or only found out while reading."""
-    door.serve(api={"max_body_bytes": 2000})
+    endpoint.serve(api={"max_body_bytes": 2000})
     declared = http.post("/prompt", content=b" " * 2001)
     chunked = http.post("/prompt", content=(b" " * 1000 for _ in range(50)))
     fits = http.post("/prompt", content=json.dumps({"prompt": "Hi"}).encode().ljust(2000))
@@ -98,7 +99,7 @@ def test_a_body_over_the_limit_is_not_read(door: Door, http: httpx.Client) -> No
 
 
 def test_unknown_routes_and_methods(http: httpx.Client) -> None:
-    """404 and 405 in the one shape of errors; there are no documentation pages."""
+    """404 and 405 have the usual error body; there are no documentation pages."""
     for method, path, status in (
         ("GET", "/", 404),
         ("GET", "/docs", 404),
@@ -135,9 +136,9 @@ def test_head_is_get_without_its_body(http: httpx.Client, path: str) -> None:
     assert head.headers["content-type"] == get.headers["content-type"]
 
 
-def test_the_app_may_be_mounted_below_a_prefix(door: Door) -> None:
+def test_the_app_may_be_mounted_below_a_prefix(endpoint: Endpoint) -> None:
     """Under a route prefix every route is there, needs its key, and is named without the prefix."""
-    mounted = Starlette(routes=[Mount("/mix", app=create_app(lambda: door.server))])
+    mounted = Starlette(routes=[Mount("/mix", app=create_app(lambda: endpoint.server))])
     with TestClient(mounted) as http:
         assert http.get("/mix/v1/models").json()["data"][0]["id"] == "tiny"
         assert http.post("/mix/prompt", json={"prompt": "a"}).json()["text"] == "Hello there."
@@ -146,10 +147,10 @@ def test_the_app_may_be_mounted_below_a_prefix(door: Door) -> None:
         assert http.get("/mixed/ping").status_code == 404
 
 
-def test_keys(door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every route but the watchers' asks for one of the keys, as a bearer token."""
+def test_keys(endpoint: Endpoint, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every route but those for monitoring needs one of the keys, as a bearer token."""
     monkeypatch.setenv("API_KEYS", "first, sécond")
-    door.serve()
+    endpoint.serve()
     for path in ("/health", "/ping", "/metrics"):
         assert http.get(path).status_code == 200
     for given in ("", "Bearer", "Bearer wrong", "first", "Basic first", "Bearer first, sécond"):
@@ -160,9 +161,9 @@ def test_keys(door: Door, http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -
     for key in ("first", "sécond"):
         headers = {b"Authorization": f"bearer {key}".encode()}
         assert http.get("/v1/models", headers=headers).status_code == 200
-    with door.client("first") as client:
+    with endpoint.client("first") as client:
         assert client.models.list().data
-    with door.client("other") as client, pytest.raises(openai.AuthenticationError):
+    with endpoint.client("other") as client, pytest.raises(openai.AuthenticationError):
         client.models.list()
 
 
@@ -180,7 +181,7 @@ def test_every_answer_has_an_id_of_ours(http: httpx.Client) -> None:
 def test_the_two_ids_of_a_request_are_in_the_log(
     http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """At the default level, side by side, and a long id of a client's is cut."""
+    """One line at the default level has both; a long id of a client is cut."""
     with caplog.at_level(logging.INFO):
         given = http.post("/prompt", json={}, headers={"x-request-id": "mine" * 1000})
     ours = given.headers["x-mixtral-request-id"]
@@ -189,11 +190,11 @@ def test_the_two_ids_of_a_request_are_in_the_log(
     assert len(line) < 300
 
 
-def test_health_while_draining(door: Door, http: httpx.Client) -> None:
+def test_health_while_draining(endpoint: Endpoint, http: httpx.Client) -> None:
     """/health and /ping are 200 when ready and 503, still with their object, when draining."""
     assert http.get("/health").json()["status"] == "ready"
     assert http.get("/ping").status_code == 200
-    door.server.drain()
+    endpoint.server.drain()
     health = http.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "draining")
     refused = http.post("/prompt", json={"prompt": "a"})

@@ -1,4 +1,4 @@
-"""Every route's answers: OpenAI's shapes, the plain ones, and refusals. The engine is a script."""
+"""Every route's answers and refusals. The engine is a fake."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ def stream(path: str, body: Any, engine: FakeEngine | None = None) -> list[dict[
 
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_a_chat_answer_is_openais(size: int) -> None:
-    """Whole and streamed answers are OpenAI's objects and say the same, whatever the deltas."""
+    """Whole and streamed answers are OpenAI's objects with equal text for any delta size."""
     body = {**CHAT, "logprobs": True, "top_logprobs": 2}
     whole = ChatCompletion.model_validate(
         ask("/v1/chat/completions", body, FakeEngine(EURO)), strict=True
@@ -82,7 +82,7 @@ def test_usage_counts_tokens() -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 100])
 def test_a_stop_string_ends_the_request(size: int) -> None:
-    """The text stops before it, the count is that of its last token, and the engine is let go."""
+    """The text ends before it, its tokens are counted, and the engine's request ends."""
     engine = FakeEngine(EURO, size=size)
     body = {**CHAT, "stop": [", 你好", "never"]}
     whole = ask("/v1/chat/completions", body, engine)
@@ -140,7 +140,7 @@ def test_the_plain_route() -> None:
 
 
 def test_the_defaults_are_those_of_each_route() -> None:
-    """max_tokens and temperature, where nobody asks for any."""
+    """Checks max_tokens and temperature of requests that have neither."""
     engine = FakeEngine()
     ask("/prompt", {"prompt": "Hi"}, engine)
     ask("/v1/completions", {"prompt": "Hi"}, engine)
@@ -347,7 +347,7 @@ def test_a_large_body_leaves_the_event_loop_alone(path: str, body: Any) -> None:
 
 
 def test_models_are_listed_by_their_public_names() -> None:
-    """Both names of a list, one at a time too; the answer's model is the first."""
+    """Lists both names, and returns each alone; an answer's model is the first one."""
 
     async def look() -> None:
         model = {"name": "tiny", "quantization": "none", "served_model_name": "a/b, c"}

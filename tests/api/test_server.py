@@ -1,4 +1,4 @@
-"""The server as a plain object: failures, deadlines, leaving, draining. The engine is a script."""
+"""The server without HTTP: failures, deadlines, cancellation, draining. The engine is a fake."""
 
 import asyncio
 import logging
@@ -18,7 +18,7 @@ def ask(path: str, body: Any, engine: FakeEngine | None = None, **args: Any) -> 
 
 
 def test_a_refusal_of_the_engine_keeps_its_kind() -> None:
-    """Also where it comes after the prompt was accepted, and also for streams: no chunk is sent."""
+    """The status is the error's own, also for a stream, which sends no chunk."""
     for body in ({"prompt": "a"}, {"prompt": "a", "stream": True}):
         engine = FakeEngine("", error=QueueFull("The queue is full.", retry_after_s=3))
         (item,) = asyncio.run(items(server(engine), "/prompt", body))
@@ -26,7 +26,7 @@ def test_a_refusal_of_the_engine_keeps_its_kind() -> None:
 
 
 def test_a_failure_in_the_middle_is_the_last_item() -> None:
-    """After the chunks that were sent, one error; an unforeseen one is told without its text."""
+    """An error follows the chunks that were sent; an unexpected one does not contain its text."""
     engine = FakeEngine(error=RuntimeError("secret"))
     *sent, last = asyncio.run(items(server(engine), "/prompt", {"prompt": "a", "stream": True}))
     assert sent
@@ -83,7 +83,7 @@ def test_a_log_probability_that_is_no_number_is_an_error(
     ],
 )
 def test_closing_a_stream_frees_the_engine(path: str, body: Any, num_items: int) -> None:
-    """Whoever stops listening, after the first item or later, leaves nothing running."""
+    """A client that stops reading, after the first item or later, leaves nothing running."""
     engine = FakeEngine(is_endless=True)
 
     async def leave() -> None:
@@ -154,7 +154,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
 
 
 def test_a_dead_engine_is_told_to_everyone() -> None:
-    """Serve's health check raises, and every route answers engine_dead."""
+    """Serve's health check raises, and requests get engine_dead."""
     engine = FakeEngine()
     one = server(engine)
     one.check_health()

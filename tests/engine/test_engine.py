@@ -46,8 +46,8 @@ from tests.engine.fake import (
             InvalidRequest,
             "min_tokens",
         ),
-        ([1] * 55, {}, ContextLengthExceeded, None),
-        ([1] * 32, {}, ContextLengthExceeded, None),  # 41 tokens in ten blocks of four
+        ([1] * 55, {}, ContextLengthExceeded, "max_tokens"),
+        ([1] * 32, {}, ContextLengthExceeded, "max_tokens"),  # 41 tokens in ten blocks of four
     ],
 )
 def test_a_request_that_can_never_run_is_refused(

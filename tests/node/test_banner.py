@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import serve_app
-from serve_app.api.routes import PATHS
+from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.node.banner import banner, gpu, volume
 from tests.nvml import Install
@@ -32,7 +32,7 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
     assert "secret" not in text
     endpoints = next(line for line in text.splitlines() if line.startswith("Endpoints: "))
     told = set(endpoints.removeprefix("Endpoints: ").split(", "))
-    assert told == set(PATHS) - {"/ping", "/v1/models/{id:path}"}
+    assert told == {route.path for route in ROUTES}
 
 
 def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:

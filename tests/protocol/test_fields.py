@@ -8,8 +8,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.fields import IGNORED, UNSUPPORTED, Body
-from serve_app.protocol.messages import plain
-from serve_app.protocol.plain import PromptRequest
+from serve_app.protocol.prompt import PromptRequest
 from serve_app.protocol.tokens import TokenizeRequest
 
 NAN = float("nan")
@@ -89,7 +88,7 @@ def test_what_is_no_json_is_said_to_be_none() -> None:
 
 @pytest.mark.parametrize("body", [None, [], "Hello", 3, True])
 def test_a_body_that_is_no_object(body: Any) -> None:
-    """Says that an object is wanted."""
+    """The error asks for a JSON object."""
     assert "JSON object" in refusal(ChatRequest, body).message
 
 
@@ -136,7 +135,8 @@ def test_messages_as_clients_send_them() -> None:
         {"role": "user", "content": parts, "name": "Ann"},
         {**answer, "annotations": []},
     ]
-    assert plain(ChatRequest.read({"messages": turns}).messages) == [
+    messages = ChatRequest.read({"messages": turns}).messages
+    assert [message.model_dump() for message in messages] == [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "a\nc"},
         {"role": "assistant", "content": "b"},
@@ -206,6 +206,6 @@ def test_tokenize_takes_what_vllm_takes_by_default() -> None:
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
 def test_ignored_fields_are_not_even_looked_at(name: str) -> None:
-    """Whatever they hold is dropped before anything reads it."""
+    """Their values are dropped before anything reads them."""
     body = {"messages": HELLO, name: NAN}
     assert ChatRequest.read(body) == ChatRequest.read({"messages": HELLO})

@@ -1,4 +1,4 @@
-"""Events: one line of JSON each, whatever the text is, and the same value back."""
+"""Events: one line of JSON for any text, which parses to the same value."""
 
 import json
 from typing import Any

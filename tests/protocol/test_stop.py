@@ -21,7 +21,7 @@ def expected(text: str, stops: list[str], num_passed: int = 0) -> tuple[str, boo
 
 @given(st.lists(LETTERS, max_size=8), STOPS)
 def test_any_cut_gives_the_same_text(pieces: list[str], stops: list[str]) -> None:
-    """The text before the stop string that is complete first, whatever the pieces."""
+    """Returns the text before the stop string that is complete first, for any pieces."""
     stopper = StopStrings(stops)
     shown = "".join([stopper.push(piece) for piece in pieces])
     text, found = expected("".join(pieces), stops)

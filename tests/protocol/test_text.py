@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.protocol.text import Piece, TextStream, TokenScore
+from serve_app.protocol.text import TextDelta, TextStream, TokenScore
 from tests.fakes import VOCAB_SIZE, tokenizer
 
 # Without U+FFFD and lone surrogates, which no answer can hold whole.
@@ -19,7 +19,7 @@ IDS = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=30)
 
 @pytest.fixture(scope="module")
 def transformers_tokenizer() -> Any:
-    """transformers' own reading of the same files."""
+    """transformers' tokenizer for the same files."""
     from transformers import AutoTokenizer
 
     from serve_app.tiny import CHECKPOINT
@@ -33,15 +33,15 @@ def groups(ids: list[int], cuts: list[int]) -> list[list[int]]:
     return [ids[a:b] for a, b in pairwise(places)]
 
 
-def streamed(ids: list[int], cuts: list[int], stops: list[str] | None = None) -> list[Piece]:
-    """The pieces of an answer whose deltas are `ids` cut at `cuts`."""
+def streamed(ids: list[int], cuts: list[int], stops: list[str] | None = None) -> list[TextDelta]:
+    """The text of an answer whose engine deltas are `ids` cut at `cuts`."""
     stream = TextStream(tokenizer().detokenizer(), stops or [])
-    pieces = []
+    deltas = []
     for group in groups(ids, cuts):
-        pieces.append(stream.push(group, [TokenScore(id, -1.0, ()) for id in group]))
-        if stream.is_stopped:
-            return pieces
-    return [*pieces, stream.finish("length")]
+        deltas.append(stream.push(group, [TokenScore(id, -1.0, ()) for id in group]))
+        if deltas[-1].finish_reason is not None:
+            return deltas
+    return [*deltas, stream.push([], [], "length")]
 
 
 @given(TEXTS, st.lists(st.integers(0, 100), max_size=6))
@@ -50,7 +50,7 @@ def test_streamed_text_is_the_decoders(
 ) -> None:
     """The pieces join to what transformers decodes at once; none has a broken character."""
     ids = tokenizer().encode(text, add_special_tokens=False)
-    pieces = [piece.text for piece in streamed(ids, cuts)]
+    pieces = [delta.text for delta in streamed(ids, cuts)]
     assert "".join(pieces) == transformers_tokenizer.decode(ids)
     assert not any("\ufffd" in piece for piece in pieces)
 
@@ -62,10 +62,10 @@ def test_any_delta_sizes_give_the_same_answer(
     """Text, scores, reason and count of any tokens, valid text or not, do not depend on deltas."""
     by_one, by_cuts = streamed(ids, list(range(len(ids))), stops), streamed(ids, cuts, stops)
 
-    def whole(pieces: list[Piece]) -> tuple[str, list[TokenScore], str | None, int]:
-        text = "".join(piece.text for piece in pieces)
-        scores = [score for piece in pieces for score in piece.scores]
-        return text, scores, pieces[-1].finish_reason, pieces[-1].num_tokens
+    def whole(deltas: list[TextDelta]) -> tuple[str, list[TokenScore], str | None, int]:
+        text = "".join(delta.text for delta in deltas)
+        scores = [score for delta in deltas for score in delta.scores]
+        return text, scores, deltas[-1].finish_reason, deltas[-1].num_tokens
 
     assert whole(by_one) == whole(by_cuts)
 
@@ -76,7 +76,7 @@ def test_a_continuation_is_the_rest_of_the_text(start: str, rest: str) -> None:
     """Prompt and answer of a completion join to the text, spaces included."""
     ids, more = (tokenizer().encode(each, add_special_tokens=False) for each in (start, rest))
     stream = TextStream(tokenizer().detokenizer(ids))
-    answer = stream.push(more).text + stream.finish("stop").text
+    answer = stream.push(more).text + stream.push([], [], "stop").text
     assert tokenizer().decode(ids) + answer == tokenizer().decode(ids + more)
 
 
@@ -85,7 +85,7 @@ def test_an_incomplete_character_is_flushed_at_the_end() -> None:
     euro = tokenizer().encode("€", add_special_tokens=False)[1:]
     stream = TextStream(tokenizer().detokenizer())
     assert stream.push(euro[:2]).text == ""
-    assert set(stream.finish("length").text) == {"\ufffd"}
+    assert set(stream.push([], [], "length").text) == {"\ufffd"}
 
 
 def test_broken_bytes_do_not_end_the_answer() -> None:
@@ -111,8 +111,8 @@ def test_no_stop_string_before_min_tokens() -> None:
     ids = tokenizer().encode("no no no", add_special_tokens=False)
     number = len(tokenizer().encode("no no", add_special_tokens=False))
     stream = TextStream(tokenizer().detokenizer(), [" no"], min_tokens=number + 1)
-    assert stream.push(ids).text == "no no"
-    assert stream.is_stopped
+    delta = stream.push(ids)
+    assert (delta.text, delta.finish_reason) == ("no no", "stop")
 
 
 def test_a_stop_string_over_the_edge_of_min_tokens() -> None:
@@ -120,9 +120,9 @@ def test_a_stop_string_over_the_edge_of_min_tokens() -> None:
     ids = tokenizer().encode("a b c", add_special_tokens=False)
     number = len(tokenizer().encode("a b", add_special_tokens=False))
     stream = TextStream(tokenizer().detokenizer(), ["b c"], min_tokens=number + 1)
-    shown = [stream.push([token]).text for token in ids]
-    assert "".join(shown) == "a b"
-    assert stream.is_stopped
+    deltas = [stream.push([token]) for token in ids]
+    assert "".join(delta.text for delta in deltas) == "a b"
+    assert deltas[-1].finish_reason == "stop"
 
 
 def test_scores_of_a_cut_token_are_dropped() -> None:

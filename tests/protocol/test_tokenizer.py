@@ -27,7 +27,7 @@ CONVERSATIONS = [
 
 @pytest.fixture(scope="module")
 def reference() -> Any:
-    """transformers' own reading of the same files."""
+    """transformers' tokenizer for the same files."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(CHECKPOINT, local_files_only=True)
@@ -58,7 +58,7 @@ def test_text_gets_one_bos(reference: Any, text: str) -> None:
     "name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
 )
 def test_it_is_the_one_that_autotokenizer_takes(tmp_path: Path, name: str | None) -> None:
-    """Whatever class a Mixtral checkpoint names: the same tokenizer, template and tokens."""
+    """Tokenizer, template and tokens are the same for any class that a checkpoint names."""
     from transformers import AutoTokenizer
 
     shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
@@ -92,7 +92,7 @@ def test_a_long_text_leaves_the_event_loop_alone() -> None:
     """Tokenising in a thread releases the interpreter, so that the loop turns meanwhile."""
 
     async def longest_pause() -> float:
-        """As a share of the time that the work took."""
+        """The longest pause of the event loop, as a share of the work's time."""
         started = last = time.monotonic()
         longest = 0.0
         task = asyncio.create_task(asyncio.to_thread(tokenizer().encode, "é" * 300_000))

@@ -16,7 +16,7 @@ from serve_app.config.settings import Settings
 from tests.worker.process import ENTRY, TINY, environment, run_entry
 
 WORKER = ENTRY.parent / "serve_app" / "worker"
-HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod", "fastapi"}
+HEAVY = {"torch", "transformers", "bitsandbytes", "accelerate", "ray", "runpod", "starlette"}
 
 
 def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:

@@ -270,7 +270,7 @@ def test_metrics_are_answered_without_starting_the_model(
     run(warm, {"prompt": "x"})
     assert run(warm, {"endpoint": "/metrics"}) == ["# A text.\n"]
     posted = error_of(run(cold, {"route": "/metrics", "method": "POST"}))
-    assert posted["message"] == "/metrics takes GET."
+    assert posted["message"] == "/metrics takes GET, not POST."
 
 
 def test_waiting_jobs_get_the_phases_of_the_load(

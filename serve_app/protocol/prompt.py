@@ -1,32 +1,28 @@
-"""`/prompt`, the plain route: one user turn or a conversation in, text out; and lists of them.
+"""`/prompt`: the request with one prompt or conversation, or a list of them, and the response."""
 
-Knows no engine.
-"""
-
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.answer import Generation, Head
-from serve_app.protocol.call import Progress
-from serve_app.protocol.fields import Sampling, usage, used_fields
+from serve_app.protocol.call import JsonObject, Progress
+from serve_app.protocol.fields import Sampling, used_fields
 from serve_app.protocol.messages import Conversation, Message
+from serve_app.protocol.response import ResponseMetadata, usage
+from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 512
 MAX_ITEMS = 1000
 
 
-class PlainSampling(Sampling):
-    """The sampling fields of `/prompt`, with its own default."""
+class PromptSampling(Sampling):
+    """The sampling fields of `/prompt`, with its own default temperature."""
 
     temperature: float = Field(default=0.7, ge=0, le=2, allow_inf_nan=False)
 
 
-class PromptRequest(PlainSampling):
+class PromptRequest(PromptSampling):
     """`POST /prompt` with `prompt` or `messages`."""
 
     prompt: str | None = None
@@ -47,24 +43,25 @@ class PromptRequest(PlainSampling):
 
     @property
     def text_field(self) -> str:
-        """Where the text came from, for errors about it."""
+        """The field that has the text, for errors about it."""
         return "messages" if self.prompt is None else "prompt"
 
     @property
     def conversation(self) -> list[Message]:
-        return self.messages or [Message(role="user", content=self.prompt or "")]
+        """The messages, or the prompt as one user turn."""
+        return self.messages or [Message.model_construct(role="user", content=self.prompt or "")]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A list of prompts. What is in it is not looked at any further: a bad item fails alone."""
+    """A list of prompts. Its items are not validated yet: a bad item fails alone."""
 
     items: list[Any]
     shared: dict[str, Any]
-    """The fields of every item that does not bring its own; their values are valid."""
+    """Fields of all items, which an item may override; their values are valid."""
 
     def read(self, item: Any) -> PromptRequest:
-        """One of `items`; a string is a body with that `prompt`. Raises `InvalidRequest`."""
+        """The request in one of `items`; a string is a prompt. Raises `InvalidRequest`."""
         item = {"prompt": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise InvalidRequest("Each item should be a string or an object.", param="items")
@@ -75,9 +72,9 @@ class Batch:
 
 
 def batch(body: Any) -> Batch | None:
-    """The batch in a `/prompt` body; None if it is none.
+    """The batch in the body of a `/prompt` request; None where the body has no list.
 
-    Raises `InvalidRequest` for what is wrong with all of it: the list, and the shared fields.
+    Raises `InvalidRequest` where the list itself or a shared field is wrong.
     """
     if not isinstance(body, dict):
         return None
@@ -98,12 +95,12 @@ def batch(body: Any) -> Batch | None:
     if shared.get("stream"):
         raise _unstreamable()
     shared = used_fields(shared)
-    PlainSampling.of(shared)
+    PromptSampling.of(shared)
     return Batch(listed, shared)
 
 
 def progress(num_done: int, total: int) -> Progress:
-    """How far a batch is: `{"progress": percent, "message": "4 of 10 done"}`."""
+    """How much of a batch is done."""
     return {"progress": num_done * 100 // total, "message": f"{num_done} of {total} done"}
 
 
@@ -111,28 +108,31 @@ def _unstreamable() -> InvalidRequest:
     return InvalidRequest("A list of prompts cannot be streamed.", param="stream")
 
 
-async def answer(head: Head, generation: Generation) -> dict[str, Any]:
+def body(metadata: ResponseMetadata, num_prompt_tokens: int, whole: TextDelta) -> JsonObject:
     """`{"text", "finish_reason", "usage", "model"}`."""
-    whole = await generation.whole()
     return {
         "text": whole.text,
         "finish_reason": whole.finish_reason,
-        "usage": usage(generation.prompt_tokens, whole.num_tokens),
-        "model": head.model,
+        "usage": usage(num_prompt_tokens, whole.num_tokens),
+        "model": metadata.model,
     }
 
 
-async def chunks(head: Head, generation: Generation) -> AsyncGenerator[dict[str, Any], None]:
-    """`{"token", "finished": false}` as text comes, then the end with reason and usage."""
-    async with aclosing(generation.pieces):
-        async for piece in generation.pieces:
-            if piece.text:
-                yield {"token": piece.text, "finished": False}
-            if piece.finish_reason:
-                yield {
-                    "token": "",
-                    "finished": True,
-                    "finish_reason": piece.finish_reason,
-                    "usage": usage(generation.prompt_tokens, piece.num_tokens),
-                    "model": head.model,
-                }
+def chunks(
+    metadata: ResponseMetadata, num_prompt_tokens: int, delta: TextDelta
+) -> list[JsonObject]:
+    """`{"token", "finished": false}` for text; at the end one chunk with reason and usage."""
+    chunks: list[JsonObject] = []
+    if delta.text:
+        chunks.append({"token": delta.text, "finished": False})
+    if delta.finish_reason is not None:
+        chunks.append(
+            {
+                "token": "",
+                "finished": True,
+                "finish_reason": delta.finish_reason,
+                "usage": usage(num_prompt_tokens, delta.num_tokens),
+                "model": metadata.model,
+            }
+        )
+    return chunks

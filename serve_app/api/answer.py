@@ -1,0 +1,77 @@
+"""Answer: the answer to one prompt while the engine generates it."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from serve_app.api.metrics import Metrics, RequestMetrics
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.errors import InternalError
+from serve_app.protocol.text import TextDelta, TextStream
+
+if TYPE_CHECKING:
+    from serve_app.engine.engine import Engine
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A prompt with its parameters. Nothing runs before `stream` or `whole`; call one, once."""
+
+    engine: "Engine"
+    prompt_ids: list[int]
+    params: SamplingParams
+    text: TextStream
+    metrics: Metrics
+    arrived: float
+    """`Call.arrived`."""
+    deadline: float
+    """On the same clock."""
+
+    def check(self) -> None:
+        """Raises now what the engine would raise when it starts the answer."""
+        self.engine.admit(self.prompt_ids, self.params)
+
+    async def stream(
+        self,
+        shape: Callable[[TextDelta], Iterable[T]],
+        places: asyncio.Semaphore | None = None,
+    ) -> AsyncGenerator[T, None]:
+        """Yields the items that `shape` makes of each delta. The first iteration waits for a place.
+
+        Raises the errors of `Engine.generate`. Closing the generator frees the KV blocks.
+        """
+        place: AbstractAsyncContextManager[None] = nullcontext() if places is None else places
+        async with place:
+            with RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived) as seen:
+                deltas = self.engine.generate(self.prompt_ids, self.params, self.deadline)
+                async with aclosing(deltas):
+                    async for delta in deltas:
+                        seen.delta(delta)
+                        new = self.text.push(delta.token_ids, delta.logprobs, delta.finish_reason)
+                        if new.finish_reason is not None:
+                            break
+                        for item in shape(new):
+                            yield item
+                    else:
+                        raise InternalError("The answer ended without a reason.")
+                seen.ended(new.finish_reason, new.num_tokens)
+        # After the blocks above, so that KV blocks are free before the client sees the end.
+        for item in shape(new):
+            yield item
+
+    async def whole(self, places: asyncio.Semaphore | None = None) -> TextDelta:
+        """Waits for the end and returns the whole answer as one delta."""
+        whole = TextDelta("")
+        texts = []
+        async with aclosing(self.stream(lambda delta: (delta,), places)) as deltas:
+            async for delta in deltas:
+                texts.append(delta.text)
+                whole.scores += delta.scores
+                whole.finish_reason = delta.finish_reason
+                whole.num_tokens = delta.num_tokens
+        whole.text = "".join(texts)
+        return whole

@@ -1,0 +1,22 @@
+"""The handler of `/v1/chat/completions`."""
+
+from typing import TYPE_CHECKING
+
+from serve_app.protocol import chat, values
+from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+
+async def create(server: "MixtralServer", call: Call) -> Reply:
+    request = await values.read(chat.ChatRequest.read, call.body)
+    metadata = server.metadata(request.model, call)
+    names = server.tokenizer
+    prompt_ids = await server.generator.chat_ids(request.messages)
+    answer = server.generator.answer(call, request, prompt_ids, "messages")
+    if not request.stream:
+        whole = await answer.whole()
+        return JsonReply(chat.body(request, metadata, len(prompt_ids), whole, names))
+    chunks = answer.stream(chat.ChatChunks(request, metadata, len(prompt_ids), names))
+    return StreamReply(await anext(chunks), chunks)

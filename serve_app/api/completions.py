@@ -1,0 +1,110 @@
+"""The handler of `/v1/completions`, for one prompt or several side by side."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from serve_app.api.answer import Answer
+from serve_app.api.generator import Generator
+from serve_app.protocol import values
+from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, StreamReply
+from serve_app.protocol.completions import (
+    DEFAULT_MAX_TOKENS,
+    CompletionRequest,
+    CompletionResponse,
+    Prompt,
+)
+from serve_app.protocol.text import TextDelta
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+
+async def create(server: "MixtralServer", call: Call) -> Reply:
+    request = await values.read(CompletionRequest.read, call.body)
+    metadata = server.metadata(request.model, call)
+    generator = server.generator
+    answers, echoes = [], []
+    for prompt in request.prompts:
+        await asyncio.sleep(0)  # other requests run between two prompts
+        answers.append(await _answer(generator, call, request, prompt))
+        echoes.append(await _text(generator, prompt) if request.echo else "")
+    num_prompt_tokens = sum(len(answer.prompt_ids) for answer in answers)
+    response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
+    places = None
+    if len(answers) > 1:
+        for answer in answers:
+            answer.check()  # before any of them starts
+        places = asyncio.Semaphore(server.max_num_seqs)
+    if not request.stream:
+        return JsonReply(response.body(await _wholes(answers, places)))
+    streams = [
+        answer.stream(partial(response.chunks, index), places)
+        for index, answer in enumerate(answers)
+    ]
+    chunks = streams[0] if len(streams) == 1 else _merged(streams)
+    return StreamReply(await anext(chunks), chunks)
+
+
+async def _answer(
+    generator: Generator, call: Call, request: CompletionRequest, prompt: Prompt
+) -> Answer:
+    prompt_ids = await generator.text_ids(prompt) if isinstance(prompt, str) else prompt
+    return generator.answer(
+        call,
+        request,
+        prompt_ids,
+        "prompt",
+        default_max_tokens=DEFAULT_MAX_TOKENS,
+        continues=True,
+    )
+
+
+async def _text(generator: Generator, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else await generator.text(prompt, "prompt")
+
+
+async def _wholes(answers: Sequence[Answer], places: asyncio.Semaphore | None) -> list[TextDelta]:
+    """Waits for all answers; the first failure cancels the others."""
+    if len(answers) == 1:
+        return [await answers[0].whole()]
+    tasks = [asyncio.create_task(answer.whole(places)) for answer in answers]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        await _cancel(tasks)
+
+
+async def _merged(
+    streams: Sequence[AsyncGenerator[JsonObject, None]],
+) -> AsyncGenerator[JsonObject, None]:
+    """The chunks of all streams as they come; the first failure closes all streams."""
+    queue: asyncio.Queue[JsonObject | asyncio.Task[None]] = asyncio.Queue()
+
+    async def read(stream: AsyncGenerator[JsonObject, None]) -> None:
+        async with aclosing(stream):
+            async for chunk in stream:
+                queue.put_nowait(chunk)
+
+    tasks = [asyncio.create_task(read(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)  # behind the chunks of its stream
+    try:
+        num_running = len(tasks)
+        while num_running:
+            item = await queue.get()
+            if isinstance(item, asyncio.Task):
+                item.result()  # raises the failure of the stream
+                num_running -= 1
+            else:
+                yield item
+    finally:
+        await _cancel(tasks)
+
+
+async def _cancel(tasks: Sequence[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,148 @@
+"""Generator: turns a validated request into token ids and sampling parameters, and an `Answer`."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from serve_app.api.answer import Answer
+from serve_app.api.metrics import Metrics
+from serve_app.config.sections import ApiSettings
+from serve_app.engine.admission import check_token_ids
+from serve_app.engine.sampling_params import SamplingParams
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.call import Call
+from serve_app.protocol.fields import Sampling
+from serve_app.protocol.messages import Message
+from serve_app.protocol.text import TextStream
+from serve_app.protocol.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from serve_app.engine.engine import Engine
+
+T = TypeVar("T")
+
+MAX_CHARS_ON_LOOP = 4_000
+"""Longer texts are tokenized in a thread, so that the event loop does not wait for them."""
+
+CHARS_PER_MESSAGE = 20
+"""The time to render one message, as a number of characters to tokenize."""
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """Tokenizes prompts and makes answers on one engine."""
+
+    engine: "Engine"
+    tokenizer: Tokenizer
+    settings: ApiSettings
+    max_model_len: int
+    """Tokens of prompt and answer together."""
+    vocab_size: int
+    metrics: Metrics
+
+    async def chat_ids(
+        self,
+        messages: list[Message],
+        field: str = "messages",
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The token ids of a conversation, by the chat template.
+
+        Raises `InvalidRequest` with param `field` for a text that is too long, and the template's
+        own error.
+        """
+        num_chars = sum(len(message.content) for message in messages)
+        self._check_num_chars(num_chars, field)
+        turns = [{"role": message.role, "content": message.content} for message in messages]
+        render = self.tokenizer.render
+        if num_chars + CHARS_PER_MESSAGE * len(turns) <= MAX_CHARS_ON_LOOP:
+            return render(turns, add_generation_prompt=add_generation_prompt)
+        return await asyncio.to_thread(render, turns, add_generation_prompt=add_generation_prompt)
+
+    async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of raw text. Raises `InvalidRequest` for a text that is too long."""
+        self._check_num_chars(len(prompt), "prompt")
+        encode = self.tokenizer.encode
+        if len(prompt) <= MAX_CHARS_ON_LOOP:
+            return encode(prompt, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(encode, prompt, add_special_tokens=add_special_tokens)
+
+    async def text(
+        self, token_ids: Sequence[int], field: str, *, skip_special_tokens: bool = True
+    ) -> str:
+        """The text of a client's token ids. Raises `InvalidRequest` with param `field`."""
+        check_token_ids(token_ids, self.vocab_size, field)
+        decode = self.tokenizer.decode
+        if len(token_ids) <= MAX_CHARS_ON_LOOP:
+            return decode(token_ids, skip_special_tokens=skip_special_tokens)
+        return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
+
+    def answer(
+        self,
+        call: Call,
+        request: Sampling,
+        prompt_ids: list[int],
+        field: str,
+        *,
+        default_max_tokens: int | None = None,
+        continues: bool = False,
+    ) -> Answer:
+        """The answer to a prompt, which came in `field` of the request.
+
+        Without a limit in the request, the answer has up to `default_max_tokens` tokens, or as many
+        as the context holds. `continues`: the answer continues the prompt's text, so a space at its
+        beginning is text. The engine checks the token ids and the context's length when it starts.
+        """
+        detokenizer = self.tokenizer.detokenizer(
+            prompt_ids if continues else (), skip_special_tokens=request.skip_special_tokens
+        )
+        return Answer(
+            self.engine,
+            prompt_ids,
+            self._params(request, len(prompt_ids), field, default_max_tokens),
+            TextStream(detokenizer, request.stop, min_tokens=request.min_tokens),
+            self.metrics,
+            call.arrived,
+            call.arrived + self.settings.request_timeout_s,
+        )
+
+    def _params(
+        self, request: Sampling, num_prompt_tokens: int, field: str, default: int | None
+    ) -> SamplingParams:
+        max_tokens, max_tokens_field = request.limit
+        max_allowed = self.settings.max_tokens_limit
+        if max_tokens is None:
+            room = max(1, self.max_model_len - num_prompt_tokens)
+            max_tokens = min(room, default or room, max_allowed or room)
+        elif max_allowed is not None and max_tokens > max_allowed:
+            raise InvalidRequest(
+                f"`{max_tokens_field}` may be {max_allowed} at most.", param=max_tokens_field
+            )
+        return SamplingParams(
+            max_tokens=max_tokens,
+            min_tokens=min(request.min_tokens, max_tokens),
+            temperature=request.temperature,
+            top_p=request.top_p,
+            top_k=max(request.top_k, 0),
+            min_p=request.min_p,
+            seed=request.seed,
+            presence_penalty=request.presence_penalty,
+            frequency_penalty=request.frequency_penalty,
+            repetition_penalty=request.repetition_penalty,
+            logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
+            stop_token_ids=frozenset(request.stop_token_ids),
+            ignore_eos=request.ignore_eos,
+            logprobs=request.num_logprobs,
+            prompt_field=field,
+            max_tokens_field=max_tokens_field,
+        )
+
+    def _check_num_chars(self, num_chars: int, field: str) -> None:
+        if num_chars > self.settings.max_prompt_chars:
+            raise InvalidRequest(
+                f"`{field}` has {num_chars} characters; {self.settings.max_prompt_chars} are "
+                "allowed.",
+                param=field,
+            )

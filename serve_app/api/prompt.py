@@ -1,0 +1,87 @@
+"""The handler of `/prompt`, for one prompt or a list of them."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from serve_app.api.answer import Answer
+from serve_app.errors import error_body
+from serve_app.protocol import prompt, values
+from serve_app.protocol.call import (
+    BatchReply,
+    BodyItem,
+    Call,
+    JsonObject,
+    JsonReply,
+    ProgressItem,
+    Reply,
+    StreamReply,
+)
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+
+async def create(server: "MixtralServer", call: Call) -> Reply:
+    batch = await values.read(prompt.batch, call.body)
+    if batch is not None:
+        return BatchReply(_batch(server, call, batch))
+    request = await values.read(prompt.PromptRequest.read, call.body)
+    metadata = server.metadata(request.model, call)
+    answer = await _answer(server, call, request)
+    num_prompt_tokens = len(answer.prompt_ids)
+    if not request.stream:
+        return JsonReply(prompt.body(metadata, num_prompt_tokens, await answer.whole()))
+    chunks = answer.stream(partial(prompt.chunks, metadata, num_prompt_tokens))
+    return StreamReply(await anext(chunks), chunks)
+
+
+async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptRequest) -> Answer:
+    field = request.text_field
+    prompt_ids = await server.generator.chat_ids(request.conversation, field)
+    return server.generator.answer(
+        call, request, prompt_ids, field, default_max_tokens=prompt.DEFAULT_MAX_TOKENS
+    )
+
+
+async def _batch(
+    server: "MixtralServer", call: Call, batch: prompt.Batch
+) -> AsyncGenerator[ProgressItem | BodyItem, None]:
+    """Answers the items side by side. Progress comes as items end; the results are in order."""
+    # Not more items at once than can run, or a long list would be refused by its own queue.
+    places = asyncio.Semaphore(server.max_num_seqs)
+    total = len(batch.items)
+    tasks = [
+        asyncio.create_task(_result(server, call, batch, item, places)) for item in batch.items
+    ]
+    try:
+        for num_done, each in enumerate(asyncio.as_completed(tasks), start=1):
+            await each
+            yield {"progress": prompt.progress(num_done, total)}
+        results = [task.result() for task in tasks]
+        yield {"status": 200, "body": {"results": results, "total_processed": total}}
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _result(
+    server: "MixtralServer",
+    call: Call,
+    batch: prompt.Batch,
+    item: Any,
+    places: asyncio.Semaphore,
+) -> JsonObject:
+    """The result of one item. The result of an item that fails is its error body."""
+    async with places:
+        await asyncio.sleep(0)  # other requests run between two items
+        try:
+            request = await values.read(batch.read, item)
+            metadata = server.metadata(request.model, call)
+            answer = await _answer(server, call, request)
+            body = prompt.body(metadata, len(answer.prompt_ids), await answer.whole())
+            return {name: body[name] for name in ("text", "finish_reason", "usage")}
+        except Exception as error:
+            return {**error_body(server.failure(error, call.request_id), call.request_id)}

@@ -1,0 +1,44 @@
+"""The handlers of the routes that say how the server is and what it serves."""
+
+from typing import TYPE_CHECKING
+
+from serve_app.api import metrics
+from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+MODELS = "/v1/models"
+
+
+async def health(server: "MixtralServer", call: Call) -> Reply:
+    return JsonReply(server.health(), status=503 if server.is_draining else 200)
+
+
+async def ping(server: "MixtralServer", call: Call) -> Reply:
+    return JsonReply({"status": server.status}, status=503 if server.is_draining else 200)
+
+
+async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
+    # 200 while draining too: a scrape that fails would hide how the last requests end.
+    return TextReply(server.metrics.text(server.status), metrics.CONTENT_TYPE)
+
+
+async def models(server: "MixtralServer", call: Call) -> Reply:
+    return JsonReply({"object": "list", "data": [_card(server, name) for name in server.names]})
+
+
+async def model(server: "MixtralServer", call: Call) -> Reply:
+    name = call.path.removeprefix(f"{MODELS}/")
+    server.check_model(name)
+    return JsonReply(_card(server, name))
+
+
+def _card(server: "MixtralServer", name: str) -> JsonObject:
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": "mixtral-serve",
+        "max_model_len": server.generator.max_model_len,
+    }

@@ -1,0 +1,35 @@
+"""The handlers of `/tokenize` and `/detokenize`."""
+
+from typing import TYPE_CHECKING
+
+from serve_app.protocol import tokens, values
+from serve_app.protocol.call import Call, JsonReply, Reply
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+
+async def tokenize(server: "MixtralServer", call: Call) -> Reply:
+    request = await values.read(tokens.TokenizeRequest.read, call.body)
+    server.check_model(request.model)
+    generator = server.generator
+    if request.messages is not None:
+        ids = await generator.chat_ids(
+            request.messages, add_generation_prompt=request.add_generation_prompt
+        )
+    else:
+        ids = await generator.text_ids(
+            request.prompt or "", add_special_tokens=request.add_special_tokens is not False
+        )
+    strings = None
+    if request.return_token_strs:
+        strings = [server.tokenizer.token_string(token_id) for token_id in ids]
+    return JsonReply(tokens.tokenized(ids, generator.max_model_len, strings))
+
+
+async def detokenize(server: "MixtralServer", call: Call) -> Reply:
+    request = await values.read(tokens.DetokenizeRequest.read, call.body)
+    server.check_model(request.model)
+    # As in vLLM, the text includes the special tokens.
+    text = await server.generator.text(request.tokens, "tokens", skip_special_tokens=False)
+    return JsonReply({"prompt": text})

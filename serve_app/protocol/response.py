@@ -1,0 +1,41 @@
+"""What the responses of several routes have in common: metadata, usage, log probabilities."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseMetadata:
+    """The fields at the top of every response to one request."""
+
+    id: str
+    model: str
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Unix time in seconds."""
+
+
+class TokenNames(Protocol):
+    """The part of the tokenizer that `logprobs` needs."""
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+MIN_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON does not have (vLLM's number)."""
+
+
+def finite(logprob: float) -> float:
+    """`logprob` as a JSON number. Raises `ValueError` for NaN."""
+    if logprob != logprob:
+        raise ValueError("a log probability is NaN")
+    return max(logprob, MIN_LOGPROB)
+
+
+def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
+    """OpenAI's `usage` object."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }

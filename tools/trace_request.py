@@ -1,0 +1,234 @@
+"""Counts the functions of this package that one request runs, between the client and the engine.
+
+    python -m tools.trace_request            # this checkout
+    python tools/trace_request.py --list     # another checkout on PYTHONPATH; names each function
+
+Four paths, with the tiny model in this process: a chat request from its HTTP bytes to the engine's
+queue, and from the engine's delta to the HTTP bytes, streamed or not; and a RunPod job with a
+prompt, from the worker's handler to the bytes of its result. Ray is replaced by a stand-in for the
+deployment handle that calls the server directly. The engine's own thread is not counted.
+
+Two numbers each. `functions`: different functions that run, so that merging two functions into
+one is the only way to lower it without shortening the path. `frames`: calls, and resumptions of
+suspended coroutines and generators. A comprehension counts as a part of its function.
+"""
+
+import argparse
+import asyncio
+import importlib
+import inspect
+import json
+import re
+import sys
+import tempfile
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import serve_app
+
+PACKAGE = Path(serve_app.__file__).parent
+CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0}
+STREAM = {**CHAT, "stream": True, "max_tokens": 100, "ignore_eos": True}
+COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
+
+
+class Tracer:
+    """Records every frame of the package that begins or goes on in the calling thread."""
+
+    def __init__(self) -> None:
+        self.frames: list[CodeType] = []
+
+    def __enter__(self) -> "Tracer":
+        sys.setprofile(self._event)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.setprofile(None)
+
+    def _event(self, frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        is_ours = event == "call" and code.co_filename.startswith(str(PACKAGE))
+        if is_ours and code.co_name not in COMPREHENSIONS:
+            self.frames.append(code)
+
+
+def summary(frames: list[CodeType]) -> dict[str, Any]:
+    """The counts of some frames, and the names of the functions in the order of their first."""
+    functions = list(dict.fromkeys(frames))
+    kinds = [code.co_flags & inspect.CO_ASYNC_GENERATOR for code in functions]
+    return {
+        "functions": len(functions),
+        "frames": len(frames),
+        "files": len({code.co_filename for code in functions}),
+        "async_generators": sum(map(bool, kinds)),
+        "names": [
+            f"{Path(code.co_filename).relative_to(PACKAGE)}:{code.co_qualname}"
+            for code in functions
+        ],
+    }
+
+
+def find(*names: str) -> Any:
+    """The package's class or function of the first of `names` that it has, in whichever module."""
+    for name in names:
+        pattern = re.compile(rf"^(class|def|async def) {name}\b", re.MULTILINE)
+        for path in sorted(PACKAGE.rglob("*.py")):
+            if pattern.search(path.read_text(encoding="utf-8")):
+                parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+                return getattr(importlib.import_module(".".join(parts)), name)
+    raise LookupError(names)
+
+
+async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
+    """Frames before each message that the app sends, after a first request has warmed it up.
+
+    The frames up to the engine's queue, which is the app's first suspension, are the first list.
+    """
+    content = json.dumps(body).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0", "spec_version": "2.4"},
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    marks: list[int] = []
+    tracer = Tracer()
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(_: Any) -> None:
+        marks.append(len(tracer.frames))
+
+    async def ask() -> None:
+        await app(scope, receive, send)
+
+    with tracer:
+        marks.append(await steps(ask(), tracer))
+    marks.sort()
+    return [tracer.frames[a:b] for a, b in zip([0, *marks[:-1]], marks, strict=True)]
+
+
+async def steps(work: Any, tracer: Tracer) -> int:
+    """Runs `work` to its end; how many frames there were when it first waited for something."""
+    task = asyncio.ensure_future(work)
+    await asyncio.sleep(0)
+    num_frames = len(tracer.frames)
+    await task
+    return num_frames
+
+
+class Handle:
+    """Stands for a deployment handle: its calls reach the server in this process."""
+
+    def __init__(self, server: Any) -> None:
+        self.call = self
+        self._server = server
+
+    def options(self, **_: Any) -> "Handle":
+        return self
+
+    def remote(self, *arguments: Any) -> "Items":
+        return Items(self._server.call(*arguments))
+
+
+class Items:
+    """Stands for the response of a handle."""
+
+    def __init__(self, items: AsyncGenerator[Any, None]) -> None:
+        self._items = items
+
+    def __aiter__(self) -> AsyncGenerator[Any, None]:
+        return self._items
+
+    def cancel(self) -> None: ...
+
+
+class Posts:
+    """Stands for the posts of one job."""
+
+    async def chunk(self, value: bytes) -> None: ...
+
+    async def progress(self, update: dict[str, Any]) -> None: ...
+
+    async def result(self, result: Any) -> None:
+        result.body()
+
+
+def handler(server: Any) -> tuple[Any, Callable[[dict[str, Any]], Awaitable[None]]]:
+    """The worker's handler with a model that is ready, and what answers one job with it."""
+    client = find("DeploymentClient", "Line")(Handle(server), 60.0)
+
+    async def start() -> Any:
+        return client
+
+    supervisor = find("StartupSupervisor", "Boot")(start)
+    kwargs: dict[str, Any] = {
+        "load_log": str(Path(tempfile.mkdtemp(), "load.jsonl")),
+        "progress_interval_s": 1.0,
+        "max_body_bytes": 10**6,
+        "model_name": "tiny",
+    }
+    kind = find("Handler")
+    if hasattr(kind, "answer"):
+        made = kind(supervisor, **kwargs)
+        return supervisor, lambda job: made.answer(job, Posts())
+    old = kind(supervisor, tell=None, **kwargs)
+    results = find("Results")("error", "")
+
+    async def answer(job: dict[str, Any]) -> None:
+        values = [value async for value in old.handle(job)]
+        await results.body(job["id"], {"output": values})
+
+    return supervisor, answer
+
+
+async def measure(server: Any) -> dict[str, Any]:
+    """The counts of all paths, by the name of the path."""
+    app = find("create_app")(lambda: server)
+    one = {**CHAT, "max_tokens": 1}
+    await over_http(app, one)
+    whole_in, *whole_back = await over_http(app, one)
+    stream_in, *stream_back = await over_http(app, STREAM)
+    supervisor, answer = handler(server)
+    await supervisor.ready()
+    job = {"id": "job-1", "input": {"prompt": "What is 2 + 3?", "max_tokens": 1}}
+    await answer(job)
+    with Tracer() as tracer:
+        await answer(job)
+    # Without the beginning (status, role, first text) and the end (reason, [DONE], empty body).
+    # The shortest, because a busy engine merges tokens into larger deltas.
+    delta = min(stream_back[3:-3], key=len)
+    return {
+        "chat, in": summary(whole_in),
+        "chat, back": summary([code for frames in whole_back for code in frames]),
+        "streamed chat, in": summary(stream_in),
+        "streamed chat, back, one delta": summary(delta),
+        "job": summary(tracer.frames),
+    }
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser(prog="python -m tools.trace_request", description=__doc__)
+    parser.add_argument("--list", action="store_true", help="name the functions too")
+    options = parser.parse_args()
+    server = find("MixtralServer")(find("Settings").from_yaml("configs/tiny.yaml"))
+    try:
+        found = asyncio.run(measure(server))
+    finally:
+        server.close()
+    for path, counts in found.items():
+        names = counts.pop("names")
+        print(f"{path}: {counts}")
+        if options.list:
+            print("".join(f"    {name}\n" for name in names), end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

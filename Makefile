@@ -6,8 +6,10 @@ PYTHON := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 CONFIG ?= tiny
+# Processes that run tests side by side; 0 runs them one after another in one process.
+WORKERS ?= 0
 
-.PHONY: install install-dev lock run check test faults format clean
+.PHONY: install install-dev lock run check test coverage faults format clean
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev
@@ -51,7 +53,11 @@ check: install-dev
 	$(VENV)/bin/lint-imports
 
 test: install-dev
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+
+# The same tests, counting lines: of the processes that they start none, and of kernels none.
+coverage: install-dev
+	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing:skip-covered
 
 faults: install-dev
 	$(PYTHON) -m pytest -m faults
@@ -61,4 +67,4 @@ format: install-dev
 	$(VENV)/bin/ruff format .
 
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .coverage .hypothesis .import_linter_cache *.egg-info

@@ -1,4 +1,4 @@
-"""Facts about the pinned libraries that our design rests on. Raise a pin, run this file."""
+"""Facts about the pinned libraries that the code relies on. Run this file after raising a pin."""
 
 import contextlib
 import inspect
@@ -37,7 +37,7 @@ def quantised_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_transformers_does_not_quantise_the_experts(quantised_by_transformers: Any) -> None:
-    """The reason this project has its own 4-bit experts: upstream leaves them as they are."""
+    """transformers leaves the experts unquantized, so this project has 4-bit experts of its own."""
     layer = quantised_by_transformers.model.layers[0]
     assert layer.self_attn.q_proj.weight.dtype is torch.uint8
     assert layer.mlp.experts.gate_up_proj.is_floating_point()
@@ -45,7 +45,7 @@ def test_transformers_does_not_quantise_the_experts(quantised_by_transformers: A
 
 
 def test_serve_hands_the_builder_validated_settings() -> None:
-    """An annotated builder gets a `Settings`, so that bad `args:` fail before the replica."""
+    """Serve validates `args:` as `Settings`, so that a bad key fails before a replica starts."""
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
 
     from serve_app.app import build_app
@@ -59,7 +59,7 @@ def test_serve_hands_the_builder_validated_settings() -> None:
 
 
 def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is left of a dead Ray's client would start another one, with ports and a dashboard."""
+    """With the hook off, a call after Ray has died does not start a new cluster."""
     import ray
     from ray._private import auto_init_hook
 
@@ -69,8 +69,8 @@ def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch)
     assert not ray.is_initialized()
 
 
-def test_what_is_shortened_of_rays_start_is_there() -> None:
-    """`node/head.py` stands for two of these, waits behind the third, and sets Serve's pace."""
+def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
+    """The parts of Ray and Serve that `node/head.py` replaces exist under these names."""
     from ray._private.node import Node
     from ray.serve._private.client import ServeControllerClient
 
@@ -85,8 +85,8 @@ def test_what_is_shortened_of_rays_start_is_there() -> None:
     assert "CLIENT_POLLING_INTERVAL_S" in waits
 
 
-def test_the_text_of_metrics_is_of_the_type_that_we_say() -> None:
-    """What `generate_latest` writes for whoever asks for nothing newer."""
+def test_the_content_type_of_metrics() -> None:
+    """`CONTENT_TYPE` is what `generate_latest` writes for a client without preferences."""
     from prometheus_client import exposition
 
     from serve_app.api.metrics import CONTENT_TYPE

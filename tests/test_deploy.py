@@ -1,4 +1,4 @@
-"""The files that deploy us agree with the libraries and with the code."""
+"""Dockerfile, cluster manifest, workflow and YAMLs agree with the libraries and with the code."""
 
 import tomllib
 from pathlib import Path
@@ -32,7 +32,7 @@ def test_rayservice_is_what_serve_takes() -> None:
 
 
 def test_secrets_reach_head_and_worker() -> None:
-    """Serve builds the settings on the head; without keys there, nobody is asked for one."""
+    """Head and worker both have the secrets: Serve builds the settings on the head."""
     cluster = rayservice()["spec"]["rayClusterConfig"]
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = group["template"]["spec"]["containers"]
@@ -67,7 +67,7 @@ def test_the_image_copies_what_exists() -> None:
 
 
 def test_the_image_quiets_the_sdk() -> None:
-    """Without these, the SDK prints user text and opens the GPU in the parent process."""
+    """The image sets the variables that keep the SDK from logging user text and opening the GPU."""
     text = Path("Dockerfile").read_text()
     for line in (
         "RUNPOD_SERVERLESS=true",

@@ -1,4 +1,4 @@
-"""Importing us costs nothing: heavy libraries come when they are used, and only in their rooms."""
+"""Importing the package loads no heavy library, and light ones only where they are used."""
 
 import json
 import subprocess
@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 HEAVY = ("torch", "transformers", "bitsandbytes", "accelerate", "ray")
-ROOMS_WITH_TORCH = ("serve_app.engine.", "serve_app.model.")
+PACKAGES_WITH_TORCH = ("serve_app.engine.", "serve_app.model.")
 
-# Imports the modules one after another; prints which of them brought in which library first.
+# Imports the modules one after another; prints for each library the first module that loads it.
 SCRIPT = """
 import importlib, json, sys
 found = {}
@@ -22,14 +22,14 @@ print(json.dumps(found))
 
 
 def modules() -> list[str]:
-    """Every module of ours outside engine/ and model/, and those two packages themselves."""
+    """Every module outside engine/ and model/, and the `__init__` of those two packages."""
     paths = [*Path("serve_app").rglob("*.py"), Path("runpod_entry.py")]
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
-    return sorted(name for name in names if not name.startswith(ROOMS_WITH_TORCH))
+    return sorted(name for name in names if not name.startswith(PACKAGES_WITH_TORCH))
 
 
-def brought_in(names: list[str], libraries: tuple[str, ...]) -> dict[str, str]:
-    """The libraries that importing `names` in a new process loads, with the module to blame."""
+def loaded(names: list[str], libraries: tuple[str, ...]) -> dict[str, str]:
+    """The libraries that importing `names` in a new process loads, each with its first module."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(libraries), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout)
@@ -37,13 +37,13 @@ def brought_in(names: list[str], libraries: tuple[str, ...]) -> dict[str, str]:
 
 
 def test_no_module_loads_a_heavy_library() -> None:
-    """None outside engine/ and model/ loads torch, ray or anything as large."""
+    """No module outside engine/ and model/ loads torch, transformers or ray when it is imported."""
     assert len(modules()) > 20
-    assert brought_in(modules(), HEAVY) == {}
+    assert loaded(modules(), HEAVY) == {}
 
 
-def test_libraries_stay_in_their_rooms() -> None:
-    """Starlette comes with the ingress only, runpod with the worker and the entry only."""
-    doors = ("serve_app.api.ingress", "serve_app.worker", "runpod_entry")
-    others = [name for name in modules() if not name.startswith(doors)]
-    assert brought_in(others, ("starlette", "runpod")) == {}
+def test_a_library_is_loaded_where_it_is_used() -> None:
+    """Only the ingress loads starlette; only the worker and the entry load runpod."""
+    users = ("serve_app.api.ingress", "serve_app.worker", "runpod_entry")
+    others = [name for name in modules() if not name.startswith(users)]
+    assert loaded(others, ("starlette", "runpod")) == {}

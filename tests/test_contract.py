@@ -1,6 +1,7 @@
 """Facts about the pinned libraries that the code relies on. Run this file after raising a pin."""
 
 import contextlib
+import importlib
 import inspect
 import warnings
 from pathlib import Path
@@ -69,8 +70,12 @@ def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch)
     assert not ray.is_initialized()
 
 
+AGENTS = ("--dashboard_agent_command=", "--runtime_env_agent_port=")
+
+
 def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
-    """The parts of Ray and Serve that `node/head.py` replaces exist under these names."""
+    """`node/head.py` replaces or wraps these functions, and changes these flags of the raylet."""
+    from ray._private import services
     from ray._private.node import Node
     from ray.serve._private.client import ServeControllerClient
 
@@ -81,8 +86,29 @@ def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
     assert "_webui_url" in Node.start_api_server.__code__.co_names
     assert list(inspect.signature(Node.start_monitor).parameters) == ["self"]
     assert list(inspect.signature(Node.start_ray_processes).parameters) == ["self"]
+    start_raylet = inspect.getsource(services.start_raylet)
+    for flag in ("--num_prestart_python_workers=", "--maximum_startup_concurrency=", *AGENTS):
+        assert flag in start_raylet
+    assert "start_ray_process" in services.start_raylet.__code__.co_names
+    parameters_used = Node.start_raylet.__code__.co_names
+    assert {"worker_path", "runtime_env_agent_port"} <= set(parameters_used)
     waits = ServeControllerClient._wait_for_application_running.__code__.co_names
     assert "CLIENT_POLLING_INTERVAL_S" in waits
+
+
+def test_ports_of_agents_are_files(tmp_path: Path) -> None:
+    """The raylet waits for a file per port; -1 in it is a service that is not in use."""
+    from ray.dashboard import agent
+
+    from serve_app.node.head import NOT_IN_USE, RUNTIME_ENV_AGENT_PORT, UNUSED_PORTS
+
+    _raylet: Any = importlib.import_module("ray._raylet")
+    node = "ab" * 28
+    _raylet.persist_port(str(tmp_path), node, UNUSED_PORTS[0], NOT_IN_USE)
+    assert (tmp_path / f"{UNUSED_PORTS[0]}_{node}").read_text() == str(NOT_IN_USE)
+    names = agent.METRICS_AGENT_PORT_NAME, agent.METRICS_EXPORT_PORT_NAME
+    assert (*names, agent.DASHBOARD_AGENT_LISTEN_PORT_NAME) == UNUSED_PORTS
+    assert _raylet.RUNTIME_ENV_AGENT_PORT_NAME == RUNTIME_ENV_AGENT_PORT
 
 
 def test_the_content_type_of_metrics() -> None:

@@ -1,12 +1,17 @@
-"""`mixtral-serve run`: checks a configuration, then serves it over HTTP from this process."""
+"""`mixtral-serve run`: serves a configuration over HTTP from this process.
+
+Ray starts while the configuration is checked; a check that fails ends it again.
+"""
 
 import logging
 import sys
+from pathlib import Path
 
-from serve_app.cold_start.check import check
+from serve_app.cold_start import check as cold_start_check
+from serve_app.cold_start.check import Checked
 from serve_app.config import named
 from serve_app.config.serve_config import http_options
-from serve_app.node import fitness, http
+from serve_app.node import fitness, http, ray_node
 
 
 def run(config: str) -> int:
@@ -18,8 +23,23 @@ def run(config: str) -> int:
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
     path = named.find(config)
-    checked = check(path)
     endpoint = http.HttpEndpoint(http_options(path), port_name=f"{path}: `http_options.port`")
-    if (problem := fitness.first_problem(fitness.checks(checked.settings, None))) is not None:
-        raise problem
-    return http.run(checked, path, endpoint)
+    fitness.require_room_for_ray()
+    try:
+        return http.run(_checked_while_ray_starts(path), path, endpoint)
+    finally:
+        ray_node.stop()
+
+
+def _checked_while_ray_starts(path: Path) -> Checked:
+    checked: list[Checked] = []
+
+    def check() -> None:
+        checked.append(cold_start_check.check(path))
+        problem = fitness.first_problem(fitness.checks(checked[0].settings, None))
+        if problem is not None:
+            raise problem
+
+    with ray_node.signals_kept():
+        ray_node.start(meanwhile=check)
+    return checked[0]

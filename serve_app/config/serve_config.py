@@ -19,8 +19,19 @@ def application(path: str | Path) -> dict[str, Any]:
 
 
 def http_options(path: str | Path) -> dict[str, Any]:
-    """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`."""
-    return {"host": "0.0.0.0", "port": 8000} | (_document(path).get("http_options") or {})
+    """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`.
+
+    Raises `ConfigError` unless `host` is a text and `port` a number.
+    """
+    match _document(path):
+        case {"http_options": dict(given)}:
+            options = {"host": "0.0.0.0", "port": 8000} | given
+        case _:
+            options = {"host": "0.0.0.0", "port": 8000}
+    for key, kind in (("host", str), ("port", int)):
+        if not isinstance(options[key], kind):
+            raise ConfigError(f"{path}: `http_options.{key}`: got {options[key]!r}.")
+    return options
 
 
 def _document(path: str | Path) -> Any:

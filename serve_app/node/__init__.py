@@ -1,13 +1,14 @@
-"""The machine that the model is started on, for whichever door. Knows no jobs and no SDK.
+"""Ray on this machine, and the deployment on it: started, watched, and ended.
 
-Read `cluster.py` first: it starts the deployment, reaches it, watches it and takes it down, with
+Read `cluster.py` first: it starts the deployment, watches it and takes it down, with
 
-    ray_node, reaper           Ray on this machine, ended to the last process whatever happens
-    head                       what Ray leaves out at its start, and does not wait for
-    phases                     what the loading replica writes, told in the log and to clients
-    forward                    a call through the deployment handle, and Ray's errors as ours
-    fitness, banner            can this machine serve at all; what is said of it at the start
+    ray_node, reaper        start Ray on this machine and end all its processes, whatever happens
+    head, ray_worker        make that start shorter
+    client                  sends calls through the deployment handle
+    phases                  follows the phases of a load that the replica writes
+    fitness, banner         the checks of the machine before a start; what the log says about it
 
-`http.py` is the whole of RUNPOD_SERVERLESS=false, with `health_listener.py` beside it. RunPod's
-jobs are `serve_app.worker`, and what surrounds a load is `serve_app.cold_start`.
+`http.py` serves the deployment over HTTP: `mixtral-serve run`, and `runpod_entry.py` with
+RUNPOD_SERVERLESS=false. `health_listener.py` answers on PORT_HEALTH meanwhile. `serve_app.worker`
+takes RunPod jobs with the same deployment.
 """

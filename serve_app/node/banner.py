@@ -1,6 +1,6 @@
-"""What a worker says when it starts: what it serves, on what, and where its limits are.
+"""The first lines of a server's log: the model, the machine and the limits.
 
-A handful of lines, because the platform drops lines from chatty logs. No secrets.
+Few lines, because RunPod drops lines of a log that grows fast. They hold no secrets.
 """
 
 import os
@@ -18,9 +18,9 @@ RULE = "=" * 72
 def banner(
     settings: Settings, config: str | Path, slots: int | None, checked: list[str]
 ) -> list[str]:
-    """The lines of the banner; `checked` is what `serve_app.check` found out.
+    """The lines of the banner; `checked` are those of the check.
 
-    `slots` is how many jobs are taken at once; None where HTTP is served.
+    `slots` is the number of jobs taken at once; None for a server that takes HTTP requests.
     """
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
@@ -49,7 +49,7 @@ def banner(
 
 
 def volume(path: str) -> str:
-    """Whether the network volume is there and can be written."""
+    """Whether the network volume is mounted and writable."""
     if not Path(path).is_dir():
         return f"{path} is not mounted"
     free_gb = shutil.disk_usage(path).free / 1e9
@@ -58,7 +58,7 @@ def volume(path: str) -> str:
 
 
 def gpu() -> str:
-    """Name, memory and driver of each GPU, or why none is seen."""
+    """Name, memory and driver of each GPU, or the reason why none is found."""
     try:
         found = query_gpus()
     except NoGpus as reason:

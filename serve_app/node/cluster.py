@@ -1,7 +1,7 @@
-"""The deployment on this machine's Ray, for one process: start, reach, watch, stop.
+"""Starts the deployment on this machine's Ray, watches it, and takes it down.
 
-Takes the same file as `serve run`, but no HTTP proxy unless asked: calls reach the deployment
-through a handle. Knows Ray; not what a call is for.
+`Cluster` has no HTTP proxy: calls reach the deployment through a handle. `serve_http` starts the
+same deployment behind Serve's proxy. Both take the file that `serve run` takes.
 """
 
 import asyncio
@@ -29,13 +29,13 @@ APP_NAME = "mixtral"
 LIVENESS_POLL_S = 0.5
 """Seconds between two checks of whether all processes live."""
 HANG_S = 5.0
-"""Seconds after which a step of Ray's that has outlived Ray is left alone."""
+"""Seconds to wait for a call of Ray's API that still runs when Ray is dead."""
 STOP_S = 30.0
-"""Seconds that what is left of a dead Ray has to end."""
+"""Seconds that the remaining processes of a dead Ray have to end."""
 
 
 class Cluster:
-    """One model that is called through a handle: started, watched, and taken down when it dies."""
+    """One deployment that is called through a handle, and that can be started again."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Cluster:
         plan: StartPlan | None,
         process_s: float | None,
     ) -> None:
-        """`process_s` is what this process took to come up; None is its age at `start`.
+        """`process_s` is how many seconds this process took to start; None is its age at `start`.
 
         Without a `plan` the replica makes one.
         """
@@ -58,12 +58,12 @@ class Cluster:
     async def start(self) -> Forward:
         """Starts Ray, Serve and the deployment; returns when the model is loaded.
 
-        Raises `ModelLoadFailed`, or `EngineDead` where Ray dies meanwhile. Blocking steps run in a
+        Raises `ModelLoadFailed`, or `EngineDead` if Ray dies meanwhile. Blocking calls run in a
         thread, so that the event loop stays free.
         """
         load_log = _begin(self._settings, self._process_s)
-        # Ray takes over the process's signals, whichever thread starts it. They are given back
-        # after each step: a SIGTERM must reach the SDK, which lets running jobs finish.
+        # Ray replaces the process's signal handlers. They are restored after each call, so that
+        # SIGTERM reaches the SDK, which lets running jobs finish.
         with load_log.phase(Phase.RAY):
             for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
@@ -78,14 +78,14 @@ class Cluster:
                 raise ModelLoadFailed(str(error)) from None
         title = f"ServeReplica:{APP_NAME}"
         replicas = [it for it in ray_node.below() if title in processes.command(it)]
-        # Of several, the others go on while Serve replaces one.
+        # If there are several replicas, the others answer while Serve replaces one.
         if len(replicas) == 1 and not _may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
         self._client = DeploymentClient(handle, self._settings.api.request_timeout_s)
         return self._client
 
     async def watch(self) -> str:
-        """Returns when a process has died that the model cannot do without: its name."""
+        """Returns the name of the first process to die that the deployment needs."""
         while True:
             for name, process in self._vital.items():
                 if not processes.is_alive(process):
@@ -93,14 +93,14 @@ class Cluster:
             await asyncio.sleep(LIVENESS_POLL_S)
 
     async def stop(self) -> None:
-        """Ends the calls that still run, and kills what is left of Ray."""
+        """Ends running calls, and kills the remaining processes of Ray."""
         if self._client is not None:
             self._client.close()
         async with asyncio.timeout(STOP_S):
             await ray_node.in_thread(ray_node.kill)
 
     async def _unless_dead(self, step: asyncio.Future[Any]) -> Any:
-        """The result of `step`; `EngineDead` when Ray dies before it is there."""
+        """The result of `step`; raises `EngineDead` if Ray dies before there is one."""
         watching = asyncio.create_task(self.watch())
         try:
             await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -109,7 +109,7 @@ class Cluster:
             await asyncio.to_thread(processes.kill, ray_node.below)
             await asyncio.wait({step}, timeout=HANG_S)
             if step.done():
-                step.exception()  # about the same death, in Ray's words
+                step.exception()  # Ray's own report of the same death
             else:
                 ray_node.leave_thread()
             raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
@@ -145,7 +145,7 @@ def _begin(settings: Settings, process_s: float | None) -> LoadLog:
 
 
 def with_load_log(settings: Settings) -> Settings:
-    """`settings` with a file that the replica tells its load to, on this machine's own disk."""
+    """`settings` with a load log, a file on this machine's own disk."""
     if settings.load_log is not None:
         return settings
     folder = Path(tempfile.mkdtemp(prefix="mixtral-load-"))
@@ -155,7 +155,7 @@ def with_load_log(settings: Settings) -> Settings:
 def deploy(
     settings: Settings, config: str | Path, route_prefix: str | None, plan: StartPlan | None
 ) -> Any:
-    """Deploys `config`'s application and waits for its model; its handle. Blocks.
+    """Deploys the application of `config`, waits until its model is loaded, returns its handle.
 
     Raises `ModelLoadFailed` with the cause that the replica wrote into the load log.
     """
@@ -167,7 +167,7 @@ def deploy(
     bound = _overridden(app.application(settings, plan=plan), application(config))
     require_resources(bound._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
-    LoadLog(settings.load_log).start(Phase.REPLICA)  # which ends it, when its process has come up
+    LoadLog(settings.load_log).start(Phase.REPLICA)  # the replica ends this phase
     try:
         with phases.logged(settings.load_log):
             return serve.run(
@@ -183,12 +183,12 @@ def deploy(
 
 
 def _overridden(app: Any, given: dict[str, Any]) -> Any:
-    """`app` with the `deployments:` overrides of the YAML; says which other keys it ignores."""
+    """`app` with the `deployments:` overrides of the YAML; logs which other keys are ignored."""
     from ray.serve import Application
 
     ignored = sorted(given.keys() - {"name", "route_prefix", "import_path", "args", "deployments"})
     if ignored:
-        log.warning("Ignored by this door: %s of the application.", ", ".join(ignored))
+        log.warning("Ignored: %s of the application; `serve run` uses them.", ", ".join(ignored))
     deployment = app._bound_deployment
     options: dict[str, Any] = {}
     for override in given.get("deployments") or []:
@@ -202,7 +202,7 @@ def _overridden(app: Any, given: dict[str, Any]) -> Any:
 
 
 def require_resources(deployment: Any, available: dict[str, float]) -> None:
-    """Raises `ModelLoadFailed` for replicas that do not fit: Serve would wait for ever."""
+    """Raises `ModelLoadFailed` if the replicas do not fit, for which Serve would wait for ever."""
     options = deployment.ray_actor_options
     for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         # "auto" and autoscaling start with one.

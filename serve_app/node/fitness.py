@@ -68,6 +68,12 @@ def first_problem(wanted: list[Check]) -> MachineUnfit | None:
     return None
 
 
+def require_room_for_ray() -> None:
+    """Raises `MachineUnfit` if Ray cannot start: the checks that need no configuration."""
+    require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
+    require_disk(SCRATCH, SCRATCH_BYTES)
+
+
 def require_driver(device: Device) -> None:
     """Raises `MachineUnfit` where a GPU is needed and its driver is too old, or gives no answer."""
     if device == "cpu":

@@ -1,11 +1,10 @@
-"""PORT_HEALTH: a listener of its own, which says how far the server is before anything has loaded.
+"""Answers `/ping` and `/health` on PORT_HEALTH from the first moment, in a thread of its own.
 
-RunPod's load balancer asks `/ping`: 204 is starting, 200 takes requests, anything else takes none.
-A deployment answers nothing while its constructor loads, so this runs in a thread beside it.
-`/health` says the same in words, 200 when ready and 503 otherwise.
+RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any other status that the
+server takes no requests. A deployment answers nothing while its constructor loads the model.
+`/health` gives the state as JSON, with status 200 when ready and 503 otherwise.
 
-One small request per connection, within a few seconds; whatever else comes costs only itself.
-Knows how a status is asked for, not where it comes from.
+A connection carries one small request within `REQUEST_S`; others are closed.
 """
 
 import asyncio
@@ -19,13 +18,13 @@ from typing import Any
 from serve_app.config.settings import ConfigError
 
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
-"""What `/ping` answers by status; any other one is SERVICE_UNAVAILABLE."""
+"""The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
 REQUEST_S = 5.0
-"""Seconds that a client has to ask and to take its answer."""
+"""Seconds that a client has to send its request and read the answer."""
 MAX_HEAD_BYTES = 16_384
 
 Health = Callable[[], dict[str, Any]]
-"""What `/health` tells; its "status" decides what `/ping` answers."""
+"""Returns the body of `/health`, whose "status" decides the answer of `/ping`."""
 
 
 def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
@@ -40,14 +39,14 @@ def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
 
 
 class HealthListener:
-    """Listens on 0.0.0.0:`port` from the moment it is made until the process ends."""
+    """Listens on 0.0.0.0:`port` from its construction until the process ends."""
 
     def __init__(self, port: int, health: Health) -> None:
-        """Raises `ConfigError` where the port cannot be had."""
-        # Here rather than in the thread: the caller hears what is wrong.
+        """Raises `ConfigError` if the port is in use."""
+        # Not in the thread, so that the caller gets the error.
         self._socket = listen("PORT_HEALTH", port)
         self._health = health
-        # A daemon: slow clients do not hold up the end of the process.
+        # A daemon, so that slow clients do not delay the end of the process.
         threading.Thread(target=self._run, name="health", daemon=True).start()
 
     @property

@@ -1,7 +1,6 @@
-"""The phases that another process writes into the load log, as this one tells of them.
+"""Follows the load log that a replica writes: for this process's own log, and for clients.
 
-In its own log, a short line as each ends, because the platform drops lines from chatty logs; and
-to clients, as a summary. Knows not what the phases are, nor who asks.
+The log gets one short line per finished phase, because RunPod drops lines of a log that grows fast.
 """
 
 import contextlib

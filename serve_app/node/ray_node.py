@@ -1,15 +1,13 @@
-"""Ray and Serve on this machine, for one process: started, watched, and ended to the last process.
+"""Starts Ray and Serve on this machine, watches their processes, and ends every one of them.
 
-What Ray does when parts of it are killed (2.60, each seen):
+What Ray 2.60 does when one of its processes is killed, as observed:
 
-    raylet      The replica lives on and answers for half a minute, until Ray's GCS misses the
-                raylet. It is an orphan then, which only its parent's adopter finds.
-    GCS         Calls that run hang, the driver spins, and after 60 s Ray ends the driver: this
-                process, with all that it has taken on. So nobody waits for that here.
-    driver      GCS and raylet end with it, the replica 3 s later, and Ray's two agents would wait
-                a minute for the GCS: a reaper ends them all at once.
-
-Knows no deployment and no jobs.
+    raylet      The replica lives and answers for half a minute, until the GCS notices. It is an
+                orphan then; this process adopts orphans, to be able to end them.
+    GCS         Running calls hang, the driver spins, and after 60 s Ray ends the driver, which is
+                this process. So this module ends Ray earlier.
+    driver      GCS and raylet end with it, and the replica 3 s later. Ray's agents would wait a
+                minute for the GCS; the reaper ends all of them at once.
 """
 
 import asyncio
@@ -27,8 +25,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from serve_app.config.serve_config import ConfigError
+from serve_app.errors import ServeError
 from serve_app.machine import processes
-from serve_app.node import head, reaper
+from serve_app.node import head, ray_worker, reaper
 
 if TYPE_CHECKING:
     import psutil
@@ -36,29 +36,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 200_000_000
-"""Requests and answers travel through Ray's messages; the object store stays all but empty."""
+"""Small: requests and answers travel in Ray's messages, and the object store stays empty."""
 SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
-"""The handler logs a line per job, and the platform drops lines from chatty logs."""
+"""No line per request, because RunPod drops lines of a log that grows fast."""
 GCS = "/gcs_server "
 VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
 MARK = "RAY_STARTED_BY"
-"""In the environment of all of Ray's processes: how they are found when this one is dead."""
+"""Variable of all of Ray's processes, by which the reaper finds them."""
 
 
 @functools.cache
 def _reaper() -> "subprocess.Popen[bytes]":
-    """Ends Ray's processes when this one has died, whatever killed it."""
+    """Ends Ray's processes when this process has died, also by `kill -9`."""
     mark = os.environ[MARK] = f"{os.getpid()}-{secrets.token_hex(8)}"
-    # The folder of Ray's logs, which has our number in its name.
+    # The folder of Ray's logs has the id of this process in its name.
     return reaper.start(f"{MARK}={mark}", rf"/session_[^/]*_{os.getpid()}/")
 
 
 @functools.cache
 def _thread() -> ThreadPoolExecutor:
-    """The one thread that starts Ray, alive as long as this process.
+    """The thread that calls Ray's blocking functions, alive as long as this process.
 
-    The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG), so none
-    of the event loop's own threads will do: those end with the loop, before the shutdown.
+    The kernel ends Ray's processes with the thread that started them (PR_SET_PDEATHSIG). The event
+    loop's own threads are unfit for that: they end with the loop, before the shutdown.
     """
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
@@ -68,20 +68,20 @@ _left: list[ThreadPoolExecutor] = []
 
 
 def in_thread(step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    """Takes a step of Ray's, in the thread that is Ray's, while the event loop goes on."""
+    """Calls `step` in Ray's thread while the event loop runs on."""
     global _step
     _step = _thread().submit(step, *arguments)
     return asyncio.wrap_future(_step)
 
 
 def leave_thread() -> None:
-    """The next step has another thread: this one waits for processes that are dead."""
+    """Abandons Ray's thread, which waits for dead processes; the next call gets a new one."""
     _left.append(_thread())
     _thread.cache_clear()
 
 
 def ended(code: int) -> int:
-    """`code`; where a thread was left, ends the process with it, as Python would wait for it."""
+    """Returns `code`. If a thread was abandoned, ends the process, as Python would wait for it."""
     if _left:
         sys.stdout.flush()
         logging.shutdown()
@@ -89,8 +89,11 @@ def ended(code: int) -> int:
     return code
 
 
-def start() -> None:
-    """Starts Ray where it does not run yet."""
+def start(meanwhile: Callable[[], None] = lambda: None) -> None:
+    """Starts Ray, if it does not run yet; calls `meanwhile` while its processes start.
+
+    An error that `meanwhile` raises goes to the caller, who must call `stop`.
+    """
     import ray
     from ray._private import auto_init_hook
 
@@ -98,15 +101,17 @@ def start() -> None:
         return
     kill()
     processes.adopt_orphans()
-    # Else whatever is left of an earlier Ray's client starts another one, with a dashboard.
+    # Without this, remains of an earlier Ray's client would start another Ray with a dashboard.
     auto_init_hook.enable_auto_connect = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # A token of this process's own: Ray would write one into a home that a container may not have.
+    # Without a token, Ray writes one into the home folder, which a container may lack.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    # It counts the page cache of weights being read as used memory, and kills the replica.
+    # The monitor counts the page cache of weights as used memory, and would kill the replica.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # Workers start with the raylet, not when this process connects to it.
+    os.environ.setdefault("RAY_enable_worker_prestart", "1")
     _reaper()
-    head.shorten()
+    head.shorten(meanwhile)
     init = functools.partial(
         ray.init,
         address="local",
@@ -116,9 +121,11 @@ def start() -> None:
     )
     try:
         init()
+    except (ConfigError, ServeError):  # of `meanwhile`
+        raise
     except Exception as error:
-        # On a busy machine its processes may miss each other: each waits 30 s for the next.
-        log.warning("Ray did not start (%s); once more.", error)
+        # On a busy machine Ray's processes may wait in vain for each other, 30 s each.
+        log.warning("Ray did not start (%s); trying once more.", error)
         kill()
         init()
 
@@ -133,13 +140,13 @@ def start_serve(http_options: dict[str, Any] | None = None) -> None:
 
 
 def vital() -> "dict[str, psutil.Process]":
-    """The processes that Ray cannot do without, by the name to tell of them."""
+    """The processes that Ray needs, by the names that messages use for them."""
     commands = [(it, processes.command(it)) for it in below()]
     return {name: it for words, name in VITAL.items() for it, line in commands if words in line}
 
 
 def lost() -> str | None:
-    """Which vital process has gone from a Ray that this process has started; None: none."""
+    """The name of a process that Ray needs and that has died; None if all live."""
     import ray
 
     if not ray.is_initialized():
@@ -152,36 +159,40 @@ def below() -> "list[psutil.Process]":
     """All of Ray's processes below this one."""
     import ray
 
-    ours = f"{Path(ray.__file__).parent}{os.sep}"
+    programs = f"{Path(ray.__file__).parent}{os.sep}", ray_worker.__file__
     commands = ((it, processes.command(it)) for it in processes.descendants())
-    return [it for it, line in commands if line.startswith("ray::") or ours in line]
+    return [
+        process
+        for process, line in commands
+        if line.startswith("ray::") or any(program in line for program in programs)
+    ]
 
 
 def stop() -> None:
-    """Ends Ray, where it runs or is being started; `ended` must end this process then.
+    """Ends Ray, also while it starts; the caller must pass its exit code through `ended` then.
 
-    By force, for when nobody is being answered any more: Serve's own farewell waits for half a
-    minute, or for a model that loads.
+    It kills, so call it when no request runs any more: Serve's own shutdown takes half a minute,
+    and waits for a model that loads.
     """
     if _step is not None and not _step.done():
         _end_all()
         leave_thread()
-        return  # to the reaper, as that thread may be about to start more
+        return  # the reaper ends what that thread may still start
     with signals_kept():
         kill()
     if _reaper.cache_info().currsize:
-        # There is nothing left for it to do.
+        # Nothing is left for the reaper.
         with _reaper() as process:
             process.kill()
         _reaper.cache_clear()
 
 
 def kill() -> None:
-    """Ends Ray in whatever state it is, half started too, without asking its other parts."""
+    """Kills Ray in any state, also half started, without calls to its processes."""
     import ray
 
     if ray.is_initialized():
-        # This process takes its leave from the GCS, and waits for it for seconds where it is gone.
+        # ray.shutdown() calls the GCS, and waits for seconds if that is dead: so it ends last.
         processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])
         ray.shutdown()
     _end_all()
@@ -195,7 +206,7 @@ def _end_all() -> None:
 
 @contextlib.contextmanager
 def signals_kept() -> Iterator[None]:
-    """Puts the handlers of SIGTERM and SIGINT back where they were."""
+    """Restores the handlers of SIGTERM and SIGINT after the block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

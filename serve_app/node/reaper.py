@@ -1,10 +1,10 @@
-"""`python -m serve_app.node.reaper MARK FOLDER`: kills what this process's parent leaves behind.
+"""`python -m serve_app.node.reaper MARK FOLDER` kills the processes that its parent leaves behind.
 
-Waits for the end of standard input, which comes when the parent ends, also by `kill -9`; then kills
-every process with the string MARK in its environment, or with an open file in a folder that the
-expression FOLDER finds, as a process that changes its title may overwrite the former. Ray's own
-processes would stay for a minute, and its replica for seconds with the GPU's memory. The parent
-starts it once, and kills it when there is nothing left to do.
+It waits for the end of standard input, which comes when the parent ends, also by `kill -9`. Then it
+kills every process that has the string MARK in its environment, or an open file in a folder that
+matches the expression FOLDER: a process that changes its title may overwrite its environment.
+Without the reaper, Ray's processes would live for a minute, and a replica would hold the GPU's
+memory for seconds. The parent starts one reaper, and kills it after a clean end.
 """
 
 import os
@@ -23,7 +23,7 @@ def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
     """The reaper of this process and its descendants with `mark`, or a file in `folder`."""
     command = [sys.executable, "-m", __spec__.name, mark, folder]
     home = Path(__file__).parents[2]
-    # A session of its own: what ends the worker's group must not end it first.
+    # A session of its own, so that a signal to the parent's process group does not end it.
     return subprocess.Popen(command, stdin=subprocess.PIPE, cwd=home, start_new_session=True)
 
 

@@ -18,6 +18,9 @@ from tests.settled import left_behind
 from tests.worker.conftest import until
 from tools.server_process import free_port
 
+CODE = "import sys; from serve_app.cli.commands import main; sys.exit(main())"
+COMMAND = [sys.executable, "-c", CODE]
+
 
 def test_check_takes_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     """A configuration of the package needs no path."""
@@ -34,17 +37,23 @@ def test_a_name_that_is_none_is_one_sentence(capsys: pytest.CaptureFixture[str])
     )
 
 
-def test_a_wrong_setting_is_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """`run` checks first; nothing has started when it refuses a configuration."""
+def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
+    """Ray starts while `run` checks; a configuration that is refused ends it again."""
     document = yaml.safe_load(named.find("tiny").read_text())
     document["applications"][0]["args"]["engine"] = {"max_runing": 3}
+    document["http_options"]["port"] = free_port()
     (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(document))
-    assert main(["run", str(tmp_path / "wrong.yaml")]) == 1
-    assert capsys.readouterr().err.splitlines() == [
-        f"{tmp_path}/wrong.yaml: `engine.max_runing` is not a setting."
-    ]
+    done = subprocess.run(
+        [*COMMAND, "run", "wrong.yaml"],
+        cwd=tmp_path,
+        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr == "wrong.yaml: `engine.max_runing` is not a setting.\n"
+    until(lambda: not left_behind(tmp_path))
 
 
 def test_a_usage_error_is_2(capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,11 +94,10 @@ def test_run_serves_where_the_yaml_says(tmp_path: Path, number: signal.Signals) 
     document["http_options"] = {"host": "127.0.0.1", "port": port}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document))
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
-    code = "import sys; from serve_app.cli.commands import main; sys.exit(main())"
     with (
         (tmp_path / "log").open("wb") as log,
         subprocess.Popen(
-            [sys.executable, "-c", code, "run", "tiny.yaml"],
+            [*COMMAND, "run", "tiny.yaml"],
             cwd=tmp_path,
             env=environment,
             stderr=log,

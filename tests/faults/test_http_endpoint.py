@@ -67,7 +67,7 @@ def until_written(entry: subprocess.Popen[bytes], file: Path, words: str) -> Non
 
 
 def ping(port_health: int) -> int | None:
-    """What the load balancer reads; None where nobody listens."""
+    """The status that a load balancer reads; None if nothing listens."""
     try:
         return httpx.get(f"http://127.0.0.1:{port_health}/ping", timeout=10).status_code
     except httpx.TransportError:
@@ -77,7 +77,7 @@ def ping(port_health: int) -> int | None:
 def test_sigterm_while_loading_ends_at_once(
     entry: subprocess.Popen[bytes], tmp_path: Path, port_health: int
 ) -> None:
-    """A load balancer hears 204 before Ray runs. Told to stop there is nobody to wait for: 0."""
+    """A load balancer gets 204 before Ray runs. SIGTERM then ends the process at once, with 0."""
     until(lambda: ping(port_health))
     assert (ping(port_health), descendants(entry.pid)) == (204, {})
     until_written(entry, tmp_path / "load.jsonl", "device")
@@ -130,7 +130,7 @@ def test_a_model_that_does_not_load_again_ends_it(
 
     until(has_ended)
     assert entry.returncode == 1
-    assert {204, 503} & answers, "nobody told the load balancer"
+    assert {204, 503} & answers, "the load balancer was not informed"
     errors = [line for line in (tmp_path / "entry.log").read_text().splitlines() if "ERROR" in line]
     assert "tokenizer cannot be read" in errors[-1]
 
@@ -139,7 +139,7 @@ def test_a_model_that_does_not_load_again_ends_it(
 def test_it_ends_with_ray(
     entry: subprocess.Popen[bytes], tmp_path: Path, port_health: int, victim: str
 ) -> None:
-    """Serve cannot help itself: the exit is 1, for whoever starts containers, and nothing stays."""
+    """Serve cannot repair this: the exit code is 1, so that a new container starts."""
     until_written(entry, tmp_path / "entry.log", "Serving HTTP")
     left = all_below(entry.pid)
     os.kill(one_below(entry.pid, victim), signal.SIGKILL)

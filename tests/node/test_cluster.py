@@ -63,8 +63,8 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
     cluster.require_resources(auto, {"CPU": 2})
 
 
-def test_keys_that_this_door_ignores_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing in the file is passed over in silence."""
+def test_keys_that_are_ignored_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The log names them."""
     overridden({"name": "mixtral", "args": {}, "runtime_env": {"pip": []}})
     assert "runtime_env" in caplog.text
     assert "args" not in caplog.text
@@ -180,4 +180,4 @@ except TimeoutError:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert b"Ray did not start (no port); once more." in done.stderr
+    assert b"Ray did not start (no port); trying once more." in done.stderr

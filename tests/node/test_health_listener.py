@@ -1,4 +1,4 @@
-"""PORT_HEALTH's listener over real sockets: what a load balancer hears, and what cannot harm it."""
+"""The listener on PORT_HEALTH over real sockets: its answers, and requests that it survives."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from serve_app.node.health_listener import HealthListener
 
 @pytest.fixture
 def told() -> dict[str, Any]:
-    """What the listener tells, which a test may change."""
+    """The state that the listener answers with; a test may change it."""
     return {"status": "loading", "load": [{"phase": "read", "seconds": 1.5}]}
 
 

@@ -87,7 +87,7 @@ def test_a_load_that_failed_again_is_the_end(
 
 
 def test_a_stop_before_anything_serves_is_the_end(endpoint: HttpEndpoint) -> None:
-    """Exit code 0, at once: nobody is being answered."""
+    """Exit code 0, at once: no request runs."""
     endpoint.is_serving = False
     with pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)

@@ -1,0 +1,56 @@
+"""The program of Ray's worker processes on this machine: Ray's own one, after some imports.
+
+The first process imports a replica's libraries before it registers with Ray. Others become Serve's
+controller and proxy meanwhile, and the one that is left for the replica has torch imported. If Ray
+takes another process for the replica, that one imports the libraries itself.
+
+No GPU is touched: Ray sets the replica's CUDA_VISIBLE_DEVICES later, before CUDA starts.
+"""
+
+import importlib
+import runpy
+import sys
+from pathlib import Path
+
+MODULES = (
+    "ray.serve._private.replica",
+    "torch",
+    "transformers.tokenization_utils_tokenizers",
+    "serve_app.api.ingress",
+    "serve_app.engine.model_runner",
+    "serve_app.loading.warm_up",
+    "serve_app.model.checkpoint.loader",
+)
+WORKER = "ray._private.workers.default_worker"
+CLAIM = "replica_imports"
+"""File in the folder of Ray's session. The worker that creates it does the imports."""
+
+
+def is_first(session: Path) -> bool:
+    """True for the first process that asks, in the session with this folder."""
+    try:
+        (session / CLAIM).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def session_folder(arguments: list[str]) -> Path:
+    """The folder of Ray's session, from the command line of its worker."""
+    flags = dict(it.removeprefix("--").split("=", 1) for it in arguments if "=" in it)
+    return Path(flags["temp-dir"]) / flags["session-name"]
+
+
+def main() -> None:
+    """Runs Ray's worker in this process."""
+    # Python puts this file's folder first, whose `http.py` would hide the standard library's. The
+    # folder of the package is needed where it is not installed.
+    sys.path[0] = str(Path(__file__).parents[2])
+    if is_first(session_folder(sys.argv[1:])):
+        for module in MODULES:
+            importlib.import_module(module)
+    runpy.run_module(WORKER, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

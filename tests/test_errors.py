@@ -116,3 +116,22 @@ def test_a_failed_job_carries_json_in_a_string() -> None:
     """The SDK turns anything but a string into a Python repr."""
     body = error_body(errors.QueueFull("Later."), "r")
     assert json.loads(job_error(body)["error"]) == body
+
+
+def test_headers_follow_from_the_error() -> None:
+    """What HTTP needs besides the status belongs to the class."""
+    assert errors.QueueFull("Later.", retry_after_s=3).headers == {"Retry-After": "3"}
+    assert errors.MethodNotAllowed("No.", allow="POST").headers == {"Allow": "POST"}
+    assert errors.InvalidApiKey("No.").headers == {"WWW-Authenticate": "Bearer"}
+    assert errors.InternalError("Oops.").headers == {}
+
+
+def test_only_an_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """One record, with the request's id and without the exception's text."""
+    known = errors.QueueFull("Later.")
+    assert errors.handle_error(known, "r1") is known
+    assert not caplog.records
+    assert errors.handle_error(RuntimeError("my words"), "r2").code == "internal_error"
+    (record,) = caplog.records
+    assert "r2" in record.getMessage()
+    assert "my words" not in record.getMessage()

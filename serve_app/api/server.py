@@ -3,6 +3,7 @@
 The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns the same as data.
 """
 
+import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any
@@ -112,7 +113,7 @@ class MixtralServer:
     def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
         """The metadata of the response; raises `ModelNotFound` for another model's name."""
         self.check_model(model)
-        return ResponseMetadata(call.request_id, self.names[0])
+        return ResponseMetadata(call.request_id, self.names[0], int(time.time()))
 
     def check_model(self, name: str | None) -> None:
         """Raises `ModelNotFound` where `name` is not a served name."""

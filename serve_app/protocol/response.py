@@ -1,7 +1,6 @@
 """What the responses of several routes have in common: metadata, usage, log probabilities."""
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 
@@ -11,7 +10,7 @@ class ResponseMetadata:
 
     id: str
     model: str
-    created: int = field(default_factory=lambda: int(time.time()))
+    created: int
     """Unix time in seconds."""
 
 

@@ -46,11 +46,6 @@ class KVCache:
         )
         return cls(keys, values)
 
-    @classmethod
-    def bytes_per_token(cls, config: MixtralConfig, dtype: torch.dtype) -> int:
-        """Bytes that one token takes in all layers."""
-        return config.kv_values_per_token * dtype.itemsize
-
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.keys, *self.values))

@@ -11,7 +11,7 @@ from emulator.platform import Platform
 from emulator.worker import Worker
 from serve_app.errors import InvalidRequest
 from serve_app.worker.job import parse
-from serve_app.worker.poll import poll_for_jobs
+from serve_app.worker.poll import poll_for_jobs, poll_for_stops
 from tests.settled import settled
 from tests.worker.conftest import SCRIPT, Client, until
 
@@ -32,6 +32,20 @@ def test_odd_inputs_are_refused(odd: str) -> None:
     (job,) = poll_for_jobs().items(200, f'{{"id": "a", "input": {{"prompt": {odd}}}}}'.encode())
     with pytest.raises(InvalidRequest, match="JSON"):
         parse(job, "r1", 1_000_000)
+
+
+def test_stops_are_job_ids() -> None:
+    """Ids that are no strings are dropped; a 204 names none."""
+    body = b'{"jobsToStop": ["a", 1, null, "b"]}'
+    assert poll_for_stops().items(200, body) == ["a", "b"]
+    assert poll_for_stops().items(204, b"") == []
+
+
+@pytest.mark.parametrize("body", [b"[]", b"null", b'{"jobsToStop": "a"}', b'["a"]', b"{"])
+def test_an_odd_answer_stops_no_job(body: bytes) -> None:
+    """An answer in another form is a failed poll, which is repeated later."""
+    with pytest.raises(ValueError, match="the answer"):
+        poll_for_stops().items(200, body)
 
 
 def outages(log: str) -> tuple[int, int]:

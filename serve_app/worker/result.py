@@ -11,7 +11,6 @@ import logging
 import os
 import re
 import uuid
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -49,16 +48,12 @@ def encode(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What ends a job: `output`, which is JSON, and for a failed job `error`."""
+    """What ends a job: `output`, and for a failed job `error`."""
 
     output: bytes
+    """JSON: the list of the job's values; for a failed job see `of_error`."""
     error: str | None = None
     """An error body as one JSON string: RunPod's clients show any other type as a Python repr."""
-
-    @classmethod
-    def of_values(cls, values: Iterable[bytes]) -> Self:
-        """The result of a job that succeeds: the list of its values, each of them JSON."""
-        return cls(b"[%b]" % b",".join(values))
 
     @classmethod
     def of_error(cls, body: ErrorBody) -> Self:
@@ -100,7 +95,7 @@ class LargeResults:
             except OSError as error:
                 log.error("The volume cannot be written: %s", error.strerror)
             else:
-                return Result.of_values([encode(file)])
+                return Result(encode([file]))
         too_large = ResultTooLarge(_message(job_id, num_bytes))
         return Result.of_error(error_body(too_large, uuid.uuid4().hex))
 

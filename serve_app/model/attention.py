@@ -1,12 +1,13 @@
-"""Causal grouped-query attention over the paged KV cache, for a batch of decodes and chunks.
+"""Causal grouped-query attention over the paged KV cache, in plain torch.
 
-`plan_attention` looks at the batch once; `attend` then runs it in every layer. Sequences with one
-new token (decode) are computed together, the others (prefill chunks) one by one. Plain torch: the
-reference that a kernel has to match, and what runs on a CPU.
+`plan_attention` prepares indices and masks once for a batch; `attend` uses them in every layer.
+Sequences with one new token (decodes) are computed together, prefill chunks one by one. Kernels
+are compared with this module, and it is what computes prompts, and a CPU without the compiled step.
 
-In float32 on a CPU a decode row gets the same bits in any company, whatever the others' contexts
-are: contexts are padded to whole segments, with weights that are exactly 0, and each segment's
-values are summed by a matrix product of the same size.
+In float32 on a CPU a decode row gets the same bits in any batch: contexts are padded to whole
+segments, with weights that are exactly 0, and the values of each segment are summed by a matrix
+product of the same size. For example a context of 70 tokens is padded to 2 segments of 64, alone or
+beside a context of 100.
 
 Letters: B sequences, L context tokens (padded), N new tokens, H query heads, K KV heads,
 G = H / K query heads per KV head, D head_dim.
@@ -23,10 +24,10 @@ from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 
 SEGMENT = 64
-"""Context tokens in one product with values. MKL splits longer sums by their length; a softmax over
-whole vectors and a sum of segments add in the same order, whatever follows."""
-FEW_TOKENS = 2048
-"""Padding below this many context tokens costs less than a second group would."""
+"""Context tokens in one product with values. MKL splits longer sums in ways that depend on their
+length; sums of segments are added in the same order, whatever padding follows."""
+MIN_GROUP_TOKENS = 2048
+"""Where all contexts, padded to the longest, have fewer tokens, one group costs less than two."""
 
 
 @dataclass
@@ -34,11 +35,11 @@ class Decodes:
     """Sequences with one new token each, of similar context lengths."""
 
     rows: Tensor | slice
-    """`[B]`: where their tokens are in the flattened batch."""
+    """`[B]`: their rows in the flattened batch."""
     blocks: Tensor
-    """`[B * L / block_size]`"""
+    """KV blocks, `[B * L / block_size]`"""
     bias: Tensor
-    """`[B, 1, L]`: 0 where a token may look, -inf elsewhere."""
+    """`[B, 1, L]`: 0 for the tokens that the query attends to, -inf for the others."""
 
 
 @dataclass
@@ -50,11 +51,13 @@ class Chunk:
     """`[ceil(L / block_size)]`"""
     context_len: int
     mask: Tensor | None
-    """`[N, L]`, True where a token may look; None is plainly causal with N = L."""
+    """`[N, L]`, True for the tokens that a query attends to; None is causal with N = L."""
 
 
 @dataclass
 class AttentionPlan:
+    """What `attend` needs to know about a batch, the same in every layer."""
+
     decodes: list[Decodes]
     chunks: list[Chunk]
 
@@ -62,7 +65,7 @@ class AttentionPlan:
 def plan_attention(
     batch: Batch, block_size: int, window: int | None, dtype: torch.dtype
 ) -> AttentionPlan:
-    """What every layer's `attend` shares: which rows, which blocks, which mask."""
+    """The rows, KV blocks and masks of a batch; `window` is the sliding window, None without."""
     starts = [0]
     for length in batch.query_lens:
         starts.append(starts[-1] + length)
@@ -80,7 +83,7 @@ def plan_attention(
 def attend(plan: AttentionPlan, layer: int, queries: Tensor, cache: KVCache, out: Tensor) -> None:
     """Fills the batch's rows of `out` `[rows, H * D]` from `queries` `[rows, H, D]`.
 
-    The new tokens' keys and values are in the cache already.
+    The keys and values of the new tokens must be in the cache.
     """
     for decodes in plan.decodes:
         _attend_decodes(decodes, layer, queries, cache, out)
@@ -127,11 +130,16 @@ def _attend_chunk(chunk: Chunk, layer: int, queries: Tensor, cache: KVCache, out
 
 
 def _similar(decoding: list[int], context_lens: list[int]) -> list[list[int]]:
-    """Sequences in groups, so that padding each to its group's longest at most doubles the work."""
+    """Groups sequences so that padding each to the longest of its group at most doubles the work.
+
+    For example contexts [3000, 100, 2000] become groups [0, 2] and [1].
+    """
     groups: list[list[int]] = []
     longest = 0
     for i in sorted(decoding, key=lambda i: -context_lens[i]):
-        if not groups or (2 * context_lens[i] < longest and longest * len(decoding) > FEW_TOKENS):
+        if not groups or (
+            2 * context_lens[i] < longest and longest * len(decoding) > MIN_GROUP_TOKENS
+        ):
             groups.append([])
             longest = context_lens[i]
         groups[-1].append(i)
@@ -154,12 +162,12 @@ def _decodes(
     tables = batch.block_tables[_rows(group, device), :num_blocks]
     tables = F.pad(tables, (0, num_blocks - tables.shape[1]))
     ends = torch.tensor(lengths, device=device)[:, None]
-    places = torch.arange(num_blocks * block_size, device=device)
-    hidden = places >= ends
-    # Padding reads the sequence's own first block: 0 times a stranger's NaN would be NaN.
+    positions = torch.arange(num_blocks * block_size, device=device)
+    hidden = positions >= ends
+    # Padding reads the sequence's own first block: 0 times a NaN of another sequence is NaN.
     tables = torch.where(hidden[:, ::block_size], tables[:, :1], tables)
     if window is not None:
-        hidden |= places < ends - window
+        hidden |= positions < ends - window
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
     rows = _rows([starts[i] for i in group], device)
     return Decodes(rows, tables.flatten(), bias[:, None])
@@ -173,10 +181,10 @@ def _chunk(batch: Batch, i: int, start: int, block_size: int, window: int | None
         return Chunk(rows, blocks, context_len, None)
     device = blocks.device
     queries = torch.arange(context_len - num_new, context_len, device=device)[:, None]
-    places = torch.arange(context_len, device=device)
-    mask = places <= queries
+    positions = torch.arange(context_len, device=device)
+    mask = positions <= queries
     if window is not None:
-        mask &= places > queries - window
+        mask &= positions > queries - window
     return Chunk(rows, blocks, context_len, mask)
 
 

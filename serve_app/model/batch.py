@@ -1,7 +1,4 @@
-"""One step's tokens of several sequences, flattened: what the forward pass reads.
-
-Plain tensors and counts. Knows no requests and no scheduling.
-"""
+"""The tokens that one forward pass computes, of several sequences, as flat tensors."""
 
 from dataclasses import dataclass
 
@@ -10,9 +7,16 @@ from torch import Tensor
 
 @dataclass
 class Batch:
-    """The tokens of all sequences in this step, one sequence after the other.
+    """All sequences' new tokens, one sequence after the other.
 
-    Every tensor is int64 and on the model's device.
+    Every tensor is int64 and on the model's device. For example sequence A decodes its token at
+    position 5, and sequence B has a prefill chunk of 3 tokens from position 0; KV blocks hold 4
+    tokens, A has blocks 7 and 2, B has block 9:
+
+        token_ids    [a5, b0, b1, b2]      query_lens    [1, 3]
+        positions    [5, 0, 1, 2]          context_lens  [6, 3]
+        slots        [9, 36, 37, 38]       block_tables  [[7, 2], [9, 0]]
+        sample_rows  [0, 3]
     """
 
     token_ids: Tensor
@@ -20,12 +24,12 @@ class Batch:
     positions: Tensor
     """`[tokens]`: each token's position in its own sequence, from 0."""
     slots: Tensor
-    """`[tokens]`: where each token's K and V go, block * block_size + offset."""
+    """`[tokens]`: where each token's K and V are stored, KV block * block_size + offset."""
     query_lens: list[int]
-    """Tokens of each sequence in this step; 1 is decode."""
+    """New tokens of each sequence; 1 for a decode."""
     context_lens: list[int]
     """Tokens of each sequence in the KV cache after this step."""
     block_tables: Tensor
-    """`[sequences, max_blocks]`: each sequence's blocks in order, rows padded with 0."""
+    """`[sequences, max_blocks]`: each sequence's KV blocks in order, padded with 0."""
     sample_rows: Tensor
-    """`[sampled]`: the rows of the flattened tokens whose logits are wanted."""
+    """`[sampled]`: the rows of the flattened tokens whose logits are computed."""

@@ -13,18 +13,18 @@ from serve_app.errors import ModelLoadFailed
 
 @dataclass(frozen=True)
 class MixtralConfig:
-    """What the forward pass and the loader need to know of a checkpoint."""
+    """The sizes and constants of a model; from config.json by `from_dict`."""
 
     num_hidden_layers: int
     hidden_size: int
     intermediate_size: int
-    """Width of one expert."""
+    """out_features of an expert's gate and up projections."""
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
     num_local_experts: int
     num_experts_per_tok: int
-    """Experts that each token is sent to."""
+    """Experts that the router chooses for each token."""
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -32,11 +32,11 @@ class MixtralConfig:
     """A token attends to this many tokens, itself included; None is all of them."""
     max_position_embeddings: int
     tie_word_embeddings: bool
-    """True: the output head is the embedding matrix."""
+    """True where the embedding matrix is also lm_head."""
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     dtype: str
-    """Of the weights in the file, as the file names it ("bfloat16")."""
+    """dtype of the weights in the files, by config.json's name ("bfloat16")."""
 
     @property
     def q_size(self) -> int:

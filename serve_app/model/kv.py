@@ -1,7 +1,4 @@
-"""The KV cache: keys and values of all sequences, in blocks of a few tokens.
-
-Holds the memory and reads it back. Knows nothing about which sequence owns which block.
-"""
+"""The KV cache: the memory for keys and values of all sequences, in KV blocks of a few tokens."""
 
 import torch
 from torch import Tensor
@@ -35,7 +32,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """A cache of zeros: a masked slot is multiplied by 0 and must not hold a NaN."""
+        """A cache filled with zeros: masked slots are multiplied by 0 and must not hold a NaN."""
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         keys, values = (
             [
@@ -51,16 +48,17 @@ class KVCache:
         return sum(t.nbytes for t in (*self.keys, *self.values))
 
     def clear(self, blocks: Tensor) -> None:
-        """Zeroes `blocks` `[n]`, for a sequence that left numbers in them that are not finite.
+        """Fills the KV blocks `blocks` `[n]` with zeros.
 
-        Masked slots are multiplied by 0, so a NaN would reach whoever gets the block next.
+        Masked slots are multiplied by 0, so a NaN in a block would reach the next sequence that
+        gets the block.
         """
         for pages in self._pages:
             for page in pages:
                 page.index_fill_(0, blocks, 0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Puts `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""
+        """Stores `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""
         flat_keys, flat_values = self._flat[layer]
         flat_keys.index_copy_(0, slots, keys)
         flat_values.index_copy_(0, slots, values)
@@ -68,8 +66,8 @@ class KVCache:
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads, head_dim]`.
 
-        Valid until the next `read`: both lie in one scratch buffer, because fresh memory for
-        every layer costs a CPU more in page faults than the copy itself.
+        Both are in a scratch buffer that the next `read` overwrites: fresh memory for every layer
+        costs a CPU more in page faults than the copy itself.
         """
         width = self.block_size * self.num_kv_heads * self.head_dim
         size = blocks.numel() * width

@@ -19,7 +19,7 @@ def name(how: Quantization) -> str:
 
 
 def rounded(weight: Tensor, how: Quantization) -> Tensor:
-    """`weight` `[N, K]` quantised and back, by bitsandbytes alone, in the weight's dtype."""
+    """`weight` `[N, K]` quantized and back, by bitsandbytes alone, in the weight's dtype."""
     from bitsandbytes import functional as bnb
 
     packed, state = bnb.quantize_4bit(

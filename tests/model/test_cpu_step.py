@@ -204,8 +204,8 @@ def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     odd, _ = model_of(tmp_path / "odd", head_dim=8)
     assert "multiples of 16" in refusal(odd)
     model, _ = model_of(tmp_path / "fits", intermediate_size=64)
-    quantised = load_float32(tmp_path / "fits", Quantization("nf4", "bfloat16"))
-    assert "in 4 bits" in refusal(quantised)
+    quantized = load_float32(tmp_path / "fits", Quantization("nf4", "bfloat16"))
+    assert "in 4 bits" in refusal(quantized)
     assert "float32" in refusal(load_float32(tmp_path / "fits").bfloat16())
     logits = CpuStep.logits
     for wrong in (1.001, float("nan")):

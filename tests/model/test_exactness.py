@@ -59,14 +59,14 @@ def test_a_decode_row_has_the_same_bits_in_any_batch(crowd: Paged, threads: int)
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_strangers_prefill_does_not_change_a_bit(crowd: Paged, threads: int) -> None:
+def test_another_sequences_prefill_does_not_change_a_bit(crowd: Paged, threads: int) -> None:
     """Decode rows keep their bits beside a prefill chunk in the same step."""
     torch.set_num_threads(threads)
     among_all = decode(crowd, list(range(32)))
     before = dict(crowd.lengths)
     for length in (2, 7, 100):
-        stranger = random_ids(length, seed=length)
-        logits = crowd.step(s4=[4], stranger=stranger, s20=[20])
+        other = random_ids(length, seed=length)
+        logits = crowd.step(s4=[4], other=other, s20=[20])
         assert torch.equal(logits["s4"], among_all[4:5])
         assert torch.equal(logits["s20"], among_all[20:21])
         crowd.lengths = dict(before)

@@ -58,7 +58,7 @@ def test_logits_equal_transformers_for_every_shape(shape: str, tmp_path: Path) -
 
 
 def test_a_mixed_batch_gives_each_sequence_its_own_logits(tmp_path: Path) -> None:
-    """Prefill chunks, decodes and first tokens of strangers in one batch do not mix."""
+    """Prefill chunks, decodes and first tokens of other sequences in one batch do not mix."""
     oracle = random_oracle()
     ids = {name: random_ids(60, seed=seed) for seed, name in enumerate("abcde")}
     expected = {name: oracle_logits(oracle, tokens) for name, tokens in ids.items()}
@@ -145,7 +145,7 @@ def test_bfloat16_follows_transformers(tmp_path: Path) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0.05 * float(theirs.abs().max()))
 
 
-def test_a_stranger_with_nan_does_not_reach_others(tmp_path: Path) -> None:
+def test_a_nan_of_one_sequence_does_not_reach_others(tmp_path: Path) -> None:
     """A NaN in another sequence's blocks stays there, and `clear` makes the blocks usable."""
     oracle = random_oracle()
     ids = random_ids(20)

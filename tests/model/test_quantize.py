@@ -70,7 +70,7 @@ def test_plain_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType)
 @given(weights(), TYPES)
 @settings(max_examples=150, deadline=None)
 def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType) -> None:
-    """Double quantisation: 8-bit absmax, its own absmax, its offset, and unpacked float32."""
+    """Double quantization: 8-bit absmax, its own absmax, its offset, and unpacked float32."""
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type=quant_type, compress_statistics=True
     )
@@ -87,7 +87,7 @@ def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType
 @given(weights(), TYPES, st.sampled_from(get_args(AbsmaxKind)))
 @settings(max_examples=60, deadline=None)
 def test_a_stack_is_its_matrices(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> None:
-    """Matrices quantised together are those that are quantised alone, offsets included."""
+    """Matrices quantized together are those that are quantized alone, offsets included."""
     stack = torch.stack((weight, weight.flip(0) / 3, torch.zeros_like(weight)))
     together = quantize(stack, quant_type, absmax)
     unpacked = dequantize(together, torch.float32)

@@ -38,7 +38,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def random_block(shape: str, dtype: torch.dtype) -> Any:
-    """transformers' sparse layer with random weights, none of them quantised."""
+    """transformers' sparse layer with random weights, none of them quantized."""
     torch.manual_seed(3)
     block = MixtralSparseMoeBlock(TheirConfig(**SHAPES[shape])).requires_grad_(False)
     for weight in block.parameters():
@@ -46,7 +46,7 @@ def random_block(shape: str, dtype: torch.dtype) -> Any:
     return block.to(dtype)
 
 
-def quantised(block: Any, how: Quantization) -> QuantizedExperts:
+def quantized(block: Any, how: Quantization) -> QuantizedExperts:
     """Our experts with the weights of transformers' `block`."""
     gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
     experts = QuantizedExperts(
@@ -83,9 +83,9 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 def test_the_sparse_layer_equals_transformers(
     shape: str, how: Quantization, dtype: torch.dtype
 ) -> None:
-    """The same input and routing give what transformers computes from dequantised weights."""
+    """The same input and routing give what transformers computes from dequantized weights."""
     block = random_block(shape, dtype)
-    ours = quantised(block, how)
+    ours = quantized(block, how)
     round_experts(block.experts, how)
     for num_tokens in (1, 2, 7, 33):
         x = torch.randn(num_tokens, block.gate.weight.shape[1], dtype=dtype)
@@ -95,10 +95,10 @@ def test_the_sparse_layer_equals_transformers(
 
 
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
-def test_quantised_and_float_weights_are_stored_alike(how: Quantization) -> None:
-    """Giving a matrix that is quantised already stores what giving its floats does."""
+def test_quantized_and_float_weights_are_stored_alike(how: Quantization) -> None:
+    """Giving a matrix that is quantized already stores what giving its floats does."""
     block = random_block("odd", torch.float32)
-    ours, again = quantised(block, how), quantised(block, how)
+    ours, again = quantized(block, how), quantized(block, how)
     for stored in again.buffers():
         stored.zero_()
     gate, up = block.experts.gate_up_proj[2].chunk(2)
@@ -136,7 +136,7 @@ def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
 
 
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
-def test_fused_projections_keep_their_own_quantisation(how: Quantization) -> None:
+def test_fused_projections_keep_their_own_quantization(how: Quantization) -> None:
     """q, k and v in one matrix are what bitsandbytes makes of each alone, in any order."""
     parts = [torch.randn(rows, 192) * scale for rows, scale in ((128, 1), (64, 5), (64, 0.01))]
     linear = QuantizedLinear(Codebook(how), 192, (128, 64, 64))
@@ -161,11 +161,11 @@ def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("how", VARIANTS[:2], ids=name)  # the code's values make no difference
-def test_a_row_has_the_same_bits_in_any_company(how: Quantization, threads: int) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(how: Quantization, threads: int) -> None:
     """Each token's result alone is exactly the one among 40 others, in float32."""
     torch.set_num_threads(threads)
     block = random_block("odd", torch.float32)
-    experts = quantised(block, how)
+    experts = quantized(block, how)
     x = torch.randn(41, 192)
     _, weights, expert_ids = block.gate(x)
     together = experts(x, expert_ids, weights)

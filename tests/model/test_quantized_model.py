@@ -1,4 +1,4 @@
-"""A float checkpoint, quantised while it loads: its logits, its bytes, its refusals."""
+"""A float checkpoint, quantized while it loads: its logits, its bytes, its refusals."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_logits_equal_transformers_with_dequantised_weights(
+def test_logits_equal_transformers_with_dequantized_weights(
     shape: str, how: Quantization, tmp_path: Path
 ) -> None:
     """Prefill and decode give the oracle's logits, whose weights bitsandbytes has rounded."""
@@ -64,8 +64,8 @@ def test_logits_equal_transformers_with_dequantised_weights(
 
 
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
-def test_weights_are_quantised_before_they_are_rounded(how: Quantization, tmp_path: Path) -> None:
-    """A float32 checkpoint in a bfloat16 model: what is quantised is the file's float32."""
+def test_weights_are_quantized_before_they_are_rounded(how: Quantization, tmp_path: Path) -> None:
+    """A float32 checkpoint in a bfloat16 model: what is quantized is the file's float32."""
     oracle = random_oracle(**SHAPES["narrow"])
     oracle.save_pretrained(tmp_path)
     model = load_folder(tmp_path, torch.bfloat16, how)
@@ -84,7 +84,9 @@ def test_the_bytes_are_those_promised(how: Quantization) -> None:
     promised = weight_bytes(model.config, 2, how)
     loaded = bytes_by_part(model)
     assert loaded["head"] == promised["head"]
-    offsets = 4 if how.absmax == "nested" else 0  # bytes for each matrix, which nobody promises
+    offsets = (
+        4 if how.absmax == "nested" else 0
+    )  # bytes for each matrix, which `weight_bytes` leaves out
     assert loaded["experts"] == promised["experts"] + 4 * 8 * 3 * offsets
     assert loaded["attention"] == promised["attention"] + 4 * 4 * offsets
     floats = weight_bytes(model.config, 2)
@@ -93,7 +95,7 @@ def test_the_bytes_are_those_promised(how: Quantization) -> None:
 
 
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
-def test_the_head_is_quantised_where_the_settings_say_so(how: Quantization, tmp_path: Path) -> None:
+def test_the_head_is_quantized_where_the_settings_say_so(how: Quantization, tmp_path: Path) -> None:
     """From floats and our own form: the logits of an oracle with a rounded head, and the bytes."""
     oracle = random_oracle(**SHAPES["narrow"])
     oracle.save_pretrained(tmp_path / "floats")
@@ -111,7 +113,7 @@ def test_the_head_is_quantised_where_the_settings_say_so(how: Quantization, tmp_
         assert bytes_by_part(model)["head"] == promised + (4 if how.absmax == "nested" else 0)
 
 
-def test_a_head_that_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
+def test_a_head_that_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     """A tied head, a model in floats, and a checkpoint whose tables are other than ours."""
     random_oracle(**SHAPES["odd"]).save_pretrained(tmp_path / "tied")
     random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path / "floats")

@@ -1,11 +1,11 @@
 """4-bit weights as bitsandbytes stores them in a checkpoint, from the headers alone.
 
-transformers 4.x wrote each quantised matrix as `<weight>` (packed nibbles, viewed as the dtype of
+transformers 4.x wrote each quantized matrix as `<weight>` (packed nibbles, viewed as the dtype of
 `bnb_4bit_quant_storage`) and its companions `<weight>.absmax`, `.quant_map`, `.nested_absmax`,
 `.nested_quant_map` and `.quant_state.bitsandbytes__nf4` or `__fp4`, a JSON blob
 (`bitsandbytes.functional.QuantState.as_dict(packed=True)`).
 
-Reads the blobs and no weights, and imports no torch.
+Only the blobs are read, not the weights. Imports no torch.
 """
 
 import json
@@ -33,7 +33,7 @@ COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 
 @dataclass(frozen=True, slots=True)
 class NestedInfo:
-    """Where the absmax of an absmax is."""
+    """The tensors of a nested absmax."""
 
     absmax: TensorInfo
     """F32 `[ceil(N * K / 64 / 256)]`"""
@@ -44,7 +44,7 @@ class NestedInfo:
 
 @dataclass(frozen=True, slots=True)
 class PackedInfo:
-    """Where the parts of one quantised matrix `[N, K]` are."""
+    """The tensors of one quantized matrix `[N, K]`."""
 
     shape: tuple[int, int]
     quant_type: QuantType
@@ -58,7 +58,7 @@ class PackedInfo:
 
     @property
     def absmax_kind(self) -> AbsmaxKind:
-        """How absmax is kept."""
+        """How absmax is stored."""
         if self.absmax.dtype == "U8":
             return "nested"
         return "bfloat16" if self.absmax.dtype == "BF16" else "float32"
@@ -74,7 +74,7 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
     """Removes the quantized ones among `weights`, with their companions, from `found`.
 
     Raises `ModelLoadFailed` for a companion that is missing or does not fit, and where matrices
-    are quantised in different ways.
+    are quantized in different ways.
     """
     packed: dict[str, PackedInfo] = {}
     states = {name.partition(f".{STATE}")[0]: name for name in found if f".{STATE}" in name}
@@ -87,7 +87,7 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
         (first, one), (second, other) = list(kinds.items())[:2]
         raise ModelLoadFailed(
             f"{packed[one].packed.file.parent}: `{one}` is {first[0]} with {first[1]} absmax and "
-            f"`{other}` {second[0]} with {second[1]}; all weights must be quantised in one way."
+            f"`{other}` {second[0]} with {second[1]}; all weights must be quantized in one way."
         )
     return packed
 
@@ -105,7 +105,7 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     weight = found.pop(name)
     if not wanted.is_quantized or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
-            f"{weight.file}: tensor `{name}` {list(shape)} is quantised; that is only read for "
+            f"{weight.file}: tensor `{name}` {list(shape)} is quantized; that is only read for "
             f"attention and experts whose rows are multiples of {GROUP_SIZE}."
         )
     if state_name is None:
@@ -199,6 +199,6 @@ def _require(
 
 def _missing(weight: TensorInfo, name: str) -> ModelLoadFailed:
     return ModelLoadFailed(
-        f"{weight.file.parent}: no file holds tensor `{name}`, without which the quantised weight "
+        f"{weight.file.parent}: no file holds tensor `{name}`, without which the quantized weight "
         "cannot be read; download the checkpoint again."
     )

@@ -1,9 +1,9 @@
-"""`python -m serve_app.convert SRC DST`: a Mixtral checkpoint in our own 4-bit form.
+"""Converts a checkpoint to the fused form, layer by layer.
 
-SRC is a folder or a Hugging Face repository, in floats or in bitsandbytes' 4 bits; the latter is
-kept bit for bit. DST starts in a quarter of the time. A conversion that was stopped goes on
-where it was when it is started again: what has its final name is whole, and DST is no checkpoint
-before its index is written, which comes last. Holds one layer in memory.
+Weights in bitsandbytes' 4 bits are kept bit for bit; floats are quantized. A conversion that was
+stopped continues where it was when it is started again: a file that has its final name is complete,
+and the destination is no checkpoint before its index is written, which comes last. At most one
+layer is in memory.
 """
 
 import fcntl
@@ -31,7 +31,7 @@ COPIED = ("tokenizer*", "*.jinja", "*.json")
 LOCK = ".convert.lock"
 
 Progress = Callable[[int, int, str], None]
-"""Called with how many files are done, of how many, and the name of the last."""
+"""Called with the number of files that are done, the number of all, and the last one's name."""
 
 
 def convert(
@@ -40,7 +40,7 @@ def convert(
     quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """`convert_checkpoint` for the checkpoint in folder `source`; raises as it and `inspect` do."""
+    """Converts the checkpoint in folder `source`; raises as `convert_checkpoint` and `inspect`."""
     convert_checkpoint(inspect(source), destination, quantization, progress)
 
 
@@ -50,11 +50,11 @@ def convert_checkpoint(
     quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Writes `checkpoint` to folder `destination` in our own form.
+    """Writes `checkpoint` to folder `destination` in the fused form.
 
-    `quantization` is for float weights, None being NF4 with bfloat16 absmax; weights that are in
-    4 bits already stay as they are. Uses the GPU where there is one. Raises `ModelLoadFailed` when
-    a file cannot be read, or `destination` not written.
+    `quantization` is for float weights; None is nf4 with bfloat16 absmax. Weights in 4 bits stay as
+    they are. Quantizes on the GPU where there is one. Raises `ModelLoadFailed` when a file cannot
+    be read, or `destination` not written.
     """
     tell = progress or (lambda done, total, name: None)
     quantization = _choose(checkpoint, quantization)
@@ -137,7 +137,7 @@ def _write_files(
         write_file(destination / name, tensors, made_from)
         done = len(files) - len(missing) + missing.index(name) + 1
         tell(done, len(files), name)
-    if device.type == "cuda":  # for whoever loads the model next
+    if device.type == "cuda":  # leaves the memory to a load that follows
         torch.cuda.empty_cache()
 
 
@@ -182,7 +182,7 @@ def _is_done(file: Path, made_from: str) -> bool:
 
 
 def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
-    """Tells sources and ways to quantise apart without reading weights."""
+    """Tells sources and ways to quantize apart without reading weights."""
     seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
     for file in sorted(checkpoint.headers):
         stat = file.stat()

@@ -1,7 +1,7 @@
-"""A model's name becomes a folder on this machine: given, cached, or downloaded.
+"""Finds the folder of a model on this machine, by its name, without asking the network.
 
-Looks offline first, and without regard to case, because RunPod's model cache is lower-cased.
-Knows no tensors; what is in the folder is for `checkpoint.inspect` to judge.
+Repository names are compared without regard to case, because RunPod's model cache has them in lower
+case.
 """
 
 import json
@@ -16,14 +16,14 @@ RUNPOD_CACHE = Path("/runpod/cache")
 
 
 def download_cache(volume: Path = RUNPOD_VOLUME) -> Path | None:
-    """The cache that downloads go to: the volume's, or None for the Hugging Face cache."""
+    """The cache that downloads go to: the network volume's, or None for the Hugging Face cache."""
     return _hub(volume) if volume.is_dir() and os.access(volume, os.W_OK) else None
 
 
 def find_local(
     name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
 ) -> Path | None:
-    """The folder of `name` on this machine; None where only a download is left.
+    """The folder of `name` on this machine; None where it must be downloaded.
 
     Raises `ModelLoadFailed` when `name` is neither a folder here nor a repository's name.
     """
@@ -60,19 +60,19 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
         commit = reference.read_text().strip() if reference.is_file() else revision
         snapshots = repository / "snapshots"
         found = [snapshots / commit] if commit else list(snapshots.glob("*"))
-        # Several snapshots and no word on which is the default branch: let the hub say.
+        # With several snapshots only the hub can tell which one is the default branch.
         if len(found) == 1 and _is_downloaded(found[0]):
             return found[0]
     return None
 
 
 def _is_downloaded(folder: Path) -> bool:
-    """True when nothing is left that another download would bring."""
+    """True when a download would bring nothing new."""
     return is_complete(folder) and (folder / "tokenizer.json").exists()
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the configuration and every safetensors file are there: no broken download."""
+    """True when the configuration and every safetensors file exist."""
     if not (folder / "config.json").exists():
         return False
     index = folder / "model.safetensors.index.json"

@@ -29,7 +29,7 @@ PIECE_BYTES = 16 << 20
 CHECKSUMS = "crc32"
 """Key of a file's metadata: the checksums of its pieces, 8 hexadecimal digits each."""
 SOURCE = "source"
-"""Key of a file's metadata: what it was converted from, see `serve_app.convert`."""
+"""Key of a file's metadata: what it was converted from, see `convert.py`."""
 FUSED_FLOATS = ("F32", "BF16", "F16")
 """dtypes that weights which are not quantized can have in a fused checkpoint."""
 
@@ -51,7 +51,7 @@ def require_whole_groups(config: MixtralConfig) -> None:
     for key, size in sizes.items():
         if size % GROUP_SIZE:
             raise ModelLoadFailed(
-                f"config.json: `{key}` ({size}) must be a multiple of {GROUP_SIZE} to be quantised."
+                f"config.json: `{key}` ({size}) must be a multiple of {GROUP_SIZE} to be quantized."
             )
 
 
@@ -93,7 +93,7 @@ def file_names(num_layers: int) -> list[str]:
 
 
 def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: int) -> int:
-    """Bytes of such a checkpoint, but for its headers; of a float weight `float_bytes`."""
+    """Bytes of a fused checkpoint without headers; a float weight has `float_bytes`."""
     return sum(
         prod(shape) * (float_bytes if dtypes == FUSED_FLOATS else ITEM_BYTES[dtypes[0]])
         for dtypes, shape in fused_tensors(config, quantization).values()
@@ -103,7 +103,7 @@ def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: 
 def match_fused(
     path: Path, config: MixtralConfig, quantization: Quantization, found: dict[str, TensorInfo]
 ) -> None:
-    """Raises `ModelLoadFailed` unless `found` is exactly what such a checkpoint has."""
+    """Raises `ModelLoadFailed` unless `found` is exactly what a fused checkpoint has."""
     expected = fused_tensors(config, quantization)
     for name, (dtypes, shape) in expected.items():
         if name not in found:

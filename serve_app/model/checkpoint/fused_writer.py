@@ -24,7 +24,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def file_tensors(source: Source, layer: int | None, codebook: Codebook) -> dict[str, Tensor]:
-    """Everything that the file of one layer holds; None is what belongs to no layer.
+    """The tensors of one layer's file; with `layer` None those that belong to no layer.
 
     Weights in 4 bits are on the device of `codebook`.
     """

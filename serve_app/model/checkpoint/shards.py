@@ -1,7 +1,8 @@
 """The safetensors files of a checkpoint: which there are, and what their headers say.
 
-Finds in milliseconds every file that is missing, cut off or no safetensors file. Reads headers
-only, imports no torch, and knows nothing of what a tensor is for.
+Reads headers in milliseconds and finds every file that is missing, cut off or not a safetensors
+file. Headers are parsed here, because `safetensors.safe_open` (0.8) maps the whole file and
+does not give the offset of a tensor, which reading without a memory map needs. Imports no torch.
 """
 
 import json
@@ -24,20 +25,20 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor is, and what."""
+    """One tensor of a file, as the header describes it."""
 
     name: str
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
-    """Its first byte, counted from the beginning of the file."""
+    """Offset of its first byte from the beginning of the file."""
     nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """Everything that one file says of itself."""
+    """The header of one safetensors file."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -46,7 +47,10 @@ class Header:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the index's order; all of them exist."""
+    """The safetensors files of a checkpoint, in the index's order.
+
+    Raises `ModelLoadFailed` where one is missing.
+    """
     single, index = path / SINGLE, path / INDEX
     if not index.exists():
         if single.exists():
@@ -99,7 +103,7 @@ def read_header(file: Path) -> Header:
 
 
 def read_bytes(tensor: TensorInfo) -> bytes:
-    """The data of one tensor, for those that are small."""
+    """The data of one small tensor."""
     try:
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.begin)
@@ -122,12 +126,12 @@ def read_into(file: Path, begin: int, buffer: memoryview) -> None:
 
 
 def damaged(file: Path, reason: str) -> ModelLoadFailed:
-    """The error for a file that another download would repair."""
+    """The error for a file that another download repairs."""
     return ModelLoadFailed(f"{file}: is damaged or half downloaded ({reason}); download it again.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `ModelLoadFailed` when it holds none."""
+    """The object in a JSON file; raises `ModelLoadFailed` where there is none."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:

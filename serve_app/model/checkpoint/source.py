@@ -85,5 +85,5 @@ class Source:
             return values if known is None else known
         raise ModelLoadFailed(
             f"{info.packed.file}: tensor `{table.name}` differs from that "
-            "of other weights; all weights must be quantised with the same values."
+            "of other weights; all weights must be quantized with the same values."
         )

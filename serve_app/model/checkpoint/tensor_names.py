@@ -187,7 +187,7 @@ class ModuleWeight:
     experts: tuple[int, ...]
     """`(num_experts,)`, or () for what is not an expert's."""
     out_features: tuple[int, ...]
-    """Of each matrix that it is made of, one above the other."""
+    """out_features of each matrix that it is made of, one above the other."""
     in_features: int | None
     weights: tuple[Weight, ...]
     """Expert by expert."""

@@ -1,1 +1,6 @@
-"""Forms of the model's arithmetic that are faster than plain torch on one kind of device."""
+"""The model's arithmetic in forms that are faster than plain torch on one kind of device.
+
+Read `cpu/cpu_step.py` for a CPU and `triton/gpu_step.py` for a GPU: each is a whole step behind one
+class, which compares itself with plain torch on the device before it is used. `kernel_check.py`
+compares single 4-bit products and attention with float32.
+"""

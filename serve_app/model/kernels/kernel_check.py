@@ -1,7 +1,7 @@
-"""4-bit products and attention on this device beside the same in plain float32, on random data.
+"""Compares 4-bit products and attention on a device with plain float32, on random data.
 
-A kernel that disagrees is a kernel that must not be used. Small sizes, but for a long context: it
-says whether the arithmetic is right, not how fast it is. Knows no model and no files.
+`mixtral-serve check --load` refuses a device where a kernel is wrong. Sizes are small, but for one
+long context: the check is about correctness, not speed.
 """
 
 import math
@@ -21,12 +21,12 @@ from serve_app.model.quantize import dequantize, quantize
 from serve_app.model.quantized_experts import QuantizedExperts
 from serve_app.model.quantized_weight import Codebook
 
-HIDDEN, INNER, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
+HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
 CONFIG = MixtralConfig.from_dict(
     {
         "model_type": "mixtral",
-        "hidden_size": HIDDEN,
-        "intermediate_size": INNER,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": INTERMEDIATE_SIZE,
         "num_hidden_layers": 1,
         "num_attention_heads": 4,
         "num_local_experts": NUM_EXPERTS,
@@ -36,7 +36,7 @@ CONFIG = MixtralConfig.from_dict(
     }
 )
 NUM_TOKENS = (1, 7, 40)
-"""One decode, a few, and a chunk of a prompt."""
+"""One decode, a few, and a prefill chunk."""
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
 CONTEXTS = (1, 70, 300, 4500)
 """Tokens of contexts: one split, several, and so many that splits are longer."""
@@ -49,10 +49,10 @@ def relative_errors(
     *,
     has_kernels: bool | None = None,
 ) -> dict[str, float]:
-    """The largest relative error of each form, for the numbers of tokens in `NUM_TOKENS`.
+    """The largest relative error of each product over the numbers of tokens in `NUM_TOKENS`.
 
-    `has_kernels`: whether Triton's are among them; by default where they are used, on a GPU in 16
-    bits.
+    `has_kernels` adds the Triton kernels; by default where they are used, on a GPU in 16 bits. An
+    error that is NaN is returned alone.
     """
     if has_kernels is None:
         has_kernels = device.type == "cuda" and dtype != torch.float32
@@ -62,25 +62,27 @@ def relative_errors(
         return torch.randn(shape, generator=generator)
 
     codes = Codebook(quantization).to(device)
-    linear, weight = _linear(codes, device, random(INNER, HIDDEN))
+    linear, weight = _linear(codes, device, random(INTERMEDIATE_SIZE, HIDDEN_SIZE))
     experts, expert_weights = _experts(codes, device, random)
     errors: dict[str, float] = {}
     both = dequantize(experts.gate_up.get(), torch.float32)
     for count in NUM_TOKENS:
-        x = random(count, HIDDEN).to(device, dtype)
-        ids = torch.stack([torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)])
-        ids = ids[:, :TOP_K].to(device)
-        shares = random(count, TOP_K).softmax(-1).to(device, dtype)
+        x = random(count, HIDDEN_SIZE).to(device, dtype)
+        topk_ids = torch.stack(
+            [torch.randperm(NUM_EXPERTS, generator=generator) for _ in range(count)]
+        )
+        topk_ids = topk_ids[:, :TOP_K].to(device)
+        topk_weights = random(count, TOP_K).softmax(-1).to(device, dtype)
         pairs = {
             "linear (torch)": (linear(x), F.linear(x.float(), weight)),
             "experts (torch)": (
-                experts(x, ids, shares),
-                _mixture(x.float(), ids, shares.float(), expert_weights),
+                experts(x, topk_ids, topk_weights),
+                _mixture(x.float(), topk_ids, topk_weights.float(), expert_weights),
             ),
         }
         if has_kernels:
             pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
-            found = _experts_by_kernel(experts, x, ids, shares)
+            found = _experts_by_kernel(experts, x, topk_ids, topk_weights)
             pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
             pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), both)
         for name, (found, expected) in pairs.items():
@@ -98,7 +100,7 @@ def relative_errors(
 def _attention(
     dtype: torch.dtype, device: torch.device, random: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Decodes with `CONTEXTS` by the kernel, and in plain float32."""
+    """Attention of decodes with `CONTEXTS`: by the kernel, and in plain float32."""
     from serve_app.model.kernels.triton.paged_attention import PagedAttention
 
     count, width = len(CONTEXTS), -(-max(CONTEXTS) // BLOCK_SIZE)
@@ -122,7 +124,7 @@ def _attention(
 def _linear(
     codes: Codebook, device: torch.device, weight: Tensor
 ) -> tuple[QuantizedLinear, Tensor]:
-    """A 4-bit product, and the float32 weight that it stands for."""
+    """A linear layer in 4 bits, and its weight in float32."""
     linear = QuantizedLinear(codes, weight.shape[1], (weight.shape[0],)).to(device)
     linear.weight.load_weight(weight)
     return linear, _as_stored(codes, weight).to(device)
@@ -131,8 +133,12 @@ def _linear(
 def _experts(
     codes: Codebook, device: torch.device, random: Callable[..., Tensor]
 ) -> tuple[QuantizedExperts, list[dict[str, Tensor]]]:
-    """4-bit experts, and the float32 matrices of each that they stand for."""
-    sizes = {"gate": (INNER, HIDDEN), "up": (INNER, HIDDEN), "down": (HIDDEN, INNER)}
+    """Experts in 4 bits, and the float32 matrices of each."""
+    sizes = {
+        "gate": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
+        "up": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
+        "down": (HIDDEN_SIZE, INTERMEDIATE_SIZE),
+    }
     experts = QuantizedExperts(CONFIG, codes).to(device)
     plain = []
     for expert in range(NUM_EXPERTS):
@@ -152,7 +158,7 @@ def _linear_by_kernel(linear: QuantizedLinear, x: Tensor) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
     weights = nf4_decode.Packed.of(linear.weight, x.dtype)
-    parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.rows, dtype=torch.float32)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
     nf4_decode.dense(weights, _in_halves(x), parts)
     return parts.sum(0)
 
@@ -164,34 +170,38 @@ def _unpacked(experts: QuantizedExperts, dtype: torch.dtype) -> Tensor:
     return Unpacker(dtype)(experts.gate_up, every)
 
 
-def _experts_by_kernel(experts: QuantizedExperts, x: Tensor, ids: Tensor, shares: Tensor) -> Tensor:
+def _experts_by_kernel(
+    experts: QuantizedExperts, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
+) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
-    order = ids.flatten().argsort(stable=True).int()
+    order = topk_ids.flatten().argsort(stable=True).int()
     edges = torch.arange(NUM_EXPERTS + 1, device=x.device)
-    starts = (ids.flatten()[None] < edges[:, None]).sum(1).int()
+    starts = (topk_ids.flatten()[None] < edges[:, None]).sum(1).int()
     both = nf4_decode.Packed.of(experts.gate_up, x.dtype)
     back = nf4_decode.Packed.of(experts.down, x.dtype)
-    inner = x.new_empty(len(order), back.columns)
-    nf4_decode.gate_up(both, _in_halves(x), order, starts, TOP_K, inner)
-    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), back.rows, dtype=torch.float32)
-    nf4_decode.down(back, inner, order, starts, shares.flatten().float(), TOP_K, parts)
+    intermediate = x.new_empty(len(order), back.in_features)
+    nf4_decode.gate_up(both, _in_halves(x), order, starts, TOP_K, intermediate)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), back.out_features, dtype=torch.float32)
+    nf4_decode.down(back, intermediate, order, starts, topk_weights.flatten().float(), TOP_K, parts)
     return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
 
 
 def _as_stored(codes: Codebook, weight: Tensor) -> Tensor:
-    """`weight` after 4 bits, on the CPU."""
+    """`weight` quantized and back, on the CPU."""
     chosen = codes.quantization
     return dequantize(quantize(weight, chosen.quant_type, chosen.absmax), torch.float32)
 
 
-def _mixture(x: Tensor, ids: Tensor, shares: Tensor, experts: list[dict[str, Tensor]]) -> Tensor:
-    """What `Experts.forward` promises, token by token."""
+def _mixture(
+    x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: list[dict[str, Tensor]]
+) -> Tensor:
+    """Computes what `Experts.forward` does, token by token."""
     rows = []
-    for token, chosen, share in zip(x, ids.tolist(), shares, strict=True):
+    for token, chosen, weights in zip(x, topk_ids.tolist(), topk_weights, strict=True):
         outputs = [
             e["down"] @ (F.silu(e["gate"] @ token) * (e["up"] @ token))
             for e in (experts[i] for i in chosen)
         ]
-        rows.append((torch.stack(outputs) * share[:, None]).sum(dim=0))
+        rows.append((torch.stack(outputs) * weights[:, None]).sum(dim=0))
     return torch.stack(rows)

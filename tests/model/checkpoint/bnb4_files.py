@@ -1,6 +1,6 @@
 """Writes 4-bit checkpoints the way transformers 4.x with bitsandbytes wrote them.
 
-Per-expert names, each quantised matrix followed by what `QuantState.as_dict(packed=True)` gives;
+Per-expert names, each quantized matrix followed by what `QuantState.as_dict(packed=True)` gives;
 transformers 5 can neither write nor read them.
 """
 

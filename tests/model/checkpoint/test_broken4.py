@@ -135,7 +135,7 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
         instead(f"{W1}.{STATE}", torch.tensor(list(b"[]"), dtype=torch.uint8)),
         [f"`{W1}.{STATE}`", "JSON"],
     ),
-    "a quantised head": (
+    "a quantized head": (
         change(
             W1,
             lambda w: w.update(
@@ -146,9 +146,9 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
                 }
             ),
         ),
-        ["`lm_head.weight`", "quantised"],
+        ["`lm_head.weight`", "quantized"],
     ),
-    "not said to be quantised": (
+    "not said to be quantized": (
         config(load_in_4bit=False, _load_in_4bit=False),
         ["not in 4 bits"],
     ),
@@ -166,8 +166,8 @@ def test_broken_bitsandbytes_checkpoints(what: str, bnb4: Path, tmp_path: Path) 
     assert [word for word in words if word not in message] == []
 
 
-def test_one_way_to_quantise(oracle: Any, bnb4: Path, tmp_path: Path) -> None:
-    """Weights with and without double quantisation in one checkpoint are refused by their names."""
+def test_one_way_to_quantize(oracle: Any, bnb4: Path, tmp_path: Path) -> None:
+    """Weights with and without double quantization in one checkpoint are refused by their names."""
     copy(bnb4, tmp_path)
     (tmp_path / "plain").mkdir()
     save_bnb4(oracle, tmp_path / "plain", shards=1, compress_statistics=False)

@@ -39,7 +39,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """Every file of a conversion that nobody disturbed."""
+    """Every file of a conversion that ran to its end."""
     folder = tmp_path_factory.mktemp("whole")
     convert(source, folder)
     return contents(folder)
@@ -74,7 +74,7 @@ def stop_after(count: int) -> Any:
 def test_a_conversion_has_all_that_a_checkpoint_needs(
     source: Path, whole: dict[str, bytes]
 ) -> None:
-    """Tokenizer files as they were, config.json but for the quantisation, an index of all files."""
+    """Tokenizer files as they were, config.json but for the quantization, an index of all files."""
     weights = [f"model-0000{i}-of-00006.safetensors" for i in range(1, 7)]
     for file in (*source.glob("tokenizer*"), source / "generation_config.json"):
         assert whole[file.name] == file.read_bytes()
@@ -142,7 +142,7 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(source: Path, tmp_path
 def test_files_of_another_source_are_made_again(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """A folder that holds another model's conversion, or another quantisation, gets the new one,
+    """A folder that holds another model's conversion, or another quantization, gets the new one,
     and is no checkpoint in between."""
     convert(source, tmp_path, Quantization("fp4", "nested"))
     with pytest.raises(Stopped):
@@ -159,7 +159,7 @@ def test_files_of_another_source_are_made_again(
 
 
 def test_two_do_not_write_into_one_folder(source: Path, tmp_path: Path) -> None:
-    """The second is told to wait, and that trying again may help."""
+    """The second fails with a sentence that says to wait, and a retry may help."""
 
     def second(done: int, total: int, name: str) -> None:
         with pytest.raises(ModelLoadFailed, match="another process is converting") as caught:

@@ -31,7 +31,7 @@ def test_a_local_folder_is_itself(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["./nowhere", "/no/where", "mixtral", "a/b/c", "~/nowhere"])
 def test_a_name_that_is_neither_is_refused(name: str) -> None:
-    """A mistyped path is said to be missing, not asked of the hub."""
+    """A mistyped path is reported as missing and is not looked up on the hub."""
     with pytest.raises(ModelLoadFailed, match=r"no such folder") as caught:
         find_local(name)
     assert not caught.value.retry
@@ -56,7 +56,7 @@ def test_a_revision_is_a_branch_or_a_commit(tmp_path: Path) -> None:
 
 
 def test_without_refs_only_a_single_snapshot_is_certain(tmp_path: Path) -> None:
-    """One snapshot is the model; of two nobody knows which is the default branch."""
+    """One snapshot is the model; of two, only the hub can tell which is the default branch."""
     only = make_snapshot(tmp_path, "o/m", ref=None)
     assert cached_snapshot(tmp_path, "o/m", None) == only
     make_snapshot(tmp_path, "o/m", "f" * 40, ref=None)

@@ -26,7 +26,7 @@ def test_the_form_of_the_weights_is_read(stored: dict[str, Any] | None, form: st
     assert stored_form({"quantization_config": stored}) == form
 
 
-def test_the_quantisation_that_cannot_be_read_is_named() -> None:
+def test_the_quantization_that_cannot_be_read_is_named() -> None:
     """The sentence says which one it is."""
     with pytest.raises(ModelLoadFailed, match="'awq'"):
         stored_form({"quantization_config": {"quant_method": "awq", "bits": 4}})

@@ -1,4 +1,4 @@
-"""Every form of a 4-bit checkpoint loads without dequantising anything, and answers the same."""
+"""Every form of a 4-bit checkpoint loads without dequantizing anything, and answers the same."""
 
 from pathlib import Path
 from typing import Any
@@ -39,10 +39,10 @@ def assert_same_weights(one: Mixtral, other: Mixtral) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_bitsandbytes_checkpoints_answer_as_dequantised(
+def test_bitsandbytes_checkpoints_answer_as_dequantized(
     kind: str, oracle: Any, tmp_path: Path
 ) -> None:
-    """As transformers 4 wrote it, it computes what transformers does with the dequantised weights;
+    """As transformers 4 wrote it, it computes what transformers does with the dequantized weights;
     converted to our own form, it is the same bit for bit."""
     meant = save_bnb4(oracle, tmp_path / "bnb4", **KINDS[kind])
     reference = with_weights(oracle, meant, tmp_path / "meant")
@@ -75,7 +75,7 @@ def test_float32_absmax_is_kept_bit_for_bit_on_disk(oracle: Any, tmp_path: Path)
         assert torch.equal(layer.attention.o.weight.absmax.flatten(), rounded.flatten())
 
 
-def test_plain_attention_is_quantised_while_it_loads(oracle: Any, tmp_path: Path) -> None:
+def test_plain_attention_is_quantized_while_it_loads(oracle: Any, tmp_path: Path) -> None:
     """A checkpoint whose experts alone are in 4 bits gives the model that one in full gives."""
     save_bnb4(oracle, tmp_path / "full", compress_statistics=False)
     save_bnb4(oracle, tmp_path / "experts", attention=False, compress_statistics=False)
@@ -83,10 +83,10 @@ def test_plain_attention_is_quantised_while_it_loads(oracle: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("absmax", ["nested", "bfloat16", "float32"])
-def test_converted_floats_are_what_a_load_quantises(
+def test_converted_floats_are_what_a_load_quantizes(
     absmax: str, oracle: Any, tmp_path: Path
 ) -> None:
-    """Quantising once, into our form, and at every load give the same model bit for bit."""
+    """Quantizing once, into our form, and at every load give the same model bit for bit."""
     oracle.save_pretrained(tmp_path / "float", max_shard_size="100KB")
     quantization = Quantization("nf4", absmax)  # type: ignore[arg-type]
     convert(tmp_path / "float", tmp_path / "own", quantization)

@@ -234,7 +234,7 @@ BROKEN: dict[str, tuple[Break, list[str]]] = {
         change_weights(lambda weights: weights.update({QUERY: torch.ones(63, 64)})),
         [f"`{QUERY}`", "[63, 64]", "[64, 64]"],
     ),
-    "tensor quantised": (
+    "tensor quantized": (
         change_weights(lambda w: w.update({QUERY: torch.ones(64, 64, dtype=torch.uint8)})),
         [f"`{QUERY}`", "U8"],
     ),

@@ -30,7 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return full_size.write(folder, tensors, 1, max_position_embeddings=1024, **sizes)
 
 
-def test_quantising_takes_less_than_one_expert_above_the_model(checkpoint: Path) -> None:
+def test_quantizing_takes_less_than_one_expert_above_the_model(checkpoint: Path) -> None:
     """On the device the final size and less than an expert in bfloat16, in all that is done.
 
     Where the CPU is the device, host memory is measured, with the files' tensors in it.

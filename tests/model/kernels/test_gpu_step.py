@@ -66,7 +66,7 @@ def cache_of(model: Mixtral) -> KVCache:
 def test_it_gives_the_models_logits(
     quantization: Quantization | None, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, to its rounding; a row that is nobody's changes nothing for the others."""
+    """Logits equal plain torch's to float32's rounding; a padding row changes no other row."""
     monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 2)
     torch.manual_seed(1)
     model = model_of(quantization, torch.float32, **shape)
@@ -88,7 +88,7 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
     assert "power of two" in str(GpuStep.of(odd, cache_of(odd), 3))
 
 
-def test_rows_of_nobody_write_nothing() -> None:
+def test_padding_rows_write_nothing() -> None:
     """A batch of fixed size with one live row: its slot alone is written."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float32)

@@ -1,4 +1,4 @@
-"""The Triton 4-bit products, run by its interpreter, beside dequantising and plain products."""
+"""The Triton 4-bit products, run by its interpreter, beside dequantizing and plain products."""
 
 from itertools import pairwise
 
@@ -48,7 +48,7 @@ def codes_of(storage: tuple[str, str]) -> Codebook:
 @pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_a_matrix_of_parts(storage: tuple[str, str], dtype: torch.dtype) -> None:
-    """q, k and v one above the other, quantised apart, for one token, a few, and two tiles."""
+    """q, k and v one above the other, quantized apart, for one token, a few, and two tiles."""
     weights = matrices(codes_of(storage), (), HIDDEN, (96, 40, 24))
     plain = dequantize(weights.get(), torch.float32)
     for tokens in (1, 5, 19):
@@ -92,7 +92,7 @@ def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
 
 
 def test_a_token_has_the_same_bits_in_any_batch() -> None:
-    """Of one tile: the sums over K are cut alike, whoever else is there."""
+    """Within one size of tile, the sums over K are cut in the same way for every batch."""
     weights = Packed.of(matrices(codes_of(STORAGES[0]), (), HIDDEN, (64,)), torch.float32)
     x = in_halves(torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3)))
     whole = torch.empty(SPLIT_K, 9, 64)
@@ -103,7 +103,7 @@ def test_a_token_has_the_same_bits_in_any_batch() -> None:
 
 
 def test_the_trial_on_a_device_tries_them_too() -> None:
-    """Beside the torch forms, with the same data and for as many tokens."""
+    """The kernel check compares the Triton kernels too, on the same data as the torch forms."""
     how = Quantization("nf4", "nested")
     errors = relative_errors(how, torch.float16, torch.device("cpu"), has_kernels=True)
     products = {f"{what} ({by})" for what in ("linear", "experts") for by in FORMS}

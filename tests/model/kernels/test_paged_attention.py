@@ -76,7 +76,7 @@ def test_it_attends_as_torch_does(
 
 def test_a_row_has_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Alone, with others, and when one program takes all splits by turns; longer splits too."""
-    monkeypatch.setattr(paged_attention, "MOST_SPLITS", 4)  # so that the longest has longer ones
+    monkeypatch.setattr(paged_attention, "MAX_SPLITS", 4)  # so that the longest has longer ones
     lengths = [1, 700, 131]
     cache = cache_of(lengths, (2, 16, 16), torch.float32)
     tables = tables_of(lengths, cache)
@@ -87,12 +87,12 @@ def test_a_row_has_the_same_bits_in_any_batch(monkeypatch: pytest.MonkeyPatch) -
         one = slice(row, row + 1)
         alone = by_kernel(queries[one], lengths[one], tables[one], cache, None)
         assert torch.equal(alone, whole[one])
-    monkeypatch.setattr(paged_attention, "PROGRAMS", 1)
+    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
     assert torch.equal(by_kernel(queries, lengths, tables, cache, None), whole)
 
 
 def test_rows_without_a_context_are_zeros() -> None:
-    """What stands for nobody in a batch of fixed size reads nothing, NaN or not."""
+    """A padding row in a batch of fixed size reads nothing, NaN or not."""
     cache = cache_of([16, 16], (2, 16, 16), torch.float32)
     cache.keys[0][0], cache.values[0][0] = torch.nan, torch.nan
     queries = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(4))
@@ -102,7 +102,7 @@ def test_rows_without_a_context_are_zeros() -> None:
 
 
 def test_a_nan_in_the_context_reaches_the_row() -> None:
-    """So that it fails by name, and its blocks are cleared; beyond the context nobody sees it."""
+    """A NaN in a context makes its row NaN, so that the request fails; one beyond has no effect."""
     cache = cache_of([16, 16], (2, 16, 16), torch.float32)
     cache.values[0][0, 9], cache.keys[0][1, 9] = torch.nan, torch.nan
     queries = torch.randn(3, 4, 16, generator=torch.Generator().manual_seed(5))

@@ -1,1 +1,1 @@
-"""The step of a float32 model on a CPU, in C. Read `cpu_step.py` first."""
+"""The step of a float32 model on a CPU, in C. Read `cpu_step.py` first, then `_cpu_step.c`."""

@@ -1,10 +1,10 @@
-"""The step of a float32 Mixtral on a CPU in one call, see `_cpu_step.c`.
+"""The forward pass of a float32 Mixtral on a CPU in one call of C, see `_cpu_step.c`.
 
-Promises the logits of `model/mixtral.py` to float32's rounding, and for each token the same bits in
-any batch and in any piece of its prompt. The call holds no interpreter lock, so that sockets are
-served while it computes, in one thread. Built where the project is installed with a C compiler, and
-compared with plain torch before it is used; `CpuStep.of` says why where it is not. Keeps a second,
-transposed copy of the weights.
+Its logits equal those of `model/mixtral.py` to float32's rounding, and a token gets the same bits
+in any batch and in any prefill chunk. The call uses one thread and does not hold the interpreter
+lock, so that the server answers while it computes. The library is built where the project is
+installed with a C compiler, and compared with plain torch before it is used. The step keeps a
+second, transposed copy of the weights.
 """
 
 import ctypes
@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 LANES = 16
-"""Sizes that are summed over are multiples of this."""
-MOST_BYTES = 500_000_000
+"""float32 numbers of a vector register; the sizes that are summed over are multiples of it."""
+MAX_WEIGHT_BYTES = 500_000_000
+"""Models with more weights do not get a second copy of them."""
 TOLERANCE = 1e-4
-"""Largest relative error beside plain torch, on this processor, with which it is used."""
+"""Largest relative error, compared with plain torch on this processor."""
 POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -70,7 +71,7 @@ class _Rows(ctypes.Structure):
 
 
 class CpuStep:
-    """The step of one model with one KV cache, whose memory it points into."""
+    """The step of one model with one KV cache; it reads and writes their memory by address."""
 
     def __init__(self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache) -> None:
         config = model.config
@@ -80,7 +81,7 @@ class CpuStep:
         ]
         head = transposed(model.embedding if model.lm_head is None else _float(model.lm_head))
         tables = (model.embedding, model.norm.weight, head, model.rope.cos, model.rope.sin)
-        # What the pointers point to must live as long as they do.
+        # Keeps what the pointers point to alive.
         self._kept = (layers, tables)
         self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
         self._step = library.mixtral_step
@@ -105,12 +106,12 @@ class CpuStep:
 
     @classmethod
     def of(cls, model: "Mixtral", cache: KVCache) -> "CpuStep | str":
-        """The step of `model`, or why there is none. `cache` is not in use yet."""
+        """The step of `model`, or the reason why there is none; `cache` must be unused."""
         if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
             return "it is for float32 on a CPU"
         if model.codebook is not None:
             return "the weights are in 4 bits"
-        if (size := sum(weight.nbytes for weight in model.parameters())) > MOST_BYTES:
+        if (size := sum(weight.nbytes for weight in model.parameters())) > MAX_WEIGHT_BYTES:
             return f"a second copy of {size / 1e9:.1f} GB of weights would be too large"
         if reason := _unfit(model.config):
             return reason
@@ -119,7 +120,7 @@ class CpuStep:
             return library
         step = cls(library, model, cache)
         error = step._error(model, cache)
-        # A NaN is no small number either.
+        # NaN is not below the tolerance either.
         return step if error < TOLERANCE else f"it differs from plain torch by {error:.1e}"
 
     def logits(self, batch: Batch) -> Tensor:
@@ -142,14 +143,16 @@ class CpuStep:
 
     @torch.inference_mode()
     def _error(self, model: "Mixtral", cache: KVCache) -> float:
-        """The largest relative error of logits: a made-up prompt of a block of tokens, and others
-        that decode among random keys and values."""
+        """The relative error of logits, of a prompt of one KV block and of decodes.
+
+        The decodes attend to random keys and values.
+        """
         count, size = min(cache.num_blocks, 5), cache.block_size
         blocks = torch.arange(count)
         generator = torch.Generator().manual_seed(0)
         for pages in (*cache.keys, *cache.values):
             pages[blocks] = torch.randn(pages[blocks].shape, generator=generator)
-        # The first block's every slot, and the last slot of the others.
+        # All slots of the first KV block, and the last slot of the others.
         slots = torch.cat((torch.arange(size), (blocks[1:] + 1) * size - 1))
         batch = Batch(
             token_ids=slots % self._vocab_size,

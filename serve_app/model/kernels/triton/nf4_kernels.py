@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""What `nf4_decode.py` launches: the Triton kernels of products with 4-bit weights.
+"""The Triton kernels of products with 4-bit weights; `nf4_decode.py` launches them.
 
-Each finds its tile's tokens and its expert, has `nf4_sums.py` do the sums, and says what becomes of
-them. Counts that change with the batch are not specialised on, so that few variants are compiled.
-All have the arguments of the weights, `packed` to `K`, as `nf4_decode.Packed` gives them.
+Each kernel finds its tile's tokens and its expert, sums by `nf4_sums.sums` and stores the sums.
+Triton does not specialize on counts that change with the batch, so that few variants are compiled.
+The arguments from `packed` to `K` describe the weights (`nf4_decode.Packed.arguments`).
 """
 
 import triton

@@ -2,7 +2,7 @@
 
 `prmt` picks four bytes of eight by four nibbles, so two of them and a third that chooses between
 their results look four codes up in one byte plane of the sixteen values. Two planes make the 16
-bits. No look-up in memory, and 2.8 integer operations per weight. Knows no kernel.
+bits. That takes no look-up in memory, and 2.8 integer operations per weight.
 """
 
 import struct

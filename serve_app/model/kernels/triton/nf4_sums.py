@@ -1,10 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""What the Triton kernels of 4-bit weights share: codes become values, and values become sums.
+"""What the Triton kernels of 4-bit weights share: decoding codes, and sums of products.
 
-A tile of weight rows and a tile of tokens go through K, or a part of it, 64 at a time: a group's
-codes become values in registers, are multiplied with the even and the odd numbers of the
-activations, and the sums are scaled by the group's absmax. Knows no kernel: a launch is in
-`nf4_kernels.py` or `nf4_unpack.py`.
+`sums` takes a tile of weight rows and a tile of tokens through K, or a part of it, one quantization
+group of 64 at a time: the codes of a group become values in registers, which are multiplied with
+the activations of even and of odd index, and the sums are scaled by the group's absmax.
 """
 
 import triton
@@ -67,8 +66,8 @@ def sums(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`[ROWS, TILE]`: weight rows `row` of `expert` times rows `x_rows` of x, in blocks `begin` to
-    `end` of 64."""
+    """`[ROWS, TILE]`: weight rows `row` of `expert` times rows `x_rows` of x, over the quantization
+    groups `begin` to `end`."""
     j = tl.arange(0, 32)
     is_row = row < N
     lines = expert.to(tl.int64) * N + row

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""What a decode step on a GPU does between its products, in Triton: a launch each.
+"""The Triton kernels of a decode step besides products and attention, a launch each.
 
-`add_norm` adds what the last products left in parts and normalises, `rope_write` turns queries and
-keys and fills the cache, `route` sends tokens to experts. Rows without a context are nobody's: they
-write no keys and go to no expert. Sums of parts are in their order, so no row depends on others.
+`add_norm` adds the parts of the last products to the hidden state and normalizes it, `rope_write`
+rotates queries and keys and fills the KV cache, `route` assigns tokens to experts. Padding rows
+have context length 0: they write no keys and go to no expert. Parts are added in their order, so no
+row depends on others.
 """
 
 import torch
@@ -23,7 +24,7 @@ def add_norm(
 ) -> Tensor:
     """Adds to `x` `[B, H]` and returns its RMSNorm (arXiv 1910.07467) in x's dtype.
 
-    `parts` `[S, B * C, H]`: S parts of sums, each of C summands for every row that is somebody's.
+    `parts` `[S, B * C, H]`: S parts of C summands for every row; padding rows add nothing.
     """
     rows, size = x.shape
     y = torch.empty_like(x)
@@ -154,7 +155,7 @@ def _rope_write(
 
 
 LARGEST = tl.constexpr(1e38)
-"""Of a router's logit."""
+"""Router logits beyond this count as not finite."""
 
 
 @triton.jit(do_not_specialize=["rows"])

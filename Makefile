@@ -17,11 +17,12 @@ install-dev: $(VENV)/.installed-dev
 # pip installs torch, because uv does not read pip's configuration: there a machine without a GPU can
 # name a folder or an index with torch's build for a CPU. Without that, pip takes the default build,
 # which is for CUDA. uv installs the rest, which is three times as fast, and leaves torch as it is.
+# The compiled code is built while torch is on its way.
 $(VENV)/.installed: pyproject.toml requirements.txt $(wildcard serve_app/model/kernels/cpu/_cpu_*.[ch]) | $(UV)
-	@echo "Installing into $(VENV): torch, then the packages in requirements.txt. This takes a minute or more."
-	$(PYTHON) -m pip install -c requirements.txt torch
-	$(UV) pip install --python $(PYTHON) --no-deps -r requirements.txt
-	$(UV) pip install --python $(PYTHON) --no-deps -e .
+	@echo "Installing into $(VENV): torch, then the packages in requirements.txt. This takes one to three minutes."
+	$(UV) pip install --python $(PYTHON) --no-deps -e . & \
+	  $(PYTHON) -m pip install -c requirements.txt torch && wait $$! && \
+	  $(UV) pip install --python $(PYTHON) --no-deps -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt

@@ -6,7 +6,8 @@ from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
-from serve_app.api.metrics import Metrics, RequestMetrics
+from serve_app.api.metrics import Metrics
+from serve_app.api.request_metrics import RequestMetrics
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import InternalError
 from serve_app.protocol.text import TextDelta, TextStream

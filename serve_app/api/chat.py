@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
+    """Answers a `ChatRequest`, streamed or not."""
     request = await values.read(chat.ChatRequest.read, call.body)
     metadata = server.metadata(request.model, call)
     names = server.tokenizer

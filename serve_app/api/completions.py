@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
+    """Answers a `CompletionRequest`, streamed or not."""
     request = await values.read(CompletionRequest.read, call.body)
     metadata = server.metadata(request.model, call)
     generator = server.generator

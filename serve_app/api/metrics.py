@@ -8,15 +8,13 @@ Call the counting methods from one event loop; `text` may be called from any thr
 at 0 when the server is made, so the steps of the load's warm-up are not in them.
 """
 
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import TYPE_CHECKING
 
-from serve_app.engine.delta import Delta
-from serve_app.errors import InvalidRequest, Overloaded, ServeError
+from serve_app.errors import ServeError
 
 if TYPE_CHECKING:
+    from prometheus_client import Histogram
     from prometheus_client.metrics_core import Metric
 
     from serve_app.engine.engine import EngineStats
@@ -29,25 +27,52 @@ STATUSES = ("idle", "loading", "ready", "draining", "failed")
 model is not there."""
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
-# Buckets reach from the tiny model on a CPU to Mixtral behind a long queue. They are narrowest
-# around usual service levels: a first token in 0.1 to 2.5 s, then one every 10 to 100 ms.
-FIRST_TOKEN_S = (
-    *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
-    *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+# Histograms: name, help, buckets. Buckets reach from the tiny model on a CPU to Mixtral behind a
+# long queue. They are narrowest around usual service levels: a first token in 0.1 to 2.5 s, then
+# one every 10 to 100 ms.
+FIRST_TOKEN = (
+    "time_to_first_token_seconds",
+    "From a call's arrival to its first token.",
+    (
+        *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
+        *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+    ),
 )
-INTER_TOKEN_S = (
-    *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+INTER_TOKEN = (
+    "inter_token_latency_seconds",
+    "Between two tokens of an answer, as they are taken from the engine.",
+    (
+        *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+        *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
+    ),
 )
-QUEUE_S = (
-    *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-    *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+QUEUE = (
+    "request_queue_time_seconds",
+    "In the engine's queue before the first step, of requests that got a token.",
+    (
+        *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+        *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
+    ),
 )
-WHOLE_S = (
-    *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0),
-    *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+WHOLE = (
+    "e2e_request_latency_seconds",
+    "From a call's arrival to the end of an answer, stop or length.",
+    (
+        *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0),
+        *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
+    ),
 )
 TOKENS = tuple(2.0**n for n in range(16))
+PROMPT_TOKENS = (
+    "request_prompt_tokens",
+    "Tokens of prompts whose answers came to their end, stop or length.",
+    TOKENS,
+)
+GENERATION_TOKENS = (
+    "request_generation_tokens",
+    "Tokens of answers that came to their end, stop or length.",
+    TOKENS,
+)
 
 # Name, field of `EngineStats`, help.
 GAUGES = (
@@ -79,7 +104,7 @@ class Metrics:
 
     def __init__(self, model: str, stats: Callable[[], "EngineStats"]) -> None:
         """`model` is the public name; `stats` returns the engine's numbers."""
-        from prometheus_client import CollectorRegistry, Histogram, disable_created_metrics
+        from prometheus_client import CollectorRegistry, disable_created_metrics
 
         # Drops the series with creation times, for the whole process.
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -90,46 +115,20 @@ class Metrics:
         self._errors = dict.fromkeys(_codes(ServeError), 0)
         self._histograms = CollectorRegistry()
 
-        def histogram(name: str, help: str, bounds: Sequence[float]) -> Histogram:
-            whole = Histogram(
-                f"mixtral_{name}",
-                help,
-                ["model_name"],
-                buckets=bounds,
-                registry=self._histograms,
-            )
-            return whole.labels(model)
+        self.first_token = self._histogram(*FIRST_TOKEN)
+        self.inter_token = self._histogram(*INTER_TOKEN)
+        self.queue = self._histogram(*QUEUE)
+        self.whole = self._histogram(*WHOLE)
+        self.prompt_tokens = self._histogram(*PROMPT_TOKENS)
+        self.generation_tokens = self._histogram(*GENERATION_TOKENS)
 
-        self.first_token = histogram(
-            "time_to_first_token_seconds",
-            "From a call's arrival to its first token.",
-            FIRST_TOKEN_S,
+    def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> "Histogram":
+        from prometheus_client import Histogram
+
+        labelled = Histogram(
+            f"mixtral_{name}", help, ["model_name"], buckets=buckets, registry=self._histograms
         )
-        self.inter_token = histogram(
-            "inter_token_latency_seconds",
-            "Between two tokens of an answer, as they are taken from the engine.",
-            INTER_TOKEN_S,
-        )
-        self.queue = histogram(
-            "request_queue_time_seconds",
-            "In the engine's queue before the first step, of requests that got a token.",
-            QUEUE_S,
-        )
-        self.whole = histogram(
-            "e2e_request_latency_seconds",
-            "From a call's arrival to the end of an answer, stop or length.",
-            WHOLE_S,
-        )
-        self.prompt_tokens = histogram(
-            "request_prompt_tokens",
-            "Tokens of prompts whose answers came to their end, stop or length.",
-            TOKENS,
-        )
-        self.generation_tokens = histogram(
-            "request_generation_tokens",
-            "Tokens of answers that came to their end, stop or length.",
-            TOKENS,
-        )
+        return labelled.labels(self._model)
 
     def error(self, error: ServeError) -> None:
         """Counts an error that a client gets."""
@@ -162,61 +161,6 @@ class Metrics:
                 counter.add_metric([self._model, value], count)
             yield counter
         yield from self._histograms.collect()
-
-
-class RequestMetrics:
-    """Measures one prompt's answer. As a context manager, it counts the end of the answer once.
-
-    A request that is refused before its first token counts as an error only.
-    """
-
-    __slots__ = ("_arrived", "_finish_reason", "_last", "_metrics", "_num_prompt_tokens")
-
-    def __init__(self, metrics: Metrics, num_prompt_tokens: int, arrived: float) -> None:
-        self._metrics = metrics
-        self._num_prompt_tokens = num_prompt_tokens
-        self._arrived = arrived
-        self._last: float | None = None
-        self._finish_reason = "error"
-
-    def delta(self, delta: Delta) -> None:
-        """Counts the tokens of a delta. They share the time since the last delta evenly."""
-        if not (num_tokens := len(delta.token_ids)):
-            return
-        now = time.monotonic()
-        if self._last is not None:
-            for _ in range(num_tokens):
-                self._metrics.inter_token.observe((now - self._last) / num_tokens)
-        else:
-            self._metrics.first_token.observe(now - self._arrived)
-            if delta.queued_s is not None:
-                self._metrics.queue.observe(delta.queued_s)
-        self._last = now
-
-    def ended(self, finish_reason: str, num_tokens: int) -> None:
-        """Counts a complete answer of `num_tokens` tokens; the reason is "stop" or "length"."""
-        self._finish_reason = finish_reason
-        self._metrics.whole.observe(time.monotonic() - self._arrived)
-        self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
-        self._metrics.generation_tokens.observe(num_tokens)
-
-    def __enter__(self) -> "RequestMetrics":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        finish_reason = self._finish_reason
-        if isinstance(error, Exception):
-            if self._last is None and isinstance(error, InvalidRequest | Overloaded):
-                return
-            finish_reason = "error"
-        elif error is not None:  # the generator was closed, or its task was cancelled
-            finish_reason = "cancelled"
-        self._metrics.finished[finish_reason] += 1
 
 
 def status_text(status: str, model: str) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
+    """Answers a `PromptRequest`, streamed or not, or a `Batch`."""
     batch = await values.read(prompt.batch, call.body)
     if batch is not None:
         return BatchReply(_batch(server, call, batch))

@@ -12,23 +12,28 @@ MODELS = "/v1/models"
 
 
 async def health(server: "MixtralServer", call: Call) -> Reply:
+    """The state in full; 503 while draining."""
     return JsonReply(server.health(), status=503 if server.is_draining else 200)
 
 
 async def ping(server: "MixtralServer", call: Call) -> Reply:
+    """The status alone; 503 while draining."""
     return JsonReply({"status": server.status}, status=503 if server.is_draining else 200)
 
 
 async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
+    """Prometheus' text."""
     # 200 while draining too: a scrape that fails would hide how the last requests end.
     return TextReply(server.metrics.text(server.status), metrics.CONTENT_TYPE)
 
 
 async def models(server: "MixtralServer", call: Call) -> Reply:
+    """The served names."""
     return JsonReply({"object": "list", "data": [_card(server, name) for name in server.names]})
 
 
 async def model(server: "MixtralServer", call: Call) -> Reply:
+    """One served name."""
     name = call.path.removeprefix(f"{MODELS}/")
     server.check_model(name)
     return JsonReply(_card(server, name))

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 
 async def tokenize(server: "MixtralServer", call: Call) -> Reply:
+    """The token ids of a text or a conversation."""
     request = await values.read(tokens.TokenizeRequest.read, call.body)
     server.check_model(request.model)
     generator = server.generator
@@ -28,6 +29,7 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def detokenize(server: "MixtralServer", call: Call) -> Reply:
+    """The text of token ids."""
     request = await values.read(tokens.DetokenizeRequest.read, call.body)
     server.check_model(request.model)
     # As in vLLM, the text includes the special tokens.

@@ -4,7 +4,7 @@ A request that is refused here could never run. Nothing has been started for it.
 """
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Collection
 
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
@@ -12,9 +12,9 @@ from serve_app.engine.sequence import Sequence
 from serve_app.errors import ContextLengthExceeded, InvalidRequest
 
 
-def check_token_ids(ids: Iterable[int], vocab_size: int, name: str) -> None:
+def check_token_ids(ids: Collection[int], vocab_size: int, name: str) -> None:
     """Raises `InvalidRequest` for an id that is not in the vocabulary; `name` is its field."""
-    if not all(0 <= token_id < vocab_size for token_id in ids):
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise InvalidRequest(f"`{name}` has a token id outside 0 to {vocab_size - 1}.", param=name)
 
 

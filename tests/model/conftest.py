@@ -1,4 +1,4 @@
-"""Random Mixtrals made by transformers, and a hand-driven scheduler to feed ours."""
+"""All tests of the model run with one thread unless they set more."""
 
 from collections.abc import Iterator
 
@@ -8,7 +8,7 @@ import torch
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """The machine is shared; tests that need more threads set them."""
+    """Sets one thread before each test and restores the number afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

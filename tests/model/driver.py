@@ -1,4 +1,4 @@
-"""Drives our model as an engine would, and transformers' as the oracle.
+"""Runs our model as an engine does, and transformers' model as the oracle.
 
 `Paged` owns a cache whose blocks it hands out in shuffled order, so that no sequence's blocks are
 adjacent; `step` runs any mix of prefill chunks and decodes.

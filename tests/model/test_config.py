@@ -38,7 +38,7 @@ MIXTRAL_8X7B: dict[str, Any] = {
 
 
 def test_the_published_file_is_read() -> None:
-    """Every field of the real configuration lands where it belongs."""
+    """Every field of the published configuration is read."""
     assert MixtralConfig.from_dict(MIXTRAL_8X7B) == MixtralConfig(
         num_hidden_layers=32,
         hidden_size=4096,

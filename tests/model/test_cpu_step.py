@@ -1,4 +1,4 @@
-"""The compiled step, beside transformers, plain torch and itself."""
+"""The compiled step against transformers, plain torch and itself in other batches."""
 
 import shutil
 from itertools import pairwise
@@ -61,7 +61,7 @@ def step_of(model: Mixtral, cache: KVCache) -> CpuStep:
 
 
 def decodes(contexts: list[int], seed: int = 0) -> Batch:
-    """One token each after so many others, in blocks of their own."""
+    """Decodes: one new token for each sequence, at the end of contexts of the given lengths."""
     generator = torch.Generator().manual_seed(seed)
     width = -(-max(contexts) // BLOCK_SIZE)
     tables = torch.randperm(NUM_BLOCKS, generator=generator)[: len(contexts) * width]
@@ -95,8 +95,7 @@ def row(batch: Batch, i: int) -> Batch:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: Path) -> None:
-    """Beside 0 to 32 others with other contexts: exactly what it gets alone, and what torch gets
-    nearly."""
+    """Beside 0 to 32 other decodes a row gets the bits that it gets alone, near torch's."""
     model, _ = model_of(tmp_path, **shape)
     cache = cache_of(model)
     step = step_of(model, cache)
@@ -128,7 +127,7 @@ def piece(ids: list[int], start: int, end: int, table: torch.Tensor) -> Batch:
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_a_prompt_has_the_same_bits_in_any_pieces(shape: dict[str, Any], tmp_path: Path) -> None:
-    """Token by token, at once, or cut anywhere: the same logits of every token, the oracle's."""
+    """A prompt token by token, at once, or cut anywhere gives the oracle's logits."""
     model, oracle = model_of(tmp_path, **shape)
     step = step_of(model, cache_of(model))
     ids = random_ids(141)
@@ -142,7 +141,7 @@ def test_a_prompt_has_the_same_bits_in_any_pieces(shape: dict[str, Any], tmp_pat
 
 
 def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) -> None:
-    """Chunks in any order, some of one token that asks for nothing: as the model alone has it."""
+    """Prefill chunks in any order, some without sampled rows, give the logits of plain torch."""
     model, _ = model_of(tmp_path)
 
     def tokens(is_compiled: bool) -> list[int]:
@@ -167,7 +166,7 @@ def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) ->
 
 
 def test_numbers_that_are_not_finite_stay_so(tmp_path: Path) -> None:
-    """A NaN among the keys, values or embeddings of one row reaches its logits, and no others'."""
+    """A NaN in the keys, values or embedding of one row reaches its logits and no others."""
     model, _ = model_of(tmp_path)
     cache = cache_of(model)
     step = step_of(model, cache)
@@ -182,7 +181,7 @@ def test_numbers_that_are_not_finite_stay_so(tmp_path: Path) -> None:
 
 
 def test_a_token_that_is_not_finite_spoils_what_follows_it_alone(tmp_path: Path) -> None:
-    """Within one piece of a prompt: the tokens before it do not see it."""
+    """A NaN within a prefill chunk does not reach the tokens before it."""
     model, _ = model_of(tmp_path)
     step = step_of(model, cache_of(model))
     ids = [id_ + (id_ == 7) for id_ in random_ids(80)]
@@ -200,7 +199,7 @@ def refusal(model: Mixtral) -> str:
 
 
 def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Sizes that do not fit, 4 bits, another dtype, numbers that are not torch's."""
+    """Sizes that do not fit, 4 bits, another dtype, and a library that computes something else."""
     odd, _ = model_of(tmp_path / "odd", head_dim=8)
     assert "multiples of 16" in refusal(odd)
     model, _ = model_of(tmp_path / "fits", intermediate_size=64)

@@ -38,7 +38,8 @@ def crowd(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def decode(crowd: Paged, members: list[int]) -> Tensor:
-    """The logits of one more token of `members`, who then forget it: `[members, vocab_size]`."""
+    """The logits of one more token of each of `members`, which is removed again: `[members,
+    vocab_size]`."""
     before = dict(crowd.lengths)
     logits = crowd.step(**{f"s{i}": [i] for i in members})
     crowd.lengths = before

@@ -17,7 +17,7 @@ TYPES = st.sampled_from(get_args(QuantType))
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """`[N, K]`: blocks of zeros, single values, ties between codes, huge and small values."""
+    """`[N, K]`: groups of zeros, single values, ties between codes, huge and small values."""
     shape = (draw(st.integers(1, 40)), 64 * draw(st.integers(1, 9)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     weight = torch.randn(shape, generator=generator)
@@ -44,7 +44,7 @@ def assert_same_bits(ours: Tensor, theirs: Tensor) -> None:
 
 
 def test_the_tables_are_bitsandbytes_tables() -> None:
-    """NF4, FP4 and the map of 8-bit absmax."""
+    """The code values of nf4 and fp4, and the values of 8-bit absmax, equal bitsandbytes'."""
     for quant_type in get_args(QuantType):
         assert_same_bits(code_values(quant_type), bnb.get_4bit_type(quant_type, "cpu"))
     assert_same_bits(dynamic_map(), bnb.create_dynamic_map())
@@ -53,7 +53,7 @@ def test_the_tables_are_bitsandbytes_tables() -> None:
 @given(weights(), TYPES)
 @settings(max_examples=150, deadline=None)
 def test_plain_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType) -> None:
-    """Nibbles, absmax and unpacked float32; absmax in bfloat16 is the same one, rounded."""
+    """Nibbles, absmax and dequantized float32 are equal; bfloat16 absmax is that one, rounded."""
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
     q = quantize(weight, quant_type, "float32")
     assert q.shape == weight.shape
@@ -70,7 +70,7 @@ def test_plain_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType)
 @given(weights(), TYPES)
 @settings(max_examples=150, deadline=None)
 def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType) -> None:
-    """Double quantization: 8-bit absmax, its own absmax, its offset, and unpacked float32."""
+    """Nested: 8-bit absmax, its own absmax, its offset, and dequantized float32 are equal."""
     packed, state = bnb.quantize_4bit(
         weight, blocksize=64, quant_type=quant_type, compress_statistics=True
     )
@@ -87,7 +87,7 @@ def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType
 @given(weights(), TYPES, st.sampled_from(get_args(AbsmaxKind)))
 @settings(max_examples=60, deadline=None)
 def test_a_stack_is_its_matrices(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> None:
-    """Matrices quantized together are those that are quantized alone, offsets included."""
+    """Matrices of a stack are quantized as each alone, offsets included."""
     stack = torch.stack((weight, weight.flip(0) / 3, torch.zeros_like(weight)))
     together = quantize(stack, quant_type, absmax)
     unpacked = dequantize(together, torch.float32)
@@ -108,7 +108,7 @@ def test_a_stack_is_its_matrices(weight: Tensor, quant_type: QuantType, absmax: 
 def test_lower_precision_is_float32_rounded_once(
     weight: Tensor, quant_type: QuantType, dtype: torch.dtype
 ) -> None:
-    """Unpacking into bfloat16 or float16 rounds code x absmax and nothing before it."""
+    """Dequantizing to bfloat16 or float16 rounds code x absmax and nothing before it."""
     q = quantize(weight, quant_type, "bfloat16")
     assert_same_bits(dequantize(q, dtype), dequantize(q, torch.float32).to(dtype))
 

@@ -18,7 +18,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "bf16 storage": {"compress_statistics": True, "quant_storage": torch.bfloat16},
     "f32 storage": {"compress_statistics": False, "quant_storage": torch.float32},
 }
-"""What `quantize_4bit` gets; unless it says else, NF4 stored as bytes."""
+"""Arguments of `quantize_4bit`; by default nf4, stored as bytes."""
 
 
 def save_bnb4(
@@ -66,7 +66,7 @@ def save_bnb4(
 
 
 def save_shards(stored: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    """Deals the tensors out to files, as unlike their order as can be, with an index."""
+    """Spreads the tensors over files in turn, against their order, and writes an index."""
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     where = {name: names[i % shards] for i, name in enumerate(stored)}
     for file in names:

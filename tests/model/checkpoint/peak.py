@@ -1,4 +1,4 @@
-"""`python -m tests.model.checkpoint.peak FOLDER`: loads a checkpoint in NF4, prints its peak.
+"""`python -m tests.model.checkpoint.peak FOLDER`: prints the peak memory of a load in nf4.
 
 One JSON line: {"host": bytes above what the process had, "device": bytes on the GPU, null without
 one, "model": bytes of the loaded weights}.

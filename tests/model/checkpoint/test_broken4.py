@@ -197,7 +197,7 @@ GATE_UP = "model.layers.0.mlp.experts.gate_up.packed"
 
 
 def flip(folder: Path) -> None:
-    """One bit, in the middle of a file's data."""
+    """Flips one bit in the middle of a file's data."""
     file = folder / "model-00001-of-00003.safetensors"
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 4
@@ -224,7 +224,7 @@ BROKEN_OWN: dict[str, tuple[Break, list[str]]] = {
 
 @pytest.mark.parametrize("what", BROKEN_OWN)
 def test_broken_checkpoints_of_our_own(what: str, own: Path, tmp_path: Path) -> None:
-    """What is not as `convert` wrote it is named."""
+    """The error names what is not as `convert` wrote it."""
     copy(own, tmp_path)
     inspect(tmp_path)
     damage, words = BROKEN_OWN[what]
@@ -250,7 +250,7 @@ def test_a_flipped_bit_is_found_by_its_checksum(own: Path, tmp_path: Path) -> No
 
 
 def test_a_file_that_becomes_shorter_after_its_header_was_read(own: Path, tmp_path: Path) -> None:
-    """The read ends, in a sentence."""
+    """The read ends with one sentence."""
     checkpoint = inspect(copy(own, tmp_path))
     places = {
         name: torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype])

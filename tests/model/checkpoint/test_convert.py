@@ -1,4 +1,4 @@
-"""`python -m serve_app.convert`: whole files or none, and a stopped conversion goes on."""
+"""Conversion: complete files or none, and a stopped conversion continues."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What the command says when it cannot work; one line, exit code 1."""
+    """The command's error: one line, exit code 1."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     said = capsys.readouterr().err.strip()
@@ -94,9 +94,9 @@ def test_a_stopped_conversion_goes_on(
     assert not is_complete(tmp_path)
     before = {file.name: file.stat().st_mtime_ns for file in tmp_path.glob("*.safetensors")}
     assert len(before) == 3
-    told: list[int] = []
-    convert(source, tmp_path, progress=lambda done, total, name: told.append(done))
-    assert told == [3, 4, 5, 6]
+    reported: list[int] = []
+    convert(source, tmp_path, progress=lambda done, total, name: reported.append(done))
+    assert reported == [3, 4, 5, 6]
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in before} == before
     assert contents(tmp_path) == whole
     assert is_complete(tmp_path)
@@ -153,9 +153,9 @@ def test_files_of_another_source_are_made_again(
     changed = tmp_path / "changed"
     shutil.copytree(source, changed)
     os.utime(changed / "model.safetensors", ns=(1, 1))
-    told: list[int] = []
-    convert(changed, tmp_path, progress=lambda done, total, name: told.append(done))
-    assert told[0] == 0
+    reported: list[int] = []
+    convert(changed, tmp_path, progress=lambda done, total, name: reported.append(done))
+    assert reported[0] == 0
 
 
 def test_two_do_not_write_into_one_folder(source: Path, tmp_path: Path) -> None:

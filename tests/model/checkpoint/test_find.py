@@ -38,7 +38,7 @@ def test_a_name_that_is_neither_is_refused(name: str) -> None:
 
 
 def test_the_volume_is_searched_without_regard_to_case(tmp_path: Path) -> None:
-    """RunPod's cache is lower-cased; the public name is not."""
+    """A name with capitals finds RunPod's cache, which has names in lower case."""
     folder = make_snapshot(tmp_path / "huggingface-cache" / "hub", "MistralAI/mixtral-8x7B")
     assert find_local("mistralai/Mixtral-8x7B", volume=tmp_path) == folder
 

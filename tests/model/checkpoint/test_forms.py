@@ -32,7 +32,7 @@ def logits(model: Mixtral, ids: list[int]) -> torch.Tensor:
 
 
 def assert_same_weights(one: Mixtral, other: Mixtral) -> None:
-    """Bit for bit, buffers and parameters."""
+    """Asserts that buffers and parameters are equal bit for bit."""
     ours, theirs = one.state_dict(), other.state_dict()
     assert list(ours) == list(theirs)
     assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
@@ -43,7 +43,7 @@ def test_bitsandbytes_checkpoints_answer_as_dequantized(
     kind: str, oracle: Any, tmp_path: Path
 ) -> None:
     """As transformers 4 wrote it, it computes what transformers does with the dequantized weights;
-    converted to our own form, it is the same bit for bit."""
+    converted to the fused form, it is the same bit for bit."""
     meant = save_bnb4(oracle, tmp_path / "bnb4", **KINDS[kind])
     reference = with_weights(oracle, meant, tmp_path / "meant")
     quant_type = str(KINDS[kind].get("quant_type", "nf4"))
@@ -86,7 +86,7 @@ def test_plain_attention_is_quantized_while_it_loads(oracle: Any, tmp_path: Path
 def test_converted_floats_are_what_a_load_quantizes(
     absmax: str, oracle: Any, tmp_path: Path
 ) -> None:
-    """Quantizing once, into our form, and at every load give the same model bit for bit."""
+    """Quantizing once, into the fused form, and at every load give the same model bit for bit."""
     oracle.save_pretrained(tmp_path / "float", max_shard_size="100KB")
     quantization = Quantization("nf4", absmax)  # type: ignore[arg-type]
     convert(tmp_path / "float", tmp_path / "own", quantization)
@@ -97,13 +97,13 @@ def test_converted_floats_are_what_a_load_quantizes(
 
 
 def test_every_float_can_be_converted(oracle: Any, tmp_path: Path) -> None:
-    """The stacked layout too, and float64, give what the usual float32 checkpoint gives."""
+    """Transformers 5's layout, and float64, give what the usual float32 checkpoint gives."""
     oracle.save_pretrained(tmp_path / "float")
-    (tmp_path / "stacked").mkdir()
+    (tmp_path / "merged").mkdir()
     for file in (tmp_path / "float").iterdir():
-        (tmp_path / "stacked" / file.name).write_bytes(file.read_bytes())
+        (tmp_path / "merged" / file.name).write_bytes(file.read_bytes())
     state = {name: weight.double() for name, weight in oracle.state_dict().items()}
-    save_file(state, tmp_path / "stacked" / "model.safetensors")
+    save_file(state, tmp_path / "merged" / "model.safetensors")
     convert(tmp_path / "float", tmp_path / "one")
-    convert(tmp_path / "stacked", tmp_path / "other")
+    convert(tmp_path / "merged", tmp_path / "other")
     assert_same_weights(load4(tmp_path / "one"), load4(tmp_path / "other"))

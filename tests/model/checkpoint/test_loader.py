@@ -38,7 +38,7 @@ def assert_computes_as(folder: Path, oracle: Any) -> None:
     torch.testing.assert_close(logits, oracle_logits(oracle, ids), rtol=0, atol=1e-4)
 
 
-def save_stacked(oracle: Any, folder: Path) -> None:
+def save_merged(oracle: Any, folder: Path) -> None:
     """The layout that transformers has in memory, which it does not write itself."""
     oracle.save_pretrained(folder)
     state = {name: weight.clone() for name, weight in oracle.state_dict().items()}
@@ -52,9 +52,9 @@ def test_shards_load_as_one_file_does(oracle: Any, tmp_path: Path) -> None:
     assert_computes_as(tmp_path, oracle)
 
 
-def test_the_stacked_layout_loads(oracle: Any, tmp_path: Path) -> None:
+def test_transformers_5s_layout_loads(oracle: Any, tmp_path: Path) -> None:
     """Experts as one tensor per layer, under `mlp.`, compute what the oracle does."""
-    save_stacked(oracle, tmp_path)
+    save_merged(oracle, tmp_path)
     assert "model.layers.0.mlp.experts.gate_up_proj" in inspect(tmp_path).tensors
     assert_computes_as(tmp_path, oracle)
 
@@ -70,7 +70,7 @@ def test_what_old_tools_wrote_besides_is_ignored(tmp_path: Path) -> None:
     assert_computes_as(tmp_path, oracle)
 
 
-def test_the_plan_counts_what_transformers_counts(oracle: Any, tmp_path: Path) -> None:
+def test_parameters_are_counted_as_transformers_counts_them(oracle: Any, tmp_path: Path) -> None:
     """Parameters by part, before the load; bytes by part, after it, in the dtype asked for."""
     oracle.save_pretrained(tmp_path)
     counts = {"experts": 0, "attention": 0, "head": 0, "other": 0}
@@ -95,14 +95,14 @@ def test_the_plan_counts_what_transformers_counts(oracle: Any, tmp_path: Path) -
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
-def test_progress_is_told_until_all_is_done(oracle: Any, tmp_path: Path) -> None:
-    """The share never falls and ends at 1."""
+def test_progress_is_reported_until_all_is_done(oracle: Any, tmp_path: Path) -> None:
+    """The progress never falls and ends at 1."""
     oracle.save_pretrained(tmp_path)
-    told: list[float] = []
-    load_folder(tmp_path, torch.float32, progress=told.append)
-    assert len(told) > 10
-    assert told == sorted(told)
-    assert told[-1] == 1.0
+    reported: list[float] = []
+    load_folder(tmp_path, torch.float32, progress=reported.append)
+    assert len(reported) > 10
+    assert reported == sorted(reported)
+    assert reported[-1] == 1.0
 
 
 def test_inspect_needs_no_torch(oracle: Any, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from serve_app.model.kernels.triton import (
 )
 
 CHANGING = ("tokens", "entries", "rows", "batch", "programs", "table_stride")
-"""Numbers that differ from step to step: each new one must not be another variant to compile."""
+"""Numbers that differ from step to step; a new one must not compile another variant."""
 ANYWHERE = ("positions", "slots")
 """Tensors that begin at any number within another."""
 Case = tuple[str, Any, dict[str, Any], dict[str, int], int]

@@ -47,7 +47,7 @@ PARTS = ((0, 3, 3), (3, 4, 2), (4, 5, 2))
 
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter takes a second for what a GPU does in a millisecond."""
+    """Fewer rows in the trial: the interpreter takes a second for what a GPU does in 1 ms."""
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
     monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
 
@@ -74,7 +74,7 @@ def test_it_gives_the_models_logits(
 
 
 def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And refused, in words, when it does not, or fails."""
+    """A step that computes something else, or raises, is refused with a reason."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "nested"), torch.float16)
     assert isinstance(GpuStep.of(model, cache_of(model), 3), GpuStep)
@@ -104,7 +104,7 @@ def test_padding_rows_write_nothing() -> None:
 
 
 def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, but uncaptured: prompts by the model, decodes by the step, fed on the device."""
+    """Prompts by the model, decodes by the step, whose tokens stay on the device; not captured."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float32)
     made = (model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
@@ -137,7 +137,7 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:
-    """What the last test asks for, by a runner that knows each token before the next step."""
+    """The tokens of the last test, by a runner that waits for each token before the next step."""
     params = SamplingParams(9, temperature=0)
     some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
     found = []

@@ -1,4 +1,4 @@
-"""The Triton 4-bit products, run by its interpreter, beside dequantizing and plain products."""
+"""The Triton 4-bit products, run by its interpreter, against dequantized plain products."""
 
 from itertools import pairwise
 
@@ -61,7 +61,7 @@ def test_a_matrix_of_parts(storage: tuple[str, str], dtype: torch.dtype) -> None
 @pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
-    """Gate, up and down of the experts each token chose; some have no token, some two tiles."""
+    """Gate, up and down of the experts of each token; some have no token, some two tiles."""
     codes = codes_of(storage)
     both = matrices(codes, (EXPERTS,), HIDDEN, (INNER, INNER))
     back = matrices(codes, (EXPERTS,), INNER, (HIDDEN,), seed=1)
@@ -113,7 +113,7 @@ def test_the_trial_on_a_device_tries_them_too() -> None:
 
 @pytest.mark.parametrize("storage", STORAGES, ids=" ".join)
 def test_matrices_are_unpacked(storage: tuple[str, str]) -> None:
-    """One matrix of parts, and some of a stack in any order: as `dequantize` has them."""
+    """One matrix of parts, and some of a stack in any order, equal what `dequantize` returns."""
     codes = codes_of(storage)
     for made, index in (
         (matrices(codes, (), HIDDEN, (96, 40, 24)), ()),

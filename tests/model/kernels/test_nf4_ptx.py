@@ -1,4 +1,4 @@
-"""The assembly that decodes 4-bit codes, executed here instruction by instruction."""
+"""The assembly that decodes 4-bit codes, executed by a small interpreter in this file."""
 
 import random
 from collections.abc import Callable
@@ -13,7 +13,7 @@ MASK = 0xFFFFFFFF
 
 
 def prmt(a: int, b: int, selector: int) -> int:
-    """PTX's byte permutation, in the mode that has no name."""
+    """PTX's `prmt` in its default mode."""
     table = (a | b << 32).to_bytes(8, "little")
     picked = []
     for i in range(4):
@@ -61,7 +61,7 @@ def test_every_code_becomes_its_value(quant_type: str, dtype: torch.dtype) -> No
 
 
 def test_rounding_is_torchs() -> None:
-    """To the nearest, and to even where two are as near."""
+    """Numbers are rounded to the nearest, ties to even."""
     for value in torch.randn(500, generator=torch.Generator().manual_seed(0)).tolist():
         for dtype in (torch.bfloat16, torch.float16):
             expected = torch.tensor(value).to(dtype).view(torch.uint16).item()
@@ -69,5 +69,5 @@ def test_rounding_is_torchs() -> None:
 
 
 def test_every_operand_has_a_constraint() -> None:
-    """4 results, the packed bytes, and 8 words four times."""
+    """The constraints name 4 results, the packed bytes, and 8 words four times."""
     assert len(CONSTRAINTS.split(",")) == 4 + 1 + 8 * 4

@@ -1,4 +1,4 @@
-"""What stands between a decode step's products, run by Triton's interpreter."""
+"""The Triton kernels between a decode step's products, run by Triton's interpreter."""
 
 from itertools import pairwise
 
@@ -11,7 +11,7 @@ from serve_app.model.kernels.triton.step_kernels import route
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("experts", [5, 8])
 def test_a_row_that_is_not_finite_harms_itself_alone(experts: int, bad: float) -> None:
-    """Every entry has a place of its own within the order, and only that row's shares are NaN."""
+    """A row of NaN gets NaN as its weights; every entry still has its own place in the order."""
     logits = torch.randn(4, experts, generator=torch.Generator().manual_seed(0))
     logits[1] = bad
     lens = torch.tensor([3, 3, 0, 3], dtype=torch.int32)

@@ -76,8 +76,8 @@ class CpuStep:
     def __init__(self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache) -> None:
         config = model.config
         layers = [
-            (*_weights(block), keys, values)
-            for block, keys, values in zip(model.layers, cache.keys, cache.values, strict=True)
+            (*_weights(layer), keys, values)
+            for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True)
         ]
         head = transposed(model.embedding if model.lm_head is None else _float(model.lm_head))
         tables = (model.embedding, model.norm.weight, head, model.rope.cos, model.rope.sin)
@@ -180,16 +180,16 @@ def _float(linear: Linear | QuantizedLinear) -> Tensor:
     return linear.weight
 
 
-def _weights(block: Any) -> tuple[Tensor, ...]:
+def _weights(layer: Any) -> tuple[Tensor, ...]:
     """In the order of `_Layer`."""
-    attention, experts = block.attention, block.mlp.experts
+    attention, experts = layer.attention, layer.mlp.experts
     assert isinstance(experts, Experts)
     return (
-        block.input_layernorm.weight,
+        layer.input_layernorm.weight,
         transposed(_float(attention.qkv)),
         transposed(_float(attention.o)),
-        block.post_attention_layernorm.weight,
-        transposed(block.mlp.router),
+        layer.post_attention_layernorm.weight,
+        transposed(layer.mlp.router),
         transposed(experts.gate_up),
         transposed(experts.down),
     )

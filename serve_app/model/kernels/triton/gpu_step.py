@@ -41,7 +41,7 @@ UNPACK_TOLERANCE = 1e-2
 """Largest relative error of weights that a kernel has dequantized."""
 
 
-class Layer(Protocol):
+class Products(Protocol):
     """The products of one layer; each returns parts `[S, B * C, N]`, to be summed over S and C."""
 
     in_halves: bool
@@ -52,36 +52,36 @@ class Layer(Protocol):
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor: ...
 
 
-class FloatLayer:
+class FloatProducts:
     """Products with float weights, by torch."""
 
     in_halves = False
 
-    def __init__(self, block: Any) -> None:
-        self._block = block
+    def __init__(self, layer: Any) -> None:
+        self._layer = layer
 
     def qkv(self, x: Tensor) -> Tensor:
-        parts: Tensor = self._block.attention.qkv(x)[None]
+        parts: Tensor = self._layer.attention.qkv(x)[None]
         return parts
 
     def o(self, x: Tensor) -> Tensor:
-        parts: Tensor = self._block.attention.o(x)[None]
+        parts: Tensor = self._layer.attention.o(x)[None]
         return parts
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
         # Padding rows get the first row's values, so that no further expert is read for them.
         x = torch.where((context_lens > 0)[:, None], x, x[:1])
-        parts: Tensor = self._block.mlp(x, len(x))[None]
+        parts: Tensor = self._layer.mlp(x, len(x))[None]
         return parts
 
 
-class QuantizedLayer:
+class QuantizedProducts:
     """Products with 4-bit weights, by our kernels."""
 
     in_halves = True
 
-    def __init__(self, block: Any, dtype: torch.dtype) -> None:
-        attention, mlp = block.attention, block.mlp
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        attention, mlp = layer.attention, layer.mlp
         self._qkv = Packed.of(attention.qkv.weight, dtype)
         self._o = Packed.of(attention.o.weight, dtype)
         self._gate_up = Packed.of(mlp.experts.gate_up, dtype)
@@ -118,17 +118,17 @@ class GpuStep:
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
         is_float = model.codebook is None
-        self._layers: list[Layer] = [
-            FloatLayer(block) if is_float else QuantizedLayer(block, dtype)
-            for block in model.layers
+        self._products: list[Products] = [
+            FloatProducts(layer) if is_float else QuantizedProducts(layer, dtype)
+            for layer in model.layers
         ]
         page = cache.keys[0]
         self._attention = PagedAttention(
             config.num_attention_heads, page, config.sliding_window, max_rows
         )
-        self._head = model.lm_head
+        self._lm_head = model.lm_head
         if isinstance(model.lm_head, QuantizedLinear):
-            self._packed_head = Packed.of(model.lm_head.weight, dtype)
+            self._packed_lm_head = Packed.of(model.lm_head.weight, dtype)
 
     @classmethod
     def of(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep | str":
@@ -155,8 +155,8 @@ class GpuStep:
         codebook, dtype = self._model.codebook, self._model.embedding.dtype
         if codebook is None:
             return ""
-        block: Any = self._model.layers[0]
-        down = block.mlp.experts.down
+        layer: Any = self._model.layers[0]
+        down = layer.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
         expected, unpack = down.floats(first, dtype).float(), Unpacker(dtype)
         error = float((unpack(down, first).float() - expected).norm() / expected.norm())
@@ -166,29 +166,31 @@ class GpuStep:
         return "; prompts unpack weights by a kernel"
 
     @torch.inference_mode()
-    def logits(self, rows: DecodeBatch) -> Tensor:
+    def logits(self, batch: DecodeBatch) -> Tensor:
         """Float32 `[B, vocab_size]`; fills the cache."""
         model, config = self._model, self._model.config
-        x = F.embedding(rows.token_ids, model.embedding)
-        where = (rows.positions, rows.slots, rows.context_lens)
+        x = F.embedding(batch.token_ids, model.embedding)
+        where = (batch.positions, batch.slots, batch.context_lens)
         queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
         attended = x.new_empty(len(x), config.num_attention_heads * config.head_dim)
         parts: Tensor | None = None
         # A trial runs fewer layers than there are.
-        for i, (block, layer) in enumerate(zip(model.layers, self._layers, strict=False)):
+        for i, (layer, products) in enumerate(zip(model.layers, self._products, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
-            halves = layer.in_halves
-            y = normed(x, parts, rows, block.input_layernorm, halves)
-            rope_write(layer.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values)
-            pages = (keys, values, rows.tables, rows.context_lens)
+            halves = products.in_halves
+            y = normed(x, parts, batch, layer.input_layernorm, halves)
+            rope_write(
+                products.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values
+            )
+            pages = (keys, values, batch.tables, batch.context_lens)
             self._attention(queries, *pages, attended, in_halves=halves)
-            y = normed(x, layer.o(attended), rows, block.post_attention_layernorm, halves)
-            parts = layer.mlp(y, rows.context_lens)
-        halves = isinstance(self._head, QuantizedLinear)
-        y = normed(x, parts, rows, model.norm, halves)
+            y = normed(x, products.o(attended), batch, layer.post_attention_layernorm, halves)
+            parts = products.mlp(y, batch.context_lens)
+        halves = isinstance(self._lm_head, QuantizedLinear)
+        y = normed(x, parts, batch, model.norm, halves)
         if halves:
-            return dense(self._packed_head, y).sum(0)
-        weight = model.embedding if self._head is None else self._head.weight
+            return dense(self._packed_lm_head, y).sum(0)
+        weight = model.embedding if self._lm_head is None else self._lm_head.weight
         return F.linear(y, weight).float()  # type: ignore[arg-type]
 
     def decode(self, batch: Batch) -> Tensor:
@@ -238,9 +240,9 @@ class GpuStep:
         return float(errors.median()) if is_finite else float("nan")
 
 
-def normed(x: Tensor, parts: Tensor | None, rows: DecodeBatch, norm: Any, halves: bool) -> Tensor:
+def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any, halves: bool) -> Tensor:
     """Adds `parts` to `x` and returns `x` normalized by `norm`."""
-    return add_norm(x, parts, rows.context_lens, norm.weight, norm.eps, in_halves=halves)
+    return add_norm(x, parts, batch.context_lens, norm.weight, norm.eps, in_halves=halves)
 
 
 def _unfit(model: "Mixtral") -> str | None:

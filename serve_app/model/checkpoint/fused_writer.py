@@ -59,7 +59,7 @@ def _quantized(source: Source, entry: ModuleWeight, codebook: Codebook) -> dict[
     return {f"{entry.fused}.{name}": buffer for name, buffer in buffers}
 
 
-def _fill(codebook: Codebook, source: Source, entries: list[ModuleWeight]) -> None:
+def _fill(codebook: Codebook, source: Source, entries: tuple[ModuleWeight, ...]) -> None:
     """Fills `codebook`, as any matrix does: all layers may have been written by an earlier run."""
     matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
     smallest = min(matrices, key=lambda weight: prod(weight.shape))

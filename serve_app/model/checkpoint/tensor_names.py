@@ -18,6 +18,7 @@ Imports no torch.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from typing import Literal, NamedTuple, get_args
@@ -205,19 +206,21 @@ class ModuleWeight:
         return self.part in QUANTIZED_PARTS
 
 
-def module_weights(config: MixtralConfig) -> list[ModuleWeight]:
+@lru_cache(maxsize=4)
+def module_weights(config: MixtralConfig) -> tuple[ModuleWeight, ...]:
     """All weights of `Mixtral`, layer by layer, the embedding first and lm_head last."""
     rows = [row for row in TABLE if row.fused != LM_HEAD or not config.tie_word_embeddings]
-    first = next(i for i, row in enumerate(rows) if "{layer}" in row.path)
     in_layers = [row for row in rows if "{layer}" in row.path]
-    layers = [
-        _module_weight(row, config, layer)
-        for layer in range(config.num_hidden_layers)
-        for row in in_layers
-    ]
-    before = [_module_weight(row, config) for row in rows[:first]]
-    after = [_module_weight(row, config) for row in rows[first + len(in_layers) :]]
-    return [*before, *layers, *after]
+    first = rows.index(in_layers[0])
+    return (
+        *(_module_weight(row, config) for row in rows[:first]),
+        *(
+            _module_weight(row, config, layer)
+            for layer in range(config.num_hidden_layers)
+            for row in in_layers
+        ),
+        *(_module_weight(row, config) for row in rows[first + len(in_layers) :]),
+    )
 
 
 def weights(config: MixtralConfig) -> dict[str, Weight]:
@@ -230,8 +233,8 @@ def merged_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for module_weight in module_weights(config):
         for weight in module_weight.weights:
-            is_own = weight.merged.count == 1
-            shapes[weight.merged.name] = weight.shape if is_own else module_weight.shape
+            is_alone = weight.merged.name == weight.name
+            shapes[weight.merged.name] = weight.shape if is_alone else module_weight.shape
     return shapes
 
 

@@ -59,6 +59,13 @@ def test_transformers_5s_layout_loads(oracle: Any, tmp_path: Path) -> None:
     assert_computes_as(tmp_path, oracle)
 
 
+def test_transformers_5s_layout_of_one_expert_loads(tmp_path: Path) -> None:
+    """A stack of one expert keeps its first dimension in the file."""
+    oracle = random_oracle(num_local_experts=1, num_experts_per_tok=1)
+    save_merged(oracle, tmp_path)
+    assert_computes_as(tmp_path, oracle)
+
+
 def test_what_old_tools_wrote_besides_is_ignored(tmp_path: Path) -> None:
     """A tied checkpoint that stores its head too, and rotary frequencies, still loads."""
     oracle = random_oracle(tie_word_embeddings=True)

@@ -1,4 +1,4 @@
-"""RUNPOD_SERVERLESS=false as a whole process: what its clients and a load balancer live through."""
+"""RUNPOD_SERVERLESS=false as a process: its signals, lost processes, and what clients get."""
 
 import json
 import os
@@ -96,7 +96,7 @@ def test_sigterm_while_loading_ends_at_once(
 def test_sigterm_lets_a_stream_finish(
     entry: subprocess.Popen[bytes], tmp_path: Path, port: int, port_health: int
 ) -> None:
-    """The stream goes on to its `[DONE]`, who comes meanwhile is sent elsewhere, the exit is 0."""
+    """A stream runs to its `[DONE]`, new requests get 503, and the exit code is 0."""
     until_written(entry, tmp_path / "entry.log", "Serving HTTP")
     assert ping(port_health) == 200
     http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
@@ -118,7 +118,7 @@ def test_sigterm_lets_a_stream_finish(
 def test_a_model_that_does_not_load_again_ends_it(
     entry: subprocess.Popen[bytes], tmp_path: Path, checkpoint: Path, port_health: int
 ) -> None:
-    """The replica dies and Serve's new one cannot load: the cause is logged, the exit is 1."""
+    """The replica dies and its successor cannot load: the log has the cause, the exit code is 1."""
     until_written(entry, tmp_path / "entry.log", "Serving HTTP")
     spoil(checkpoint)
     os.kill(replica_of(entry.pid), signal.SIGKILL)
@@ -149,7 +149,7 @@ def test_it_ends_with_ray(
 
 
 def test_it_ends_when_the_model_cannot_load(tmp_path: Path, config: Path, checkpoint: Path) -> None:
-    """Unlike `serve run`, which prints traces and stays: the cause is the last line, code 1."""
+    """The cause is the last line of the log, and the exit code is 1."""
     spoil(checkpoint)
     done = run_entry(tmp_path, SERVE_CONFIG=str(config), RUNPOD_SERVERLESS="false", PORT="0")
     assert done.returncode == 1

@@ -50,7 +50,7 @@ def test_an_override_that_fits_nothing_is_refused(override: dict[str, Any]) -> N
 
 
 def test_replicas_that_do_not_fit_are_refused() -> None:
-    """Serve would wait for a missing GPU for ever, and so would every job."""
+    """The error names what is missing; Serve would wait for it for ever."""
     on_gpu = Settings.from_args({"model": {"device": "cuda"}}, "test")
     deployment = build_app(on_gpu)._bound_deployment
     cluster.require_resources(deployment, {"CPU": 2, "GPU": 1})
@@ -89,7 +89,7 @@ def test_rays_errors_are_told_by_their_kind(error: Exception, kind: type[ServeEr
 
 
 def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
-    """What the replica wrote before it died is what jobs hear, with its verdict on retrying."""
+    """The error in the load log becomes the error of the start, with its `retry`."""
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
     unknown = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
@@ -103,7 +103,7 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
 def test_a_replica_that_vanished_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What it needed and what there was, and whether the kernel says that memory was the reason."""
+    """The error has the bytes needed and free, and says if the kernel killed it for memory."""
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
     path.write_text('{"phase": "read", "state": "started", "at": 1}\n')
@@ -127,7 +127,7 @@ def restored() -> Iterator[None]:
 
 
 def test_signals_are_given_back(restored: None) -> None:
-    """Whatever takes SIGTERM while Ray starts, its former handler has it afterwards."""
+    """Ray may replace the handler of SIGTERM while it starts; afterwards the former one is back."""
 
     def ours(*_: Any) -> None: ...
 
@@ -138,7 +138,7 @@ def test_signals_are_given_back(restored: None) -> None:
 
 
 def test_what_a_start_that_failed_has_left_is_ended() -> None:
-    """Ray knows nothing of it, and the next start would find it in its way."""
+    """Its processes are killed, although `ray.is_initialized()` is false."""
     code = """
 import subprocess, sys
 from serve_app.start_plan.plan import plan_start
@@ -156,7 +156,7 @@ sys.exit(not ended)
 
 
 def test_ray_is_started_once_more() -> None:
-    """A start that failed is cleared away and tried again; the second failure is the caller's."""
+    """A start that fails is ended and tried again; the caller gets the second failure."""
     code = """
 import os, subprocess, sys
 import ray

@@ -29,7 +29,7 @@ def get(listener: HealthListener, path: str) -> httpx.Response:
 
 
 def said(listener: HealthListener, sent: bytes) -> bytes:
-    """All that comes back for `sent`, until the listener hangs up."""
+    """The whole response to `sent`, until the listener closes the connection."""
     with socket.create_connection(("127.0.0.1", listener.port), timeout=30) as connection:
         answer = b""
         # It may hang up on a client that is still talking.
@@ -46,7 +46,7 @@ def said(listener: HealthListener, sent: bytes) -> bytes:
 def test_ping_is_what_the_load_balancer_reads(
     listener: HealthListener, told: dict[str, Any], status: str, code: int
 ) -> None:
-    """204 while it loads, 200 when it takes requests, and 503 when none may come any more."""
+    """204 while it loads, 200 when it is ready, and 503 in any other state."""
     told["status"] = status
     assert get(listener, "/ping").status_code == code
     health = get(listener, "/health?verbose=1")
@@ -55,7 +55,7 @@ def test_ping_is_what_the_load_balancer_reads(
 
 
 def test_other_requests_are_refused(listener: HealthListener) -> None:
-    """A wrong path, a wrong method and something that is no HTTP each have their code."""
+    """A wrong path, a wrong method and bytes that are not HTTP each get their own status."""
     assert get(listener, "/v1/models").status_code == 404
     assert httpx.post(f"http://127.0.0.1:{listener.port}/ping").status_code == 405
     assert said(listener, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400 ")
@@ -65,7 +65,7 @@ def test_other_requests_are_refused(listener: HealthListener) -> None:
 def test_it_survives_its_clients(
     listener: HealthListener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Endless heads, half requests, resets and silence cost their own connection and no other."""
+    """Endless heads, half requests, resets and silence close their own connection only."""
     monkeypatch.setattr(health_listener, "REQUEST_S", 0.5)
     with contextlib.ExitStack() as held:
         for sent in (b"", b"GET /ping HTTP/1.1\r\n", b"\0" * 100):

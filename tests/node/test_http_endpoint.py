@@ -61,7 +61,7 @@ def endpoint(
 
 
 def test_ready_is_what_answers(endpoint: HttpEndpoint, server: Server) -> None:
-    """A deployment that stops answering is loading again, until it answers or is told to stop."""
+    """It is "loading" while nothing answers, "ready" again later, and "draining" after a signal."""
     watching = threading.Thread(target=endpoint.watch)
     watching.start()
     until(lambda: endpoint.status == "ready")
@@ -77,7 +77,7 @@ def test_ready_is_what_answers(endpoint: HttpEndpoint, server: Server) -> None:
 def test_a_load_that_failed_again_is_the_end(
     endpoint: HttpEndpoint, server: Server, tmp_path: Path
 ) -> None:
-    """What the new replica wrote down is the cause; without it the server waits for Serve."""
+    """The error that the new replica wrote into the load log is raised."""
     server.status = 503
     (tmp_path / "load.jsonl").write_text(
         '{"phase": "read", "state": "failed", "error": "File cut off.", "retry": false}\n'
@@ -96,7 +96,7 @@ def test_a_stop_before_anything_serves_is_the_end(endpoint: HttpEndpoint) -> Non
 
 @pytest.mark.parametrize("name", ["port", "port_health"])
 def test_a_port_that_is_taken_is_named(server: Server, name: str) -> None:
-    """Before anything is loaded, and by the variable that must change."""
+    """The error comes before anything loads, and names the variable to change."""
     with socket.create_server(("0.0.0.0", 0)) as taken:
         ports = {"port": 0, "port_health": None, name: taken.getsockname()[1]}
         with pytest.raises(ConfigError, match=f"{name.upper()}: nothing can listen"):

@@ -1,11 +1,11 @@
-"""The phases of a load, as clients hear them."""
+"""The summary of a load's phases for clients."""
 
 from serve_app.loading.phases import Done, Phase, Running, Started
 from serve_app.node import phases
 
 
 def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
-    """The summary has the seconds of what is done, and how far the present phase is."""
+    """It has the seconds of finished phases and the progress of the current one."""
     started = Started(phase=Phase.READ, at=1.0)
     done = Done(phase=Phase.TOKENIZER, seconds=1.5)
     running = Running(phase=Phase.READ, done=0.4)

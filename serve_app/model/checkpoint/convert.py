@@ -56,7 +56,7 @@ def convert_checkpoint(
     they are. Quantizes on the GPU where there is one. Raises `ModelLoadFailed` when a file cannot
     be read, or `destination` not written.
     """
-    tell = progress or (lambda done, total, name: None)
+    report = progress or (lambda done, total, name: None)
     quantization = _choose(checkpoint, quantization)
     files = file_names(checkpoint.config.num_hidden_layers)
     try:
@@ -68,8 +68,8 @@ def convert_checkpoint(
             require_disk(destination, checkpoint, quantization, len(missing) / len(files))
             if missing:  # an index of older files would make a checkpoint of a mixture
                 (destination / INDEX).unlink(missing_ok=True)
-            tell(len(files) - len(missing), len(files), "")
-            _write_files(checkpoint, quantization, destination, missing, made_from, tell)
+            report(len(files) - len(missing), len(files), "")
+            _write_files(checkpoint, quantization, destination, missing, made_from, report)
             _finish(checkpoint, quantization, destination)
     except OSError as error:
         raise ModelLoadFailed(
@@ -118,7 +118,7 @@ def _write_files(
     destination: Path,
     missing: list[str],
     made_from: str,
-    tell: Progress,
+    report: Progress,
 ) -> None:
     import torch
 
@@ -136,13 +136,13 @@ def _write_files(
         tensors = file_tensors(source, layer if is_layer else None, codebook)
         write_file(destination / name, tensors, made_from)
         done = len(files) - len(missing) + missing.index(name) + 1
-        tell(done, len(files), name)
+        report(done, len(files), name)
     if device.type == "cuda":  # leaves the memory to a load that follows
         torch.cuda.empty_cache()
 
 
 def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Path) -> None:
-    """The small files; the index last, because it makes the folder a checkpoint."""
+    """Writes the small files, and last the index, which makes the folder a checkpoint."""
     from serve_app.model.checkpoint.fused_writer import write_bytes
 
     for pattern in COPIED:
@@ -164,7 +164,7 @@ def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Pat
 
 
 def _require_ours(destination: Path) -> None:
-    """Raises `ModelLoadFailed` where another checkpoint would be overwritten."""
+    """Raises `ModelLoadFailed` where another checkpoint is in the way."""
     config = destination / "config.json"
     is_other = config.exists() and stored_form(read_json(config)) != "fused"
     if is_other or (destination / SINGLE).exists():
@@ -172,7 +172,7 @@ def _require_ours(destination: Path) -> None:
 
 
 def _is_done(file: Path, made_from: str) -> bool:
-    """True for a file that an earlier run has written, of the same source in the same way."""
+    """True for a file that an earlier run has written from the same source in the same way."""
     if not file.exists():
         return False
     try:
@@ -182,7 +182,8 @@ def _is_done(file: Path, made_from: str) -> bool:
 
 
 def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
-    """Tells sources and ways to quantize apart without reading weights."""
+    """A digest of the source files' names, sizes and times, the sizes of the model and the
+    quantization. It is written into every file, so that a conversion continues only its own."""
     seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
     for file in sorted(checkpoint.headers):
         stat = file.stat()
@@ -192,7 +193,10 @@ def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
 
 @contextmanager
 def _locked(destination: Path) -> Iterator[None]:
-    """One conversion into a folder at a time; afterwards nothing half-written is left there."""
+    """Holds the folder's lock, and deletes partial files at the end.
+
+    Raises `ModelLoadFailed` where another process holds the lock.
+    """
     with (destination / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -35,7 +35,9 @@ def descendants(pid: int) -> dict[int, str]:
 def ray_below(pid: int) -> set[psutil.Process]:
     """Ray's processes below `pid`."""
     titles = descendants(pid)
-    rays = {child for child, title in titles.items() if "ray::" in title or "/ray/" in title}
+    # A worker process runs `ray_worker.py` until it registers with Ray, which renames it.
+    parts = ("ray::", "/ray/", "/node/ray_worker.py")
+    rays = {child for child, title in titles.items() if any(part in title for part in parts)}
     return {child for child in all_below(pid) if child.pid in rays}
 
 

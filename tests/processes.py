@@ -33,12 +33,13 @@ def descendants(pid: int) -> dict[int, str]:
 
 
 def ray_below(pid: int) -> set[psutil.Process]:
-    """Ray's processes below `pid`."""
+    """Ray's processes below `pid`, with their children."""
     titles = descendants(pid)
     # A worker process runs `ray_worker.py` until it registers with Ray, which renames it.
     parts = ("ray::", "/ray/", "/node/ray_worker.py")
     rays = {child for child, title in titles.items() if any(part in title for part in parts)}
-    return {child for child in all_below(pid) if child.pid in rays}
+    children = {child.pid for ray in rays for child in all_below(ray)}
+    return {child for child in all_below(pid) if child.pid in rays | children}
 
 
 def one_below(pid: int, words: str) -> int:

@@ -92,7 +92,8 @@ def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> 
         "Quantisation: none",
         "Volume: /runpod-volume",
         "GPU: ",
-        "Endpoints: /prompt",
+        "Endpoints: /health, ",
+        "/v1/chat/completions, /v1/completions, /prompt",
         "Thresholds: ",
         "Concurrency: 96 jobs",
     ):

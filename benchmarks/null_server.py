@@ -1,6 +1,6 @@
 """The deployment around a null model: it computes nothing, and each of its steps takes 5 ms.
 
-`benchmarks.overhead` has `serve run` start `build_app`. Tokenizer, engine, detokenising, schemas
+`benchmarks.overhead` has `serve run` start `build_app`. Tokenizer, engine, detokenizing, schemas
 and endpoints are the real ones. `NullRunner` stands in for the model and the sampler; every answer
 is the same text, repeated.
 """

@@ -2,7 +2,7 @@
 
 transformers, vLLM and our server read the folder alike. The eos row of the lm_head is replaced by
 that of `<unk>`, which the model was trained never to answer. So a greedy answer has the length that
-was asked for on every server, whether or not the server knows `ignore_eos`.
+was asked for on every server, whether or not the server supports `ignore_eos`.
 """
 
 import json

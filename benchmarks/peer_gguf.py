@@ -36,7 +36,7 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def tensors(config: dict[str, Any], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """llama.cpp's name of each tensor and its rows, experts stacked `[experts, out, in]`."""
+    """llama.cpp's name of each tensor and its rows; experts are one tensor `[experts, out, in]`."""
     found = {
         "token_embd.weight": weights["model.embed_tokens.weight"],
         "output.weight": weights["lm_head.weight"],

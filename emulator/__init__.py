@@ -13,6 +13,6 @@ Read `queue.py` first: jobs and their states. `worker_api.py` and `client_api.py
 the two sides, `faults.py` makes them misbehave, `platform.py` runs all of it, and `worker.py`
 starts `runpod_entry.py` as the platform would.
 
-The routes follow the SDK's source. Behaviour of the platform that no source shows is a guess, and
+The routes follow the SDK's source. Behavior of the platform that no source shows is a guess, and
 marked as one where it is implemented.
 """

@@ -127,7 +127,7 @@ def check_schema(path: str | Path) -> None:
         key = ".".join(str(part) for part in wrong["loc"])
         raise ConfigError(f"{path}: `{key}`: {wrong['msg']}.") from None
     for name in _unknown_keys(document, first):
-        raise ConfigError(f"{path}: `{name}` is no key that Serve knows.")
+        raise ConfigError(f"{path}: `{name}` is not a key of Serve's schema.")
     if (given := first.get("import_path")) != IMPORT_PATH:
         raise ConfigError(f"{path}: `import_path` must be {IMPORT_PATH}, got {given}.")
     for deployment in first.get("deployments") or []:

@@ -35,7 +35,7 @@ class Hub(BaseHTTPRequestHandler):
 
     files: Mapping[str, bytes]
     sizes: Mapping[str, int]
-    """What the hub says of files that nobody downloads."""
+    """Sizes of files that are described but never downloaded."""
 
     def do_HEAD(self) -> None:
         self.do_GET()

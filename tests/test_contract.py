@@ -14,7 +14,7 @@ from serve_app.config.settings import Settings
 
 
 @pytest.fixture(scope="module")
-def quantised_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def quantized_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A small Mixtral, loaded by transformers with bitsandbytes' 4-bit configuration."""
     import transformers
     from transformers import BitsAndBytesConfig, MixtralConfig, MixtralForCausalLM
@@ -37,9 +37,9 @@ def quantised_by_transformers(tmp_path_factory: pytest.TempPathFactory) -> Any:
         return MixtralForCausalLM.from_pretrained(folder, quantization_config=quantization)
 
 
-def test_transformers_does_not_quantise_the_experts(quantised_by_transformers: Any) -> None:
+def test_transformers_does_not_quantize_the_experts(quantized_by_transformers: Any) -> None:
     """transformers leaves the experts unquantized, so this project has 4-bit experts of its own."""
-    layer = quantised_by_transformers.model.layers[0]
+    layer = quantized_by_transformers.model.layers[0]
     assert layer.self_attn.q_proj.weight.dtype is torch.uint8
     assert layer.mlp.experts.gate_up_proj.is_floating_point()
     assert layer.mlp.experts.down_proj.is_floating_point()

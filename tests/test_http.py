@@ -173,10 +173,10 @@ BAD: list[tuple[str, Any, int, str | None]] = [
 
 
 @pytest.mark.parametrize(("path", "body", "status", "param"), BAD, ids=range(len(BAD)))
-def test_bad_input_costs_nobody_else_anything(
+def test_bad_input_does_not_disturb_other_requests(
     http: httpx.Client, path: str, body: Any, status: int, param: str | None
 ) -> None:
-    """Each is a clear error in the one shape, and the server goes on."""
+    """Each gets an error body of the usual form, and the next request is answered."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = http.post(path, content=content)
     error = response.json()["error"]

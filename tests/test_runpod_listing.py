@@ -64,7 +64,7 @@ def test_a_form_field_is_a_setting_of_its_type(name: str) -> None:
 
 
 def test_the_forms_defaults_can_be_served(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Somebody who changes nothing gets valid settings, whose limits the form knows."""
+    """The form's defaults are valid settings, with the limit on tokens that the form shows."""
     assert STATIC.keys() <= OF_THE_PLATFORM
     defaults = {name: given["default"] for name, given in INPUTS.items()}
     assert settings_with(monkeypatch, defaults).api.max_tokens_limit == 4096

@@ -85,7 +85,7 @@ def fill_matrices(matrices: QuantizedWeight) -> None:
     """Fills packed codes at random, and absmax with values like a trained model's."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
-    mean = 2 * SCALE  # of absmax; a uniformly random code has half of it as its size
+    mean = 2 * SCALE  # mean of absmax; a uniformly random code is half of it in size
     if matrices.codebook.quantization.absmax == "nested":
         matrices.absmax.random_(0, 256)
         matrices.nested_absmax.fill_(mean / 4)

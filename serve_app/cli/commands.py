@@ -63,7 +63,7 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder.")],
     quantization: Annotated[
         Literal["nf4", "fp4"] | None,
-        typer.Option(help="How to quantise floats; nf4 if not given.", show_default=False),
+        typer.Option(help="How to quantize floats; nf4 if not given.", show_default=False),
     ] = None,
     absmax: Annotated[
         Literal["nested", "bfloat16", "float32"] | None,

@@ -59,7 +59,7 @@ class Forecast:
         if self.download_bytes:
             download = f"downloads {in_gb(self.download_bytes)} first, and "
         return (
-            f"The load {download}{'reads and quantises' if self.quantizes else 'reads'} "
+            f"The load {download}{'reads and quantizes' if self.quantizes else 'reads'} "
             f"{in_gb(self.read_bytes)}, which takes about {self.seconds:.0f} s (reading "
             f"{self.read_bytes_per_s / 1e9:.2g} GB/s, {known})."
         )

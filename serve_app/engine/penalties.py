@@ -54,7 +54,7 @@ class Penalties:
                 sequence.sampler_state = _Counts(generated, prompt, counts.num_counted)
 
     def apply(self, logits: Tensor) -> None:
-        """Penalises `logits` `[batch, vocab]` in place.
+        """Penalizes `logits` `[batch, vocab]` in place.
 
         The repetition penalty is CTRL's (arXiv 1909.05858, section 4.1): it divides positive logits
         and multiplies negative ones. Presence and frequency penalties are OpenAI's.

@@ -49,7 +49,7 @@ class Sampler:
 def best_tokens(logits: Tensor) -> Tensor:
     """The token of the best logit per row, int64 `[rows]` from `logits` `[rows, vocab]`; `FAILED`
     for rows that are not finite."""
-    # A NaN wins every maximum, so the best logit tells whether the row is finite.
+    # A NaN wins every maximum, so the row is finite when its best logit is.
     if logits.is_cuda:
         best, tokens = logits.max(-1)
         # `masked_fill_` takes the number as it is; `where` would copy it to the device.

@@ -24,11 +24,11 @@ class SamplingMetadata:
         self.sequences = list(sequences)
         params = [sequence.params for sequence in sequences]
         self._delayed = [(row, s) for row, s in enumerate(sequences) if s.params.min_tokens]
-        penalised = [row for row, s in enumerate(sequences) if s.has_penalties]
+        penalized = [row for row, s in enumerate(sequences) if s.has_penalties]
         self._penalties: Penalties | None = None
-        if penalised:
-            with_penalties = [sequences[row] for row in penalised]
-            self._penalties = Penalties(penalised, with_penalties, vocab_size, device)
+        if penalized:
+            with_penalties = [sequences[row] for row in penalized]
+            self._penalties = Penalties(penalized, with_penalties, vocab_size, device)
         biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias.items()]
         self._bias: tuple[Tensor, Tensor, Tensor] | None = None
         if biases:

@@ -89,7 +89,7 @@ class Scheduler:
     def cache_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Puts the full blocks of the first `num_tokens` tokens into the prefix cache.
 
-        The caller knows that these tokens have finite logits. A cached block with a NaN would fail
+        The logits of these tokens must be finite. A cached block with a NaN would fail
         every sequence that shares it.
         """
         num_full = min(sequence.num_computed_tokens, num_tokens) // self.blocks.block_size

@@ -15,8 +15,11 @@ def to_device(values: list[int], device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy of `tensor` on the host. From a GPU it is complete once the work queued there is done,
-    which an event tells; until then the values are undefined."""
+    """A copy of `tensor` on the host.
+
+    A copy from a GPU is complete once the work queued there is done; until then its values are
+    undefined. Record a CUDA event after this call and wait for it.
+    """
     if not tensor.is_cuda:
         return tensor.clone()
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)

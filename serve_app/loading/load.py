@@ -178,7 +178,7 @@ def _load_model(
 ) -> "Mixtral":
     from serve_app.model.checkpoint import loader
 
-    remedy = "quantise them, or take a larger GPU"
+    remedy = "quantize them, or take a larger GPU"
     with explained_lack_of_memory("the weights", plan.memory.weight_bytes, device, remedy):
         return loader.load(
             plan.checkpoint,

@@ -33,7 +33,7 @@ def banner(
         f"{serve_app.__version__}, {config}",
         RULE,
         f"Model: {model.name}{revision}, served as {names}",
-        f"Quantisation: {model.quantization}, dtype {model.dtype}, device {model.device}",
+        f"Quantization: {model.quantization}, dtype {model.dtype}, device {model.device}",
         *checked,
         f"Volume: {volume(settings.runpod.volume)}",
         f"GPU: {gpu()}",

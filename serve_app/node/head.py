@@ -25,9 +25,9 @@ from typing import Any
 from serve_app.node import ray_worker
 
 NODE_POLL_S = 0.02
-"""Seconds between two checks of whether Ray's GCS knows the node."""
+"""Seconds between two checks of whether Ray's GCS lists the node."""
 NODE_LIMIT_S = 10.0
-"""Seconds after which Ray's own wait has the last word."""
+"""Seconds after which Ray's own, slower wait takes over."""
 APP_POLL_S = 0.1
 """Seconds between two checks of whether the application runs; Serve's controller polls as often."""
 NUM_WORKERS = 3

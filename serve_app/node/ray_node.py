@@ -121,7 +121,7 @@ def start(meanwhile: Callable[[], None] = lambda: None) -> None:
     )
     try:
         init()
-    except (ConfigError, ServeError):  # of `meanwhile`
+    except (ConfigError, ServeError):  # raised by `meanwhile`
         raise
     except Exception as error:
         # On a busy machine Ray's processes may wait in vain for each other, 30 s each.

@@ -17,7 +17,7 @@ MAX_MESSAGES = 4096
 _EMPTY: tuple[Any, ...] = (None, [], "")
 _UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call")
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""Roles of OpenAI's, and the role that the chat template knows."""
+"""OpenAI's roles, and the chat template's role for each."""
 
 
 class Message(BaseModel):
@@ -51,7 +51,7 @@ class Message(BaseModel):
                 )
             fields["role"] = role = _ROLES[role]
         elif "role" in value:
-            fields["role"] = role  # of a wrong type, which pydantic refuses
+            fields["role"] = role  # has a wrong type, which pydantic refuses
         if role == "user" and not content:
             raise sentence("The content of a user message should not be empty.", "content")
         return fields

@@ -56,7 +56,7 @@ def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:
 
 
 def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Joins neighbours that differ in their text alone, as far as RunPod's limit allows."""
+    """Joins neighbors that differ in their text alone, as far as RunPod's limit allows."""
     merged: list[Chunk] = []
     for chunk in chunks:
         text = _joined_text(merged[-1], chunk) if merged else None

@@ -42,7 +42,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return steps
 
 
-def requests(penalised: bool) -> list[tuple[list[int], SamplingParams]]:
+def requests(penalized: bool) -> list[tuple[list[int], SamplingParams]]:
     """Requests of every kind, with answers of every length from one token on."""
     rng = random.Random(5)
     made = []
@@ -52,7 +52,7 @@ def requests(penalised: bool) -> list[tuple[list[int], SamplingParams]]:
         how |= rng.choice([{}, {"top_k": 9}, {"top_p": 0.8}, {"min_p": 0.05}, {"logprobs": 2}])
         how |= rng.choice([{}, {"min_tokens": 4}, {"logit_bias": {3: 5.0, 70: -2.0}}])
         how["stop_token_ids"] = frozenset(rng.sample(range(96), rng.choice([0, 8, 20])))
-        if penalised and rng.random() < 0.3:
+        if penalized and rng.random() < 0.3:
             how |= {"repetition_penalty": 1.3, "presence_penalty": 0.5}
         made.append((prompt, SamplingParams(ignore_eos=True, **how)))
     return made
@@ -81,10 +81,10 @@ def test_on_a_cpu_a_token_is_delivered_before_the_next_step_begins(
         assert run(read(engine)) == NUM_TOKENS
 
 
-@pytest.mark.parametrize("penalised", [False, True])
-def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalised: bool) -> None:
+@pytest.mark.parametrize("penalized", [False, True])
+def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalized: bool) -> None:
     """Tokens, logprobs and finish reasons are the same with overlapping steps and without."""
-    asked = requests(penalised)
+    asked = requests(penalized)
     with serving(pair.ours, can_overlap_steps=False) as engine:
         expected = together(engine, asked)
     assert not fed
@@ -97,7 +97,7 @@ def test_every_kind_of_request_gets_the_same(pair: Pair, fed: list[int], penalis
         # Prompts were cut by time, so that the last bits differ.
         assert [p.logprob for p in one] == pytest.approx([p.logprob for p in other], abs=1e-4)
     assert {reason for _, reason, _ in expected} == {"stop", "length"}
-    assert penalised or len(fed) > 20
+    assert penalized or len(fed) > 20
 
 
 @pytest.mark.parametrize("num_blocks", [512, 60])

@@ -65,7 +65,7 @@ class WithGraphs:
 @pytest.mark.parametrize("can_overlap_steps", [False, True])
 def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool) -> None:
     """Tokens are the same for any parameters, overlapping or not, in batches that shrink."""
-    asked, prepared = requests(penalised=True), WithGraphs()
+    asked, prepared = requests(penalized=True), WithGraphs()
     with serving(pair.ours) as engine:
         expected = [answer[:2] for answer in together(engine, asked)]
     with serving(pair.ours, can_overlap_steps=can_overlap_steps, prepare=prepared) as engine:

@@ -58,7 +58,7 @@ def test_the_fourth_worker_does_not_try(tmp_path: Path) -> None:
 
 
 def test_a_replica_that_is_killed_while_it_loads(tmp_path: Path) -> None:
-    """The job hears what the load takes and what was free; the volume remembers it."""
+    """The job's error says what the load takes and what was free; the volume keeps the record."""
     (volume := tmp_path / "volume").mkdir()
     with Platform() as platform, Worker(platform, tmp_path, **variables(volume)) as worker:
         client = Client(platform)

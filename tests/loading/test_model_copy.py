@@ -128,5 +128,5 @@ def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
         checked(settings(source, tmp_path / "file" / "cache"))
-    convert(source, tmp_path / "own")  # of which no copy is made
+    convert(source, tmp_path / "own")  # a fused checkpoint is not copied
     checked(settings(tmp_path / "own", tmp_path / "file" / "cache"))

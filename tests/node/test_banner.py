@@ -12,7 +12,7 @@ from tests.nvml import Install
 
 
 def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Version, model, quantisation, thresholds and concurrency are there; keys are not."""
+    """Version, model, quantization, thresholds and concurrency are there; keys are not."""
     monkeypatch.setenv("API_KEYS", "sk-secret")
     monkeypatch.setenv("HF_TOKEN", "hf-secret")
     args = {"model": {"name": "org/model", "revision": "v2"}}
@@ -22,7 +22,7 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
         serve_app.__version__,
         "configs/x.yaml",
         "org/model at v2",
-        "Quantisation: nf4",
+        "Quantization: nf4",
         "Memory: 25 GB of weights.",
         "90% of GPU memory",
         "100,000 characters",

@@ -1,4 +1,4 @@
-"""What this machine must have, check by check: enough passes, too little is said in a sentence."""
+"""Each check of the machine passes with enough, and fails with one sentence with too little."""
 
 from pathlib import Path
 

@@ -89,7 +89,7 @@ def test_the_bytes_of_tokens_make_up_the_text() -> None:
 
 
 def test_a_long_text_leaves_the_event_loop_alone() -> None:
-    """Tokenising in a thread releases the interpreter, so that the loop turns meanwhile."""
+    """Tokenizing in a thread releases the interpreter, so that the loop turns meanwhile."""
 
     async def longest_pause() -> float:
         """The longest pause of the event loop, as a share of the work's time."""

@@ -152,12 +152,12 @@ def test_the_error_names_what_helps(
     nvml(("NVIDIA GeForce RTX 5090", 32607, 20000))
     assert "end what else runs on it" in sentence(capsys, config(tmp_path, floats))
     nvml(("NVIDIA A100-SXM4-80GB", 81920, 81000))
-    unquantised = config(tmp_path, floats, {"quantization": "none"})
-    assert "set `model.quantization` to nf4" in sentence(capsys, unquantised)
+    unquantized = config(tmp_path, floats, {"quantization": "none"})
+    assert "set `model.quantization` to nf4" in sentence(capsys, unquantized)
 
 
 def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, nvml: Install, capsys: Any) -> None:
-    """Of several GPUs the smallest decides, because the replica may get any of them."""
+    """The smallest of several GPUs decides, because the replica may get any of them."""
     nvml(RTX_5090, RTX_4090)
     assert [card.total_bytes for card in find_gpus()] == [32607 * MIB, 24564 * MIB]
     assert "RTX 4090" in sentence(capsys, config(tmp_path, floats))
@@ -221,7 +221,7 @@ SMALL_FILES = dict.fromkeys(
 
 def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path) -> None:
     """config.json and the list of files are enough: the download's size and the memory, and a
-    quantisation that we cannot read is refused."""
+    quantization that we cannot read is refused."""
     path = config(tmp_path, Path("o/m"))
     stored = {**IN_4_BITS["quantization_config"], "bnb_4bit_use_double_quant": True}
     document = {**full_size.CONFIG, "quantization_config": stored}

@@ -144,7 +144,7 @@ def test_a_gpu_that_torch_does_not_see_is_an_error(device: str) -> None:
 def test_the_kv_cache_takes_what_a_gpu_leaves(
     free_gb: int, utilization: float, room_gb: int
 ) -> None:
-    """Of 80 GB: free memory, less the unused share of the whole, less what activations need."""
+    """On 80 GB: free memory, less the unused share of the whole, less what activations need."""
     gb = 10**9
     room = kv_room_bytes(free_gb * gb, 80 * gb, utilization)
     assert room == pytest.approx(room_gb * gb - RESERVED_BYTES, abs=1)

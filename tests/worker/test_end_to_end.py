@@ -84,12 +84,12 @@ def test_ray_starts_no_unneeded_process(client: Client, tiny_worker: Worker) -> 
 
 
 def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:
-    """The log has version, model, quantisation, volume, GPU, endpoints and limits."""
+    """The log has version, model, quantization, volume, GPU, endpoints and limits."""
     log = tiny_worker.log
     for line in (
         "Starting the RunPod worker of mixtral-serve",
         "Model: tiny",
-        "Quantisation: none",
+        "Quantization: none",
         "Volume: /runpod-volume",
         "GPU: ",
         "Endpoints: /health, ",

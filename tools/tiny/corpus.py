@@ -1,7 +1,6 @@
 """The dialogues the tiny model is trained on, and the questions it is examined with.
 
 The same seed writes the same text, and no training dialogue contains a question of the examination.
-Knows nothing about tokens or the chat template.
 """
 
 import random

@@ -1,6 +1,6 @@
 """What the tiny model knows: words, capitals, colours and answers, as plain data.
 
-Knows nothing about phrasings, splits or tokens; `topics.py` makes questions of it.
+`topics.py` makes questions of it.
 """
 
 CAPITALS: dict[str, str] = {

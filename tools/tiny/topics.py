@@ -2,8 +2,6 @@
 
 Each is for training or for the examination. What is examined (a fact in a held-out phrasing, unseen
 operands, unseen words) is decided by a checksum, so that training never draws it.
-
-Knows nothing about dialogues, and not how often a topic comes.
 """
 
 import json
@@ -38,7 +36,7 @@ def _phrase(
 ) -> str:
     """One phrasing of a fact, from the side of the split that is asked for.
 
-    Bare phrasings are always trained on, so that nobody's first try is an exam.
+    Bare phrasings are always trained on: a user's first try is most often one of them.
     """
     while True:
         lead, tail = rng.choice(LEADS), rng.choice(TAILS)

@@ -4,7 +4,7 @@ Writes the dialogues, trains the tokenizer on them, trains transformers' own `Mi
 from a fixed seed, rounds it to bfloat16, examines what was saved on the 200 held-out questions and
 replaces the folder's weights only by better ones.
 
-Knows nothing about serving: what it makes is an ordinary checkpoint.
+The result is an ordinary checkpoint.
 """
 
 from __future__ import annotations

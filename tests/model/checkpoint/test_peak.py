@@ -40,5 +40,5 @@ def test_quantizing_takes_less_than_one_expert_above_the_model(checkpoint: Path)
     found = json.loads(done.stdout)
     peak = found["host"] if found["device"] is None else found["device"]
     assert found["model"] < peak < found["model"] + EXPERT_BYTES
-    # Of a GPU the host sees a tensor or two, however large the checkpoint is.
+    # With a GPU the host holds a tensor or two, however large the checkpoint is.
     assert found["device"] is None or found["host"] < 2 * EXPERT_BYTES

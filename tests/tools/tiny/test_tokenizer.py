@@ -58,7 +58,7 @@ def test_template_refuses_other_orders(auto: Any, roles: str) -> None:
 
 
 def test_tokens_of_the_template_begin_with_one_bos(auto: Any) -> None:
-    """Tokenising a rendered conversation adds no second `<s>`."""
+    """Tokenizing a rendered conversation adds no second `<s>`."""
     ids = auto.apply_chat_template(conversation("Hello!"), return_dict=False)
     assert ids.count(auto.bos_token_id) == 1
     assert ids[0] == auto.bos_token_id

@@ -5,7 +5,7 @@ with silu(gate) * up in the same launch, and `down`. Each weight is read once pe
 tokens, up to a tile of them. The rows of gate and up must be interleaved (`QuantizedWeight`).
 
 Activations are *in halves*: of a vector of K numbers first all with an even index, then all with an
-odd one, because a byte holds two neighbours and each nibble is multiplied on its own. Sums over K
+odd one, because a byte holds two neighbors and each nibble is multiplied on its own. Sums over K
 are cut into `SPLIT_K` parts whatever the batch, and are added in their order, so that a token gets
 the same bits in any batch of the same tile. Code values are rounded to the activations' dtype and
 scaled after each quantization group, so results lie within 2e-3 of `dequantize` and a product.

@@ -102,7 +102,7 @@ def _add_norm(
             for split in tl.static_range(SPLITS):
                 line = (split * rows + row) * SUMMANDS + summand
                 added += tl.load(parts + line * SIZE + column, mask=is_added, other=0.0)
-        # Rounded as the residual stream is kept, before it is normalised.
+        # Rounded as the residual stream is kept, before it is normalized.
         value = (value + added).to(x.dtype.element_ty)
         tl.store(x + row * SIZE + column, value, mask=is_there)
         value = value.to(tl.float32)
@@ -183,7 +183,7 @@ def _route(
     doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
     score = tl.where(is_sound, score, -LARGEST)
     score = tl.where(is_expert[None, :], score, float("-inf"))
-    # Softmax over the chosen alone: what renormalising the softmax of all gives.
+    # Softmax over the chosen alone: what renormalizing the softmax of all gives.
     top = tl.max(score, 1)
     hits = tl.zeros([ROWS, WIDTH], tl.int32)
     total = tl.zeros([ROWS], tl.float32)

@@ -38,30 +38,32 @@ class Answer:
 
     async def stream(
         self,
-        shape: Callable[[TextDelta], Iterable[T]],
+        to_items: Callable[[TextDelta], Iterable[T]],
         places: asyncio.Semaphore | None = None,
     ) -> AsyncGenerator[T, None]:
-        """Yields the items that `shape` makes of each delta. The first iteration waits for a place.
+        """Yields the items that `to_items` makes of each delta.
 
-        Raises the errors of `Engine.generate`. Closing the generator frees the KV blocks.
+        `places` limits how many answers of one request run at once: the first iteration waits for
+        a place, and the end gives it back. Raises the errors of `Engine.generate`. Closing the
+        generator frees the KV blocks.
         """
         place: AbstractAsyncContextManager[None] = nullcontext() if places is None else places
         async with place:
-            with RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived) as seen:
+            with RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived) as observed:
                 deltas = self.engine.generate(self.prompt_ids, self.params, self.deadline)
                 async with aclosing(deltas):
                     async for delta in deltas:
-                        seen.delta(delta)
+                        observed.delta(delta)
                         new = self.text.push(delta.token_ids, delta.logprobs, delta.finish_reason)
                         if new.finish_reason is not None:
                             break
-                        for item in shape(new):
+                        for item in to_items(new):
                             yield item
                     else:
                         raise InternalError("The answer ended without a reason.")
-                seen.ended(new.finish_reason, new.num_tokens)
+                observed.ended(new.finish_reason, new.num_tokens)
         # After the blocks above, so that KV blocks are free before the client sees the end.
-        for item in shape(new):
+        for item in to_items(new):
             yield item
 
     async def whole(self, places: asyncio.Semaphore | None = None) -> TextDelta:

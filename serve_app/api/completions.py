@@ -91,7 +91,7 @@ async def _merged(
 
     tasks = [asyncio.create_task(read(stream)) for stream in streams]
     for task in tasks:
-        task.add_done_callback(queue.put_nowait)  # behind the chunks of its stream
+        task.add_done_callback(queue.put_nowait)  # after the chunks of its stream
     try:
         num_running = len(tasks)
         while num_running:

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CHARS_ON_LOOP = 4_000
-"""Longer texts are tokenized in a thread, so that the event loop does not wait for them."""
+"""Longer texts are tokenized in a thread, so that the event loop does not wait for them. For
+detokenizing, the same number of token ids."""
 
 CHARS_PER_MESSAGE = 20
-"""The time to render one message, as a number of characters to tokenize."""
+"""Rendering one message takes about as long as tokenizing this many characters."""
 
 
 @dataclass(frozen=True, slots=True)

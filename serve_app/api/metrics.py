@@ -23,8 +23,8 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format: https://prometheus.io/docs/instrumenting/exposition_formats/."""
 
 STATUSES = ("idle", "loading", "ready", "draining", "failed")
-"""The values of `status` in `/health`. "idle", "loading" and "failed" are those of a worker whose
-model is not there."""
+"""The values of `status` in `/health`. A worker without a model has "idle", "loading" or
+"failed"."""
 FINISH_REASONS = ("stop", "length", "cancelled", "error")
 
 # Histograms: name, help, buckets. Buckets reach from the tiny model on a CPU to Mixtral behind a
@@ -79,7 +79,7 @@ GAUGES = (
     ("num_requests_running", "num_running", "Requests in the engine's steps."),
     ("num_requests_waiting", "num_waiting", "Requests in the engine's queue."),
     ("kv_blocks_used", "num_used_blocks", "KV blocks that requests hold."),
-    ("kv_blocks", "num_blocks", "KV blocks that there are."),
+    ("kv_blocks", "num_blocks", "KV blocks in all."),
 )
 COUNTERS = (
     ("prompt_tokens", "num_prompt_tokens", "Tokens of prompts."),
@@ -87,14 +87,14 @@ COUNTERS = (
     (
         "prefix_cache_queries",
         "prefix_cache_queries",
-        "Tokens looked for in the prefix cache: of prompts, and of what a preemption put back.",
+        "Tokens looked up in the prefix cache: prompts, and sequences after a preemption.",
     ),
     (
         "prefix_cache_hits",
         "prefix_cache_hits",
         "Tokens found in the prefix cache, and not computed.",
     ),
-    ("num_preemptions", "num_preemptions", "Running requests put back for want of KV blocks."),
+    ("num_preemptions", "num_preemptions", "Running requests preempted for a free KV block."),
     ("engine_steps", "num_steps", "Steps of the engine."),
 )
 
@@ -154,7 +154,7 @@ class Metrics:
             yield counter
         for name, label, help, counts in (
             ("requests", "finish_reason", "Requests that ended.", self.finished),
-            ("errors", "code", "Errors told: refusals, and failed requests.", self._errors),
+            ("errors", "code", "Errors returned to clients.", self._errors),
         ):
             counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name", label])
             for value, count in counts.items():
@@ -164,14 +164,14 @@ class Metrics:
 
 
 def status_text(status: str, model: str) -> str:
-    """The metrics of a model that is not there, in Prometheus' text format: its status."""
+    """The metrics of a worker without a loaded model, in Prometheus' text format: its status."""
     return _text([_status(status, model)])
 
 
 def _status(status: str, model: str) -> "Metric":
     from prometheus_client.metrics_core import GaugeMetricFamily
 
-    help = "1 for what /health says, 0 for what else it could say."
+    help = "1 for the status that /health has, 0 for the others."
     family = GaugeMetricFamily("mixtral_status", help, labels=["model_name", "status"])
     for each in STATUSES:
         family.add_metric([model, each], each == status)
@@ -196,7 +196,7 @@ def _code(kind: type[ServeError]) -> str:
 
 
 def _codes(kind: type[ServeError]) -> Iterator[str]:
-    """The codes of all errors. A counter must exist at 0, or its first increase is not seen."""
+    """The codes of all errors. Prometheus sees a counter's first increase only if it began at 0."""
     yield _code(kind)
     for each in kind.__subclasses__():
         yield from _codes(each)

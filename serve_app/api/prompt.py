@@ -49,7 +49,7 @@ async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptReq
 async def _batch(
     server: "MixtralServer", call: Call, batch: prompt.Batch
 ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
-    """Answers the items side by side. Progress comes as items end; the results are in order."""
+    """Answers the items concurrently. Yields progress as items end, then all results in order."""
     # Not more items at once than can run, or a long list would be refused by its own queue.
     places = asyncio.Semaphore(server.max_num_seqs)
     total = len(batch.items)

@@ -1,7 +1,7 @@
 """The one table of routes.
 
-HTTP routing, API keys, the parsing of jobs, answers before the load and the start banner follow
-from it. Ray Serve's access log and metrics have the paths as they are written here.
+HTTP routing, API keys, the parsing of jobs, answers before the load and the start banner use it.
+Ray Serve's access log and metrics show the paths as they are written here.
 """
 
 from collections.abc import Awaitable, Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 Handler = Callable[["MixtralServer", Call], Awaitable[Reply]]
-"""Answers a call; raises any exception where it cannot."""
+"""Answers a call. May raise any exception, which `MixtralServer.failure` turns into an error."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +27,12 @@ class Route:
     method: Literal["GET", "POST"]
     """GET includes HEAD over HTTP."""
     path: str
-    """In Starlette's syntax. A parameter may be the end of the path only."""
+    """In Starlette's syntax. Only the end of the path may be a parameter."""
     handler: Handler
     needs_key: bool = True
     """Whether HTTP clients need an API key; monitoring has none."""
     is_open_before_load: bool = False
-    """Whether a worker whose model is not loaded answers it, with less in it."""
+    """Whether a worker answers it before its model is loaded, with fewer fields."""
 
     @property
     def allow(self) -> str:

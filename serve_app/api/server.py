@@ -64,10 +64,10 @@ class MixtralServer:
         )
 
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
-        """Answers one call, whose `route` the caller may have found already.
+        """Answers one call. The caller may pass the `route` if it has found it already.
 
-        Raises any exception where it cannot; see `failure`. A stream has its first chunk ready, so
-        errors before it are raised from here.
+        May raise any exception, which `failure` turns into the client's error. Returns a stream
+        when its first chunk is ready, so errors before that chunk are raised from here.
         """
         route = route or routes.match(call.method, call.path)
         self.check_health()

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 FORECAST_LIMIT_S = 3.0
-"""Seconds after which nothing waits for the forecast, which reads from a slow volume."""
+"""Maximum seconds to wait for the forecast, which may read from a slow volume."""
 
 
 class ColdStart:
@@ -41,7 +41,7 @@ class ColdStart:
         self._predicting.start()
 
     async def around(self, load: Callable[[], Awaitable[T]]) -> T:
-        """The result of `load`; raises `ModelLoadFailed` where the guard refuses to try it."""
+        """Runs `load` and returns its result; raises `ModelLoadFailed` if the guard refuses it."""
 
         async def helped() -> T:
             await asyncio.to_thread(self._announce)
@@ -52,14 +52,14 @@ class ColdStart:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """`around` for a load that blocks."""
+        """Does what `around` does for a load in the block, which blocks the thread."""
         with self._guard.watch():
             self._announce()
             with self._reading_ahead():
                 yield
 
     async def outlook(self) -> dict[str, Any]:
-        """For progress updates: `{"expected_s"}`, and a `"warning"` where that is too long."""
+        """Fields for progress updates: `expected_s`, and `warning` where that is too long."""
         await asyncio.to_thread(self._wait)
         if self._forecast is None:
             return {}

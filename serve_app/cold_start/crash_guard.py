@@ -177,6 +177,6 @@ def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
     if may_pass:
         until = f"for {PAUSE_S / 60:.0f} minutes"
     return ModelLoadFailed(
-        f"{cause}; as the last {MAX_FAILURES} loads failed so, none is tried {until}.",
+        f"{cause}; the last {MAX_FAILURES} loads failed for this reason, so none is tried {until}.",
         retry=may_pass,
     )

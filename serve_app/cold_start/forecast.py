@@ -1,6 +1,6 @@
 """Predicts how long a load takes, so that users are warned before it begins.
 
-From the bytes to read and to download, a sample of this machine's reading speed, and assumed
+It uses the bytes to read and to download, a sample of this machine's reading speed, and assumed
 figures for the rest. The sentence says which of them are assumed.
 """
 
@@ -72,7 +72,7 @@ class Forecast:
             return None
         remedies = []
         if self.quantizes:
-            remedies.append("convert the checkpoint to 4 bits (python -m serve_app.convert)")
+            remedies.append("convert the checkpoint to 4 bits (mixtral-serve convert)")
         if self.download_bytes:
             remedies.append("download the model onto a network volume beforehand")
         if is_eager:

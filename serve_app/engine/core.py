@@ -73,14 +73,14 @@ class EngineCore:
             self._end_all()
 
     def _take_requests(self, *, wait: bool) -> bool:
-        """Adds new sequences and drops aborted ones; False when the engine shall stop."""
+        """Adds new sequences and drops aborted ones; returns False when the engine must stop."""
         requests = self._requests.take(wait=wait)
         for sequence, stream in requests.accepted:
             self._streams[sequence] = stream
             self.scheduler.add(sequence)
             self.num_prompt_tokens += sequence.num_prompt_tokens
         for sequence in requests.aborted:
-            # It may have ended in the step before.
+            # The last step may have ended it.
             if sequence in self._streams:
                 self._drop(sequence)
         return not requests.is_stopping
@@ -182,7 +182,7 @@ class EngineCore:
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        """Ends a sequence whose consumer is gone."""
+        """Forgets a sequence and frees its KV blocks; sends nothing."""
         self.scheduler.remove(sequence)
         del self._streams[sequence]
         self._requests.finish_one()

@@ -30,9 +30,9 @@ CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 
 
 class DecodeStep(Protocol):
-    """What is captured: computes logits from tensors, without a copy to the host."""
+    """The computation that is captured. It must not copy anything to the host."""
 
-    def logits(self, rows: DecodeBatch) -> Tensor:
+    def logits(self, batch: DecodeBatch) -> Tensor:
         """Float32 `[rows, vocab]`; fills the KV cache."""
         ...
 
@@ -62,7 +62,7 @@ class DecodeGraphs:
 
     @classmethod
     def of(cls, *arguments: Any) -> "DecodeGraphs | str":
-        """Captures all sizes; returns the reason where that fails."""
+        """The captured graphs of all sizes, or one sentence that says why the capture failed."""
         graphs = cls(*arguments)
         try:
             with graphs._restored_stream():
@@ -118,22 +118,22 @@ class DecodeGraphs:
         self, decodes: list[ScheduledTokens], last: InFlightTokens | None, size: int
     ) -> Tensor:
         """The values of `_inputs`, int64 `[5, size]`."""
-        columns: list[list[int]] = [[] for _ in range(5)]
+        fields: list[list[int]] = [[] for _ in range(5)]
         block_size = self._block_size
         row_of = {} if last is None else last.row_of
         for sequence, start, end, _ in decodes:
             token = sequence.token_ids[start]
             is_pending = token == PENDING
-            columns[0].append(0 if is_pending else token)
-            columns[1].append(row_of[sequence] if is_pending else -1)
-            columns[2].append(start)
+            fields[0].append(0 if is_pending else token)
+            fields[1].append(row_of[sequence] if is_pending else -1)
+            fields[2].append(start)
             block = sequence.block_table[start // block_size]
-            columns[3].append(block * block_size + start % block_size)
-            columns[4].append(end)
+            fields[3].append(block * block_size + start % block_size)
+            fields[4].append(end)
         padding = size - len(decodes)
-        for column, value in zip(columns, (0, -1, 0, 0, 0), strict=True):
-            column += [value] * padding
-        values = [value for column in columns for value in column]
+        for field, value in zip(fields, (0, -1, 0, 0, 0), strict=True):
+            field += [value] * padding
+        values = [value for field in fields for value in field]
         return to_device(values, self._device).view(5, -1)
 
     def _copy_tables(self, tables: Tensor) -> None:
@@ -152,8 +152,8 @@ class DecodeGraphs:
             # FAILED is no token id; the sequence ends when the host reads it.
             pending = self._tokens[sources.clamp(min=0)].clamp(min=0)
             ids = torch.where(sources < 0, ids, pending)
-            rows = DecodeBatch(ids, positions, slots, lens.int(), self._tables[:size])
-            self._logits[size] = self._step.logits(rows)
+            batch = DecodeBatch(ids, positions, slots, lens.int(), self._tables[:size])
+            self._logits[size] = self._step.logits(batch)
             self._tokens[:size].copy_(best_tokens(self._logits[size]))
 
         return compute

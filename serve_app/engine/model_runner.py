@@ -55,7 +55,7 @@ class ModelRunner:
         self._gpu_step = None if isinstance(step, str | CpuStep) else step
         self._graphs: DecodeGraphs | None = None
         if isinstance(step, str):
-            self.note = f"a step is in plain torch; of the compiled one: {step}"
+            self.note = f"a step runs in plain torch, not compiled: {step}"
         elif isinstance(step, CpuStep):
             self.note = "a step is one call of compiled code"
         else:
@@ -63,14 +63,14 @@ class ModelRunner:
             self.note += self._capture(step, max_num_seqs) + step.unpack_for_prompts()
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
-        """Captures the decode steps; returns what the note says about it."""
+        """Captures the decode steps; returns the part of `note` about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         max_blocks = min(self.cache.num_blocks, longest)
         graphs = DecodeGraphs.of(step, max_num_seqs, max_blocks, self._block_size, self._device)
         if isinstance(graphs, str):
             return f", launched kernel by kernel: {graphs}"
         self._graphs = graphs
-        return f", a captured graph for each of {len(graphs.sizes)} sizes of batch"
+        return f", a captured graph for each of {len(graphs.sizes)} batch sizes"
 
     @property
     def vocab_size(self) -> int:

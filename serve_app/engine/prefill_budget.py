@@ -45,9 +45,10 @@ class PrefillBudget:
             self._token_s = _smooth(self._token_s, added / num_prompt_tokens)
 
     def _decode_step_s(self, num_decodes: int) -> float | None:
-        """Seconds of a step with about `num_decodes` decodes and no prompt, rather with fewer.
+        """Seconds of a step of decodes alone, measured with about `num_decodes` decodes.
 
-        None without decodes, and before the first measurement.
+        Without such a measurement, takes the nearest smaller number of decodes, else the smallest
+        measured one. None without decodes, and before the first measurement.
         """
         if not num_decodes or not self._decode_s:
             return None

@@ -36,13 +36,13 @@ class Sampler:
             return InFlightTokens(sequences, best_tokens(logits) if best is None else best, [])
         # The model's own distribution, so before any change to the logits.
         asked = metadata.logprobs
-        of_model = [] if asked is None else asked.log_softmax(logits)
+        model_logprobs = [] if asked is None else asked.log_softmax(logits)
         metadata.adjust(logits)
         tokens = best_tokens(logits)
         if metadata.random is not None:
             rows = metadata.random.rows
             tokens[rows] = torch.where(tokens[rows] < 0, FAILED, metadata.random.sample(logits))
-        logprobs = [] if asked is None else asked.gather(of_model, tokens)
+        logprobs = [] if asked is None else asked.gather(model_logprobs, tokens)
         return InFlightTokens(sequences, tokens, logprobs)
 
 

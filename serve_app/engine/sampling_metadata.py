@@ -45,7 +45,7 @@ class SamplingMetadata:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether each row's token is that of its best logit, and nothing else is asked for."""
+        """Whether every row takes the token of its best logit, from unchanged logits."""
         parts = (self.random, self._bias, self._penalties, self.logprobs)
         return not self._delayed and all(part is None for part in parts)
 
@@ -105,9 +105,9 @@ class LogprobRows:
     def gather(self, logprobs: list[Tensor], tokens: Tensor) -> list[LogprobTensors]:
         """What each group asked for, from `log_softmax` and the sampled `tokens` `[batch]`."""
         gathered = []
-        for (count, rows, index), of_group in zip(self._groups, logprobs, strict=True):
+        for (count, rows, index), group in zip(self._groups, logprobs, strict=True):
             sampled = tokens[index].clamp(min=0)[:, None]  # FAILED is no index
-            top = of_group.topk(min(count, of_group.shape[1]))
-            of_sampled = of_group.gather(1, sampled)[:, 0]
-            gathered.append(LogprobTensors(rows, of_sampled, top.values, top.indices))
+            top = group.topk(min(count, group.shape[1]))
+            sampled_logprobs = group.gather(1, sampled)[:, 0]
+            gathered.append(LogprobTensors(rows, sampled_logprobs, top.values, top.indices))
         return gathered

@@ -36,7 +36,7 @@ class SamplingParams:
     """Ids that end the request besides the model's eos. The stop token is not returned."""
     ignore_eos: bool = False
     logprobs: int | None = None
-    """None: none. n: the chosen token's log probability and those of the n most probable."""
+    """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
     """The request fields of the prompt and of `max_tokens`, for errors about them."""

@@ -25,7 +25,7 @@ class ScheduledTokens(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """Whether this is one token after others that are computed."""
+        """Whether this is one token whose predecessors are all computed."""
         return self.is_sampled and 0 < self.start == self.end - 1
 
 

@@ -1,8 +1,9 @@
 """Causal grouped-query attention over the paged KV cache, in plain torch.
 
 `plan_attention` prepares indices and masks once for a batch; `attend` uses them in every layer.
-Sequences with one new token (decodes) are computed together, prefill chunks one by one. Kernels
-are compared with this module, and it is what computes prompts, and a CPU without the compiled step.
+Sequences with one new token (decodes) are computed together, prefill chunks one by one. This module
+computes prompts on a GPU, and everything on a CPU without the compiled step. Kernels are compared
+with it.
 
 In float32 on a CPU a decode row gets the same bits in any batch: contexts are padded to whole
 segments, with weights that are exactly 0, and the values of each segment are summed by a matrix

@@ -42,7 +42,7 @@ FP4_TWELFTHS = (0.0, 0.0625, 8, 12, 4, 6, 2, 3, 0.0, -0.0625, -8, -12, -4, -6, -
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """What turns absmax in 8 bits into numbers.
+    """The tables that turn 8-bit absmax into numbers.
 
     Number i of a matrix is `code[absmax_8bit[i]] * absmax[i // 256] + offset`.
     """

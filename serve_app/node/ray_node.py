@@ -42,7 +42,7 @@ SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 GCS = "/gcs_server "
 VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
 MARK = "RAY_STARTED_BY"
-"""Variable of all of Ray's processes, by which the reaper finds them."""
+"""Environment variable of all of Ray's processes, by which the reaper finds them."""
 
 
 @functools.cache
@@ -63,26 +63,26 @@ def _thread() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
 
 
-_step: Future[Any] | None = None
-_left: list[ThreadPoolExecutor] = []
+_running_call: Future[Any] | None = None
+_abandoned: list[ThreadPoolExecutor] = []
 
 
-def in_thread(step: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
-    """Calls `step` in Ray's thread while the event loop runs on."""
-    global _step
-    _step = _thread().submit(step, *arguments)
-    return asyncio.wrap_future(_step)
+def in_thread(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Calls `function` in Ray's thread while the event loop runs on."""
+    global _running_call
+    _running_call = _thread().submit(function, *arguments)
+    return asyncio.wrap_future(_running_call)
 
 
 def leave_thread() -> None:
     """Abandons Ray's thread, which waits for dead processes; the next call gets a new one."""
-    _left.append(_thread())
+    _abandoned.append(_thread())
     _thread.cache_clear()
 
 
 def ended(code: int) -> int:
     """Returns `code`. If a thread was abandoned, ends the process, as Python would wait for it."""
-    if _left:
+    if _abandoned:
         sys.stdout.flush()
         logging.shutdown()
         os._exit(code)
@@ -101,7 +101,7 @@ def start(meanwhile: Callable[[], None] = lambda: None) -> None:
         return
     kill()
     processes.adopt_orphans()
-    # Without this, remains of an earlier Ray's client would start another Ray with a dashboard.
+    # Otherwise objects left from an earlier Ray would start another Ray, with a dashboard.
     auto_init_hook.enable_auto_connect = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Without a token, Ray writes one into the home folder, which a container may lack.
@@ -171,13 +171,13 @@ def below() -> "list[psutil.Process]":
 def stop() -> None:
     """Ends Ray, also while it starts; the caller must pass its exit code through `ended` then.
 
-    It kills, so call it when no request runs any more: Serve's own shutdown takes half a minute,
-    and waits for a model that loads.
+    It kills the processes, so call it when no request runs any more. Serve's own shutdown would
+    take half a minute, and would wait for a model that loads.
     """
-    if _step is not None and not _step.done():
+    if _running_call is not None and not _running_call.done():
         _end_all()
         leave_thread()
-        return  # the reaper ends what that thread may still start
+        return  # the reaper ends processes that the abandoned thread may still start
     with signals_kept():
         kill()
     if _reaper.cache_info().currsize:

@@ -43,7 +43,8 @@ UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "verbosity": ((), "ask for a short answer in words"),
     "web_search_options": ((), "there is no web search"),
 }
-"""OpenAI's fields that are refused: values that ask for nothing and pass, and the reason."""
+"""OpenAI's fields that are refused, each with the values that pass, because they ask for what
+happens without the field, and the reason for the refusal."""
 
 MAX_STOP_CHARS = 500
 MAX_BIASES = 1024
@@ -119,7 +120,7 @@ class Sampling(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """None: none. n: for the chosen token and the n most probable ones."""
+        """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
         return None
 
     @field_validator("stop", mode="before")
@@ -183,7 +184,7 @@ def used_fields(body: Any) -> dict[str, Any]:
             used[name] = value
             continue
         neutral, reason = UNSUPPORTED[name]
-        # The types must be equal too: True == 1, but true is no number of answers.
+        # The types must be equal too: True == 1, but `"n": true` is an error.
         if not any(type(value) is type(each) and value == each for each in neutral):
             raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
     if is_json(used):

@@ -36,7 +36,7 @@ def require_memory(plan: StartPlan) -> list[str]:
         )
     gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
     if not gpu.total_bytes:
-        return [*lines, f"GPU: {gpu.name} does not say how much memory it has; the load will tell."]
+        return [*lines, f"GPU: {gpu.name} does not report its memory; only the load can find out."]
     return [*lines, _require_gpu_memory(memory, gpu)]
 
 

@@ -120,5 +120,5 @@ def _kv_cache_tokens(
 
 
 def in_gb(num_bytes: int) -> str:
-    """For users: "25.20 GB", "4.2 MB"."""
+    """A size as users read it: "25.20 GB", "4.2 MB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

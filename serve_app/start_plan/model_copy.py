@@ -1,7 +1,7 @@
 """Where the 4-bit copy of a model is, which `model.cache_dir` asks for.
 
 The folder's name contains everything that the copy depends on, so that a start with other files or
-settings finds none: of a local folder its path and its files' names, sizes and times; of a
+settings finds none: for a local folder its path and its files' names, sizes and times; for a
 repository its name and `model.revision`. A branch that moves on therefore keeps its old copy; a
 `revision` that is a commit never moves. Older copies are not deleted.
 """

@@ -1,4 +1,4 @@
-"""Makes the `StartPlan`: what a start reads, how it stores it, where it runs, how much it takes.
+"""Makes the `StartPlan`: the checkpoint, its form, the device, the dtype and the memory.
 
     settings --plan_start--> StartPlan --> check, forecast, crash guard, trial, load
 

@@ -174,14 +174,14 @@ class Handler:
         return await progress.while_waiting(read(), update, self._interval_s)
 
     def _status(self, call: Call) -> Any:
-        """The answer to `/health` or `/metrics` while there is no model that could give it."""
+        """The answer to `/health` or `/metrics` while no model is loaded."""
         routes.match(call.method, call.path)
         if call.path == "/health":
             return self._health()
         return status_text(self.supervisor.status, self._model_name)
 
     def _health(self) -> dict[str, Any]:
-        """`{"status", "load", ...}` of a model that is not ready, and why the last start failed."""
+        """`{"status", "load", ...}` while no model is ready, and why the last start failed."""
         supervisor = self.supervisor
         health = {"status": supervisor.status, **phases.summary(read_events(self._load_log))}
         if supervisor.status == "failed" and supervisor.error is not None:

@@ -37,7 +37,8 @@ REFUSED = {
         'raw text is continued by {"endpoint": "/v1/completions", "data": {...}}',
     ),
 }
-"""Fields of older workers: the only accepted value, which asks for what happens anyway, and why."""
+"""Fields of older workers: the only accepted value, which changes nothing, and the reason for
+refusing another."""
 
 
 @dataclass(frozen=True, slots=True)

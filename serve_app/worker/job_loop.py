@@ -136,15 +136,15 @@ class JobLoop:
             elif job.was_stopped_early:
                 error = InternalError("The job was stopped before it began; send it again.")
             else:
-                error = await self._ended(job, self._handler.answer(job.given, posts))
+                error = await self._wait_for(job, self._handler.answer(job.given, posts))
             if error is not None:
                 job.answering()
-                await self._ended(job, self._handler.refuse(job.given, posts, error))
+                await self._wait_for(job, self._handler.refuse(job.given, posts, error))
         finally:
             self._jobs.close(job)
             self._sdk.finished(job.id)
 
-    async def _ended(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
+    async def _wait_for(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
         """Waits for `work`, which a stop cancels; returns why the job must be refused after it."""
         job.task = asyncio.create_task(work)
         await asyncio.wait({job.task})

@@ -35,7 +35,7 @@ Outcome = Literal["acknowledged", "too large", "given up"]
 
 
 class Posts(Protocol):
-    """Where a handler sends what one job produces."""
+    """Takes the output of one job from its handler."""
 
     async def progress(self, update: dict[str, Any]) -> None:
         """Posts how far the job is; a lost update costs nothing."""
@@ -85,9 +85,10 @@ class JobPosts:
         self.job.is_output_acknowledged = outcome == "acknowledged" and result.error is None
 
     async def _post_until_acknowledged(self, body: bytes) -> Outcome:
-        """The platform may receive the body twice where an acknowledgement was lost.
+        """Posts `body` again until the platform acknowledges it.
 
-        It never receives one after an acknowledgement that came.
+        The platform may receive it twice where an acknowledgement was lost, but never after an
+        acknowledgement that arrived.
         """
         job_id, backoff = self.job.id, Backoff()
         began = time.monotonic()
@@ -110,7 +111,7 @@ class JobPosts:
         return "acknowledged"
 
     async def _post_chunk(self, body: bytes) -> bool:
-        """False where the client may miss this chunk.
+        """Posts a chunk; returns False where the client may miss it.
 
         A chunk is not repeated after a timeout: the platform may have it, and the client would read
         the text twice.
@@ -129,7 +130,8 @@ class JobPosts:
     async def _post(
         self, url: str, is_stream: str, body: bytes, timeout_s: float
     ) -> int | str | None:
-        """Why the platform has not acknowledged the body: a status or a word; None where it has."""
+        """Posts `body` once. Returns None if the platform acknowledges it, else the HTTP status or
+        the name of the failure."""
         import aiohttp
 
         headers = {

@@ -50,7 +50,7 @@ class StartupSupervisor:
     ) -> None:
         """Starts nothing yet.
 
-        `error` is why every start fails, where that is known already. `watch` returns when the
+        `error`, where given, makes every start fail with it. `watch` returns when the
         model has died, with the name of the process that is gone; `stop` ends what is left of the
         model. `gave_up` is called once, when no start will be tried again.
         """
@@ -100,7 +100,7 @@ class StartupSupervisor:
             self._may_restart = True
 
     async def wait_for_death(self, client: Forward) -> None:
-        """After a call that failed as if the model were dead: returns when its death is known.
+        """Waits until the death of the model is known, after a call that failed as if it were dead.
 
         Returns after `CONFIRM_S` seconds at the latest: one of several replicas may have died.
         """

@@ -64,13 +64,13 @@ def test_the_fourth_load_is_not_tried(tmp_path: Path) -> None:
             load(chosen)
         folder = records(tmp_path)[0].parent
         assert refused.value.message == (
-            "model.safetensors: is damaged (it has 123 bytes); as the last 3 loads failed so, none "
-            f"is tried until the model's settings change or {folder} is removed."
+            "model.safetensors: is damaged (it has 123 bytes); the last 3 loads failed for this "
+            f"reason, so none is tried until the model's settings change or {folder} is removed."
         )
         assert refused.value.retry is False
     assert len(records(tmp_path)) == 3
     load(settings(tmp_path, quantization="none"))
-    with pytest.raises(ModelLoadFailed, match="as the last 3 loads failed so"):
+    with pytest.raises(ModelLoadFailed, match="the last 3 loads failed for this reason"):
         load(chosen)
     for record in records(tmp_path):
         record.unlink()

@@ -63,7 +63,7 @@ def test_a_short_load_has_no_warning() -> None:
             {},
             [
                 "about 950 s, and 600 s are",
-                "serve_app.convert",
+                "mixtral-serve convert",
                 "to eager",
                 "raise the timeout",
             ],

@@ -65,7 +65,7 @@ class PackedInfo:
 
     @property
     def tensors(self) -> list[TensorInfo]:
-        """All of it."""
+        """All tensors of the matrix."""
         nested = [] if self.nested is None else [self.nested.absmax, self.nested.code]
         return [self.packed, self.absmax, self.code, *nested]
 
@@ -93,7 +93,7 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
 
 
 def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
-    """True when the blob is missing, but something else says that it should be there."""
+    """True for a tensor that has companions or the shape of packed nibbles; its blob is missing."""
     stored = found[name].shape
     return any(f"{name}.{companion}" in found for companion in COMPANIONS) or (
         stored != shape and len(stored) == 2 and 1 in stored and len(shape) == 2

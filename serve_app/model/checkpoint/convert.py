@@ -2,7 +2,7 @@
 
 Weights in bitsandbytes' 4 bits are kept bit for bit; floats are quantized. A conversion that was
 stopped continues where it was when it is started again: a file that has its final name is complete,
-and the destination is no checkpoint before its index is written, which comes last. At most one
+and the index, without which the destination is not a checkpoint, is written last. At most one
 layer is in memory.
 """
 

@@ -8,7 +8,7 @@ from serve_app.model.quantization import GROUP_SIZE, AbsmaxKind, Quantization, Q
 
 Form = Literal["float", "bitsandbytes", "fused"]
 """float: as floats. bitsandbytes: in 4 bits, as transformers 4 wrote them with bitsandbytes.
-fused: in 4 bits, as `serve_app.convert` writes them (`fused.py`)."""
+fused: in 4 bits, as `mixtral-serve convert` writes them (`fused.py`)."""
 FUSED_METHOD, FUSED_VERSION = "mixtral-serve", 1
 """`quant_method` and `version` in the `quantization_config` of a fused checkpoint."""
 
@@ -40,7 +40,7 @@ def stored_form(document: Mapping[str, Any]) -> Form:
 def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
     """How a parsed config.json says that the weights are quantized; None where they are floats.
 
-    Of a bitsandbytes checkpoint the safetensors headers are more precise. Raises `ModelLoadFailed`
+    For a bitsandbytes checkpoint the safetensors headers are more precise. Raises `ModelLoadFailed`
     as `stored_form` does, and for another version of the fused form.
     """
     form = stored_form(document)
@@ -71,6 +71,6 @@ def _fused_quantization(stored: Mapping[str, Any]) -> Quantization:
             if dict(stored) == fused_quantization_config(quantization):
                 return quantization
     raise ModelLoadFailed(
-        f"config.json: `quantization_config` is none that version {FUSED_VERSION} of our format "
-        "has; convert the checkpoint again with `python -m serve_app.convert`."
+        f"config.json: `quantization_config` does not fit version {FUSED_VERSION} of our "
+        "format; convert the checkpoint again with `mixtral-serve convert`."
     )

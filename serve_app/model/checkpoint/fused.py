@@ -1,6 +1,6 @@
 """The fused form: Mixtral in 4 bits in few large tensors, which are read straight into the weights.
 
-`serve_app.convert` writes it and `fused_reader` reads it: safetensors, one file per layer and one
+`fused_writer` writes it and `fused_reader` reads it: safetensors, one file per layer and one
 for the rest, with the bytes that `QuantizedWeight` holds in memory. `quantization_config` in
 config.json marks the form and says how it is quantized (`form.py`); the metadata of each file has
 the CRC-32 of every piece of `PIECE_BYTES` of its data. This module reads no weights and imports no

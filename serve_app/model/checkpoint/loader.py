@@ -46,7 +46,7 @@ def load(
     `quantization` is what `Checkpoint.resolve_quantization` returned; with it experts and attention
     are in 4 bits, and lm_head too with `quantize_lm_head`. Float tensors are quantized one by one
     on `device`. Raises `ModelLoadFailed` when a file is not what its header said, and when the
-    loaded weights take other than the promised memory.
+    loaded weights do not take the promised memory.
     """
     report = progress or (lambda done: None)
     with torch.device("meta"):
@@ -99,7 +99,7 @@ def check_bytes(
     quantization: Quantization | None,
     quantize_lm_head: bool = False,
 ) -> None:
-    """Raises `ModelLoadFailed` where a part of `model` takes other than the promised memory."""
+    """Raises `ModelLoadFailed` where a part of `model` does not take the promised memory."""
     promised = weight_bytes(model.config, dtype.itemsize, quantization, quantize_lm_head)
     promised["other"] += _num_bytes(model.rope)
     if model.codebook is not None:

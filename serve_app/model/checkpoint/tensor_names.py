@@ -26,7 +26,8 @@ from typing import Literal, NamedTuple, get_args
 from serve_app.model.config import MixtralConfig
 
 Part = Literal["experts", "attention", "head", "other"]
-"""What memory is reported by. "head" is the embedding and lm_head; "other" routers and norms."""
+"""The parts by which memory is reported. "head" is the embedding and lm_head; "other" has the
+routers and norms."""
 PARTS: tuple[Part, ...] = get_args(Part)
 QUANTIZED_PARTS: tuple[Part, ...] = ("experts", "attention")
 """Parts whose weights are in 4 bits in a quantized checkpoint."""

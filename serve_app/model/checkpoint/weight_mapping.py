@@ -40,6 +40,6 @@ def load_lm_head(model: Mixtral, weight: Weight, values: Tensor) -> None:
     load_weight(model, weight, values)
     if not all(map(torch.equal, before, tables)):
         raise ModelLoadFailed(
-            "The head cannot be quantized as the checkpoint's weights are: its tables are other "
-            "than ours; set `model.quantize_lm_head` to false."
+            "lm_head cannot be quantized like the checkpoint's weights: their code values differ "
+            "from ours; set `model.quantize_lm_head` to false."
         )

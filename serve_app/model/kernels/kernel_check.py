@@ -39,7 +39,7 @@ NUM_TOKENS = (1, 7, 40)
 """One decode, a few, and a prefill chunk."""
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
 CONTEXTS = (1, 70, 300, 4500)
-"""Tokens of contexts: one split, several, and so many that splits are longer."""
+"""Tokens of contexts: one split, several, and more than `MAX_SPLITS` short splits hold."""
 
 
 def relative_errors(
@@ -65,7 +65,7 @@ def relative_errors(
     linear, weight = _linear(codes, device, random(INTERMEDIATE_SIZE, HIDDEN_SIZE))
     experts, expert_weights = _experts(codes, device, random)
     errors: dict[str, float] = {}
-    both = dequantize(experts.gate_up.get(), torch.float32)
+    gate_up = dequantize(experts.gate_up.get(), torch.float32)
     for count in NUM_TOKENS:
         x = random(count, HIDDEN_SIZE).to(device, dtype)
         topk_ids = torch.stack(
@@ -84,7 +84,7 @@ def relative_errors(
             pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
             found = _experts_by_kernel(experts, x, topk_ids, topk_weights)
             pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
-            pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), both)
+            pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), gate_up)
         for name, (found, expected) in pairs.items():
             error = float((found.float() - expected).norm() / expected.norm())
             if math.isnan(error):  # which max() would drop
@@ -151,6 +151,7 @@ def _experts(
 
 
 def _in_halves(x: Tensor) -> Tensor:
+    """`x` `[T, K]` with the even columns first, then the odd ones, see `nf4_decode.py`."""
     return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
 
 
@@ -178,12 +179,12 @@ def _experts_by_kernel(
     order = topk_ids.flatten().argsort(stable=True).int()
     edges = torch.arange(NUM_EXPERTS + 1, device=x.device)
     starts = (topk_ids.flatten()[None] < edges[:, None]).sum(1).int()
-    both = nf4_decode.Packed.of(experts.gate_up, x.dtype)
-    back = nf4_decode.Packed.of(experts.down, x.dtype)
-    intermediate = x.new_empty(len(order), back.in_features)
-    nf4_decode.gate_up(both, _in_halves(x), order, starts, TOP_K, intermediate)
-    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), back.out_features, dtype=torch.float32)
-    nf4_decode.down(back, intermediate, order, starts, topk_weights.flatten().float(), TOP_K, parts)
+    gate_up = nf4_decode.Packed.of(experts.gate_up, x.dtype)
+    down = nf4_decode.Packed.of(experts.down, x.dtype)
+    intermediate = x.new_empty(len(order), down.in_features)
+    nf4_decode.gate_up(gate_up, _in_halves(x), order, starts, TOP_K, intermediate)
+    parts = x.new_empty(nf4_decode.SPLIT_K, len(order), down.out_features, dtype=torch.float32)
+    nf4_decode.down(down, intermediate, order, starts, topk_weights.flatten().float(), TOP_K, parts)
     return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
 
 

@@ -117,7 +117,7 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(model_runner, "_compiled_step", compiled)
     fast = ModelRunner(*made, max_num_seqs=3)
-    assert "graph for each of 3 sizes of batch; prompts unpack weights by a kernel" in fast.note
+    assert "graph for each of 3 batch sizes; prompts unpack weights by a kernel" in fast.note
     assert isinstance(model.codebook, Codebook)
     assert isinstance(model.codebook.unpack, Unpacker)
 

@@ -150,8 +150,8 @@ class CpuStep:
         count, size = min(cache.num_blocks, 5), cache.block_size
         blocks = torch.arange(count)
         generator = torch.Generator().manual_seed(0)
-        for pages in (*cache.keys, *cache.values):
-            pages[blocks] = torch.randn(pages[blocks].shape, generator=generator)
+        for stored in (*cache.keys, *cache.values):
+            stored[blocks] = torch.randn(stored[blocks].shape, generator=generator)
         # All slots of the first KV block, and the last slot of the others.
         slots = torch.cat((torch.arange(size), (blocks[1:] + 1) * size - 1))
         batch = Batch(

@@ -96,11 +96,11 @@ class QuantizedProducts:
         return dense(self._o, x)
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        order, starts, shares = route(F.linear(x, self._router), context_lens, self._top_k)
-        inner = x.new_empty(len(order), self._down.in_features)
-        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, inner)
+        order, starts, topk_weights = route(F.linear(x, self._router), context_lens, self._top_k)
+        hidden = x.new_empty(len(order), self._down.in_features)
+        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, hidden)
         parts = x.new_empty(SPLIT_K, len(order), self._down.out_features, dtype=torch.float32)
-        nf4_decode.down(self._down, inner, order, starts, shares, self._top_k, parts)
+        nf4_decode.down(self._down, hidden, order, starts, topk_weights, self._top_k, parts)
         return parts
 
 
@@ -122,9 +122,8 @@ class GpuStep:
             FloatProducts(layer) if is_float else QuantizedProducts(layer, dtype)
             for layer in model.layers
         ]
-        page = cache.keys[0]
         self._attention = PagedAttention(
-            config.num_attention_heads, page, config.sliding_window, max_rows
+            config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
         self._lm_head = model.lm_head
         if isinstance(model.lm_head, QuantizedLinear):
@@ -139,7 +138,7 @@ class GpuStep:
         try:
             longest = model.config.max_position_embeddings // cache.block_size
             error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
-        except Exception as failure:  # plain torch serves, whatever a compiler or driver raises
+        except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
             log.exception("the compiled step failed in its trial")
             return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
         limit = TOLERANCE[model.embedding.dtype]
@@ -182,8 +181,8 @@ class GpuStep:
             rope_write(
                 products.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values
             )
-            pages = (keys, values, batch.tables, batch.context_lens)
-            self._attention(queries, *pages, attended, in_halves=halves)
+            context = (keys, values, batch.tables, batch.context_lens)
+            self._attention(queries, *context, attended, in_halves=halves)
             y = normed(x, products.o(attended), batch, layer.post_attention_layernorm, halves)
             parts = products.mlp(y, batch.context_lens)
         halves = isinstance(self._lm_head, QuantizedLinear)
@@ -209,8 +208,8 @@ class GpuStep:
         """
         cache, size = self._cache, self._cache.block_size
         blocks = torch.arange(count, device=cache.keys[0].device)
-        for pages in (*cache.keys, *cache.values):
-            pages[blocks] = torch.randn_like(pages[blocks])
+        for stored in (*cache.keys, *cache.values):
+            stored[blocks] = torch.randn_like(stored[blocks])
         # Row i attends to blocks 0 to i and writes into block i.
         lens = blocks * size + blocks % size + 1
         slots, tables = lens - 1, blocks.repeat(count, 1)
@@ -226,12 +225,12 @@ class GpuStep:
         )
         # The last row is padding, which must not change the others.
         context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
-        rows = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
-        is_finite = self.logits(rows)[: max(1, count - 1)].isfinite().all()
+        decode_batch = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
+        is_finite = self.logits(decode_batch)[: max(1, count - 1)].isfinite().all()
         whole = self._model.layers
         try:
             self._model.layers = whole[:TRIED_LAYERS]
-            expected, found = self._model(batch, cache), self.logits(rows)
+            expected, found = self._model(batch, cache), self.logits(decode_batch)
         finally:
             self._model.layers = whole
         cache.clear(blocks)

@@ -109,7 +109,7 @@ class Packed:
 
 
 def _parts(matrices: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """For every row, `[N]`: the part that it belongs to, and its number in that part."""
+    """The part that each row belongs to `[N]`, and the row's number in that part `[N]`."""
     rows = torch.arange(sum(matrices.out_features))
     if matrices.interleaved:
         count, size = len(matrices.out_features), INTERLEAVED_ROWS
@@ -120,12 +120,13 @@ def _parts(matrices: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 
 def tile_of(tokens: int) -> int:
-    """Tokens of a tile for a batch of `tokens`: few experts get more than this many."""
+    """Tokens of a tile for a batch of `tokens`. Few experts get more tokens than one tile holds."""
     return 16 if tokens <= 16 else 32 if tokens <= 64 else 64
 
 
 def rows_of(tile: int) -> int:
-    """Weight rows of a tile: more cost fewer instructions each, fewer use more multiprocessors."""
+    """Weight rows of a tile. Large tiles take fewer instructions a row; small ones use more
+    multiprocessors."""
     return 128 if tile == 64 else 64
 
 

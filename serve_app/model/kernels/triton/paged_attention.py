@@ -27,17 +27,17 @@ TILE = 64
 """Tokens of a context that a program computes at once."""
 LOG2_E = 1.4426950408889634
 NUM_PROGRAMS = 1024
-"""Programs of a launch, about; each takes the splits of one row and KV head by turns."""
+"""Programs of a launch, roughly. The programs of one row and KV head take its splits by turns."""
 
 
 class PagedAttention:
     """Attention of at most `max_rows` decodes; holds the memory for their splits."""
 
-    def __init__(self, num_heads: int, cache_page: Tensor, window: int | None, max_rows: int):
-        """`cache_page` is one layer's keys `[num_blocks, block_size, K, D]`."""
+    def __init__(self, num_heads: int, layer_keys: Tensor, window: int | None, max_rows: int):
+        """`layer_keys` is one layer's keys `[num_blocks, block_size, K, D]`."""
         self.num_heads, self.window = num_heads, window or 0
-        _, self.block_size, self.num_kv_heads, self.head_dim = cache_page.shape
-        splits, device = (max_rows, num_heads, MAX_SPLITS), cache_page.device
+        _, self.block_size, self.num_kv_heads, self.head_dim = layer_keys.shape
+        splits, device = (max_rows, num_heads, MAX_SPLITS), layer_keys.device
         self.sums = torch.empty(*splits, self.head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(*splits, 2, dtype=torch.float32, device=device)
 

@@ -71,7 +71,7 @@ def application(
 
 
 def _ingress() -> Any:
-    """The ASGI app. Runs on the replica, the only process that needs FastAPI."""
+    """The ASGI app. Built on the replica, the only process that imports the handlers."""
     from ray import serve
 
     from serve_app.api.ingress import create_app

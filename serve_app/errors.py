@@ -237,7 +237,7 @@ def as_serve_error(error: BaseException) -> ServeError:
 
 
 def handle_error(error: Exception, request_id: str) -> ServeError:
-    """`as_serve_error`; logs an exception that is not a `ServeError` with the request's id.
+    """Maps like `as_serve_error`; logs an exception that is no `ServeError`, with the request's id.
 
     The log has the exception's type and the lines of code that it passed. Its text, which may
     quote a user, is logged at DEBUG only.

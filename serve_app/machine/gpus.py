@@ -29,7 +29,7 @@ class Gpu:
 
 
 class NoGpus(Exception):
-    """Why no GPU can be listed, in a few words."""
+    """NVML lists no GPU; the message gives the reason in a few words."""
 
 
 @functools.cache

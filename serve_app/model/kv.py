@@ -17,7 +17,7 @@ class KVCache:
             (k.view(-1, *k.shape[2:]), v.view(-1, *v.shape[2:]))
             for k, v in zip(keys, values, strict=True)
         ]
-        self._pages = [
+        self._blocks = [
             (k.view(self.num_blocks, -1), v.view(self.num_blocks, -1))
             for k, v in zip(keys, values, strict=True)
         ]
@@ -53,9 +53,9 @@ class KVCache:
         Masked slots are multiplied by 0, so a NaN in a block would reach the next sequence that
         gets the block.
         """
-        for pages in self._pages:
-            for page in pages:
-                page.index_fill_(0, blocks, 0)
+        for keys_and_values in self._blocks:
+            for stored in keys_and_values:
+                stored.index_fill_(0, blocks, 0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""
@@ -74,7 +74,7 @@ class KVCache:
         if self._scratch.shape[1] < size:
             self._scratch = self._scratch.new_empty(2, size)
         found = []
-        for source, scratch in zip(self._pages[layer], self._scratch, strict=True):
+        for source, scratch in zip(self._blocks[layer], self._scratch, strict=True):
             out = scratch[:size].view(-1, width)
             torch.index_select(source, 0, blocks, out=out)
             found.append(out.view(-1, self.num_kv_heads, self.head_dim))

@@ -1,6 +1,6 @@
 """The experts of one layer in 4 bits: the same `forward` as `Experts`, a quarter of the memory.
 
-Plain torch, the same on every device: the reference for kernels, and what computes prompts. The
+Plain torch, the same on every device. It computes prompts, and kernels are compared with it. The
 matrices of an expert are dequantized when a token needs them and freed after the product, so that
 no more than about `DEQUANTIZE_WEIGHTS` weights exist as floats at a time.
 """
@@ -29,7 +29,7 @@ class QuantizedExperts(nn.Module):
         """`[E, H, I]`"""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Computes what `Experts.forward` does; waits for the device to learn which experts."""
+        """Computes what `Experts.forward` does. Waits for the device: the host needs `ends`."""
         num_experts = len(self.down.packed)
         rows, ends, num_rows = group_by_expert(topk_ids, num_experts, row_multiple(x))
         grouped = x.new_zeros(num_rows, x.shape[1])

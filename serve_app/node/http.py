@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 PING_INTERVAL_S = 1.0
 """Seconds between two requests for `/ping`, once the deployment serves."""
 IDLE_POLL_S = 0.25
-"""Seconds between two questions whether requests still run, while the server drains."""
+"""Seconds between two polls for running requests, while the server drains."""
 REPLICA_TIMEOUT_S = 5.0
-"""Seconds that the replicas have to answer that question."""
+"""Seconds that the replicas have to answer such a poll."""
 PING_TIMEOUT_S = 2.0
 """Seconds that `/ping` has to answer. Serve makes requests wait while no replica runs."""
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
@@ -83,7 +83,7 @@ class HttpEndpoint:
         return {"status": self.status, **phases.summary(events)}
 
     def watch(self) -> None:
-        """Keeps `status` true until a signal stops the server.
+        """Keeps `status` up to date until a signal stops the server.
 
         Raises `ModelLoadFailed` when a replica has died and the model does not load again, and
         `EngineDead` when Ray itself has died, which Serve cannot repair.

@@ -2,7 +2,7 @@
 
 It waits for the end of standard input, which comes when the parent ends, also by `kill -9`. Then it
 kills every process that has the string MARK in its environment, or an open file in a folder that
-matches the expression FOLDER: a process that changes its title may overwrite its environment.
+matches the expression FOLDER (a process that changes its title may overwrite its environment).
 Without the reaper, Ray's processes would live for a minute, and a replica would hold the GPU's
 memory for seconds. The parent starts one reaper, and kills it after a clean end.
 """

@@ -48,7 +48,7 @@ class Job:
 
 
 class InFlightJobs:
-    """The jobs that are still to be answered, and which ones were answered or stopped just now."""
+    """The jobs that are not yet answered, and ids answered or stopped in the last seconds."""
 
     def __init__(self) -> None:
         self.open: list[Job] = []

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 UPDATE_TIMEOUT_S = 5.0
-"""Limit of one update: the result that may be waiting for its end is worth more."""
+"""Limit of one update, because the job's result may have to wait for it."""
 
 
 async def while_waiting(

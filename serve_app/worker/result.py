@@ -66,14 +66,14 @@ class Result:
         return cls(encode(shown), job_error(body)["error"])
 
     def body(self) -> bytes:
-        """What is posted to the platform."""
+        """The body of the post to the platform."""
         if self.error is None:
             return b'{"output":%b}' % self.output
         return b'{"error":%b,"output":%b}' % (encode(self.error), self.output)
 
 
 def max_result_bytes(job_id: str) -> int:
-    """The most bytes that the platform takes as the result of this job."""
+    """The maximum bytes of this job's result, by the platform's limits."""
     return MAX_SYNC_BYTES if job_id.startswith(SYNC_PREFIX) else MAX_RUN_BYTES
 
 
@@ -86,7 +86,7 @@ class LargeResults:
         self._folder = Path(volume) / FOLDER
 
     async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
-        """What is posted instead of `result`, whose body has `num_bytes`."""
+        """The result to post instead of `result`, whose body has `num_bytes`."""
         log.warning("job %r: its result has %d bytes, too many to post.", job_id, num_bytes)
         if self._policy == "volume" and result.error is None:
             try:

@@ -85,11 +85,11 @@ def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> 
     handler = make_handler(settings, config, plan, final, gave_up=lambda: loop.end(1))
     large_results = LargeResults(settings.runpod.large_results, settings.runpod.volume)
     loop = JobLoop(handler, slots, settings.runpod.drain_s, large_results)
-    is_wanted = True
+    may_take_jobs = True
     try:
         if settings.runpod.start == "eager" and fitness.first_problem(checks) is None:
-            is_wanted = load_now(handler.supervisor)
-        code = loop.run() if is_wanted else 0
+            may_take_jobs = load_now(handler.supervisor)
+        code = loop.run() if may_take_jobs else 0
     finally:
         ray_node.stop()
     log.info("All jobs are answered; the worker ends.")

@@ -230,5 +230,5 @@ def test_foreign_files_are_ignored(tmp_path: Path) -> None:
     (folder / "1.json").write_text("[]")
     fail(chosen)
     fail(chosen)
-    with pytest.raises(ModelLoadFailed, match="as the last 3"):
+    with pytest.raises(ModelLoadFailed, match="the last 3 loads failed"):
         load(chosen)

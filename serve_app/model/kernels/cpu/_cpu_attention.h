@@ -1,4 +1,4 @@
-/* Attention of a few successive tokens of one sequence over its context, in pages of keys and
+/* Attention of a few successive tokens of one sequence over its context, in blocks of keys and
  * values.
  *
  * Keys and values are read once for all of these tokens, segment by segment, with a softmax that is
@@ -17,7 +17,7 @@
 #include "_cpu_vectors.h"
 
 #define SEGMENT 64     /* positions */
-#define MOST_TOKENS 16 /* at once */
+#define MAX_TOKENS 16  /* at once */
 #define FEW_QUERIES 8  /* for so many, transposing the keys does not pay */
 
 /* R successive tokens, the first at `position`, and their sequence's context in one layer. */
@@ -45,7 +45,7 @@ typedef struct {
 
 /* In floats. */
 static inline int64_t attention_scratch(int64_t heads, int64_t kv_heads, int64_t dim) {
-    int64_t all = MOST_TOKENS * heads;
+    int64_t all = MAX_TOKENS * heads;
     return all * (2 * dim + LANES + 1) + dim * LANES + (all / kv_heads + 3) * SEGMENT;
 }
 

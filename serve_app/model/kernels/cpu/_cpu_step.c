@@ -5,7 +5,7 @@
  * not depend on the others: its bits are the same in any batch, and a prompt's in any pieces. One
  * thread.
  *
- * Letters: B rows, H hidden size, D head size, Q query heads, K key heads, I inner size,
+ * Letters: B rows, H hidden size, D head size, Q query heads, K key heads, I intermediate size,
  * E experts, V vocabulary; E' and V' are E and V rounded up to a multiple of 16, which all other
  * sizes are. Matrices are transposed, [inputs, outputs], so that a vector holds 16 outputs.
  */
@@ -28,15 +28,15 @@
 #define TILE_COLUMNS 8
 
 typedef struct {
-    const float *attention_norm; /* [H] */
-    const float *qkv;            /* [H, (Q + 2K) D] */
-    const float *o;              /* [Q D, H] */
-    const float *mlp_norm;       /* [H] */
-    const float *router;         /* [H, E'] */
-    const float *gate_up;        /* [E, H, 2I] */
-    const float *down;           /* [E, I, H] */
-    float *keys;                 /* [slots, K, D] */
-    float *values;               /* [slots, K, D] */
+    const float *input_layernorm;          /* [H] */
+    const float *qkv;                      /* [H, (Q + 2K) D] */
+    const float *o;                        /* [Q D, H] */
+    const float *post_attention_layernorm; /* [H] */
+    const float *router;                   /* [H, E'] */
+    const float *gate_up;                  /* [E, H, 2I] */
+    const float *down;                     /* [E, I, H] */
+    float *keys;                           /* [slots, K, D] */
+    float *values;                         /* [slots, K, D] */
 } Layer;
 
 typedef struct {
@@ -91,7 +91,7 @@ INLINE void multiply(const float *x, int64_t rows, const float *w, int64_t n, in
     }
 }
 
-INLINE void normalise(const float *x, const float *weight, int64_t size, float eps, float *out) {
+INLINE void normalize(const float *x, const float *weight, int64_t size, float eps, float *out) {
     vec squares = splat(0.0f);
     for (int64_t i = 0; i < size; i += LANES) squares += load(x + i) * load(x + i);
     float scale = 1.0f / sqrtf(sum(squares) / (float)size + eps);
@@ -121,8 +121,8 @@ typedef struct {
 /* The tokens from row b on that belong to one sequence, as many as are computed at once. */
 INLINE Tile tile_of(const Model *m, const Layer *layer, const Rows *rows, int64_t b) {
     int64_t count = 1, owner = rows->owners[b];
-    int64_t most = MIN(MOST_TOKENS, rows->count - b);
-    while (count < most && rows->owners[b + count] == owner) count++;
+    int64_t max = MIN(MAX_TOKENS, rows->count - b);
+    while (count < max && rows->owners[b + count] == owner) count++;
     return (Tile){.keys = layer->keys,
                   .values = layer->values,
                   .table = rows->tables + owner * rows->table_width,
@@ -139,7 +139,7 @@ INLINE void attention(const Model *m, const Layer *layer, const Rows *rows, Scra
     int64_t dim = m->head_dim;
     int64_t width = (m->heads + 2 * m->kv_heads) * dim;
     for (int64_t b = 0; b < rows->count; b++)
-        normalise(s->x + b * m->hidden, layer->attention_norm, m->hidden, m->eps,
+        normalize(s->x + b * m->hidden, layer->input_layernorm, m->hidden, m->eps,
                   s->normed + b * m->hidden);
     multiply(s->normed, rows->count, layer->qkv, width, m->hidden, s->qkv);
     for (int64_t b = 0; b < rows->count; b++) {
@@ -196,7 +196,8 @@ INLINE void expert(const Model *m, const Layer *layer, int64_t e, int64_t count,
 INLINE void mixture(const Model *m, const Layer *layer, const Rows *rows, Scratch *s) {
     int64_t hidden = m->hidden, top_k = m->top_k;
     for (int64_t b = 0; b < rows->count; b++)
-        normalise(s->x + b * hidden, layer->mlp_norm, hidden, m->eps, s->normed + b * hidden);
+        normalize(s->x + b * hidden, layer->post_attention_layernorm, hidden, m->eps,
+                  s->normed + b * hidden);
     multiply(s->normed, rows->count, layer->router, PADDED(m->experts), hidden, s->router);
     for (int64_t b = 0; b < rows->count; b++)
         route(m, s->router + b * PADDED(m->experts), s->chosen + b * top_k, s->weights + b * top_k);
@@ -253,7 +254,7 @@ static void compute(const Model *m, const Rows *rows, Scratch *s, float *logits)
         mixture(m, m->layers + i, rows, s);
     }
     for (int64_t i = 0; i < rows->num_sampled; i++)
-        normalise(s->x + rows->sampled[i] * m->hidden, m->norm, m->hidden, m->eps,
+        normalize(s->x + rows->sampled[i] * m->hidden, m->norm, m->hidden, m->eps,
                   s->normed + i * m->hidden);
     multiply(s->normed, rows->num_sampled, m->head, PADDED(m->vocab), m->hidden, logits);
 }

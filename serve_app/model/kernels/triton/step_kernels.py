@@ -48,7 +48,7 @@ def rope_write(
     keys: Tensor,
     values: Tensor,
 ) -> None:
-    """Fills `queries` `[B, H, D]` and the cache's pages from `qkv` `[S, B, (H + 2 K) * D]`.
+    """Fills `queries` `[B, H, D]`, `keys` and `values` from `qkv` `[S, B, (H + 2 K) * D]`.
 
     `rows` are positions and slots, int64 `[B]`, and context lengths, int32 `[B]`; `cos` and `sin`
     are `Rope`'s tables.

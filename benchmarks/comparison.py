@@ -1,6 +1,6 @@
 """Medians over rounds of several servers, ratios of ours to theirs, and targets.
 
-A round is the levels of one server, `{concurrency: level}`, as `latency.summarise` returns them.
+A round is the levels of one server, `{concurrency: level}`, as `latency.summarize` returns them.
 """
 
 from statistics import median

@@ -39,7 +39,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
     return dict(zip(("p50", "p95", "p99"), (round(float(v), 2) for v in values), strict=True))
 
 
-def summarise(
+def summarize(
     outcomes: list[Outcome], wall_s: float, objective: Objective | None = None
 ) -> dict[str, Any]:
     """The figures of one level of load; with an objective, its goodput too."""

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from benchmarks.cpu_time import seconds_by_part
-from benchmarks.latency import summarise
+from benchmarks.latency import summarize
 from benchmarks.load import Outcome, closed_loop
 from benchmarks.null_server import STEP_S
 from benchmarks.peer_servers import HAPROXY
@@ -77,7 +77,7 @@ def level(url: str, streams: int, num_tokens: int, seconds: float) -> dict[str, 
     outcomes, wall_s = load(requests)
     took = {part: now - before[part] for part, now in seconds_by_part(os.getpid()).items()}
     took["load generator"] = time.process_time() - own
-    found = summarise(outcomes, wall_s)
+    found = summarize(outcomes, wall_s)
     sent = sum(outcome.num_tokens for outcome in outcomes)
     costs = {part: round(each / sent * 1e6, 1) for part, each in took.items()}
     return {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.comparison import OURS, OURS_DIRECT, Round, likeness, medians, ratios, targets
-from benchmarks.latency import summarise
+from benchmarks.latency import summarize
 from benchmarks.load import Request, closed_loop
 from benchmarks.peer_checkpoint import write_checkpoint
 from benchmarks.peer_environments import PeerError, python_of, versions
@@ -102,7 +102,7 @@ class Run:
             count = max(self.options.requests, 4 * concurrency)
             outcomes, wall_s = await closed_loop(url, after(request, sent), concurrency, count)
             sent += count
-            level = summarise(outcomes, wall_s)
+            level = summarize(outcomes, wall_s)
             levels[concurrency] = {"concurrency": concurrency, **level}
             print(row(peer.name, levels[concurrency]), flush=True)
         return levels

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency import Objective, summarise
+from benchmarks.latency import Objective, summarize
 from benchmarks.load import closed_loop, open_loop
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
@@ -73,7 +73,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             requests = max(options.requests, 2 * load)
             outcomes, wall_s = await closed_loop(options.url, request, load, requests)
         sent += requests  # no level meets a prompt of another one
-        level = summarise(outcomes, wall_s, objective)
+        level = summarize(outcomes, wall_s, objective)
         levels.append({("rate" if options.rate else "concurrency"): load, **level})
         print(row(load, level), flush=True)
     return levels

@@ -65,7 +65,7 @@ class ClientApi:
         return web.json_response({"id": job.id, "status": job.status})
 
     async def health(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         statuses = {"completed": "COMPLETED", "failed": "FAILED", "inQueue": "IN_QUEUE"}
         jobs = {name: self.queue.count(status) for name, status in statuses.items()}
         jobs |= {"inProgress": self.queue.count("IN_PROGRESS"), "retried": 0}
@@ -73,7 +73,7 @@ class ClientApi:
 
     async def openai(self, request: web.Request) -> web.StreamResponse:
         """The OpenAI gateway: makes a job of the request, and the response of its output."""
-        _authorise(request)
+        _authorize(request)
         body = await _json(request) if request.can_read_body else None
         wrapped: dict[str, Any] = {"openai_route": "/" + request.match_info["path"]}
         if body is not None:
@@ -104,7 +104,7 @@ class ClientApi:
         return response
 
     def _job(self, request: web.Request) -> Job:
-        _authorise(request)
+        _authorize(request)
         job = self.queue.jobs.get(request.match_info["job"])
         if job is None:
             raise web.HTTPNotFound
@@ -126,7 +126,7 @@ def _failed(job: Job) -> web.Response:
 
 
 async def _body(request: web.Request) -> dict[str, Any]:
-    _authorise(request)
+    _authorize(request)
     body = await _json(request)
     if not isinstance(body, dict):
         raise web.HTTPBadRequest(text="the body is not an object")
@@ -140,6 +140,6 @@ async def _json(request: web.Request) -> Any:
         raise web.HTTPBadRequest(text=f"the body is not JSON: {error}") from None
 
 
-def _authorise(request: web.Request) -> None:
+def _authorize(request: web.Request) -> None:
     if request.headers.get("Authorization") != f"Bearer {KEY}":
         raise web.HTTPUnauthorized

@@ -33,24 +33,24 @@ class WorkerApi:
         ]
 
     async def take(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         jobs = await self.queue.take(1, _pod(request))
         return web.json_response(_as_json(jobs[0])) if jobs else web.Response(status=204)
 
     async def take_batch(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         jobs = await self.queue.take(int(request.query["batch_size"]), _pod(request))
         if not jobs:
             return web.Response(status=204)
         return web.json_response([_as_json(job) for job in jobs])
 
     async def stop(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         stops = await self.queue.stops()
         return web.json_response({"jobsToStop": stops}) if stops else web.Response(status=204)
 
     async def done(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         is_sync = request.match_info["job"].startswith("sync-")
         limit = MAX_SYNC_RESULT_BYTES if is_sync else MAX_RESULT_BYTES
         job, body = await self._posted(request, limit)
@@ -74,7 +74,7 @@ class WorkerApi:
         return web.json_response({})
 
     async def stream(self, request: web.Request) -> web.Response:
-        _authorise(request)
+        _authorize(request)
         job, body = await self._posted(request, MAX_CHUNK_BYTES)
         if job.is_over:
             job.num_late_posts += 1
@@ -115,7 +115,7 @@ def _not_json(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
-def _authorise(request: web.Request) -> None:
+def _authorize(request: web.Request) -> None:
     if request.headers.get("Authorization") != KEY:
         raise web.HTTPUnauthorized
 

@@ -28,7 +28,7 @@ from serve_app.errors import InternalError, as_serve_error
 log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
-"""Failed steps in a row after which the device is taken for broken and the engine ends."""
+"""Failed steps in a row after which the engine ends, because the device seems to be broken."""
 
 
 class EngineCore:

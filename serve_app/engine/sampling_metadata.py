@@ -14,7 +14,7 @@ from serve_app.engine.top_filter import TopFilter
 from serve_app.engine.transfer import to_device
 
 MIN_TEMPERATURE = 1e-6
-"""A lower temperature is greedy: float32 cannot tell it from 0."""
+"""Lower temperatures are treated as greedy."""
 
 
 class SamplingMetadata:

@@ -34,7 +34,7 @@ class Quantization:
     @property
     def in_memory(self) -> "Quantization":
         """How weights stored like this are held on the device: float32 absmax is rounded to
-        bfloat16, which no measurement can tell apart and which saves 1.5 GB for Mixtral 8x7B."""
+        bfloat16, which changes no measured result and saves 1.5 GB for Mixtral 8x7B."""
         return replace(self, absmax="bfloat16") if self.absmax == "float32" else self
 
 

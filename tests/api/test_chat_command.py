@@ -101,7 +101,7 @@ def test_keys_come_from_the_environment(
 
 
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
-    """It names the address and the command that starts one."""
+    """The error names the address and the command that starts a server."""
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1
     assert capsys.readouterr().err == (
         "No server answers at http://127.0.0.1:9; start one with `mixtral-serve run`.\n"

@@ -184,7 +184,7 @@ def test_a_socket_that_breaks_while_writing_frees_the_engine() -> None:
 
 
 def test_leaving_in_mid_upload_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Nothing is started, and nothing of it is in the log at the default level."""
+    """A client that leaves before its body is complete starts nothing and logs nothing."""
     engine = FakeEngine()
     app = create_app(lambda: one)
     one = server(engine)

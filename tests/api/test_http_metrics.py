@@ -111,7 +111,7 @@ def test_a_stream_that_is_left_is_cancelled_once(http: httpx.Client) -> None:
 
 
 def test_a_stream_that_fails_is_one_error(running: Endpoint) -> None:
-    """Its status was 200; the error in its last event is counted, and its end."""
+    """A stream that fails after status 200 counts as an error and as a finished request."""
     running.serve(FakeEngine(error=OutOfMemory("Full.")))
     with httpx.Client(base_url=running.url) as http:
         assert http.post("/prompt", json={"prompt": "a", "stream": True}).status_code == 200

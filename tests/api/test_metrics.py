@@ -178,7 +178,7 @@ def test_the_first_token_is_counted_from_the_calls_arrival() -> None:
 
 
 def test_labels_hold_nothing_of_a_client() -> None:
-    """Neither text nor ids nor names that a client has made up."""
+    """No label holds a text, an id or a name that a client has sent."""
     body = {"prompt": "my words", "model": "my model", "user": "me"}
 
     async def run() -> Shown:
@@ -200,7 +200,7 @@ def test_labels_hold_nothing_of_a_client() -> None:
 
 
 def test_it_is_shown_while_draining() -> None:
-    """With 200, as a scrape that fails would hide how the last requests end."""
+    """`/metrics` answers 200 while draining, so that a scrape sees how the last requests end."""
 
     async def drain() -> Shown:
         one = server()
@@ -227,6 +227,6 @@ def test_it_has_one_method() -> None:
 def test_the_page_names_every_metric() -> None:
     """docs/metrics.md has a row for each that there is, and for no other."""
     page = Path("docs/metrics.md").read_text(encoding="utf-8")
-    told = set(re.findall(r"^\| `(mixtral_\w+)`", page, re.MULTILINE))
+    documented = set(re.findall(r"^\| `(mixtral_\w+)`", page, re.MULTILINE))
     families = asyncio.run(shown(server())).families.values()
-    assert told == {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
+    assert documented == {f"{f.name}_total" if f.type == "counter" else f.name for f in families}

@@ -130,7 +130,7 @@ def test_a_path_that_is_none(http: httpx.Client) -> None:
 
 @pytest.mark.parametrize("path", ["/health", "/ping", "/metrics", "/v1/models"])
 def test_head_is_get_without_its_body(http: httpx.Client, path: str) -> None:
-    """For load balancers that only want the status."""
+    """HEAD gets the status without a body, for load balancers."""
     head, get = http.head(path), http.get(path)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-type"] == get.headers["content-type"]

@@ -32,7 +32,7 @@ def test_http_takes_a_routes_own_method_alone(http: httpx.Client, route: Route) 
 def test_a_key_is_asked_for_where_the_table_says(
     endpoint: Endpoint, http: httpx.Client, monkeypatch: pytest.MonkeyPatch, route: Route
 ) -> None:
-    """Also for a method that the route does not take."""
+    """The key is required, or not, also for a method that the route does not take."""
     monkeypatch.setenv("API_KEYS", "secret")
     endpoint.serve()
     for method in ("GET", "POST"):
@@ -42,7 +42,7 @@ def test_a_key_is_asked_for_where_the_table_says(
 
 @pytest.mark.parametrize("route", ROUTES, ids=lambda route: route.path)
 def test_a_job_without_a_body_has_the_routes_method(route: Route) -> None:
-    """It is a GET where the route takes GET, else a POST."""
+    """A job without a method uses GET where the route takes GET, else POST."""
     request = parse({"input": {"route": path_of(route)}}, "r1", 10**6)
     assert (request.call.method, request.call.body) == (route.method, None)
 

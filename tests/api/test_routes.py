@@ -152,7 +152,7 @@ def test_the_defaults_are_those_of_each_route() -> None:
 
 
 def test_every_sampling_field_reaches_the_engine() -> None:
-    """What a request asks for is what the engine is asked for."""
+    """The request's sampling fields reach the engine unchanged."""
     engine = FakeEngine()
     plain = {
         "min_tokens": 2,
@@ -239,7 +239,7 @@ def test_many_prompts_never_overrun_the_queue(stream: bool) -> None:
     ],
 )
 def test_a_bad_batch_is_refused_as_a_whole(body: Any, param: str) -> None:
-    """What is wrong with the list itself is one error."""
+    """A list that is wrong itself gives one error, not one for each item."""
     assert ask("/prompt", body)["error"]["param"] == param
 
 

@@ -49,7 +49,7 @@ def test_the_report_holds_what_we_would_ask_for(
 def test_a_model_without_a_chat_template_is_tried_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its answers are completions; batches above `max_num_seqs` are left out."""
+    """Without a chat template it asks for completions; it skips batches above `max_num_seqs`."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "base")
     config = json.loads((checkpoint / "tokenizer_config.json").read_text())
     del config["chat_template"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from benchmarks.comparison import likeness, medians, ratios, targets
-from benchmarks.latency import Objective, summarise
+from benchmarks.latency import Objective, summarize
 from benchmarks.load import Outcome
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
@@ -56,12 +56,12 @@ def test_goodput_counts_answers_that_meet_the_objective() -> None:
         outcome(1, 1.1, 1.9),  # 800 ms a token
         outcome(1, 1.2, error="status 500"),
     ]
-    found = summarise(outcomes, 2.0, Objective(ttft_ms=500, inter_token_ms=200))
+    found = summarize(outcomes, 2.0, Objective(ttft_ms=500, inter_token_ms=200))
     assert found["goodput"] == {"requests_per_s": 0.5, "tokens_per_s": 1.5, "share": 0.25}
     assert (found["errors"], found["error_kinds"]) == (1, {"status 500": 1})
     assert found["tokens_per_s"] == 3.5
     assert found["ttft_ms"]["p50"] == 100.0
-    assert "goodput" not in summarise(outcomes, 2.0)
+    assert "goodput" not in summarize(outcomes, 2.0)
 
 
 def level(tokens: float, first: float, errors: int = 0) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def test_medians_ratios_and_targets() -> None:
 
 def test_a_round_without_answers_has_no_ratio() -> None:
     """A peer whose requests all failed has medians and no ratio."""
-    failed = summarise([outcome(0, error="status 500")], 1.0)
+    failed = summarize([outcome(0, error="status 500")], 1.0)
     middle = {"ours": medians([{1: level(1, 1)}]), "vllm": medians([{1: failed}])}
     assert middle["vllm"][1]["errors"] == 1
     assert ratios(middle) == {"vllm": {}}

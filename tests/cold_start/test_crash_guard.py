@@ -125,7 +125,7 @@ def test_a_load_that_is_stopped_is_no_failure(tmp_path: Path) -> None:
 
 
 def test_what_may_pass_is_tried_again_later(tmp_path: Path) -> None:
-    """A lost network refuses loads for ten minutes only, and jobs are told to retry."""
+    """A lost network refuses loads for ten minutes only, and its error has `retry` true."""
     chosen = settings(tmp_path)
     for _ in range(3):
         fail(chosen, "The hub cannot be reached.", retry=True)

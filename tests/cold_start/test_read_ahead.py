@@ -66,7 +66,7 @@ def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> Non
 def test_it_ends_when_stopped_and_when_memory_is_short(
     files: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It takes at most half of the free memory, and leaves 2 GB free."""
+    """Reading ahead takes at most half of the free memory, and leaves 2 GB free."""
     told = threading.Event()
     told.set()
     assert read(files, None, told) <= read_ahead.BUFFER_BYTES

@@ -311,7 +311,7 @@ def test_a_full_queue_refuses() -> None:
 
 
 def test_a_request_of_a_closed_event_loop_is_dropped() -> None:
-    """Its blocks are freed although its generator was never closed; other requests go on."""
+    """Blocks are freed when the consumer's loop closes with its generator open; others go on."""
     runner = FakeRunner(is_held=True)
     with running(runner) as engine:
         loop = asyncio.new_event_loop()

@@ -212,7 +212,7 @@ def test_logprobs_are_those_of_the_models_own_distribution() -> None:
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_a_row_that_is_not_finite_fails_alone(bad: float) -> None:
-    """Its token is FAILED; the tokens of the other rows do not change."""
+    """A row that is not finite gets FAILED; the tokens of the other rows do not change."""
     params = [
         SamplingParams(max_tokens=9, **how)
         for how in ({"temperature": 0}, {"top_p": 0.9}, {"frequency_penalty": 1.0}, {"logprobs": 2})

@@ -281,7 +281,7 @@ def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
 
 
 def test_a_sequence_with_its_last_token_in_flight_is_not_scheduled() -> None:
-    """It takes no block for a token that is never computed."""
+    """A complete sequence takes no block for its last token, which is never computed."""
     scheduler = Scheduler(BlockManager(1, 4), 2, 8)
     sequence = new_sequence(4, max_tokens=1)
     scheduler.add(sequence)

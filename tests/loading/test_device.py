@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
     ],
 )
 def test_a_lack_of_memory_is_one_sentence(error: Exception, num_bytes: int) -> None:
-    """It has what is needed and what was free; torch's own error for a CPU is a RuntimeError."""
+    """The error has the bytes needed and free. For a CPU torch raises a RuntimeError."""
     sentence = r"no memory for the weights: [\d.]+ GB are needed and [\d.]+ GB of main memory were"
     with (
         pytest.raises(ModelLoadFailed, match=sentence),

@@ -34,7 +34,7 @@ def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
 
 
 def checked(chosen: Settings) -> list[str]:
-    """What the check says of the start."""
+    """The lines that the check prints about the start."""
     return check_plan(chosen, plan_start(chosen))
 
 

@@ -31,8 +31,8 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
         assert fact in text
     assert "secret" not in text
     endpoints = next(line for line in text.splitlines() if line.startswith("Endpoints: "))
-    told = set(endpoints.removeprefix("Endpoints: ").split(", "))
-    assert told == {route.path for route in ROUTES}
+    listed = set(endpoints.removeprefix("Endpoints: ").split(", "))
+    assert listed == {route.path for route in ROUTES}
 
 
 def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from serve_app.node import phases
 
 
 def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
-    """It has the seconds of finished phases and the progress of the current one."""
+    """The summary has the seconds of finished phases and the progress of the current one."""
     started = Started(phase=Phase.READ, at=1.0)
     done = Done(phase=Phase.TOKENIZER, seconds=1.5)
     running = Running(phase=Phase.READ, done=0.4)
@@ -20,10 +20,10 @@ def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
         "message": "read: 40 %",
         **far,
     }
-    told = phases.summary(
+    summary = phases.summary(
         [done, started, Running(phase=Phase.READ, done=0.4, bytes=25_200_000_000)]
     )
-    assert told == {
+    assert summary == {
         "load": load,
         "phase": "read",
         "message": "read: 40 %, 10.08 of 25.20 GB",

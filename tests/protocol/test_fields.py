@@ -82,7 +82,7 @@ def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) 
 
 
 def test_what_is_no_json_is_said_to_be_none() -> None:
-    """A NaN, which equals nothing, is not taken for a value that we do not support."""
+    """A NaN, which equals nothing, is refused as NaN, not as an unsupported value."""
     assert "not JSON" in refusal(ChatRequest, {"messages": HELLO, "temperature": NAN}).message
 
 
@@ -115,7 +115,7 @@ def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 2), ("best_of", 1.0)])
 def test_only_one_answer(name: str, value: Any) -> None:
-    """Neither two answers, nor something that merely equals one."""
+    """`n` may be the integer 1 only: neither 2, nor true, which equals 1 in Python."""
     assert refusal(ChatRequest, {"messages": HELLO, name: value}).param == name
 
 
@@ -181,7 +181,7 @@ def test_a_bad_plain_request_names_the_field(body: dict[str, Any], param: str) -
 
 
 def test_tokenize_takes_text_or_messages() -> None:
-    """Not both and not neither."""
+    """Exactly one of `prompt` and `messages` must be given."""
     assert refusal(TokenizeRequest, {}).param == "prompt"
     assert refusal(TokenizeRequest, {"prompt": "a", "messages": HELLO}).param == "prompt"
 

@@ -88,7 +88,7 @@ def test_a_conversion_has_all_that_a_checkpoint_needs(
 def test_a_stopped_conversion_goes_on(
     source: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """What was written stays untouched, the rest is made; the result is the same to the byte."""
+    """A second run keeps complete files and writes the others; every byte is the same."""
     with pytest.raises(Stopped):
         convert(source, tmp_path, progress=stop_after(3))
     assert not is_complete(tmp_path)
@@ -194,7 +194,7 @@ def test_too_little_disk(
 
 
 def test_the_size_is_known_beforehand(source: Path, whole: dict[str, bytes]) -> None:
-    """What the disk must hold is what was written, but for headers."""
+    """`converted_bytes` is the size of the written files without their headers."""
     written = sum(len(data) for name, data in whole.items() if name.endswith(".safetensors"))
     needed = converted_bytes(inspect(source), Quantization("nf4", "bfloat16"))
     assert needed < written < needed + 6 * 8192
@@ -225,7 +225,7 @@ def test_what_cannot_be_converted(
 
 
 def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its options reach the checkpoint, and where there is no terminal it says a line per file."""
+    """The command's options reach the checkpoint; without a terminal it prints a line per file."""
     arguments = [str(source), str(tmp_path), "--quantization", "fp4", "--absmax", "float32"]
     assert main(arguments) == 0
     assert inspect(tmp_path).quantization == Quantization("fp4", "float32")

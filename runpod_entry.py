@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         if isinstance(error, ConfigError | ServeError):
             log.error("%s", error)
         else:
-            log.exception("The worker cannot go on: %s", error)
+            log.exception("The worker failed: %s", error)
         return 1
 
 

@@ -21,7 +21,7 @@ class MemoryBefore:
     def killed(self, plan: StartPlan | None, phase: Phase) -> LoaderKilled:
         """The error for a load that was killed in `phase`; without a plan it names no sizes."""
         is_certain = num_oom_kills() > self.num_kills
-        why = " for want of memory" if is_certain else ", as happens where memory is short"
+        why = " because memory ran out" if is_certain else ", usually for lack of memory"
         free = f"{in_gb(self.free_bytes)} of main memory were free"
         return LoaderKilled(
             f"{KILLED} in phase {phase}{why}: it takes "

@@ -49,7 +49,7 @@ def outcomes(folder: Path, own: Path) -> list[Record]:
         if record is None:
             continue
         if record["state"] == "loading":
-            cause = f"{KILLED} while it loaded, as happens where memory is short."
+            cause = f"{KILLED} while it loaded, usually for lack of memory."
             record |= {"cause": cause, "may_pass": False}
         with contextlib.suppress(FileNotFoundError):
             found.append({**record, "age_s": now - file.stat().st_mtime})

@@ -89,7 +89,7 @@ class EngineSettings(_Section):
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Prompt and decode tokens in one step. Longer prompts are split into prefill chunks."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads on a CPU; None is the number of cores minus one, which serves the sockets."""
+    """Compute threads on a CPU; None is the number of cores minus one, left for network I/O."""
 
     @model_validator(mode="after")
     def _sequences_fit_into_a_step(self) -> "EngineSettings":

@@ -26,7 +26,7 @@ def open_device(plan: StartPlan) -> "torch.device":
 
 
 def set_threads(num_threads: int | None) -> list[str]:
-    """Sets the compute threads of a CPU; None leaves one core to the sockets.
+    """Sets the compute threads of a CPU; None leaves one core for network I/O.
 
     Returns notes for users: one where the number was chosen here.
     """
@@ -36,7 +36,7 @@ def set_threads(num_threads: int | None) -> list[str]:
     if num_threads is None:
         num_cores = len(os.sched_getaffinity(0))
         num_threads = max(1, num_cores - 1)
-        notes = [f"{num_threads} compute threads: {num_cores} cores, one left to the sockets"]
+        notes = [f"{num_threads} compute threads: {num_cores} cores, one left for network I/O"]
     torch.set_num_threads(num_threads)
     return notes
 

@@ -42,7 +42,7 @@ _meanwhile: list[Callable[[], None]] = []
 
 
 def shorten(meanwhile: Callable[[], None]) -> None:
-    """From now on, Ray and Serve start in this way in this process.
+    """Changes how this process starts Ray and Serve from now on, as the module describes.
 
     The next start of Ray calls `meanwhile` once, while its processes start.
     """

@@ -27,7 +27,7 @@ CLAIM = "replica_imports"
 
 
 def is_first(session: Path) -> bool:
-    """True for the first process that asks, in the session with this folder."""
+    """True for the first process that calls this, in the session with this folder."""
     try:
         (session / CLAIM).touch(exist_ok=False)
     except FileExistsError:

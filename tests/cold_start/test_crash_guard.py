@@ -22,7 +22,7 @@ from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
 from tests.worker.process import ENTRY
 
-SHORT = f"{KILLED} while it loaded, as happens where memory is short."
+SHORT = f"{KILLED} while it loaded, usually for lack of memory."
 CUT_OFF = "model.safetensors: is damaged (it has 5 bytes)."
 
 

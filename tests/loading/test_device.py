@@ -38,7 +38,7 @@ def test_another_error_is_not_a_lack_of_memory() -> None:
         raise RuntimeError("a file in shared memory is broken")
 
 
-def test_one_core_is_left_to_the_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_core_is_left_for_network_io(monkeypatch: pytest.MonkeyPatch) -> None:
     """The default number of threads, at least one, is noted; a chosen number is not."""
     numbers: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)

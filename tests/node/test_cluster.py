@@ -108,14 +108,14 @@ def test_a_replica_that_vanished_was_killed(
     settings = TINY.model_copy(update={"load_log": str(path)})
     path.write_text('{"phase": "read", "state": "started", "at": 1}\n')
     said = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
-    assert said.message.startswith(f"{KILLED} in phase read, as happens where memory is short: ")
+    assert said.message.startswith(f"{KILLED} in phase read, usually for lack of memory: ")
     assert "it takes 11.0 MB for its weights and 0.13 GB for its KV cache" in said.message
     assert re.search(r"and \d+\.\d\d GB of main memory were free", said.message)
     assert said.retry
     before = MemoryBefore()
     monkeypatch.setattr(killed, "num_oom_kills", lambda: before.num_kills + 1)
     certain = cluster._load_failure(settings, plan_start(settings), before)
-    assert f"{KILLED} in phase read for want of memory: " in certain.message
+    assert f"{KILLED} in phase read because memory ran out: " in certain.message
     assert not certain.retry
 
 

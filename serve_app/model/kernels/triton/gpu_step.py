@@ -97,10 +97,10 @@ class QuantizedProducts:
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
         order, starts, topk_weights = route(F.linear(x, self._router), context_lens, self._top_k)
-        hidden = x.new_empty(len(order), self._down.in_features)
-        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, hidden)
+        intermediate = x.new_empty(len(order), self._down.in_features)
+        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, intermediate)
         parts = x.new_empty(SPLIT_K, len(order), self._down.out_features, dtype=torch.float32)
-        nf4_decode.down(self._down, hidden, order, starts, topk_weights, self._top_k, parts)
+        nf4_decode.down(self._down, intermediate, order, starts, topk_weights, self._top_k, parts)
         return parts
 
 

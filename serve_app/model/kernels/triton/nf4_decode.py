@@ -163,23 +163,23 @@ def gate_up(
 
 def down(
     weights: Packed,
-    inner: Tensor,
+    x: Tensor,
     order: Tensor,
     starts: Tensor,
     topk_weights: Tensor,
     top_k: int,
     out: Tensor,
 ) -> None:
-    """Fills `out` float32 `[SPLIT_K, T * k, N]`, to be summed, from what `gate_up` gave.
+    """Fills `out` float32 `[SPLIT_K, T * k, N]`, to be summed, from `x`, the output of `gate_up`.
 
     `topk_weights` float32 `[T * k]` multiplies each entry's output; `out` is in the order of
     entries. The k entries of each token must be summed too.
     """
-    tokens = len(inner) // top_k
+    tokens = len(x) // top_k
     tile = tile_of(tokens)
     rows = rows_of(tile)
     experts, height = weights.packed.shape[:2]
     grid = (triton.cdiv(tokens, tile), triton.cdiv(height, rows), experts * SPLIT_K)
     more = {**weights.arguments(rows, SPLIT_K), **shape_of(tile, rows)}
     routing = (order, starts, topk_weights)
-    down_kernel[grid](inner, *routing, out, len(inner), TILE=tile, SPLIT_K=SPLIT_K, **more)
+    down_kernel[grid](x, *routing, out, len(x), TILE=tile, SPLIT_K=SPLIT_K, **more)

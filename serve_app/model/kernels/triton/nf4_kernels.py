@@ -140,12 +140,12 @@ def gate_up_kernel(
     # Rows are 8 of gate, 8 of up, and so on.
     pairs = tl.permute(tl.reshape(total, [ROWS // 16, 2, 8, TILE]), [0, 2, 3, 1])
     gate, up = tl.split(pairs)
-    inner = tl.reshape(gate * tl.sigmoid(gate) * up, [ROWS // 2, TILE])
+    activated = tl.reshape(gate * tl.sigmoid(gate) * up, [ROWS // 2, TILE])
     column = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
     halved = (column % 2) * (N // 4) + column // 2
     at = out + place.to(tl.int64)[None, :] * (N // 2) + halved[:, None]
     is_there = is_live[None, :] & (column < N // 2)[:, None]
-    tl.store(at, inner.to(out.dtype.element_ty), mask=is_there)
+    tl.store(at, activated.to(out.dtype.element_ty), mask=is_there)
 
 
 @triton.jit(do_not_specialize=["entries"])

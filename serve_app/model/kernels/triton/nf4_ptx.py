@@ -1,4 +1,4 @@
-"""How a GPU turns 4-bit codes into 16-bit floats in registers: PTX for Triton's inline assembly.
+"""PTX for Triton's inline assembly that turns 4-bit codes into 16-bit floats in registers.
 
 `prmt` picks four bytes of eight by four nibbles, so two of them and a third that chooses between
 their results look four codes up in one byte plane of the sixteen values. Two planes make the 16

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""What the Triton kernels of 4-bit weights share: decoding codes, and sums of products.
+"""Functions that the Triton kernels of 4-bit weights share: decoding codes, and sums of products.
 
-`sums` takes a tile of weight rows and a tile of tokens through K, or a part of it, one quantization
-group of 64 at a time: the codes of a group become values in registers, which are multiplied with
-the activations of even and of odd index, and the sums are scaled by the group's absmax.
+`sums` multiplies a tile of weight rows with a tile of tokens over K, or a part of K, one
+quantization group of 64 at a time: the codes of a group become values in registers, which are
+multiplied with the activations of even and of odd index, and the sums are scaled by the group's
+absmax.
 """
 
 import triton

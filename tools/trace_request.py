@@ -55,7 +55,7 @@ class Tracer:
 
 
 def summary(frames: list[CodeType]) -> dict[str, Any]:
-    """The counts of some frames, and the names of the functions in the order of their first."""
+    """Counts of `frames`, and the names of their functions in the order of their first calls."""
     functions = list(dict.fromkeys(frames))
     kinds = [code.co_flags & inspect.CO_ASYNC_GENERATOR for code in functions]
     return {
@@ -70,15 +70,14 @@ def summary(frames: list[CodeType]) -> dict[str, Any]:
     }
 
 
-def find(*names: str) -> Any:
-    """The package's class or function of the first of `names` that it has, in whichever module."""
-    for name in names:
-        pattern = re.compile(rf"^(class|def|async def) {name}\b", re.MULTILINE)
-        for path in sorted(PACKAGE.rglob("*.py")):
-            if pattern.search(path.read_text(encoding="utf-8")):
-                parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-                return getattr(importlib.import_module(".".join(parts)), name)
-    raise LookupError(names)
+def find(name: str) -> Any:
+    """The class or function `name` of the package, in any module: checkouts differ in modules."""
+    pattern = re.compile(rf"^(class|def|async def) {name}\b", re.MULTILINE)
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if pattern.search(path.read_text(encoding="utf-8")):
+            parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+            return getattr(importlib.import_module(".".join(parts)), name)
+    raise LookupError(name)
 
 
 async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
@@ -108,13 +107,13 @@ async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
         await app(scope, receive, send)
 
     with tracer:
-        marks.append(await steps(ask(), tracer))
+        marks.append(await frames_before_wait(ask(), tracer))
     marks.sort()
     return [tracer.frames[a:b] for a, b in zip([0, *marks[:-1]], marks, strict=True)]
 
 
-async def steps(work: Any, tracer: Tracer) -> int:
-    """Runs `work` to its end; how many frames there were when it first waited for something."""
+async def frames_before_wait(work: Any, tracer: Tracer) -> int:
+    """Runs `work` to its end; returns the number of frames when it first waited."""
     task = asyncio.ensure_future(work)
     await asyncio.sleep(0)
     num_frames = len(tracer.frames)
@@ -160,35 +159,25 @@ class Posts:
 
 
 def handler(server: Any) -> tuple[Any, Callable[[dict[str, Any]], Awaitable[None]]]:
-    """The worker's handler with a model that is ready, and what answers one job with it."""
-    client = find("DeploymentClient", "Line")(Handle(server), 60.0)
+    """A supervisor of a ready model, and a function that answers one job as the worker does."""
+    client = find("DeploymentClient")(Handle(server), 60.0)
 
     async def start() -> Any:
         return client
 
-    supervisor = find("StartupSupervisor", "Boot")(start)
+    supervisor = find("StartupSupervisor")(start)
     kwargs: dict[str, Any] = {
         "load_log": str(Path(tempfile.mkdtemp(), "load.jsonl")),
         "progress_interval_s": 1.0,
         "max_body_bytes": 10**6,
         "model_name": "tiny",
     }
-    kind = find("Handler")
-    if hasattr(kind, "answer"):
-        made = kind(supervisor, **kwargs)
-        return supervisor, lambda job: made.answer(job, Posts())
-    old = kind(supervisor, tell=None, **kwargs)
-    results = find("Results")("error", "")
-
-    async def answer(job: dict[str, Any]) -> None:
-        values = [value async for value in old.handle(job)]
-        await results.body(job["id"], {"output": values})
-
-    return supervisor, answer
+    made = find("Handler")(supervisor, **kwargs)
+    return supervisor, lambda job: made.answer(job, Posts())
 
 
 async def measure(server: Any) -> dict[str, Any]:
-    """The counts of all paths, by the name of the path."""
+    """Measures all paths; returns `summary` of each by the path's name."""
     app = find("create_app")(lambda: server)
     one = {**CHAT, "max_tokens": 1}
     await over_http(app, one)

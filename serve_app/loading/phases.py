@@ -33,7 +33,7 @@ class Phase(StrEnum):
     """The 4-bit copy is written to `model.cache_dir`."""
     TOKENIZER = "tokenizer"
     READ = "read"
-    READ_AND_QUANTIZE = "read and quantise"
+    READ_AND_QUANTIZE = "read and quantize"
     WARM_UP = "warm-up"
     FIRST_TOKEN = "first token"
     READY = "ready"

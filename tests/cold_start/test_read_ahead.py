@@ -59,7 +59,7 @@ def test_it_ends_when_the_loader_reads(files: list[Path], tmp_path: Path) -> Non
     load_log.write_text(json.dumps({"phase": "device", "state": "started", "at": 1}) + "\n")
     assert read(files, str(load_log), threading.Event()) == 2 * SIZE
     with load_log.open("a") as file:
-        file.write(json.dumps({"phase": "read and quantise", "state": "started", "at": 2}) + "\n")
+        file.write(json.dumps({"phase": "read and quantize", "state": "started", "at": 2}) + "\n")
     assert read(files, str(load_log), threading.Event()) == CHECK_BYTES
 
 

@@ -32,7 +32,7 @@ def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: s
         health = one.health()
     finally:
         one.close()
-    reading = "read" if quantization == "none" else "read and quantise"
+    reading = "read" if quantization == "none" else "read and quantize"
     phases = ["device", "resolve", "tokenizer", reading, "warm-up", "first token"]
     assert [line["phase"] for line in lines if line["state"] == "started"] == phases
     done = [line["phase"] for line in lines if line["state"] == "done"]

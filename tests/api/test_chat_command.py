@@ -67,6 +67,8 @@ def test_ctrl_c_stops_the_answer_alone(
     """The server frees the request, what has arrived is kept, and the next turn is read."""
     engine = endpoint.serve(FakeEngine(is_endless=True))
     talk = Chat(endpoint.url, None, None, None)
+    # A background job of a shell starts with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def interrupt() -> None:
         engine.begun.wait(30)
@@ -75,7 +77,10 @@ def test_ctrl_c_stops_the_answer_alone(
     thread = threading.Thread(target=interrupt)
     thread.start()
     type_lines(typed, "Tell a story")
-    assert talk.run() == 0
+    try:
+        assert talk.run() == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert engine.left.wait(30)
     assert [message["role"] for message in talk.messages] == ["user", "assistant"]

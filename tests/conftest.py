@@ -1,6 +1,7 @@
 """Sets up every test process, and says which tests must run in the same process."""
 
 import os
+import signal
 
 import pytest
 
@@ -29,3 +30,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("ray"))
         elif path not in SPLIT:
             item.add_marker(pytest.mark.xdist_group(path))
+
+
+# A background job of a shell starts with Ctrl-C's signal ignored, and its children inherit that.
+# The tests that send the signal, to this process or to a child, need Python's own handler.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)

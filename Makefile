@@ -7,7 +7,7 @@ UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 CONFIG ?= tiny
 # Processes that run tests side by side; 0 runs them one after another in one process.
-WORKERS ?= 0
+WORKERS ?= 2
 
 .PHONY: install install-dev lock run check test coverage faults format clean
 

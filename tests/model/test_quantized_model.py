@@ -114,7 +114,7 @@ def test_the_head_is_quantized_where_the_settings_say_so(how: Quantization, tmp_
 
 
 def test_a_head_that_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
-    """A tied head, a model in floats, and a checkpoint whose tables are other than ours."""
+    """A tied head, a model in floats, and a checkpoint whose code values differ from ours."""
     random_oracle(**SHAPES["odd"]).save_pretrained(tmp_path / "tied")
     random_oracle(**SHAPES["narrow"]).save_pretrained(tmp_path / "floats")
     convert(tmp_path / "floats", tmp_path / "ours", NF4)
@@ -128,7 +128,7 @@ def test_a_head_that_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
 
     assert "it uses the embeddings" in refusal("tied", NF4)
     assert "needs a `model.quantization`" in refusal("floats", None)
-    assert "its tables are other than ours" in refusal("ours", NF4)
+    assert "code values differ from ours" in refusal("ours", NF4)
 
 
 def change_tables(file: Path) -> None:

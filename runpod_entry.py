@@ -2,7 +2,7 @@
 
 RUNPOD_SERVERLESS=true, the default, takes RunPod jobs; `false` serves HTTP on PORT. SERVE_CONFIG
 names the YAML, the same file that `serve run` takes. `--test_input '{"input": {...}}'` answers one
-job on this machine and exits.
+job on this machine and exits. `handler` answers jobs in scripts and unit tests.
 """
 
 import argparse
@@ -10,10 +10,13 @@ import logging
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from serve_app.config.settings import EntrySettings
+    from serve_app.cold_start.check import Checked
+    from serve_app.config.settings import EntrySettings, Settings
+    from serve_app.errors import ModelLoadFailed
 
 log = logging.getLogger("runpod_entry")
 
@@ -24,6 +27,17 @@ SDK_DEFAULTS = {
     "RUNPOD_SKIP_AUTO_SYSTEM_CHECKS": "true",
     "RUNPOD_SKIP_GPU_CHECK": "true",
 }
+
+
+def handler(job: dict[str, Any]) -> dict[str, Any]:
+    """Answers `{"id": ..., "input": {...}}` on this machine, with the model of SERVE_CONFIG.
+
+    Returns `{"output": ...}`, or `{"error": message, "status", "retry"}`. The first job that needs
+    the model starts it, in a process of its own that later calls use.
+    """
+    from serve_app.worker import local_handler
+
+    return local_handler.answer(Path(__file__), job)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,18 +64,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _start(arguments: list[str]) -> int:
     from serve_app.config.settings import ConfigError, EntrySettings
-    from serve_app.worker import local
+    from serve_app.worker import job_log, local, local_handler
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
+    parser.add_argument(local_handler.FLAG, action="store_true", help=argparse.SUPPRESS)
     given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
 
     entry = EntrySettings.from_environment()
+    if given.answer_lines:
+        settings, checked = _checked(entry)
+        return local.answer_lines(settings, entry.serve_config, checked)
     job = local.find(given.test_input, entry)
     if job is not None:
         return _answer_one(entry, job)
     if not entry.runpod_serverless:
         return _serve_http(entry)
+    if entry.runpod_endpoint_id is not None:
+        job_log.use_json_lines()
     if entry.runpod_webhook_get_job is None:
         raise ConfigError(
             "There are no jobs to take, as RUNPOD_WEBHOOK_GET_JOB is set by RunPod alone. Answer "
@@ -94,23 +114,28 @@ def _serve_http(entry: "EntrySettings") -> int:
 
 
 def _take_jobs(entry: "EntrySettings") -> int:
-    from serve_app.cold_start.check import Checked, check_config, check_start
-    from serve_app.errors import ModelLoadFailed
     from serve_app.worker import start
 
     # Replaced by the SDK's handler, which lets running jobs finish.
     signal.signal(signal.SIGTERM, _end_before_jobs)
-    settings = check_config(entry.serve_config)
-    checked: Checked | ModelLoadFailed
-    try:
-        checked = check_start(entry.serve_config, settings)
-    except ModelLoadFailed as error:
-        # A worker that ended here would leave its jobs waiting, and be started again and again.
-        log.warning("%s", error)
-        checked = error
+    settings, checked = _checked(entry)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)
     return start.run(settings, entry.serve_config, checked)
+
+
+def _checked(entry: "EntrySettings") -> "tuple[Settings, Checked | ModelLoadFailed]":
+    """The settings, and the check of the start, or why no start can succeed."""
+    from serve_app.cold_start.check import check_config, check_start
+    from serve_app.errors import ModelLoadFailed
+
+    settings = check_config(entry.serve_config)
+    try:
+        return settings, check_start(entry.serve_config, settings)
+    except ModelLoadFailed as error:
+        # A worker that ended here would leave its jobs waiting, and be started again and again.
+        log.warning("%s", error)
+        return settings, error
 
 
 def _end_before_jobs(*_: object) -> None:

@@ -59,7 +59,7 @@ def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
             while not health.is_over:
                 time.sleep(JOB_POLL_S)
     shutil.rmtree(home)
-    phases = {it["phase"]: it["seconds"] for it in health.output[0]["load"]}
+    phases = {it["phase"]: it["seconds"] for it in health.output["load"]}
     return {"total_s": total_s, "phases": phases}
 
 

@@ -44,7 +44,7 @@ class Endpoint:
 
     def health(self) -> dict[str, Any]:
         """The worker's `/health` object."""
-        health: dict[str, Any] = self.done({"endpoint": "/health"}).output[0]
+        health: dict[str, Any] = self.done({"endpoint": "/health"}).output
         return health
 
     def wait(self, is_true: Any, timeout_s: float = 120) -> None:

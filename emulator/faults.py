@@ -38,6 +38,8 @@ class Fault:
 
 IS_UNACKNOWLEDGED = web.RequestKey("is_unacknowledged", bool)
 """Set on a request that is processed before its acknowledgement is sent, or without one."""
+PROGRESS = b'"IN_PROGRESS"'
+"""Near the beginning of the body of a progress update."""
 JOB = web.RequestKey("job", Job)
 """Set by such a request to the job whose result it posted."""
 
@@ -94,7 +96,7 @@ def middleware(faults: Faults) -> Middleware:
 
     @web.middleware
     async def apply(request: web.Request, handler: Handler) -> web.StreamResponse:
-        route = _route(request)
+        route = await _route(request)
         fault = faults.next(route)
         if fault is None:
             delay_s = faults.delay_s[route]
@@ -130,10 +132,10 @@ def reset(request: web.Request) -> None:
     transport.abort()
 
 
-def _route(request: web.Request) -> str:
+async def _route(request: web.Request) -> str:
     name = (request.path.split("/") + [""] * 4)[3]
-    if name == "job-done" and request.query.get("isStream") == "false":
-        return "progress"  # the results of a generator say isStream=true
+    if name == "job-done" and PROGRESS in (await request.read())[: 2 * len(PROGRESS)]:
+        return "progress"
     return "job-take" if name == "job-take-batch" else name
 
 

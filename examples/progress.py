@@ -24,15 +24,15 @@ job = endpoint.run({"prompts": prompts, "max_tokens": 100, "temperature": 0})
 shown = None
 while job.status() in ("IN_QUEUE", "IN_PROGRESS"):
     update = job.output()
-    # The job may have ended since the last poll; then its output is a list.
-    if isinstance(update, dict) and update != shown:
+    # The job may have ended since the last poll; then the output is the answer.
+    if update and update != shown and "results" not in update:
         print(f"{update.get('progress', 0):3} %  {update.get('message', update.get('status'))}")
         shown = update
     time.sleep(0.5)
 if job.status() != "COMPLETED":
     sys.exit(f"The job ended as {job.status()}; examples/retry.py shows how to read why.")
 
-(answer,) = job.output()
+answer = job.output()
 for prompt, result in zip(prompts, answer["results"], strict=True):
     # Results are in the order of the prompts; each failed one has an error of its own.
     print(f"{prompt}  ->  {result['error']['message'] if 'error' in result else result['text']}")

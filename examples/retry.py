@@ -37,7 +37,7 @@ def run_with_retry(endpoint: Any, given: dict[str, Any]) -> Any:
         job = endpoint.run(given)
         output = job.output(timeout=1800)
         if job.status() == "COMPLETED":
-            return output[0]
+            return output
         error = why(endpoint, job)
         print(f"Try {attempt + 1}: {error['status']}: {error['message']}", file=sys.stderr)
         if not error["retry"]:

@@ -21,7 +21,5 @@ output = job.output(timeout=1800)
 if job.status() != "COMPLETED":
     sys.exit(f"The job ended as {job.status()}; examples/retry.py shows how to read why.")
 
-# The output is the list of a job's chunks; a job that does not stream has one.
-(answer,) = output
-print(answer["text"])
-print(f"{answer['finish_reason']}, {answer['usage']['completion_tokens']} tokens", file=sys.stderr)
+print(output["text"])
+print(f"{output['finish_reason']}, {output['usage']['completion_tokens']} tokens", file=sys.stderr)

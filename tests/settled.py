@@ -46,7 +46,7 @@ def _is_accounted_for(job: Job) -> bool:
 
 
 def _is_engine_idle(platform: Platform) -> bool:
-    health = Client(platform).ended({"endpoint": "/health"}).output[0]
+    health = Client(platform).ended({"endpoint": "/health"}).output
     if "engine" not in health:
         return True  # no model is loaded
     engine = health["engine"]

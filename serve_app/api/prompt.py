@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `PromptRequest`, streamed or not, or a `Batch`."""
-    batch = await values.read(prompt.batch, call.body)
+    max_prompts = server.settings.api.max_prompts
+    batch = await values.read(partial(prompt.batch, max_prompts=max_prompts), call.body)
     if batch is not None:
         return BatchReply(_batch(server, call, batch))
     request = await values.read(prompt.PromptRequest.read, call.body)

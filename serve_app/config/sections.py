@@ -110,6 +110,8 @@ class ApiSettings(_Section):
     """The largest `max_tokens` that a request may set; None is what the context holds."""
     max_prompt_chars: int = Field(default=100_000, ge=1)
     """Characters of a prompt, or of all messages together. A longer prompt is answered 400."""
+    max_prompts: int = Field(default=1000, ge=1)
+    """Prompts in one list (`prompts` or `items` of `/prompt`). A longer list is answered 400."""
     max_body_bytes: int = Field(default=8_000_000, ge=1024)
     """Bytes of the body of a request or job. A larger body is answered 413."""
     request_timeout_s: float = Field(default=600.0, gt=0)

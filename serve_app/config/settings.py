@@ -122,6 +122,8 @@ class EntrySettings(BaseSettings):
     """Port on which a load balancer asks `/ping` for the server's state; None is `PORT` only."""
     runpod_webhook_get_job: str | None = None
     """Address from which the worker takes jobs. Only the platform sets it."""
+    runpod_endpoint_id: str | None = None
+    """The endpoint's id. Only the platform sets it; the log is lines of JSON then."""
 
     @classmethod
     def from_environment(cls) -> "EntrySettings":

@@ -13,7 +13,6 @@ from serve_app.protocol.response import ResponseMetadata, usage
 from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 512
-MAX_ITEMS = 1000
 
 
 class PromptSampling(Sampling):
@@ -71,10 +70,11 @@ class Batch:
         return request
 
 
-def batch(body: Any) -> Batch | None:
+def batch(body: Any, max_prompts: int) -> Batch | None:
     """The batch in the body of a `/prompt` request; None where the body has no list.
 
-    Raises `InvalidRequest` where the list itself or a shared field is wrong.
+    An empty list is a batch without items. Raises `InvalidRequest` where the list itself or a
+    shared field is wrong.
     """
     if not isinstance(body, dict):
         return None
@@ -85,9 +85,9 @@ def batch(body: Any) -> Batch | None:
     listed = body[names[0]]
     if len(names) > 1:
         raise InvalidRequest("Send `prompts` or `items`, not both.", param="items")
-    if not isinstance(listed, list) or not 1 <= len(listed) <= MAX_ITEMS:
+    if not isinstance(listed, list) or len(listed) > max_prompts:
         raise InvalidRequest(
-            f"`{names[0]}` should be a list of 1 to {MAX_ITEMS} prompts.", param=names[0]
+            f"`{names[0]}` should be a list of at most {max_prompts:,} prompts.", param=names[0]
         )
     for name in ("prompt", "messages"):
         if shared.get(name) is not None:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.api import routes
@@ -25,9 +25,9 @@ from serve_app.errors import (
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.client import Forward
-from serve_app.protocol.call import Call, ProgressItem, ReplyItem
+from serve_app.protocol.call import Call, Progress
 from serve_app.protocol.sse import DONE, event
-from serve_app.worker import progress
+from serve_app.worker import job_log, progress
 from serve_app.worker.buffer import ItemBuffer
 from serve_app.worker.job import JobRequest, parse
 from serve_app.worker.output import Output, merged_chunks, merged_events
@@ -69,26 +69,21 @@ class Handler:
 
     async def answer(self, job: dict[str, Any], posts: Posts) -> None:
         """Runs `job`, the platform's object, and posts its output as it comes, then its result."""
-        request_id = uuid.uuid4().hex
+        job_id, request_id = job.get("id"), uuid.uuid4().hex
         began = time.monotonic()
         request: JobRequest | None = None
-        output = Output(posts)
-        outcome = "cancelled"
+        job_log.started(job_id, request_id)
         try:
             request = parse(job, request_id, self._max_body_bytes)
-            await self._answer(request, posts, output)
-            result = output.result()
-            outcome = "answered"
+            result = await self._answer(request, posts)
+            job_log.completed(job_id, time.monotonic() - began)
         except Exception as error:
             if isinstance(error, _Refused):
                 body = error.body
             else:
                 body = error_body(handle_error(error, request_id), request_id)
-            outcome = body["error"]["status"]
+            job_log.failed(job_id, time.monotonic() - began, body)
             result = await _failed(request, body, posts)
-        finally:
-            seconds = time.monotonic() - began
-            log.info("job %r, %s: %s after %.2f s", job.get("id"), request_id, outcome, seconds)
         await posts.result(result)
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
@@ -97,17 +92,18 @@ class Handler:
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
             request = parse(job, request_id, self._max_body_bytes)
-        log.info("job %r, %s: %s", job.get("id"), request_id, error.job_status)
-        await posts.result(await _failed(request, error_body(error, request_id), posts))
+        body = error_body(error, request_id)
+        job_log.failed(job.get("id"), 0.0, body)
+        await posts.result(await _failed(request, body, posts))
 
-    async def _answer(self, request: JobRequest, posts: Posts, output: Output) -> None:
-        """Adds the answer to `output`. A job that has posted nothing is tried a second time."""
-        call = request.call
+    async def _answer(self, request: JobRequest, posts: Posts) -> Result:
+        """The result of the job. A job that has no output yet is tried a second time."""
+        call, output = request.call, Output(posts, is_list=request.is_list)
         if self.supervisor.client is None:
             route = routes.find(call.path)
             if route is not None and route.is_open_before_load:
                 await output.add(self._status(call))
-                return
+                return output.result()
         for is_last_try in (False, True):
             is_ready = self.supervisor.client is not None
             client = await (self.supervisor.ready() if is_ready else self._loaded(posts))
@@ -118,12 +114,13 @@ class Handler:
                     await output.add(await self._body(client, call, posts))
                 if call.method == "POST":
                     self.supervisor.answered(client)
-                return
+                break
             except EngineDead:
                 if is_last_try or not output.is_empty:
                     raise
                 log.warning("%s: the model died; the job is tried once more", call.request_id)
                 await self.supervisor.wait_for_death(client)
+        return output.result()
 
     async def _loaded(self, posts: Posts) -> Forward:
         """Waits for the model, and posts how far its load is; returns its client."""
@@ -136,35 +133,26 @@ class Handler:
         return await progress.while_waiting(self.supervisor.ready(), update, self._interval_s)
 
     async def _body(self, client: Forward, call: Call, posts: Posts) -> Any:
-        """The model's answer where it is no stream. Raises what the model answers in its place."""
-        body: Any = None
-        async with contextlib.aclosing(client(call)) as items:
-            async for item in items:
-                if "error" in item:
-                    raise _failure(item["error"])
-                if "body" in item:
-                    body = item["body"]
-                elif "progress" in item:
-                    body = await self._results(items, item, posts)
-        if body is None:
-            raise InternalError("The answer ended before it was whole; send the request again.")
-        return body
+        """The model's answer where it is no stream; posts how much of a list is done meanwhile.
 
-    async def _results(
-        self, items: AsyncGenerator[ReplyItem, None], first: ProgressItem, posts: Posts
-    ) -> Any:
-        """The results of a list of prompts; posts how many are done while it waits."""
-        latest = [first["progress"]]
+        Raises what the model answers in its place.
+        """
+        latest: list[Progress] = []
 
         async def read() -> Any:
             body: Any = None
-            async for item in items:
-                if "error" in item:
-                    raise _failure(item["error"])
-                if "progress" in item:
-                    latest[:] = [item["progress"]]
-                elif "body" in item:
-                    body = item["body"]
+            # One task reads the items and closes them: a generator cannot be closed while another
+            # task waits for its next item.
+            async with contextlib.aclosing(client(call)) as items:
+                async for item in items:
+                    if "error" in item:
+                        raise _failure(item["error"])
+                    if "body" in item:
+                        body = item["body"]
+                    elif "progress" in item:
+                        latest[:] = [item["progress"]]
+            if body is None:
+                raise InternalError("The answer ended before it was whole; send the request again.")
             return body
 
         async def update() -> None:
@@ -227,4 +215,5 @@ async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> 
         shown = {name: clean["error"][name] for name in ("status", "retry", "message")}
         last = {"token": "", "finished": True, "finish_reason": "error", **shown}
         await posts.chunk(encode(event(clean).decode() if request.sse else last))
-    return Result.of_error(body)
+    is_list = request is not None and request.is_list
+    return Result.of_error(body, is_list=is_list)

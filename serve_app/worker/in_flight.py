@@ -1,7 +1,14 @@
 """In-flight jobs: those taken from the platform and not yet answered or stopped.
 
-Each delivery of a job runs once. A second delivery is dropped while the first one runs and for
-`MEMORY_S` seconds after its output was acknowledged.
+The platform may deliver a job again under the same id, by mistake or because a client retries it.
+What happens depends on the earlier delivery:
+
+    it runs, or its output is being posted     the later one is kept; it runs if the earlier one is
+                                               stopped, and is dropped if that one is answered
+    its failure is being posted                the platform has the failure, so a client retries the
+                                               job: it runs now, and the post is not repeated
+    its output was acknowledged lately         the later one is dropped
+    otherwise                                  it runs
 """
 
 import asyncio
@@ -32,8 +39,12 @@ class Job:
     """A stop came just before the job; it may have been meant for an earlier delivery."""
     answering_since: float | None = None
     """When its result was decided, on the monotonic clock; nothing else may be posted instead."""
+    is_failing: bool = False
+    """Its result is a failure, which is being posted."""
     is_output_acknowledged: bool = False
-    """The platform has its output; a failure does not count, as it may be sent again."""
+    """The platform has its output; a failure does not count, as a client may retry the job."""
+    later: dict[str, Any] | None = None
+    """A later delivery of the same job, which runs if the platform stops this one."""
 
     def answering(self) -> None:
         """Marks the result as decided; a second call changes nothing."""
@@ -43,7 +54,11 @@ class Job:
     def stop(self) -> None:
         """Ends the job without an answer."""
         self.is_stopped = True
-        if self.task is not None:
+        self.cancel()
+
+    def cancel(self) -> None:
+        """Cancels the task that runs it, once: a second time would cut off its clean-up."""
+        if self.task is not None and not self.task.cancelling():
             self.task.cancel()
 
 
@@ -62,9 +77,7 @@ class InFlightJobs:
             job_id = given.get("id") if isinstance(given, dict) else None
             if not isinstance(job_id, str) or not job_id:
                 log.error("A job came without an id, so it cannot be answered.")
-            elif self._has(job_id):
-                log.warning("job %r came twice; it is answered once.", job_id)
-            else:
+            elif self._may_run(job_id, given):
                 _forget_old(self._stopped)
                 was_stopped = self._stopped.pop(job_id, None) is not None
                 job = Job(job_id, given, was_stopped_early=was_stopped)
@@ -78,20 +91,38 @@ class InFlightJobs:
         jobs = [job for job in self.open if job.id == job_id]
         for job in jobs:
             job.stop()
-        if not jobs and job_id not in self._answered:
+        # A stop after the answer says that the platform did not take it, so a retry must run.
+        if not jobs and self._answered.pop(job_id, None) is None:
             self._stopped[job_id] = time.monotonic()
 
-    def close(self, job: Job) -> None:
-        """Removes the job: it is answered or stopped. A late delivery of an answer is dropped."""
+    def close(self, job: Job) -> list[dict[str, Any]]:
+        """Removes the job, which is answered or stopped; returns the later delivery to accept."""
         self.open = [other for other in self.open if other is not job]
         if job.is_output_acknowledged:
             _forget_old(self._answered)
             self._answered[job.id] = time.monotonic()
+        return [job.later] if job.is_stopped and job.later is not None else []
 
-    def _has(self, job_id: str) -> bool:
+    def is_open(self, job_id: str) -> bool:
+        return any(job.id == job_id for job in self.open)
+
+    def _may_run(self, job_id: str, given: dict[str, Any]) -> bool:
+        """Whether a delivery runs now; settles what becomes of an earlier one, or of this one."""
         _forget_old(self._answered)
-        is_open = any(job.id == job_id and not job.is_stopped for job in self.open)
-        return is_open or job_id in self._answered
+        if job_id in self._answered:
+            log.warning("job %r came again after its answer, and is dropped.", job_id)
+            return False
+        for job in self.open:
+            if job.id != job_id or job.is_stopped:
+                continue
+            if not job.is_failing:
+                log.warning("job %r came twice; it is answered once.", job_id)
+                job.later = given
+                return False
+            log.info("job %r came again after it had failed, and runs again.", job_id)
+            job.later = None
+            job.stop()
+        return True
 
 
 def _forget_old(times: dict[str, float]) -> None:

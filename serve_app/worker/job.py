@@ -48,8 +48,18 @@ class JobRequest:
     call: Call
     stream: bool
     """The output is chunks, and a failure is a chunk too."""
-    sse: bool
-    """The chunks are texts of server-sent events, which RunPod's OpenAI gateway passes on."""
+    is_gateway: bool
+    """The job comes through RunPod's OpenAI gateway."""
+
+    @property
+    def sse(self) -> bool:
+        """The chunks are texts of server-sent events, which the gateway passes on."""
+        return self.stream and self.is_gateway
+
+    @property
+    def is_list(self) -> bool:
+        """The output is a list: the chunks of a stream, or the gateway's list of one object."""
+        return self.stream or self.is_gateway
 
 
 def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
@@ -83,7 +93,7 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
             f"The body is larger than the {max_body_bytes} bytes that are allowed."
         )
     stream = isinstance(body, dict) and body.get("stream") is True
-    return JobRequest(Call(method, path, body, request_id), stream, sse=stream and is_gateway)
+    return JobRequest(Call(method, path, body, request_id), stream, is_gateway)
 
 
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:

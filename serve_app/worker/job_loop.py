@@ -17,6 +17,7 @@ from serve_app.worker import sdk
 from serve_app.worker.drain import Drain
 from serve_app.worker.handler import Handler
 from serve_app.worker.in_flight import InFlightJobs, Job
+from serve_app.worker.job_log import running_job
 from serve_app.worker.poll import poll_for_jobs, poll_for_stops
 from serve_app.worker.posts import JobPosts
 from serve_app.worker.result import LargeResults
@@ -79,15 +80,19 @@ class JobLoop:
         try:
             url = sdk.take_url(self._slots - len(self._tasks))
             taken, pause_s = await self._poll.get(session, url)
-            for job in self._jobs.accept(taken):
-                self._sdk.started(job.id)
-                task = asyncio.create_task(self._run(session, job))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
+            self._start(session, taken)
         finally:
             self._is_polling = False
         if not taken:
             await self._drain.sleep(pause_s)
+
+    def _start(self, session: "ClientSession", taken: list[Any]) -> None:
+        """Starts a task for each job of `taken` that is to run."""
+        for job in self._jobs.accept(taken):
+            self._sdk.started(job.id)
+            task = asyncio.create_task(self._run(session, job))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _stop_jobs(self, session: "ClientSession") -> None:
         """Stops the jobs that the platform names, and while draining those that are late."""
@@ -121,11 +126,12 @@ class JobLoop:
                 is_late = self._drain.is_cut
             else:
                 is_late = self._drain.is_over and time.monotonic() - since > GRACE_S
-            if is_late and job.task is not None:
-                job.task.cancel()
+            if is_late:
+                job.cancel()
 
     async def _run(self, session: "ClientSession", job: Job) -> None:
         """Runs one job until its result is posted, or the platform has stopped it."""
+        running_job.set(job.id)
         posts = JobPosts(session, job, self._drain, self._large_results, *sdk.post_urls())
         try:
             if job.is_stopped:
@@ -141,8 +147,10 @@ class JobLoop:
                 job.answering()
                 await self._wait_for(job, self._handler.refuse(job.given, posts, error))
         finally:
-            self._jobs.close(job)
-            self._sdk.finished(job.id)
+            later = self._jobs.close(job)
+            if not self._jobs.is_open(job.id):
+                self._sdk.finished(job.id)
+            self._start(session, later)
 
     async def _wait_for(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
         """Waits for `work`, which a stop cancels; returns why the job must be refused after it."""
@@ -150,6 +158,8 @@ class JobLoop:
         await asyncio.wait({job.task})
         if job.task.cancelled():
             if job.is_stopped:
+                if job.answering_since is None:
+                    log.info("Job stopped: %s", job.id)
                 return None
             if job.answering_since is None:
                 return Draining("The worker is stopping; send the job again.")

@@ -1,7 +1,10 @@
-"""Runs one job on this machine: `--test_input '{"input": {...}}'`, or `./test_input.json`.
+"""Runs jobs on this machine: `--test_input '{"input": {...}}'`, or `./test_input.json`.
 
-Prints the job's output as JSON on a line of standard output. The SDK's own local mode runs no
-generator handler: it prints the generator's name and reports success.
+Prints what the platform would have as the job's output, as JSON on a line of standard output. The
+SDK's own local mode runs no generator handler: it prints the generator's name and reports success.
+
+`answer_lines` is the process behind `local_handler`: it answers a job for each line of standard
+input.
 """
 
 import asyncio
@@ -10,12 +13,15 @@ import json
 import logging
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
 from serve_app.cold_start.check import Checked
-from serve_app.config.settings import ConfigError, EntrySettings
+from serve_app.config.settings import ConfigError, EntrySettings, Settings
+from serve_app.errors import ModelLoadFailed
 from serve_app.node import ray_node
+from serve_app.worker.handler import Handler
 from serve_app.worker.result import Result
 from serve_app.worker.start import make_handler
 
@@ -52,30 +58,65 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 def run(checked: Checked, config: str | Path, job: dict[str, Any]) -> int:
     """Runs `job` and prints its output, or its error. Returns 0 or 1, or 130 after Ctrl-C."""
-    # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
-    return ray_node.ended(_run_to_its_end(checked, config, job))
+    out = sys.stdout
+
+    async def answer(handler: Handler) -> int:
+        result = await _result(handler, job)
+        print(result.output.decode() if result.error is None else result.error, file=out)
+        return 0 if result.error is None else 1
+
+    return _with_ray(make_handler(checked.settings, config, checked.plan), answer)
 
 
-def _run_to_its_end(checked: Checked, config: str | Path, job: dict[str, Any]) -> int:
+def answer_lines(settings: Settings, config: str | Path, checked: Checked | ModelLoadFailed) -> int:
+    """Answers the job in each line of standard input with a line of JSON.
+
+    The line is `{"output"}`, or `{"error": message, "status", "retry"}`. Returns the exit code at
+    the end of the input.
+    """
+    out = sys.stdout
+    if isinstance(checked, ModelLoadFailed):
+        handler = make_handler(settings, config, None, None if checked.retry else checked)
+    else:
+        handler = make_handler(settings, config, checked.plan)
+
+    async def answer(handler: Handler) -> int:
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            result = await _result(handler, json.loads(line))
+            print(json.dumps(_returned(result)), file=out, flush=True)
+        return 0
+
+    return _with_ray(handler, answer)
+
+
+def _returned(result: Result) -> dict[str, Any]:
+    if result.error is None:
+        return {"output": json.loads(result.output)}
+    error = json.loads(result.error)["error"]
+    return {"error": error["message"], "status": error["status"], "retry": error["retry"]}
+
+
+async def _result(handler: Handler, job: dict[str, Any]) -> Result:
     posts = LogPosts()
+    await handler.answer({"id": "local", **job}, posts)
+    (result,) = posts.results
+    return result
+
+
+def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, int]]) -> int:
+    """The exit code of `answer`, after the end of Ray."""
+    code = INTERRUPTED
     # Ray prints its processes' output to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
         try:
-            handler = make_handler(checked.settings, config, checked.plan)
-            asyncio.run(handler.answer({"id": "local", **job}, posts))
+            code = asyncio.run(answer(handler))
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended
             log.info("Interrupted; the job is not answered.")
-            return INTERRUPTED
         finally:
             ray_node.stop()
-    (result,) = posts.results
-    if result.error is not None:
-        print(result.error)
-        return 1
-    output = json.loads(result.output)
-    print(json.dumps(output[0] if len(output) == 1 else output, ensure_ascii=False))
-    return 0
+    # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
+    return ray_node.ended(code)
 
 
 class LogPosts:

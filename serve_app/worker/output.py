@@ -19,26 +19,35 @@ MAX_MERGED_CHARS = MAX_CHUNK_BYTES // 7
 
 
 class Output:
-    """The values of one job's output so far."""
+    """The values of one job's output so far.
 
-    def __init__(self, posts: Posts) -> None:
+    The output is the list of its values, each posted as a chunk; or, where `is_list` is False, the
+    one value itself, which only the result posts.
+    """
+
+    def __init__(self, posts: Posts, *, is_list: bool) -> None:
         self._posts = posts
+        self._is_list = is_list
         self._values: list[bytes] = []
 
     @property
     def is_empty(self) -> bool:
-        """Nothing was posted yet, so the job can be tried again."""
+        """There is no value yet, so the job can be tried again."""
         return not self._values
 
     async def add(self, value: Any) -> None:
-        """Posts `value` as a chunk and keeps it. Raises `InternalError` if it is no JSON."""
+        """Keeps `value`, and posts it as a chunk. Raises `InternalError` if it is no JSON."""
         encoded = encode(value)
         self._values.append(encoded)
-        await self._posts.chunk(encoded)
+        if self._is_list:
+            await self._posts.chunk(encoded)
 
     def result(self) -> Result:
-        """The result of a job that succeeds: the list of its values."""
-        return Result(b"[%b]" % b",".join(self._values))
+        """The result of a job that succeeds."""
+        if self._is_list:
+            return Result(b"[%b]" % b",".join(self._values), is_list=True)
+        (value,) = self._values
+        return Result(value)
 
 
 def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:

@@ -75,25 +75,27 @@ class JobPosts:
 
     async def result(self, result: Result) -> None:
         self.job.answering()
+        self.job.is_failing = result.error is not None
         body = result.body()
         outcome: Outcome = "too large"
         if len(body) <= max_result_bytes(self.job.id):
-            outcome = await self._post_until_acknowledged(body)
+            outcome = await self._post_until_acknowledged(result)
         if outcome == "too large":
             result = await self.large_results.replacement(self.job.id, result, len(body))
-            outcome = await self._post_until_acknowledged(result.body())
+            self.job.is_failing = result.error is not None
+            outcome = await self._post_until_acknowledged(result)
         self.job.is_output_acknowledged = outcome == "acknowledged" and result.error is None
 
-    async def _post_until_acknowledged(self, body: bytes) -> Outcome:
-        """Posts `body` again until the platform acknowledges it.
+    async def _post_until_acknowledged(self, result: Result) -> Outcome:
+        """Posts `result` again until the platform acknowledges it.
 
         The platform may receive it twice where an acknowledgement was lost, but never after an
         acknowledgement that arrived.
         """
-        job_id, backoff = self.job.id, Backoff()
-        began = time.monotonic()
+        job_id, backoff, body = self.job.id, Backoff(), result.body()
+        began, is_stream = time.monotonic(), str(result.is_list).lower()
         timeout_s = RESULT_TIMEOUT_S + len(body) / 1_000_000
-        while (failure := await self._post(self.result_url, "true", body, timeout_s)) is not None:
+        while failure := await self._post(self.result_url, is_stream, body, timeout_s):
             if failure == 413:
                 return "too large"
             if backoff.num_failures == 0:

@@ -51,19 +51,21 @@ class Result:
     """What ends a job: `output`, and for a failed job `error`."""
 
     output: bytes
-    """JSON: the list of the job's values; for a failed job see `of_error`."""
+    """JSON: an object, or a list of chunks; for a failed job see `of_error`."""
     error: str | None = None
     """An error body as one JSON string: RunPod's clients show any other type as a Python repr."""
+    is_list: bool = False
+    """The output is a list of chunks, which is posted as the SDK posts that of a generator."""
 
     @classmethod
-    def of_error(cls, body: ErrorBody) -> Self:
+    def of_error(cls, body: ErrorBody, *, is_list: bool = False) -> Self:
         """The result of a job that fails with the error body `body`.
 
         Its output repeats `status`, `retry` and `message`: RunPod's Python client shows a job's
         output and never its error.
         """
         shown = {name: body["error"][name] for name in ("status", "retry", "message")}
-        return cls(encode(shown), job_error(body)["error"])
+        return cls(encode(shown), job_error(body)["error"], is_list)
 
     def body(self) -> bytes:
         """The body of the post to the platform."""
@@ -95,9 +97,9 @@ class LargeResults:
             except OSError as error:
                 log.error("The volume cannot be written: %s", error.strerror)
             else:
-                return Result(encode([file]))
+                return Result(encode([file] if result.is_list else file), is_list=result.is_list)
         too_large = ResultTooLarge(_message(job_id, num_bytes))
-        return Result.of_error(error_body(too_large, uuid.uuid4().hex))
+        return Result.of_error(error_body(too_large, uuid.uuid4().hex), is_list=result.is_list)
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
         """Writes `output` to a file; returns `{"file": path, "bytes": size}`. Raises `OSError`."""

@@ -13,14 +13,17 @@ minutes, and the cause that killed it twice is still there.
 
 import asyncio
 import contextlib
+import contextvars
 import logging
-from collections.abc import Awaitable, Callable
-from typing import Literal
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, Literal, TypeVar
 
 from serve_app.errors import EngineDead, ModelLoadFailed, ServeError
 from serve_app.node.client import Forward
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Status = Literal["idle", "loading", "ready", "failed"]
 
@@ -34,6 +37,11 @@ async def _never() -> str:
 
 
 async def _nothing() -> None: ...
+
+
+def _task(work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
+    """A task whose log lines do not have the id of the job that happens to start it."""
+    return asyncio.create_task(work, context=contextvars.Context())
 
 
 class StartupSupervisor:
@@ -85,13 +93,13 @@ class StartupSupervisor:
         if self.client is not None:
             # The event loop that started the model may have ended (`runpod.start: eager`).
             if self._watching is None or self._watching.done():
-                self._watching = asyncio.create_task(self._until_death())
+                self._watching = _task(self._until_death())
             return self.client
         is_final = isinstance(self.error, ModelLoadFailed) and not self.error.retry
         if self.error is not None and (is_final or self._has_given_up):
             raise self.error
         if self._starting is None:
-            self._starting = asyncio.create_task(self._run())
+            self._starting = _task(self._run())
         return await asyncio.shield(self._starting)
 
     def answered(self, client: Forward) -> None:
@@ -128,7 +136,7 @@ class StartupSupervisor:
         finally:
             self._starting = None
         self._died = asyncio.Event()
-        self._watching = asyncio.create_task(self._until_death())
+        self._watching = _task(self._until_death())
         return self.client
 
     async def _until_death(self) -> None:
@@ -137,7 +145,7 @@ class StartupSupervisor:
         if self._may_restart:
             self._may_restart = False
             log.error("The worker lost %s; the model is started again.", lost)
-            starting = self._starting = asyncio.create_task(self._run(lost))
+            starting = self._starting = _task(self._run(lost))
             # No job may be waiting for it; `error` has the reason of a failure.
             starting.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._died.set()

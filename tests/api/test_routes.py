@@ -209,6 +209,13 @@ def test_a_batch_never_overruns_the_queue() -> None:
     assert engine.max_num_seqs == 3
 
 
+@pytest.mark.parametrize("name", ["prompts", "items"])
+def test_an_empty_list_has_empty_results(name: str) -> None:
+    """An empty list of prompts is answered with no results."""
+    whole = asyncio.run(answer(server(), "/prompt", {name: []}))
+    assert whole == {"results": [], "total_processed": 0}
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_many_prompts_never_overrun_the_queue(stream: bool) -> None:
     """A completion of more prompts than places is answered whole, a few prompts at a time."""
@@ -225,7 +232,7 @@ def test_many_prompts_never_overrun_the_queue(stream: bool) -> None:
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"prompts": []}, "prompts"),
+        ({"prompts": ["Hi"] * 1001}, "prompts"),
         ({"prompts": "Hi"}, "prompts"),
         ({"items": {}}, "items"),
         ({"prompts": ["a"], "items": ["b"]}, "items"),

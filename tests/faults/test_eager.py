@@ -32,7 +32,7 @@ def test_the_model_is_loaded_before_a_job_is_taken(tmp_path: Path) -> None:
         until(lambda: job.chunks)
         code = worker.terminate()
         settled(platform, worker)
-    assert waiting.output[0]["text"] == "2 + 3 = 5."
+    assert waiting.output["text"] == "2 + 3 = 5."
     assert waiting.progress == []  # there was nothing to wait for
     assert (job.status, job.num_results) == ("COMPLETED", 1)
     assert code == 0

@@ -45,7 +45,7 @@ def client(platform: Platform, worker: Worker) -> Iterator[Client]:
 
 def health_of(client: Client) -> dict[str, Any]:
     """The output of a `/health` job."""
-    output: dict[str, Any] = client.ended({"endpoint": "/health"}).output[0]
+    output: dict[str, Any] = client.ended({"endpoint": "/health"}).output
     return output
 
 
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_load_fails_the_jobs(
         jobs = [client.submit({"prompt": "x"}) for _ in range(3)]
         until(lambda: all(job.is_over for job in jobs))
         jobs.append(client.ended({"prompt": "x"}))
-        health = client.ended({"endpoint": "/health"}).output[0]
+        health = client.ended({"endpoint": "/health"}).output
         code = worker.terminate()
         settled(platform, worker)
     for job in jobs:

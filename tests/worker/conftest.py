@@ -1,5 +1,6 @@
 """Workers that tests share: one with Ray and the tiny model, one whose model follows a script."""
 
+import functools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
+from tests.worker.scripted_model import HandlerOf, scripted_handler
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
@@ -62,6 +64,12 @@ def until(is_true: Callable[[], Any], timeout_s: float = 60) -> None:
     while not is_true():
         assert time.monotonic() < end, "the time is up"
         time.sleep(0.02)
+
+
+@pytest.fixture
+def handler_of(tmp_path: Path) -> HandlerOf:
+    """Makes the handler of a scripted model."""
+    return functools.partial(scripted_handler, tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,10 @@
 """The posts of a job, recorded instead of sent."""
 
+import asyncio
 import json
 from typing import Any
 
+from serve_app.worker.handler import Handler
 from serve_app.worker.result import Result
 
 
@@ -24,12 +26,39 @@ class RecordedPosts:
         self.results.append(result)
 
     @property
-    def values(self) -> list[Any]:
-        """The chunks, and for a failed job its error at the end."""
+    def chunks(self) -> list[Any]:
+        return [json.loads(value) for value in self.encoded]
+
+    @property
+    def output(self) -> Any:
+        """The output of the job, which must have succeeded."""
+        body = self._body()
+        assert body.keys() == {"output"}
+        if self.results[0].is_list:
+            assert body["output"] == self.chunks
+        else:
+            assert self.chunks == []
+        return body["output"]
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error of the job, which must have failed: one JSON string."""
+        body = self._body()
+        assert isinstance(body["error"], str)
+        error: dict[str, Any] = json.loads(body["error"])["error"]
+        assert error.keys() == {"message", "type", "param", "code", "status", "retry", "request_id"}
+        assert body["output"].keys() == {"status", "retry", "message"}
+        assert all(body["output"][name] == error[name] for name in ("status", "retry"))
+        return error
+
+    def _body(self) -> dict[str, Any]:
         assert len(self.results) == 1, "a job has exactly one result"
-        chunks = [json.loads(value) for value in self.encoded]
-        body = json.loads(self.results[0].body())
-        if "error" in body:
-            return [*chunks, {"error": body["error"]}]
-        assert body == {"output": chunks}
-        return chunks
+        body: dict[str, Any] = json.loads(self.results[0].body())
+        return body
+
+
+def posts_of(handler: Handler, given: Any) -> RecordedPosts:
+    """All that is posted for a job with the input `given`."""
+    posts = RecordedPosts()
+    asyncio.run(handler.answer({"id": "job-1", "input": given}, posts))
+    return posts

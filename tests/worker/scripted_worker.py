@@ -5,7 +5,7 @@
     "mute"          waits for ever
     "bytes 500"     answers with 500 bytes; streamed, in tokens of 100,000
     "nan", "deep"   answers with what JSON does not have
-    "flaky"         fails the first two calls, which are one job and the handler's own second try
+    "flaky 1"       fails its first two calls, which are one job and the handler's own second try
     "refused"       refuses the prompt
     "end 3"         ends the worker with exit code 3, and answers
 
@@ -18,6 +18,7 @@ import functools
 import itertools
 import logging
 import tempfile
+from collections import Counter
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from serve_app.worker.result import LargeResults
 from serve_app.worker.supervisor import StartupSupervisor
 
 loops: list[JobLoop] = []
-num_flaky = itertools.count()
+num_flaky: Counter[str] = Counter()
 
 
 async def model(call: Call) -> AsyncGenerator[Any, None]:
@@ -41,7 +42,8 @@ async def model(call: Call) -> AsyncGenerator[Any, None]:
     try:
         order, _, number = str(call.body["prompt"]).partition(" ")
         is_stream = bool(call.body.get("stream"))
-        if order == "flaky" and next(num_flaky) < 2:
+        if order == "flaky" and num_flaky[number] < 2:
+            num_flaky[number] += 1
             raise EngineDead("The model's process ended; send the request again.")
         if order == "refused":
             error = InvalidRequest("The prompt is refused.", param="prompt")

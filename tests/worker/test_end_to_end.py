@@ -47,7 +47,7 @@ def text_of(chunks: list[dict[str, Any]]) -> str:
 
 def test_a_cold_worker_says_idle(first_jobs: list[Job]) -> None:
     """A health job does not start the model."""
-    assert first_jobs[0].output == [{"status": "idle", "load": []}]
+    assert first_jobs[0].output == {"status": "idle", "load": []}
 
 
 def test_the_first_jobs_start_the_model_once(client: Client, first_jobs: list[Job]) -> None:
@@ -58,13 +58,13 @@ def test_the_first_jobs_start_the_model_once(client: Client, first_jobs: list[Jo
         assert {update["status"] for update in job.progress} == {"loading"}
         assert (job.num_results, job.num_late_posts) == (1, 0)
     assert jobs[0].output == jobs[1].output
-    health = client.ended({"endpoint": "/health"}).output[0]
+    health = client.ended({"endpoint": "/health"}).output
     assert health["status"] == "ready"
 
 
 def test_the_cold_start_is_reported_by_phase(client: Client, tiny_worker: Worker) -> None:
     """Every phase from the process to the first token is in /health and has a log line."""
-    load = client.ended({"endpoint": "/health"}).output[0]["load"]
+    load = client.ended({"endpoint": "/health"}).output["load"]
     phases = ["process", "ray", "replica", "device", "resolve", "tokenizer", "read", "warm-up"]
     assert [phase["phase"] for phase in load] == [*phases, "first token", "ready"]
     seconds = {phase["phase"]: phase["seconds"] for phase in load}
@@ -110,7 +110,7 @@ def test_the_runpod_client_runs_and_waits(endpoint: Any) -> None:
 
 def test_the_runpod_client_streams(endpoint: Any) -> None:
     """A stream has the text of the plain answer, and the job's output keeps all of its chunks."""
-    (whole,) = endpoint.run_sync(PROMPT, timeout=60)
+    whole = endpoint.run_sync(PROMPT, timeout=60)
     job = endpoint.run({**PROMPT, "stream": True})
     chunks = list(job.stream())
     assert text_of(chunks) == whole["text"]
@@ -140,11 +140,11 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client, tiny_worker: W
 
 def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -> None:
     """A job cancelled during prefill stops, and its KV blocks are free."""
-    num_waiting = client.ended({"endpoint": "/health"}).output[0]["engine"]["running"]
+    num_waiting = client.ended({"endpoint": "/health"}).output["engine"]["running"]
     job = client.submit({"prompt": "ten words " * 4000, "stream": True})
 
     def is_read() -> bool:
-        engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
+        engine = client.ended({"endpoint": "/health"}).output["engine"]
         return bool(engine["running"] > num_waiting)
 
     until(is_read)
@@ -159,7 +159,7 @@ def test_a_list_of_prompts_posts_progress(client: Client) -> None:
     # Lasts ten times as long as the interval of updates.
     job = client.ended({"prompts": prompts, "max_tokens": 600, "ignore_eos": True})
     assert job.status == "COMPLETED", job.error
-    results = job.output[0]["results"]
+    results = job.output["results"]
     assert [index for index, result in enumerate(results) if "error" in result] == [1]
     assert job.progress
     for update in job.progress:

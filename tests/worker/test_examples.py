@@ -70,7 +70,7 @@ def test_the_examples_with_a_loaded_model(client: Client, tmp_path: Path) -> Non
     assert output_of(stream) == "2 + 3 = 5.\n"
     assert output_of(chat) == "The capital of France is Paris.\n"
     assert output_of(cancel).endswith("\nCANCELLED\n")
-    engine = client.ended({"endpoint": "/health"}).output[0]["engine"]
+    engine = client.ended({"endpoint": "/health"}).output["engine"]
     assert (engine["running"], engine["kv_blocks_used"]) == (0, 0)
 
 

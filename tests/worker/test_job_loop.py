@@ -19,7 +19,7 @@ def test_a_job_gets_progress_and_one_result(tmp_path: Path) -> None:
     ):
         job = Client(platform).ended({"prompt": "hello"})
         settled(platform, worker)
-    assert (job.status, job.output) == ("COMPLETED", [{"text": "hello"}])
+    assert (job.status, job.output) == ("COMPLETED", {"text": "hello"})
     assert len(job.progress) >= 2
     assert job.progress[-1] == {
         "status": "loading",

@@ -69,7 +69,7 @@ def test_a_value_is_written_as_json_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr("serve_app.worker.output.encode", counted)
     posts = RecordedPosts()
-    output = Output(posts)
+    output = Output(posts, is_list=True)
     assert output.is_empty
     for value in (token("a"), "text"):
         asyncio.run(output.add(value))

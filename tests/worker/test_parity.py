@@ -90,7 +90,7 @@ def test_answers_are_equal(
     assert answer.status_code == 200, answer.text
     job = client.ended({"route": path, "method": method, "body": body})
     assert job.status == "COMPLETED", job.error
-    assert anonymous(job.output) == [anonymous(answer.json())]
+    assert anonymous(job.output) == anonymous(answer.json())
 
 
 @pytest.mark.parametrize(
@@ -130,8 +130,8 @@ def test_metrics_are_equal(http: httpx.Client, client: Client) -> None:
     def job(given: Any) -> Shown:
         ended = client.ended(given)
         assert ended.status == "COMPLETED", ended.error
-        (text,) = ended.output
-        return Shown(text)
+        text = ended.output
+        return Shown(text[0] if "openai_route" in given else text)
 
     body = {"prompt": "What is 2 + 3?", **GREEDY}
     befores = job({"route": "/metrics"}), Shown(http.get("/metrics").text)

@@ -109,47 +109,6 @@ def test_other_fields_of_a_job_are_ignored(scripted: Client, more: dict[str, Any
     assert job.status == "COMPLETED"
 
 
-def test_a_job_that_comes_again_while_it_runs(scripted: Client, scripted_worker: Worker) -> None:
-    """A job that comes again while it runs is run once, with one result."""
-    num_calls = scripted_worker.log.count("\ncall ")
-    job = scripted.submit({"prompt": "1500", "stream": True})
-    until(lambda: job.chunks)
-    scripted.platform.deliver_again(job)
-    until(lambda: job.is_over and job.num_deliveries == 2)
-    text = "".join(chunk["token"] for chunk in job.chunks)
-    assert text == "".join(f"{n} " for n in range(1500))
-    assert scripted_worker.log.count("\ncall ") == num_calls + 1
-
-
-def test_a_job_that_comes_twice_in_one_batch(scripted: Client) -> None:
-    """A job that is twice in one batch is run once."""
-    with scripted.platform.paused():
-        job = scripted.submit({"prompt": "3"})
-        scripted.platform.deliver_again(job)
-    other = scripted.ended({"prompt": "3"})
-    until(lambda: job.is_over and job.num_deliveries == 2)
-    assert (job.status, other.status) == ("COMPLETED", "COMPLETED")
-
-
-def test_a_late_delivery_of_an_answer_is_dropped(scripted: Client, scripted_worker: Worker) -> None:
-    """A delivery just after the result was acknowledged is dropped."""
-    job = scripted.ended({"prompt": "3"})
-    num_calls = scripted_worker.log.count("\ncall ")
-    scripted.platform.deliver_again(job)
-    until(lambda: job.num_deliveries == 2)
-    until(lambda: f"job '{job.id}' came twice" in scripted_worker.log)
-    assert scripted_worker.log.count("\ncall ") == num_calls
-
-
-def test_a_failed_job_that_is_sent_again_is_run(scripted: Client) -> None:
-    """`/retry` sends a failed job under its old id, and it is run."""
-    job = scripted.ended({"prompt": "flaky"})
-    assert job.status == "FAILED"
-    scripted.retry(job)
-    until(lambda: job.is_over)
-    assert job.status == "COMPLETED"
-
-
 def test_a_full_worker_takes_a_job_for_each_that_ends(scripted: Client) -> None:
     """A full worker does not poll, and takes one job for each that ends."""
     queue = scripted.platform.queue

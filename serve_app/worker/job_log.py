@@ -1,0 +1,74 @@
+"""Log lines of jobs: one when a job starts, one when it ends, and the job's id on every line.
+
+    Job started: ID (request 5c1f...)
+    Job completed: ID in 0.52 s
+    Job failed: ID in 0.52 s (request 5c1f...) - OOM_ERROR: The GPU ran out of memory; ...
+
+A failure is logged at ERROR. The message of a refused request may quote the user, so its line has
+the name of the field instead.
+
+On RunPod each line is a JSON object with the keys of the SDK's own lines, by which RunPod's console
+shows the lines of one job (`JsonLines`).
+"""
+
+import json
+import logging
+from contextvars import ContextVar
+
+from serve_app.errors import ErrorBody, InvalidRequest
+from serve_app.protocol.chat import ChatRequest
+from serve_app.protocol.completions import CompletionRequest
+from serve_app.protocol.prompt import PromptRequest
+
+log = logging.getLogger(__name__)
+
+running_job: ContextVar[str | None] = ContextVar("running_job", default=None)
+"""Id of the job that the current task runs."""
+
+SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest)
+LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
+"""Names of levels that the SDK names differently."""
+
+
+class JsonLines(logging.Formatter):
+    """Writes a record as the SDK does: `{"requestId": job id or null, "message", "level"}`."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        level = LEVELS.get(record.levelname, record.levelname)
+        line = {
+            "requestId": running_job.get(),
+            "message": super().format(record),
+            "level": level,
+        }
+        return json.dumps(line)
+
+
+def use_json_lines() -> None:
+    """Makes the handlers of the root logger write `JsonLines`."""
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(JsonLines())
+
+
+def started(job_id: object, request_id: str) -> None:
+    log.info("Job started: %s (request %s)", job_id, request_id)
+
+
+def completed(job_id: object, seconds: float) -> None:
+    log.info("Job completed: %s in %.2f s", job_id, seconds)
+
+
+def failed(job_id: object, seconds: float, body: ErrorBody) -> None:
+    """Logs a failure with its cause, as far as the cause cannot quote the user."""
+    error = body["error"]
+    line = "Job failed: %s in %.2f s (request %s) - %s: %s"
+    log.error(line, job_id, seconds, error["request_id"], error["status"], _cause(body))
+
+
+def _cause(body: ErrorBody) -> str:
+    error = body["error"]
+    if error["status"] != InvalidRequest.job_status:
+        return error["message"]
+    field = (error["param"] or "").split(".")[0]
+    if any(field in schema.model_fields for schema in SCHEMAS) or field == "input":
+        return f"`{field}` is refused; the job's error says why"
+    return error["code"] or "the request is refused; the job's error says why"

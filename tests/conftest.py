@@ -2,9 +2,11 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
+from serve_app.protocol.tokenizer import Tokenizer
 from tests.nvml import nvml as nvml  # a fixture
 
 # Triton's kernels run in its interpreter, which it decides when it is first imported. A machine
@@ -30,6 +32,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.xdist_group("ray"))
         elif path not in SPLIT:
             item.add_marker(pytest.mark.xdist_group(path))
+
+
+@pytest.fixture(scope="session")
+def mixtral_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with Mixtral 8x7B's own tokenizer, 32,000 entries, as tokenizer.json."""
+    from tools import mixtral_tokenizer
+
+    return mixtral_tokenizer.write(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="session")
+def mixtral_tokenizer(mixtral_folder: Path) -> Tokenizer:
+    """Our tokenizer for `mixtral_folder`."""
+    return Tokenizer(mixtral_folder)
 
 
 # A background job of a shell starts with Ctrl-C's signal ignored, and its children inherit that.

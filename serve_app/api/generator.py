@@ -12,7 +12,7 @@ from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import Call
-from serve_app.protocol.fields import Sampling
+from serve_app.protocol.fields import Sampling, printable
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import TextStream
 from serve_app.protocol.tokenizer import Tokenizer
@@ -51,8 +51,8 @@ class Generator:
     ) -> list[int]:
         """The token ids of a conversation, by the chat template.
 
-        Raises `InvalidRequest` with param `field` for a text that is too long, and the template's
-        own error.
+        Raises `InvalidRequest` with param `field` for a text that is too long, and for messages
+        that the template does not take.
         """
         num_chars = sum(len(message.content) for message in messages)
         self._check_num_chars(num_chars, field)
@@ -95,7 +95,15 @@ class Generator:
         Without a limit in the request, the answer has up to `default_max_tokens` tokens, or as many
         as the context holds. `continues`: the answer continues the prompt's text, so a space at its
         beginning is text. The engine checks the token ids and the context's length when it starts.
+        Raises `InvalidRequest` for an added token that the model does not have.
         """
+        if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
+            raise InvalidRequest(
+                f"`{field}` contains `{printable(token)}`, an added token of the tokenizer that "
+                f"the model does not have: its vocabulary has {self.vocab_size} tokens. Leave it "
+                "out.",
+                param=field,
+            )
         detokenizer = self.tokenizer.detokenizer(
             prompt_ids if continues else (), skip_special_tokens=request.skip_special_tokens
         )

@@ -1,16 +1,16 @@
 """Finds what would make a start fail, before Ray starts: `mixtral-serve check CONFIG`.
 
 Checks the YAML's schema, the settings, the headers of the weight files or the hub's description of
-them, the memory and the disk. Reads no weights and starts nothing.
+them, the tokenizer and its chat template, the memory and the disk. Reads no weights and starts
+nothing.
 """
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
 from serve_app.app import check_schema
 from serve_app.config.settings import Settings, unused_names
-from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load import load_tokenizer
 from serve_app.model.footprint import parameters
 from serve_app.start_plan.hub import require_disk
 from serve_app.start_plan.machine_fit import require_memory
@@ -57,12 +57,13 @@ def check_start(path: str | Path, settings: Settings) -> Checked:
 def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
     """What `plan` reads and takes, a line each; raises `ModelLoadFailed` where it cannot work."""
     name, checkpoint = settings.model.name, plan.checkpoint
+    notes: list[str] = []
     if plan.repository is not None:
         require_disk(plan.repository)
         size = in_gb(plan.repository.missing_bytes)
         source = f"{name}: is not on this machine; the first start downloads {size}."
     else:
-        check_tokenizer(checkpoint.path)
+        notes = load_tokenizer(settings, plan).notes
         num_files = len(plan.files)
         source = (
             f"{name}: {in_gb(checkpoint.file_bytes)} of {checkpoint.form} weights in {num_files} "
@@ -74,21 +75,6 @@ def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
         source,
         f"Model: {sum(parameters(checkpoint.config).values()):,} parameters, context "
         f"{plan.memory.max_model_len:,} tokens.",
+        *(f"Tokenizer: {note}." for note in notes),
         *require_memory(plan),
     ]
-
-
-def check_tokenizer(folder: Path) -> None:
-    """Reads the tokenizer's files as the load does; raises `ModelLoadFailed`."""
-    from tokenizers import Tokenizer
-
-    for file in (folder / "tokenizer.json", folder / "tokenizer_config.json"):
-        if not file.exists():
-            raise ModelLoadFailed(f"{file}: is missing.")
-        try:
-            if file.name == "tokenizer.json":
-                Tokenizer.from_file(str(file))
-            else:
-                json.loads(file.read_text(encoding="utf-8"))
-        except Exception as error:  # tokenizers raises nothing more precise
-            raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error

@@ -114,6 +114,10 @@ class ApiSettings(_Section):
     """Prompts in one list (`prompts` or `items` of `/prompt`). A longer list is answered 400."""
     max_body_bytes: int = Field(default=8_000_000, ge=1024)
     """Bytes of the body of a request or job. A larger body is answered 413."""
+    sanitize_control_tokens: bool = True
+    """Whether a control token that a message contains, such as `</s>`, is text. false makes it the
+    control token, as transformers' `apply_chat_template` does. Raw prompts may always contain
+    them."""
     request_timeout_s: float = Field(default=600.0, gt=0)
     """Seconds after which a request ends with 504."""
     retry_after_s: int = Field(default=2, ge=1)

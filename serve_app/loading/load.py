@@ -73,7 +73,8 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
     # Before the weights, so that a broken tokenizer fails at once. A thread for it saves no time:
     # it would hold the interpreter lock, which reading the weights needs too.
     with load_log.phase(Phase.TOKENIZER):
-        tokenizer = _load_tokenizer(plan.checkpoint.path, notes)
+        tokenizer = load_tokenizer(settings, plan)
+        notes += tokenizer.notes
     dtype: torch.dtype = getattr(torch, plan.dtype)
     reading = Phase.READ_AND_QUANTIZE if plan.quantizes else Phase.READ
     with load_log.phase(reading):
@@ -152,21 +153,22 @@ def _write_copy(
     return plan_folder(settings, copy, None), f"{copy}: the 4-bit copy for later starts"
 
 
-def _load_tokenizer(folder: Path, notes: list[str]) -> Tokenizer:
-    try:
-        tokenizer = Tokenizer(folder)
-        # The first encoding and rendering compile things; no request should wait for that.
-        tokenizer.encode("Hello")
-        if tokenizer.has_chat_template:
-            tokenizer.render([{"role": "user", "content": "Hello"}])
-    except Exception as error:  # tokenizers raises a bare Exception
-        log.debug("the tokenizer did not load", exc_info=True)
+def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
+    """The tokenizer of the checkpoint, after a first encoding and rendering.
+
+    They compile things that no request should wait for. Raises `ModelLoadFailed`.
+    """
+    folder, vocab_size = plan.checkpoint.path, plan.checkpoint.config.vocab_size
+    tokenizer = Tokenizer(folder, sanitize_control_tokens=settings.api.sanitize_control_tokens)
+    ids = tokenizer.encode("Hello")
+    if tokenizer.has_chat_template:
+        ids += tokenizer.render([{"role": "user", "content": "Hello"}])
+    if (token := tokenizer.first_unknown(ids, vocab_size)) is not None:
         raise ModelLoadFailed(
-            f"{folder}: the tokenizer cannot be read ({type(error).__name__}); the folder needs "
-            "tokenizer.json and tokenizer_config.json with the model's chat template."
-        ) from error
-    if not tokenizer.has_chat_template:
-        notes.append("no chat template in the checkpoint: only /v1/completions answers")
+            f"{folder}: every prompt contains `{token}`, an added token of the tokenizer, and the "
+            f"model has no such token: its vocabulary has {vocab_size}. Take the weights that "
+            "belong to this tokenizer."
+        )
     return tokenizer
 
 

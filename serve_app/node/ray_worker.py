@@ -15,7 +15,8 @@ from pathlib import Path
 MODULES = (
     "ray.serve._private.replica",
     "torch",
-    "transformers.tokenization_utils_tokenizers",
+    "tokenizers",
+    "jinja2.sandbox",
     "serve_app.api.ingress",
     "serve_app.engine.model_runner",
     "serve_app.loading.warm_up",

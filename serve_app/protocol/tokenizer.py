@@ -1,7 +1,4 @@
-"""The checkpoint's tokenizer and chat template: text and messages to token ids, and back.
-
-Wraps transformers' tokenizer. The chat format and its BOS come from the checkpoint's template.
-"""
+"""The checkpoint's tokenizer and chat template: text and messages to token ids, and back."""
 
 import re
 from collections.abc import Sequence
@@ -9,61 +6,103 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol import tokenizer_files
+from serve_app.protocol.chat_template import ChatTemplate
+from serve_app.protocol.control_tokens import ControlTokens
+from serve_app.protocol.conversation import Turn
 from serve_app.protocol.text import Detokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """Reads `tokenizer.json`, its configuration and the chat template in the folder `path`.
+    """Reads the tokenizer's files and the chat template in the folder `path`.
+
+    With `sanitize_control_tokens`, control tokens in the content of messages are text. Raises
+    `ModelLoadFailed` for files that cannot be read and for a chat template that does not work.
 
     Thread-safe: it is only read after construction.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        # AutoTokenizer chooses this class for every Mixtral checkpoint, but imports the
-        # configurations of all models first, and chooses another where mistral-common is installed.
-        from transformers import PreTrainedTokenizerFast
-
-        self._tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(
-            str(path), local_files_only=True
-        )
-        self.backend: Any = self._tokenizer.backend_tokenizer
+    def __init__(self, path: str | Path, *, sanitize_control_tokens: bool = True) -> None:
+        files = tokenizer_files.read(Path(path))
+        self.backend: Any = files.backend
+        self._is_sentencepiece = files.is_sentencepiece
+        self._template: ChatTemplate | None = None
+        if files.chat_template is not None:
+            self._template = ChatTemplate(
+                files.chat_template, files.special_tokens, files.template_file
+            )
+        self._control_tokens: ControlTokens | None = None
+        if sanitize_control_tokens:
+            literals = "" if self._template is None else self._template.literals
+            self._control_tokens = ControlTokens(self.backend, literals)
+        added = self.backend.get_added_tokens_decoder()
+        self._added_tokens = {index: token.content for index, token in added.items()}
+        self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
+        self.eos_token_id = self._special_id(files.special_tokens, "eos_token")
 
     @property
     def has_chat_template(self) -> bool:
         """Whether the checkpoint has one; without it `render` refuses every conversation."""
-        return self._tokenizer.chat_template is not None
+        return self._template is not None
+
+    @property
+    def notes(self) -> list[str]:
+        """What users should know about the tokenizer, a phrase each."""
+        notes = []
+        if self._is_sentencepiece:
+            notes.append("no tokenizer.json: the tokenizer is made from tokenizer.model")
+        if self._template is None:
+            notes.append("no chat template in the checkpoint: only /v1/completions answers")
+        elif not self._template.takes_system:
+            notes.append(
+                "no system messages in the chat template: they go before the first question"
+            )
+        if self._control_tokens is None:
+            notes.append("control tokens that messages contain are control tokens, not text")
+        elif unbreakable := self._control_tokens.unbreakable:
+            notes.append(f"control tokens that the tokenizer finds in any text: {unbreakable}")
+        return notes
+
+    def first_unknown(self, token_ids: Sequence[int], vocab_size: int) -> str | None:
+        """The first added token in `token_ids` that a model of `vocab_size` tokens does not have.
+
+        Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`.
+        """
+        if not token_ids or max(token_ids) < vocab_size:
+            return None
+        added = self._added_tokens
+        return next((added[it] for it in token_ids if it >= vocab_size and it in added), None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, with one BOS in front, even where the text begins with one."""
+        if self._is_sentencepiece and text[:1] in (" ", "▁"):
+            # SentencePiece puts a space before every text, `tokenizers` only where there is none.
+            text = f"▁{text}"
         # A batch of one: unlike `encode`, it releases the interpreter's lock.
         (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         ids: list[int] = encoded.ids
-        bos = self._tokenizer.bos_token_id
+        bos = self.bos_token_id
         if add_special_tokens and bos is not None and ids[:2] == [bos, bos]:
             return ids[1:]
         return ids
 
-    def render(
-        self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True
-    ) -> list[int]:
-        """The ids of a conversation (`{"role", "content"}` each) in the model's chat format.
+    def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> list[int]:
+        """The ids of a conversation in the model's chat format.
 
         Raises `InvalidRequest` with the template's own sentence where it refuses the messages.
         """
-        from jinja2.exceptions import TemplateError
-
-        if self._tokenizer.chat_template is None:
+        if self._template is None:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        try:
-            text = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except TemplateError as error:
-            raise InvalidRequest(str(error), param="messages") from None
+        if (controls := self._control_tokens) is not None:
+            messages = [
+                {"role": each["role"], "content": controls.as_text(each["content"])}
+                for each in messages
+            ]
+        text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -88,3 +127,7 @@ class Tokenizer:
     def token_string(self, token_id: int) -> str:
         """The spelling of a token in the vocabulary, such as `▁Hello` or `<0x0A>`."""
         return self.backend.id_to_token(token_id) or ""
+
+    def _special_id(self, special_tokens: dict[str, str], name: str) -> int | None:
+        token = special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)

@@ -16,8 +16,8 @@ from serve_app.model.checkpoint.shards import INDEX, SINGLE, read_json
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 """Files of a repository that are read; never pickles."""
-NEEDED = ["config.json", "tokenizer.json", "tokenizer_config.json"]
-"""Files without which no model is served."""
+NEEDED = [("config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
+"""Files without which no model is served: one of each group."""
 SECOND_COPIES = ["consolidated*"]
 """Files that hold the same weights again."""
 
@@ -157,10 +157,11 @@ def _reporting(progress: Progress, total: int) -> type[Any]:
 
 def _require_servable(name: str, paths: Collection[str]) -> None:
     """Raises `ModelLoadFailed` for a repository that lacks a file that every load needs."""
-    for needed in NEEDED:
-        if needed not in paths:
+    for names in NEEDED:
+        if not any(needed in paths for needed in names):
             raise ModelLoadFailed(
-                f"{name}: the repository has no {needed}; name one that has, or a folder with it."
+                f"{name}: the repository has no {' or '.join(names)}; name one that has, or a "
+                "folder with it."
             )
     if SINGLE not in paths and INDEX not in paths:
         raise ModelLoadFailed(

@@ -1,16 +1,11 @@
 """Prompts become the ids that transformers makes of them."""
 
 import asyncio
-import json
-import shutil
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve_app.errors import InvalidRequest
-from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.tiny import CHECKPOINT
 from tests.fakes import tokenizer
 
@@ -52,34 +47,6 @@ def test_text_gets_one_bos(reference: Any, text: str) -> None:
     assert tokenizer().encode(text).count(reference.bos_token_id) == 1
     if not text.startswith("<s>"):
         assert tokenizer().encode(text) == expected
-
-
-@pytest.mark.parametrize(
-    "name", ["LlamaTokenizer", "LlamaTokenizerFast", "PreTrainedTokenizerFast", None]
-)
-def test_it_is_the_one_that_autotokenizer_takes(tmp_path: Path, name: str | None) -> None:
-    """Tokenizer, template and tokens are the same for any class that a checkpoint names."""
-    from transformers import AutoTokenizer
-
-    shutil.copytree(CHECKPOINT, tmp_path, dirs_exist_ok=True)
-    file = tmp_path / "tokenizer_config.json"
-    config = json.loads(file.read_text())
-    del config["tokenizer_class"]
-    file.write_text(json.dumps(config if name is None else {**config, "tokenizer_class": name}))
-    auto = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
-    ours = Tokenizer(tmp_path)
-    assert type(ours._tokenizer) is type(auto)
-    assert ours.backend.to_str() == auto.backend_tokenizer.to_str()
-    assert ours._tokenizer.chat_template == auto.chat_template
-    assert ours._tokenizer.special_tokens_map == auto.special_tokens_map
-
-
-def test_what_the_template_refuses_is_a_bad_request() -> None:
-    """Roles that do not alternate are refused in the template's own words."""
-    turns = [{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]
-    with pytest.raises(InvalidRequest, match="alternate") as refused:
-        tokenizer().render(turns)
-    assert refused.value.param == "messages"
 
 
 def test_the_bytes_of_tokens_make_up_the_text() -> None:

@@ -68,7 +68,8 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
 
 def _is_downloaded(folder: Path) -> bool:
     """True when a download would bring nothing new."""
-    return is_complete(folder) and (folder / "tokenizer.json").exists()
+    tokenizers = (folder / "tokenizer.json", folder / "tokenizer.model")
+    return is_complete(folder) and any(file.exists() for file in tokenizers)
 
 
 def is_complete(folder: Path) -> bool:

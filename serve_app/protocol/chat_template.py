@@ -1,0 +1,178 @@
+"""The checkpoint's chat template: turns a conversation into the text of a prompt.
+
+Templates are Jinja programs that were written for transformers' `apply_chat_template`, and get the
+same environment here: a sandbox, and the same few names.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.errors import InvalidRequest, ModelLoadFailed
+from serve_app.protocol.conversation import Turn, merged
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
+
+log = logging.getLogger(__name__)
+
+_REMEDY = "mend it, or remove it: then only /v1/completions answers"
+_TRIAL = "Hello"
+_TRIAL_SYSTEM = "Goodbye"
+
+
+class ChatTemplate:
+    """A template that renders at least a question of the user.
+
+    Thread-safe: it is only read after construction.
+    """
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str], file: Path) -> None:
+        """Compiles and tries the template, which comes from `file`.
+
+        `special_tokens` are the template's variables, such as `bos_token`. Raises
+        `ModelLoadFailed` where the template is broken or refuses the trial.
+        """
+        from jinja2 import nodes
+        from jinja2.exceptions import TemplateSyntaxError
+
+        self._file, self._special_tokens = file, dict(special_tokens)
+        environment = _environment()
+        try:
+            tree = environment.parse(source)
+            self._template = environment.from_string(source)
+        except TemplateSyntaxError as error:
+            raise ModelLoadFailed(
+                f"{file}: its chat template is broken in line {error.lineno} "
+                f"({error.message}); {_REMEDY}."
+            ) from error
+        texts = [node.data for node in tree.find_all(nodes.TemplateData)]
+        texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
+        self.literals = "\0".join(texts)
+        """The texts that the template itself contains."""
+        self._try()
+        self.takes_system = self._shows_system()
+        """Whether a system message is in the text of a prompt."""
+
+    def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
+        """The text of a conversation.
+
+        A conversation that the template refuses is rendered as `merged`. Raises `InvalidRequest`
+        for one that it refuses then too; `param` is the message, such as `messages.2`.
+        """
+        try:
+            return self._text(messages, add_generation_prompt)
+        except _Refused as refused:
+            index = self._first_refused(messages)
+            raise InvalidRequest(
+                f"The model's chat template does not take `messages.{index}`: {refused}",
+                param=f"messages.{index}",
+            ) from None
+
+    def _text(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
+        """The text of a conversation; raises `_Refused`."""
+        has_system = any(message["role"] == "system" for message in messages)
+        if self.takes_system or not has_system:
+            try:
+                return self._rendered(messages, add_generation_prompt)
+            except _Refused:
+                pass
+        turns = merged(messages, keeps_system=self.takes_system)
+        return self._rendered(turns, add_generation_prompt)
+
+    def _rendered(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
+        """What the template makes of `messages`; raises `_Refused`."""
+        from jinja2.exceptions import TemplateError
+
+        try:
+            return self._template.render(
+                messages=list(messages),
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._special_tokens,
+            )
+        except Exception as error:
+            # The class of the error that `raise_exception` raises. Jinja's own are derived of it.
+            if type(error) is TemplateError:
+                raise _Refused(f"{error}") from None
+            log.warning("the chat template in %s fails: %s", self._file, type(error).__name__)
+            raise _Refused(
+                f"it fails ({type(error).__name__}), which is a fault of {self._file.name}."
+            ) from error
+
+    def _first_refused(self, messages: Sequence[Turn]) -> int:
+        """The index of the message with which the template begins to refuse the conversation."""
+        taken, refused = 0, len(messages)
+        while refused - taken > 1:
+            middle = (taken + refused) // 2
+            try:
+                self._text(messages[:middle], False)
+                taken = middle
+            except _Refused:
+                refused = middle
+        return taken
+
+    def _try(self) -> None:
+        """Raises `ModelLoadFailed` unless a single question becomes a prompt that contains it."""
+        try:
+            text = self._rendered([{"role": "user", "content": _TRIAL}], True)
+        except _Refused as refused:
+            raise ModelLoadFailed(
+                f"{self._file}: its chat template does not take a single question: {refused} "
+                f"{_REMEDY.capitalize()}."
+            ) from refused.__cause__
+        if _TRIAL not in text:
+            raise ModelLoadFailed(
+                f"{self._file}: its chat template leaves the user's question out; {_REMEDY}."
+            )
+
+    def _shows_system(self) -> bool:
+        turns = [
+            {"role": "system", "content": _TRIAL_SYSTEM},
+            {"role": "user", "content": _TRIAL},
+        ]
+        try:
+            return _TRIAL_SYSTEM in self._rendered(turns, True)
+        except _Refused:
+            return False
+
+
+class _Refused(Exception):
+    """The template does not take a conversation. The text says why, in a sentence for users."""
+
+
+def _environment() -> "Environment":
+    """What transformers' `apply_chat_template` gives to a template."""
+    from jinja2 import nodes
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks an assistant's text for training; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def tojson(value: Any, ensure_ascii: bool = False, **options: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **options)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

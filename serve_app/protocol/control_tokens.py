@@ -1,0 +1,68 @@
+"""Keeps a user's text from becoming control tokens: `</s>` that somebody types is text.
+
+A mark is put into each control token that a text contains, so that the tokenizer does not find the
+token. The tokenizer's normalizer removes the mark again, and the ids are those of the text.
+"""
+
+import re
+import secrets
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+_KEPT_MARK = "\u200b"
+"""A space of no width. It stays in the text of a token that the tokenizer looks for after
+normalizing, and of one that merges of the vocabulary can produce."""
+
+
+class ControlTokens:
+    """The control tokens of a tokenizer. Adds a step to the tokenizer's normalizer.
+
+    As in transformers' `sanitize_control_tokens`, they are the special tokens, and those added
+    tokens that the chat template contains.
+    """
+
+    def __init__(self, backend: "Tokenizer", template_literals: str) -> None:
+        self._backend = backend
+        # Nobody can guess the mark, so no text contains it.
+        mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
+        _remove_from_text(backend, mark)
+        self._marks: dict[str, str] = {}
+        for token_id, token in backend.get_added_tokens_decoder().items():
+            if _is_control(token, template_literals):
+                self._marks[token.content] = self._working_mark(token_id, token.content, mark)
+        longest_first = sorted(map(re.escape, self._marks), key=len, reverse=True)
+        # The look-ahead finds every beginning of a token, also within another one.
+        self._beginning = re.compile(f"(?=({'|'.join(longest_first)}))(.)", re.DOTALL)
+
+    @property
+    def unbreakable(self) -> list[str]:
+        """Control tokens that a user's text still becomes."""
+        return [token for token, mark in self._marks.items() if not mark]
+
+    def as_text(self, text: str) -> str:
+        """`text` with a mark in each control token."""
+        if not any(token in text for token in self._marks):
+            return text
+        return self._beginning.sub(lambda found: found[2] + self._marks[found[1]], text)
+
+    def _working_mark(self, token_id: int, token: str, mark: str) -> str:
+        for each in (mark, _KEPT_MARK):
+            marked = self._backend.encode(token[0] + each + token[1:], add_special_tokens=False)
+            if token_id not in marked.ids:
+                return each
+        return ""
+
+
+def _is_control(token: "AddedToken", template_literals: str) -> bool:
+    is_in_template = token.content in template_literals and not token.content.isspace()
+    return token.special or is_in_template
+
+
+def _remove_from_text(backend: "Tokenizer", mark: str) -> None:
+    from tokenizers.normalizers import Replace, Sequence
+
+    remove = Replace(mark, "")
+    before = backend.normalizer
+    backend.normalizer = remove if before is None else Sequence([remove, before])

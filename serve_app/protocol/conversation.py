@@ -1,0 +1,39 @@
+"""Merges a conversation into the order that Mixtral was trained with."""
+
+from collections.abc import Sequence
+
+Turn = dict[str, str]
+"""One message, as chat templates get it: `role` (system, user or assistant) and `content`."""
+
+
+def merged(messages: Sequence[Turn], *, keeps_system: bool) -> list[Turn]:
+    """`messages` as questions and answers in turn, with at most one system message before them.
+
+    The rule is that of Mistral's own encoder (mistral-common's `InstructRequestNormalizer`):
+
+    - The texts of all system messages, joined by an empty line, come first: as a system message
+      with `keeps_system`, else before the first question, with an empty line in between.
+    - Neighbors of one role become one message, joined by an empty line.
+    - Before a first message of the assistant comes an empty question.
+    """
+    system = _joined([each["content"] for each in messages if each["role"] == "system"])
+    turns: list[Turn] = []
+    for message in messages:
+        if message["role"] == "system":
+            continue
+        if turns and turns[-1]["role"] == message["role"]:
+            content = _joined([turns[-1]["content"], message["content"]])
+            turns[-1] = {"role": message["role"], "content": content}
+        else:
+            turns.append(message)
+    if not turns or turns[0]["role"] != "user":
+        turns.insert(0, {"role": "user", "content": ""})
+    if not system:
+        return turns
+    if keeps_system:
+        return [{"role": "system", "content": system}, *turns]
+    return [{"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
+
+
+def _joined(texts: Sequence[str]) -> str:
+    return "\n\n".join(filter(None, texts))

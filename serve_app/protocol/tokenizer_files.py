@@ -1,0 +1,202 @@
+"""Reads a checkpoint's tokenizer: `tokenizer.json` or `tokenizer.model`, and their configuration.
+
+Gives for every folder what transformers' `PreTrainedTokenizerFast` gives, the class that its
+`AutoTokenizer` chooses for Mixtral, without truncation and padding. Importing transformers for this
+would take more than a second of each start.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.protocol import sentencepiece_model
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+_NAMES = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+)
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """The content of the files."""
+
+    backend: "Tokenizer"
+    special_tokens: dict[str, str]
+    """Special tokens by the name that a chat template has for them, such as `bos_token`."""
+    chat_template: str | None
+    template_file: Path
+    """The file that `chat_template` comes from."""
+    is_sentencepiece: bool
+    """Whether the tokenizer comes from `tokenizer.model`."""
+
+
+def read(folder: Path) -> TokenizerFiles:
+    """Reads the files in `folder`. Raises `ModelLoadFailed` naming the file that is wrong."""
+    file = folder / "tokenizer_config.json"
+    config = _read_json(file)
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
+        backend, is_sentencepiece = sentencepiece_model.read(folder / "tokenizer.model"), True
+    else:
+        backend, is_sentencepiece = _backend(folder / "tokenizer.json"), False
+    try:
+        if "added_tokens_decoder" not in config:  # files of transformers before 4.34
+            config |= _read_legacy(folder, backend, config)
+        named, extra = _special_tokens(config)
+        _add_tokens(backend, config["added_tokens_decoder"], named, extra)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ModelLoadFailed(f"{file}: its special tokens cannot be read; mend it.") from error
+    special_tokens = {name: token.content for name, token in named.items()}
+    if is_sentencepiece:
+        _require_ids(file, backend, config["added_tokens_decoder"])
+        _add_post_processor(backend, config, special_tokens)
+    template, template_file = _chat_template(folder, file, config.get("chat_template"))
+    return TokenizerFiles(backend, special_tokens, template, template_file, is_sentencepiece)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelLoadFailed(f"{file}: is missing.") from None
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error
+    if not isinstance(content, dict):
+        raise ModelLoadFailed(f"{file}: holds no JSON object; download it again.")
+    return content
+
+
+def _backend(file: Path) -> "Tokenizer":
+    from tokenizers import Tokenizer
+
+    if not file.exists():
+        raise ModelLoadFailed(
+            f"{file}: is missing, and there is no tokenizer.model; {sentencepiece_model.REMEDY}."
+        )
+    try:
+        backend = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises a bare Exception
+        raise ModelLoadFailed(
+            f"{file}: the tokenizer cannot be read; download it again."
+        ) from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> dict[str, Any]:
+    """What `tokenizer_config.json` contains in files of later versions."""
+    read = {}
+    if (folder / "special_tokens_map.json").exists():
+        read = _read_json(folder / "special_tokens_map.json")
+    decoder = {}
+    if (folder / "added_tokens.json").exists():
+        named, extra = _special_tokens(config | read)
+        special = {token.content for token in (*named.values(), *extra)}
+        known = backend.get_added_tokens_decoder()
+        for content, token_id in _read_json(folder / "added_tokens.json").items():
+            if token_id not in known:
+                is_special = content in special
+                flags = {"special": is_special, "normalized": not is_special}
+                decoder[token_id] = {"content": content, **flags}
+    return {**read, "added_tokens_decoder": decoder}
+
+
+def _special_tokens(
+    config: dict[str, Any],
+) -> tuple[dict[str, "AddedToken"], list["AddedToken"]]:
+    """The special tokens that have a name in chat templates, and the others."""
+    named = {name: config[name] for name in _NAMES if config.get(name) is not None}
+    named |= {
+        name: value
+        for name, value in config.items()
+        if name.endswith("_token") and isinstance(value, str)
+    }
+    extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    if isinstance(extra, dict):
+        named, extra = named | extra, []
+    return {name: _token(value) for name, value in named.items()}, [_token(it) for it in extra]
+
+
+def _token(value: str | dict[str, Any]) -> "AddedToken":
+    from tokenizers import AddedToken
+
+    if isinstance(value, str):
+        return AddedToken(value, special=True)
+    flags = {name: value[name] for name in _FLAGS if name in value}
+    return AddedToken(value["content"], **flags, special=True)
+
+
+def _add_tokens(
+    backend: "Tokenizer",
+    decoder: dict[Any, dict[str, Any]],
+    named: dict[str, "AddedToken"],
+    extra: list["AddedToken"],
+) -> None:
+    """Adds what `backend` lacks; `decoder` maps ids to tokens."""
+    from tokenizers import AddedToken
+
+    present = backend.get_added_tokens_decoder().values()
+    has, contents = {repr(token) for token in present}, {token.content for token in present}
+    names = {token.content for token in named.values()}
+    missing = []
+    for _, fields in sorted(decoder.items(), key=lambda item: int(item[0])):
+        token = AddedToken(**fields)
+        if repr(token) not in has:
+            token.special = token.special or token.content in names
+            missing.append(token)
+            contents.add(token.content)
+    for token in (*named.values(), *extra):
+        if token.content not in contents:
+            missing.append(token)
+            contents.add(token.content)
+    backend.add_tokens(missing)
+
+
+def _require_ids(file: Path, backend: "Tokenizer", decoder: dict[Any, dict[str, Any]]) -> None:
+    """Raises `ModelLoadFailed` where an added token got another id than `decoder` has for it."""
+    for token_id, fields in decoder.items():
+        if (got := backend.token_to_id(fields["content"])) != int(token_id):
+            raise ModelLoadFailed(
+                f"{file}: its added token {fields['content']!r} has the id {token_id}, which "
+                f"tokenizer.model gives to another one ({got}); {sentencepiece_model.REMEDY}."
+            )
+
+
+def _add_post_processor(
+    backend: "Tokenizer", config: dict[str, Any], special_tokens: dict[str, str]
+) -> None:
+    """Puts BOS before a text, and EOS behind it, as the configuration says."""
+    from tokenizers.processors import TemplateProcessing
+
+    bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
+    before = [bos] if bos and config.get("add_bos_token", True) else []
+    after = [eos] if eos and config.get("add_eos_token", False) else []
+    ids = [(token, backend.token_to_id(token)) for token in (*before, *after)]
+    backend.post_processor = TemplateProcessing([*before, "$A", *after], None, ids)
+
+
+def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | None, Path]:
+    """The default chat template, which a file of its own may have, and its file."""
+    if (file := folder / "chat_template.jinja").exists():
+        return file.read_text(encoding="utf-8"), file
+    if isinstance(value, list):
+        value = {each["name"]: each["template"] for each in value}
+    if isinstance(value, dict):
+        if "default" not in value:
+            raise ModelLoadFailed(f"{config_file}: none of its chat templates is named default.")
+        value = value["default"]
+    if value is not None and not isinstance(value, str):
+        raise ModelLoadFailed(f"{config_file}: its `chat_template` is no text; mend it.")
+    return value, config_file

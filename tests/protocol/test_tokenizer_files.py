@@ -1,0 +1,314 @@
+"""Tokenizer files become what transformers makes of them, or are refused by the file's name."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.errors import ModelLoadFailed
+from serve_app.protocol import tokenizer_files
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.tiny import CHECKPOINT
+from tests import mistral
+from tools import mixtral_tokenizer
+
+Json = dict[str, Any]
+TEXTS = (
+    "Hello",
+    " x",
+    "a</s>b",
+    "<s>a",
+    "é你🙂\n",
+    "",
+    "x <new> y",
+    "x<old>  y",
+    "a <named> b",
+    "  ",
+)
+QUESTION = [{"role": "user", "content": " é 1\n"}]
+
+
+def token(content: str, **flags: bool) -> Json:
+    off = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    return {"content": content, **off, "special": True, **flags}
+
+
+def edit(folder: Path, name: str, change: Callable[[Json], object]) -> None:
+    file = folder / name
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def change_config(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, "tokenizer_config.json", lambda it: it.update(values))
+
+
+def change_json(**values: Any) -> Callable[[Path], None]:
+    return lambda folder: edit(folder, "tokenizer.json", lambda it: it.update(values))
+
+
+def write(name: str, content: Any) -> Callable[[Path], object]:
+    return lambda folder: (folder / name).write_text(
+        content if isinstance(content, str) else json.dumps(content)
+    )
+
+
+LEGACY_PIPELINE = {
+    "normalizer": {
+        "type": "Sequence",
+        "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"},
+        ],
+    },
+    "pre_tokenizer": None,
+}
+"""How transformers 4 wrote the pipeline of Mixtral's first files."""
+
+MUTATIONS: dict[str, list[Callable[[Path], object]]] = {
+    "as it is": [],
+    "first pipeline": [change_json(**LEGACY_PIPELINE)],
+    "no tokens of its own": [change_json(added_tokens=[])],
+    "no post-processor": [change_json(post_processor=None)],
+    "truncation and padding": [
+        change_json(
+            truncation={
+                "direction": "Right",
+                "max_length": 2,
+                "strategy": "LongestFirst",
+                "stride": 0,
+            },
+            padding={
+                "strategy": {"Fixed": 64},
+                "direction": "Left",
+                "pad_to_multiple_of": None,
+                "pad_id": 0,
+                "pad_type_id": 0,
+                "pad_token": "<unk>",
+            },
+        )
+    ],
+    "another class": [change_config(tokenizer_class="PreTrainedTokenizerFast")],
+    "no class": [change_config(tokenizer_class=None)],
+    "no BOS in the configuration": [change_config(add_bos_token=False, add_eos_token=True)],
+    "added tokens": [
+        change_config(
+            added_tokens_decoder={
+                "769": token("<new>", lstrip=True, special=False, normalized=True),
+                "768": token("<old>", rstrip=True),
+                "2": token("</s>", lstrip=True),
+            }
+        )
+    ],
+    "other names": [change_config(pad_token="<new>", bos_token="</s>", extra_token="<named>")],
+    "names with flags": [
+        change_config(eos_token={"__type": "AddedToken", **token("<new>", lstrip=True)})
+    ],
+    "extra tokens": [
+        change_config(additional_special_tokens=["<new>", "</s>"], extra_special_tokens=None)
+    ],
+    "named extra tokens": [change_config(extra_special_tokens={"image_token": "<new>"})],
+    "files of transformers 4.30": [
+        write("added_tokens.json", {"<new>": 769, "<old>": 768}),
+        write("special_tokens_map.json", {"bos_token": token("<s>"), "pad_token": "<new>"}),
+    ],
+    "template in a file": [
+        write("chat_template.jinja", "{{ messages[0].content }}{{ eos_token }}")
+    ],
+    "named templates": [
+        change_config(
+            chat_template=[
+                {"name": "tool_use", "template": "no"},
+                {"name": "default", "template": "{{ bos_token }}{{ messages[0].content }}"},
+            ]
+        )
+    ],
+    "no template": [change_config(chat_template=None)],
+}
+
+
+def mutated(folder: Path, name: str, source: Path = CHECKPOINT) -> Path:
+    shutil.copytree(
+        source, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors")
+    )
+    for change in MUTATIONS[name]:
+        change(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def transformers_class() -> Any:
+    """The class that transformers' AutoTokenizer takes for Mixtral."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    assert type(AutoTokenizer.from_pretrained(CHECKPOINT)) is PreTrainedTokenizerFast
+    return PreTrainedTokenizerFast
+
+
+@pytest.mark.parametrize("name", sorted(MUTATIONS))
+def test_files_become_what_transformers_makes_of_them(
+    tmp_path: Path, transformers_class: Any, name: str
+) -> None:
+    """Ids, tokens, names of special tokens and rendered text are transformers' in every case."""
+    reference = transformers_class.from_pretrained(mutated(tmp_path, name))
+    files = tokenizer_files.read(tmp_path)
+    assert files.special_tokens == reference.special_tokens_map
+    ours = Tokenizer(tmp_path, sanitize_control_tokens=False)
+    added = ours.backend.get_added_tokens_decoder()
+    assert {index: repr(token) for index, token in added.items()} == {
+        index: repr(token) for index, token in reference.added_tokens_decoder.items()
+    }
+    for text in TEXTS:
+        for special in (True, False):
+            ids = reference(text, add_special_tokens=special, padding=False, truncation=False)
+            got = ours.backend.encode(text, add_special_tokens=special).ids
+            assert got == ids["input_ids"], (text, special)
+            assert ours.decode(got, skip_special_tokens=special) == reference.decode(
+                got, skip_special_tokens=special
+            )
+    assert ours.has_chat_template == (reference.chat_template is not None)
+    if ours.has_chat_template:
+        expected = reference.apply_chat_template(QUESTION, return_dict=False)
+        assert ours.render(QUESTION) == expected
+        assert Tokenizer(tmp_path).render(QUESTION) == expected
+
+
+@pytest.mark.parametrize("name", ["as it is", "first pipeline", "added tokens", "extra tokens"])
+def test_mixtrals_files_too(
+    tmp_path: Path, mixtral_folder: Path, transformers_class: Any, name: str
+) -> None:
+    """The same with Mixtral 8x7B's own 32,000 entries."""
+    reference = transformers_class.from_pretrained(mutated(tmp_path, name, mixtral_folder))
+    ours = Tokenizer(tmp_path)
+    for text in (*TEXTS, "def f(x):\n    return x\n"):
+        assert ours.backend.encode(text).ids == reference(text)["input_ids"]
+    assert ours.render(QUESTION) == reference.apply_chat_template(QUESTION, return_dict=False)
+
+
+@pytest.fixture(scope="module")
+def from_model(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Our tokenizer for a folder with tokenizer.model and no tokenizer.json."""
+    return Tokenizer(mixtral_tokenizer.write_model(tmp_path_factory.mktemp("model")))
+
+
+CODE = st.text(st.sampled_from(" \n\tabre=-{}1é🙂▁\u0301日"), max_size=40)
+
+
+@given(CODE | st.text(max_size=20).filter(lambda text: not {"<", ">"} & set(text)))
+def test_tokenizer_model_is_sentencepiece(from_model: Tokenizer, text: str) -> None:
+    """Without tokenizer.json, raw text has BOS and SentencePiece's ids, and decodes alike."""
+    ids = mistral.sentencepiece().encode(text)
+    assert from_model.encode(text) == [1, *ids]
+    assert from_model.encode(text, add_special_tokens=False) == ids
+    assert from_model.decode(ids) == mistral.sentencepiece().decode(ids).replace(" ⁇ ", "")
+
+
+def test_indented_code_keeps_the_ids_of_training(from_model: Tokenizer) -> None:
+    """Four spaces and a word are the two pieces that SentencePiece makes of them."""
+    ids = from_model.encode("def f(x):\n    return x\n")
+    assert [from_model.token_string(index) for index in ids[-4:]] == [
+        "▁▁▁",
+        "▁return",
+        "▁x",
+        "<0x0A>",
+    ]
+    assert any("tokenizer.model" in note for note in from_model.notes)
+
+
+def test_added_tokens_beside_tokenizer_model(tmp_path: Path) -> None:
+    """A fine-tune's own tokens get their ids; another id than the file has is told."""
+    mixtral_tokenizer.write_model(tmp_path)
+    tokens = {"32000": token("<|im_end|>"), "32001": token("<|im_start|>")}
+    change_config(added_tokens_decoder=tokens)(tmp_path)
+    assert Tokenizer(tmp_path).encode("a<|im_start|>")[-1] == 32001
+    change_config(added_tokens_decoder={"32002": token("<gap>")})(tmp_path)
+    with pytest.raises(ModelLoadFailed, match=r"'<gap>' has the id 32002.*tokenizer\.json"):
+        tokenizer_files.read(tmp_path)
+
+
+def trained(file: Path, **options: Any) -> None:
+    """A small SentencePiece model in `file`."""
+    sentences = [f"the number {index} is not {index * 7}" for index in range(500)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(file.with_suffix("")),
+        vocab_size=340,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"model_type": "unigram"},
+        {"model_type": "bpe", "normalization_rule_name": "nmt_nfkc"},
+        {"model_type": "bpe", "normalization_rule_name": "identity"},  # drops double spaces
+        {"model_type": "bpe", "add_dummy_prefix": False, "remove_extra_whitespaces": False},
+    ],
+)
+def test_another_kind_of_tokenizer_model_is_refused(tmp_path: Path, options: Json) -> None:
+    """A model that we would encode in another way than SentencePiece is not served."""
+    trained(tmp_path / "tokenizer.model", **options)
+    mixtral_tokenizer.write_config(tmp_path)
+    with pytest.raises(
+        ModelLoadFailed, match=r"tokenizer\.model: is not a BPE model.*tokenizer\.json"
+    ):
+        tokenizer_files.read(tmp_path)
+
+
+def test_a_model_like_mixtrals_is_read(tmp_path: Path) -> None:
+    """A small model trained with Mixtral's options is taken."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    trained(tmp_path / "tokenizer.model", model_type="bpe", **options)
+    mixtral_tokenizer.write_config(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    text = "  the  number 17 is é"
+    assert Tokenizer(tmp_path).encode(text, add_special_tokens=False) == oracle.encode(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("tokenizer.json", "{", r"tokenizer\.json: the tokenizer cannot be read"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read"),
+        ("tokenizer_config.json", [], r"tokenizer_config\.json: holds no JSON object"),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"x": 5}},
+            "special tokens cannot be read",
+        ),
+        (
+            "tokenizer_config.json",
+            {"bos_token": 5, "eos_token": []},
+            "special tokens cannot be read",
+        ),
+        ("special_tokens_map.json", "nonsense", r"special_tokens_map\.json: cannot be read"),
+        ("tokenizer_config.json", {"chat_template": 5}, "`chat_template` is no text"),
+        ("tokenizer_config.json", {"chat_template": {"a": "b"}}, "named default"),
+        ("chat_template.jinja", "{% if %}", r"chat_template\.jinja: its chat template is broken"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, name: str, content: Any, sentence: str) -> None:
+    """One sentence with the file that must change."""
+    write(name, content)(mutated(tmp_path, "as it is"))
+    with pytest.raises(ModelLoadFailed, match=sentence):
+        Tokenizer(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    """Neither file is there: the error says which one to bring."""
+    (mutated(tmp_path, "as it is") / "tokenizer.json").unlink()
+    with pytest.raises(ModelLoadFailed, match=r"no tokenizer\.model; put the tokenizer\.json"):
+        Tokenizer(tmp_path)
+    write("tokenizer.model", "nonsense")(tmp_path)
+    with pytest.raises(ModelLoadFailed, match="is no SentencePiece model"):
+        Tokenizer(tmp_path)

@@ -63,6 +63,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(arguments: list[str]) -> int:
+    # Before the imports, which take a moment. Replaced by the handlers that let running jobs and
+    # requests finish.
+    signal.signal(signal.SIGTERM, _end_before_jobs)
+
     from serve_app.config.settings import ConfigError, EntrySettings
     from serve_app.worker import job_log, local, local_handler
 
@@ -72,10 +76,12 @@ def _start(arguments: list[str]) -> int:
     given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
 
     entry = EntrySettings.from_environment()
+    job = local.find(given.test_input, entry)
+    if given.answer_lines or job is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if given.answer_lines:
         settings, checked = _checked(entry)
         return local.answer_lines(settings, entry.serve_config, checked)
-    job = local.find(given.test_input, entry)
     if job is not None:
         return _answer_one(entry, job)
     if not entry.runpod_serverless:
@@ -116,8 +122,6 @@ def _serve_http(entry: "EntrySettings") -> int:
 def _take_jobs(entry: "EntrySettings") -> int:
     from serve_app.worker import start
 
-    # Replaced by the SDK's handler, which lets running jobs finish.
-    signal.signal(signal.SIGTERM, _end_before_jobs)
     settings, checked = _checked(entry)
     for name, value in SDK_DEFAULTS.items():
         os.environ.setdefault(name, value)

@@ -75,6 +75,7 @@ AGENTS = ("--dashboard_agent_command=", "--runtime_env_agent_port=")
 
 def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
     """`node/head.py` replaces or wraps these functions, and changes these flags of the raylet."""
+    import ray
     from ray._private import services
     from ray._private.node import Node
     from ray.serve._private.client import ServeControllerClient
@@ -85,6 +86,9 @@ def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
     assert list(parameters) == ["self", "include_dashboard", "raise_on_failure"]
     assert "_webui_url" in Node.start_api_server.__code__.co_names
     assert list(inspect.signature(Node.start_monitor).parameters) == ["self"]
+    shutdown = inspect.getsource(ray.shutdown)
+    # The driver is disconnected before the processes end, which `ray_node.kill` ends itself.
+    assert shutdown.index("shutdown_driver") < shutdown.index("kill_all_processes")
     assert list(inspect.signature(Node.start_ray_processes).parameters) == ["self"]
     start_raylet = inspect.getsource(services.start_raylet)
     for flag in ("--num_prestart_python_workers=", "--maximum_startup_concurrency=", *AGENTS):

@@ -27,7 +27,7 @@ def table() -> str:
     return "\n".join([*head, *_rows()])
 
 
-SET_BY_RUNPOD = ("runpod_webhook_get_job",)
+SET_BY_RUNPOD = ("runpod_webhook_get_job", "runpod_endpoint_id")
 """Variables that RunPod sets for its workers; users do not set them."""
 
 

@@ -7,6 +7,7 @@ What `ray.init` of Ray 2.60 does that one machine with one model has no use for:
     dashboard agent     collects Ray's own metrics for a dashboard; the raylet waits for its ports.
                         Left out: the ports are "not in use", as in Ray's minimal installation.
     runtime env agent   the raylet waits for its port. It is chosen here, so that nothing waits.
+    shutdown            gives each of its processes a second to end. They are killed at once here.
     workers             one process per CPU starts in advance, 128 on a large host. Here 3.
     polling             asks once a second whether the node and the application are up. Here faster.
 
@@ -54,6 +55,7 @@ def shorten(meanwhile: Callable[[], None]) -> None:
         return
     Node.start_api_server = _no_api_server
     Node.start_monitor = _no_monitor
+    Node.kill_all_processes = _leave_processes
     start_processes, start_process = Node.start_ray_processes, services.start_ray_process
 
     def start_and_connect(node: Any) -> None:
@@ -73,6 +75,10 @@ def _no_api_server(node: Any, *, include_dashboard: Any, raise_on_failure: bool)
 
 
 def _no_monitor(node: Any) -> None: ...
+
+
+def _leave_processes(node: Any, **_: Any) -> None:
+    """Leaves Ray's processes to `ray_node.kill`, which kills all of them at once."""
 
 
 def _choose_ports(node: Any) -> None:

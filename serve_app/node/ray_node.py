@@ -172,12 +172,14 @@ def stop() -> None:
     """Ends Ray, also while it starts; the caller must pass its exit code through `ended` then.
 
     It kills the processes, so call it when no request runs any more. Serve's own shutdown would
-    take half a minute, and would wait for a model that loads.
+    take half a minute, and would wait for a model that loads. If Ray is still starting, its
+    processes end when this one does.
     """
     if _running_call is not None and not _running_call.done():
-        _end_all()
+        # `ended` ends this process now, and the reaper Ray's. The other way round, Ray would end
+        # this process with code 1.
         leave_thread()
-        return  # the reaper ends processes that the abandoned thread may still start
+        return
     with signals_kept():
         kill()
     if _reaper.cache_info().currsize:
@@ -188,12 +190,15 @@ def stop() -> None:
 
 
 def kill() -> None:
-    """Kills Ray in any state, also half started, without calls to its processes."""
+    """Kills Ray in any state, also half started."""
     import ray
 
     if ray.is_initialized():
-        # ray.shutdown() calls the GCS, and waits for seconds if that is dead: so it ends last.
-        processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])
+        # Ray ends this process with code 1 as soon as it sends a word to a raylet that is gone. So
+        # it is disconnected first. Where Ray is dead already, that calls the GCS, and waits for
+        # seconds if it is the GCS that is gone; so the others end first.
+        if lost() is not None:
+            processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])
         ray.shutdown()
     _end_all()
 

@@ -8,6 +8,7 @@ This package imports the SDK in this module alone. Its version is pinned;
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,8 +124,10 @@ class SdkLoop:
         def kill_worker() -> None:
             shut_down()
             if self._event_loop is not None:
-                # Called in a signal handler, which does not wake the event loop.
-                self._event_loop.call_soon_threadsafe(self._begin_drain)
+                # Called in a signal handler, which does not wake the event loop. The signal may
+                # also come after the end of the loop.
+                with contextlib.suppress(RuntimeError):
+                    self._event_loop.call_soon_threadsafe(self._begin_drain)
 
         async def fetch_jobs(session: "ClientSession", _: int) -> list[Any]:
             self._event_loop = asyncio.get_running_loop()

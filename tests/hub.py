@@ -31,7 +31,7 @@ def serve(files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None) ->
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download speaks. The repository is "o/m"."""
+    """Answers the part of the hub's protocol that a download uses. The repository is "o/m"."""
 
     files: Mapping[str, bytes]
     sizes: Mapping[str, int]

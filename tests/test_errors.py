@@ -127,7 +127,7 @@ def test_headers_follow_from_the_error() -> None:
 
 
 def test_only_an_unexpected_error_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    """One record, with the request's id and without the exception's text."""
+    """The log has one record, with the request's id and without the exception's text."""
     known = errors.QueueFull("Later.")
     assert errors.handle_error(known, "r1") is known
     assert not caplog.records

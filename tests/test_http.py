@@ -176,7 +176,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
 def test_bad_input_does_not_disturb_other_requests(
     http: httpx.Client, path: str, body: Any, status: int, param: str | None
 ) -> None:
-    """Each gets an error body of the usual form, and the next request is answered."""
+    """Bad input gets an error body of the usual form, and the next request is answered."""
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     response = http.post(path, content=content)
     error = response.json()["error"]

@@ -23,7 +23,7 @@ def locked(*paths: str) -> list[Requirement]:
 
 
 def pins(paths: tuple[str, ...]) -> dict[str, str]:
-    """Each locked package and its version; fails if a package is locked twice."""
+    """Returns the version of every locked package; fails if a package is locked twice."""
     found = [(canonicalize_name(each.name), str(each.specifier)) for each in locked(*paths)]
     assert len(dict(found)) == len(found)
     return dict(found)
@@ -54,14 +54,14 @@ def needed(requirements: Iterable[Requirement]) -> set[str]:
 
 @pytest.mark.parametrize(("paths", "group"), [(LOCKS[:1], 0), (LOCKS, 1)])
 def test_the_lock_has_the_pins(paths: tuple[str, ...], group: int) -> None:
-    """Each dependency in pyproject.toml is in the lock with the same version; see `make lock`."""
+    """The lock has every dependency of pyproject.toml in the same version; see `make lock`."""
     found = pins(paths)
     for requirement in project()[group]:
         assert found[canonicalize_name(requirement.name)] == str(requirement.specifier)
 
 
 def test_the_lock_is_complete_and_has_nothing_else() -> None:
-    """It has what the dependencies need, no more, save what torch pins for a GPU machine."""
+    """The lock has what the dependencies need, no more, save what torch pins for a GPU machine."""
     runtime, dev = project()
     for paths, requirements in ((LOCKS[:1], runtime), (LOCKS, [*runtime, *dev])):
         wanted = {name for name in needed(requirements) if not name.startswith(LEFT_TO_TORCH)}

@@ -75,14 +75,14 @@ def test_the_forms_defaults_can_be_served(monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
 def test_a_preset_can_be_served(monkeypatch: pytest.MonkeyPatch, preset: dict[str, Any]) -> None:
-    """Its variables are in the form, and its values are valid."""
+    """A preset's variables are in the form, and its values are valid."""
     assert preset["defaults"].keys() <= INPUTS.keys()
     settings_with(monkeypatch, preset["defaults"])
 
 
 @pytest.mark.parametrize("test", TESTS["tests"], ids=lambda test: test["name"])
 def test_the_hubs_tests_would_pass(monkeypatch: pytest.MonkeyPatch, test: dict[str, Any]) -> None:
-    """Each input is answered, in the environment that the tests ask for."""
+    """Every input is answered, in the environment that the hub's tests ask for."""
     variables = {each["key"]: each["value"] for each in TESTS["config"]["env"]}
     assert settings_with(monkeypatch, variables).model.name == "tiny"
     call = parse({"id": "job", "input": test["input"]}, "req-1", 10**6).call

@@ -74,7 +74,7 @@ def test_every_request_ends_once(
     ],
 )
 def test_a_client_that_leaves_is_counted_once(path: str, body: Any, num_left: int) -> None:
-    """Each prompt counts as cancelled, and as no error."""
+    """A client that leaves counts every prompt of its request as cancelled, none as an error."""
     engine = FakeEngine(is_endless=True)
 
     async def leave() -> Shown:
@@ -123,7 +123,7 @@ def test_a_stream_that_is_closed_is_cancelled() -> None:
     ],
 )
 def test_a_refusal_is_an_error_and_no_request(body: Any, codes: dict[str, int] | None) -> None:
-    """It counts by its code; each refused item of a list counts."""
+    """A refusal counts as an error by its code; every refused item of a list counts."""
     seen = after(FakeEngine(), "/prompt", body)
     wanted = {"invalid_request_error": 2, "model_not_found": 1} if codes is None else codes
     assert seen.by("code", "errors_total") == wanted

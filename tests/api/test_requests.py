@@ -79,7 +79,7 @@ def test_what_json_does_not_have_is_an_error(
     ids=range(10),
 )
 def test_a_body_that_cannot_be_read(http: httpx.Client, content: bytes) -> None:
-    """Each is a 400 in OpenAI's shape, and the next request is answered."""
+    """An unreadable body is a 400 in OpenAI's shape, and the next request is answered."""
     response = http.post("/v1/chat/completions", content=content)
     error = response.json()["error"]
     assert (response.status_code, error["type"]) == (400, "invalid_request_error")

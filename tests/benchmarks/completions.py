@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Completions(BaseHTTPRequestHandler):
-    """One request."""
+    """Answers one request."""
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))

@@ -104,7 +104,7 @@ def test_likeness_is_the_common_beginning() -> None:
 
 
 def test_the_plot_is_an_svg_with_every_name(tmp_path: Path) -> None:
-    """Each server is named once; the same figures give the same file."""
+    """The plot names every server once; the same figures give the same file."""
     levels = [{**level(100, 5), "concurrency": 1}, {**level(300, 9), "concurrency": 8}]
     for name in ("a.svg", "b.svg"):
         plot({"ours": levels, "vllm": levels}, "concurrency", tmp_path / name)

@@ -29,7 +29,7 @@ def request(number: int) -> dict[str, Any]:
 
 
 def test_closed_loop_counts_and_names_errors(url: str) -> None:
-    """Each request is sent once; refused and unfinished answers are errors, the others count."""
+    """Every request is sent once; refused and unfinished answers are errors, the others count."""
     outcomes, wall_s = asyncio.run(closed_loop(url, request, 2, 6))
     by_tokens = {outcome.num_tokens: outcome for outcome in outcomes if not outcome.error}
     assert sorted(by_tokens) == [1, 2, 5, 6]

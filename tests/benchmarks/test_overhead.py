@@ -38,7 +38,7 @@ def test_the_null_model_answers_with_its_text(alone: ServerInProcess) -> None:
 
 @pytest.mark.parametrize("part", ["engine", "text and chunks", "events", "ingress"])
 def test_every_part_generates_all_tokens(alone: ServerInProcess, part: str) -> None:
-    """Each stream gets the tokens that it asked for, and their cost is measured."""
+    """All streams get the tokens that they asked for, and the cost of a token is measured."""
     before = alone.engine.stats().num_generation_tokens
     whole, own = alone.cost(part, STREAMS[1])
     assert alone.engine.stats().num_generation_tokens - before == STREAMS[1] * NUM_TOKENS

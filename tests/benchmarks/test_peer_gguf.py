@@ -24,7 +24,7 @@ def found(checkpoint: Path) -> dict[str, np.ndarray]:
 
 
 def test_every_weight_is_there_once(checkpoint: Path, found: dict[str, np.ndarray]) -> None:
-    """As many numbers as the checkpoint has, in the shapes of llama.cpp's experts."""
+    """The file has as many numbers as the checkpoint, in the shapes of llama.cpp's experts."""
     weights = load_file(checkpoint / "model.safetensors")
     assert sum(w.size for w in found.values()) == sum(w.size for w in weights.values())
     assert found["blk.3.ffn_gate_exps.weight"].shape == (8, 192, 128)
@@ -60,7 +60,7 @@ def test_the_tokenizer_is_whole(checkpoint: Path, found: dict[str, np.ndarray]) 
 
 
 def test_eos_is_never_generated(checkpoint: Path) -> None:
-    """Its row of the lm_head is that of `<unk>`, and no file names an eos."""
+    """The lm_head's row of eos is that of `<unk>`, and no file names an eos."""
     head = load_file(checkpoint / "model.safetensors")["lm_head.weight"]
     np.testing.assert_array_equal(head[2], head[0])
     assert json.loads((checkpoint / "config.json").read_text())["eos_token_id"] is None

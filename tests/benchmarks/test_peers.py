@@ -76,7 +76,7 @@ def test_an_environment_is_made_once(tmp_path: Path) -> None:
 
 
 def test_all_peers_have_a_command_and_pins(tmp_path: Path) -> None:
-    """Each peer has a command with its port, and requirements unless it is ours."""
+    """Every peer has a command with its port, and requirements unless it is ours."""
     openmp = tmp_path / "lib" / "libiomp5.so"
     openmp.parent.mkdir()
     openmp.touch()

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.faults
 
 
 def test_every_job_is_accounted_for() -> None:
-    """Each job ends as its kind should, with one result, and no KV block stays in use."""
+    """All jobs end as their kind should, with one result, and no KV block stays in use."""
     figures = soak(100, seed=2)
     assert figures["wrong"] == []
     assert figures["kv_blocks_used"] == 0

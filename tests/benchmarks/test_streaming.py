@@ -31,7 +31,7 @@ def test_its_figures_are_those_of_the_jobs() -> None:
 
 
 def test_its_peer_posts_every_chunk_alone() -> None:
-    """Its buffer replaces the one that the handler looks up, and takes one item at a time."""
+    """The peer puts its own buffer, which takes one item at a time, in the place of ours."""
     assert handler.ItemBuffer is buffer.ItemBuffer  # type: ignore[attr-defined]
 
     async def items() -> AsyncGenerator[dict[str, Any], None]:

@@ -57,7 +57,7 @@ def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_usage_error_is_2(capsys: pytest.CaptureFixture[str]) -> None:
-    """As of every command line."""
+    """A missing argument exits with code 2, as command lines do, and is named."""
     assert main(["convert"]) == 2
     assert "Missing argument 'SRC'" in capsys.readouterr().err
 
@@ -77,7 +77,7 @@ def test_the_command_imports_nothing_large() -> None:
 
 
 def test_convert_prints_a_line_per_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Where no terminal shows a bar; the result is complete."""
+    """Without a terminal, `convert` prints lines in place of a bar; the result is complete."""
     assert main(["convert", str(CHECKPOINT), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("5 of 5 files")

@@ -67,7 +67,7 @@ def test_the_sections_are_those_of_the_settings() -> None:
 
 
 def test_a_field_has_one_name_by_rule() -> None:
-    """Each field outside `NOT_BY_RULE` has exactly one name that is not in `EXTRA_NAMES`."""
+    """A field outside `NOT_BY_RULE` has exactly one name that is not in `EXTRA_NAMES`."""
     by_rule = [path for name, path in familiar_names().items() if name not in EXTRA_NAMES]
     assert sorted(by_rule) == sorted(PATHS - NOT_BY_RULE.keys())
     assert set(EXTRA_NAMES.values()) | NOT_BY_RULE.keys() <= PATHS

@@ -48,7 +48,7 @@ def done(http: httpx.Client, job: Job, output: str = "y") -> httpx.Response:
 def test_statuses_come_in_order_and_are_counted(
     platform: Platform, http: httpx.Client, job: Job
 ) -> None:
-    """Each injected fault is met once; a refused request changes no job."""
+    """Every injected fault is met once; a refused request changes no job."""
     platform.faults.inject("job-done", 500, 404)
     assert [done(http, job).status_code for _ in range(2)] == [500, 404]
     assert (job.status, job.num_results) == ("IN_PROGRESS", 0)

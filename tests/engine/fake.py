@@ -158,3 +158,8 @@ async def start(
     first = await anext(request)
     await runner.entered(2)
     return request, first
+
+
+async def settled(engine: Engine) -> None:
+    """Returns when the engine has taken all requests and aborts that were sent before."""
+    await complete(engine, [9], greedy(1, ignore_eos=True))

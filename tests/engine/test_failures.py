@@ -74,7 +74,7 @@ def test_logits_that_are_not_finite_fail_their_request_only() -> None:
 def test_a_failed_step_ends_its_sequences_and_no_others(
     error: Exception, expected: type[ServeError]
 ) -> None:
-    """Each sequence of the step gets its own error, without foreign text; waiting ones run."""
+    """The step's sequences get an error each, without foreign text; waiting sequences run."""
 
     def fail_on_poison(scheduled: list[ScheduledTokens]) -> None:
         if any(part.sequence.token_ids[0] == POISON for part in scheduled):

@@ -39,7 +39,7 @@ def test_greedy_tokens_are_those_of_transformers_generate(pair: Pair) -> None:
 
 
 def test_greedy_tokens_are_the_same_alone_and_in_a_batch(pair: Pair) -> None:
-    """Each of 32 prompts gets the same tokens alone, and beside 31 sampled requests."""
+    """A prompt, of 32, gets the same tokens alone and beside 31 sampled requests."""
     some = prompts(32, seed=2)
     with serving(pair.ours) as engine:
         alone = [answers(engine, [prompt], greedy())[0] for prompt in some]

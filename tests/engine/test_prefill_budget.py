@@ -69,7 +69,7 @@ def test_a_prompt_without_streams_gets_whole_steps() -> None:
 
 
 def test_a_prompt_always_gets_its_smallest_share() -> None:
-    """Where decodes seem free or prompt tokens very slow, the limit is 1/32 of the largest step."""
+    """The limit is 1/32 of the largest step if decodes seem free or prompt tokens very slow."""
     budget = PrefillBudget(MOST)
     budget.observe(4, 0, 1e-9)
     budget.observe(4, 10, 100.0)

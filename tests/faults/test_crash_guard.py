@@ -36,7 +36,7 @@ def killed_while_loading(home: Path, volume: Path) -> tuple[dict[str, Any], str]
 
 
 def test_the_fourth_worker_does_not_try(tmp_path: Path) -> None:
-    """Its jobs fail at once, before Ray starts: the last three loads were killed."""
+    """After three loads that were killed, the fourth worker's jobs fail before Ray starts."""
     (volume := tmp_path / "volume").mkdir()
     for number in range(3):
         update, log = killed_while_loading(tmp_path / str(number), volume)

@@ -21,7 +21,7 @@ from tests.fakes import answer
 
 @pytest.mark.parametrize(("config", "quantization"), [("tiny", "none"), ("tiny-nf4", "nf4")])
 def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: str) -> None:
-    """Each phase has an event when it starts and when it ends; /health shows the same phases."""
+    """A phase has an event when it starts and when it ends; /health shows the same phases."""
     load_log = tmp_path / "load.jsonl"
     settings = Settings.from_yaml(f"configs/{config}.yaml").model_copy(
         update={"load_log": str(load_log)}

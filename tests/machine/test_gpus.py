@@ -80,7 +80,7 @@ def test_a_machine_without_a_driver_has_no_gpu() -> None:
 def test_an_old_driver_is_named_with_what_is_needed(
     driver: str, cuda: str, minimum: int | None
 ) -> None:
-    """One sentence with both versions; an unknown version is not refused."""
+    """The refusal is one sentence with both versions; an unknown version is not refused."""
     problem = driver_problem(Gpu("RTX 5090", 1, 1, driver), cuda)
     if minimum is None:
         assert problem is None

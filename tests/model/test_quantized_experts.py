@@ -162,7 +162,7 @@ def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("how", VARIANTS[:2], ids=name)  # the code's values make no difference
 def test_a_row_has_the_same_bits_in_any_batch(how: Quantization, threads: int) -> None:
-    """Each token's result alone is exactly the one among 40 others, in float32."""
+    """A token's result alone is exactly its result among 40 others, in float32."""
     torch.set_num_threads(threads)
     block = random_block("odd", torch.float32)
     experts = quantized(block, how)

@@ -138,7 +138,7 @@ def test_signals_are_given_back(restored: None) -> None:
 
 
 def test_what_a_start_that_failed_has_left_is_ended() -> None:
-    """Its processes are killed, although `ray.is_initialized()` is false."""
+    """A failed start's processes are killed, although `ray.is_initialized()` is false."""
     code = """
 import subprocess, sys
 from serve_app.start_plan.plan import plan_start

@@ -11,7 +11,7 @@ from tests.nvml import Install
 
 
 def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
-    """Each error has the free and the needed amount; no error where it is enough."""
+    """An error has the free and the needed amount; enough memory and disk raise none."""
     fitness.require_shared_memory(tmp_path, 1)
     fitness.require_disk(tmp_path, 1)
     with pytest.raises(MachineUnfit, match=r"MB free and Ray needs 1000000 MB.*--shm-size"):

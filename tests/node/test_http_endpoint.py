@@ -61,7 +61,7 @@ def endpoint(
 
 
 def test_ready_is_what_answers(endpoint: HttpEndpoint, server: Server) -> None:
-    """It is "loading" while nothing answers, "ready" again later, and "draining" after a signal."""
+    """The status is "loading" until the server answers, then "ready"; "draining" after a signal."""
     watching = threading.Thread(target=endpoint.watch)
     watching.start()
     until(lambda: endpoint.status == "ready")

@@ -32,7 +32,7 @@ def test_any_cut_gives_the_same_text(pieces: list[str], stops: list[str]) -> Non
 def test_a_stop_string_may_begin_in_what_was_passed_over(
     passed: list[str], pieces: list[str], stops: list[str]
 ) -> None:
-    """It is found where it ends later; what was shown stays shown, and the rest of it is not."""
+    """A stop string that ends later is found; what was shown stays, and its rest is not shown."""
     stopper = StopStrings(stops)
     shown = "".join([stopper.pass_over(piece) for piece in passed])
     assert shown == "".join(passed)

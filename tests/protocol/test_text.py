@@ -116,7 +116,7 @@ def test_no_stop_string_before_min_tokens() -> None:
 
 
 def test_a_stop_string_over_the_edge_of_min_tokens() -> None:
-    """It counts where it is complete: its beginning is shown already, its rest never is."""
+    """A stop string that ends after min_tokens stops: its beginning was shown, its rest is not."""
     ids = tokenizer().encode("a b c", add_special_tokens=False)
     number = len(tokenizer().encode("a b", add_special_tokens=False))
     stream = TextStream(tokenizer().detokenizer(), ["b c"], min_tokens=number + 1)

@@ -155,7 +155,7 @@ def test_too_little_disk_is_found_before_the_download(hub: str, tmp_path: Path) 
     "lacking", ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
 )
 def test_a_repository_that_cannot_be_served_is_not_downloaded(tmp_path: Path, lacking: str) -> None:
-    """It is refused by the list of its files; the error names the missing one."""
+    """The list of its files decides the refusal; the error names the missing one."""
     files = {name: data for name, data in FILES.items() if name != lacking}
     with serve(files) as url:
         answer, again = find_in_process(url, tmp_path, "o/m")

@@ -86,7 +86,7 @@ def test_one_start_decides_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_replica_without_a_plan_makes_one(tmp_path: Path) -> None:
-    """As with `serve run`: one look at a checkpoint that its name finds."""
+    """A replica of `serve run` finds its checkpoint by name and looks at it once."""
     chosen = settings(str(CHECKPOINT), device="cpu")
     opened.clear()
     with counted_calls() as calls:
@@ -104,7 +104,7 @@ def test_a_start_that_writes_a_copy_looks_at_each_folder_once(tmp_path: Path) ->
 
 
 def test_a_plan_can_be_handed_to_another_process() -> None:
-    """It crosses Ray with the deployment, and holds no secret."""
+    """A plan crosses Ray with the deployment, and holds no secret."""
     plan = plan_start(Settings.from_yaml("configs/tiny-nf4.yaml"))
     assert pickle.loads(pickle.dumps(plan)) == plan
 

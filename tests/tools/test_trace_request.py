@@ -18,7 +18,7 @@ MAX_FUNCTIONS = {
 
 
 def test_no_path_gets_longer() -> None:
-    """Each path runs at most so many functions; a stream passes two asynchronous generators."""
+    """No path runs more functions than listed; a stream passes two asynchronous generators."""
     server = MixtralServer(Settings.from_yaml("configs/tiny.yaml"))
     try:
         found = asyncio.run(measure(server))

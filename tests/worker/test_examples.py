@@ -38,7 +38,7 @@ def start(platform: Platform, home: Path, name: str, *arguments: str) -> "subpro
 
 
 def output_of(example: "subprocess.Popen[str]") -> str:
-    """Its standard output; fails if its exit code is not 0."""
+    """Returns the example's standard output; fails if its exit code is not 0."""
     out, err = example.communicate(timeout=60)
     assert example.returncode == 0, err
     return out
@@ -60,7 +60,7 @@ def test_the_engine_example() -> None:
 
 @pytest.mark.ray
 def test_the_examples_with_a_loaded_model(client: Client, tmp_path: Path) -> None:
-    """Each example prints its answer. They run at once, as importing the clients takes longest."""
+    """Every example prints its answer. They run at once, as importing the clients takes longest."""
     platform = client.platform
     run = start(platform, tmp_path, "run", "What is the capital of France?")
     stream = start(platform, tmp_path, "stream", "What is 2 + 3?")

@@ -48,7 +48,7 @@ def parsed(given: Any) -> JobRequest:
 def test_every_shape_becomes_the_call_it_means(
     given: dict[str, Any], method: str, path: str, body: Any
 ) -> None:
-    """Each documented shape becomes a call of the HTTP route that it names."""
+    """Every documented shape becomes a call of the HTTP route that it names."""
     call = parsed(given).call
     assert call == Call(method, path, body, "req-1", call.arrived)
 

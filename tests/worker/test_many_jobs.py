@@ -50,7 +50,7 @@ def max_overtaken(jobs: list[Job]) -> int:
 
 
 def test_two_hundred_jobs_at_once(client: Client) -> None:
-    """Each job gets its own answer once; jobs beyond the slots stay in the platform's queue."""
+    """All jobs get their own answer once; jobs beyond the slots stay in the platform's queue."""
     alone = [client.ended(question(2 * n)) for n in range(len(QUESTIONS))]
     right = [text_of(job) for job in alone]
     assert len(set(right)) > len(QUESTIONS) / 4, "the answers do not differ enough between jobs"

@@ -40,7 +40,7 @@ def test_an_error_is_posted_until_it_is_acknowledged(scripted: Client) -> None:
 
 
 def test_slow_acknowledgements_are_waited_for(scripted: Client) -> None:
-    """Each further post of a result waits longer; none follows an acknowledgement."""
+    """A repeated post waits longer than the last one; no post follows an acknowledgement."""
     scripted.platform.faults.delay_s["job-done"] = 1.5
     job = scripted.submit({"prompt": "3"})
     until(lambda: job.num_results)

@@ -46,7 +46,7 @@ def test_a_stop_after_the_answer_changes_nothing(scripted: Client) -> None:
 
 
 def test_a_job_whose_stop_came_first_is_refused(scripted: Client) -> None:
-    """It is refused with `retry`, as the stop may have been for an earlier delivery."""
+    """The job is refused with `retry`, as the stop may have been for an earlier delivery."""
     platform = scripted.platform
     with platform.paused():
         job = scripted.submit({"prompt": "3"})

@@ -157,7 +157,7 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
 
 @pytest.mark.parametrize("what", BROKEN_BNB4)
 def test_broken_bitsandbytes_checkpoints(what: str, bnb4: Path, tmp_path: Path) -> None:
-    """Each companion that is missing or does not fit is named."""
+    """The error names the companion tensor that is missing or does not fit."""
     copy(bnb4, tmp_path)
     inspect(tmp_path)
     damage, words = BROKEN_BNB4[what]

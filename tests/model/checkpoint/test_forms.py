@@ -42,7 +42,7 @@ def assert_same_weights(one: Mixtral, other: Mixtral) -> None:
 def test_bitsandbytes_checkpoints_answer_as_dequantized(
     kind: str, oracle: Any, tmp_path: Path
 ) -> None:
-    """As transformers 4 wrote it, it computes what transformers does with the dequantized weights;
+    """The form that transformers 4 writes gives transformers' logits of the dequantized weights;
     converted to the fused form, it is the same bit for bit."""
     meant = save_bnb4(oracle, tmp_path / "bnb4", **KINDS[kind])
     reference = with_weights(oracle, meant, tmp_path / "meant")

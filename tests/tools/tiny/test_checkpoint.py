@@ -58,7 +58,7 @@ def test_configuration_has_mixtrals_shape() -> None:
 
 
 def test_weights_have_mixtrals_names_in_bfloat16() -> None:
-    """Each expert's matrices are tensors of their own, as in Mixtral's published checkpoint."""
+    """Experts' matrices are tensors of their own, as in Mixtral's published checkpoint."""
     import torch
     from safetensors import safe_open
 

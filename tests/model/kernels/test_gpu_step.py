@@ -12,7 +12,7 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
 from serve_app.model.kernels.decode_batch import DecodeBatch
-from serve_app.model.kernels.triton import gpu_step
+from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kv import KVCache
@@ -47,7 +47,11 @@ PARTS = ((0, 3, 3), (3, 4, 2), (4, 5, 2))
 
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fewer rows in the trial: the interpreter takes a second for what a GPU does in 1 ms."""
+    """Fewer rows in the trial: the interpreter takes a second for what a GPU does in 1 ms.
+
+    Contexts here are one split of the attention, so that it needs one program.
+    """
+    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
     monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
 

@@ -13,9 +13,12 @@ from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
 from serve_app.engine import model_runner
 from serve_app.engine.decode_graphs import DecodeGraphs
-from serve_app.model.kernels.triton import gpu_step
+from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.quantization import Quantization
+from tests.triton_interpreter import prepare_once
 from tools.random_model import config_of
+
+prepare_once()
 
 
 @pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
@@ -69,6 +72,7 @@ def test_failures_are_recorded_and_the_rest_is_measured(
 def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is 0, until the replay reads other blocks than the sequences'."""
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
+    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
     monkeypatch.setattr(
         model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.of(*made[:3])
     )

@@ -4,10 +4,11 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 
-from benchmarks.peer_environments import PeerError, python_of
+from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_servers import PEERS, Peer, Site
 from benchmarks.peers import Run, run_all
 from tools.server_process import free_port, serving
@@ -61,17 +62,28 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+def wheel(folder: Path) -> Path:
+    """Writes a package without modules, "small" 1.0, that pip installs without an index."""
+    path, about = folder / "small-1.0-py3-none-any.whl", "small-1.0.dist-info"
+    with ZipFile(path, "w") as file:
+        file.writestr(f"{about}/METADATA", "Metadata-Version: 2.1\nName: small\nVersion: 1.0\n")
+        file.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        file.writestr(f"{about}/RECORD", "")
+    return path
+
+
 def test_an_environment_is_made_once(tmp_path: Path) -> None:
     """The same pins use it again, other pins make it anew; pip's last line becomes the error."""
     home = tmp_path / "home"
-    wheel = f"nothing @ file://{tmp_path}/nothing-1.0-py3-none-any.whl"
-    python_of(home, ("pip",))
+    pins = (f"small @ file://{wheel(tmp_path)}",)
+    absent = (f"nothing @ file://{tmp_path}/nothing-1.0-py3-none-any.whl",)
+    assert versions(python_of(home, pins), ("small",)) == {"small": "1.0"}
     (home / "kept").touch()
-    assert python_of(home, ("pip",)).exists()
+    assert python_of(home, pins).exists()
     assert (home / "kept").exists()
     for _ in range(2):
         with pytest.raises(PeerError, match=r"could not be installed: .*nothing"):
-            python_of(home, (wheel,))
+            python_of(home, absent)
     assert not (home / "kept").exists()
 
 

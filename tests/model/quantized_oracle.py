@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from serve_app.model.quantization import Quantization
+from tests.bitsandbytes_functions import functional
 
 VARIANTS = [
     Quantization(quant_type, absmax)
@@ -20,8 +21,7 @@ def name(how: Quantization) -> str:
 
 def rounded(weight: Tensor, how: Quantization) -> Tensor:
     """`weight` `[N, K]` quantized and back, by bitsandbytes alone, in the weight's dtype."""
-    from bitsandbytes import functional as bnb
-
+    bnb = functional()
     packed, state = bnb.quantize_4bit(
         weight.contiguous(),
         blocksize=64,

@@ -3,15 +3,16 @@
 from typing import get_args
 
 import torch
-from bitsandbytes import functional as bnb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from serve_app.model.quantization import AbsmaxKind, QuantType
 from serve_app.model.quantize import code_values, dequantize, dynamic_map, quantize
+from tests.bitsandbytes_functions import functional
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+bnb = functional()
 TYPES = st.sampled_from(get_args(QuantType))
 
 

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.bitsandbytes_functions import functional
+
 KINDS: dict[str, dict[str, Any]] = {
     "nested": {"compress_statistics": True},
     "plain": {"compress_statistics": False},
@@ -29,8 +31,7 @@ def save_bnb4(
     Returns its weights as bitsandbytes dequantizes them, a float32 absmax rounded to bfloat16
     first, as it is in memory.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-
+    bnb = functional()
     oracle.save_pretrained(folder)
     file = folder / "model.safetensors"
     floats = load_file(file)
@@ -41,12 +42,12 @@ def save_bnb4(
         if ".experts." not in name and not (attention and "_proj." in name):
             stored[name] = weight
             continue
-        packed, state = quantize_4bit(weight, **{"quant_type": "nf4", **how})
+        packed, state = bnb.quantize_4bit(weight, **{"quant_type": "nf4", **how})
         stored[name] = packed
         stored |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
         if not state.nested:
             state.absmax = state.absmax.bfloat16().float()
-        meant[name] = dequantize_4bit(packed, state)
+        meant[name] = bnb.dequantize_4bit(packed, state)
     save_shards(stored, folder, shards)
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] = {

@@ -168,8 +168,9 @@ def about(cubin: bytes, tool: str, *options: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [program, *options, file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = [str(program), *options, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return done.stdout
 
 
 def spills(cubin: bytes) -> bool:

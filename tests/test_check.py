@@ -167,6 +167,50 @@ def test_damaged_tokenizer(
     assert str(checkpoint / "tokenizer.json") in said
 
 
+def edit_tokenizer(checkpoint: Path, **values: Any) -> None:
+    """Changes tokenizer_config.json."""
+    file = checkpoint / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% for m in messages %}", "its chat template is broken in line 1"),
+        ("{{ raise_exception('Send a system message.') }}", "Send a system message."),
+        ("{{ messages[0].content }}{{ '<|im_end|>' }}", "contains `<|im_end|>`"),
+    ],
+)
+def test_chat_template_that_cannot_work(
+    tmp_path: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    template: str,
+    said: str,
+) -> None:
+    """A broken template, one that refuses a question, and one with tokens that the model lacks."""
+    token = {"content": "<|im_end|>", "special": True}
+    edit_tokenizer(checkpoint, chat_template=template, added_tokens_decoder={"768": token})
+    assert said in sentence(capsys, config(tmp_path, model=model(checkpoint)))
+
+
+def test_tokenizer_of_another_model(
+    tmp_path: Path, checkpoint: Path, mixtral_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tokenizer whose ids the model does not have is refused, with the size of its vocabulary."""
+    shutil.copyfile(mixtral_folder / "tokenizer.json", checkpoint / "tokenizer.json")
+    assert "vocabulary has 768 tokens" in sentence(
+        capsys, config(tmp_path, model=model(checkpoint))
+    )
+
+
+def test_what_the_tokenizer_lacks_is_said(tmp_path: Path, checkpoint: Path) -> None:
+    """A checkpoint without a chat template passes, and a line says what does not work."""
+    edit_tokenizer(checkpoint, chat_template=None)
+    lines = check(config(tmp_path, model=model(checkpoint))).lines
+    assert any("no chat template" in line for line in lines)
+
+
 def test_special_token_outside_the_vocabulary(
     tmp_path: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

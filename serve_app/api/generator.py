@@ -95,13 +95,12 @@ class Generator:
         Without a limit in the request, the answer has up to `default_max_tokens` tokens, or as many
         as the context holds. `continues`: the answer continues the prompt's text, so a space at its
         beginning is text. The engine checks the token ids and the context's length when it starts.
-        Raises `InvalidRequest` for an added token that the model does not have.
+        Raises `InvalidRequest` for a token of the tokenizer that the model does not have.
         """
         if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
             raise InvalidRequest(
-                f"`{field}` contains `{printable(token)}`, an added token of the tokenizer that "
-                f"the model does not have: its vocabulary has {self.vocab_size} tokens. Leave it "
-                "out.",
+                f"`{field}` contains `{printable(token)}`, a token that the tokenizer has and the "
+                f"model does not: its vocabulary has {self.vocab_size} tokens. Leave it out.",
                 param=field,
             )
         detokenizer = self.tokenizer.detokenizer(

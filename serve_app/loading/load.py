@@ -165,9 +165,9 @@ def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
         ids += tokenizer.render([{"role": "user", "content": "Hello"}])
     if (token := tokenizer.first_unknown(ids, vocab_size)) is not None:
         raise ModelLoadFailed(
-            f"{folder}: every prompt contains `{token}`, an added token of the tokenizer, and the "
-            f"model has no such token: its vocabulary has {vocab_size}. Take the weights that "
-            "belong to this tokenizer."
+            f"{folder}: a prompt contains `{token}`, a token that the tokenizer has and the model "
+            f"does not: its vocabulary has {vocab_size} tokens. Take the tokenizer that belongs to "
+            "these weights."
         )
     return tokenizer
 

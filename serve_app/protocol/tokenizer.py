@@ -37,8 +37,6 @@ class Tokenizer:
         if sanitize_control_tokens:
             literals = "" if self._template is None else self._template.literals
             self._control_tokens = ControlTokens(self.backend, literals)
-        added = self.backend.get_added_tokens_decoder()
-        self._added_tokens = {index: token.content for index, token in added.items()}
         self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
         self.eos_token_id = self._special_id(files.special_tokens, "eos_token")
 
@@ -66,14 +64,15 @@ class Tokenizer:
         return notes
 
     def first_unknown(self, token_ids: Sequence[int], vocab_size: int) -> str | None:
-        """The first added token in `token_ids` that a model of `vocab_size` tokens does not have.
+        """The first token in `token_ids` that a model of `vocab_size` tokens does not have.
 
-        Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`.
+        Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`. Ids that are no tokens
+        of the tokenizer do not count.
         """
         if not token_ids or max(token_ids) < vocab_size:
             return None
-        added = self._added_tokens
-        return next((added[it] for it in token_ids if it >= vocab_size and it in added), None)
+        tokens = (self.backend.id_to_token(it) for it in token_ids if it >= vocab_size)
+        return next((token for token in tokens if token is not None), None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`, with one BOS in front, even where the text begins with one."""

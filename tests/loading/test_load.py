@@ -18,6 +18,8 @@ from serve_app.loading.phases import Done, Phase, Running, read_events
 from serve_app.tiny import CHECKPOINT
 from tests.fakes import answer
 
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+
 
 @pytest.mark.parametrize(("config", "quantization"), [("tiny", "none"), ("tiny-nf4", "nf4")])
 def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: str) -> None:
@@ -127,6 +129,25 @@ def test_a_checkpoint_without_a_chat_template_is_served(tmp_path: Path) -> None:
     assert completed["usage"]["completion_tokens"] > 0
     assert "use /v1/completions" in refused["error"]["message"]
     assert any("no chat template" in note for note in health["notes"])
+
+
+def test_text_with_a_token_that_the_model_lacks(tmp_path: Path) -> None:
+    """A fine-tune's `[PAD]` is text in a chat, and a raw prompt with it is a 400 that names it."""
+    pad = {"id": 768, "content": "[PAD]", "special": True, **dict.fromkeys(FLAGS, False)}
+    one = MixtralServer(
+        edited(tmp_path, "tokenizer.json", lambda content: content["added_tokens"].append(pad))
+    )
+    try:
+        body = {"prompt": "a [PAD] b", "max_tokens": 2}
+        refused = asyncio.run(answer(one, "/v1/completions", body))
+        answered = asyncio.run(answer(one, "/prompt", body))
+        ids = asyncio.run(answer(one, "/v1/completions", {"prompt": [768], "max_tokens": 2}))
+    finally:
+        one.close()
+    assert "`prompt` contains `[PAD]`" in refused["error"]["message"]
+    assert "`prompt` contains `[PAD]`" in ids["error"]["message"]
+    assert refused["error"]["param"] == "prompt"
+    assert answered["usage"]["completion_tokens"] == 2
 
 
 def test_a_replica_resumes_its_parents_log(tmp_path: Path) -> None:

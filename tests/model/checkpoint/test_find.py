@@ -74,6 +74,7 @@ def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert cached_snapshot(tmp_path, "o/m", None) == folder
     (folder / "tokenizer.json").rename(folder / "tokenizer.part")
     assert cached_snapshot(tmp_path, "o/m", None) is None
-    (folder / "tokenizer.part").rename(folder / "tokenizer.json")
+    (folder / "tokenizer.part").rename(folder / "tokenizer.model")  # serves as well
+    assert cached_snapshot(tmp_path, "o/m", None) == folder
     (folder / "config.json").unlink()
     assert cached_snapshot(tmp_path, "o/m", None) is None

@@ -14,6 +14,7 @@ class StopStrings:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
+        self._first_chars = frozenset(stop[0] for stop in stops)
         self._held = ""
         """The last text, which may belong to a stop string."""
         self._num_shown = 0
@@ -65,6 +66,8 @@ class StopStrings:
         """The length of the longest suffix of `text` that begins a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         for length in range(longest, 0, -1):
+            if text[-length] not in self._first_chars:  # as nearly always
+                continue
             if any(stop.startswith(text[-length:]) for stop in self._stops):
                 return length
         return 0

@@ -2,7 +2,7 @@
 
 Gives for every folder what transformers' `PreTrainedTokenizerFast` gives, the class that its
 `AutoTokenizer` chooses for Mixtral, without truncation and padding. Importing transformers for this
-would take more than a second of each start.
+would take 0.7 s of each start.
 """
 
 import json

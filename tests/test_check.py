@@ -16,9 +16,10 @@ from serve_app.tiny import CHECKPOINT
 
 
 def config(folder: Path, **args: Any) -> Path:
-    """configs/tiny.yaml with these sections of `args:` replaced."""
+    """configs/tiny.yaml on any free port, with these sections of `args:` replaced."""
     document = yaml.safe_load(Path("configs/tiny.yaml").read_text())
     document["applications"][0]["args"] |= args
+    document["http_options"]["port"] = 0  # any port: 8000 may be in use on this machine
     path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(document))
     return path
@@ -51,10 +52,10 @@ def test_the_shipped_model_passes() -> None:
     assert any("KV cache" in line for line in lines)
 
 
-def test_the_command_is_a_module_of_its_own() -> None:
+def test_the_command_is_a_module_of_its_own(tmp_path: Path) -> None:
     """`python -m serve_app.check` exits 0 where all is well."""
     done = subprocess.run(
-        [sys.executable, "-m", "serve_app.check", "configs/tiny.yaml"],
+        [sys.executable, "-m", "serve_app.check", str(config(tmp_path))],
         capture_output=True,
         text=True,
         timeout=60,

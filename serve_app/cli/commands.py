@@ -45,14 +45,19 @@ def check(
     """Say what CONFIG takes, or what would go wrong. Starts nothing."""
     from serve_app.cold_start.check import check
     from serve_app.config import named
+    from serve_app.config.serve_config import http_options, port_setting
+    from serve_app.machine.ports import require_free
 
-    checked = check(named.find(config))
+    path = named.find(config)
+    checked = check(path)
     for line in checked.lines:
         print(line)
     if load:
         from serve_app.api import trial
 
         trial.run(checked.settings, checked.plan, out)
+    options = http_options(path)
+    require_free(port_setting(path), options["port"], options["host"])
 
 
 @app.command()

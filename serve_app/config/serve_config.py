@@ -21,17 +21,24 @@ def application(path: str | Path) -> dict[str, Any]:
 def http_options(path: str | Path) -> dict[str, Any]:
     """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`.
 
-    Raises `ConfigError` unless `host` is a text and `port` a number.
+    Raises `ConfigError` unless `host` is a text and `port` a port number.
     """
     match _document(path):
         case {"http_options": dict(given)}:
             options = {"host": "0.0.0.0", "port": 8000} | given
         case _:
             options = {"host": "0.0.0.0", "port": 8000}
-    for key, kind in (("host", str), ("port", int)):
-        if not isinstance(options[key], kind):
-            raise ConfigError(f"{path}: `http_options.{key}`: got {options[key]!r}.")
+    host, port = options["host"], options["port"]
+    if not isinstance(host, str):
+        raise ConfigError(f"{path}: `http_options.host` must be an address, got {host!r}.")
+    if type(port) is not int or not 0 <= port <= 65535:  # YAML's `true` is an int to Python
+        raise ConfigError(f"{path}: `http_options.port` must be 0 to 65535, got {port!r}.")
     return options
+
+
+def port_setting(path: str | Path) -> str:
+    """What errors call the HTTP port of the file `path`."""
+    return f"{path}: `http_options.port`"
 
 
 def _document(path: str | Path) -> Any:

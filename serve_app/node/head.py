@@ -1,23 +1,37 @@
-"""Shortens the start of Ray's head node in this process.
+"""Changes how this process starts Ray's head node: faster, and with SIGTERM left to this process.
 
-What `ray.init` of Ray 2.60 does that one machine with one model has no use for:
+`ray.init` starts the head node in this order, in Ray 2.60:
 
-    API server          serves usage statistics even without a dashboard; takes 2 s. Left out.
-    autoscaler          manages other machines. Left out.
-    dashboard agent     collects Ray's own metrics for a dashboard; the raylet waits for its ports.
-                        Left out: the ports are "not in use", as in Ray's minimal installation.
-    runtime env agent   the raylet waits for its port. It is chosen here, so that nothing waits.
-    shutdown            gives each of its processes a second to end. They are killed at once here.
-    workers             one process per CPU starts in advance, 128 on a large host. Here 3.
-    polling             asks once a second whether the node and the application are up. Here faster.
+    Node.start_head_processes    GCS, autoscaler ("monitor"), API server
+    Node.start_ray_processes     raylet, log monitor; the raylet starts agents and worker processes
+    connect                      waits until the GCS lists the node, then connects this driver
 
-The worker processes run `ray_worker.py`: one of them imports a replica's libraries meanwhile. This
-process imports Serve, and may do other work. tests/test_contract.py holds what is used of
-`ray._private`.
+`shorten` replaces functions and values of `ray._private` in this process. One machine with one
+model needs less than Ray starts by default:
+
+    Ray starts or does               what this module makes of it
+    API server, 2 s                  nothing: it would serve the dashboard, and usage statistics
+    autoscaler                       nothing: it would manage other machines
+    dashboard agent of the raylet    a process that waits (`cat`); its ports are "not in use", as in
+                                     Ray's minimal installation: the raylet would wait for them
+    port of the runtime env agent    chosen here, so that the raylet does not wait for it
+    one worker process per CPU       3: Serve's controller, its proxy, and a replica
+    Ray's worker program             `ray_worker.py`, which imports a replica's libraries first
+    asks each second for the node    asks each 0.02 s
+    asks each second for the         asks each 0.1 s
+    state of the application
+    takes SIGTERM in each process    blocks it in each process but this one
+    gives each process a second to   leaves the processes to `ray_node.kill`, which kills all of
+    end, one after the other         them at once
+
+The order is otherwise Ray's. Between the second and the third step this process does other work:
+it calls `meanwhile` and imports Serve's client. tests/test_contract.py holds every name of
+`ray._private` that is used here; run it after a change of Ray's version.
 """
 
 import importlib
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -45,7 +59,8 @@ _meanwhile: list[Callable[[], None]] = []
 def shorten(meanwhile: Callable[[], None]) -> None:
     """Changes how this process starts Ray and Serve from now on, as the module describes.
 
-    The next start of Ray calls `meanwhile` once, while its processes start.
+    The next start of Ray calls `meanwhile` once, while Ray's processes start. Later calls only
+    replace `meanwhile`.
     """
     from ray._private import services
     from ray._private.node import Node
@@ -56,33 +71,72 @@ def shorten(meanwhile: Callable[[], None]) -> None:
     Node.start_api_server = _no_api_server
     Node.start_monitor = _no_monitor
     Node.kill_all_processes = _leave_processes
-    start_processes, start_process = Node.start_ray_processes, services.start_ray_process
+    Node.start_ray_processes = _with_preparation(Node.start_ray_processes)
+    services.start_ray_process = _with_our_flags(services.start_ray_process)
 
-    def start_and_connect(node: Any) -> None:
+
+# What replaces functions of `ray._private`.
+
+
+def _no_api_server(node: Any, *, include_dashboard: Any, raise_on_failure: bool) -> None:
+    """Replaces `Node.start_api_server`. The address is "", as Ray has it without a dashboard."""
+    node._webui_url = ""
+
+
+def _no_monitor(node: Any) -> None:
+    """Replaces `Node.start_monitor`, which starts the autoscaler."""
+
+
+def _leave_processes(node: Any, **_: Any) -> None:
+    """Replaces `Node.kill_all_processes`: `ray_node.kill` kills all of Ray's processes at once."""
+
+
+def _with_preparation(start_processes: Callable[[Any], None]) -> Callable[[Any], None]:
+    """`Node.start_ray_processes` with our worker program and ports, and work during the wait."""
+
+    def start(node: Any) -> None:
         node._ray_params.worker_path = ray_worker.__file__
         _choose_ports(node)
         start_processes(node)
         _call_meanwhile()
-        _import_serve()
+        _shorten_serve()
         _wait_until_known(node)
 
-    Node.start_ray_processes = start_and_connect
-    services.start_ray_process = _with_short_raylet(start_process)
+    return start
 
 
-def _no_api_server(node: Any, *, include_dashboard: Any, raise_on_failure: bool) -> None:
-    node._webui_url = ""  # as Ray has it without a dashboard
+def _with_our_flags(start_process: Callable[..., Any]) -> Callable[..., Any]:
+    """`services.start_ray_process` with our flags for the raylet, and with SIGTERM blocked.
+
+    systemd and some shells send SIGTERM to a whole group of processes. Ray's processes would end
+    at once, requests with them, and this process would hang for a minute. A process that Ray starts
+    inherits the blocked signals of the thread that starts it, and passes them on to its own
+    children: Ray blocks SIGINT in the same way. So only this process takes SIGTERM; it lets running
+    requests finish, then kills Ray's processes with SIGKILL. `test_sigterm_to_all_processes_...` in
+    tests/cli holds this.
+    """
+
+    def start(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:
+        if process_type == "raylet":
+            command = [_raylet_flag(flag) for flag in command]
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return start_process(command, process_type, *args, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    return start
 
 
-def _no_monitor(node: Any) -> None: ...
-
-
-def _leave_processes(node: Any, **_: Any) -> None:
-    """Leaves Ray's processes to `ray_node.kill`, which kills all of them at once."""
+# What the replacements do.
 
 
 def _choose_ports(node: Any) -> None:
-    """Writes the ports that the raylet would wait for its agents to write."""
+    """Writes the files in which the raylet finds its agents' ports, so that it does not wait.
+
+    By default each agent writes the file of its port once it listens. The raylet gets the port of
+    the runtime env agent by flag, too, and hands it to that agent.
+    """
     raylet: Any = importlib.import_module("ray._raylet")  # its type stub is incomplete
     with socket.create_server(("0.0.0.0", 0)) as free:
         port = free.getsockname()[1]
@@ -92,25 +146,17 @@ def _choose_ports(node: Any) -> None:
         raylet.persist_port(node.get_session_dir_path(), node.node_id, name, number)
 
 
-def _with_short_raylet(start_process: Callable[..., Any]) -> Callable[..., Any]:
-    def start(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:
-        if process_type == "raylet":
-            command = [_short_flag(flag) for flag in command]
-        return start_process(command, process_type, *args, **options)
-
-    return start
-
-
-def _short_flag(flag: str) -> str:
-    """A flag of the raylet's command line, changed where this module wants another value."""
+def _raylet_flag(flag: str) -> str:
+    """A flag of the raylet's command line, with our value in place of Ray's where they differ."""
     name, _, value = flag.partition("=")
     match name:
-        case "--num_prestart_python_workers":
+        case "--num_prestart_python_workers":  # Ray: one per CPU, 128 on a large host
             return f"{name}={NUM_WORKERS}"
-        case "--maximum_startup_concurrency":
+        case "--maximum_startup_concurrency":  # Ray: one per CPU, which may be fewer
             return f"{name}={max(NUM_WORKERS, int(value))}"
         case "--dashboard_agent_command":
-            # A process that ends with the raylet, whose pipe is its standard input.
+            # The raylet ends when this process ends. `cat` reads a pipe from the raylet, so it ends
+            # with the raylet and not before.
             return f"{name}={shutil.which('cat')}"
     return flag
 
@@ -120,13 +166,15 @@ def _call_meanwhile() -> None:
         _meanwhile.pop()()
 
 
-def _import_serve() -> None:
+def _shorten_serve() -> None:
+    """Imports Serve's client, which takes a second, and makes it poll more often."""
     from ray.serve._private import client
 
     client.CLIENT_POLLING_INTERVAL_S = APP_POLL_S
 
 
 def _wait_until_known(node: Any) -> None:
+    """Waits until the GCS lists the node; Ray's own wait for the same then ends at once."""
     until = time.monotonic() + NODE_LIMIT_S
     while time.monotonic() < until:
         if node.get_gcs_client().get_all_node_info(timeout=NODE_LIMIT_S):

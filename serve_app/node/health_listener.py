@@ -9,13 +9,12 @@ A connection carries one small request within `REQUEST_S`; others are closed.
 
 import asyncio
 import json
-import socket
 import threading
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
-from serve_app.config.settings import ConfigError
+from serve_app.machine.ports import listen
 
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
 """The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
@@ -25,17 +24,6 @@ MAX_HEAD_BYTES = 16_384
 
 Health = Callable[[], dict[str, Any]]
 """Returns the body of `/health`, whose "status" decides the answer of `/ping`."""
-
-
-def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
-    """A socket on `host`:`port`; raises a `ConfigError` that names the setting `name`."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except OSError as error:
-        raise ConfigError(
-            f"{name}: nothing can listen on port {port} ({error.strerror}); choose another one."
-        ) from None
 
 
 class HealthListener:

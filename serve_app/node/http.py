@@ -5,6 +5,7 @@ Ctrl-C finish the running requests and exit with code 0; the exit code is 1 when
 and cannot be loaded again. `PORT_HEALTH` answers from the first moment, before Ray starts.
 """
 
+import json
 import logging
 import signal
 import ssl
@@ -16,12 +17,12 @@ from typing import Any
 
 from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
-from serve_app.config.settings import ConfigError
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead, ServeError
 from serve_app.loading.phases import read_events
+from serve_app.machine.ports import require_free
 from serve_app.node import cluster, phases, ray_node
-from serve_app.node.banner import banner
-from serve_app.node.health_listener import HealthListener, listen
+from serve_app.node.health_listener import HealthListener
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class HttpEndpoint:
                 "its own port."
             )
         # Serve's proxy would report a port in use in the middle of a stack trace.
-        listen(port_name, http_options["port"], http_options["host"]).close()
+        require_free(port_name, http_options["port"], http_options["host"])
         if port_health is not None:
             HealthListener(port_health, self.health)
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -133,15 +134,13 @@ class HttpEndpoint:
 
 def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests; 0."""
-    for line in banner(checked.settings, config, None, checked.lines):
-        log.info("%s", line)
     settings = cluster.with_load_log(checked.settings)
     endpoint.load_log = settings.load_log
     try:
         with ColdStart(settings, checked.plan).watch():
             handle = cluster.serve_http(settings, config, endpoint.http_options, checked.plan)
         endpoint.is_serving, endpoint.status = True, "ready"
-        log.info("Serving HTTP on %s", endpoint.url)
+        log.info("Serving HTTP on %s; try: %s", endpoint.url, example(endpoint.url, settings))
         endpoint.watch()
         _drain(handle, settings.runpod.drain_s)
     except ServeError:
@@ -150,6 +149,14 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     finally:
         ray_node.stop()
     return 0
+
+
+def example(url: str, settings: Settings) -> str:
+    """A command for a shell on this machine that asks the server at `url`."""
+    insecure = "-k " if url.startswith("https:") else ""  # the certificate names the public host
+    key = "-H 'Authorization: Bearer KEY' " if settings.api.keys is not None else ""
+    body = json.dumps({"prompt": "What is the capital of France?"})
+    return f"curl {insecure}{key}{url}/prompt -d '{body}'"
 
 
 def _drain(handle: Any, limit_s: float) -> None:

@@ -1,19 +1,28 @@
 """The command `mixtral-serve`: what it prints, its exit codes, and what it imports."""
 
 import json
+import logging
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import yaml
 
+from serve_app.cli import serving
 from serve_app.cli.commands import main
 from serve_app.config import named
+from serve_app.config.settings import Settings
 from serve_app.tiny import CHECKPOINT
+from tests.processes import all_below
 from tests.settled import left_behind
 from tests.worker.conftest import until
 from tools.server_process import free_port
@@ -22,10 +31,58 @@ CODE = "import sys; from serve_app.cli.commands import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", CODE]
 
 
-def test_check_takes_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+def on_port(port: int, **args: Any) -> str:
+    """The YAML of configs/tiny.yaml on `port`, with these sections of `args:`."""
+    document = yaml.safe_load(named.find("tiny").read_text())
+    document["http_options"]["port"] = port
+    document["applications"][0]["args"] |= args
+    return yaml.safe_dump(document)
+
+
+def test_check_takes_a_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A configuration of the package needs no path."""
+    (tmp_path / "tiny.yaml").write_text(on_port(0))  # port 8000 may be in use on this machine
+    monkeypatch.setattr(named, "FOLDER", tmp_path)
     assert main(["check", "tiny"]) == 0
     assert "context 16,384 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+def test_a_port_in_use_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """It names the setting; `run` says it before Ray starts."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        path, port = tmp_path / "tiny.yaml", taken.getsockname()[1]
+        path.write_text(on_port(port))
+        assert main([command, str(path)]) == 1
+    assert capsys.readouterr().err == (
+        f"{path}: `http_options.port`: port {port} of 127.0.0.1 is in use; end the process that "
+        "listens there, or choose another port.\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "keys", "level", "words"),
+    [
+        ("127.0.0.1", None, logging.INFO, "from this machine only"),
+        ("127.0.0.1", "a", logging.INFO, "one of the API keys"),
+        ("0.0.0.0", "a", logging.INFO, "every machine that reaches 0.0.0.0:8000, with one of"),
+        ("0.0.0.0", None, logging.WARNING, "WITHOUT an API key. Set API_KEYS"),
+    ],
+)
+def test_who_can_send_requests_is_told(
+    host: str, keys: str | None, level: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that is open to other machines without a key is a warning that says what to set."""
+    if keys is not None:
+        monkeypatch.setenv("API_KEYS", keys)
+    settings = Settings.from_args({"model": {"name": "tiny"}}, "test")
+    said = serving.exposure({"host": host, "port": 8000}, settings)
+    assert said[0] == level
+    assert words in said[1]
 
 
 def test_a_name_that_is_none_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,10 +96,7 @@ def test_a_name_that_is_none_is_one_sentence(capsys: pytest.CaptureFixture[str])
 
 def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
     """Ray starts while `run` checks; a configuration that is refused ends it again."""
-    document = yaml.safe_load(named.find("tiny").read_text())
-    document["applications"][0]["args"]["engine"] = {"max_runing": 3}
-    document["http_options"]["port"] = free_port()
-    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(document))
+    (tmp_path / "wrong.yaml").write_text(on_port(free_port(), engine={"max_runing": 3}))
     done = subprocess.run(
         [*COMMAND, "run", "wrong.yaml"],
         cwd=tmp_path,
@@ -52,7 +106,9 @@ def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 1
-    assert done.stderr == "wrong.yaml: `engine.max_runing` is not a setting.\n"
+    first, sentence = done.stderr.splitlines()
+    assert "starts with wrong.yaml" in first
+    assert sentence == "wrong.yaml: `engine.max_runing` is not a setting."
     until(lambda: not left_behind(tmp_path))
 
 
@@ -85,28 +141,53 @@ def test_convert_prints_a_line_per_file(tmp_path: Path, capsys: pytest.CaptureFi
     assert (tmp_path / "out" / "config.json").exists()
 
 
-@pytest.mark.ray
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_serves_where_the_yaml_says(tmp_path: Path, number: signal.Signals) -> None:
-    """`http_options` decide the address; a signal ends it with exit code 0 and leaves nothing."""
-    document = yaml.safe_load(named.find("tiny").read_text())
+@contextmanager
+def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """`mixtral-serve run` with the tiny model once it serves, and its URL; nothing of it stays."""
     port = free_port()
-    document["http_options"] = {"host": "127.0.0.1", "port": port}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document))
-    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}
+    (folder / "tiny.yaml").write_text(on_port(port))
+    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     with (
-        (tmp_path / "log").open("wb") as log,
+        (folder / "log").open("wb") as log,
         subprocess.Popen(
-            [*COMMAND, "run", "tiny.yaml"],
-            cwd=tmp_path,
-            env=environment,
-            stderr=log,
+            [*COMMAND, "run", "tiny.yaml"], cwd=folder, env=environment, stderr=log
         ) as process,
     ):
-        words = f"Serving HTTP on http://127.0.0.1:{port}"
-        until(lambda: process.poll() is not None or words in (tmp_path / "log").read_text(), 100)
-        answer = httpx.post(f"http://127.0.0.1:{port}/prompt", json={"prompt": "What is 2 + 3?"})
-        assert answer.json()["model"] == "tiny"
-        process.send_signal(number)
+        url = f"http://127.0.0.1:{port}"
+        words = f"Serving HTTP on {url}"
+        try:
+            until(lambda: process.poll() is not None or words in (folder / "log").read_text(), 100)
+            yield process, url
+        finally:
+            process.kill()
+    until(lambda: not left_behind(folder))
+
+
+@pytest.mark.ray
+def test_run_serves_where_the_yaml_says(tmp_path: Path) -> None:
+    """The log ends with the URL and a command that works; Ctrl-C ends it with exit code 0."""
+    with served(tmp_path) as (process, url):
+        *before, last = (tmp_path / "log").read_text().splitlines()
+        assert len(before) < 15
+        example = last.partition("; try: ")[2]
+        assert url in example
+        done = subprocess.run(shlex.split(example), capture_output=True, check=True)
+        assert json.loads(done.stdout)["text"] == "The capital of France is Paris."
+        process.send_signal(signal.SIGINT)
         assert process.wait(60) == 0
-    until(lambda: not left_behind(tmp_path))
+
+
+@pytest.mark.ray
+def test_sigterm_to_all_processes_lets_a_stream_finish(tmp_path: Path) -> None:
+    """systemd sends the signal to Ray's processes too; the exit code is 0 as for one process."""
+    body = {"prompt": "x", "ignore_eos": True, "max_tokens": 2000, "stream": True}
+    with (
+        served(tmp_path) as (process, url),
+        httpx.stream("POST", f"{url}/prompt", json=body, timeout=60) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        for each in (*all_below(process.pid), process):
+            each.send_signal(signal.SIGTERM)
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+        assert process.wait(30) == 0

@@ -13,6 +13,7 @@ from serve_app.config.environment import (
     familiar_names,
 )
 from serve_app.config.sections import SECTIONS
+from serve_app.config.serve_config import http_options
 from serve_app.config.settings import RENAMED, ConfigError, Settings, application, unused_names
 
 TINY = "configs/tiny.yaml"
@@ -205,6 +206,23 @@ def test_a_file_that_is_not_a_serve_config(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"config\.yaml"):
         application(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("{port: 70000}", "`http_options.port` must be 0 to 65535, got 70000"),
+        ("{port: '8000'}", "`http_options.port` must be 0 to 65535, got '8000'"),
+        ("{port: true}", "`http_options.port` must be 0 to 65535, got True"),
+        ("{host: 1}", "`http_options.host` must be an address, got 1"),
+    ],
+)
+def test_an_address_that_is_none_is_named(tmp_path: Path, options: str, words: str) -> None:
+    """The HTTP host and port are checked where they are read."""
+    path = tmp_path / "config.yaml"
+    path.write_text(f"http_options: {options}\napplications: []\n")
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        http_options(path)
 
 
 def test_missing_file() -> None:

@@ -80,6 +80,6 @@ def test_it_survives_its_clients(
 
 def test_a_taken_port_is_one_sentence(listener: HealthListener) -> None:
     """The sentence names the variable and the port."""
-    with pytest.raises(ConfigError, match=f"PORT_HEALTH: nothing .* {listener.port} "):
+    with pytest.raises(ConfigError, match=f"^PORT_HEALTH: port {listener.port} of "):
         HealthListener(listener.port, dict)
     assert json.loads(get(listener, "/health").content)["status"] == "loading"

@@ -17,7 +17,6 @@ from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
-from serve_app.engine.sequence import Sequence
 from serve_app.errors import DeadlinePassed
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
@@ -69,13 +68,13 @@ class FakeEngine:
         self._size, self._reason, self._error = size, reason, error
         self._is_endless, self._logprob = is_endless, logprob
 
-    def admit(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
-        return admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
+    def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
+        admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
     ) -> AsyncGenerator[Delta, None]:
-        self.admit(prompt_ids, params)
+        self.check(prompt_ids, params)
         self.requests.append((prompt_ids, params))
         self.num_running += 1
         self.begun.set()

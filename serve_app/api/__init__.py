@@ -2,5 +2,5 @@
 
 Read `routes.py` first: the table of all routes. `server.py` has the deployment class, which both
 endpoints call; `ingress.py` turns HTTP requests into calls. Then follow one handler, `chat.py`,
-into `generator.py` (prompt to token ids) and `answer.py` (the engine's deltas to text).
+into `input_processor.py` (prompt to token ids) and `answer.py` (the engine's deltas to text).
 """

@@ -32,10 +32,6 @@ class Answer:
     deadline: float
     """On the same clock."""
 
-    def check(self) -> None:
-        """Raises now what the engine would raise when it starts the answer."""
-        self.engine.admit(self.prompt_ids, self.params)
-
     async def stream(
         self,
         to_items: Callable[[TextDelta], Iterable[T]],
@@ -49,8 +45,9 @@ class Answer:
         """
         place: AbstractAsyncContextManager[None] = nullcontext() if places is None else places
         async with place:
-            with RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived) as observed:
-                deltas = self.engine.generate(self.prompt_ids, self.params, self.deadline)
+            observed = RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived)
+            deltas = self.engine.generate(self.prompt_ids, self.params, self.deadline)
+            try:
                 async with aclosing(deltas):
                     async for delta in deltas:
                         observed.delta(delta)
@@ -61,7 +58,10 @@ class Answer:
                             yield item
                     else:
                         raise InternalError("The answer ended without a reason.")
-                observed.ended(new.finish_reason, new.num_tokens)
+            except BaseException as error:
+                observed.failed(error)
+                raise
+            observed.ended(new.finish_reason, new.num_tokens)
         # After the blocks above, so that KV blocks are free before the client sees the end.
         for item in to_items(new):
             yield item

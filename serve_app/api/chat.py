@@ -14,8 +14,9 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     request = await values.read(chat.ChatRequest.read, call.body)
     metadata = server.metadata(request.model, call)
     names = server.tokenizer
-    prompt_ids = await server.generator.chat_ids(request.messages)
-    answer = server.generator.answer(call, request, prompt_ids, "messages")
+    prompt_ids = await server.inputs.chat_ids(request.messages)
+    num_logprobs = request.top_logprobs if request.logprobs else None
+    answer = server.inputs.answer(call, request, prompt_ids, "messages", num_logprobs=num_logprobs)
     if not request.stream:
         whole = await answer.whole()
         return JsonReply(chat.body(request, metadata, len(prompt_ids), whole, names))

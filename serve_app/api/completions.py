@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serve_app.api.answer import Answer
-from serve_app.api.generator import Generator
+from serve_app.api.input_processor import InputProcessor
 from serve_app.protocol import values
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, StreamReply
 from serve_app.protocol.completions import (
@@ -26,19 +26,15 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `CompletionRequest`, streamed or not."""
     request = await values.read(CompletionRequest.read, call.body)
     metadata = server.metadata(request.model, call)
-    generator = server.generator
+    inputs = server.inputs
     answers, echoes = [], []
     for prompt in request.prompts:
         await asyncio.sleep(0)  # other requests run between two prompts
-        answers.append(await _answer(generator, call, request, prompt))
-        echoes.append(await _text(generator, prompt) if request.echo else "")
-    num_prompt_tokens = sum(len(answer.prompt_ids) for answer in answers)
+        answers.append(await _answer(inputs, call, request, prompt))
+        echoes.append(await _text(inputs, prompt) if request.echo else "")
+    num_prompt_tokens = [len(answer.prompt_ids) for answer in answers]
     response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
-    places = None
-    if len(answers) > 1:
-        for answer in answers:
-            answer.check()  # before any of them starts
-        places = asyncio.Semaphore(server.max_num_seqs)
+    places = asyncio.Semaphore(server.max_num_seqs) if len(answers) > 1 else None
     if not request.stream:
         return JsonReply(response.body(await _wholes(answers, places)))
     streams = [
@@ -50,21 +46,22 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def _answer(
-    generator: Generator, call: Call, request: CompletionRequest, prompt: Prompt
+    inputs: InputProcessor, call: Call, request: CompletionRequest, prompt: Prompt
 ) -> Answer:
-    prompt_ids = await generator.text_ids(prompt) if isinstance(prompt, str) else prompt
-    return generator.answer(
+    prompt_ids = await inputs.text_ids(prompt) if isinstance(prompt, str) else prompt
+    return inputs.answer(
         call,
         request,
         prompt_ids,
         "prompt",
+        num_logprobs=request.logprobs,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         continues=True,
     )
 
 
-async def _text(generator: Generator, prompt: Prompt) -> str:
-    return prompt if isinstance(prompt, str) else await generator.text(prompt, "prompt")
+async def _text(inputs: InputProcessor, prompt: Prompt) -> str:
+    return prompt if isinstance(prompt, str) else await inputs.text(prompt, "prompt")
 
 
 async def _wholes(answers: Sequence[Answer], places: asyncio.Semaphore | None) -> list[TextDelta]:

@@ -17,8 +17,8 @@ from starlette import routing
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.types import Scope, Send
 
 from serve_app.api import routes
 from serve_app.config.sections import ApiSettings
@@ -55,31 +55,29 @@ def create_app(get_server: GetServer) -> Starlette:
     generated, uvicorn alone does not notice a closed connection; Ray Serve does, and cancels.
     """
     table: list[routing.BaseRoute] = [
-        routing.Route(route.path, Endpoint(get_server, route), methods=[route.method])
+        routing.Route(route.path, Endpoint(get_server, route).response, methods=[route.method])
         for route in routes.ROUTES
     ]
     # Any other path or method, so that its error has our form.
-    table.append(routing.Route("/{path:path}", Endpoint(get_server)))
+    unknown = Endpoint(get_server)
+    table.append(routing.Route("/{path:path}", unknown.response, methods=[]))
 
     async def no_path(request: Request, _: Exception) -> Response:
         # `OPTIONS *` has no path that a route could match.
-        return await Endpoint(get_server).response(request)
+        return await unknown.response(request)
 
     return Starlette(routes=table, exception_handlers={HTTPException: no_path})
 
 
 class Endpoint:
-    """The ASGI app of one route, or, without a route, of all requests that have none."""
+    """Answers the requests of one route, or, without a route, all requests that have none."""
 
     def __init__(self, get_server: GetServer, route: routes.Route | None = None) -> None:
         self._get_server = get_server
         self._route = route
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        response = await self.response(Request(scope, receive, send))
-        await response(scope, receive, send)
-
     async def response(self, request: Request) -> Response:
+        """The response to one request; its errors are responses too."""
         server = self._get_server()
         request_id = uuid.uuid4().hex
         headers = _id_headers(request, request_id)
@@ -99,7 +97,7 @@ class Endpoint:
         except Exception as raised:
             error = server.failure(raised, request_id)
             headers |= error.headers
-            return _json(error_body(error, request_id), error.http_status, headers)
+            return JSONResponse(error_body(error, request_id), error.http_status, headers)
 
 
 async def _response(
@@ -111,11 +109,11 @@ async def _response(
         case TextReply(text, media_type):
             return Response(text, headers=headers, media_type=media_type)
         case JsonReply(body, status):
-            return _json(body, status, headers)
+            return JSONResponse(body, status, headers)
         case BatchReply(items):
             async with aclosing(items):
                 (last,) = [item async for item in items if "body" in item]
-            return _json(last["body"], last["status"], headers)
+            return JSONResponse(last["body"], last["status"], headers)
 
 
 class EventStream(StreamingResponse):
@@ -156,11 +154,6 @@ class EventStream(StreamingResponse):
             self._is_over = True
             error = self._server.failure(raised, self._request_id)
             return sse.event(error_body(error, self._request_id))
-
-
-def _json(body: Any, status: int, headers: dict[str, str]) -> Response:
-    content = json.dumps(body, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return Response(content, status, headers, media_type="application/json")
 
 
 def _id_headers(request: Request, request_id: str) -> dict[str, str]:

@@ -26,10 +26,9 @@ if TYPE_CHECKING:
 async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `PromptRequest`, streamed or not, or a `Batch`."""
     max_prompts = server.settings.api.max_prompts
-    batch = await values.read(partial(prompt.batch, max_prompts=max_prompts), call.body)
-    if batch is not None:
-        return BatchReply(_batch(server, call, batch))
-    request = await values.read(prompt.PromptRequest.read, call.body)
+    request = await values.read(partial(prompt.read, max_prompts=max_prompts), call.body)
+    if isinstance(request, prompt.Batch):
+        return BatchReply(_batch(server, call, request))
     metadata = server.metadata(request.model, call)
     answer = await _answer(server, call, request)
     num_prompt_tokens = len(answer.prompt_ids)
@@ -40,9 +39,9 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptRequest) -> Answer:
-    field = request.text_field
-    prompt_ids = await server.generator.chat_ids(request.conversation, field)
-    return server.generator.answer(
+    field = "messages" if request.prompt is None else "prompt"
+    prompt_ids = await server.inputs.chat_ids(request.conversation, field)
+    return server.inputs.answer(
         call, request, prompt_ids, field, default_max_tokens=prompt.DEFAULT_MAX_TOKENS
     )
 

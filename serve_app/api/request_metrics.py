@@ -1,7 +1,6 @@
 """RequestMetrics: measures one prompt's answer from its arrival to its end."""
 
 import time
-from types import TracebackType
 
 from serve_app.api.metrics import Metrics
 from serve_app.engine.delta import Delta
@@ -9,19 +8,18 @@ from serve_app.errors import InvalidRequest, Overloaded
 
 
 class RequestMetrics:
-    """Measures one prompt's answer. As a context manager, it counts the end of the answer once.
+    """Measures one prompt's answer. Call `ended` or `failed` once.
 
     A request that is refused before its first token counts as an error only.
     """
 
-    __slots__ = ("_arrived", "_finish_reason", "_last", "_metrics", "_num_prompt_tokens")
+    __slots__ = ("_arrived", "_last", "_metrics", "_num_prompt_tokens")
 
     def __init__(self, metrics: Metrics, num_prompt_tokens: int, arrived: float) -> None:
         self._metrics = metrics
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived = arrived
         self._last: float | None = None
-        self._finish_reason = "error"
 
     def delta(self, delta: Delta) -> None:
         """Counts the tokens of a delta. They share the time since the last delta evenly."""
@@ -39,25 +37,14 @@ class RequestMetrics:
 
     def ended(self, finish_reason: str, num_tokens: int) -> None:
         """Counts a complete answer of `num_tokens` tokens; the reason is "stop" or "length"."""
-        self._finish_reason = finish_reason
+        self._metrics.finished[finish_reason] += 1
         self._metrics.whole.observe(time.monotonic() - self._arrived)
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
         self._metrics.generation_tokens.observe(num_tokens)
 
-    def __enter__(self) -> "RequestMetrics":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        finish_reason = self._finish_reason
-        if isinstance(error, Exception):
-            if self._last is None and isinstance(error, InvalidRequest | Overloaded):
-                return
-            finish_reason = "error"
-        elif error is not None:  # the generator was closed, or its task was cancelled
-            finish_reason = "cancelled"
-        self._metrics.finished[finish_reason] += 1
+    def failed(self, error: BaseException) -> None:
+        """Counts an answer that `error` ended: a failure, or a generator closed by its consumer."""
+        if not isinstance(error, Exception):
+            self._metrics.finished["cancelled"] += 1
+        elif self._last is not None or not isinstance(error, InvalidRequest | Overloaded):
+            self._metrics.finished["error"] += 1

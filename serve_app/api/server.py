@@ -9,7 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 from serve_app.api import routes
-from serve_app.api.generator import Generator
+from serve_app.api.input_processor import InputProcessor
 from serve_app.api.metrics import Metrics
 from serve_app.config.settings import Settings
 from serve_app.errors import (
@@ -54,7 +54,7 @@ class MixtralServer:
         self.max_num_seqs = settings.engine.max_num_seqs
         self.tokenizer = self._loaded.tokenizer
         self.metrics = Metrics(self.names[0], self._engine.stats)
-        self.generator = Generator(
+        self.inputs = InputProcessor(
             self._engine,
             self.tokenizer,
             settings.api,

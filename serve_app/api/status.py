@@ -45,5 +45,5 @@ def _card(server: "MixtralServer", name: str) -> JsonObject:
         "object": "model",
         "created": 0,
         "owned_by": "mixtral-serve",
-        "max_model_len": server.generator.max_model_len,
+        "max_model_len": server.inputs.max_model_len,
     }

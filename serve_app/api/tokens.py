@@ -13,19 +13,19 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
     """The token ids of a text or a conversation."""
     request = await values.read(tokens.TokenizeRequest.read, call.body)
     server.check_model(request.model)
-    generator = server.generator
+    inputs = server.inputs
     if request.messages is not None:
-        ids = await generator.chat_ids(
+        ids = await inputs.chat_ids(
             request.messages, add_generation_prompt=request.add_generation_prompt
         )
     else:
-        ids = await generator.text_ids(
+        ids = await inputs.text_ids(
             request.prompt or "", add_special_tokens=request.add_special_tokens is not False
         )
     strings = None
     if request.return_token_strs:
         strings = [server.tokenizer.token_string(token_id) for token_id in ids]
-    return JsonReply(tokens.tokenized(ids, generator.max_model_len, strings))
+    return JsonReply(tokens.tokenized(ids, inputs.max_model_len, strings))
 
 
 async def detokenize(server: "MixtralServer", call: Call) -> Reply:
@@ -33,5 +33,5 @@ async def detokenize(server: "MixtralServer", call: Call) -> Reply:
     request = await values.read(tokens.DetokenizeRequest.read, call.body)
     server.check_model(request.model)
     # As in vLLM, the text includes the special tokens.
-    text = await server.generator.text(request.tokens, "tokens", skip_special_tokens=False)
+    text = await server.inputs.text(request.tokens, "tokens", skip_special_tokens=False)
     return JsonReply({"prompt": text})

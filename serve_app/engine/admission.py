@@ -24,7 +24,8 @@ def admit(
     """Returns the sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
     if not prompt_ids:
         raise InvalidRequest("The prompt must not be empty.", param=params.prompt_field)
-    _check_context_len(len(prompt_ids), params, config.max_sequence_len)
+    if len(prompt_ids) + params.max_tokens > config.max_sequence_len:
+        raise _too_long(len(prompt_ids), params, config.max_sequence_len)
     check_token_ids(prompt_ids, vocab_size, params.prompt_field)
     check_token_ids(params.logit_bias, vocab_size, "logit_bias")
     check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")
@@ -39,20 +40,21 @@ def admit(
     return Sequence(list(prompt_ids), params, seed, stop_ids)
 
 
-def _check_context_len(num_prompt_tokens: int, params: SamplingParams, max_len: int) -> None:
+def _too_long(
+    num_prompt_tokens: int, params: SamplingParams, max_len: int
+) -> ContextLengthExceeded:
     room = max_len - num_prompt_tokens
     if room < 1:
-        raise ContextLengthExceeded(
+        return ContextLengthExceeded(
             f"The prompt has {num_prompt_tokens} tokens and the context holds {max_len}, "
             "the answer included; send a shorter prompt.",
             param=params.prompt_field,
         )
-    if params.max_tokens > room:
-        field = params.max_tokens_field
-        # A client may send a number of any length.
-        asked = str(params.max_tokens)[:64]
-        raise ContextLengthExceeded(
-            f"The prompt has {num_prompt_tokens} tokens and `{field}` is {asked}, but the context "
-            f"holds {max_len} together; ask for {room} at most.",
-            param=field,
-        )
+    field = params.max_tokens_field
+    # A client may send a number of any length.
+    asked = str(params.max_tokens)[:64]
+    return ContextLengthExceeded(
+        f"The prompt has {num_prompt_tokens} tokens and `{field}` is {asked}, but the context "
+        f"holds {max_len} together; ask for {room} at most.",
+        param=field,
+    )

@@ -17,7 +17,6 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
-from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 
 
@@ -83,9 +82,9 @@ class Engine:
             num_steps=core.num_steps,
         )
 
-    def admit(self, prompt_ids: list[int], params: SamplingParams) -> Sequence:
-        """The sequence of a request; raises what the first iteration of `generate` raises first."""
-        return admit(prompt_ids, params, self.config, self._vocab_size)
+    def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
+        """Raises the errors of `generate` for a request that can never run."""
+        admit(prompt_ids, params, self.config, self._vocab_size)
 
     async def generate(
         self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
@@ -98,7 +97,7 @@ class Engine:
         the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
         before the next step.
         """
-        sequence = self.admit(prompt_ids, params)
+        sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
         self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.

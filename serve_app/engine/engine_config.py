@@ -1,6 +1,6 @@
 """EngineConfig: the limits of one engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,9 @@ class EngineConfig:
     retry_after_s: int = 2
     enable_prefix_caching: bool = True
     """Whether sequences share the KV blocks of a common prefix."""
+    max_sequence_len: int = field(init=False)
+    """Longest prompt and answer that can run. The last token is returned, never computed, so it
+    needs no slot in the KV cache."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -30,9 +33,5 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or running streams would stall one another."
             )
-
-    @property
-    def max_sequence_len(self) -> int:
-        """Longest prompt and answer that can run. The last token is returned, never computed, so
-        it needs no slot in the KV cache."""
-        return min(self.max_model_len, self.num_blocks * self.block_size + 1)
+        longest = min(self.max_model_len, self.num_blocks * self.block_size + 1)
+        object.__setattr__(self, "max_sequence_len", longest)

@@ -25,6 +25,7 @@ class RequestQueue:
         self._requests = Requests([], [], False)
         self._changed = Condition()
         self._num_alive = 0
+        self.has_failed = False
         self._refusal: type[ServeError] | None = None
 
     def submit(self, sequence: Sequence, stream: Stream) -> None:
@@ -58,6 +59,7 @@ class RequestQueue:
         """Refuses new requests with `EngineDead`."""
         with self._changed:
             self._refusal = EngineDead
+            self.has_failed = True
 
     def take(self, *, wait: bool) -> Requests:
         """Removes and returns all requests; with `wait`, sleeps until there is one."""
@@ -76,10 +78,6 @@ class RequestQueue:
     def num_waiting(self) -> int:
         """Accepted requests that the engine's thread has not taken yet."""
         return len(self._requests.accepted)
-
-    @property
-    def has_failed(self) -> bool:
-        return self._refusal is EngineDead
 
     def refusal(self) -> ServeError:
         """A new error that says why no request is accepted any more."""

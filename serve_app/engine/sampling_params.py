@@ -42,15 +42,6 @@ class SamplingParams:
     """The request fields of the prompt and of `max_tokens`, for errors about them."""
 
     @property
-    def has_penalties(self) -> bool:
-        """Whether the next token depends on which tokens came before."""
-        return (
-            self.presence_penalty != 0
-            or self.frequency_penalty != 0
-            or self.repetition_penalty != 1
-        )
-
-    @property
     def is_filtered(self) -> bool:
         """Whether top_k, top_p or min_p drop tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

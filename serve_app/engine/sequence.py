@@ -30,7 +30,7 @@ class Sequence:
     max_num_tokens: int = field(init=False)
     """Prompt and answer together: `num_prompt_tokens + params.max_tokens`."""
     has_penalties: bool = field(init=False)
-    """Whether a step needs the value of the token before; see `SamplingParams.has_penalties`."""
+    """Whether a step needs to know the tokens before: a penalty counts them."""
     num_computed_tokens: int = 0
     """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
     block_table: list[int] = field(default_factory=list)
@@ -46,9 +46,11 @@ class Sequence:
     """Token counts for the penalties; `penalties.py` alone reads and writes them."""
 
     def __post_init__(self) -> None:
+        params = self.params
         self.num_prompt_tokens = len(self.token_ids)
-        self.max_num_tokens = self.num_prompt_tokens + self.params.max_tokens
-        self.has_penalties = self.params.has_penalties
+        self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
+        additive = params.presence_penalty, params.frequency_penalty
+        self.has_penalties = additive != (0, 0) or params.repetition_penalty != 1
 
     @property
     def num_output_tokens(self) -> int:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import Sampling
+from serve_app.protocol.fields import Integer, Sampling
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
 from serve_app.protocol.text import TextDelta, TokenScore
@@ -19,10 +19,10 @@ class ChatRequest(Sampling):
     """`POST /v1/chat/completions`. Without `max_tokens` the answer may fill the context."""
 
     messages: Conversation
-    max_completion_tokens: int | None = Field(default=None, ge=1)
+    max_completion_tokens: Integer | None = Field(default=None, ge=1)
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
-    top_logprobs: int = Field(default=0, ge=0, le=20)
+    top_logprobs: Integer = Field(default=0, ge=0, le=20)
 
     @property
     def limit(self) -> tuple[int | None, str]:
@@ -30,15 +30,12 @@ class ChatRequest(Sampling):
             return self.max_tokens, "max_tokens"
         return self.max_completion_tokens, "max_completion_tokens"
 
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.top_logprobs if self.logprobs else None
-
     @model_validator(mode="after")
     def _chat_fields_fit_together(self) -> "ChatRequest":
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
             raise InvalidRequest(
-                "Send `max_tokens` or `max_completion_tokens`, not both.",
+                "`max_tokens` and `max_completion_tokens` are one limit; send one of them.",
                 param="max_completion_tokens",
             )
         if self.top_logprobs and not self.logprobs:
@@ -76,7 +73,7 @@ class ChatChunks:
     """Makes the `chat.completion.chunk` objects of one answer, delta by delta.
 
     The first has the role, the next the text as it comes, the last the finish reason; with
-    `include_usage` one more has the usage.
+    `include_usage` one more has the usage, and with `continuous_usage_stats` each has it so far.
     """
 
     def __init__(
@@ -89,6 +86,7 @@ class ChatChunks:
         self._request, self._names = request, names
         self._num_prompt_tokens = num_prompt_tokens
         self._has_begun = False
+        self._is_usage_continuous = request.include_continuous_usage
         self._fields: JsonObject = {
             "id": f"chatcmpl-{metadata.id}",
             "object": "chat.completion.chunk",
@@ -101,6 +99,10 @@ class ChatChunks:
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The chunks for `delta`; none where it adds nothing."""
         chunks = []
+        if self._is_usage_continuous:
+            # The first chunk, with the role, is sent before any token (as in vLLM).
+            num_tokens = delta.num_tokens if self._has_begun else 0
+            self._fields["usage"] = usage(self._num_prompt_tokens, num_tokens)
         if not self._has_begun:
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
             self._has_begun = True

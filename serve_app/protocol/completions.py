@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import Sampling
+from serve_app.protocol.fields import Integer, Sampling, no_unicode
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
 from serve_app.protocol.text import TextDelta, TokenScore
 
@@ -26,11 +26,7 @@ class CompletionRequest(Sampling):
     prompts: list[Any] = Field(alias="prompt")
     echo: bool = False
     """Puts the prompt's text before the answer's."""
-    logprobs: int | None = Field(default=None, ge=0, le=20)
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return self.logprobs
+    logprobs: Integer | None = Field(default=None, ge=0, le=20)
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -46,7 +42,7 @@ class CompletionRequest(Sampling):
             )
         if not prompts or not all(prompts):
             raise InvalidRequest("`prompt` should not be empty.", param="prompt")
-        return prompts
+        return [_text(each) if isinstance(each, str) else list(map(int, each)) for each in prompts]
 
     @model_validator(mode="after")
     def _no_prompt_logprobs(self) -> "CompletionRequest":
@@ -68,11 +64,11 @@ class CompletionResponse:
         self,
         request: CompletionRequest,
         metadata: ResponseMetadata,
-        num_prompt_tokens: int,
+        num_prompt_tokens: Sequence[int],
         echoes: Sequence[str],
         names: TokenNames,
     ) -> None:
-        """`num_prompt_tokens` is the sum over all prompts."""
+        """`num_prompt_tokens` has the number of each prompt."""
         self._request, self._names = request, names
         self._num_prompt_tokens = num_prompt_tokens
         self._echoes = list(echoes)
@@ -87,17 +83,20 @@ class CompletionResponse:
 
     def body(self, wholes: Sequence[TextDelta]) -> JsonObject:
         """All answers, in the order of the prompts, as one `text_completion` object."""
-        totals = usage(self._num_prompt_tokens, sum(whole.num_tokens for whole in wholes))
+        totals = usage(sum(self._num_prompt_tokens), sum(whole.num_tokens for whole in wholes))
         choices = [self._choice(index, whole) for index, whole in enumerate(wholes)]
         return {**self._fields, "choices": choices, "usage": totals}
 
     def chunks(self, index: int, delta: TextDelta) -> list[JsonObject]:
-        """The chunks for a delta of prompt `index`; the usage follows the end of the last answer.
+        """The chunks for a delta of prompt `index`.
 
-        With `include_usage` only.
+        With `include_usage` the usage of all prompts follows the end of the last answer; with
+        `continuous_usage_stats` each chunk has the usage of its own prompt so far.
         """
         chunks = []
         extra: JsonObject = {"usage": None} if self._request.include_usage else {}
+        if self._request.include_continuous_usage:
+            extra = {"usage": usage(self._num_prompt_tokens[index], delta.num_tokens)}
         if delta.text or delta.scores or delta.finish_reason or self._echoes[index]:
             choice = self._choice(index, delta)
             self._echoes[index] = ""
@@ -106,7 +105,7 @@ class CompletionResponse:
             self._num_running -= 1
             self._num_tokens += delta.num_tokens
             if extra and not self._num_running:
-                totals = usage(self._num_prompt_tokens, self._num_tokens)
+                totals = usage(sum(self._num_prompt_tokens), self._num_tokens)
                 chunks.append({**self._fields, "choices": [], "usage": totals})
         return chunks
 
@@ -144,7 +143,20 @@ def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> Json
 
 
 def _are_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(each) is int for each in value)
+    return isinstance(value, list) and bool(value) and all(map(_is_id, value))
+
+
+def _text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise no_unicode("prompt") from None
+    return text
+
+
+def _is_id(value: Any) -> bool:
+    # As `fields.Integer`, which would take longer for many ids.
+    return type(value) is int or (type(value) is float and value.is_integer())
 
 
 def _is_prompt(value: Any) -> bool:

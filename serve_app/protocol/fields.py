@@ -1,50 +1,26 @@
 """Request bodies: how every body is validated, and the sampling fields that several routes take.
 
 Field names and defaults are OpenAI's, and vLLM's for fields that OpenAI does not have. Every field
-of a request is used, ignored (`IGNORED`) or refused by name.
+of a request is used, ignored (`unsupported.IGNORED`) or refused by name.
 """
 
 import re
-from typing import Any, TypeVar
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.values import is_json
-
-IGNORED = frozenset(
-    {
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-    }
-)
-"""Fields that are accepted and not used: they do not change the answer."""
-
-UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "audio": ((), "there is no audio"),
-    "best_of": ((1,), "one answer is generated for each prompt"),
-    "function_call": (("none",), "tool calls are not supported"),
-    "functions": (([],), "tool calls are not supported"),
-    "modalities": ((["text"],), "answers are text"),
-    "n": ((1,), "one answer is generated for each prompt; send the request again for another"),
-    "parallel_tool_calls": ((), "tool calls are not supported"),
-    "prediction": ((), "predicted outputs are not supported"),
-    "reasoning_effort": ((), "this model does not reason separately"),
-    "response_format": (({"type": "text"},), "answers are plain text"),
-    "suffix": (("",), "text is continued at its end only"),
-    "tool_choice": (("none",), "tool calls are not supported"),
-    "tools": (([],), "tool calls are not supported"),
-    "verbosity": ((), "ask for a short answer in words"),
-    "web_search_options": ((), "there is no web search"),
-}
-"""OpenAI's fields that are refused, each with the values that pass, because they ask for what
-happens without the field, and the reason for the refusal."""
+from serve_app.protocol.unsupported import IGNORED, UNSUPPORTED, check_is_neutral
 
 MAX_STOP_CHARS = 500
 MAX_BIASES = 1024
@@ -52,7 +28,22 @@ MAX_BIASES = 1024
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 _SENTENCE = "sentence"
 
-B = TypeVar("B", bound="Body")
+
+def _whole(value: Any) -> Any:
+    # JSON has one type of number, and some clients write integers as `16.0`.
+    if isinstance(value, float):
+        if value.is_integer():
+            return int(value)
+        if value - value != 0:  # an infinity or NaN
+            raise PydanticKnownError("finite_number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_whole)]
+"""The type of an integer field."""
+
+Text = Annotated[str, StringConstraints(min_length=0)]
+"""The type of a text field. Pydantic refuses lone surrogates only where it measures the length."""
 
 
 class Body(BaseModel):
@@ -60,19 +51,24 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
-    model: str | None = None
+    model: Text | None = None
     """A served name; None means the first one."""
 
     @classmethod
-    def read(cls: type[B], body: Any) -> B:
+    def read(cls, body: Any) -> Self:
         """Validates a parsed JSON value; raises `InvalidRequest` naming the first bad field."""
-        return cls.of(used_fields(body))
-
-    @classmethod
-    def of(cls: type[B], fields: dict[str, Any]) -> B:
-        """Validates the result of `used_fields`; raises the same errors as `read`."""
+        if not isinstance(body, dict):
+            raise InvalidRequest("The body must be a JSON object.")
+        used = {}
+        for name, value in body.items():
+            if value is None or name in IGNORED:
+                continue
+            if name in cls.model_fields or name not in UNSUPPORTED:
+                used[name] = value
+            elif (reason := check_is_neutral(name, value)) is not None:
+                raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
         try:
-            return cls.model_validate(fields)
+            return cls.model_validate(used)
         except ValidationError as error:
             raise _first_error(error) from None
 
@@ -80,30 +76,33 @@ class Body(BaseModel):
 class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    include_usage: bool = False
+    include_usage: bool | None = None
     """Adds a last chunk with the usage and no choices."""
-    include_obfuscation: bool = False
+    continuous_usage_stats: bool | None = None
+    """With `include_usage`: every chunk has the usage so far (vLLM's field)."""
+    include_obfuscation: bool | None = None
     """Accepted and not used: chunks are not padded."""
 
 
 class Sampling(Body):
     """The sampling fields, which are the same on every route that generates text."""
 
-    max_tokens: int | None = Field(default=None, ge=1)
-    min_tokens: int = Field(default=0, ge=0)
+    max_tokens: Integer | None = Field(default=None, ge=1)
+    min_tokens: Integer = Field(default=0, ge=0)
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
-    top_p: float = Field(default=1.0, gt=0, le=1, allow_inf_nan=False)
-    top_k: int = Field(default=0, ge=-1)
+    top_p: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    """0 keeps the most probable token only."""
+    top_k: Integer = Field(default=0, ge=-1)
     """0 and -1 keep all tokens."""
     min_p: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
-    seed: int | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
+    seed: Integer | None = Field(default=None, ge=-(2**63), le=2**63 - 1)
     presence_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     frequency_penalty: float = Field(default=0.0, ge=-2, le=2, allow_inf_nan=False)
     repetition_penalty: float = Field(default=1.0, ge=0.01, le=100, allow_inf_nan=False)
     logit_bias: dict[str, float] = Field(default_factory=dict)
     """Token id, as a JSON string, to a bias from -100 to 100."""
-    stop: tuple[str, ...] = ()
-    stop_token_ids: list[int] = Field(default_factory=list, max_length=64)
+    stop: tuple[Text, ...] = ()
+    stop_token_ids: list[Integer] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     stream: bool = False
@@ -111,17 +110,17 @@ class Sampling(Body):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and self.stream_options.include_usage is True
+
+    @property
+    def include_continuous_usage(self) -> bool:
+        options = self.stream_options
+        return self.include_usage and options is not None and bool(options.continuous_usage_stats)
 
     @property
     def limit(self) -> tuple[int | None, str]:
         """The maximum number of tokens to generate, and the name of the field that has it."""
         return self.max_tokens, "max_tokens"
-
-    @property
-    def num_logprobs(self) -> int | None:
-        """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
-        return None
 
     @field_validator("stop", mode="before")
     @classmethod
@@ -158,7 +157,7 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Sampling":
-        if self.stream_options is not None and not self.stream:
+        if self.include_usage and not self.stream:
             raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
         limit, field = self.limit
         if limit is not None and self.min_tokens > limit:
@@ -168,32 +167,9 @@ class Sampling(Body):
         return self
 
 
-def used_fields(body: Any) -> dict[str, Any]:
-    """The fields of a parsed body that matter for the answer; their values are not validated.
-
-    Raises `InvalidRequest` for a body that is no object, a field that is not supported, and a value
-    that JSON in UTF-8 cannot hold.
-    """
-    if not isinstance(body, dict):
-        raise InvalidRequest("The body must be a JSON object.")
-    used = {}
-    for name, value in body.items():
-        if value is None or name in IGNORED:
-            continue
-        if name not in UNSUPPORTED:
-            used[name] = value
-            continue
-        neutral, reason = UNSUPPORTED[name]
-        # The types must be equal too: True == 1, but `"n": true` is an error.
-        if not any(type(value) is type(each) and value == each for each in neutral):
-            raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
-    if is_json(used):
-        return used
-    field = next(printable(name) for name, value in used.items() if not is_json([name, value]))
-    raise InvalidRequest(
-        f"`{field}` holds something that is not JSON in UTF-8: NaN, Infinity, or a lone surrogate.",
-        param=field,
-    )
+def no_unicode(field: str) -> InvalidRequest:
+    """The error of a text that UTF-8 cannot hold, such as one with the JSON string `\\ud800`."""
+    return InvalidRequest(f"`{field}` has a lone surrogate, which is no character.", param=field)
 
 
 def printable(name: Any) -> str:
@@ -222,5 +198,9 @@ def _first_error(error: ValidationError) -> InvalidRequest:
         return InvalidRequest(f"`{field}` is not a field of this request.", param=field)
     if first["type"] == "missing":
         return InvalidRequest(f"`{field}` is required.", param=field)
+    if first["type"] == "finite_number":
+        return InvalidRequest(f"`{field}` is a number out of range.", param=field)
+    if first["type"] == "string_unicode":
+        return no_unicode(field)
     message = first["msg"].removeprefix("Input ").rstrip(".")
     return InvalidRequest(f"`{field}` {message[:1].lower()}{message[1:]}.", param=field)

@@ -7,10 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.protocol.fields import printable, sentence
-
-IGNORED = frozenset({"name"})
-"""Fields of a message that the chat format has no place for."""
+from serve_app.protocol.fields import Text, printable, sentence
 
 MAX_MESSAGES = 4096
 
@@ -21,12 +18,16 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant"
 
 
 class Message(BaseModel):
-    """One message. `content` is text; a list of text parts is joined by line ends."""
+    """One message. `content` is text; a list of text parts is joined by line ends.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    Other keys are ignored, also those of content parts: clients keep their own data there, and send
+    back every key of an answer.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
     role: str
-    content: str = ""
+    content: Text = ""
 
     @model_validator(mode="before")
     @classmethod
@@ -37,7 +38,7 @@ class Message(BaseModel):
         for name in _UNSUPPORTED:
             if value.get(name) not in _EMPTY:
                 raise sentence(f"`{name}` is not supported: tool calls are not supported.", name)
-        fields = {k: v for k, v in value.items() if k not in IGNORED and v not in _EMPTY}
+        fields = {k: v for k, v in value.items() if v not in _EMPTY}
         content = fields.get("content", "")
         if not isinstance(content, str):
             fields["content"] = content = _joined(content)
@@ -77,7 +78,7 @@ def _joined(parts: Any) -> str:
     texts = []
     for part in parts:
         match part:
-            case {"type": "text", "text": str(text)} if len(part) == 2:
+            case {"type": "text", "text": str(text)}:
                 texts.append(text)
             case {"type": str(kind)} if kind != "text":
                 raise sentence(

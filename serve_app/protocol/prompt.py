@@ -7,12 +7,14 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject, Progress
-from serve_app.protocol.fields import Sampling, used_fields
+from serve_app.protocol.fields import Sampling, Text
 from serve_app.protocol.messages import Conversation, Message
 from serve_app.protocol.response import ResponseMetadata, usage
 from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 512
+LISTS = ("prompts", "items")
+"""Two names of the field with a list of prompts."""
 
 
 class PromptSampling(Sampling):
@@ -24,7 +26,7 @@ class PromptSampling(Sampling):
 class PromptRequest(PromptSampling):
     """`POST /prompt` with `prompt` or `messages`."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Conversation | None = None
 
     @model_validator(mode="before")
@@ -39,11 +41,6 @@ class PromptRequest(PromptSampling):
         if values.get("messages", "?") == []:
             raise InvalidRequest("`messages` should not be empty.", param="messages")
         return values
-
-    @property
-    def text_field(self) -> str:
-        """The field that has the text, for errors about it."""
-        return "messages" if self.prompt is None else "prompt"
 
     @property
     def conversation(self) -> list[Message]:
@@ -64,24 +61,23 @@ class Batch:
         item = {"prompt": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise InvalidRequest("Each item should be a string or an object.", param="items")
-        request = PromptRequest.of({**self.shared, **used_fields(item)})
+        given = {name: value for name, value in item.items() if value is not None}
+        request = PromptRequest.read({**self.shared, **given})
         if request.stream:
             raise _unstreamable()
         return request
 
 
-def batch(body: Any, max_prompts: int) -> Batch | None:
-    """The batch in the body of a `/prompt` request; None where the body has no list.
+def read(body: Any, max_prompts: int) -> PromptRequest | Batch:
+    """The request in the body of `/prompt`: for one prompt, or for a list of them.
 
-    An empty list is a batch without items. Raises `InvalidRequest` where the list itself or a
-    shared field is wrong.
+    An empty list is a batch without items. Raises `InvalidRequest` where a field is wrong; of a
+    list, where the list itself or a shared field is wrong.
     """
-    if not isinstance(body, dict):
-        return None
-    names = [name for name in ("prompts", "items") if body.get(name) is not None]
+    names = [name for name in LISTS if isinstance(body, dict) and body.get(name) is not None]
     if not names:
-        return None
-    shared = {key: value for key, value in body.items() if key not in ("prompts", "items")}
+        return PromptRequest.read(body)
+    shared = {key: value for key, value in body.items() if key not in LISTS}
     listed = body[names[0]]
     if len(names) > 1:
         raise InvalidRequest("Send `prompts` or `items`, not both.", param="items")
@@ -94,8 +90,7 @@ def batch(body: Any, max_prompts: int) -> Batch | None:
             raise InvalidRequest(f"Send `{names[0]}` or `{name}`, not both.", param=name)
     if shared.get("stream"):
         raise _unstreamable()
-    shared = used_fields(shared)
-    PromptSampling.of(shared)
+    PromptSampling.read(shared)
     return Batch(listed, shared)
 
 

@@ -62,21 +62,19 @@ class Detokenizer:
         self, backend: "Backend", *, prompt_ids: Sequence[int] = (), skip_special: bool = True
     ) -> None:
         self._backend = backend
-        self._prompt_ids = prompt_ids
         self._skip_special = skip_special
         self._pending: list[int] = []
-        self._stream: DecodeStream | None = None
+        self._stream = self._begin(_tail(backend, prompt_ids) if prompt_ids else [])
 
     def push(self, token_id: int) -> str:
         """Returns the text that `token_id` completes; empty while a character is incomplete."""
-        stream = self._stream or self._start(self._prompt_tail())
         self._pending.append(token_id)
         try:
-            text = stream.step(self._backend, token_id)
+            text = self._stream.step(self._backend, token_id)
         except Exception:
             # The bytes are no UTF-8: DecodeStream fails with "Invalid prefix".
             text = self._decode(self._pending)
-            self._start(self._pending)
+            self._stream = self._begin(self._pending)
         if text is None:
             return ""
         self._pending = []
@@ -87,29 +85,27 @@ class Detokenizer:
         rest, self._pending = self._pending, []
         return self._decode(rest) if rest else ""
 
-    def _start(self, ids: Sequence[int]) -> "DecodeStream":
-        """Begins a new stream behind the text of `ids`."""
+    def _begin(self, ids: list[int]) -> "DecodeStream":
+        """A new stream behind the text of `ids`."""
         from tokenizers.decoders import DecodeStream
 
-        self._stream = DecodeStream(ids=list(ids), skip_special_tokens=self._skip_special)
-        return self._stream
-
-    def _prompt_tail(self) -> Sequence[int]:
-        """Some last ids of the prompt; none where their text ends in an incomplete character.
-
-        DecodeStream would return a prompt's text that ends in U+FFFD as if it were new.
-        """
-        if not self._prompt_ids:
-            return ()
-        # A character has up to 4 bytes, each a token: one of the 4 tails begins at a character.
-        for num_tokens in range(PRIMING_TOKENS, PRIMING_TOKENS + 4):
-            tail = list(self._prompt_ids[-num_tokens:])
-            if not self._backend.decode(tail, skip_special_tokens=True).endswith("\ufffd"):
-                return tail
-        return ()
+        return DecodeStream(ids=ids, skip_special_tokens=self._skip_special)
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=self._skip_special))
+
+
+def _tail(backend: "Backend", prompt_ids: Sequence[int]) -> list[int]:
+    """Some last ids of the prompt; none where their text ends in an incomplete character.
+
+    DecodeStream would return a prompt's text that ends in U+FFFD as if it were new.
+    """
+    # A character has up to 4 bytes, each a token: one of the 4 tails begins at a character.
+    for num_tokens in range(PRIMING_TOKENS, PRIMING_TOKENS + 4):
+        tail = list(prompt_ids[-num_tokens:])
+        if not backend.decode(tail, skip_special_tokens=True).endswith("\ufffd"):
+            return tail
+    return []
 
 
 class TextStream:

@@ -10,7 +10,6 @@ from serve_app.protocol import tokenizer_files
 from serve_app.protocol.chat_template import ChatTemplate
 from serve_app.protocol.control_tokens import ControlTokens
 from serve_app.protocol.conversation import Turn
-from serve_app.protocol.text import Detokenizer
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -107,12 +106,6 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
-
-    def detokenizer(
-        self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
-    ) -> Detokenizer:
-        """A decoder for one answer; `prompt_ids` where it continues the prompt's text."""
-        return Detokenizer(self.backend, prompt_ids=prompt_ids, skip_special=skip_special_tokens)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; a byte token may be a part of a character."""

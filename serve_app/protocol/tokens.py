@@ -5,7 +5,7 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import Body
+from serve_app.protocol.fields import Body, Integer, Text
 from serve_app.protocol.messages import Conversation
 
 MAX_TOKENS = 100_000
@@ -14,7 +14,7 @@ MAX_TOKENS = 100_000
 class TokenizeRequest(Body):
     """`POST /tokenize` of `prompt` (raw text) or `messages` (through the chat template)."""
 
-    prompt: str | None = None
+    prompt: Text | None = None
     messages: Conversation | None = None
     add_special_tokens: bool | None = None
     """Whether BOS goes before a `prompt` (default: yes); the chat template has its own."""
@@ -41,7 +41,7 @@ class TokenizeRequest(Body):
 class DetokenizeRequest(Body):
     """`POST /detokenize` of token ids."""
 
-    tokens: list[int] = Field(max_length=MAX_TOKENS)
+    tokens: list[Integer] = Field(max_length=MAX_TOKENS)
 
 
 def tokenized(ids: list[int], max_model_len: int, strings: list[str] | None) -> dict[str, Any]:

@@ -242,7 +242,7 @@ def test_many_prompts_never_overrun_the_queue(stream: bool) -> None:
         ({"prompts": ["a"], "temperature": 2.1}, "temperature"),
         ({"prompts": ["a"], "max_tokens": 3, "min_tokens": 4}, "min_tokens"),
         ({"prompts": ["a"], "colour": 1}, "colour"),
-        ({"prompts": ["a"], "stop": "\ud800"}, "stop"),
+        ({"prompts": ["a"], "stop": "\ud800"}, "stop.0"),
     ],
 )
 def test_a_bad_batch_is_refused_as_a_whole(body: Any, param: str) -> None:
@@ -333,7 +333,7 @@ NUMBERS = [1] * 500_000
     [
         ("/v1/completions", {"prompt": NUMBERS}),
         ("/detokenize", {"tokens": [0] * 99_999, "colour": NUMBERS}),
-        ("/prompt", {"prompts": ["a", {"colour": NUMBERS}]}),
+        ("/prompt", {"prompts": [{"messages": CHAT["messages"] * 4096, "stop": 1}] * 8}),
         ("/prompt", {"prompts": [""] * 1000}),
     ],
     ids=range(4),

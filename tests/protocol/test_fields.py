@@ -7,9 +7,10 @@ import pytest
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
-from serve_app.protocol.fields import IGNORED, UNSUPPORTED, Body
+from serve_app.protocol.fields import Body
 from serve_app.protocol.prompt import PromptRequest
-from serve_app.protocol.tokens import TokenizeRequest
+from serve_app.protocol.tokens import DetokenizeRequest, TokenizeRequest
+from serve_app.protocol.unsupported import IGNORED, UNSUPPORTED
 
 NAN = float("nan")
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -28,12 +29,13 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"temperature": 2.1}, "temperature"),
         ({"temperature": "1"}, "temperature"),
         ({"temperature": NAN}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
+        ({"max_tokens": float("inf")}, "max_tokens"),
         ({"top_p": float("inf")}, "top_p"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
-        ({"max_tokens": 5, "max_completion_tokens": 5}, "max_completion_tokens"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens"),
         ({"max_tokens": 5, "min_tokens": 6}, "min_tokens"),
         ({"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens"),
         ({"stream": "yes"}, "stream"),
@@ -65,7 +67,9 @@ def refusal(schema: type[Body], body: Any) -> InvalidRequest:
         ({"messages": [{"role": "user", "content": 5}]}, "messages.0.content"),
         ({"messages": [{"content": "Hello"}]}, "messages.0.role"),
         ({"messages": [{"role": "tool", "content": "3"}]}, "messages.0.role"),
-        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages.0.content"),
+        ({"stop": ["a\ud800"]}, "stop.0"),
+        ({"model": "a\ud800"}, "model"),
         ({"messages": [{**HELLO[0], "tool_calls": [{}]}]}, "messages.0.tool_calls"),
         (
             {"messages": [*HELLO, {"role": "user", "content": [{"type": "image_url"}]}]},
@@ -81,9 +85,12 @@ def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) 
     assert error.message.endswith(".")
 
 
-def test_what_is_no_json_is_said_to_be_none() -> None:
-    """A NaN, which equals nothing, is refused as NaN, not as an unsupported value."""
-    assert "not JSON" in refusal(ChatRequest, {"messages": HELLO, "temperature": NAN}).message
+@pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "seed", "min_p"])
+@pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
+def test_a_number_that_no_float_can_hold_is_out_of_range(name: str, value: float) -> None:
+    """`1e999`, which JSON readers return as an infinity, is told as what it is."""
+    error = refusal(ChatRequest, {"messages": HELLO, name: value})
+    assert error.message == f"`{name}` is a number out of range."
 
 
 @pytest.mark.parametrize("body", [None, [], "Hello", 3, True])
@@ -95,8 +102,10 @@ def test_a_body_that_is_no_object(body: Any) -> None:
 @pytest.mark.parametrize("name", sorted(UNSUPPORTED))
 def test_unsupported_fields_are_refused_by_name(name: str) -> None:
     """A field of OpenAI's that would change the answer is never silently dropped."""
-    error = refusal(ChatRequest, {"messages": HELLO, name: "anything"})
-    assert (error.param, f"`{name}` is not supported" in error.message) == (name, True)
+    error = refusal(TokenizeRequest, {"prompt": "a", name: "anything"})
+    assert error.param == name
+    is_field = name in TokenizeRequest.model_fields
+    assert is_field or f"`{name}` is not supported" in error.message
 
 
 @pytest.mark.parametrize(
@@ -106,16 +115,21 @@ def test_unsupported_fields_are_refused_by_name(name: str) -> None:
         dict.fromkeys(IGNORED, "anything"),
         dict.fromkeys(UNSUPPORTED),
         {"max_tokens": None, "stop": None, "temperature": None, "logit_bias": None},
+        {"n": 1.0, "best_of": 1, "length_penalty": 1.0, "use_beam_search": False},
+        {"parallel_tool_calls": True, "tool_choice": "auto", "reasoning_effort": "none"},
+        {"echo": False, "add_generation_prompt": True, "continue_final_message": False},
+        {"logprobs": False, "top_logprobs": 0, "top_k": 0, "seed": None},
     ],
 )
 def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
     """Neutral values, the ignore list, and nulls change nothing."""
-    assert ChatRequest.read({"messages": HELLO, **fields}) == ChatRequest.read({"messages": HELLO})
+    given, plain = ({"messages": HELLO, **more} for more in (fields, {}))
+    assert ChatRequest.read(given).model_dump() == ChatRequest.read(plain).model_dump()
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 2), ("best_of", 1.0)])
+@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 2), ("n", 1.5), ("n", "1")])
 def test_only_one_answer(name: str, value: Any) -> None:
-    """`n` may be the integer 1 only: neither 2, nor true, which equals 1 in Python."""
+    """`n` may be the number 1 only: neither 2, nor true, which equals 1 in Python."""
     assert refusal(ChatRequest, {"messages": HELLO, name: value}).param == name
 
 
@@ -124,6 +138,93 @@ def test_an_unknown_field_is_named_safely() -> None:
     error = refusal(ChatRequest, {"messages": HELLO, "\ud800" + "x" * 500: 1})
     assert error.param is not None
     assert len(error.param.encode()) < 100
+
+
+def test_integers_may_be_written_as_floats() -> None:
+    """`16.0` is 16 in every integer field, alone or in a list; `true` and `"16"` are not."""
+    fields = ("max_tokens", "min_tokens", "top_k", "seed", "top_logprobs", "max_completion_tokens")
+    given = {
+        "messages": HELLO,
+        "logprobs": True,
+        "stop_token_ids": [3.0],
+        **dict.fromkeys(fields, 2.0),
+    }
+    request = ChatRequest.read(given)
+    values = [*(getattr(request, name) for name in fields), *request.stop_token_ids]
+    assert values == [2, 2, 2, 2, 2, 2, 3]
+    assert {type(value) for value in values} == {int}
+    assert CompletionRequest.read({"prompt": [1.0, 2.0], "logprobs": 1.0}).prompts == [[1, 2]]
+    assert CompletionRequest.read({"prompt": [[1.0], [2]]}).prompts == [[1], [2]]
+    assert DetokenizeRequest.read({"tokens": [1.0, 2]}).tokens == [1, 2]
+    for wrong in (True, "16", 1.5):
+        assert refusal(ChatRequest, {"messages": HELLO, "seed": wrong}).param == "seed"
+
+
+def test_two_names_of_one_limit_may_agree() -> None:
+    """Some clients send `max_tokens` and `max_completion_tokens` with the same value."""
+    body = {"messages": HELLO, "max_tokens": 5, "max_completion_tokens": 5}
+    assert ChatRequest.read(body).limit[0] == 5
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_null_in_stream_options_is_absent(stream: bool) -> None:
+    """Null inside `stream_options`, and options that ask for nothing, change nothing."""
+    names = ("include_usage", "continuous_usage_stats", "include_obfuscation")
+    for options in ({}, dict.fromkeys(names), dict.fromkeys(names, False)):
+        body = {"messages": HELLO, "stream": stream, "stream_options": options}
+        request = ChatRequest.read(body)
+        assert not request.include_usage
+        assert not request.include_continuous_usage
+
+
+def test_keys_inside_messages_and_parts_are_ignored() -> None:
+    """Clients keep their own data in messages and send back every key of an answer."""
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}, "id": None}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "b", "audio": None}
+    user = {"role": "user", "content": [part], "id": 3, "opts": {"visible": True}, "metadata": {}}
+    messages = ChatRequest.read({"messages": [user, answer, user]}).messages
+    assert [message.content for message in messages] == ["hi", "a", "hi"]
+
+
+WORKER_VLLM = {
+    "n": 1,
+    "best_of": None,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": -1,
+    "min_p": 0.0,
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "early_stopping": False,
+    "stop": None,
+    "stop_token_ids": None,
+    "ignore_eos": False,
+    "max_tokens": 16,
+    "min_tokens": 0,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None,
+}
+"""The `sampling_params` that RunPod's vLLM worker documents, with their defaults:
+https://github.com/runpod-workers/worker-vllm."""
+
+
+@pytest.mark.parametrize(
+    ("schema", "prompt"),
+    [
+        (ChatRequest, {"messages": HELLO}),
+        (CompletionRequest, {"prompt": "a"}),
+        (PromptRequest, {"prompt": "a"}),
+    ],
+)
+def test_the_sampling_params_of_worker_vllm_pass(schema: type[Body], prompt: Any) -> None:
+    """Its whole table with its defaults asks for nothing but 16 tokens at temperature 1."""
+    plain = {**prompt, "max_tokens": 16, "temperature": 1.0, "top_k": -1}
+    given = {**prompt, **WORKER_VLLM}
+    assert schema.read(given).model_dump() == schema.read(plain).model_dump()
 
 
 def test_messages_as_clients_send_them() -> None:
@@ -157,7 +258,9 @@ def test_the_four_forms_of_a_completions_prompt(prompt: Any, prompts: list[Any])
     assert CompletionRequest.read({"prompt": prompt}).prompts == prompts
 
 
-@pytest.mark.parametrize("prompt", [None, "", [], [""], [[]], 3, [1, "a"], [True], [1.5], {}])
+@pytest.mark.parametrize(
+    "prompt", [None, "", [], [""], [[]], 3, [1, "a"], [True], [1.5], {}, ["\ud800"]]
+)
 def test_no_other_prompt(prompt: Any) -> None:
     """Anything else, and anything empty, is refused by the field's name."""
     assert refusal(CompletionRequest, {"prompt": prompt}).param == "prompt"

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.protocol.text import TextDelta, TextStream, TokenScore
+from serve_app.protocol.text import Detokenizer, TextDelta, TextStream, TokenScore
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.tiny import CHECKPOINT
 
@@ -48,7 +48,7 @@ def streamed(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int], stops: list[str] | None = None
 ) -> list[TextDelta]:
     """The text of an answer whose engine deltas are `ids` cut at `cuts`."""
-    stream = TextStream(tokenizer.detokenizer(), stops or [])
+    stream = TextStream(Detokenizer(tokenizer.backend), stops or [])
     deltas = []
     for group in groups(ids, cuts):
         deltas.append(stream.push(group, [TokenScore(id, -1.0, ()) for id in group]))
@@ -94,7 +94,7 @@ def test_a_continuation_is_the_rest_of_the_text(
 ) -> None:
     """Prompt and answer of a completion join to the text, spaces included."""
     ids, more = (tokenizer.encode(each, add_special_tokens=False) for each in (start, rest))
-    stream = TextStream(tokenizer.detokenizer(ids))
+    stream = TextStream(Detokenizer(tokenizer.backend, prompt_ids=ids))
     answer = stream.push(more).text + stream.push([], [], "stop").text
     assert tokenizer.decode(ids) + answer == tokenizer.decode(ids + more)
 
@@ -102,7 +102,7 @@ def test_a_continuation_is_the_rest_of_the_text(
 def test_an_incomplete_character_is_flushed_at_the_end(tokenizer: Tokenizer) -> None:
     """Bytes that no token completes become U+FFFD, and only when nothing more comes."""
     character = tokenizer.encode(RARE, add_special_tokens=False)[1:]
-    stream = TextStream(tokenizer.detokenizer())
+    stream = TextStream(Detokenizer(tokenizer.backend))
     assert stream.push(character[:2]).text == ""
     assert set(stream.push([], [], "length").text) == {"\ufffd"}
 
@@ -111,7 +111,7 @@ def test_broken_bytes_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
     """A character that breaks off in the middle costs that character and nothing after it."""
     character = tokenizer.encode(RARE, add_special_tokens=False)[1:]
     after = tokenizer.encode("is fine too", add_special_tokens=False)
-    stream = TextStream(tokenizer.detokenizer())
+    stream = TextStream(Detokenizer(tokenizer.backend))
     text = stream.push([*character, *character[:2], *after]).text
     assert text.startswith(f"{RARE}\ufffd")
     assert text.endswith(" is fine too")
@@ -120,8 +120,8 @@ def test_broken_bytes_do_not_end_the_answer(tokenizer: Tokenizer) -> None:
 def test_special_tokens_are_not_shown_unless_asked(tokenizer: Tokenizer) -> None:
     """`</s>` in an answer is no text; with skip_special_tokens false it is."""
     ids = [*tokenizer.encode("a b", add_special_tokens=False), 2]
-    shown = TextStream(tokenizer.detokenizer(skip_special_tokens=False))
-    assert TextStream(tokenizer.detokenizer()).push(ids).text == "a b"
+    shown = TextStream(Detokenizer(tokenizer.backend, skip_special=False))
+    assert TextStream(Detokenizer(tokenizer.backend)).push(ids).text == "a b"
     assert shown.push(ids).text == "a b</s>"
 
 
@@ -129,7 +129,7 @@ def test_no_stop_string_before_min_tokens(tokenizer: Tokenizer) -> None:
     """A stop string within the first min_tokens tokens is text like any other."""
     ids = tokenizer.encode("no no no", add_special_tokens=False)
     number = len(tokenizer.encode("no no", add_special_tokens=False))
-    stream = TextStream(tokenizer.detokenizer(), [" no"], min_tokens=number + 1)
+    stream = TextStream(Detokenizer(tokenizer.backend), [" no"], min_tokens=number + 1)
     delta = stream.push(ids)
     assert (delta.text, delta.finish_reason) == ("no no", "stop")
 
@@ -138,7 +138,7 @@ def test_a_stop_string_over_the_edge_of_min_tokens(tokenizer: Tokenizer) -> None
     """A stop string that ends after min_tokens stops: its beginning was shown, its rest is not."""
     ids = tokenizer.encode("a b c", add_special_tokens=False)
     number = len(tokenizer.encode("a b", add_special_tokens=False))
-    stream = TextStream(tokenizer.detokenizer(), ["b c"], min_tokens=number + 1)
+    stream = TextStream(Detokenizer(tokenizer.backend), ["b c"], min_tokens=number + 1)
     deltas = [stream.push([token]) for token in ids]
     assert "".join(delta.text for delta in deltas) == "a b"
     assert deltas[-1].finish_reason == "stop"

@@ -1,4 +1,4 @@
-"""Generator: turns a validated request into token ids and sampling parameters, and an `Answer`."""
+"""InputProcessor: turns a validated request into token ids, sampling parameters and an `Answer`."""
 
 import asyncio
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import Call
 from serve_app.protocol.fields import Sampling, printable
 from serve_app.protocol.messages import Message
-from serve_app.protocol.text import TextStream
+from serve_app.protocol.text import Detokenizer, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ CHARS_PER_MESSAGE = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Generator:
+class InputProcessor:
     """Tokenizes prompts and makes answers on one engine."""
 
     engine: "Engine"
@@ -55,7 +55,8 @@ class Generator:
         that the template does not take.
         """
         num_chars = sum(len(message.content) for message in messages)
-        self._check_num_chars(num_chars, field)
+        if num_chars > self.settings.max_prompt_chars:
+            raise self._too_long(num_chars, field)
         turns = [{"role": message.role, "content": message.content} for message in messages]
         render = self.tokenizer.render
         if num_chars + CHARS_PER_MESSAGE * len(turns) <= MAX_CHARS_ON_LOOP:
@@ -64,7 +65,8 @@ class Generator:
 
     async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of raw text. Raises `InvalidRequest` for a text that is too long."""
-        self._check_num_chars(len(prompt), "prompt")
+        if len(prompt) > self.settings.max_prompt_chars:
+            raise self._too_long(len(prompt), "prompt")
         encode = self.tokenizer.encode
         if len(prompt) <= MAX_CHARS_ON_LOOP:
             return encode(prompt, add_special_tokens=add_special_tokens)
@@ -87,29 +89,35 @@ class Generator:
         prompt_ids: list[int],
         field: str,
         *,
+        num_logprobs: int | None = None,
         default_max_tokens: int | None = None,
         continues: bool = False,
     ) -> Answer:
         """The answer to a prompt, which came in `field` of the request.
 
-        Without a limit in the request, the answer has up to `default_max_tokens` tokens, or as many
-        as the context holds. `continues`: the answer continues the prompt's text, so a space at its
-        beginning is text. The engine checks the token ids and the context's length when it starts.
-        Raises `InvalidRequest` for a token of the tokenizer that the model does not have.
+        `num_logprobs` is `SamplingParams.logprobs`. Without a limit in the request, the answer has
+        up to `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
+        continues the prompt's text, so a space at its beginning is text.
+
+        Raises `InvalidRequest` for a token of the tokenizer that the model does not have. The engine checks
+        the token ids and the context's length when it starts the answer. Where the answer
+        `continues` the prompt they are checked here, before any answer to one of several prompts
+        starts.
         """
         if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
-            raise InvalidRequest(
-                f"`{field}` contains `{printable(token)}`, a token that the tokenizer has and the "
-                f"model does not: its vocabulary has {self.vocab_size} tokens. Leave it out.",
-                param=field,
-            )
-        detokenizer = self.tokenizer.detokenizer(
-            prompt_ids if continues else (), skip_special_tokens=request.skip_special_tokens
+            raise self._no_such_token(token, field)
+        params = self._params(request, len(prompt_ids), field, default_max_tokens, num_logprobs)
+        if continues:
+            self.engine.check(prompt_ids, params)
+        detokenizer = Detokenizer(
+            self.tokenizer.backend,
+            prompt_ids=prompt_ids if continues else (),
+            skip_special=request.skip_special_tokens,
         )
         return Answer(
             self.engine,
             prompt_ids,
-            self._params(request, len(prompt_ids), field, default_max_tokens),
+            params,
             TextStream(detokenizer, request.stop, min_tokens=request.min_tokens),
             self.metrics,
             call.arrived,
@@ -117,7 +125,12 @@ class Generator:
         )
 
     def _params(
-        self, request: Sampling, num_prompt_tokens: int, field: str, default: int | None
+        self,
+        request: Sampling,
+        num_prompt_tokens: int,
+        field: str,
+        default: int | None,
+        num_logprobs: int | None,
     ) -> SamplingParams:
         max_tokens, max_tokens_field = request.limit
         max_allowed = self.settings.max_tokens_limit
@@ -131,8 +144,8 @@ class Generator:
         return SamplingParams(
             max_tokens=max_tokens,
             min_tokens=min(request.min_tokens, max_tokens),
-            temperature=request.temperature,
-            top_p=request.top_p,
+            temperature=request.temperature if request.top_p else 0.0,
+            top_p=request.top_p or 1.0,
             top_k=max(request.top_k, 0),
             min_p=request.min_p,
             seed=request.seed,
@@ -142,15 +155,20 @@ class Generator:
             logit_bias={int(token): bias for token, bias in request.logit_bias.items()},
             stop_token_ids=frozenset(request.stop_token_ids),
             ignore_eos=request.ignore_eos,
-            logprobs=request.num_logprobs,
+            logprobs=num_logprobs,
             prompt_field=field,
             max_tokens_field=max_tokens_field,
         )
 
-    def _check_num_chars(self, num_chars: int, field: str) -> None:
-        if num_chars > self.settings.max_prompt_chars:
-            raise InvalidRequest(
-                f"`{field}` has {num_chars} characters; {self.settings.max_prompt_chars} are "
-                "allowed.",
-                param=field,
-            )
+    def _too_long(self, num_chars: int, field: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"`{field}` has {num_chars} characters; {self.settings.max_prompt_chars} are allowed.",
+            param=field,
+        )
+
+    def _no_such_token(self, token: str, field: str) -> InvalidRequest:
+        return InvalidRequest(
+            f"`{field}` contains `{printable(token)}`, a token that the tokenizer has and the "
+            f"model does not: its vocabulary has {self.vocab_size} tokens. Leave it out.",
+            param=field,
+        )

@@ -1,0 +1,94 @@
+"""Fields of other servers' APIs that have no effect here, and those that would change the answer.
+
+A client may send a field whose value asks for what happens anyway. Any other value is refused.
+"""
+
+from typing import Any
+
+IGNORED = frozenset(
+    {
+        "metadata",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+    }
+)
+"""Fields that are accepted with any value and not used: they do not change the answer."""
+
+Unsupported = dict[str, tuple[tuple[Any, ...], str]]
+"""Field to the values that pass, and the reason why another value is refused."""
+
+_ONE = "one answer is generated for each prompt; send the request again for another"
+_NO_TOOLS = "tool calls are not supported"
+_NO_BEAMS = "there is no beam search"
+_NO_GRAMMAR = "answers are plain text; no grammar can be set"
+
+OPENAI: Unsupported = {
+    "audio": ((), "there is no audio"),
+    "best_of": ((1,), "one answer is generated for each prompt"),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "modalities": ((["text"],), "answers are text"),
+    "n": ((1,), _ONE),
+    "parallel_tool_calls": ((True, False), _NO_TOOLS),
+    "prediction": ((), "predicted outputs are not supported"),
+    "reasoning_effort": (("none",), "this model does not reason separately"),
+    "response_format": (({"type": "text"},), "answers are plain text"),
+    "suffix": (("",), "text is continued at its end only"),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "tools": (([],), _NO_TOOLS),
+    "verbosity": (("medium",), "ask for a short answer in words"),
+    "web_search_options": ((), "there is no web search"),
+}
+"""Fields of OpenAI's API."""
+
+VLLM: Unsupported = {
+    "add_generation_prompt": ((True,), "the answer is always a new message"),
+    "allowed_token_ids": (([],), "use `logit_bias`"),
+    "bad_words": (([],), "use `logit_bias`"),
+    "cache_salt": ((), "the prefix cache is shared by all requests"),
+    "chat_template": ((), "the model's own template is used"),
+    "chat_template_kwargs": (({},), "the model's own template takes no parameters"),
+    "continue_final_message": ((False,), "the answer is always a new message"),
+    "detokenize": ((True,), "answers are text"),
+    "documents": (([],), "put the documents into a message"),
+    "early_stopping": ((False,), _NO_BEAMS),
+    "echo": ((False,), "only /v1/completions repeats its prompt"),
+    "guided_choice": (([],), _NO_GRAMMAR),
+    "guided_grammar": ((), _NO_GRAMMAR),
+    "guided_json": ((), _NO_GRAMMAR),
+    "guided_regex": ((), _NO_GRAMMAR),
+    "include_reasoning": ((True, False), "this model does not reason separately"),
+    "include_stop_str_in_output": ((False,), "the answer ends before the stop string"),
+    "length_penalty": ((1,), _NO_BEAMS),
+    "logits_processors": (([],), "use `logit_bias`"),
+    "logprobs": ((False,), "use /v1/chat/completions or /v1/completions"),
+    "priority": ((0,), "requests are answered in the order of their arrival"),
+    "prompt_logprobs": ((), "only answers have log probabilities"),
+    "return_token_ids": ((False,), "use /tokenize"),
+    "return_tokens_as_token_ids": ((False,), "tokens are returned as text"),
+    # Changes nothing for a tokenizer that writes spaces as a part of tokens, as Mixtral's does.
+    "spaces_between_special_tokens": ((True, False), "it is true or false"),
+    "structured_outputs": ((), _NO_GRAMMAR),
+    "top_logprobs": ((0,), "use /v1/chat/completions"),
+    "truncate_prompt_tokens": ((), "a prompt is never cut"),
+    "use_beam_search": ((False,), _NO_BEAMS),
+}
+"""Fields of vLLM's API, and of the `sampling_params` of RunPod's vLLM worker."""
+
+UNSUPPORTED: Unsupported = OPENAI | VLLM
+"""A route that has one of these fields itself uses it instead."""
+
+
+def check_is_neutral(name: str, value: Any) -> str | None:
+    """Why `value` of the field `name` in `UNSUPPORTED` is refused; None where it passes."""
+    neutral, reason = UNSUPPORTED[name]
+    # True == 1 in Python, but `"n": true` is an error.
+    is_neutral = any(
+        isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral
+    )
+    return None if is_neutral else reason

@@ -99,10 +99,10 @@ class InputProcessor:
         up to `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
         continues the prompt's text, so a space at its beginning is text.
 
-        Raises `InvalidRequest` for a token of the tokenizer that the model does not have. The engine checks
-        the token ids and the context's length when it starts the answer. Where the answer
-        `continues` the prompt they are checked here, before any answer to one of several prompts
-        starts.
+        Raises `InvalidRequest` for a token of the tokenizer that the model does not have. The
+        engine checks the token ids and the context's length when it starts the answer. Where the
+        answer `continues` the prompt they are checked here, before any answer to one of several
+        prompts starts.
         """
         if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
             raise self._no_such_token(token, field)

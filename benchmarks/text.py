@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import new_parser, publish, say
-from serve_app.protocol.text import TextStream
+from serve_app.protocol.text import Detokenizer, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.tiny import CHECKPOINT
 from tools import mixtral_tokenizer
@@ -64,7 +64,7 @@ def us_per_token(
     ids = tokenizer.encode(text * num_tokens, add_special_tokens=False)[:num_tokens]
 
     def answer() -> None:
-        stream = TextStream(tokenizer.detokenizer(), stops)
+        stream = TextStream(Detokenizer(tokenizer.backend), stops)
         for token_id in ids:
             stream.push((token_id,))
 

@@ -73,7 +73,13 @@ def _start(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
     parser.add_argument(local_handler.FLAG, action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--rp_serve_api", action="store_true", help=argparse.SUPPRESS)
     given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
+    if given.rp_serve_api:
+        raise ConfigError(
+            "--rp_serve_api is not supported; `python -m emulator` answers /run, /runsync and the "
+            "others on this machine, and RUNPOD_SERVERLESS=false serves HTTP."
+        )
 
     entry = EntrySettings.from_environment()
     job = local.find(given.test_input, entry)

@@ -5,11 +5,14 @@ them, the tokenizer and its chat template, the memory and the disk. Reads no wei
 nothing.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from serve_app.app import check_schema
-from serve_app.config.settings import Settings, unused_names
+from serve_app.config.settings import ConfigError, Settings, unused_names, with_variables
+from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import load_tokenizer
 from serve_app.model.footprint import parameters
 from serve_app.start_plan.hub import require_disk
@@ -44,14 +47,25 @@ def check_config(path: str | Path) -> Settings:
 
 def check_start(path: str | Path, settings: Settings) -> Checked:
     """Plans the start and checks that this machine can make it; raises as `check`."""
-    plan = plan_start(settings)
+    with _variables_named():
+        plan = plan_start(settings)
+        about_plan = check_plan(settings, plan)
     notice = unused_names()
-    lines = [
-        f"{path}: the configuration is valid.",
-        *([notice] if notice else []),
-        *check_plan(settings, plan),
-    ]
+    lines = [f"{path}: the configuration is valid.", *([notice] if notice else []), *about_plan]
     return Checked(settings, plan, lines)
+
+
+@contextmanager
+def _variables_named() -> Iterator[None]:
+    """Adds the variable that was set to the settings that an error names."""
+    try:
+        yield
+    except (ConfigError, ModelLoadFailed) as error:
+        message = with_variables(str(error))
+        error.args = (message,)
+        if isinstance(error, ModelLoadFailed):
+            error.message = message
+        raise
 
 
 def check_plan(settings: Settings, plan: StartPlan) -> list[str]:

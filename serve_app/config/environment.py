@@ -6,8 +6,9 @@ A setting has one such name by rule:
 * A field of one word needs its section: `MODEL_NAME` sets `model.name`. A bare `NAME`, `DEVICE`,
   `START` or `VOLUME` occurs in containers for other purposes, so it sets nothing.
 
-The rule leaves out `NOT_BY_RULE`. `EXTRA_NAMES` are the names that do not follow it. The functions
-take the environment as an argument; `settings.py` is the only module that reads it.
+The rule leaves out `NOT_BY_RULE`. `EXTRA_NAMES` are the names that do not follow it. `VALUES` maps
+values. The functions take the environment as an argument; `settings.py` is the only module that
+reads it.
 """
 
 from collections.abc import Mapping
@@ -33,35 +34,14 @@ NOT_BY_RULE = {
 """Settings whose name by rule could be set for another purpose, and that purpose. Only their
 `MIXTRAL_*` name sets them."""
 
-_RESPONSE_CHUNKS = "a response chunk holds all text since the last one was sent"
-_CHECKPOINT = "the checkpoint's own is used"
-_ONE_GPU = "one GPU holds the model"
-_TOOLS = "tool calls are not supported; a request that asks for them gets an error"
-
-UNUSED_NAMES = {
-    "DEFAULT_BATCH_SIZE": _RESPONSE_CHUNKS,
-    "MIN_BATCH_SIZE": _RESPONSE_CHUNKS,
-    "BATCH_SIZE_GROWTH_FACTOR": _RESPONSE_CHUNKS,
-    "DEFAULT_MIN_BATCH_SIZE": _RESPONSE_CHUNKS,
-    "DEFAULT_BATCH_SIZE_GROWTH_FACTOR": _RESPONSE_CHUNKS,
-    "RAW_OPENAI_OUTPUT": "streams through RunPod's OpenAI gateway are always SSE text",
-    "OPENAI_RESPONSE_ROLE": "the role of an answer is always assistant",
-    "TOKENIZER": _CHECKPOINT,
-    "TOKENIZER_NAME": _CHECKPOINT,
-    "TOKENIZER_REVISION": _CHECKPOINT,
-    "CUSTOM_CHAT_TEMPLATE": _CHECKPOINT,
-    "TRUST_REMOTE_CODE": "code in a checkpoint is never run",
-    "DISABLE_LOG_REQUESTS": "requests are never logged",
-    "DISABLE_LOG_STATS": "statistics are not logged; GET /metrics has them",
-    "ENABLE_AUTO_TOOL_CHOICE": _TOOLS,
-    "TOOL_CALL_PARSER": _TOOLS,
-    "TENSOR_PARALLEL_SIZE": _ONE_GPU,
-    "PIPELINE_PARALLEL_SIZE": _ONE_GPU,
-    "VLLM_STARTUP_TIMEOUT": "a load has no time limit; waiting jobs get its progress",
-    "ENFORCE_EAGER": "torch.compile is not used",
-    "LOAD_FORMAT": "the checkpoint's files say which format it has",
+VALUES: dict[str, dict[str, str | None]] = {
+    "QUANTIZATION": {"bitsandbytes": "nf4"},
+    "DTYPE": {"half": "float16", "float": "float32"},
+    "MAX_MODEL_LEN": {"auto": None},
+    "MAX_NUM_BATCHED_TOKENS": {"0": None},
 }
-"""Names of RunPod's vLLM worker that are accepted and change nothing, and why."""
+"""Values of RunPod's vLLM worker and what each one means here; None leaves the default. Values are
+compared in lower case, such as the None of worker-vllm's form for QUANTIZATION."""
 
 
 @cache
@@ -84,19 +64,21 @@ def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]
     """The values of familiar variables as sections of settings. An empty value counts as unset."""
     found: dict[str, dict[str, str]] = {}
     for name, path in familiar_names().items():
-        if value := environment.get(name):
+        if value := _value(environment, name):
             section, field = path.split(".")
             found.setdefault(section, {})[field] = value
     return found
 
 
-def unused_names(environment: Mapping[str, str]) -> str | None:
-    """One line that lists the variables in `UNUSED_NAMES` that are set; None if there are none."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in UNUSED_NAMES.items():
-        if environment.get(name):
-            reasons.setdefault(reason, []).append(name)
-    if not reasons:
-        return None
-    listed = (f"{', '.join(names)} ({reason})" for reason, names in reasons.items())
-    return f"These variables are set and change nothing: {'; '.join(listed)}."
+def familiar_source(environment: Mapping[str, str], path: str) -> str | None:
+    """The familiar variable that gives the setting `path` its value, or None."""
+    names = [name for name, sets in familiar_names().items() if sets == path]
+    return next((name for name in reversed(names) if _value(environment, name)), None)
+
+
+def _value(environment: Mapping[str, str], name: str) -> str | None:
+    given = environment.get(name)
+    if not given or name not in VALUES:
+        return given
+    plain = given.strip().lower()
+    return VALUES[name].get(plain, plain)

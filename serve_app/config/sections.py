@@ -88,6 +88,9 @@ class EngineSettings(_Section):
     too. 1 GiB is always kept for activations. A 32 GB card needs 1.0: the weights take 25 GB."""
     max_num_batched_tokens: int = Field(default=512, ge=16)
     """Prompt and decode tokens in one step. Longer prompts are split into prefill chunks."""
+    enforce_eager: bool = False
+    """Launches the kernels of each decode step one by one instead of replaying captured CUDA
+    graphs. Decoding is slower; the start is shorter and uses less GPU memory."""
     num_threads: int | None = Field(default=None, ge=1)
     """Compute threads on a CPU; None is the number of cores minus one, left for network I/O."""
 

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from serve_app.config import environment
+from serve_app.config import environment, sources
 from serve_app.config.sections import (
     SECTIONS,
     ApiSettings,
@@ -24,6 +24,8 @@ from serve_app.config.sections import (
     RunpodSettings,
 )
 from serve_app.config.serve_config import ConfigError, application
+from serve_app.config.sources import PREFIX
+from serve_app.config.unused_names import unused_names as unused_names_in
 
 __all__ = [
     "ClientSettings",
@@ -32,9 +34,8 @@ __all__ = [
     "Settings",
     "application",
     "unused_names",
+    "with_variables",
 ]
-
-PREFIX = "MIXTRAL_"
 
 SECRETS = {"api.keys": "API_KEYS", "model.hf_token": "HF_TOKEN"}
 """Settings that must not be written in `args:`, and the environment variable for each."""
@@ -100,7 +101,7 @@ class Settings(BaseSettings):
             _refuse_unknown_sections(args)  # a key such as `self` cannot become a parameter
             return cls(**args)
         except ValidationError as error:
-            raise ConfigError(f"{where}: {_first_error(error)}") from None
+            raise ConfigError(_first_error(error, where)) from None
         except ConfigError as error:
             raise ConfigError(f"{where}: {error}") from None
 
@@ -131,7 +132,7 @@ class EntrySettings(BaseSettings):
         try:
             return cls()
         except ValidationError as error:
-            raise ConfigError(f"The environment: {_first_error(error)}") from None
+            raise ConfigError(_first_error(error, None)) from None
 
 
 class ClientSettings(BaseSettings):
@@ -165,7 +166,7 @@ class _FamiliarNames(PydanticBaseSettingsSource):
 
 def unused_names() -> str | None:
     """One line that lists variables which are set and change nothing; None if there are none."""
-    return environment.unused_names(os.environ)
+    return unused_names_in(os.environ)
 
 
 def _refuse_keys(values: dict[str, Any]) -> None:
@@ -194,8 +195,8 @@ def _fields(values: dict[str, Any], section: str) -> dict[str, Any]:
 
 def _refuse_variables() -> None:
     paths = [f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields]
-    known = set(map(_variable, ["load_log", *paths]))
-    renamed = {_variable(old): _variable(new) for old, new in RENAMED.items()}
+    known = set(map(sources.variable, ["load_log", *paths]))
+    renamed = {sources.variable(old): sources.variable(new) for old, new in RENAMED.items()}
     for name in os.environ:
         if not name.upper().startswith(PREFIX) or name.upper() in known:
             continue
@@ -204,20 +205,26 @@ def _refuse_variables() -> None:
         raise ConfigError(f"the environment sets {name}, which is not a setting.")
 
 
-def _variable(path: str) -> str:
-    """The environment variable of a setting: `api.keys` is `MIXTRAL_API__KEYS`."""
-    return PREFIX + path.replace(".", "__").upper()
+def with_variables(message: str) -> str:
+    """`message`, where each `section.field` that a variable sets is followed by the variable."""
+    return sources.with_variables(os.environ, message)
 
 
-def _first_error(error: ValidationError) -> str:
+def _first_error(error: ValidationError, where: str | None) -> str:
+    """The first error in one sentence. It begins with the variable, or with `where` and the key.
+
+    `where` is the YAML; None is the environment alone, whose variables are the keys in upper case.
+    """
     first = error.errors()[0]
     key = ".".join(str(part) for part in first["loc"])
+    variable = key.upper() if where is None else sources.source(os.environ, key)
+    name = f"The environment: {variable}" if variable else f"{where}: `{key}`"
     if first["type"] == "extra_forbidden":
-        return f"`{key}` is not a setting."
+        return f"{name} is not a setting."
     if first["type"] == "value_error":
-        return f"`{key}`: {first['ctx']['error']}."
+        return f"{name}: {first['ctx']['error']}{sources.set_in(os.environ, key)}."
     # A section as a whole is not shown either: a secret may be in it.
     is_hidden = key in SECRETS or key in Settings.model_fields
     is_shown = not is_hidden and isinstance(first["input"], str | int | float)
     got = f", got {first['input']!r:.100}" if is_shown else ""
-    return f"`{key}`: {first['msg']}{got}."
+    return f"{name}: {first['msg']}{got}."

@@ -39,8 +39,12 @@ class ModelRunner:
         device: torch.device,
         *,
         max_num_seqs: int = 128,
+        enforce_eager: bool = False,
     ) -> None:
-        """`dtype` is that of the KV cache; at most `max_num_seqs` sequences decode in one step."""
+        """`dtype` is that of the KV cache; at most `max_num_seqs` sequences decode in one step.
+
+        `enforce_eager` captures no decode step.
+        """
         self.model = model
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         self.note: str
@@ -60,7 +64,9 @@ class ModelRunner:
             self.note = "a step is one call of compiled code"
         else:
             self.note = "a decode step is one call of compiled code"
-            self.note += self._capture(step, max_num_seqs) + step.unpack_for_prompts()
+            eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
+            self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
+            self.note += step.unpack_for_prompts()
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
         """Captures the decode steps; returns the part of `note` about them."""

@@ -35,7 +35,14 @@ def start_engine(
     what, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)
     with explained_lack_of_memory(what, needed, device, "lower `engine.kv_cache_tokens`"):
         sizes = (num_blocks, chosen.block_size)
-        runner = ModelRunner(model, *sizes, dtype, device, max_num_seqs=chosen.max_num_seqs)
+        runner = ModelRunner(
+            model,
+            *sizes,
+            dtype,
+            device,
+            max_num_seqs=chosen.max_num_seqs,
+            enforce_eager=chosen.enforce_eager,
+        )
     notes.append(runner.note)
     log.info("%s", runner.note)
     engine = Engine(

@@ -9,12 +9,11 @@ import pytest
 from serve_app.config.environment import (
     EXTRA_NAMES,
     NOT_BY_RULE,
-    UNUSED_NAMES,
     familiar_names,
 )
 from serve_app.config.sections import SECTIONS
 from serve_app.config.serve_config import http_options
-from serve_app.config.settings import RENAMED, ConfigError, Settings, application, unused_names
+from serve_app.config.settings import RENAMED, ConfigError, Settings, application
 
 TINY = "configs/tiny.yaml"
 
@@ -139,20 +138,6 @@ def test_names_of_other_workers_that_mean_a_setting(monkeypatch: pytest.MonkeyPa
     assert settings.runpod.volume == "/vol"
     assert settings.api.request_timeout_s == 3600
     assert (settings.engine.max_num_seqs, settings.engine.gpu_memory_utilization) == (8, 0.9)
-
-
-def test_names_of_other_workers_that_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them at once change no setting; one line names each of them with the reason."""
-    expected = Settings.from_yaml(TINY)
-    assert unused_names() is None
-    for name in UNUSED_NAMES:
-        monkeypatch.setenv(name, "1")
-    assert Settings.from_yaml(TINY) == expected
-    line = unused_names() or ""
-    assert "\n" not in line
-    for name, reason in UNUSED_NAMES.items():
-        assert re.search(rf"\b{name}\b[A-Z_, ]* \({re.escape(reason)}\)", line), name
-    assert not familiar_names().keys() & UNUSED_NAMES.keys()
 
 
 def test_only_the_settings_read_the_environment() -> None:

@@ -72,7 +72,7 @@ def test_importing_loads_nothing_heavy() -> None:
             {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/", "RUNPOD_LOG_LEVEL": "WARNING"},
             "RUNPOD_LOG_LEVEL takes",
         ),
-        ({"PORT": "eighty"}, "The environment: `port`"),
+        ({"PORT": "eighty"}, "The environment: PORT:"),
     ],
 )
 def test_a_wrong_environment_is_one_sentence(
@@ -83,6 +83,13 @@ def test_a_wrong_environment_is_one_sentence(
     assert done.returncode == 1
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_sdks_local_api_is_refused_by_name(tmp_path: Path) -> None:
+    """`--rp_serve_api` is exit code 1 and a line that names it and what does the same."""
+    done = run_entry(tmp_path, "--rp_serve_api", "--rp_api_port", "8001")
+    assert done.returncode == 1
+    assert "--rp_serve_api is not supported; `python -m emulator`" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -108,7 +108,7 @@ def test_padding_rows_write_nothing() -> None:
 
 
 def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts by the model, decodes by the step, whose tokens stay on the device; not captured."""
+    """Prompts by the model, decodes by the step; the same tokens with and without graphs."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float32)
     made = (model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
@@ -138,6 +138,10 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return [step.wait().token_ids for step in steps]
 
     assert tokens(fast) == expected
+    eager = ModelRunner(*made, max_num_seqs=3, enforce_eager=True)
+    assert "launched kernel by kernel: `engine.enforce_eager` is set" in eager.note
+    assert eager._graphs is None
+    assert tokens(eager) == expected
 
 
 def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:

@@ -1,0 +1,39 @@
+"""Finds the environment variable that sets a setting, for error messages."""
+
+import re
+from collections.abc import Mapping
+
+from serve_app.config import environment as names
+from serve_app.config.sections import SECTIONS
+
+PREFIX = "MIXTRAL_"
+
+
+def variable(path: str) -> str:
+    """Our own variable for a setting: `api.keys` is `MIXTRAL_API__KEYS`."""
+    return PREFIX + path.replace(".", "__").upper()
+
+
+def source(environment: Mapping[str, str], path: str) -> str | None:
+    """The variable that gives the setting `path` its value; None for the YAML or the default."""
+    for name, value in environment.items():
+        if value and name.upper() == variable(path):
+            return name
+    return names.familiar_source(environment, path)
+
+
+def set_in(environment: Mapping[str, str], section: str) -> str:
+    """The variables that set fields of `section`, as the end of a sentence; "" for none."""
+    fields = SECTIONS[section].model_fields if section in SECTIONS else {}
+    found = [name for field in fields if (name := source(environment, f"{section}.{field}"))]
+    return f"; the environment sets {', '.join(found)}" if found else ""
+
+
+def with_variables(environment: Mapping[str, str], message: str) -> str:
+    """`message`, where each `section.field` that a variable sets is followed by the variable."""
+
+    def named(match: re.Match[str]) -> str:
+        found = source(environment, match[1])
+        return f"{match[0]} (set by {found})" if found else match[0]
+
+    return re.sub(r"`([a-z]+\.[a-z_]+)`", named, message)

@@ -10,7 +10,8 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from serve_app.config.environment import familiar_names
-from serve_app.config.settings import PREFIX, Settings
+from serve_app.config.settings import Settings
+from serve_app.config.sources import PREFIX
 from serve_app.worker.job import parse
 from tests.fakes import answer, server
 from tools.settings_table import BEGIN, rewritten, table, values

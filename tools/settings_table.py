@@ -16,7 +16,8 @@ from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
 from serve_app.config.environment import familiar_names
-from serve_app.config.settings import PREFIX, EntrySettings, Settings
+from serve_app.config.settings import EntrySettings, Settings
+from serve_app.config.sources import PREFIX
 
 BEGIN, END = "<!-- settings: python -m tools.settings_table -->", "<!-- /settings -->"
 

@@ -8,6 +8,8 @@ UV_VERSION := 0.13.9
 CONFIG ?= tiny
 # Processes that run tests side by side; 0 runs them one after another in one process.
 WORKERS ?= 2
+# tests/conftest.py makes the groups, and says in which order they start.
+SIDE_BY_SIDE = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 .PHONY: install install-dev lock run check test coverage faults format clean
 
@@ -54,11 +56,11 @@ check: install-dev
 	$(VENV)/bin/lint-imports
 
 test: install-dev
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE)
 
-# The same tests, counting lines: of the processes that they start none, and of kernels none.
+# The same tests, counting lines, also those of processes that they start; of kernels none.
 coverage: install-dev
-	$(PYTHON) -m pytest -n $(WORKERS) --dist loadgroup --cov --cov-report=term-missing:skip-covered
+	$(PYTHON) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term-missing:skip-covered
 
 faults: install-dev
 	$(PYTHON) -m pytest -m faults

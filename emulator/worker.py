@@ -13,7 +13,7 @@ from emulator.platform import Platform
 from emulator.worker_api import environment
 
 ENTRY = Path(__file__).parents[1] / "runpod_entry.py"
-KEPT = ("PATH", "LANG", "TMPDIR", "VIRTUAL_ENV")
+KEPT = ("PATH", "LANG", "TMPDIR", "VIRTUAL_ENV", "COVERAGE_PROCESS_CONFIG")
 """Variables that a worker inherits from this process."""
 
 

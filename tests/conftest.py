@@ -12,26 +12,50 @@ from tests.nvml import nvml as nvml  # a fixture
 # Triton's kernels run in its interpreter, which it decides when it is first imported. A machine
 # with a GPU sets 0, and tests them there.
 os.environ.setdefault("TRITON_INTERPRET", "1")
+# Compute threads sleep while they wait. By default they spin, and test processes that share the
+# cores then take twice the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SPLIT = ("tests/model/kernels/test_compiled.py", "tests/model/kernels/test_gpu_step.py")
 """Files whose tests take long and share nothing: each test is a group of its own."""
+LONGEST = (
+    "ray",
+    "tests/worker/test_drain.py",
+    "tests/model/kernels/test_compiled.py",
+    "tests/model/checkpoint/test_peak.py",
+    "tests/benchmarks/test_gpu.py",
+    "tests/model/kernels/test_gpu_step.py",
+    "tests/model/test_exactness.py",
+    "tests/api/test_trial.py",
+    "tests/start_plan/test_memory.py",
+    "tests/start_plan/test_hub.py",
+)
+"""The groups that take longest, longest first. They run first, so that no process ends with a long
+one while the others have nothing left to do."""
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Groups the tests for `pytest -n N --dist loadgroup`: one process runs a whole group.
+    """Groups the tests for `pytest -n N --dist loadgroup --no-loadscope-reorder`.
 
-    Tests that start Ray are one group, so that one Ray cluster runs at a time. The others are
-    grouped by file, so that each module's fixtures are made once.
+    One process runs a whole group, and groups start in the order of their first tests. Tests that
+    start Ray are one group, so that one Ray cluster runs at a time. The others are grouped by file,
+    so that each module's fixtures are made once.
     """
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        path = item.nodeid.partition("::")[0]
-        if item.get_closest_marker("ray") is not None:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif path not in SPLIT:
-            item.add_marker(pytest.mark.xdist_group(path))
+        group = group_of(item)
+        if group not in SPLIT:
+            item.add_marker(pytest.mark.xdist_group(group))
+    rank = {group: number for number, group in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(group_of(item), len(rank)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Returns "ray", or the file of the test."""
+    is_ray = item.get_closest_marker("ray") is not None
+    return "ray" if is_ray else item.nodeid.partition("::")[0]
 
 
 @pytest.fixture(scope="session")

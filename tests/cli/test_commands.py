@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import shlex
 import signal
 import socket
@@ -22,6 +21,7 @@ from serve_app.cli.commands import main
 from serve_app.config import named
 from serve_app.config.settings import Settings
 from serve_app.tiny import CHECKPOINT
+from tests.environment import bare
 from tests.processes import all_below
 from tests.settled import left_behind
 from tests.worker.conftest import until
@@ -100,7 +100,7 @@ def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
     done = subprocess.run(
         [*COMMAND, "run", "wrong.yaml"],
         cwd=tmp_path,
-        env={"PATH": os.environ["PATH"], "HOME": str(tmp_path)},
+        env=bare(tmp_path),
         capture_output=True,
         text=True,
         check=False,
@@ -146,11 +146,10 @@ def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`mixtral-serve run` with the tiny model once it serves, and its URL; nothing of it stays."""
     port = free_port()
     (folder / "tiny.yaml").write_text(on_port(port))
-    environment = {"PATH": os.environ["PATH"], "HOME": str(folder)}
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
-            [*COMMAND, "run", "tiny.yaml"], cwd=folder, env=environment, stderr=log
+            [*COMMAND, "run", "tiny.yaml"], cwd=folder, env=bare(folder), stderr=log
         ) as process,
     ):
         url = f"http://127.0.0.1:{port}"

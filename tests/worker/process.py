@@ -1,16 +1,17 @@
 """Runs `runpod_entry.py` in a process, without a platform."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+
+from tests.environment import bare
 
 ENTRY = Path(__file__).parents[2] / "runpod_entry.py"
 TINY = ENTRY.parent / "configs" / "tiny.yaml"
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    return {"PATH": os.environ["PATH"], "HOME": str(home), "SERVE_CONFIG": str(TINY), **more}
+    return {**bare(home), "SERVE_CONFIG": str(TINY), **more}
 
 
 def run_entry(home: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:

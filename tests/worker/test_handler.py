@@ -124,3 +124,34 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: HandlerOf) -> None
         assert posts.results == []
 
     asyncio.run(scenario())
+
+
+def test_a_job_that_is_cancelled_twice_ends_as_cancelled(handler_of: HandlerOf) -> None:
+    """A second cancellation, while the call to the model closes, does not close it a second time."""
+
+    async def scenario() -> None:
+        begun, may_close, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def batch(call: Call) -> AsyncGenerator[Any, None]:
+            try:
+                yield {"progress": {"progress": 10, "message": "1 of 10 done"}}
+                begun.set()
+                await asyncio.Event().wait()
+            finally:
+                await may_close.wait()
+                closed.set()
+
+        posts = RecordedPosts()
+        answering = handler_of(batch).answer({"id": "j", "input": {"prompts": ["x"]}}, posts)
+        task = asyncio.create_task(answering)
+        await begun.wait()
+        for _ in range(2):
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.01)
+        may_close.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await closed.wait()
+        assert posts.results == []
+
+    asyncio.run(scenario())

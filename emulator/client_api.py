@@ -1,4 +1,7 @@
-"""The routes for clients: `/run`, `/status`, `/stream`, `/cancel`, `/health`, `/openai/*`, ..."""
+"""The routes for clients: `/run`, `/status`, `/stream`, `/cancel`, `/health`, `/openai/*`, ...
+
+Answers are those of RunPod's "Operation reference", https://docs.runpod.io/serverless/endpoints.
+"""
 
 import asyncio
 import contextlib
@@ -7,10 +10,11 @@ from typing import Any
 
 from aiohttp import web
 
+from emulator import webhook
 from emulator.queue import Job, Queue
 
 KEY = "client-key"
-"""Sent as `Authorization: Bearer client-key`."""
+"""Sent as `Authorization: client-key` or `Authorization: Bearer client-key`."""
 DEFAULT_WAIT_MS = 90_000
 
 
@@ -19,6 +23,7 @@ class ClientApi:
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
+        self._webhooks: set[asyncio.Task[None]] = set()
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -28,17 +33,19 @@ class ClientApi:
             web.get("/v2/{endpoint}/stream/{job}", self.stream),
             web.post("/v2/{endpoint}/cancel/{job}", self.cancel),
             web.post("/v2/{endpoint}/retry/{job}", self.retry),
+            web.post("/v2/{endpoint}/purge-queue", self.purge),
+            web.get("/v2/{endpoint}/requests", self.requests),
             web.get("/v2/{endpoint}/health", self.health),
             web.route("*", "/v2/{endpoint}/openai/{path:.*}", self.openai),
         ]
 
     async def run(self, request: web.Request) -> web.Response:
-        job = await self.queue.add(await _body(request))
+        job = await self._add(await _body(request))
         return web.json_response({"id": job.id, "status": job.status})
 
     async def runsync(self, request: web.Request) -> web.Response:
         wait_ms = int(request.query.get("wait", DEFAULT_WAIT_MS))
-        job = await self.queue.add(await _body(request), prefix="sync-")
+        job = await self._add(await _body(request), prefix="sync-")
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(_over(job), wait_ms / 1000)
         return web.json_response(job.view())
@@ -62,14 +69,26 @@ class ClientApi:
         if job.status not in ("FAILED", "TIMED_OUT"):
             raise web.HTTPBadRequest(text="only failed jobs can be retried")
         await self.queue.retry(job)
+        self._notify(job)
         return web.json_response({"id": job.id, "status": job.status})
+
+    async def purge(self, request: web.Request) -> web.Response:
+        _authorize(request)
+        return web.json_response({"removed": await self.queue.purge(), "status": "completed"})
+
+    async def requests(self, request: web.Request) -> web.Response:
+        """All jobs. RunPod documents the route and its rate limit; the answer is a guess."""
+        _authorize(request)
+        jobs = [job.view() for job in self.queue.jobs.values()]
+        return web.json_response({"requests": jobs})
 
     async def health(self, request: web.Request) -> web.Response:
         _authorize(request)
         statuses = {"completed": "COMPLETED", "failed": "FAILED", "inQueue": "IN_QUEUE"}
         jobs = {name: self.queue.count(status) for name, status in statuses.items()}
-        jobs |= {"inProgress": self.queue.count("IN_PROGRESS"), "retried": 0}
-        return web.json_response({"jobs": jobs, "workers": {"idle": 0, "running": 1}})
+        num_retried = sum(job.num_retries for job in self.queue.jobs.values())
+        jobs |= {"inProgress": self.queue.count("IN_PROGRESS"), "retried": num_retried}
+        return web.json_response({"jobs": jobs, "workers": self.queue.workers()})
 
     async def openai(self, request: web.Request) -> web.StreamResponse:
         """The OpenAI gateway: makes a job of the request, and the response of its output."""
@@ -78,7 +97,7 @@ class ClientApi:
         wrapped: dict[str, Any] = {"openai_route": "/" + request.match_info["path"]}
         if body is not None:
             wrapped["openai_input"] = body
-        job = await self.queue.add({"input": wrapped})
+        job = await self._add({"input": wrapped})
         if isinstance(body, dict) and body.get("stream"):
             return await self._sse(request, job)
         await _over(job)
@@ -102,6 +121,21 @@ class ClientApi:
         except ConnectionError:
             await self.queue.cancel(job)
         return response
+
+    async def _add(self, body: dict[str, Any], prefix: str = "") -> Job:
+        try:
+            job = await self.queue.add(body, prefix)
+        except ValueError as error:
+            raise web.HTTPBadRequest(text=str(error)) from None
+        self._notify(job)
+        return job
+
+    def _notify(self, job: Job) -> None:
+        """Makes the end of the job known to its webhook, if it has one."""
+        if job.request.get("webhook") is not None:
+            task = asyncio.create_task(webhook.notify(job))
+            self._webhooks.add(task)
+            task.add_done_callback(self._webhooks.discard)
 
     def _job(self, request: web.Request) -> Job:
         _authorize(request)
@@ -141,5 +175,5 @@ async def _json(request: web.Request) -> Any:
 
 
 def _authorize(request: web.Request) -> None:
-    if request.headers.get("Authorization") != f"Bearer {KEY}":
+    if request.headers.get("Authorization", "").removeprefix("Bearer ") != KEY:
         raise web.HTTPUnauthorized

@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
@@ -16,14 +16,29 @@ from emulator.worker_api import WorkerApi
 
 T = TypeVar("T")
 
-SILENCE_CHECK_S = 0.1
-"""Seconds between two checks for workers that have stopped pinging."""
+CHECK_S = 0.1
+"""Seconds between two checks for silent workers and for time limits that have passed."""
 
 
 def create_app(queue: Queue, faults: Faults) -> web.Application:
     app = web.Application(client_max_size=64 * 1024 * 1024, middlewares=[middleware(faults)])
     app.add_routes(WorkerApi(queue).routes() + ClientApi(queue).routes())
+
+    async def watched(_: web.Application) -> AsyncIterator[None]:
+        watching = asyncio.create_task(_watch(queue))
+        yield
+        watching.cancel()
+        await asyncio.wait({watching})
+
+    app.cleanup_ctx.append(watched)
     return app
+
+
+async def _watch(queue: Queue) -> None:
+    while True:
+        await queue.requeue_jobs_of_silent_workers()
+        await queue.end_expired_jobs()
+        await asyncio.sleep(CHECK_S)
 
 
 class Platform:
@@ -91,10 +106,7 @@ class Platform:
         await self._listen()
         self.url = f"http://127.0.0.1:{self._port}"
         self._started.set()
-        while not self._stop.is_set():
-            await self.queue.requeue_jobs_of_silent_workers()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), SILENCE_CHECK_S)
+        await self._stop.wait()
         await self._runner.cleanup()
 
     async def _listen(self) -> None:

@@ -7,6 +7,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from emulator.policy import Policy
+
+WORKER_MEMORY_S = 30.0
+"""Seconds for which a worker counts after its last poll or ping."""
 TERMINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMED_OUT"}
 
 
@@ -16,6 +20,7 @@ class Job:
 
     id: str
     request: dict[str, Any]
+    policy: Policy = field(default_factory=Policy)
     created: float = field(default_factory=time.monotonic)
     started: float | None = None
     ended: float | None = None
@@ -31,6 +36,8 @@ class Job:
     """Acknowledged posts of a result; a correct worker makes exactly one for every job."""
     num_late_posts: int = 0
     """Posts of any kind after the job's end."""
+    num_retries: int = 0
+    """How often the client has retried it."""
     num_deliveries: int = 0
     """How often a poll has brought it to a worker."""
     pod: str = ""
@@ -54,9 +61,11 @@ class Job:
         """The object that `/status` returns; times in milliseconds."""
         now = time.monotonic()
         view: dict[str, Any] = {"id": self.id, "status": self.status}
-        view["delayTime"] = round(((self.started or now) - self.created) * 1000)
+        view["delayTime"] = round(((self.started or self.ended or now) - self.created) * 1000)
         if self.started is not None:
             view["executionTime"] = round(((self.ended or now) - self.started) * 1000)
+        if self.pod:
+            view["workerId"] = self.pod
         if self.output is not None:
             view["output"] = self.output
         if self.error is not None:
@@ -70,6 +79,8 @@ class Queue:
     def __init__(self) -> None:
         self.jobs: dict[str, Job] = {}
         self.pings: list[dict[str, str]] = []
+        self.policy = Policy()
+        """The endpoint's time limits, for jobs whose clients set none."""
         self.hold_s = 1.0
         """Seconds that an empty poll is held open."""
         self.silence_s: float | None = None
@@ -90,7 +101,9 @@ class Queue:
         self._work = asyncio.Condition()
 
     async def add(self, request: dict[str, Any], prefix: str = "") -> Job:
-        job = Job(f"{prefix}{uuid.uuid4()}-u1", request)
+        """Adds a job. Raises `ValueError` for a wrong `policy`."""
+        policy = self.policy.with_request(request)
+        job = Job(f"{prefix}{uuid.uuid4()}-u1", request, policy)
         self.jobs[job.id] = job
         async with self._work:
             self._waiting.append(job)
@@ -136,7 +149,8 @@ class Queue:
     async def retry(self, job: Job) -> None:
         """Puts a failed job back in the queue, under its old id."""
         job.status, job.output, job.error, job.ended = "IN_QUEUE", None, None, None
-        job.num_results = 0
+        job.num_results, job.started = 0, None
+        job.num_retries += 1
         job.changed()
         await self.deliver_again(job)
 
@@ -156,16 +170,36 @@ class Queue:
                     job.status = "IN_QUEUE"
                     await self.deliver_again(job)
 
+    async def end_expired_jobs(self) -> None:
+        """Ends the jobs whose time limits have passed."""
+        now = time.monotonic()
+        for job in [job for job in self.jobs.values() if not job.is_over]:
+            if now - job.created > job.policy.ttl_s:
+                if job.started is not None:
+                    del self.jobs[job.id]
+                await self._end_unanswered(job, "TIMED_OUT")
+            elif job.started is not None and now - job.started > job.policy.execution_timeout_s:
+                await self._end_unanswered(job, "TIMED_OUT")
+
+    async def purge(self) -> int:
+        """Cancels all jobs that wait (the status is a guess); returns their number."""
+        waiting = list(self._waiting)
+        for job in waiting:
+            await self.cancel(job)
+        return len(waiting)
+
     async def cancel(self, job: Job) -> None:
-        if job.is_over:
-            return
+        if not job.is_over:
+            await self._end_unanswered(job, "CANCELLED")
+
+    async def _end_unanswered(self, job: Job, status: str) -> None:
         async with self._work:
             if job in self._waiting:
                 self._waiting.remove(job)
             else:
                 self._stops.append(job.id)
                 self._work.notify_all()
-        job.end("CANCELLED")
+        job.end(status)
 
     async def stop(self, job: Job) -> None:
         """Sends the worker a stop for a job, whether it has the job or not."""
@@ -185,6 +219,13 @@ class Queue:
             await asyncio.wait_for(self._work.wait_for(is_there), self.hold_s)
         except TimeoutError:
             pass
+
+    def workers(self) -> dict[str, int]:
+        """The numbers of workers with and without jobs, among those that were seen lately."""
+        since = time.monotonic() - WORKER_MEMORY_S
+        seen = {pod for pod, last in self._last_seen.items() if last > since}
+        running = {job.pod for job in self.jobs.values() if job.status == "IN_PROGRESS"} & seen
+        return {"idle": len(seen - running), "running": len(running)}
 
     def count(self, status: str) -> int:
         return sum(job.status == status for job in self.jobs.values())

@@ -1,8 +1,10 @@
 """The routes for workers: polls for jobs and stops, posts of chunks and results, pings."""
 
 import json
+import os
 from typing import Any
 
+import psutil
 from aiohttp import web
 
 from emulator.faults import IS_UNACKNOWLEDGED, JOB
@@ -100,7 +102,10 @@ class WorkerApi:
             body = json.loads(raw, parse_constant=_not_json)
         except ValueError as error:
             raise web.HTTPBadRequest(text=str(error)) from None
-        return self.queue.jobs[request.match_info["job"]], body
+        job = self.queue.jobs.get(request.match_info["job"])
+        if job is None:
+            raise web.HTTPNotFound  # deleted when its time to live had passed
+        return job, body
 
 
 def _pod(request: web.Request) -> str:
@@ -121,14 +126,20 @@ def _authorize(request: web.Request) -> None:
 
 
 def environment(url: str, pod: str = "pod1", endpoint: str = "ep") -> dict[str, str]:
-    """The environment of a worker's container, for an emulator at `url`."""
+    """The environment that RunPod sets in a worker's container, for an emulator at `url`."""
     base = f"{url}/v2/{endpoint}"
     return {
         "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",
         "RUNPOD_WEBHOOK_POST_OUTPUT": f"{base}/job-done/$RUNPOD_POD_ID/$ID?gpu=none",
         "RUNPOD_WEBHOOK_POST_STREAM": f"{base}/job-stream/$RUNPOD_POD_ID/$ID?gpu=none",
         "RUNPOD_WEBHOOK_PING": f"{base}/ping/$RUNPOD_POD_ID?gpu=none",
+        "RUNPOD_ENDPOINT_ID": endpoint,
         "RUNPOD_POD_ID": pod,
+        "RUNPOD_POD_HOSTNAME": f"{pod}-0000",
+        "RUNPOD_DC_ID": "LOOPBACK",
+        "RUNPOD_CPU_COUNT": str(os.cpu_count()),
+        "RUNPOD_MEM_GB": str(psutil.virtual_memory().total // 2**30),
+        "RUNPOD_GPU_COUNT": "0",
         "RUNPOD_AI_API_KEY": KEY,
         "RUNPOD_PING_INTERVAL": "1000",
     }

@@ -37,4 +37,4 @@ def test_what_it_prints_connects_a_worker_and_a_client(tmp_path: Path) -> None:
             )
             taking.terminate()
         platform.terminate()
-    assert done.stdout == "[{'text': 'twice'}]\n", done.stderr
+    assert done.stdout == "{'text': 'twice'}\n", done.stderr

@@ -71,7 +71,7 @@ def test_the_cold_start_is_reported_by_phase(client: Client, tiny_worker: Worker
     # Processes start in these phases: a time near zero would come from another clock.
     assert all(0.1 < seconds[phase] < 100 for phase in ("process", "ray", "replica"))
     for phase in seconds:
-        assert len(re.findall(rf"Cold start: {phase} \d+\.\d s\n", tiny_worker.log)) == 1
+        assert len(re.findall(rf"Cold start: {phase} \d+\.\d s\W", tiny_worker.log)) == 1
 
 
 def test_ray_starts_no_unneeded_process(client: Client, tiny_worker: Worker) -> None:

@@ -127,7 +127,7 @@ def test_a_stopped_job_closes_its_call_and_raises(handler_of: HandlerOf) -> None
 
 
 def test_a_job_that_is_cancelled_twice_ends_as_cancelled(handler_of: HandlerOf) -> None:
-    """A second cancellation, while the call to the model closes, does not close it a second time."""
+    """A second cancellation, while the call to the model closes, does not close it again."""
 
     async def scenario() -> None:
         begun, may_close, closed = asyncio.Event(), asyncio.Event(), asyncio.Event()

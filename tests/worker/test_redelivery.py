@@ -3,6 +3,7 @@
 import pytest
 
 from emulator.faults import HELD, RESET, Fault
+from emulator.policy import Policy
 from emulator.worker import Worker
 from tests.worker.conftest import Client, until
 
@@ -79,12 +80,17 @@ def test_a_retry_that_comes_before_the_stop_is_run(
     scripted: Client, scripted_worker: Worker
 ) -> None:
     """A job that has timed out and is retried runs again, although its stop comes later."""
+    platform = scripted.platform
     num_calls = scripted_worker.log.count("\ncall ")
     job = scripted.submit({"prompt": "hold", "stream": True})
     until(lambda: job.chunks)
-    scripted.platform.deliver_again(job)
+    platform.faults.inject_always("job-stop", 500)
+    job.policy = Policy(execution_timeout_s=0.1)
+    until(lambda: job.status == "TIMED_OUT")
+    job.policy = Policy()
+    scripted.retry(job)
     until(lambda: f"job '{job.id}' came twice" in scripted_worker.log)
-    scripted.platform.stop_again(job)
+    platform.faults.clear()
     until(lambda: scripted_worker.log.count("\ncall ") == num_calls + 2)
     scripted.cancel(job)
 

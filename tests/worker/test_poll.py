@@ -101,7 +101,7 @@ def test_a_job_without_input_is_answered_alone(tmp_path: Path) -> None:
         settled(platform, worker)
 
 
-@pytest.mark.parametrize("more", [{"self": 1}, {"webhook": None, "policy": {"ttl": 5}}])
+@pytest.mark.parametrize("more", [{"self": 1}, {"webhook": None, "policy": {"ttl": 60_000}}])
 def test_other_fields_of_a_job_are_ignored(scripted: Client, more: dict[str, Any]) -> None:
     """Other fields of a job, `self` too, are ignored; the SDK takes them as keyword arguments."""
     job = scripted.post({"input": {"prompt": "3"}, **more})

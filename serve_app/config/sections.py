@@ -27,8 +27,8 @@ class ModelSettings(_Section):
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
     """4-bit format of the experts and the attention. Router, norms and embeddings stay floats."""
     quantize_lm_head: bool = False
-    """Also quantizes lm_head to 4 bits, at each load, because no checkpoint stores it that way. For
-    Mixtral 8x7B this frees 0.19 GB, which is 1,400 tokens of KV cache."""
+    """Also quantizes lm_head to 4 bits, at each load. For Mixtral 8x7B this frees 0.19 GB, which is
+    1,400 tokens of KV cache."""
     absmax: Literal["bfloat16", "nested"] = "bfloat16"
     """Storage of the scale of each quantization group (64 weights). Of Mixtral 8x7B's 25.2 GB,
     nested (8 bits and a second look-up) saves 0.7 GB, which is 5,500 tokens of KV cache. A

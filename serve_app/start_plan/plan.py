@@ -110,7 +110,7 @@ def _decide(
     memory = plan_memory(
         settings.engine, checkpoint.config, quantization, model.quantize_lm_head, device, dtype
     )
-    notes = devices.notes(model, device, dtype)
+    notes = [*devices.notes(model, device, dtype), *checkpoint.notes()]
     if quantization is not None:
         notes.append(_quantization_note(settings, quantization))
     return StartPlan(

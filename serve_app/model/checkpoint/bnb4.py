@@ -29,6 +29,10 @@ from serve_app.model.quantization import (
 
 STATE = "quant_state.bitsandbytes__"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""safetensors' names of the dtypes that a blob can name."""
+FLOATS_INSTEAD = "name the float checkpoint that this one was made from"
+"""What to do about a quantization that cannot be read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +52,8 @@ class PackedInfo:
 
     shape: tuple[int, int]
     quant_type: QuantType
+    float_dtype: str
+    """dtype of the matrix before it was quantized, by safetensors' names."""
     packed: TensorInfo
     """N * K / 2 bytes, whatever its dtype."""
     absmax: TensorInfo
@@ -74,20 +80,23 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
     """Removes the quantized ones among `weights`, with their companions, from `found`.
 
     Raises `ModelLoadFailed` for a companion that is missing or does not fit, and where matrices
-    are quantized in different ways.
+    that stay in 4 bits are quantized in different ways.
     """
     packed: dict[str, PackedInfo] = {}
+    kinds: dict[tuple[QuantType, AbsmaxKind], str] = {}
     states = {name.partition(f".{STATE}")[0]: name for name in found if f".{STATE}" in name}
     for weight in weights:
         name = weight.name
         if name in found and (name in states or _looks_packed(name, found, weight.shape)):
             packed[name] = _take(weight, states.get(name), found)
-    kinds = {(one.quant_type, one.absmax_kind): name for name, one in packed.items()}
+        if weight.is_quantized and name in packed:
+            kinds.setdefault((packed[name].quant_type, packed[name].absmax_kind), name)
     if len(kinds) > 1:
         (first, one), (second, other) = list(kinds.items())[:2]
         raise ModelLoadFailed(
             f"{packed[one].packed.file.parent}: `{one}` is {first[0]} with {first[1]} absmax and "
-            f"`{other}` {second[0]} with {second[1]}; all weights must be quantized in one way."
+            f"`{other}` {second[0]} with {second[1]}, and all weights must be quantized in one "
+            f"way; {FLOATS_INSTEAD}."
         )
     return packed
 
@@ -103,10 +112,10 @@ def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...
 def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) -> PackedInfo:
     name, shape = wanted.name, wanted.shape
     weight = found.pop(name)
-    if not wanted.is_quantized or shape[1] % GROUP_SIZE:
+    if len(shape) != 2 or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
-            f"{weight.file}: tensor `{name}` {list(shape)} is quantized; that is only read for "
-            f"attention and experts whose rows are multiples of {GROUP_SIZE}."
+            f"{weight.file}: tensor `{name}` {list(shape)} is quantized, and only matrices whose "
+            f"rows are multiples of {GROUP_SIZE} are read in 4 bits; {FLOATS_INSTEAD}."
         )
     if state_name is None:
         raise _missing(weight, f"{name}.{STATE}nf4")
@@ -115,7 +124,9 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     quant_type = state_name.removeprefix(f"{name}.{STATE}")
     _require(state, state_name, info, "quant_type", quant_type)
     if quant_type not in ("nf4", "fp4"):
-        raise ModelLoadFailed(f"{info.file}: `{state_name}`: only nf4 and fp4 can be read.")
+        raise ModelLoadFailed(
+            f"{info.file}: `{state_name}`: only nf4 and fp4 can be read; {FLOATS_INSTEAD}."
+        )
     _require(state, state_name, info, "blocksize", GROUP_SIZE)
     _require(state, state_name, info, "shape", list(shape))
     if weight.dtype not in ITEM_BYTES or weight.nbytes * 2 != prod(shape):
@@ -132,6 +143,7 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     return PackedInfo(
         shape=(shape[0], shape[1]),
         quant_type=cast("QuantType", quant_type),
+        float_dtype=FLOAT_DTYPES.get(str(state.get("dtype")), "F32"),
         packed=weight,
         absmax=_companion(found, weight, f"{name}.absmax", num_groups, dtypes),
         code=_companion(found, weight, f"{name}.quant_map", NUM_CODES, ("F32",)),
@@ -193,7 +205,7 @@ def _require(
     if state.get(key) != expected:
         raise ModelLoadFailed(
             f"{info.file}: `{name}`: `{key}` is {state.get(key)!r}, and only {expected!r} can be "
-            "read."
+            f"read; {FLOATS_INSTEAD}."
         )
 
 

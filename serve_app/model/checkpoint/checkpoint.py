@@ -42,7 +42,7 @@ class Checkpoint:
     config: MixtralConfig
     form: Form
     quantization: Quantization | None
-    """How the quantized weights are stored in the files; None where all are floats."""
+    """How experts and attention are stored in the files; None where all of them are floats."""
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     """The tensors that the model needs, by their name in the files, file by file; in
     bitsandbytes' form those that are not quantized."""
@@ -65,6 +65,23 @@ class Checkpoint:
         """Bytes of all tensors in the files."""
         tensors = [t for header in self.headers.values() for t in header.tensors.values()]
         return sum(tensor.nbytes for tensor in tensors)
+
+    def notes(self) -> list[str]:
+        """Which weights of bitsandbytes' form the model holds in another form, for users."""
+        if not self.packed:
+            return []
+        known, notes = weights(self.config), []
+        to_floats = [known[name] for name in self.packed if not known[name].is_quantized]
+        if to_floats:
+            paths = [weight.path.removesuffix(".weight") for weight in to_floats]
+            modules = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            notes.append(f"{modules}: in 4 bits in the checkpoint, held as floats")
+        floats = [it for it in known.values() if it.is_quantized and it.name not in self.packed]
+        if floats and self.quantization is not None:
+            parts = ", ".join(dict.fromkeys(weight.part for weight in floats))
+            quant_type = self.quantization.quant_type
+            notes.append(f"{parts}: some floats in the checkpoint, quantized to {quant_type}")
+        return notes
 
     def resolve_quantization(
         self, wanted: Quantization | None, quantize_lm_head: bool = False
@@ -117,9 +134,14 @@ def inspect(path: Path) -> Checkpoint:
             checksums(file, header)
         tensors = found
     else:
+        names = weights(config)
         if form == "bitsandbytes":
-            packed = take_packed(found, weights(config).values())
-        kinds = {Quantization(one.quant_type, one.absmax_kind) for one in packed.values()}
+            packed = take_packed(found, names.values())
+        kinds = {
+            Quantization(one.quant_type, one.absmax_kind)
+            for name, one in packed.items()
+            if names[name].is_quantized
+        }
         form, quantization = ("bitsandbytes", kinds.pop()) if kinds else ("float", None)
         tensors = _match(path, config, found, packed)
     return Checkpoint(

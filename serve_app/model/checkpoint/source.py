@@ -1,19 +1,19 @@
 """Reads the weights of a float or bitsandbytes checkpoint one by one, by transformers 4's names.
 
-Weights that are quantized in the files stay quantized. Files are read, not mapped: pages of a
-mapped file count as this process's memory as long as it is mapped, and one shard of Mixtral has 5
-GB of them.
+Experts and attention that are in 4 bits in the files stay so; a router or an lm_head in 4 bits
+becomes floats. Files are read, not mapped: pages of a mapped file count as this process's memory as
+long as it is mapped, and one shard of Mixtral has 5 GB of them.
 """
 
 import torch
 from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.bnb4 import PackedInfo
+from serve_app.model.checkpoint.bnb4 import FLOATS_INSTEAD, PackedInfo
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
 from serve_app.model.checkpoint.tensor_names import Weight
-from serve_app.model.quantize import NestedAbsmax, QuantizedTensor
+from serve_app.model.quantize import NestedAbsmax, QuantizedTensor, dequantize
 
 DTYPES = {
     "F64": torch.float64,
@@ -35,17 +35,28 @@ class Source:
         self._nested_code: Tensor | None = None
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
-        """The weight as it is in the files, on the CPU; float64 becomes float32.
+        """The weight on the CPU, in 4 bits where the files and the model have it in 4 bits.
 
         Raises `ModelLoadFailed` where a file cannot be read, or where matrices are quantized with
         different code values: all weights of a model share one codebook.
         """
-        if (packed := self.checkpoint.packed.get(weight.name)) is not None:
-            return self._quantized(packed)
-        return self.floats(weight)
+        packed = self.checkpoint.packed.get(weight.name)
+        if packed is None or not weight.is_quantized:
+            return self.floats(weight)
+        values = self._quantized(packed)
+        self._code = _same_table(packed, packed.code, values.code, self._code)
+        if packed.nested is not None and values.nested is not None:
+            code = packed.nested.code
+            self._nested_code = _same_table(packed, code, values.nested.code, self._nested_code)
+        return values
 
     def floats(self, weight: Weight) -> Tensor:
-        """A weight that is not quantized in the files."""
+        """The weight on the CPU as floats; float64 becomes float32.
+
+        A weight in 4 bits, such as a router, becomes what bitsandbytes dequantizes it to.
+        """
+        if (packed := self.checkpoint.packed.get(weight.name)) is not None:
+            return dequantize(self._quantized(packed), DTYPES[packed.float_dtype])
         if (tensor := self.checkpoint.tensors.get(weight.name)) is not None:
             values = self._read(tensor)
         else:
@@ -58,16 +69,15 @@ class Source:
         out_features, in_features = info.shape
         packed = self._read(info.packed).view(torch.uint8).view(out_features, in_features // 2)
         absmax = self._read(info.absmax).view(out_features, -1)
-        self._code = self._same_table(info, info.code, self._code)
+        code = self._read(info.code).flatten()
         if info.nested is None:
-            return QuantizedTensor(packed, absmax, self._code)
-        self._nested_code = self._same_table(info, info.nested.code, self._nested_code)
+            return QuantizedTensor(packed, absmax, code)
         nested = NestedAbsmax(
             self._read(info.nested.absmax).flatten(),
-            self._nested_code,
+            self._read(info.nested.code).flatten(),
             torch.tensor(info.nested.offset, dtype=torch.float32),
         )
-        return QuantizedTensor(packed, absmax, self._code, nested)
+        return QuantizedTensor(packed, absmax, code, nested)
 
     def _read(self, tensor: TensorInfo, index: int = 0, count: int = 1) -> Tensor:
         """Slice `index` of the `count` equal ones of a tensor; the whole one where `count` is 1."""
@@ -79,11 +89,14 @@ class Source:
         read_into(tensor.file, begin, values.view(-1).view(torch.uint8).numpy().data)
         return values
 
-    def _same_table(self, info: PackedInfo, table: TensorInfo, known: Tensor | None) -> Tensor:
-        values = self._read(table).flatten()
-        if known is None or torch.equal(values, known):
-            return values if known is None else known
-        raise ModelLoadFailed(
-            f"{info.packed.file}: tensor `{table.name}` differs from that "
-            "of other weights; all weights must be quantized with the same values."
-        )
+
+def _same_table(
+    info: PackedInfo, table: TensorInfo, values: Tensor, known: Tensor | None
+) -> Tensor:
+    """`values` of `table`; raises `ModelLoadFailed` where `known` ones differ."""
+    if known is None or torch.equal(values, known):
+        return values
+    raise ModelLoadFailed(
+        f"{info.packed.file}: tensor `{table.name}` differs from that of other weights, and all "
+        f"weights must be quantized with the same values; {FLOATS_INSTEAD}."
+    )

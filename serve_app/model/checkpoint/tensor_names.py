@@ -247,7 +247,7 @@ def is_merged(config: MixtralConfig, names: Iterable[str]) -> bool:
 
 def is_redundant(config: MixtralConfig, name: str) -> bool:
     """True for a tensor that old tools wrote and that the model does not need."""
-    is_tied_head = config.tie_word_embeddings and name == LM_HEAD
+    is_tied_head = config.tie_word_embeddings and name.startswith(LM_HEAD)
     return is_tied_head or name.endswith("rotary_emb.inv_freq")
 
 

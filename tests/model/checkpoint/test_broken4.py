@@ -83,6 +83,12 @@ def state(**changes: Any) -> Break:
     return change(W1, edit)
 
 
+def renamed(weights: Tensors, name: str) -> Tensors:
+    """`W1` in 4 bits as another weight."""
+    parts = {key: part for key, part in weights.items() if key.startswith(W1)}
+    return {key.replace(W1, name): part.clone() for key, part in parts.items()}
+
+
 def config(**changes: Any) -> Break:
     def edit(folder: Path) -> None:
         document = json.loads((folder / "config.json").read_text())
@@ -118,7 +124,10 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
     ),
     "absmax in float": (instead(f"{W1}.absmax", torch.ones(128)), [f"`{W1}.absmax`", "F32"]),
     "code too long": (instead(f"{W1}.quant_map", torch.ones(17)), [f"`{W1}.quant_map`", "16"]),
-    "another block size": (state(blocksize=128), ["`blocksize` is 128", "64"]),
+    "another block size": (
+        state(blocksize=128),
+        ["`blocksize` is 128", "64", "name the float checkpoint"],
+    ),
     "another nested block size": (state(nested_blocksize=64), ["`nested_blocksize` is 64"]),
     "another shape": (state(shape=[64, 128]), ["`shape`", "[64, 128]", "[128, 64]"]),
     "no offset": (state(nested_offset=None), ["`nested_offset` is None"]),
@@ -135,18 +144,13 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
         instead(f"{W1}.{STATE}", torch.tensor(list(b"[]"), dtype=torch.uint8)),
         [f"`{W1}.{STATE}`", "JSON"],
     ),
-    "a quantized head": (
-        change(
-            W1,
-            lambda w: w.update(
-                {
-                    name.replace(W1, "lm_head.weight"): part.clone()
-                    for name, part in w.items()
-                    if name.startswith(W1)
-                }
-            ),
-        ),
-        ["`lm_head.weight`", "quantized"],
+    "a quantized norm": (
+        change(W1, lambda w: w.update(renamed(w, "model.norm.weight"))),
+        ["`model.norm.weight`", "quantized", "name the float checkpoint"],
+    ),
+    "a quantized head of another shape": (
+        change(W1, lambda w: w.update(renamed(w, "lm_head.weight"))),
+        ["`lm_head.weight.quant_state", "`shape`", "[96, 64]"],
     ),
     "not said to be quantized": (
         config(load_in_4bit=False, _load_in_4bit=False),

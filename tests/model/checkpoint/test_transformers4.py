@@ -1,0 +1,108 @@
+"""Checkpoints that transformers 4 wrote in 4 bits give the logits that it computes from them.
+
+`transformers4/save.py` wrote the files and recorded the logits.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.source import Source
+from serve_app.model.checkpoint.tensor_names import LM_HEAD, weights
+from serve_app.model.quantization import Quantization
+from tests.model.checkpoint.bnb4_files import with_weights
+from tests.model.driver import Paged, load_float32, oracle_logits, random_oracle
+
+FOLDER = Path(__file__).parent / "transformers4"
+RECORDED = load_file(FOLDER / "logits.safetensors")
+IDS: list[int] = RECORDED["ids"].tolist()
+ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
+TOLERANCES = {
+    "default": 2e-3,  # memory rounds float32 absmax to bfloat16
+    "everything-nf4-nested": 1e-6,
+    "skip-gate-fp4-nested-bf16": 5e-3,  # transformers rounds what it dequantizes to bfloat16
+}
+"""Largest relative error of the logits; a router that is read wrongly gives more than 0.1."""
+SKIPPED = ["skip-attention-nf4-bf16", "skip-experts-nf4-nested"]
+"""Checkpoints with floats where the model has 4 bits."""
+
+
+def relative_error(found: Tensor, name: str) -> float:
+    return float((found - RECORDED[name]).norm() / RECORDED[name].norm())
+
+
+@pytest.mark.parametrize("name", TOLERANCES)
+def test_logits_are_those_of_transformers_4(name: str, tmp_path: Path) -> None:
+    """A router and an lm_head in 4 bits are read as floats; converted, the logits are bit-equal."""
+    wanted = inspect(FOLDER / name).quantization
+    logits = Paged(load_float32(FOLDER / name, wanted)).step(s=IDS)["s"]
+    assert relative_error(logits, name) < TOLERANCES[name]
+    convert(FOLDER / name, tmp_path)
+    assert torch.equal(Paged(load_float32(tmp_path, wanted)).step(s=IDS)["s"], logits)
+
+
+@pytest.mark.parametrize("name", SKIPPED)
+def test_any_list_of_skipped_modules_is_read(name: str, tmp_path: Path) -> None:
+    """The weights as read, given to transformers, compute what transformers 4 does.
+
+    The model loads too, with experts and attention in 4 bits.
+    """
+    source = Source(inspect(FOLDER / name))
+    config = source.checkpoint.config
+    read = {it.name: source.floats(it).float() for it in weights(config).values()}
+    sizes = {key: getattr(config, key) for key in ("intermediate_size", "num_local_experts")}
+    oracle: Any = random_oracle(num_attention_heads=4, num_hidden_layers=1, **sizes)
+    reference = with_weights(oracle, read, tmp_path)
+    assert relative_error(oracle_logits(reference, IDS), name) < 5e-3
+    load_float32(FOLDER / name, Quantization("nf4", "bfloat16"))
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("default", ROUTER),
+        ("skip-gate-fp4-nested-bf16", LM_HEAD),
+        ("everything-nf4-nested", LM_HEAD),
+    ],
+)
+def test_floats_are_those_of_bitsandbytes(name: str, tensor: str) -> None:
+    """A router or lm_head in 4 bits becomes, bit for bit, what bitsandbytes dequantizes."""
+    from bitsandbytes.functional import QuantState, dequantize_4bit
+
+    source = Source(inspect(FOLDER / name))
+    found = source.floats(weights(source.checkpoint.config)[tensor])
+    parts = load_file(FOLDER / name / "model.safetensors")
+    state = {key: part for key, part in parts.items() if key.startswith(f"{tensor}.")}
+    quant_state = QuantState.from_dict(state, device=torch.device("cpu"))
+    expected = dequantize_4bit(parts[tensor].view(torch.uint8), quant_state)
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("default", ["router: in 4 bits in the checkpoint, held as floats"]),
+        (
+            "skip-attention-nf4-bf16",
+            [
+                "router: in 4 bits in the checkpoint, held as floats",
+                "attention: some floats in the checkpoint, quantized to nf4",
+            ],
+        ),
+        (
+            "skip-experts-nf4-nested",
+            ["router, lm_head: in 4 bits in the checkpoint, held as floats"],
+        ),
+    ],
+)
+def test_users_are_told_what_changes_its_form(name: str, expected: list[str]) -> None:
+    """The notes of the log and `/health` name weights that the model holds in another form."""
+    checkpoint = inspect(FOLDER / name)
+    assert checkpoint.notes() == expected

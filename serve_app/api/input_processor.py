@@ -104,8 +104,8 @@ class InputProcessor:
         answer `continues` the prompt they are checked here, before any answer to one of several
         prompts starts.
         """
-        if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
-            raise self._no_such_token(token, field)
+        if prompt_ids and max(prompt_ids) >= self.vocab_size:
+            self._refuse_unknown_token(prompt_ids, field)
         params = self._params(request, len(prompt_ids), field, default_max_tokens, num_logprobs)
         if continues:
             self.engine.check(prompt_ids, params)
@@ -166,9 +166,14 @@ class InputProcessor:
             param=field,
         )
 
-    def _no_such_token(self, token: str, field: str) -> InvalidRequest:
-        return InvalidRequest(
-            f"`{field}` contains `{printable(token)}`, a token that the tokenizer has and the "
-            f"model does not: its vocabulary has {self.vocab_size} tokens. Leave it out.",
-            param=field,
-        )
+    def _refuse_unknown_token(self, prompt_ids: list[int], field: str) -> None:
+        """Raises `InvalidRequest` where the tokenizer has the token that the model does not have.
+
+        The engine refuses ids that neither has.
+        """
+        if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
+            raise InvalidRequest(
+                f"`{field}` contains `{printable(token)}`, a token that the tokenizer has and the "
+                f"model does not: its vocabulary has {self.vocab_size} tokens. Leave it out.",
+                param=field,
+            )

@@ -8,6 +8,7 @@ import json
 import logging
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,16 +40,17 @@ class ChatTemplate:
         from jinja2 import nodes
         from jinja2.exceptions import TemplateSyntaxError
 
-        self._file, self._special_tokens = file, dict(special_tokens)
+        self._file = file
         environment = _environment()
         try:
             tree = environment.parse(source)
-            self._template = environment.from_string(source)
+            template = environment.from_string(source)
         except TemplateSyntaxError as error:
             raise ModelLoadFailed(
                 f"{file}: its chat template is broken in line {error.lineno} "
                 f"({error.message}); {_REMEDY}."
             ) from error
+        self._fill = partial(template.render, tools=None, documents=None, **special_tokens)
         texts = [node.data for node in tree.find_all(nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.literals = "\0".join(texts)
@@ -63,8 +65,13 @@ class ChatTemplate:
         A conversation that the template refuses is rendered as `merged`. Raises `InvalidRequest`
         for one that it refuses then too; `param` is the message, such as `messages.2`.
         """
+        if self.takes_system or not any(message["role"] == "system" for message in messages):
+            try:
+                return self._fill(messages=messages, add_generation_prompt=add_generation_prompt)
+            except Exception:
+                pass  # what is wrong is told where the merged conversation fails too
         try:
-            return self._text(messages, add_generation_prompt)
+            return self._merged(messages, add_generation_prompt)
         except _Refused as refused:
             index = self._first_refused(messages)
             raise InvalidRequest(
@@ -72,29 +79,16 @@ class ChatTemplate:
                 param=f"messages.{index}",
             ) from None
 
-    def _text(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
-        """The text of a conversation; raises `_Refused`."""
-        has_system = any(message["role"] == "system" for message in messages)
-        if self.takes_system or not has_system:
-            try:
-                return self._rendered(messages, add_generation_prompt)
-            except _Refused:
-                pass
-        turns = merged(messages, keeps_system=self.takes_system)
-        return self._rendered(turns, add_generation_prompt)
+    def _merged(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
+        """The text of a conversation after `merged`; raises `_Refused`."""
+        return self._filled(merged(messages, keeps_system=self.takes_system), add_generation_prompt)
 
-    def _rendered(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
+    def _filled(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
         """What the template makes of `messages`; raises `_Refused`."""
         from jinja2.exceptions import TemplateError
 
         try:
-            return self._template.render(
-                messages=list(messages),
-                tools=None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self._special_tokens,
-            )
+            return self._fill(messages=messages, add_generation_prompt=add_generation_prompt)
         except Exception as error:
             # The class of the error that `raise_exception` raises. Jinja's own are derived of it.
             if type(error) is TemplateError:
@@ -110,7 +104,7 @@ class ChatTemplate:
         while refused - taken > 1:
             middle = (taken + refused) // 2
             try:
-                self._text(messages[:middle], False)
+                self._merged(messages[:middle], add_generation_prompt=False)
                 taken = middle
             except _Refused:
                 refused = middle
@@ -119,7 +113,7 @@ class ChatTemplate:
     def _try(self) -> None:
         """Raises `ModelLoadFailed` unless a single question becomes a prompt that contains it."""
         try:
-            text = self._rendered([{"role": "user", "content": _TRIAL}], True)
+            text = self._filled([{"role": "user", "content": _TRIAL}], True)
         except _Refused as refused:
             raise ModelLoadFailed(
                 f"{self._file}: its chat template does not take a single question: {refused} "
@@ -136,7 +130,7 @@ class ChatTemplate:
             {"role": "user", "content": _TRIAL},
         ]
         try:
-            return _TRIAL_SYSTEM in self._rendered(turns, True)
+            return _TRIAL_SYSTEM in self._filled(turns, True)
         except _Refused:
             return False
 

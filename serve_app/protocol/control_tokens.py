@@ -6,7 +6,10 @@ token. The tokenizer's normalizer removes the mark again, and the ids are those 
 
 import re
 import secrets
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from serve_app.protocol.conversation import Turn
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -32,20 +35,26 @@ class ControlTokens:
         for token_id, token in backend.get_added_tokens_decoder().items():
             if _is_control(token, template_literals):
                 self._marks[token.content] = self._working_mark(token_id, token.content, mark)
-        longest_first = sorted(map(re.escape, self._marks), key=len, reverse=True)
+        longest_first = "|".join(sorted(map(re.escape, self._marks), key=len, reverse=True))
+        self.find = re.compile(longest_first or "(?!)").search
+        """Finds the first control token in a text; returns None where there is none."""
         # The look-ahead finds every beginning of a token, also within another one.
-        self._beginning = re.compile(f"(?=({'|'.join(longest_first)}))(.)", re.DOTALL)
+        self._beginning = re.compile(f"(?=({longest_first}))(.)", re.DOTALL)
 
     @property
     def unbreakable(self) -> list[str]:
         """Control tokens that a user's text still becomes."""
         return [token for token, mark in self._marks.items() if not mark]
 
-    def as_text(self, text: str) -> str:
-        """`text` with a mark in each control token."""
-        if not any(token in text for token in self._marks):
-            return text
-        return self._beginning.sub(lambda found: found[2] + self._marks[found[1]], text)
+    def marked(self, messages: Sequence[Turn]) -> Sequence[Turn]:
+        """`messages` with a mark in each control token of their contents."""
+        return [
+            {**each, "content": self._beginning.sub(self._with_mark, each["content"])}
+            for each in messages
+        ]
+
+    def _with_mark(self, found: re.Match[str]) -> str:
+        return found[2] + self._marks[found[1]]
 
     def _working_mark(self, token_id: int, token: str, mark: str) -> str:
         for each in (mark, _KEPT_MARK):
@@ -61,8 +70,8 @@ def _is_control(token: "AddedToken", template_literals: str) -> bool:
 
 
 def _remove_from_text(backend: "Tokenizer", mark: str) -> None:
-    from tokenizers.normalizers import Replace, Sequence
+    from tokenizers import normalizers
 
-    remove = Replace(mark, "")
+    remove = normalizers.Replace(mark, "")
     before = backend.normalizer
-    backend.normalizer = remove if before is None else Sequence([remove, before])
+    backend.normalizer = remove if before is None else normalizers.Sequence([remove, before])

@@ -68,8 +68,6 @@ class Tokenizer:
         Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`. Ids that are no tokens
         of the tokenizer do not count.
         """
-        if not token_ids or max(token_ids) < vocab_size:
-            return None
         tokens = (self.backend.id_to_token(it) for it in token_ids if it >= vocab_size)
         return next((token for token in tokens if token is not None), None)
 
@@ -95,13 +93,13 @@ class Tokenizer:
             raise InvalidRequest(
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
-        if (controls := self._control_tokens) is not None:
-            messages = [
-                {"role": each["role"], "content": controls.as_text(each["content"])}
-                for each in messages
-            ]
+        controls = self._control_tokens
+        if controls is not None and any(controls.find(each["content"]) for each in messages):
+            messages = controls.marked(messages)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
-        return self.encode(text, add_special_tokens=False)
+        (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoded.ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""

@@ -115,3 +115,22 @@ def test_ids_come_back_as_text(mixtral: MixtralServer) -> None:
     assert tokenized["token_strs"].count("</s>") == 0
     text = asyncio.run(answer(mixtral, "/detokenize", {"tokens": tokenized["tokens"]}))["prompt"]
     assert text == f"<s> [INST] {QUESTION[0]['content']} [/INST]"
+
+
+ORDERS = {
+    "two system messages": ("system", "system", "user"),
+    "a late system message": ("user", "assistant", "system", "user"),
+    "neighbors": ("user", "user", "assistant", "assistant", "user"),
+    "a first answer": ("assistant", "user"),
+    "all of them": ("system", "assistant", "system", "user", "user", "assistant", "user"),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_frameworks_conversations_are_answered(mixtral: MixtralServer, order: str) -> None:
+    """Conversations in any order are answered, and have the tokens of Mistral's encoder."""
+    turns = [{"role": role, "content": f"Number {i}."} for i, role in enumerate(ORDERS[order])]
+    for path in (CHAT, "/prompt"):
+        asked = {"messages": turns, "max_tokens": 2}
+        reply = asyncio.run(answer(mixtral, path, asked))
+        assert reply["usage"]["prompt_tokens"] == len(mistral.ids(turns))

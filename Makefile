@@ -1,8 +1,9 @@
 # `make run` serves the tiny model; `make check test faults` is what CI runs. Nothing to set up first.
+# `make PYTHON=python3.12` names the Python of .venv; else it is .venv's own, or the first that fits.
 SHELL := /bin/bash
 VENV := .venv
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-PYTHON := $(VENV)/bin/python
+PY := $(VENV)/bin/python
 UV := $(VENV)/bin/uv
 UV_VERSION := 0.13.9
 CONFIG ?= tiny
@@ -10,6 +11,19 @@ CONFIG ?= tiny
 WORKERS ?= 2
 # tests/conftest.py makes the groups, and says in which order they start.
 SIDE_BY_SIDE = -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
+# The Pythons of `requires-python` in pyproject.toml.
+VERSION := import sys; print("%d.%d" % sys.version_info[:2])
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))
+version_of = $(shell $(1) -c '$(VERSION)' 2>/dev/null)
+PYTHON := $(shell for it in $(PY) python3 python3.12 python3.11; do \
+  $$it -c '$(FITS)' 2>/dev/null && echo $$it && break; done)
+
+# A .venv of another Python is not kept: everything in it is made again.
+ifneq ($(call version_of,$(PYTHON)),$(call version_of,$(PY)))
+RENEW := rm -rf $(VENV)
+.PHONY: $(VENV)/.installed $(VENV)/.installed-dev $(UV)
+endif
 
 .PHONY: install install-dev lock run check test coverage faults format clean
 
@@ -22,18 +36,22 @@ install-dev: $(VENV)/.installed-dev
 # The compiled code is built while torch is on its way.
 $(VENV)/.installed: pyproject.toml requirements.txt $(wildcard serve_app/model/kernels/cpu/_cpu_*.[ch]) | $(UV)
 	@echo "Installing into $(VENV): torch, then the packages in requirements.txt. This takes one to three minutes."
-	$(UV) pip install --python $(PYTHON) --no-deps -e . & \
-	  $(PYTHON) -m pip install -c requirements.txt torch && wait $$! && \
-	  $(UV) pip install --python $(PYTHON) --no-deps -r requirements.txt
+	$(UV) pip install --python $(PY) --no-deps -e . & \
+	  $(PY) -m pip install -c requirements.txt torch && wait $$! && \
+	  $(UV) pip install --python $(PY) --no-deps -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(UV) pip install --python $(PYTHON) --no-deps -r requirements-dev.txt
+	$(UV) pip install --python $(PY) --no-deps -r requirements-dev.txt
 	@touch $@
 
 $(UV):
-	@test -x $(PYTHON) || python3 -m venv $(VENV)
-	@$(PYTHON) -m pip install --quiet uv==$(UV_VERSION)
+	@$(or $(PYTHON),false) -c '$(FITS)' 2>/dev/null || { echo "mixtral-serve needs Python 3.11 or 3.12;" \
+	  "$(or $(PYTHON),python3) is $(or $(call version_of,$(or $(PYTHON),python3)),not a Python)." \
+	  "Name one that fits: make PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(RENEW)
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+	@$(PY) -m pip install --quiet uv==$(UV_VERSION)
 
 # torch pins CUDA's libraries and triton itself, and they belong to a GPU machine only: the lock
 # leaves them to torch, save what pyproject.toml names. requirements-dev.txt is what comes on top.
@@ -56,14 +74,14 @@ check: install-dev
 	$(VENV)/bin/lint-imports
 
 test: install-dev
-	$(PYTHON) -m pytest $(SIDE_BY_SIDE)
+	$(PY) -m pytest $(SIDE_BY_SIDE)
 
 # The same tests, counting lines, also those of processes that they start; of kernels none.
 coverage: install-dev
-	$(PYTHON) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term-missing:skip-covered
+	$(PY) -m pytest $(SIDE_BY_SIDE) --cov --cov-report=term-missing:skip-covered
 
 faults: install-dev
-	$(PYTHON) -m pytest -m faults
+	$(PY) -m pytest -m faults
 
 format: install-dev
 	$(VENV)/bin/ruff check --fix .

@@ -28,7 +28,7 @@ esac
 
 
 def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Runs `make` in `folder` up to the installation of uv, with the programs in its `bin` first."""
+    """Runs `make` in `folder` up to uv's installation, with the programs in its `bin` first."""
     return subprocess.run(
         ["make", "-f", str(MAKEFILE), ".venv/bin/uv", *arguments],
         cwd=folder,

@@ -36,13 +36,13 @@ install-dev: $(VENV)/.installed-dev
 # The compiled code is built while torch is on its way.
 $(VENV)/.installed: pyproject.toml requirements.txt $(wildcard serve_app/model/kernels/cpu/_cpu_*.[ch]) | $(UV)
 	@echo "Installing into $(VENV): torch, then the packages in requirements.txt. This takes one to three minutes."
-	$(UV) pip install --python $(PY) --no-deps -e . & \
+	$(UV) pip install --quiet --python $(PY) --no-deps -e . & \
 	  $(PY) -m pip install -c requirements.txt torch && wait $$! && \
-	  $(UV) pip install --python $(PY) --no-deps -r requirements.txt
+	  $(UV) pip install --quiet --python $(PY) --no-deps -r requirements.txt
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
-	$(UV) pip install --python $(PY) --no-deps -r requirements-dev.txt
+	$(UV) pip install --quiet --python $(PY) --no-deps -r requirements-dev.txt
 	@touch $@
 
 $(UV):

@@ -2,5 +2,6 @@
 
 Read `call.py` first: it defines what every endpoint sends and gets. Then `fields.py` (how a body
 is validated) and `chat.py` (one request with its response); `completions.py`, `prompt.py` and
-`tokens.py` are built the same way. `text.py` turns token ids into text.
+`tokens.py` are built the same way. `tokenizer.py` turns texts and conversations into token ids,
+`text.py` token ids into text.
 """

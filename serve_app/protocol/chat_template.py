@@ -74,6 +74,9 @@ class ChatTemplate:
             return self._merged(messages, add_generation_prompt)
         except _Refused as refused:
             index = self._first_refused(messages)
+            if refused.__cause__ is not None:
+                kind = type(refused.__cause__).__name__
+                log.warning("%s: the chat template fails on a conversation (%s)", self._file, kind)
             raise InvalidRequest(
                 f"The model's chat template does not take `messages.{index}`: {refused}",
                 param=f"messages.{index}",
@@ -90,10 +93,9 @@ class ChatTemplate:
         try:
             return self._fill(messages=messages, add_generation_prompt=add_generation_prompt)
         except Exception as error:
-            # The class of the error that `raise_exception` raises. Jinja's own are derived of it.
+            # `raise_exception` raises this class, and Jinja its subclasses.
             if type(error) is TemplateError:
                 raise _Refused(f"{error}") from None
-            log.warning("the chat template in %s fails: %s", self._file, type(error).__name__)
             raise _Refused(
                 f"it fails ({type(error).__name__}), which is a fault of {self._file.name}."
             ) from error
@@ -136,7 +138,10 @@ class ChatTemplate:
 
 
 class _Refused(Exception):
-    """The template does not take a conversation. The text says why, in a sentence for users."""
+    """The template does not take a conversation. The text says why, for users.
+
+    The cause is the template's own failure; None where it refuses the conversation deliberately.
+    """
 
 
 def _environment() -> "Environment":

@@ -190,9 +190,13 @@ def _add_post_processor(
 def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | None, Path]:
     """The default chat template, which a file of its own may have, and its file."""
     if (file := folder / "chat_template.jinja").exists():
-        return file.read_text(encoding="utf-8"), file
+        try:
+            return file.read_text(encoding="utf-8"), file
+        except (OSError, ValueError) as error:
+            raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error
     if isinstance(value, list):
-        value = {each["name"]: each["template"] for each in value}
+        named = [each for each in value if isinstance(each, dict)]
+        value = {each.get("name"): each.get("template") for each in named}
     if isinstance(value, dict):
         if "default" not in value:
             raise ModelLoadFailed(f"{config_file}: none of its chat templates is named default.")

@@ -55,8 +55,8 @@ def change_json(**values: Any) -> Callable[[Path], None]:
 
 
 def write(name: str, content: Any) -> Callable[[Path], object]:
-    return lambda folder: (folder / name).write_text(
-        content if isinstance(content, str) else json.dumps(content)
+    return lambda folder: (folder / name).write_bytes(
+        content if isinstance(content, bytes) else json.dumps(content).encode()
     )
 
 
@@ -120,7 +120,7 @@ MUTATIONS: dict[str, list[Callable[[Path], object]]] = {
         write("special_tokens_map.json", {"bos_token": token("<s>"), "pad_token": "<new>"}),
     ],
     "template in a file": [
-        write("chat_template.jinja", "{{ messages[0].content }}{{ eos_token }}")
+        write("chat_template.jinja", b"{{ messages[0].content }}{{ eos_token }}")
     ],
     "named templates": [
         change_config(
@@ -278,8 +278,8 @@ def test_a_model_like_mixtrals_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("tokenizer.json", "{", r"tokenizer\.json: the tokenizer cannot be read"),
-        ("tokenizer_config.json", "{", r"tokenizer_config\.json: cannot be read"),
+        ("tokenizer.json", b"{", r"tokenizer\.json: the tokenizer cannot be read"),
+        ("tokenizer_config.json", b"{", r"tokenizer_config\.json: cannot be read"),
         ("tokenizer_config.json", [], r"tokenizer_config\.json: holds no JSON object"),
         (
             "tokenizer_config.json",
@@ -291,10 +291,12 @@ def test_a_model_like_mixtrals_is_read(tmp_path: Path) -> None:
             {"bos_token": 5, "eos_token": []},
             "special tokens cannot be read",
         ),
-        ("special_tokens_map.json", "nonsense", r"special_tokens_map\.json: cannot be read"),
+        ("special_tokens_map.json", b"nonsense", r"special_tokens_map\.json: cannot be read"),
         ("tokenizer_config.json", {"chat_template": 5}, "`chat_template` is no text"),
         ("tokenizer_config.json", {"chat_template": {"a": "b"}}, "named default"),
-        ("chat_template.jinja", "{% if %}", r"chat_template\.jinja: its chat template is broken"),
+        ("chat_template.jinja", b"\xff", r"chat_template\.jinja: cannot be read"),
+        ("tokenizer_config.json", {"chat_template": ["a", {"name": "b"}]}, "named default"),
+        ("chat_template.jinja", b"{% if %}", r"chat_template\.jinja: its chat template is broken"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: Any, sentence: str) -> None:
@@ -309,6 +311,6 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     (mutated(tmp_path, "as it is") / "tokenizer.json").unlink()
     with pytest.raises(ModelLoadFailed, match=r"no tokenizer\.model; put the tokenizer\.json"):
         Tokenizer(tmp_path)
-    write("tokenizer.model", "nonsense")(tmp_path)
+    write("tokenizer.model", b"nonsense")(tmp_path)
     with pytest.raises(ModelLoadFailed, match="is no SentencePiece model"):
         Tokenizer(tmp_path)

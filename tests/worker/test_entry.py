@@ -113,29 +113,35 @@ def test_the_test_input_file_is_really_run(tmp_path: Path) -> None:
     assert json.loads(done.stdout)["error"]["status"] == "VALIDATION_FAILED"
 
 
+QUESTION = {"prompt": "What is the capital of France?", "temperature": 0}
+IN_4_BITS = str(TINY.with_name("tiny-nf4.yaml"))
+
+
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What `--test_input` prints for `QUESTION`, with the tiny model in NF4 and no home folder."""
+    job = {"input": {"endpoint": "/prompt", "data": QUESTION}}
+    variables = {"SERVE_CONFIG": IN_4_BITS, "HOME": "/proc"}
+    home = tmp_path_factory.mktemp("test-input")
+    done = run_entry(home, "--test_input", json.dumps(job), **variables)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.ray
-def test_a_test_input_prints_its_answer(tmp_path: Path) -> None:
+def test_a_test_input_prints_its_answer(printed: str) -> None:
     """`--test_input` prints the answer as JSON and nothing else; no home folder is needed."""
-    data = {"prompt": "What is 2 + 3?", "temperature": 0}
-    job = {"input": {"endpoint": "/prompt", "data": data}}
-    done = run_entry(tmp_path, "--test_input", json.dumps(job), HOME="/proc")
-    assert done.returncode == 0, done.stderr
-    answer = json.loads(done.stdout)
+    answer = json.loads(printed)
     assert answer.keys() == {"text", "finish_reason", "usage", "model"}
-    assert answer["text"] == "2 + 3 = 5."
+    assert answer["text"] == "The capital of France is Paris."
 
 
 @pytest.mark.ray
-def test_jobs_and_http_serve_four_bits(tmp_path: Path) -> None:
+def test_jobs_and_http_serve_four_bits(printed: str) -> None:
     """The tiny model in NF4 gives a job the same answer as an HTTP request."""
-    body = {"prompt": "What is the capital of France?", "temperature": 0}
-    config = str(TINY.with_name("tiny-nf4.yaml"))
-    done = run_entry(tmp_path, "--test_input", json.dumps({"input": body}), SERVE_CONFIG=config)
-    assert done.returncode == 0, done.stderr
-    server = MixtralServer(Settings.from_yaml(config))
+    server = MixtralServer(Settings.from_yaml(IN_4_BITS))
     try:
-        response = TestClient(create_app(lambda: server)).post("/prompt", json=body)
+        response = TestClient(create_app(lambda: server)).post("/prompt", json=QUESTION)
     finally:
         server.close()
-    assert json.loads(done.stdout) == response.json()
-    assert response.json()["text"] == "The capital of France is Paris."
+    assert json.loads(printed) == response.json()

@@ -78,7 +78,7 @@ def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Sta
     until(lambda: all(job.progress for job in jobs))
     cancelled = jobs.pop()
     Client(platform).cancel(cancelled)
-    until(lambda: "cancelled after" in worker.log)
+    until(lambda: f"Job stopped: {cancelled.id}" in worker.log)
     send_sigterm(worker)
     assert ended(platform, worker) == 0
     assert refusals(jobs) == {("draining", True)}

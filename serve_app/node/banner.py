@@ -1,4 +1,4 @@
-"""The first lines of a server's log: the model, the machine and the limits.
+"""The first lines of a server's log: the model, the machine and the limits, one fact a line.
 
 Few lines, because RunPod drops lines of a log that grows fast. They hold no secrets.
 """
@@ -26,21 +26,22 @@ def banner(
     revision = f" at {model.revision}" if model.revision else ""
     names = ", ".join(model.served_model_names)
     is_eager = settings.runpod.start == "eager"
-    context = engine.max_model_len or "the checkpoint's"
     return [
         RULE,
         f"Starting the {'HTTP server' if slots is None else 'RunPod worker'} of mixtral-serve "
         f"{serve_app.__version__}, {config}",
         RULE,
         f"Model: {model.name}{revision}, served as {names}",
-        f"Quantization: {model.quantization}, dtype {model.dtype}, device {model.device}",
+        f"Quantization: {model.quantization}",
+        f"Device: {model.device}, dtype {model.dtype}",
         *checked,
         f"Volume: {volume(settings.runpod.volume)}",
         f"GPU: {gpu()}",
         f"Endpoints: {', '.join(route.path for route in ROUTES)}",
-        f"Thresholds: {engine.gpu_memory_utilization:.0%} of GPU memory, context {context} tokens, "
-        f"prompt {api.max_prompt_chars:,} characters, body {api.max_body_bytes:,} bytes, "
-        f"{api.request_timeout_s:.0f} s per request",
+        f"GPU memory threshold: {engine.gpu_memory_utilization:.0%} of the card",
+        f"Prompt limit: {api.max_prompt_chars:,} characters",
+        f"Body limit: {api.max_body_bytes:,} bytes",
+        f"Time limit: {api.request_timeout_s:.0f} s per request",
         f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
         f"{engine.max_num_seqs} of them decoding at once",
         f"The model loads {'now' if slots is None or is_eager else 'with the first job'}.",

@@ -47,6 +47,7 @@ class JobLoop:
         self._jobs = InFlightJobs()
         self._poll = poll_for_jobs()
         self._is_polling = False
+        self._has_polled = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._code = 0
         self._sdk = SdkLoop(slots, self._take, self._stop_jobs, self._begin_drain)
@@ -76,7 +77,9 @@ class JobLoop:
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         if self._sdk.is_ending:
             return
-        self._is_polling = True
+        if not self._has_polled:
+            log.info("Waiting for jobs.")
+        self._is_polling = self._has_polled = True
         try:
             url = sdk.take_url(self._slots - len(self._tasks))
             taken, pause_s = await self._poll.get(session, url)

@@ -24,8 +24,8 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
         "org/model at v2",
         "Quantization: nf4",
         "Memory: 25 GB of weights.",
-        "90% of GPU memory",
-        "100,000 characters",
+        "GPU memory threshold: 90%",
+        "Prompt limit: 100,000 characters",
         "40 jobs, 32 of them",
     ):
         assert fact in text

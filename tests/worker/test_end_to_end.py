@@ -94,11 +94,25 @@ def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> 
         "GPU: ",
         "Endpoints: /health, ",
         "/v1/chat/completions, /v1/completions, /prompt",
-        "Thresholds: ",
+        "GPU memory threshold: ",
+        "Prompt limit: ",
         "Concurrency: 96 jobs",
+        "Waiting for jobs.",
     ):
         assert line in log
     assert client_api.KEY not in log
+
+
+def test_the_log_has_each_job(client: Client, tiny_worker: Worker) -> None:
+    """A job's lines are JSON with its id, as RunPod's console expects; the load has none."""
+    job, failed = client.ended(PROMPT), client.ended({**PROMPT, "temperature": 3})
+    lines = [json.loads(line) for line in tiny_worker.log.splitlines() if line.startswith("{")]
+    by_job = {line["message"].split(":")[0]: line for line in lines if line["requestId"] == job.id}
+    assert list(by_job) == ["Job started", "Job completed"]
+    (error,) = (line for line in lines if f"Job failed: {failed.id}" in line["message"])
+    assert (error["requestId"], error["level"]) == (failed.id, "ERROR")
+    assert "VALIDATION_FAILED: `temperature` is refused" in error["message"]
+    assert {line["requestId"] for line in lines if "Cold start" in line["message"]} == {None}
 
 
 def test_the_runpod_client_runs_and_waits(endpoint: Any) -> None:

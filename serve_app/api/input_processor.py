@@ -1,9 +1,9 @@
 """InputProcessor: turns a validated request into token ids, sampling parameters and an `Answer`."""
 
 import asyncio
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.api.answer import Answer
 from serve_app.api.metrics import Metrics
@@ -41,6 +41,9 @@ class InputProcessor:
     """Tokens of prompt and answer together."""
     vocab_size: int
     metrics: Metrics
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Sampling fields, by name, of a request that does not set them. `max_tokens` is a limit of
+    every request, as in vLLM."""
 
     async def chat_ids(
         self,
@@ -132,6 +135,8 @@ class InputProcessor:
         default: int | None,
         num_logprobs: int | None,
     ) -> SamplingParams:
+        unset = self.defaults.keys() - request.model_fields_set - {"max_tokens"}
+        request = request.model_copy(update={name: self.defaults[name] for name in unset})
         max_tokens, max_tokens_field = request.limit
         max_allowed = self.settings.max_tokens_limit
         if max_tokens is None:
@@ -142,7 +147,7 @@ class InputProcessor:
                 f"`{max_tokens_field}` may be {max_allowed} at most.", param=max_tokens_field
             )
         return SamplingParams(
-            max_tokens=max_tokens,
+            max_tokens=min(max_tokens, self.defaults.get("max_tokens", max_tokens)),
             min_tokens=min(request.min_tokens, max_tokens),
             temperature=request.temperature if request.top_p else 0.0,
             top_p=request.top_p or 1.0,

@@ -61,6 +61,7 @@ class MixtralServer:
             self._loaded.max_model_len,
             self._loaded.vocab_size,
             self.metrics,
+            self._loaded.sampling_defaults,
         )
 
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from serve_app.app import check_schema
 from serve_app.config.settings import ConfigError, Settings, unused_names, with_variables
 from serve_app.errors import ModelLoadFailed
+from serve_app.loading.generation import read_generation
 from serve_app.loading.load import load_tokenizer
 from serve_app.model.footprint import parameters
 from serve_app.start_plan.hub import require_disk
@@ -77,7 +78,9 @@ def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
         size = in_gb(plan.repository.missing_bytes)
         source = f"{name}: is not on this machine; the first start downloads {size}."
     else:
-        notes = load_tokenizer(settings, plan).notes
+        tokenizer = load_tokenizer(settings, plan)
+        generation = read_generation(checkpoint, tokenizer, settings.model.generation_config)
+        notes = [*(f"Tokenizer: {note}" for note in tokenizer.notes), *generation.notes]
         num_files = len(plan.files)
         source = (
             f"{name}: {in_gb(checkpoint.file_bytes)} of {checkpoint.form} weights in {num_files} "
@@ -89,6 +92,6 @@ def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
         source,
         f"Model: {sum(parameters(checkpoint.config).values()):,} parameters, context "
         f"{plan.memory.max_model_len:,} tokens.",
-        *(f"Tokenizer: {note}." for note in notes),
+        *(f"{note[:1].upper()}{note[1:]}." for note in (*checkpoint.notes(), *notes)),
         *require_memory(plan),
     ]

@@ -35,6 +35,10 @@ class ModelSettings(_Section):
     checkpoint that is already quantized keeps its own; float32 in a checkpoint becomes bfloat16."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
+    generation_config: Literal["auto", "vllm"] = "auto"
+    """Sampling defaults of requests. auto is what the checkpoint's generation_config.json sets:
+    temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit. vllm leaves
+    that file out, except for the tokens that end an answer."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None

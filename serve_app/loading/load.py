@@ -5,9 +5,9 @@ only where files are new: around a download, and after the 4-bit copy is written
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from serve_app.loading.device import (
     open_device,
     set_threads,
 )
+from serve_app.loading.generation import read_generation
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Phase
 from serve_app.loading.start_engine import start_engine
@@ -53,6 +54,8 @@ class Loaded:
     """Bytes of `experts`, `attention`, `head`, `other` and `kv_cache`."""
     notes: list[str]
     """What was chosen where the settings left it open, and why."""
+    sampling_defaults: Mapping[str, float] = field(default_factory=dict)
+    """Sampling fields of requests, by name, where the checkpoint has its own defaults."""
 
 
 def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -> Loaded:
@@ -70,16 +73,20 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
         if device.type == "cpu":
             notes += set_threads(settings.engine.num_threads)
     plan = _fetch_files(settings, plan, load_log, notes)
+    notes += [note for note in plan.notes if note not in notes]
     # Before the weights, so that a broken tokenizer fails at once. A thread for it saves no time:
     # it would hold the interpreter lock, which reading the weights needs too.
     with load_log.phase(Phase.TOKENIZER):
         tokenizer = load_tokenizer(settings, plan)
-        notes += tokenizer.notes
+        generation = read_generation(plan.checkpoint, tokenizer, settings.model.generation_config)
+        notes += [*tokenizer.notes, *generation.notes]
     dtype: torch.dtype = getattr(torch, plan.dtype)
     reading = Phase.READ_AND_QUANTIZE if plan.quantizes else Phase.READ
     with load_log.phase(reading):
         model = _load_model(plan, device, dtype, partial(load_log.progress, reading))
-    engine = _warm_engine(settings, plan, model, tokenizer, device, load_log, notes)
+    start = partial(start_engine, settings, plan, model, device, generation.eos_token_ids)
+    engine, engine_notes = _warm_engine(start, tokenizer, model, device, load_log)
+    notes += engine_notes
     load_log.ready()
     for note in notes:
         log.info("load: %s", note)
@@ -93,6 +100,7 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
         quantization=plan.quantization,
         memory={**loader.bytes_by_part(model), "kv_cache": plan.memory.kv_bytes(kv_tokens)},
         notes=notes,
+        sampling_defaults=generation.defaults,
     )
 
 
@@ -193,25 +201,22 @@ def _load_model(
 
 
 def _warm_engine(
-    settings: Settings,
-    plan: StartPlan,
-    model: "Mixtral",
+    start: "Callable[[], tuple[Engine, list[str]]]",
     tokenizer: Tokenizer,
+    model: "Mixtral",
     device: "torch.device",
     load_log: LoadLog,
-    notes: list[str],
-) -> "Engine":
-    """The running engine, after its first prompts."""
+) -> "tuple[Engine, list[str]]":
+    """The running engine, after its first prompts, and notes for users."""
     from serve_app.loading import warm_up
 
     with load_log.phase(Phase.WARM_UP):
-        engine, engine_notes = start_engine(settings, plan, model, device)
-        notes += engine_notes
+        engine, notes = start()
         with _stopped_on_failure(engine):
             warm_up.fill_a_step(engine, model.config.vocab_size, free_device_bytes(device))
     with load_log.phase(Phase.FIRST_TOKEN), _stopped_on_failure(engine):
         warm_up.first_token(engine, tokenizer.encode("Hello"), free_device_bytes(device))
-    return engine
+    return engine, notes
 
 
 @contextmanager

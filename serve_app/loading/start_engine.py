@@ -19,7 +19,11 @@ log = logging.getLogger(__name__)
 
 
 def start_engine(
-    settings: Settings, plan: StartPlan, model: "Mixtral", device: "torch.device"
+    settings: Settings,
+    plan: StartPlan,
+    model: "Mixtral",
+    device: "torch.device",
+    eos_token_ids: frozenset[int],
 ) -> tuple["Engine", list[str]]:
     """The running engine, and notes for users. Raises `ModelLoadFailed` for a lack of memory."""
     import torch
@@ -54,7 +58,7 @@ def start_engine(
             block_size=chosen.block_size,
             num_blocks=num_blocks,
             max_num_batched_tokens=chosen.max_num_batched_tokens,
-            eos_token_ids=model.config.eos_token_ids,
+            eos_token_ids=eos_token_ids,
             retry_after_s=settings.api.retry_after_s,
             enable_prefix_caching=chosen.enable_prefix_caching,
         ),

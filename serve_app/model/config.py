@@ -63,6 +63,7 @@ class MixtralConfig:
         _require_mixtral(document)
         heads = _positive(document, "num_attention_heads")
         hidden = _positive(document, "hidden_size")
+        vocab_size = _positive(document, "vocab_size")
         config = cls(
             num_hidden_layers=_positive(document, "num_hidden_layers"),
             hidden_size=hidden,
@@ -72,14 +73,14 @@ class MixtralConfig:
             head_dim=_positive(document, "head_dim", default=hidden // heads),
             num_local_experts=_positive(document, "num_local_experts"),
             num_experts_per_tok=_positive(document, "num_experts_per_tok"),
-            vocab_size=_positive(document, "vocab_size"),
+            vocab_size=vocab_size,
             rms_norm_eps=_number(document, "rms_norm_eps", default=1e-5),
             rope_theta=_rope_theta(document),
             sliding_window=_window(document),
             max_position_embeddings=_positive(document, "max_position_embeddings"),
             tie_word_embeddings=bool(document.get("tie_word_embeddings", False)),
-            bos_token_id=_bos(document),
-            eos_token_ids=_eos(document),
+            bos_token_id=_bos(document, vocab_size),
+            eos_token_ids=eos_token_ids(document, "config.json", vocab_size),
             dtype=str(document.get("dtype") or document.get("torch_dtype") or "float32"),
         )
         config._require_consistent()
@@ -101,12 +102,6 @@ class MixtralConfig:
                 raise ModelLoadFailed(
                     f"config.json: `{key}` ({getattr(self, key)}) must be a multiple of 8."
                 )
-        special = self.eos_token_ids | ({self.bos_token_id} if self.bos_token_id else frozenset())
-        if special and not 0 <= min(special) <= max(special) < self.vocab_size:
-            raise ModelLoadFailed(
-                f"config.json: `eos_token_id` and `bos_token_id` ({sorted(special)}) must be below "
-                f"`vocab_size` ({self.vocab_size})."
-            )
         if self.head_dim % 2:
             raise ModelLoadFailed(f"config.json: `head_dim` ({self.head_dim}) must be even.")
 
@@ -143,26 +138,33 @@ def _window(document: Mapping[str, Any]) -> int | None:
     return None if document.get("sliding_window") is None else _positive(document, "sliding_window")
 
 
-def _bos(document: Mapping[str, Any]) -> int | None:
-    match document.get("bos_token_id"):
-        case None | int() as one:
-            return one
-        case other:
-            raise ModelLoadFailed(f"config.json: `bos_token_id` must be an integer, got {other!r}.")
+def eos_token_ids(document: Mapping[str, Any], file: str, vocab_size: int) -> frozenset[int]:
+    """The `eos_token_id` of config.json or generation_config.json: null, an id, or a list of ids.
+
+    Raises `ModelLoadFailed`, naming `file`, for anything else.
+    """
+    value = document.get("eos_token_id")
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(_is_token_id(one, vocab_size) for one in ids):
+        raise ModelLoadFailed(
+            f"{file}: `eos_token_id` must be a token id below `vocab_size` ({vocab_size}) or a "
+            f"list of them, got {value!r}."
+        )
+    return frozenset(ids)
 
 
-def _eos(document: Mapping[str, Any]) -> frozenset[int]:
-    match document.get("eos_token_id"):
-        case None:
-            return frozenset()
-        case int(one):
-            return frozenset({one})
-        case list(many) if all(isinstance(one, int) for one in many):
-            return frozenset(many)
-        case other:
-            raise ModelLoadFailed(
-                f"config.json: `eos_token_id` must be an integer or a list of them, got {other!r}."
-            )
+def _bos(document: Mapping[str, Any], vocab_size: int) -> int | None:
+    value: int | None = document.get("bos_token_id")
+    if value is not None and not _is_token_id(value, vocab_size):
+        raise ModelLoadFailed(
+            f"config.json: `bos_token_id` must be a token id below `vocab_size` ({vocab_size}), "
+            f"got {value!r}."
+        )
+    return value
+
+
+def _is_token_id(value: object, vocab_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocab_size
 
 
 def _positive(document: Mapping[str, Any], key: str, default: int | None = None) -> int:

@@ -97,7 +97,12 @@ def test_every_way_to_write_a_value(changes: dict[str, Any], field: str, value: 
         ({"intermediate_size": 4097}, "intermediate_size"),
         ({"head_dim": 63}, "head_dim"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
+        ({"eos_token_id": True}, "eos_token_id"),
+        ({"eos_token_id": [2, True]}, "eos_token_id"),
+        ({"eos_token_id": 32000}, "eos_token_id"),
         ({"bos_token_id": [1]}, "bos_token_id"),
+        ({"bos_token_id": False}, "bos_token_id"),
+        ({"bos_token_id": 32000}, "bos_token_id"),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(changes: dict[str, Any], key: str) -> None:

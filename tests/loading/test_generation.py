@@ -113,8 +113,8 @@ def test_defaults_are_those_that_vllm_takes(folder: Path) -> None:
     """vLLM takes what transformers' `to_diff_dict` has of six keys, and none with "vllm"."""
     from transformers import GenerationConfig
 
-    values = {"temperature": 0.6, "top_p": 0.9, "top_k": 40, "repetition_penalty": 1.1}
-    values |= {"max_new_tokens": 30, "do_sample": True, "num_beams": 4, "min_p": None}
+    values: dict[str, Any] = {"temperature": 0.6, "top_p": 0.9, "top_k": 40}
+    values |= {"repetition_penalty": 1.1, "max_new_tokens": 30, "do_sample": True, "num_beams": 4}
     GenerationConfig(**values).save_pretrained(folder)
     differing = GenerationConfig.from_pretrained(folder).to_diff_dict()
     expected = {FIELDS[key]: value for key, value in differing.items() if key in FIELDS}

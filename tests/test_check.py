@@ -96,6 +96,39 @@ def test_names_that_serve_would_not_find(
     assert f"`{key}`" in sentence(capsys, path)
 
 
+def test_several_applications(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second application, which would not be served, is refused."""
+    path = config(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    other = {**document["applications"][0], "name": "other", "route_prefix": "/other"}
+    document["applications"].append(other)
+    path.write_text(yaml.safe_dump(document))
+    assert "`applications` has 2 entries" in sentence(capsys, path)
+
+
+def test_repeated_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A key that stands twice in one place, of which YAML takes the last, is refused."""
+    path = config(tmp_path)
+    text = path.read_text()
+    line = next(line for line in text.splitlines() if "kv_cache_tokens" in line)
+    path.write_text(text.replace(line, f"{line}\n{line}"))
+    number = text.splitlines().index(line) + 2
+    assert f"`kv_cache_tokens` in line {number}" in sentence(capsys, path)
+
+
+def test_keys_that_serve_run_alone_uses_are_named(tmp_path: Path) -> None:
+    """The check passes and says which keys change nothing with `mixtral-serve run`."""
+    path = config(tmp_path)
+    document = yaml.safe_load(path.read_text())
+    document["logging_config"] = {"log_level": "DEBUG"}
+    document["applications"][0] |= {"route_prefix": "/llm", "runtime_env": {}}
+    path.write_text(yaml.safe_dump(document))
+    (line,) = (line for line in check(path).lines if "`serve run` alone" in line)
+    keys = ("logging_config", "applications.0.route_prefix", "applications.0.runtime_env")
+    assert all(f"`{key}`" in line for key in keys)
+    assert not any("`serve run` alone" in line for line in check("configs/tiny.yaml").lines)
+
+
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A folder that is not there is named."""
     said = sentence(capsys, config(tmp_path, model=model(tmp_path / "absent")))

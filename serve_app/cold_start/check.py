@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve_app.app import check_schema
+from serve_app.config.serve_config import unused_keys
 from serve_app.config.settings import ConfigError, Settings, unused_names, with_variables
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.generation import read_generation
@@ -51,9 +52,13 @@ def check_start(path: str | Path, settings: Settings) -> Checked:
     with _variables_named():
         plan = plan_start(settings)
         about_plan = check_plan(settings, plan)
-    notice = unused_names()
-    lines = [f"{path}: the configuration is valid.", *([notice] if notice else []), *about_plan]
-    return Checked(settings, plan, lines)
+    lines = [f"{path}: the configuration is valid."]
+    if unused := unused_keys(path):
+        keys = ", ".join(f"`{key}`" for key in unused)
+        lines.append(f"{keys}: `serve run` alone uses this, `mixtral-serve run` and RunPod do not.")
+    if notice := unused_names():
+        lines.append(notice)
+    return Checked(settings, plan, [*lines, *about_plan])
 
 
 @contextmanager

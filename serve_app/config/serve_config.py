@@ -1,5 +1,6 @@
-"""Reads the first application of the YAML that `serve run` takes."""
+"""Reads the YAML that `serve run` takes, which has one application."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,49 @@ class ConfigError(ValueError):
     """The configuration cannot work. The message is one sentence that names the key."""
 
 
+USED = {"applications", "http_options", "proxy_location"}
+USED_OF_APPLICATION = {"args", "deployments", "import_path", "name", "route_prefix"}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML without repeated keys, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen and key.value != "<<":
+                line = key.start_mark.line + 1
+                raise ConfigError(f"`{key.value}` in line {line} stands there already; keep one.")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def application(path: str | Path) -> dict[str, Any]:
-    """Returns `applications[0]` of a Serve config. Raises `ConfigError` with the file's name."""
+    """Returns the application of a Serve config. Raises `ConfigError` unless there is one."""
     match _document(path):
-        case {"applications": [dict(first), *_]}:
-            return first
+        case {"applications": [dict(one)]}:
+            return one
+        case {"applications": [_, _, *_] as several}:
+            raise ConfigError(
+                f"{path}: `applications` has {len(several)} entries, and a server has one model; "
+                "leave one, and write a file and start a server for each other one."
+            )
     raise ConfigError(f"{path}: needs `applications:` with one application in it.")
+
+
+def unused_keys(path: str | Path) -> list[str]:
+    """Keys of a Serve config that `serve run` uses, and no other way to start the server."""
+    return list(_unused_keys(_document(path), application(path)))
+
+
+def _unused_keys(document: dict[str, Any], application: dict[str, Any]) -> Iterator[str]:
+    yield from (key for key in document if key not in USED)
+    if document.get("proxy_location") == "Disabled":
+        yield "proxy_location"
+    where = "applications.0."
+    yield from (f"{where}{key}" for key in application if key not in USED_OF_APPLICATION)
+    if application.get("route_prefix", "/") != "/":
+        yield f"{where}route_prefix"
 
 
 def http_options(path: str | Path) -> dict[str, Any]:
@@ -43,7 +81,9 @@ def port_setting(path: str | Path) -> str:
 
 def _document(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

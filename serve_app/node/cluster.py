@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app.cold_start.killed import MemoryBefore
+from serve_app.config.serve_config import unused_keys
 from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
@@ -164,6 +165,8 @@ def deploy(
 
     from serve_app import app
 
+    if unused := unused_keys(config):
+        log.warning("Ignored: %s; `serve run` alone uses them.", ", ".join(unused))
     bound = _overridden(app.application(settings, plan=plan), application(config))
     require_resources(bound._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
@@ -183,12 +186,9 @@ def deploy(
 
 
 def _overridden(app: Any, given: dict[str, Any]) -> Any:
-    """`app` with the `deployments:` overrides of the YAML; logs which other keys are ignored."""
+    """`app` with the `deployments:` overrides of the YAML."""
     from ray.serve import Application
 
-    ignored = sorted(given.keys() - {"name", "route_prefix", "import_path", "args", "deployments"})
-    if ignored:
-        log.warning("Ignored: %s of the application; `serve run` uses them.", ", ".join(ignored))
     deployment = app._bound_deployment
     options: dict[str, Any] = {}
     for override in given.get("deployments") or []:

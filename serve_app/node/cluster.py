@@ -165,8 +165,7 @@ def deploy(
 
     from serve_app import app
 
-    if unused := unused_keys(config):
-        log.warning("Ignored: %s; `serve run` alone uses them.", ", ".join(unused))
+    log_unused_keys(config)
     bound = _overridden(app.application(settings, plan=plan), application(config))
     require_resources(bound._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
@@ -183,6 +182,12 @@ def deploy(
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
         raise _load_failure(settings, plan, memory) from None
+
+
+def log_unused_keys(config: str | Path) -> None:
+    """Logs the keys of the YAML that have no effect here."""
+    if unused := unused_keys(config):
+        log.warning("Ignored: %s; `serve run` alone uses them.", ", ".join(unused))
 
 
 def _overridden(app: Any, given: dict[str, Any]) -> Any:

@@ -63,10 +63,14 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
     cluster.require_resources(auto, {"CPU": 2})
 
 
-def test_keys_that_are_ignored_are_named(caplog: pytest.LogCaptureFixture) -> None:
-    """The log names them."""
-    overridden({"name": "mixtral", "args": {}, "runtime_env": {"pip": []}})
+def test_keys_that_are_ignored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names them, of the application and of the whole file."""
+    application = {"name": "mixtral", "args": {}, "runtime_env": {"pip": []}}
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"applications": [application], "logging_config": {}}))
+    cluster.log_unused_keys(path)
     assert "runtime_env" in caplog.text
+    assert "logging_config" in caplog.text
     assert "args" not in caplog.text
 
 

@@ -1,5 +1,11 @@
-"""The summary of a load's phases for clients."""
+"""The phases of a load, as this process's log and clients have them."""
 
+import logging
+from pathlib import Path
+
+import pytest
+
+from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Done, Phase, Running, Started
 from serve_app.node import phases
 
@@ -29,3 +35,18 @@ def test_clients_hear_finished_phases_and_the_one_under_way() -> None:
         "message": "read: 40 %, 10.08 of 25.20 GB",
         **far,
     }
+
+
+def test_phases_that_end_meanwhile_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A phase that ends in the block has one line, the last one too; an earlier phase has none."""
+    caplog.set_level(logging.INFO)
+    load_log = LoadLog(str(tmp_path / "load.jsonl"))
+    load_log.done(Phase.RAY, 3.0)
+    with phases.logged(str(tmp_path / "load.jsonl")):
+        load_log.start(Phase.READ)
+        load_log.done(Phase.TOKENIZER, 1.5)
+        load_log.done(Phase.READ, 2.0)
+    lines = [line for name, _, line in caplog.record_tuples if name == phases.__name__]
+    assert lines == ["Cold start: tokenizer 1.5 s", "Cold start: read 2.0 s"]

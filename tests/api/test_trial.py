@@ -19,6 +19,12 @@ from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
 
 
+@pytest.fixture(autouse=True)
+def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of 8 tokens: how many a speed is measured with is not what these tests are about."""
+    monkeypatch.setattr(trial, "NUM_TOKENS", 8)
+
+
 def run(config: str, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
     """The trial of `config` and the environment."""
     settings = Settings.from_yaml(config)

@@ -12,6 +12,7 @@ from typing import Any
 
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.model.checkpoint.find import RUNPOD_VOLUME, download_cache, find_local
+from serve_app.model.checkpoint.other_formats import describe_files
 from serve_app.model.checkpoint.shards import INDEX, SINGLE, read_json
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
@@ -74,7 +75,7 @@ def look_up(name: str, revision: str | None, token: str | None, cache: Path | No
         commit = info.sha or revision or "main"
         sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
         read = set(filter_repo_objects(sizes, allow_patterns=FILES, ignore_patterns=SECOND_COPIES))
-        _require_servable(name, read)
+        _require_servable(name, read, sizes)
         config = hf_hub_download(name, "config.json", revision=commit, token=token, cache_dir=cache)
         missing = {
             path
@@ -155,19 +156,17 @@ def _reporting(progress: Progress, total: int) -> type[Any]:
     return Reporting
 
 
-def _require_servable(name: str, paths: Collection[str]) -> None:
-    """Raises `ModelLoadFailed` for a repository that lacks a file that every load needs."""
-    for names in NEEDED:
+def _require_servable(name: str, paths: Collection[str], all_paths: Collection[str]) -> None:
+    """Raises `ModelLoadFailed` for a repository that lacks a file that every load needs.
+
+    `paths` are those of `all_paths` that are read; the others tell what the repository holds.
+    """
+    for names in (*NEEDED, (SINGLE, INDEX)):
         if not any(needed in paths for needed in names):
-            raise ModelLoadFailed(
-                f"{name}: the repository has no {' or '.join(names)}; name one that has, or a "
-                "folder with it."
-            )
-    if SINGLE not in paths and INDEX not in paths:
-        raise ModelLoadFailed(
-            f"{name}: the repository has neither {SINGLE} nor {INDEX}, and weights in other files "
-            "are not read; name one in safetensors."
-        )
+            instead = "name one that has, or a folder with it"
+            if (found := describe_files(all_paths)) is not None:
+                instead = f"it has {found}"
+            raise ModelLoadFailed(f"{name}: the repository has no {' or '.join(names)}; {instead}.")
 
 
 @contextmanager

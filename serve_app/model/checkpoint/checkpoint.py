@@ -14,10 +14,12 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.bnb4 import PackedInfo, take_packed
 from serve_app.model.checkpoint.form import Form, stored_form, stored_quantization
 from serve_app.model.checkpoint.fused import checksums, match_fused, require_whole_groups
+from serve_app.model.checkpoint.other_formats import describe_tensors
 from serve_app.model.checkpoint.shards import (
     FLOATS,
     Header,
     TensorInfo,
+    no_weights,
     read_header,
     read_json,
     shard_files,
@@ -122,6 +124,8 @@ def inspect(path: Path) -> Checkpoint:
     """The checkpoint in folder `path`; raises `ModelLoadFailed` where a load would fail."""
     if not path.is_dir():
         raise ModelLoadFailed(f"{path}: there is no such folder; `model.name` must name one.")
+    if not (path / "config.json").exists():
+        raise no_weights(path, "config.json")
     checkpoint = Checkpoint.from_config(path, read_json(path / "config.json"))
     headers = {file: read_header(file) for file in shard_files(path)}
     found = _merge(headers)
@@ -134,9 +138,10 @@ def inspect(path: Path) -> Checkpoint:
             checksums(file, header)
         tensors = found
     else:
+        if (quantized := describe_tensors(found)) is not None:
+            raise ModelLoadFailed(f"{path}: the weights are {quantized}.")
         names = weights(config)
-        if form == "bitsandbytes":
-            packed = take_packed(found, names.values())
+        packed = take_packed(found, names.values())
         kinds = {
             Quantization(one.quant_type, one.absmax_kind)
             for name, one in packed.items()

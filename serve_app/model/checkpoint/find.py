@@ -30,6 +30,8 @@ def find_local(
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
+    if folder.is_file():
+        raise ModelLoadFailed(f"{name}: is a file, and `model.name` must name a folder.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] in "./":
         raise ModelLoadFailed(
             f"{name}: there is no such folder; `model.name` is a folder, or a repository as "
@@ -76,11 +78,11 @@ def is_complete(folder: Path) -> bool:
     """True when the configuration and every safetensors file exist."""
     if not (folder / "config.json").exists():
         return False
+    if (folder / "model.safetensors").exists():
+        return True
     index = folder / "model.safetensors.index.json"
-    if not index.exists():
-        return (folder / "model.safetensors").exists()
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, LookupError, AttributeError):
+    except (OSError, ValueError, LookupError, AttributeError):
         return False
     return all((folder / name).exists() for name in names)

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
 from serve_app.model.quantization import GROUP_SIZE, AbsmaxKind, Quantization, QuantType
 
 Form = Literal["float", "bitsandbytes", "fused"]
@@ -33,7 +34,7 @@ def stored_form(document: Mapping[str, Any]) -> Form:
     found = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
     raise ModelLoadFailed(
         f"config.json: `quantization_config` is {found}, and only bitsandbytes in 4 bits can be "
-        "read; name the float checkpoint that this one was made from."
+        f"read; {FLOATS_INSTEAD}."
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.other_formats import describe_files
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,13 +50,14 @@ class Header:
 def shard_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in the index's order.
 
-    Raises `ModelLoadFailed` where one is missing.
+    As with transformers, an index beside model.safetensors does not matter: some tools leave the
+    index of shards that they merged. Raises `ModelLoadFailed` where a file is missing.
     """
     single, index = path / SINGLE, path / INDEX
+    if single.exists():
+        return [single]
     if not index.exists():
-        if single.exists():
-            return [single]
-        raise ModelLoadFailed(_why_no_weights(path))
+        raise no_weights(path, f"{SINGLE} or {INDEX}")
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelLoadFailed(f"{index}: `weight_map` is missing.")
@@ -153,13 +155,8 @@ def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> Te
     return TensorInfo(name, file, dtype, shape, data_begin + begin, end - begin)
 
 
-def _why_no_weights(path: Path) -> str:
-    pickles = sorted(
-        file.name for kind in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in path.glob(kind)
-    )
-    if pickles:
-        return (
-            f"{path / pickles[0]}: pickled weights can run code when they are loaded and are "
-            "refused; convert the checkpoint to safetensors."
-        )
-    return f"{path}: has neither {SINGLE} nor {INDEX}."
+def no_weights(path: Path, missing: str) -> ModelLoadFailed:
+    """The error for a folder without `missing`: what is in it, where that is known."""
+    if (found := describe_files([file.name for file in path.iterdir()])) is not None:
+        return ModelLoadFailed(f"{path}: {missing} is missing; the folder has {found}.")
+    return ModelLoadFailed(f"{path}: {missing} is missing; name the folder of a checkpoint.")

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.bnb4 import FLOATS_INSTEAD, PackedInfo
+from serve_app.model.checkpoint.bnb4 import PackedInfo
 from serve_app.model.checkpoint.checkpoint import Checkpoint
+from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
 from serve_app.model.checkpoint.tensor_names import Weight
 from serve_app.model.quantize import NestedAbsmax, QuantizedTensor, dequantize

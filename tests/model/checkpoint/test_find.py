@@ -66,6 +66,7 @@ def test_without_refs_only_a_single_snapshot_is_certain(tmp_path: Path) -> None:
 def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
     """A snapshot that lacks a shard, its tokenizer or configuration, is passed over."""
     folder = make_snapshot(tmp_path, "o/m")
+    (folder / "model.safetensors").unlink()  # it would be whole without any shard
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "model-1.safetensors").write_bytes(b"")

@@ -181,8 +181,9 @@ class Handler:
 async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
     """Adds the model's stream to `output`. Raises what ends it early, after all that came before.
 
-    The stream's last event goes into one post with the last text.
+    An event stream ends with [DONE], in the post of the last text if it has ended by then.
     """
+    has_done = not request.sse  # only an event stream needs one
     async with ItemBuffer(client(request.call)) as buffer:
         while not buffer.is_over:
             batch = await buffer.take()
@@ -190,13 +191,16 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
             errors = [item["error"] for item in batch if "error" in item]
             values: list[Any]
             if request.sse:
-                values = merged_events(chunks, DONE if buffer.is_over and not errors else b"")
+                has_done = buffer.is_over and not errors
+                values = merged_events(chunks, DONE if has_done else b"")
             else:
                 values = merged_chunks(chunks)
             for value in values:
                 await output.add(value)
             for error in errors:
                 raise _failure(error)
+    if not has_done:  # the stream ended while its last events were being posted
+        await output.add(DONE.decode())
 
 
 def _failure(body: ErrorBody) -> Exception:

@@ -78,6 +78,29 @@ def test_the_gateways_stream_ends_in_one_post(handler_of: HandlerOf) -> None:
     assert posts.output[1].endswith("data: [DONE]\n\n")
 
 
+def test_done_follows_a_stream_that_ends_during_its_last_post(handler_of: HandlerOf) -> None:
+    """[DONE] is posted too where the stream ends while its last event is being posted."""
+    last = {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
+    is_posting = asyncio.Event()
+
+    async def model(call: Call) -> AsyncGenerator[Any, None]:
+        yield {"chunk": last}
+        await is_posting.wait()
+
+    class SlowPosts(RecordedPosts):
+        async def chunk(self, value: bytes) -> None:
+            await super().chunk(value)
+            is_posting.set()
+            for _ in range(100):  # the post is under way
+                await asyncio.sleep(0)
+
+    posts = SlowPosts()
+    given = {"openai_route": "/v1/chat/completions", "openai_input": {"stream": True}}
+    asyncio.run(handler_of(model).answer({"id": "j", "input": given}, posts))
+    assert len(posts.output) == 2
+    assert posts.output[1] == "data: [DONE]\n\n"
+
+
 def test_a_list_of_prompts_posts_progress(handler_of: HandlerOf) -> None:
     """A list of prompts posts its latest update at the interval, and then the result."""
     updates = [{"progress": done * 10, "message": f"{done} of 10 done"} for done in range(1, 11)]

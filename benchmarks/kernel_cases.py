@@ -97,7 +97,7 @@ def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
 
     config, inner = shapes.config, shapes.config.intermediate_size
     matrices = shapes.matrices((config.num_local_experts,), config.hidden_size, (inner, inner))
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    weights = [nf4_decode.Packed.from_weight(one, shapes.dtype) for one in matrices]
     found: list[Case] = []
     for tokens in sizes:
         order, starts, _, hit = routing(shapes, tokens)
@@ -118,7 +118,7 @@ def down(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:
     config = shapes.config
     stack = ((config.num_local_experts,), config.intermediate_size, (config.hidden_size,))
     matrices = shapes.matrices(*stack)
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    weights = [nf4_decode.Packed.from_weight(one, shapes.dtype) for one in matrices]
     found: list[Case] = []
     for tokens in sizes:
         rows = tokens * config.num_experts_per_tok
@@ -157,7 +157,7 @@ def dense(
     from serve_app.model.kernels.triton import nf4_decode
 
     matrices = shapes.matrices((), columns, rows)
-    weights = [nf4_decode.Packed.of(one, shapes.dtype) for one in matrices]
+    weights = [nf4_decode.Packed.from_weight(one, shapes.dtype) for one in matrices]
     found: list[Case] = []
     for tokens in sizes:
         x = torch.randn(tokens, columns, device=shapes.device).to(shapes.dtype)

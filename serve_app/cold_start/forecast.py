@@ -18,8 +18,11 @@ SAMPLE_LIMIT_S = 0.5
 """Seconds that reading the sample may take."""
 MIN_SAMPLE_BYTES = 4 << 20
 """A smaller sample measures no speed."""
-START_S = 20.0
-"""Assumed for Ray, the import of torch and the warm-up."""
+START_S = 11.0
+"""Ray, the import of torch and the warm-up of the tiny model (`benchmarks/results/start-tiny.json`,
+two cores)."""
+GPU_START_S = 20.0
+"""Assumed for the same with CUDA, whose kernels are compiled and whose steps are captured."""
 READ_BYTES_PER_S = 1e9
 """Assumed where there is no sample: the best speed of RunPod's volumes."""
 DOWNLOAD_BYTES_PER_S = 2e8
@@ -50,7 +53,8 @@ class Forecast:
         if self.quantizes and self.on_cpu:
             read_bytes_per_s = min(read_bytes_per_s, QUANTIZE_BYTES_PER_S)
         download_s = self.download_bytes / DOWNLOAD_BYTES_PER_S
-        return START_S + download_s + self.read_bytes / read_bytes_per_s
+        start_s = START_S if self.on_cpu else GPU_START_S
+        return start_s + download_s + self.read_bytes / read_bytes_per_s
 
     def sentence(self) -> str:
         """The forecast, for the log."""

@@ -22,6 +22,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
 from serve_app.engine.transfer import to_device
 from serve_app.model.kernels.decode_batch import DecodeBatch
+from serve_app.model.kernels.unavailable import StepUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -61,15 +62,16 @@ class DecodeGraphs:
         self._logits: dict[int, Tensor] = {}
 
     @classmethod
-    def of(cls, *arguments: Any) -> "DecodeGraphs | str":
-        """The captured graphs of all sizes, or one sentence that says why the capture failed."""
+    def captured(cls, *arguments: Any) -> "DecodeGraphs":
+        """The captured graphs of all sizes; raises `StepUnavailable` where the capture fails."""
         graphs = cls(*arguments)
         try:
             with graphs._restored_stream():
                 graphs.capture()
         except Exception as error:
             log.exception("a decode step was not captured")
-            return f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
+            reason = f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
+            raise StepUnavailable(reason) from None
         return graphs
 
     def _restored_stream(self) -> AbstractContextManager[object]:

@@ -20,6 +20,7 @@ from serve_app.engine.sequence import PENDING
 from serve_app.engine.transfer import to_device
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 
@@ -54,29 +55,33 @@ class ModelRunner:
         self._tables = BlockTables()
         self._sampler = Sampler()
         self._last: InFlightTokens | None = None
-        step = _compiled_step(model, self.cache, max_num_seqs, device)
-        self._cpu_step = step if isinstance(step, CpuStep) else None
-        self._gpu_step = None if isinstance(step, str | CpuStep) else step
+        self._cpu_step: CpuStep | None = None
+        self._gpu_step: GpuStep | None = None
         self._graphs: DecodeGraphs | None = None
-        if isinstance(step, str):
-            self.note = f"a step runs in plain torch, not compiled: {step}"
-        elif isinstance(step, CpuStep):
+        try:
+            step = _compiled_step(model, self.cache, max_num_seqs, device)
+        except StepUnavailable as reason:
+            self.note = f"a step runs in plain torch, not compiled: {reason}"
+            return
+        if isinstance(step, CpuStep):
+            self._cpu_step = step
             self.note = "a step is one call of compiled code"
-        else:
-            self.note = "a decode step is one call of compiled code"
-            eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
-            self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
-            self.note += step.unpack_for_prompts()
+            return
+        self._gpu_step = step
+        self.note = "a decode step is one call of compiled code"
+        eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
+        self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
+        self.note += step.unpack_for_prompts()
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
         """Captures the decode steps; returns the part of `note` about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
-        max_blocks = min(self.cache.num_blocks, longest)
-        graphs = DecodeGraphs.of(step, max_num_seqs, max_blocks, self._block_size, self._device)
-        if isinstance(graphs, str):
-            return f", launched kernel by kernel: {graphs}"
-        self._graphs = graphs
-        return f", a captured graph for each of {len(graphs.sizes)} batch sizes"
+        sizes = (max_num_seqs, min(self.cache.num_blocks, longest), self._block_size)
+        try:
+            self._graphs = DecodeGraphs.captured(step, *sizes, self._device)
+        except StepUnavailable as reason:
+            return f", launched kernel by kernel: {reason}"
+        return f", a captured graph for each of {len(self._graphs.sizes)} batch sizes"
 
     @property
     def vocab_size(self) -> int:
@@ -174,12 +179,12 @@ class ModelRunner:
 
 def _compiled_step(
     model: Mixtral, cache: KVCache, max_num_seqs: int, device: torch.device
-) -> "CpuStep | GpuStep | str":
-    """The compiled form of a step on this device, or the reason why there is none."""
+) -> "CpuStep | GpuStep":
+    """The compiled form of a step on this device; raises `StepUnavailable` where there is none."""
     if device.type != "cuda":
-        return CpuStep.of(model, cache)
+        return CpuStep.verified(model, cache)
     try:
         from serve_app.model.kernels.triton.gpu_step import GpuStep
     except ImportError as error:
-        return f"its kernels cannot be imported ({error})"
-    return GpuStep.of(model, cache, max_num_seqs)
+        raise StepUnavailable(f"its kernels cannot be imported ({error})") from None
+    return GpuStep.verified(model, cache, max_num_seqs)

@@ -17,7 +17,7 @@ def parameters(config: MixtralConfig) -> dict[str, int]:
     """Number of parameters in each of `PARTS`."""
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for weight in module_weights(config):
-        counts[weight.part] += prod(weight.shape)
+        counts[weight.row.part] += prod(weight.shape)
     return counts
 
 

@@ -11,9 +11,6 @@ from serve_app.config.sections import ModelSettings
 Device = Literal["cuda", "cpu"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 
-ITEM_BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""Bytes of one value."""
-
 
 def choose_device(model: ModelSettings) -> Device:
     """`model.device`. auto: a GPU, except for the tiny model, for which a CPU is fast enough."""

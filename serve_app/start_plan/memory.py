@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from serve_app.config.sections import EngineSettings
 from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.shards import FLOAT_DTYPES, ITEM_BYTES
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes, weight_bytes
 from serve_app.model.quantization import Quantization
-from serve_app.start_plan.device import ITEM_BYTES, Device, Dtype
+from serve_app.start_plan.device import Device, Dtype
 
 CPU_CONTEXTS = 4
 """Full contexts that the KV cache holds on a CPU where the settings leave its size open."""
@@ -77,14 +78,15 @@ def plan_memory(
     kind: str = dtype
     if quantization is not None:
         kind = f"{quantization.quant_type} with {quantization.absmax} absmax"
+    item_bytes = ITEM_BYTES[FLOAT_DTYPES[dtype]]
     context = _max_model_len(engine, config.max_position_embeddings)
     kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
     return MemoryPlan(
-        weights=weight_bytes(config, ITEM_BYTES[dtype], quantization, quantize_lm_head),
+        weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head),
         kind=kind,
         is_quantized=quantization is not None,
         max_model_len=context,
-        token_bytes=kv_bytes(config, 1, ITEM_BYTES[dtype]),
+        token_bytes=kv_bytes(config, 1, item_bytes),
         kv_cache_tokens=kv_cache_tokens,
         kv_cache_rule=rule,
         gpu_memory_utilization=engine.gpu_memory_utilization,

@@ -74,7 +74,7 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
     monkeypatch.setattr(
-        model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.of(*made[:3])
+        model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.verified(*made[:3])
     )
     made = RandomRunner(
         gpu.parse(["--tiny", "--device", "cpu", "--layers", "1", "--batches", "2"]),

@@ -11,6 +11,7 @@ from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.decode_batch import DecodeBatch
+from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.engine.mixtral import (
     BLOCK_SIZE,
     Pair,
@@ -57,9 +58,7 @@ class WithGraphs:
     def __call__(self, runner: ModelRunner) -> None:
         self.step = ModelStep(runner)
         max_blocks = runner.cache.num_blocks
-        graphs = DecodeGraphs.of(self.step, 32, max_blocks, BLOCK_SIZE, CPU)
-        assert isinstance(graphs, DecodeGraphs)
-        runner._graphs = graphs
+        runner._graphs = DecodeGraphs.captured(self.step, 32, max_blocks, BLOCK_SIZE, CPU)
 
 
 @pytest.mark.parametrize("can_overlap_steps", [False, True])
@@ -95,8 +94,9 @@ def test_a_failed_capture_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(DecodeGraphs, "capture", fail)
-    reason = DecodeGraphs.of(None, 2, 4, BLOCK_SIZE, CPU)
-    assert str(reason).startswith("capturing it failed (RuntimeError: operation not permitted")
+    reason = r"^capturing it failed \(RuntimeError: operation not permitted"
+    with pytest.raises(StepUnavailable, match=reason):
+        DecodeGraphs.captured(None, 2, 4, BLOCK_SIZE, CPU)
 
 
 def test_capture_sizes_reach_the_largest_batch() -> None:

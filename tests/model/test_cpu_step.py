@@ -14,6 +14,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
@@ -55,9 +56,7 @@ def cache_of(model: Mixtral) -> KVCache:
 
 
 def step_of(model: Mixtral, cache: KVCache) -> CpuStep:
-    step = CpuStep.of(model, cache)
-    assert isinstance(step, CpuStep), step
-    return step
+    return CpuStep.verified(model, cache)
 
 
 def decodes(contexts: list[int], seed: int = 0) -> Batch:
@@ -193,9 +192,9 @@ def test_a_token_that_is_not_finite_spoils_what_follows_it_alone(tmp_path: Path)
 
 
 def refusal(model: Mixtral) -> str:
-    reason = CpuStep.of(model, cache_of(model))
-    assert isinstance(reason, str)
-    return reason
+    with pytest.raises(StepUnavailable) as caught:
+        CpuStep.verified(model, cache_of(model))
+    return str(caught.value)
 
 
 def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

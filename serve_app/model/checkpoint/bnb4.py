@@ -17,7 +17,13 @@ from typing import Any, cast
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
-from serve_app.model.checkpoint.shards import ITEM_BYTES, TensorInfo, damaged, read_bytes
+from serve_app.model.checkpoint.shards import (
+    FLOAT_DTYPES,
+    ITEM_BYTES,
+    TensorInfo,
+    damaged,
+    read_bytes,
+)
 from serve_app.model.checkpoint.tensor_names import Weight
 from serve_app.model.quantization import (
     GROUP_SIZE,
@@ -30,8 +36,6 @@ from serve_app.model.quantization import (
 
 STATE = "quant_state.bitsandbytes__"
 COMPANIONS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""safetensors' names of the dtypes that a blob can name."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ def fused_tensors(config: MixtralConfig, quantization: Quantization) -> dict[str
         if weight.is_quantized:
             tensors |= _quantized_tensors(weight, quantization)
         else:
-            tensors[weight.fused] = Expected(FUSED_FLOATS, weight.shape)
+            tensors[weight.fused_name] = Expected(FUSED_FLOATS, weight.shape)
     tensors[f"{CODEBOOK}.code"] = Expected(("F32",), (NUM_CODES,))
     if quantization.absmax == "nested":
         tensors[f"{CODEBOOK}.nested_code"] = Expected(("F32",), (NUM_NESTED_CODES,))
@@ -72,7 +72,7 @@ def fused_tensors(config: MixtralConfig, quantization: Quantization) -> dict[str
 def _quantized_tensors(weight: ModuleWeight, quantization: Quantization) -> dict[str, Expected]:
     """The buffers of a `QuantizedWeight`; the parts of gate_up and qkv are nested apart."""
     assert weight.in_features is not None
-    name, in_features, parts = weight.fused, weight.in_features, weight.out_features
+    name, in_features, parts = weight.fused_name, weight.in_features, weight.out_features
     whole = (*weight.experts, sum(parts))
     absmax = (ABSMAX_DTYPES[quantization.absmax],)
     tensors = {

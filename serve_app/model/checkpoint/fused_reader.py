@@ -72,10 +72,10 @@ def fused_targets(model: Mixtral) -> dict[str, Tensor]:
     for entry in module_weights(model.config):
         weight = module_weight(model, entry.path)
         if not isinstance(weight, QuantizedWeight):
-            targets[entry.fused] = weight
-        elif entry.fused != LM_HEAD:
+            targets[entry.fused_name] = weight
+        elif entry.fused_name != LM_HEAD:
             buffers = weight.named_buffers(recurse=False)
-            targets |= {f"{entry.fused}.{name}": buffer for name, buffer in buffers}
+            targets |= {f"{entry.fused_name}.{name}": buffer for name, buffer in buffers}
     return targets
 
 

@@ -36,7 +36,7 @@ def file_tensors(source: Source, layer: int | None, codebook: Codebook) -> dict[
         if entry.is_quantized:
             tensors |= _quantized(source, entry, codebook)
         else:
-            tensors[entry.fused] = source.floats(entry.weights[0])
+            tensors[entry.fused_name] = source.floats(entry.weights[0])
     if layer is None:
         _fill(codebook, source, entries)
         tensors |= {f"{CODEBOOK}.{name}": table for name, table in codebook.named_buffers()}
@@ -51,12 +51,12 @@ def _quantized(source: Source, entry: ModuleWeight, codebook: Codebook) -> dict[
             entry.experts,
             entry.in_features,
             entry.out_features,
-            interleaved=entry.is_interleaved,
+            interleaved=entry.row.is_interleaved,
         )
     for part in entry.weights:
         weight.load_weight(source.read(part), part.expert, part.index)
     buffers = weight.named_buffers(recurse=False)
-    return {f"{entry.fused}.{name}": buffer for name, buffer in buffers}
+    return {f"{entry.fused_name}.{name}": buffer for name, buffer in buffers}
 
 
 def _fill(codebook: Codebook, source: Source, entries: tuple[ModuleWeight, ...]) -> None:

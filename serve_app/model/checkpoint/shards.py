@@ -20,6 +20,8 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 """dtypes of floats, by safetensors' names."""
 ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I8": 1}
 """Bytes per element of the dtypes that a float or 4-bit checkpoint can have."""
+FLOAT_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+"""safetensors' names of torch's floats."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors format."""
 

@@ -158,7 +158,7 @@ def _in_halves(x: Tensor) -> Tensor:
 def _linear_by_kernel(linear: QuantizedLinear, x: Tensor) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
-    weights = nf4_decode.Packed.of(linear.weight, x.dtype)
+    weights = nf4_decode.Packed.from_weight(linear.weight, x.dtype)
     parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
     nf4_decode.dense(weights, _in_halves(x), parts)
     return parts.sum(0)
@@ -179,8 +179,8 @@ def _experts_by_kernel(
     order = topk_ids.flatten().argsort(stable=True).int()
     edges = torch.arange(NUM_EXPERTS + 1, device=x.device)
     starts = (topk_ids.flatten()[None] < edges[:, None]).sum(1).int()
-    gate_up = nf4_decode.Packed.of(experts.gate_up, x.dtype)
-    down = nf4_decode.Packed.of(experts.down, x.dtype)
+    gate_up = nf4_decode.Packed.from_weight(experts.gate_up, x.dtype)
+    down = nf4_decode.Packed.from_weight(experts.down, x.dtype)
     intermediate = x.new_empty(len(order), down.in_features)
     nf4_decode.gate_up(gate_up, _in_halves(x), order, starts, TOP_K, intermediate)
     parts = x.new_empty(nf4_decode.SPLIT_K, len(order), down.out_features, dtype=torch.float32)

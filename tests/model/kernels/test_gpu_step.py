@@ -15,6 +15,7 @@ from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
@@ -77,19 +78,25 @@ def test_it_gives_the_models_logits(
     assert GpuStep(model, cache_of(model), 8)._error(5) < 1e-5
 
 
+def refusal(model: Mixtral) -> str:
+    with pytest.raises(StepUnavailable) as caught:
+        GpuStep.verified(model, cache_of(model), 3)
+    return str(caught.value)
+
+
 def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that computes something else, or raises, is refused with a reason."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "nested"), torch.float16)
-    assert isinstance(GpuStep.of(model, cache_of(model), 3), GpuStep)
+    assert isinstance(GpuStep.verified(model, cache_of(model), 3), GpuStep)
     logits = GpuStep.logits
     for wrong in (1.1, float("nan")):
         monkeypatch.setattr(GpuStep, "logits", lambda self, rows, w=wrong: logits(self, rows) * w)
-        assert "differs from plain torch" in str(GpuStep.of(model, cache_of(model), 3))
+        assert "differs from plain torch" in refusal(model)
     monkeypatch.setattr(GpuStep, "logits", lambda self, rows: rows.nothing)
-    assert "failed in its trial (AttributeError" in str(GpuStep.of(model, cache_of(model), 3))
+    assert "failed in its trial (AttributeError" in refusal(model)
     odd = model_of(None, torch.float32, head_dim=24)
-    assert "power of two" in str(GpuStep.of(odd, cache_of(odd), 3))
+    assert "power of two" in refusal(odd)
 
 
 def test_padding_rows_write_nothing() -> None:
@@ -117,7 +124,7 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = tokens_one_by_one(plain)
 
     def compiled(model: Mixtral, cache: KVCache, max_rows: int, device: torch.device) -> Any:
-        return GpuStep.of(model, cache, max_rows)
+        return GpuStep.verified(model, cache, max_rows)
 
     monkeypatch.setattr(model_runner, "_compiled_step", compiled)
     fast = ModelRunner(*made, max_num_seqs=3)

@@ -54,7 +54,7 @@ def test_a_matrix_of_parts(storage: tuple[str, str], dtype: torch.dtype) -> None
     for tokens in (1, 5, 19):
         x = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(1)).to(dtype)
         out = torch.full((SPLIT_K, tokens, 160), torch.nan)
-        nf4_decode.dense(Packed.of(weights, dtype), in_halves(x), out)
+        nf4_decode.dense(Packed.from_weight(weights, dtype), in_halves(x), out)
         assert error(out.sum(0), x.float() @ plain.T) < TOLERANCE[dtype]
 
 
@@ -76,9 +76,9 @@ def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
         starts = torch.tensor([int((ids < e).sum()) for e in range(EXPERTS + 1)])
         routing = (order.int(), starts.int())
         inner = torch.full((tokens * TOP_K, INNER), torch.nan, dtype=dtype)
-        nf4_decode.gate_up(Packed.of(both, dtype), in_halves(x), *routing, TOP_K, inner)
+        nf4_decode.gate_up(Packed.from_weight(both, dtype), in_halves(x), *routing, TOP_K, inner)
         out = torch.full((SPLIT_K, tokens * TOP_K, HIDDEN), torch.nan)
-        nf4_decode.down(Packed.of(back, dtype), inner, *routing, shares, TOP_K, out)
+        nf4_decode.down(Packed.from_weight(back, dtype), inner, *routing, shares, TOP_K, out)
         expected = torch.empty(tokens * TOP_K, HIDDEN)
         for expert, (first, last) in enumerate(pairwise(starts.tolist())):
             entries = order[first:last]
@@ -93,7 +93,7 @@ def test_experts(storage: tuple[str, str], dtype: torch.dtype) -> None:
 
 def test_a_token_has_the_same_bits_in_any_batch() -> None:
     """Within one size of tile, the sums over K are cut in the same way for every batch."""
-    weights = Packed.of(matrices(codes_of(STORAGES[0]), (), HIDDEN, (64,)), torch.float32)
+    weights = Packed.from_weight(matrices(codes_of(STORAGES[0]), (), HIDDEN, (64,)), torch.float32)
     x = in_halves(torch.randn(9, HIDDEN, generator=torch.Generator().manual_seed(3)))
     whole = torch.empty(SPLIT_K, 9, 64)
     nf4_decode.dense(weights, x, whole)

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.batch import Batch
-from serve_app.model.config import MixtralConfig
 from serve_app.model.experts import Experts
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.linear import Linear, QuantizedLinear
 
@@ -105,23 +105,17 @@ class CpuStep:
         )
 
     @classmethod
-    def of(cls, model: "Mixtral", cache: KVCache) -> "CpuStep | str":
-        """The step of `model`, or the reason why there is none; `cache` must be unused."""
-        if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
-            return "it is for float32 on a CPU"
-        if model.codebook is not None:
-            return "the weights are in 4 bits"
-        if (size := sum(weight.nbytes for weight in model.parameters())) > MAX_WEIGHT_BYTES:
-            return f"a second copy of {size / 1e9:.1f} GB of weights would be too large"
-        if reason := _unfit(model.config):
-            return reason
-        library = _library()
-        if isinstance(library, str):
-            return library
-        step = cls(library, model, cache)
+    def verified(cls, model: "Mixtral", cache: KVCache) -> "CpuStep":
+        """The step of `model`, compared with plain torch; `cache` must be unused.
+
+        Raises `StepUnavailable` where there is none.
+        """
+        _require_fitting(model)
+        step = cls(_library(), model, cache)
         error = step._error(model, cache)
-        # NaN is not below the tolerance either.
-        return step if error < TOLERANCE else f"it differs from plain torch by {error:.1e}"
+        if not error < TOLERANCE:  # NaN is not below it either
+            raise StepUnavailable(f"it differs from plain torch by {error:.1e}")
+        return step
 
     def logits(self, batch: Batch) -> Tensor:
         """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
@@ -195,18 +189,25 @@ def _weights(layer: Any) -> tuple[Tensor, ...]:
     )
 
 
-def _unfit(config: MixtralConfig) -> str | None:
-    sizes = (config.hidden_size, config.intermediate_size, config.head_dim)
-    if any(size % LANES for size in sizes):
-        return f"hidden_size, intermediate_size and head_dim must be multiples of {LANES}"
-    return None
+def _require_fitting(model: "Mixtral") -> None:
+    config = model.config
+    if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
+        raise StepUnavailable("it is for float32 on a CPU")
+    if model.codebook is not None:
+        raise StepUnavailable("the weights are in 4 bits")
+    if (size := sum(weight.nbytes for weight in model.parameters())) > MAX_WEIGHT_BYTES:
+        raise StepUnavailable(f"a second copy of {size / 1e9:.1f} GB of weights would be too large")
+    if any(it % LANES for it in (config.hidden_size, config.intermediate_size, config.head_dim)):
+        raise StepUnavailable(
+            f"hidden_size, intermediate_size and head_dim must be multiples of {LANES}"
+        )
 
 
-def _library() -> ctypes.CDLL | str:
+def _library() -> ctypes.CDLL:
     file = Path(__file__).with_name("_cpu_step" + EXTENSION_SUFFIXES[0])
     if not file.exists():
-        return "it was not built, as there was no C compiler at the installation"
+        raise StepUnavailable("it was not built, as there was no C compiler at the installation")
     try:
         return ctypes.CDLL(str(file))
     except OSError as error:
-        return f"{file.name} cannot be loaded ({error})"
+        raise StepUnavailable(f"{file.name} cannot be loaded ({error})") from None

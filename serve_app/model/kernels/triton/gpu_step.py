@@ -22,6 +22,7 @@ from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.triton.paged_attention import PagedAttention
 from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write, route
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.linear import QuantizedLinear
 
@@ -36,7 +37,6 @@ TRIED_ROWS, TRIED_LAYERS = 20, 2
 """The trial compares logits after the first 2 layers and takes the median over 20 rows. Rounding
 can flip the router's choice between two nearly equal experts, which makes single rows differ, and
 through many layers nearly every row."""
-
 UNPACK_TOLERANCE = 1e-2
 """Largest relative error of weights that a kernel has dequantized."""
 
@@ -82,10 +82,10 @@ class QuantizedProducts:
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.attention, layer.mlp
-        self._qkv = Packed.of(attention.qkv.weight, dtype)
-        self._o = Packed.of(attention.o.weight, dtype)
-        self._gate_up = Packed.of(mlp.experts.gate_up, dtype)
-        self._down = Packed.of(mlp.experts.down, dtype)
+        self._qkv = Packed.from_weight(attention.qkv.weight, dtype)
+        self._o = Packed.from_weight(attention.o.weight, dtype)
+        self._gate_up = Packed.from_weight(mlp.experts.gate_up, dtype)
+        self._down = Packed.from_weight(mlp.experts.down, dtype)
         self._router = torch.cat((mlp.router[:, ::2], mlp.router[:, 1::2]), dim=1).contiguous()
         self._top_k = mlp.top_k
 
@@ -117,9 +117,8 @@ class GpuStep:
     def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
-        is_float = model.codebook is None
         self._products: list[Products] = [
-            FloatProducts(layer) if is_float else QuantizedProducts(layer, dtype)
+            FloatProducts(layer) if model.codebook is None else QuantizedProducts(layer, dtype)
             for layer in model.layers
         ]
         self._attention = PagedAttention(
@@ -127,23 +126,26 @@ class GpuStep:
         )
         self._lm_head = model.lm_head
         if isinstance(model.lm_head, QuantizedLinear):
-            self._packed_lm_head = Packed.of(model.lm_head.weight, dtype)
+            self._packed_lm_head = Packed.from_weight(model.lm_head.weight, dtype)
 
     @classmethod
-    def of(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep | str":
-        """The step of `model`, or the reason why there is none; `cache` must be unused."""
-        if reason := _unfit(model):
-            return reason
+    def verified(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
+        """The step of `model`, compared with plain torch; `cache` must be unused.
+
+        Raises `StepUnavailable` where there is none.
+        """
+        _require_fitting(model)
         step = cls(model, cache, max(max_rows, TRIED_ROWS))
         try:
             longest = model.config.max_position_embeddings // cache.block_size
             error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
         except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
             log.exception("the compiled step failed in its trial")
-            return f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
-        limit = TOLERANCE[model.embedding.dtype]
-        # NaN is not below the limit either.
-        return step if error < limit else f"it differs from plain torch by {error:.1e}"
+            reason = f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
+            raise StepUnavailable(reason) from None
+        if not error < TOLERANCE[model.embedding.dtype]:  # NaN is not below it either
+            raise StepUnavailable(f"it differs from plain torch by {error:.1e}")
+        return step
 
     @torch.inference_mode()
     def unpack_for_prompts(self) -> str:
@@ -171,16 +173,13 @@ class GpuStep:
         x = F.embedding(batch.token_ids, model.embedding)
         where = (batch.positions, batch.slots, batch.context_lens)
         queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
-        attended = x.new_empty(len(x), config.num_attention_heads * config.head_dim)
-        parts: Tensor | None = None
+        attended, parts = torch.empty_like(queries).flatten(1), None
         # A trial runs fewer layers than there are.
         for i, (layer, products) in enumerate(zip(model.layers, self._products, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
             halves = products.in_halves
-            y = normed(x, parts, batch, layer.input_layernorm, halves)
-            rope_write(
-                products.qkv(y), where, model.rope.cos, model.rope.sin, queries, keys, values
-            )
+            qkv = products.qkv(normed(x, parts, batch, layer.input_layernorm, halves))
+            rope_write(qkv, where, model.rope.cos, model.rope.sin, queries, keys, values)
             context = (keys, values, batch.tables, batch.context_lens)
             self._attention(queries, *context, attended, in_halves=halves)
             y = normed(x, products.o(attended), batch, layer.post_attention_layernorm, halves)
@@ -194,10 +193,10 @@ class GpuStep:
 
     def decode(self, batch: Batch) -> Tensor:
         """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
+        inputs = (batch.token_ids, batch.positions, batch.slots)
         lens = torch.tensor(batch.context_lens, dtype=torch.int32)
         lens = lens.to(batch.token_ids.device, non_blocking=True)
-        tables = batch.block_tables.int()
-        return self.logits(DecodeBatch(batch.token_ids, batch.positions, batch.slots, lens, tables))
+        return self.logits(DecodeBatch(*inputs, lens, batch.block_tables.int()))
 
     @torch.inference_mode()
     def _error(self, count: int) -> float:
@@ -244,10 +243,9 @@ def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any, halve
     return add_norm(x, parts, batch.context_lens, norm.weight, norm.eps, in_halves=halves)
 
 
-def _unfit(model: "Mixtral") -> str | None:
-    config, dtype = model.config, model.embedding.dtype
-    if config.head_dim & (config.head_dim - 1) or config.head_dim < 16:
-        return "head_dim must be a power of two, and at least 16"
-    if model.codebook is not None and model.embedding.is_cuda and dtype == torch.float32:
-        return "4-bit weights are decoded to 16-bit floats only"
-    return None
+def _require_fitting(model: "Mixtral") -> None:
+    head_dim, embedding = model.config.head_dim, model.embedding
+    if head_dim & (head_dim - 1) or head_dim < 16:
+        raise StepUnavailable("head_dim must be a power of two, and at least 16")
+    if model.codebook is not None and embedding.is_cuda and embedding.dtype == torch.float32:
+        raise StepUnavailable("4-bit weights are decoded to 16-bit floats only")

@@ -51,7 +51,7 @@ class Packed:
     whole nested groups."""
 
     @classmethod
-    def of(cls, matrices: QuantizedWeight, dtype: torch.dtype) -> "Packed":
+    def from_weight(cls, matrices: QuantizedWeight, dtype: torch.dtype) -> "Packed":
         rows, in_features = matrices.packed.shape[-2], 2 * matrices.packed.shape[-1]
         codebook = matrices.codebook
         nested: tuple[Tensor, ...] = ()

@@ -30,7 +30,7 @@ class Unpacker:
         """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
         weights = self._packed.get(matrices)
         if weights is None:
-            weights = self._packed[matrices] = Packed.of(matrices, self._dtype)
+            weights = self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
         device = weights.packed.device
         is_stack = isinstance(index, Tensor)
         which = torch.zeros(1, dtype=torch.int64, device=device)

@@ -13,8 +13,14 @@ from serve_app.model.checkpoint.bnb4 import PackedInfo
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
-from serve_app.model.checkpoint.tensor_names import Weight
-from serve_app.model.quantize import NestedAbsmax, QuantizedTensor, dequantize
+from serve_app.model.checkpoint.tensor_names import Weight, weights
+from serve_app.model.quantize import (
+    NestedAbsmax,
+    QuantizedTensor,
+    code_values,
+    dequantize,
+    dynamic_map,
+)
 
 DTYPES = {
     "F64": torch.float64,
@@ -34,6 +40,11 @@ class Source:
         self.checkpoint = checkpoint
         self._code: Tensor | None = None
         self._nested_code: Tensor | None = None
+        stored, packed = checkpoint.quantization, checkpoint.packed
+        in_4_bits = (it for it in weights(checkpoint.config).values() if it.is_quantized)
+        if stored is not None and any(it.name not in packed for it in in_4_bits):
+            # The load quantizes floats with these values, so the files must have them too.
+            self._code, self._nested_code = code_values(stored.quant_type), dynamic_map()
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
         """The weight on the CPU, in 4 bits where the files and the model have it in 4 bits.

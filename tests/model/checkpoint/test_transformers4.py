@@ -3,21 +3,23 @@
 `transformers4/save.py` wrote the files and recorded the logits.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.source import Source
 from serve_app.model.checkpoint.tensor_names import LM_HEAD, weights
 from serve_app.model.quantization import Quantization
 from tests.model.checkpoint.bnb4_files import with_weights
-from tests.model.driver import Paged, load_float32, oracle_logits, random_oracle
+from tests.model.driver import Paged, load_float32, load_folder, oracle_logits, random_oracle
 
 FOLDER = Path(__file__).parent / "transformers4"
 RECORDED = load_file(FOLDER / "logits.safetensors")
@@ -106,3 +108,26 @@ def test_users_are_told_what_changes_its_form(name: str, expected: list[str]) ->
     """The notes of the log and `/health` name weights that the model holds in another form."""
     checkpoint = inspect(FOLDER / name)
     assert checkpoint.notes() == expected
+
+
+def test_floats_are_not_quantized_beside_other_code_values(tmp_path: Path) -> None:
+    """Experts with 16 values of their own, and attention in floats, which would get ours."""
+    shutil.copytree(FOLDER / "skip-attention-nf4-bf16", tmp_path, dirs_exist_ok=True)
+    parts = load_file(tmp_path / "model.safetensors")
+    for name in parts:
+        if name.endswith(".quant_map"):
+            parts[name] = torch.linspace(-1, 1, 16)
+    save_file(parts, tmp_path / "model.safetensors")
+    with pytest.raises(ModelLoadFailed, match=r"quant_map` differs .* name the float checkpoint"):
+        load_float32(tmp_path, Quantization("nf4", "bfloat16"))
+
+
+@pytest.mark.parametrize("name", ["everything-nf4-nested", "skip-experts-nf4-nested"])
+def test_an_lm_head_in_4_bits_can_stay_so(name: str) -> None:
+    """`quantize_lm_head` gives the logits that a head held as floats gives."""
+    wanted = Quantization("nf4", "nested")
+    logits = [
+        Paged(load_folder(FOLDER / name, torch.float32, wanted, in_4_bits)).step(s=IDS)["s"]
+        for in_4_bits in (False, True)
+    ]
+    torch.testing.assert_close(logits[1], logits[0], rtol=0, atol=0.02)

@@ -58,8 +58,12 @@ class ModelRunner:
         self._cpu_step: CpuStep | None = None
         self._gpu_step: GpuStep | None = None
         self._graphs: DecodeGraphs | None = None
+        self._choose_step(max_num_seqs, enforce_eager)
+
+    def _choose_step(self, max_num_seqs: int, enforce_eager: bool) -> None:
+        """Sets the form of a step and `note`."""
         try:
-            step = _compiled_step(model, self.cache, max_num_seqs, device)
+            step = _compiled_step(self.model, self.cache, max_num_seqs, self._device)
         except StepUnavailable as reason:
             self.note = f"a step runs in plain torch, not compiled: {reason}"
             return

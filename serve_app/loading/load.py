@@ -64,8 +64,6 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
     Raises `ModelLoadFailed` with one sentence.
     """
     with load_log.phase(Phase.DEVICE):  # the first import of torch takes seconds
-        import torch
-
         from serve_app.model.checkpoint import loader
     with load_log.phase(Phase.RESOLVE):
         plan = _current_plan(settings, plan)
@@ -73,17 +71,13 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
         if device.type == "cpu":
             notes += set_threads(settings.engine.num_threads)
     plan = _fetch_files(settings, plan, load_log, notes)
-    notes += [note for note in plan.notes if note not in notes]
     # Before the weights, so that a broken tokenizer fails at once. A thread for it saves no time:
     # it would hold the interpreter lock, which reading the weights needs too.
     with load_log.phase(Phase.TOKENIZER):
         tokenizer = load_tokenizer(settings, plan)
         generation = read_generation(plan.checkpoint, tokenizer, settings.model.generation_config)
         notes += [*tokenizer.notes, *generation.notes]
-    dtype: torch.dtype = getattr(torch, plan.dtype)
-    reading = Phase.READ_AND_QUANTIZE if plan.quantizes else Phase.READ
-    with load_log.phase(reading):
-        model = _load_model(plan, device, dtype, partial(load_log.progress, reading))
+    model = _load_model(plan, device, load_log)
     start = partial(start_engine, settings, plan, model, device, generation.eos_token_ids)
     engine, engine_notes = _warm_engine(start, tokenizer, model, device, load_log)
     notes += engine_notes
@@ -122,7 +116,7 @@ def _fetch_files(
 ) -> StartPlan:
     """Downloads the checkpoint and writes the 4-bit copy, as far as `plan` says so.
 
-    Returns the plan for the files that are loaded.
+    Returns the plan for the files that are loaded, and adds its notes to `notes`.
     """
     if plan.repository is not None:
         with load_log.phase(Phase.DOWNLOAD):
@@ -134,6 +128,7 @@ def _fetch_files(
             copied = partial(load_log.progress, Phase.COPY)
             plan, note = _write_copy(settings, plan, plan.copy_folder, copied)
             notes.append(note)
+    notes += [note for note in plan.notes if note not in notes]
     return plan
 
 
@@ -180,23 +175,25 @@ def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
     return tokenizer
 
 
-def _load_model(
-    plan: StartPlan,
-    device: "torch.device",
-    dtype: "torch.dtype",
-    progress: Callable[[float], None],
-) -> "Mixtral":
+def _load_model(plan: StartPlan, device: "torch.device", load_log: LoadLog) -> "Mixtral":
+    import torch
+
     from serve_app.model.checkpoint import loader
 
+    dtype: torch.dtype = getattr(torch, plan.dtype)
+    reading = Phase.READ_AND_QUANTIZE if plan.quantizes else Phase.READ
     remedy = "quantize them, or take a larger GPU"
-    with explained_lack_of_memory("the weights", plan.memory.weight_bytes, device, remedy):
+    with (
+        load_log.phase(reading),
+        explained_lack_of_memory("the weights", plan.memory.weight_bytes, device, remedy),
+    ):
         return loader.load(
             plan.checkpoint,
             dtype=dtype,
             device=device,
             quantization=plan.quantization,
             quantize_lm_head=plan.quantize_lm_head,
-            progress=progress,
+            progress=partial(load_log.progress, reading),
         )
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from serve_app.engine.engine import Engine
+    from serve_app.engine.engine_config import EngineConfig
     from serve_app.model.mixtral import Mixtral
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,6 @@ def start_engine(
     import torch
 
     from serve_app.engine.engine import Engine
-    from serve_app.engine.engine_config import EngineConfig
     from serve_app.engine.model_runner import ModelRunner
 
     chosen, memory = settings.engine, plan.memory
@@ -49,22 +49,28 @@ def start_engine(
         )
     notes.append(runner.note)
     log.info("%s", runner.note)
-    engine = Engine(
-        runner,
-        EngineConfig(
-            max_model_len=memory.max_model_len,
-            max_num_seqs=chosen.max_num_seqs,
-            max_waiting=chosen.max_waiting,
-            block_size=chosen.block_size,
-            num_blocks=num_blocks,
-            max_num_batched_tokens=chosen.max_num_batched_tokens,
-            eos_token_ids=eos_token_ids,
-            retry_after_s=settings.api.retry_after_s,
-            enable_prefix_caching=chosen.enable_prefix_caching,
-        ),
-    )
+    engine = Engine(runner, _engine_config(settings, memory, num_blocks, eos_token_ids))
     engine.start()
     return engine, notes
+
+
+def _engine_config(
+    settings: Settings, memory: MemoryPlan, num_blocks: int, eos_token_ids: frozenset[int]
+) -> "EngineConfig":
+    from serve_app.engine.engine_config import EngineConfig
+
+    chosen = settings.engine
+    return EngineConfig(
+        max_model_len=memory.max_model_len,
+        max_num_seqs=chosen.max_num_seqs,
+        max_waiting=chosen.max_waiting,
+        block_size=chosen.block_size,
+        num_blocks=num_blocks,
+        max_num_batched_tokens=chosen.max_num_batched_tokens,
+        eos_token_ids=eos_token_ids,
+        retry_after_s=settings.api.retry_after_s,
+        enable_prefix_caching=chosen.enable_prefix_caching,
+    )
 
 
 def _num_kv_blocks(memory: MemoryPlan, block_size: int) -> tuple[int, list[str]]:

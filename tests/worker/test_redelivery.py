@@ -84,7 +84,10 @@ def test_a_retry_that_comes_before_the_stop_is_run(
     num_calls = scripted_worker.log.count("\ncall ")
     job = scripted.submit({"prompt": "hold", "stream": True})
     until(lambda: job.chunks)
+    num_outages = scripted_worker.log.count("Polls for stops fail")
     platform.faults.inject_always("job-stop", 500)
+    # A poll that is open since before the fault would still bring the stop.
+    until(lambda: scripted_worker.log.count("Polls for stops fail") > num_outages)
     job.policy = Policy(execution_timeout_s=0.1)
     until(lambda: job.status == "TIMED_OUT")
     job.policy = Policy()

@@ -67,17 +67,22 @@ def application(
         # A model that fails to load fails again a second later.
         max_constructor_retry_count=1,
     )
-    return deployment(serve.ingress(_ingress)(_replica_class(load))).bind(settings, plan)
+    ingress = _ingress(settings.api.cors_origins)
+    return deployment(serve.ingress(ingress)(_replica_class(load))).bind(settings, plan)
 
 
-def _ingress() -> Any:
-    """The ASGI app. Built on the replica, the only process that imports the handlers."""
-    from ray import serve
+def _ingress(cors_origins: str | None) -> Callable[[], Any]:
+    """A function that builds the ASGI app on the replica, the only process that imports it."""
 
-    from serve_app.api.ingress import create_app
+    def build() -> Any:
+        from ray import serve
 
-    # A function, because the object does not exist while the app is built.
-    return create_app(lambda: serve.get_replica_context().servable_object)
+        from serve_app.api.ingress import create_app
+
+        # A function, because the object does not exist while the app is built.
+        return create_app(lambda: serve.get_replica_context().servable_object, cors_origins)
+
+    return build
 
 
 def _replica_class(load: Load) -> type[Any]:

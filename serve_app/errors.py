@@ -1,31 +1,11 @@
 """Every error that a client can get, and the function that maps any exception to one of them.
 
-    ServeError
-    ├── InvalidRequest              400  the request must change
-    │   ├── InvalidApiKey           401
-    │   ├── ModelNotFound           404
-    │   ├── RouteNotFound           404
-    │   ├── MethodNotAllowed        405
-    │   ├── ContextLengthExceeded   400
-    │   ├── RequestTooLarge         413
-    │   └── ResultTooLarge          413
-    ├── Overloaded                       the same request may succeed later
-    │   ├── QueueFull               429
-    │   └── Draining                503
-    ├── OutOfMemory                 503
-    ├── DeadlinePassed              504
-    ├── EngineDead                  503
-    ├── ModelLoadFailed             503  retry: by cause
-    │   ├── MachineUnfit                 another machine may serve it
-    │   └── LoaderKilled                 by the kernel, usually for lack of memory
-    └── InternalError               500  anything else
-
-Code raises one of these anywhere. An endpoint maps what it catches with `handle_error`, once per
-failure, and sends `error_body`. An exception that is not a `ServeError` becomes one whose message
-never repeats the exception's own text.
+After an `InvalidRequest` the request must change; after an `Overloaded` it may succeed later; other
+errors are failures of the server. Code raises them anywhere. An endpoint maps what it catches with
+`handle_error`, once per failure, and sends `error_body`. An exception that is no `ServeError` becomes
+one whose message never repeats the exception's own text.
 """
 
-import json
 import logging
 import sys
 import traceback
@@ -42,7 +22,7 @@ class ErrorFields(TypedDict):
     param: str | None
     code: str | None
     status: str
-    """The job status, such as "OVERLOADED"; the README has the table."""
+    """The job status, such as "OVERLOADED"; the README has a table."""
     retry: bool
     """Whether the same request may succeed when it is sent again."""
     request_id: str
@@ -78,9 +58,7 @@ class ServeError(Exception):
     @property
     def headers(self) -> dict[str, str]:
         """The HTTP headers that belong to this error."""
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(self.retry_after_s)}
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Exception's own pickling drops keyword arguments; errors may cross a process boundary.
@@ -89,7 +67,7 @@ class ServeError(Exception):
 
 def _rebuild(kind: type[ServeError], message: str, state: dict[str, Any]) -> ServeError:
     error = kind(message)
-    error.__dict__.update(state)
+    vars(error).update(state)
     return error
 
 
@@ -145,6 +123,13 @@ class ContextLengthExceeded(InvalidRequest):
 class RequestTooLarge(InvalidRequest):
     http_status = 413
     code = "request_too_large"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    """The body has a `Content-Encoding` that is not supported."""
+
+    http_status = 415
+    code = "unsupported_encoding"
 
 
 class ResultTooLarge(InvalidRequest):
@@ -216,7 +201,7 @@ class MachineUnfit(ModelLoadFailed):
 
 
 class LoaderKilled(ModelLoadFailed):
-    """The process that loads the model was killed, usually for lack of memory."""
+    """The loading process was killed, usually for lack of memory."""
 
 
 class InternalError(ServeError):
@@ -264,12 +249,3 @@ def error_body(error: ServeError, request_id: str) -> ErrorBody:
             "request_id": request_id,
         }
     }
-
-
-def job_error(body: ErrorBody) -> dict[str, str]:
-    """The result of a RunPod job that fails: `{"error": "<body as one JSON string>"}`.
-
-    A string, because the SDK passes other values through `str()`, which would give clients a
-    Python repr.
-    """
-    return {"error": json.dumps(body)}

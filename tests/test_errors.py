@@ -6,7 +6,8 @@ import pickle
 import pytest
 
 from serve_app import errors
-from serve_app.errors import ServeError, as_serve_error, error_body, job_error
+from serve_app.errors import ServeError, as_serve_error, error_body
+from serve_app.worker.result import Result
 
 # The README's table of errors: class, HTTP status, type, code, job status, retry.
 TABLE = [
@@ -25,6 +26,14 @@ TABLE = [
         413,
         "invalid_request_error",
         "request_too_large",
+        "VALIDATION_FAILED",
+        False,
+    ),
+    (
+        "UnsupportedEncoding",
+        415,
+        "invalid_request_error",
+        "unsupported_encoding",
         "VALIDATION_FAILED",
         False,
     ),
@@ -115,7 +124,7 @@ def test_errors_survive_a_process_boundary() -> None:
 def test_a_failed_job_carries_json_in_a_string() -> None:
     """The SDK turns anything but a string into a Python repr."""
     body = error_body(errors.QueueFull("Later."), "r")
-    assert json.loads(job_error(body)["error"]) == body
+    assert json.loads(Result.of_error(body).error or "") == body
 
 
 def test_headers_follow_from_the_error() -> None:

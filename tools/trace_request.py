@@ -30,7 +30,7 @@ import serve_app
 
 PACKAGE = Path(serve_app.__file__).parent
 CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0}
-STREAM = {**CHAT, "stream": True, "max_tokens": 100, "ignore_eos": True}
+STREAM = {**CHAT, "stream": True, "max_tokens": 300, "ignore_eos": True}
 COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
 
 
@@ -189,9 +189,9 @@ async def measure(server: Any) -> dict[str, Any]:
     await answer(job)
     with Tracer() as tracer:
         await answer(job)
-    # Without the beginning (status, role, first text) and the end (reason, [DONE], empty body).
+    # Without the beginning (status, role, first text) and the end (text, reason, [DONE], empty body).
     # The shortest, because a busy engine merges tokens into larger deltas.
-    delta = min(stream_back[3:-3], key=len)
+    delta = min(stream_back[3:-4], key=len)
     return {
         "chat, in": summary(whole_in),
         "chat, back": summary([code for frames in whole_back for code in frames]),

@@ -21,4 +21,4 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         whole = await answer.whole()
         return JsonReply(chat.body(request, metadata, len(prompt_ids), whole, names))
     chunks = answer.stream(chat.ChatChunks(request, metadata, len(prompt_ids), names))
-    return StreamReply(await anext(chunks), chunks)
+    return StreamReply(chunks)

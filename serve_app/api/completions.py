@@ -42,7 +42,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         for index, answer in enumerate(answers)
     ]
     chunks = streams[0] if len(streams) == 1 else _merged(streams)
-    return StreamReply(await anext(chunks), chunks)
+    return StreamReply(chunks)
 
 
 async def _answer(

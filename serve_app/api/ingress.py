@@ -1,58 +1,53 @@
-"""The HTTP ingress: API keys, request bodies, status codes and server-sent events.
+"""The HTTP ingress: API keys, request ids, status codes, and one `Call` for each request.
 
 Starlette routes by the table in `routes.py`. Each request becomes a `Call`, and each `Reply` a
 response.
 """
 
-import asyncio
 import hmac
-import json
 import logging
+import re
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from starlette import routing
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import Scope, Send
+from starlette.responses import JSONResponse, Response
+from starlette.types import Scope
 
-from serve_app.api import routes
+from serve_app.api import request_body, routes
+from serve_app.api.event_stream import EventStream
 from serve_app.config.sections import ApiSettings
-from serve_app.errors import InvalidApiKey, InvalidRequest, RequestTooLarge, error_body
-from serve_app.protocol import sse
-from serve_app.protocol.call import (
-    BatchReply,
-    Call,
-    JsonObject,
-    JsonReply,
-    Reply,
-    StreamReply,
-    TextReply,
-)
+from serve_app.errors import InvalidApiKey, error_body
+from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_ON_LOOP = 100_000
-"""Bytes; larger bodies are parsed in a thread."""
-
 CLIENT_LEFT = 499
 """nginx's status in access logs for a client that closed its connection."""
+CLIENT_ID = "x-request-id"
+OUR_ID = "x-mixtral-request-id"
+
+_UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
 GetServer = Callable[[], "MixtralServer"]
 
 
-def create_app(get_server: GetServer) -> Starlette:
+def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starlette:
     """The ASGI app in front of the server that `get_server` returns, called for each request.
 
-    A client that closes a stream ends its request. While an answer that is not streamed is
-    generated, uvicorn alone does not notice a closed connection; Ray Serve does, and cancels.
+    `cors_origins` is the setting `api.cors_origins`. A client that closes a stream ends its
+    request. While an answer that is not streamed is generated, uvicorn alone does not notice a
+    closed connection; Ray Serve does, and cancels.
     """
     table: list[routing.BaseRoute] = [
         routing.Route(route.path, Endpoint(get_server, route).response, methods=[route.method])
@@ -66,7 +61,24 @@ def create_app(get_server: GetServer) -> Starlette:
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    return Starlette(routes=table, exception_handlers={HTTPException: no_path})
+    middleware = [] if cors_origins is None else [_cors(cors_origins)]
+    return Starlette(
+        routes=table, middleware=middleware, exception_handlers={HTTPException: no_path}
+    )
+
+
+def _cors(origins: str) -> Middleware:
+    """Lets pages of these origins call the API: https://fetch.spec.whatwg.org/#http-cors-protocol.
+
+    It answers preflight requests itself, without an API key, which browsers do not send with them.
+    """
+    return Middleware(
+        CORSMiddleware,
+        allow_origins=[origin.strip() for origin in origins.split(",") if origin.strip()],
+        allow_methods=["GET", "POST"],
+        allow_headers=["*"],
+        expose_headers=[CLIENT_ID, OUR_ID, "Retry-After"],
+    )
 
 
 class Endpoint:
@@ -79,14 +91,13 @@ class Endpoint:
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
-        request_id = uuid.uuid4().hex
-        headers = _id_headers(request, request_id)
+        request_id, headers = _request_id(request)
         try:
             path = _path(request.scope)
             route = self._route or routes.find(path)
             if server.settings.api.keys is not None and (route is None or route.needs_key):
                 _check_key(request, server.settings.api)
-            body = await _json_body(request, server.settings.api.max_body_bytes)
+            body = await request_body.read(request, server.settings.api.max_body_bytes)
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
             reply = await server.answer(Call(method, path, body, request_id), self._route)
@@ -104,8 +115,14 @@ async def _response(
     reply: Reply, server: "MixtralServer", request_id: str, headers: dict[str, str]
 ) -> Response:
     match reply:
-        case StreamReply():
-            return EventStream(reply, server, request_id, headers)
+        case StreamReply(chunks):
+            stream = EventStream(
+                chunks,
+                lambda error: error_body(server.failure(error, request_id), request_id),
+                headers,
+            )
+            await stream.begin()
+            return stream
         case TextReply(text, media_type):
             return Response(text, headers=headers, media_type=media_type)
         case JsonReply(body, status):
@@ -116,57 +133,23 @@ async def _response(
             return JSONResponse(last["body"], last["status"], headers)
 
 
-class EventStream(StreamingResponse):
-    """Response chunks as server-sent events, then `[DONE]`, or the error as the last event.
+def _request_id(request: Request) -> tuple[str, dict[str, str]]:
+    """The id of a request, and the headers of its response with our id and the client's.
 
-    However it ends, it closes the chunks, which cancels the request.
+    Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
+    itself. That id becomes ours, so that both headers are equal. A second header of that name would
+    reach clients as one joined value, so a client's own id is left to Serve to send back, too.
     """
-
-    def __init__(
-        self, reply: StreamReply, server: "MixtralServer", request_id: str, headers: dict[str, str]
-    ) -> None:
-        self._next: JsonObject | None = reply.first
-        self._rest = reply.rest
-        self._is_over = False
-        self._server, self._request_id = server, request_id
-        # Proxies that buffer would hold the tokens back.
-        headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        super().__init__((), headers=headers, media_type=sse.MEDIA_TYPE)
-
-    async def stream_response(self, send: Send) -> None:
-        async with aclosing(self._rest):
-            start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-            await send(start)
-            while not self._is_over:
-                event = await self._event()
-                await send({"type": "http.response.body", "body": event, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _event(self) -> bytes:
-        """Waits for the next event. Errors of the connection are not raised here."""
-        try:
-            chunk, self._next = self._next, None
-            return sse.event(await anext(self._rest) if chunk is None else chunk)
-        except StopAsyncIteration:
-            self._is_over = True
-            return sse.DONE
-        except Exception as raised:
-            self._is_over = True
-            error = self._server.failure(raised, self._request_id)
-            return sse.event(error_body(error, self._request_id))
-
-
-def _id_headers(request: Request, request_id: str) -> dict[str, str]:
-    """The headers with the ids of a request: ours, and the client's.
-
-    Ray Serve's proxy adds an `x-request-id` to requests that have none, and sends it back itself. A
-    second header of that name would reach clients as one joined value.
-    """
-    given = request.headers.get("x-request-id")
+    name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
+    if name == CLIENT_ID.encode() and _UUID4.fullmatch(last):
+        request_id = last.decode()
+        return request_id, {OUR_ID: request_id}
+    request_id = uuid.uuid4().hex
+    given = request.headers.get(CLIENT_ID)
     if given is None:
-        return {"x-request-id": request_id, "x-mixtral-request-id": request_id}
+        return request_id, {CLIENT_ID: request_id, OUR_ID: request_id}
     log.info("request %s has the client's id %.128r", request_id, given)
-    return {"x-mixtral-request-id": request_id}
+    return request_id, {OUR_ID: request_id}
 
 
 def _path(scope: Scope) -> str:
@@ -186,48 +169,3 @@ def _check_key(request: Request, settings: ApiSettings) -> None:
     matches = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in keys]
     if not any(matches):
         raise InvalidApiKey("Send a valid API key as `Authorization: Bearer <key>`.")
-
-
-async def _json_body(request: Request, max_bytes: int) -> Any:
-    """The JSON value of the body; None for an empty body.
-
-    Raises `RequestTooLarge` as soon as the body is known to be too large, and `InvalidRequest`.
-    """
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    parts: list[bytes] = []
-    num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        parts.append(part)
-    body = b"".join(parts)
-    return await asyncio.to_thread(_parsed, body) if num_bytes > MAX_BODY_ON_LOOP else _parsed(body)
-
-
-def _too_large(max_bytes: int) -> RequestTooLarge:
-    return RequestTooLarge(f"The body is larger than the {max_bytes} bytes that are allowed.")
-
-
-def _parsed(body: bytes) -> Any:
-    """The JSON value of a body; None for an empty body."""
-    if not body.strip():
-        return None
-    try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant)
-    except UnicodeDecodeError:
-        raise InvalidRequest("The body is not UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise InvalidRequest(
-            f"The body is not valid JSON: line {error.lineno}, column {error.colno}."
-        ) from None
-    except (ValueError, RecursionError):
-        raise InvalidRequest(
-            "The body holds a number or a nesting that JSON readers cannot take."
-        ) from None
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise InvalidRequest(f"The body is not valid JSON: {name} is not a JSON number.")

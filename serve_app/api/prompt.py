@@ -35,7 +35,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     if not request.stream:
         return JsonReply(prompt.body(metadata, num_prompt_tokens, await answer.whole()))
     chunks = answer.stream(partial(prompt.chunks, metadata, num_prompt_tokens))
-    return StreamReply(await anext(chunks), chunks)
+    return StreamReply(chunks)
 
 
 async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptRequest) -> Answer:

@@ -46,6 +46,8 @@ ROUTES = (
     Route("GET", "/metrics", status.show_metrics, needs_key=False, is_open_before_load=True),
     Route("GET", status.MODELS, status.models),
     Route("GET", f"{status.MODELS}/{{id:path}}", status.model),
+    Route("GET", "/version", status.version),
+    Route("GET", "/tokenizer_info", tokens.tokenizer_info),
     Route("POST", "/v1/chat/completions", chat.create),
     Route("POST", "/v1/completions", completions.create),
     Route("POST", "/prompt", prompt.create),

@@ -50,6 +50,8 @@ class MixtralServer:
         self._engine = self._loaded.engine
         self._phases = load_log.phases
         self.is_draining = False
+        self.created = int(time.time())
+        """When the model was loaded, in Unix seconds."""
         self.names = settings.model.served_model_names
         self.max_num_seqs = settings.engine.max_num_seqs
         self.tokenizer = self._loaded.tokenizer
@@ -67,8 +69,7 @@ class MixtralServer:
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
         """Answers one call. The caller may pass the `route` if it has found it already.
 
-        May raise any exception, which `failure` turns into the client's error. Returns a stream
-        when its first chunk is ready, so errors before that chunk are raised from here.
+        May raise any exception, which `failure` turns into the client's error.
         """
         route = route or routes.match(call.method, call.path)
         self.check_health()
@@ -96,10 +97,9 @@ class MixtralServer:
                     async with aclosing(items):
                         async for item in items:
                             yield item
-                case StreamReply(first, rest):
-                    async with aclosing(rest):
-                        yield {"chunk": first}
-                        async for chunk in rest:
+                case StreamReply(chunks):
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
                             yield {"chunk": chunk}
         except Exception as raised:
             error = self.failure(raised, request_id)

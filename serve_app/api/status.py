@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from serve_app import __version__
 from serve_app.api import metrics
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
 
@@ -39,11 +40,16 @@ async def model(server: "MixtralServer", call: Call) -> Reply:
     return JsonReply(_card(server, name))
 
 
+async def version(server: "MixtralServer", call: Call) -> Reply:
+    """The version of this package, in vLLM's schema."""
+    return JsonReply({"version": __version__})
+
+
 def _card(server: "MixtralServer", name: str) -> JsonObject:
     return {
         "id": name,
         "object": "model",
-        "created": 0,
+        "created": server.created,
         "owned_by": "mixtral-serve",
         "max_model_len": server.inputs.max_model_len,
     }

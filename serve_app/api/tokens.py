@@ -1,4 +1,4 @@
-"""The handlers of `/tokenize` and `/detokenize`."""
+"""The handlers of `/tokenize`, `/detokenize` and `/tokenizer_info`."""
 
 from typing import TYPE_CHECKING
 
@@ -26,6 +26,11 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
     if request.return_token_strs:
         strings = [server.tokenizer.token_string(token_id) for token_id in ids]
     return JsonReply(tokens.tokenized(ids, inputs.max_model_len, strings))
+
+
+async def tokenizer_info(server: "MixtralServer", call: Call) -> Reply:
+    """The tokenizer's configuration, in vLLM's schema."""
+    return JsonReply(server.tokenizer.info)
 
 
 async def detokenize(server: "MixtralServer", call: Call) -> Reply:

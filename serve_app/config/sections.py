@@ -113,6 +113,9 @@ class ApiSettings(_Section):
 
     keys: SecretStr | None = None
     """Accepted API keys, comma separated; None requires no key. Read from the environment only."""
+    cors_origins: str | None = None
+    """Origins of web pages that may call the API from a browser, comma separated, such as
+    `https://chat.example.com`; `*` is every origin. None allows no other origin."""
     max_tokens_limit: int | None = Field(default=None, ge=1)
     """The largest `max_tokens` that a request may set; None is what the context holds."""
     max_prompt_chars: int = Field(default=100_000, ge=1)

@@ -43,18 +43,21 @@ def admit(
 def _too_long(
     num_prompt_tokens: int, params: SamplingParams, max_len: int
 ) -> ContextLengthExceeded:
+    # Clients find out that a context is full by the beginning of OpenAI's sentence.
     room = max_len - num_prompt_tokens
     if room < 1:
         return ContextLengthExceeded(
-            f"The prompt has {num_prompt_tokens} tokens and the context holds {max_len}, "
-            "the answer included; send a shorter prompt.",
+            f"This model's maximum context length is {max_len} tokens, the answer included. However, "
+            f"your {params.prompt_field} resulted in {num_prompt_tokens} tokens. Please reduce the "
+            f"length of the {params.prompt_field}.",
             param=params.prompt_field,
         )
     field = params.max_tokens_field
     # A client may send a number of any length.
     asked = str(params.max_tokens)[:64]
     return ContextLengthExceeded(
-        f"The prompt has {num_prompt_tokens} tokens and `{field}` is {asked}, but the context "
-        f"holds {max_len} together; ask for {room} at most.",
+        f"This model's maximum context length is {max_len} tokens. However, your "
+        f"{params.prompt_field} has {num_prompt_tokens} tokens and `{field}` is {asked}; ask for "
+        f"{room} at most.",
         param=field,
     )

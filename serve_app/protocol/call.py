@@ -95,14 +95,13 @@ class TextReply:
 
 @dataclass(frozen=True, slots=True)
 class StreamReply:
-    """A streamed answer, whose first response chunk is ready.
+    """A streamed answer, which starts with the first iteration of `chunks`.
 
-    The receiver must close `rest`, on every way out: closing cancels the request. Iterating `rest`
+    The receiver must close `chunks`, on every way out: closing cancels the request. Iterating
     raises what makes the answer fail.
     """
 
-    first: JsonObject
-    rest: AsyncGenerator[JsonObject, None]
+    chunks: AsyncGenerator[JsonObject, None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,9 @@ import orjson
 DONE = b"data: [DONE]\n\n"
 """The last event of a complete stream. A stream that fails ends without it."""
 
+KEEP_ALIVE = b": waiting\n\n"
+"""A comment, which clients read over."""
+
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
 """JSON may contain these, but clients that use `str.splitlines` cut lines there."""
 

@@ -26,6 +26,8 @@ class Tokenizer:
     def __init__(self, path: str | Path, *, sanitize_control_tokens: bool = True) -> None:
         files = tokenizer_files.read(Path(path))
         self.backend: Any = files.backend
+        self.info = files.info
+        """The tokenizer's configuration, as JSON values."""
         self._is_sentencepiece = files.is_sentencepiece
         self._template: ChatTemplate | None = None
         if files.chat_template is not None:

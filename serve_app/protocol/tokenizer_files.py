@@ -40,6 +40,8 @@ class TokenizerFiles:
     """The file that `chat_template` comes from."""
     is_sentencepiece: bool
     """Whether the tokenizer comes from `tokenizer.model`."""
+    info: dict[str, Any]
+    """`tokenizer_config.json` with the special tokens and the chat template that are in use."""
 
 
 def read(folder: Path) -> TokenizerFiles:
@@ -62,7 +64,8 @@ def read(folder: Path) -> TokenizerFiles:
         _require_ids(file, backend, config["added_tokens_decoder"])
         _add_post_processor(backend, config, special_tokens)
     template, template_file = _chat_template(folder, file, config.get("chat_template"))
-    return TokenizerFiles(backend, special_tokens, template, template_file, is_sentencepiece)
+    info = {**config, **special_tokens, "chat_template": template}
+    return TokenizerFiles(backend, special_tokens, template, template_file, is_sentencepiece, info)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

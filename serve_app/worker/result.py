@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body, job_error
+from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Result:
         output and never its error.
         """
         shown = {name: body["error"][name] for name in ("status", "retry", "message")}
-        return cls(encode(shown), job_error(body)["error"], is_list)
+        return cls(encode(shown), json.dumps(body), is_list)
 
     def body(self) -> bytes:
         """The body of the post to the platform."""

@@ -46,13 +46,13 @@ def test_what_json_does_not_have_is_an_error(
     """A NaN in an answer, or half a character in a chunk, is one error in the one shape."""
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        yield {"token": "never sent"}
+        yield {"token": "\ud83d"}
 
     async def whole(call: Call, route: Route) -> Reply:
         return JsonReply({"token": float("nan")})
 
     async def streamed(call: Call, route: Route) -> Reply:
-        return StreamReply({"token": "\ud83d"}, chunks())
+        return StreamReply(chunks())
 
     monkeypatch.setattr(endpoint.server, "answer", whole)
     response = http.post("/prompt", json={"prompt": "a"})

@@ -1,0 +1,88 @@
+"""EventStream: the HTTP response with a streamed answer, as server-sent events."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
+
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from serve_app.errors import ErrorBody
+from serve_app.protocol import sse
+from serve_app.protocol.call import JsonObject
+
+KEEP_ALIVE_S = 10.0
+"""Seconds without a first response chunk after which the stream begins with a comment, and then
+between two comments. Proxies close connections that are silent for 30 to 100 s."""
+
+
+class EventStream(StreamingResponse):
+    """Response chunks as server-sent events, then `[DONE]`, or the error as the last event.
+
+    However it ends, it closes the chunks, which cancels the request.
+    """
+
+    def __init__(
+        self,
+        chunks: AsyncGenerator[JsonObject, None],
+        error_body: Callable[[Exception], ErrorBody],
+        headers: dict[str, str],
+    ) -> None:
+        """`error_body` returns the body of the error that ends a stream."""
+        self._chunks = chunks
+        self._error_body = error_body
+        self._is_over = False
+        self._first = asyncio.create_task(self._next())
+        # Proxies that buffer would hold the tokens back.
+        headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__((), headers=headers, media_type=sse.MEDIA_TYPE)
+
+    async def begin(self) -> None:
+        """Waits for the first response chunk, for `KEEP_ALIVE_S` at most.
+
+        Raises what makes the answer fail until then, so that it gets a status of its own.
+        """
+        try:
+            await asyncio.wait({self._first}, timeout=KEEP_ALIVE_S)
+            if self._first.done():
+                self._first.result()
+        except BaseException:
+            await self._close()
+            raise
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._close()
+
+    async def stream_response(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        while not self._first.done():
+            await send({"type": "http.response.body", "body": sse.KEEP_ALIVE, "more_body": True})
+            await asyncio.wait({self._first}, timeout=KEEP_ALIVE_S)
+        event = await self._event(self._first)
+        while not self._is_over:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+            event = await self._event(anext(self._chunks))
+        await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _event(self, chunk: Awaitable[JsonObject]) -> bytes:
+        """Waits for the next event. Errors of the connection are not raised here."""
+        try:
+            return sse.event(await chunk)
+        except StopAsyncIteration:
+            self._is_over = True
+            return sse.DONE
+        except Exception as raised:
+            self._is_over = True
+            return sse.event(self._error_body(raised))
+
+    async def _next(self) -> JsonObject:
+        return await anext(self._chunks)
+
+    async def _close(self) -> None:
+        # The generator cannot be closed while the task waits for its first chunk.
+        self._first.cancel()
+        await asyncio.gather(self._first, return_exceptions=True)
+        await self._chunks.aclose()

@@ -83,14 +83,12 @@ class ServerInProcess:
         return reply
 
     async def _chunks(self) -> None:
-        async with aclosing((await self._reply()).rest) as chunks:
+        async with aclosing((await self._reply()).chunks) as chunks:
             async for _ in chunks:
                 pass
 
     async def _events(self) -> None:
-        reply = await self._reply()
-        sse.event(reply.first)
-        async with aclosing(reply.rest) as chunks:
+        async with aclosing((await self._reply()).chunks) as chunks:
             async for chunk in chunks:
                 sse.event(chunk)
 

@@ -1,9 +1,8 @@
 """Every error that a client can get, and the function that maps any exception to one of them.
 
-After an `InvalidRequest` the request must change; after an `Overloaded` it may succeed later; other
-errors are failures of the server. Code raises them anywhere. An endpoint maps what it catches with
-`handle_error`, once per failure, and sends `error_body`. An exception that is no `ServeError` becomes
-one whose message never repeats the exception's own text.
+After an `InvalidRequest` the request must change; after an `Overloaded` it may succeed later;
+other errors are failures of the server. An endpoint maps what it catches with `handle_error`, once,
+and sends `error_body`. The message for any other exception never repeats its text.
 """
 
 import logging

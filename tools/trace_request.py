@@ -189,8 +189,8 @@ async def measure(server: Any) -> dict[str, Any]:
     await answer(job)
     with Tracer() as tracer:
         await answer(job)
-    # Without the beginning (status, role, first text) and the end (text, reason, [DONE], empty body).
-    # The shortest, because a busy engine merges tokens into larger deltas.
+    # Without the beginning (status, role, first text) and the end (text, reason, [DONE], empty
+    # body). The shortest, because a busy engine merges tokens into larger deltas.
     delta = min(stream_back[3:-4], key=len)
     return {
         "chat, in": summary(whole_in),

@@ -47,9 +47,9 @@ def _too_long(
     room = max_len - num_prompt_tokens
     if room < 1:
         return ContextLengthExceeded(
-            f"This model's maximum context length is {max_len} tokens, the answer included. However, "
-            f"your {params.prompt_field} resulted in {num_prompt_tokens} tokens. Please reduce the "
-            f"length of the {params.prompt_field}.",
+            f"This model's maximum context length is {max_len} tokens, the answer included. "
+            f"However, your {params.prompt_field} resulted in {num_prompt_tokens} tokens. Please "
+            f"reduce the length of the {params.prompt_field}.",
             param=params.prompt_field,
         )
     field = params.max_tokens_field

@@ -5,6 +5,7 @@ import gzip
 import json
 import uuid
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def raw_deflate(data: bytes) -> bytes:
     return packer.compress(data) + packer.flush()
 
 
-PACKERS = {
+PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "gzip": gzip.compress,
     "x-gzip": gzip.compress,
     "deflate": zlib.compress,
@@ -233,7 +234,8 @@ def test_a_stream_that_waits_sends_comments(
     assert chunks[-1]["usage"]["completion_tokens"] == len(
         endpoint.server.tokenizer.encode("Hello there.", add_special_tokens=False)
     )
-    whole = endpoint.client().chat.completions.create(model="tiny", messages=HELLO, stream=True)
+    asked: Any = {"model": "tiny", "messages": HELLO, "stream": True}
+    whole: Any = endpoint.client().chat.completions.create(**asked)
     assert "".join(c.choices[0].delta.content or "" for c in whole) == "Hello there."
 
 

@@ -83,7 +83,7 @@ def find(name: str) -> Any:
 async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
     """Frames before each message that the app sends, after a first request has warmed it up.
 
-    The frames up to the engine's queue, which is the app's first suspension, are the first list.
+    The frames up to the first wait for the engine are the first list.
     """
     content = json.dumps(body).encode()
     scope = {
@@ -103,22 +103,15 @@ async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
     async def send(_: Any) -> None:
         marks.append(len(tracer.frames))
 
-    async def ask() -> None:
-        await app(scope, receive, send)
-
     with tracer:
-        marks.append(await frames_before_wait(ask(), tracer))
-    marks.sort()
+        await app(scope, receive, send)
+    marks = sorted([num_frames_in(tracer.frames), *marks])
     return [tracer.frames[a:b] for a, b in zip([0, *marks[:-1]], marks, strict=True)]
 
 
-async def frames_before_wait(work: Any, tracer: Tracer) -> int:
-    """Runs `work` to its end; returns the number of frames when it first waited."""
-    task = asyncio.ensure_future(work)
-    await asyncio.sleep(0)
-    num_frames = len(tracer.frames)
-    await task
-    return num_frames
+def num_frames_in(frames: list[CodeType]) -> int:
+    """Frames until the request waits for the engine."""
+    return [code.co_qualname for code in frames].index("Stream.next") + 1
 
 
 class Handle:

@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from tests.test_http import ask_and_leave, ended, wait_until_idle
+from tests.test_http import ask_and_leave, check_ids, ended, wait_until_idle
 from tools.server_process import free_port, serving
 
 pytestmark = pytest.mark.ray
@@ -68,3 +68,9 @@ def test_a_client_that_leaves_frees_its_blocks(url: str, stream: bool) -> None:
         ask_and_leave(http, url, "/v1/completions", stream)
         wait_until_idle(http)
         assert ended(http) - before == {"cancelled": 1}
+
+
+def test_a_request_has_one_id(url: str) -> None:
+    """Headers, error and log of a request have one id, behind HAProxy too."""
+    with httpx.Client(base_url=url, timeout=60) as http:
+        check_ids(http)

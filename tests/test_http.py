@@ -6,6 +6,7 @@ One private Ray for the module, on free ports. The text of answers is not judged
 import json
 import socket
 import time
+import uuid
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -204,11 +205,45 @@ def test_the_load_is_in_the_replicas_log(http: httpx.Client) -> None:
     assert "unmistakable" not in written
 
 
+def check_ids(http: httpx.Client) -> None:
+    """Serve sets x-request-id itself; ours does not make it two, and is equal without a client's.
+
+    The log has a line about a client's id only where a client sent one.
+    """
+    ids = []
+    for given in ({}, {}, {"x-request-id": "mine"}, {"x-request-id": str(uuid.uuid4())}):
+        response = http.post("/prompt", json={}, headers=given)
+        ours = response.headers["x-mixtral-request-id"]
+        assert response.json()["error"]["request_id"] == ours
+        assert response.headers["x-request-id"] == given.get("x-request-id", ours)
+        assert ours not in given.values()
+        ids.append(ours)
+    assert len(set(ids)) == 4
+
+
 def test_a_request_has_one_id_header(http: httpx.Client) -> None:
-    """Serve's proxy sets x-request-id itself; ours does not make it two."""
-    response = http.post("/prompt", json={}, headers={"x-request-id": "mine"})
-    assert response.headers["x-request-id"] == "mine"
-    assert response.json()["error"]["request_id"] == response.headers["x-mixtral-request-id"]
+    """Headers, error and log of a request have one id, behind Serve's own proxy."""
+    check_ids(http)
+
+
+def test_serves_log_names_the_route_of_each_request(http: httpx.Client) -> None:
+    """Proxy and replica write the real path, and no line that says nothing about a request."""
+    from ray._private.worker import global_worker
+
+    answered = http.post("/tokenize", json={"prompt": "a"})
+    model = http.get("/v1/models/tiny")
+    folder = Path(global_worker.node.get_session_dir_path(), "logs", "serve")
+    started = time.monotonic()
+    for pattern in ("proxy_*.log", "replica_mixtral*.log"):
+        lines: list[str] = []
+        # Serve writes a line after the answer is sent.
+        while not any(model.headers["x-request-id"] in line for line in lines):
+            assert time.monotonic() - started < 10, "the line was never written"
+            written = "".join(log.read_text() for log in folder.glob(pattern))
+            lines = written.splitlines()
+        assert any("GET /v1/models/{id:path} 200" in line for line in lines)
+        (line,) = [line for line in lines if answered.headers["x-request-id"] in line]
+        assert "POST /tokenize 200" in line
 
 
 def test_the_handle_gives_what_http_gives(url: str, http: httpx.Client) -> None:

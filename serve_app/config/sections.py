@@ -89,9 +89,17 @@ class EngineSettings(_Section):
     Unused blocks are kept until their memory is needed."""
     gpu_memory_utilization: float = Field(default=1.0, gt=0, le=1)
     """Share of the GPU's memory that this server may use; lower it where other programs use the GPU
-    too. 1 GiB is always kept for activations. A 32 GB card needs 1.0: the weights take 25 GB."""
-    max_num_batched_tokens: int = Field(default=512, ge=16)
-    """Prompt and decode tokens in one step. Longer prompts are split into prefill chunks."""
+    too. 1 to 3 GB are always kept for a step's results. A 32 GB card needs 1.0: the weights take
+    25 GB."""
+    max_num_batched_tokens: int | None = Field(default=None, ge=16)
+    """Prompt and decode tokens in one step; None is 8,192 on a GPU with 40 GB or more, 2,048 on a
+    smaller one and 512 on a CPU. Longer prompts are split into prefill chunks. A larger value takes
+    GPU memory; how long streams wait for prompts is `max_stall_s`."""
+    max_stall_s: float = Field(default=0.35, gt=0)
+    """Seconds that a stream may wait for its next token because a prompt is computed. A smaller
+    value gives smoother streams and later first tokens."""
+    prefill_share: float = Field(default=0.8, gt=0, lt=1)
+    """Share of the device's time that prompts get while prompts and streams both wait."""
     enforce_eager: bool = False
     """Launches the kernels of each decode step one by one instead of replaying captured CUDA
     graphs. Decoding is slower; the start is shorter and uses less GPU memory."""
@@ -100,7 +108,7 @@ class EngineSettings(_Section):
 
     @model_validator(mode="after")
     def _sequences_fit_into_a_step(self) -> "EngineSettings":
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        if (self.max_num_batched_tokens or self.max_num_seqs) < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs})"

@@ -10,18 +10,19 @@ delivered before the next step begins.
 
 import copy
 import logging
-import time
+from typing import NamedTuple
 
 from serve_app.engine.block_manager import BlockManager
 from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.output_queue import OutputQueue
-from serve_app.engine.prefill_budget import PrefillBudget
+from serve_app.engine.prefill_policy import Policy, PrefillPolicy
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import InFlightStep, Runner
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import FAILED, Sequence
+from serve_app.engine.step_cost import StepShape, shape_of
 from serve_app.engine.stream import Stream
 from serve_app.errors import InternalError, as_serve_error
 
@@ -31,10 +32,26 @@ MAX_FAILED_STEPS = 3
 """Failed steps in a row after which the engine ends, because the device seems to be broken."""
 
 
+class _Launched(NamedTuple):
+    """A step in flight."""
+
+    scheduled: list[ScheduledTokens]
+    step: InFlightStep
+    shape: StepShape
+    predicted_s: float
+
+
 class EngineCore:
     """Computes the sequences of `requests` on `runner`. Other threads only read its counters."""
 
-    def __init__(self, runner: Runner, config: EngineConfig, requests: RequestQueue) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        requests: RequestQueue,
+        policy: Policy | None = None,
+        outputs: OutputQueue | None = None,
+    ) -> None:
         self.blocks = BlockManager(config.num_blocks, config.block_size)
         self.scheduler = Scheduler(
             self.blocks,
@@ -47,13 +64,13 @@ class EngineCore:
         self.num_steps = 0
         self._runner = runner
         self._requests = requests
-        self._prefill_budget = PrefillBudget(config.max_num_batched_tokens)
-        self._outputs = OutputQueue()
+        self._policy = policy or PrefillPolicy(
+            config.max_num_batched_tokens, config.max_stall_s, config.prefill_share
+        )
+        self._outputs = outputs or OutputQueue()
         # All live sequences.
         self._streams: dict[Sequence, Stream] = {}
-        self._in_flight: tuple[list[ScheduledTokens], InFlightStep] | None = None
-        # When the device began the step in flight.
-        self._began = 0.0
+        self._in_flight: _Launched | None = None
         self._num_failed_steps = 0
 
     def run(self) -> None:
@@ -99,46 +116,39 @@ class EngineCore:
             self._in_flight = self._launch()
             self._collect()
 
-    def _launch(self) -> tuple[list[ScheduledTokens], InFlightStep] | None:
+    def _launch(self) -> "_Launched | None":
         """Schedules and launches the next step; None when there is none, or when it fails."""
-        scheduled = self.scheduler.schedule(self._prefill_budget.max_tokens)
+        scheduled = self.scheduler.schedule(self._policy)
         if not scheduled:
             return None
         self.num_steps += 1
-        self._began = max(self._began, time.perf_counter())
         try:
             step = self._runner.launch(scheduled)
         except Exception as error:
             self._fail_step(scheduled, error)
             return None
+        shape = shape_of(scheduled)
         mark_launched(scheduled)
-        return scheduled, step
+        return _Launched(scheduled, step, shape, self._policy.launched(shape))
 
     def _collect(self) -> None:
         """Waits for the step in flight, if there is one, and gives its tokens to their streams."""
         if self._in_flight is None:
             return
-        (scheduled, step), self._in_flight = self._in_flight, None
+        (scheduled, step, shape, predicted_s), self._in_flight = self._in_flight, None
         try:
-            token_ids, logprobs = step.wait()
+            token_ids, logprobs, seconds = step.wait()
         except Exception as error:
             self._fail_step(scheduled, error)
             return
         self._num_failed_steps = 0
-        self._observe_time(scheduled)
+        if seconds:
+            self._policy.finished(shape, predicted_s, seconds)
         sampled = [part for part in scheduled if part.is_sampled]
         for row, (part, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
             # A sequence may have ended while the step ran; its token is dropped.
             if part.sequence in self._streams:
                 self._receive(part.sequence, part.end, token_id, logprobs.get(row))
-
-    def _observe_time(self, scheduled: list[ScheduledTokens]) -> None:
-        num_decodes = sum(part.is_decode for part in scheduled)
-        num_tokens = sum(part.num_tokens for part in scheduled)
-        now = time.perf_counter()
-        self._prefill_budget.observe(num_decodes, num_tokens - num_decodes, now - self._began)
-        # A step that is already launched begins when the one before ends.
-        self._began = now
 
     def _receive(
         self, sequence: Sequence, position: int, token_id: int, logprob: TokenLogprob | None

@@ -20,6 +20,10 @@ class EngineConfig:
     max_num_batched_tokens: int
     """Tokens in one step, prompts and decodes together; at least `max_num_seqs`."""
     eos_token_ids: frozenset[int]
+    max_stall_s: float = 0.35
+    """Longest time of a step with prompt tokens beside running streams, in seconds."""
+    prefill_share: float = 0.8
+    """Share of the device's time that prompts get while prompts and streams both wait."""
     retry_after_s: int = 2
     enable_prefix_caching: bool = True
     """Whether sequences share the KV blocks of a common prefix."""

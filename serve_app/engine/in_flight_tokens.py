@@ -9,6 +9,7 @@ from torch import Tensor
 from serve_app.engine.delta import TokenLogprob
 from serve_app.engine.runner import SampledTokens
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.step_timer import StepTimer
 from serve_app.engine.transfer import to_host
 
 
@@ -33,6 +34,8 @@ class InFlightTokens:
     ) -> None:
         """Starts the copies to the host. `tokens` may be overwritten by the next step."""
         self.sequences = sequences
+        self.timer: StepTimer | None = None
+        """Measures the step; None where the caller of the sampler does not."""
         self.tokens = tokens
         """int64 `[sequences]` on the device; `FAILED` where the logits were not finite."""
         self._token_ids = to_host(tokens)
@@ -63,4 +66,5 @@ class InFlightTokens:
                 top = zip(top_ids, top_logprobs, strict=True)
                 best_first = sorted(top, key=lambda pair: (-pair[1], pair[0]))
                 logprobs[row] = TokenLogprob(token_ids[row], logprob, tuple(best_first))
-        return SampledTokens(token_ids, logprobs)
+        seconds = self.timer.seconds() if self.timer else 0.0
+        return SampledTokens(token_ids, logprobs, seconds)

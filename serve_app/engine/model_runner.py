@@ -17,6 +17,7 @@ from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.sampler import Sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
+from serve_app.engine.step_timer import StepTimer
 from serve_app.engine.transfer import to_device
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
@@ -99,6 +100,7 @@ class ModelRunner:
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightTokens:
         """Starts a step; see `Runner`."""
+        timer = StepTimer(self._device)
         sequences = [part.sequence for part in scheduled if part.is_sampled]
         best: Tensor | None = None
         if self._graphs is not None and all(part.is_decode for part in scheduled):
@@ -106,6 +108,8 @@ class ModelRunner:
         else:
             logits = self._logits(scheduled)
         self._last = self._sampler.sample(logits, sequences, best)
+        timer.stop()
+        self._last.timer = timer
         return self._last
 
     @torch.inference_mode()

@@ -13,6 +13,8 @@ class SampledTokens(NamedTuple):
     """`FAILED` where the logits were not finite."""
     logprobs: dict[int, TokenLogprob]
     """By index into `token_ids`, for the sequences that asked for log probabilities."""
+    seconds: float = 0.0
+    """How long the device worked on the step; 0 where a runner does not measure it."""
 
 
 class InFlightStep(Protocol):

@@ -1,9 +1,9 @@
 """Scheduler: chooses the tokens of the next step, first come, first served.
 
 A step first decodes one token of every running sequence. The rest of its `max_num_batched_tokens`
-goes to prefill chunks, so a long prompt never stalls the running streams. Example with 512 tokens a
-step: while 20 sequences decode, a prompt of 1,000 tokens is computed in three steps, which have 20
-decodes each, and 492, 492 and 16 tokens of the prompt.
+goes to prefill chunks, as far as the prefill policy allows. Example with 512 tokens a step and no
+other limit: while 20 sequences decode, a prompt of 1,000 tokens is computed in three steps, which
+have 20 decodes each, and 492, 492 and 16 tokens of the prompt.
 
 A sequence gets the KV blocks of its whole prompt when it is admitted. When a decode finds no free
 block, the latest running sequence is preempted: its blocks are freed, and it waits at the head of
@@ -15,11 +15,12 @@ The cost of a step does not depend on the number of waiting sequences.
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
 
 from serve_app.engine.block_manager import BlockManager, extend_hashes
+from serve_app.engine.prefill_policy import Policy, PrefillBudget
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.step_cost import shape_of
 
 
 class Scheduler:
@@ -62,28 +63,22 @@ class Scheduler:
             self.running.remove(sequence)
             self._free(sequence)
 
-    def schedule(
-        self, max_prefill_tokens: Callable[[int], int] | None = None
-    ) -> list[ScheduledTokens]:
+    def schedule(self, policy: Policy | None = None) -> list[ScheduledTokens]:
         """The next step, decodes first, of at most `max_num_batched_tokens` tokens.
 
         Returns an empty list when there is no work, and when every running sequence waits for its
-        last token from a step in flight. `max_prefill_tokens` maps a number of decodes to the
-        number of prompt tokens (at least 1) that may be computed beside them.
+        last token from a step in flight. Without a `policy` prompts get all tokens that are left.
 
         Takes the blocks that the step needs; the caller marks the tokens as computed.
         """
         step = self._decodes()
-        budget = self.max_num_batched_tokens - len(step)
-        if max_prefill_tokens is not None:
-            budget = min(budget, max_prefill_tokens(len(step)))
+        left = self.max_num_batched_tokens - len(step)
+        budget = policy.budget(shape_of(step), left) if policy else PrefillBudget(left)
         for sequence in self.running:
-            if budget and sequence.num_uncomputed_tokens > 1:
-                step.append(_prefill_chunk(sequence, budget))
-                budget -= step[-1].num_tokens
-        while budget and self._admit():
-            step.append(_prefill_chunk(self.running[-1], budget))
-            budget -= step[-1].num_tokens
+            if sequence.num_uncomputed_tokens > 1:
+                _add_prefill_chunk(step, sequence, budget)
+        while budget.is_open and self._admit():
+            _add_prefill_chunk(step, self.running[-1], budget)
         return step
 
     def cache_blocks(self, sequence: Sequence, num_tokens: int) -> None:
@@ -170,7 +165,10 @@ class Scheduler:
         sequence.num_computed_tokens = 0
 
 
-def _prefill_chunk(sequence: Sequence, budget: int) -> ScheduledTokens:
+def _add_prefill_chunk(
+    step: list[ScheduledTokens], sequence: Sequence, budget: PrefillBudget
+) -> None:
     start, total = sequence.num_computed_tokens, len(sequence.token_ids)
-    end = min(total, start + budget)
-    return ScheduledTokens(sequence, start, end, is_sampled=end == total)
+    end = start + budget.take(start, total - start)
+    if end > start:
+        step.append(ScheduledTokens(sequence, start, end, is_sampled=end == total))

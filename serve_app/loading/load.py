@@ -210,7 +210,7 @@ def _warm_engine(
     with load_log.phase(Phase.WARM_UP):
         engine, notes = start()
         with _stopped_on_failure(engine):
-            warm_up.fill_a_step(engine, model.config.vocab_size, free_device_bytes(device))
+            warm_up.run_prompts(engine, model.config.vocab_size, free_device_bytes(device))
     with load_log.phase(Phase.FIRST_TOKEN), _stopped_on_failure(engine):
         warm_up.first_token(engine, tokenizer.encode("Hello"), free_device_bytes(device))
     return engine, notes

@@ -34,6 +34,8 @@ def start_engine(
 
     chosen, memory = settings.engine, plan.memory
     dtype: torch.dtype = getattr(torch, plan.dtype)
+    total_bytes = torch.cuda.mem_get_info()[1] if device.type == "cuda" else 0
+    max_tokens = memory.max_num_batched_tokens(total_bytes)
     num_blocks, notes = _num_kv_blocks(memory, chosen.block_size)
     num_tokens = num_blocks * chosen.block_size
     what, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)
@@ -49,13 +51,17 @@ def start_engine(
         )
     notes.append(runner.note)
     log.info("%s", runner.note)
-    engine = Engine(runner, _engine_config(settings, memory, num_blocks, eos_token_ids))
+    engine = Engine(runner, _engine_config(settings, memory, num_blocks, max_tokens, eos_token_ids))
     engine.start()
     return engine, notes
 
 
 def _engine_config(
-    settings: Settings, memory: MemoryPlan, num_blocks: int, eos_token_ids: frozenset[int]
+    settings: Settings,
+    memory: MemoryPlan,
+    num_blocks: int,
+    max_num_batched_tokens: int,
+    eos_token_ids: frozenset[int],
 ) -> "EngineConfig":
     from serve_app.engine.engine_config import EngineConfig
 
@@ -66,8 +72,10 @@ def _engine_config(
         max_waiting=chosen.max_waiting,
         block_size=chosen.block_size,
         num_blocks=num_blocks,
-        max_num_batched_tokens=chosen.max_num_batched_tokens,
+        max_num_batched_tokens=max_num_batched_tokens,
         eos_token_ids=eos_token_ids,
+        max_stall_s=chosen.max_stall_s,
+        prefill_share=chosen.prefill_share,
         retry_after_s=settings.api.retry_after_s,
         enable_prefix_caching=chosen.enable_prefix_caching,
     )

@@ -1,7 +1,8 @@
 """Runs the first prompts of a new engine, before any request.
 
 The first step of each kind compiles kernels and allocates memory, so no request pays for that. The
-first prompt fills one whole step, so a lack of memory shows during the load.
+first prompt fills one whole step, so a lack of memory shows during the load. Prompts of several
+sizes teach the engine how long steps take, before streams depend on it.
 """
 
 import asyncio
@@ -13,20 +14,30 @@ from serve_app.errors import ModelLoadFailed, OutOfMemory, ServeError
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
+    from serve_app.engine.engine_config import EngineConfig
 
 
-def fill_a_step(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
-    """Runs a prompt that fills one step, and two decode steps.
+def prompt_sizes(config: "EngineConfig") -> list[int]:
+    """Lengths of the first prompts, in tokens: a full step twice, because the first one compiles,
+    then a quarter and a sixteenth of it."""
+    full = min(config.max_num_batched_tokens, config.max_model_len - 2)
+    return [full, full, max(full // 4, 1), max(full // 16, 1)]
+
+
+def run_prompts(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
+    """Runs prompts of `prompt_sizes`, each with two decode steps.
 
     `free_bytes` is the device's free memory, for the error. Raises `ModelLoadFailed` where the
     memory is not enough, or the engine fails.
     """
-    num_tokens = min(engine.config.max_num_batched_tokens, engine.config.max_model_len - 2)
-    _run(engine, [i % vocab_size for i in range(num_tokens)], 2, free_bytes)
+    for number, num_tokens in enumerate(prompt_sizes(engine.config)):
+        # No two prompts begin alike, so none is found in the prefix cache.
+        prompt_ids = [(i + number) % vocab_size for i in range(num_tokens)]
+        _run(engine, prompt_ids, 2, free_bytes)
 
 
 def first_token(engine: "Engine", prompt_ids: list[int], free_bytes: int) -> None:
-    """Runs a short prompt up to its first token; raises as `fill_a_step`."""
+    """Runs a short prompt up to its first token; raises as `run_prompts`."""
     _run(engine, prompt_ids, 1, free_bytes)
 
 

@@ -7,7 +7,7 @@ but the replica takes a CUDA context.
 from serve_app.errors import MachineUnfit
 from serve_app.machine.gpus import MIB, Gpu, find_gpus
 from serve_app.machine.host import free_bytes
-from serve_app.start_plan.memory import RESERVED_BYTES, MemoryPlan, in_gb, kv_room_bytes
+from serve_app.start_plan.memory import MemoryPlan, in_gb
 from serve_app.start_plan.plan import StartPlan
 
 CUDA_BYTES = 600 * MIB
@@ -43,7 +43,7 @@ def require_memory(plan: StartPlan) -> list[str]:
 def _require_gpu_memory(memory: MemoryPlan, gpu: Gpu) -> str:
     """The line about a GPU that is large enough."""
     free = gpu.free_bytes - CUDA_BYTES - memory.weight_bytes
-    room = kv_room_bytes(free, gpu.total_bytes, memory.gpu_memory_utilization)
+    room = memory.kv_room_bytes(free, gpu.total_bytes)
     wanted_tokens = memory.kv_cache_tokens or memory.max_model_len
     if room < memory.kv_bytes(wanted_tokens):
         unused = int(gpu.total_bytes * (1 - memory.gpu_memory_utilization))
@@ -51,7 +51,7 @@ def _require_gpu_memory(memory: MemoryPlan, gpu: Gpu) -> str:
             f"The GPU is too small: {gpu.name} has {in_gb(gpu.free_bytes)} free, of which "
             f"{in_gb(unused)} stay unused (`engine.gpu_memory_utilization`), and the model "
             f"needs {in_gb(memory.weight_bytes)} for {memory.kind}, "
-            f"{in_gb(RESERVED_BYTES + CUDA_BYTES)} to work in and "
+            f"{in_gb(memory.reserved_bytes(gpu.total_bytes) + CUDA_BYTES)} to work in and "
             f"{in_gb(memory.kv_bytes(wanted_tokens))} for {wanted_tokens:,} tokens of KV "
             f"cache; {_remedy(memory, gpu, room)}.",
             check="gpu_memory",

@@ -7,14 +7,19 @@ from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import FLOAT_DTYPES, ITEM_BYTES
 from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import kv_bytes, weight_bytes
+from serve_app.model.footprint import kv_bytes, step_bytes, weight_bytes
 from serve_app.model.quantization import Quantization
 from serve_app.start_plan.device import Device, Dtype
 
 CPU_CONTEXTS = 4
 """Full contexts that the KV cache holds on a CPU where the settings leave its size open."""
-RESERVED_BYTES = 1 << 30
-"""GPU memory kept for activations and the allocator when the KV cache's size is chosen."""
+MIN_RESERVED_BYTES = 1 << 30
+"""The least GPU memory kept for a step's results and the allocator."""
+LARGE_GPU_BYTES = 40 * 10**9
+"""A GPU of this size has room for steps of 8,192 tokens beside the weights."""
+BATCHED_TOKENS = {"large GPU": 8192, "GPU": 2048, "CPU": 512}
+"""Tokens in one step where the settings leave it open. Each step with prompt tokens unpacks all
+weights on a GPU, so few large steps are faster. On a CPU larger steps gain nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,14 @@ class MemoryPlan:
     """Why the KV cache has that size, for users; None where the settings say it."""
     gpu_memory_utilization: float
     """Share of the GPU that this server may take."""
+    device: Device
+    asked_batched_tokens: int | None
+    """`engine.max_num_batched_tokens`"""
+    max_num_seqs: int
+    step_base_bytes: int
+    """What a step on a GPU needs beside weights and KV cache, whatever its size."""
+    step_token_bytes: int
+    """What it needs for each of its tokens."""
 
     @property
     def weight_bytes(self) -> int:
@@ -46,20 +59,33 @@ class MemoryPlan:
         """Bytes of a KV cache for `num_tokens` tokens."""
         return num_tokens * self.token_bytes
 
+    def max_num_batched_tokens(self, total_bytes: int) -> int:
+        """Tokens of one step on a GPU with `total_bytes`, which a CPU ignores."""
+        if self.asked_batched_tokens is not None:
+            return self.asked_batched_tokens
+        kind = "large GPU" if total_bytes >= LARGE_GPU_BYTES else "GPU"
+        size = BATCHED_TOKENS["CPU" if self.device == "cpu" else kind]
+        return max(size, self.max_num_seqs)
+
+    def reserved_bytes(self, total_bytes: int) -> int:
+        """GPU memory kept for the results of the largest step."""
+        step = self.step_base_bytes
+        step += self.step_token_bytes * self.max_num_batched_tokens(total_bytes)
+        return max(step, MIN_RESERVED_BYTES)
+
+    def kv_room_bytes(self, free_bytes: int, total_bytes: int) -> int:
+        """Bytes of a GPU that the KV cache may take; negative where there is no room.
+
+        The share 1 - `gpu_memory_utilization` of the whole GPU stays unused, and `reserved_bytes`
+        are kept. A GPU of 80 GB with 50 GB free, a utilization of 0.9 and 3 GB reserved:
+        50 - 8 - 3 = 39 GB.
+        """
+        unused = int(total_bytes * (1 - self.gpu_memory_utilization))
+        return free_bytes - unused - self.reserved_bytes(total_bytes)
+
     def fitting_kv_tokens(self, free_bytes: int, total_bytes: int) -> int:
         """Tokens of KV cache that fit into a GPU on which the weights are loaded."""
-        room = kv_room_bytes(free_bytes, total_bytes, self.gpu_memory_utilization)
-        return max(room, 0) // self.token_bytes
-
-
-def kv_room_bytes(free_bytes: int, total_bytes: int, gpu_memory_utilization: float) -> int:
-    """Bytes of a GPU that the KV cache may take; negative where there is no room.
-
-    The share 1 - `gpu_memory_utilization` of the whole GPU stays unused, and `RESERVED_BYTES` are
-    kept. A GPU of 80 GB with 50 GB free and a utilization of 0.9: 50 - 8 - 1.07 = 40.93 GB.
-    """
-    unused = int(total_bytes * (1 - gpu_memory_utilization))
-    return free_bytes - unused - RESERVED_BYTES
+        return max(self.kv_room_bytes(free_bytes, total_bytes), 0) // self.token_bytes
 
 
 def plan_memory(
@@ -81,6 +107,7 @@ def plan_memory(
     item_bytes = ITEM_BYTES[FLOAT_DTYPES[dtype]]
     context = _max_model_len(engine, config.max_position_embeddings)
     kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
+    step_base_bytes, step_token_bytes = step_bytes(config, context, item_bytes)
     return MemoryPlan(
         weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head),
         kind=kind,
@@ -90,6 +117,11 @@ def plan_memory(
         kv_cache_tokens=kv_cache_tokens,
         kv_cache_rule=rule,
         gpu_memory_utilization=engine.gpu_memory_utilization,
+        device=device,
+        asked_batched_tokens=engine.max_num_batched_tokens,
+        max_num_seqs=engine.max_num_seqs,
+        step_base_bytes=step_base_bytes,
+        step_token_bytes=step_token_bytes,
     )
 
 

@@ -41,7 +41,7 @@ USED: dict[str, list[tuple[str, str, Any]]] = {
     "MAX_NUM_SEQS": [("256", "engine.max_num_seqs", 256)],
     "MAX_NUM_BATCHED_TOKENS": [
         ("1024", "engine.max_num_batched_tokens", 1024),
-        ("0", "engine.max_num_batched_tokens", 512),
+        ("0", "engine.max_num_batched_tokens", None),
     ],
     "BLOCK_SIZE": [("32", "engine.block_size", 32)],
     "GPU_MEMORY_UTILIZATION": [("0.95", "engine.gpu_memory_utilization", 0.95)],
@@ -161,7 +161,7 @@ def test_all_102_names_are_here() -> None:
         ("ENFORCE_EAGER", "perhaps"),
         ("OPENAI_SERVED_MODEL_NAME_OVERRIDE", ","),
         ("MIXTRAL_ENGINE__BLOCK_SIZE", "many"),
-        ("MAX_NUM_SEQS", "1000"),
+        ("MAX_NUM_SEQS", "0"),
     ],
 )
 def test_an_error_names_the_variable(

@@ -12,6 +12,7 @@ import pytest
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
+from serve_app.loading import warm_up
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Done, Phase, Running, read_events
@@ -55,14 +56,15 @@ def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: s
 
 
 def test_the_load_computes_its_first_prompts() -> None:
-    """Before a request arrives, one whole step and a first token have been computed."""
+    """Before a request arrives, prompts of several sizes and a first token are computed."""
     settings = Settings.from_yaml("configs/tiny.yaml")
     loaded = load(settings, LoadLog(None))
     try:
         stats = loaded.engine.stats()
         num_hello = len(loaded.tokenizer.encode("Hello"))
-        assert stats.num_prompt_tokens == settings.engine.max_num_batched_tokens + num_hello
-        assert stats.num_generation_tokens == 2 + 1
+        sizes = warm_up.prompt_sizes(loaded.engine.config)
+        assert stats.num_prompt_tokens == sum(sizes) + num_hello
+        assert stats.num_generation_tokens == 2 * len(sizes) + 1
     finally:
         loaded.engine.stop()
 

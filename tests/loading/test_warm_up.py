@@ -11,12 +11,15 @@ from serve_app.loading import warm_up
 from tests.engine.fake import VOCAB_SIZE, FakeRunner, running
 
 
-def test_one_step_is_filled_and_a_first_token_made() -> None:
-    """The warm-up runs the largest possible step, and frees its blocks."""
+def test_steps_of_several_sizes_and_a_first_token() -> None:
+    """The warm-up runs the largest possible step, a quarter and a sixteenth of it, each without a
+    hit in the prefix cache, and frees its blocks."""
     runner = FakeRunner()
     with running(runner) as engine:
-        warm_up.fill_a_step(engine, VOCAB_SIZE, 0)
-        assert max(chunk.end - chunk.start for step in runner.steps for chunk in step) == 32
+        warm_up.run_prompts(engine, VOCAB_SIZE, 0)
+        chunks = [part.num_tokens for step in runner.steps for part in step if not part.is_decode]
+        assert chunks == [32, 32, 8, 2]
+        assert engine.stats().prefix_cache_hits == 0
         num_steps = len(runner.steps)
         warm_up.first_token(engine, [1, 2], 0)
         assert len(runner.steps) == num_steps + 1
@@ -48,4 +51,4 @@ def test_a_prompt_that_fails_fails_the_load() -> None:
             running(FakeRunner(before=before)) as engine,
             pytest.raises(ModelLoadFailed, match=said),
         ):
-            warm_up.fill_a_step(engine, VOCAB_SIZE, 1_500_000_000)
+            warm_up.run_prompts(engine, VOCAB_SIZE, 1_500_000_000)

@@ -119,10 +119,14 @@ def test_the_table_by_part(
 
 
 def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
-    """The KV cache that fits beside the weights on a 32 GB card, at 131,072 bytes a token."""
+    """The KV cache that fits beside the weights and a step of 2,048 tokens on a 32 GB card, at
+    131,072 bytes a token."""
     nvml(RTX_5090)
     lines = check(config(tmp_path, nested)).lines
     assert any("24.48 GB of nf4 with nested absmax" in line for line in lines)
+    heads, expert = 2 * 8192 * 4096 * 2, 2 * 14_336 * 4096 * 2
+    step = heads + expert + 2048 * ((10 * 4096 + 4 * 14_336) * 2 + 3 * 8192)
+    assert step < 1024 * MIB  # so 1 GiB is kept
     room = 32100 * MIB - 1024 * MIB - 600 * MIB - 24_483_536_896
     assert any(f"room for {room // 131_072:,} tokens" in line for line in lines)
     lines = check(config(tmp_path, nested, engine={"gpu_memory_utilization": 0.9})).lines

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
@@ -22,9 +23,11 @@ from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
+from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.model.footprint import step_bytes
 from serve_app.node import fitness
 from serve_app.start_plan.hub import Repository
-from serve_app.start_plan.memory import RESERVED_BYTES, kv_room_bytes
+from serve_app.start_plan.memory import MIN_RESERVED_BYTES
 from serve_app.start_plan.plan import StartPlan, plan_start
 from serve_app.tiny import CHECKPOINT
 
@@ -146,15 +149,47 @@ def test_the_kv_cache_takes_what_a_gpu_leaves(
 ) -> None:
     """On 80 GB: free memory, less the unused share of the whole, less what activations need."""
     gb = 10**9
-    room = kv_room_bytes(free_gb * gb, 80 * gb, utilization)
-    assert room == pytest.approx(room_gb * gb - RESERVED_BYTES, abs=1)
+    memory = plan_start(settings(device="cuda")).memory
+    memory = replace(memory, gpu_memory_utilization=utilization)
+    room = memory.kv_room_bytes(free_gb * gb, 80 * gb)
+    assert room == pytest.approx(room_gb * gb - memory.reserved_bytes(80 * gb), abs=1)
+
+
+@pytest.mark.parametrize(
+    ("device", "total_gb", "num_tokens"),
+    [("cuda", 141, 8192), ("cuda", 80, 8192), ("cuda", 32, 2048), ("cpu", 0, 512)],
+)
+def test_the_size_of_a_step_follows_the_device(device: str, total_gb: int, num_tokens: int) -> None:
+    """Large GPUs compute 8,192 tokens a step; the setting and `max_num_seqs` have the last word."""
+    total = total_gb * 10**9
+    memory = plan_start(settings(device=device)).memory
+    assert memory.max_num_batched_tokens(total) == num_tokens
+    assert replace(memory, max_num_seqs=9000).max_num_batched_tokens(total) == 9000
+    assert replace(memory, asked_batched_tokens=64).max_num_batched_tokens(total) == 64
+
+
+def test_memory_is_reserved_for_the_largest_step() -> None:
+    """Mixtral 8x7B, contexts of 32,768: a step of 8,192 tokens takes 0.77 GB and 294,912 bytes for
+    each token; small steps leave 1 GiB all the same."""
+    tiny = inspect(CHECKPOINT).config
+    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14_336}
+    full = replace(tiny, **sizes, num_attention_heads=32, head_dim=128)
+    base, token = step_bytes(full, 32_768, 2)
+    keys_and_values, expert = 2 * 32_768 * 4096 * 2, 2 * 14_336 * 4096 * 2
+    assert base == keys_and_values + expert == 771_751_936
+    assert token == (10 * 4096 + 4 * 14_336) * 2 + 32_768 * 3 == 294_912
+    memory = replace(
+        plan_start(settings(device="cuda")).memory, step_base_bytes=base, step_token_bytes=token
+    )
+    assert memory.reserved_bytes(80 * 10**9) == base + 8192 * token
+    assert replace(memory, asked_batched_tokens=64).reserved_bytes(0) == MIN_RESERVED_BYTES
 
 
 def test_the_kv_cache_is_counted_in_tokens() -> None:
     """A token of the tiny model takes 2,048 bytes in float32; where there is no room, none fits."""
     memory = plan_start(settings(device="cuda", dtype="float32")).memory
     assert (memory.kv_cache_tokens, memory.token_bytes) == (None, 4 * 2 * 2 * 32 * 4)
-    free = RESERVED_BYTES + 10 * memory.token_bytes
+    free = memory.reserved_bytes(80 * 10**9) + 10 * memory.token_bytes
     assert memory.fitting_kv_tokens(free + 1, 80 * 10**9) == 10
     assert memory.fitting_kv_tokens(free - 1, 80 * 10**9) == 9
     assert memory.fitting_kv_tokens(0, 80 * 10**9) == 0

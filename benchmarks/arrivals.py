@@ -1,0 +1,48 @@
+"""Loads for the simulated engine: which requests arrive when. Each call makes new requests."""
+
+import random
+
+from tools.simulated_engine import Arrival
+
+PROMPTS = (200, 1000, 3000)
+"""Lengths of mixed prompts, in tokens."""
+ANSWER = 150
+
+
+def poisson(rate: float, count: int) -> list[Arrival]:
+    """Mixed prompts that arrive at random, `rate` of them a second."""
+    draw, at = random.Random(1), 0.0
+    arrivals = []
+    for _ in range(count):
+        at += draw.expovariate(rate)
+        arrivals.append(Arrival(at, draw.choice(PROMPTS), ANSWER))
+    return arrivals
+
+
+def bursts(rate: float, count: int, size: int = 16) -> list[Arrival]:
+    """Mixed prompts that arrive `size` at once, `rate` of them a second on average."""
+    draw = random.Random(2)
+    times = [size / rate * (number // size) for number in range(count)]
+    return [Arrival(at, draw.choice(PROMPTS), ANSWER) for at in times]
+
+
+def conversations(count: int, turns: int = 6, pause_s: float = 0.2) -> list[Arrival]:
+    """Conversations, each turn of which has 160 new tokens after all turns before."""
+    firsts = []
+    for number in range(count):
+        turn = Arrival(pause_s, 160, 48)
+        for _ in range(turns - 1):
+            turn = Arrival(pause_s, 160, 48, then=turn)
+        turn.at = 0.01 * number
+        firsts.append(turn)
+    return firsts
+
+
+def long_beside_streams() -> list[Arrival]:
+    """One prompt of 7,400 tokens beside eight streams."""
+    return [Arrival(0, 20, 1000) for _ in range(8)] + [Arrival(1, 7400, 10)]
+
+
+def batch_beside_chat(rate: float) -> list[Arrival]:
+    """Two hundred requests at once beside mixed prompts at a quarter of `rate`."""
+    return [Arrival(1, 1500, 300) for _ in range(200)] + poisson(rate / 4, 60)

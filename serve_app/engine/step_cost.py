@@ -1,0 +1,164 @@
+"""StepCost: predicts how long a step takes, from the steps that were measured.
+
+A step that only decodes takes
+
+    a + b * decodes + c * context tokens of the decodes
+
+and a step with prompt tokens takes
+
+    a + b * prompt tokens + c * attention scores of the prompt tokens + d * (the decodes alone).
+
+The fixed part `a` of a step with prompt tokens is large on a GPU that unpacks all 4-bit weights for
+it, and small on a CPU. `d` is near 0 where a step with prompt tokens reads all weights anyway, and
+1 where decodes and prompts are computed one after the other. All coefficients are at least 0.
+
+The coefficients are fitted to the newest steps of each class of sizes, so that sizes that became
+rare are remembered. The fit minimises relative absolute errors, so that single slow steps (a first
+compile, a busy machine) do not matter.
+"""
+
+from collections import deque
+from collections.abc import Sequence as Numbers
+from typing import NamedTuple
+
+import numpy as np
+
+from serve_app.engine.scheduled_tokens import ScheduledTokens
+
+NUM_STEPS = 5
+"""Measured steps that are kept for each class of sizes."""
+HALF_LIFE = 64
+"""A measured step counts half after this many newer ones."""
+NUM_ROUNDS = 4
+"""Rounds of reweighting, which turn least squares into least absolute errors."""
+
+
+class StepShape(NamedTuple):
+    """The sizes of a step on which its time depends."""
+
+    num_decodes: int
+    context_tokens: int
+    """Tokens before the decodes, which their attention reads."""
+    num_prompt_tokens: int
+    num_scores: int
+    """Pairs of a prompt token and a token that it attends to."""
+
+
+def shape_of(scheduled: list[ScheduledTokens]) -> StepShape:
+    """The sizes of a step."""
+    num_decodes = context = num_prompt = num_scores = 0
+    for part in scheduled:
+        if part.is_decode:
+            num_decodes += 1
+            context += part.start
+        else:
+            num_prompt += part.num_tokens
+            num_scores += _scores(part.start, part.num_tokens)
+    return StepShape(num_decodes, context, num_prompt, num_scores)
+
+
+class StepCost:
+    """Learns with `observe` and predicts with `seconds`."""
+
+    def __init__(self) -> None:
+        self._decode = _LinearFit(3)
+        self._prompt = _LinearFit(4)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        """Records the device time of one step."""
+        fit = self._prompt if shape.num_prompt_tokens else self._decode
+        fit.add(self._features(shape), seconds)
+
+    def seconds(self, shape: StepShape) -> float:
+        """The predicted time of a step; 0 before the first measurement of its kind."""
+        fit = self._prompt if shape.num_prompt_tokens else self._decode
+        return fit.predict(self._features(shape))
+
+    def num_tokens(self, start: int, seconds: float) -> int:
+        """How many tokens of a prompt from `start` on fit into `seconds`.
+
+        `seconds` is what a step may take without its fixed part and its decodes.
+        """
+        _, token, score, _ = self._prompt.weights
+        # token * n + score * (start * n + n * n / 2) = seconds, solved for n without cancellation.
+        linear = token + score * start
+        root = (linear * linear + 2 * score * max(seconds, 0.0)) ** 0.5
+        return int(2 * max(seconds, 0.0) / max(linear + root, 1e-12))
+
+    def chunk_seconds(self, start: int, num_tokens: int) -> float:
+        """What `num_tokens` tokens of a prompt from `start` on add to a step."""
+        _, token, score, _ = self._prompt.weights
+        return token * num_tokens + score * _scores(start, num_tokens)
+
+    def _features(self, shape: StepShape) -> tuple[float, ...]:
+        if not shape.num_prompt_tokens:
+            return 1.0, shape.num_decodes, shape.context_tokens
+        decodes = 0.0
+        if shape.num_decodes:
+            decodes = self._decode.predict((1.0, shape.num_decodes, shape.context_tokens))
+        return 1.0, shape.num_prompt_tokens, shape.num_scores, decodes
+
+
+def _scores(start: int, num_tokens: int) -> int:
+    return num_tokens * start + num_tokens * (num_tokens + 1) // 2
+
+
+class _LinearFit:
+    """A linear function with coefficients of at least 0, fitted to recent observations."""
+
+    def __init__(self, num_features: int) -> None:
+        self._observed: dict[tuple[int, ...], deque[tuple[int, tuple[float, ...]]]] = {}
+        self._num_observed = 0
+        self._num_fitted = 0
+        self._weights: tuple[float, ...] = (0.0,) * num_features
+        # All subsets of the features, as masks [subsets, features].
+        subsets = np.arange(1 << num_features)[:, None] >> np.arange(num_features)
+        self._subsets = (subsets & 1).astype(float)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """The coefficients; fits again where something was observed since."""
+        if self._num_fitted < self._num_observed:
+            self._num_fitted = self._num_observed
+            self._fit()
+        return self._weights
+
+    def predict(self, features: Numbers[float]) -> float:
+        return sum(w * x for w, x in zip(self.weights, features, strict=True))
+
+    def add(self, features: tuple[float, ...], value: float) -> None:
+        size = tuple(int(x).bit_length() for x in features[1:3])
+        kept = self._observed.setdefault(size, deque(maxlen=NUM_STEPS))
+        kept.append((self._num_observed, (*features, max(value, 1e-6))))
+        self._num_observed += 1
+
+    def _fit(self) -> None:
+        rows = [row for kept in self._observed.values() for row in kept]
+        ages = self._num_observed - np.array([number for number, _ in rows])
+        table = np.array([row for _, row in rows])
+        x, y = table[:, :-1], table[:, -1]
+        scale = np.maximum(x.max(axis=0), 1e-12)
+        # Divided by y, all targets are 1 and the errors are relative.
+        a = x / scale / y[:, None]
+        importance = np.maximum(0.5 ** (ages / HALF_LIFE), 1e-3)
+        reweight = np.ones(len(y))
+        for _ in range(NUM_ROUNDS):
+            w = self._least_squares(a, importance * reweight)
+            reweight = 1 / np.maximum(np.abs(a @ w - 1), 0.02)
+        self._weights = tuple((w / scale).tolist())
+
+    def _least_squares(self, a: np.ndarray, importance: np.ndarray) -> np.ndarray:
+        """The `w` >= 0 with the least weighted squares of `a @ w - 1`: of the solutions for every
+        subset of the coefficients, the best one without a negative coefficient."""
+        size = a.shape[1]
+        gram = (a * importance[:, None]).T @ a
+        gram += np.eye(size) * (1e-9 * np.trace(gram))
+        right = (a * importance[:, None]).sum(axis=0)
+        keep = self._subsets
+        grams = gram * keep[:, :, None] * keep[:, None, :]
+        grams += np.eye(size) * (1 - keep)[:, None, :]
+        solved = np.linalg.solve(grams, (right * keep)[:, :, None])[:, :, 0]
+        losses = np.einsum("si,ij,sj->s", solved, gram, solved) - 2 * solved @ right
+        losses[(solved < 0).any(axis=1)] = np.inf
+        best: np.ndarray = solved[np.argmin(losses)]
+        return best

@@ -1,0 +1,34 @@
+"""StepTimer: how long a device worked on one step."""
+
+import time
+from typing import Any
+
+import torch
+
+
+class StepTimer:
+    """Starts when it is created. On a GPU it measures with CUDA events on the current stream, so
+    neither the steps before it nor a host that waits are counted."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events: tuple[Any, Any] | None = None
+        if device.type == "cuda":
+            event: Any = torch.cuda.Event  # torch has no types for it
+            self._events = event(enable_timing=True), event(enable_timing=True)
+            self._events[0].record()
+        self._began = time.perf_counter()
+        self._ended = self._began
+
+    def stop(self) -> None:
+        """Marks the end of the step: of the work queued so far, on a GPU."""
+        if self._events is not None:
+            self._events[1].record()
+        self._ended = time.perf_counter()
+
+    def seconds(self) -> float:
+        """Waits for the end of the step, where `stop` was called before that."""
+        if self._events is None:
+            return self._ended - self._began
+        start, end = self._events
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1000

@@ -157,4 +157,7 @@ def _end_before_jobs(*_: object) -> None:
 
 
 if __name__ == "__main__":
+    from serve_app.machine import processes
+
+    processes.block_alarms()
     sys.exit(main())

@@ -16,6 +16,7 @@ from serve_app.config import named
 from serve_app.config.serve_config import http_options, port_setting
 from serve_app.config.settings import Settings
 from serve_app.loading.load_log import PHASE_LINE
+from serve_app.machine import processes
 from serve_app.node import fitness, http, ray_node
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ def run(config: str) -> int:
     path = named.find(config)
     endpoint = http.HttpEndpoint(http_options(path), port_name=port_setting(path))
     fitness.require_room_for_ray()
+    processes.block_alarms()
     log.info("mixtral-serve %s starts with %s; Ctrl-C stops it.", serve_app.__version__, path)
     try:
         checked = _checked_while_ray_starts(path)

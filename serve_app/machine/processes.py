@@ -102,6 +102,16 @@ def end_forks_with_this() -> None:
     os.register_at_fork(after_in_child=in_child)
 
 
+def block_alarms() -> None:
+    """Keeps SIGALRM from this thread and from those that it starts from now on.
+
+    A signal that comes while Ray starts reaches Ray's C++ handler first, which sets an alarm that
+    aborts the process 3 s later, and then raises the signal again for Python's handler. Call this
+    before any other thread starts, or one of those gets the alarm.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+
+
 def _prctl(option: int, value: int) -> None:
     library = ctypes.CDLL(None, use_errno=True)
     if library.prctl(option, value, 0, 0, 0) != 0:

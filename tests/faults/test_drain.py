@@ -50,6 +50,16 @@ def test_jobs_that_wait_for_the_model_are_refused(
         assert_refused(client, job)
 
 
+def test_a_signal_while_ray_starts_aborts_nothing(platform: Platform, tmp_path: Path) -> None:
+    """Ray's handler of signals, which aborts a process after 3 s, does not cost the job."""
+    with Worker(platform, tmp_path, SERVE_CONFIG=str(TINY)) as worker:
+        job = Client(platform).submit({"prompt": "x", "max_tokens": 2})
+        until(lambda: "Cold start: process" in worker.log)
+        assert worker.terminate() == 0, worker.log
+        settled(platform, worker)
+    assert job.is_over
+
+
 def test_running_and_late_jobs_are_answered(platform: Platform, tmp_path: Path) -> None:
     """Jobs longer than `runpod.drain_s` are refused; a job that the open poll brings is run."""
     with Worker(platform, tmp_path, **SHORT) as worker:

@@ -95,3 +95,18 @@ def test_nothing_outlives_a_killed_process(family: subprocess.Popen[bytes]) -> N
     family.kill()
     family.wait()
     until(lambda: not left & running(), timeout_s=20)
+
+
+def test_blocked_alarms_end_nothing() -> None:
+    """An alarm, such as Ray's own, does not end the process, whichever thread could take it."""
+    code = """
+import os, signal, threading
+from serve_app.machine import processes
+processes.block_alarms()
+over = threading.Event()
+threading.Thread(target=over.wait).start()
+os.kill(os.getpid(), signal.SIGALRM)
+over.set()
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False)
+    assert done.returncode == 0

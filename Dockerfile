@@ -9,6 +9,12 @@
 #   docker build --build-arg TORCH_INDEX_URL=<torch's cu126 index> --build-arg BNB_CUDA_VERSION=126 \
 #     -t mixtral-serve:cu126 .
 #
+# With BAKE_MODEL the image holds a 4-bit copy of that checkpoint, 25 GB for Mixtral 8x7B, and needs
+# no download, volume or token. The build downloads 93 GB and quantizes them on its CPUs:
+#
+#   docker build --build-arg BAKE_MODEL=mistralai/Mixtral-8x7B-Instruct-v0.1 \
+#     --secret id=HF_TOKEN,env=HF_TOKEN -t mixtral-serve:baked .
+#
 # The wheels carry CUDA's libraries, so a plain Python image is enough; the host brings the driver.
 FROM python:3.12-slim-bookworm
 
@@ -38,9 +44,20 @@ COPY configs configs
 # In place: the entry runs from this folder, and so must what is compiled.
 RUN pip install --no-cache-dir --no-deps -e .
 
-# Ray writes its token into the home; RunPod mounts the volume here.
-RUN mkdir -p /runpod-volume && chown serve:serve /runpod-volume /app
-USER serve
+# One layer, without the 93 GB that were downloaded.
+ARG BAKE_MODEL=""
+RUN --mount=type=secret,id=HF_TOKEN \
+    if [ -n "$BAKE_MODEL" ]; then \
+        export HF_HOME=/tmp/hub HF_TOKEN="$(cat /run/secrets/HF_TOKEN 2>/dev/null)" \
+        && mixtral-serve convert "$BAKE_MODEL" /models/baked && rm -rf /tmp/hub; \
+    fi
+# An empty value counts as unset. Clients keep the checkpoint's public name.
+ENV MODEL_NAME=${BAKE_MODEL:+/models/baked} \
+    SERVED_MODEL_NAME=${BAKE_MODEL}
+
+# No folder for the volume: one that the image made would be there without a volume, too.
+RUN chown serve:serve /app
+COPY docker-entrypoint.sh /usr/local/bin/
 
 # RUNPOD_SERVERLESS       true takes jobs; false serves HTTP on PORT
 # RUNPOD_*CHECK*          the SDK's checks import torch and open the GPU in the parent process
@@ -63,5 +80,6 @@ ENV RUNPOD_SERVERLESS=true \
 
 EXPOSE 8000
 # Without -g: a signal is for the entry alone, which lets running jobs finish before it ends Ray.
-ENTRYPOINT ["tini", "--"]
+# The container starts as root, gives folders of the volume to user serve, and runs as serve.
+ENTRYPOINT ["tini", "--", "docker-entrypoint.sh"]
 CMD ["python", "runpod_entry.py"]

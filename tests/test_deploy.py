@@ -1,5 +1,8 @@
 """Dockerfile, cluster manifest, workflow and YAMLs agree with the libraries and with the code."""
 
+import os
+import re
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config.settings import Settings
+from tests.mounts import NAMESPACE, can_mount, mounted_folder
 
 
 def rayservice() -> dict[str, Any]:
@@ -64,6 +68,61 @@ def test_the_image_copies_what_exists() -> None:
         if line.startswith("COPY "):
             for source in line.split()[1:-1]:
                 assert Path(source).exists(), source
+
+
+def test_the_image_has_no_volume_of_its_own() -> None:
+    """The image makes no folder that looks like a volume, and its entry point steps down."""
+    text = Path("Dockerfile").read_text()
+    assert not re.search(r"mkdir.*(runpod-volume|workspace)", text)
+    assert 'ENTRYPOINT ["tini", "--", "docker-entrypoint.sh"]' in text
+    assert "\nUSER " not in text
+    rayservice_users = {
+        group["template"]["spec"]["securityContext"]["runAsUser"]
+        for group in (
+            rayservice()["spec"]["rayClusterConfig"]["headGroupSpec"],
+            *rayservice()["spec"]["rayClusterConfig"]["workerGroupSpecs"],
+        )
+    }
+    assert rayservice_users == {1000}  # KubeRay replaces the entry point
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("owner", [0, 1234])
+def test_the_entry_point_gives_the_volume_to_its_user(owner: int, tmp_path: Path) -> None:
+    """Folders of a volume that belongs to another user become writable; the rest stays as it is."""
+    script = Path("docker-entrypoint.sh").read_text().replace("user=serve", "user=nobody")
+    with mounted_folder() as volume:
+        old = volume / "huggingface-cache" / "hub" / "models--o--m"
+        old.mkdir(parents=True)
+        (volume / "mine").mkdir()
+        for path in (volume, *volume.rglob("*")):
+            os.chown(path, owner, owner)
+            path.chmod(0o755)
+        volumes = {"BASE_PATH": str(volume), "MIXTRAL_MODEL__CACHE_DIR": str(volume / "copy")}
+        write = "id -un; echo $HOME; touch results/a copy/b huggingface-cache/hub/models--o--m/c"
+        done = subprocess.run(
+            ["sh", "-c", script, "entry", "sh", "-c", f"cd {volume} && {write}"],
+            env={**os.environ, **volumes},
+            capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (0, "nobody\n/home/serve\n"), done.stderr
+        assert (volume / "mine").stat().st_uid == owner
+        assert (old / "c").stat().st_uid != owner
+
+
+@pytest.mark.skipif(not can_mount(), reason="the kernel allows no namespaces here")
+def test_a_volume_that_cannot_be_given_away_ends_nothing(tmp_path: Path) -> None:
+    """On a volume that is read-only the command runs all the same, as the same user."""
+    script = Path("docker-entrypoint.sh").read_text()
+    code = f'mount -t tmpfs -o ro none {tmp_path}; exec sh -c "$0" entry echo it runs'
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-c", code, script],
+        env={**os.environ, "BASE_PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "it runs\n"), done.stderr
 
 
 def test_the_image_quiets_the_sdk() -> None:

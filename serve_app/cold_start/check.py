@@ -20,7 +20,6 @@ from serve_app.model.footprint import parameters
 from serve_app.start_plan.hub import require_disk
 from serve_app.start_plan.machine_fit import require_memory
 from serve_app.start_plan.memory import in_gb
-from serve_app.start_plan.model_copy import require_writable
 from serve_app.start_plan.plan import StartPlan, plan_start
 
 
@@ -91,8 +90,6 @@ def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
             f"{name}: {in_gb(checkpoint.file_bytes)} of {checkpoint.form} weights in {num_files} "
             f"file{'s' if num_files > 1 else ''}."
         )
-    if plan.copy_folder is not None:
-        require_writable(plan.copy_folder)
     return [
         source,
         f"Model: {sum(parameters(checkpoint.config).values()):,} parameters, context "

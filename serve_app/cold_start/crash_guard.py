@@ -31,6 +31,7 @@ from serve_app.cold_start.load_records import Record
 from serve_app.config.settings import Settings
 from serve_app.errors import LoaderKilled, ModelLoadFailed, ServeError
 from serve_app.machine.gpus import find_gpus
+from serve_app.machine.volume import is_mounted, volume_folder
 from serve_app.start_plan.plan import StartPlan
 
 log = logging.getLogger(__name__)
@@ -85,8 +86,8 @@ class CrashGuard:
 
     def begin(self) -> None:
         """Records that a load begins; raises `ModelLoadFailed` where it is refused."""
-        volume = Path(self._settings.runpod.volume)
-        if not volume.is_dir():
+        volume = volume_folder(self._settings.runpod.volume)
+        if not is_mounted(volume):
             return
         try:
             folder = volume / FOLDER / fingerprint(self._settings, self._plan)

@@ -153,8 +153,9 @@ class RunpodSettings(_Section):
     large_results: Literal["error", "volume"] = "error"
     """What a result over the platform's limit (10 MB, or 20 MB for `/runsync`) becomes: an error,
     or a file `results/<job id>.json` on the volume with `{"file", "bytes"}` as the output."""
-    volume: str = "/runpod-volume"
-    """Folder where the network volume is mounted."""
+    volume: str | None = None
+    """Folder on the network volume; None is `/runpod-volume`, or `/workspace` where a volume is
+    mounted there alone, as in pods. Without a mounted volume nothing is kept there."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)
     """Minimum seconds between two progress updates of a job."""
     start: Literal["lazy", "eager"] = "lazy"

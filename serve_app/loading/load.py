@@ -137,8 +137,8 @@ def _write_copy(
 ) -> tuple[StartPlan, str]:
     """Writes the 4-bit copy into folder `copy`; returns the plan to load it, and a note for users.
 
-    Where another process writes it at this moment, `plan` is returned as it is. Raises
-    `ModelLoadFailed` as `convert_checkpoint` does.
+    Where it cannot be written, or another process writes it at this moment, `plan` is returned as
+    it is: no start ends for lack of a copy.
     """
     # Weights that are in 4 bits already keep their absmax.
     quantization = plan.quantization if plan.quantizes else None
@@ -150,9 +150,7 @@ def _write_copy(
             lambda done, total, name: progress(done / total),
         )
     except ModelLoadFailed as error:
-        if not error.retry:
-            raise
-        return plan, f"{copy}: another process writes the 4-bit copy, so this start reads floats"
+        return plan, f"this start reads the original, as there is no 4-bit copy: {error}"
     return plan_folder(settings, copy, None), f"{copy}: the 4-bit copy for later starts"
 
 

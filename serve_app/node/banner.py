@@ -3,7 +3,6 @@
 Few lines, because RunPod drops lines of a log that grows fast. They hold no secrets.
 """
 
-import os
 import shutil
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import serve_app
 from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.machine.gpus import MIB, NoGpus, query_gpus
+from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
 RULE = "=" * 72
 
@@ -35,7 +35,7 @@ def banner(
         f"Quantization: {model.quantization}",
         f"Device: {model.device}, dtype {model.dtype}",
         *checked,
-        f"Volume: {volume(settings.runpod.volume)}",
+        f"Volume: {volume(volume_folder(settings.runpod.volume))}",
         f"GPU: {gpu()}",
         f"Endpoints: {', '.join(route.path for route in ROUTES)}",
         f"GPU memory threshold: {engine.gpu_memory_utilization:.0%} of the card",
@@ -49,13 +49,13 @@ def banner(
     ]
 
 
-def volume(path: str) -> str:
-    """Whether the network volume is mounted and writable."""
-    if not Path(path).is_dir():
-        return f"{path} is not mounted"
-    free_gb = shutil.disk_usage(path).free / 1e9
-    access = "writable" if os.access(path, os.W_OK) else "read-only"
-    return f"{path} is present and {access}, {free_gb:.0f} GB free"
+def volume(folder: Path) -> str:
+    """Whether the network volume is mounted and can be written."""
+    if not is_mounted(folder):
+        return f"none is mounted at {folder}; what this container downloads is lost with it"
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    access = write_problem(folder) or "it can be written"
+    return f"{folder} is mounted, {free_gb:.0f} GB free; {access}"
 
 
 def gpu() -> str:

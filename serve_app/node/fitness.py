@@ -16,6 +16,7 @@ from serve_app.config.settings import Settings
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.machine.gpus import NoGpus, driver_problem, query_gpus, torch_cuda_version
 from serve_app.machine.host import free_bytes
+from serve_app.machine.volume import is_mounted, volume_folder
 from serve_app.node.ray_node import OBJECT_STORE_BYTES
 from serve_app.start_plan.device import Device, choose_device
 
@@ -124,7 +125,7 @@ def require_folder(settings: Settings) -> None:
     """Raises `MachineUnfit` where `model.name` is a path and nothing is there."""
     name = settings.model.name
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
-        volume = settings.runpod.volume
-        is_lost = name.startswith(volume) and not Path(volume).is_dir()
+        volume = volume_folder(settings.runpod.volume)
+        is_lost = Path(name).is_relative_to(volume) and not is_mounted(volume)
         why = f"the volume {volume} is not mounted" if is_lost else "there is no such folder"
         raise MachineUnfit(f"{name}: {why}; `model.name` must be the model's folder.")

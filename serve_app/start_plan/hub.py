@@ -3,6 +3,7 @@
 Whether the disk holds a repository is checked before the first large file.
 """
 
+import logging
 import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -11,9 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from serve_app.errors import MachineUnfit, ModelLoadFailed
-from serve_app.model.checkpoint.find import RUNPOD_VOLUME, download_cache, find_local
+from serve_app.machine import volume
+from serve_app.model.checkpoint.find import find_local, hub_cache
 from serve_app.model.checkpoint.other_formats import describe_files
 from serve_app.model.checkpoint.shards import INDEX, SINGLE, read_json
+
+log = logging.getLogger(__name__)
 
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 """Files of a repository that are read; never pickles."""
@@ -31,18 +35,33 @@ def find_checkpoint(
     revision: str | None = None,
     *,
     token: str | None = None,
-    volume: Path = RUNPOD_VOLUME,
+    chosen_volume: str | None = None,
 ) -> Path:
     """The folder of `name`: a local folder, or a Hugging Face repository "owner/name".
 
-    A repository comes from the first of: `volume`'s and RunPod's model caches, the Hugging Face
-    cache, a download (onto `volume` when it is there and writable). `revision` is a branch, tag or
-    commit, None the default branch; `token` opens gated repositories.
+    A repository comes from the first of: the volume's and RunPod's model caches, the Hugging Face
+    cache, a download (onto the volume where one is mounted and can be written). `revision` is a
+    branch, tag or commit, None the default branch; `token` opens gated repositories.
     Raises `ModelLoadFailed`, with `retry` where another try may help.
     """
-    if (found := find_local(name, revision, volume=volume)) is not None:
+    folder = volume.volume_folder(chosen_volume)
+    if (found := find_local(name, revision, volume=folder)) is not None:
         return found
-    return download(look_up(name, revision, token, download_cache(volume)), token)
+    return download(look_up(name, revision, token, download_cache(folder)), token)
+
+
+def download_cache(folder: Path) -> Path | None:
+    """The cache on the volume `folder`; None, for the Hugging Face cache, where it cannot be used.
+
+    The reason is logged where a volume is mounted.
+    """
+    if not volume.is_mounted(folder):
+        return None
+    cache = hub_cache(folder)
+    if (problem := volume.write_problem(cache)) is not None:
+        log.warning("The model is not kept on the volume: %s.", problem)
+        return None
+    return cache
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ repository its name and `model.revision`. A branch that moves on therefore keeps
 """
 
 import hashlib
-import tempfile
 from pathlib import Path
 
 from serve_app.config.sections import ModelSettings
-from serve_app.errors import MachineUnfit
+from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
 
 def copy_folder(model: ModelSettings) -> Path | None:
@@ -33,15 +32,9 @@ def _files(folder: Path) -> list[tuple[str, int, int]]:
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
 
-def require_writable(folder: Path) -> None:
-    """Raises `MachineUnfit` where the copy cannot be written to `folder`."""
-    existing = next(above for above in (folder, *folder.absolute().parents) if above.exists())
-    try:
-        # A real write: permissions are unreliable on network volumes and do not bind root.
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"1")
-    except OSError as error:
-        raise MachineUnfit(
-            f"`model.cache_dir`: {existing} cannot be written ({error.strerror}); name another.",
-            check="volume",
-        ) from None
+def copy_problem(folder: Path, chosen_volume: str | None) -> str | None:
+    """Why the copy cannot be kept in `folder`; None where it can be."""
+    volume = volume_folder(chosen_volume)
+    if folder.is_relative_to(volume) and not is_mounted(volume):
+        return f"no volume is mounted at {volume}"
+    return write_problem(folder)

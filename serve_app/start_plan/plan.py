@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Literal
 
 from serve_app.config.settings import Settings
+from serve_app.machine.volume import volume_folder
 from serve_app.model.checkpoint import find
 from serve_app.model.checkpoint.checkpoint import Checkpoint, inspect
 from serve_app.model.quantization import Quantization
 from serve_app.start_plan import device as devices
 from serve_app.start_plan.device import Device, Dtype
-from serve_app.start_plan.hub import Repository, look_up
+from serve_app.start_plan.hub import Repository, download_cache, look_up
 from serve_app.start_plan.memory import MemoryPlan, plan_memory
-from serve_app.start_plan.model_copy import copy_folder
+from serve_app.start_plan.model_copy import copy_folder, copy_problem
 from serve_app.tiny import CHECKPOINT
 
 
@@ -64,7 +65,7 @@ def plan_start(settings: Settings) -> StartPlan:
     if (folder := find_folder(settings, copy)) is not None:
         return plan_folder(settings, folder, copy)
     chosen = settings.model
-    cache = find.download_cache(Path(settings.runpod.volume))
+    cache = download_cache(volume_folder(settings.runpod.volume))
     repository = look_up(chosen.name, chosen.revision, hf_token(settings), cache)
     checkpoint = Checkpoint.from_config(Path(chosen.name), repository.config)
     return _decide(settings, checkpoint, repository, copy)
@@ -88,7 +89,8 @@ def find_folder(settings: Settings, copy: Path | None) -> Path | None:
     chosen = settings.model
     if chosen.name == "tiny":
         return CHECKPOINT
-    return find.find_local(chosen.name, chosen.revision, volume=Path(settings.runpod.volume))
+    volume = volume_folder(settings.runpod.volume)
+    return find.find_local(chosen.name, chosen.revision, volume=volume)
 
 
 def hf_token(settings: Settings) -> str | None:
@@ -113,10 +115,15 @@ def _decide(
     notes = [*devices.notes(model, device, dtype), *checkpoint.notes()]
     if quantization is not None:
         notes.append(_quantization_note(settings, quantization))
+    if checkpoint.form == "fused":
+        copy = None
+    if copy is not None and (problem := copy_problem(copy, settings.runpod.volume)) is not None:
+        notes.append(f"no 4-bit copy is kept: `model.cache_dir`: {problem}")
+        copy = None
     return StartPlan(
         checkpoint=checkpoint,
         repository=repository,
-        copy_folder=None if checkpoint.form == "fused" else copy,
+        copy_folder=copy,
         quantization=quantization,
         quantize_lm_head=model.quantize_lm_head,
         asked_device=model.device,

@@ -5,6 +5,7 @@ network volume (`runpod.large_results`).
 """
 
 import asyncio
+import errno
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body
+from serve_app.machine.volume import is_mounted
 
 log = logging.getLogger(__name__)
 
@@ -82,30 +84,34 @@ def max_result_bytes(job_id: str) -> int:
 class LargeResults:
     """Replaces results that the platform refuses for their size."""
 
-    def __init__(self, policy: Literal["error", "volume"], volume: str) -> None:
+    def __init__(self, policy: Literal["error", "volume"], volume: Path) -> None:
         """With `policy` "volume" outputs become files in the folder `results` of `volume`."""
         self._policy = policy
-        self._folder = Path(volume) / FOLDER
+        self._volume = volume
 
     async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
         """The result to post instead of `result`, whose body has `num_bytes`."""
         log.warning("job %r: its result has %d bytes, too many to post.", job_id, num_bytes)
+        remedy = "let the worker keep it on its volume (runpod.large_results)"
         if self._policy == "volume" and result.error is None:
             try:
                 # In a thread: a network volume can be slow.
                 file = await asyncio.to_thread(self._write, job_id, result.output)
             except OSError as error:
-                log.error("The volume cannot be written: %s", error.strerror)
+                remedy = f"mount a volume that can be written ({error.strerror})"
+                log.error("The result is not kept on the volume: %s.", error.strerror)
             else:
                 return Result(encode([file] if result.is_list else file), is_list=result.is_list)
-        too_large = ResultTooLarge(_message(job_id, num_bytes))
+        too_large = ResultTooLarge(_message(job_id, num_bytes, remedy))
         return Result.of_error(error_body(too_large, uuid.uuid4().hex), is_list=result.is_list)
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
         """Writes `output` to a file; returns `{"file": path, "bytes": size}`. Raises `OSError`."""
-        # Not its parents: where no volume is mounted, the file would be lost with the container.
-        self._folder.mkdir(exist_ok=True)
-        path = self._folder / f"{file_name(job_id)}.json"
+        if not is_mounted(self._volume):  # the file would be lost with the container
+            raise OSError(errno.ENODEV, f"no volume is mounted at {self._volume}")
+        folder = self._volume / FOLDER
+        folder.mkdir(exist_ok=True)
+        path = folder / f"{file_name(job_id)}.json"
         partial = path.with_suffix(f".{os.getpid()}.partial")
         try:
             with partial.open("wb") as file:
@@ -125,10 +131,10 @@ def file_name(job_id: str) -> str:
     return hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _message(job_id: str, num_bytes: int) -> str:
+def _message(job_id: str, num_bytes: int, remedy: str) -> str:
     limit = max_result_bytes(job_id)
     sync = "" if limit == MAX_SYNC_BYTES else f", send it to /runsync ({MAX_SYNC_BYTES:,} bytes)"
     return (
         f"The result has {num_bytes:,} bytes and RunPod takes {limit:,}: ask for less at once{sync}"
-        ", or let the worker keep it on its volume (runpod.large_results)."
+        f", or {remedy}."
     )

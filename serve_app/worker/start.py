@@ -12,6 +12,7 @@ from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
+from serve_app.machine.volume import volume_folder
 from serve_app.node import fitness, ray_node
 from serve_app.node.banner import banner
 from serve_app.node.cluster import Cluster, with_load_log
@@ -83,7 +84,9 @@ def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> 
     processes.end_forks_with_this()
     final = failure if failure is not None and not failure.retry else None
     handler = make_handler(settings, config, plan, final, gave_up=lambda: loop.end(1))
-    large_results = LargeResults(settings.runpod.large_results, settings.runpod.volume)
+    large_results = LargeResults(
+        settings.runpod.large_results, volume_folder(settings.runpod.volume)
+    )
     loop = JobLoop(handler, slots, settings.runpod.drain_s, large_results)
     may_take_jobs = True
     try:

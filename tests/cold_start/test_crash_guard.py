@@ -20,10 +20,18 @@ from serve_app.config.settings import Settings
 from serve_app.errors import LoaderKilled, ModelLoadFailed
 from serve_app.start_plan.plan import plan_start
 from serve_app.tiny import CHECKPOINT
+from tests.mounts import mounted_folder
 from tests.worker.process import ENTRY
 
 SHORT = f"{KILLED} while it loaded, usually for lack of memory."
 CUT_OFF = "model.safetensors: is damaged (it has 5 bytes)."
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """Replaces pytest's: the volume of these tests, as records are kept on a mount alone."""
+    with mounted_folder() as folder:
+        yield folder
 
 
 def settings(volume: Path, **model: Any) -> Settings:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,17 @@ import pytest
 
 from emulator.platform import Platform
 from emulator.worker import Worker
+from tests.mounts import mounted_folder
 from tests.processes import replica_of
 from tests.worker.conftest import TINY, Client, until
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
+
+
+@pytest.fixture
+def volume() -> Iterator[Path]:
+    with mounted_folder() as folder:
+        yield folder
 
 
 def variables(volume: Path, **more: str) -> dict[str, Any]:
@@ -35,9 +43,8 @@ def killed_while_loading(home: Path, volume: Path) -> tuple[dict[str, Any], str]
         return job.progress[0], worker.log
 
 
-def test_the_fourth_worker_does_not_try(tmp_path: Path) -> None:
+def test_the_fourth_worker_does_not_try(tmp_path: Path, volume: Path) -> None:
     """After three loads that were killed, the fourth worker's jobs fail before Ray starts."""
-    (volume := tmp_path / "volume").mkdir()
     for number in range(3):
         update, log = killed_while_loading(tmp_path / str(number), volume)
         # Each of them had said, before anything else, that it will take longer than it may.
@@ -57,9 +64,8 @@ def test_the_fourth_worker_does_not_try(tmp_path: Path) -> None:
     assert "Cold start: ray" not in worker.log
 
 
-def test_a_replica_that_is_killed_while_it_loads(tmp_path: Path) -> None:
+def test_a_replica_that_is_killed_while_it_loads(tmp_path: Path, volume: Path) -> None:
     """The job's error says what the load takes and what was free; the volume keeps the record."""
-    (volume := tmp_path / "volume").mkdir()
     with Platform() as platform, Worker(platform, tmp_path, **variables(volume)) as worker:
         client = Client(platform)
         job = client.submit({"prompt": "x"})

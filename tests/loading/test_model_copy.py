@@ -4,13 +4,13 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from serve_app.cold_start.check import check_plan
 from serve_app.config.settings import Settings
-from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import Loaded, load
 from serve_app.loading.load_log import LoadLog
 from serve_app.model.checkpoint.convert import convert
@@ -87,7 +87,7 @@ def test_a_copy_that_another_process_is_writing_is_not_waited_for(
             loads.append(load_once(chosen, tmp_path / "log")[0])
 
     convert(source, folder, progress=meanwhile)
-    assert any("another process writes" in note for note in loads[0].notes)
+    assert any("another process is converting" in note for note in loads[0].notes)
 
 
 def test_our_own_form_is_not_copied(source: Path, tmp_path: Path) -> None:
@@ -124,9 +124,32 @@ def test_names_that_look_alike(
 
 
 def test_a_cache_that_cannot_be_written(source: Path, tmp_path: Path) -> None:
-    """The check refuses it before the load does."""
+    """The model loads without a copy, and a note says why."""
     (tmp_path / "file").write_text("")
-    with pytest.raises(ModelLoadFailed, match=r"`model\.cache_dir`.*cannot be written"):
-        checked(settings(source, tmp_path / "file" / "cache"))
+    chosen = settings(source, tmp_path / "file" / "cache")
+    loaded, phases = load_once(chosen, tmp_path / "log")
+    assert "copy" not in phases
+    (note,) = [note for note in loaded.notes if "no 4-bit copy is kept" in note]
+    assert f"`model.cache_dir`: {tmp_path / 'file'} cannot be written by user" in note
     convert(source, tmp_path / "own")  # a fused checkpoint is not copied
     checked(settings(tmp_path / "own", tmp_path / "file" / "cache"))
+
+
+def test_a_cache_on_a_volume_that_is_not_mounted(source: Path, tmp_path: Path) -> None:
+    """A copy that would be lost with the container is not written."""
+    chosen = settings(source, tmp_path / "volume" / "cache")
+    runpod = chosen.runpod.model_copy(update={"volume": str(tmp_path / "volume")})
+    (tmp_path / "volume").mkdir()
+    plan = plan_start(chosen.model_copy(update={"runpod": runpod}))
+    assert plan.copy_folder is None
+    assert any(f"no volume is mounted at {tmp_path / 'volume'}" in note for note in plan.notes)
+
+
+def test_a_copy_that_fails_ends_no_start(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is too small for the copy: the original is loaded, and a note says why."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    loaded, phases = load_once(settings(source, tmp_path / "cache"), tmp_path / "log")
+    assert "copy" in phases
+    assert any("reads the original, as there is no 4-bit copy" in note for note in loaded.notes)

@@ -1,5 +1,6 @@
 """What a worker says about itself when it starts."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import serve_app
 from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.node.banner import banner, gpu, volume
+from tests.mounts import mounted_folder
 from tests.nvml import Install
 
 
@@ -36,9 +38,11 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:
-    """A worker without its volume, or with one it cannot write, is seen in the first lines."""
-    assert "present and writable" in volume(str(tmp_path))
-    assert "not mounted" in volume(str(tmp_path / "nothing"))
+    """A worker without its volume is seen in the first lines; a folder alone is no volume."""
+    with mounted_folder() as folder:
+        assert re.fullmatch(rf"{folder} is mounted, \d+ GB free; it can be written", volume(folder))
+    for folder in (tmp_path, tmp_path / "nothing"):
+        assert f"none is mounted at {folder}" in volume(folder)
 
 
 def test_gpus_are_named_by_nvml(nvml: Install) -> None:

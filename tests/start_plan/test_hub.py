@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from tests.hub import serve, sha
+from tests.mounts import mounted_folder
 
 FILES = {
     "config.json": b"{}",
@@ -32,7 +34,13 @@ def hub() -> Iterator[str]:
 
 
 def find_in_process(
-    hub: str, home: Path, name: str, revision: str = "main", token: str = "", free: int = 10**12
+    hub: str,
+    home: Path,
+    name: str,
+    revision: str = "main",
+    token: str = "",
+    free: int = 10**12,
+    volume: Path | None = None,
 ) -> tuple[str, bool]:
     """The folder, or the sentence of the error; and whether to try again."""
     code = (
@@ -40,11 +48,13 @@ def find_in_process(
         "import shutil; from types import SimpleNamespace as Usage\n"
         "name, revision, token, volume, free = sys.argv[1:]\n"
         "shutil.disk_usage = lambda path: Usage(free=int(free))\n"
-        "try: print(find_checkpoint(name, revision, token=token or None, volume=Path(volume)), 0)\n"
+        "try: print(find_checkpoint(name, revision, token=token or None, "
+        "chosen_volume=volume), 0)\n"
         "except ModelLoadFailed as error: print(error.message, int(error.retry))"
     )
+    arguments = [name, revision, token, str(volume or home / "absent"), str(free)]
     done = subprocess.run(
-        [sys.executable, "-c", code, name, revision, token, str(home / "volume"), str(free)],
+        [sys.executable, "-c", code, *arguments],
         env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"},
         capture_output=True,
         text=True,
@@ -57,16 +67,17 @@ def find_in_process(
 @pytest.mark.parametrize("has_volume", [False, True])
 def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume: bool) -> None:
     """safetensors, JSON and tokenizer are downloaded, to the volume if any; pickles are not."""
-    if has_volume:
-        (tmp_path / "volume").mkdir()
-    answer, _ = find_in_process(hub, tmp_path, "o/m")
-    folder = Path(answer)
-    wanted = set(FILES) - UNREAD
-    assert {file.name for file in folder.iterdir()} == wanted
-    assert (folder / "model.safetensors").read_bytes() == b"weights"
-    assert folder.is_relative_to(tmp_path / "volume") == has_volume
-    # The second call sends no request.
-    assert find_in_process("http://127.0.0.1:1", tmp_path, "o/m") == (answer, False)
+    with mounted_folder() if has_volume else nullcontext(tmp_path / "no volume") as volume:
+        (tmp_path / "no volume").mkdir()
+        answer, _ = find_in_process(hub, tmp_path, "o/m", volume=volume)
+        folder = Path(answer)
+        wanted = set(FILES) - UNREAD
+        assert {file.name for file in folder.iterdir()} == wanted
+        assert (folder / "model.safetensors").read_bytes() == b"weights"
+        assert folder.is_relative_to(volume) == has_volume
+        # The second call sends no request.
+        again = find_in_process("http://127.0.0.1:1", tmp_path, "o/m", volume=volume)
+        assert again == (answer, False)
 
 
 @pytest.mark.parametrize("begun", [0, 300_000])

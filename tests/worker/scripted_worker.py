@@ -109,7 +109,7 @@ def main() -> int:
         max_body_bytes=1_000_000,
         model_name="scripted",
     )
-    large_results = LargeResults("volume" if given.volume else "error", given.volume or "")
+    large_results = LargeResults("volume" if given.volume else "error", Path(given.volume or "."))
     loops.append(JobLoop(handler, given.slots, given.drain_s, large_results))
     return loops[0].run()
 

@@ -16,6 +16,7 @@ from emulator.queue import Job
 from emulator.worker import Worker
 from serve_app.errors import InternalError
 from serve_app.worker.result import LargeResults, Result, encode, file_name
+from tests.mounts import mounted_folder
 from tests.settled import settled
 from tests.worker.conftest import HEADERS, SCRIPT, Client
 
@@ -23,8 +24,9 @@ BIG = 25_000_000
 
 
 @pytest.fixture(scope="module")
-def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("volume")
+def volume() -> Iterator[Path]:
+    with mounted_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="module")
@@ -115,22 +117,25 @@ def test_an_answer_that_is_no_json_is_an_error(scripted: Client, prompt: str) ->
 
 
 def test_no_volume_is_an_error(tmp_path: Path) -> None:
-    """Without a volume nothing is written: the file would die with the container."""
-    results = LargeResults("volume", str(tmp_path / "absent"))
+    """Without a mounted volume nothing is written: the file would be lost with the container."""
+    results = LargeResults("volume", tmp_path)
     result = asyncio.run(results.replacement("job-1", Result(b"[1]"), BIG))
-    assert json.loads(result.body())["output"]["status"] == "VALIDATION_FAILED"
-    assert not (tmp_path / "absent").exists()
+    output = json.loads(result.body())["output"]
+    assert output["status"] == "VALIDATION_FAILED"
+    assert f"no volume is mounted at {tmp_path}" in output["message"]
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("job_id", ["../up", "a/b", "/etc/x", ".hidden", "", "x" * 300, "\ud800"])
-def test_no_id_leads_out_of_the_folder(tmp_path: Path, job_id: str) -> None:
+def test_no_id_leads_out_of_the_folder(job_id: str) -> None:
     """A job id that is no plain name is not used as a path."""
-    results = LargeResults("volume", str(tmp_path))
-    result = asyncio.run(results.replacement(job_id, Result(b"[1]"), BIG))
-    kept = json.loads(result.body())["output"]
-    assert Path(kept["file"]) == tmp_path / "results" / f"{file_name(job_id)}.json"
-    assert [path.name for path in (tmp_path / "results").iterdir()] == [Path(kept["file"]).name]
-    assert stat.S_ISREG(Path(kept["file"]).stat().st_mode)
+    with mounted_folder() as folder:
+        results = LargeResults("volume", folder)
+        result = asyncio.run(results.replacement(job_id, Result(b"[1]"), BIG))
+        kept = Path(json.loads(result.body())["output"]["file"])
+        assert kept == folder / "results" / f"{file_name(job_id)}.json"
+        assert [path.name for path in (folder / "results").iterdir()] == [kept.name]
+        assert stat.S_ISREG(kept.stat().st_mode)
 
 
 def test_lone_surrogates_are_replaced() -> None:

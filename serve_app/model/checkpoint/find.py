@@ -5,19 +5,14 @@ case.
 """
 
 import json
-import os
 import re
 from pathlib import Path
 
 from serve_app.errors import ModelLoadFailed
 
 RUNPOD_VOLUME = Path("/runpod-volume")
+"""RunPod mounts its cached models here, in the folder that `hub_cache` returns."""
 RUNPOD_CACHE = Path("/runpod/cache")
-
-
-def download_cache(volume: Path = RUNPOD_VOLUME) -> Path | None:
-    """The cache that downloads go to: the network volume's, or None for the Hugging Face cache."""
-    return _hub(volume) if volume.is_dir() and os.access(volume, os.W_OK) else None
 
 
 def find_local(
@@ -39,14 +34,15 @@ def find_local(
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for hub in (_hub(volume), Path(HF_HUB_CACHE)):
+    for hub in (hub_cache(volume), hub_cache(RUNPOD_VOLUME), Path(HF_HUB_CACHE)):
         if cached := cached_snapshot(hub, name, revision):
             return cached
     cached = RUNPOD_CACHE / name / (revision or "main")
     return cached if _is_downloaded(cached) else None
 
 
-def _hub(volume: Path) -> Path:
+def hub_cache(volume: Path) -> Path:
+    """The Hugging Face cache on a volume."""
     return volume / "huggingface-cache" / "hub"
 
 

@@ -155,6 +155,11 @@ class Draining(Overloaded):
     code = "draining"
 
 
+class Loading(Overloaded):
+    http_status = 503
+    code = "loading"
+
+
 class OutOfMemory(ServeError):
     http_status = 503
     code = "out_of_memory"

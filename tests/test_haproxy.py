@@ -26,6 +26,21 @@ HAPROXY = {
 """Serve's HAProxy mode. Without the second one, an open replica drains for half a minute."""
 
 
+def on_free_ports(folder: str) -> dict[str, str]:
+    """The variables of HAProxy mode, with ports and files beside whatever else runs here."""
+    direct = free_port()
+    return HAPROXY | {
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 20),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+    }
+
+
 @pytest.fixture(scope="module")
 def haproxys() -> Iterator[str]:
     """HAProxy's folder. Its name is short, because a socket's path has at most 97 characters."""
@@ -39,17 +54,7 @@ def url(tmp_path_factory: pytest.TempPathFactory, haproxys: str) -> Iterator[str
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
     config["http_options"]["port"] = port = free_port()
     (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    direct = free_port()
-    variables = HAPROXY | {
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 20),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{haproxys}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{haproxys}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": haproxys,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{haproxys}/server-state",
-    }
+    variables = on_free_ports(haproxys)
     serve = "from ray.serve.scripts import cli; cli()"
     command = [sys.executable, "-c", serve, "run", "--address", "local", "--app-dir", str(ROOT)]
     address = f"http://127.0.0.1:{port}"

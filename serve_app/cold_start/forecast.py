@@ -29,8 +29,6 @@ DOWNLOAD_BYTES_PER_S = 2e8
 QUANTIZE_BYTES_PER_S = 1e8
 """Floats that two cores quantize (`benchmarks/results/forms-cpu.json`). A GPU quantizes faster than
 a disk reads."""
-WORKER_INIT_LIMIT_S = 420.0
-"""Seconds that RunPod gives a worker to come up, by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,20 +69,23 @@ class Forecast:
     def warning(self, settings: Settings) -> str | None:
         """What to do where that is longer than the platform waits; None where it is not."""
         is_eager = settings.runpod.start == "eager"
-        limit = WORKER_INIT_LIMIT_S if is_eager else settings.runpod.execution_timeout_s
+        runpod = settings.runpod
+        limit = runpod.init_timeout_s if is_eager else runpod.execution_timeout_s
         if self.seconds <= limit:
             return None
         remedies = []
         if self.quantizes:
             remedies.append("convert the checkpoint to 4 bits (mixtral-serve convert)")
         if self.download_bytes:
-            remedies.append("download the model onto a network volume beforehand")
+            remedies.append("take a cached model, or download it onto a network volume first")
         if is_eager:
             what = "what a worker has to come up"
             remedies.append("raise RUNPOD_INIT_TIMEOUT")
         else:
             what = "the endpoint's execution timeout, which runs while the first job waits"
-            remedies.append("set `runpod.start` to eager")
+            eager = "set `runpod.start` to eager"
+            is_short = self.seconds > runpod.init_timeout_s
+            remedies.append(f"{eager} and RUNPOD_INIT_TIMEOUT to more" if is_short else eager)
             remedies.append("raise the timeout and `runpod.execution_timeout_s` with it")
         return (
             f"Loading will take about {self.seconds:.0f} s, and {limit:.0f} s are {what}: "

@@ -22,13 +22,15 @@ EXTRA_NAMES = {
     "DTYPE": "model.dtype",
     "REQUEST_TIMEOUT": "api.request_timeout_s",
     "BASE_PATH": "runpod.volume",
+    "RUNPOD_INIT_TIMEOUT": "runpod.init_timeout_s",
 }
-"""Names of RunPod's vLLM worker that do not follow the rule, and the setting that each one sets."""
+"""Names of RunPod and its vLLM worker that do not follow the rule, and the setting that each one sets."""
 
 NOT_BY_RULE = {
     "model.cache_dir": "other programs in a container read CACHE_DIR",
     "engine.num_threads": "other programs in a container read NUM_THREADS",
     "runpod.volume": "RunPod owns the names that begin with RUNPOD_",
+    "runpod.init_timeout_s": "the platform reads RUNPOD_INIT_TIMEOUT alone",
     "runpod.start": "RunPod owns the names that begin with RUNPOD_",
 }
 """Settings whose name by rule could be set for another purpose, and that purpose. Only their

@@ -161,6 +161,10 @@ class RunpodSettings(_Section):
     start: Literal["lazy", "eager"] = "lazy"
     """When the model loads. lazy: with the first job, within that job's execution time. eager:
     before the worker takes a job, within the platform's time for a start (7 minutes by default)."""
+    init_timeout_s: float = Field(default=420.0, gt=0)
+    """Seconds that the platform gives a worker before it asks for jobs, or before `/ping` is 200.
+    The platform reads RUNPOD_INIT_TIMEOUT; the worker warns when it expects the load to take
+    longer."""
     execution_timeout_s: float = Field(default=600.0, gt=0)
     """The endpoint's execution timeout in seconds; the platform's default is 600. The worker does
     not enforce it: it warns when it expects the load to take longer."""

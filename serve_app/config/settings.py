@@ -120,7 +120,7 @@ class EntrySettings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535)
     """Port for HTTP, on every interface."""
     port_health: int | None = Field(default=None, ge=0, le=65535)
-    """Port on which a load balancer asks `/ping` for the server's state; None is `PORT` only."""
+    """Port on which a load balancer asks `/ping` for the server's state; None is `PORT`."""
     runpod_webhook_get_job: str | None = None
     """Address from which the worker takes jobs. Only the platform sets it."""
     runpod_endpoint_id: str | None = None

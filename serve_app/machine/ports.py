@@ -3,6 +3,8 @@
 import errno
 import socket
 
+import psutil
+
 from serve_app.config.serve_config import ConfigError
 
 
@@ -27,3 +29,25 @@ def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
 def require_free(name: str, port: int, host: str) -> None:
     """Raises a `ConfigError` that names setting `name` where `host`:`port` cannot be used."""
     listen(name, port, host).close()
+
+
+def listen_before(port: int) -> list[socket.socket]:
+    """Sockets that get all connections to `port` in the place of a server on 0.0.0.0:`port`.
+
+    Linux prefers a socket on a connection's own address to one on every address. So there is one
+    socket for each IPv4 address of this machine. The server must set SO_REUSEPORT too.
+    """
+    addresses = {
+        address.address
+        for addresses in psutil.net_if_addrs().values()
+        for address in addresses
+        if address.family == socket.AF_INET
+    }
+    sockets: list[socket.socket] = []
+    for address in sorted(addresses):
+        try:
+            sockets.append(socket.create_server((address, port), reuse_port=True))
+        except OSError as error:  # an address that has just gone
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+    return sockets

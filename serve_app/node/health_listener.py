@@ -1,86 +1,59 @@
-"""Answers `/ping` and `/health` on PORT_HEALTH from the first moment, in a thread of its own.
+"""The process that answers `/ping` while this one starts Ray and the model loads."""
 
-RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any other status that the
-server takes no requests. A deployment answers nothing while its constructor loads the model.
-`/health` gives the state as JSON, with status 200 when ready and 503 otherwise.
-
-A connection carries one small request within `REQUEST_S`; others are closed.
-"""
-
-import asyncio
+import contextlib
 import json
-import threading
-from collections.abc import Callable
-from http import HTTPStatus
-from typing import Any
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 
-from serve_app.machine.ports import listen
-
-PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
-"""The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
-REQUEST_S = 5.0
-"""Seconds that a client has to send its request and read the answer."""
-MAX_HEAD_BYTES = 16_384
-
-Health = Callable[[], dict[str, Any]]
-"""Returns the body of `/health`, whose "status" decides the answer of `/ping`."""
+from serve_app.machine.ports import listen, listen_before
+from serve_app.node.health_server import State
 
 
 class HealthListener:
-    """Listens on 0.0.0.0:`port` from its construction until the process ends."""
+    """Answers from its construction until `close`, or until this process ends.
 
-    def __init__(self, port: int, health: Health) -> None:
-        """Raises `ConfigError` if the port is in use."""
-        # Not in the thread, so that the caller gets the error.
-        self._socket = listen("PORT_HEALTH", port)
-        self._health = health
-        # A daemon, so that slow clients do not delay the end of the process.
-        threading.Thread(target=self._run, name="health", daemon=True).start()
+    Connections wait for their answer until the process of `health_server.py` runs.
+    """
 
-    @property
-    def port(self) -> int:
-        return int(self._socket.getsockname()[1])
+    def __init__(self, sockets: Sequence[socket.socket]) -> None:
+        """Hands `sockets`, which listen, to the other process."""
+        numbers = [each.fileno() for each in sockets]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serve_app.node.health_server", *map(str, numbers)],
+            stdin=subprocess.PIPE,
+            bufsize=0,
+            pass_fds=numbers,
+            cwd=Path(__file__).parents[2],
+            # A session of its own, so that a signal to this process's group does not end it.
+            start_new_session=True,
+        )
+        for each in sockets:
+            each.close()
 
-    def _run(self) -> None:
-        asyncio.run(self._serve())
+    @classmethod
+    def on_port(cls, port: int) -> "HealthListener":
+        """Listens on PORT_HEALTH, on every interface; raises `ConfigError` if it is in use."""
+        return cls([listen("PORT_HEALTH", port)])
 
-    async def _serve(self) -> None:
-        server = await asyncio.start_server(self._client, sock=self._socket, limit=MAX_HEAD_BYTES)
-        await server.serve_forever()
+    @classmethod
+    def before(cls, port: int) -> "HealthListener":
+        """Answers on `port` in the place of a server that listens on every interface there.
 
-    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            async with asyncio.timeout(REQUEST_S):
-                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
-                await writer.drain()
-                writer.close()
-                await writer.wait_closed()
-        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
-            writer.transport.abort()
+        That server may start at any time; it gets the connections that come after `close`.
+        """
+        return cls(listen_before(port))
 
-    def _answer(self, head: bytes) -> bytes:
-        """The response to a request's head, bytes as they go over the wire."""
-        method, status = b"", HTTPStatus.BAD_REQUEST
-        body: dict[str, Any] = {}
-        match head.partition(b"\r\n")[0].split(b" "):
-            case [method, target, version] if version.startswith(b"HTTP/1."):
-                status = HTTPStatus.METHOD_NOT_ALLOWED
-                if method in (b"GET", b"HEAD"):
-                    status, body = self._route(target.partition(b"?")[0])
-        lines = [f"HTTP/1.1 {status.value} {status.phrase}", "Connection: close"]
-        content = b""
-        if status is not HTTPStatus.NO_CONTENT:
-            content = json.dumps(body).encode()
-            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
-        response = "\r\n".join([*lines, "", ""]).encode()
-        return response if method == b"HEAD" else response + content
+    def tell(self, state: State) -> None:
+        """Changes the answers. A signal handler may call it: one write, without a buffer."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.write(json.dumps(state).encode() + b"\n")
 
-    def _route(self, path: bytes) -> tuple[HTTPStatus, dict[str, Any]]:
-        if path not in (b"/ping", b"/health"):
-            return HTTPStatus.NOT_FOUND, {}
-        health = self._health()
-        ping = PING.get(health["status"], HTTPStatus.SERVICE_UNAVAILABLE)
-        if path == b"/ping":
-            return ping, {"status": health["status"]}
-        is_ready = ping is HTTPStatus.OK
-        return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, health
+    def close(self) -> None:
+        """Ends the process, after it has stopped listening and given its last answers."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()

@@ -2,13 +2,15 @@
 
 Both `mixtral-serve run` and `runpod_entry.py` with RUNPOD_SERVERLESS=false end here. SIGTERM and
 Ctrl-C finish the running requests and exit with code 0; the exit code is 1 when the model is lost
-and cannot be loaded again. `PORT_HEALTH` answers from the first moment, before Ray starts.
+and cannot be loaded again. `/ping` answers from the first moment, before Ray starts: on
+PORT_HEALTH, or on the server's own port, where Serve's proxy takes over once the model is loaded.
 """
 
 import json
 import logging
 import signal
 import ssl
+import sys
 import threading
 import time
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
@@ -17,11 +19,10 @@ from typing import Any
 
 from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
-from serve_app.config.settings import ConfigError, Settings
+from serve_app.config.settings import Settings
 from serve_app.errors import EngineDead, ServeError
-from serve_app.loading.phases import read_events
 from serve_app.machine.ports import require_free
-from serve_app.node import cluster, phases, ray_node
+from serve_app.node import cluster, ray_node
 from serve_app.node.health_listener import HealthListener
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,11 @@ REPLICA_TIMEOUT_S = 5.0
 """Seconds that the replicas have to answer such a poll."""
 PING_TIMEOUT_S = 2.0
 """Seconds that `/ping` has to answer. Serve makes requests wait while no replica runs."""
+HAND_OVER_S = 10.0
+"""Seconds that Serve's proxy has to answer, after the model is loaded."""
+HAND_OVER_POLL_S = 0.05
+BEHIND = "127.0.0.2"
+"""An address of this machine that no interface lists, so `listen_before` leaves it to Serve."""
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Addresses that stand for every interface, and where a client on this machine connects."""
 
@@ -51,6 +57,8 @@ class HttpEndpoint:
     ) -> None:
         """Takes SIGTERM and SIGINT, so call it in the main thread, before anything else.
 
+        `port_health` None, or the server's own port, means that `/ping` is on the server's port.
+
         `http_options` are Ray Serve's, with at least `host` and `port`. Raises `ConfigError` for a
         port that is in use, naming `port_name` or PORT_HEALTH.
         """
@@ -59,15 +67,15 @@ class HttpEndpoint:
         self.load_log: str | None = None
         self.is_serving = False
         self._is_stopping = threading.Event()
-        if port_health == http_options["port"]:
-            raise ConfigError(
-                f"PORT_HEALTH and {port_name} are both {port_health}; the health listener needs "
-                "its own port."
-            )
+        port = http_options["port"]
         # Serve's proxy would report a port in use in the middle of a stack trace.
-        require_free(port_name, http_options["port"], http_options["host"])
-        if port_health is not None:
-            HealthListener(port_health, self.health)
+        require_free(port_name, port, http_options["host"])
+        self._has_own_port = port_health is not None and port_health != port
+        self._health: HealthListener | None = None
+        if port_health is not None and self._has_own_port:
+            self._health = HealthListener.on_port(port_health)
+        elif _can_stand_in(http_options):
+            self._health = HealthListener.before(port)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
 
@@ -78,10 +86,29 @@ class HttpEndpoint:
         scheme = "https" if self.http_options.get("ssl_certfile") else "http"
         return f"{scheme}://{ALL_INTERFACES.get(host, host)}:{self.http_options['port']}"
 
-    def health(self) -> dict[str, Any]:
-        """`{"status", "load": [...]}` and the phase under way, as waiting jobs get them."""
-        events = read_events(self.load_log) if self.load_log else []
-        return {"status": self.status, **phases.summary(events)}
+    def tell(self, status: str | None = None, load_log: str | None = None) -> None:
+        """Changes the status, or the load log, of which `/health` shows the phases."""
+        self.status, self.load_log = status or self.status, load_log or self.load_log
+        if self._health is not None:
+            self._health.tell({"status": self.status, "load_log": self.load_log})
+
+    def serves(self) -> None:
+        """Tells that the model is loaded, and gives the server's port to Serve's proxy."""
+        is_stand_in = self._health is not None and not self._has_own_port
+        if is_stand_in:
+            end = time.monotonic() + HAND_OVER_S
+            while not self._answers(BEHIND) and time.monotonic() < end:
+                time.sleep(HAND_OVER_POLL_S)
+        self.is_serving = True
+        self.tell("ready")
+        if is_stand_in:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the process that answers `/ping`."""
+        if self._health is not None:
+            self._health.close()
+            self._health = None
 
     def watch(self) -> None:
         """Keeps `status` up to date until a signal stops the server.
@@ -96,15 +123,15 @@ class HttpEndpoint:
             if self._is_stopping.is_set():
                 break
             if is_ready != (self.status == "ready"):
-                self.status = "ready" if is_ready else "loading"
+                self.tell("ready" if is_ready else "loading")
                 log.warning("%s/ping: the server is %s.", self.url, self.status)
             if not is_ready and self.load_log:
                 cluster.require_no_failure(self.load_log)
-        self.status = "draining"
+        self.tell("draining")
 
-    def _answers(self) -> bool:
+    def _answers(self, address: str | None = None) -> bool:
         """Whether a request passes the proxy to a replica with a living engine."""
-        connection = self._connect()
+        connection = self._connect(address)
         try:
             connection.request("GET", "/ping")
             return connection.getresponse().status == 200
@@ -113,9 +140,10 @@ class HttpEndpoint:
         finally:
             connection.close()
 
-    def _connect(self) -> HTTPConnection:
-        scheme, _, address = self.url.partition("://")
-        host, _, port = address.rpartition(":")
+    def _connect(self, address: str | None) -> HTTPConnection:
+        scheme, _, own = self.url.partition("://")
+        host, _, port = own.rpartition(":")
+        host = address or host
         if scheme == "http":
             return HTTPConnection(host, int(port), timeout=PING_TIMEOUT_S)
         # The certificate names the public host, and this is our own server.
@@ -125,29 +153,36 @@ class HttpEndpoint:
     def _stop(self, number: int, _frame: Any) -> None:
         is_first = not self._is_stopping.is_set()
         self._is_stopping.set()
-        self.status = "draining"
+        self.tell("draining")
         if is_first and not self.is_serving:
             raise SystemExit(0)  # no request to wait for
         if not is_first and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for running requests
 
 
+def _can_stand_in(http_options: dict[str, Any]) -> bool:
+    """Whether a `HealthListener` can answer on the port of Serve's proxy until it serves."""
+    is_tls = bool(http_options.get("ssl_certfile"))
+    return sys.platform == "linux" and http_options["host"] == "0.0.0.0" and not is_tls
+
+
 def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests; 0."""
     settings = cluster.with_load_log(checked.settings)
-    endpoint.load_log = settings.load_log
+    endpoint.tell(load_log=settings.load_log)
     try:
         with ColdStart(settings, checked.plan).watch():
             handle = cluster.serve_http(settings, config, endpoint.http_options, checked.plan)
-        endpoint.is_serving, endpoint.status = True, "ready"
+        endpoint.serves()
         log.info("Serving HTTP on %s; try: %s", endpoint.url, example(endpoint.url, settings))
         endpoint.watch()
         _drain(handle, settings.runpod.drain_s)
     except ServeError:
-        endpoint.status = "failed"
+        endpoint.tell("failed")
         raise
     finally:
         ray_node.stop()
+        endpoint.close()
     return 0
 
 

@@ -108,6 +108,8 @@ def start(meanwhile: Callable[[], None] = lambda: None) -> None:
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     # The monitor counts the page cache of weights as used memory, and would kill the replica.
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # HAProxy, too, shares its port with the listener that answers /ping while the model loads.
+    os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "1")
     # Workers start with the raylet, not when this process connects to it.
     os.environ.setdefault("RAY_enable_worker_prestart", "1")
     _reaper()
@@ -159,7 +161,8 @@ def below() -> "list[psutil.Process]":
     """All of Ray's processes below this one."""
     import ray
 
-    programs = f"{Path(ray.__file__).parent}{os.sep}", ray_worker.__file__
+    folder = Path(ray.__file__).parent
+    programs = f"{folder}{os.sep}", f"{folder}_haproxy{os.sep}", ray_worker.__file__
     commands = ((it, processes.command(it)) for it in processes.descendants())
     return [
         process

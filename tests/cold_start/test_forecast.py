@@ -78,8 +78,14 @@ def test_a_short_load_has_no_warning() -> None:
         (
             {"read_bytes_per_s": GB / 20},
             {"start": "eager"},
-            ["about 520 s, and 420 s are", "RUNPOD_INIT_TIMEOUT"],
+            ["about 520 s, and 420 s are", "raise RUNPOD_INIT_TIMEOUT"],
             "to eager",
+        ),
+        (
+            {"read_bytes_per_s": GB / 40},
+            {},
+            ["about 1020 s, and 600 s are", "to eager and RUNPOD_INIT_TIMEOUT to more"],
+            "convert",
         ),
     ],
 )
@@ -92,6 +98,16 @@ def test_the_warning_names_remedies(
     for words in said:
         assert words in warning
     assert unsaid not in warning
+
+
+def test_what_was_done_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """RUNPOD_INIT_TIMEOUT is the limit of an eager start, and lets a lazy one become eager."""
+    long = forecast(read_bytes_per_s=GB / 40)
+    monkeypatch.setenv("RUNPOD_INIT_TIMEOUT", "1800")
+    assert long.warning(settings(start="eager")) is None
+    assert "to eager, or raise" in (long.warning(settings()) or "")
+    monkeypatch.setenv("RUNPOD_INIT_TIMEOUT", "800")
+    assert "and 800 s are what a worker" in (long.warning(settings(start="eager")) or "")
 
 
 def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,7 +48,7 @@ def test_the_fourth_worker_does_not_try(tmp_path: Path, volume: Path) -> None:
     for number in range(3):
         update, log = killed_while_loading(tmp_path / str(number), volume)
         # Each of them had said, before anything else, that it will take longer than it may.
-        assert (update["status"], update["expected_s"]) == ("loading", 20)
+        assert (update["status"], update["expected_s"]) == ("loading", 11)
         assert "5 s are the endpoint's execution timeout" in update["warning"]
         assert "set `runpod.start` to eager" in update["warning"]
         assert log.index(update["warning"]) < log.index("Cold start: process")

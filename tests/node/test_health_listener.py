@@ -1,16 +1,22 @@
 """The listener on PORT_HEALTH over real sockets: its answers, and requests that it survives."""
 
+import asyncio
 import contextlib
-import json
 import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
 from serve_app.config.settings import ConfigError
-from serve_app.node import health_listener
+from serve_app.node import health_server
 from serve_app.node.health_listener import HealthListener
+from serve_app.node.health_server import HealthServer
+from tests.worker.conftest import until
 
 
 @pytest.fixture
@@ -19,16 +25,31 @@ def told() -> dict[str, Any]:
     return {"status": "loading", "load": [{"phase": "read", "seconds": 1.5}]}
 
 
+@dataclass
+class Listener:
+    port: int
+
+
 @pytest.fixture
-def listener(told: dict[str, Any]) -> HealthListener:
-    return HealthListener(0, lambda: told)
+def listener(told: dict[str, Any]) -> Iterator[Listener]:
+    """The server of the health process, in a thread of the test."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
+    loop, ended = asyncio.new_event_loop(), asyncio.Event()
+    serving = HealthServer([listening], lambda: told).serve(ended.wait())
+    thread = threading.Thread(target=loop.run_until_complete, args=(serving,))
+    thread.start()
+    yield Listener(port)
+    loop.call_soon_threadsafe(ended.set)
+    thread.join()
+    loop.close()
 
 
-def get(listener: HealthListener, path: str) -> httpx.Response:
+def get(listener: Listener, path: str) -> httpx.Response:
     return httpx.get(f"http://127.0.0.1:{listener.port}{path}")
 
 
-def said(listener: HealthListener, sent: bytes) -> bytes:
+def said(listener: Listener, sent: bytes) -> bytes:
     """The whole response to `sent`, until the listener closes the connection."""
     with socket.create_connection(("127.0.0.1", listener.port), timeout=30) as connection:
         answer = b""
@@ -44,7 +65,7 @@ def said(listener: HealthListener, sent: bytes) -> bytes:
     ("status", "code"), [("loading", 204), ("ready", 200), ("draining", 503), ("failed", 503)]
 )
 def test_ping_is_what_the_load_balancer_reads(
-    listener: HealthListener, told: dict[str, Any], status: str, code: int
+    listener: Listener, told: dict[str, Any], status: str, code: int
 ) -> None:
     """204 while it loads, 200 when it is ready, and 503 in any other state."""
     told["status"] = status
@@ -54,19 +75,21 @@ def test_ping_is_what_the_load_balancer_reads(
     assert health.json() == told
 
 
-def test_other_requests_are_refused(listener: HealthListener) -> None:
+def test_other_requests_are_refused(listener: Listener) -> None:
     """A wrong path, a wrong method and bytes that are not HTTP each get their own status."""
-    assert get(listener, "/v1/models").status_code == 404
+    early = httpx.post(f"http://127.0.0.1:{listener.port}/v1/completions", content=b"{}")
+    assert (early.status_code, early.headers["retry-after"]) == (503, "5")
+    assert early.json()["error"]["code"] == "loading"
     assert httpx.post(f"http://127.0.0.1:{listener.port}/ping").status_code == 405
     assert said(listener, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert said(listener, b"HEAD /health HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")
 
 
 def test_it_survives_its_clients(
-    listener: HealthListener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Endless heads, half requests, resets and silence close their own connection only."""
-    monkeypatch.setattr(health_listener, "REQUEST_S", 0.5)
+    monkeypatch.setattr(health_server, "REQUEST_S", 0.5)
     with contextlib.ExitStack() as held:
         for sent in (b"", b"GET /ping HTTP/1.1\r\n", b"\0" * 100):
             slow = held.enter_context(socket.create_connection(("127.0.0.1", listener.port)))
@@ -78,8 +101,29 @@ def test_it_survives_its_clients(
     assert not caplog.records
 
 
-def test_a_taken_port_is_one_sentence(listener: HealthListener) -> None:
+def test_a_taken_port_is_one_sentence(listener: Listener) -> None:
     """The sentence names the variable and the port."""
     with pytest.raises(ConfigError, match=f"^PORT_HEALTH: port {listener.port} of "):
-        HealthListener(listener.port, dict)
-    assert json.loads(get(listener, "/health").content)["status"] == "loading"
+        HealthListener.on_port(listener.port)
+
+
+def test_it_stands_before_a_server_on_the_same_port(tmp_path: Path) -> None:
+    """Its answers come from the state that it was told; after `close` the server gets the port."""
+    with socket.create_server(("0.0.0.0", 0), reuse_port=True) as server:
+        port = server.getsockname()[1]
+        listener = HealthListener.before(port)
+        (log := tmp_path / "load.jsonl").write_text(
+            '{"phase": "ray", "state": "done", "seconds": 2.5}\n'
+        )
+        assert get(Listener(port), "/ping").status_code == 204
+        listener.tell({"status": "ready", "load_log": str(log)})
+        until(lambda: get(Listener(port), "/ping").status_code == 200)
+        health = get(Listener(port), "/health").json()
+        assert health == {"status": "ready", "load": [{"phase": "ray", "seconds": 2.5}]}
+        server.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            server.accept()
+        listener.close()
+        server.setblocking(True)
+        with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
+            pass

@@ -56,6 +56,7 @@ def endpoint(
     endpoint.is_serving = True
     endpoint.load_log = str(tmp_path / "load.jsonl")
     yield endpoint
+    endpoint.close()
     for number, handler in kept.items():
         signal.signal(number, handler)
 

@@ -65,10 +65,6 @@ def test_importing_loads_nothing_heavy() -> None:
             "MIXTRAL_ENGINE__MAX_LEN, which is not a setting",
         ),
         (
-            {"RUNPOD_SERVERLESS": "false", "PORT": "8123", "PORT_HEALTH": "8123"},
-            "PORT_HEALTH and PORT are both 8123",
-        ),
-        (
             {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/", "RUNPOD_LOG_LEVEL": "WARNING"},
             "RUNPOD_LOG_LEVEL takes",
         ),

@@ -1,0 +1,142 @@
+"""`python -m serve_app.node.health_server SOCKET...` answers `/ping` and `/health` during a start.
+
+RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any other status that the
+server takes no requests. A deployment answers nothing while its constructor loads the model.
+`/health` gives the state as JSON, with status 200 when ready and 503 otherwise. Other requests are
+refused.
+
+It is a process of its own, because Ray's start holds the parent's interpreter for seconds. It gets
+the numbers of listening sockets, and lines of JSON on standard input, which are parts of `State`.
+It ends when standard input does, so it does not outlive its parent.
+
+A connection carries one small request within `REQUEST_S`; others are closed.
+"""
+
+import asyncio
+import json
+import signal
+import socket
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import Any, TypedDict
+
+from serve_app.errors import Loading, error_body
+from serve_app.loading.phases import read_events
+from serve_app.node import phases
+
+PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
+"""The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
+REQUEST_S = 5.0
+"""Seconds that a client has to send its request and read the answer."""
+MAX_HEAD_BYTES = 16_384
+RETRY_AFTER_S = 5
+"""Seconds in the `Retry-After` header of a request that comes while the model loads."""
+
+Health = Callable[[], dict[str, Any]]
+"""Returns the body of `/health`, whose "status" decides the answer of `/ping`."""
+
+
+class HealthServer:
+    """Answers on `sockets`, which listen already."""
+
+    def __init__(self, sockets: Sequence[socket.socket], health: Health) -> None:
+        self._sockets = sockets
+        self._health = health
+        self._clients: set[asyncio.Task[Any]] = set()
+
+    async def serve(self, ended: Awaitable[object]) -> None:
+        """Answers until `ended` returns. Then it stops listening, and ends its last answers."""
+        servers = [
+            await asyncio.start_server(self._client, sock=each, limit=MAX_HEAD_BYTES)
+            for each in self._sockets
+        ]
+        await ended
+        for server in servers:
+            server.close()
+        if self._clients:
+            await asyncio.wait(self._clients)
+
+    async def _client(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
+        try:
+            async with asyncio.timeout(REQUEST_S):
+                writer.write(self._answer(await reader.readuntil(b"\r\n\r\n")))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError):
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        """The response to a request's head, bytes as they go over the wire."""
+        method, status = b"", HTTPStatus.BAD_REQUEST
+        body: Any = {}
+        lines = []
+        match head.partition(b"\r\n")[0].split(b" "):
+            case [method, target, version] if version.startswith(b"HTTP/1."):
+                status, body = self._route(method, target.partition(b"?")[0])
+                if status is HTTPStatus.SERVICE_UNAVAILABLE:
+                    lines = [f"Retry-After: {RETRY_AFTER_S}"]
+        lines = [f"HTTP/1.1 {status.value} {status.phrase}", "Connection: close", *lines]
+        content = b""
+        if status is not HTTPStatus.NO_CONTENT:
+            content = json.dumps(body).encode()
+            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
+        response = "\r\n".join([*lines, "", ""]).encode()
+        return response if method == b"HEAD" else response + content
+
+    def _route(self, method: bytes, path: bytes) -> tuple[HTTPStatus, Any]:
+        if path not in (b"/ping", b"/health"):
+            message = "The model is not ready to answer here; see /health, and try again."
+            return HTTPStatus.SERVICE_UNAVAILABLE, error_body(Loading(message), uuid.uuid4().hex)
+        if method not in (b"GET", b"HEAD"):
+            return HTTPStatus.METHOD_NOT_ALLOWED, {}
+        health = self._health()
+        ping = PING.get(health["status"], HTTPStatus.SERVICE_UNAVAILABLE)
+        if path == b"/ping":
+            return ping, {"status": health["status"]}
+        is_ready = ping is HTTPStatus.OK
+        return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, health
+
+
+class State(TypedDict):
+    """What the parent tells."""
+
+    status: str
+    """"loading", "ready", "draining" or "failed"."""
+    load_log: str | None
+
+
+def health(state: State) -> dict[str, Any]:
+    """`{"status", "load": [...]}` and the phase under way, as waiting jobs get them."""
+    events = read_events(state["load_log"]) if state["load_log"] else []
+    return {"status": state["status"], **phases.summary(events)}
+
+
+async def follow_parent(state: State) -> None:
+    """Updates `state` with each line of standard input, until its end."""
+    reader = asyncio.StreamReader()
+    protocol = asyncio.StreamReaderProtocol(reader)
+    await asyncio.get_running_loop().connect_read_pipe(lambda: protocol, sys.stdin)
+    async for line in reader:
+        state.update(json.loads(line))
+
+
+def main(numbers: Sequence[str]) -> None:
+    """Answers on the inherited sockets with these numbers."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # the parent says when to end
+    state = State(status="loading", load_log=None)
+    server = HealthServer(
+        [socket.socket(fileno=int(number)) for number in numbers], lambda: health(state)
+    )
+    asyncio.run(server.serve(follow_parent(state)))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -24,7 +24,7 @@ EXTRA_NAMES = {
     "BASE_PATH": "runpod.volume",
     "RUNPOD_INIT_TIMEOUT": "runpod.init_timeout_s",
 }
-"""Names of RunPod and its vLLM worker that do not follow the rule, and the setting that each one sets."""
+"""Names of RunPod and its vLLM worker that do not follow the rule, and the setting of each."""
 
 NOT_BY_RULE = {
     "model.cache_dir": "other programs in a container read CACHE_DIR",

@@ -65,5 +65,5 @@ def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
         settled(platform, worker)
     error = Client(platform).error_of(job)["error"]
     assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", False)
-    assert "tokenizer cannot be read" in error["message"]
+    assert "special tokens cannot be read" in error["message"]
     assert code == 0

@@ -133,7 +133,7 @@ def test_a_model_that_does_not_load_again_ends_it(
     assert entry.returncode == 1
     assert {204, 503} & answers, "the load balancer was not informed"
     errors = [line for line in (tmp_path / "entry.log").read_text().splitlines() if "ERROR" in line]
-    assert "tokenizer cannot be read" in errors[-1]
+    assert "special tokens cannot be read" in errors[-1]
 
 
 @pytest.mark.parametrize("victim", ["/raylet ", "/gcs_server "])
@@ -155,5 +155,5 @@ def test_it_ends_when_the_model_cannot_load(tmp_path: Path, config: Path, checkp
     done = run_entry(tmp_path, SERVE_CONFIG=str(config), RUNPOD_SERVERLESS="false", PORT="0")
     assert done.returncode == 1
     errors = [line for line in done.stderr.splitlines() if " ERROR " in line]
-    assert "tokenizer cannot be read" in errors[-1]
+    assert "special tokens cannot be read" in errors[-1]
     until(lambda: not left_behind(tmp_path))

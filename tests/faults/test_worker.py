@@ -105,9 +105,9 @@ def test_a_model_that_cannot_load_fails_the_jobs(
     for job in jobs:
         error = client.error_of(job)["error"]
         assert (error["status"], error["code"]) == ("MODEL_LOAD_FAILED", "model_load_failed")
-        assert "tokenizer cannot be read" in error["message"]
+        assert "special tokens cannot be read" in error["message"]
     assert health["status"] == "failed"
-    assert "tokenizer cannot be read" in health["reason"]
+    assert "special tokens cannot be read" in health["reason"]
     assert code == 0
 
 
@@ -151,7 +151,7 @@ def test_a_model_that_does_not_load_again_ends_the_worker(
     for job in (silent, late):
         error = client.error_of(job)["error"]
         assert error["status"] == "MODEL_LOAD_FAILED"
-        assert "tokenizer cannot be read" in error["message"]
+        assert "special tokens cannot be read" in error["message"]
     assert [job.num_results for job in (stream, silent, late)] == [1, 1, 1]
     assert not left & running()
 

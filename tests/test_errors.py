@@ -50,6 +50,7 @@ TABLE = [
     ("InvalidApiKey", 401, "invalid_request_error", "invalid_api_key", "VALIDATION_FAILED", False),
     ("QueueFull", 429, "overloaded_error", "queue_full", "OVERLOADED", True),
     ("Draining", 503, "overloaded_error", "draining", "OVERLOADED", True),
+    ("Loading", 503, "overloaded_error", "loading", "OVERLOADED", True),
     ("OutOfMemory", 503, "server_error", "out_of_memory", "OOM_ERROR", False),
     ("DeadlinePassed", 504, "server_error", "timeout", "TIMEOUT", True),
     ("EngineDead", 503, "server_error", "engine_dead", "CONNECTION_ERROR", True),

@@ -64,7 +64,7 @@ def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> 
         "Starting the RunPod worker of mixtral-serve",
         "Model: tiny",
         "Quantization: none",
-        "Volume: /runpod-volume",
+        "Volume: none is mounted at ",
         "GPU: ",
         "Endpoints: /health, ",
         "/v1/chat/completions, /v1/completions, /prompt",

@@ -61,7 +61,7 @@ def test_importing_loads_nothing_heavy() -> None:
         ),
         ({}, "There are no jobs to take"),
         (
-            {"MIXTRAL_ENGINE__MAX_LEN": "5", "RUNPOD_SERVERLESS": "false"},
+            {"MIXTRAL_ENGINE__MAX_LEN": "5", "RUNPOD_SERVERLESS": "false", "PORT": "0"},
             "MIXTRAL_ENGINE__MAX_LEN, which is not a setting",
         ),
         (

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from emulator.platform import Platform
 from emulator.worker import Worker
@@ -52,7 +53,9 @@ def test_sigterm_while_loading_ends_at_once(tmp_path: Path) -> None:
 def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
     """After a load that failed the worker takes jobs, and each fails with the cause."""
     checkpoint = shutil.copytree(CHECKPOINT, tmp_path / "broken")
-    (checkpoint / "tokenizer_config.json").write_text('{"eos_token": 5}')
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.embed_tokens.weight"].fill_(float("nan"))  # no check reads the weights
+    save_file(tensors, checkpoint / "model.safetensors", {"format": "pt"})
     config = yaml.safe_load(TINY.read_text())
     config["applications"][0]["args"]["model"]["name"] = str(checkpoint)
     path = tmp_path / "broken.yaml"
@@ -65,5 +68,5 @@ def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
         settled(platform, worker)
     error = Client(platform).error_of(job)["error"]
     assert (error["status"], error["retry"]) == ("MODEL_LOAD_FAILED", False)
-    assert "special tokens cannot be read" in error["message"]
+    assert "its first prompt failed" in error["message"]
     assert code == 0

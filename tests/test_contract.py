@@ -93,7 +93,8 @@ def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
     start_raylet = inspect.getsource(services.start_raylet)
     for flag in ("--num_prestart_python_workers=", "--maximum_startup_concurrency=", *AGENTS):
         assert flag in start_raylet
-    assert "start_ray_process" in services.start_raylet.__code__.co_names
+    for start in (services.start_gcs_server, services.start_raylet):
+        assert "start_ray_process" in start.__code__.co_names
     parameters_used = Node.start_raylet.__code__.co_names
     assert {"worker_path", "runtime_env_agent_port"} <= set(parameters_used)
     waits = ServeControllerClient._wait_for_application_running.__code__.co_names

@@ -2,8 +2,10 @@
 
 Read `cluster.py` first: it starts the deployment, watches it and takes it down, with
 
-    ray_node, reaper        start Ray on this machine and end all its processes, whatever happens
-    head, ray_worker        make that start shorter
+    ray_node                starts Ray and Serve on this machine, and ends them
+    ray_processes, reaper   find and kill Ray's processes, also when this process is killed
+    ray_thread              calls Ray's blocking functions for an event loop
+    head, ray_worker        change how Ray starts: faster, and with SIGTERM left to this process
     client                  sends calls through the deployment handle
     phases                  follows the phases of a load that the replica writes
     fitness, banner         the checks of the machine before a start; what the log says about it

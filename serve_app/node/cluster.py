@@ -17,7 +17,7 @@ from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
 from serve_app.machine import processes
-from serve_app.node import phases, ray_node
+from serve_app.node import phases, ray_node, ray_processes, ray_thread
 from serve_app.node.client import DeploymentClient, Forward
 from serve_app.start_plan.plan import StartPlan
 
@@ -68,17 +68,17 @@ class Cluster:
         with load_log.phase(Phase.RAY):
             for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
-                    await ray_node.in_thread(step)
-        self._vital = ray_node.vital()
+                    await ray_thread.run(step)
+        self._vital = ray_processes.vital()
         with ray_node.signals_kept():
             try:
                 handle = await self._unless_dead(
-                    ray_node.in_thread(deploy, self._settings, self._config, None, self._plan)
+                    ray_thread.run(deploy, self._settings, self._config, None, self._plan)
                 )
             except ConfigError as error:
                 raise ModelLoadFailed(str(error)) from None
         title = f"ServeReplica:{APP_NAME}"
-        replicas = [it for it in ray_node.below() if title in processes.command(it)]
+        replicas = [it for it in ray_processes.below() if title in processes.command(it)]
         # If there are several replicas, the others answer while Serve replaces one.
         if len(replicas) == 1 and not _may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
@@ -98,7 +98,7 @@ class Cluster:
         if self._client is not None:
             self._client.close()
         async with asyncio.timeout(STOP_S):
-            await ray_node.in_thread(ray_node.kill)
+            await ray_thread.run(ray_node.kill)
 
     async def _unless_dead(self, step: asyncio.Future[Any]) -> Any:
         """The result of `step`; raises `EngineDead` if Ray dies before there is one."""
@@ -107,12 +107,12 @@ class Cluster:
             await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
             if step.done():
                 return step.result()
-            await asyncio.to_thread(processes.kill, ray_node.below)
+            await asyncio.to_thread(processes.kill, ray_processes.below)
             await asyncio.wait({step}, timeout=HANG_S)
             if step.done():
                 step.exception()  # Ray's own report of the same death
             else:
-                ray_node.leave_thread()
+                ray_thread.leave()
             raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
         finally:
             watching.cancel()

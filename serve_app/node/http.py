@@ -22,7 +22,7 @@ from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import Settings
 from serve_app.errors import EngineDead, ServeError
 from serve_app.machine.ports import require_free
-from serve_app.node import cluster, ray_node
+from serve_app.node import cluster, ray_node, ray_processes
 from serve_app.node.health_listener import HealthListener
 
 log = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class HttpEndpoint:
         `EngineDead` when Ray itself has died, which Serve cannot repair.
         """
         while not self._is_stopping.wait(PING_INTERVAL_S):
-            if (lost := ray_node.lost()) is not None:
+            if (lost := ray_processes.lost()) is not None:
                 raise EngineDead(f"The server lost {lost}, and ends.")
             is_ready = self._answers()
             if self._is_stopping.is_set():

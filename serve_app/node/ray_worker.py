@@ -1,10 +1,19 @@
 """The program of Ray's worker processes on this machine: Ray's own one, after some imports.
 
-The first process imports a replica's libraries before it registers with Ray. Others become Serve's
-controller and proxy meanwhile, and the one that is left for the replica has torch imported. If Ray
-takes another process for the replica, that one imports the libraries itself.
+By default the raylet starts `default_worker.py` of Ray for each worker process. That registers with
+Ray at once, waits, becomes whatever actor needs a process first, and only then imports what the
+actor needs: for a replica torch and our model, several seconds. `head.py` makes the raylet start
+this program instead, for the three processes that it starts in advance:
+
+    first one      imports a replica's libraries, then registers
+    the others     register at once; they become Serve's controller and proxy meanwhile
+
+So the process that is left for the replica has its libraries already. If Ray takes another process
+for the replica, that one imports them itself, as by default. The processes agree on who is first
+by a file in the folder of Ray's session.
 
 No GPU is touched: Ray sets the replica's CUDA_VISIBLE_DEVICES later, before CUDA starts.
+tests/node/test_ray_worker.py holds this.
 """
 
 import importlib
@@ -43,7 +52,7 @@ def session_folder(arguments: list[str]) -> Path:
 
 
 def main() -> None:
-    """Runs Ray's worker in this process."""
+    """Runs Ray's worker in this process, with the command line that Ray gave it."""
     # Python puts this file's folder first, whose `http.py` would hide the standard library's. The
     # folder of the package is needed where it is not installed.
     sys.path[0] = str(Path(__file__).parents[2])

@@ -20,7 +20,7 @@ from typing import Any
 from serve_app.cold_start.check import Checked
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed
-from serve_app.node import ray_node
+from serve_app.node import ray_node, ray_thread
 from serve_app.worker.handler import Handler
 from serve_app.worker.result import Result
 from serve_app.worker.start import make_handler
@@ -116,7 +116,7 @@ def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, 
         finally:
             ray_node.stop()
     # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
-    return ray_node.ended(code)
+    return ray_thread.ended(code)
 
 
 class LogPosts:

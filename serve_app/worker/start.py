@@ -13,7 +13,7 @@ from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
 from serve_app.machine.volume import volume_folder
-from serve_app.node import fitness, ray_node
+from serve_app.node import fitness, ray_node, ray_thread
 from serve_app.node.banner import banner
 from serve_app.node.cluster import Cluster, with_load_log
 from serve_app.start_plan.plan import StartPlan
@@ -96,7 +96,7 @@ def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> 
     finally:
         ray_node.stop()
     log.info("All jobs are answered; the worker ends.")
-    return ray_node.ended(code)
+    return ray_thread.ended(code)
 
 
 def load_now(supervisor: StartupSupervisor) -> bool:

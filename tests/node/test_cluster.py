@@ -146,11 +146,11 @@ def test_what_a_start_that_failed_has_left_is_ended() -> None:
     code = """
 import subprocess, sys
 from serve_app.start_plan.plan import plan_start
-from serve_app.node import ray_node
+from serve_app.node import ray_node, ray_processes
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 with subprocess.Popen(sleep, executable=sys.executable) as left:
     ray_node.kill()
-    ended = not ray_node.below()
+    ended = not ray_processes.below()
     left.kill()
 sys.exit(not ended)
 """
@@ -165,12 +165,12 @@ def test_ray_is_started_once_more() -> None:
 import os, subprocess, sys
 import ray
 from serve_app.start_plan.plan import plan_start
-from serve_app.node import ray_node
+from serve_app.node import ray_node, ray_processes
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 left = []
 
 def init(**_):
-    assert not ray_node.below()
+    assert not ray_processes.below()
     left.append(subprocess.Popen(sleep, executable=sys.executable))
     raise TimeoutError("no port")
 

@@ -1,0 +1,88 @@
+"""Finds and kills Ray's processes below this one.
+
+Ray 2.60 runs on one machine as a tree of processes:
+
+    this process, Ray's "driver"
+      gcs_server          the cluster's state: nodes, actors
+      raylet              this machine: starts workers, holds their resources
+        ray::...          workers: Serve's controller, its proxy, and the replica with the model
+        agents            runtime environments
+      log_monitor
+
+What Ray does when one of them is killed, as observed:
+
+    raylet      The replica lives and answers for half a minute, until the GCS notices. It is an
+                orphan then. This process adopts orphans (`processes.adopt_orphans`), so that they
+                stay below it and `kill` finds them.
+    GCS         Running calls hang, the driver spins, and after 60 s Ray ends the driver, which is
+                this process. So the caller of `lost` ends Ray earlier.
+    driver      GCS and raylet end with it, and the replica 3 s later. Ray's agents would wait a
+                minute for the GCS; `reaper.py` ends all of them at once.
+
+tests/faults/test_worker.py and tests/faults/test_http_endpoint.py kill each of them.
+"""
+
+import logging
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve_app.machine import processes
+from serve_app.node import ray_worker
+
+if TYPE_CHECKING:
+    import psutil
+
+log = logging.getLogger(__name__)
+
+GCS = "/gcs_server "
+"""Part of the command line of the GCS."""
+VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
+"""Parts of the command lines of processes that Ray cannot do without, and their names."""
+
+
+def below() -> "list[psutil.Process]":
+    """All of Ray's processes below this one.
+
+    Workers have a title that begins with `ray::`; one that has not registered with Ray yet has the
+    path of our worker program in its command line, and the others have the folder of Ray or of
+    its HAProxy there.
+    """
+    import ray
+
+    folder = Path(ray.__file__).parent
+    programs = f"{folder}{os.sep}", f"{folder}_haproxy{os.sep}", ray_worker.__file__
+    commands = ((it, processes.command(it)) for it in processes.descendants())
+    return [
+        process
+        for process, line in commands
+        if line.startswith("ray::") or any(program in line for program in programs)
+    ]
+
+
+def vital() -> "dict[str, psutil.Process]":
+    """The living processes that Ray cannot do without, by their names in messages."""
+    commands = [(it, processes.command(it)) for it in below()]
+    return {name: it for words, name in VITAL.items() for it, line in commands if words in line}
+
+
+def lost() -> str | None:
+    """The name of a process that Ray cannot do without and that has died; None if all live."""
+    import ray
+
+    if not ray.is_initialized():
+        return None
+    alive = vital()
+    return next((name for name in VITAL.values() if name not in alive), None)
+
+
+def kill() -> None:
+    """Kills all of them; an error in the log names those that cannot be ended."""
+    if left := processes.kill(below):
+        names = ", ".join(processes.command(process).split(" ")[0] for process in left)
+        log.error("These processes of Ray cannot be ended: %s", names)
+
+
+def kill_all_but_gcs() -> None:
+    """Kills all of them except the GCS, which `ray.shutdown()` calls."""
+    processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])

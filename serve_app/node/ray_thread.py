@@ -1,0 +1,59 @@
+"""The thread that calls Ray's blocking functions for an event loop.
+
+Ray starts its processes so that the kernel ends them together with the thread that started them
+(PR_SET_PDEATHSIG; it is about threads, not processes). An event loop's own threads end with the
+loop, before the last jobs are answered. So this module has one thread that lives as long as the
+process. `serve_http` needs none: it calls Ray in the main thread.
+
+When a process of Ray dies, the call under way may never return. The thread is then abandoned: the
+next call gets a new one, and `ended` ends the process without waiting for the old one.
+tests/faults/test_worker.py and tests/faults/test_eager.py hold this.
+"""
+
+import asyncio
+import functools
+import logging
+import os
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+_call: Future[Any] | None = None
+"""The last call, which may have ended."""
+_abandoned: list[ThreadPoolExecutor] = []
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="ray")
+
+
+def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
+    """Calls `function` in Ray's thread while the event loop runs on."""
+    global _call
+    _call = _thread().submit(function, *arguments)
+    return asyncio.wrap_future(_call)
+
+
+def is_busy() -> bool:
+    """Whether a call is under way."""
+    return _call is not None and not _call.done()
+
+
+def leave() -> None:
+    """Abandons the thread with the call under way; the next call gets a new thread."""
+    _abandoned.append(_thread())
+    _thread.cache_clear()
+
+
+def ended(code: int) -> int:
+    """Returns `code`, or ends the process with it if a thread was abandoned.
+
+    Python waits at its end for every thread of a pool, so for an abandoned one for ever.
+    """
+    if _abandoned:
+        sys.stdout.flush()
+        logging.shutdown()
+        os._exit(code)
+    return code

@@ -3,6 +3,7 @@
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from packaging.specifiers import SpecifierSet
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config.settings import Settings
+from serve_app.model.checkpoint.checkpoint import inspect
+from serve_app.tiny import CHECKPOINT
 from tests.mounts import NAMESPACE, can_mount, mounted_folder
 
 
@@ -84,6 +87,47 @@ def test_the_image_has_no_volume_of_its_own() -> None:
         )
     }
     assert rayservice_users == {1000}  # KubeRay replaces the entry point
+
+
+@pytest.fixture
+def baking(tmp_path: Path) -> tuple[str, Path]:
+    """The Dockerfile's command that bakes a model into the image, with its folder in `tmp_path`."""
+    text = Path("Dockerfile").read_text()
+    (command,) = re.findall(r"RUN --mount=type=secret,id=HF_TOKEN \\\n((?:.*\\\n)+.*)\n", text)
+    baked = tmp_path / "baked"
+    return command.replace("/models/baked", str(baked)).replace(
+        "/tmp/hub", f"{tmp_path}/hub"
+    ), baked
+
+
+def test_a_model_is_baked_into_the_image(baking: tuple[str, Path]) -> None:
+    """The build argument BAKE_MODEL leaves a 4-bit checkpoint that every user can read."""
+    command, baked = baking
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    variables = {**os.environ, "PATH": path, "BAKE_MODEL": str(CHECKPOINT)}
+    subprocess.run(["sh", "-c", command], env=variables, check=True, capture_output=True)
+    assert inspect(baked).form == "fused"
+    assert all(file.stat().st_mode & 0o444 == 0o444 for file in baked.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argument", "name", "served"),
+    [("", "", ""), ("owner/mixtral", "/models/baked", "owner/mixtral")],
+)
+def test_a_baked_model_keeps_its_name(
+    baking: tuple[str, Path], argument: str, name: str, served: str
+) -> None:
+    """Without BAKE_MODEL nothing is baked or set; with it clients keep the checkpoint's name."""
+    text = Path("Dockerfile").read_text()
+    (values,) = re.findall(r"ENV (MODEL_NAME=.*?)\n\n", text, re.DOTALL)
+    # Docker replaces ${name:+word} as sh does.
+    script = f"export {values}; echo $MODEL_NAME; echo $SERVED_MODEL_NAME"
+    variables = {**os.environ, "BAKE_MODEL": argument}
+    done = subprocess.run(["sh", "-c", script], env=variables, capture_output=True, text=True)
+    assert done.stdout == f"{name}\n{served}\n"
+    if not argument:
+        subprocess.run(["sh", "-c", baking[0]], env=variables, check=True)
+        assert not baking[1].exists()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

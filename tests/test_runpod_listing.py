@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
+from serve_app.cold_start.forecast import READ_BYTES_PER_S, Forecast
 from serve_app.config.environment import familiar_names
 from serve_app.config.settings import Settings
 from serve_app.config.sources import PREFIX
@@ -79,6 +80,47 @@ def test_a_preset_can_be_served(monkeypatch: pytest.MonkeyPatch, preset: dict[st
     """A preset's variables are in the form, and its values are valid."""
     assert preset["defaults"].keys() <= INPUTS.keys()
     settings_with(monkeypatch, preset["defaults"])
+
+
+@pytest.mark.parametrize("preset", HUB["config"]["presets"], ids=lambda preset: preset["name"])
+def test_a_preset_comes_up_in_time(monkeypatch: pytest.MonkeyPatch, preset: dict[str, Any]) -> None:
+    """With the form's defaults, a worker that downloads 93 GB is ready within its limit."""
+    defaults = {name: given["default"] for name, given in INPUTS.items()}
+    settings = settings_with(monkeypatch, defaults | preset["defaults"] | STATIC)
+    size = 93_000_000_000
+    download = Forecast(size, size, READ_BYTES_PER_S, False, quantizes=True, on_cpu=False)
+    assert download.warning(settings) is None
+    assert size < HUB["config"]["containerDiskInGb"] * 1e9
+
+
+def test_the_listing_names_the_cuda_versions_that_the_image_runs_on() -> None:
+    """torch's own CUDA version and newer ones: RunPod compares exactly, and tests on the same."""
+    (own,) = re.findall(r"^ARG BNB_CUDA_VERSION=(\d+)$", Path("Dockerfile").read_text(), re.M)
+    allowed = HUB["config"]["allowedCudaVersions"]
+    assert min(allowed) == f"{own[:-1]}.{own[-1]}"
+    assert len(allowed) > 1
+    assert TESTS["config"]["allowedCudaVersions"] == allowed
+
+
+@pytest.mark.parametrize(
+    ("row", "read", "download", "speed", "seconds"),
+    [
+        ("your own 4-bit", 25.2, 0, 1e9, "45 s"),
+        ("Mistral's repository", 93.4, 0, 1e9, "113 s"),
+        ("inside the image", 25.2, 0, 1e9, "45 s"),
+        ("on a network volume", 25.2, 0, 4e8, "83 to"),
+        ("on a network volume", 25.2, 0, 2e8, "to 146 s"),
+        ("download by each", 93.4, 93.4, 1e9, "580 s"),
+    ],
+)
+def test_the_pages_cold_starts_are_computed(
+    row: str, read: float, download: float, speed: float, seconds: str
+) -> None:
+    """docs/runpod.md compares the ways to a model with the seconds that a worker would forecast."""
+    (line,) = re.findall(rf"^\| .*{row}.*$", Path("docs/runpod.md").read_text(), re.M)
+    forecast = Forecast(int(read * 1e9), int(download * 1e9), speed, False, read > 30, False)
+    assert seconds in line
+    assert re.sub(r"\D", "", seconds) == f"{forecast.seconds:.0f}"
 
 
 @pytest.mark.parametrize("test", TESTS["tests"], ids=lambda test: test["name"])

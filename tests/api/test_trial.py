@@ -82,6 +82,8 @@ def test_a_report_needs_a_folder(tmp_path: Path) -> None:
     """A wrong --out is an error before the model is loaded."""
     with pytest.raises(ConfigError, match="absent"):
         run("configs/tiny.yaml", tmp_path / "absent" / "r.json", print)
+    with pytest.raises(ConfigError, match="/proc cannot be written"):
+        run("configs/tiny.yaml", Path("/proc/r.json"), print)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])

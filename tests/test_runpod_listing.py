@@ -108,8 +108,8 @@ def test_the_listing_names_the_cuda_versions_that_the_image_runs_on() -> None:
         ("your own 4-bit", 25.2, 0, 1e9, "45 s"),
         ("Mistral's repository", 93.4, 0, 1e9, "113 s"),
         ("inside the image", 25.2, 0, 1e9, "45 s"),
-        ("on a network volume", 25.2, 0, 4e8, "83 to"),
-        ("on a network volume", 25.2, 0, 2e8, "to 146 s"),
+        ("model on a network volume", 25.2, 0, 4e8, "83 to"),
+        ("model on a network volume", 25.2, 0, 2e8, "to 146 s"),
         ("download by each", 93.4, 93.4, 1e9, "580 s"),
     ],
 )

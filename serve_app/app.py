@@ -11,6 +11,7 @@ dict.
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,9 @@ SPARE_REQUESTS = 64
 """Requests beside those of the engine's queue: health, models, tokenize, and refusals."""
 EXIT_DELAY_S = 1.0
 """Seconds between the discovery of a dead engine and the end of its process."""
+
+PARENT_POLL_S = 1.0
+"""Seconds between two looks for the raylet, the parent of a replica's process."""
 
 
 def build_app(settings: Settings) -> "Application":
@@ -90,16 +94,18 @@ def _replica_class(load: Load) -> type[Any]:
     from serve_app.api.server import MixtralServer
 
     class Replica(MixtralServer):
-        """A server that logs where Serve logs, and whose process ends with its engine.
+        """A server that logs where Serve logs. Its process ends with its engine and its raylet.
 
         Serve takes three failed health checks, 15 s, to replace a replica whose engine is dead. It
-        replaces a dead process at once.
+        replaces a dead process at once. A replica without its raylet is lost to Serve, and would
+        keep the GPU.
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
+            end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
 
         def check_health(self) -> None:
@@ -116,6 +122,18 @@ def _replica_class(load: Load) -> type[Any]:
 def exit_soon() -> None:
     """Ends this process with code 1, after the requests that just failed have been answered."""
     threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
+
+
+def end_with_parent() -> None:
+    """Ends this process with code 1, in a moment, when the process that started it has died."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(PARENT_POLL_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def check_schema(path: str | Path) -> None:

@@ -68,6 +68,9 @@ class FakeEngine:
         self._size, self._reason, self._error = size, reason, error
         self._is_endless, self._logprob = is_endless, logprob
 
+    def end_if_hung(self) -> None:
+        """Its steps always return."""
+
     def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
         admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
 

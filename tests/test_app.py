@@ -11,7 +11,7 @@ from serve_app.config.settings import Settings
 from serve_app.start_plan.plan import plan_start
 
 REPLICA = """
-import sys, threading
+import asyncio, sys, threading
 from serve_app import app
 from serve_app.errors import EngineDead
 from serve_app.api.server import MixtralServer
@@ -23,28 +23,66 @@ def ingress(_):
 from ray import serve
 serve.ingress = ingress
 app.build_app(Settings(model={"name": "tiny", "quantization": "none"}))
-server = made["replica"](Settings(model={"name": "tiny", "quantization": "none"}))
+settings = Settings(
+    model={"name": "tiny", "quantization": "none"}, engine={"step_timeout_s": 0.1}
+)
+server = made["replica"](settings)
 server.check_health()
 print("alive", flush=True)
-server.close()  # the engine's thread ends
-try:
-    server.check_health()
-except EngineDead as error:
-    print(error, flush=True)
+
+async def ask():
+    async for item in server.call("POST", "/prompt", {"prompt": "x"}, "7"):
+        print(item["status"], item["error"]["error"]["code"], flush=True)
+
+def hang():
+    server._engine._core._runner.launch = lambda scheduled: threading.Event().wait()
+    threading.Thread(target=asyncio.run, args=[ask()]).start()
+
+{END}
+while True:
+    try:
+        server.check_health()
+    except EngineDead as error:
+        print(error, flush=True)
+        break
 threading.Event().wait()
 """
 
 
-def test_a_replica_ends_with_its_engine() -> None:
-    """A health check raises that the engine is dead, and the process ends with code 1."""
+@pytest.mark.parametrize(
+    ("end", "answers"), [("server.close()", []), ("hang()", ["503 engine_dead"])]
+)
+def test_a_replica_ends_with_its_engine(end: str, answers: list[str]) -> None:
+    """Where the engine has stopped or hangs, a health check raises that it is dead, running
+    requests are answered 503, and the process ends with code 1."""
+    code = REPLICA.replace("{END}", end)
     done = subprocess.run(
-        [sys.executable, "-c", REPLICA], capture_output=True, text=True, timeout=100, check=False
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
     )
-    assert done.stdout.splitlines() == [
-        "alive",
-        "The engine has stopped; another replica can answer.",
-    ]
+    alive, *rest = done.stdout.splitlines()
+    assert alive == "alive"
+    assert sorted(rest) == [*answers, "The engine has stopped; another replica can answer."]
     assert done.returncode == 1, done.stderr
+
+
+CHILD = """
+import threading
+from serve_app import app
+app.end_with_parent()
+print("watches", flush=True)
+threading.Event().wait()
+"""
+PARENT = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+
+
+def test_a_replica_ends_with_its_raylet() -> None:
+    """A process whose parent is killed ends, which closes its output."""
+    command = [sys.executable, "-c", PARENT, CHILD]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None
+        assert parent.stdout.readline() == b"watches\n"
+        parent.kill()
+        assert parent.stdout.read() == b""
 
 
 @pytest.mark.parametrize(

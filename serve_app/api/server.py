@@ -130,6 +130,7 @@ class MixtralServer:
 
     def check_health(self) -> None:
         """Raises `EngineDead` when the replica must be replaced; Serve's health check calls it."""
+        self._engine.end_if_hung()
         if not self._engine.is_alive:
             raise EngineDead("The engine has stopped; another replica can answer.")
 

@@ -100,6 +100,10 @@ class EngineSettings(_Section):
     value gives smoother streams and later first tokens."""
     prefill_share: float = Field(default=0.8, gt=0, lt=1)
     """Share of the device's time that prompts get while prompts and streams both wait."""
+    step_timeout_s: float = Field(default=60.0, gt=0)
+    """Seconds after which a step that has not ended counts as hung: the engine ends, and Serve
+    replaces the replica. Where a step has taken more than a tenth of that, it is 10 times the
+    longest step."""
     enforce_eager: bool = False
     """Launches the kernels of each decode step one by one instead of replaying captured CUDA
     graphs. Decoding is slower; the start is shorter and uses less GPU memory."""

@@ -8,6 +8,7 @@ read (async scheduling): the device computes while the host collects, delivers a
 delivered before the next step begins.
 """
 
+import contextlib
 import copy
 import logging
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from serve_app.engine.scheduler import Scheduler
 from serve_app.engine.sequence import FAILED, Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
 from serve_app.engine.stream import Stream
+from serve_app.engine.watchdog import Watchdog
 from serve_app.errors import InternalError, as_serve_error
 
 log = logging.getLogger(__name__)
@@ -59,6 +61,7 @@ class EngineCore:
             config.max_num_batched_tokens,
             config.enable_prefix_caching,
         )
+        self.watchdog = Watchdog(config.step_timeout_s)
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
         self.num_steps = 0
@@ -77,11 +80,13 @@ class EngineCore:
         """Runs until `requests` is stopped or the device fails, then ends all live sequences."""
         try:
             while self._take_requests(wait=not self.scheduler.has_work and not self._in_flight):
-                self._step()
-                self._deliver()
+                with self.watchdog:
+                    self._step()
+                    self._deliver()
                 if self._num_failed_steps >= MAX_FAILED_STEPS:
                     log.critical("%d steps in a row failed: the engine ends", MAX_FAILED_STEPS)
                     self._requests.fail()
+                if self._requests.has_failed:
                     break
         except BaseException:
             log.critical("the engine's loop failed", exc_info=True)
@@ -203,6 +208,19 @@ class EngineCore:
             for sequence, stream in list(self._streams.items()):
                 if stream.loop in closed:
                     self._drop(sequence)
+
+    def abandon(self) -> None:
+        """Ends the streams of all sequences with `EngineDead`, from another thread.
+
+        The engine's thread hangs in a step, so it cannot end them. The sequences keep their blocks.
+        """
+        self._requests.fail()
+        waiting = self._requests.take(wait=False).accepted
+        for stream in (*self._streams.values(), *(stream for _, stream in waiting)):
+            last = Delta([], [], "error", self._requests.refusal())
+            # The loop of a consumer that has left may be closed.
+            with contextlib.suppress(RuntimeError):
+                stream.loop.call_soon_threadsafe(stream.put, last)
 
     def _end_all(self) -> None:
         self._take_requests(wait=False)

@@ -2,10 +2,12 @@
 
 Every accepted request ends exactly once: with `stop`, with `length`, with its own error, or because
 its consumer closed the generator. A failed step ends the sequences in it and no others; three
-failed steps in a row end the engine. The thread sleeps while there is no request.
+failed steps in a row end the engine, and so does a step that does not return. The thread sleeps
+while there is no request.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, replace
 from threading import Thread
@@ -18,6 +20,8 @@ from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.stream import Stream
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,15 @@ class Engine:
         self._requests.stop()
         if self._thread.is_alive():
             self._thread.join()
+
+    def end_if_hung(self) -> None:
+        """Ends all requests with `EngineDead` if a step does not return; see `Watchdog`.
+
+        The thread stays in the step, so the process should end soon.
+        """
+        if self._core.watchdog.has_hung and not self._requests.has_failed:
+            log.critical("a step of the engine does not return: the engine ends")
+            self._core.abandon()
 
     @property
     def is_alive(self) -> bool:

@@ -24,6 +24,8 @@ class EngineConfig:
     """Longest time of a step with prompt tokens beside running streams, in seconds."""
     prefill_share: float = 0.8
     """Share of the device's time that prompts get while prompts and streams both wait."""
+    step_timeout_s: float = 60.0
+    """Seconds after which a step has hung; or 10 times the longest step so far, if that is more."""
     retry_after_s: int = 2
     enable_prefix_caching: bool = True
     """Whether sequences share the KV blocks of a common prefix."""

@@ -76,6 +76,7 @@ def _engine_config(
         eos_token_ids=eos_token_ids,
         max_stall_s=chosen.max_stall_s,
         prefill_share=chosen.prefill_share,
+        step_timeout_s=chosen.step_timeout_s,
         retry_after_s=settings.api.retry_after_s,
         enable_prefix_caching=chosen.enable_prefix_caching,
     )

@@ -1,0 +1,41 @@
+"""Watchdog: finds a step that does not return.
+
+A device can hang: a kernel waits for ever, or a driver does not answer. The engine's thread then
+waits inside the step and cannot report it, so another thread asks the watchdog.
+"""
+
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Self
+
+SLACK = 10
+"""A step may take this many times as long as the longest step so far. A slow device then needs no
+other limit than a fast one."""
+
+
+class Watchdog:
+    """A context manager around each turn of the engine's loop, which only one thread enters."""
+
+    def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """`timeout_s` is the shortest time that counts as hung, in seconds of `clock`."""
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._longest_s = 0.0
+        self._began: float | None = None
+
+    def __enter__(self) -> Self:
+        self._began = self._clock()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        assert self._began is not None
+        self._longest_s = max(self._longest_s, self._clock() - self._began)
+        self._began = None
+
+    @property
+    def has_hung(self) -> bool:
+        """Whether the turn under way takes too long; may be called from any thread."""
+        began = self._began
+        limit_s = max(self._timeout_s, SLACK * self._longest_s)
+        return began is not None and self._clock() - began > limit_s

@@ -84,6 +84,7 @@ class Repository:
 def look_up(name: str, revision: str | None, token: str | None, cache: Path | None) -> Repository:
     """Asks the hub for repository `name`, and downloads its config.json into `cache`.
 
+    A `cache` without room for the repository is left for the Hugging Face cache, with a log line.
     Raises `ModelLoadFailed` as `download` does, and for a repository that lacks a needed file.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
@@ -101,7 +102,7 @@ def look_up(name: str, revision: str | None, token: str | None, cache: Path | No
             for path in read
             if not isinstance(try_to_load_from_cache(name, path, cache, commit), str)
         }
-    return Repository(
+    repository = Repository(
         name,
         revision,
         cache,
@@ -109,10 +110,20 @@ def look_up(name: str, revision: str | None, token: str | None, cache: Path | No
         sum(sizes[path] for path in read),
         sum(sizes[path] for path in missing),
     )
+    if cache is not None and (problem := disk_problem(repository)) is not None:
+        log.warning("The model is not kept on the volume: %s.", problem)
+        return look_up(name, revision, token, None)
+    return repository
 
 
 def require_disk(repository: Repository) -> None:
     """Raises `MachineUnfit` unless the disk holds what is missing of `repository`."""
+    if (problem := disk_problem(repository)) is not None:
+        raise MachineUnfit(f"{problem}; make room, or set HF_HOME to another disk.", check="disk")
+
+
+def disk_problem(repository: Repository) -> str | None:
+    """Why the disk does not hold what is missing of `repository`; None where it does."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name, cache = repository.name, repository.cache or Path(HF_HUB_CACHE)
@@ -120,12 +131,12 @@ def require_disk(repository: Repository) -> None:
     begun = sum(file.stat().st_size for file in half_done.glob("*.incomplete"))
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if repository.missing_bytes - begun > free:
-        raise MachineUnfit(
-            f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free in {cache}; make room, or set HF_HOME to another disk.",
-            check="disk",
-        )
+    if repository.missing_bytes - begun <= free:
+        return None
+    return (
+        f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB and "
+        f"{free / 1e9:.1f} GB are free in {cache}"
+    )
 
 
 def download(

@@ -80,6 +80,26 @@ def test_a_download_takes_only_what_is_read(hub: str, tmp_path: Path, has_volume
         assert again == (answer, False)
 
 
+def test_a_volume_without_room_is_left_out(hub: str, tmp_path: Path) -> None:
+    """The download goes to the container's disk where a small volume could not hold it."""
+    with mounted_folder() as volume:
+        code = (
+            "import shutil, sys; from types import SimpleNamespace as Usage\n"
+            "from serve_app.start_plan.hub import find_checkpoint\n"
+            "free = lambda path: 9 if str(path).startswith(sys.argv[1]) else 1e12\n"
+            "shutil.disk_usage = lambda path: Usage(free=free(path))\n"
+            "print(find_checkpoint('o/m', chosen_volume=sys.argv[1]))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, str(volume)],
+            env={**os.environ, "HF_ENDPOINT": hub, "HF_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+        )
+        assert Path(done.stdout.strip()).is_relative_to(tmp_path), done.stderr
+        assert "The model is not kept on the volume: o/m: the download takes" in done.stderr
+
+
 @pytest.mark.parametrize("begun", [0, 300_000])
 def test_a_download_reports_progress(tmp_path: Path, begun: int) -> None:
     """Progress counts the missing bytes up to all of them, and those of an earlier try."""

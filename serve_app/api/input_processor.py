@@ -135,7 +135,8 @@ class InputProcessor:
         default: int | None,
         num_logprobs: int | None,
     ) -> SamplingParams:
-        unset = self.defaults.keys() - request.model_fields_set - {"max_tokens"}
+        fixed = request.model_fields_set | request.OWN_DEFAULTS | {"max_tokens"}
+        unset = self.defaults.keys() - fixed
         request = request.model_copy(update={name: self.defaults[name] for name in unset})
         max_tokens, max_tokens_field = request.limit
         max_allowed = self.settings.max_tokens_limit

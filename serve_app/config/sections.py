@@ -37,8 +37,9 @@ class ModelSettings(_Section):
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
     generation_config: Literal["auto", "vllm"] = "auto"
     """Sampling defaults of requests. auto is what the checkpoint's generation_config.json sets:
-    temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit. vllm leaves
-    that file out, except for the tokens that end an answer."""
+    temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit; `/prompt`
+    keeps its own temperature of 0.7. vllm leaves that file out, except for the tokens that end an
+    answer."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None

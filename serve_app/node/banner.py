@@ -9,6 +9,7 @@ from pathlib import Path
 import serve_app
 from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
 from serve_app.machine.gpus import MIB, NoGpus, query_gpus
 from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
@@ -16,16 +17,22 @@ RULE = "=" * 72
 
 
 def banner(
-    settings: Settings, config: str | Path, slots: int | None, checked: list[str]
+    settings: Settings,
+    config: str | Path,
+    slots: int | None,
+    checked: list[str],
+    failure: ModelLoadFailed | None = None,
 ) -> list[str]:
     """The lines of the banner; `checked` are those of the check.
 
     `slots` is the number of jobs taken at once; None for a server that takes HTTP requests.
+    `failure` is why the model cannot be loaded, where the check has found that.
     """
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
     names = ", ".join(model.served_model_names)
-    is_eager = settings.runpod.start == "eager"
+    is_now = slots is None or settings.runpod.start == "eager"
+    outlook = f"The model loads {'now' if is_now else 'with the first job'}."
     return [
         RULE,
         f"Starting the {'HTTP server' if slots is None else 'RunPod worker'} of mixtral-serve "
@@ -44,7 +51,7 @@ def banner(
         f"Time limit: {api.request_timeout_s:.0f} s per request",
         f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
         f"{engine.max_num_seqs} of them decoding at once",
-        f"The model loads {'now' if slots is None or is_eager else 'with the first job'}.",
+        outlook if failure is None else f"The model does not load: {failure}",
         RULE,
     ]
 

@@ -5,7 +5,7 @@ of a request is used, ignored (`unsupported.IGNORED`) or refused by name.
 """
 
 import re
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
@@ -86,6 +86,9 @@ class StreamOptions(BaseModel):
 
 class Sampling(Body):
     """The sampling fields, which are the same on every route that generates text."""
+
+    OWN_DEFAULTS: ClassVar[frozenset[str]] = frozenset()
+    """Fields whose default here stands also where the checkpoint brings one of its own."""
 
     max_tokens: Integer | None = Field(default=None, ge=1)
     min_tokens: Integer = Field(default=0, ge=0)

@@ -20,6 +20,8 @@ LISTS = ("prompts", "items")
 class PromptSampling(Sampling):
     """The sampling fields of `/prompt`, with its own default temperature."""
 
+    OWN_DEFAULTS = frozenset({"temperature"})
+
     temperature: float = Field(default=0.7, ge=0, le=2, allow_inf_nan=False)
 
 

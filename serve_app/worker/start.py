@@ -75,14 +75,14 @@ def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> 
         plan, lines, failure = None, list[str](), checked
     else:
         plan, lines, failure = checked.plan, checked.lines, None
+    final = failure if failure is not None and not failure.retry else None
     slots = num_slots(settings)
-    for line in banner(settings, config, slots, lines):
+    for line in banner(settings, config, slots, lines, final):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)
     import_sdk()
     register_checks(checks)
     processes.end_forks_with_this()
-    final = failure if failure is not None and not failure.retry else None
     handler = make_handler(settings, config, plan, final, gave_up=lambda: loop.end(1))
     large_results = LargeResults(
         settings.runpod.large_results, volume_folder(settings.runpod.volume)

@@ -138,6 +138,21 @@ def test_requests_without_a_field_get_the_default(folder: Path) -> None:
         assert complete(max_tokens=20)["usage"]["completion_tokens"] == 20
 
 
+def test_prompt_keeps_its_own_temperature(folder: Path) -> None:
+    """`/prompt` is sampled with 0.7 whatever the file says; its other defaults hold there too."""
+    change(folder, "generation_config.json", temperature=0.0, max_new_tokens=6)
+    one = MixtralServer(settings(folder))
+    try:
+        bodies = [{"prompt": "Tell me a joke.", "seed": seed} for seed in range(8)]
+        answers = [asyncio.run(answer(one, "/prompt", body)) for body in bodies]
+        chats = [asyncio.run(answer(one, "/v1/completions", body)) for body in bodies[:3]]
+    finally:
+        one.close()
+    assert len({answer["text"] for answer in answers}) > 1
+    assert max(answer["usage"]["completion_tokens"] for answer in answers) <= 6
+    assert len({chat["choices"][0]["text"] for chat in chats}) == 1
+
+
 def test_an_impossible_default_says_what_to_do(folder: Path) -> None:
     """The sentence names the file and the setting; with "vllm" the file's value does not matter."""
     change(folder, "generation_config.json", temperature=7)

@@ -2,12 +2,14 @@
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
 import serve_app
 from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
 from serve_app.node.banner import banner, gpu, volume
 from tests.mounts import mounted_folder
 from tests.nvml import Install
@@ -35,6 +37,23 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
     endpoints = next(line for line in text.splitlines() if line.startswith("Endpoints: "))
     listed = set(endpoints.removeprefix("Endpoints: ").split(", "))
     assert listed == {route.path for route in ROUTES}
+
+
+@pytest.mark.parametrize(
+    ("start", "slots", "failure", "line"),
+    [
+        ("lazy", 4, None, "The model loads with the first job."),
+        ("eager", 4, None, "The model loads now."),
+        ("lazy", None, None, "The model loads now."),
+        ("eager", 4, ModelLoadFailed("m: is a file."), "The model does not load: m: is a file."),
+    ],
+)
+def test_the_banner_says_when_the_model_loads(
+    start: Literal["lazy", "eager"], slots: int | None, failure: ModelLoadFailed | None, line: str
+) -> None:
+    """Now or with the first job, or not at all where the check knows the reason."""
+    settings = Settings(runpod={"start": start})
+    assert line in banner(settings, "configs/x.yaml", slots, [], failure)
 
 
 def test_the_volume_is_named_with_what_it_allows(tmp_path: Path) -> None:

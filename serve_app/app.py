@@ -35,8 +35,15 @@ Load = Callable[..., Loaded]
 
 DEPLOYMENT = "mixtral"
 IMPORT_PATH = "serve_app.app:build_app"
-SPARE_REQUESTS = 64
-"""Requests beside those of the engine's queue: health, models, tokenize, and refusals."""
+MAX_ONGOING_REQUESTS = 20_000
+"""Requests that Serve lets into a replica: far more than the engine's queue takes, so that the
+engine refuses what is too much, in milliseconds. Requests whose body is still on its way count
+too."""
+MAX_QUEUED_REQUESTS = 1_000
+"""Requests that may wait at each of Serve's routers beyond those; Serve answers further ones 429.
+"""
+BACKPRESSURE_RETRY_S = 10
+"""Seconds in the `Retry-After` of such an answer."""
 EXIT_DELAY_S = 1.0
 """Seconds between the discovery of a dead engine and the end of its process."""
 
@@ -58,12 +65,12 @@ def application(
     """
     from ray import serve
 
-    engine = settings.engine
     device = choose_device(settings.model)
     deployment = serve.deployment(
         name=DEPLOYMENT,
-        # Above the engine's limits, so that the engine answers a full queue, with Retry-After.
-        max_ongoing_requests=engine.max_num_seqs + engine.max_waiting + SPARE_REQUESTS,
+        max_ongoing_requests=MAX_ONGOING_REQUESTS,
+        max_queued_requests=MAX_QUEUED_REQUESTS,
+        backpressure_config={"status_code": 429, "retry_after_s": BACKPRESSURE_RETRY_S},
         ray_actor_options={"num_cpus": 1, "num_gpus": 1 if device == "cuda" else 0},
         health_check_period_s=5,
         health_check_timeout_s=30,

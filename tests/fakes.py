@@ -17,7 +17,7 @@ from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
-from serve_app.errors import DeadlinePassed
+from serve_app.errors import DeadlinePassed, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
@@ -35,6 +35,7 @@ CONFIG = EngineConfig(
     eos_token_ids=frozenset(),
 )
 """The fake engine's limits."""
+MAX_TAKEN = CONFIG.max_num_seqs + CONFIG.max_waiting
 
 
 @cache
@@ -67,6 +68,19 @@ class FakeEngine:
         """Set when a request ended, however it did."""
         self._size, self._reason, self._error = size, reason, error
         self._is_endless, self._logprob = is_endless, logprob
+        self.num_taken = 0
+        """Places of the queue that are taken; from `MAX_TAKEN` on new requests are refused."""
+
+    def require_room(self) -> None:
+        if self.num_taken >= MAX_TAKEN:
+            raise QueueFull("Too many requests are waiting.", retry_after_s=3)
+
+    def take_place(self) -> None:
+        self.require_room()
+        self.num_taken += 1
+
+    def free_place(self) -> None:
+        self.num_taken -= 1
 
     def end_if_hung(self) -> None:
         """Its steps always return."""
@@ -75,11 +89,19 @@ class FakeEngine:
         admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
 
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        is_list_item: bool = False,
     ) -> AsyncGenerator[Delta, None]:
         self.check(prompt_ids, params)
+        if not is_list_item:
+            self.require_room()
         self.requests.append((prompt_ids, params))
         self.num_running += 1
+        self.num_taken += not is_list_item
         self.begun.set()
         self.max_num_seqs = max(self.max_num_seqs, self.num_running)
         try:
@@ -98,6 +120,7 @@ class FakeEngine:
             yield Delta([], [], self._reason)
         finally:
             self.num_running -= 1
+            self.num_taken -= not is_list_item
             self.left.set()
 
     def _logprobs(self, ids: ListLike[int], params: SamplingParams) -> list[TokenLogprob]:

@@ -103,11 +103,14 @@ def test_a_replica_reserves_a_gpu_where_it_computes_on_one(
 
 
 def test_the_deployment_leaves_limits_to_the_engine() -> None:
-    """A full queue is refused by the engine; a load that fails is not repeated by Serve."""
+    """A full queue is refused by the engine, far below Serve's limits, whose answer is a 429 too; a
+    load that fails is not repeated by Serve."""
     settings = Settings(engine={"max_num_seqs": 8, "max_waiting": 20})
     deployment = build_app(settings)._bound_deployment
-    assert deployment.max_ongoing_requests == 8 + 20 + 64
     config = deployment._deployment_config
+    assert (deployment.max_ongoing_requests, config.max_queued_requests) == (20_000, 1_000)
+    assert config.backpressure_config.status_code == 429
+    assert config.backpressure_config.retry_after_s == 10
     assert (config.health_check_period_s, config.health_check_timeout_s) == (5, 30)
     assert config.graceful_shutdown_timeout_s == 30
     assert config.max_constructor_retry_count == 1

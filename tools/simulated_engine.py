@@ -147,7 +147,7 @@ class _Arrivals(RequestQueue):
     """A request queue that is filled by the simulated time."""
 
     def __init__(self, engine: "SimulatedEngine") -> None:
-        super().__init__(max_alive=1 << 30, retry_after_s=1)
+        super().__init__(max_running=1 << 30, max_waiting=0, retry_after_s=1)
         self._engine = engine
 
     def take(self, *, wait: bool) -> Requests:

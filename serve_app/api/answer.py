@@ -1,11 +1,11 @@
 """Answer: the answer to one prompt while the engine generates it."""
 
-import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
-from contextlib import AbstractAsyncContextManager, aclosing, nullcontext
+from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
+from serve_app.api.list_places import ItemPlace
 from serve_app.api.metrics import Metrics
 from serve_app.api.request_metrics import RequestMetrics
 from serve_app.engine.sampling_params import SamplingParams
@@ -35,18 +35,19 @@ class Answer:
     async def stream(
         self,
         to_items: Callable[[TextDelta], Iterable[T]],
-        places: asyncio.Semaphore | None = None,
+        place: ItemPlace | None = None,
     ) -> AsyncGenerator[T, None]:
         """Yields the items that `to_items` makes of each delta.
 
-        `places` limits how many answers of one request run at once: the first iteration waits for
-        a place, and the end gives it back. Raises the errors of `Engine.generate`. Closing the
-        generator frees the KV blocks.
+        With `place` this is the answer to an item of a list: the first iteration waits for a place,
+        and the end gives it back. Raises the errors of `Engine.generate`. Closing the generator
+        frees the KV blocks.
         """
-        place: AbstractAsyncContextManager[None] = nullcontext() if places is None else places
-        async with place:
+        async with nullcontext() if place is None else place():
             observed = RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived)
-            deltas = self.engine.generate(self.prompt_ids, self.params, self.deadline)
+            deltas = self.engine.generate(
+                self.prompt_ids, self.params, self.deadline, is_list_item=place is not None
+            )
             try:
                 async with aclosing(deltas):
                     async for delta in deltas:
@@ -66,11 +67,11 @@ class Answer:
         for item in to_items(new):
             yield item
 
-    async def whole(self, places: asyncio.Semaphore | None = None) -> TextDelta:
+    async def whole(self, place: ItemPlace | None = None) -> TextDelta:
         """Waits for the end and returns the whole answer as one delta."""
         whole = TextDelta("")
         texts = []
-        async with aclosing(self.stream(lambda delta: (delta,), places)) as deltas:
+        async with aclosing(self.stream(lambda delta: (delta,), place)) as deltas:
             async for delta in deltas:
                 texts.append(delta.text)
                 whole.scores += delta.scores

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.api.answer import Answer
 from serve_app.api.input_processor import InputProcessor
+from serve_app.api.list_places import ItemPlace, ListPlaces
 from serve_app.protocol import values
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, StreamReply
 from serve_app.protocol.completions import (
@@ -34,15 +35,14 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         echoes.append(await _text(inputs, prompt) if request.echo else "")
     num_prompt_tokens = [len(answer.prompt_ids) for answer in answers]
     response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
-    places = asyncio.Semaphore(server.max_num_seqs) if len(answers) > 1 else None
-    if not request.stream:
-        return JsonReply(response.body(await _wholes(answers, places)))
-    streams = [
-        answer.stream(partial(response.chunks, index), places)
-        for index, answer in enumerate(answers)
-    ]
-    chunks = streams[0] if len(streams) == 1 else _merged(streams)
-    return StreamReply(chunks)
+    if len(answers) == 1:
+        if request.stream:
+            return StreamReply(answers[0].stream(partial(response.chunks, 0)))
+        return JsonReply(response.body([await answers[0].whole()]))
+    if request.stream:
+        return StreamReply(_streamed(server.list_places, answers, response))
+    async with server.list_places.admitted() as place:
+        return JsonReply(response.body(await _wholes(answers, place)))
 
 
 async def _answer(
@@ -64,15 +64,27 @@ async def _text(inputs: InputProcessor, prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else await inputs.text(prompt, "prompt")
 
 
-async def _wholes(answers: Sequence[Answer], places: asyncio.Semaphore | None) -> list[TextDelta]:
+async def _wholes(answers: Sequence[Answer], place: ItemPlace) -> list[TextDelta]:
     """Waits for all answers; the first failure cancels the others."""
-    if len(answers) == 1:
-        return [await answers[0].whole()]
-    tasks = [asyncio.create_task(answer.whole(places)) for answer in answers]
+    tasks = [asyncio.create_task(answer.whole(place)) for answer in answers]
     try:
         return await asyncio.gather(*tasks)
     finally:
         await _cancel(tasks)
+
+
+async def _streamed(
+    places: ListPlaces, answers: Sequence[Answer], response: CompletionResponse
+) -> AsyncGenerator[JsonObject, None]:
+    """The chunks of all answers; raises `QueueFull` first where the list is refused."""
+    async with places.admitted() as place:
+        streams = [
+            answer.stream(partial(response.chunks, index), place)
+            for index, answer in enumerate(answers)
+        ]
+        async with aclosing(_merged(streams)) as chunks:
+            async for chunk in chunks:
+                yield chunk
 
 
 async def _merged(

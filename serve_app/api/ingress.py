@@ -7,6 +7,7 @@ response.
 import hmac
 import logging
 import re
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
@@ -36,6 +37,9 @@ CLIENT_LEFT = 499
 """nginx's status in access logs for a client that closed its connection."""
 CLIENT_ID = "x-request-id"
 OUR_ID = "x-mixtral-request-id"
+ARRIVED = "mixtral_serve.arrived"
+"""Key of an ASGI scope under which a middleware may say when the request arrived, on the clock of
+`time.monotonic`."""
 
 _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -91,16 +95,23 @@ class Endpoint:
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
+        arrived: float = request.scope.get(ARRIVED) or time.monotonic()
         request_id, headers = _request_id(request)
         try:
             path = _path(request.scope)
             route = self._route or routes.find(path)
             if server.settings.api.keys is not None and (route is None or route.needs_key):
                 _check_key(request, server.settings.api)
-            body = await request_body.read(request, server.settings.api.max_body_bytes)
+            if self._route is not None:
+                # Before the body is read: a refusal must cost as little as possible.
+                server.require_room(self._route)
+            body = None
+            if self._route is not None and self._route.method == "POST":
+                body = await request_body.read(request, server.settings.api.max_body_bytes)
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
-            reply = await server.answer(Call(method, path, body, request_id), self._route)
+            call = Call(method, path, body, request_id, arrived)
+            reply = await server.answer(call, self._route)
             return await _response(reply, server, request_id, headers)
         except ClientDisconnect:
             log.debug("request %s: the client left before its body was here", request_id)

@@ -2,10 +2,12 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from serve_app.api.answer import Answer
+from serve_app.api.list_places import ItemPlace
 from serve_app.errors import error_body
 from serve_app.protocol import prompt, values
 from serve_app.protocol.call import (
@@ -50,39 +52,35 @@ async def _batch(
     server: "MixtralServer", call: Call, batch: prompt.Batch
 ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
     """Answers the items concurrently. Yields progress as items end, then all results in order."""
-    # Not more items at once than can run, or a long list would be refused by its own queue.
-    places = asyncio.Semaphore(server.max_num_seqs)
     total = len(batch.items)
-    tasks = [
-        asyncio.create_task(_result(server, call, batch, item, places)) for item in batch.items
-    ]
-    try:
-        for num_done, each in enumerate(asyncio.as_completed(tasks), start=1):
-            await each
-            yield {"progress": prompt.progress(num_done, total)}
-        results = [task.result() for task in tasks]
-        yield {"status": 200, "body": {"results": results, "total_processed": total}}
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    async with server.list_places.admitted() as place:
+        tasks = [
+            asyncio.create_task(_result(server, call, batch, item, place)) for item in batch.items
+        ]
+        try:
+            for num_done, each in enumerate(asyncio.as_completed(tasks), start=1):
+                await each
+                yield {"progress": prompt.progress(num_done, total)}
+            results = [task.result() for task in tasks]
+            yield {"status": 200, "body": {"results": results, "total_processed": total}}
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _result(
-    server: "MixtralServer",
-    call: Call,
-    batch: prompt.Batch,
-    item: Any,
-    places: asyncio.Semaphore,
+    server: "MixtralServer", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
 ) -> JsonObject:
     """The result of one item. The result of an item that fails is its error body."""
-    async with places:
+    async with place():
         await asyncio.sleep(0)  # other requests run between two items
         try:
             request = await values.read(batch.read, item)
             metadata = server.metadata(request.model, call)
             answer = await _answer(server, call, request)
-            body = prompt.body(metadata, len(answer.prompt_ids), await answer.whole())
+            whole = await answer.whole(nullcontext)  # it has its place already
+            body = prompt.body(metadata, len(answer.prompt_ids), whole)
             return {name: body[name] for name in ("text", "finish_reason", "usage")}
         except Exception as error:
             return {**error_body(server.failure(error, call.request_id), call.request_id)}

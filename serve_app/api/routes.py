@@ -31,6 +31,8 @@ class Route:
     handler: Handler
     needs_key: bool = True
     """Whether HTTP clients need an API key; monitoring has none."""
+    generates: bool = False
+    """Whether its requests take a place in the engine's queue, and are refused when it is full."""
     is_open_before_load: bool = False
     """Whether a worker answers it before its model is loaded, with fewer fields."""
 
@@ -48,9 +50,9 @@ ROUTES = (
     Route("GET", f"{status.MODELS}/{{id:path}}", status.model),
     Route("GET", "/version", status.version),
     Route("GET", "/tokenizer_info", tokens.tokenizer_info),
-    Route("POST", "/v1/chat/completions", chat.create),
-    Route("POST", "/v1/completions", completions.create),
-    Route("POST", "/prompt", prompt.create),
+    Route("POST", "/v1/chat/completions", chat.create, generates=True),
+    Route("POST", "/v1/completions", completions.create, generates=True),
+    Route("POST", "/prompt", prompt.create, generates=True),
     Route("POST", "/tokenize", tokens.tokenize),
     Route("POST", "/detokenize", tokens.detokenize),
 )

@@ -6,10 +6,12 @@ The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from serve_app.api import routes
 from serve_app.api.input_processor import InputProcessor
+from serve_app.api.list_places import ListPlaces
 from serve_app.api.metrics import Metrics
 from serve_app.config.settings import Settings
 from serve_app.errors import (
@@ -35,6 +37,9 @@ from serve_app.protocol.call import (
 from serve_app.protocol.fields import printable
 from serve_app.protocol.response import ResponseMetadata
 
+if TYPE_CHECKING:
+    from serve_app.engine.engine import EngineStats
+
 
 class MixtralServer:
     """One loaded model and the answers to all routes."""
@@ -53,9 +58,9 @@ class MixtralServer:
         self.created = int(time.time())
         """When the model was loaded, in Unix seconds."""
         self.names = settings.model.served_model_names
-        self.max_num_seqs = settings.engine.max_num_seqs
+        self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
         self.tokenizer = self._loaded.tokenizer
-        self.metrics = Metrics(self.names[0], self._engine.stats)
+        self.metrics = Metrics(self.names[0], self._stats)
         self.inputs = InputProcessor(
             self._engine,
             self.tokenizer,
@@ -67,18 +72,28 @@ class MixtralServer:
         )
 
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
-        """Answers one call. The caller may pass the `route` if it has found it already.
+        """Answers one call. The caller may pass the `route` for which it has asked `require_room`.
 
         May raise any exception, which `failure` turns into the client's error.
         """
-        route = route or routes.match(call.method, call.path)
+        if route is None:
+            route = routes.match(call.method, call.path)
+            self.require_room(route)
+        return await route.handler(self, call)
+
+    def require_room(self, route: routes.Route) -> None:
+        """Raises what a request of this route would be refused with now; the body may be unread.
+
+        The errors are `EngineDead`, `Draining` and `QueueFull`. May be called from any thread.
+        """
         self.check_health()
         if self.is_draining and route.method == "POST":
             raise Draining(
                 "The server is shutting down; send the request to another one.",
                 retry_after_s=self.settings.api.retry_after_s,
             )
-        return await route.handler(self, call)
+        if route.generates:
+            self._engine.require_room()
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str
@@ -138,13 +153,18 @@ class MixtralServer:
         """Stops the engine; requests that still run fail."""
         self._engine.stop()
 
+    def _stats(self) -> "EngineStats":
+        """The engine's numbers; waiting are also the items of lists that wait for their place."""
+        stats = self._engine.stats()
+        return replace(stats, num_waiting=stats.num_waiting + self.list_places.num_waiting)
+
     @property
     def status(self) -> str:
         return "draining" if self.is_draining else "ready"
 
     def health(self) -> dict[str, Any]:
         """The body of `/health`."""
-        stats = self._engine.stats()
+        stats = self._stats()
         return {
             "status": self.status,
             "model": {

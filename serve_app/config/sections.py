@@ -80,7 +80,8 @@ class EngineSettings(_Section):
     max_num_seqs: int = Field(default=32, ge=1)
     """Sequences decoded in one step."""
     max_waiting: int = Field(default=256, ge=0)
-    """Requests that may wait in the request queue. A further request is answered 429."""
+    """Requests that may wait in the request queue, a list of prompts as one. A further request is
+    answered 429."""
     block_size: int = Field(default=16, ge=1)
     """Tokens in one KV block."""
     kv_cache_tokens: int | None = Field(default=None, ge=16)
@@ -142,16 +143,19 @@ class ApiSettings(_Section):
     control token, as transformers' `apply_chat_template` does. Raw prompts may always contain
     them."""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds after which a request ends with 504."""
-    retry_after_s: int = Field(default=2, ge=1)
-    """Seconds in the `Retry-After` header of a 429, when the request queue is full."""
+    """Seconds from its arrival after which a request ends with 504."""
+    retry_after_s: int = Field(default=1, ge=1)
+    """Shortest `Retry-After` in seconds of a 429 for a full request queue, and that of a 503 while
+    the server shuts down. The engine's measured rate gives longer ones, up to 60."""
 
 
 class RunpodSettings(_Section):
     """The RunPod worker."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Jobs in flight at once; None is `engine.max_num_seqs` + `engine.max_waiting` / 4."""
+    """Prompts of jobs in flight at once: a job counts as many as its list has. None is
+    `engine.max_num_seqs` + `engine.max_waiting` / 4. A job that does not fit beside others waits at
+    the platform."""
     drain_s: float = Field(default=25.0, ge=0)
     """Seconds after SIGTERM in which running jobs and HTTP requests may finish. When four fifths
     have passed, the jobs that still run fail with `retry: true`, in time to be reported."""

@@ -200,7 +200,7 @@ class EngineCore:
         """Forgets a sequence and frees its KV blocks; sends nothing."""
         self.scheduler.remove(sequence)
         del self._streams[sequence]
-        self._requests.finish_one()
+        self._requests.finish_one(sequence)
 
     def _deliver(self) -> None:
         """Sends new deltas, and drops the sequences of closed event loops."""

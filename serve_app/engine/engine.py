@@ -49,9 +49,9 @@ class Engine:
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
         self._vocab_size = runner.vocab_size
-        self._requests = RequestQueue(
-            config.max_num_seqs + config.max_waiting, config.retry_after_s
-        )
+        self._requests = RequestQueue(config.max_num_seqs, config.max_waiting, config.retry_after_s)
+        self.require_room = self._requests.require_room
+        """Raises what a new request would be refused with now; may be called from any thread."""
         self._core = EngineCore(runner, config, self._requests)
         self._thread = Thread(target=self._core.run, name="engine", daemon=True)
 
@@ -99,19 +99,38 @@ class Engine:
         """Raises the errors of `generate` for a request that can never run."""
         admit(prompt_ids, params, self.config, self._vocab_size)
 
+    def take_place(self) -> None:
+        """Accepts a list of prompts; raises as `require_room`. Call `free_place` at its end."""
+        self._requests.take_place()
+
+    def free_place(self) -> None:
+        self._requests.free_place()
+
+    @property
+    def num_taken(self) -> int:
+        """Places of the request queue that requests and lists have taken."""
+        return self._requests.num_taken
+
     async def generate(
-        self, prompt_ids: list[int], params: SamplingParams, deadline: float | None = None
+        self,
+        prompt_ids: list[int],
+        params: SamplingParams,
+        deadline: float | None = None,
+        *,
+        is_list_item: bool = False,
     ) -> AsyncGenerator[Delta, None]:
         """Yields a request's tokens as deltas; the last delta has the finish reason.
 
         The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for a request that
-        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now.
+        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now. The
+        items of an accepted list are never refused with `QueueFull`.
         Later iterations raise the request's own error, or `DeadlinePassed` at `deadline`, a time on
         the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
         before the next step.
         """
         sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
+        sequence.is_list_item = is_list_item
         self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.
         timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)

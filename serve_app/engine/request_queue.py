@@ -3,6 +3,7 @@
 from threading import Condition
 from typing import NamedTuple
 
+from serve_app.engine.retry_after import RetryAfter
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 from serve_app.errors import Draining, EngineDead, QueueFull, ServeError
@@ -17,30 +18,64 @@ class Requests(NamedTuple):
 
 
 class RequestQueue:
-    """Accepts requests while fewer than `max_alive` sequences are alive (waiting or running)."""
+    """Accepts requests while fewer places are taken than `max_running` + `max_waiting`.
 
-    def __init__(self, max_alive: int, retry_after_s: int) -> None:
-        self._max_alive = max_alive
+    A single request takes a place until its sequence ends, and a list of prompts takes one until
+    all its items have ended. The items themselves take none and are never refused: the list limits
+    how many of them there are at once.
+    """
+
+    def __init__(self, max_running: int, max_waiting: int, retry_after_s: int) -> None:
+        """`retry_after_s` is the shortest `Retry-After`, in seconds."""
+        self._max_running = max_running
+        self._max_taken = max_running + max_waiting
         self._retry_after_s = retry_after_s
+        self._retry_after = RetryAfter(retry_after_s)
         self._requests = Requests([], [], False)
         self._changed = Condition()
-        self._num_alive = 0
+        self._num_taken = 0
         self.has_failed = False
         self._refusal: type[ServeError] | None = None
 
-    def submit(self, sequence: Sequence, stream: Stream) -> None:
-        """Accepts a sequence; raises `QueueFull`, `Draining` or `EngineDead` instead."""
+    def require_room(self) -> None:
+        """Raises `QueueFull`, `Draining` or `EngineDead` where a request would be refused now."""
         with self._changed:
-            if self._refusal is not None:
-                raise self.refusal()
-            if self._num_alive >= self._max_alive:
-                raise QueueFull(
-                    "Too many requests are waiting; send this one again a little later.",
-                    retry_after_s=self._retry_after_s,
-                )
-            self._num_alive += 1
+            if self._num_taken >= self._max_taken:
+                raise self._refused()
+
+    def take_place(self) -> None:
+        """Takes a place for a list of prompts; raises as `require_room`."""
+        with self._changed:
+            if self._num_taken >= self._max_taken:
+                raise self._refused()
+            self._num_taken += 1
+
+    def free_place(self) -> None:
+        """Ends what `take_place` began."""
+        with self._changed:
+            self._num_taken -= 1
+
+    def submit(self, sequence: Sequence, stream: Stream) -> None:
+        """Accepts a sequence; raises as `require_room`, for a list's item only when stopped."""
+        with self._changed:
+            is_full = self._num_taken >= self._max_taken and not sequence.is_list_item
+            if is_full or self._refusal is not None:
+                raise self._refused()
+            self._num_taken += not sequence.is_list_item
             self._requests.accepted.append((sequence, stream))
             self._changed.notify()
+
+    def _refuse_all(self, refusal: type[ServeError]) -> None:
+        self._refusal, self._max_taken = refusal, 0
+
+    def _refused(self) -> ServeError:
+        if self._refusal is not None:
+            return self.refusal()
+        return QueueFull(
+            "Too many requests are waiting; send this one again after the seconds in the header "
+            "Retry-After.",
+            retry_after_s=self._retry_after.next_s(),
+        )
 
     def abort(self, sequence: Sequence) -> None:
         """Asks the engine to end an accepted sequence before its next step."""
@@ -51,14 +86,14 @@ class RequestQueue:
     def stop(self) -> None:
         """Refuses new requests with `Draining` and asks the engine's thread to end."""
         with self._changed:
-            self._refusal = self._refusal or Draining
+            self._refuse_all(self._refusal or Draining)
             self._requests = self._requests._replace(is_stopping=True)
             self._changed.notify()
 
     def fail(self) -> None:
         """Refuses new requests with `EngineDead`."""
         with self._changed:
-            self._refusal = EngineDead
+            self._refuse_all(EngineDead)
             self.has_failed = True
 
     def take(self, *, wait: bool) -> Requests:
@@ -69,10 +104,16 @@ class RequestQueue:
             taken, self._requests = self._requests, Requests([], [], self._requests.is_stopping)
             return taken
 
-    def finish_one(self) -> None:
-        """Counts one sequence as ended, which makes room for another."""
+    def finish_one(self, sequence: Sequence) -> None:
+        """Counts `sequence` as ended, which makes room for another."""
         with self._changed:
-            self._num_alive -= 1
+            self._num_taken -= not sequence.is_list_item
+            self._retry_after.ended(is_saturated=self._num_taken >= self._max_running)
+
+    @property
+    def num_taken(self) -> int:
+        """Places taken by single requests and by lists."""
+        return self._num_taken
 
     @property
     def num_waiting(self) -> int:

@@ -26,6 +26,8 @@ class Sequence:
     """64 bits: the request's own, or drawn when the request was accepted."""
     stop_ids: frozenset[int]
     """Ids that end the sequence: the request's own and, unless `ignore_eos`, the model's."""
+    is_list_item: bool = False
+    """Whether it belongs to a list of prompts, which has a place of the request queue."""
     num_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
     """Prompt and answer together: `num_prompt_tokens + params.max_tokens`."""

@@ -26,7 +26,7 @@ class Call:
     request_id: str
     """Made by this package. Logged and returned to the client, never used as a key."""
     arrived: float = field(default_factory=time.monotonic, compare=False)
-    """When this process had the whole request, on the clock of `time.monotonic`, in seconds."""
+    """When the request arrived, before its body, on the clock of `time.monotonic`, in seconds."""
 
 
 @final

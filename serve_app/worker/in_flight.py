@@ -17,6 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.worker.job import num_prompts
+
 log = logging.getLogger(__name__)
 
 MEMORY_S = 5.0
@@ -43,6 +45,8 @@ class Job:
     """Its result is a failure, which is being posted."""
     is_output_acknowledged: bool = False
     """The platform has its output; a failure does not count, as a client may retry the job."""
+    num_prompts: int = 1
+    """How many prompts its list has."""
     later: dict[str, Any] | None = None
     """A later delivery of the same job, which runs if the platform stops this one."""
 
@@ -81,6 +85,7 @@ class InFlightJobs:
                 _forget_old(self._stopped)
                 was_stopped = self._stopped.pop(job_id, None) is not None
                 job = Job(job_id, given, was_stopped_early=was_stopped)
+                job.num_prompts = num_prompts(given)
                 self.open.append(job)
                 accepted.append(job)
         return accepted
@@ -102,6 +107,21 @@ class InFlightJobs:
             _forget_old(self._answered)
             self._answered[job.id] = time.monotonic()
         return [job.later] if job.is_stopped and job.later is not None else []
+
+    @property
+    def num_prompts(self) -> int:
+        """Prompts of all jobs that are not yet answered or stopped."""
+        return sum(job.num_prompts for job in self.open)
+
+    def may_take(self, max_prompts: int) -> int:
+        """How many more jobs to ask the platform for, so that about `max_prompts` prompts run.
+
+        A job shows its size only when it is taken, so each is expected to be as large as the
+        largest one that runs.
+        """
+        free = max_prompts - self.num_prompts
+        largest = max((job.num_prompts for job in self.open), default=1)
+        return max(free // largest, 1) if free > 0 else 0
 
     def is_open(self, job_id: str) -> bool:
         return any(job.id == job_id for job in self.open)

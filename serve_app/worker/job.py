@@ -96,6 +96,29 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
     return JobRequest(Call(method, path, body, request_id), stream, is_gateway)
 
 
+def num_prompts(job: dict[str, Any]) -> int:
+    """How many prompts the list in `job` has, whatever its shape; 1 without a list."""
+    given = job.get("input")
+    if not isinstance(given, dict):
+        return 1
+    bodies = [given, *(given.get(name) for name in ("openai_input", "data", "body"))]
+    lists = [
+        body.get(name)
+        for body in bodies
+        if isinstance(body, dict)
+        for name in ("prompts", "items", "prompt")
+    ]
+    # A list of integers is one prompt as token ids.
+    return max(
+        (
+            len(each)
+            for each in lists
+            if isinstance(each, list) and each and type(each[0]) is not int
+        ),
+        default=1,
+    )
+
+
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:
     """Method, path and body of the first shape."""
     # Other keys are ignored: which ones the gateway adds is not documented.

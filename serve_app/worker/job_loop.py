@@ -1,6 +1,7 @@
 """Takes jobs and runs each in a task until its result is posted; drains at the end.
 
-take    a poll brings as many jobs as there are free slots; each starts at once
+take    a poll brings as many jobs as there are free slots; a job takes a slot for each prompt of its
+        list, and starts at once
 stop    a stopped job is cancelled, one that still waits too, and its slot is free
 drain   after SIGTERM or `end` running jobs finish or are refused in time, and so are those that
         the open poll still brings
@@ -35,7 +36,8 @@ GRACE_S = 5.0
 
 
 class JobLoop:
-    """Takes jobs for `handler`, `slots` at once, until SIGTERM or `end`; one loop per process."""
+    """Takes jobs for `handler`, about `slots` prompts at once, until SIGTERM or `end`; one loop per
+    process."""
 
     def __init__(
         self, handler: Handler, slots: int, drain_s: float, large_results: LargeResults
@@ -73,7 +75,7 @@ class JobLoop:
 
     async def _take(self, session: "ClientSession") -> None:
         """Polls once, when a slot is free, and starts a task for each job."""
-        while len(self._tasks) >= self._slots:
+        while not (num_jobs := self._jobs.may_take(self._slots)):
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         if self._sdk.is_ending:
             return
@@ -81,7 +83,7 @@ class JobLoop:
             log.info("Waiting for jobs.")
         self._is_polling = self._has_polled = True
         try:
-            url = sdk.take_url(self._slots - len(self._tasks))
+            url = sdk.take_url(num_jobs)
             taken, pause_s = await self._poll.get(session, url)
             self._start(session, taken)
         finally:

@@ -60,7 +60,7 @@ def make_handler(
 
 
 def num_slots(settings: Settings) -> int:
-    """Jobs taken at once: a few more than the engine runs, so that it never waits for a job."""
+    """Prompts taken at once: a few more than the engine runs, so that it never waits for a job."""
     engine = settings.engine
     return settings.runpod.max_concurrency or engine.max_num_seqs + engine.max_waiting // 4
 

@@ -221,9 +221,9 @@ def test_a_stream_that_waits_sends_comments(
     monkeypatch.setattr(event_stream, "KEEP_ALIVE_S", 0.01)
 
     class Waiting(FakeEngine):
-        async def generate(self, *args: Any) -> Any:
+        async def generate(self, *args: Any, **kwargs: Any) -> Any:
             await asyncio.sleep(0.05)  # stands for the queue
-            async for delta in super().generate(*args):
+            async for delta in super().generate(*args, **kwargs):
                 yield delta
 
     endpoint.serve(Waiting())

@@ -167,9 +167,9 @@ def test_the_first_token_is_counted_from_the_calls_arrival() -> None:
     wait_s = 0.05
 
     class Slow(FakeEngine):
-        async def generate(self, *args: Any) -> AsyncGenerator[Any, None]:
+        async def generate(self, *args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             await asyncio.sleep(wait_s)
-            async for delta in super().generate(*args):
+            async for delta in super().generate(*args, **kwargs):
                 yield delta
 
     body = {"prompts": ["a", "b", "c"]}

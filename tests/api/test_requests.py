@@ -198,4 +198,4 @@ def test_health_while_draining(endpoint: Endpoint, http: httpx.Client) -> None:
     health = http.get("/health")
     assert (health.status_code, health.json()["status"]) == (503, "draining")
     refused = http.post("/prompt", json={"prompt": "a"})
-    assert (refused.status_code, refused.headers["retry-after"]) == (503, "2")
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "1")

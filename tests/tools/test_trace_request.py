@@ -8,13 +8,14 @@ from serve_app.protocol import values
 from tools.trace_request import Tracer, measure, summary
 
 MAX_FUNCTIONS = {
-    "chat, in": 39,
+    "chat, in": 41,
     "chat, back": 21,
-    "streamed chat, in": 44,
+    "streamed chat, in": 46,
     "streamed chat, back, one delta": 18,
-    "job": 70,
+    "job": 72,
 }
-"""Lower a limit when a change makes its path shorter."""
+"""Lower a limit when a change makes its path shorter. Two functions of each way in look at the
+queue before the body, so that a refusal costs nothing more."""
 
 
 def test_no_path_gets_longer() -> None:

@@ -1,6 +1,9 @@
 """Jobs in flight, without a platform."""
 
 import asyncio
+from typing import Any
+
+import pytest
 
 from serve_app.worker.in_flight import InFlightJobs
 
@@ -33,3 +36,39 @@ def test_two_stops_cancel_a_job_once() -> None:
         return is_closed
 
     assert asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"prompts": ["a"] * 100}, 100),
+        ({"items": [{"prompt": "a"}] * 7}, 7),
+        ({"endpoint": "/prompt", "data": {"prompts": ["a", "b"]}}, 2),
+        ({"route": "/v1/completions", "body": {"prompt": [[1, 2], [3]]}}, 2),
+        ({"openai_route": "/v1/completions", "openai_input": {"prompt": ["a"] * 5}}, 5),
+        ({"openai_route": "/v1/completions", "openai_input": {"prompt": [1, 2, 3]}}, 1),
+        ({"prompt": "a"}, 1),
+        ({"prompts": []}, 1),
+        ({"prompts": "a"}, 1),
+        (None, 1),
+    ],
+)
+def test_a_job_counts_as_many_as_its_list_has_prompts(given: Any, expected: int) -> None:
+    """All shapes of a job, and odd ones."""
+    jobs = InFlightJobs()
+    jobs.accept([{"id": "job-1", "input": given}])
+    assert jobs.num_prompts == expected
+
+
+def test_lists_leave_jobs_with_the_platform() -> None:
+    """The worker asks for fewer jobs while lists run, and for none when the prompts are enough."""
+    jobs = InFlightJobs()
+    assert jobs.may_take(96) == 96
+    jobs.accept([{"id": "1", "input": {"prompt": "a"}}])
+    assert jobs.may_take(96) == 95
+    jobs.accept([{"id": "2", "input": {"prompts": ["a"] * 30}}])
+    assert jobs.may_take(96) == 2
+    (big,) = jobs.accept([{"id": "3", "input": {"prompts": ["a"] * 100}}])
+    assert jobs.may_take(96) == 0
+    jobs.close(big)
+    assert jobs.may_take(96) == 2

@@ -1,0 +1,200 @@
+"""More requests than places: refused before the body is read; lists are admitted as a whole."""
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from serve_app.api.ingress import create_app
+from serve_app.api.list_places import ListPlaces
+from serve_app.api.server import MixtralServer
+from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
+
+GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions"]
+
+
+async def post(
+    one: MixtralServer, path: str, method: str = "POST", headers: Any = ()
+) -> tuple[int, dict[bytes, bytes], Any]:
+    """Status, headers and body of a request whose body must not be read."""
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        raise AssertionError("the body was read")
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": method, "path": path, "headers": [*headers]}
+    scope |= {"query_string": b"", "root_path": "", "http_version": "1.1"}
+    await create_app(lambda: one)(scope, receive, send)
+    body = b"".join(message.get("body", b"") for message in sent[1:])
+    return sent[0]["status"], dict(sent[0]["headers"]), json.loads(body)
+
+
+@pytest.mark.parametrize("path", GENERATE)
+def test_a_full_queue_refuses_before_the_body_is_read(path: str) -> None:
+    """A refusal costs no reading, parsing, rendering or tokenizing; it says when to come again."""
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    status, headers, body = asyncio.run(post(server(engine), path))
+    assert (status, headers[b"retry-after"], body["error"]["code"]) == (429, b"3", "queue_full")
+
+
+@pytest.mark.parametrize("path", [*GENERATE, "/tokenize"])
+def test_a_draining_server_refuses_before_the_body_is_read(path: str) -> None:
+    """While the server shuts down every POST gets its 503 at once."""
+    one = server()
+    one.drain()
+    status, headers, body = asyncio.run(post(one, path))
+    assert (status, body["error"]["code"]) == (503, "draining")
+    assert b"retry-after" in headers
+
+
+@pytest.mark.parametrize("path", ["/ping", "/health", "/v1/models", "/tokenizer_info"])
+def test_a_full_queue_refuses_nothing_but_generation(path: str) -> None:
+    """Status routes answer beside a full queue, and read no body either."""
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    assert asyncio.run(post(server(engine), path, "GET"))[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/nothing", "/v1/nothing"])
+def test_an_unknown_route_reads_no_body(path: str) -> None:
+    """Whoever posts to a wrong path gets the 404 without sending the body."""
+    assert asyncio.run(post(server(), path))[0] == 404
+
+
+def test_a_wrong_key_reads_no_body(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a valid key nothing of the body is read, and nothing is said of the queue."""
+    monkeypatch.setenv("API_KEYS", "a")
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    status, _, _ = asyncio.run(post(server(engine), "/prompt"))
+    assert status == 401
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/prompt", {"prompts": ["Hi"] * 5}),
+        ("/v1/completions", {"prompt": ["Hi"] * 5}),
+        ("/v1/completions", {"prompt": ["Hi"] * 5, "stream": True}),
+    ],
+)
+def test_a_list_is_refused_as_a_whole(path: str, body: Any) -> None:
+    """A list that cannot begin is one 429, not a 200 with failed items."""
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    (item,) = asyncio.run(items(server(engine), path, body))
+    assert (item["status"], item["error"]["error"]["code"]) == (429, "queue_full")
+    assert not engine.requests
+    assert engine.num_taken == MAX_TAKEN
+
+
+def test_items_of_admitted_lists_are_never_refused() -> None:
+    """20 lists of 100 prompts, ten times what the queue takes: every item is answered."""
+    engine = FakeEngine()
+    one = server(engine)
+
+    async def run() -> list[Any]:
+        bodies = [{"prompts": ["Hi"] * 100}] * 10
+        wholes = [answer(one, "/prompt", body) for body in bodies]
+        streams = [
+            items(one, "/v1/completions", {"prompt": ["Hi"] * 100, "stream": True})
+            for _ in range(10)
+        ]
+        return await asyncio.gather(*wholes, *streams)
+
+    answers = asyncio.run(run())
+    for whole in answers[:10]:
+        assert [result["text"] for result in whole["results"]] == ["Hello there."] * 100
+    for stream in answers[10:]:
+        ends = [
+            choice["index"]
+            for item in stream
+            for choice in item["chunk"]["choices"]
+            if choice["finish_reason"] == "stop"
+        ]
+        assert sorted(ends) == list(range(100))
+    assert len(engine.requests) == 2000
+    assert engine.max_num_seqs <= 32
+    assert engine.num_taken == one.list_places.num_waiting == 0
+
+
+def test_lists_leave_single_requests_their_pace() -> None:
+    """Beside n single requests all lists together run max(n, a quarter of the batch) items."""
+    engine = FakeEngine(is_endless=True)
+    one = server(engine)
+
+    async def run(num_single: int, num_lists: int) -> int:
+        single = [
+            asyncio.create_task(answer(one, "/prompt", {"prompt": "a"})) for _ in range(num_single)
+        ]
+        await until(lambda: engine.num_running == num_single)
+        lists = [
+            asyncio.create_task(answer(one, "/prompt", {"prompts": ["b"] * 50}))
+            for _ in range(num_lists)
+        ]
+        await until(lambda: one.list_places.num_waiting > 0)
+        for _ in range(50):
+            await asyncio.sleep(0)
+        num_items = engine.num_running - num_single
+        for task in (*single, *lists):
+            task.cancel()
+        await asyncio.gather(*single, *lists, return_exceptions=True)
+        assert engine.num_taken == 0
+        return num_items
+
+    assert asyncio.run(run(0, 2)) == 32
+    assert asyncio.run(run(2, 2)) == 8
+    assert asyncio.run(run(10, 2)) == 10
+    assert asyncio.run(run(10, 1)) == 10
+
+
+def test_lists_take_turns() -> None:
+    """A short list beside a long one, which came first, ends after few of the long one's items."""
+    one = server()
+    places = ListPlaces(one._engine, 2)
+    order: list[str] = []
+
+    async def all_of(name: str, num_items: int) -> None:
+        async def item(place: Any) -> None:
+            async with place():
+                await asyncio.sleep(0)
+                order.append(name)
+
+        async with places.admitted() as place:
+            await asyncio.gather(*(item(place) for _ in range(num_items)))
+
+    async def run() -> None:
+        await asyncio.gather(all_of("long", 100), all_of("short", 3))
+
+    asyncio.run(run())
+    assert order.count("long") == 100
+    assert len(order) - 1 - order[::-1].index("short") < 12
+
+
+def test_a_cancelled_list_gives_its_places_back() -> None:
+    """A client that leaves in the middle of a long list frees the running and the waiting items."""
+    engine = FakeEngine(is_endless=True)
+    one = server(engine)
+
+    async def run() -> None:
+        task = asyncio.create_task(answer(one, "/prompt", {"prompts": ["a"] * 100}))
+        await until(lambda: engine.num_running == 32)
+        assert one.health()["engine"]["waiting"] == 68
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert (engine.num_running, engine.num_taken, one.list_places.num_waiting) == (0, 0, 0)
+
+    asyncio.run(run())
+
+
+async def until(condition: Any) -> None:
+    for _ in range(100_000):
+        if condition():
+            return
+        await asyncio.sleep(0)
+    raise AssertionError("the condition stayed false")

@@ -105,7 +105,7 @@ def test_items_of_admitted_lists_are_never_refused() -> None:
             items(one, "/v1/completions", {"prompt": ["Hi"] * 100, "stream": True})
             for _ in range(10)
         ]
-        return await asyncio.gather(*wholes, *streams)
+        return [*await asyncio.gather(*wholes, *streams)]
 
     answers = asyncio.run(run())
     for whole in answers[:10]:

@@ -23,6 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from serve_app.api import request_body, routes
+from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.config.sections import ApiSettings
 from serve_app.errors import InvalidApiKey, error_body
@@ -65,7 +66,9 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [] if cors_origins is None else [_cors(cors_origins)]
+    middleware = [Middleware(Disconnect)]
+    if cors_origins is not None:
+        middleware.append(_cors(cors_origins))
     return Starlette(
         routes=table, middleware=middleware, exception_handlers={HTTPException: no_path}
     )

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from ray.exceptions import TaskCancelledError
 from starlette.requests import ClientDisconnect
 
 from serve_app.api.ingress import create_app
@@ -23,9 +24,9 @@ HELLO: Any = [{"role": "user", "content": "Hello"}]
 CHAT = {"messages": HELLO}
 
 
-def scope(method: str, path: str) -> dict[str, Any]:
-    """A request as uvicorn hands it to the app."""
-    asgi = {"version": "3.0", "spec_version": "2.4"}
+def scope(method: str, path: str, spec_version: str = "2.4") -> dict[str, Any]:
+    """A request as an HTTP server hands it to the app; uvicorn follows version 2.3 of ASGI."""
+    asgi = {"version": "3.0", "spec_version": spec_version}
     head = {"type": "http", "asgi": asgi, "method": method, "path": path}
     return {**head, "query_string": b"", "headers": []}
 
@@ -203,6 +204,42 @@ def test_leaving_in_mid_upload_is_no_error(caplog: pytest.LogCaptureFixture) -> 
         asyncio.run(app(scope("POST", "/prompt"), receive, send))
     assert not parts
     assert not engine.requests
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("num_parts", [0, 1], ids=["before the body", "in the stream"])
+def test_a_read_that_serve_cancels_is_a_client_that_left(
+    caplog: pytest.LogCaptureFixture, num_parts: int
+) -> None:
+    """Serve's `receive` raises when its proxy drops a client: nothing of it is logged or counted
+    as an error, and the request ends."""
+    engine = FakeEngine(is_endless=True)
+    one = server(engine)
+    app = create_app(lambda: one)
+    body = json.dumps({"prompt": "a", "stream": True}).encode()
+    parts = [{"type": "http.request", "body": body, "more_body": False}][:num_parts]
+    begun = asyncio.Event()
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        if parts:
+            return parts.pop()
+        if num_parts:
+            await begun.wait()
+        raise TaskCancelledError
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        if message.get("body"):
+            begun.set()
+
+    with caplog.at_level(logging.INFO):
+        asyncio.run(app(scope("POST", "/prompt", "2.3"), receive, send))
+    assert sent[0]["status"] == (200 if num_parts else 499)
+    assert len(engine.requests) == num_parts
+    assert engine.num_running == 0
+    assert one.metrics.finished["cancelled"] == num_parts
+    assert not any(one.metrics._errors.values())
     assert not caplog.records
 
 

@@ -1,0 +1,29 @@
+"""Disconnect: ASGI middleware that turns an error of the connection into a client that has left."""
+
+import logging
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+log = logging.getLogger(__name__)
+
+
+class Disconnect:
+    """Passes requests to `app` with a `receive` that does not raise.
+
+    A replica fetches the body of a request from Serve's proxy by calls of its own. When a client
+    leaves, the proxy may cancel such a call before it says so, and then Serve's `receive` raises
+    Ray's TaskCancelledError (Ray 2.60, serve/_private/http_util.py).
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def receive_or_left() -> Message:
+            try:
+                return await receive()
+            except Exception as error:
+                log.debug("a request can no longer be read (%s)", type(error).__name__)
+                return {"type": "http.disconnect"}
+
+        await self._app(scope, receive_or_left, send)

@@ -54,7 +54,7 @@ class MixtralServer:
         self.quantization = self._loaded.quantization
         self._engine = self._loaded.engine
         self._phases = load_log.phases
-        self.is_draining = False
+        self.is_draining = self._has_ended = False
         self.created = int(time.time())
         """When the model was loaded, in Unix seconds."""
         self.names = settings.model.served_model_names
@@ -143,10 +143,15 @@ class MixtralServer:
         """Refuses new requests from now on; running ones are finished."""
         self.is_draining = True
 
+    def end_requests(self) -> None:
+        """Ends the requests that still run or wait with `Draining`; the server answers no more."""
+        self.is_draining = self._has_ended = True
+        self._engine.stop()
+
     def check_health(self) -> None:
         """Raises `EngineDead` when the replica must be replaced; Serve's health check calls it."""
         self._engine.end_if_hung()
-        if not self._engine.is_alive:
+        if not self._engine.is_alive and not self._has_ended:
             raise EngineDead("The engine has stopped; another replica can answer.")
 
     def close(self) -> None:

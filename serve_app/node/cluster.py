@@ -220,6 +220,18 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
             )
 
 
+def is_running() -> bool:
+    """Whether Serve has a replica that passes its health checks. Sends the replica no request."""
+    import ray
+    from ray import serve
+
+    if not ray.is_initialized():
+        return False
+    applications = serve.status().applications
+    deployments = applications[APP_NAME].deployments if APP_NAME in applications else {}
+    return any(each.replica_states.get("RUNNING", 0) for each in deployments.values())
+
+
 def require_no_failure(load_log: str) -> None:
     """Raises the `ModelLoadFailed` that the replica wrote into `load_log`, if any."""
     for event in read_events(load_log):

@@ -119,7 +119,7 @@ class HttpEndpoint:
         while not self._is_stopping.wait(PING_INTERVAL_S):
             if (lost := ray_processes.lost()) is not None:
                 raise EngineDead(f"The server lost {lost}, and ends.")
-            is_ready = self._answers()
+            is_ready = self._is_ready()
             if self._is_stopping.is_set():
                 break
             if is_ready != (self.status == "ready"):
@@ -129,14 +129,29 @@ class HttpEndpoint:
                 cluster.require_no_failure(self.load_log)
         self.tell("draining")
 
-    def _answers(self, address: str | None = None) -> bool:
+    def _is_ready(self) -> bool:
+        """Whether a replica with a living engine serves, however busy it is."""
+        try:
+            return self._ping() == 200
+        except TimeoutError:
+            # A load balancer that takes a busy worker for a loading one replaces it.
+            return cluster.is_running()
+        except (OSError, HTTPException):
+            return False
+
+    def _answers(self, address: str) -> bool:
         """Whether a request passes the proxy to a replica with a living engine."""
+        try:
+            return self._ping(address) == 200
+        except (OSError, HTTPException):
+            return False
+
+    def _ping(self, address: str | None = None) -> int:
+        """The status of the answer to `/ping`."""
         connection = self._connect(address)
         try:
             connection.request("GET", "/ping")
-            return connection.getresponse().status == 200
-        except (OSError, HTTPException):
-            return False
+            return connection.getresponse().status
         finally:
             connection.close()
 
@@ -203,11 +218,14 @@ def _drain(handle: Any, limit_s: float) -> None:
     log.info("Finishing running requests, for %g s at most; new ones are refused.", limit_s)
     try:
         handle.broadcast("drain").results(timeout_s=REPLICA_TIMEOUT_S)
-        num_idle = 0
+        num_idle, is_late = 0, False
         # Twice, because the last token of an answer takes a moment to reach its client.
         while num_idle < 2:
-            if time.monotonic() > end:
-                log.warning("Some requests still run after %g s; they are cancelled.", limit_s)
+            if time.monotonic() > end and not is_late:
+                log.warning("Some requests still run after %g s and are answered 503.", limit_s)
+                handle.broadcast("end_requests").results(timeout_s=REPLICA_TIMEOUT_S)
+                is_late = True
+            if time.monotonic() > end + REPLICA_TIMEOUT_S:
                 return
             num_idle = 0 if _num_requests(handle) else num_idle + 1
             time.sleep(IDLE_POLL_S)

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 from serve_app.errors import QueueFull
 from tests.fakes import FakeEngine, answer, items, server
 
@@ -162,3 +164,27 @@ def test_a_dead_engine_is_told_to_everyone() -> None:
     assert asyncio.run(answer(one, "/prompt", {"prompt": "a"}))["error"]["code"] == "engine_dead"
     with pytest.raises(Exception, match="engine has stopped"):
         one.check_health()
+
+
+def test_a_drain_that_takes_too_long_answers_everyone() -> None:
+    """Requests that run, or wait behind a full batch, get a 503; the replica does not count as
+    dead, whose process would end before they have it."""
+    settings = Settings.from_yaml("configs/tiny.yaml")
+    small = settings.engine.model_copy(update={"max_num_seqs": 2})
+    one = MixtralServer(settings.model_copy(update={"engine": small}))
+    body = {"prompt": "a", "max_tokens": 4000, "ignore_eos": True}
+
+    async def run() -> list[Any]:
+        lists = {"prompts": ["a"] * 5, "max_tokens": 4000, "ignore_eos": True}
+        asked = [asyncio.create_task(answer(one, "/prompt", each)) for each in [body] * 4 + [lists]]
+        while one.health()["engine"]["running"] < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        one.drain()
+        await asyncio.to_thread(one.end_requests)
+        return await asyncio.gather(*asked)
+
+    *single, listed = asyncio.run(run())
+    errors = [each["error"] for each in (*single, *listed["results"])]
+    assert [error["code"] for error in errors] == ["draining"] * 9
+    assert all(error["retry"] for error in errors)
+    one.check_health()

@@ -75,6 +75,21 @@ def test_ready_is_what_answers(endpoint: HttpEndpoint, server: Server) -> None:
     assert endpoint.status == "draining"
 
 
+def test_a_busy_server_is_ready(
+    endpoint: HttpEndpoint, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While `/ping` waits behind other requests, Serve's own health checks say what is true."""
+    monkeypatch.setattr(http, "PING_TIMEOUT_S", 0.02)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
+        endpoint.http_options["port"] = silent.getsockname()[1]
+        for is_running in (True, False):
+            monkeypatch.setattr(
+                http.cluster, "is_running", lambda is_running=is_running: is_running
+            )
+            assert endpoint._is_ready() is is_running
+    assert not endpoint._is_ready()  # nothing listens any more
+
+
 def test_a_load_that_failed_again_is_the_end(
     endpoint: HttpEndpoint, server: Server, tmp_path: Path
 ) -> None:

@@ -181,7 +181,7 @@ def test_a_drain_that_takes_too_long_answers_everyone() -> None:
             await asyncio.sleep(0.001)
         one.drain()
         await asyncio.to_thread(one.end_requests)
-        return await asyncio.gather(*asked)
+        return [*await asyncio.gather(*asked)]
 
     *single, listed = asyncio.run(run())
     errors = [each["error"] for each in (*single, *listed["results"])]

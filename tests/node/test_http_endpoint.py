@@ -11,7 +11,7 @@ import pytest
 
 from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
-from serve_app.node import http
+from serve_app.node import cluster, http
 from serve_app.node.http import HttpEndpoint
 from tests.worker.conftest import until
 
@@ -82,11 +82,9 @@ def test_a_busy_server_is_ready(
     monkeypatch.setattr(http, "PING_TIMEOUT_S", 0.02)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         endpoint.http_options["port"] = silent.getsockname()[1]
-        for is_running in (True, False):
-            monkeypatch.setattr(
-                http.cluster, "is_running", lambda is_running=is_running: is_running
-            )
-            assert endpoint._is_ready() is is_running
+        for known in (True, False):
+            monkeypatch.setattr(cluster, "is_running", lambda known=known: known)
+            assert endpoint._is_ready() is known
     assert not endpoint._is_ready()  # nothing listens any more
 
 

@@ -34,11 +34,10 @@ class Experts(nn.Module):
         `x` `[T, H]`, `topk_ids` `[T, k]` int64, `topk_weights` `[T, k]` of x's dtype -> `[T, H]`.
         """
         rows, ends, num_rows = group_by_expert(topk_ids, self.down.shape[0], row_multiple(x))
-        grouped = x.new_zeros(num_rows, x.shape[1])
-        grouped[rows] = x[:, None]
+        grouped = gather_rows(x, rows, num_rows)
         gate, up = F.grouped_mm(grouped, self.gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
         outputs = F.grouped_mm(F.silu(gate) * up, self.down.transpose(1, 2), offs=ends)
-        return (outputs[rows] * topk_weights[..., None]).sum(dim=1)
+        return weighted_sum(outputs, rows, topk_weights)
 
 
 def group_by_expert(
@@ -52,11 +51,30 @@ def group_by_expert(
     """
     flat = topk_ids.flatten()
     experts = torch.arange(num_experts, device=flat.device)
-    seen = (flat[:, None] == experts).cumsum(0)  # [T * k, E]: entries of each expert so far
-    sizes = seen[-1]
+    # [E, T * k]: entries of each expert so far. Along the other dimension the sum of 8,192 entries
+    # takes 1.4 ms on an H200, because a GPU then adds with one thread for each expert.
+    seen = (flat == experts[:, None]).cumsum(1)
+    sizes = seen[:, -1]
     if multiple > 1:
         sizes = (sizes + (multiple - 1)) // multiple * multiple
     ends = sizes.cumsum(0)
-    rows = seen.add_(ends - sizes - 1).gather(1, flat[:, None])
+    rows = seen.add_((ends - sizes - 1)[:, None]).gather(0, flat[None])
     num_rows = len(flat) if multiple == 1 else int(ends[-1])
     return rows.view_as(topk_ids), ends.to(torch.int32), num_rows
+
+
+def gather_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+    """Copies row t of `x` `[T, H]` to the rows `rows[t]` of the result `[num_rows, H]`.
+
+    Rows that `rows` `[T, k]` does not name are padding, and copies of row 0.
+    """
+    sources = rows.new_zeros(num_rows)
+    sources[rows] = torch.arange(len(x), device=x.device)[:, None]
+    return x.index_select(0, sources)
+
+
+def weighted_sum(outputs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+    """sum_j weights[t, j] * outputs[rows[t, j]]: `outputs` `[n, H]`, both others `[T, k]` ->
+    `[T, H]`."""
+    chosen = outputs.index_select(0, rows.flatten()).view(*rows.shape, -1)
+    return (chosen * weights[..., None]).sum(dim=1)

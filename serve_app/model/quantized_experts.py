@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.experts import group_by_expert
+from serve_app.model.experts import gather_rows, group_by_expert, weighted_sum
 from serve_app.model.quantize import DEQUANTIZE_WEIGHTS
 from serve_app.model.quantized_weight import INTERLEAVED_ROWS, Codebook, QuantizedWeight
 from serve_app.model.row_padding import row_multiple
@@ -32,8 +32,7 @@ class QuantizedExperts(nn.Module):
         """Computes what `Experts.forward` does. Waits for the device: the host needs `ends`."""
         num_experts = len(self.down.packed)
         rows, ends, num_rows = group_by_expert(topk_ids, num_experts, row_multiple(x))
-        grouped = x.new_zeros(num_rows, x.shape[1])
-        grouped[rows] = x[:, None]
+        grouped = gather_rows(x, rows, num_rows)
         outputs = torch.empty_like(grouped)
         bounds = [0, *ends.tolist()]
         used = [expert for expert in range(num_experts) if bounds[expert] < bounds[expert + 1]]
@@ -43,7 +42,7 @@ class QuantizedExperts(nn.Module):
             part = slice(bounds[some[0]], bounds[some[-1] + 1])
             experts = torch.tensor(some, device=x.device)
             outputs[part] = self._compute(experts, grouped[part], ends[experts] - part.start)
-        return (outputs[rows] * topk_weights[..., None]).sum(dim=1)
+        return weighted_sum(outputs, rows, topk_weights)
 
     def _compute(self, experts: Tensor, x: Tensor, ends: Tensor) -> Tensor:
         """`x` `[n, H]` through `experts` -> `[n, H]`; the rows of expert i end at `ends[i]`."""

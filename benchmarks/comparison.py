@@ -1,78 +1,151 @@
-"""Medians over rounds of several servers, ratios of ours to theirs, and targets.
+"""What servers are compared by: medians over rounds, ratios of ours to theirs, targets, the table.
 
-A round is the levels of one server, `{concurrency: level}`, as `latency.summarize` returns them.
+A round is what one server did under every load: `{load: {case: level}}`. A level has the figures
+that `latency.summarize`, `conversations` and `long_prompts` return.
 """
 
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
-Round = dict[int, dict[str, Any]]
+Level = dict[str, Any]
+Round = dict[str, dict[str, Level]]
 
-OURS = "ours"
-OURS_DIRECT = "ours, HAProxy"
-"""Our server in Serve's HAProxy mode instead of Serve's own proxy."""
-FASTER = {"vllm": 1.5, "transformers": 2.0, "llama.cpp": 1.0}
-"""Targets: our tokens per second as a multiple of a peer's; llama.cpp's is a stretch."""
+OURS = "ours, HAProxy"
+"""Our server in Serve's HAProxy mode, which `mixtral-serve run` uses; targets are judged by it."""
+OURS_SERVE = "ours, Serve's proxy"
+"""Our server behind Serve's own proxy, which a plain `serve run` uses."""
+
+FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
+    "short": {
+        "tokens/s": ("tokens_per_s",),
+        "first token p50, ms": ("ttft_ms", "p50"),
+        "first token p99, ms": ("ttft_ms", "p99"),
+        "gap p99, ms": ("inter_token_ms", "p99"),
+    },
+    "conversations": {
+        "tokens/s": ("tokens_per_s",),
+        "first token p50, ms": ("ttft_ms", "p50"),
+        "first token p99, ms": ("ttft_ms", "p99"),
+        "first token of turn 1 p50, ms": ("first_token_ms", "1", "p50"),
+        "first token of turn 6 p50, ms": ("first_token_ms", "6", "p50"),
+        "turn 6 to turn 1": ("last_turn_to_first",),
+        "gap p99, ms": ("inter_token_ms", "p99"),
+        "answer p50, ms": ("end_to_end_ms", "p50"),
+        "answer p99, ms": ("end_to_end_ms", "p99"),
+    },
+    "long": {
+        "prompt tokens/s": ("prompt_tokens_per_s",),
+        "first token p50, ms": ("ttft_ms", "p50"),
+        "first token p99, ms": ("ttft_ms", "p99"),
+    },
+    "beside": {
+        "first token p50, ms": ("ttft_ms", "p50"),
+        "stream's gap before p99, ms": ("gap_before_ms", "p99"),
+        "stream's gap p50, ms": ("gap_during_ms", "p50"),
+        "stream's longest gap, ms": ("longest_gap_ms",),
+    },
+}
+"""The figures that are compared under each load: name, and keys of a level."""
 
 
-def medians(rounds: list[Round]) -> Round:
-    """Per concurrency, the median of each figure over the rounds, and the sum of errors."""
-    return {
-        concurrency: {
-            "concurrency": concurrency,
-            "tokens_per_s": round(median(each[concurrency]["tokens_per_s"] for each in rounds), 1),
-            **{
-                times: {
-                    quantile: round(median(found), 2)
-                    for quantile in ("p50", "p95", "p99")
-                    if (found := _present(rounds, concurrency, times, quantile))
-                }
-                for times in ("ttft_ms", "inter_token_ms", "end_to_end_ms")
-            },
-            "errors": sum(each[concurrency]["errors"] for each in rounds),
-        }
-        for concurrency in rounds[0]
-    }
+class Key(NamedTuple):
+    """Where a figure stands."""
+
+    load: str
+    case: str
+    figure: str
+
+    def __str__(self) -> str:
+        return f"{self.case}: {self.figure}"
 
 
-def _present(rounds: list[Round], concurrency: int, times: str, quantile: str) -> list[float]:
-    """One figure of all rounds; a round without answers has none."""
-    return [
-        each[concurrency][times][quantile]
-        for each in rounds
-        if quantile in each[concurrency][times]
-    ]
+class Target(NamedTuple):
+    """A bound of one figure under one load."""
+
+    load: str
+    figure: str
+    bound: float
+    is_least: bool
+    """Whether the figure must be at least `bound`; else at most."""
+    peer: str | None
+    """Whose figure ours is divided by; None for our figure itself."""
 
 
-def ratios(middle: dict[str, Round], of: str = OURS) -> dict[str, dict[int, dict[str, float]]]:
-    """Ours divided by each peer: tokens per second (more is better), p99 of TTFT (less is)."""
-    found: dict[str, dict[int, dict[str, float]]] = {}
-    for name in middle.keys() - {OURS, OURS_DIRECT}:
-        found[name] = {}
-        for concurrency, theirs in middle[name].items():
-            ours = middle[of][concurrency]
-            if theirs["tokens_per_s"] and ours["ttft_ms"] and theirs["ttft_ms"]:
-                found[name][concurrency] = {
-                    "tokens_per_s": round(ours["tokens_per_s"] / theirs["tokens_per_s"], 2),
-                    "ttft_p99": round(ours["ttft_ms"]["p99"] / theirs["ttft_ms"]["p99"], 2),
-                }
+TARGETS = (
+    Target("short", "tokens/s", 1.5, True, "vllm"),
+    Target("short", "tokens/s", 2.0, True, "transformers"),
+    Target("short", "tokens/s", 1.0, True, "llama.cpp"),
+    Target("short", "first token p99, ms", 1.0, False, "vllm"),
+    Target("conversations", "tokens/s", 1.2, True, "vllm"),
+    Target("conversations", "tokens/s", 1.2, True, "llama.cpp"),
+    Target("conversations", "turn 6 to turn 1", 2.0, False, None),
+    Target("long", "first token p50, ms", 1.0, False, "vllm"),
+    Target("long", "first token p99, ms", 1.0, False, "vllm"),
+    Target("beside", "stream's longest gap, ms", 350.0, False, None),
+)
+
+
+def medians(rounds: list[Any]) -> Any:
+    """The median of each number over the rounds, in the shape of a round; `errors` are added.
+
+    A figure that a round lacks, because nothing was answered, is the median of the other rounds.
+    """
+    if isinstance(rounds[0], dict):
+        found = {}
+        for key in dict.fromkeys(key for each in rounds for key in each):
+            values = [each[key] for each in rounds if key in each]
+            found[key] = sum(values) if key == "errors" else medians(values)
+        return found
+    if isinstance(rounds[0], int | float):
+        return round(median(rounds), 2)
+    return rounds[0]
+
+
+def figures(of_server: Round) -> dict[Key, float]:
+    """The compared figures of one server; those that it lacks are left out."""
+    found = {}
+    for load, cases in of_server.items():
+        for case, level in cases.items():
+            for name, path in FIGURES[load].items():
+                value: Any = level
+                for key in path:
+                    value = value.get(key) if isinstance(value, dict) else None
+                if value is not None:
+                    found[Key(load, case, name)] = value
     return found
 
 
-def targets(compared: dict[str, dict[int, dict[str, float]]]) -> list[dict[str, Any]]:
-    """Each target, the ratio that was found and whether it was met."""
-    found: list[dict[str, Any]] = []
-    for name, wanted in FASTER.items():
-        for concurrency, ratio in compared.get(name, {}).items():
-            place = {"peer": name, "concurrency": concurrency}
-            speed = ratio["tokens_per_s"]
-            found.append(
-                {**place, "at_least": wanted, "tokens_per_s": speed, "met": speed >= wanted}
-            )
-            if name == "vllm":
-                wait = ratio["ttft_p99"]
-                found.append({**place, "at_most": 1.0, "ttft_p99": wait, "met": wait <= 1})
-    return found
+def ratios(ours: dict[Key, float], theirs: dict[Key, float]) -> dict[Key, float]:
+    """Ours divided by a peer's, where both have the figure and the peer's is not 0."""
+    return {key: round(ours[key] / theirs[key], 2) for key in ours if theirs.get(key)}
+
+
+def targets(ours: dict[Key, float], compared: dict[str, dict[Key, float]]) -> list[dict[str, Any]]:
+    """Every target in every case of its load, with what was found and whether it was met.
+
+    `compared` has the `ratios` to each peer.
+    """
+    judged = []
+    for target in TARGETS:
+        found = ours if target.peer is None else compared.get(target.peer, {})
+        for key, value in found.items():
+            if (key.load, key.figure) == (target.load, target.figure):
+                met = value >= target.bound if target.is_least else value <= target.bound
+                kind = "at_least" if target.is_least else "at_most"
+                about = {"peer": target.peer, "case": key.case, "figure": key.figure}
+                judged.append({**about, kind: target.bound, "found": value, "met": met})
+    return judged
+
+
+def table(servers: dict[str, dict[Key, float]]) -> list[str]:
+    """Lines of a table with a column for each server and a line for each case and figure."""
+    keys = dict.fromkeys(key for found in servers.values() for key in found)
+    width = max((len(str(key)) for key in keys), default=0)
+    lines = ["  ".join([" " * width, *servers])]
+    for key in keys:
+        cells = [f"{found.get(key, '-'):>{len(name)}}" for name, found in servers.items()]
+        lines.append("  ".join([f"{key!s:<{width}}", *cells]))
+    return lines
 
 
 def likeness(ours: str, theirs: str) -> float:

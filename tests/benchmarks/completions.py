@@ -3,12 +3,14 @@
     python completions.py PORT FILE
 
 Starts a child in a session of its own, as Ray does, and writes its pid to FILE. An answer has one
-word per token and `max_tokens` tokens. The prompt "fail" gets a 500, "stop" no finish reason.
+word per token and `max_tokens` tokens; one of more than 1,000 has at most 100 tokens a second. The
+prompt "fail" gets a 500, "stop" no finish reason.
 """
 
 import json
 import subprocess
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -21,6 +23,7 @@ class Completions(BaseHTTPRequestHandler):
         self.send_response(500 if body["prompt"] == "fail" else 200)
         self.end_headers()
         for _ in range(body["max_tokens"]):
+            time.sleep(0.01 if body["max_tokens"] > 1000 else 0)
             self.say({"choices": [{"text": " word", "finish_reason": None}]})
         if body["prompt"] != "stop":
             self.say({"choices": [{"text": "", "finish_reason": "length"}]})

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.comparison import likeness, medians, ratios, targets
+from benchmarks.comparison import (
+    FIGURES,
+    TARGETS,
+    Key,
+    figures,
+    likeness,
+    medians,
+    ratios,
+    table,
+    targets,
+)
 from benchmarks.latency import Objective, summarize
 from benchmarks.load import Outcome
 from benchmarks.plot import plot
@@ -75,25 +85,60 @@ def level(tokens: float, first: float, errors: int = 0) -> dict[str, Any]:
     }
 
 
+def rounds(*levels: dict[str, Any]) -> dict[Key, float]:
+    """The compared figures of the medians of rounds with one case each."""
+    return figures(medians([{"short": {"1 at once": level}} for level in levels]))
+
+
+def key(figure: str) -> Key:
+    return Key("short", "1 at once", figure)
+
+
 def test_medians_ratios_and_targets() -> None:
     """Medians are over rounds, ratios are ours to theirs, and each target is compared with its
     ratio."""
-    ours = medians([{1: level(300, 10)}, {1: level(100, 30, errors=1)}, {1: level(200, 20)}])
-    assert ours[1]["tokens_per_s"] == 200
-    assert (ours[1]["ttft_ms"]["p99"], ours[1]["errors"]) == (40, 1)
-    theirs = {"vllm": medians([{1: level(100, 10)}]), "llama.cpp": medians([{1: level(400, 10)}])}
-    compared = ratios({"ours": ours, **theirs})
-    assert compared["vllm"][1] == {"tokens_per_s": 2.0, "ttft_p99": 2.0}
-    met = {(t["peer"], "ttft_p99" in t): t["met"] for t in targets(compared)}
-    assert met == {("vllm", False): True, ("vllm", True): False, ("llama.cpp", False): False}
+    levels = [{1: level(300, 10)}, {1: level(100, 30, errors=1)}, {1: level(200, 20)}]
+    assert medians(levels)[1]["errors"] == 1
+    ours = rounds(level(300, 10), level(100, 30), level(200, 20))
+    assert ours[key("tokens/s")] == 200
+    assert ours[key("first token p99, ms")] == 40
+    theirs = {"vllm": rounds(level(100, 10)), "llama.cpp": rounds(level(400, 10))}
+    compared = {name: ratios(ours, each) for name, each in theirs.items()}
+    assert compared["vllm"][key("tokens/s")] == 2.0
+    met = {(t["peer"], t["figure"]): t["met"] for t in targets(ours, compared)}
+    assert met == {
+        ("vllm", "tokens/s"): True,
+        ("vllm", "first token p99, ms"): False,
+        ("llama.cpp", "tokens/s"): False,
+    }
+
+
+def test_a_target_without_a_peer_bounds_our_own_figure() -> None:
+    """The last turn's first token is compared with twice the first turn's, case by case."""
+    conversations = {
+        f"{count} conversations": {"tokens_per_s": 1.0, "last_turn_to_first": ratio}
+        for count, ratio in ((1, 1.9), (16, 2.1))
+    }
+    judged = targets(figures({"conversations": conversations}), {})
+    assert [(t["case"], t["at_most"], t["found"], t["met"]) for t in judged] == [
+        ("1 conversations", 2.0, 1.9, True),
+        ("16 conversations", 2.0, 2.1, False),
+    ]
+
+
+def test_every_target_names_a_figure_that_is_compared() -> None:
+    """Each target's load has its figure."""
+    assert all(target.figure in FIGURES[target.load] for target in TARGETS)
 
 
 def test_a_round_without_answers_has_no_ratio() -> None:
-    """A peer whose requests all failed has medians and no ratio."""
+    """A peer whose requests all failed has medians and no ratio, and its column shows so."""
     failed = summarize([outcome(0, error="status 500")], 1.0)
-    middle = {"ours": medians([{1: level(1, 1)}]), "vllm": medians([{1: failed}])}
-    assert middle["vllm"][1]["errors"] == 1
-    assert ratios(middle) == {"vllm": {}}
+    ours, theirs = rounds(level(1, 1)), rounds(failed)
+    assert ratios(ours, theirs) == {}
+    head, *lines = table({"ours": ours, "vllm": theirs})
+    assert head.split() == ["ours", "vllm"]
+    assert [line.split()[-2:] for line in lines] == [["1", "0.0"], ["1", "-"], ["2", "-"]]
 
 
 def test_likeness_is_the_common_beginning() -> None:

@@ -8,9 +8,11 @@ from zipfile import ZipFile
 
 import pytest
 
+from benchmarks import long_prompts
+from benchmarks.comparison import OURS, OURS_SERVE
 from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_servers import PEERS, Peer, Site
-from benchmarks.peers import Run, run_all
+from benchmarks.peers import LOADS, Run, run_all
 from tools.server_process import free_port, serving
 
 SERVER = Path(__file__).with_name("completions.py")
@@ -26,21 +28,43 @@ def small(site: Site) -> list[str]:
 
 
 def options(environments: Path) -> argparse.Namespace:
-    return argparse.Namespace(environments=environments, concurrency=[1, 2], requests=4, notes="")
+    return argparse.Namespace(
+        environments=environments,
+        loads=list(LOADS),
+        concurrency=[1, 2],
+        requests=4,
+        conversations=3,
+        sizes=[45, 90],
+        repeats=1,
+        notes="",
+    )
 
 
-def test_one_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
-    """A server that ends at once is left out with a sentence; the others run both rounds."""
+def test_one_that_fails_is_named_and_the_others_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that ends at once is left out with a sentence; the others run all loads twice."""
+    monkeypatch.setattr(long_prompts, "SETTLED_S", 0.1)
     run = Run(tmp_path, options(tmp_path))
     broken = peer("broken", lambda site: [str(site.python), "-c", "raise SystemExit(3)"])
-    run_all(run, (broken, peer("ours", small), peer("other", small)), rounds=2)
+    run_all(run, (broken, peer(OURS, small), peer("other", small)), rounds=2)
     document = run.document()
     assert list(document["left_out"]) == ["broken"]
     assert "ended with code 3" in document["left_out"]["broken"]
-    assert document["rounds"] == {"ours": 2, "other": 2}
-    assert document["medians"]["ours"][2]["errors"] == 0
+    assert document["rounds"] == {OURS: 2, "other": 2}
+    middle = document["medians"][OURS]
+    cases = {load: list(cases) for load, cases in middle.items()}
+    assert cases == {
+        "short": ["1 at once", "2 at once"],
+        "conversations": ["3 conversations"],
+        "long": [f"{size} tokens, {n} at once" for size in (45, 90) for n in (1, 4)],
+        "beside": ["a stream beside 90 tokens"],
+    }
+    assert all(level["errors"] == 0 for cases in middle.values() for level in cases.values())
     assert document["peers"]["other"]["same_answer"] == 1.0
-    assert set(document["ours_to_theirs"]["ours"]["other"]) == {1, 2}
+    compared = document["ours_to_theirs"][OURS]["other"]
+    assert {name.partition(":")[0] for name in compared} == {n for c in cases.values() for n in c}
+    assert document["table"][0].split() == ["ours,", "HAProxy", "other"]
 
 
 def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
@@ -93,7 +117,7 @@ def test_all_peers_have_a_command_and_pins(tmp_path: Path) -> None:
     openmp.parent.mkdir()
     openmp.touch()
     site = Site(tmp_path / "bin" / "python", tmp_path, tmp_path, tmp_path, 12345, 2)
-    own = ["ours", "ours, HAProxy"]
+    own = [OURS, OURS_SERVE]
     assert [peer.name for peer in PEERS] == [*own, "vllm", "transformers", "llama.cpp"]
     for each in PEERS:
         written = "".join(each.command(site)) + (tmp_path / "ours.yaml").read_text()

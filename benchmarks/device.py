@@ -9,6 +9,9 @@ import torch
 
 ASLEEP = 1_000_000
 """Cycles, half a millisecond."""
+LARGE_GPU_BYTES = 40 * 10**9
+BATCHED_TOKENS = {"large GPU": 8192, "GPU": 2048, "CPU": 512}
+"""The defaults of `serve_app/start_plan/memory.py`, which needs more packages than this."""
 
 
 def events() -> tuple[Any, Any]:
@@ -35,6 +38,17 @@ class Device:
             "multiprocessors": properties.multi_processor_count,
             "capability": ".".join(map(str, torch.cuda.get_device_capability(self.device))),
         }
+
+    def free_bytes(self) -> int:
+        """Free memory of a GPU; 0 on a CPU."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.is_cuda else 0
+
+    def batched_tokens(self) -> int:
+        """Tokens of one step of a server on this device, by default."""
+        if not self.is_cuda:
+            return BATCHED_TOKENS["CPU"]
+        is_large = torch.cuda.mem_get_info(self.device)[1] >= LARGE_GPU_BYTES
+        return BATCHED_TOKENS["large GPU" if is_large else "GPU"]
 
     def wait(self) -> None:
         """Waits until all queued work is done."""

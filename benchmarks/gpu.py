@@ -6,10 +6,11 @@
     python -m benchmarks.gpu --tiny --device cpu         # checks that all of it runs
 
 Measures the copy bandwidth, then correctness, then speed: the step at several batch sizes with
-contexts of `--context` tokens, prefill, and each kernel alone. Weights are random, in NF4 or, with
-`--weights bf16`, floats; all layers take 24 GB or 93 GB. A part that fails is recorded under
-`failures` and makes the exit code 1; the other parts are measured all the same. The file of
-`--save` is written after every part. Needs torch, triton and numpy alone.
+contexts of `--context` tokens, prompts as the server cuts them, alone and beside streams, and each
+kernel alone. It prints the cost table that `benchmarks.schedule` simulates. Weights are random, in
+NF4 or, with `--weights bf16`, floats; all layers take 24 GB or 93 GB. A part that fails is recorded
+under `failures` and makes the exit code 1; the other parts are measured all the same. The file of
+`--save` is written after every part. Needs torch, triton, numpy and cuda-bindings alone.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import torch
 from benchmarks.device import Device
 from benchmarks.kernels import interpret, shapes_of
 from benchmarks.kernels import measure as measure_kernels
+from benchmarks.mixed_steps import SHORT, MixedSteps, step_times
 from benchmarks.random_runner import RandomRunner
 from benchmarks.report import Report, new_parser, say
 from benchmarks.roofline import decode_bytes, decode_limit, prefill_flops
@@ -29,8 +31,9 @@ from serve_app.model.kernels.kernel_check import relative_errors
 from serve_app.model.quantization import Quantization
 
 BATCHES = (1, 8, 32, 128)
-PROMPT = 4096
-PARTS = ("products", "step", "kernels")
+PROMPTS = (64, 512, 4096)
+STREAMS = (1, 32)
+PARTS = ("products", "step", "prompts", "kernels")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
@@ -97,10 +100,19 @@ def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[flo
     return bandwidth, flops
 
 
-def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
-    """Measures decodes and a prompt of the engine's runner."""
+def measure_model(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
+    """Measures the parts that need the model."""
     say(f"step: {runner.note}")
     report.figures["step"] = runner.note
+    if "step" in runner.options.parts:
+        measure_step(report, runner, bandwidth)
+    if "prompts" in runner.options.parts:
+        with report.part("prompts"):
+            measure_prompts(report, runner, flops)
+
+
+def measure_step(report: Report, runner: RandomRunner, bandwidth: float) -> None:
+    """Measures decodes of the engine's runner."""
     with report.part("graphs"):
         error = report.figures["graph_error"] = runner.graph_error()
         say(f"a replayed step beside a launched one: {error}")
@@ -108,14 +120,48 @@ def measure_step(report: Report, runner: RandomRunner, bandwidth: float, flops: 
             raise ValueError("a replayed step differs from a launched one")
     with report.part("decode"):
         decode_table(report, runner, bandwidth)
-    with report.part("prefill"):
-        speed, limit = runner.prefill(), flops / prefill_flops(runner.config)
-        say(f"prefill of {runner.options.prompt} tokens: {speed:.0f} tokens/s, limit {limit:.0f}")
-        report.figures["prefill"] = {
-            "tokens": runner.options.prompt,
-            "tokens_per_s": round(speed, 1),
-            "limit": round(limit, 1),
-        }
+
+
+def measure_prompts(report: Report, runner: RandomRunner, flops: float) -> None:
+    """Measures prompts through the engine, each size alone and beside each number of streams.
+
+    Prints and records a row for each, and the cost table.
+    """
+    config = runner.engine_config()
+    mixed = MixedSteps(runner.runner, config)
+    context, rows = runner.options.context, list[dict[str, Any]]()
+    decodes: dict[int, tuple[float, float]] = {}
+
+    async def work() -> None:
+        for batch in runner.batches:
+            decodes[batch] = (await mixed.decode(batch, SHORT), await mixed.decode(batch, context))
+        say(f"{'prompt':>6} {'streams':>7} {'first ms':>9} {'to alone':>8} {'gap ms':>8} longest")
+        for tokens in runner.options.prompts:
+            for streams in (0, *runner.streams):
+                row = await mixed.prompts(tokens, streams, context)
+                rows.append(prompt_row(row, rows, flops / prefill_flops(runner.config)))
+
+    report.figures["prompts"] = rows
+    mixed.run(runner.device.free_bytes(), work)
+    how = f"measured: {report.figures['device']}, {report.figures['layers']} layers"
+    is_gpu = runner.device.is_cuda
+    table = step_times(how, config, decodes, context, mixed.steps, is_gpu=is_gpu)
+    report.figures["step_times_ms"] = table._asdict()
+    say(f"The cost table for step_times.py:\n{table}")
+
+
+def prompt_row(row: dict[str, Any], before: list[dict[str, Any]], limit: float) -> dict[str, Any]:
+    """Prints a row of `MixedSteps.prompts` and adds to it: of a prompt alone, tokens per second and
+    their limit; beside streams, its time as a multiple of that alone."""
+    tokens, first_ms = row["tokens"], row["first_token_ms"]
+    alone = next((r for r in before if (r["tokens"], r["streams"]) == (tokens, 0)), None)
+    if alone is None:
+        row |= {"tokens_per_s": round(1e3 * tokens / first_ms, 1), "limit": round(limit, 1)}
+    else:
+        row["to_alone"] = round(first_ms / alone["first_token_ms"], 2)
+    cells = [row.get(name, "-") for name in ("to_alone", "gap_ms", "longest_gap_ms")]
+    say(f"{tokens:>6} {row['streams']:>7} {first_ms:>9} {cells[0]:>8} {cells[1]:>8} {cells[2]}")
+    return row
 
 
 def measure(report: Report, options: argparse.Namespace, device: Device) -> None:
@@ -130,12 +176,12 @@ def measure(report: Report, options: argparse.Namespace, device: Device) -> None
     if quantization is not None and "products" in options.parts:
         with report.part("products"):
             check(report, quantization, device)
-    if "step" in options.parts:
+    if {"step", "prompts"} & set(options.parts):
         runner: RandomRunner | None = None
         with report.part("model"):
             runner = RandomRunner(options, device)
         if runner is not None:
-            measure_step(report, runner, bandwidth, flops)
+            measure_model(report, runner, bandwidth, flops)
             runner.release()
     if quantization is not None and "kernels" in options.parts:
         with report.part("kernels"), torch.inference_mode():
@@ -150,15 +196,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence")
-    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens of the prefill")
+    parser.add_argument("--prompts", type=int, nargs="+", default=list(PROMPTS), help="in tokens")
+    parser.add_argument("--streams", type=int, nargs="+", default=list(STREAMS), help="beside them")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each batch size, about")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: says nothing about speed")
     parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS))
     options = parser.parse_args(arguments)
     if options.tiny:
-        options.context, options.prompt = min(options.context, 40), min(options.prompt, 64)
-        options.seconds, options.batches = 0.0, [n for n in options.batches if n <= 8]
+        options.context, options.seconds = min(options.context, 40), 0.0
+        options.batches = [n for n in options.batches if n <= 8]
+        options.prompts = [8 + n // 64 for n in options.prompts]
+        options.streams = [min(n, 2) for n in options.streams]
     return options
 
 

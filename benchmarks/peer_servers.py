@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.comparison import OURS, OURS_SERVE
+from benchmarks.comparison import FIGURES, OURS, OURS_SERVE
 
 ROOT = Path(__file__).parents[1]
 SEQUENCES = 64
@@ -53,6 +53,8 @@ class Peer:
     variables: Callable[[Site], dict[str, str]] = lambda site: {}
     fields: dict[str, Any] = field(default_factory=lambda: {"ignore_eos": True})
     """Fields that only its requests have."""
+    loads: tuple[str, ...] = tuple(FIGURES)
+    """The loads that it takes part in."""
 
 
 def _ours(site: Site) -> list[str]:
@@ -140,6 +142,7 @@ PEERS = (
         requirements=("transformers[serving]==5.23.0", TORCH, "accelerate==1.15.0"),
         variables=lambda site: {"HF_HUB_OFFLINE": "1"},
         fields={},  # refuses what it does not know; the checkpoint has no eos
+        loads=("short",),
     ),
     Peer(
         "llama.cpp",

@@ -3,32 +3,31 @@
     python -m benchmarks.peers
     python -m benchmarks.peers --loads conversations --peers "ours, HAProxy" vllm --rounds 1
 
-All serve the same weights in float32 and get the same prompts, streamed. The loads are those of
-`LOADS`: short prompts in a closed loop, conversations, long prompts, and a stream beside a long
-prompt. Each server is alone on the machine with the load generator. Our server runs in Serve's
-HAProxy mode and with Serve's own proxy; every figure stands in the column of its mode. Servers run
-in turn, round after round; figures are medians. The first run makes each peer's environment from
-the package index. A peer that cannot take part is named with the reason. The exit code is 1 only
-when our server in HAProxy mode did not run.
+All serve the same weights in float32 and get the same prompts, streamed: short ones in a closed
+loop, conversations, long prompts, and a stream beside a long prompt (`peer_loads.py`).
+`transformers serve` gets the short ones alone. Each server is alone on the machine with the load
+generator. Our server runs in Serve's HAProxy mode and with Serve's own proxy; every figure stands
+in the column of its mode. Servers run in turn, round after round; figures are medians. The first
+run makes each peer's environment from the package index. A peer that cannot take part is named with
+the reason. The exit code is 1 only when our server in HAProxy mode did not run.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import conversations, long_prompts
 from benchmarks.comparison import (
     OURS,
     OURS_SERVE,
     Key,
-    Level,
     Round,
     figures,
     likeness,
@@ -37,54 +36,19 @@ from benchmarks.comparison import (
     table,
     targets,
 )
-from benchmarks.latency import summarize
 from benchmarks.load import closed_loop
+from benchmarks.long_prompts import SIZES
 from benchmarks.peer_checkpoint import write_checkpoint
 from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_gguf import write_gguf
+from benchmarks.peer_loads import LOADS, about, short_request
 from benchmarks.peer_servers import PEERS, SEQUENCES, Peer, Site, home, own_python
 from benchmarks.plot import plot
 from benchmarks.report import new_parser, publish, say
 from benchmarks.running_server import RunningServer
 from tools.server_process import ServerError, free_port, serving
 
-TOKENS = 64
-WORDS = 16
 CACHE = Path.home() / ".cache" / "mixtral-serve" / "peers"
-
-
-async def short(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Short prompts in a closed loop at each concurrency."""
-    levels = {}
-    for concurrency in options.concurrency:
-        count = max(options.requests, 4 * concurrency)
-        outcomes, wall_s = await closed_loop(server.url, short_request(server), concurrency, count)
-        level = {"concurrency": concurrency, **summarize(outcomes, wall_s)}
-        levels[f"{concurrency} at once"] = level
-    return levels
-
-
-def short_request(server: RunningServer) -> Callable[[int], dict[str, Any]]:
-    """Makes requests with a new short prompt each."""
-    return lambda _: server.body(server.words(WORDS), TOKENS)
-
-
-async def held(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Conversations, all at once."""
-    count = options.conversations
-    return {f"{count} conversations": await conversations.measure(server, count)}
-
-
-LOADS: dict[str, Callable[[RunningServer, Any], Awaitable[dict[str, Level]]]] = {
-    "short": short,
-    "conversations": held,
-    "long": lambda server, options: long_prompts.measure_long(
-        server, tuple(options.sizes), options.repeats
-    ),
-    "beside": lambda server, options: long_prompts.measure_beside(
-        server, max(options.sizes), options.repeats
-    ),
-}
 
 
 class Run:
@@ -135,7 +99,7 @@ class Run:
         most = max(self.options.concurrency)
         await closed_loop(server.url, short_request(server), most, 2 * most)
         found: Round = {}
-        for name in self.options.loads:
+        for name in (name for name in self.options.loads if name in peer.loads):
             found[name] = await LOADS[name](server, self.options)
             say(*table({peer.name: figures({name: found[name]})}), sep="\n")
             say(f"errors: {sum(level['errors'] for level in found[name].values())}")
@@ -153,7 +117,8 @@ class Run:
         for name, answer in self.answers.items():
             self.about[name]["same_answer"] = likeness(self.answers.get(OURS, ""), answer)
         return {
-            "loads": self._about_loads(),
+            "loads": {name: about(name, self.options) for name in self.options.loads},
+            "sequences": SEQUENCES,
             "notes": self.options.notes,
             "peers": self.about,
             "left_out": self.left_out,
@@ -167,19 +132,6 @@ class Run:
             "table": table(found),
             "each_round": self.rounds,
         }
-
-    def _about_loads(self) -> dict[str, Any]:
-        about = {
-            "short": {"answer_tokens": TOKENS, "prompt_words": WORDS},
-            "conversations": {
-                "turns": conversations.TURNS,
-                "words": conversations.WORDS,
-                "answer_tokens": conversations.TOKENS,
-            },
-            "long": {"repeats": self.options.repeats, "answer_tokens": long_prompts.ANSWER},
-            "beside": {"repeats": self.options.repeats},
-        }
-        return {"sequences": SEQUENCES, **{name: about[name] for name in self.options.loads}}
 
 
 def _named(compared: dict[Key, float]) -> dict[str, float]:
@@ -222,17 +174,22 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16, 64], help="short")
     parser.add_argument("--requests", type=int, default=24, help="short: at each level, at least")
     parser.add_argument("--conversations", type=int, default=16, help="at once")
-    parser.add_argument("--sizes", type=int, nargs="+", default=list(long_prompts.SIZES))
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="long prompts")
     parser.add_argument("--repeats", type=int, default=4, help="of each long prompt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
     parser.add_argument("--notes", default="", help="kept in the document")
     parser.add_argument("--plot", type=Path, help="also draw the medians as SVG into this file")
     options = parser.parse_args()
+    # A run that is ended early ends the server that it has started.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by a signal"))
     began = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="peers-"))
     run = Run(folder, options)
-    chosen = tuple(peer for peer in PEERS if not options.peers or peer.name in options.peers)
+    asked = options.peers or [peer.name for peer in PEERS]
+    chosen = tuple(
+        peer for peer in PEERS if peer.name in asked and set(peer.loads) & set(options.loads)
+    )
     run_all(run, chosen, options.rounds)
     document = run.document() | {"minutes": round((time.monotonic() - began) / 60, 1)}
     report(document)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.device import Device
+from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.runner import InFlightStep
 from serve_app.engine.sampling_params import SamplingParams
@@ -42,11 +43,13 @@ class RandomRunner:
         is_bf16 = options.weights == "bf16"
         self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
-        self.batches = [n for n in options.batches if n <= self._max_num_seqs()]
-        blocks = max(max(self.batches) * blocks_for(options.context), blocks_for(options.prompt))
-        sizes = (blocks, BLOCK_SIZE)
-        made = (self.model, *sizes, self.dtype, device.device)
-        self.runner = ModelRunner(*made, max_num_seqs=max(self.batches))
+        largest = self._max_num_seqs()
+        self.batches = [n for n in options.batches if n <= largest]
+        self.streams = [n for n in options.streams if n <= largest]
+        self.max_num_seqs = max(*self.batches, 1 + max(self.streams, default=0))
+        blocks = self.max_num_seqs * blocks_for(options.context) + blocks_for(max(options.prompts))
+        made = (self.model, blocks, BLOCK_SIZE, self.dtype, device.device)
+        self.runner = ModelRunner(*made, max_num_seqs=self.max_num_seqs)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
 
@@ -58,13 +61,26 @@ class RandomRunner:
     def _max_num_seqs(self) -> int:
         if not self.device.is_cuda:
             return 8
-        free = torch.cuda.mem_get_info(self.device.device)[0] - SPARE
+        free = self.device.free_bytes() - SPARE
         return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
 
     @property
     def note(self) -> str:
         """Which form of a step the runner uses."""
         return self.runner.note
+
+    def engine_config(self) -> EngineConfig:
+        """The limits of an engine around the runner, as a server on this device has them."""
+        num_blocks = self.runner.cache.num_blocks
+        return EngineConfig(
+            max_model_len=min(self.config.max_position_embeddings, num_blocks * BLOCK_SIZE),
+            max_num_seqs=self.max_num_seqs,
+            max_waiting=self.max_num_seqs,
+            block_size=BLOCK_SIZE,
+            num_blocks=num_blocks,
+            max_num_batched_tokens=max(self.device.batched_tokens(), self.max_num_seqs),
+            eos_token_ids=frozenset(),
+        )
 
     def release(self) -> None:
         """Frees the model's memory."""
@@ -111,13 +127,6 @@ class RandomRunner:
             steps += ROUND
         self.device.wait()
         return float(batch * steps / (time.perf_counter() - began))
-
-    def prefill(self) -> float:
-        """Tokens per second of one prompt, computed in one step."""
-        prompt = self.sequences(1, self.options.prompt, temperature=0.0)[0]
-        whole = [ScheduledTokens(prompt, 0, self.options.prompt, True)]
-        seconds = self.device.seconds(lambda: self.runner.launch(whole).wait(), repeats=3)
-        return float(self.options.prompt / seconds)
 
 
 def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:

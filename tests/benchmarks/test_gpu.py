@@ -11,8 +11,10 @@ from benchmarks import gpu, kernel_cases
 from benchmarks.device import Device
 from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
+from benchmarks.step_times import StepTimes
 from serve_app.engine import model_runner
 from serve_app.engine.decode_graphs import DecodeGraphs
+from serve_app.engine.step_cost import StepShape
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.quantization import Quantization
 from tests.triton_interpreter import prepare_once
@@ -30,7 +32,15 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [row["batch"] for row in document["decode"]] == [1, 2]
     assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in document["decode"])
-    assert document["prefill"]["tokens_per_s"] > 0
+    prompts = document["prompts"]
+    assert [(row["tokens"], row["streams"]) for row in prompts] == [
+        (tokens, streams) for tokens in (9, 16, 72) for streams in (0, 1, 2)
+    ]
+    assert all(row["first_token_ms"] > 0 and sum(row["cuts"]) == row["tokens"] for row in prompts)
+    assert all(("to_alone" in row) == (row["streams"] > 0) for row in prompts)
+    table = StepTimes(**document["step_times_ms"])
+    assert [batch for batch, _ in table.decodes] == [1, 2]
+    assert table.seconds(StepShape(2, 80, 64, 2000)) > 0
     measured = {row["kernel"] for row in document.get("kernels", ())}
     in_4_bits = {"gate_up", "down", "qkv", "o", "attention"}
     assert measured == (in_4_bits if "nested" in weights else set())
@@ -57,6 +67,7 @@ def test_failures_are_recorded_and_the_rest_is_measured(
     monkeypatch.setattr(RandomRunner, "decode", failing)
     monkeypatch.setattr(kernel_cases, "down", no_kernel)
     options = ["--tiny", "--device", "cpu", "--batches", "2", "1", "--save", str(file)]
+    options += ["--parts", "products", "step", "kernels"]
     assert gpu.main(options) == 1
     document = json.loads(file.read_text())
     assert document["failures"] == {
@@ -77,7 +88,9 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
         model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.verified(*made[:3])
     )
     made = RandomRunner(
-        gpu.parse(["--tiny", "--device", "cpu", "--layers", "1", "--batches", "2"]),
+        gpu.parse(
+            ["--tiny", "--device", "cpu", "--layers", "1", "--batches", "2", "--streams", "1"]
+        ),
         Device(torch.device("cpu")),
     )
     tables = [sequence.block_table for sequence in made.sequences(2, made.options.context)]

@@ -11,8 +11,9 @@ import pytest
 from benchmarks import long_prompts
 from benchmarks.comparison import OURS, OURS_SERVE
 from benchmarks.peer_environments import PeerError, python_of, versions
+from benchmarks.peer_loads import LOADS
 from benchmarks.peer_servers import PEERS, Peer, Site
-from benchmarks.peers import LOADS, Run, run_all
+from benchmarks.peers import Run, run_all
 from tools.server_process import free_port, serving
 
 SERVER = Path(__file__).with_name("completions.py")

@@ -114,17 +114,19 @@ def _answer_one(entry: "EntrySettings", job: dict[str, Any]) -> int:
 def _serve_http(entry: "EntrySettings") -> int:
     from serve_app.cold_start.check import check_config, check_start
     from serve_app.node import fitness, http
-    from serve_app.node.banner import banner
+    from serve_app.node.banner import banner, exposure
 
     # Before the check, which may ask the hub: PORT_HEALTH answers from the first moment.
     options = {"host": "0.0.0.0", "port": entry.port}
     endpoint = http.HttpEndpoint(options, entry.port_health)
+    endpoint.proxy.prepare()
     settings = check_config(entry.serve_config)
     checked = check_start(entry.serve_config, settings)
     if (problem := fitness.first_problem(fitness.checks(settings, None))) is not None:
         raise problem
     for line in banner(settings, entry.serve_config, None, checked.lines):
         log.info("%s", line)
+    log.log(*exposure(options, settings))
     return http.run(checked, entry.serve_config, endpoint)
 
 

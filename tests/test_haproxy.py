@@ -1,73 +1,54 @@
-"""`RAY_SERVE_ENABLE_HA_PROXY=1 serve run configs/tiny.yaml`: HAProxy in Serve's proxy's place.
+"""`mixtral-serve run`: HAProxy takes the requests, and hands them to the replica."""
 
-A process of its own, as the switch is read where Ray Serve is imported; on free ports, beside
-whatever else runs here.
-"""
-
-import sys
-import tempfile
+import os
+import re
+import signal
+import socket
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
-from tests.test_http import ask_and_leave, check_ids, ended, wait_until_idle
-from tools.server_process import free_port, serving
+from tests.cli.test_commands import served
+from tests.listening import listening, open_to_strangers
+from tests.processes import descendants, replica_of
+from tests.settled import left_behind
+from tests.test_http import ask_and_leave, check_ids, ended, running, wait_until_idle
+from tests.worker.conftest import until
 
 pytestmark = pytest.mark.ray
 
-ROOT = Path(__file__).parents[1]
-HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-}
-"""Serve's HAProxy mode. Without the second one, an open replica drains for half a minute."""
-
-
-def on_free_ports(folder: str) -> dict[str, str]:
-    """The variables of HAProxy mode, with ports and files beside whatever else runs here."""
-    direct = free_port()
-    return HAPROXY | {
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 20),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-    }
+Run = tuple["subprocess.Popen[bytes]", str]
+"""The process of `mixtral-serve run`, and its URL."""
 
 
 @pytest.fixture(scope="module")
-def haproxys() -> Iterator[str]:
-    """HAProxy's folder. Its name is short, because a socket's path has at most 97 characters."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield folder
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    with served(tmp_path_factory.mktemp("run")) as run:
+        yield run
 
 
-@pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory, haproxys: str) -> Iterator[str]:
-    folder = tmp_path_factory.mktemp("haproxy")
-    config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
-    config["http_options"]["port"] = port = free_port()
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    variables = on_free_ports(haproxys)
-    serve = "from ray.serve.scripts import cli; cli()"
-    command = [sys.executable, "-c", serve, "run", "--address", "local", "--app-dir", str(ROOT)]
-    address = f"http://127.0.0.1:{port}"
-    first = {"model": "tiny", "prompt": "Hello", "max_tokens": 1}
-    log = folder / "log"
-    with serving([*command, str(folder / "tiny.yaml")], variables, address, first, log):
-        assert list(Path(haproxys).glob("*/haproxy.cfg")), "Serve's own proxy answers"
-        yield address
+def haproxys(pid: int) -> dict[int, str]:
+    """Pid and command line of each HAProxy below `pid`."""
+    return {child: line for child, line in descendants(pid).items() if "haproxy.cfg" in line}
+
+
+def test_haproxys_files_are_for_this_user_alone(run: Run) -> None:
+    """The folder has mode 0700."""
+    process, _ = run
+    (line,) = haproxys(process.pid).values()
+    found = re.search(r"-f (/tmp/mixtral-[^/]+)/", line)
+    assert found, line
+    assert Path(found[1]).stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_blocks(url: str, stream: bool) -> None:
+def test_a_client_that_leaves_frees_its_blocks(run: Run, stream: bool) -> None:
     """HAProxy closes its connection to the replica, which ends the request, streamed or not."""
+    _, url = run
     with httpx.Client(base_url=url, timeout=60) as http:
         before = ended(http)
         ask_and_leave(http, url, "/v1/completions", stream)
@@ -75,7 +56,57 @@ def test_a_client_that_leaves_frees_its_blocks(url: str, stream: bool) -> None:
         assert ended(http) - before == {"cancelled": 1}
 
 
-def test_a_request_has_one_id(url: str) -> None:
+def test_a_request_has_one_id(run: Run) -> None:
     """Headers, error and log of a request have one id, behind HAProxy too."""
-    with httpx.Client(base_url=url, timeout=60) as http:
+    with httpx.Client(base_url=run[1], timeout=60) as http:
         check_ids(http)
+
+
+def test_no_port_takes_calls_from_other_machines(run: Run) -> None:
+    """Serve's and HAProxy's ports are on loopback; Ray's refuse each call without the token."""
+    process, url = run
+    found = listening(process.pid)
+    assert url.endswith(str(next(port for it, _, port in found if it.name() == "haproxy")))
+    assert {it.name().partition(":mixtral")[0] for it, _, _ in found} >= {
+        "gcs_server",
+        "raylet",
+        "ray::ServeReplica",
+    }
+    assert open_to_strangers(process.pid) == []
+
+
+def test_two_servers_run_on_one_machine(run: Run, tmp_path: Path) -> None:
+    """The second one answers itself; after SIGTERM no process of it lives, and the first does."""
+    with served(tmp_path) as (second, url):
+        assert httpx.get(f"{url}/ping").status_code == 200
+        assert len(haproxys(second.pid)) == 1
+        folder = re.search(r"-f (/tmp/mixtral-[^/]+)/", "".join(haproxys(second.pid).values()))
+        second.send_signal(signal.SIGTERM)
+        assert second.wait(60) == 0
+        assert not left_behind(tmp_path)
+        assert folder
+        assert not Path(folder[1]).exists()
+    assert httpx.get(f"{run[1]}/ping").status_code == 200
+
+
+def test_a_replica_that_dies_is_a_503(run: Run) -> None:
+    """The waiting client gets the error of our table, and the server answers again."""
+    process, url = run
+    body = {"prompt": "x", "ignore_eos": True, "max_tokens": 12_000}
+    with httpx.Client(base_url=url, timeout=60) as http:
+        with ThreadPoolExecutor() as threads:
+            asked = threads.submit(http.post, "/prompt", json=body)
+            until(lambda: running(http)[0] == 1)
+            os.kill(replica_of(process.pid), signal.SIGKILL)
+            response = asked.result()
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
+    until(lambda: httpx.get(f"{url}/ping", timeout=60).status_code == 200, 60)
+
+
+def test_nothing_lives_after_kill_9(tmp_path: Path) -> None:
+    """HAProxy ends with the server, and the port is free."""
+    with served(tmp_path) as (process, url):
+        assert haproxys(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        until(lambda: not left_behind(tmp_path))
+    socket.create_server(("127.0.0.1", int(url.rpartition(":")[2]))).close()

@@ -2,16 +2,13 @@
 
 import subprocess
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.settled import left_behind
-from tests.test_haproxy import on_free_ports
 from tests.worker.conftest import until
 from tests.worker.process import ENTRY, TINY, environment
 from tools.server_process import free_port
@@ -46,20 +43,16 @@ class LoadBalancer:
                 self.answers.append(None)
 
 
-@pytest.fixture(params=["Serve's proxy", "HAProxy"])
-def variables(request: pytest.FixtureRequest) -> Iterator[dict[str, str]]:
-    if request.param != "HAProxy":
-        yield {}
-        return
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        yield on_free_ports(folder)
+@pytest.fixture(params=["1", "0"], ids=["HAProxy", "Serve's proxy"])
+def variables(request: pytest.FixtureRequest) -> dict[str, str]:
+    return {"RAY_SERVE_ENABLE_HA_PROXY": request.param}
 
 
 @pytest.mark.ray
 def test_ping_on_the_servers_own_port(tmp_path: Path, variables: dict[str, str]) -> None:
     """204 from the first answer until the model is loaded, then 200: one poll may be lost."""
     port = free_port()
-    if not variables:  # unset in HAProxy mode: both mean the same
+    if variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0":  # else unset, which means the same
         variables["PORT_HEALTH"] = str(port)
     given = environment(
         tmp_path, RUNPOD_SERVERLESS="false", SERVE_CONFIG=str(TINY), PORT=str(port), **variables

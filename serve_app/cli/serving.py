@@ -7,24 +7,20 @@ lines until the server is ready: what is served, who can reach it, and the long 
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import serve_app
 from serve_app.cold_start import check as cold_start_check
 from serve_app.cold_start.check import Checked
 from serve_app.config import named
 from serve_app.config.serve_config import http_options, port_setting
-from serve_app.config.settings import Settings
 from serve_app.loading.load_log import PHASE_LINE
 from serve_app.machine import processes
-from serve_app.node import fitness, http, ray_node
+from serve_app.node import banner, fitness, http, ray_node
 
 log = logging.getLogger(__name__)
 
 SHORT_PHASE_S = 0.5
 """A load phase that takes fewer seconds has no line in the log; `/health` lists all phases."""
-LOOPBACK = ("127.", "localhost", "::1")
-"""How addresses begin that only this machine can reach."""
 
 
 def run(config: str) -> int:
@@ -37,33 +33,16 @@ def run(config: str) -> int:
     endpoint = http.HttpEndpoint(http_options(path), port_name=port_setting(path))
     fitness.require_room_for_ray()
     processes.block_alarms()
+    endpoint.proxy.prepare()
     log.info("mixtral-serve %s starts with %s; Ctrl-C stops it.", serve_app.__version__, path)
     try:
         checked = _checked_while_ray_starts(path)
         for line in checked.lines[1:]:  # the first one says that the file is valid
             log.info("%s", line)
-        log.log(*exposure(endpoint.http_options, checked.settings))
+        log.log(*banner.exposure(endpoint.http_options, checked.settings))
         return http.run(checked, path, endpoint)
     finally:
         ray_node.stop()
-
-
-def exposure(options: dict[str, Any], settings: Settings) -> tuple[int, str]:
-    """The logging level and the sentence about who can send requests to the server."""
-    host, port = options["host"], options["port"]
-    needs_key = settings.api.keys is not None
-    if host.startswith(LOOPBACK):
-        key = "one of the API keys" if needs_key else "no API key"
-        return logging.INFO, f"Requests: from this machine only ({host}), with {key}."
-    if needs_key:
-        return logging.INFO, (
-            f"Requests: from every machine that reaches {host}:{port}, with one of the API keys; "
-            "/health, /ping and /metrics need none."
-        )
-    return logging.WARNING, (
-        f"Requests: from every machine that reaches {host}:{port}, WITHOUT an API key. Set "
-        "API_KEYS in the environment, or `http_options.host: 127.0.0.1` in the configuration."
-    )
 
 
 def _log_to_terminal() -> None:

@@ -4,6 +4,7 @@ Each field's docstring gives its meaning, unit and default. `python -m tools.set
 the table in docs/runpod.md from them.
 """
 
+from ipaddress import ip_network
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
@@ -147,6 +148,26 @@ class ApiSettings(_Section):
     retry_after_s: int = Field(default=1, ge=1)
     """Shortest `Retry-After` in seconds of a 429 for a full request queue, and that of a 503 while
     the server shuts down. The engine's measured rate gives longer ones, up to 60."""
+    max_connections: int = Field(default=4096, ge=16)
+    """Connections to HAProxy at once. Further ones wait until one of them closes."""
+    max_connections_per_address: int | None = Field(default=None, ge=1)
+    """Connections that one address may have to HAProxy at once; further ones are closed. None has
+    no limit: behind a load balancer, all clients have its address."""
+    trusted_proxies: str | None = None
+    """Addresses or networks without that limit, comma separated, such as `10.0.0.0/8`."""
+
+    @field_validator("trusted_proxies")
+    @classmethod
+    def _are_networks(cls, value: str | None) -> str | None:
+        for network in (value or "").split(","):
+            if network.strip():
+                ip_network(network.strip(), strict=False)  # its error names the value
+        return value
+
+    @property
+    def trusted_networks(self) -> list[str]:
+        """The networks in `trusted_proxies`."""
+        return [it.strip() for it in (self.trusted_proxies or "").split(",") if it.strip()]
 
 
 class RunpodSettings(_Section):

@@ -31,6 +31,12 @@ def require_free(name: str, port: int, host: str) -> None:
     listen(name, port, host).close()
 
 
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port of `host` on which no process listens now."""
+    with listen("port", 0, host) as free:
+        return int(free.getsockname()[1])
+
+
 def listen_before(port: int) -> list[socket.socket]:
     """Sockets that get all connections to `port` in the place of a server on 0.0.0.0:`port`.
 

@@ -3,8 +3,10 @@
 Few lines, because RunPod drops lines of a log that grows fast. They hold no secrets.
 """
 
+import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import serve_app
 from serve_app.api.routes import ROUTES
@@ -14,6 +16,8 @@ from serve_app.machine.gpus import MIB, NoGpus, query_gpus
 from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
 RULE = "=" * 72
+LOOPBACK = ("127.", "localhost", "::1")
+"""How addresses begin that only this machine can reach."""
 
 
 def banner(
@@ -73,4 +77,22 @@ def gpu() -> str:
         return f"none ({reason})"
     return "; ".join(
         f"{gpu.name}, {gpu.total_bytes // MIB} MiB, driver {gpu.driver}" for gpu in found
+    )
+
+
+def exposure(options: dict[str, Any], settings: Settings) -> tuple[int, str]:
+    """The logging level and the sentence about who can send requests to the server."""
+    host, port = options["host"], options["port"]
+    needs_key = settings.api.keys is not None
+    if host.startswith(LOOPBACK):
+        key = "one of the API keys" if needs_key else "no API key"
+        return logging.INFO, f"Requests: from this machine only ({host}), with {key}."
+    if needs_key:
+        return logging.INFO, (
+            f"Requests: from every machine that reaches {host}:{port}, with one of the API keys; "
+            "/health, /ping and /metrics need none."
+        )
+    return logging.WARNING, (
+        f"Requests: from every machine that reaches {host}:{port}, WITHOUT an API key. Set "
+        "API_KEYS in the environment, or `http_options.host: 127.0.0.1` in the configuration."
     )

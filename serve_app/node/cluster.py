@@ -7,6 +7,7 @@ same deployment behind Serve's proxy. Both take the file that `serve run` takes.
 import asyncio
 import logging
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from serve_app.loading.phases import Failed, Phase, Running, Started, read_event
 from serve_app.machine import processes
 from serve_app.node import phases, ray_node, ray_processes, ray_thread
 from serve_app.node.client import DeploymentClient, Forward
+from serve_app.node.haproxy import Proxy
 from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
@@ -123,17 +125,19 @@ def _may_be_several(config: str | Path) -> bool:
     return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
 
 
-def serve_http(
-    settings: Settings, config: str | Path, http_options: dict[str, Any], plan: StartPlan
-) -> Any:
-    """Starts the deployment behind Serve's HTTP proxy with these `http_options`; its handle."""
+def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: StartPlan) -> Any:
+    """Starts the deployment behind `proxy`, which is prepared; the deployment's handle."""
+    if proxy.obstacle is not None:
+        note = f"Serve's own proxy takes the requests, not HAProxy: {proxy.obstacle}"
+        log.warning("%s.", note)
+        plan = replace(plan, notes=(*plan.notes, note))
     load_log = _begin(settings, None)
     with load_log.phase(Phase.RAY):
         with ray_node.signals_kept():
             ray_node.start()
         # From here on signals are the caller's: the model may take minutes to load.
         with ray_node.signals_kept():
-            ray_node.start_serve(http_options)
+            ray_node.start_serve(proxy.options(settings.api))
     with ray_node.signals_kept():
         return deploy(settings, config, "/", plan)
 

@@ -21,8 +21,9 @@ from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import Settings
 from serve_app.errors import EngineDead, ServeError
-from serve_app.machine.ports import require_free
+from serve_app.machine.ports import free_port, require_free
 from serve_app.node import cluster, ray_node, ray_processes
+from serve_app.node.haproxy import Proxy
 from serve_app.node.health_listener import HealthListener
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,10 @@ class HttpEndpoint:
         `http_options` are Ray Serve's, with at least `host` and `port`. Raises `ConfigError` for a
         port that is in use, naming `port_name` or PORT_HEALTH.
         """
+        if http_options["port"] == 0:
+            http_options = http_options | {"port": free_port(http_options["host"])}
         self.http_options = http_options
+        self.proxy = Proxy(http_options)
         self.status = "loading"
         self.load_log: str | None = None
         self.is_serving = False
@@ -187,7 +191,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     endpoint.tell(load_log=settings.load_log)
     try:
         with ColdStart(settings, checked.plan).watch():
-            handle = cluster.serve_http(settings, config, endpoint.http_options, checked.plan)
+            handle = cluster.serve_http(settings, config, endpoint.proxy, checked.plan)
         endpoint.serves()
         log.info("Serving HTTP on %s; try: %s", endpoint.url, example(endpoint.url, settings))
         endpoint.watch()

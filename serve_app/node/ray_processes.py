@@ -5,7 +5,8 @@ Ray 2.60 runs on one machine as a tree of processes:
     this process, Ray's "driver"
       gcs_server          the cluster's state: nodes, actors
       raylet              this machine: starts workers, holds their resources
-        ray::...          workers: Serve's controller, its proxy, and the replica with the model
+        ray::...          workers: Serve's controller, its proxies, and the replica with the model
+          haproxy         takes the server's requests
         agents            runtime environments
       log_monitor
 
@@ -37,6 +38,8 @@ log = logging.getLogger(__name__)
 
 GCS = "/gcs_server "
 """Part of the command line of the GCS."""
+HAPROXY = "/haproxy.cfg"
+"""Part of the command line of HAProxy, and of the program that becomes it."""
 VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
 """Parts of the command lines of processes that Ray cannot do without, and their names."""
 
@@ -45,13 +48,13 @@ def below() -> "list[psutil.Process]":
     """All of Ray's processes below this one.
 
     Workers have a title that begins with `ray::`; one that has not registered with Ray yet has the
-    path of our worker program in its command line, and the others have the folder of Ray or of
-    its HAProxy there.
+    path of our worker program in its command line, HAProxy that of its configuration, and the
+    others have the folder of Ray there.
     """
     import ray
 
     folder = Path(ray.__file__).parent
-    programs = f"{folder}{os.sep}", f"{folder}_haproxy{os.sep}", ray_worker.__file__
+    programs = f"{folder}{os.sep}", HAPROXY, ray_worker.__file__
     commands = ((it, processes.command(it)) for it in processes.descendants())
     return [
         process

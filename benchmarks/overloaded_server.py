@@ -30,9 +30,8 @@ class Server:
         """Returns when it is ready; raises `RuntimeError` with its log where it does not start."""
         self.port = PORT
         self._log = log
-        environment = os.environ | {"API_KEYS": KEY}
-        if proxy == "serve":
-            environment["RAY_SERVE_ENABLE_HA_PROXY"] = "0"
+        is_haproxy = "1" if proxy == "haproxy" else "0"
+        environment = os.environ | {"API_KEYS": KEY, "RAY_SERVE_ENABLE_HA_PROXY": is_haproxy}
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 COMMAND, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True

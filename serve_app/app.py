@@ -98,6 +98,7 @@ def _ingress(cors_origins: str | None) -> Callable[[], Any]:
 
 def _replica_class(load: Load) -> type[Any]:
     """The deployment class; `load` is pickled with it."""
+    from serve_app.api import early_answer
     from serve_app.api.server import MixtralServer
 
     class Replica(MixtralServer):
@@ -114,6 +115,7 @@ def _replica_class(load: Load) -> type[Any]:
             ours.setLevel(serves.level)
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
+            early_answer.serves(self)
 
         def check_health(self) -> None:
             # The server calls this before each request, and Serve every few seconds.

@@ -18,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
@@ -99,12 +99,12 @@ class Endpoint:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
         arrived: float = request.scope.get(ARRIVED) or time.monotonic()
-        request_id, headers = _request_id(request)
+        request_id, headers = request_id_of(request)
         try:
-            path = _path(request.scope)
+            path = path_of(request.scope)
             route = self._route or routes.find(path)
             if server.settings.api.keys is not None and (route is None or route.needs_key):
-                _check_key(request, server.settings.api)
+                check_key(request, server.settings.api)
             if self._route is not None:
                 # Before the body is read: a refusal must cost as little as possible.
                 server.require_room(self._route)
@@ -147,7 +147,7 @@ async def _response(
             return JSONResponse(last["body"], last["status"], headers)
 
 
-def _request_id(request: Request) -> tuple[str, dict[str, str]]:
+def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     """The id of a request, and the headers of its response with our id and the client's.
 
     Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
@@ -166,14 +166,14 @@ def _request_id(request: Request) -> tuple[str, dict[str, str]]:
     return request_id, {OUR_ID: request_id}
 
 
-def _path(scope: Scope) -> str:
+def path_of(scope: Scope) -> str:
     """The path below the prefix that this app is mounted at."""
     path: str = scope["path"]
     prefix: str = scope.get("root_path", "").rstrip("/")
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
-def _check_key(request: Request, settings: ApiSettings) -> None:
+def check_key(request: HTTPConnection, settings: ApiSettings) -> None:
     """Raises `InvalidApiKey` where the request has none of the keys as its bearer token."""
     assert settings.keys is not None
     scheme, _, given = request.headers.get("authorization", "").partition(" ")

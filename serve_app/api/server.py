@@ -167,6 +167,10 @@ class MixtralServer:
     def status(self) -> str:
         return "draining" if self.is_draining else "ready"
 
+    def ping(self) -> tuple[dict[str, Any], int]:
+        """The body of `/ping` and its HTTP status."""
+        return {"status": self.status}, 503 if self.is_draining else 200
+
     def health(self) -> dict[str, Any]:
         """The body of `/health`."""
         stats = self._stats()

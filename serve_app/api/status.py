@@ -19,7 +19,7 @@ async def health(server: "MixtralServer", call: Call) -> Reply:
 
 async def ping(server: "MixtralServer", call: Call) -> Reply:
     """The status alone; 503 while draining."""
-    return JsonReply({"status": server.status}, status=503 if server.is_draining else 200)
+    return JsonReply(*server.ping())
 
 
 async def show_metrics(server: "MixtralServer", call: Call) -> Reply:

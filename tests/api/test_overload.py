@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from serve_app.api import early_answer
+from serve_app.api.early_answer import EarlyAnswer
 from serve_app.api.ingress import create_app
 from serve_app.api.list_places import ListPlaces
 from serve_app.api.server import MixtralServer
@@ -15,7 +17,7 @@ GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions"]
 
 
 async def post(
-    one: MixtralServer, path: str, method: str = "POST", headers: Any = ()
+    one: MixtralServer, path: str, method: str = "POST", headers: Any = (), app: Any = None
 ) -> tuple[int, dict[bytes, bytes], Any]:
     """Status, headers and body of a request whose body must not be read."""
     sent: list[Any] = []
@@ -28,7 +30,8 @@ async def post(
 
     scope = {"type": "http", "method": method, "path": path, "headers": [*headers]}
     scope |= {"query_string": b"", "root_path": "", "http_version": "1.1"}
-    await create_app(lambda: one)(scope, receive, send)
+    early_answer.serves(one)
+    await (app or create_app(lambda: one))(scope, receive, send)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     return sent[0]["status"], dict(sent[0]["headers"]), json.loads(body)
 
@@ -58,6 +61,61 @@ def test_a_full_queue_refuses_nothing_but_generation(path: str) -> None:
     engine = FakeEngine()
     engine.num_taken = MAX_TAKEN
     assert asyncio.run(post(server(engine), path, "GET"))[0] == 200
+
+
+async def _serve(scope: Any, receive: Any, send: Any) -> None:
+    """Stands for Serve's own server, behind the early answers."""
+    await send({"type": "http.response.start", "status": 299, "headers": []})
+    await send({"type": "http.response.body", "body": b"{}"})
+
+
+def early(one: MixtralServer, path: str, method: str = "POST", headers: Any = ()) -> Any:
+    """Status, headers and body with the middleware around `_serve`."""
+    return asyncio.run(post(one, path, method, headers, EarlyAnswer(_serve)))
+
+
+@pytest.mark.parametrize("path", GENERATE)
+def test_a_full_queue_refuses_before_serve_sees_the_request(path: str) -> None:
+    """The refusal has the form, the id and the Retry-After of the ingress, and is counted."""
+    engine = FakeEngine()
+    one = server(engine)
+    assert early(one, path)[0] == 299
+    engine.num_taken = MAX_TAKEN
+    status, headers, body = early(one, path, headers=[(b"x-request-id", b"mine")])
+    assert (status, headers[b"retry-after"], body["error"]["code"]) == (429, b"3", "queue_full")
+    assert headers[b"x-request-id"] == b"mine"
+    assert headers[b"x-mixtral-request-id"].decode() == body["error"]["request_id"]
+    assert 'errors_total{code="queue_full",model_name="tiny"} 1.0' in one.metrics.text("ready")
+    assert early(one, path, "GET")[0] == early(one, "/tokenize")[0] == 299
+
+
+def test_ping_is_answered_before_serve_sees_it() -> None:
+    """`/ping` takes no place anywhere, and says the truth."""
+    engine = FakeEngine()
+    one = server(engine)
+    engine.num_taken = MAX_TAKEN
+    assert early(one, "/ping", "GET")[::2] == (200, {"status": "ready"})
+    one.drain()
+    assert early(one, "/ping", "GET")[::2] == (503, {"status": "draining"})
+    dead = server(engine)
+    engine.is_alive = False
+    assert early(dead, "/ping", "GET")[2]["error"]["code"] == "engine_dead"
+
+
+def test_the_early_refusal_wants_the_key_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a client with a key learns that the queue is full."""
+    monkeypatch.setenv("API_KEYS", "a")
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    assert early(server(engine), "/prompt")[0] == 401
+    assert early(server(engine), "/prompt", headers=[(b"authorization", b"Bearer a")])[0] == 429
+
+
+def test_pages_of_other_origins_get_their_refusal_from_the_ingress() -> None:
+    """A browser shows an error to its page only with CORS headers."""
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    assert early(server(engine, api={"cors_origins": "*"}), "/prompt")[0] == 299
 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/nothing"])

@@ -98,7 +98,6 @@ def _ingress(cors_origins: str | None) -> Callable[[], Any]:
 
 def _replica_class(load: Load) -> type[Any]:
     """The deployment class; `load` is pickled with it."""
-    from serve_app.api import early_answer
     from serve_app.api.server import MixtralServer
 
     class Replica(MixtralServer):
@@ -110,6 +109,8 @@ def _replica_class(load: Load) -> type[Any]:
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
+            from serve_app.api import early_answer
+
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)

@@ -21,7 +21,7 @@ class StepTimes(NamedTuple):
     score: float
     """Added for each pair of a prompt token and a token that it attends to."""
     is_gpu: bool
-    """Whether steps overlap with the host, and decodes are free beside prompt tokens."""
+    """Whether steps overlap with the host, and decodes are steps of their own."""
     max_num_batched_tokens: int
     rate: float
     """Requests per second of the benchmark's mixed load that keep the device busy."""
@@ -35,7 +35,7 @@ class StepTimes(NamedTuple):
             return decodes / 1000
         prompt = self.prompt + self.prompt_token * shape.num_prompt_tokens
         prompt += self.score * shape.num_scores
-        return (prompt if self.is_gpu else prompt + decodes) / 1000
+        return (prompt + decodes) / 1000
 
     def _decodes(self, count: int) -> float:
         for (n0, t0), (n1, t1) in pairwise(((0, self.decodes[0][1]), *self.decodes)):

@@ -124,6 +124,8 @@ class _Device:
     ) -> None:
         self.can_overlap_steps = can_overlap_steps
         self.steps: list[StepShape] = []
+        self.ends: list[float] = []
+        """When each of them ends."""
         self._clock, self._step_s = clock, step_s
         self._launch_blocks = launch_blocks
         self._free_at = 0.0
@@ -134,6 +136,7 @@ class _Device:
         seconds = self._step_s(shape)
         self.steps.append(shape)
         self._free_at = max(self._free_at, self._clock.now) + seconds
+        self.ends.append(self._free_at)
         if self._launch_blocks:
             self._clock.now = self._free_at
         num_sampled = sum(part.is_sampled for part in scheduled)

@@ -2,7 +2,7 @@
 
 Three forms of a step exist. On a CPU in float32, one call of compiled C (`CpuStep`). On a GPU,
 Triton kernels for decodes (`GpuStep`), replayed as CUDA graphs, and the model in torch for prefill
-chunks. Everywhere else, the model in torch for all tokens.
+chunks, which are steps of their own there. Everywhere else, the model in torch for all tokens.
 """
 
 from itertools import chain
@@ -53,7 +53,8 @@ class ModelRunner:
         """Which form of a step was chosen, and why."""
         self._block_size = block_size
         self._device = device
-        self._tables = BlockTables()
+        # Two, because decodes and prefill chunks take turns and each keeps its last tables.
+        self._tables, self._decode_tables = BlockTables(), BlockTables()
         self._sampler = Sampler()
         self._last: InFlightTokens | None = None
         self._cpu_step: CpuStep | None = None
@@ -104,7 +105,8 @@ class ModelRunner:
         sequences = [part.sequence for part in scheduled if part.is_sampled]
         best: Tensor | None = None
         if self._graphs is not None and all(part.is_decode for part in scheduled):
-            logits, best = self._graphs.run(scheduled, self._last, self._tables.of(scheduled))
+            tables = self._decode_tables.of(scheduled)
+            logits, best = self._graphs.run(scheduled, self._last, tables)
         else:
             logits = self._logits(scheduled)
         self._last = self._sampler.sample(logits, sequences, best)
@@ -118,28 +120,12 @@ class ModelRunner:
 
     def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
         """Float32 `[sampled, vocab]`, in the order of `scheduled`."""
+        batch = self._batch(scheduled)
         if self._cpu_step is not None:
-            return self._cpu_step.logits(self._batch(scheduled))
-        if self._gpu_step is None:
-            return self._torch_logits(scheduled)
-        # A prefill chunk of one token is computed like a decode, sampled or not.
-        decodes = [i for i, part in enumerate(scheduled) if part.num_tokens == 1]
-        chunks = [i for i, part in enumerate(scheduled) if part.num_tokens > 1]
-        logits = []
-        if decodes:
-            logits.append(self._gpu_step.decode(self._batch([scheduled[i] for i in decodes])))
-        if chunks:
-            logits.append(self._torch_logits([scheduled[i] for i in chunks]))
-        computed = [*decodes, *(i for i in chunks if scheduled[i].is_sampled)]
-        wanted = [i for i, part in enumerate(scheduled) if part.is_sampled]
-        joined = torch.cat(logits) if len(logits) > 1 else logits[0]
-        if computed == wanted:
-            return joined
-        row_of = {i: row for row, i in enumerate(computed)}
-        return joined[[row_of[i] for i in wanted]]
-
-    def _torch_logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
-        logits: Tensor = self.model(self._batch(scheduled), self.cache)
+            return self._cpu_step.logits(batch)
+        if self._gpu_step is not None and all(part.num_tokens == 1 for part in scheduled):
+            return self._gpu_step.decode(batch)[batch.sample_rows]
+        logits: Tensor = self.model(batch, self.cache)
         return logits
 
     def _batch(self, scheduled: list[ScheduledTokens]) -> Batch:

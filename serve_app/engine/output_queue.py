@@ -42,12 +42,15 @@ class OutputQueue:
             stream.has_begun = True
             deliveries.urgent.append((stream, delta))
 
-    def flush(self) -> set[AbstractEventLoop]:
-        """Sends the deltas that are due. Returns loops that are closed and have no consumers."""
+    def flush(self, *, is_pausing: bool = False) -> set[AbstractEventLoop]:
+        """Sends the deltas that are due; all of them before a long step, with `is_pausing`.
+
+        Returns loops that are closed and have no consumers.
+        """
         closed: set[AbstractEventLoop] = set()
         for loop, deliveries in self._deliveries.items():
             try:
-                deliveries.send()
+                deliveries.send(is_pausing)
             except RuntimeError:
                 closed.add(loop)
         for loop in closed:
@@ -68,10 +71,10 @@ class _Deliveries:
         self._due: float | None = 0.0
         """When the next delivery of held deltas may begin; None while one is in progress."""
 
-    def send(self) -> None:
+    def send(self, is_pausing: bool) -> None:
         """Raises `RuntimeError` where the loop is closed."""
         now, due = self._clock(), self._due
-        if self.held and due is not None and now >= due:
+        if self.held and (is_pausing or (due is not None and now >= due)):
             self._due = None
             deltas = [*self.urgent, *self.held.items()]
             self.held, self.urgent = {}, []

@@ -1,10 +1,11 @@
 """PrefillPolicy: how many prompt tokens a step computes beside running streams.
 
-Every step decodes one token of each running stream, so a stream waits as long as a step takes.
-Three rules follow from the predicted times of steps (`step_cost.py`):
+A stream waits for its next token as long as prompt tokens and the decodes beside them take: in one
+step on a CPU; on a device that overlaps steps, in a step of prefill chunks and the step of decodes
+after it. Three rules follow from the predicted times of steps (`step_cost.py`):
 
-1. Beside running streams, a step with prompt tokens takes at most `max_stall_s`, save where its
-   fixed part or its smallest prefill chunk takes longer.
+1. Beside running streams, prompt tokens and decodes together take at most `max_stall_s`, save where
+   the fixed part or the smallest prefill chunk takes longer.
 2. While prompts and streams both wait, prompts get `prefill_share` of the time. Each second of
    steps with prompt tokens owes the streams `(1 - prefill_share) / prefill_share` seconds of steps
    without. Prompts wait once more than `BURST_S` seconds are owed, so a single prompt never waits.
@@ -75,7 +76,7 @@ class Policy(Protocol):
     """Decides how many prompt tokens a step takes."""
 
     def budget(self, decodes: StepShape, max_tokens: int) -> PrefillBudget:
-        """The budget of a step with `decodes`, which has room for `max_tokens` prompt tokens.
+        """The budget for `max_tokens` prompt tokens at most, in a step with `decodes` or before it.
 
         It must be open where `decodes` is empty and `max_tokens` is not 0; otherwise the engine
         would have work and compute nothing.
@@ -104,10 +105,13 @@ class PrefillPolicy:
         self._ratio = (1 - prefill_share) / prefill_share
         # Seconds of decode steps that the streams are owed.
         self._owed_s = 0.0
+        # Whether streams waited when prompt tokens were last scheduled.
+        self._has_streams = False
 
     def budget(self, decodes: StepShape, max_tokens: int) -> PrefillBudget:
         """See `Policy`."""
-        if not decodes.num_decodes:
+        self._has_streams = decodes.num_decodes > 0
+        if not self._has_streams:
             self._owed_s = 0.0
             return PrefillBudget(max_tokens)
         if self._owed_s > BURST_S:
@@ -130,7 +134,7 @@ class PrefillPolicy:
     def _charge(self, shape: StepShape, seconds: float) -> None:
         if not shape.num_prompt_tokens:
             self._owed_s -= seconds
-        elif shape.num_decodes:
+        elif shape.num_decodes or self._has_streams:
             self._owed_s += seconds * self._ratio
         # One very slow step must not stop prompts for long.
         largest = BURST_S + self._max_stall_s * max(self._ratio, 1.0)

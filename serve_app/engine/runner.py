@@ -40,6 +40,8 @@ class Runner(Protocol):
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:
         """Starts a step over `scheduled`, which is not empty; steps run in the order of launch.
 
+        Where steps overlap, `scheduled` has decodes alone or prefill chunks alone.
+
         A token id that is `PENDING` stands for the token that the last launched step samples for
         that sequence.
         """

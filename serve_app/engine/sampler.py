@@ -28,6 +28,9 @@ class Sampler:
         The order of operations is in `SamplingParams`. A row with logits that are not finite gives
         `FAILED`. `best` is `best_tokens(logits)` if the caller has computed it.
         """
+        if not sequences:
+            # The metadata of the decodes around a prefill chunk stay.
+            return InFlightTokens([], torch.empty(0, dtype=torch.int64, device=logits.device), [])
         metadata = self._metadata
         if metadata is None or metadata.sequences != sequences:
             metadata = SamplingMetadata(sequences, logits.shape[1], logits.device)

@@ -26,7 +26,7 @@ class ScheduledTokens(NamedTuple):
     @property
     def is_decode(self) -> bool:
         """Whether this is one token whose predecessors are all computed."""
-        return self.is_sampled and 0 < self.start == self.end - 1
+        return self.is_sampled and self.start == self.end - 1
 
 
 def mark_launched(scheduled: list[ScheduledTokens]) -> None:

@@ -20,7 +20,7 @@ from serve_app.engine.block_manager import BlockManager, extend_hashes
 from serve_app.engine.prefill_policy import Policy, PrefillBudget
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
-from serve_app.engine.step_cost import shape_of
+from serve_app.engine.step_cost import StepShape, shape_of
 
 
 class Scheduler:
@@ -71,9 +71,35 @@ class Scheduler:
 
         Takes the blocks that the step needs; the caller marks the tokens as computed.
         """
-        step = self._decodes()
-        left = self.max_num_batched_tokens - len(step)
-        budget = policy.budget(shape_of(step), left) if policy else PrefillBudget(left)
+        decodes = self.schedule_decodes()
+        return decodes + self._schedule_prompts(policy, shape_of(decodes))
+
+    def schedule_decodes(self) -> list[ScheduledTokens]:
+        """The decodes of `schedule` alone."""
+        decodes: list[ScheduledTokens] = []
+        index = 0
+        # Preemption shortens the list from its end, never below `index`.
+        while index < len(self.running) and len(decodes) < self.max_num_batched_tokens:
+            sequence = self.running[index]
+            index += 1
+            if sequence.is_decoding and self._make_room(sequence):
+                total = len(sequence.token_ids)
+                decodes.append(ScheduledTokens(sequence, total - 1, total, True))
+        return decodes
+
+    def schedule_prompts(self, policy: Policy | None) -> list[ScheduledTokens]:
+        """The prefill chunks of `schedule` alone, which run before the next decodes.
+
+        A new sequence that only has to compute its last token is left to those.
+        """
+        contexts = [len(s.token_ids) - 1 for s in self.running if s.is_decoding]
+        decodes = StepShape(len(contexts), sum(contexts), 0, 0)
+        return [part for part in self._schedule_prompts(policy, decodes) if not part.is_decode]
+
+    def _schedule_prompts(self, policy: Policy | None, decodes: StepShape) -> list[ScheduledTokens]:
+        step: list[ScheduledTokens] = []
+        left = self.max_num_batched_tokens - decodes.num_decodes
+        budget = policy.budget(decodes, left) if policy else PrefillBudget(left)
         for sequence in self.running:
             if sequence.num_uncomputed_tokens > 1:
                 _add_prefill_chunk(step, sequence, budget)
@@ -94,22 +120,6 @@ class Scheduler:
         for index in range(sequence.num_cached_blocks, num_full):
             self.blocks.cache(sequence.block_table[index], sequence.block_hashes[index])
         sequence.num_cached_blocks = num_full
-
-    def _decodes(self) -> list[ScheduledTokens]:
-        decodes: list[ScheduledTokens] = []
-        index = 0
-        # Preemption shortens the list from its end, never below `index`.
-        while index < len(self.running) and len(decodes) < self.max_num_batched_tokens:
-            sequence = self.running[index]
-            index += 1
-            total = len(sequence.token_ids)
-            # The last token of a complete sequence is in flight and is never computed.
-            if sequence.num_computed_tokens != total - 1 or sequence.is_complete:
-                continue
-            has_room = total <= len(sequence.block_table) * self.blocks.block_size
-            if has_room or self._make_room(sequence):
-                decodes.append(ScheduledTokens(sequence, total - 1, total, True))
-        return decodes
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Allocates the block of the last token; False when `sequence` itself is preempted."""

@@ -67,3 +67,9 @@ class Sequence:
     @property
     def num_uncomputed_tokens(self) -> int:
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether its last token is the only one that is not computed. The last token of a complete
+        sequence is in flight and is never computed."""
+        return self.num_computed_tokens == len(self.token_ids) - 1 and not self.is_complete

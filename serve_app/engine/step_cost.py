@@ -10,7 +10,8 @@ and a step with prompt tokens takes
 
 The fixed part `a` of a step with prompt tokens is large on a GPU that unpacks all 4-bit weights for
 it, and small on a CPU. `d` is near 0 where a step with prompt tokens reads all weights anyway, and
-1 where decodes and prompts are computed one after the other. All coefficients are at least 0.
+1 where decodes and prompts are computed one after the other. It is 1 until a step with both has
+been measured, which a device that overlaps steps never computes. All coefficients are at least 0.
 
 The coefficients are fitted to the newest steps of each class of sizes, so that sizes that became
 rare are remembered. The fit minimises relative absolute errors, so that single slow steps (a first
@@ -63,16 +64,20 @@ class StepCost:
     def __init__(self) -> None:
         self._decode = _LinearFit(3)
         self._prompt = _LinearFit(4)
+        self._has_mixed = False
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Records the device time of one step."""
         fit = self._prompt if shape.num_prompt_tokens else self._decode
         fit.add(self._features(shape), seconds)
+        self._has_mixed |= shape.num_prompt_tokens > 0 < shape.num_decodes
 
     def seconds(self, shape: StepShape) -> float:
         """The predicted time of a step; 0 before the first measurement of its kind."""
-        fit = self._prompt if shape.num_prompt_tokens else self._decode
-        return fit.predict(self._features(shape))
+        if not shape.num_prompt_tokens:
+            return self._decode.predict(self._features(shape))
+        features = self._features(shape)
+        return self._prompt.predict(features) + (0.0 if self._has_mixed else features[-1])
 
     def num_tokens(self, start: int, seconds: float) -> int:
         """How many tokens of a prompt from `start` on fit into `seconds`.

@@ -102,6 +102,22 @@ def test_first_and_last_deltas_never_wait() -> None:
     run(scenario())
 
 
+def test_a_pause_of_the_engine_holds_nothing_back() -> None:
+    """Before a long step, deltas are sent while the loop is still busy, whole and in order."""
+
+    async def scenario() -> None:
+        outputs = OutputQueue(Clock())
+        (stream,) = await start_streams(outputs, 1)
+        for token_id in (1, 2):
+            outputs.add(stream, token(token_id))
+            outputs.flush()  # the first one is in progress, and the second one is held
+        outputs.flush(is_pausing=True)
+        await run_callbacks()
+        assert (await stream.next()).token_ids == [1, 2]
+
+    run(scenario())
+
+
 def test_flush_returns_a_loop_that_closed_during_a_delivery() -> None:
     """The next flush returns the closed loop instead of waiting for its delivery."""
     outputs = OutputQueue(Clock())
@@ -137,7 +153,7 @@ def test_a_deadline_ends_a_stream_that_gets_more_tokens() -> None:
     st.lists(
         st.one_of(
             st.tuples(st.just("add"), st.integers(0, 2)),
-            st.tuples(st.just("flush"), st.just(0)),
+            st.tuples(st.sampled_from(["flush", "flush all"]), st.just(0)),
             st.tuples(st.just("loop"), st.integers(1, 3)),
             st.tuples(st.just("pass"), st.integers(0, 5)),
         ),
@@ -157,8 +173,8 @@ def test_every_token_arrives_once_and_in_order(happenings: list[tuple[str, int]]
             if what == "add":
                 outputs.add(streams[number], token(len(sent[number])))
                 sent[number].append(len(sent[number]))
-            elif what == "flush":
-                outputs.flush()
+            elif what.startswith("flush"):
+                outputs.flush(is_pausing=what == "flush all")
             elif what == "loop":
                 for _ in range(number):
                     await asyncio.sleep(0)

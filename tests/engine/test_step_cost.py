@@ -97,3 +97,13 @@ def test_as_many_tokens_are_chosen_as_fit(start: int, seconds: float, score: flo
 def test_nothing_is_predicted_before_the_first_step() -> None:
     """Predictions are 0 before the first measurement of their kind."""
     assert StepCost().seconds(prompt(0, 100)) == StepCost().seconds(decodes(1, 10)) == 0
+
+
+def test_decodes_and_prompts_that_are_never_mixed_add_up() -> None:
+    """Where decodes and prefill chunks are steps of their own, both together take the sum."""
+    cost = StepCost()
+    for count in (1, 4, 16):
+        cost.observe(decodes(count, 500), 0.001 * count)
+    for num_tokens in (50, 200, 1000):
+        cost.observe(prompt(0, num_tokens), 0.01 + 1e-5 * num_tokens)
+    assert cost.seconds(prompt(0, 400, num_decodes=8)) == pytest.approx(0.022, rel=0.05)

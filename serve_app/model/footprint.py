@@ -26,18 +26,21 @@ def weight_bytes(
     item_bytes: int,
     quantization: Quantization | None = None,
     quantize_lm_head: bool = False,
+    float_modules: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
     """Bytes of the weights in memory, for each of `PARTS`.
 
     `item_bytes` is the size of a float weight (2 for bfloat16). With a `quantization` experts and
-    attention are in 4 bits, and with `quantize_lm_head` lm_head too. The few hundred bytes of code
-    values and nested offsets in a layer are not counted.
+    attention are in 4 bits, except for `float_modules`, and with `quantize_lm_head` lm_head too.
+    The few hundred bytes of code values and nested offsets in a layer are not counted.
     """
     sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
     for module_weight in module_weights(config):
         for weight in module_weight.weights:
             num_weights = prod(weight.shape)
-            in_4_bits = weight.is_quantized or (quantize_lm_head and weight.name == LM_HEAD)
+            in_4_bits = quantize_lm_head and weight.name == LM_HEAD
+            if weight.is_quantized:
+                in_4_bits = weight.module not in float_modules
             if quantization is None or not in_4_bits:
                 sizes[weight.part] += num_weights * item_bytes
             else:

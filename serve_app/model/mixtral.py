@@ -132,12 +132,15 @@ class SparseMLP(nn.Module):
 class DecoderLayer(nn.Module):
     """Attention, then experts, each behind a norm and with a residual connection."""
 
-    def __init__(self, config: MixtralConfig, codebook: Codebook | None) -> None:
+    def __init__(
+        self, config: MixtralConfig, attention: Codebook | None, experts: Codebook | None
+    ) -> None:
+        """`attention` and `experts` are the codebooks of their weights; None is floats."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attention(config, codebook)
+        self.attention = Attention(config, attention)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SparseMLP(config, codebook)
+        self.mlp = SparseMLP(config, experts)
 
     def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
         """`x` `[rows, hidden_size]` -> the same shape; `layer` is this layer's number."""
@@ -149,8 +152,9 @@ class DecoderLayer(nn.Module):
 class Mixtral(nn.Module):
     """The whole model; its weights are unset until `checkpoint.loader.load` fills them.
 
-    With a `quantization`, experts and attention projections are in 4 bits, and with
-    `quantize_lm_head` lm_head too. Routers, norms and the embedding are always floats.
+    With a `quantization`, experts and attention projections are in 4 bits, except for
+    `float_modules`, such as "layers.0.attention"; and with `quantize_lm_head` lm_head too. Routers,
+    norms and the embedding are always floats.
     """
 
     def __init__(
@@ -158,20 +162,31 @@ class Mixtral(nn.Module):
         config: MixtralConfig,
         quantization: Quantization | None = None,
         quantize_lm_head: bool = False,
+        float_modules: frozenset[str] = frozenset(),
     ) -> None:
         super().__init__()
         self.config = config
         self.codebook = None if quantization is None else Codebook(quantization)
+        self.float_modules = float_modules
         self.embedding = _weight(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
-        layers = (DecoderLayer(config, self.codebook) for _ in range(config.num_hidden_layers))
-        self.layers = nn.ModuleList(layers)
+        self.layers = nn.ModuleList(
+            DecoderLayer(
+                config,
+                self._codebook_of(f"layers.{layer}.attention"),
+                self._codebook_of(f"layers.{layer}.mlp.experts"),
+            )
+            for layer in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | QuantizedLinear | None = None
         """None where the embedding matrix is used in its place."""
         if not config.tie_word_embeddings:
             codebook = self.codebook if quantize_lm_head else None
             self.lm_head = linear(config.hidden_size, (config.vocab_size,), codebook)
+
+    def _codebook_of(self, module: str) -> Codebook | None:
+        return None if module in self.float_modules else self.codebook
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:

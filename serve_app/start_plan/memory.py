@@ -95,8 +95,11 @@ def plan_memory(
     quantize_lm_head: bool,
     device: Device,
     dtype: Dtype,
+    float_modules: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
     """The sizes of a model with this `config` whose weights are stored as `quantization` says.
+
+    `float_modules` are the experts and attention that stay floats, see `Checkpoint.float_modules`.
 
     Raises `ModelLoadFailed` for a context longer than the model was trained for, and `ConfigError`
     for a KV cache that does not hold one context.
@@ -109,7 +112,7 @@ def plan_memory(
     kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
     step_base_bytes, step_token_bytes = step_bytes(config, context, item_bytes)
     return MemoryPlan(
-        weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head),
+        weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head, float_modules),
         kind=kind,
         is_quantized=quantization is not None,
         max_model_len=context,

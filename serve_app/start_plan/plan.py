@@ -110,7 +110,13 @@ def _decide(
     device = devices.choose_device(model)
     dtype = devices.choose_dtype(model, device)
     memory = plan_memory(
-        settings.engine, checkpoint.config, quantization, model.quantize_lm_head, device, dtype
+        settings.engine,
+        checkpoint.config,
+        quantization,
+        model.quantize_lm_head,
+        device,
+        dtype,
+        checkpoint.float_modules,
     )
     notes = [*devices.notes(model, device, dtype), *checkpoint.notes()]
     if quantization is not None:

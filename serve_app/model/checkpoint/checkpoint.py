@@ -68,6 +68,18 @@ class Checkpoint:
         tensors = [t for header in self.headers.values() for t in header.tensors.values()]
         return sum(tensor.nbytes for tensor in tensors)
 
+    @property
+    def float_modules(self) -> frozenset[str]:
+        """Experts and attention of single layers that the model holds as floats beside 4 bits.
+
+        These are the `Weight.module` of all weights that bitsandbytes' form has in floats, because
+        `llm_int8_skip_modules` named them.
+        """
+        if self.form != "bitsandbytes" or not self.packed:
+            return frozenset()
+        quantized = (it for it in weights(self.config).values() if it.is_quantized)
+        return frozenset(it.module for it in quantized if it.name not in self.packed)
+
     def notes(self) -> list[str]:
         """Which weights of bitsandbytes' form the model holds in another form, for users."""
         if not self.packed:
@@ -78,11 +90,11 @@ class Checkpoint:
             paths = [weight.path.removesuffix(".weight") for weight in to_floats]
             modules = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             notes.append(f"{modules}: in 4 bits in the checkpoint, held as floats")
-        floats = [it for it in known.values() if it.is_quantized and it.name not in self.packed]
-        if floats and self.quantization is not None:
-            parts = ", ".join(dict.fromkeys(weight.part for weight in floats))
-            quant_type = self.quantization.quant_type
-            notes.append(f"{parts}: some floats in the checkpoint, quantized to {quant_type}")
+        names = [module.rpartition(".")[2] for module in self.float_modules]
+        notes += [
+            f"{part} of {names.count(part)} layers: has floats in the checkpoint, held as floats"
+            for part in sorted(set(names))
+        ]
         return notes
 
     def resolve_quantization(

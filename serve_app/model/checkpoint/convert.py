@@ -103,6 +103,11 @@ def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
     if checkpoint.quantization is None:
         require_whole_groups(checkpoint.config)
         return asked or Quantization("nf4", "bfloat16")
+    if checkpoint.float_modules:
+        raise ModelLoadFailed(
+            f"{checkpoint.path}: has experts or attention in floats beside 4 bits, which our own "
+            "form does not hold; serve it as it is, or convert the float checkpoint."
+        )
     stored = checkpoint.quantization
     if asked not in (None, stored):
         raise ModelLoadFailed(

@@ -44,13 +44,16 @@ def load(
     """The model of `checkpoint` on `device`, its floats in `dtype`.
 
     `quantization` is what `Checkpoint.resolve_quantization` returned; with it experts and attention
-    are in 4 bits, and lm_head too with `quantize_lm_head`. Float tensors are quantized one by one
+    are in 4 bits, except for the checkpoint's `float_modules`, and lm_head too with
+    `quantize_lm_head`. Float tensors are quantized one by one
     on `device`. Raises `ModelLoadFailed` when a file is not what its header said, and when the
     loaded weights do not take the promised memory.
     """
     report = progress or (lambda done: None)
     with torch.device("meta"):
-        model = Mixtral(checkpoint.config, quantization, quantize_lm_head).to(dtype)
+        model = Mixtral(
+            checkpoint.config, quantization, quantize_lm_head, checkpoint.float_modules
+        ).to(dtype)
     model.to_empty(device=device)
     model.rope.fill()
     if checkpoint.form == "fused":
@@ -100,7 +103,9 @@ def check_bytes(
     quantize_lm_head: bool = False,
 ) -> None:
     """Raises `ModelLoadFailed` where a part of `model` does not take the promised memory."""
-    promised = weight_bytes(model.config, dtype.itemsize, quantization, quantize_lm_head)
+    promised = weight_bytes(
+        model.config, dtype.itemsize, quantization, quantize_lm_head, model.float_modules
+    )
     promised["other"] += _num_bytes(model.rope)
     if model.codebook is not None:
         promised["other"] += sum(table.nbytes for table in model.codebook.buffers())

@@ -1,8 +1,9 @@
 """Reads the weights of a float or bitsandbytes checkpoint one by one, by transformers 4's names.
 
 Experts and attention that are in 4 bits in the files stay so; a router or an lm_head in 4 bits
-becomes floats. Files are read, not mapped: pages of a mapped file count as this process's memory as
-long as it is mapped, and one shard of Mixtral has 5 GB of them.
+becomes floats, and so do 4-bit weights beside floats in one `Weight.module`. Files are read, not
+mapped: pages of a mapped file count as this process's memory as long as it is mapped, and one shard
+of Mixtral has 5 GB of them.
 """
 
 import torch
@@ -13,14 +14,8 @@ from serve_app.model.checkpoint.bnb4 import PackedInfo
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
 from serve_app.model.checkpoint.shards import TensorInfo, read_into
-from serve_app.model.checkpoint.tensor_names import Weight, weights
-from serve_app.model.quantize import (
-    NestedAbsmax,
-    QuantizedTensor,
-    code_values,
-    dequantize,
-    dynamic_map,
-)
+from serve_app.model.checkpoint.tensor_names import Weight
+from serve_app.model.quantize import NestedAbsmax, QuantizedTensor, dequantize
 
 DTYPES = {
     "F64": torch.float64,
@@ -40,11 +35,7 @@ class Source:
         self.checkpoint = checkpoint
         self._code: Tensor | None = None
         self._nested_code: Tensor | None = None
-        stored, packed = checkpoint.quantization, checkpoint.packed
-        in_4_bits = (it for it in weights(checkpoint.config).values() if it.is_quantized)
-        if stored is not None and any(it.name not in packed for it in in_4_bits):
-            # The load quantizes floats with these values, so the files must have them too.
-            self._code, self._nested_code = code_values(stored.quant_type), dynamic_map()
+        self._float_modules = checkpoint.float_modules
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
         """The weight on the CPU, in 4 bits where the files and the model have it in 4 bits.
@@ -56,6 +47,8 @@ class Source:
         if packed is None or not weight.is_quantized:
             return self.floats(weight)
         values = self._quantized(packed)
+        if weight.module in self._float_modules:
+            return dequantize(values, torch.float32)
         self._code = _same_table(packed, packed.code, values.code, self._code)
         if packed.nested is not None and values.nested is not None:
             code = packed.nested.code

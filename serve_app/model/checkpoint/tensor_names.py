@@ -144,6 +144,11 @@ class Weight:
         """True where a quantized checkpoint has it in 4 bits."""
         return self.part in QUANTIZED_PARTS
 
+    @property
+    def module(self) -> str:
+        """The part of a layer that is in 4 bits or in floats as one: "layers.0.mlp.experts"."""
+        return self.path[: self.path.index(self.part) + len(self.part)]
+
 
 @dataclass(frozen=True)
 class ModuleWeight:

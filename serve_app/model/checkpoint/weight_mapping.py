@@ -35,7 +35,10 @@ def load_lm_head(model: Mixtral, weight: Weight, values: Tensor) -> None:
     Raises `ModelLoadFailed` where lm_head would be quantized with other code values than those that
     the checkpoint's weights have: all weights of a model share one codebook.
     """
-    tables = [] if model.codebook is None else list(model.codebook.buffers())
+    tables: list[Tensor] = []
+    if isinstance(module_weight(model, weight.path), QuantizedWeight):
+        assert model.codebook is not None
+        tables = list(model.codebook.buffers())
     before = [table.clone() for table in tables]
     load_weight(model, weight, values)
     if not all(map(torch.equal, before, tables)):

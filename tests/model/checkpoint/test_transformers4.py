@@ -29,10 +29,12 @@ TOLERANCES = {
     "default": 2e-3,  # memory rounds float32 absmax to bfloat16
     "everything-nf4-nested": 1e-6,
     "skip-gate-fp4-nested-bf16": 5e-3,  # transformers rounds what it dequantizes to bfloat16
+    "skip-attention-nf4-bf16": 5e-3,
+    "skip-experts-nf4-nested": 5e-3,  # experts and attention in floats: no 4 bits are left
 }
 """Largest relative error of the logits; a router that is read wrongly gives more than 0.1."""
 SKIPPED = ["skip-attention-nf4-bf16", "skip-experts-nf4-nested"]
-"""Checkpoints with floats where the model has 4 bits."""
+"""Checkpoints with experts or attention in floats beside 4 bits."""
 
 
 def relative_error(found: Tensor, name: str) -> float:
@@ -41,20 +43,24 @@ def relative_error(found: Tensor, name: str) -> float:
 
 @pytest.mark.parametrize("name", TOLERANCES)
 def test_logits_are_those_of_transformers_4(name: str, tmp_path: Path) -> None:
-    """A router and an lm_head in 4 bits are read as floats; converted, the logits are bit-equal."""
+    """What the files have in floats stays so; converted, the logits are bit-equal."""
     wanted = inspect(FOLDER / name).quantization
     logits = Paged(load_float32(FOLDER / name, wanted)).step(s=IDS)["s"]
     assert relative_error(logits, name) < TOLERANCES[name]
-    convert(FOLDER / name, tmp_path)
-    assert torch.equal(Paged(load_float32(tmp_path, wanted)).step(s=IDS)["s"], logits)
+    if name not in SKIPPED:
+        convert(FOLDER / name, tmp_path)
+        assert torch.equal(Paged(load_float32(tmp_path, wanted)).step(s=IDS)["s"], logits)
+
+
+def test_floats_beside_4_bits_are_not_converted(tmp_path: Path) -> None:
+    """Our own form holds experts and attention in 4 bits alone, so `convert` says what to do."""
+    with pytest.raises(ModelLoadFailed, match="serve it as it is"):
+        convert(FOLDER / "skip-attention-nf4-bf16", tmp_path)
 
 
 @pytest.mark.parametrize("name", SKIPPED)
 def test_any_list_of_skipped_modules_is_read(name: str, tmp_path: Path) -> None:
-    """The weights as read, given to transformers, compute what transformers 4 does.
-
-    The model loads too, with experts and attention in 4 bits.
-    """
+    """The weights as read, given to transformers, compute what transformers 4 does."""
     source = Source(inspect(FOLDER / name))
     config = source.checkpoint.config
     read = {it.name: source.floats(it).float() for it in weights(config).values()}
@@ -62,7 +68,6 @@ def test_any_list_of_skipped_modules_is_read(name: str, tmp_path: Path) -> None:
     oracle: Any = random_oracle(num_attention_heads=4, num_hidden_layers=1, **sizes)
     reference = with_weights(oracle, read, tmp_path)
     assert relative_error(oracle_logits(reference, IDS), name) < 5e-3
-    load_float32(FOLDER / name, Quantization("nf4", "bfloat16"))
 
 
 @pytest.mark.parametrize(
@@ -95,7 +100,7 @@ def test_floats_are_those_of_bitsandbytes(name: str, tensor: str) -> None:
             "skip-attention-nf4-bf16",
             [
                 "router: in 4 bits in the checkpoint, held as floats",
-                "attention: some floats in the checkpoint, quantized to nf4",
+                "attention of 1 layers: has floats in the checkpoint, held as floats",
             ],
         ),
         (
@@ -110,16 +115,33 @@ def test_users_are_told_what_changes_its_form(name: str, expected: list[str]) ->
     assert checkpoint.notes() == expected
 
 
-def test_floats_are_not_quantized_beside_other_code_values(tmp_path: Path) -> None:
-    """Experts with 16 values of their own, and attention in floats, which would get ours."""
-    shutil.copytree(FOLDER / "skip-attention-nf4-bf16", tmp_path, dirs_exist_ok=True)
+@pytest.mark.parametrize(
+    ("tensors", "modules"),
+    [
+        (["self_attn.k_proj"], {"layers.0.attention"}),
+        (["block_sparse_moe.experts.1.w2"], {"layers.0.mlp.experts"}),
+        (
+            ["self_attn.o_proj", "block_sparse_moe.experts.3.w1"],
+            {"layers.0.attention", "layers.0.mlp.experts"},
+        ),
+    ],
+)
+def test_one_float_makes_a_module_floats(
+    tensors: list[str], modules: set[str], tmp_path: Path
+) -> None:
+    """A part of a layer of which single weights are floats is held as floats, without rounding."""
+    name = "everything-nf4-nested"
+    shutil.copytree(FOLDER / name, tmp_path, dirs_exist_ok=True)
+    source = Source(inspect(FOLDER / name))
     parts = load_file(tmp_path / "model.safetensors")
-    for name in parts:
-        if name.endswith(".quant_map"):
-            parts[name] = torch.linspace(-1, 1, 16)
+    for key in (f"model.layers.0.{tensor}.weight" for tensor in tensors):
+        parts = {name: part for name, part in parts.items() if not name.startswith(key)}
+        parts[key] = source.floats(weights(source.checkpoint.config)[key])
     save_file(parts, tmp_path / "model.safetensors")
-    with pytest.raises(ModelLoadFailed, match=r"quant_map` differs .* name the float checkpoint"):
-        load_float32(tmp_path, Quantization("nf4", "bfloat16"))
+    checkpoint = inspect(tmp_path)
+    assert checkpoint.float_modules == modules
+    model = load_float32(tmp_path, checkpoint.quantization)
+    assert relative_error(Paged(model).step(s=IDS)["s"], name) < TOLERANCES[name]
 
 
 @pytest.mark.parametrize("name", ["everything-nf4-nested", "skip-experts-nf4-nested"])

@@ -245,6 +245,8 @@ def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any, halve
 
 def _require_fitting(model: "Mixtral") -> None:
     head_dim, embedding = model.config.head_dim, model.embedding
+    if model.float_modules:
+        raise StepUnavailable("some layers have experts or attention in floats beside 4 bits")
     if head_dim & (head_dim - 1) or head_dim < 16:
         raise StepUnavailable("head_dim must be a power of two, and at least 16")
     if model.codebook is not None and embedding.is_cuda and embedding.dtype == torch.float32:

@@ -138,13 +138,13 @@ def targets(ours: dict[Key, float], compared: dict[str, dict[Key, float]]) -> li
 
 
 def table(servers: dict[str, dict[Key, float]]) -> list[str]:
-    """Lines of a table with a column for each server and a line for each case and figure."""
+    """Lines of a Markdown table with a column for each server and a line for each figure."""
     keys = dict.fromkeys(key for found in servers.values() for key in found)
     width = max((len(str(key)) for key in keys), default=0)
-    lines = ["  ".join([" " * width, *servers])]
+    lines = [f"| {'':<{width}} | {' | '.join(servers)} |", "|---" * (len(servers) + 1) + "|"]
     for key in keys:
         cells = [f"{found.get(key, '-'):>{len(name)}}" for name, found in servers.items()]
-        lines.append("  ".join([f"{key!s:<{width}}", *cells]))
+        lines.append(f"| {key!s:<{width}} | {' | '.join(cells)} |")
     return lines
 
 

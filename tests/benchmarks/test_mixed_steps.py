@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 
 from benchmarks import device
 from benchmarks.engine_streams import EngineStreams
@@ -16,6 +17,8 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.step_cost import StepShape
 from serve_app.start_plan import memory
 from tests.engine.fake import FakeRunner
+from tests.engine.mixtral import OverlappingRunner
+from tools.random_model import config_of, random_model
 
 CONFIG = EngineConfig(
     max_model_len=4096,
@@ -71,6 +74,26 @@ def test_a_prompt_is_cut_as_the_server_cuts_it() -> None:
     assert beside["gap_ms"] > 0
     whole = [step for step in mixed.steps if step.shape.num_prompt_tokens == 22]
     assert len(whole) == REPEATS
+
+
+def test_steps_that_overlap_are_recorded() -> None:
+    """On a device that overlaps steps, decodes and prefill chunks are steps of their own, and each
+    has the time that the device worked on it."""
+    cpu = torch.device("cpu")
+    model = random_model(config_of(tiny=True, layers=1), None, torch.float32, cpu)
+    sizes = (CONFIG.num_blocks, CONFIG.block_size)
+    mixed = MixedSteps(OverlappingRunner(model, *sizes, torch.float32, cpu), CONFIG)
+    rows = []
+
+    async def work() -> None:
+        rows.append(await mixed.prompts(150, 2, 20))
+
+    mixed.run(0, work)
+    assert sum(rows[0]["cuts"]) == 150
+    assert len(rows[0]["cuts"]) == 3
+    assert rows[0]["device_ms"] > 0
+    assert all(step.seconds > 0 for step in mixed.steps)
+    assert {bool(s.shape.num_decodes) + bool(s.shape.num_prompt_tokens) for s in mixed.steps} == {1}
 
 
 def test_gaps_that_overlap_a_prompt_are_its_own() -> None:

@@ -15,6 +15,7 @@ the reason. The exit code is 1 only when our server in HAProxy mode did not run.
 import argparse
 import asyncio
 import json
+import math
 import os
 import signal
 import sys
@@ -138,8 +139,11 @@ def _named(compared: dict[Key, float]) -> dict[str, float]:
     return {str(key): value for key, value in compared.items()}
 
 
-def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
-    """Runs every peer in turn, round after round; a peer that fails is left out from then on."""
+def run_all(run: Run, peers: tuple[Peer, ...], rounds: int, limit_s: float = math.inf) -> None:
+    """Runs every peer in turn, round after round; a peer that fails is left out from then on.
+
+    No round begins that would end after `limit_s` seconds if it took as long as the longest one.
+    """
 
     def attempt(peer: Peer, step: Callable[..., None], *given: Any) -> None:
         if peer.name in run.left_out:
@@ -150,11 +154,17 @@ def run_all(run: Run, peers: tuple[Peer, ...], rounds: int) -> None:
             run.left_out[peer.name] = str(error)
             print(f"{peer.name} is left out. {error}", flush=True)
 
+    began, longest_s = time.monotonic(), 0.0
     for peer in peers:
         attempt(peer, run.prepare)
     for number in range(rounds):
+        round_began = time.monotonic()
+        if number and round_began - began + longest_s > limit_s:
+            print(f"{number} of {rounds} rounds fit into {limit_s:g} s.", flush=True)
+            break
         for peer in peers:
             attempt(peer, run.measure, number)
+        longest_s = max(longest_s, time.monotonic() - round_began)
 
 
 def report(document: dict[str, Any]) -> None:
@@ -176,7 +186,8 @@ def main() -> int:
     parser.add_argument("--conversations", type=int, default=16, help="at once")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="long prompts")
     parser.add_argument("--repeats", type=int, default=4, help="of each long prompt")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3, help="at most")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="for all rounds")
     parser.add_argument("--peers", nargs="+", choices=[peer.name for peer in PEERS])
     parser.add_argument("--notes", default="", help="kept in the document")
     parser.add_argument("--plot", type=Path, help="also draw the medians as SVG into this file")
@@ -190,7 +201,7 @@ def main() -> int:
     chosen = tuple(
         peer for peer in PEERS if peer.name in asked and set(peer.loads) & set(options.loads)
     )
-    run_all(run, chosen, options.rounds)
+    run_all(run, chosen, options.rounds, 60 * options.minutes)
     document = run.document() | {"minutes": round((time.monotonic() - began) / 60, 1)}
     report(document)
     if options.plot:

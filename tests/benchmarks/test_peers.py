@@ -68,6 +68,15 @@ def test_one_that_fails_is_named_and_the_others_run(
     assert document["table"][0].split("|")[2:4] == [f" {OURS} ", " other "]
 
 
+def test_no_round_begins_that_would_end_too_late(tmp_path: Path) -> None:
+    """The first round runs whatever its time; without time for another one it is the last."""
+    asked = options(tmp_path)
+    asked.loads, asked.concurrency = ["short"], [1]
+    run = Run(tmp_path, asked)
+    run_all(run, (peer(OURS, small),), rounds=3, limit_s=0.001)
+    assert run.document()["rounds"] == {OURS: 1}
+
+
 def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
     """A child in a session of its own is gone at the end of the block."""
     port = free_port()

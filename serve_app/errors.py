@@ -124,6 +124,14 @@ class RequestTooLarge(InvalidRequest):
     code = "request_too_large"
 
 
+class RequestTooSlow(InvalidRequest):
+    """The body did not arrive in time; the same request may succeed over a better connection."""
+
+    http_status = 408
+    code = "request_timeout"
+    retry = True
+
+
 class UnsupportedEncoding(InvalidRequest):
     """The body has a `Content-Encoding` that is not supported."""
 

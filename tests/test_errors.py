@@ -30,6 +30,14 @@ TABLE = [
         False,
     ),
     (
+        "RequestTooSlow",
+        408,
+        "invalid_request_error",
+        "request_timeout",
+        "VALIDATION_FAILED",
+        True,
+    ),
+    (
         "UnsupportedEncoding",
         415,
         "invalid_request_error",

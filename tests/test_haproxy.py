@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -73,6 +74,40 @@ def test_no_port_takes_calls_from_other_machines(run: Run) -> None:
         "ray::ServeReplica",
     }
     assert open_to_strangers(process.pid) == []
+
+
+def test_headers_for_serve_have_no_effect(run: Run) -> None:
+    """A byte that is not UTF-8 is no 500, and a client cannot keep its request alive."""
+    _, url = run
+    for name in (b"x-session-id", b"serve_multiplexed_model_id", b"x-request-timeout-seconds"):
+        assert httpx.get(f"{url}/ping", headers=[(name, b"\xff")]).status_code == 200
+    for value in (b"\xff", b"a" * 1000):
+        assert httpx.get(f"{url}/ping", headers=[(b"x-request-id", value)]).status_code == 400
+    with httpx.Client(base_url=url, timeout=60) as http:
+        ask_and_leave(http, url, "/prompt", False, "X-Request-Disconnect-Disabled: ?1\r\n")
+        wait_until_idle(http)
+
+
+def test_half_sent_requests_stop_nobody(run: Run) -> None:
+    """400 half-sent requests for a status route are answered; 400 half bodies stop no other."""
+    _, url = run
+    port = int(url.rpartition(":")[2])
+    half = "POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    with ExitStack() as stack:
+
+        def sent(path: str) -> list[socket.socket]:
+            opened = []
+            for _ in range(400):
+                opened.append(stack.enter_context(socket.create_connection(("127.0.0.1", port))))
+                opened[-1].sendall((half % path).encode())
+            return opened
+
+        for connection in sent("/ping"):
+            assert connection.recv(12) == b"HTTP/1.1 405"
+        sent("/prompt")
+        assert httpx.get(f"{url}/ping").status_code == 200
+        body = {"prompt": "a", "max_tokens": 1}
+        assert httpx.post(f"{url}/prompt", json=body, timeout=60).status_code == 200
 
 
 def test_two_servers_run_on_one_machine(run: Run, tmp_path: Path) -> None:

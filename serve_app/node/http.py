@@ -106,10 +106,14 @@ class HttpEndpoint:
         self.is_serving = True
         self.tell("ready")
         if is_stand_in:
-            self.close()
+            self._close_health()
 
     def close(self) -> None:
-        """Ends the process that answers `/ping`."""
+        """Ends the process that answers `/ping`, and removes the proxy's files."""
+        self._close_health()
+        self.proxy.close()
+
+    def _close_health(self) -> None:
         if self._health is not None:
             self._health.close()
             self._health = None

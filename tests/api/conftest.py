@@ -40,6 +40,7 @@ def running() -> Iterator[Endpoint]:
     """One uvicorn for all tests here, on a free port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # clients wait until uvicorn runs
         endpoint = Endpoint(f"http://127.0.0.1:{listener.getsockname()[1]}")
         config = uvicorn.Config(create_app(lambda: endpoint.server), log_level="warning", ws="none")
         uvicorn_server = uvicorn.Server(config)

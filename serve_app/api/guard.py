@@ -1,0 +1,142 @@
+"""Guard: the outermost ASGI middleware, which bounds what a stranger sends.
+
+Ray Serve calls `middlewares` in its proxy, and in a replica that listens itself, where
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then sees a request before Serve
+reads its headers. `create_app` has a guard too, for `serve run` without that variable. The first
+one that a request meets does the work.
+
+What Serve 2.60 would do with headers that the guard removes or refuses (`serve/_private/proxy.py`
+and `replica.py`):
+
+    x-request-disconnect-disabled    a request goes on after its client has left
+    x-request-timeout-seconds        the client chooses Serve's timeout
+    x-session-id, ...model_id        choose a replica
+    any of them, and x-request-id    a byte that is not UTF-8 is a 500
+    x-request-id                     is logged in full, several times
+"""
+
+import asyncio
+import re
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError, error_body
+
+if TYPE_CHECKING:
+    from starlette.middleware import Middleware
+
+BODY_S = 30.0
+"""Seconds that any body may take."""
+MIN_BODY_BYTES_PER_S = 50_000
+"""Least rate of a body that takes longer: each such number of bytes gives it another second."""
+SMALL_BODY_BYTES = 65_536
+"""A body up to this size that nobody has read does not end its connection."""
+ARRIVED = "mixtral_serve.arrived"
+"""Key of an ASGI scope: when the request arrived, on the clock of `time.monotonic`."""
+REQUEST_ID = b"x-request-id"
+REMOVED = {
+    b"x-request-disconnect-disabled",
+    b"x-request-timeout-seconds",
+    b"x-session-id",
+    b"serve-multiplexed-model-id",
+}
+"""Headers for Serve that clients may not send, with `-` in place of `_`."""
+
+_PRINTABLE = re.compile(rb"[ -~]{1,128}")
+
+
+def middlewares() -> "list[Middleware]":
+    """What Serve puts around its HTTP servers; the last one is the outermost."""
+    from starlette.middleware import Middleware
+
+    from serve_app.api.early_answer import EarlyAnswer
+
+    return [Middleware(EarlyAnswer), Middleware(Guard)]
+
+
+class Guard:
+    """Passes requests to `app` with their time of arrival, without headers that are for Serve."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or ARRIVED in scope:
+            await self._app(scope, receive, send)
+            return
+        scope[ARRIVED] = time.monotonic()
+        exchange = _Exchange(scope, receive, send)
+        try:
+            scope["headers"] = allowed(scope["headers"])
+        except InvalidRequest as error:
+            await exchange.refuse(error)
+            return
+        await self._app(scope, exchange.receive, exchange.send)
+
+
+def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """`headers` without those in `REMOVED`; raises `InvalidRequest` for an id that is no id."""
+    for name, value in headers:
+        if name == REQUEST_ID and not _PRINTABLE.fullmatch(value):
+            raise InvalidRequest("x-request-id must be 1 to 128 printable ASCII characters.")
+    return [
+        (name, value)
+        for name, value in headers
+        if name.replace(b"_", b"-") not in REMOVED and name.isascii()
+    ]
+
+
+class _Exchange:
+    """One request and its response."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._scope = scope
+        self._receive = receive
+        self._send = send
+        headers = Headers(scope=scope)
+        declared = headers.get("content-length", "0")
+        is_chunked = "transfer-encoding" in headers
+        self._is_read = declared == "0" and not is_chunked
+        is_small = declared.isdecimal() and int(declared[:20]) <= SMALL_BODY_BYTES
+        self._is_small = is_small and not is_chunked
+        self._num_bytes = 0
+        self._is_refused = False
+
+    async def receive(self) -> Message:
+        """The next message; refuses a body that is too slow, and then is as if the client left."""
+        if self._is_read:
+            return await self._receive()
+        limit_s = BODY_S + self._num_bytes / MIN_BODY_BYTES_PER_S
+        try:
+            async with asyncio.timeout(self._scope[ARRIVED] + limit_s - time.monotonic()):
+                message = await self._receive()
+        except TimeoutError:
+            self._is_small = False  # what is left of it may never come
+            await self.refuse(RequestTooSlow("The body did not arrive in time; send it faster."))
+            return {"type": "http.disconnect"}
+        self._num_bytes += len(message.get("body", b""))
+        self._is_read = not message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        """Sends a message of the response. A large body that nobody has read ends the connection,
+        or the HTTP server would read and drop it."""
+        if self._is_refused:
+            return
+        if message["type"] == "http.response.start" and not (self._is_read or self._is_small):
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await self._send(message)
+
+    async def refuse(self, error: ServeError) -> None:
+        """Sends `error` in the place of the application's response."""
+        request_id = uuid.uuid4().hex
+        headers = {"x-mixtral-request-id": request_id}
+        body = error_body(error, request_id)
+        response = JSONResponse(body, error.http_status, headers)
+        await response(self._scope, self._receive, self.send)
+        self._is_refused = True

@@ -111,7 +111,9 @@ class EngineSettings(_Section):
     """Launches the kernels of each decode step one by one instead of replaying captured CUDA
     graphs. Decoding is slower; the start is shorter and uses less GPU memory."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Compute threads on a CPU; None is the number of cores minus one, left for network I/O."""
+    """Most compute threads on a CPU; None is the number of cores. Long steps, such as those of
+    prompts, use all; short ones use fewer, which leaves a core for network I/O, as do models that
+    are not computed by compiled steps."""
 
     @model_validator(mode="after")
     def _sequences_fit_into_a_step(self) -> "EngineSettings":

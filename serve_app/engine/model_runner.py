@@ -42,10 +42,12 @@ class ModelRunner:
         *,
         max_num_seqs: int = 128,
         enforce_eager: bool = False,
+        max_threads: int = 1,
     ) -> None:
         """`dtype` is that of the KV cache; at most `max_num_seqs` sequences decode in one step.
 
-        `enforce_eager` captures no decode step.
+        `enforce_eager` captures no decode step. `max_threads` limits the threads of a compiled step
+        on a CPU.
         """
         self.model = model
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
@@ -60,18 +62,24 @@ class ModelRunner:
         self._cpu_step: CpuStep | None = None
         self._gpu_step: GpuStep | None = None
         self._graphs: DecodeGraphs | None = None
-        self._choose_step(max_num_seqs, enforce_eager)
+        self._choose_step(max_num_seqs, enforce_eager, max_threads)
 
-    def _choose_step(self, max_num_seqs: int, enforce_eager: bool) -> None:
+    def _choose_step(self, max_num_seqs: int, enforce_eager: bool, max_threads: int) -> None:
         """Sets the form of a step and `note`."""
+        step: CpuStep | GpuStep
         try:
-            step = _compiled_step(self.model, self.cache, max_num_seqs, self._device)
+            if self._device.type == "cuda":
+                step = _gpu_step(self.model, self.cache, max_num_seqs)
+            else:
+                step = CpuStep.verified(self.model, self.cache, max_threads)
         except StepUnavailable as reason:
             self.note = f"a step runs in plain torch, not compiled: {reason}"
             return
         if isinstance(step, CpuStep):
             self._cpu_step = step
             self.note = "a step is one call of compiled code"
+            if max_threads > 1:
+                self.note += f"; long steps take up to {max_threads} threads"
             return
         self._gpu_step = step
         self.note = "a decode step is one call of compiled code"
@@ -95,7 +103,7 @@ class ModelRunner:
 
     @property
     def can_overlap_steps(self) -> bool:
-        """A GPU computes while the host does something else; a CPU has one thread for both."""
+        """A GPU computes while the host does something else; a CPU computes within `launch`."""
         return self._device.type == "cuda"
 
     @torch.inference_mode()
@@ -171,12 +179,8 @@ class ModelRunner:
         token_ids[where[0]] = self._last.tokens[where[1]].clamp(min=0)
 
 
-def _compiled_step(
-    model: Mixtral, cache: KVCache, max_num_seqs: int, device: torch.device
-) -> "CpuStep | GpuStep":
-    """The compiled form of a step on this device; raises `StepUnavailable` where there is none."""
-    if device.type != "cuda":
-        return CpuStep.verified(model, cache)
+def _gpu_step(model: Mixtral, cache: KVCache, max_num_seqs: int) -> "GpuStep":
+    """The step of Triton kernels; raises `StepUnavailable` where there is none."""
     try:
         from serve_app.model.kernels.triton.gpu_step import GpuStep
     except ImportError as error:

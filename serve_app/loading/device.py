@@ -1,12 +1,11 @@
 """Prepares the device that a `StartPlan` names, and explains a lack of memory on it."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.machine.host import free_bytes
+from serve_app.machine.host import free_bytes, num_cores
 from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
@@ -26,17 +25,18 @@ def open_device(plan: StartPlan) -> "torch.device":
 
 
 def set_threads(num_threads: int | None) -> list[str]:
-    """Sets the compute threads of a CPU; None leaves one core for network I/O.
+    """Sets torch's threads on a CPU; None leaves one core for network I/O.
 
-    Returns notes for users: one where the number was chosen here.
+    Returns notes for users: one where the number was chosen here. Compiled steps have threads of
+    their own (`step_threads.py`).
     """
     import torch
 
     notes = []
     if num_threads is None:
-        num_cores = len(os.sched_getaffinity(0))
-        num_threads = max(1, num_cores - 1)
-        notes = [f"{num_threads} compute threads: {num_cores} cores, one left for network I/O"]
+        cores = num_cores()
+        num_threads = max(1, cores - 1)
+        notes = [f"torch computes in {num_threads} of {cores} cores, one is left for network I/O"]
     torch.set_num_threads(num_threads)
     return notes
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.device import explained_lack_of_memory
+from serve_app.machine.host import num_cores
 from serve_app.start_plan.memory import MemoryPlan
 from serve_app.start_plan.plan import StartPlan
 
@@ -48,6 +49,7 @@ def start_engine(
             device,
             max_num_seqs=chosen.max_num_seqs,
             enforce_eager=chosen.enforce_eager,
+            max_threads=chosen.num_threads or num_cores(),
         )
     notes.append(runner.note)
     log.info("%s", runner.note)

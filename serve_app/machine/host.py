@@ -1,9 +1,11 @@
-"""Free main memory of this machine, within the container's limit.
+"""Free main memory and cores of this machine, within the container's limits.
 
-psutil reports the machine's memory; the container's limit and its out-of-memory kills are in the
-files of its cgroup (Linux: Documentation/admin-guide/cgroup-v2.rst and cgroup-v1/memory.rst).
+psutil reports the machine's memory, and the affinity has all of its cores; the container's limits
+and its out-of-memory kills are in the files of its cgroup (Linux: Documentation/admin-guide/
+cgroup-v2.rst, cgroup-v1/memory.rst and scheduler/sched-bwc.rst).
 """
 
+import os
 from pathlib import Path
 
 import psutil
@@ -25,6 +27,22 @@ def limit_bytes(cgroup: Path = CGROUP) -> int | None:
         if (limit := _number(file)) is not None and limit < psutil.virtual_memory().total:
             return limit
     return None
+
+
+def num_cores(cgroup: Path = CGROUP) -> int:
+    """Cores that this process may use at once, at least 1.
+
+    A container with a limit of 1.5 cores gets 1: with more threads the kernel would stop all of
+    them for a part of each period.
+    """
+    cores = len(os.sched_getaffinity(0))
+    quota = _number(cgroup / "cpu" / "cpu.cfs_quota_us")
+    period = _number(cgroup / "cpu" / "cpu.cfs_period_us")
+    if (limit := _words(cgroup / "cpu.max")) and limit[0] != "max":
+        quota, period = int(limit[0]), int(limit[1])
+    if quota and period and quota > 0:  # -1 means no limit
+        cores = min(cores, quota // period)
+    return max(1, cores)
 
 
 def num_oom_kills(cgroup: Path = CGROUP) -> int:
@@ -53,6 +71,13 @@ def _number(file: Path) -> int | None:
         return int(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):  # "max" means no limit
         return None
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text(encoding="utf-8").split()
+    except OSError:
+        return []
 
 
 def _field(file: Path, name: str) -> int | None:

@@ -1,5 +1,6 @@
-"""Memory as the container sees it, under both versions of cgroups."""
+"""Memory and cores as the container sees them, under both versions of cgroups."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,29 @@ def test_no_limit_is_the_machines_memory(tmp_path: Path, version: int, limit: st
     assert host.free_bytes(cgroup) > 50_000_000
     assert host.limit_bytes(tmp_path / "absent") is None
     assert host.num_oom_kills(tmp_path / "absent") == 0
+
+
+@pytest.mark.parametrize(
+    ("version", "quota", "expected"),
+    [
+        (2, "max", 4),
+        (2, "250000", 2),
+        (2, "50000", 1),
+        (2, "900000", 4),
+        (1, "-1", 4),
+        (1, "200000", 2),
+    ],
+)
+def test_cores_are_those_of_the_container(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int, quota: str, expected: int
+) -> None:
+    """A limit below the cores of the affinity counts, in whole cores and at least one."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(4)))
+    assert host.num_cores(tmp_path) == 4
+    if version == 2:
+        (tmp_path / "cpu.max").write_text(f"{quota} 100000\n")
+    else:
+        (tmp_path / "cpu").mkdir()
+        (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(f"{quota}\n")
+        (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert host.num_cores(tmp_path) == expected

@@ -55,8 +55,8 @@ def cache_of(model: Mixtral) -> KVCache:
     return KVCache.allocate(model.config, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
 
 
-def step_of(model: Mixtral, cache: KVCache) -> CpuStep:
-    return CpuStep.verified(model, cache)
+def step_of(model: Mixtral, cache: KVCache, max_threads: int = 1) -> CpuStep:
+    return CpuStep.verified(model, cache, max_threads)
 
 
 def decodes(contexts: list[int], seed: int = 0) -> Batch:
@@ -193,7 +193,7 @@ def test_a_token_that_is_not_finite_spoils_what_follows_it_alone(tmp_path: Path)
 
 def refusal(model: Mixtral) -> str:
     with pytest.raises(StepUnavailable) as caught:
-        CpuStep.verified(model, cache_of(model))
+        step_of(model, cache_of(model))
     return str(caught.value)
 
 
@@ -207,5 +207,5 @@ def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "float32" in refusal(load_float32(tmp_path / "fits").bfloat16())
     logits = CpuStep.logits
     for wrong in (1.001, float("nan")):
-        monkeypatch.setattr(CpuStep, "logits", lambda self, batch, w=wrong: logits(self, batch) * w)
+        monkeypatch.setattr(CpuStep, "logits", lambda *inputs, w=wrong: logits(*inputs) * w)
         assert "differs from plain torch" in refusal(model)

@@ -1,10 +1,10 @@
 """The forward pass of a float32 Mixtral on a CPU in one call of C, see `_cpu_step.c`.
 
 Its logits equal those of `model/mixtral.py` to float32's rounding, and a token gets the same bits
-in any batch and in any prefill chunk. The call uses one thread and does not hold the interpreter
-lock, so that the server answers while it computes. The library is built where the project is
-installed with a C compiler, and compared with plain torch before it is used. The step keeps a
-second, transposed copy of the weights.
+in any batch, in any prefill chunk and with any number of threads. The call does not hold the
+interpreter lock, so that the server answers while it computes. The library is built where the
+project is installed with a C compiler, and compared with plain torch before it is used. The step
+keeps a second, transposed copy of the weights.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from serve_app.model.batch import Batch
 from serve_app.model.experts import Experts
+from serve_app.model.kernels.cpu.step_threads import StepThreads
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.linear import Linear, QuantizedLinear
@@ -73,7 +74,9 @@ class _Rows(ctypes.Structure):
 class CpuStep:
     """The step of one model with one KV cache; it reads and writes their memory by address."""
 
-    def __init__(self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache) -> None:
+    def __init__(
+        self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache, max_threads: int
+    ) -> None:
         config = model.config
         layers = [
             (*_weights(layer), keys, values)
@@ -84,7 +87,9 @@ class CpuStep:
         # Keeps what the pointers point to alive.
         self._kept = (layers, tables)
         self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
+        self._threads = StepThreads(model, max_threads)
         self._step = library.mixtral_step
+        self._step.restype = INT
         pointers = [_Layer(*(tensor.data_ptr() for tensor in layer)) for layer in layers]
         self._model = _Model(
             *(
@@ -105,20 +110,26 @@ class CpuStep:
         )
 
     @classmethod
-    def verified(cls, model: "Mixtral", cache: KVCache) -> "CpuStep":
+    def verified(cls, model: "Mixtral", cache: KVCache, max_threads: int) -> "CpuStep":
         """The step of `model`, compared with plain torch; `cache` must be unused.
 
-        Raises `StepUnavailable` where there is none.
+        Long steps get up to `max_threads` threads, see `StepThreads`. Raises `StepUnavailable`
+        where there is no compiled step.
         """
         _require_fitting(model)
-        step = cls(_library(), model, cache)
+        step = cls(_library(), model, cache, max_threads)
         error = step._error(model, cache)
         if not error < TOLERANCE:  # NaN is not below it either
             raise StepUnavailable(f"it differs from plain torch by {error:.1e}")
         return step
 
-    def logits(self, batch: Batch) -> Tensor:
-        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
+    def logits(self, batch: Batch, num_threads: int | None = None) -> Tensor:
+        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache.
+
+        The default number of threads is that of `StepThreads`. Where the system refuses threads,
+        those that there are compute the step.
+        """
+        num_threads = num_threads or self._threads.of(batch)
         owners = np.arange(len(batch.query_lens)).repeat(batch.query_lens)
         tables = batch.block_tables
         assert tables.stride(1) == 1
@@ -128,10 +139,13 @@ class CpuStep:
             *counts, *inputs, owners.ctypes.data, batch.sample_rows.data_ptr(), tables.data_ptr()
         )
         logits = torch.empty(len(batch.sample_rows), self._row_size)
-        failed = self._step(
-            ctypes.byref(self._model), ctypes.byref(rows), POINTER(logits.data_ptr())
+        started = self._step(
+            ctypes.byref(self._model),
+            ctypes.byref(rows),
+            INT(num_threads),
+            POINTER(logits.data_ptr()),
         )
-        if failed:
+        if started < 1:
             raise MemoryError("There is no memory for a step.")
         return logits[:, : self._vocab_size]
 
@@ -139,7 +153,7 @@ class CpuStep:
     def _error(self, model: "Mixtral", cache: KVCache) -> float:
         """The relative error of logits, of a prompt of one KV block and of decodes.
 
-        The decodes attend to random keys and values.
+        The decodes attend to random keys and values. All threads compute.
         """
         count, size = min(cache.num_blocks, 5), cache.block_size
         blocks = torch.arange(count)
@@ -158,7 +172,7 @@ class CpuStep:
             sample_rows=torch.arange(len(slots)),
         )
         expected = model(batch, cache)
-        found = self.logits(batch)
+        found = self.logits(batch, self._threads.max_threads)
         cache.clear(blocks)
         return float((found - expected).norm() / expected.norm())
 

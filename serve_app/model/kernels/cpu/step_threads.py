@@ -1,0 +1,50 @@
+"""StepThreads: how many threads compute a compiled step on a CPU.
+
+The threads follow the step's work: one for each `PRODUCTS_PER_THREAD` multiplications. So a long
+step, such as a prefill chunk of a few hundred tokens, uses all cores. A short one, such as the
+decodes of a few sequences, leaves cores to network I/O; it would also gain little from threads that
+wait for each other three times a layer.
+"""
+
+from typing import TYPE_CHECKING
+
+from serve_app.model.batch import Batch
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+PRODUCTS_PER_THREAD = 32_000_000
+"""1 to 2 ms of one core. Two threads compute the tiny model's prompts from 72 tokens on."""
+MIN_ROWS_PER_THREAD = 4
+"""Rows that one thread computes together because they share the reading of weights."""
+
+
+class StepThreads:
+    """Counts the multiplications of one model's steps."""
+
+    def __init__(self, model: "Mixtral", max_threads: int) -> None:
+        """No step gets more than `max_threads`."""
+        config = model.config
+        width = config.head_dim * config.num_attention_heads
+        projections = 2 * width + 2 * config.head_dim * config.num_key_value_heads
+        experts = 3 * config.intermediate_size * config.num_experts_per_tok
+        self.max_threads = max_threads
+        self._row = config.num_hidden_layers * config.hidden_size * (projections + experts)
+        self._sampled_row = config.hidden_size * config.vocab_size
+        self._score = config.num_hidden_layers * 2 * width
+        self._window = config.sliding_window or config.max_position_embeddings
+
+    def of(self, batch: Batch) -> int:
+        """The number of threads for the step of `batch`."""
+        num_rows = len(batch.token_ids)
+        worth = self._num_products(batch) // PRODUCTS_PER_THREAD
+        return max(1, min(self.max_threads, worth, -(-num_rows // MIN_ROWS_PER_THREAD)))
+
+    def _num_products(self, batch: Batch) -> int:
+        """A token's products with weights, and with each token that it attends to."""
+        scores = sum(
+            count * min(end - count // 2, self._window)
+            for count, end in zip(batch.query_lens, batch.context_lens, strict=True)
+        )
+        rows = len(batch.token_ids) * self._row + len(batch.sample_rows) * self._sampled_row
+        return rows + scores * self._score

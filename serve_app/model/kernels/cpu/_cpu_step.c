@@ -460,7 +460,7 @@ static Scratch *cut_step(Memory *memory, Step *step, int64_t threads) {
 
 /* Fills `logits` [S, V'], and the rows' slots of every layer's keys and values, in up to `threads`
  * threads. Returns how many there were, or -1 where there is no memory. */
-int64_t mixtral_step(const Model *m, const Rows *rows, int64_t threads, float *logits) {
+int64_t compute_mixtral_step(const Model *m, const Rows *rows, int64_t threads, float *logits) {
     Step step = {.model = m, .rows = rows, .logits = logits};
     step.slice_rows = slice_rows(rows->count, threads);
     step.all = (State){.count = rows->count, .positions = rows->positions, .owners = rows->owners};

@@ -88,7 +88,7 @@ class CpuStep:
         self._kept = (layers, tables)
         self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
         self._threads = StepThreads(model, max_threads)
-        self._step = library.mixtral_step
+        self._step = library.compute_mixtral_step
         self._step.restype = INT
         pointers = [_Layer(*(tensor.data_ptr() for tensor in layer)) for layer in layers]
         self._model = _Model(
@@ -222,6 +222,9 @@ def _library() -> ctypes.CDLL:
     if not file.exists():
         raise StepUnavailable("it was not built, as there was no C compiler at the installation")
     try:
-        return ctypes.CDLL(str(file))
+        library = ctypes.CDLL(str(file))
     except OSError as error:
         raise StepUnavailable(f"{file.name} cannot be loaded ({error})") from None
+    if not hasattr(library, "compute_mixtral_step"):  # its arguments changed with its name
+        raise StepUnavailable(f"{file.name} is of another version; install the project again")
+    return library

@@ -47,6 +47,8 @@ def tokenizer() -> Tokenizer:
 class FakeEngine:
     """Answers every request with `text` in deltas of `size` tokens, then fails or never ends."""
 
+    config = CONFIG
+
     def __init__(
         self,
         text: str = "Hello there.",

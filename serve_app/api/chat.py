@@ -16,7 +16,9 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     names = server.tokenizer
     prompt_ids = await server.inputs.chat_ids(request.messages)
     num_logprobs = request.top_logprobs if request.logprobs else None
-    answer = server.inputs.answer(call, request, prompt_ids, "messages", num_logprobs=num_logprobs)
+    answer = await server.inputs.answer(
+        call, request, prompt_ids, "messages", num_logprobs=num_logprobs
+    )
     if not request.stream:
         whole = await answer.whole()
         return JsonReply(chat.body(request, metadata, len(prompt_ids), whole, names))

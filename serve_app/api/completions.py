@@ -49,7 +49,7 @@ async def _answer(
     inputs: InputProcessor, call: Call, request: CompletionRequest, prompt: Prompt
 ) -> Answer:
     prompt_ids = await inputs.text_ids(prompt) if isinstance(prompt, str) else prompt
-    return inputs.answer(
+    return await inputs.answer(
         call,
         request,
         prompt_ids,

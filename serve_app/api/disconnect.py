@@ -1,8 +1,10 @@
 """Disconnect: ASGI middleware that turns an error of the connection into a client that has left."""
 
 import logging
+from typing import TYPE_CHECKING
 
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 log = logging.getLogger(__name__)
 
@@ -15,11 +17,11 @@ class Disconnect:
     Ray's TaskCancelledError (Ray 2.60, serve/_private/http_util.py).
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: "ASGIApp") -> None:
         self._app = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def receive_or_left() -> Message:
+    async def __call__(self, scope: "Scope", receive: "Receive", send: "Send") -> None:
+        async def receive_or_left() -> "Message":
             try:
                 return await receive()
             except Exception as error:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.api.answer import Answer
@@ -13,6 +13,7 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import Call
 from serve_app.protocol.fields import Sampling, printable
+from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import Detokenizer, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
@@ -41,6 +42,7 @@ class InputProcessor:
     """Tokens of prompt and answer together."""
     vocab_size: int
     metrics: Metrics
+    grammars: GrammarCompiler
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sampling fields, by name, of a request that does not set them. `max_tokens` is a limit of
     every request, as in vLLM."""
@@ -85,7 +87,7 @@ class InputProcessor:
             return decode(token_ids, skip_special_tokens=skip_special_tokens)
         return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
 
-    def answer(
+    async def answer(
         self,
         call: Call,
         request: Sampling,
@@ -102,14 +104,17 @@ class InputProcessor:
         up to `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
         continues the prompt's text, so a space at its beginning is text.
 
-        Raises `InvalidRequest` for a token of the tokenizer that the model does not have. The
-        engine checks the token ids and the context's length when it starts the answer. Where the
-        answer `continues` the prompt they are checked here, before any answer to one of several
-        prompts starts.
+        Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
+        grammar that cannot be compiled. The engine checks the token ids and the context's length
+        when it starts the answer. Where the answer `continues` the prompt they are checked here,
+        before any answer to one of several prompts starts.
         """
         if prompt_ids and max(prompt_ids) >= self.vocab_size:
             self._refuse_unknown_token(prompt_ids, field)
         params = self._params(request, len(prompt_ids), field, default_max_tokens, num_logprobs)
+        if (source := request.grammar) is not None:
+            grammar = await self.grammars.compiled(source, begins_text=not continues)
+            params = replace(params, grammar=grammar)
         if continues:
             self.engine.check(prompt_ids, params)
         detokenizer = Detokenizer(

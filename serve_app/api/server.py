@@ -35,6 +35,7 @@ from serve_app.protocol.call import (
     TextReply,
 )
 from serve_app.protocol.fields import printable
+from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.response import ResponseMetadata
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ class MixtralServer:
             self._loaded.max_model_len,
             self._loaded.vocab_size,
             self.metrics,
+            GrammarCompiler(
+                self.tokenizer.backend,
+                self._loaded.vocab_size,
+                self._engine.config.eos_token_ids,
+            ),
             self._loaded.sampling_defaults,
         )
 

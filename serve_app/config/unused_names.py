@@ -42,7 +42,7 @@ _BY_REASON = {
         *("SPECULATIVE_MAX_MODEL_LEN", "SPECULATIVE_DISABLE_BY_BATCH_SIZE"),
         *("NGRAM_PROMPT_LOOKUP_MAX", "NGRAM_PROMPT_LOOKUP_MIN", "NUM_LOOKAHEAD_SLOTS"),
     ),
-    "structured outputs are not supported; a request that asks for them gets an error": (
+    "structured outputs use llguidance, which is the only library here": (
         "GUIDED_DECODING_BACKEND",
     ),
     "tool calls are not supported; a request that asks for them gets an error": (

@@ -35,7 +35,7 @@ from serve_app.engine.sequence import FAILED, Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
 from serve_app.engine.stream import Stream
 from serve_app.engine.watchdog import Watchdog
-from serve_app.errors import InternalError, as_serve_error
+from serve_app.errors import InternalError, InvalidRequest, ServeError, as_serve_error
 
 log = logging.getLogger(__name__)
 
@@ -120,8 +120,8 @@ class EngineCore:
 
     def _step(self) -> None:
         """Launches the next step, and collects the one before."""
-        if any(sequence.has_penalties for sequence in self.scheduler.running):
-            # A penalty counts tokens on the host, so it needs the token that is still in flight.
+        if any(sequence.needs_last_token for sequence in self.scheduler.running):
+            # That token is still in flight.
             self._collect()
         had_decoded = self._has_decoded
         scheduled = self._schedule()
@@ -186,10 +186,7 @@ class EngineCore:
         """Appends one sampled token to its sequence and its stream, and ends the sequence when it
         is complete."""
         if token_id == FAILED:
-            log.error("the logits of a sequence were not finite")
-            self._runner.clear_blocks(sequence.block_table[sequence.num_cached_blocks :])
-            error = InternalError("The model computed no finite numbers; try again.")
-            self._end(sequence, Delta([], [], "error", error))
+            self._end(sequence, Delta([], [], "error", self._failure(sequence)))
             return
         # The logits are finite, so the keys and values before them are finite too.
         self.scheduler.cache_blocks(sequence, position)
@@ -198,13 +195,27 @@ class EngineCore:
             return
         sequence.token_ids[position] = token_id
         self.num_generation_tokens += 1
-        is_last = position + 1 >= sequence.max_num_tokens
-        reason: FinishReason | None = "length" if is_last else None
+        reason: FinishReason | None = None
+        if sequence.constraint is not None:
+            sequence.constraint.accept(token_id)
+            reason = "stop" if sequence.constraint.is_complete else None
+        if reason is None and position + 1 >= sequence.max_num_tokens:
+            reason = "length"
         delta = Delta([token_id], [] if logprob is None else [logprob], reason)
-        if is_last:
+        if reason is not None:
             self._end(sequence, delta)
         else:
             self._outputs.add(self._streams[sequence], delta)
+
+    def _failure(self, sequence: Sequence) -> ServeError:
+        """Why a sequence got no token."""
+        if sequence.constraint is not None and sequence.constraint.has_failed:
+            return InvalidRequest(
+                "The grammar became too complex for this server; send a simpler one."
+            )
+        log.error("the logits of a sequence were not finite")
+        self._runner.clear_blocks(sequence.block_table[sequence.num_cached_blocks :])
+        return InternalError("The model computed no finite numbers; try again.")
 
     def _fail_step(self, scheduled: list[ScheduledTokens], error: Exception) -> None:
         """Ends the sequences of a failed step, each with the error."""

@@ -10,6 +10,7 @@ from serve_app.engine import noise
 from serve_app.engine.in_flight_tokens import LogprobTensors
 from serve_app.engine.penalties import Penalties
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.token_mask import TokenMask
 from serve_app.engine.top_filter import TopFilter
 from serve_app.engine.transfer import to_device
 
@@ -29,6 +30,10 @@ class SamplingMetadata:
         if penalized:
             with_penalties = [sequences[row] for row in penalized]
             self._penalties = Penalties(penalized, with_penalties, vocab_size, device)
+        constraints = {
+            row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None
+        }
+        self._mask = TokenMask(constraints, device) if constraints else None
         biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias.items()]
         self._bias: tuple[Tensor, Tensor, Tensor] | None = None
         if biases:
@@ -46,11 +51,11 @@ class SamplingMetadata:
     @property
     def is_greedy(self) -> bool:
         """Whether every row takes the token of its best logit, from unchanged logits."""
-        parts = (self.random, self._bias, self._penalties, self.logprobs)
+        parts = (self.random, self._bias, self._penalties, self._mask, self.logprobs)
         return not self._delayed and all(part is None for part in parts)
 
     def adjust(self, logits: Tensor) -> None:
-        """Applies bias, penalties and min_tokens to `logits` `[batch, vocab]` in place."""
+        """Applies bias, penalties, min_tokens, grammars in place to `logits` `[batch, vocab]`."""
         if self._bias is not None:
             rows, ids, values = self._bias
             logits[rows, ids] += values
@@ -59,6 +64,8 @@ class SamplingMetadata:
         for row, sequence in self._delayed:
             if sequence.num_output_tokens < sequence.params.min_tokens:
                 logits[row, list(sequence.stop_ids)] = -torch.inf
+        if self._mask is not None:
+            self._mask.apply(logits)
 
 
 class RandomRows:

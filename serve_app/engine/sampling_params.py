@@ -3,13 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from serve_app.engine.constraint import Grammar
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the tokens of one request are chosen. The values are validated before they get here.
 
     The sampler changes the model's logits in this order: logit_bias, repetition penalty, presence
-    and frequency penalty, min_tokens (stop tokens are masked), temperature, top_k, top_p, min_p.
+    and frequency penalty, min_tokens (stop tokens are masked), grammar (tokens that it does not
+    allow are masked), temperature, top_k, top_p, min_p.
     """
 
     max_tokens: int
@@ -37,6 +40,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
+    grammar: Grammar | None = None
+    """What the answer must follow. The answer ends with it, whatever `ignore_eos` is."""
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
     """The request fields of the prompt and of `max_tokens`, for errors about them."""

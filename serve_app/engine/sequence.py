@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve_app.engine.constraint import Constraint
 from serve_app.engine.sampling_params import SamplingParams
 
 PENDING = -2
@@ -32,7 +33,9 @@ class Sequence:
     max_num_tokens: int = field(init=False)
     """Prompt and answer together: `num_prompt_tokens + params.max_tokens`."""
     has_penalties: bool = field(init=False)
-    """Whether a step needs to know the tokens before: a penalty counts them."""
+    """Whether a penalty counts the tokens before."""
+    constraint: Constraint | None = field(init=False)
+    """The state of the request's grammar behind the tokens that have been sampled."""
     num_computed_tokens: int = 0
     """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
     block_table: list[int] = field(default_factory=list)
@@ -52,7 +55,13 @@ class Sequence:
         self.num_prompt_tokens = len(self.token_ids)
         self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
         additive = params.presence_penalty, params.frequency_penalty
+        self.constraint = None if params.grammar is None else params.grammar.start()
         self.has_penalties = additive != (0, 0) or params.repetition_penalty != 1
+
+    @property
+    def needs_last_token(self) -> bool:
+        """Whether its next token can be sampled only after the host has read the last one."""
+        return self.has_penalties or self.constraint is not None
 
     @property
     def num_output_tokens(self) -> int:

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.grammar_source import GrammarSource, ResponseFormat, StructuredOutputs
 from serve_app.protocol.unsupported import IGNORED, UNSUPPORTED, check_is_neutral
 
 MAX_STOP_CHARS = 500
@@ -110,6 +111,14 @@ class Sampling(Body):
     skip_special_tokens: bool = True
     stream: bool = False
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+    @property
+    def grammar(self) -> GrammarSource | None:
+        """What the answer must follow; None where it is free. Raises `InvalidRequest`."""
+        chosen = self.structured_outputs or self.response_format
+        return None if chosen is None else chosen.source
 
     @property
     def include_usage(self) -> bool:
@@ -137,6 +146,11 @@ class Sampling(Body):
             )
         return tuple(stops)
 
+    @field_validator("response_format")
+    @classmethod
+    def _text_is_no_format(cls, value: ResponseFormat | None) -> ResponseFormat | None:
+        return None if value is not None and value.type == "text" else value
+
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _few_biases(cls, value: Any) -> Any:
@@ -162,6 +176,11 @@ class Sampling(Body):
     def _fit_together(self) -> "Sampling":
         if self.include_usage and not self.stream:
             raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+        if self.structured_outputs and self.response_format:
+            raise InvalidRequest(
+                "Send `response_format` or `structured_outputs`, not both.",
+                param="structured_outputs",
+            )
         limit, field = self.limit
         if limit is not None and self.min_tokens > limit:
             raise InvalidRequest(

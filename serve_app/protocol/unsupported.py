@@ -25,7 +25,7 @@ Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 _ONE = "one answer is generated for each prompt; send the request again for another"
 _NO_TOOLS = "tool calls are not supported"
 _NO_BEAMS = "there is no beam search"
-_NO_GRAMMAR = "answers are plain text; no grammar can be set"
+_NEW_NAME = "use `structured_outputs`"
 
 OPENAI: Unsupported = {
     "audio": ((), "there is no audio"),
@@ -37,7 +37,6 @@ OPENAI: Unsupported = {
     "parallel_tool_calls": ((True, False), _NO_TOOLS),
     "prediction": ((), "predicted outputs are not supported"),
     "reasoning_effort": (("none",), "this model does not reason separately"),
-    "response_format": (({"type": "text"},), "answers are plain text"),
     "suffix": (("",), "text is continued at its end only"),
     "tool_choice": (("none", "auto"), _NO_TOOLS),
     "tools": (([],), _NO_TOOLS),
@@ -58,10 +57,10 @@ VLLM: Unsupported = {
     "documents": (([],), "put the documents into a message"),
     "early_stopping": ((False,), _NO_BEAMS),
     "echo": ((False,), "only /v1/completions repeats its prompt"),
-    "guided_choice": (([],), _NO_GRAMMAR),
-    "guided_grammar": ((), _NO_GRAMMAR),
-    "guided_json": ((), _NO_GRAMMAR),
-    "guided_regex": ((), _NO_GRAMMAR),
+    "guided_choice": (([],), _NEW_NAME),
+    "guided_grammar": ((), _NEW_NAME),
+    "guided_json": ((), _NEW_NAME),
+    "guided_regex": ((), _NEW_NAME),
     "include_reasoning": ((True, False), "this model does not reason separately"),
     "include_stop_str_in_output": ((False,), "the answer ends before the stop string"),
     "length_penalty": ((1,), _NO_BEAMS),
@@ -73,7 +72,6 @@ VLLM: Unsupported = {
     "return_tokens_as_token_ids": ((False,), "tokens are returned as text"),
     # Changes nothing for a tokenizer that writes spaces as a part of tokens, as Mixtral's does.
     "spaces_between_special_tokens": ((True, False), "it is true or false"),
-    "structured_outputs": ((), _NO_GRAMMAR),
     "top_logprobs": ((0,), "use /v1/chat/completions"),
     "truncate_prompt_tokens": ((), "a prompt is never cut"),
     "use_beam_search": ((False,), _NO_BEAMS),

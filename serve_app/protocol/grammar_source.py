@@ -1,0 +1,114 @@
+"""The request fields that set a grammar for the answer: OpenAI's and vLLM's.
+
+Protocols: https://platform.openai.com/docs/guides/structured-outputs and
+https://docs.vllm.ai/en/latest/features/structured_outputs.html.
+"""
+
+import json
+from typing import Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serve_app.errors import InvalidRequest
+
+MAX_CHARS = 100_000
+"""Characters of one grammar, as JSON where it is a schema."""
+
+Kind = Literal["json", "regex", "choice", "lark"]
+
+
+class GrammarSource(NamedTuple):
+    """A grammar as the client has sent it. Equal sources mean the same grammar."""
+
+    kind: Kind
+    text: str
+    """The schema or the list of choices as JSON, the regular expression, or the Lark grammar."""
+    field: str
+    """The field of the request that has it, for errors."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class JsonSchema(_Strict):
+    """`response_format.json_schema`. Every schema is followed exactly, whatever `strict` is."""
+
+    name: str = ""
+    description: str | None = None
+    schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(_Strict):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @property
+    def source(self) -> GrammarSource:
+        """The grammar of a type other than `text`. Raises `InvalidRequest`."""
+        if self.type == "json_object":
+            return _schema({"type": "object"}, "response_format")
+        if self.json_schema is None:
+            raise InvalidRequest(
+                "`response_format.json_schema` is required with the type `json_schema`.",
+                param="response_format.json_schema",
+            )
+        return _schema(self.json_schema.schema_, "response_format.json_schema.schema")
+
+
+class StructuredOutputs(_Strict):
+    """vLLM's `structured_outputs`: one of these grammars."""
+
+    json_: dict[str, Any] | str | None = Field(default=None, alias="json")
+    """A JSON schema, as an object or as text."""
+    json_object: bool | None = None
+    regex: str | None = None
+    choice: list[str] | None = Field(default=None, min_length=1)
+    grammar: str | None = None
+    """A grammar in Lark's notation, which begins at `start`."""
+
+    @model_validator(mode="after")
+    def _is_one_grammar(self) -> Self:
+        given = (self.json_, self.json_object or None, self.regex, self.choice, self.grammar)
+        if sum(each is not None for each in given) != 1:
+            raise InvalidRequest(
+                "`structured_outputs` takes one of `json`, `json_object`, `regex`, `choice` and "
+                "`grammar`.",
+                param="structured_outputs",
+            )
+        return self
+
+    @property
+    def source(self) -> GrammarSource:
+        """The grammar. Raises `InvalidRequest`."""
+        if self.regex is not None:
+            return _checked("regex", self.regex, "structured_outputs.regex")
+        if self.choice is not None:
+            return _checked("choice", json.dumps(self.choice), "structured_outputs.choice")
+        if self.grammar is not None:
+            return _checked("lark", self.grammar, "structured_outputs.grammar")
+        if self.json_ is None:
+            return _schema({"type": "object"}, "structured_outputs.json_object")
+        return _schema(self.json_, "structured_outputs.json")
+
+
+def _schema(schema: dict[str, Any] | bool | str, field: str) -> GrammarSource:
+    if isinstance(schema, str):
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError):
+            raise InvalidRequest(f"`{field}` is not valid JSON.", param=field) from None
+    if not isinstance(schema, dict | bool):
+        raise InvalidRequest(f"`{field}` should be a JSON schema.", param=field)
+    return _checked("json", json.dumps(schema), field)
+
+
+def _checked(kind: Kind, text: str, field: str) -> GrammarSource:
+    if len(text) > MAX_CHARS:
+        raise InvalidRequest(
+            f"`{field}` has {len(text)} characters; {MAX_CHARS} are allowed.", param=field
+        )
+    return GrammarSource(kind, text, field)

@@ -1,0 +1,213 @@
+"""Grammars: what the request may ask for, and which token ids they allow."""
+
+import asyncio
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.chat import ChatRequest
+from serve_app.protocol.grammar import GrammarCompiler, GrammarState
+from serve_app.protocol.grammar_source import MAX_CHARS, GrammarSource
+from serve_app.protocol.text import Detokenizer
+from serve_app.protocol.tokenizer import Tokenizer
+from tests.fakes import VOCAB_SIZE, tokenizer
+
+EOS = 2
+
+
+def source(**fields: Any) -> GrammarSource | None:
+    """The grammar of a chat request with these fields."""
+    hello = [{"role": "user", "content": "Hello"}]
+    return ChatRequest.read({"messages": hello, **fields}).grammar
+
+
+def compiled(found: GrammarSource | None, *, begins_text: bool = True) -> GrammarState:
+    assert found is not None
+    compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
+    return asyncio.run(compiler.compiled(found, begins_text=begins_text)).start()
+
+
+def allowed(state: GrammarState) -> list[int]:
+    words = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+    state.fill(words)
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    ids: list[int] = np.flatnonzero(bits).tolist()
+    return ids
+
+
+def follow(state: GrammarState, choose: Any, max_tokens: int = 400) -> list[int]:
+    """The tokens that `choose` takes of the allowed ones, until the grammar or EOS ends them."""
+    ids: list[int] = []
+    while not state.is_complete and len(ids) < max_tokens:
+        token_id = choose(allowed(state))
+        if token_id == EOS:
+            break
+        state.accept(token_id)
+        ids.append(token_id)
+    return ids
+
+
+def text(ids: Sequence[int], *, prompt_ids: Sequence[int] = ()) -> str:
+    """What the client sees."""
+    detokenizer = Detokenizer(tokenizer().backend, prompt_ids=prompt_ids)
+    return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "content"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json", '{"type": "object"}'),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "n", "strict": True, "schema": {"type": "null"}},
+                }
+            },
+            "json",
+            '{"type": "null"}',
+        ),
+        ({"structured_outputs": {"json": '{"type": "null"}'}}, "json", '{"type": "null"}'),
+        ({"structured_outputs": {"json_object": True}}, "json", '{"type": "object"}'),
+        ({"structured_outputs": {"regex": "a+"}}, "regex", "a+"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "choice", '["a", "b"]'),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, "lark", 'start: "a"'),
+        (
+            {"structured_outputs": {"regex": "a", "choice": None}, "response_format": None},
+            "regex",
+            "a",
+        ),
+    ],
+)
+def test_grammars_of_openai_and_vllm_are_read(
+    fields: dict[str, Any], kind: str, content: str
+) -> None:
+    """Each way to set a grammar gives its kind and text."""
+    found = source(**fields)
+    assert found is not None
+    assert (found.kind, found.text) == (kind, content)
+
+
+def test_plain_text_has_no_grammar() -> None:
+    """The type `text`, and no field at all, leave the answer free."""
+    assert source() is None
+    assert source(response_format={"type": "text"}) is None
+
+
+SCHEMA = "response_format.json_schema.schema"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"structured_outputs": {}}, "structured_outputs"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"json": "[1]"}}, "structured_outputs.json"),
+        ({"structured_outputs": {"regex": "a" * (MAX_CHARS + 1)}}, "structured_outputs.regex"),
+        (
+            {"structured_outputs": {"regex": "a"}, "response_format": {"type": "json_object"}},
+            "structured_outputs",
+        ),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+    ],
+)
+def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
+    """The error's `param` is the field that is wrong."""
+    with pytest.raises(InvalidRequest) as raised:
+        source(**fields)
+    assert raised.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"regex": "(a"}, "unclosed group"),
+        ({"grammar": "start: nope"}, "nope"),
+        ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json": {"type": "string", "format": "no-such-format"}}, "no-such-format"),
+        ({"json": {"allOf": [{"pattern": f"^.*{c}.*$"} for c in "abcdefghijklmnop"]}}, "empty"),
+        ({"json": {"type": "nothing"}}, "structured_outputs.json"),
+    ],
+)
+def test_a_grammar_that_cannot_be_held_is_refused(fields: dict[str, Any], words: str) -> None:
+    """A grammar with an error, or with a keyword that is not supported, is told, never ignored."""
+    with pytest.raises(InvalidRequest, match=words) as raised:
+        compiled(source(structured_outputs=fields))
+    assert raised.value.param == f"structured_outputs.{next(iter(fields))}"
+
+
+CHOICES = ["yes", "no", ' "x"', "ja/nein\\", "ü🙂", "<s>", "two\nlines"]
+
+
+@given(st.data(), st.booleans())
+def test_every_path_is_one_of_the_choices(data: st.DataObject, begins_text: bool) -> None:
+    """Whatever allowed tokens are taken, the client's text is a choice: at the beginning of a text,
+    whose first space is not shown, and where the answer continues a prompt."""
+    state = STATES[begins_text].start()
+    ids = follow(state, lambda ids: data.draw(st.sampled_from(ids)))
+    prompt_ids = () if begins_text else tokenizer().encode("Q:", add_special_tokens=False)
+    assert text(ids, prompt_ids=prompt_ids) in CHOICES
+
+
+class _States(dict[bool, Any]):
+    """The compiled choices, made once."""
+
+    def __missing__(self, begins_text: bool) -> Any:
+        compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
+        found = GrammarSource("choice", json.dumps(CHOICES), "f")
+        self[begins_text] = asyncio.run(compiler.compiled(found, begins_text=begins_text))
+        return self[begins_text]
+
+
+STATES = _States()
+
+
+def test_spaces_between_json_tokens_have_an_end() -> None:
+    """A model that prefers spaces writes 40 of them, and then goes on."""
+    state = compiled(source(response_format={"type": "json_object"}))
+
+    def spaces_first(ids: list[int]) -> int:
+        return max(ids, key=lambda it: not tokenizer().token_bytes(it).strip())
+
+    ids = follow(state, spaces_first, max_tokens=90)
+    assert any(tokenizer().token_bytes(it).strip() for it in ids[2:])
+
+
+def test_mixtrals_tokenizer_hides_its_first_space_too(mixtral_tokenizer: Tokenizer) -> None:
+    """With 32,000 tokens, the natural first token `▁yes` is what a choice allows in a chat."""
+    compiler = GrammarCompiler(mixtral_tokenizer.backend, 32_000, {EOS})
+    found = GrammarSource("choice", '["yes"]', "f")
+    state = asyncio.run(compiler.compiled(found, begins_text=True)).start()
+    words = np.zeros(1000, np.int32)
+    state.fill(words)
+    first = mixtral_tokenizer.backend.token_to_id("▁yes")
+    assert np.unpackbits(words.view(np.uint8), bitorder="little")[first]
+    state.accept(first)
+    assert state.is_complete
+    assert mixtral_tokenizer.decode([first]) == "yes"
+
+
+def test_a_grammar_is_compiled_once() -> None:
+    """The same grammar of another request is not compiled again, and the requests do not share
+    their state."""
+    compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
+
+    async def twice() -> list[Any]:
+        found = [source(structured_outputs={"choice": ["yes", "no"]}) for _ in range(2)]
+        return [await compiler.compiled(each, begins_text=True) for each in found if each]
+
+    first, second = asyncio.run(twice())
+    assert first is second
+    one, other = first.start(), first.start()
+    follow(one, lambda ids: ids[0])
+    assert (one.is_complete, other.is_complete) == (True, False)

@@ -43,6 +43,8 @@ class Answer:
     status: int = 0
     error: str | None = None
     parts: list[tuple[float, bytes]] = field(default_factory=list)
+    has_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set with the first part."""
 
 
 async def closed_loop(
@@ -114,6 +116,7 @@ async def send(
             answer.status = response.status
             async for part in response.content.iter_any():
                 answer.parts.append((time.perf_counter() - start, part))
+                answer.has_begun.set()
     except aiohttp.ClientError as error:
         answer.error = type(error).__name__
     return answer

@@ -29,7 +29,7 @@ ANSWER = 8
 STREAM = 6000
 """The most tokens of the stream, which is closed before it ends."""
 SETTLED_S = 0.5
-"""Seconds from the stream's start to the long prompt."""
+"""Seconds from the stream's first bytes to the long prompt."""
 
 
 def text(server: RunningServer, num_tokens: int) -> str:
@@ -92,13 +92,16 @@ async def one_beside(server: RunningServer, num_tokens: int) -> Beside:
         start = time.perf_counter()
         body = server.body(server.words(16), STREAM)
         task = asyncio.create_task(send(session, server.url, body, start, stream))
+        begun = asyncio.create_task(stream.has_begun.wait())
         try:
+            await asyncio.wait([task, begun], return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(SETTLED_S)
             body = server.body(text(server, num_tokens), ANSWER)
             prompt = await send(session, server.url, body, start)
         finally:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+            begun.cancel()
+            await asyncio.gather(task, begun, return_exceptions=True)
     return beside_of(read(stream), read(prompt))
 
 

@@ -18,8 +18,8 @@ import requests
 
 from serve_app.machine.processes import descendants, is_alive
 
-START_S = 240
-"""Limit for the first answer; vLLM compiles its model before it."""
+START_S = 600
+"""Limit for the first answer; vLLM compiles its model before it, for minutes on a busy machine."""
 END_S = 30
 """Limit for a server's own shutdown; then it is killed."""
 START_POLL_S = 0.5

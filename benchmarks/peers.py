@@ -142,7 +142,7 @@ def _named(compared: dict[Key, float]) -> dict[str, float]:
 def run_all(run: Run, peers: tuple[Peer, ...], rounds: int, limit_s: float = math.inf) -> None:
     """Runs every peer in turn, round after round; a peer that fails is left out from then on.
 
-    No round begins that would end after `limit_s` seconds if it took as long as the longest one.
+    No round begins that would end after `limit_s` seconds if it took as long as the last one.
     """
 
     def attempt(peer: Peer, step: Callable[..., None], *given: Any) -> None:
@@ -154,17 +154,17 @@ def run_all(run: Run, peers: tuple[Peer, ...], rounds: int, limit_s: float = mat
             run.left_out[peer.name] = str(error)
             print(f"{peer.name} is left out. {error}", flush=True)
 
-    began, longest_s = time.monotonic(), 0.0
+    began, last_s = time.monotonic(), 0.0
     for peer in peers:
         attempt(peer, run.prepare)
     for number in range(rounds):
         round_began = time.monotonic()
-        if number and round_began - began + longest_s > limit_s:
+        if number and round_began - began + last_s > limit_s:
             print(f"{number} of {rounds} rounds fit into {limit_s:g} s.", flush=True)
             break
         for peer in peers:
             attempt(peer, run.measure, number)
-        longest_s = max(longest_s, time.monotonic() - round_began)
+        last_s = time.monotonic() - round_began
 
 
 def report(document: dict[str, Any]) -> None:

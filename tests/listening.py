@@ -15,8 +15,9 @@ GRPC_METHODS = (
     "/ray.rpc.ObjectManagerService/Pull",
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
     "/ray.serve.ASGIService/HandleRequest",
+    "/ray.rpc.ReporterService/GetTraceback",
 )
-"""One method of each of Ray's services: GCS, raylet, the raylet's objects, worker, replica."""
+"""One method for each of Ray's servers: GCS, raylet, its objects, worker, replica, agent."""
 LIMIT_S = 10.0
 
 
@@ -50,6 +51,14 @@ def refuses(address: str, port: int) -> bool:
         codes = {_code(channel, method) for method in GRPC_METHODS}
     refused = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}
     return grpc.StatusCode.UNAUTHENTICATED in codes and codes <= refused
+
+
+def only_shows_figures(address: str, port: int) -> bool:
+    """Whether the socket is a Prometheus exporter, for which Ray has no token."""
+    host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://{host}:{port}/", timeout=LIMIT_S).text.startswith("# HELP ")
+    return False
 
 
 def _code(channel: Any, method: str) -> Any:

@@ -10,6 +10,7 @@ Read `cluster.py` first: it starts the deployment, watches it and takes it down,
     phases                  follows the phases of a load that the replica writes
     fitness, banner         the checks of the machine before a start; what the log says about it
 
+`haproxy.py` decides what takes HTTP requests, and Serve starts `haproxy_program.py` for it.
 `http.py` serves the deployment over HTTP: `mixtral-serve run`, and `runpod_entry.py` with
 RUNPOD_SERVERLESS=false. `health_server.py` answers `/ping` meanwhile, in a process that
 `health_listener.py` starts. `serve_app.worker` takes RunPod jobs with the same deployment.

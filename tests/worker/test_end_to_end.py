@@ -9,6 +9,7 @@ import pytest
 from emulator import client_api
 from emulator.queue import Job
 from emulator.worker import Worker
+from tests.listening import listening, open_to_strangers
 from tests.processes import descendants
 from tests.settled import settled
 from tests.worker.conftest import Client, until
@@ -55,6 +56,13 @@ def test_ray_starts_no_unneeded_process(client: Client, tiny_worker: Worker) -> 
     assert "/raylet" in running
     assert "/dashboard/dashboard.py" not in running
     assert "/autoscaler/" not in running
+
+
+def test_no_port_takes_calls_from_other_machines(client: Client, tiny_worker: Worker) -> None:
+    """Ray's ports refuse each call without the token; the worker has no others."""
+    client.ended(PROMPT)
+    assert len(listening(tiny_worker.process.pid)) > 3
+    assert open_to_strangers(tiny_worker.process.pid) == []
 
 
 def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> None:

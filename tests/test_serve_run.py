@@ -1,0 +1,103 @@
+"""Ray's own `serve run configs/tiny.yaml`, with the variables of `cluster/rayservice.yaml`.
+
+Serve starts HAProxy as in a cluster, without `mixtral-serve run` around it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from serve_app.node import haproxy_program
+from serve_app.node.haproxy_program import BINARY_PATH
+from tests.environment import bare
+from tests.listening import listening, only_shows_figures, open_to_strangers
+from tests.processes import all_below, one_below, running
+from tests.settled import left_behind
+from tests.test_deploy import containers
+from tests.worker.conftest import until
+from tools.server_process import free_port
+
+pytestmark = pytest.mark.ray
+
+ROOT = Path(__file__).parents[1]
+Run = tuple["subprocess.Popen[bytes]", str]
+
+
+def variables(folder: Path) -> dict[str, str]:
+    """The manifest's variables, with files and ports beside whatever else runs here."""
+    env = containers()[0]["env"]
+    program = folder / "mixtral-haproxy"  # the image has it installed
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {haproxy_program.__file__} "$@"\n')
+    program.chmod(0o700)
+    direct = free_port()
+    return {
+        **{entry["name"]: entry["value"] for entry in env if "value" in entry},
+        BINARY_PATH: str(program),
+        "RAY_AUTH_MODE": "token",  # as the operator sets it
+        "RAY_AUTH_TOKEN": "a" * 64,
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 20),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
+    }
+
+
+@pytest.fixture
+def run() -> Iterator[Run]:
+    # A short path, because a socket's has at most 97 characters.
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        folder, port = Path(name), free_port()
+        config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+        config["http_options"]["port"] = port
+        (folder / "tiny.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+        serve = "from ray.serve.scripts import cli; cli()"
+        command = [sys.executable, "-c", serve, "run", "--address", "local"]
+        command += ["--app-dir", str(ROOT), str(folder / "tiny.yaml")]
+        environment = bare(folder) | variables(folder)
+        with (
+            (folder / "log").open("wb") as log,
+            subprocess.Popen(command, cwd=folder, env=environment, stderr=log, stdout=log) as run,
+        ):
+            url = f"http://127.0.0.1:{port}"
+            until(lambda: run.poll() is not None or answers(url), 100)
+            assert run.poll() is None, (folder / "log").read_text()[-2000:]
+            yield run, url
+            for each in all_below(run.pid):
+                each.kill()
+            run.kill()
+        until(lambda: not left_behind(folder))
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/ping").status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+def test_serve_runs_haproxy_as_a_cluster_does(run: Run) -> None:
+    """Limits and guard hold, and HAProxy ends with its owner.
+
+    Without the token, Ray's ports show a stranger figures and nothing else.
+    """
+    process, url = run
+    assert httpx.get(f"{url}/{'a' * 8192}").status_code == 414
+    assert httpx.get(f"{url}/ping", headers=[(b"x-request-id", b"\xff")]).status_code == 400
+    haproxys = {each for each, _, _ in listening(process.pid) if each.name() == "haproxy"}
+    ports = {port for each, _, port in listening(process.pid) if each in haproxys}
+    assert ports == {int(url.rpartition(":")[2])}
+    assert [it for it in open_to_strangers(process.pid) if not only_shows_figures(*it)] == []
+    os.kill(one_below(process.pid, "ray::HAProxyManager"), signal.SIGKILL)
+    until(lambda: not haproxys & running())

@@ -43,6 +43,17 @@ def long_beside_streams() -> list[Arrival]:
     return [Arrival(0, 20, 1000) for _ in range(8)] + [Arrival(1, 7400, 10)]
 
 
+def short_behind_long(rate: float) -> list[Arrival]:
+    """Three prompts of 30,000 tokens, and prompts of 200 tokens that arrive at random, `rate` of
+    them a second, beside them."""
+    draw, at = random.Random(3), 0.0
+    arrivals = []
+    for _ in range(400):
+        at += draw.expovariate(rate)
+        arrivals.append(Arrival(at, 200, 100))
+    return arrivals + [Arrival(at * share, 30_000, 100) for share in (0.1, 0.4, 0.7)]
+
+
 def batch_beside_chat(rate: float) -> list[Arrival]:
     """Two hundred requests at once beside mixed prompts at a quarter of `rate`."""
     return [Arrival(1, 1500, 300) for _ in range(200)] + poisson(rate / 4, 60)

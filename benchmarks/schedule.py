@@ -52,6 +52,7 @@ def loads(device: StepTimes) -> dict[str, Callable[[], list[Arrival]]]:
         "bursts": lambda: arrivals.bursts(rate / 2, 192),
         "conversations": lambda: arrivals.conversations(64 if device.is_gpu else 16),
         "a long prompt": arrivals.long_beside_streams,
+        "short behind long": lambda: arrivals.short_behind_long(rate),
         "a batch job": lambda: arrivals.batch_beside_chat(rate),
     }
 
@@ -59,7 +60,7 @@ def loads(device: StepTimes) -> dict[str, Callable[[], list[Arrival]]]:
 def measure(device: StepTimes, policy: Policy, load: list[Arrival]) -> dict[str, float]:
     """Runs `load` after the warm-up prompts of a start."""
     config = EngineConfig(
-        max_model_len=16_384,
+        max_model_len=32_768,
         max_num_seqs=128,
         max_waiting=1 << 20,
         block_size=16,

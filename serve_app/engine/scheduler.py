@@ -1,20 +1,27 @@
-"""Scheduler: chooses the tokens of the next step, first come, first served.
+"""Scheduler: chooses the tokens of the next step.
 
 A step first decodes one token of every running sequence. The rest of its `max_num_batched_tokens`
 goes to prefill chunks, as far as the prefill policy allows. Example with 512 tokens a step and no
 other limit: while 20 sequences decode, a prompt of 1,000 tokens is computed in three steps, which
 have 20 decodes each, and 492, 492 and 16 tokens of the prompt.
 
+Prompts are computed in the order of their ranks. A rank is the number of prompt tokens that have
+arrived, the prompt's own included, plus its own once more. So short prompts pass a long one, which
+keeps its blocks and goes on after them, until as many tokens have arrived after it as it has
+itself. Example: a prompt of 30,000 tokens that comes first has rank 60,000. The next 100 prompts of
+200 tokens have ranks 30,400 to 50,200 and pass it; one of 20,000 after them has 90,000.
+
 A sequence gets the KV blocks of its whole prompt when it is admitted. When a decode finds no free
-block, the latest running sequence is preempted: its blocks are freed, and it waits at the head of
-the queue until its prompt and its generated tokens are computed again. So every running sequence
-has arrived before every waiting one.
+block, the running sequence that arrived last is preempted: its blocks are freed, and it waits with
+its old rank until its prompt and its generated tokens are computed again. No sequence is admitted
+before the one of the lowest rank, nor in a step that preempts one.
 
 The cost of a step does not depend on the number of waiting sequences.
 """
 
 import time
-from collections import OrderedDict
+from bisect import insort
+from heapq import heappop, heappush
 
 from serve_app.engine.block_manager import BlockManager, extend_hashes
 from serve_app.engine.prefill_policy import Policy, PrefillBudget
@@ -39,8 +46,11 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
         """In order of arrival."""
-        # An ordered dict, because sequences are also removed from the middle.
-        self.waiting: OrderedDict[Sequence, None] = OrderedDict()
+        self.waiting: set[Sequence] = set()
+        # A heap of the waiting sequences by rank.
+        self._ranks: list[tuple[int, int, Sequence]] = []
+        self._num_added = 0
+        self._num_added_tokens = 0
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         """Tokens looked up in the prefix cache."""
@@ -53,12 +63,17 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence. Alone it must fit into the KV cache up to its last token."""
-        self.waiting[sequence] = None
+        num_tokens = len(sequence.token_ids)
+        self._num_added += 1
+        self._num_added_tokens += num_tokens
+        sequence.number = self._num_added
+        sequence.rank = self._num_added_tokens + num_tokens
+        self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a waiting or running sequence and frees its blocks."""
         if sequence in self.waiting:
-            del self.waiting[sequence]
+            self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
             self._free(sequence)
@@ -71,8 +86,10 @@ class Scheduler:
 
         Takes the blocks that the step needs; the caller marks the tokens as computed.
         """
+        num_preemptions = self.num_preemptions
         decodes = self.schedule_decodes()
-        return decodes + self._schedule_prompts(policy, shape_of(decodes))
+        can_admit = self.num_preemptions == num_preemptions
+        return decodes + self._schedule_prompts(policy, shape_of(decodes), can_admit=can_admit)
 
     def schedule_decodes(self) -> list[ScheduledTokens]:
         """The decodes of `schedule` alone."""
@@ -96,15 +113,25 @@ class Scheduler:
         decodes = StepShape(len(contexts), sum(contexts), 0, 0)
         return [part for part in self._schedule_prompts(policy, decodes) if not part.is_decode]
 
-    def _schedule_prompts(self, policy: Policy | None, decodes: StepShape) -> list[ScheduledTokens]:
+    def _schedule_prompts(
+        self, policy: Policy | None, decodes: StepShape, *, can_admit: bool = True
+    ) -> list[ScheduledTokens]:
         step: list[ScheduledTokens] = []
         left = self.max_num_batched_tokens - decodes.num_decodes
         budget = policy.budget(decodes, left) if policy else PrefillBudget(left)
-        for sequence in self.running:
-            if sequence.num_uncomputed_tokens > 1:
-                _add_prefill_chunk(step, sequence, budget)
-        while budget.is_open and self._admit():
-            _add_prefill_chunk(step, self.running[-1], budget)
+        admitted = [s for s in self.running if s.num_uncomputed_tokens > 1]
+        admitted.sort(key=_rank, reverse=True)
+        head = self._head() if can_admit else None
+        while budget.is_open:
+            if head and not (admitted and _rank(admitted[-1]) < _rank(head)):
+                has_room = self._admit(head)
+                if has_room:
+                    _add_prefill_chunk(step, head, budget)
+                head = self._head() if has_room else None
+            elif admitted:
+                _add_prefill_chunk(step, admitted.pop(), budget)
+            else:
+                break
         return step
 
     def cache_blocks(self, sequence: Sequence, num_tokens: int) -> None:
@@ -126,18 +153,27 @@ class Scheduler:
         while not self.blocks.allocate(sequence.block_table, len(sequence.token_ids)):
             victim = self.running.pop()
             self._free(victim)
-            self.waiting[victim] = None
-            self.waiting.move_to_end(victim, last=False)
+            self._queue(victim)
             self.num_preemptions += 1
             if victim is sequence:
                 return False
         return True
 
-    def _admit(self) -> bool:
-        """Moves the first waiting sequence to the running ones if it fits."""
-        if not self.waiting or len(self.running) == self.max_num_seqs:
+    def _queue(self, sequence: Sequence) -> None:
+        self.waiting.add(sequence)
+        heappush(self._ranks, (*_rank(sequence), sequence))
+
+    def _head(self) -> Sequence | None:
+        """The waiting sequence of the lowest rank."""
+        # Sequences that have left the queue stay in the heap until they are its first.
+        while self._ranks and self._ranks[0][-1] not in self.waiting:
+            heappop(self._ranks)
+        return self._ranks[0][-1] if self._ranks else None
+
+    def _admit(self, head: Sequence) -> bool:
+        """Moves the waiting sequence of the lowest rank to the running ones if it fits."""
+        if len(self.running) == self.max_num_seqs:
             return False
-        head = next(iter(self.waiting))
         cached = self._find_cached(head)
         # One block per running sequence stays free. Otherwise the next decodes would preempt the
         # new sequence, and its prefill would be wasted.
@@ -156,8 +192,8 @@ class Scheduler:
             self.prefix_cache_hits += head.num_computed_tokens
         if head.queued_s is None:
             head.queued_s = time.monotonic() - head.arrival_time
-        del self.waiting[head]
-        self.running.append(head)
+        self.waiting.remove(head)
+        insort(self.running, head, key=_number)
         return True
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
@@ -173,6 +209,14 @@ class Scheduler:
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = 0
+
+
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank, sequence.number
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number
 
 
 def _add_prefill_chunk(

@@ -36,6 +36,10 @@ class Sequence:
     """Whether a penalty counts the tokens before."""
     constraint: Constraint | None = field(init=False)
     """The state of the request's grammar behind the tokens that have been sampled."""
+    number: int = 0
+    """The scheduler's count of arrivals."""
+    rank: int = 0
+    """Prompts are computed in this order; see `scheduler.py`."""
     num_computed_tokens: int = 0
     """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
     block_table: list[int] = field(default_factory=list)

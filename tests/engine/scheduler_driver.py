@@ -4,7 +4,7 @@ The cache records which tokens each slot stands for. All tokens are 0 unless a t
 so that sequences share as many blocks as possible.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 from serve_app.engine.sampling_params import SamplingParams
@@ -27,6 +27,10 @@ class Driver:
     arrived: list[Sequence] = field(default_factory=list)
     admitted: list[Sequence] = field(default_factory=list)
     ended: Counter[Sequence] = field(default_factory=Counter)
+    passed_by: defaultdict[Sequence, set[Sequence]] = field(
+        default_factory=lambda: defaultdict(set)
+    )
+    """Later sequences whose prompts were computed while an earlier one's waited."""
     slots: dict[tuple[int, int], list[int]] = field(default_factory=dict)
     """The keys and values of (block, offset), as the tokens that they were computed from."""
 
@@ -44,9 +48,11 @@ class Driver:
     def step(self) -> list[ScheduledTokens]:
         if not self.scheduler.has_work:
             return []
-        decoding = [s for s in self.scheduler.running if s.num_uncomputed_tokens == 1]
+        running = list(self.scheduler.running)
+        decoding = [s for s in running if s.num_uncomputed_tokens == 1]
         scheduled = self.scheduler.schedule()
         self.check(scheduled, decoding)
+        self.check_order(scheduled, running, decoding)
         for sequence, start, end, is_sampled in scheduled:
             if sequence not in self.admitted:
                 self.admitted.append(sequence)
@@ -88,6 +94,33 @@ class Driver:
             for position in range(sequence.num_computed_tokens):
                 seen = self.slots[self.slot(sequence, position)]
                 assert seen == sequence.token_ids[: position + 1], "another sequence's tokens"
-        order = [*scheduler.running, *scheduler.waiting]
-        assert order == [s for s in self.arrived if not self.ended[s]], "not in order of arrival"
+        alive = [s for s in self.arrived if not self.ended[s]]
+        assert scheduler.running == [s for s in alive if s not in scheduler.waiting]
         assert not any(s.block_table or s.num_computed_tokens for s in scheduler.waiting)
+
+    def check_order(
+        self,
+        scheduled: list[ScheduledTokens],
+        running: list[Sequence],
+        decoding: list[Sequence],
+    ) -> None:
+        """The latest arrivals were preempted, and a prompt is passed by fewer tokens than it has.
+
+        `running` and `decoding` are sequences before the step.
+        """
+        place = self.arrived.index
+        preempted = [s for s in running if s in self.scheduler.waiting]
+        kept = [s for s in running if s not in preempted]
+        assert running == kept + preempted, "not the latest arrival was preempted"
+        ends = {part.sequence: part.end for part in scheduled}
+        for waiting in self.arrived:
+            computed = ends.get(waiting, waiting.num_computed_tokens)
+            if self.ended[waiting] or computed >= len(waiting.token_ids) - 1:
+                continue
+            self.passed_by[waiting] |= {
+                part.sequence
+                for part in scheduled
+                if part.sequence not in decoding and place(part.sequence) > place(waiting)
+            }
+            passed = sum(s.num_prompt_tokens for s in self.passed_by[waiting])
+            assert passed < waiting.num_prompt_tokens

@@ -2,6 +2,7 @@
 
 import errno
 import socket
+from pathlib import Path
 
 import psutil
 
@@ -35,6 +36,24 @@ def free_port(host: str = "127.0.0.1") -> int:
     """A TCP port of `host` on which no process listens now."""
     with listen("port", 0, host) as free:
         return int(free.getsockname()[1])
+
+
+def has_unsent(port: int) -> bool:
+    """Whether a connection to the local TCP `port` has bytes that its client has not taken yet.
+
+    From /proc/net/tcp, whose columns proc(5) describes: local address, remote address, state, and
+    the bytes that wait to be sent.
+    """
+    for table in ("tcp", "tcp6"):
+        try:
+            lines = Path("/proc/net", table).read_text().splitlines()[1:]
+        except FileNotFoundError:  # no IPv6
+            continue
+        for line in lines:
+            _, local, _, _, queues, *_ = line.split()
+            if int(local.rpartition(":")[2], 16) == port and int(queues.partition(":")[0], 16):
+                return True
+    return False
 
 
 def listen_before(port: int) -> list[socket.socket]:

@@ -21,7 +21,7 @@ from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
 from serve_app.config.settings import Settings
 from serve_app.errors import EngineDead, ServeError
-from serve_app.machine.ports import free_port, require_free
+from serve_app.machine.ports import free_port, has_unsent, require_free
 from serve_app.node import cluster, ray_node, ray_processes
 from serve_app.node.haproxy import Proxy
 from serve_app.node.health_listener import HealthListener
@@ -199,7 +199,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
         endpoint.serves()
         log.info("Serving HTTP on %s; try: %s", endpoint.url, example(endpoint.url, settings))
         endpoint.watch()
-        _drain(handle, settings.runpod.drain_s)
+        _drain(handle, settings.runpod.drain_s, endpoint.http_options["port"])
     except ServeError:
         endpoint.tell("failed")
         raise
@@ -217,8 +217,11 @@ def example(url: str, settings: Settings) -> str:
     return f"curl {insecure}{key}{url}/prompt -d '{body}'"
 
 
-def _drain(handle: Any, limit_s: float) -> None:
-    """Refuses new requests and waits at most `limit_s` seconds for running ones."""
+def _drain(handle: Any, limit_s: float, port: int) -> None:
+    """Refuses new requests and waits at most `limit_s` seconds for running ones.
+
+    A request runs until its client has read the answer, which it does through `port`.
+    """
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
@@ -227,7 +230,7 @@ def _drain(handle: Any, limit_s: float) -> None:
     try:
         handle.broadcast("drain").results(timeout_s=REPLICA_TIMEOUT_S)
         num_idle, is_late = 0, False
-        # Twice, because the last token of an answer takes a moment to reach its client.
+        # Twice, because an answer takes a moment from the replica to the proxy and to the socket.
         while num_idle < 2:
             if time.monotonic() > end and not is_late:
                 log.warning("Some requests still run after %g s and are answered 503.", limit_s)
@@ -235,7 +238,7 @@ def _drain(handle: Any, limit_s: float) -> None:
                 is_late = True
             if time.monotonic() > end + REPLICA_TIMEOUT_S:
                 return
-            num_idle = 0 if _num_requests(handle) else num_idle + 1
+            num_idle = 0 if _num_requests(handle) or has_unsent(port) else num_idle + 1
             time.sleep(IDLE_POLL_S)
     except (RayError, RayServeException, TimeoutError) as error:
         log.warning("The deployment does not answer (%s); stopping at once.", type(error).__name__)

@@ -121,6 +121,27 @@ def test_sigterm_lets_a_stream_finish(
     assert entry.wait(60) == 0
 
 
+def test_sigterm_waits_for_a_slow_reader(
+    entry: subprocess.Popen[bytes], tmp_path: Path, port: int
+) -> None:
+    """An answer that is complete on the server reaches a client that reads late, whole."""
+    until_written(entry, tmp_path / "entry.log", "Serving HTTP")
+    # More than the kernel keeps for a client that reads nothing.
+    body = {"prompt": ["x"] * 200, "max_tokens": 100, "logprobs": 5, "ignore_eos": True}
+    with (
+        httpx.Client(timeout=60) as http,
+        http.stream("POST", f"http://127.0.0.1:{port}/v1/completions", json=body) as response,
+    ):
+        parts = response.iter_raw()
+        num_read = len(next(parts))
+        entry.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            entry.wait(3)
+        num_read += sum(map(len, parts))
+    assert num_read == int(response.headers["content-length"])
+    assert entry.wait(60) == 0
+
+
 def test_a_model_that_does_not_load_again_ends_it(
     entry: subprocess.Popen[bytes], tmp_path: Path, checkpoint: Path, port_health: int
 ) -> None:

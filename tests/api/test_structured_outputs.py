@@ -5,7 +5,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jsonschema
 import openai.types.chat
@@ -14,6 +14,7 @@ import pytest
 
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
+from tests.api.conftest import Endpoint
 from tests.fakes import tokenizer
 
 CHAT = "/v1/chat/completions"
@@ -92,6 +93,30 @@ def test_answers_follow_their_schemas(tiny: MixtralServer) -> None:
             continue
         jsonschema.validate(json.loads(choice["message"]["content"]), schema)
     assert num_cut <= len(wanted) // 5
+
+
+class Capital(pydantic.BaseModel):
+    country: Literal["France", "Italy"]
+    capital: Annotated[str, pydantic.StringConstraints(pattern="^[A-Z][a-z]{2,9}$")]
+    neighbors: list[str] | None
+
+
+def test_openais_client_parses_an_answer(endpoint: Endpoint, tiny: MixtralServer) -> None:
+    """`parse` and its stream of the unmodified client give objects of the caller's class."""
+    endpoint.server = tiny
+    how: dict[str, Any] = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+        "response_format": Capital,
+        "temperature": 0,
+        "max_tokens": 80,
+    }
+    with endpoint.client() as client:
+        parsed = client.chat.completions.parse(**how).choices[0].message.parsed
+        with client.chat.completions.stream(**how) as stream:
+            streamed = stream.get_final_completion().choices[0].message.parsed
+    assert isinstance(parsed, Capital)
+    assert streamed == parsed
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/prompt"])

@@ -166,11 +166,11 @@ def gaps(times: list[float], since: float = 0.0, until: float = float("inf")) ->
 def main() -> None:
     """The command."""
     parser = new_parser(__doc__)
-    parser.add_argument("--threads", type=int, default=1, help="compute threads")
+    parser.add_argument("--threads", type=int, default=1, help="most threads of a step")
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    torch.set_num_threads(1)
     model = load(inspect(CHECKPOINT), dtype=torch.float32, device=CPU)
-    bench = TimedEngine(model)
+    bench = TimedEngine(model, max_threads=options.threads)
     figures = {"threads": options.threads, "host": host_cost(model), **model_speed(bench)}
     figures["speed_with_2000_waiting"] = waiting(bench)
     print(f"waiting: {figures['speed_with_2000_waiting']} of the speed without")

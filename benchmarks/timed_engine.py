@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -58,9 +59,11 @@ class TimedRunner:
 class TimedEngine:
     """Runs scenarios, each on a new engine around one model."""
 
-    def __init__(self, model: Mixtral, runner: type[ModelRunner] = ModelRunner) -> None:
+    def __init__(
+        self, model: Mixtral, runner: type[ModelRunner] = ModelRunner, max_threads: int = 1
+    ) -> None:
         self.model = model
-        self.runner = runner
+        self.runner = partial(runner, max_threads=max_threads)
         self.rng = np.random.default_rng(0)
 
     def prompt(self, num_tokens: int) -> list[int]:

@@ -82,16 +82,15 @@ def test_bits_do_not_depend_on_the_number_of_threads(shape: dict[str, Any], tmp_
 
 def test_threads_follow_the_work(tmp_path: Path) -> None:
     """Short steps have one thread; long prompts and contexts have more, up to a limit."""
-    model, _ = model_of(
-        tmp_path, hidden_size=128, intermediate_size=192, head_dim=32, num_hidden_layers=4
-    )
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "num_hidden_layers": 4}
+    model, _ = model_of(tmp_path, **sizes, max_position_embeddings=8192)
     table = torch.arange(NUM_BLOCKS)
 
     def prompt(length: int, end: int, limit: int = 8) -> int:
         return StepThreads(model, limit).of(piece(random_ids(end), end - length, end, table))
 
     assert [prompt(n, n) for n in (1, 16, 32)] == [1, 1, 1]
-    counts = [prompt(n, n) for n in (64, 256, 512, 1024)]
+    counts = [prompt(n, n) for n in (64, 256, 512, 1024, 4096)]
     assert counts == sorted(counts)
     assert counts[-1] == 8
     assert [prompt(512, 512, limit) for limit in (1, 2)] == [1, 2]

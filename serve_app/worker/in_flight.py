@@ -7,7 +7,8 @@ What happens depends on the earlier delivery:
                                                stopped, and is dropped if that one is answered
     its failure is being posted                the platform has the failure, so a client retries the
                                                job: it runs now, and the post is not repeated
-    its output was acknowledged lately         the later one is dropped
+    its output was acknowledged lately         the later one is dropped; it runs if a stop follows,
+                                               which says that the platform did not take the output
     otherwise                                  it runs
 """
 
@@ -72,6 +73,8 @@ class InFlightJobs:
     def __init__(self) -> None:
         self.open: list[Job] = []
         self._answered: dict[str, float] = {}
+        self._dropped: dict[str, dict[str, Any]] = {}
+        """Later deliveries of answered jobs."""
         self._stopped: dict[str, float] = {}
 
     def accept(self, taken: list[Any]) -> list[Job]:
@@ -90,22 +93,31 @@ class InFlightJobs:
                 accepted.append(job)
         return accepted
 
-    def stop(self, job_id: str) -> None:
-        """Stops the job, or remembers the stop for a job that comes a moment later."""
+    def stop(self, job_id: str) -> list[dict[str, Any]]:
+        """Stops the job, or remembers the stop for a job that comes a moment later.
+
+        Returns the later delivery of an answered job, to accept.
+        """
         _forget_old(self._stopped)
         jobs = [job for job in self.open if job.id == job_id]
         for job in jobs:
             job.stop()
+        if jobs:
+            return []
         # A stop after the answer says that the platform did not take it, so a retry must run.
-        if not jobs and self._answered.pop(job_id, None) is None:
+        if self._answered.pop(job_id, None) is None:
             self._stopped[job_id] = time.monotonic()
+        dropped = self._dropped.pop(job_id, None)
+        return [] if dropped is None else [dropped]
 
     def close(self, job: Job) -> list[dict[str, Any]]:
         """Removes the job, which is answered or stopped; returns the later delivery to accept."""
         self.open = [other for other in self.open if other is not job]
         if job.is_output_acknowledged:
-            _forget_old(self._answered)
             self._answered[job.id] = time.monotonic()
+            if job.later is not None and not job.is_stopped:
+                self._dropped[job.id] = job.later
+            self._forget_answered()
         return [job.later] if job.is_stopped and job.later is not None else []
 
     @property
@@ -128,8 +140,9 @@ class InFlightJobs:
 
     def _may_run(self, job_id: str, given: dict[str, Any]) -> bool:
         """Whether a delivery runs now; settles what becomes of an earlier one, or of this one."""
-        _forget_old(self._answered)
+        self._forget_answered()
         if job_id in self._answered:
+            self._dropped[job_id] = given
             log.warning("job %r came again after its answer, and is dropped.", job_id)
             return False
         for job in self.open:
@@ -143,6 +156,11 @@ class InFlightJobs:
             job.later = None
             job.stop()
         return True
+
+    def _forget_answered(self) -> None:
+        _forget_old(self._answered)
+        for job_id in self._dropped.keys() - self._answered.keys():
+            del self._dropped[job_id]
 
 
 def _forget_old(times: dict[str, float]) -> None:

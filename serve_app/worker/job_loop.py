@@ -120,7 +120,7 @@ class JobLoop:
         while True:
             job_ids, pause_s = await poll.get(session, url)
             for job_id in job_ids:
-                self._jobs.stop(job_id)
+                self._start(session, self._jobs.stop(job_id))
             await self._drain.sleep(pause_s)
 
     def _cancel_late_jobs(self) -> None:

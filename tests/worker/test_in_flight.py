@@ -38,6 +38,23 @@ def test_two_stops_cancel_a_job_once() -> None:
     assert asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("comes_first", ["retry", "acknowledgement"])
+def test_a_retry_between_a_late_output_and_its_stop_runs(comes_first: str) -> None:
+    """A job that timed out answers late and is retried; the stop comes last, and the retry runs."""
+    jobs = InFlightJobs()
+    given = {"id": "job-1", "input": {}}
+    (job,) = jobs.accept([given])
+    job.answering()
+    if comes_first == "retry":
+        assert jobs.accept([given]) == []
+    job.is_output_acknowledged = True
+    assert jobs.close(job) == []
+    if comes_first == "acknowledgement":
+        assert jobs.accept([given]) == []
+    assert jobs.stop("job-1") == [given]
+    assert len(jobs.accept([given])) == 1
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [

@@ -91,10 +91,10 @@ class Checkpoint:
             modules = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
             notes.append(f"{modules}: in 4 bits in the checkpoint, held as floats")
         names = [module.rpartition(".")[2] for module in self.float_modules]
-        notes += [
-            f"{part} of {names.count(part)} layers: has floats in the checkpoint, held as floats"
-            for part in sorted(set(names))
-        ]
+        total = self.config.num_hidden_layers
+        for part in sorted(set(names)):
+            where = f"{part} in {names.count(part)} of {total} layers"
+            notes.append(f"{where}: has floats in the checkpoint, held as floats")
         return notes
 
     def resolve_quantization(

@@ -100,7 +100,7 @@ def test_floats_are_those_of_bitsandbytes(name: str, tensor: str) -> None:
             "skip-attention-nf4-bf16",
             [
                 "router: in 4 bits in the checkpoint, held as floats",
-                "attention of 1 layers: has floats in the checkpoint, held as floats",
+                "attention in 1 of 1 layers: has floats in the checkpoint, held as floats",
             ],
         ),
         (

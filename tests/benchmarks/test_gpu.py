@@ -12,9 +12,9 @@ from benchmarks.device import Device
 from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
 from benchmarks.step_times import StepTimes
-from serve_app.engine import model_runner
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.step_cost import StepShape
+from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.quantization import Quantization
 from tests.triton_interpreter import prepare_once
@@ -84,8 +84,9 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
     """The error is 0, until the replay reads other blocks than the sequences'."""
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
+    # On a CPU the runner takes the step of Triton kernels in place of the compiled C.
     monkeypatch.setattr(
-        model_runner, "_compiled_step", lambda *made: gpu_step.GpuStep.verified(*made[:3])
+        CpuStep, "verified", lambda model, cache, _: gpu_step.GpuStep.verified(model, cache, 2)
     )
     made = RandomRunner(
         gpu.parse(

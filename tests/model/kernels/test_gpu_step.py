@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engine import model_runner
 from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
+from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.kernels.triton.gpu_step import GpuStep
@@ -123,10 +123,10 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
     expected = tokens_one_by_one(plain)
 
-    def compiled(model: Mixtral, cache: KVCache, max_rows: int, device: torch.device) -> Any:
-        return GpuStep.verified(model, cache, max_rows)
-
-    monkeypatch.setattr(model_runner, "_compiled_step", compiled)
+    # On a CPU the runner takes the step of Triton kernels in place of the compiled C.
+    monkeypatch.setattr(
+        CpuStep, "verified", lambda model, cache, _: GpuStep.verified(model, cache, 3)
+    )
     fast = ModelRunner(*made, max_num_seqs=3)
     assert "graph for each of 3 batch sizes; prompts unpack weights by a kernel" in fast.note
     assert isinstance(model.codebook, Codebook)

@@ -101,6 +101,15 @@ def test_the_parts_of_ray_that_the_head_replaces_exist() -> None:
     assert "CLIENT_POLLING_INTERVAL_S" in waits
 
 
+def test_ray_has_the_variables_that_are_set_for_it() -> None:
+    """Ray ignores a RAY_* variable that it does not have; the raylet's program has the names."""
+    import ray
+
+    raylet = Path(ray.__file__).parent.joinpath("core/src/ray/raylet/raylet").read_bytes()
+    for name in ("num_workers_soft_limit", "enable_worker_prestart", "memory_monitor_refresh_ms"):
+        assert name.encode() in raylet
+
+
 def test_ports_of_agents_are_files(tmp_path: Path) -> None:
     """The raylet waits for a file per port; -1 in it is a service that is not in use."""
     from ray.dashboard import agent

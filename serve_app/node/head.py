@@ -15,7 +15,8 @@ model needs less than Ray starts by default:
     dashboard agent of the raylet    a process that waits (`cat`); its ports are "not in use", as in
                                      Ray's minimal installation: the raylet would wait for them
     port of the runtime env agent    chosen here, so that the raylet does not wait for it
-    one worker process per CPU       3: Serve's controller, its proxy, and a replica
+    one worker process per CPU       4: Serve's controller, HAProxy's manager, Serve's own proxy,
+                                     and a replica
     Ray's worker program             `ray_worker.py`, which imports a replica's libraries first
     asks each second for the node    asks each 0.02 s
     asks each second for the         asks each 0.1 s
@@ -45,8 +46,9 @@ NODE_LIMIT_S = 10.0
 """Seconds after which Ray's own, slower wait takes over."""
 APP_POLL_S = 0.1
 """Seconds between two checks of whether the application runs; Serve's controller polls as often."""
-NUM_WORKERS = 3
-"""Worker processes started in advance: Serve's controller, its proxy, and a replica."""
+NUM_WORKERS = 4
+"""Worker processes started in advance: Serve's controller, HAProxy's manager, Serve's own proxy,
+and a replica."""
 RUNTIME_ENV_AGENT_PORT = "runtime_env_agent_port"
 UNUSED_PORTS = ("metrics_agent_port", "metrics_export_port", "dashboard_agent_listen_port")
 NOT_IN_USE = -1

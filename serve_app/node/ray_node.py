@@ -13,6 +13,8 @@
     HAProxy has its port for itself         it shares the port with the listener that answers /ping
                                             while the model loads
     starts workers when a driver connects   with the raylet, so that they import meanwhile
+    ends idle workers beyond one per CPU    keeps those that are started in advance: one of them has
+                                            imported what the replica needs
     sends usage statistics                  off
     serve.shutdown, ray.shutdown at the     all processes are killed: Serve's shutdown takes half a
     end                                     minute, and waits for a model that loads
@@ -81,6 +83,7 @@ def _configure() -> None:
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "1")
     os.environ.setdefault("RAY_enable_worker_prestart", "1")
+    os.environ.setdefault("RAY_num_workers_soft_limit", str(head.NUM_WORKERS))
 
 
 def _init() -> None:

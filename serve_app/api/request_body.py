@@ -29,7 +29,9 @@ async def read(request: Request, max_bytes: int) -> Any:
         raise _too_large(max_bytes)
     encoding = request.headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", *_WINDOW_BITS):
-        raise UnsupportedEncoding("Send the body as it is, or with Content-Encoding gzip.")
+        raise UnsupportedEncoding(
+            "Send the body as it is, or with Content-Encoding gzip or deflate."
+        )
     parts: list[bytes] = []
     num_bytes = 0
     async for part in request.stream():

@@ -17,6 +17,8 @@ from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.source import Source
 from serve_app.model.checkpoint.tensor_names import LM_HEAD, weights
+from serve_app.model.kernels.triton.gpu_step import GpuStep
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantization import Quantization
 from tests.model.checkpoint.bnb4_files import with_weights
 from tests.model.driver import Paged, load_float32, load_folder, oracle_logits, random_oracle
@@ -50,6 +52,14 @@ def test_logits_are_those_of_transformers_4(name: str, tmp_path: Path) -> None:
     if name not in SKIPPED:
         convert(FOLDER / name, tmp_path)
         assert torch.equal(Paged(load_float32(tmp_path, wanted)).step(s=IDS)["s"], logits)
+
+
+def test_floats_beside_4_bits_have_no_compiled_step() -> None:
+    """The kernels of a GPU's step take layers in one form, so the model runs in plain torch."""
+    name = "skip-attention-nf4-bf16"
+    model = load_float32(FOLDER / name, inspect(FOLDER / name).quantization)
+    with pytest.raises(StepUnavailable, match="in floats beside 4 bits"):
+        GpuStep.verified(model, Paged(model).cache, 8)
 
 
 def test_floats_beside_4_bits_are_not_converted(tmp_path: Path) -> None:

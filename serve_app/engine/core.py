@@ -152,6 +152,9 @@ class EngineCore:
         if not scheduled:
             return None
         self.num_steps += 1
+        if self.scheduler.unchecked_blocks:
+            self._runner.clear_blocks(self.scheduler.unchecked_blocks)
+            self.scheduler.unchecked_blocks = []
         try:
             step = self._runner.launch(scheduled)
         except Exception as error:
@@ -189,6 +192,7 @@ class EngineCore:
             self._end(sequence, Delta([], [], "error", self._failure(sequence)))
             return
         # The logits are finite, so the keys and values before them are finite too.
+        sequence.num_finite_tokens = position
         self.scheduler.cache_blocks(sequence, position)
         if token_id in sequence.stop_ids:
             self._end(sequence, Delta([], [], "stop"))
@@ -223,6 +227,8 @@ class EngineCore:
         self._num_failed_steps += 1
         for part in scheduled:
             if part.sequence in self._streams:
+                sequence = part.sequence  # the step may have written a part of its results
+                sequence.num_computed_tokens = max(sequence.num_computed_tokens, part.end)
                 # A copy each, because raising an exception writes a traceback into it.
                 own_error = copy.copy(as_serve_error(error))
                 self._end(part.sequence, Delta([], [], "error", own_error))

@@ -51,6 +51,9 @@ class Scheduler:
         self._ranks: list[tuple[int, int, Sequence]] = []
         self._num_added = 0
         self._num_added_tokens = 0
+        self.unchecked_blocks: list[int] = []
+        """Freed KV blocks that may hold numbers that are not finite: their sequence left before
+        finite logits showed the contrary. To be cleared before the next step."""
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
         """Tokens looked up in the prefix cache."""
@@ -187,6 +190,7 @@ class Scheduler:
             raise RuntimeError("a sequence was queued that can never fit into the KV cache")
         head.num_cached_blocks = len(cached)
         head.num_computed_tokens = len(cached) * self.blocks.block_size
+        head.num_finite_tokens = head.num_computed_tokens
         if self.enable_prefix_caching:
             self.prefix_cache_queries += len(head.token_ids)
             self.prefix_cache_hits += head.num_computed_tokens
@@ -206,9 +210,14 @@ class Scheduler:
         return self.blocks.find_cached(sequence.block_hashes)
 
     def _free(self, sequence: Sequence) -> None:
+        if sequence.num_finite_tokens < sequence.num_computed_tokens:
+            first = max(
+                sequence.num_finite_tokens // self.blocks.block_size, sequence.num_cached_blocks
+            )
+            self.unchecked_blocks += sequence.block_table[first:]
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
-        sequence.num_computed_tokens = 0
+        sequence.num_computed_tokens = sequence.num_finite_tokens = 0
 
 
 def _rank(sequence: Sequence) -> tuple[int, int]:

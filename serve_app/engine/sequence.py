@@ -42,6 +42,8 @@ class Sequence:
     """Prompts are computed in this order; see `scheduler.py`."""
     num_computed_tokens: int = 0
     """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
+    num_finite_tokens: int = 0
+    """Leading tokens whose keys and values are finite, as the logits after them have shown."""
     block_table: list[int] = field(default_factory=list)
     """KV blocks in the order of positions. A preemption replaces the list."""
     num_cached_blocks: int = 0

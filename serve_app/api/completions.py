@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.api.answer import Answer
 from serve_app.api.input_processor import InputProcessor
 from serve_app.api.list_places import ItemPlace, ListPlaces
+from serve_app.errors import InvalidRequest
 from serve_app.protocol import values
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, StreamReply
 from serve_app.protocol.completions import (
@@ -18,6 +19,9 @@ from serve_app.protocol.completions import (
     Prompt,
 )
 from serve_app.protocol.text import TextDelta
+
+MAX_LOGPROBS = 1_000_000
+"""Log probabilities in one answer: more than the 20 for each token of Mixtral's whole context."""
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -33,6 +37,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         await asyncio.sleep(0)  # other requests run between two prompts
         answers.append(await _answer(inputs, call, request, prompt))
         echoes.append(await _text(inputs, prompt) if request.echo else "")
+    _check_size(answers, request.logprobs or 0)
     num_prompt_tokens = [len(answer.prompt_ids) for answer in answers]
     response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
     if len(answers) == 1:
@@ -43,6 +48,17 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         return StreamReply(_streamed(server.list_places, answers, response))
     async with server.list_places.admitted() as place:
         return JsonReply(response.body(await _wholes(answers, place)))
+
+
+def _check_size(answers: Sequence[Answer], num_logprobs: int) -> None:
+    """Raises `InvalidRequest` where the log probabilities would take too much memory."""
+    total = num_logprobs * sum(answer.params.max_tokens for answer in answers)
+    if total > MAX_LOGPROBS:
+        raise InvalidRequest(
+            f"Prompts x `max_tokens` x `logprobs` is {total:,}; {MAX_LOGPROBS:,} are allowed. Send "
+            "fewer prompts, or ask for fewer tokens or log probabilities.",
+            param="logprobs",
+        )
 
 
 async def _answer(

@@ -256,3 +256,12 @@ async def until(condition: Any) -> None:
             return
         await asyncio.sleep(0)
     raise AssertionError("the condition stayed false")
+
+
+def test_prompts_x_tokens_x_logprobs_has_a_limit() -> None:
+    """256 prompts with 20 log probabilities for each of 256 tokens are refused before they run."""
+    engine = FakeEngine()
+    body = {"prompt": ["a"] * 256, "logprobs": 20, "max_tokens": 256}
+    error = asyncio.run(answer(server(engine), "/v1/completions", body))["error"]
+    assert (error["param"], engine.requests) == ("logprobs", [])
+    assert "1,310,720; 1,000,000 are allowed" in error["message"]

@@ -22,6 +22,8 @@ from serve_app.protocol.text import TextDelta
 
 MAX_LOGPROBS = 1_000_000
 """Log probabilities in one answer: more than the 20 for each token of Mixtral's whole context."""
+MAX_SCORES_ON_LOOP = 200
+"""Tokens with log probabilities; naming those of more delays other requests noticeably."""
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -43,11 +45,11 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     if len(answers) == 1:
         if request.stream:
             return StreamReply(answers[0].stream(partial(response.chunks, 0)))
-        return JsonReply(response.body([await answers[0].whole()]))
+        return await _reply(response, [await answers[0].whole()])
     if request.stream:
         return StreamReply(_streamed(server.list_places, answers, response))
     async with server.list_places.admitted() as place:
-        return JsonReply(response.body(await _wholes(answers, place)))
+        return await _reply(response, await _wholes(answers, place))
 
 
 def _check_size(answers: Sequence[Answer], num_logprobs: int) -> None:
@@ -74,6 +76,13 @@ async def _answer(
         default_max_tokens=DEFAULT_MAX_TOKENS,
         continues=True,
     )
+
+
+async def _reply(response: CompletionResponse, wholes: list[TextDelta]) -> JsonReply:
+    """The whole response; with many log probabilities it is made in a thread."""
+    if sum(len(whole.scores) for whole in wholes) > MAX_SCORES_ON_LOOP:
+        return JsonReply(await asyncio.to_thread(response.body, wholes))
+    return JsonReply(response.body(wholes))
 
 
 async def _text(inputs: InputProcessor, prompt: Prompt) -> str:

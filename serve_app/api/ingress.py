@@ -10,8 +10,9 @@ import re
 import uuid
 from collections.abc import Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import orjson
 from starlette import routing
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,7 +22,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
-from serve_app.api import request_body, routes
+from serve_app.api import routes
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
@@ -107,7 +108,7 @@ class Endpoint:
                 server.require_room(self._route)
             body = None
             if self._route is not None and self._route.method == "POST":
-                body = await request_body.read(request, server.settings.api.max_body_bytes)
+                body = await server.bodies.read(request.headers, request.stream())
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
             call = Call(method, path, body, request_id, arrived)
@@ -137,11 +138,16 @@ async def _response(
         case TextReply(text, media_type):
             return Response(text, headers=headers, media_type=media_type)
         case JsonReply(body, status):
-            return JSONResponse(body, status, headers)
+            return _json(body, status, headers)
         case BatchReply(items):
             async with aclosing(items):
                 (last,) = [item async for item in items if "body" in item]
-            return JSONResponse(last["body"], last["status"], headers)
+            return _json(last["body"], last["status"], headers)
+
+
+def _json(body: Any, status: int, headers: dict[str, str]) -> Response:
+    """A JSON response. orjson takes a tenth of the time of `json`, which matters for large ones."""
+    return Response(orjson.dumps(body), status, headers, media_type="application/json")
 
 
 def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:

@@ -62,6 +62,11 @@ WHOLE = (
         *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
     ),
 )
+LOOP_LAG = (
+    "event_loop_lag_seconds",
+    "How late the event loop runs what is due, measured ten times a second.",
+    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
+)
 TOKENS = tuple(2.0**n for n in range(16))
 PROMPT_TOKENS = (
     "request_prompt_tokens",
@@ -119,6 +124,7 @@ class Metrics:
         self.inter_token = self._histogram(*INTER_TOKEN)
         self.queue = self._histogram(*QUEUE)
         self.whole = self._histogram(*WHOLE)
+        self.loop_lag = self._histogram(*LOOP_LAG)
         self.prompt_tokens = self._histogram(*PROMPT_TOKENS)
         self.generation_tokens = self._histogram(*GENERATION_TOKENS)
 

@@ -3,14 +3,19 @@
 import asyncio
 import json
 import zlib
+from collections.abc import AsyncIterable, Mapping
 from typing import Any, NoReturn
 
-from starlette.requests import Request
-
-from serve_app.errors import InvalidRequest, RequestTooLarge, UnsupportedEncoding
+from serve_app.errors import InvalidRequest, QueueFull, RequestTooLarge, UnsupportedEncoding
 
 MAX_BODY_ON_LOOP = 100_000
-"""Bytes; larger bodies are parsed in a thread, as are all packed ones."""
+"""Bytes; larger bodies are parsed in a thread, one after the other, as are all packed ones."""
+
+NUM_LARGEST = 8
+"""Bodies of the largest allowed size that may arrive at once; smaller ones count by their bytes."""
+MAX_VALUES = 1_500_000
+"""Commas and brackets of one body. More values, such as empty lists, would take a hundred bytes for
+each, and the event loop would wait for the parser."""
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """The `wbits` of zlib for each content coding (RFC 9110, section 8.4.1)."""
@@ -18,32 +23,75 @@ _RAW_DEFLATE = -15
 """Some clients leave out zlib's header, which `deflate` should have."""
 
 
-async def read(request: Request, max_bytes: int) -> Any:
-    """The JSON value of the body; None for an empty body.
+class BodyReader:
+    """Reads the bodies of one server's requests, and bounds the memory that they take together."""
 
-    Raises `RequestTooLarge` as soon as the body, packed or unpacked, is known to be larger than
-    `max_bytes`, `UnsupportedEncoding`, and `InvalidRequest`.
-    """
-    declared = request.headers.get("content-length", "")
+    def __init__(self, max_bytes: int, retry_after_s: int) -> None:
+        """`max_bytes` is the limit of one body; all together may have `NUM_LARGEST` times that."""
+        self._max_bytes = max_bytes
+        self._retry_after_s = retry_after_s
+        self._num_bytes = 0
+        # A parsed body takes many times the memory of its bytes, and parsing holds Python's lock.
+        self._parsing = asyncio.Semaphore(1)
+
+    async def read(self, headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> Any:
+        """The JSON value of the body that `stream` brings; None for an empty body.
+
+        `headers` are the request's, with any case in their names.
+
+        Raises `RequestTooLarge` as soon as the body, packed or unpacked, is known to be larger than
+        its limit, `QueueFull` where all bodies together are, `UnsupportedEncoding`, and
+        `InvalidRequest`.
+        """
+        encoding = _checked_encoding(headers, self._max_bytes)
+        held = 0
+        parts: list[bytes] = []
+        try:
+            async for part in stream:
+                held += len(part)
+                self._take(len(part))
+                if held > self._max_bytes:
+                    raise _too_large(self._max_bytes)
+                parts.append(part)
+            body = b"".join(parts)
+            if encoding in _WINDOW_BITS or len(body) > MAX_BODY_ON_LOOP:
+                async with self._parsing:
+                    return await asyncio.to_thread(_value, body, encoding, self._max_bytes)
+            return parsed(body)
+        finally:
+            self._num_bytes -= held
+
+    def _take(self, num_bytes: int) -> None:
+        self._num_bytes += num_bytes
+        if self._num_bytes > NUM_LARGEST * self._max_bytes:
+            raise QueueFull(
+                "Too many large requests arrive at once; send this one again a little later.",
+                retry_after_s=self._retry_after_s,
+            )
+
+
+def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
+    """The content coding of the body, from headers that promise nothing too large."""
+    declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
-    encoding = request.headers.get("content-encoding", "").strip().lower()
+    encoding = headers.get("content-encoding", "").strip().lower()
     if encoding not in ("", "identity", *_WINDOW_BITS):
         raise UnsupportedEncoding(
             "Send the body as it is, or with Content-Encoding gzip or deflate."
         )
-    parts: list[bytes] = []
-    num_bytes = 0
-    async for part in request.stream():
-        num_bytes += len(part)
-        if num_bytes > max_bytes:
-            raise _too_large(max_bytes)
-        parts.append(part)
-    body = b"".join(parts)
+    return encoding
+
+
+def _value(body: bytes, encoding: str, max_bytes: int) -> Any:
+    """The JSON value of a body that may be packed."""
     if body and encoding in _WINDOW_BITS:
-        body = await asyncio.to_thread(_unpacked, body, encoding, max_bytes)
-    if len(body) > MAX_BODY_ON_LOOP:
-        return await asyncio.to_thread(parsed, body)
+        body = _unpacked(body, encoding, max_bytes)
+    num_values = sum(map(body.count, (b",", b"[", b"{")))
+    if num_values > MAX_VALUES:
+        raise InvalidRequest(
+            f"The body has about {num_values} values; {MAX_VALUES} are allowed. Send fewer at once."
+        )
     return parsed(body)
 
 

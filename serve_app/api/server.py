@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from serve_app.api import routes
 from serve_app.api.input_processor import InputProcessor
 from serve_app.api.list_places import ListPlaces
+from serve_app.api.loop_lag import LoopLag
 from serve_app.api.metrics import Metrics
+from serve_app.api.request_body import BodyReader
 from serve_app.config.settings import Settings
 from serve_app.errors import (
     Draining,
@@ -62,6 +64,8 @@ class MixtralServer:
         self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
         self.tokenizer = self._loaded.tokenizer
         self.metrics = Metrics(self.names[0], self._stats)
+        self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
+        self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
         self.inputs = InputProcessor(
             self._engine,
             self.tokenizer,
@@ -82,6 +86,7 @@ class MixtralServer:
 
         May raise any exception, which `failure` turns into the client's error.
         """
+        self._loop_lag.start()
         if route is None:
             route = routes.match(call.method, call.path)
             self.require_room(route)

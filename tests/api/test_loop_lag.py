@@ -1,0 +1,22 @@
+"""The lag of the event loop in `/metrics`."""
+
+import asyncio
+import time
+
+from serve_app.api.loop_lag import INTERVAL_S, LoopLag
+
+
+def test_a_loop_that_is_kept_busy_is_late() -> None:
+    """What keeps an event loop busy is measured as its lag."""
+
+    async def measured() -> float:
+        found: asyncio.Future[float] = asyncio.get_running_loop().create_future()
+        lag = LoopLag(lambda seconds: found.done() or found.set_result(seconds))
+        lag.start()
+        lag.start()
+        end = time.monotonic() + 3 * INTERVAL_S
+        while time.monotonic() < end:  # the loop can run nothing meanwhile
+            pass
+        return await found
+
+    assert all(asyncio.run(measured()) >= 2 * INTERVAL_S for _ in range(2))

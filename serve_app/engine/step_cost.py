@@ -85,8 +85,8 @@ class StepCost:
         `seconds` is what a step may take without its fixed part and its decodes.
         """
         _, token, score, _ = self._prompt.weights
-        # token * n + score * (start * n + n * n / 2) = seconds, solved for n without cancellation.
-        linear = token + score * start
+        # token * n + score * (start * n + n * (n + 1) / 2) = seconds, solved without cancellation.
+        linear = token + score * (start + 0.5)
         root = (linear * linear + 2 * score * max(seconds, 0.0)) ** 0.5
         return int(2 * max(seconds, 0.0) / max(linear + root, 1e-12))
 

@@ -36,10 +36,15 @@ class LateStep:
     """A launched step, as the device sees it: what the host knew at the launch."""
 
     def __init__(
-        self, device: "LateDevice", scheduled: list[ScheduledTokens], before: "LateStep | None"
+        self,
+        device: "LateDevice",
+        scheduled: list[ScheduledTokens],
+        before: "LateStep | None",
+        cleared: set[int],
     ) -> None:
+        """`cleared` has the blocks that the device clears between this step and the one before."""
         self.sampled: dict[Sequence, int] = {}
-        self._device, self._before = device, before
+        self._device, self._before, self._cleared = device, before, cleared
         self._parts = [
             (part, part.sequence.token_ids[part.start : part.end], list(part.sequence.block_table))
             for part in scheduled
@@ -47,6 +52,8 @@ class LateStep:
 
     def compute(self) -> None:
         size, slots = self._device.blocks.block_size, self._device.slots
+        for slot in [slot for slot in slots if slot[0] in self._cleared]:
+            del slots[slot]
         for part, token_ids, table in self._parts:
             before = part.start - 1
             context = slots[table[before // size], before % size] if part.start else 0
@@ -78,12 +85,14 @@ class LateDevice:
         self._is_early = is_early
         self._queue: deque[LateStep] = deque()
         self._last: LateStep | None = None
+        self._cleared: set[int] = set()
 
     def launch(self, scheduled: list[ScheduledTokens]) -> LateStep:
         assert len({part.is_decode for part in scheduled}) == 1, "decodes beside prefill chunks"
         self._check_owners(scheduled)
         self.launched.append(scheduled)
-        self._last = LateStep(self, scheduled, self._last)
+        self._last = LateStep(self, scheduled, self._last, self._cleared)
+        self._cleared = set()
         self._queue.append(self._last)
         assert len(self._queue) <= 2, "more than two steps are in flight"
         if self._is_early():
@@ -95,7 +104,7 @@ class LateDevice:
             self._queue.popleft().compute()
 
     def clear_blocks(self, blocks: list[int]) -> None:
-        raise AssertionError("a token was not finite")
+        self._cleared.update(blocks)
 
     def _check_owners(self, scheduled: list[ScheduledTokens]) -> None:
         """Asserts that each sequence writes only into blocks that it alone owns."""

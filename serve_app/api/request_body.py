@@ -44,7 +44,7 @@ class BodyReader:
         `InvalidRequest`.
         """
         encoding = _checked_encoding(headers, self._max_bytes)
-        held = 0
+        held = num_values = 0
         parts: list[bytes] = []
         try:
             async for part in stream:
@@ -52,6 +52,7 @@ class BodyReader:
                 self._take(len(part))
                 if held > self._max_bytes:
                     raise _too_large(self._max_bytes)
+                num_values = _checked_values(part, num_values)
                 parts.append(part)
             body = b"".join(parts)
             if encoding in _WINDOW_BITS or len(body) > MAX_BODY_ON_LOOP:
@@ -87,12 +88,18 @@ def _value(body: bytes, encoding: str, max_bytes: int) -> Any:
     """The JSON value of a body that may be packed."""
     if body and encoding in _WINDOW_BITS:
         body = _unpacked(body, encoding, max_bytes)
-    num_values = sum(map(body.count, (b",", b"[", b"{")))
+        _checked_values(body)
+    return parsed(body)
+
+
+def _checked_values(part: bytes, num_before: int = 0) -> int:
+    """`num_before` and the commas and brackets of `part`; raises `InvalidRequest` for too many."""
+    num_values = num_before + sum(map(part.count, (b",", b"[", b"{")))
     if num_values > MAX_VALUES:
         raise InvalidRequest(
-            f"The body has about {num_values} values; {MAX_VALUES} are allowed. Send fewer at once."
+            f"The body has more than the {MAX_VALUES} values that are allowed; send fewer at once."
         )
-    return parsed(body)
+    return num_values
 
 
 def _unpacked(body: bytes, encoding: str, max_bytes: int) -> bytes:

@@ -82,7 +82,7 @@ class _Stream:
             self._engine.finish(self._arrival)
 
 
-class _Loop:
+class ImmediateLoop:
     """An event loop that runs a callback at once."""
 
     def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any) -> None:
@@ -170,7 +170,7 @@ class SimulatedEngine:
         launch_blocks: bool = False,
     ) -> None:
         self.clock = Clock()
-        self.loop = _Loop()
+        self.loop = ImmediateLoop()
         self.num_turns = 0
         """Turns of the core's loop."""
         self.device = _Device(

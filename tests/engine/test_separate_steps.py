@@ -22,7 +22,7 @@ from tests.engine.mixtral import Pair, serving, together
 from tests.engine.test_async_scheduling import requests
 from tests.engine.test_decode_graphs import WithGraphs
 from tests.engine.test_prefill_policy import H200, after, engine_of
-from tools.simulated_engine import HOST_S, Arrival
+from tools.simulated_engine import HOST_S, Arrival, ImmediateLoop
 
 
 @pytest.mark.parametrize("launch_blocks", [False, True])
@@ -75,22 +75,10 @@ def test_decodes_beside_prompts_replay_their_graph(
     assert replayed == [len(step) for step in launched if step[0].is_decode]
 
 
-class _Loop:
-    """An event loop that runs a callback at once."""
-
-    def call_soon_threadsafe(self, callback: Callable[..., object], *arguments: Any) -> None:
-        callback(*arguments)
-
-    call_soon = call_soon_threadsafe
-
-    def is_closed(self) -> bool:
-        return False
-
-
 class _Stream:
     """Records an answer."""
 
-    def __init__(self, loop: _Loop) -> None:
+    def __init__(self, loop: ImmediateLoop) -> None:
         self.loop, self.has_begun = loop, False
         self.token_ids: list[int] = []
         self.reasons: list[str] = []
@@ -107,7 +95,7 @@ class _Script(RequestQueue):
         super().__init__(max_running=1000, max_waiting=0, retry_after_s=1)
         self.streams: dict[Sequence, _Stream] = {}
         self.left: set[Sequence] = set()
-        self._events, self._loop = events[::-1], _Loop()
+        self._events, self._loop = events[::-1], ImmediateLoop()
 
     def take(self, *, wait: bool) -> Requests:
         accepted: list[Any] = []

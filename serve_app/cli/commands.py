@@ -97,9 +97,31 @@ def convert(
         with progress.files("Converting") as show:
             convert(folder, destination, wished, show)
     except KeyboardInterrupt:
-        print("Stopped; the same command continues from here.", file=sys.stderr)
-        raise typer.Exit(INTERRUPTED) from None
+        raise _stopped() from None
     print(f"{destination}: is complete.")
+
+
+@app.command()
+def batch(
+    config: Config,
+    source: Annotated[
+        Path, typer.Argument(metavar="IN", help="A file with one request a line (JSONL).")
+    ],
+    destination: Annotated[Path, typer.Argument(metavar="OUT", help="The file of the results.")],
+) -> None:
+    """Answer the requests in IN with CONFIG's model, in OpenAI's batch format. Needs no server.
+
+    Results are written to OUT as they come, errors among them. A batch that was stopped continues
+    when the same command is run again: it answers what has no result in OUT. The exit code is 1
+    where OUT holds an error.
+    """
+    from serve_app.cli import batch
+
+    try:
+        code = batch.run(config, source, destination)
+    except KeyboardInterrupt:
+        raise _stopped() from None
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -118,6 +140,12 @@ def chat(
 
     key = ClientSettings().api_key
     raise typer.Exit(Chat(url, key, model, system).run())
+
+
+def _stopped() -> typer.Exit:
+    """Says how work that Ctrl-C has ended goes on."""
+    print("Stopped; the same command continues from here.", file=sys.stderr)
+    return typer.Exit(INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,31 +3,51 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-ShowFiles = Callable[[int, int, str], None]
-"""Called with the number of finished files, the number of all, and the name of the last one."""
+Show = Callable[[int, int, str], None]
+"""Called with how many are finished, the number of all, and the name of the last one or ""."""
 
 
 @contextmanager
-def files(title: str) -> Iterator[ShowFiles]:
-    """Shows progress that is counted in files while the block runs."""
+def files(title: str) -> Iterator[Show]:
+    """Shows progress that is counted in files, a line for each."""
+    with _shown(title, "files", lambda done, total: True) as show:
+        yield show
+
+
+@contextmanager
+def items(title: str, noun: str) -> Iterator[Show]:
+    """Shows progress that is counted in many `noun`s, a line for each twentieth."""
+    shown = -1
+
+    def is_new_twentieth(done: int, total: int) -> bool:
+        nonlocal shown
+        before, shown = shown, 20 * done // max(total, 1)
+        return shown != before
+
+    with _shown(title, noun, is_new_twentieth) as show:
+        yield show
+
+
+@contextmanager
+def _shown(title: str, noun: str, has_line: Callable[[int, int], bool]) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
+    def print_line(done: int, total: int, name: str) -> None:
+        if has_line(done, total):
+            print(f"{done} of {total} {noun}{f': {name}' if name else ''}", flush=True)
+
     console = Console()
     if not console.is_terminal:
-        yield _print_line
+        yield print_line
         return
     columns = (
         "{task.description}",
         BarColumn(),
         MofNCompleteColumn(),
-        "files",
+        noun,
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total, name: bar.update(task, completed=done, total=total)
-
-
-def _print_line(done: int, total: int, name: str) -> None:
-    print(f"{done} of {total} files{f': {name}' if name else ''}", flush=True)

@@ -5,22 +5,18 @@ lines until the server is ready: what is served, who can reach it, and the long 
 """
 
 import logging
-import sys
 from pathlib import Path
 
 import serve_app
+from serve_app.cli.terminal_log import log_to_terminal
 from serve_app.cold_start import check as cold_start_check
 from serve_app.cold_start.check import Checked
 from serve_app.config import named
 from serve_app.config.serve_config import http_options, port_setting
-from serve_app.loading.load_log import PHASE_LINE
 from serve_app.machine import processes
 from serve_app.node import banner, fitness, http, ray_node
 
 log = logging.getLogger(__name__)
-
-SHORT_PHASE_S = 0.5
-"""A load phase that takes fewer seconds has no line in the log; `/health` lists all phases."""
 
 
 def run(config: str) -> int:
@@ -28,7 +24,7 @@ def run(config: str) -> int:
 
     Raises `ConfigError` or `ServeError` where it cannot be served.
     """
-    _log_to_terminal()
+    log_to_terminal()
     path = named.find(config)
     endpoint = http.HttpEndpoint(http_options(path), port_name=port_setting(path))
     fitness.require_room_for_ray()
@@ -44,24 +40,6 @@ def run(config: str) -> int:
     finally:
         ray_node.stop()
         endpoint.close()
-
-
-def _log_to_terminal() -> None:
-    handler = logging.StreamHandler(sys.stderr)
-    handler.addFilter(_has_no_short_phase)
-    logging.basicConfig(
-        level=logging.INFO,
-        handlers=[handler],
-        format="%(asctime)s %(levelname)s %(message)s",
-        datefmt="%Y-%m-%d %H:%M:%S",
-    )
-
-
-def _has_no_short_phase(record: logging.LogRecord) -> bool:
-    match record.msg, record.args:
-        case (str(line), (_, float(seconds))) if line == PHASE_LINE:
-            return seconds >= SHORT_PHASE_S
-    return True
 
 
 def _checked_while_ray_starts(path: Path) -> Checked:

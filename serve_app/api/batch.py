@@ -1,0 +1,87 @@
+"""Answers many requests in this process, as `mixtral-serve batch` does.
+
+Each request passes the code of a RunPod job: no HTTP, no Ray.
+"""
+
+import asyncio
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import aclosing
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Any
+
+from serve_app.api import routes
+from serve_app.config.sections import EngineSettings
+from serve_app.errors import InvalidRequest, error_body
+from serve_app.protocol import batch
+from serve_app.protocol.batch import BatchRequest, BatchResponse, BatchResult
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+URLS = tuple(route.path for route in routes.ROUTES if route.generates)
+"""The paths that a request of a batch may name."""
+
+
+def num_under_way(engine: EngineSettings) -> int:
+    """Requests at once: a few more than the engine runs, so that it never waits for one."""
+    return engine.max_num_seqs + engine.max_waiting // 4
+
+
+async def answer_all(
+    server: "MixtralServer",
+    requests: Iterator[BatchRequest],
+    write: Callable[[BatchResult], None],
+) -> None:
+    """Answers all `requests` and calls `write` with each result as it comes.
+
+    Errors of requests are results. Raises `EngineDead`, and what `write` raises, after it has
+    cancelled the requests that are under way; those have no result.
+    """
+
+    async def answer_in_turn() -> None:
+        for request in requests:
+            write(await answer(server, request))
+
+    num_tasks = num_under_way(server.settings.engine)
+    tasks = [asyncio.create_task(answer_in_turn()) for _ in range(num_tasks)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def answer(server: "MixtralServer", request: BatchRequest) -> BatchResult:
+    """The result of one request. Raises `EngineDead`."""
+    request_id = uuid.uuid4().hex
+    status, body = await _response(server, request, request_id)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        server.check_health()
+    response: BatchResponse = {"status_code": status, "request_id": request_id, "body": body}
+    return batch.response_result(request.custom_id, response)
+
+
+async def _response(
+    server: "MixtralServer", request: BatchRequest, request_id: str
+) -> tuple[int, Any]:
+    """The HTTP status and the body."""
+    if request.body.get("stream"):
+        error = InvalidRequest("A batch has whole answers; leave out `stream`.", param="stream")
+        return error.http_status, error_body(error, request_id)
+    async with aclosing(server.call("POST", request.url, request.body, request_id)) as items:
+        async for item in items:
+            if "body" in item:
+                return item["status"], item["body"]
+            if "error" in item:
+                return item["status"], item["error"]
+    raise AssertionError("a call ended without a body or an error")
+
+
+def num_tokens(result: BatchResult) -> int:
+    """Generated tokens of one result, as far as its `usage` says."""
+    response = result["response"]
+    body = response["body"] if response is not None else None
+    usage = body.get("usage") if isinstance(body, dict) else None
+    return int(usage.get("completion_tokens", 0)) if isinstance(usage, dict) else 0

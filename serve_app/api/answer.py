@@ -75,6 +75,7 @@ class Answer:
             async for delta in deltas:
                 texts.append(delta.text)
                 whole.scores += delta.scores
+                whole.tool_calls += delta.tool_calls
                 whole.finish_reason = delta.finish_reason
                 whole.num_tokens = delta.num_tokens
         whole.text = "".join(texts)

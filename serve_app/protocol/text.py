@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from serve_app.protocol.stop import StopStrings
+from serve_app.protocol.tool_calls import ToolCallParser
+from serve_app.protocol.tools import ToolCallDelta
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -49,6 +51,8 @@ class TextDelta:
     finish_reason: str | None = None
     num_tokens: int = 0
     """Tokens generated so far, those of a stop string included."""
+    tool_calls: list[ToolCallDelta] = field(default_factory=list)
+    """Pieces of the calls that follow the text."""
 
 
 class Detokenizer:
@@ -112,9 +116,16 @@ class TextStream:
     """The text of one answer. `push` takes the tokens of each delta, the last one with a reason."""
 
     def __init__(
-        self, detokenizer: Detokenizer, stops: Sequence[str] = (), *, min_tokens: int = 0
+        self,
+        detokenizer: Detokenizer,
+        stops: Sequence[str] = (),
+        *,
+        min_tokens: int = 0,
+        tool_calls: ToolCallParser | None = None,
     ) -> None:
+        """With `tool_calls`, calls in the text are returned as such."""
         self._detokenizer = detokenizer
+        self._tool_calls = tool_calls
         self._stops = StopStrings(stops) if stops else None
         self._min_tokens = min_tokens
         self._num_tokens = 0
@@ -173,4 +184,17 @@ class TextStream:
         if scores:
             scores = [s for s in scores if takes_all or s.offset < self._num_shown]
             self._held_scores = self._held_scores[len(scores) :]
-        return TextDelta(text, scores, finish_reason, self._num_tokens)
+        new = TextDelta(text, scores, finish_reason, self._num_tokens)
+        if self._tool_calls is not None:
+            _find_calls(new, self._tool_calls)
+        return new
+
+
+def _find_calls(new: TextDelta, parser: ToolCallParser) -> None:
+    """Takes the calls out of the text of `new`."""
+    parsed = parser.push(new.text)
+    new.text, new.tool_calls = parsed.content, parsed.calls
+    if new.finish_reason is not None:
+        new.text += parser.end().content
+        if new.finish_reason == "stop" and parser.has_called:
+            new.finish_reason = "tool_calls"

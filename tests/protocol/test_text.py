@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from serve_app.protocol.text import Detokenizer, TextDelta, TextStream, TokenScore
 from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.protocol.tool_calls import ToolCallParser
+from serve_app.protocol.tools import joined
 from serve_app.tiny import CHECKPOINT
 
 # Without U+FFFD and lone surrogates, which no answer can hold whole.
@@ -153,3 +155,22 @@ def test_scores_of_a_cut_token_are_dropped(tokenizer: Tokenizer) -> None:
     assert cut.finish_reason == "stop"
     assert cut.scores == [score for score in whole.scores if score.offset < len("one")]
     assert 0 < len(cut.scores) < len(ids)
+
+
+def test_tool_calls_are_taken_out_of_the_text() -> None:
+    """The text before calls stays text, the pieces of a call come as they are generated, and the
+    answer ends with `tool_calls`; what stop strings cut is no call."""
+    ours = Tokenizer(CHECKPOINT)
+    answer = 'I look.\n[TOOL_CALLS] [{"name": "f", "arguments": {"city": "Paris"}}]'
+    ids = ours.encode(answer, add_special_tokens=False)
+    for stops, arguments, reason in (
+        ((), '{"city": "Paris"}', "tool_calls"),
+        (("aris",), '{"city": "P', "stop"),
+    ):
+        stream = TextStream(Detokenizer(ours.backend), stops, tool_calls=ToolCallParser({"f"}))
+        deltas = [stream.push([token_id]) for token_id in ids]
+        deltas.append(stream.push([], (), "stop"))
+        (call,) = joined(piece for delta in deltas for piece in delta.tool_calls)
+        assert "".join(delta.text for delta in deltas) == "I look."
+        assert (call.name, call.arguments) == ("f", arguments)
+        assert deltas[-1].finish_reason == reason

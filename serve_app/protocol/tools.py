@@ -1,0 +1,132 @@
+"""Tools that a model may call, the same for every API: no field names of any request.
+
+A route turns its request into `Tools` with `check`, the answer's text into `ToolCallDelta`s with
+`tool_calls.ToolCallParser`, and these into its own response.
+"""
+
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from serve_app.errors import InvalidRequest
+
+MAX_TOOLS = 128
+_NAME = re.compile("[A-Za-z0-9_-]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Tool:
+    """One function of the client."""
+
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    """The JSON schema of the arguments, as the client has sent it; empty where it takes none."""
+    field: str
+    """The field of the request that has `parameters`, for errors."""
+    is_strict: bool = False
+    """Whether arguments must follow the schema exactly also where the model chooses to call."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolChoice:
+    """Whether the model calls tools, and which."""
+
+    mode: Literal["auto", "none", "required"] = "auto"
+    names: frozenset[str] | None = None
+    """The tools that may be called; None means all."""
+    is_single: bool = False
+    """Whether there is one call at most."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """The tools of one request, and how the model may use them."""
+
+    tools: tuple[Tool, ...]
+    choice: ToolChoice
+
+    @property
+    def callable(self) -> list[Tool]:
+        """The tools that the answer may call."""
+        if self.choice.mode == "none":
+            return []
+        names = self.choice.names
+        return [tool for tool in self.tools if names is None or tool.name in names]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call in a conversation or an answer."""
+
+    id: str
+    name: str
+    arguments: str
+    """The arguments as JSON, as the model has written them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a call. The first piece of each call has its id and name, and no arguments."""
+
+    index: int
+    """The position of the call in the answer."""
+    arguments: str = ""
+    id: str | None = None
+    name: str | None = None
+
+
+def new_id() -> str:
+    """A new id for a call."""
+    return f"call_{secrets.token_hex(12)}"
+
+
+def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCall]:
+    """The calls whose pieces are `deltas`."""
+    calls: list[ToolCall] = []
+    for delta in deltas:
+        if delta.id is not None and delta.name is not None:
+            calls.append(ToolCall(delta.id, delta.name, delta.arguments))
+        else:
+            last = calls[delta.index]
+            calls[delta.index] = ToolCall(last.id, last.name, last.arguments + delta.arguments)
+    return calls
+
+
+def check(tools: Sequence[Tool], choice: ToolChoice, *, tools_field: str = "tools") -> Tools | None:
+    """The tools of a request after the checks that every API has; None where there are none.
+
+    Raises `InvalidRequest` for too many tools, for a name that is not usable or not unique, for a
+    schema that is not an object's, and for a choice of a tool that is not there.
+    """
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequest(f"`{tools_field}` takes up to {MAX_TOOLS} tools.", param=tools_field)
+    names = [tool.name for tool in tools]
+    for index, tool in enumerate(tools):
+        if not _NAME.fullmatch(tool.name):
+            raise InvalidRequest(
+                f"The name of `{tools_field}.{index}` should have 1 to 128 letters, digits, "
+                "underscores and hyphens.",
+                param=f"{tools_field}.{index}",
+            )
+        if tool.name in names[:index]:
+            raise InvalidRequest(
+                f"Two tools have the name `{tool.name}`.", param=f"{tools_field}.{index}"
+            )
+        if tool.parameters.get("type", "object") != "object":
+            raise InvalidRequest(
+                f"`{tool.field}` should be the JSON schema of an object.", param=tool.field
+            )
+    if unknown := (choice.names or frozenset()) - set(names):
+        name = min(unknown)[:64]
+        raise InvalidRequest(
+            f"`tool_choice` names `{name}`, which is not one of `{tools_field}`.",
+            param="tool_choice",
+        )
+    if choice.mode == "required" and not (names if choice.names is None else choice.names):
+        raise InvalidRequest(
+            f"`tool_choice` asks for a call, which needs `{tools_field}`.", param="tool_choice"
+        )
+    return Tools(tuple(tools), choice) if tools else None

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.api.test_http_1_0 import old_client
 from tests.cli.test_commands import served
 from tests.listening import listening, open_to_strangers
 from tests.processes import descendants, replica_of
@@ -55,6 +56,16 @@ def test_a_client_that_leaves_frees_its_blocks(run: Run, stream: bool) -> None:
         ask_and_leave(http, url, "/v1/completions", stream)
         wait_until_idle(http)
         assert ended(http) - before == {"cancelled": 1}
+
+
+def test_a_stream_for_http_1_0_has_no_chunks(run: Run) -> None:
+    """HAProxy does not add the encoding again, and ends the connection after the last event."""
+    _, url = run
+    head, events = old_client(url, "/prompt", {"prompt": "Hi", "max_tokens": 3, "stream": True})
+    assert head.startswith("http/1.0 200")
+    assert "transfer-encoding" not in head
+    assert events.startswith(b'data: {"token"')
+    assert events.endswith(b"data: [DONE]\n\n")
 
 
 def test_a_request_has_one_id(run: Run) -> None:

@@ -51,11 +51,16 @@ _PRINTABLE = re.compile(rb"[ -~]{1,128}")
 
 
 def middlewares() -> "list[Middleware]":
-    """What Serve puts around its HTTP servers; the last one is the outermost."""
+    """What Serve puts around its HTTP servers; the last one is the outermost.
+
+    Serve calls it where it makes an HTTP server, so it prepares uvicorn for HTTP/1.0 too.
+    """
     from starlette.middleware import Middleware
 
+    from serve_app.api import http_1_0
     from serve_app.api.early_answer import EarlyAnswer
 
+    http_1_0.install()
     return [Middleware(EarlyAnswer), Middleware(Guard)]
 
 

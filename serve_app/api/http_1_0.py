@@ -1,0 +1,62 @@
+"""Responses for HTTP/1.0 clients, which cannot read chunked encoding.
+
+uvicorn 0.54 sends each response of unknown length in chunks, also to a client of HTTP/1.0, to whom
+RFC 9112 (6.1) forbids it. Such a response ends where its connection ends. Its status line names
+version 1.0, because HAProxy adds the encoding to a response of version 1.1.
+
+Ray Serve makes uvicorn's server itself and has no option for the class that is replaced here.
+"""
+
+from typing import TYPE_CHECKING, cast
+
+from uvicorn.protocols.http import httptools_impl
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from uvicorn._types import ASGISendEvent
+
+NO_BODY = (204, 304)
+
+
+class _Head:
+    """Takes what is written in the place of a transport."""
+
+    def __init__(self) -> None:
+        self.written = b""
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+
+class Cycle(httptools_impl.RequestResponseCycle):
+    """A request and its response, as uvicorn has it for HTTP/1.1."""
+
+    _ends_with_connection = False
+
+    async def send(self, message: "ASGISendEvent") -> None:
+        """Sends a message of the application."""
+        if self.scope["http_version"] != "1.0":
+            await super().send(message)
+        elif message["type"] == "http.response.start":
+            names = {name.lower() for name, _ in message.get("headers", ())}
+            if b"content-length" not in names and message["status"] not in NO_BODY:
+                self._ends_with_connection = True
+                self.chunked_encoding = False
+            transport, head = self.transport, _Head()
+            self.transport = cast("asyncio.Transport", head)
+            try:
+                await super().send(message)
+            finally:
+                self.transport = transport
+            transport.write(head.written.replace(b"HTTP/1.1", b"HTTP/1.0", 1))
+        elif message["type"] == "http.response.body":
+            if self._ends_with_connection:
+                # uvicorn compares the body with the length, which is known only at the end.
+                self.expected_content_length = len(message.get("body", b""))
+            await super().send(message)
+
+
+def install() -> None:
+    """Makes uvicorn use `Cycle` for the connections that this process accepts."""
+    httptools_impl.RequestResponseCycle = Cycle  # type: ignore[misc]

@@ -17,6 +17,7 @@ from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import DeadlinePassed, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
@@ -97,6 +98,7 @@ class FakeEngine:
         deadline: float | None = None,
         *,
         is_list_item: bool = False,
+        shared_prompt: SharedPrompt | None = None,
     ) -> AsyncGenerator[Delta, None]:
         self.check(prompt_ids, params)
         if not is_list_item:

@@ -9,6 +9,7 @@ from serve_app.api.list_places import ItemPlace
 from serve_app.api.metrics import Metrics
 from serve_app.api.request_metrics import RequestMetrics
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import InternalError
 from serve_app.protocol.text import TextDelta, TextStream
 
@@ -31,6 +32,8 @@ class Answer:
     """`Call.arrived`."""
     deadline: float
     """On the same clock."""
+    shared_prompt: SharedPrompt | None = None
+    """That of all answers to this prompt; None where there is one answer."""
 
     async def stream(
         self,
@@ -46,7 +49,11 @@ class Answer:
         async with nullcontext() if place is None else place():
             observed = RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived)
             deltas = self.engine.generate(
-                self.prompt_ids, self.params, self.deadline, is_list_item=place is not None
+                self.prompt_ids,
+                self.params,
+                self.deadline,
+                is_list_item=place is not None,
+                shared_prompt=self.shared_prompt,
             )
             try:
                 async with aclosing(deltas):

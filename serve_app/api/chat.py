@@ -2,8 +2,10 @@
 
 from typing import TYPE_CHECKING
 
+from serve_app.api import choices
 from serve_app.protocol import chat, values
 from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+from serve_app.protocol.choices import StreamUsage
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -15,12 +17,22 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     metadata = server.metadata(request.model, call)
     names = server.tokenizer
     prompt_ids = await server.inputs.chat_ids(request.messages)
-    num_logprobs = request.top_logprobs if request.logprobs else None
-    answer = await server.inputs.answer(
-        call, request, prompt_ids, "messages", num_logprobs=num_logprobs
+    answers = await server.inputs.answers(
+        call,
+        request,
+        prompt_ids,
+        "messages",
+        count=request.num_answers,
+        num_logprobs=request.num_logprobs,
     )
+    if request.logprobs:
+        choices.check_size(answers, "top_logprobs")
     if not request.stream:
-        whole = await answer.whole()
-        return JsonReply(chat.body(request, metadata, len(prompt_ids), whole, names))
-    chunks = answer.stream(chat.ChatChunks(request, metadata, len(prompt_ids), names))
-    return StreamReply(chunks)
+        wholes = await choices.wholes(server.list_places, answers)
+        return JsonReply(chat.body(request, metadata, len(prompt_ids), wholes, names))
+    totals = StreamUsage(len(prompt_ids), len(answers))
+    chunks = [
+        chat.ChatChunks(request, metadata, len(prompt_ids), names, totals, index)
+        for index in range(len(answers))
+    ]
+    return StreamReply(choices.streamed(server.list_places, answers, chunks))

@@ -10,6 +10,7 @@ from serve_app.api.metrics import Metrics
 from serve_app.config.sections import ApiSettings
 from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import Call
 from serve_app.protocol.fields import Sampling, printable
@@ -87,21 +88,23 @@ class InputProcessor:
             return decode(token_ids, skip_special_tokens=skip_special_tokens)
         return await asyncio.to_thread(decode, token_ids, skip_special_tokens=skip_special_tokens)
 
-    async def answer(
+    async def answers(
         self,
         call: Call,
         request: Sampling,
         prompt_ids: list[int],
         field: str,
         *,
+        count: int = 1,
         num_logprobs: int | None = None,
         default_max_tokens: int | None = None,
         continues: bool = False,
-    ) -> Answer:
-        """The answer to a prompt, which came in `field` of the request.
+    ) -> list[Answer]:
+        """`count` answers to a prompt, which came in `field` of the request.
 
-        `num_logprobs` is `SamplingParams.logprobs`. Without a limit in the request, the answer has
-        up to `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
+        With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` is
+        `SamplingParams.logprobs`. Without a limit in the request, an answer has up to
+        `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
         continues the prompt's text, so a space at its beginning is text.
 
         Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
@@ -117,20 +120,29 @@ class InputProcessor:
             params = replace(params, grammar=grammar)
         if continues:
             self.engine.check(prompt_ids, params)
-        detokenizer = Detokenizer(
-            self.tokenizer.backend,
-            prompt_ids=prompt_ids if continues else (),
-            skip_special=request.skip_special_tokens,
-        )
-        return Answer(
-            self.engine,
-            prompt_ids,
-            params,
-            TextStream(detokenizer, request.stop, min_tokens=request.min_tokens),
-            self.metrics,
-            call.arrived,
-            call.arrived + self.settings.request_timeout_s,
-        )
+        shared_prompt = SharedPrompt() if count > 1 else None
+        answers = []
+        for index in range(count):
+            if index and params.seed is not None:
+                params = replace(params, seed=params.seed + 1)
+            detokenizer = Detokenizer(
+                self.tokenizer.backend,
+                prompt_ids=prompt_ids if continues else (),
+                skip_special=request.skip_special_tokens,
+            )
+            answers.append(
+                Answer(
+                    self.engine,
+                    prompt_ids,
+                    params,
+                    TextStream(detokenizer, request.stop, min_tokens=request.min_tokens),
+                    self.metrics,
+                    call.arrived,
+                    call.arrived + self.settings.request_timeout_s,
+                    shared_prompt,
+                )
+            )
+        return answers
 
     def _params(
         self,

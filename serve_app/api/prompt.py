@@ -43,9 +43,10 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
 async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptRequest) -> Answer:
     field = "messages" if request.prompt is None else "prompt"
     prompt_ids = await server.inputs.chat_ids(request.conversation, field)
-    return await server.inputs.answer(
+    (answer,) = await server.inputs.answers(
         call, request, prompt_ids, field, default_max_tokens=prompt.DEFAULT_MAX_TOKENS
     )
+    return answer
 
 
 async def _batch(

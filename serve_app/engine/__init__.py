@@ -6,8 +6,9 @@ pass these files in order:
 1. `engine.py`: `Engine.generate` checks the request (`admission.py`) and makes a `Sequence`.
 2. `request_queue.py` brings it to the engine's thread, where `core.py` takes it.
 3. `scheduler.py` chooses the tokens of the next step (`scheduled_tokens.py`) and takes KV blocks
-   for them (`block_manager.py`). `prefill_policy.py` limits
-   prompts beside running streams, by the times of steps that `step_cost.py` predicts.
+   for them (`block_manager.py`). Answers to one prompt wait for the first (`shared_prompt.py`).
+   `prefill_policy.py` limits prompts beside running streams, by the times of steps that
+   `step_cost.py` predicts.
 4. `model_runner.py` launches the step: block tables, forward pass (`decode_graphs.py` on a GPU),
    `sampler.py` with its parts `sampling_metadata.py`, `penalties.py`, `top_filter.py`, `noise.py`.
 5. `in_flight_tokens.py` brings the sampled tokens to the host, where `core.py` collects them.

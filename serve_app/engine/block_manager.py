@@ -99,15 +99,19 @@ class BlockManager:
 
 
 def extend_hashes(
-    hashes: list[bytes], token_ids: list[int], block_size: int, num_blocks: int
+    hashes: list[bytes],
+    token_ids: list[int],
+    block_size: int,
+    num_blocks: int,
+    salt: bytes = b"",
 ) -> None:
     """Appends hashes until `hashes` covers the first `num_blocks` blocks of `token_ids`.
 
     A block's hash covers its tokens and the hash before it, hence all tokens before it. The hash is
     128 bits of BLAKE2: two prompts with one hash would read each other's context, so a collision
-    must be infeasible to construct.
+    must be infeasible to construct. Blocks with another `salt` never have the same hash.
     """
     for block in range(len(hashes), num_blocks):
         tokens = array("q", token_ids[block * block_size : (block + 1) * block_size])
-        before = hashes[-1] if hashes else b""
+        before = hashes[-1] if hashes else salt
         hashes.append(hashlib.blake2b(before + tokens.tobytes(), digest_size=16).digest())

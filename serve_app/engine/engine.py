@@ -19,6 +19,7 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.engine.stream import Stream
 
 log = logging.getLogger(__name__)
@@ -118,19 +119,21 @@ class Engine:
         deadline: float | None = None,
         *,
         is_list_item: bool = False,
+        shared_prompt: SharedPrompt | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Yields a request's tokens as deltas; the last delta has the finish reason.
 
         The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for a request that
         can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now. The
-        items of an accepted list are never refused with `QueueFull`.
+        items of an accepted list are never refused with `QueueFull`. Requests of one prompt that
+        have one `shared_prompt` compute it once.
         Later iterations raise the request's own error, or `DeadlinePassed` at `deadline`, a time on
         the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
         before the next step.
         """
         sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
-        sequence.is_list_item = is_list_item
+        sequence.is_list_item, sequence.shared_prompt = is_list_item, shared_prompt
         self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.
         timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)

@@ -68,8 +68,11 @@ class Scheduler:
         """Queues a sequence. Alone it must fit into the KV cache up to its last token."""
         num_tokens = len(sequence.token_ids)
         self._num_added += 1
-        self._num_added_tokens += num_tokens
         sequence.number = self._num_added
+        if sequence.shared_prompt is not None and sequence.shared_prompt.must_wait(sequence):
+            self.waiting.add(sequence)
+            return
+        self._num_added_tokens += num_tokens
         sequence.rank = self._num_added_tokens + num_tokens
         self._queue(sequence)
 
@@ -80,6 +83,9 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._free(sequence)
+        if sequence.shared_prompt is not None:
+            for follower in sequence.shared_prompt.removed(sequence, self.waiting):
+                self._queue(follower)
 
     def schedule(self, policy: Policy | None = None) -> list[ScheduledTokens]:
         """The next step, decodes first, of at most `max_num_batched_tokens` tokens.
@@ -141,15 +147,29 @@ class Scheduler:
         """Puts the full blocks of the first `num_tokens` tokens into the prefix cache.
 
         The logits of these tokens must be finite. A cached block with a NaN would fail
-        every sequence that shares it.
+        every sequence that shares it. With a shared prompt, the others can begin now.
         """
         num_full = min(sequence.num_computed_tokens, num_tokens) // self.blocks.block_size
-        if not self.enable_prefix_caching or num_full <= sequence.num_cached_blocks:
-            return
-        extend_hashes(sequence.block_hashes, sequence.token_ids, self.blocks.block_size, num_full)
-        for index in range(sequence.num_cached_blocks, num_full):
-            self.blocks.cache(sequence.block_table[index], sequence.block_hashes[index])
-        sequence.num_cached_blocks = num_full
+        if self._shares_blocks(sequence) and num_full > sequence.num_cached_blocks:
+            self._extend_hashes(sequence, num_full)
+            for index in range(sequence.num_cached_blocks, num_full):
+                self.blocks.cache(sequence.block_table[index], sequence.block_hashes[index])
+            sequence.num_cached_blocks = num_full
+        prompt = sequence.shared_prompt
+        if prompt is not None and prompt.leader is sequence:
+            for follower in prompt.computed():
+                if follower in self.waiting:  # it may have ended
+                    self._queue(follower)
+
+    def _shares_blocks(self, sequence: Sequence) -> bool:
+        return self.enable_prefix_caching or sequence.shared_prompt is not None
+
+    def _extend_hashes(self, sequence: Sequence, num_full: int) -> None:
+        """See `extend_hashes`. Without prefix caching, sequences of one prompt share alone."""
+        prompt = sequence.shared_prompt
+        salt = b"" if prompt is None or self.enable_prefix_caching else prompt.salt
+        hashes, size = sequence.block_hashes, self.blocks.block_size
+        extend_hashes(hashes, sequence.token_ids, size, num_full, salt)
 
     def _make_room(self, sequence: Sequence) -> bool:
         """Allocates the block of the last token; False when `sequence` itself is preempted."""
@@ -203,10 +223,10 @@ class Scheduler:
     def _find_cached(self, sequence: Sequence) -> list[int]:
         """The cached blocks of its longest known prefix, without its last token: that token is
         always computed, because the step needs its logits."""
-        if not self.enable_prefix_caching:
+        if not self._shares_blocks(sequence):
             return []
         num_full = (len(sequence.token_ids) - 1) // self.blocks.block_size
-        extend_hashes(sequence.block_hashes, sequence.token_ids, self.blocks.block_size, num_full)
+        self._extend_hashes(sequence, num_full)
         return self.blocks.find_cached(sequence.block_hashes)
 
     def _free(self, sequence: Sequence) -> None:

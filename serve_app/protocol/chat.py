@@ -3,19 +3,21 @@
 Protocol: https://platform.openai.com/docs/api-reference/chat.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import Integer, Sampling
+from serve_app.protocol.choices import ChoiceSampling, StreamUsage
+from serve_app.protocol.fields import Integer
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
 from serve_app.protocol.text import TextDelta, TokenScore
 
 
-class ChatRequest(Sampling):
+class ChatRequest(ChoiceSampling):
     """`POST /v1/chat/completions`. Without `max_tokens` the answer may fill the context."""
 
     messages: Conversation
@@ -23,6 +25,13 @@ class ChatRequest(Sampling):
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        if self.logprobs:
+            return self.top_logprobs
+        return 0 if self.best_of else None
 
     @property
     def limit(self) -> tuple[int | None, str]:
@@ -47,33 +56,39 @@ def body(
     request: ChatRequest,
     metadata: ResponseMetadata,
     num_prompt_tokens: int,
-    whole: TextDelta,
+    wholes: Sequence[TextDelta],
     names: TokenNames,
 ) -> JsonObject:
-    """The whole answer as a `chat.completion` object."""
-    logprobs = _logprobs(request, whole.scores, names) if request.logprobs else None
+    """All answers that were generated as one `chat.completion` object with `n` choices."""
+    num_tokens = sum(whole.num_tokens for whole in wholes)
     return {
         "id": f"chatcmpl-{metadata.id}",
         "object": "chat.completion",
         "created": metadata.created,
         "model": metadata.model,
         "choices": [
-            {
-                "index": 0,
-                "message": {"role": "assistant", "content": whole.text, "refusal": None},
-                "logprobs": logprobs,
-                "finish_reason": whole.finish_reason,
-            }
+            _choice(request, index, whole, names)
+            for index, whole in enumerate(request.chosen(wholes))
         ],
-        "usage": usage(num_prompt_tokens, whole.num_tokens),
+        "usage": usage(num_prompt_tokens, num_tokens),
+    }
+
+
+def _choice(request: ChatRequest, index: int, whole: TextDelta, names: TokenNames) -> JsonObject:
+    return {
+        "index": index,
+        "message": {"role": "assistant", "content": whole.text, "refusal": None},
+        "logprobs": _logprobs(request, whole.scores, names) if request.logprobs else None,
+        "finish_reason": whole.finish_reason,
     }
 
 
 class ChatChunks:
-    """Makes the `chat.completion.chunk` objects of one answer, delta by delta.
+    """Makes the `chat.completion.chunk` objects of one choice, delta by delta.
 
     The first has the role, the next the text as it comes, the last the finish reason; with
-    `include_usage` one more has the usage, and with `continuous_usage_stats` each has it so far.
+    `include_usage` one more has the usage after the end of the last choice, and with
+    `continuous_usage_stats` each has that of its own choice so far.
     """
 
     def __init__(
@@ -82,8 +97,12 @@ class ChatChunks:
         metadata: ResponseMetadata,
         num_prompt_tokens: int,
         names: TokenNames,
+        totals: StreamUsage,
+        index: int = 0,
     ) -> None:
+        """`totals` counts the tokens of all choices; `index` is this one's."""
         self._request, self._names = request, names
+        self._totals, self._index = totals, index
         self._num_prompt_tokens = num_prompt_tokens
         self._has_begun = False
         self._is_usage_continuous = request.include_continuous_usage
@@ -113,8 +132,8 @@ class ChatChunks:
             chunks.append(self._chunk({"content": delta.text}, logprobs))
         if delta.finish_reason is not None:
             chunks.append(self._chunk({}, None, delta.finish_reason))
-            if self._request.include_usage:
-                totals = usage(self._num_prompt_tokens, delta.num_tokens)
+            totals = self._totals.ended(delta.num_tokens)
+            if totals is not None and self._request.include_usage:
                 chunks.append({**self._fields, "choices": [], "usage": totals})
         return chunks
 
@@ -125,7 +144,7 @@ class ChatChunks:
         finish_reason: str | None = None,
     ) -> JsonObject:
         choice = {
-            "index": 0,
+            "index": self._index,
             "delta": message,
             "logprobs": logprobs,
             "finish_reason": finish_reason,

@@ -10,23 +10,30 @@ from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import Integer, Sampling, no_unicode
+from serve_app.protocol.choices import ChoiceSampling, StreamUsage
+from serve_app.protocol.fields import Integer, no_unicode
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
 from serve_app.protocol.text import TextDelta, TokenScore
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
+"""Answers to all prompts together."""
 
 Prompt = str | list[int]
 
 
-class CompletionRequest(Sampling):
+class CompletionRequest(ChoiceSampling):
     """`POST /v1/completions`. `prompts` is the field `prompt`, always as a list."""
 
     prompts: list[Any] = Field(alias="prompt")
     echo: bool = False
     """Puts the prompt's text before the answer's."""
     logprobs: Integer | None = Field(default=None, ge=0, le=20)
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        return 0 if self.logprobs is None and self.best_of else self.logprobs
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -45,6 +52,15 @@ class CompletionRequest(Sampling):
         return [_text(each) if isinstance(each, str) else list(map(int, each)) for each in prompts]
 
     @model_validator(mode="after")
+    def _few_answers(self) -> "CompletionRequest":
+        if self.num_answers * len(self.prompts) > MAX_PROMPTS:
+            raise InvalidRequest(
+                f"`n` (or `best_of`) times the number of prompts may be {MAX_PROMPTS} at most.",
+                param="best_of" if self.is_ranked else "n",
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_prompt_logprobs(self) -> "CompletionRequest":
         if self.echo and self.logprobs is not None:
             raise InvalidRequest(
@@ -57,7 +73,8 @@ class CompletionRequest(Sampling):
 class CompletionResponse:
     """Makes the response to one request: the whole body, or its chunks.
 
-    `echoes` has the text that goes before each answer. Choice `index` answers prompt `index`.
+    `echoes` has the text that goes before the answers to each prompt. With `n` choices to each
+    prompt, choice `index` answers prompt `index // n`.
     """
 
     def __init__(
@@ -71,9 +88,8 @@ class CompletionResponse:
         """`num_prompt_tokens` has the number of each prompt."""
         self._request, self._names = request, names
         self._num_prompt_tokens = num_prompt_tokens
-        self._echoes = list(echoes)
-        self._num_running = len(echoes)
-        self._num_tokens = 0
+        self._echoes = [echo for echo in echoes for _ in range(request.n)]
+        self._totals = StreamUsage(sum(num_prompt_tokens), len(self._echoes))
         self._fields: JsonObject = {
             "id": f"cmpl-{metadata.id}",
             "object": "text_completion",
@@ -82,30 +98,30 @@ class CompletionResponse:
         }
 
     def body(self, wholes: Sequence[TextDelta]) -> JsonObject:
-        """All answers, in the order of the prompts, as one `text_completion` object."""
+        """All answers that were generated, in the order of the prompts, as one object."""
         totals = usage(sum(self._num_prompt_tokens), sum(whole.num_tokens for whole in wholes))
-        choices = [self._choice(index, whole) for index, whole in enumerate(wholes)]
+        chosen = self._request.chosen(wholes)
+        choices = [self._choice(index, whole) for index, whole in enumerate(chosen)]
         return {**self._fields, "choices": choices, "usage": totals}
 
     def chunks(self, index: int, delta: TextDelta) -> list[JsonObject]:
-        """The chunks for a delta of prompt `index`.
+        """The chunks for a delta of choice `index`.
 
-        With `include_usage` the usage of all prompts follows the end of the last answer; with
-        `continuous_usage_stats` each chunk has the usage of its own prompt so far.
+        With `include_usage` the usage of all choices follows the end of the last one; with
+        `continuous_usage_stats` each chunk has the usage of its own choice so far.
         """
         chunks = []
         extra: JsonObject = {"usage": None} if self._request.include_usage else {}
         if self._request.include_continuous_usage:
-            extra = {"usage": usage(self._num_prompt_tokens[index], delta.num_tokens)}
+            num_prompt_tokens = self._num_prompt_tokens[index // self._request.n]
+            extra = {"usage": usage(num_prompt_tokens, delta.num_tokens)}
         if delta.text or delta.scores or delta.finish_reason or self._echoes[index]:
             choice = self._choice(index, delta)
             self._echoes[index] = ""
             chunks.append({**self._fields, "choices": [choice], **extra})
         if delta.finish_reason is not None:
-            self._num_running -= 1
-            self._num_tokens += delta.num_tokens
-            if extra and not self._num_running:
-                totals = usage(sum(self._num_prompt_tokens), self._num_tokens)
+            totals = self._totals.ended(delta.num_tokens)
+            if extra and totals is not None:
                 chunks.append({**self._fields, "choices": [], "usage": totals})
         return chunks
 

@@ -22,14 +22,14 @@ IGNORED = frozenset(
 Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 """Field to the values that pass, and the reason why another value is refused."""
 
-_ONE = "one answer is generated for each prompt; send the request again for another"
+_ONE = "this route gives one answer; use /v1/chat/completions or /v1/completions"
 _NO_TOOLS = "tool calls are not supported"
 _NO_BEAMS = "there is no beam search"
 _NEW_NAME = "use `structured_outputs`"
 
 OPENAI: Unsupported = {
     "audio": ((), "there is no audio"),
-    "best_of": ((1,), "one answer is generated for each prompt"),
+    "best_of": ((1,), _ONE),
     "function_call": (("none", "auto"), _NO_TOOLS),
     "functions": (([],), _NO_TOOLS),
     "modalities": ((["text"],), "answers are text"),

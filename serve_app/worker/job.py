@@ -97,26 +97,23 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
 
 
 def num_prompts(job: dict[str, Any]) -> int:
-    """How many prompts the list in `job` has, whatever its shape; 1 without a list."""
+    """How many prompts the list in `job` has, whatever its shape; 1 without a list.
+
+    A prompt with several answers counts as several.
+    """
     given = job.get("input")
     if not isinstance(given, dict):
         return 1
-    bodies = [given, *(given.get(name) for name in ("openai_input", "data", "body"))]
-    lists = [
-        body.get(name)
-        for body in bodies
-        if isinstance(body, dict)
-        for name in ("prompts", "items", "prompt")
-    ]
+    inner = (given.get(name) for name in ("openai_input", "data", "body"))
+    bodies: list[dict[str, Any]] = [each for each in (given, *inner) if isinstance(each, dict)]
+    lists = [body.get(name) for body in bodies for name in ("prompts", "items", "prompt")]
     # A list of integers is one prompt as token ids.
-    return max(
-        (
-            len(each)
-            for each in lists
-            if isinstance(each, list) and each and type(each[0]) is not int
-        ),
-        default=1,
-    )
+    lengths = [
+        len(each) for each in lists if isinstance(each, list) and each and type(each[0]) is not int
+    ]
+    counts = [body.get(name) for body in bodies for name in ("n", "best_of")]
+    answers = [count for count in counts if type(count) is int and count > 1]
+    return max(lengths, default=1) * max(answers, default=1)
 
 
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:

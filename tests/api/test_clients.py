@@ -100,7 +100,7 @@ def test_bad_requests_reach_the_client_with_their_param(endpoint: Endpoint) -> N
         with pytest.raises(openai.BadRequestError) as bad:
             client.chat.completions.create(model="tiny", messages=HELLO, temperature=2.1)
         with pytest.raises(openai.BadRequestError) as tools:
-            client.chat.completions.create(model="tiny", messages=HELLO, n=2)
+            client.chat.completions.create(model="tiny", messages=HELLO, n=129)
         with pytest.raises(openai.NotFoundError) as model:
             client.chat.completions.create(model="gpt-5", messages=HELLO)
     assert [bad.value.param, tools.value.param, model.value.param] == ["temperature", "n", "model"]

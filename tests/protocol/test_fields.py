@@ -115,7 +115,7 @@ def test_unsupported_fields_are_refused_by_name(name: str) -> None:
         dict.fromkeys(IGNORED, "anything"),
         dict.fromkeys(UNSUPPORTED),
         {"max_tokens": None, "stop": None, "temperature": None, "logit_bias": None},
-        {"n": 1.0, "best_of": 1, "length_penalty": 1.0, "use_beam_search": False},
+        {"n": 1.0, "best_of": None, "length_penalty": 1.0, "use_beam_search": False},
         {"parallel_tool_calls": True, "tool_choice": "auto", "reasoning_effort": "none"},
         {"echo": False, "add_generation_prompt": True, "continue_final_message": False},
         {"logprobs": False, "top_logprobs": 0, "top_k": 0, "seed": None},
@@ -127,10 +127,31 @@ def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
     assert ChatRequest.read(given).model_dump() == ChatRequest.read(plain).model_dump()
 
 
-@pytest.mark.parametrize(("name", "value"), [("n", True), ("n", 2), ("n", 1.5), ("n", "1")])
-def test_only_one_answer(name: str, value: Any) -> None:
-    """`n` may be the number 1 only: neither 2, nor true, which equals 1 in Python."""
+@pytest.mark.parametrize("name", ["n", "best_of"])
+@pytest.mark.parametrize("value", [True, 0, 1.5, "1", 129])
+def test_numbers_of_answers_are_small_integers(name: str, value: Any) -> None:
+    """`n` and `best_of` are from 1 to 128, and not true, which equals 1 in Python."""
     assert refusal(ChatRequest, {"messages": HELLO, name: value}).param == name
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 3, "best_of": 2}, "best_of"),
+        ({"n": 2, "best_of": 3, "stream": True}, "best_of"),
+        ({"prompt": ["a"] * 129, "n": 2}, "n"),
+        ({"prompt": ["a"] * 86, "n": 2, "best_of": 3}, "best_of"),
+    ],
+)
+def test_numbers_of_answers_fit_together(fields: dict[str, Any], param: str) -> None:
+    """The best of fewer, a stream of the best, and more than 256 answers are refused."""
+    assert refusal(CompletionRequest, {"prompt": "a", **fields}).param == param
+
+
+@pytest.mark.parametrize("value", [True, 2, 1.5, "1"])
+def test_prompt_has_one_answer(value: Any) -> None:
+    """`/prompt` takes the number 1 only."""
+    assert refusal(PromptRequest, {"prompt": "a", "n": value}).param == "n"
 
 
 def test_an_unknown_field_is_named_safely() -> None:

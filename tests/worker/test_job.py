@@ -6,7 +6,7 @@ import pytest
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import Call
-from serve_app.worker.job import JobRequest, parse
+from serve_app.worker.job import JobRequest, num_prompts, parse
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
 
@@ -137,3 +137,19 @@ def test_other_behaviour_of_older_workers_is_refused(field: str) -> None:
     with pytest.raises(InvalidRequest, match=f"`{field}` can only be") as caught:
         parsed({"prompt": "Hi", field: field == "refresh_worker"})
     assert caught.value.param == field
+
+
+@pytest.mark.parametrize(
+    ("given", "count"),
+    [
+        ({"prompt": "x"}, 1),
+        ({"prompts": ["a", "b", "c"]}, 3),
+        ({"openai_route": "/v1/completions", "openai_input": {"prompt": ["a", "b"], "n": 4}}, 8),
+        ({"route": "/v1/completions", "body": {"prompt": [1, 2, 3], "best_of": 5, "n": 2}}, 5),
+        ({"openai_input": {**CHAT, "n": True}}, 1),
+        ({"openai_input": {**CHAT, "n": "many"}}, 1),
+    ],
+)
+def test_a_job_counts_its_prompts_and_their_answers(given: Any, count: int) -> None:
+    """The worker takes jobs by the prompts and the answers to each that they contain."""
+    assert num_prompts({"input": given}) == count

@@ -1,0 +1,84 @@
+"""Several answers to one prompt: the fields `n` and `best_of`, and which answers are returned.
+
+Protocol: https://platform.openai.com/docs/api-reference/completions.
+"""
+
+from collections.abc import Sequence
+
+from pydantic import Field, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.fields import Integer, Sampling
+from serve_app.protocol.response import usage
+from serve_app.protocol.text import TextDelta
+
+MAX_CHOICES = 128
+
+
+class ChoiceSampling(Sampling):
+    """The sampling fields of the routes that may give several answers to one prompt.
+
+    With a `seed`, answer i has the seed `seed + i`, as in vLLM.
+    """
+
+    n: Integer = Field(default=1, ge=1, le=MAX_CHOICES)
+    """Choices for each prompt."""
+    best_of: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
+    """Generates this many answers to each prompt; the `n` best are returned, the best first."""
+
+    @property
+    def num_answers(self) -> int:
+        """Answers that are generated for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether some of the answers are not returned, so that log probabilities are needed."""
+        return self.best_of is not None and self.best_of > self.n
+
+    @model_validator(mode="after")
+    def _best_of_fits(self) -> "ChoiceSampling":
+        if self.best_of is None:
+            return self
+        if self.best_of < self.n:
+            raise InvalidRequest("`best_of` should not be smaller than `n`.", param="best_of")
+        if self.best_of > self.n and self.stream:
+            raise InvalidRequest(
+                "`best_of` above `n` cannot be streamed: the best answers are known at the end.",
+                param="best_of",
+            )
+        return self
+
+    def chosen(self, wholes: Sequence[TextDelta]) -> list[TextDelta]:
+        """The choices among `num_answers` whole answers to each prompt, in the prompts' order.
+
+        The best answers have the highest mean log probability of a token.
+        """
+        if self.best_of is None:
+            return list(wholes)
+        size = self.best_of
+        groups = [wholes[start : start + size] for start in range(0, len(wholes), size)]
+        best = [sorted(group, key=_mean_logprob, reverse=True)[: self.n] for group in groups]
+        return [whole for group in best for whole in group]
+
+
+def _mean_logprob(whole: TextDelta) -> float:
+    if not whole.scores:
+        return float("-inf")
+    return sum(score.logprob for score in whole.scores) / len(whole.scores)
+
+
+class StreamUsage:
+    """Counts the tokens of the answers of one streamed request."""
+
+    def __init__(self, num_prompt_tokens: int, num_answers: int) -> None:
+        """`num_prompt_tokens` has each prompt once, whatever the number of its answers."""
+        self._num_prompt_tokens = num_prompt_tokens
+        self._num_running = num_answers
+        self._num_tokens = 0
+
+    def ended(self, num_tokens: int) -> dict[str, int] | None:
+        """Counts an answer that has ended; returns the whole usage if it was the last one."""
+        self._num_running -= 1
+        self._num_tokens += num_tokens
+        return None if self._num_running else usage(self._num_prompt_tokens, self._num_tokens)

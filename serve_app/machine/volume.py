@@ -25,17 +25,20 @@ def volume_folder(chosen: str | None) -> Path:
 
 
 def is_mounted(folder: Path) -> bool:
-    """Whether `folder` exists and lies on a mount other than the root file system."""
+    """Whether `folder` lies on a mount other than the root file system.
+
+    A folder that does not exist yet lies where it would be made.
+    """
     points = _mount_points()
     folder = Path(os.path.realpath(folder))
     above = (folder, *folder.parents)
-    return os.path.isdir(folder) and next(each for each in above if each in points) != ROOT
+    is_file = os.path.exists(folder) and not os.path.isdir(folder)
+    return not is_file and next(each for each in above if each in points) != ROOT
 
 
 def write_problem(folder: Path) -> str | None:
     """Why nothing can be written to `folder` or where it would be made; None where it can be."""
-    above = (folder, *folder.absolute().parents)
-    existing = next(each for each in above if os.path.exists(each))  # False without permission
+    existing = nearest_existing(folder)
     try:
         # A real write: permissions are unreliable on network volumes and do not bind root.
         with tempfile.TemporaryFile(dir=existing) as file:
@@ -43,6 +46,12 @@ def write_problem(folder: Path) -> str | None:
     except OSError as error:
         return f"{existing} cannot be written by user {os.getuid()} ({error.strerror})"
     return None
+
+
+def nearest_existing(folder: Path) -> Path:
+    """`folder`, or the nearest folder above it that this user sees."""
+    above = (folder, *folder.absolute().parents)
+    return next(each for each in above if os.path.exists(each))  # False without permission
 
 
 def volume_problem(folder: Path) -> str | None:

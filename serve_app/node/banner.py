@@ -13,7 +13,12 @@ from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.machine.gpus import MIB, NoGpus, query_gpus
-from serve_app.machine.volume import is_mounted, volume_folder, write_problem
+from serve_app.machine.volume import (
+    is_mounted,
+    nearest_existing,
+    volume_folder,
+    write_problem,
+)
 
 RULE = "=" * 72
 LOOPBACK = ("127.", "localhost", "::1")
@@ -64,7 +69,7 @@ def volume(folder: Path) -> str:
     """Whether the network volume is mounted and can be written."""
     if not is_mounted(folder):
         return f"none is mounted at {folder}; what this container downloads is lost with it"
-    free_gb = shutil.disk_usage(folder).free / 1e9
+    free_gb = shutil.disk_usage(nearest_existing(folder)).free / 1e9
     access = write_problem(folder) or "it can be written"
     return f"{folder} is mounted, {free_gb:.0f} GB free; {access}"
 

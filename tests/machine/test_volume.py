@@ -79,12 +79,24 @@ def test_the_first_place_that_is_mounted_is_taken(tmp_path: Path) -> None:
 
 
 def test_a_chosen_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    """`runpod.volume` is the folder; one that is missing is not mounted."""
+    """`runpod.volume` is the folder; one that will be made is mounted if what is above it is."""
     assert volume_folder(str(tmp_path)) == tmp_path
-    assert not is_mounted(tmp_path / "absent")
     with mounted_folder() as folder:
         assert is_mounted(folder)
-        assert not is_mounted(folder / "absent")
+        assert is_mounted(folder / "team" / "models")
+        assert write_problem(folder / "team" / "models") is None
+        (file := folder / "file").touch()
+        assert not is_mounted(file)
+
+
+@needs_mounts
+def test_a_folder_that_will_be_made_on_a_volume(tmp_path: Path) -> None:
+    """The first worker finds no folder yet; one beside the volume is none."""
+    mount = f"mount -t tmpfs none {tmp_path}"
+    _, mounted, words = in_namespace(mount, str(tmp_path / "team"))
+    assert mounted
+    assert "it can be written" in words
+    assert not in_namespace("true", str(tmp_path / "team"))[1]
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

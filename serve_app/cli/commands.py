@@ -125,6 +125,28 @@ def batch(
 
 
 @app.command()
+def quality(
+    config: Config,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="[TEXT ...]", help="Text files; a text of this package if none."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE too.")
+    ] = None,
+) -> None:
+    """Measure what 4 bits cost: CONFIG's model as it is served, against floats in transformers.
+
+    Prints perplexity, divergence of next-token distributions, and how often the best token is the
+    same, also for transformers with bitsandbytes. Floats that do not fit on the GPU are put into
+    memory and files, which is slow; TMPDIR names the folder for them.
+    """
+    from serve_app.cli import quality
+
+    quality.run(config, texts or [], out)
+
+
+@app.command()
 def chat(
     url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
     model: Annotated[

@@ -10,7 +10,7 @@ Show = Callable[[int, int, str], None]
 @contextmanager
 def files(title: str) -> Iterator[Show]:
     """Shows progress that is counted in files, a line for each."""
-    with _shown(title, "files", lambda done, total: True) as show:
+    with _shown(title, "files", "", lambda done, total: True) as show:
         yield show
 
 
@@ -24,18 +24,20 @@ def items(title: str, noun: str) -> Iterator[Show]:
         before, shown = shown, 20 * done // max(total, 1)
         return shown != before
 
-    with _shown(title, noun, is_new_twentieth) as show:
+    with _shown(title, noun, f"{title}: ", is_new_twentieth) as show:
         yield show
 
 
 @contextmanager
-def _shown(title: str, noun: str, has_line: Callable[[int, int], bool]) -> Iterator[Show]:
+def _shown(
+    title: str, noun: str, prefix: str, has_line: Callable[[int, int], bool]
+) -> Iterator[Show]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     def print_line(done: int, total: int, name: str) -> None:
         if has_line(done, total):
-            print(f"{done} of {total} {noun}{f': {name}' if name else ''}", flush=True)
+            print(f"{prefix}{done} of {total} {noun}{f': {name}' if name else ''}", flush=True)
 
     console = Console()
     if not console.is_terminal:

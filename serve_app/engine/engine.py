@@ -49,6 +49,8 @@ class Engine:
 
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
+        self.runner = runner
+        """For the engine's thread alone until `stop` has returned."""
         self._vocab_size = runner.vocab_size
         self._requests = RequestQueue(config.max_num_seqs, config.max_waiting, config.retry_after_s)
         self.require_room = self._requests.require_room

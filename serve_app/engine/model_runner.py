@@ -123,18 +123,23 @@ class ModelRunner:
         return self._last
 
     @torch.inference_mode()
+    def prefill_logits(self, batch: Batch) -> Tensor:
+        """Float32 `[sampled, vocab]`, computed as prefill chunks are, and as decodes on a CPU."""
+        if self._cpu_step is not None:
+            return self._cpu_step.logits(batch)
+        logits: Tensor = self.model(batch, self.cache)
+        return logits
+
+    @torch.inference_mode()
     def clear_blocks(self, blocks: list[int]) -> None:
         self.cache.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
         """Float32 `[sampled, vocab]`, in the order of `scheduled`."""
         batch = self._batch(scheduled)
-        if self._cpu_step is not None:
-            return self._cpu_step.logits(batch)
         if self._gpu_step is not None and all(part.num_tokens == 1 for part in scheduled):
             return self._gpu_step.decode(batch)[batch.sample_rows]
-        logits: Tensor = self.model(batch, self.cache)
-        return logits
+        return self.prefill_logits(batch)
 
     def _batch(self, scheduled: list[ScheduledTokens]) -> Batch:
         size = self._block_size

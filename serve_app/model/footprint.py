@@ -21,6 +21,20 @@ def parameters(config: MixtralConfig) -> dict[str, int]:
     return counts
 
 
+def num_quantized(
+    config: MixtralConfig, quantize_lm_head: bool, float_modules: frozenset[str] = frozenset()
+) -> int:
+    """Number of parameters in 4 bits where experts and attention are, save `float_modules`."""
+    count = 0
+    for module_weight in module_weights(config):
+        for weight in module_weight.weights:
+            in_4_bits = quantize_lm_head and weight.name == LM_HEAD
+            if weight.is_quantized:
+                in_4_bits = weight.module not in float_modules
+            count += in_4_bits * prod(weight.shape)
+    return count
+
+
 def weight_bytes(
     config: MixtralConfig,
     item_bytes: int,

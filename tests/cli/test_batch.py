@@ -58,7 +58,7 @@ def test_a_batch_is_answered_and_continued(
     assert results(out)[:5] == first
     assert {each["custom_id"] for each in results(out)[5:]} == {"more", "bad"}
     output = capsys.readouterr().out
-    assert output.startswith("5 of 7 requests")
+    assert output.startswith("Answering: 5 of 7 requests")
     assert output.splitlines()[-1] == f"{out}: 6 answered, 1 failed."
 
 

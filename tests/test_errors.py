@@ -4,6 +4,8 @@ import json
 import pickle
 
 import pytest
+from anthropic.types.shared import ErrorResponse
+from pydantic import TypeAdapter
 
 from serve_app import errors
 from serve_app.errors import ServeError, as_serve_error, error_body
@@ -86,6 +88,50 @@ def test_each_error_says_what_the_table_says(
         "retry": retry,
         "request_id": "req-1",
     }
+
+
+ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    405: "invalid_request_error",
+    408: "invalid_request_error",
+    413: "request_too_large",
+    415: "invalid_request_error",
+    429: "rate_limit_error",
+    500: "api_error",
+    504: "timeout_error",
+}
+
+
+@pytest.mark.parametrize("row", TABLE, ids=lambda row: row[0])
+def test_errors_of_the_messages_api_have_anthropics_shape(row: tuple[str, int, str]) -> None:
+    """The type is Anthropic's for the status; our fields of the error stay, as jobs need them."""
+    name, status, type_ = row[:3]
+    error = getattr(errors, name)("Do this.")
+    body = error_body(error, "req-1", "/v1/messages")
+    overloaded = "overloaded_error" if type_ == "overloaded_error" else "api_error"
+    expected = ANTHROPIC_TYPES.get(status, overloaded)
+    fields = error_body(error, "req-1")["error"] | {"type": expected}
+    assert body == {"type": "error", "request_id": "req-1", "error": fields}
+    if expected != "request_too_large":  # documented, and not in the package
+        TypeAdapter(ErrorResponse).validate_python(body)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("/v1/messages", True),
+        ("/v1/messages/count_tokens", True),
+        ("/prefix/v1/messages", True),
+        ("/v1/messages2", False),
+        ("/v1/chat/completions", False),
+        ("", False),
+    ],
+)
+def test_the_shape_follows_the_path(path: str, expected: bool) -> None:
+    """Paths of the Messages API, whatever they are mounted at, and no others."""
+    assert ("type" in error_body(errors.QueueFull("Later."), "r", path)) is expected
 
 
 def test_the_table_is_complete() -> None:

@@ -85,5 +85,6 @@ class Answer:
                 whole.tool_calls += delta.tool_calls
                 whole.finish_reason = delta.finish_reason
                 whole.num_tokens = delta.num_tokens
+                whole.stop = delta.stop
         whole.text = "".join(texts)
         return whole

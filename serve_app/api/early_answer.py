@@ -62,5 +62,5 @@ def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError
     request_id, headers = ingress.request_id_of(request)
     known = server.failure(error, request_id)
     headers = {ingress.CLIENT_ID: request.headers.get(ingress.CLIENT_ID, request_id)} | headers
-    body = error_body(known, request_id)
+    body = error_body(known, request_id, request.scope["path"])
     return JSONResponse(body, known.http_status, headers | known.headers)

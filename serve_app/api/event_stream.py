@@ -16,7 +16,7 @@ between two comments. Proxies close connections that are silent for 30 to 100 s.
 
 
 class EventStream(StreamingResponse):
-    """Response chunks as server-sent events, then `[DONE]`, or the error as the last event.
+    """Response chunks as server-sent events, then `end`, or the error as the last event.
 
     However it ends, it closes the chunks, which cancels the request.
     """
@@ -26,8 +26,10 @@ class EventStream(StreamingResponse):
         chunks: AsyncGenerator[JsonObject, None],
         error_body: Callable[[Exception], ErrorBody],
         headers: dict[str, str],
+        end: bytes = sse.DONE,
     ) -> None:
         """`error_body` returns the body of the error that ends a stream."""
+        self._end = end
         self._chunks = chunks
         self._error_body = error_body
         self._is_over = False
@@ -73,7 +75,7 @@ class EventStream(StreamingResponse):
             return sse.event(await chunk)
         except StopAsyncIteration:
             self._is_over = True
-            return sse.DONE
+            return self._end
         except Exception as raised:
             self._is_over = True
             return sse.event(self._error_body(raised))

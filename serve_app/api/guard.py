@@ -141,7 +141,7 @@ class _Exchange:
         """Sends `error` in the place of the application's response."""
         request_id = uuid.uuid4().hex
         headers = {"x-mixtral-request-id": request_id}
-        body = error_body(error, request_id)
+        body = error_body(error, request_id, self._scope.get("path", ""))
         response = JSONResponse(body, error.http_status, headers)
         await response(self._scope, self._receive, self.send)
         self._is_refused = True

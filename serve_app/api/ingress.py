@@ -26,7 +26,7 @@ from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.config.sections import ApiSettings
-from serve_app.errors import InvalidApiKey, error_body
+from serve_app.errors import InvalidApiKey, error_body, is_messages
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ CLIENT_LEFT = 499
 """nginx's status in access logs for a client that closed its connection."""
 CLIENT_ID = "x-request-id"
 OUR_ID = "x-mixtral-request-id"
+ANTHROPIC_ID = "request-id"
+"""Where Anthropic's clients look for the id of a request."""
 
 _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -91,14 +93,17 @@ class Endpoint:
     def __init__(self, get_server: GetServer, route: routes.Route | None = None) -> None:
         self._get_server = get_server
         self._route = route
+        self._is_messages = route is not None and is_messages(route.path)
 
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
         arrived: float = request.scope[ARRIVED]
         request_id, headers = request_id_of(request)
+        if self._is_messages:
+            headers[ANTHROPIC_ID] = request_id
+        path = path_of(request.scope)
         try:
-            path = path_of(request.scope)
             route = self._route or routes.find(path)
             if server.settings.api.keys is not None and (route is None or route.needs_key):
                 check_key(request, server.settings.api)
@@ -112,25 +117,33 @@ class Endpoint:
             method = "GET" if request.method == "HEAD" else request.method
             call = Call(method, path, body, request_id, arrived)
             reply = await server.answer(call, self._route)
-            return await _response(reply, server, request_id, headers)
+            return await _response(reply, server, call, self._route, headers)
         except ClientDisconnect:
             log.debug("request %s: the client left before its body was here", request_id)
             return Response(status_code=CLIENT_LEFT)
         except Exception as raised:
             error = server.failure(raised, request_id)
             headers |= error.headers
-            return JSONResponse(error_body(error, request_id), error.http_status, headers)
+            body = error_body(error, request_id, path)
+            return JSONResponse(body, error.http_status, headers)
 
 
 async def _response(
-    reply: Reply, server: "MixtralServer", request_id: str, headers: dict[str, str]
+    reply: Reply,
+    server: "MixtralServer",
+    call: Call,
+    route: routes.Route | None,
+    headers: dict[str, str],
 ) -> Response:
     match reply:
         case StreamReply(chunks):
+            assert route is not None
+            request_id = call.request_id
             stream = EventStream(
                 chunks,
-                lambda error: error_body(server.failure(error, request_id), request_id),
+                lambda error: error_body(server.failure(error, request_id), request_id, call.path),
                 headers,
+                route.stream_end,
             )
             await stream.begin()
             return stream
@@ -171,12 +184,20 @@ def path_of(scope: Scope) -> str:
 
 
 def check_key(request: HTTPConnection, settings: ApiSettings) -> None:
-    """Raises `InvalidApiKey` where the request has none of the keys as its bearer token."""
+    """Raises `InvalidApiKey` where the request has none of the keys.
+
+    A key comes as bearer token or, as Anthropic's clients send it, in `x-api-key`; the token counts
+    where a request has both.
+    """
     assert settings.keys is not None
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    given = given.strip() if scheme.lower() == "bearer" else ""
+    if scheme.lower() != "bearer":
+        given = request.headers.get("x-api-key", "")
+    given = given.strip()
     keys = [key.strip() for key in settings.keys.get_secret_value().split(",") if key.strip()]
     # Every key is compared, each in constant time, so that the time reveals no key.
     matches = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in keys]
     if not any(matches):
-        raise InvalidApiKey("Send a valid API key as `Authorization: Bearer <key>`.")
+        raise InvalidApiKey(
+            "Send a valid API key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
+        )

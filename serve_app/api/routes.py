@@ -8,8 +8,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from serve_app.api import chat, completions, prompt, status, tokens
+from serve_app.api import chat, completions, messages, prompt, status, tokens
 from serve_app.errors import MethodNotAllowed, RouteNotFound
+from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
 from serve_app.protocol.fields import printable
 
@@ -35,6 +36,8 @@ class Route:
     """Whether its requests take a place in the engine's queue, and are refused when it is full."""
     is_open_before_load: bool = False
     """Whether a worker answers it before its model is loaded, with fewer fields."""
+    stream_end: bytes = sse.DONE
+    """What follows a stream's last response chunk, as server-sent events."""
 
     @property
     def allow(self) -> str:
@@ -52,6 +55,8 @@ ROUTES = (
     Route("GET", "/tokenizer_info", tokens.tokenizer_info),
     Route("POST", "/v1/chat/completions", chat.create, generates=True),
     Route("POST", "/v1/completions", completions.create, generates=True),
+    Route("POST", "/v1/messages", messages.create, generates=True, stream_end=b""),
+    Route("POST", "/v1/messages/count_tokens", messages.count_tokens),
     Route("POST", "/prompt", prompt.create, generates=True),
     Route("POST", "/tokenize", tokens.tokenize),
     Route("POST", "/detokenize", tokens.detokenize),

@@ -129,7 +129,7 @@ class MixtralServer:
                             yield {"chunk": chunk}
         except Exception as raised:
             error = self.failure(raised, request_id)
-            yield {"status": error.http_status, "error": error_body(error, request_id)}
+            yield {"status": error.http_status, "error": error_body(error, request_id, path)}
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
         """The error that the client gets for any exception; counts it, and logs it once."""

@@ -92,8 +92,9 @@ class HealthServer:
 
     def _route(self, method: bytes, path: bytes) -> tuple[HTTPStatus, Any]:
         if path not in (b"/ping", b"/health"):
-            message = "The model is not ready to answer here; see /health, and try again."
-            return HTTPStatus.SERVICE_UNAVAILABLE, error_body(Loading(message), uuid.uuid4().hex)
+            error = Loading("The model is not ready to answer here; see /health, and try again.")
+            body = error_body(error, uuid.uuid4().hex, path.decode("latin-1"))
+            return HTTPStatus.SERVICE_UNAVAILABLE, body
         if method not in (b"GET", b"HEAD"):
             return HTTPStatus.METHOD_NOT_ALLOWED, {}
         health = self._health()

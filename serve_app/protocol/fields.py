@@ -1,7 +1,7 @@
 """Request bodies: how every body is validated, and the sampling fields that several routes take.
 
 Field names and defaults are OpenAI's, and vLLM's for fields that OpenAI does not have. Every field
-of a request is used, ignored (`unsupported.IGNORED`) or refused by name.
+of a request is used, ignored (`Body.IGNORED`) or refused by name.
 """
 
 import re
@@ -21,7 +21,12 @@ from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.grammar_source import GrammarSource, ResponseFormat, StructuredOutputs
-from serve_app.protocol.unsupported import IGNORED, UNSUPPORTED, check_is_neutral
+from serve_app.protocol.unsupported import (
+    IGNORED,
+    UNSUPPORTED,
+    Unsupported,
+    check_is_neutral,
+)
 
 MAX_STOP_CHARS = 500
 MAX_BIASES = 1024
@@ -52,6 +57,10 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
 
+    IGNORED: ClassVar[frozenset[str]] = IGNORED
+    UNSUPPORTED: ClassVar[Unsupported] = UNSUPPORTED
+    """The fields of the API at this route that pass with any value, or with some."""
+
     model: Text | None = None
     """A served name; None means the first one."""
 
@@ -62,11 +71,11 @@ class Body(BaseModel):
             raise InvalidRequest("The body must be a JSON object.")
         used = {}
         for name, value in body.items():
-            if value is None or name in IGNORED:
+            if value is None or name in cls.IGNORED:
                 continue
-            if name in cls.model_fields or name not in UNSUPPORTED:
+            if name in cls.model_fields or name not in cls.UNSUPPORTED:
                 used[name] = value
-            elif (reason := check_is_neutral(name, value)) is not None:
+            elif (reason := check_is_neutral(cls.UNSUPPORTED, name, value)) is not None:
                 raise InvalidRequest(f"`{name}` is not supported: {reason}.", param=name)
         try:
             return cls.model_validate(used)
@@ -187,6 +196,22 @@ class Sampling(Body):
                 f"`min_tokens` should not be larger than `{field}`.", param="min_tokens"
             )
         return self
+
+
+class AdaptedSampling(Sampling):
+    """The sampling fields of a request of another API, under the names that they have here."""
+
+    source: GrammarSource | None = None
+    limit_field: str = "max_tokens"
+    """The request's own name of `max_tokens`."""
+
+    @property
+    def grammar(self) -> GrammarSource | None:
+        return self.source
+
+    @property
+    def limit(self) -> tuple[int | None, str]:
+        return self.max_tokens, self.limit_field
 
 
 def no_unicode(field: str) -> InvalidRequest:

@@ -50,13 +50,13 @@ class ResponseFormat(_Strict):
     def source(self) -> GrammarSource:
         """The grammar of a type other than `text`. Raises `InvalidRequest`."""
         if self.type == "json_object":
-            return _schema({"type": "object"}, "response_format")
+            return schema_source({"type": "object"}, "response_format")
         if self.json_schema is None:
             raise InvalidRequest(
                 "`response_format.json_schema` is required with the type `json_schema`.",
                 param="response_format.json_schema",
             )
-        return _schema(self.json_schema.schema_, "response_format.json_schema.schema")
+        return schema_source(self.json_schema.schema_, "response_format.json_schema.schema")
 
 
 class StructuredOutputs(_Strict):
@@ -91,11 +91,12 @@ class StructuredOutputs(_Strict):
         if self.grammar is not None:
             return _checked("lark", self.grammar, "structured_outputs.grammar")
         if self.json_ is None:
-            return _schema({"type": "object"}, "structured_outputs.json_object")
-        return _schema(self.json_, "structured_outputs.json")
+            return schema_source({"type": "object"}, "structured_outputs.json_object")
+        return schema_source(self.json_, "structured_outputs.json")
 
 
-def _schema(schema: dict[str, Any] | bool | str, field: str) -> GrammarSource:
+def schema_source(schema: dict[str, Any] | bool | str, field: str) -> GrammarSource:
+    """The grammar of a JSON schema, which came in `field`. Raises `InvalidRequest`."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)

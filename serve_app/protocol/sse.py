@@ -1,4 +1,7 @@
-"""Server-sent events as OpenAI's clients read them: one `data:` line and a blank line each.
+"""Server-sent events as clients read them: one `data:` line and a blank line each.
+
+A response chunk with a `type`, as the Messages and Responses APIs have them, is an event of that
+name: an `event:` line comes first.
 
 HTTP writes the bytes to the socket; RunPod's OpenAI gateway passes them on as text.
 Format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
@@ -10,7 +13,8 @@ from typing import Any
 import orjson
 
 DONE = b"data: [DONE]\n\n"
-"""The last event of a complete stream. A stream that fails ends without it."""
+"""The last event of a complete stream of chunks without a `type`. A stream that fails ends without
+it, and so does one of typed events, the last of which says that it is complete."""
 
 KEEP_ALIVE = b": waiting\n\n"
 """A comment, which clients read over."""
@@ -31,4 +35,6 @@ def event(chunk: Mapping[str, Any]) -> bytes:
     if not line.isascii():
         for char, escaped in _LINE_ENDS:
             line = line.replace(char, escaped)
-    return b"data: %b\n\n" % line
+    kind = chunk.get("type")
+    name = b"" if kind is None else b"event: %b\n" % str(kind).encode()
+    return b"%bdata: %b\n\n" % (name, line)

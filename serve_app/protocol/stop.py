@@ -19,8 +19,8 @@ class StopStrings:
         """The last text, which may belong to a stop string."""
         self._num_shown = 0
         """Characters at the beginning of `_held` that were returned already."""
-        self.found = False
-        """True once a stop string is complete; later text is dropped."""
+        self.found: str | None = None
+        """The stop string that is complete; later text is dropped."""
 
     def pass_over(self, text: str) -> str:
         """Returns text that cannot end the answer, but in which a stop string may begin.
@@ -38,8 +38,8 @@ class StopStrings:
         if self.found or not self._stops:
             return "" if self.found else text
         text = self._held + text
-        if (cut := self._first_stop(text)) is not None:
-            self.found, self._held = True, ""
+        if (first := self._first_stop(text)) is not None:
+            (cut, self.found), self._held = first, ""
             return text[self._num_shown : cut]
         kept = len(text) - self._num_held(text)
         self._held, num_shown = text[kept:], self._num_shown
@@ -52,15 +52,15 @@ class StopStrings:
         self._num_shown = 0
         return held
 
-    def _first_stop(self, text: str) -> int | None:
-        """The start of the stop string that is complete first in `text`; None without one."""
+    def _first_stop(self, text: str) -> tuple[int, str] | None:
+        """The stop string that is complete first in `text`, after its start; None without one."""
         found = []
         for stop in self._stops:
             # A stop string that ends in passed-over text does not count.
             at = text.find(stop, max(0, self._num_shown - len(stop) + 1))
             if at >= 0:
-                found.append((at + len(stop), at))
-        return min(found)[1] if found else None
+                found.append((at + len(stop), at, stop))
+        return min(found)[1:] if found else None
 
     def _num_held(self, text: str) -> int:
         """The length of the longest suffix of `text` that begins a stop string."""

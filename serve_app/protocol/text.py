@@ -51,6 +51,8 @@ class TextDelta:
     finish_reason: str | None = None
     num_tokens: int = 0
     """Tokens generated so far, those of a stop string included."""
+    stop: str | None = None
+    """The stop string that ended the answer."""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     """Pieces of the calls that follow the text."""
 
@@ -184,7 +186,8 @@ class TextStream:
         if scores:
             scores = [s for s in scores if takes_all or s.offset < self._num_shown]
             self._held_scores = self._held_scores[len(scores) :]
-        new = TextDelta(text, scores, finish_reason, self._num_tokens)
+        stop = self._stops.found if is_cut and self._stops is not None else None
+        new = TextDelta(text, scores, finish_reason, self._num_tokens, stop)
         if self._tool_calls is not None:
             _find_calls(new, self._tool_calls)
         return new

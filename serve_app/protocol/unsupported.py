@@ -82,9 +82,9 @@ UNSUPPORTED: Unsupported = OPENAI | VLLM
 """A route that has one of these fields itself uses it instead."""
 
 
-def check_is_neutral(name: str, value: Any) -> str | None:
-    """Why `value` of the field `name` in `UNSUPPORTED` is refused; None where it passes."""
-    neutral, reason = UNSUPPORTED[name]
+def check_is_neutral(unsupported: Unsupported, name: str, value: Any) -> str | None:
+    """Why `value` of the field `name` in `unsupported` is refused; None where it passes."""
+    neutral, reason = unsupported[name]
     # True == 1 in Python, but `"n": true` is an error.
     is_neutral = any(
         isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral

@@ -26,7 +26,7 @@ from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.client import Forward
 from serve_app.protocol.call import Call, Progress
-from serve_app.protocol.sse import DONE, event
+from serve_app.protocol.sse import event
 from serve_app.worker import job_log, progress
 from serve_app.worker.buffer import ItemBuffer
 from serve_app.worker.job import JobRequest, parse
@@ -81,7 +81,8 @@ class Handler:
             if isinstance(error, _Refused):
                 body = error.body
             else:
-                body = error_body(handle_error(error, request_id), request_id)
+                path = request.call.path if request is not None else ""
+                body = error_body(handle_error(error, request_id), request_id, path)
             job_log.failed(job_id, time.monotonic() - began, body)
             result = await _failed(request, body, posts)
         await posts.result(result)
@@ -92,7 +93,8 @@ class Handler:
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
             request = parse(job, request_id, self._max_body_bytes)
-        body = error_body(error, request_id)
+        path = request.call.path if request is not None else ""
+        body = error_body(error, request_id, path)
         job_log.failed(job.get("id"), 0.0, body)
         await posts.result(await _failed(request, body, posts))
 
@@ -181,9 +183,11 @@ class Handler:
 async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
     """Adds the model's stream to `output`. Raises what ends it early, after all that came before.
 
-    An event stream ends with [DONE], in the post of the last text if it has ended by then.
+    An event stream has its route's end, in the post of the last text if it has ended by then.
     """
-    has_done = not request.sse  # only an event stream needs one
+    route = routes.find(request.call.path)
+    end = route.stream_end if route is not None and request.sse else b""
+    has_end = not end
     async with ItemBuffer(client(request.call)) as buffer:
         while not buffer.is_over:
             batch = await buffer.take()
@@ -191,16 +195,16 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
             errors = [item["error"] for item in batch if "error" in item]
             values: list[Any]
             if request.sse:
-                has_done = buffer.is_over and not errors
-                values = merged_events(chunks, DONE if has_done else b"")
+                has_end = not end or (buffer.is_over and not errors)
+                values = merged_events(chunks, end if has_end else b"")
             else:
                 values = merged_chunks(chunks)
             for value in values:
                 await output.add(value)
             for error in errors:
                 raise _failure(error)
-    if not has_done:  # the stream ended while its last events were being posted
-        await output.add(DONE.decode())
+    if not has_end:  # the stream ended while its last events were being posted
+        await output.add(end.decode())
 
 
 def _failure(body: ErrorBody) -> Exception:

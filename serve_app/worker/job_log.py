@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from serve_app.errors import ErrorBody, InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
+from serve_app.protocol.messages_api.request import MessagesRequest
 from serve_app.protocol.prompt import PromptRequest
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 running_job: ContextVar[str | None] = ContextVar("running_job", default=None)
 """Id of the job that the current task runs."""
 
-SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest)
+SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest, MessagesRequest)
 LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
 """Names of levels that the SDK names differently."""
 

@@ -93,6 +93,8 @@ def _text_of(chunk: Chunk) -> str | None:
             field = "delta"
         case {"choices": [{"text": str(text)} as choice]}:
             field = "text"
+        case {"type": "content_block_delta", "delta": {"type": "text_delta", "text": str(text)}}:
+            return text
         case _:
             return None
     has_more = any(v is not None for k, v in choice.items() if k not in ("index", field))
@@ -103,6 +105,8 @@ def _with_text(chunk: Chunk, text: str) -> Chunk:
     """A chunk that has a text, with `text` in its place."""
     if "token" in chunk:
         return {**chunk, "token": text}
+    if "delta" in chunk:
+        return {**chunk, "delta": {**chunk["delta"], "text": text}}
     (choice,) = chunk["choices"]
     changed = {"text": text} if "text" in choice else {"delta": {"content": text}}
     return {**chunk, "choices": [{**choice, **changed}]}

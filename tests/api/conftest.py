@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -15,6 +16,7 @@ import uvicorn
 
 from serve_app.api.ingress import create_app
 from serve_app.api.server import MixtralServer
+from serve_app.config.settings import Settings
 from tests.fakes import FakeEngine, server
 
 
@@ -33,6 +35,9 @@ class Endpoint:
 
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0)
+
+    def anthropic(self, key: str = "none") -> anthropic.Anthropic:
+        return anthropic.Anthropic(base_url=self.url, api_key=key, max_retries=0)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +60,21 @@ def running() -> Iterator[Endpoint]:
 def endpoint(running: Endpoint) -> Endpoint:
     """The HTTP endpoint, with an engine that answers `Hello there.`"""
     running.serve()
+    return running
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[MixtralServer]:
+    """One server with the tiny model in float32."""
+    server = MixtralServer(Settings(model={"name": "tiny", "quantization": "none"}))
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def tiny_endpoint(running: Endpoint, tiny: MixtralServer) -> Endpoint:
+    """The HTTP endpoint with the tiny model."""
+    running.server = tiny
     return running
 
 

@@ -47,6 +47,17 @@ def test_a_body_has_a_deadline(endpoint: Endpoint, monkeypatch: pytest.MonkeyPat
     assert len(body["error"]["request_id"]) == 32
 
 
+def test_a_refusal_has_the_shape_of_the_api(
+    endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard refuses a request of the Messages API in Anthropic's shape."""
+    monkeypatch.setattr(guard, "BODY_S", 0.1)
+    with connection(endpoint) as opened:
+        opened.sendall(HALF % b"/v1/messages")
+        _, body = read(opened)
+    assert (body["type"], body["request_id"]) == ("error", body["error"]["request_id"])
+
+
 @pytest.mark.parametrize(("rate", "status"), [(1_000_000, 408), (1, 200)])
 def test_a_body_has_a_least_rate(monkeypatch: pytest.MonkeyPatch, rate: int, status: int) -> None:
     """A body that comes byte by byte is cut; bytes at the least rate prolong its time."""

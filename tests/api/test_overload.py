@@ -13,7 +13,7 @@ from serve_app.api.list_places import ListPlaces
 from serve_app.api.server import MixtralServer
 from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
 
-GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions"]
+GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions", "/v1/messages"]
 
 
 async def post(
@@ -87,6 +87,14 @@ def test_a_full_queue_refuses_before_serve_sees_the_request(path: str) -> None:
     assert headers[b"x-mixtral-request-id"].decode() == body["error"]["request_id"]
     assert 'errors_total{code="queue_full",model_name="tiny"} 1.0' in one.metrics.text("ready")
     assert early(one, path, "GET")[0] == early(one, "/tokenize")[0] == 299
+
+
+def test_an_early_refusal_has_the_shape_of_the_api() -> None:
+    """The Messages API gets Anthropic's errors, early ones too."""
+    engine = FakeEngine()
+    engine.num_taken = MAX_TAKEN
+    status, _, body = early(server(engine), "/v1/messages")
+    assert (status, body["type"], body["error"]["type"]) == (429, "error", "rate_limit_error")
 
 
 def test_ping_is_answered_before_serve_sees_it() -> None:

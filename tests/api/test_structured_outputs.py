@@ -4,7 +4,6 @@ import asyncio
 import inspect
 import json
 import re
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import jsonschema
@@ -13,20 +12,11 @@ import pydantic
 import pytest
 
 from serve_app.api.server import MixtralServer
-from serve_app.config.settings import Settings
 from tests.api.conftest import Endpoint
 from tests.fakes import tokenizer
 
 CHAT = "/v1/chat/completions"
 QUESTION = [{"role": "user", "content": "What is 2 + 3?"}]
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Iterator[MixtralServer]:
-    """One server with the tiny model in float32."""
-    server = MixtralServer(Settings(model={"name": "tiny", "quantization": "none"}))
-    yield server
-    server.close()
 
 
 async def items(server: MixtralServer, path: str, body: dict[str, Any]) -> list[Any]:

@@ -17,7 +17,7 @@ VALUES = st.recursive(
 )
 
 
-@given(st.dictionaries(TEXTS, VALUES, max_size=4))
+@given(st.dictionaries(TEXTS.filter(lambda name: name != "type"), VALUES, max_size=4))
 def test_an_event_is_one_line_and_its_value(chunk: dict[str, Any]) -> None:
     """Any text, line ends of any script too, is one `data:` line; any JSON reader gets it back."""
     text = event(chunk).decode()
@@ -25,6 +25,12 @@ def test_an_event_is_one_line_and_its_value(chunk: dict[str, Any]) -> None:
     assert (line[:6], rest) == ("data: ", [""])
     assert text.endswith("\n\n")
     assert json.loads(line[6:]) == chunk
+
+
+def test_a_chunk_with_a_type_is_an_event_of_that_name() -> None:
+    """Anthropic's clients read the name, and no `data:` line without one."""
+    chunk = {"type": "message_stop", "index": 1}
+    assert event(chunk) == b'event: message_stop\ndata: {"type":"message_stop","index":1}\n\n'
 
 
 @pytest.mark.parametrize("value", ["\ud83d", object(), b"bytes", {1: "key"}])

@@ -10,18 +10,19 @@ LETTERS = st.text("abé", max_size=30)
 STOPS = st.lists(st.text("abé", min_size=1, max_size=5), max_size=4)
 
 
-def expected(text: str, stops: list[str], num_passed: int = 0) -> tuple[str, bool]:
+def expected(text: str, stops: list[str], num_passed: int = 0) -> tuple[str, str | None]:
     """The definition, character by character; the first `num_passed` end nothing."""
     for end in range(num_passed + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:
-            return text[: max(end - max(map(len, ended)), num_passed)], True
-    return text, False
+            longest = max(ended, key=len)
+            return text[: max(end - len(longest), num_passed)], longest
+    return text, None
 
 
 @given(st.lists(LETTERS, max_size=8), STOPS)
 def test_any_cut_gives_the_same_text(pieces: list[str], stops: list[str]) -> None:
-    """Returns the text before the stop string that is complete first, for any pieces."""
+    """Returns the text before the stop string that is complete first, which it names."""
     stopper = StopStrings(stops)
     shown = "".join([stopper.push(piece) for piece in pieces])
     text, found = expected("".join(pieces), stops)

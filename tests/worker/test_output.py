@@ -50,6 +50,18 @@ def test_openai_chunks_are_joined_only_where_they_are_pure_text() -> None:
     assert merged_chunks(texts) == [{"choices": [{"index": 0, "text": "xy", "logprobs": None}]}]
 
 
+def test_events_of_messages_are_joined_where_they_are_text() -> None:
+    """Neighbors of one content block become one event; other events stay as they are."""
+
+    def text(text: str, index: int = 0) -> dict[str, Any]:
+        delta = {"type": "text_delta", "text": text}
+        return {"type": "content_block_delta", "index": index, "delta": delta}
+
+    stop = {"type": "content_block_stop", "index": 0}
+    assert merged_chunks([text("a"), text("b"), stop]) == [text("ab"), stop]
+    assert merged_chunks([text("a"), text("b", 1)]) == [text("a"), text("b", 1)]
+
+
 def test_joined_chunks_stay_under_the_limit() -> None:
     """A long backlog of tokens becomes several chunks, none over RunPod's limit."""
     chunks = [token("\0" * 30_000) for _ in range(20)]  # 6 bytes each, the most that JSON takes

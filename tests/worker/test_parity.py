@@ -23,6 +23,7 @@ OWN = {"id", "created", "request_id"}
 GREEDY = {"temperature": 0, "max_tokens": 16}
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
+MESSAGE = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,8 @@ def text_of(events: list[Any]) -> str:
         ("POST", "/v1/chat/completions", CHAT),
         ("POST", "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "2 + 3", **GREEDY}),
+        ("POST", "/v1/messages", MESSAGE),
+        ("POST", "/v1/messages/count_tokens", {"messages": MESSAGES}),
         ("POST", "/tokenize", {"prompt": "Hello, world"}),
         ("POST", "/detokenize", {"tokens": [5, 6, 7]}),
         ("GET", "/v1/models", None),
@@ -109,6 +112,9 @@ def test_answers_are_equal(
         ("POST", "/v1/chat/completions", {**CHAT, "model": "other"}, 404),
         ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, 400),
         ("POST", "/v1/chat/completions", {"model": "tiny"}, 400),
+        ("POST", "/v1/messages", {**MESSAGE, "model": "other"}, 404),
+        ("POST", "/v1/messages", {**MESSAGE, "thinking": {"type": "enabled"}}, 400),
+        ("GET", "/v1/messages", None, 405),
         ("POST", "/nowhere", {"a": 1}, 404),
         ("GET", "/v1/models/other", None, 404),
     ],
@@ -164,3 +170,31 @@ def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
     assert (one[0], one[-1]) == (other[0], other[-1])
     assert events.endswith("data: [DONE]\n\n")
     assert job.output[-1].endswith("data: [DONE]\n\n")
+
+
+def test_typed_streams_are_equal(http: httpx.Client, client: Client) -> None:
+    """The gateway's text is HTTP's stream of named events, which has no [DONE]; a job of another
+    shape has the same events as objects. Only how the text is cut may differ."""
+    body = {**MESSAGE, "stream": True}
+    events = joined(named(http.post("/v1/messages", json=body).text))
+    gateway = client.ended({"openai_route": "/v1/messages", "openai_input": body})
+    assert joined(named("".join(gateway.output))) == events
+    plain = client.ended({"endpoint": "/v1/messages", "data": body})
+    assert joined(plain.output) == events
+
+
+def named(text: str) -> list[Any]:
+    """The events of a stream, each of which has its type as its name."""
+    events = []
+    for event in text.removesuffix("\n\n").split("\n\n"):
+        name, data = event.split("\n")
+        events.append(json.loads(data.removeprefix("data: ")))
+        assert name == f"event: {events[-1]['type']}"
+    return events
+
+
+def joined(events: list[Any]) -> list[Any]:
+    """The events, those with a text replaced by one text."""
+    texts = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
+    others = [e for e in events if e["type"] != "content_block_delta"]
+    return [*anonymous(others), "".join(texts)]

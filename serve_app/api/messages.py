@@ -1,0 +1,31 @@
+"""The handlers of `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from typing import TYPE_CHECKING
+
+from serve_app.protocol import values
+from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+from serve_app.protocol.messages_api import response
+from serve_app.protocol.messages_api.request import CountTokensRequest, MessagesRequest
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+
+async def create(server: "MixtralServer", call: Call) -> Reply:
+    """Answers a `MessagesRequest`, streamed or not."""
+    request = await values.read(MessagesRequest.read, call.body)
+    metadata = server.metadata(request.model, call)
+    prompt_ids = await server.inputs.chat_ids(request.conversation)
+    (answer,) = await server.inputs.answers(call, request.sampling, prompt_ids, "messages")
+    if not request.stream:
+        whole = await answer.whole()
+        return JsonReply(response.body(metadata, len(prompt_ids), whole))
+    return StreamReply(answer.stream(response.MessageEvents(metadata, len(prompt_ids))))
+
+
+async def count_tokens(server: "MixtralServer", call: Call) -> Reply:
+    """The number of tokens of a prompt, as `create` counts them."""
+    request = await values.read(CountTokensRequest.read, call.body)
+    server.check_model(request.model)
+    prompt_ids = await server.inputs.chat_ids(request.conversation)
+    return JsonReply({"input_tokens": len(prompt_ids)})

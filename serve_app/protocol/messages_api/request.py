@@ -1,0 +1,113 @@
+"""The requests of `/v1/messages` and `/v1/messages/count_tokens`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.fields import MAX_STOP_CHARS, AdaptedSampling, Body, Integer, Text
+from serve_app.protocol.grammar_source import GrammarSource, schema_source
+from serve_app.protocol.messages import Message
+from serve_app.protocol.messages_api import unsupported
+from serve_app.protocol.messages_api.content import Messages, System, conversation
+
+
+class OutputFormat(BaseModel):
+    """`output_config.format`: the answer follows this JSON schema."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(BaseModel):
+    """`output_config`. The effort is accepted and not used: the model has one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    effort: Text | None = None
+    format: OutputFormat | None = None
+
+
+class ContextManagement(BaseModel):
+    """`context_management`. Clearing thoughts changes nothing: they are left out anyway."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    edits: list[dict[str, Any]] = Field(default_factory=list)
+
+
+class CountTokensRequest(Body):
+    """`POST /v1/messages/count_tokens`: the fields that make up the prompt."""
+
+    IGNORED = unsupported.IGNORED
+    UNSUPPORTED = unsupported.UNSUPPORTED
+
+    messages: Messages
+    system: System = Field(default_factory=list)
+    output_config: OutputConfig | None = None
+    context_management: ContextManagement | None = None
+
+    @field_validator("context_management")
+    @classmethod
+    def _only_thoughts(cls, value: ContextManagement | None) -> ContextManagement | None:
+        for edit in value.edits if value is not None else ():
+            if not str(edit.get("type")).startswith("clear_thinking"):
+                raise InvalidRequest(
+                    "`context_management` can only clear thoughts: the server leaves messages as "
+                    "they are.",
+                    param="context_management.edits",
+                )
+        return value
+
+    @model_validator(mode="after")
+    def _ends_with_a_question(self) -> "CountTokensRequest":
+        if self.messages[-1].role != "user":
+            raise InvalidRequest(
+                "The last of the `messages` should have the role user: an answer that is begun is "
+                "not continued.",
+                param="messages",
+            )
+        return self
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt as chat messages."""
+        return conversation(self.system, self.messages)
+
+
+class MessagesRequest(CountTokensRequest):
+    """`POST /v1/messages`."""
+
+    max_tokens: Integer = Field(ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    top_k: Integer = Field(default=0, ge=0)
+    stop_sequences: list[Text] = Field(default_factory=list)
+    stream: bool = False
+
+    @field_validator("stop_sequences")
+    @classmethod
+    def _few_and_short(cls, value: list[str]) -> list[str]:
+        if len(value) > 16 or not all(1 <= len(stop) <= MAX_STOP_CHARS for stop in value):
+            raise InvalidRequest(
+                f"`stop_sequences` takes up to 16 strings of 1 to {MAX_STOP_CHARS} characters.",
+                param="stop_sequences",
+            )
+        return value
+
+    @property
+    def sampling(self) -> AdaptedSampling:
+        """The fields that say how to generate."""
+        names = ("max_tokens", "temperature", "top_p", "top_k")
+        given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        return AdaptedSampling.model_validate(
+            {**given, "stop": self.stop_sequences, "source": self._source}
+        )
+
+    @property
+    def _source(self) -> GrammarSource | None:
+        if self.output_config is None or self.output_config.format is None:
+            return None
+        return schema_source(self.output_config.format.schema_, "output_config.format.schema")

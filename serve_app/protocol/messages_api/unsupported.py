@@ -1,0 +1,32 @@
+"""Fields of the Messages API that have no effect here, and those that would change the answer.
+
+The README has the same lists. The headers `anthropic-version` and `anthropic-beta` are not read.
+"""
+
+from serve_app.protocol.unsupported import Unsupported
+
+IGNORED = frozenset(
+    {
+        "cache_control",
+        "diagnostics",
+        "inference_geo",
+        "metadata",
+        "service_tier",
+        "speed",
+        "user_profile_id",
+        "workspace_id",
+    }
+)
+"""Fields that are accepted with any value and not used: they do not change the answer."""
+
+UNSUPPORTED: Unsupported = {
+    "container": ((), "there are no containers"),
+    "mcp_servers": (([],), "the server calls no other servers"),
+    "thinking": (
+        ({"type": "disabled"}, {"type": "adaptive"}),
+        "this model does not think before it answers; send `disabled` or leave it out",
+    ),
+    "tool_choice": (({"type": "none"}, {"type": "auto"}), "tools are not supported"),
+    "tools": (([],), "tools are not supported"),
+}
+"""Fields that are accepted with these values only, and the reason."""

@@ -1,0 +1,27 @@
+"""Compares JSON with a client package's own models, more strictly than the client does."""
+
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import pydantic
+
+T = TypeVar("T")
+
+
+def validated(kind: type[T] | Any, value: Any) -> T:
+    """`value` as an object of the model `kind`; fails where a field is missing, of a wrong type, or
+    not one of the model's."""
+    made: T = pydantic.TypeAdapter(kind).validate_python(value)
+    assert list(_extra(made)) == []
+    return made
+
+
+def _extra(value: Any) -> Iterator[str]:
+    """The fields that the models do not have."""
+    if isinstance(value, pydantic.BaseModel):
+        yield from (f"{type(value).__name__}.{name}" for name in value.model_extra or {})
+        for name in type(value).model_fields:
+            yield from _extra(getattr(value, name))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _extra(each)

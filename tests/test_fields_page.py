@@ -7,6 +7,7 @@ import pytest
 
 from serve_app.protocol import unsupported
 from serve_app.protocol.messages_api import unsupported as messages
+from serve_app.protocol.responses_api import unsupported as responses
 
 PAGE = Path("docs/fields.md").read_text(encoding="utf-8")
 
@@ -20,6 +21,7 @@ def section(title: str) -> str:
     ("title", "names"),
     [
         ("Chat completions", unsupported.IGNORED),
+        ("Responses", responses.IGNORED | responses.UNSUPPORTED.keys()),
         ("Messages", messages.IGNORED | messages.UNSUPPORTED.keys()),
     ],
 )

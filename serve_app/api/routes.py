@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from serve_app.api import chat, completions, messages, prompt, status, tokens
+from serve_app.api import chat, completions, messages, prompt, responses, status, tokens
 from serve_app.errors import MethodNotAllowed, RouteNotFound
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
@@ -55,6 +55,7 @@ ROUTES = (
     Route("GET", "/tokenizer_info", tokens.tokenizer_info),
     Route("POST", "/v1/chat/completions", chat.create, generates=True),
     Route("POST", "/v1/completions", completions.create, generates=True),
+    Route("POST", "/v1/responses", responses.create, generates=True, stream_end=b""),
     Route("POST", "/v1/messages", messages.create, generates=True, stream_end=b""),
     Route("POST", "/v1/messages/count_tokens", messages.count_tokens),
     Route("POST", "/prompt", prompt.create, generates=True),

@@ -2,6 +2,7 @@
 
 Read `call.py` first: it defines what every endpoint sends and gets. Then `fields.py` (how a body
 is validated) and `chat.py` (one request with its response); `completions.py`, `prompt.py` and
-`tokens.py` are built the same way, and `messages_api/` translates Anthropic's API. `tokenizer.py`
-turns texts and conversations into token ids, `text.py` token ids into text.
+`tokens.py` are built the same way; `responses_api/` and `messages_api/` translate OpenAI's and
+Anthropic's newer APIs. `tokenizer.py` turns texts and conversations into token ids, `text.py` token
+ids into text.
 """

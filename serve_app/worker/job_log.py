@@ -20,13 +20,14 @@ from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.messages_api.request import MessagesRequest
 from serve_app.protocol.prompt import PromptRequest
+from serve_app.protocol.responses_api.request import ResponsesRequest
 
 log = logging.getLogger(__name__)
 
 running_job: ContextVar[str | None] = ContextVar("running_job", default=None)
 """Id of the job that the current task runs."""
 
-SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest, MessagesRequest)
+SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest)
 LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
 """Names of levels that the SDK names differently."""
 

@@ -65,7 +65,10 @@ def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:
 
 
 def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Joins neighbors that differ in their text alone, as far as RunPod's limit allows."""
+    """Joins neighbors that differ in their text alone, as far as RunPod's limit allows.
+
+    Joined events of a response have the last one's sequence number, so that these still ascend.
+    """
     merged: list[Chunk] = []
     for chunk in chunks:
         text = _joined_text(merged[-1], chunk) if merged else None
@@ -79,9 +82,14 @@ def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
 def _joined_text(first: Chunk, second: Chunk) -> str | None:
     """The text of both, or None where they differ in anything else."""
     one, two = _text_of(first), _text_of(second)
-    if one is None or two is None or _with_text(first, "") != _with_text(second, ""):
+    if one is None or two is None or _without_text(first) != _without_text(second):
         return None
     return one + two
+
+
+def _without_text(chunk: Chunk) -> Chunk:
+    """What a chunk that has a text shares with its neighbors of the same item."""
+    return {**_with_text(chunk, ""), "sequence_number": None}
 
 
 def _text_of(chunk: Chunk) -> str | None:
@@ -93,7 +101,11 @@ def _text_of(chunk: Chunk) -> str | None:
             field = "delta"
         case {"choices": [{"text": str(text)} as choice]}:
             field = "text"
-        case {"type": "content_block_delta", "delta": {"type": "text_delta", "text": str(text)}}:
+        case {"type": "content_block_delta", "delta": {"text": str(text)}}:
+            return text
+        case {"type": "content_block_delta", "delta": {"partial_json": str(text)}}:
+            return text
+        case {"type": str(), "delta": str(text)}:
             return text
         case _:
             return None
@@ -106,7 +118,11 @@ def _with_text(chunk: Chunk, text: str) -> Chunk:
     if "token" in chunk:
         return {**chunk, "token": text}
     if "delta" in chunk:
-        return {**chunk, "delta": {**chunk["delta"], "text": text}}
+        delta = chunk["delta"]
+        if isinstance(delta, str):
+            return {**chunk, "delta": text}
+        (field,) = delta.keys() - {"type"}
+        return {**chunk, "delta": {**delta, field: text}}
     (choice,) = chunk["choices"]
     changed = {"text": text} if "text" in choice else {"delta": {"content": text}}
     return {**chunk, "choices": [{**choice, **changed}]}

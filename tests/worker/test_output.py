@@ -62,6 +62,30 @@ def test_events_of_messages_are_joined_where_they_are_text() -> None:
     assert merged_chunks([text("a"), text("b", 1)]) == [text("a"), text("b", 1)]
 
 
+def test_events_of_messages_are_joined_where_they_are_arguments() -> None:
+    """Arguments of one call are joined, and never with a text."""
+
+    def event(**delta: Any) -> dict[str, Any]:
+        return {"type": "content_block_delta", "index": 0, "delta": delta}
+
+    parts = [event(type="input_json_delta", partial_json=part) for part in ('{"a"', ": 1}")]
+    assert merged_chunks(parts) == [event(type="input_json_delta", partial_json='{"a": 1}')]
+    mixed = [event(type="text_delta", text="a"), parts[0]]
+    assert merged_chunks(mixed) == mixed
+
+
+def test_events_of_responses_are_joined_and_keep_their_order() -> None:
+    """Deltas of one item become one, whose sequence number is the last one's."""
+
+    def delta(number: int, text: str, item: str = "m") -> dict[str, Any]:
+        kind = "response.output_text.delta"
+        return {"type": kind, "sequence_number": number, "item_id": item, "delta": text}
+
+    done = {"type": "response.output_text.done", "sequence_number": 4, "text": "ab"}
+    assert merged_chunks([delta(2, "a"), delta(3, "b"), done]) == [delta(3, "ab"), done]
+    assert merged_chunks([delta(2, "a"), delta(3, "b", "n")]) == [delta(2, "a"), delta(3, "b", "n")]
+
+
 def test_joined_chunks_stay_under_the_limit() -> None:
     """A long backlog of tokens becomes several chunks, none over RunPod's limit."""
     chunks = [token("\0" * 30_000) for _ in range(20)]  # 6 bytes each, the most that JSON takes

@@ -18,11 +18,12 @@ from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 
-OWN = {"id", "created", "request_id"}
+OWN = {"id", "item_id", "created", "created_at", "request_id"}
 """Fields that differ from request to request."""
 GREEDY = {"temperature": 0, "max_tokens": 16}
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
+RESPONSE = {"model": "tiny", "input": "What is 2 + 3?", "temperature": 0, "max_output_tokens": 16}
 MESSAGE = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 
 
@@ -77,6 +78,7 @@ def text_of(events: list[Any]) -> str:
         ("POST", "/v1/chat/completions", CHAT),
         ("POST", "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "2 + 3", **GREEDY}),
+        ("POST", "/v1/responses", RESPONSE),
         ("POST", "/v1/messages", MESSAGE),
         ("POST", "/v1/messages/count_tokens", {"messages": MESSAGES}),
         ("POST", "/tokenize", {"prompt": "Hello, world"}),
@@ -112,6 +114,7 @@ def test_answers_are_equal(
         ("POST", "/v1/chat/completions", {**CHAT, "model": "other"}, 404),
         ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, 400),
         ("POST", "/v1/chat/completions", {"model": "tiny"}, 400),
+        ("POST", "/v1/responses", {**RESPONSE, "store": True}, 400),
         ("POST", "/v1/messages", {**MESSAGE, "model": "other"}, 404),
         ("POST", "/v1/messages", {**MESSAGE, "thinking": {"type": "enabled"}}, 400),
         ("GET", "/v1/messages", None, 405),
@@ -172,14 +175,15 @@ def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
     assert job.output[-1].endswith("data: [DONE]\n\n")
 
 
-def test_typed_streams_are_equal(http: httpx.Client, client: Client) -> None:
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_typed_streams_are_equal(http: httpx.Client, client: Client, path: str) -> None:
     """The gateway's text is HTTP's stream of named events, which has no [DONE]; a job of another
     shape has the same events as objects. Only how the text is cut may differ."""
-    body = {**MESSAGE, "stream": True}
-    events = joined(named(http.post("/v1/messages", json=body).text))
-    gateway = client.ended({"openai_route": "/v1/messages", "openai_input": body})
+    body = {**(RESPONSE if path == "/v1/responses" else MESSAGE), "stream": True}
+    events = joined(named(http.post(path, json=body).text))
+    gateway = client.ended({"openai_route": path, "openai_input": body})
     assert joined(named("".join(gateway.output))) == events
-    plain = client.ended({"endpoint": "/v1/messages", "data": body})
+    plain = client.ended({"endpoint": path, "data": body})
     assert joined(plain.output) == events
 
 
@@ -194,7 +198,9 @@ def named(text: str) -> list[Any]:
 
 
 def joined(events: list[Any]) -> list[Any]:
-    """The events, those with a text replaced by one text."""
-    texts = [e["delta"]["text"] for e in events if e["type"] == "content_block_delta"]
-    others = [e for e in events if e["type"] != "content_block_delta"]
-    return [*anonymous(others), "".join(texts)]
+    """The events without their numbers, those with a piece of text replaced by one text."""
+    pieces = ("content_block_delta", "response.output_text.delta")
+    deltas = [event["delta"] for event in events if event["type"] in pieces]
+    text = "".join(delta if isinstance(delta, str) else delta["text"] for delta in deltas)
+    others = [{**e, "sequence_number": 0} for e in events if e["type"] not in pieces]
+    return [*anonymous(others), text]

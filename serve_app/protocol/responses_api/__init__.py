@@ -1,0 +1,7 @@
+"""OpenAI's Responses API, without storage: requests, responses and events, over chat's generation.
+
+Read `request.py` first; `items.py` turns input items into chat messages, `response.py` makes the
+response and `events.py` the events of a streamed one. The package is not `protocol/response.py`,
+which has what the responses of all routes have in common. Protocol:
+https://platform.openai.com/docs/api-reference/responses.
+"""

@@ -1,0 +1,118 @@
+"""The request of `/v1/responses`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from serve_app.errors import InvalidRequest
+from serve_app.protocol.call import JsonObject
+from serve_app.protocol.fields import AdaptedSampling, Body, Integer, Text, sentence
+from serve_app.protocol.grammar_source import GrammarSource, schema_source
+from serve_app.protocol.messages import Message
+from serve_app.protocol.responses_api import unsupported
+from serve_app.protocol.responses_api.items import Items, MessageItem, conversation
+
+LOGPROBS = "message.output_text.logprobs"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class TextFormat(_Strict):
+    """`text.format`. Every schema is followed exactly, whatever `strict` is."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+    strict: bool | None = None
+
+    @property
+    def source(self) -> GrammarSource | None:
+        """The grammar; None for text. Raises `InvalidRequest`."""
+        if self.type == "text":
+            return None
+        if self.type == "json_object":
+            return schema_source({"type": "object"}, "text.format")
+        if self.schema_ is None:
+            raise InvalidRequest(
+                "`text.format.schema` is required with the type `json_schema`.",
+                param="text.format.schema",
+            )
+        return schema_source(self.schema_, "text.format.schema")
+
+
+class TextConfig(_Strict):
+    """`text`."""
+
+    format: TextFormat = TextFormat(type="text")
+    verbosity: Text | None = None
+
+    @field_validator("verbosity")
+    @classmethod
+    def _is_medium(cls, value: str | None) -> str | None:
+        if value not in (None, "medium"):
+            raise sentence("`text.verbosity` can only be `medium`: ask for it in words.")
+        return value
+
+
+class StreamOptions(_Strict):
+    include_obfuscation: bool | None = None
+    """Accepted and not used: events are not padded."""
+
+
+class ResponsesRequest(Body):
+    """`POST /v1/responses`. Without `max_output_tokens` the answer may fill the context."""
+
+    IGNORED = unsupported.IGNORED
+    UNSUPPORTED = unsupported.UNSUPPORTED
+
+    input: Items
+    instructions: Text | None = None
+    max_output_tokens: Integer | None = Field(default=None, ge=1)
+    temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
+    top_p: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    text: TextConfig = TextConfig()
+    parallel_tool_calls: bool = True
+    metadata: dict[str, Text] = Field(default_factory=dict)
+    """Returned in the response."""
+    include: list[Text] = Field(default_factory=list)
+    """What the response should contain too; there is nothing of it."""
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    @field_validator("include")
+    @classmethod
+    def _no_logprobs(cls, value: list[str]) -> list[str]:
+        if LOGPROBS in value:
+            raise InvalidRequest(
+                f"`include` cannot have `{LOGPROBS}`: log probabilities are on "
+                "/v1/chat/completions.",
+                param="include",
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "ResponsesRequest":
+        if not any(isinstance(item, MessageItem) and item.role == "user" for item in self.input):
+            raise InvalidRequest(
+                "`input` should have at least one message of the role user.", param="input"
+            )
+        return self
+
+    @property
+    def conversation(self) -> list[Message]:
+        """The prompt as chat messages."""
+        return conversation(self.instructions, self.input)
+
+    @property
+    def sampling(self) -> AdaptedSampling:
+        """The fields that say how to generate."""
+        given: JsonObject = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_p")
+            if name in self.model_fields_set
+        }
+        given |= {"max_tokens": self.max_output_tokens, "limit_field": "max_output_tokens"}
+        return AdaptedSampling.model_validate({**given, "source": self.text.format.source})

@@ -1,0 +1,97 @@
+"""The response object of `/v1/responses`, in each of its states."""
+
+from typing import Literal
+
+from serve_app.errors import Overloaded, ServeError
+from serve_app.protocol.call import JsonObject
+from serve_app.protocol.response import ResponseMetadata
+from serve_app.protocol.responses_api.request import ResponsesRequest
+from serve_app.protocol.text import TextDelta
+
+Status = Literal["in_progress", "completed", "incomplete"]
+
+
+def body(
+    request: ResponsesRequest, metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta
+) -> JsonObject:
+    """The whole answer as a response."""
+    output = [message(metadata, status_of(whole), [output_text(whole.text)])]
+    return ended(begun(request, metadata), output, num_input_tokens, whole)
+
+
+def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
+    """The response before the answer, with fields of the request."""
+    text = request.text.model_dump(by_alias=True, exclude_none=True)
+    return {
+        "id": f"resp_{metadata.id}",
+        "object": "response",
+        "created_at": metadata.created,
+        "status": "in_progress",
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": request.instructions,
+        "max_output_tokens": request.max_output_tokens,
+        "metadata": request.metadata,
+        "model": metadata.model,
+        "output": [],
+        "parallel_tool_calls": request.parallel_tool_calls,
+        "previous_response_id": None,
+        "temperature": request.temperature,
+        "text": text,
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": request.top_p,
+        "truncation": "disabled",
+        "usage": None,
+    }
+
+
+def ended(
+    response: JsonObject, output: list[JsonObject], num_input_tokens: int, end: TextDelta
+) -> JsonObject:
+    """`response` with its output, why it ended, and its usage."""
+    status = status_of(end)
+    details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+    usage = {
+        "input_tokens": num_input_tokens,
+        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "output_tokens": end.num_tokens,
+        "output_tokens_details": {"reasoning_tokens": 0},
+        "total_tokens": num_input_tokens + end.num_tokens,
+    }
+    return {
+        **response,
+        "status": status,
+        "incomplete_details": details,
+        "output": output,
+        "usage": usage,
+    }
+
+
+def failed(response: JsonObject, output: list[JsonObject], error: ServeError) -> JsonObject:
+    """`response` with the output so far, and the error that ended it."""
+    code = "rate_limit_exceeded" if isinstance(error, Overloaded) else "server_error"
+    shown = {"code": code, "message": error.message}
+    return {**response, "status": "failed", "output": output, "error": shown}
+
+
+def status_of(end: TextDelta) -> Status:
+    """The status of a response that has ended, and of its last item."""
+    return "incomplete" if end.finish_reason == "length" else "completed"
+
+
+def message(metadata: ResponseMetadata, status: Status, content: list[JsonObject]) -> JsonObject:
+    """The item with the answer's text."""
+    return {
+        "id": f"msg_{metadata.id}",
+        "type": "message",
+        "role": "assistant",
+        "status": status,
+        "content": content,
+    }
+
+
+def output_text(text: str) -> JsonObject:
+    """The content part of a message."""
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

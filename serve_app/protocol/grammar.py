@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.grammar_source import GrammarSource
+from serve_app.protocol.one_of import as_any_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -26,8 +27,6 @@ NUM_KEPT = 32
 JSON_OPTIONS = {
     # Without a limit a model may write spaces until its answer is cut.
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}",
-    # Exact where the schemas exclude each other, as those of discriminated unions do.
-    "coerce_one_of": True,
 }
 MAX_ERROR_CHARS = 300
 
@@ -129,7 +128,7 @@ def _rules(source: GrammarSource) -> dict[str, Any]:
         schema = json.loads(source.text)
         # `true` and `false` are schemas, too: any value, and none.
         schema = {"allOf": [schema]} if isinstance(schema, bool) else schema
-        return {"json_schema": {**schema, "x-guidance": JSON_OPTIONS}}
+        return {"json_schema": {**as_any_of(schema), "x-guidance": JSON_OPTIONS}}
     if source.kind == "regex":
         from llguidance import LLMatcher
 
@@ -142,6 +141,8 @@ def _rules(source: GrammarSource) -> dict[str, Any]:
 
 
 def _refusal(source: GrammarSource, reason: str) -> InvalidRequest:
-    # llguidance's own words, on one line.
+    if "coerce_one_of" in reason:  # an option of llguidance, which would make an `anyOf` of it
+        reason = "a value may match several schemas of a `oneOf`; use `anyOf`"
+    # Otherwise llguidance's own words, on one line.
     why = " ".join(reason.split())[:MAX_ERROR_CHARS].rstrip(".")
     return InvalidRequest(f"`{source.field}` cannot be used: {why}.", param=source.field)

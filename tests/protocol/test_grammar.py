@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
-from serve_app.protocol.grammar import GrammarCompiler, GrammarState
+from serve_app.protocol.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from serve_app.protocol.grammar_source import MAX_CHARS, GrammarSource
 from serve_app.protocol.text import Detokenizer
 from serve_app.protocol.tokenizer import Tokenizer
@@ -27,10 +27,14 @@ def source(**fields: Any) -> GrammarSource | None:
     return ChatRequest.read({"messages": hello, **fields}).grammar
 
 
+def compiled_grammar(found: GrammarSource, *, begins_text: bool = True) -> CompiledGrammar:
+    compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
+    return asyncio.run(compiler.compiled(found, begins_text=begins_text))
+
+
 def compiled(found: GrammarSource | None, *, begins_text: bool = True) -> GrammarState:
     assert found is not None
-    compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
-    return asyncio.run(compiler.compiled(found, begins_text=begins_text)).start()
+    return compiled_grammar(found, begins_text=begins_text).start()
 
 
 def allowed(state: GrammarState) -> list[int]:

@@ -1,0 +1,125 @@
+"""`oneOf` in JSON schemas whose branches exclude each other, which `anyOf` says as well.
+
+An answer must match exactly one schema of a `oneOf`. A grammar cannot count matches, so llguidance
+takes the keyword only where it sees that no value matches two of them, and it does not look behind
+`$ref`. This module does. See https://json-schema.org/draft/2020-12/json-schema-core, 10.2.1.3.
+"""
+
+import json
+from collections.abc import Iterator
+from itertools import combinations
+from typing import Any
+
+MAX_DEPTH = 64
+"""Schemas inside schemas that are looked at; deeper ones stay as they are."""
+MAX_BRANCHES = 200
+"""Branches of one `oneOf` that are compared, each with each."""
+ONE = ("additionalProperties", "items")
+LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+NAMED = ("properties", "patternProperties", "$defs", "definitions")
+"""Keywords whose value is a schema, a list of schemas, and an object of schemas by name."""
+TYPES = {str: "string", bool: "boolean", type(None): "null"}
+ALL_TYPES = {*TYPES.values(), "number", "integer", "object", "array"}
+
+
+def as_any_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """`schema` with `anyOf` in the place of each `oneOf` whose schemas exclude each other."""
+    if json.dumps(schema).count('"$id"') > ("$id" in schema):
+        return schema  # its references may not begin at the root
+    new: dict[str, Any] = _rewritten(schema, schema, MAX_DEPTH)
+    return new
+
+
+def _rewritten(schema: Any, root: dict[str, Any], depth: int) -> Any:
+    if not isinstance(schema, dict) or depth == 0:
+        return schema
+    new = dict(schema)
+    for key in ONE:
+        if key in new:
+            new[key] = _rewritten(new[key], root, depth - 1)
+    for key in LISTS:
+        if isinstance(found := new.get(key), list):
+            new[key] = [_rewritten(each, root, depth - 1) for each in found]
+    for key in NAMED:
+        if isinstance(found := new.get(key), dict):
+            new[key] = {name: _rewritten(each, root, depth - 1) for name, each in found.items()}
+    branches = new.get("oneOf")
+    if isinstance(branches, list) and len(branches) <= MAX_BRANCHES and "anyOf" not in new:
+        resolved = [_resolved(each, root) for each in branches]
+        if all(_exclude(*pair) for pair in combinations(resolved, 2)):
+            new["anyOf"] = new.pop("oneOf")
+    return new
+
+
+def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
+    """The schema that a `$ref` inside `root` names; without knowledge, the one for any value."""
+    for _ in range(MAX_DEPTH):
+        if not isinstance(schema, dict):
+            return {}
+        if "$ref" not in schema:
+            return schema
+        found: Any = root
+        first, *names = str(schema["$ref"]).split("/")
+        for name in names:
+            name = name.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, dict) else None
+        schema = found if first == "#" else None
+    return {}
+
+
+def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether it is certain that no value matches both."""
+    if not _types(one) & _types(other):
+        return True
+    values = _values(one), _values(other)
+    if None not in values:
+        return not set(values[0] or ()) & set(values[1] or ())
+    if _types(one) != {"object"} or _types(other) != {"object"}:
+        return False
+    return any(_is_closed_to(one, name) for name in _required(other)) or any(
+        _is_closed_to(other, name) or _differ(one, other, name) for name in _required(one)
+    )
+
+
+def _types(schema: dict[str, Any]) -> set[str]:
+    """The types of matching values, where `number` contains `integer`."""
+    found = schema.get("type")
+    names = {found} if isinstance(found, str) else set(map(str, found or ()))
+    if not names and (values := _values(schema)) is not None:
+        names = {TYPES.get(type(json.loads(value)), "number") for value in values}
+    return (names | {"integer"} if "number" in names else names) or ALL_TYPES
+
+
+def _values(schema: dict[str, Any]) -> list[str] | None:
+    """The matching values as JSON, where the schema lists them and all are scalars."""
+    found = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(found, list) or any(isinstance(each, dict | list) for each in found):
+        return None
+    # In JSON schema 1 and 1.0 are one value.
+    is_int = [isinstance(each, float) and each.is_integer() for each in found]
+    return [json.dumps(int(it) if whole else it) for it, whole in zip(found, is_int, strict=True)]
+
+
+def _required(schema: dict[str, Any]) -> Iterator[str]:
+    found = schema.get("required")
+    yield from (each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
+
+
+def _properties(schema: dict[str, Any]) -> dict[str, Any]:
+    found = schema.get("properties")
+    return found if isinstance(found, dict) else {}
+
+
+def _is_closed_to(schema: dict[str, Any], name: str) -> bool:
+    """Whether no object that matches `schema` has the property `name`."""
+    is_closed = schema.get("additionalProperties") is False and "patternProperties" not in schema
+    return is_closed and name not in _properties(schema)
+
+
+def _differ(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
+    """Whether the property `name`, which both require, has a value from lists without a match."""
+    if name not in _required(other):
+        return False
+    pair = [_properties(each).get(name) for each in (one, other)]
+    values = [_values(each) if isinstance(each, dict) else None for each in pair]
+    return None not in values and not set(values[0] or ()) & set(values[1] or ())

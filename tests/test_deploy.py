@@ -1,13 +1,11 @@
-"""Dockerfile, cluster manifest, workflow and YAMLs agree with the libraries and with the code."""
+"""Dockerfile, workflow and YAMLs agree with the libraries and with the code."""
 
-import importlib
 import os
 import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,76 +14,8 @@ from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config.settings import Settings
 from serve_app.model.checkpoint.checkpoint import inspect
-from serve_app.node import haproxy_program
-from serve_app.node.haproxy import GUARD, MODE
-from serve_app.node.haproxy_program import BINARY_PATH
 from serve_app.tiny import CHECKPOINT
 from tests.mounts import NAMESPACE, can_mount, mounted_folder
-
-
-def rayservice() -> dict[str, Any]:
-    document: dict[str, Any] = yaml.safe_load(Path("cluster/rayservice.yaml").read_text())
-    return document
-
-
-def pins() -> dict[str, str]:
-    project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
-    pinned = project["dependencies"] + project["optional-dependencies"]["dev"]
-    return dict(requirement.partition(";")[0].split("==") for requirement in pinned)
-
-
-def test_rayservice_is_what_serve_takes() -> None:
-    """`serveConfigV2` passes Serve's schema and its `args:` are our settings."""
-    config = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])
-    ServeDeploySchema.model_validate(config)
-    settings = Settings.from_args(config["applications"][0]["args"], "serveConfigV2")
-    assert settings.model.quantization == "nf4"
-
-
-def containers() -> list[dict[str, Any]]:
-    """The containers of head and workers."""
-    cluster = rayservice()["spec"]["rayClusterConfig"]
-    groups = (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])
-    return [each for group in groups for each in group["template"]["spec"]["containers"]]
-
-
-def test_secrets_reach_head_and_worker() -> None:
-    """Head and worker both have the secrets: Serve builds the settings on the head."""
-    for container in containers():
-        assert {"HF_TOKEN", "API_KEYS"} <= {entry["name"] for entry in container["env"]}
-
-
-def test_rayservice_has_haproxy_with_our_limits_and_a_token() -> None:
-    """Each container has the mode, our program and the guard; Ray's ports ask for the token."""
-    assert rayservice()["spec"]["rayClusterConfig"]["authOptions"] == {"mode": "token"}
-    scripts = tomllib.loads(Path("pyproject.toml").read_text())["project"]["scripts"]
-    for container in containers():
-        env = {entry["name"]: entry.get("value") for entry in container["env"]}
-        assert env[MODE] == "1"
-        program = Path(env[BINARY_PATH])
-        assert scripts[program.name] == f"{haproxy_program.__name__}:main"
-        module, _, name = env[GUARD].partition(":")
-        assert callable(getattr(importlib.import_module(module), name))
-
-
-def test_a_replica_of_the_rayservice_finishes_its_longest_request() -> None:
-    """The grace periods cover Serve's 30 s of draining and the request timeout."""
-    from ray.serve._private.constants import RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S
-
-    config = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])
-    settings = Settings.from_args(config["applications"][0]["args"], "serveConfigV2")
-    (deployment,) = config["applications"][0]["deployments"]
-    grace_s = deployment["graceful_shutdown_timeout_s"]
-    assert RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S == 30
-    assert grace_s > settings.api.request_timeout_s + 30
-    cluster = rayservice()["spec"]["rayClusterConfig"]
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s
-
-
-def test_rayservice_runs_the_pinned_ray() -> None:
-    """KubeRay starts the Ray version that the image has."""
-    assert rayservice()["spec"]["rayClusterConfig"]["rayVersion"] == pins()["ray[serve]"]
 
 
 @pytest.mark.parametrize("path", sorted(map(str, Path("configs").glob("*.yaml"))))
@@ -116,14 +46,6 @@ def test_the_image_has_no_volume_of_its_own() -> None:
     assert not re.search(r"mkdir.*(runpod-volume|workspace)", text)
     assert 'ENTRYPOINT ["tini", "--", "docker-entrypoint.sh"]' in text
     assert "\nUSER " not in text
-    rayservice_users = {
-        group["template"]["spec"]["securityContext"]["runAsUser"]
-        for group in (
-            rayservice()["spec"]["rayClusterConfig"]["headGroupSpec"],
-            *rayservice()["spec"]["rayClusterConfig"]["workerGroupSpecs"],
-        )
-    }
-    assert rayservice_users == {1000}  # KubeRay replaces the entry point
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Ray's own `serve run configs/tiny.yaml`, with the variables of `cluster/rayservice.yaml`.
+"""Ray's own `serve run configs/tiny.yaml`, with the variables of `cluster/kuberay`.
 
 Serve starts HAProxy as in a cluster, without `mixtral-serve run` around it.
 """
@@ -18,11 +18,11 @@ import yaml
 
 from serve_app.node import haproxy_program
 from serve_app.node.haproxy_program import BINARY_PATH
+from tests.cluster.manifests import containers, rayservice
 from tests.environment import bare
 from tests.listening import listening, only_shows_figures, open_to_strangers
 from tests.processes import all_below, one_below, running
 from tests.settled import left_behind
-from tests.test_deploy import containers
 from tests.worker.conftest import until
 from tools.server_process import free_port
 
@@ -34,13 +34,13 @@ Run = tuple["subprocess.Popen[bytes]", str]
 
 def variables(folder: Path) -> dict[str, str]:
     """The manifest's variables, with files and ports beside whatever else runs here."""
-    env = containers()[0]["env"]
+    env = containers(rayservice())[0]["env"]
     program = folder / "mixtral-haproxy"  # the image has it installed
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {haproxy_program.__file__} "$@"\n')
     program.chmod(0o700)
     direct = free_port()
     return {
-        **{entry["name"]: entry["value"] for entry in env if "value" in entry},
+        **{entry["name"]: entry["value"] for entry in env if entry["name"].startswith("RAY_")},
         BINARY_PATH: str(program),
         "RAY_AUTH_MODE": "token",  # as the operator sets it
         "RAY_AUTH_TOKEN": "a" * 64,

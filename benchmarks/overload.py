@@ -10,7 +10,8 @@ requests a second as it answers (open loop). Clients wait as long as `Retry-Afte
 attack beside ten polite clients, and SIGTERM while 600 clients wait.
 
 The load generator's processes share the machine with the server; its own processor time is in the
-figures as `generator_cores`, and `idle_loop` is how late an idle process wakes up meanwhile.
+figures as `generator_cores`, how late its event loop runs, which is in each of its latencies, as
+`generator_lag_ms`, and how late an idle process wakes up meanwhile as `idle_loop`.
 """
 
 import asyncio
@@ -21,17 +22,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import uvloop
+
 from benchmarks.attacks import ATTACKS
 from benchmarks.http_client import Connection
 from benchmarks.overloaded_server import Server, attacking, lag_p99_ms, probing
-from benchmarks.polite_clients import KEY, ROUTE, PoliteClients, Seen, completion
+from benchmarks.polite_clients import KEY, ROUTE, WARM_S, PoliteClients, Seen, completion
 from benchmarks.report import Report, new_parser, say
 
 FACTORS = (0.5, 1, 2, 4, 8)
 NUM_TOKENS = 32
 NUM_POLITE = 10
-WARM_S = 2.0
-"""Seconds at the beginning of a run that are not in its tokens/s."""
 NUM_WAITING = 600
 
 
@@ -46,7 +47,7 @@ class Overload:
         """Runs `loop`, a coroutine of `clients`, beside the probe."""
         before, cpu = self._server.lag_buckets(), time.process_time()
         with probing(self._server.port) as probed:
-            seen: Seen = asyncio.run(loop)
+            seen: Seen = uvloop.run(loop)
         cores = (time.process_time() - cpu) / self._seconds
         return {
             **seen.figures(WARM_S, self._seconds),
@@ -159,7 +160,7 @@ def line(point: dict[str, Any]) -> str:
         f"{point['tokens_per_s']} tokens/s, answers {point['answer_ms']} ms, {point['refusals']} "
         f"refusals {point['refusal_ms']} ms, probe {point['probe']}, others {point['others']}, "
         f"lag {point['loop_lag_p99_ms']}, {point['replica_mb']} MB, generator "
-        f"{point['generator_cores']} cores"
+        f"{point['generator_cores']} cores, lag {point['generator_lag_ms']}"
     )
 
 

@@ -15,6 +15,8 @@ from benchmarks.load import arrival_times
 KEY = "overload-key"
 ROUTE = "/v1/completions"
 MAX_CONNECTIONS = 4000
+WARM_S = 2.0
+"""Seconds at the beginning of a run, in which the clients begin; they are not in its tokens/s."""
 
 
 @dataclass
@@ -26,6 +28,8 @@ class Seen:
     refusals: list[float] = field(default_factory=list)
     """Seconds that each 429 took."""
     retry_after: list[int] = field(default_factory=list)
+    lags: list[float] = field(default_factory=list)
+    """Seconds by which this process's event loop was late, a hundred times a second."""
     others: dict[str, int] = field(default_factory=dict)
     """How many of each other status or error."""
 
@@ -44,6 +48,7 @@ class Seen:
             "retry_after_s": [min(self.retry_after), max(self.retry_after)]
             if self.retry_after
             else None,
+            "generator_lag_ms": percentiles(self.lags),
             "others": self.others,
         }
 
@@ -87,11 +92,17 @@ class PoliteClients:
         return self.seen
 
     async def _for(self, seconds: float, clients: list[Any]) -> None:
-        tasks = [asyncio.create_task(client) for client in clients]
+        tasks = [asyncio.create_task(client) for client in (*clients, self._lag())]
         await asyncio.sleep(seconds)
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _lag(self) -> None:
+        while True:
+            due = time.perf_counter() + 0.01
+            await asyncio.sleep(0.01)
+            self.seen.lags.append(time.perf_counter() - due)
 
     def _connection(self) -> Connection:
         return Connection("127.0.0.1", self._port, KEY)
@@ -99,7 +110,7 @@ class PoliteClients:
     async def _client(self) -> None:
         connection = self._connection()
         # Thousands of clients do not begin in the same millisecond.
-        await asyncio.sleep(random.random())
+        await asyncio.sleep(WARM_S * random.random())
         while True:
             await self._until_answered(connection, keeps=True)
 

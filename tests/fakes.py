@@ -16,6 +16,7 @@ from serve_app.engine.admission import admit
 from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.retry_after import Places
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import DeadlinePassed, QueueFull
@@ -77,6 +78,9 @@ class FakeEngine:
     def require_room(self) -> None:
         if self.num_taken >= MAX_TAKEN:
             raise QueueFull("Too many requests are waiting.", retry_after_s=3)
+
+    def places(self) -> Places:
+        return Places(MAX_TAKEN, 0.0064, 0.05, 3)
 
     def take_place(self) -> None:
         self.require_room()

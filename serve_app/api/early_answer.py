@@ -4,6 +4,10 @@ Put around Serve's own HTTP server in a replica, it refuses a request for which 
 no room before Serve has parsed its headers or counted it, in some 0.1 ms, and answers `/ping`. The
 ingress makes the same checks again, for servers without this middleware. In a process that has no
 model, such as Serve's proxy, it passes everything on.
+
+A header of its answers tells HAProxy what it needs to refuse requests by itself
+(`node/haproxy_refusals.py`). The next request that passes says how many it has refused, for the
+metrics.
 """
 
 from typing import TYPE_CHECKING
@@ -13,10 +17,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api import ingress, routes
-from serve_app.errors import ServeError, error_body
+from serve_app.errors import QueueFull, ServeError, error_body
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
+
+PLACES = "x-mixtral-places"
+"""Header of an answer, for HAProxy, which removes it: `Places` in their order, separated by commas,
+with microseconds for the measured seconds."""
+REFUSED = "x-mixtral-refused"
+"""Header of a request, from HAProxy: how many it has refused since the last one that has passed."""
 
 _servers: "list[MixtralServer]" = []
 
@@ -49,18 +59,28 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
     is_ping = route.path == "/ping" and method in ("GET", "HEAD")
     if not is_ping and (method != "POST" or route.method != "POST"):
         return None
+    if route.generates and (refused := request.headers.get(REFUSED, "0")).isdecimal():
+        server.metrics.refused(int(refused[:9]))
     try:
         if route.needs_key and settings.keys is not None:
             ingress.check_key(request, settings)
         server.require_room(route)
     except ServeError as error:
         return _refusal(server, request, error)
-    return JSONResponse(*server.ping()) if is_ping else None
+    return JSONResponse(*server.ping(), headers=_places(server)) if is_ping else None
 
 
 def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError) -> Response:
     request_id, headers = ingress.request_id_of(request)
     known = server.failure(error, request_id)
     headers = {ingress.CLIENT_ID: request.headers.get(ingress.CLIENT_ID, request_id)} | headers
+    if isinstance(known, QueueFull):
+        headers |= _places(server)
     body = error_body(known, request_id, request.scope["path"])
     return JSONResponse(body, known.http_status, headers | known.headers)
+
+
+def _places(server: "MixtralServer") -> dict[str, str]:
+    places = server.places()
+    times = (round(seconds * 1e6) for seconds in (places.place_s, places.full_s))
+    return {PLACES: ",".join(map(str, (places.num_places, *times, places.min_s)))}

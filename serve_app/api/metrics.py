@@ -11,7 +11,7 @@ at 0 when the server is made, so the steps of the load's warm-up are not in them
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from serve_app.errors import ServeError
+from serve_app.errors import QueueFull, ServeError
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
@@ -140,6 +140,10 @@ class Metrics:
         """Counts an error that a client gets."""
         code = _code(type(error))
         self._errors[code] = self._errors.get(code, 0) + 1
+
+    def refused(self, number: int) -> None:
+        """Counts requests that HAProxy has refused while the queue was full."""
+        self._errors[_code(QueueFull)] += number
 
     def text(self, status: str) -> str:
         """All metrics in Prometheus' text format. `status` is the one in `/health`."""

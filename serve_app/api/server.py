@@ -42,6 +42,7 @@ from serve_app.protocol.response import ResponseMetadata
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import EngineStats
+    from serve_app.engine.retry_after import Places
 
 
 class MixtralServer:
@@ -105,6 +106,10 @@ class MixtralServer:
             )
         if route.generates:
             self._engine.require_room()
+
+    def places(self) -> "Places":
+        """What a proxy needs to refuse by itself requests that generate."""
+        return self._engine.places()
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str

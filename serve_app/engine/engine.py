@@ -55,6 +55,8 @@ class Engine:
         self._requests = RequestQueue(config.max_num_seqs, config.max_waiting, config.retry_after_s)
         self.require_room = self._requests.require_room
         """Raises what a new request would be refused with now; may be called from any thread."""
+        self.places = self._requests.places
+        """What a proxy needs to refuse requests by itself; may be called from any thread."""
         self._core = EngineCore(runner, config, self._requests)
         self._thread = Thread(target=self._core.run, name="engine", daemon=True)
 

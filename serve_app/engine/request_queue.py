@@ -3,10 +3,13 @@
 from threading import Condition
 from typing import NamedTuple
 
-from serve_app.engine.retry_after import RetryAfter
+from serve_app.engine.retry_after import Places, RetryAfter
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 from serve_app.errors import Draining, EngineDead, QueueFull, ServeError
+
+FREE_UNASKED = 32
+"""A proxy may leave one of so many waiting places free before it asks."""
 
 
 class Requests(NamedTuple):
@@ -28,7 +31,8 @@ class RequestQueue:
     def __init__(self, max_running: int, max_waiting: int, retry_after_s: int) -> None:
         """`retry_after_s` is the shortest `Retry-After`, in seconds."""
         self._max_running = max_running
-        self._max_taken = max_running + max_waiting
+        self._num_unasked = max_waiting // FREE_UNASKED
+        self._num_places = self._max_taken = max_running + max_waiting
         self._retry_after_s = retry_after_s
         self._retry_after = RetryAfter(retry_after_s)
         self._requests = Requests([], [], False)
@@ -42,6 +46,11 @@ class RequestQueue:
         with self._changed:
             if self._num_taken >= self._max_taken:
                 raise self._refused()
+
+    def places(self) -> Places:
+        """What a proxy needs to refuse requests by itself."""
+        with self._changed:
+            return self._retry_after.places(self._num_places, self._num_unasked)
 
     def take_place(self) -> None:
         """Takes a place for a list of prompts; raises as `require_room`."""

@@ -11,6 +11,7 @@ Read `cluster.py` first: it starts the deployment, watches it and takes it down,
     fitness, banner         the checks of the machine before a start; what the log says about it
 
 `haproxy.py` decides what takes HTTP requests, and Serve starts `haproxy_program.py` for it.
+`haproxy_refusals.py` has the lines by which HAProxy refuses requests while the queue is full.
 `http.py` serves the deployment over HTTP: `mixtral-serve run`, and `runpod_entry.py` with
 RUNPOD_SERVERLESS=false. `health_server.py` answers `/ping` meanwhile, in a process that
 `health_listener.py` starts. `serve_app.worker` takes RunPod jobs with the same deployment.

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import serve_app
 from serve_app.config.sections import ApiSettings
 from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
@@ -109,7 +110,9 @@ class Proxy:
         if api.max_connections_per_address is not None:
             options.append(f"--max-connections-per-address={api.max_connections_per_address}")
             options += [f"--trusted={network}" for network in api.trusted_networks]
-        command = [sys.executable, "-I", haproxy_program.__file__, *options, "--"]
+        root = str(Path(serve_app.__file__).parents[1])
+        code = f"import sys; sys.path.append({root!r}); from {haproxy_program.__name__} import main"
+        command = [sys.executable, "-I", "-c", f"{code}; main()", *options, "--"]
         self._program.write_text(f'#!/bin/sh\nexec {shlex.join(command)} "$@"\n')
         self._program.chmod(0o700)
 

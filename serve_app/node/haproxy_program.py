@@ -17,6 +17,8 @@ What it changes, and what Ray 2.60 has in the template (`haproxy_templates.py`):
     connections                    `--max-connections`, as far as open files allow; also limited for
                                    one address, if asked for
     no answer of a replica         503 with the JSON of our table; 500 with a text
+    while the queue is full        429 with such JSON for what would generate, from HAProxy itself
+                                   (`haproxy_refusals.py`); each request passes to the replica
     before the model is loaded     503 with such JSON; a 404, because Serve has no route yet
 
 Requests that HAProxy cannot read, and headers that are late, get 400 and 408 in its own words,
@@ -26,8 +28,9 @@ Two settings of the process pass to HAProxy. It ignores SIGTERM, which some send
 a server: Serve ends it with SIGKILL, or SIGUSR1, and running requests are finished first. And the
 kernel kills it when the process that started it dies.
 
-It imports the standard library alone, so that a start takes a twentieth of a second. It ends with
-code 1 and one sentence where Serve's configuration has another form than this version of Ray's.
+It imports little more than the standard library, so that a start takes a twentieth of a second. It
+ends with code 1 and one sentence where Serve's configuration has another form than this version of
+Ray's.
 """
 
 import argparse
@@ -42,6 +45,8 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from serve_app.node import haproxy_refusals
 
 HEADERS_S = 10
 """Seconds that a client has for a request's first line and headers, and that it may be idle before
@@ -59,13 +64,24 @@ PR_SET_PDEATHSIG = 1
 TOO_LONG = f"The URL is longer than the {MAX_URL_CHARS} characters that are allowed."
 LOADING = "The model is not ready to answer here; see /health, and try again."
 LOADING_RETRY_S = 5
+FULL = (
+    "Too many requests are waiting; send this one again after the seconds in the header "
+    "Retry-After."
+)
 NO_REPLICA = "No replica of the model answers; send the request again."
 
 
-def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
+def error_body(
+    message: str,
+    kind: str,
+    code: str | None,
+    job_status: str,
+    retry: bool,
+    request_id: str = "%[uuid]",
+) -> str:
     """JSON as `serve_app.errors.error_body` makes it; tests compare the two.
 
-    The request id is an expression, for which HAProxy makes one.
+    The request id is an expression; by default HAProxy makes one for it.
     """
     fields = {
         "message": message,
@@ -74,7 +90,7 @@ def error_body(message: str, kind: str, code: str | None, job_status: str, retry
         "code": code,
         "status": job_status,
         "retry": retry,
-        "request_id": "%[uuid]",
+        "request_id": request_id,
     }
     return json.dumps({"error": fields})
 
@@ -97,8 +113,23 @@ def defaults() -> list[str]:
     return [f"    timeout http-request {HEADERS_S}s", *errors]
 
 
-def frontend(options: argparse.Namespace) -> list[str]:
-    """Lines for the section of the server's port, below its `bind`."""
+def refusal() -> str:
+    """The answer to a request for which the queue has no place."""
+    ids = haproxy_refusals.REQUEST_ID
+    body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True, ids)
+    headers = (
+        ("Retry-After", haproxy_refusals.RETRY_AFTER),
+        ("x-mixtral-request-id", ids),
+        ("x-request-id", haproxy_refusals.CLIENT_ID),
+    )
+    return answer(429, body, "".join(f" hdr {name} {value}" for name, value in headers))
+
+
+def frontend(options: argparse.Namespace, backends: list[str]) -> list[str]:
+    """Lines for the section of the server's port, below its `bind`.
+
+    `backends` are the names of the sections of Serve's applications.
+    """
     too_long = error_body(TOO_LONG, "invalid_request_error", None, "VALIDATION_FAILED", False)
     condition = f" if {{ url,length gt {MAX_URL_CHARS} }}"
     lines = [
@@ -106,6 +137,8 @@ def frontend(options: argparse.Namespace) -> list[str]:
         # A replica that died, whether or not the request had reached it.
         "    http-after-response set-status 503 if { status 502 504 }",
     ]
+    if len(backends) == 1:
+        lines += haproxy_refusals.rules(backends[0], refusal())
     if options.max_connections_per_address is None:
         return lines
     trusted = f" !{{ src {' '.join(options.trusted)} }}" if options.trusted else ""
@@ -126,7 +159,8 @@ def loading() -> str:
 
 def changed(config: str, options: argparse.Namespace) -> str:
     """Serve's configuration `config` with our changes; raises `ValueError` for another form."""
-    frontend_lines = "\n".join(frontend(options))
+    backends = re.findall(r"^backend (?!default_backend\n)(\S+)", config, re.MULTILINE)
+    frontend_lines = "\n".join(frontend(options, backends))
     bind = rf"    bind {options.bind}" if options.bind else r"\1"
     changes: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         # A section ends where the next one begins, at the start of a line.

@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from serve_app.api import early_answer
-from serve_app.api.early_answer import EarlyAnswer
+from serve_app.api.early_answer import PLACES, EarlyAnswer
 from serve_app.api.ingress import create_app
 from serve_app.api.list_places import ListPlaces
 from serve_app.api.server import MixtralServer
 from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
 
+TOLD = b"64,6400,50000,3"
+"""What the fake engine tells HAProxy."""
 GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions", "/v1/messages"]
 
 
@@ -86,6 +88,7 @@ def test_a_full_queue_refuses_before_serve_sees_the_request(path: str) -> None:
     assert headers[b"x-request-id"] == b"mine"
     assert headers[b"x-mixtral-request-id"].decode() == body["error"]["request_id"]
     assert 'errors_total{code="queue_full",model_name="tiny"} 1.0' in one.metrics.text("ready")
+    assert headers[PLACES.encode()] == TOLD
     assert early(one, path, "GET")[0] == early(one, "/tokenize")[0] == 299
 
 
@@ -102,12 +105,27 @@ def test_ping_is_answered_before_serve_sees_it() -> None:
     engine = FakeEngine()
     one = server(engine)
     engine.num_taken = MAX_TAKEN
-    assert early(one, "/ping", "GET")[::2] == (200, {"status": "ready"})
+    status, headers, body = early(one, "/ping", "GET")
+    assert (status, body, headers[PLACES.encode()]) == (200, {"status": "ready"}, TOLD)
     one.drain()
     assert early(one, "/ping", "GET")[::2] == (503, {"status": "draining"})
     dead = server(engine)
     engine.is_alive = False
     assert early(dead, "/ping", "GET")[2]["error"]["code"] == "engine_dead"
+
+
+@pytest.mark.parametrize(
+    ("told", "number"), [("7", 7), ("x", 0), ("-1", 0), ("9" * 400, 10**9 - 1)]
+)
+def test_refusals_of_haproxy_are_counted(told: str, number: int) -> None:
+    """The number in the header of a request that passes is added to our own refusals."""
+    one = server()
+    headers = [(early_answer.REFUSED.encode(), told.encode())]
+    assert early(one, "/prompt", headers=headers)[0] == 299
+    assert early(one, "/tokenize", headers=headers)[0] == 299
+    text = one.metrics.text("ready")
+    (line,) = (line for line in text.splitlines() if 'errors_total{code="queue_full"' in line)
+    assert float(line.split()[1]) == number
 
 
 def test_the_early_refusal_wants_the_key_first(monkeypatch: pytest.MonkeyPatch) -> None:

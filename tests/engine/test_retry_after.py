@@ -1,6 +1,8 @@
 """The Retry-After of a full queue follows the rate at which requests end."""
 
-from serve_app.engine.retry_after import MAX_S, RetryAfter
+import pytest
+
+from serve_app.engine.retry_after import MAX_FULL_S, MAX_S, UNMEASURED_FULL_S, Places, RetryAfter
 
 
 class Clock:
@@ -52,3 +54,14 @@ def test_idle_time_is_not_measured() -> None:
     clock.now += 600
     retry_after.ended(is_saturated=True)
     assert retry_after.next_s() == 1
+
+
+def test_a_proxy_is_told_the_measured_rate() -> None:
+    """At 20 ends a second, 8 places become free in 0.4 s; slow engines are asked every second."""
+    fast, slow = measured(20.0)[0], measured(0.5, min_s=2)[0]
+    places = fast.places(288, 8)
+    assert (places.num_places, places.min_s) == (288, 1)
+    assert places[1:3] == pytest.approx((0.05, 0.4))
+    assert fast.places(288, 0).full_s == pytest.approx(0.05)
+    assert slow.places(10, 0)[1:] == pytest.approx((2.0, MAX_FULL_S, 2))
+    assert RetryAfter(1, Clock()).places(10, 2) == Places(10, 0.0, UNMEASURED_FULL_S, 1)

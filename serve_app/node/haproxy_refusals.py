@@ -1,0 +1,110 @@
+"""Lines of HAProxy's configuration that refuse requests while the engine's queue is full.
+
+A refusal by the replica takes processor time from its event loop, which every answer needs, and a
+burst of requests waits in the replica's sockets until the loop has looked at each. So HAProxy
+refuses what would generate and goes beyond the places of the queue, before it reads the body.
+
+The replica tells the number of places (`PLACES`, a header of its `/ping` and of its refusals). As
+many requests may be under way at once for each replica. Connections and places are not the same: a
+body that is half sent has a connection and no place. The engine's queue alone decides what is full,
+so one more request asks the replica every `ASK_EVERY_US`. If the replica refuses it, the queue is
+full, and the next request asks after a time in which few places become free, at most a second.
+
+`Retry-After` gives the refused requests one turn after another, as `engine/retry_after.py` does.
+
+The replica still refuses requests of browsers, which need CORS headers, and those of routes whose
+errors have another shape. Several replicas have about as many requests each, as Serve balances by
+them. Where several HAProxys share replicas, each sees its own requests, so the replicas refuse
+more. While the queue is full, a request without a key is told so too.
+
+Threads of HAProxy may write a `proc` variable at once; what they then lose is one turn or the count
+of one refusal, or they ask once more.
+"""
+
+PLACES, REFUSED = "x-mixtral-places", "x-mixtral-refused"
+"""Names of the headers; see `api/early_answer.py`."""
+PATHS = ("/v1/chat/completions", "/v1/completions", "/prompt")
+"""Routes that take a place in the engine's queue and have errors of OpenAI's shape."""
+MAX_WAIT_US = 60_000_000
+"""Longest `Retry-After`."""
+ASK_EVERY_US = 10_000
+"""Microseconds between requests that ask, while the replica refuses none of them."""
+
+# Expressions for the answer to a refused request.
+RETRY_AFTER = "%[var(txn.wait_s)]"
+REQUEST_ID = "%[var(txn.request_id)]"
+CLIENT_ID = "%[var(txn.client_id)]"
+
+
+def rules(backend: str, refusal: str) -> list[str]:
+    """Lines for the section of the server's port.
+
+    `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expressions
+    `REQUEST_ID`, `CLIENT_ID` and `RETRY_AFTER`.
+    """
+    lines = [
+        *_decision(backend),
+        *_ids_and_turn(),
+        f"http-request return {refusal} if is_refused",
+        f"http-request del-header {REFUSED}",
+        f"http-request set-header {REFUSED} %[var(proc.num_refused,0)] if generates",
+        "http-request set-var(proc.num_refused) int(0) if generates",
+        *_news(),
+    ]
+    return [f"    {line}" for line in lines]
+
+
+def _decision(backend: str) -> list[str]:
+    """`is_refused` where as many requests are open as there are places, and none is to ask now."""
+    return [
+        "acl generates var(txn.generates) -m bool",
+        "acl is_over var(txn.is_over) -m bool",
+        "acl is_refused var(txn.is_refused) -m bool",
+        f"http-request set-var(txn.generates) bool(true) if METH_POST {{ path {' '.join(PATHS)} }}",
+        "http-request set-var(txn.now) date(0,us) if generates",
+        f"http-request set-var(txn.num_open) be_conn({backend}) if generates",
+        f"http-request set-var(txn.num_places) nbsrv({backend}),mul(proc.num_places) if generates",
+        "http-request set-var(txn.is_over) bool(true) if generates !{ req.hdr(origin) -m found }"
+        " { var(txn.num_places),sub(txn.num_open) le 0 }",
+        "http-request set-var(txn.is_refused) bool(true) if is_over"
+        " { var(proc.next_ask),sub(txn.now) gt 0 }",
+        f"http-request set-var(proc.next_ask) var(txn.now),add({ASK_EVERY_US})"
+        " if is_over !is_refused",
+    ]
+
+
+def _ids_and_turn() -> list[str]:
+    """Sets what the answer to a refused request says, and counts it."""
+    return [
+        "http-request set-var(txn.request_id) uuid() if is_refused",
+        "http-request set-var(txn.client_id) var(txn.request_id) if is_refused",
+        "http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
+        " if is_refused { req.fhdr(x-request-id) -m found }",
+        # A turn is never in the past, and never further away than the longest wait.
+        "http-request set-var(proc.turn) var(txn.now)"
+        " if is_refused !{ var(proc.turn),sub(txn.now) gt 0 }",
+        "http-request set-var(proc.turn) var(proc.turn),add(proc.place_us) if is_refused",
+        f"http-request set-var(proc.turn) var(txn.now),add({MAX_WAIT_US})"
+        f" if is_refused {{ var(proc.turn),sub(txn.now) gt {MAX_WAIT_US} }}",
+        "http-request set-var(txn.wait_s) var(proc.turn),sub(txn.now),add(999999),div(1000000)"
+        " if is_refused",
+        "http-request set-var(txn.wait_s) var(proc.min_s)"
+        " if is_refused { var(txn.wait_s),sub(proc.min_s) lt 0 }",
+        "http-request set-var(proc.num_refused) var(proc.num_refused,0),add(1) if is_refused",
+    ]
+
+
+def _news() -> list[str]:
+    """Takes over what a replica tells."""
+    names = ("num_places", "place_us", "full_us", "min_s")
+    taken = [
+        f"http-response set-var(proc.{name}) res.hdr({PLACES},{number}),add(0) if is_told"
+        for number, name in enumerate(names, 1)
+    ]
+    return [
+        f"acl is_told res.hdr({PLACES}) -m found",
+        *taken,
+        "http-response set-var(proc.next_ask) date(0,us),add(proc.full_us)"
+        " if is_told { status 429 }",
+        f"http-response del-header {PLACES}",
+    ]

@@ -1,0 +1,220 @@
+"""HAProxy refuses by itself what goes beyond the places that a replica has told."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+import httpx
+import pytest
+
+from serve_app.api import early_answer
+from serve_app.api.routes import ROUTES
+from serve_app.engine import retry_after
+from serve_app.engine.request_queue import RequestQueue
+from serve_app.errors import QueueFull, error_body
+from serve_app.node import haproxy_program, haproxy_refusals
+from serve_app.node.haproxy_refusals import PATHS, PLACES, REFUSED
+from tests.node.test_haproxy_program import QuietServer, Server, haproxy
+from tests.worker.conftest import until
+
+NUM_PLACES = 3
+PLACE_S = 10
+MIN_S = 2
+TOLD = f"{NUM_PLACES},{PLACE_S * 1_000_000},600000000,{MIN_S}"
+"""What the replica tells: once it has refused a request, HAProxy asks no more in this test."""
+
+
+class Engine:
+    """What the replica of one test does, and what it has seen."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self.released = threading.Event()
+        self.num_waiting = 0
+        self.headers: list[Any] = []
+
+    def open_requests(self, threads: ThreadPoolExecutor, http: httpx.Client, number: int) -> None:
+        """Starts requests that wait for `released`."""
+        before = self.num_waiting
+        self.opened: list[Future[httpx.Response]] = [
+            threads.submit(http.post, "/prompt") for _ in range(number)
+        ]
+        until(lambda: self.num_waiting == before + number)
+
+
+@contextmanager
+def replica(engine: Engine) -> Iterator[int]:
+    """A server that stands for a replica, and its port."""
+
+    class Replica(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self.answer(200, {PLACES: TOLD} if self.path == "/ping" else {})
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            engine.headers.append(self.headers)
+            if engine.is_full:
+                self.answer(429, {PLACES: TOLD})
+                return
+            engine.num_waiting += 1
+            engine.released.wait(30)
+            self.answer(200, {})
+
+        def answer(self, status: int, headers: dict[str, str]) -> None:
+            self.send_response(status)
+            for name, value in {"content-length": "2", **headers}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_: object) -> None: ...
+
+    with QuietServer(("127.0.0.1", 0), Replica) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield server.server_port
+        finally:
+            engine.released.set()
+            server.shutdown()
+            thread.join()
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+@pytest.fixture
+def server(engine: Engine) -> Iterator[Server]:
+    with replica(engine) as port, haproxy(port) as server:
+        yield server
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    url = f"http://127.0.0.1:{server.port}"
+    with httpx.Client(base_url=url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(16) as threads:
+        yield threads
+
+
+@pytest.fixture
+def full(engine: Engine, http: httpx.Client, threads: ThreadPoolExecutor) -> Iterator[None]:
+    """All places are taken, and the replica has refused the request that asked."""
+    http.get("/ping")
+    engine.open_requests(threads, http, NUM_PLACES)
+    engine.is_full = True
+    asked = http.post("/prompt")
+    assert (asked.status_code, asked.text) == (429, "{}")
+    yield
+    engine.released.set()
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_refusal_is_as_the_replicas(full: None, http: httpx.Client, path: str) -> None:
+    """It has the JSON of our table, one id, the client's own id, and no header of ours inside."""
+    response = http.post(path, headers={"x-request-id": "mine"})
+    body = response.json()
+    error = QueueFull(haproxy_program.FULL)
+    assert (response.status_code, body) == (429, error_body(error, body["error"]["request_id"]))
+    assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
+    assert response.headers["x-request-id"] == "mine"
+    unnamed = http.post(path)
+    assert unnamed.headers["x-request-id"] == unnamed.headers["x-mixtral-request-id"]
+    assert PLACES not in http.get("/ping").headers
+
+
+def test_refused_requests_get_one_turn_after_another(full: None, http: httpx.Client) -> None:
+    """At a place every 10 s they are told 10 s, 20 s and so on, and 60 s at most."""
+    told = [int(http.post("/prompt").headers["retry-after"]) for _ in range(10)]
+    for number, seconds in enumerate(told, 1):
+        assert min(number, 6) * PLACE_S - 5 <= seconds <= min(number, 6) * PLACE_S
+
+
+def test_refusals_are_counted_for_the_metrics(
+    full: None, engine: Engine, http: httpx.Client
+) -> None:
+    """The next request that passes has their number, and a client cannot forge it."""
+    for _ in range(5):
+        http.post("/prompt", headers={REFUSED: "1000"})
+    engine.is_full = False
+    engine.released.set()
+    until(lambda: http.post("/prompt", headers={REFUSED: "1000"}).status_code == 200)
+    http.post("/prompt")
+    counts = [int(headers[REFUSED]) for headers in engine.headers]
+    assert sum(counts) >= 5
+    assert counts[-1] == 0
+    http.post("/tokenize", headers={REFUSED: "1000"})
+    assert REFUSED not in engine.headers[-1]
+
+
+def test_only_what_generates_is_refused(full: None, engine: Engine, http: httpx.Client) -> None:
+    """Status routes and other POSTs pass; a browser's request too, for its CORS headers."""
+    assert http.get("/health").status_code == http.get("/prompt").status_code == 200
+    engine.is_full = False
+    engine.released.set()
+    assert http.post("/tokenize").status_code == 200
+    assert http.post("/prompt", headers={"origin": "https://a.b"}).status_code == 200
+
+
+def test_a_refusal_reads_no_body(full: None, server: Server) -> None:
+    """A client that has sent the head of 8 MB has its refusal."""
+    head = b"POST /prompt HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n{"
+    with server.connect() as connection:
+        connection.sendall(head)
+        assert connection.recv(12) == b"HTTP/1.1 429"
+
+
+def test_places_that_become_free_are_taken(full: None, engine: Engine, http: httpx.Client) -> None:
+    """HAProxy, which has been told that the queue is full for ten minutes, sees each end."""
+    engine.is_full = False
+    engine.released.set()
+    until(lambda: http.post("/prompt").status_code == 200)
+
+
+def test_connections_without_a_place_shut_nobody_out(
+    server: Server, engine: Engine, http: httpx.Client
+) -> None:
+    """Beside as many half-sent bodies as there are places, others are answered."""
+    http.get("/ping")
+    engine.released.set()
+    half = b"POST /prompt HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
+    opened: list[socket.socket] = []
+    for _ in range(NUM_PLACES):
+        opened.append(server.connect())
+        opened[-1].sendall(half)
+    for _ in range(10):
+        until(lambda: http.post("/prompt").status_code == 200)
+    for connection in opened:
+        connection.close()
+
+
+def test_without_a_number_nothing_is_refused(
+    engine: Engine, http: httpx.Client, threads: ThreadPoolExecutor
+) -> None:
+    """Before a replica has told its places, each request passes."""
+    engine.open_requests(threads, http, 2 * NUM_PLACES)
+    engine.released.set()
+    assert {each.result().status_code for each in engine.opened} == {200}
+
+
+def test_haproxy_and_the_server_agree() -> None:
+    """Names of headers, routes and the sentence are those of the server."""
+    assert (early_answer.PLACES, early_answer.REFUSED) == (PLACES, REFUSED)
+    assert set(PATHS) <= {route.path for route in ROUTES if route.generates}
+    with pytest.raises(QueueFull) as raised:
+        RequestQueue(0, 0, 1).require_room()
+    assert raised.value.message == haproxy_program.FULL
+    assert haproxy_refusals.MAX_WAIT_US == retry_after.MAX_S * 1_000_000

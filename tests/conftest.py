@@ -16,12 +16,18 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # cores then take twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-SPLIT = ("tests/model/kernels/test_compiled.py", "tests/model/kernels/test_gpu_step.py")
+SPLIT = (
+    "tests/model/kernels/test_compiled.py",
+    "tests/model/kernels/cuda/test_compiled.py",
+    "tests/model/kernels/test_gpu_step.py",
+)
 """Files whose tests take long and share nothing: each test is a group of its own."""
 LONGEST = (
     "ray",
     "tests/worker/test_drain.py",
     "tests/model/kernels/test_compiled.py",
+    "tests/model/kernels/cuda/test_products.py",
+    "tests/model/kernels/cuda/test_compiled.py",
     "tests/model/checkpoint/test_peak.py",
     "tests/benchmarks/test_gpu.py",
     "tests/model/kernels/test_gpu_step.py",

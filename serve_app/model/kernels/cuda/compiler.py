@@ -1,0 +1,106 @@
+"""Compiles the CUDA kernels for one architecture by NVRTC, and keeps the results in a folder.
+
+NVRTC and `cuda.bindings` come with torch's builds for CUDA. The results of equal sources, options,
+compilers and architectures are equal, so their hash names the file.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from serve_app.model.kernels.unavailable import StepUnavailable
+
+SOURCES = Path(__file__).parent
+HEADERS = ("intrinsics.cuh", "tiles.cuh")
+OPTIONS = ("-std=c++17",)
+
+
+class Compiler:
+    """NVRTC for cards of one compute capability; `cache` is a folder, None for no cache."""
+
+    def __init__(self, capability: int, cache: Path | None = None) -> None:
+        """Raises `StepUnavailable` where NVRTC is not installed."""
+        try:
+            from cuda.bindings import nvrtc
+
+            error, *version = nvrtc.nvrtcVersion()
+        except Exception as failure:  # the library raises RuntimeError for one that it cannot find
+            raise StepUnavailable(f"NVRTC is not installed ({str(failure)[:200]})") from None
+        self._nvrtc: Any = nvrtc
+        self._check(error)
+        self.version = ".".join(map(str, version))
+        self._options = [f"--gpu-architecture=sm_{capability}", *OPTIONS]
+        self._cache = cache
+        self._headers = [(SOURCES / name).read_bytes() for name in HEADERS]
+
+    def cubin(self, name: str, macros: Sequence[str]) -> bytes:
+        """The machine code of `name`.cu with `macros`, such as "TOKEN_TILES=1".
+
+        Raises `StepUnavailable` with the compiler's log where it does not compile.
+        """
+        source = (SOURCES / f"{name}.cu").read_bytes()
+        options = [*self._options, *(f"-D{macro}" for macro in macros)]
+        if self._cache is None:
+            return self._compile(name, source, options)
+        path = self._cache / f"{name}-{self._digest(source, options)}.cubin"
+        try:
+            return path.read_bytes()
+        except OSError:
+            made = self._compile(name, source, options)
+        write(path, made)
+        return made
+
+    def _digest(self, source: bytes, options: list[str]) -> str:
+        parts = [self.version.encode(), *self._headers, source, *map(str.encode, options)]
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(len(part).to_bytes(8, "little") + part)
+        return digest.hexdigest()[:32]
+
+    def _compile(self, name: str, source: bytes, options: list[str]) -> bytes:
+        nvrtc, names = self._nvrtc, [header.encode() for header in HEADERS]
+        made = nvrtc.nvrtcCreateProgram(
+            source, f"{name}.cu".encode(), len(names), self._headers, names
+        )
+        self._check(made[0])
+        program = made[1]
+        try:
+            (error,) = nvrtc.nvrtcCompileProgram(
+                program, len(options), [option.encode() for option in options]
+            )
+            if int(error):
+                raise StepUnavailable(f"{name} does not compile: {self._log(program)}")
+            error, size = nvrtc.nvrtcGetCUBINSize(program)
+            self._check(error)
+            cubin = bytearray(size)
+            self._check(*nvrtc.nvrtcGetCUBIN(program, cubin))
+            return bytes(cubin)
+        finally:
+            nvrtc.nvrtcDestroyProgram(program)
+
+    def _log(self, program: Any) -> str:
+        """The start of the compiler's messages."""
+        error, size = self._nvrtc.nvrtcGetProgramLogSize(program)
+        self._check(error)
+        text = bytearray(size)
+        self._check(*self._nvrtc.nvrtcGetProgramLog(program, text))
+        return text.decode(errors="replace").strip("\0\n ")[:1000]
+
+    def _check(self, error: Any) -> None:
+        if int(error):
+            raise StepUnavailable(f"NVRTC failed: {error}")
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file by renaming, so that no reader finds half of it. No cache is no failure: where
+    the folder cannot be written, the next start compiles again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(content)
+        os.replace(file.name, path)
+    except OSError:
+        return

@@ -1,0 +1,89 @@
+// The instructions of a GPU that the kernels use, a function each. The tests compile the kernels for
+// the host with functions of the same names in place of this file.
+#pragma once
+
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#define KERNEL extern "C" __global__
+#define DEVICE __device__ __forceinline__
+
+// The block's shared memory, as many bytes as the launch asked for.
+DEVICE u32 *shared_memory() {
+  extern __shared__ __align__(1024) u32 memory[];
+  return memory;
+}
+
+// 16 bytes that are read once: they do not displace activations from the L1 cache.
+DEVICE uint4 load_once(const uint4 *p) {
+  uint4 v;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+DEVICE uint4 load(const uint4 *p) {
+  uint4 v;
+  asm volatile("ld.global.nc.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
+  return v;
+}
+
+DEVICE uint2 load(const uint2 *p) {
+  uint2 v;
+  asm volatile("ld.global.nc.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// Byte i of the result is the byte of (b, a) that nibble i of `selector` names; a has 0 to 3.
+DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+// d [16 rows, 8 tokens] += a [16 rows, 16 columns] * b [16 columns, 8 tokens] by one warp, in bf16
+// with float sums. Of lane 4g + t: a has rows g, g + 8, g, g + 8 at columns 2t, 2t, 2t + 8, 2t + 8
+// and the next; b0 and b1 have token g at columns 2t and 2t + 8 and the next; d has row g at tokens
+// 2t and 2t + 1, then row g + 8.
+DEVICE void mma(float *d, const u32 *a, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},"
+               "{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// The same with d = a * b.
+DEVICE void mma_from_zero(float *d, const u32 *a, u32 b0, u32 b1) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3},"
+               "{%4,%5,%6,%7},{%8,%9},{%10,%10,%10,%10};"
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(0.f));
+}
+
+// Two bf16 products. sm_80 has no instruction for them but a fused one; adding -0 changes nothing.
+DEVICE u32 multiply_pair(u32 a, u32 b) {
+  u32 d;
+  asm("fma.rn.bf16x2 %0,%1,%2,%3;" : "=r"(d) : "r"(a), "r"(b), "r"(0x80008000u));
+  return d;
+}
+
+// Copies 16 bytes to shared memory in the background; see `wait_for_copies`.
+DEVICE void copy_async(void *shared, const void *global) {
+  u32 to = (u32)__cvta_generic_to_shared(shared);
+  asm volatile("cp.async.cg.shared.global [%0],[%1],16;" ::"r"(to), "l"(global));
+}
+
+// The thread's copies since the last call are a group.
+DEVICE void end_copy_group() { asm volatile("cp.async.commit_group;"); }
+
+// Waits until at most MOST of the thread's last groups are under way.
+template <int MOST> DEVICE void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(MOST) : "memory");
+}
+
+// A barrier of `threads` threads of a block: those that name the same `id`, 1 to 15.
+DEVICE void part_barrier(int id, int threads) {
+  asm volatile("bar.sync %0,%1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+DEVICE float exponential(float x) { return __expf(x); }
+DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
+DEVICE u32 float_to_bits(float x) { return __float_as_uint(x); }

@@ -1,0 +1,84 @@
+"""Loads compiled kernels into the current CUDA context and launches them on torch's stream."""
+
+from collections.abc import Sequence
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class DriverError(Exception):
+    """A call of the CUDA driver failed; the message names the call and the error."""
+
+
+def cuda_driver() -> Any:
+    """The module that calls the CUDA driver; importing it needs no GPU."""
+    from cuda.bindings import driver
+
+    return driver
+
+
+def checked(what: str, result: Sequence[Any]) -> Any:
+    """The value of a driver call's `result`, (error, value...). Raises `DriverError`."""
+    error, *values = result
+    if int(error):
+        raise DriverError(f"{what} failed: {error}")
+    return values[0] if len(values) == 1 else values
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The shape of a launch."""
+
+    blocks: int
+    threads: int
+    """Of each block."""
+    shared_bytes: int
+    """Of each block."""
+
+
+class Kernel:
+    """One compiled kernel on the current device."""
+
+    def __init__(self, cubin: bytes, name: str, grid: Grid, driver: Any = None) -> None:
+        """`driver` is `cuda_driver()`, or what a test puts in its place. Raises `DriverError`."""
+        self._driver = cuda_driver() if driver is None else driver
+        self._grid = grid
+        # The function lives as long as its module.
+        self._module = checked("cuModuleLoadData", self._driver.cuModuleLoadData(cubin))
+        found = self._driver.cuModuleGetFunction(self._module, name.encode())
+        self._function = checked("cuModuleGetFunction", found)
+        attribute = self._driver.CUfunction_attribute
+        limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        found = self._driver.cuFuncSetAttribute(self._function, limit, grid.shared_bytes)
+        checked("cuFuncSetAttribute", found)
+
+    def launch(self, *arguments: Tensor | int | None) -> None:
+        """Launches on torch's current stream. A tensor is passed as its address, None as null.
+
+        Tensors must stay alive until the stream has run the kernel, which torch's allocator grants
+        those of the same stream. Raises `DriverError`.
+        """
+        values = tuple(map(value_of, arguments))
+        types = tuple(c_int if isinstance(each, int) else c_void_p for each in arguments)
+        config, grid = self._driver.CUlaunchConfig(), self._grid
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid.blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = grid.threads, 1, 1
+        config.sharedMemBytes, config.hStream = grid.shared_bytes, current_stream()
+        found = self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
+        checked("cuLaunchKernelEx", found)
+
+
+def value_of(argument: Tensor | int | None) -> int:
+    """An argument as the number that the driver gets."""
+    if argument is None:
+        return 0
+    return argument if isinstance(argument, int) else argument.data_ptr()
+
+
+def current_stream() -> int:
+    """The handle of torch's current stream."""
+    stream: Any = torch.cuda.current_stream()
+    return int(stream.cuda_stream)

@@ -1,0 +1,149 @@
+"""Products with 4-bit weights in tiles for a few tokens on a GPU, and dequantizing for prompts.
+
+The functions have the meaning of those in `triton/nf4_decode.py`, without halves and without parts:
+sums over K are complete. Activations and results of `gate_up` are bfloat16. Each weight is read
+once per launch for all its tokens, up to the kernel's number of them; more tokens are more passes.
+Sums over K are added in an order that only the variant decides, so that a token gets the same bits
+in any batch of the same variant.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.tiles import pairs_of
+from serve_app.model.kernels.cuda.variants import (
+    DENSE,
+    DOWN,
+    GATE_UP,
+    Card,
+    macros,
+    shared_bytes,
+    token_tiles_of,
+    variants,
+)
+
+UNPACK_THREADS, UNPACK_BLOCKS = 256, 4
+"""Threads of a block of unpack.cu, and blocks for each multiprocessor."""
+UNPACK_STRIDE = 32
+"""Words of its table for each byte."""
+
+
+@dataclass(frozen=True)
+class TiledWeight:
+    """A matrix in tiles, or a stack of them, as the kernels read it."""
+
+    codes: Tensor
+    """uint8 `[E, N / 16, K / 64, 32, 16]`, see `tiles.py`."""
+    absmax: Tensor
+    """bfloat16 `[E, N / 16, K / 256, 8, 4, 2]`"""
+
+    @property
+    def num_matrices(self) -> int:
+        """E"""
+        return self.codes.shape[0]
+
+    @property
+    def out_features(self) -> int:
+        """N"""
+        return self.codes.shape[1] * 16
+
+    @property
+    def in_features(self) -> int:
+        """K"""
+        return self.codes.shape[2] * 64
+
+
+class Launchable(Protocol):
+    """A compiled kernel; see `launcher.Kernel`."""
+
+    def launch(self, *arguments: Tensor | int | None) -> None: ...
+
+
+MakeKernel = Callable[[str, Sequence[str], Grid], Launchable]
+"""Compiles and loads a source file, by its name without `.cu`, with macros, for a launch."""
+
+
+class CudaProducts:
+    """The kernels of one model on one card."""
+
+    def __init__(
+        self,
+        card: Card,
+        code: Tensor,
+        in_features: dict[str, set[int]],
+        top_k: int,
+        make: MakeKernel,
+    ) -> None:
+        """`code` are the 16 code values, on the device; `in_features` has the Ks of each product,
+        by DENSE, GATE_UP and DOWN."""
+        self._pairs = pairs_of(code).to(code.device)
+        self._blocks = UNPACK_BLOCKS * card.multiprocessors
+        self._kernels: dict[tuple[str, int, int], Launchable] = {}
+        for product, sizes in in_features.items():
+            for size in sorted(sizes):
+                for tiles, variant in variants(product, card).items():
+                    blocks = card.multiprocessors * variant.blocks_per_sm
+                    grid = Grid(blocks, variant.threads, shared_bytes(variant, card))
+                    options = macros(variant, product, card, size, top_k)
+                    self._kernels[product, size, tiles] = make(variant.source, options, grid)
+        grid = Grid(self._blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
+        self._unpack = make("unpack", (), grid)
+
+    def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:
+        """Fills `out` float32 `[T, N]` from `x` `[T, K]`."""
+        self._launch(DENSE, weight, x, None, None, None, out, len(x))
+
+    def gate_up(
+        self, weight: TiledWeight, x: Tensor, order: Tensor, starts: Tensor, out: Tensor
+    ) -> None:
+        """Fills `out` `[T * k, I]`, in the order of experts, from `x` `[T, K]`: silu(gate) * up.
+
+        `order` and `starts` as in `nf4_decode.gate_up`. Rows of `out` after the last expert's are
+        not written.
+        """
+        self._launch(GATE_UP, weight, x, order, starts, None, out, len(x))
+
+    def down(
+        self,
+        weight: TiledWeight,
+        x: Tensor,
+        order: Tensor,
+        starts: Tensor,
+        topk_weights: Tensor,
+        top_k: int,
+        out: Tensor,
+    ) -> None:
+        """Fills `out` float32 `[T * k, N]`, in the order of entries, from `x`, the output of
+        `gate_up`, times `topk_weights` float32 `[T * k]`. Entries of no expert are not written."""
+        tokens = len(x) // top_k
+        self._launch(DOWN, weight, x, order, starts, topk_weights, out, tokens)
+
+    def unpack(self, weight: TiledWeight, which: Tensor) -> Tensor:
+        """Matrices `which` (int64 `[n]`) of a stack, dequantized to bfloat16 `[n, N, K]`."""
+        shape = (len(which), weight.out_features, weight.in_features)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=which.device)
+        tensors = (weight.codes, weight.absmax, self._pairs, which, out)
+        sizes = (len(which), weight.out_features // 16, weight.in_features // 64)
+        self._unpack.launch(*tensors, *sizes)
+        return out
+
+    def _launch(
+        self,
+        product: str,
+        weight: TiledWeight,
+        x: Tensor,
+        order: Tensor | None,
+        starts: Tensor | None,
+        topk_weights: Tensor | None,
+        out: Tensor,
+        tokens: int,
+    ) -> None:
+        tiles = token_tiles_of(product, tokens)
+        kernel = self._kernels[product, weight.in_features, tiles]
+        tensors = (weight.codes, weight.absmax, self._pairs, x, order, starts, topk_weights, out)
+        kernel.launch(*tensors, weight.num_matrices, weight.out_features, tokens)

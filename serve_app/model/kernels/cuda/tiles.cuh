@@ -1,0 +1,134 @@
+// What the products share: weights in tiles, their code values, the work of a launch, the results.
+//
+// Letters: E experts, N out_features, K in_features, T tokens, k experts per token (TOP_K).
+// K is known when a kernel is compiled: K_BLOCKS is K / 64. A tile is 16
+// rows by a block of 64 columns. Lane 4g + t of a warp has rows g and g + 8 of it.
+//   codes   16 bytes [E, N / 16, K / 64, 32 lanes]: of row g columns 8t to 8t + 7, then 32 + 8t to
+//           32 + 8t + 7, then the same of row g + 8; two columns a byte, the first in the high bits
+//   absmax  bf16 [E, N / 16, K / 256, 8 g, 4 blocks, rows g and g + 8]
+// An entry, token * k + j, is the jth expert of a token. `order` has the entries sorted by expert; a
+// place is an index of `order`. Those of expert e are starts[e] to starts[e + 1] - 1.
+#pragma once
+#include "intrinsics.cuh"
+
+// What a product's inputs and outputs are.
+#define DENSE 0    // E = 1: x bf16 [T, K] -> y float [T, N]
+#define GATE_UP 1  // x bf16 [T, K] -> silu(gate) * up as y bf16 [T * k places, N / 2]
+#define DOWN 2     // x bf16 [T * k places, K] -> topk_weights * product as y float [T * k entries, N]
+
+// The table has for each byte the values of its two codes as bf16, the first in the low half, 32
+// times: every lane reads its own bank. Words between two bytes: 64 takes 64 KB and one instruction
+// for an address, 32 takes 32 KB and two.
+#define TABLE_WORDS (256 * TABLE_STRIDE)
+
+// `pairs` [256]: the words of the table once.
+DEVICE void fill_table(u32 *table, const u32 *pairs, int warp, int warps, int lane) {
+  for (int byte = warp; byte < 256; byte += warps) table[byte * TABLE_STRIDE + lane] = pairs[byte];
+}
+
+// The two weights of byte `i` of `word`, without their scale.
+DEVICE u32 decode(const u32 *table, u32 word, int i, u32 lane) {
+  const u32 column = lane * 4;
+#if TABLE_STRIDE == 64
+  // Bytes of the address: 4 * lane, byte i of the word, 0, 0.
+  const u32 at = permute_bytes(column, word, 0x1140 + 0x10 * i);
+#else
+  const u32 at = ((i == 0 ? word << 7 : word >> (8 * i - 7)) & 0x7F80) | column;
+#endif
+  return *(const u32 *)((const char *)table + at);
+}
+
+// One block of a tile as fragments of `mma` for columns in four groups of 16: of lane 4g + t, group
+// i has columns 32 * (i / 2) + 8t + 4 * (i % 2) and the next three.
+DEVICE void decode_block(u32 (*fragments)[4], const u32 *table, uint4 codes, u32 lane) {
+  const u32 upper[2] = {codes.x, codes.y}, lower[2] = {codes.z, codes.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    fragments[i][0] = decode(table, upper[i / 2], 2 * (i % 2), lane);
+    fragments[i][1] = decode(table, lower[i / 2], 2 * (i % 2), lane);
+    fragments[i][2] = decode(table, upper[i / 2], 2 * (i % 2) + 1, lane);
+    fragments[i][3] = decode(table, lower[i / 2], 2 * (i % 2) + 1, lane);
+  }
+}
+
+// The scales of a block: bf16 of row g in the low half, of row g + 8 in the high half.
+DEVICE float upper_scale(u32 pair) { return bits_to_float(pair << 16); }
+DEVICE float lower_scale(u32 pair) { return bits_to_float(pair & 0xFFFF0000u); }
+
+// The tensors of a launch.
+struct Product {
+  const uint4 *codes;
+  const uint4 *absmax;
+  const u16 *x;
+  const int *order, *starts;
+  const float *topk_weights;
+  void *y;
+  int experts, out_features, tokens;
+
+  DEVICE int first(int expert) const { return OUTPUT == DENSE ? 0 : starts[expert]; }
+  DEVICE int end(int expert) const { return OUTPUT == DENSE ? tokens : starts[expert + 1]; }
+
+  // The row of x [rows, K] for a place.
+  DEVICE int row_of(int place) const { return OUTPUT == GATE_UP ? order[place] / TOP_K : place; }
+};
+
+// Up to TOKENS tokens of one expert with one group of rows of its matrix.
+struct Job {
+  int expert, group, first, count;
+};
+
+// The jobs of a launch: all experts that have tokens, in passes of TOKENS tokens, by all `groups`.
+struct Jobs {
+  const Product *product;
+  int groups;
+
+  DEVICE int total() const {
+    int jobs = 0;
+    for (int e = 0; e < product->experts; e++)
+      jobs += (product->end(e) - product->first(e) + TOKENS - 1) / TOKENS * groups;
+    return jobs;
+  }
+
+  DEVICE Job at(int number) const {
+    Job job = {0, number, 0, 0};
+    for (; job.expert < product->experts; job.expert++) {
+      job.first = product->first(job.expert);
+      const int end = product->end(job.expert);
+      for (; job.first < end; job.first += TOKENS) {
+        if (job.group < groups) {
+          job.count = end - job.first < TOKENS ? end - job.first : TOKENS;
+          return job;
+        }
+        job.group -= groups;
+      }
+    }
+    return job;
+  }
+};
+
+DEVICE u16 to_bf16(float x) {
+  const u32 bits = float_to_bits(x);
+  return (u16)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
+}
+
+DEVICE float silu(float x) { return x / (1.f + exponential(-x)); }
+
+// Stores what lane 4g + t has of a tile's sums: x, y are row g at tokens `token` and `token` + 1 of
+// the job, z, w row g + 8. `row` is the tile's first. For GATE_UP row g is gate, row g + 8 its up.
+DEVICE void store(const Product &p, const Job &job, int row, int g, int token, float4 sums) {
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (token + i >= job.count) return;
+    const int place = job.first + token + i;
+    const float upper = i ? sums.y : sums.x, lower = i ? sums.w : sums.z;
+#if OUTPUT == GATE_UP
+    ((u16 *)p.y)[(u64)place * (p.out_features / 2) + row / 2 + g] = to_bf16(silu(upper) * lower);
+#else
+    const int entry = OUTPUT == DOWN ? p.order[place] : place;
+    const float scale = OUTPUT == DOWN ? p.topk_weights[entry] : 1.f;
+    float *y = (float *)p.y + (u64)entry * p.out_features + row + g;
+    y[0] = upper * scale;
+    y[8] = lower * scale;
+#endif
+  }
+}

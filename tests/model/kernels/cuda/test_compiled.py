@@ -1,0 +1,99 @@
+"""The CUDA kernels, compiled for cards that are not here: registers, memory and instructions."""
+
+import re
+
+import pytest
+
+from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.products import CudaProducts
+from serve_app.model.kernels.cuda.variants import (
+    CAPABILITIES,
+    DENSE,
+    DOWN,
+    GATE_UP,
+    Card,
+    misfit,
+)
+from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.quantize import code_values
+from tests.model.kernels.compiled import about, spills
+
+SIZES = {DENSE: (6144, 4096), GATE_UP: (28672, 4096), DOWN: (4096, 14336)}
+"""N and K of Mixtral 8x7B."""
+BUDGETS = {64: {1: 2.2, 2: 3.3, 4: 5.0, 8: 5.6}, 32: {1: 2.6, 2: 3.8, 4: 5.7, 8: 5.8}}
+"""Instructions a weight in the loop over K, by the table's stride and the kernel's token tiles. The
+smaller table takes two instructions for an address in place of one; at the speed of its cards'
+memory there is time for 15 instructions a weight and more, on an H200 for 3.7."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _nvrtc() -> None:
+    try:
+        Compiler(90)
+    except StepUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+class _Kernel:
+    def launch(self, *arguments: object) -> None:
+        raise AssertionError("nothing is launched here")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
+    """No register goes to memory, a block's shared memory fits, and each weight takes no more
+    instructions than its budget."""
+    compiler, card = Compiler(capability), Card(capability, 1)
+    failures, seen = list[str](), list[str]()
+
+    def make(name: str, macros: list[str], grid: Grid) -> _Kernel:
+        cubin, what = compiler.cubin(name, macros), f"{name} {' '.join(macros)}"
+        seen.append(what)
+        if spills(cubin):
+            failures.append(f"{what} spills")
+        if grid.shared_bytes > card.shared_bytes:
+            failures.append(f"{what} takes {grid.shared_bytes} bytes of shared memory")
+        if name != "unpack":
+            tiles = next(int(each[12:]) for each in macros if each.startswith("TOKEN_TILES="))
+            count = instructions_per_weight(about(cubin, "nvdisasm", "-c", "-ndf"), tiles)
+            if not 1.5 < count <= BUDGETS[card.table_stride][tiles]:
+                failures.append(f"{what}: {count:.2f} instructions a weight")
+        return _Kernel()
+
+    columns = {product: {size[1]} for product, size in SIZES.items()}
+    CudaProducts(card, code_values("nf4"), columns, 2, make)  # type: ignore[arg-type]
+    assert len(seen) == 12
+    assert not failures, "\n".join(failures)
+
+
+def instructions_per_weight(listing: str, token_tiles: int) -> float:
+    """Of the loop with the most matrix products; each multiplies 8 weights of every lane."""
+    code, labels, best = list[str](), dict[str, int](), (0, 0)
+    for line in listing.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = len(code)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", line):
+            code.append(found[1])
+            back = re.search(r"BRA.*\((\.L_x_\d+)\)", found[1])
+            if back and back[1] in labels:
+                body = code[labels[back[1]] :]
+                best = max(best, (sum("HMMA" in each for each in body), -len(body)))
+    products, length = best
+    return -length / (8 * products / token_tiles) if products else 0.0
+
+
+def test_a_source_that_does_not_compile_says_why() -> None:
+    """The error has the compiler's own message."""
+    with pytest.raises(StepUnavailable, match="few_tokens does not compile"):
+        Compiler(90).cubin("few_tokens", ["OUTPUT=0"])
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_shapes_that_do_not_fit_are_refused(capability: int) -> None:
+    """Mixtral's sizes fit every card; a matrix with other rows or columns is refused by name."""
+    card = Card(capability, 1)
+    for product, size in SIZES.items():
+        assert misfit(product, card, *size) is None
+    assert "256 rows and 192 columns" in str(misfit(GATE_UP, card, 256, 192))
+    assert "need multiples of 32 and 2048" in str(misfit(DENSE, card, 4112, 4096))

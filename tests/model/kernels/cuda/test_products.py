@@ -1,0 +1,187 @@
+"""The sources of the CUDA kernels, run on the host, beside plain float32."""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.products import CudaProducts
+from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from tests.model.kernels.cuda.cases import CODE, NUM_EXPERTS, ROWS, TOP_K, K, Matrices, error
+from tests.model.kernels.cuda.emulator import Edit, HostKernel, has_compiler
+
+pytestmark = pytest.mark.skipif(not has_compiler(), reason="g++ compiles the kernels for the host")
+
+CARDS = {"H200": Card(90, 1), "RTX 5090": Card(120, 1)}
+"""One has the tables and shapes for much shared memory, the other those for little."""
+TOKENS = (1, 7, 15, 21, 37, 67)
+"""A batch for every number of token tiles, all odd."""
+Make = Callable[..., CudaProducts]
+
+
+class _Later:
+    """A kernel that is compiled in another thread, or when it is launched."""
+
+    def __init__(self, compile_it: Callable[[], HostKernel]) -> None:
+        self._compile = compile_it
+
+    def launch(self, *arguments: Tensor | int | None) -> None:
+        self._compile().launch(*arguments)
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    """Makes products of kernels for the host, from edited sources where asked; equal ones once."""
+    with ThreadPoolExecutor(2) as pool:
+        made: dict[tuple[object, ...], _Later] = {}
+
+        def kernel(edit: Edit | None, name: str, macros: Sequence[str], grid: Grid) -> _Later:
+            key = (edit, name, *macros, grid)
+            if key not in made:
+                folder: Path = tmp_path_factory.mktemp("kernel")
+                compile_it = partial(HostKernel, folder, name, macros, grid, edit)
+                made[key] = _Later(compile_it if edit else pool.submit(compile_it).result)
+            return made[key]
+
+        def products(card: Card, edit: Edit | None = None, only: str | None = None) -> CudaProducts:
+            sizes = {each: {K} for each in (DENSE, GATE_UP, DOWN) if only in (None, each)}
+            return CudaProducts(
+                card,
+                CODE,
+                sizes,
+                TOP_K,
+                lambda name, macros, grid: kernel(edit, name, macros, grid),
+            )
+
+        yield products
+
+
+@pytest.fixture(scope="module")
+def matrices() -> dict[str, Matrices]:
+    return {
+        product: Matrices.random(1 if product == DENSE else NUM_EXPERTS, rows)
+        for product, rows in ROWS.items()
+    }
+
+
+def tolerance(product: str, tokens: int) -> float:
+    """gate_up stores bfloat16. For many tokens an expert, weights are scaled in bfloat16."""
+    scales_weights = product != DENSE and tokens > 32
+    return 3e-3 if product == GATE_UP or scales_weights else 2e-6
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+@pytest.mark.parametrize("product", ROWS)
+@pytest.mark.parametrize("card", CARDS.values(), ids=CARDS)
+def test_a_product_equals_float32(
+    make: Make, matrices: dict[str, Matrices], card: Card, product: str, tokens: int
+) -> None:
+    """With a last token that goes to no expert and an expert without tokens, whose results are not
+    written, and with input in the last block of K alone."""
+    products = make(card)
+    for last_block_only in (False, True):
+        found = error(products, product, matrices[product], tokens, last_block_only=last_block_only)
+        assert found < tolerance(product, tokens)
+
+
+@pytest.mark.parametrize("product", [GATE_UP, DOWN])
+def test_an_expert_may_have_more_tokens_than_a_pass(
+    make: Make, matrices: dict[str, Matrices], product: str
+) -> None:
+    """16 tokens that all go to the same experts take two passes of 8."""
+    found = error(make(CARDS["H200"]), product, matrices[product], 16, crowded=True)
+    assert found < tolerance(product, 16)
+
+
+def test_a_token_has_the_same_bits_in_any_batch(make: Make, matrices: dict[str, Matrices]) -> None:
+    """Of batches with the same kernel, whatever else they hold."""
+    products, weight = make(CARDS["H200"]), matrices[DENSE].tiled
+    x = torch.randn(40, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for whole, alone in ((slice(0, 8), slice(5, 6)), (slice(0, 40), slice(20, 40))):
+        first = torch.empty(len(x[whole]), ROWS[DENSE])
+        second = torch.empty(len(x[alone]), ROWS[DENSE])
+        products.dense(weight, x[whole], first)
+        products.dense(weight, x[alone], second)
+        assert torch.equal(first[alone], second)
+
+
+def test_matrices_are_dequantized(make: Make, matrices: dict[str, Matrices]) -> None:
+    """Some of a stack, in any order, to the nearest bfloat16."""
+    chosen = torch.tensor([3, 0])
+    stack = matrices[DOWN]
+    found = make(CARDS["H200"]).unpack(stack.tiled, chosen)
+    assert torch.equal(found, stack.floats[chosen].bfloat16())
+
+
+EDITS = {
+    "the byte of a fragment": (
+        DENSE,
+        5,
+        "tiles.cuh",
+        "upper[i / 2], 2 * (i % 2) + 1",
+        "upper[i / 2], 2 * (i % 2)",
+    ),
+    "the half of the columns": (
+        DENSE,
+        5,
+        "tiles.cuh",
+        "lower[i / 2], 2 * (i % 2) + 1",
+        "lower[0], 2 * (i % 2) + 1",
+    ),
+    "the row of a scale": (
+        DENSE,
+        5,
+        "tiles.cuh",
+        "return bits_to_float(pair << 16)",
+        "return bits_to_float(pair & 0xFFFF0000u)",
+    ),
+    "the lane's column": (DENSE, 5, "few_tokens.cu", "SHARE) * 64 + t * 8", "SHARE) * 64 + t * 4"),
+    "the token of a lane": (DENSE, 5, "few_tokens.cu", "? n * 8 + g :", "? n * 8 + t :"),
+    "the sum of a warp": (DENSE, 5, "few_tokens.cu", "w < WARPS;", "w < WARPS - 1;"),
+    "the scale of a step": (DENSE, 5, "few_tokens.cu", "four + step % 2", "four"),
+    "the barrier before the sums": (DENSE, 5, "few_tokens.cu", "__syncthreads();\n    for", "for"),
+    "the entry of a place": (DOWN, 5, "tiles.cuh", "p.order[place] : place", "place : place"),
+    "the end of an expert": (DOWN, 5, "tiles.cuh", "starts[expert + 1];", "starts[expert] + 1;"),
+    "the swapped half": (
+        GATE_UP,
+        21,
+        "more_tokens.cu",
+        "position_of(g, t + 4)",
+        "position_of(g + 1, t + 4)",
+    ),
+    "the copied block": (GATE_UP, 21, "more_tokens.cu", "first_block + block)", "first_block)"),
+    "the wait for copies": (GATE_UP, 21, "more_tokens.cu", "wait_for_copies<STAGES - 2>();", ""),
+    "the next job's chunks": (
+        GATE_UP,
+        21,
+        "more_tokens.cu",
+        "in_next_job = true",
+        "in_next_job = 0",
+    ),
+    "the share of a warp": (GATE_UP, 21, "more_tokens.cu", "s < SHARES;", "s < 1;"),
+}
+"""Product, tokens, and in which source what is replaced."""
+
+
+@pytest.mark.parametrize("case", EDITS.values(), ids=EDITS)
+def test_a_changed_index_is_found(
+    make: Make, matrices: dict[str, Matrices], case: tuple[str, int, str, str, str]
+) -> None:
+    """A kernel with one index or barrier changed does not pass."""
+    product, tokens, file, old, new = case
+
+    def edit(name: str, text: str) -> str:
+        assert name != file or text.count(old) == 1
+        return text.replace(old, new) if name == file else text
+
+    products = make(CARDS["H200"], edit, product)
+    try:
+        found = error(products, product, matrices[product], tokens)
+    except RuntimeError:
+        return
+    assert not found < 10 * tolerance(product, tokens)

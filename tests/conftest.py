@@ -78,6 +78,14 @@ def mixtral_tokenizer(mixtral_folder: Path) -> Tokenizer:
     return Tokenizer(mixtral_folder)
 
 
+@pytest.fixture(scope="session")
+def tool_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Our tokenizer for Mixtral 8x22B's files, which have tool tokens."""
+    from tools import mixtral_tokenizer
+
+    return Tokenizer(mixtral_tokenizer.write_with_tools(tmp_path_factory.mktemp("tools")))
+
+
 # A background job of a shell starts with Ctrl-C's signal ignored, and its children inherit that.
 # The tests that send the signal, to this process or to a child, need Python's own handler.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from serve_app.protocol.conversation import Turn
+from serve_app.protocol.tools import Tool
 
 
 @cache
@@ -40,4 +41,33 @@ def ids(messages: Sequence[Turn]) -> list[int]:
     )
     normalized = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
     found: list[int] = _encoder().encode_instruct(normalized).tokens
+    return found
+
+
+@cache
+def _tool_encoder() -> Any:
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+
+    return MistralTokenizer.v3(is_mm=False).instruct_tokenizer
+
+
+def tool_ids(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[int]:
+    """The ids of a conversation with tools, by Mixtral 8x22B's encoder (v3)."""
+    from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+
+    functions = [
+        {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters or {"type": "object", "properties": {}},
+        }
+        for tool in tools
+    ]
+    request: Any = ChatCompletionRequest(
+        messages=list(messages),
+        tools=[{"type": "function", "function": function} for function in functions],
+    )
+    normalized = InstructRequestNormalizer.normalizer().from_chat_completion_request(request)
+    found: list[int] = _tool_encoder().encode_instruct(normalized).tokens
     return found

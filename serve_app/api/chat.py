@@ -16,7 +16,8 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     request = await values.read(chat.ChatRequest.read, call.body)
     metadata = server.metadata(request.model, call)
     names = server.tokenizer
-    prompt_ids = await server.inputs.chat_ids(request.messages)
+    tools = request.offered_tools() if request.tools or request.tool_choice else None
+    prompt_ids = await server.inputs.chat_ids(request.messages, tools=tools)
     answers = await server.inputs.answers(
         call,
         request,
@@ -24,6 +25,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         "messages",
         count=request.num_answers,
         num_logprobs=request.num_logprobs,
+        tools=tools,
     )
     if request.logprobs:
         choices.check_size(answers, "top_logprobs")

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.api.answer import Answer
@@ -12,12 +13,16 @@ from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import InvalidRequest
+from serve_app.protocol import tool_grammar
 from serve_app.protocol.call import Call
 from serve_app.protocol.fields import Sampling, printable
 from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import Detokenizer, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.protocol.tool_calls import ToolCallParser
+from serve_app.protocol.tool_prompt import num_chars as num_chars_with_tools
+from serve_app.protocol.tools import Tools
 
 if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
@@ -54,20 +59,26 @@ class InputProcessor:
         field: str = "messages",
         *,
         add_generation_prompt: bool = True,
+        tools: Tools | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, by the chat template.
+        """The token ids of a conversation, by the chat template, with the tools that it may call.
 
         Raises `InvalidRequest` with param `field` for a text that is too long, and for messages
         that the template does not take.
         """
-        num_chars = sum(len(message.content) for message in messages)
+        if tools is not None or any(it.tool_calls or it.role == "tool" for it in messages):
+            shown = () if tools is None or tools.choice.mode == "none" else tools.tools
+            num_chars = num_chars_with_tools(messages, shown)
+            render = partial(self.tokenizer.render_with_tools, messages, shown)
+        else:
+            num_chars = sum(len(message.content) for message in messages)
+            turns = [{"role": message.role, "content": message.content} for message in messages]
+            render = partial(self.tokenizer.render, turns)
         if num_chars > self.settings.max_prompt_chars:
             raise self._too_long(num_chars, field)
-        turns = [{"role": message.role, "content": message.content} for message in messages]
-        render = self.tokenizer.render
-        if num_chars + CHARS_PER_MESSAGE * len(turns) <= MAX_CHARS_ON_LOOP:
-            return render(turns, add_generation_prompt=add_generation_prompt)
-        return await asyncio.to_thread(render, turns, add_generation_prompt=add_generation_prompt)
+        if num_chars + CHARS_PER_MESSAGE * len(messages) <= MAX_CHARS_ON_LOOP:
+            return render(add_generation_prompt=add_generation_prompt)
+        return await asyncio.to_thread(render, add_generation_prompt=add_generation_prompt)
 
     async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of raw text. Raises `InvalidRequest` for a text that is too long."""
@@ -99,13 +110,14 @@ class InputProcessor:
         num_logprobs: int | None = None,
         default_max_tokens: int | None = None,
         continues: bool = False,
+        tools: Tools | None = None,
     ) -> list[Answer]:
         """`count` answers to a prompt, which came in `field` of the request.
 
         With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` is
         `SamplingParams.logprobs`. Without a limit in the request, an answer has up to
         `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
-        continues the prompt's text, so a space at its beginning is text.
+        continues the prompt's text, so a space at its beginning is text. Answers may call `tools`.
 
         Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
         grammar that cannot be compiled. The engine checks the token ids and the context's length
@@ -115,12 +127,16 @@ class InputProcessor:
         if prompt_ids and max(prompt_ids) >= self.vocab_size:
             self._refuse_unknown_token(prompt_ids, field)
         params = self._params(request, len(prompt_ids), field, default_max_tokens, num_logprobs)
-        if (source := request.grammar) is not None:
+        source = request.grammar
+        if tools is not None:
+            source = tool_grammar.source(tools, source)
+        if source is not None:
             grammar = await self.grammars.compiled(source, begins_text=not continues)
             params = replace(params, grammar=grammar)
         if continues:
             self.engine.check(prompt_ids, params)
         shared_prompt = SharedPrompt() if count > 1 else None
+        called = [] if tools is None else [tool.name for tool in tools.callable]
         answers = []
         for index in range(count):
             if index and params.seed is not None:
@@ -129,13 +145,20 @@ class InputProcessor:
                 self.tokenizer.backend,
                 prompt_ids=prompt_ids if continues else (),
                 skip_special=request.skip_special_tokens,
+                tool_calls_id=self.tokenizer.tool_calls_id if called else None,
+            )
+            text = TextStream(
+                detokenizer,
+                request.stop,
+                min_tokens=request.min_tokens,
+                tool_calls=ToolCallParser(called) if called else None,
             )
             answers.append(
                 Answer(
                     self.engine,
                     prompt_ids,
                     params,
-                    TextStream(detokenizer, request.stop, min_tokens=request.min_tokens),
+                    text,
                     self.metrics,
                     call.arrived,
                     call.arrived + self.settings.request_timeout_s,

@@ -25,7 +25,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = ("idle", "loading", "ready", "draining", "failed")
 """The values of `status` in `/health`. A worker without a model has "idle", "loading" or
 "failed"."""
-FINISH_REASONS = ("stop", "length", "cancelled", "error")
+FINISH_REASONS = ("stop", "length", "tool_calls", "cancelled", "error")
 
 # Histograms: name, help, buckets. Buckets reach from the tiny model on a CPU to Mixtral behind a
 # long queue. They are narrowest around usual service levels: a first token in 0.1 to 2.5 s, then

@@ -36,7 +36,7 @@ class RequestMetrics:
         self._last = now
 
     def ended(self, finish_reason: str, num_tokens: int) -> None:
-        """Counts a complete answer of `num_tokens` tokens; the reason is "stop" or "length"."""
+        """Counts a complete answer of `num_tokens` tokens."""
         self._metrics.finished[finish_reason] += 1
         self._metrics.whole.observe(time.monotonic() - self._arrived)
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)

@@ -78,6 +78,7 @@ class MixtralServer:
                 self.tokenizer.backend,
                 self._loaded.vocab_size,
                 self._engine.config.eos_token_ids,
+                self.tokenizer.tool_calls_id,
             ),
             self._loaded.sampling_defaults,
         )

@@ -15,6 +15,8 @@ from serve_app.protocol.fields import Integer
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
 from serve_app.protocol.text import TextDelta, TokenScore
+from serve_app.protocol.tool_request import Choice, FunctionTool, offered
+from serve_app.protocol.tools import ToolCallDelta, Tools, joined
 
 
 class ChatRequest(ChoiceSampling):
@@ -25,6 +27,11 @@ class ChatRequest(ChoiceSampling):
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
+    tools: list[FunctionTool] = Field(default_factory=list)
+    tool_choice: Choice | None = None
+    """None means `auto`."""
+    parallel_tool_calls: bool = True
+    """Whether one answer may have several calls."""
 
     @property
     def num_logprobs(self) -> int | None:
@@ -38,6 +45,10 @@ class ChatRequest(ChoiceSampling):
         if self.max_completion_tokens is None:
             return self.max_tokens, "max_tokens"
         return self.max_completion_tokens, "max_completion_tokens"
+
+    def offered_tools(self) -> Tools | None:
+        """The tools that the answer may call. Raises `InvalidRequest`."""
+        return offered(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
     def _chat_fields_fit_together(self) -> "ChatRequest":
@@ -75,18 +86,34 @@ def body(
 
 
 def _choice(request: ChatRequest, index: int, whole: TextDelta, names: TokenNames) -> JsonObject:
+    message: JsonObject = {"role": "assistant", "content": whole.text, "refusal": None}
+    if whole.tool_calls:
+        message |= _calls(whole)
     return {
         "index": index,
-        "message": {"role": "assistant", "content": whole.text, "refusal": None},
+        "message": message,
         "logprobs": _logprobs(request, whole.scores, names) if request.logprobs else None,
         "finish_reason": whole.finish_reason,
     }
 
 
+def _calls(whole: TextDelta) -> JsonObject:
+    """The fields of a message with calls."""
+    calls = [
+        {
+            "id": call.id,
+            "type": "function",
+            "function": {"name": call.name, "arguments": call.arguments},
+        }
+        for call in joined(whole.tool_calls)
+    ]
+    return {"content": whole.text or None, "tool_calls": calls}
+
+
 class ChatChunks:
     """Makes the `chat.completion.chunk` objects of one choice, delta by delta.
 
-    The first has the role, the next the text as it comes, the last the finish reason; with
+    The first has the role, the next text and calls as they come, the last the finish reason; with
     `include_usage` one more has the usage after the end of the last choice, and with
     `continuous_usage_stats` each has that of its own choice so far.
     """
@@ -130,6 +157,8 @@ class ChatChunks:
             if self._request.logprobs and delta.scores:
                 logprobs = _logprobs(self._request, delta.scores, self._names)
             chunks.append(self._chunk({"content": delta.text}, logprobs))
+        for piece in delta.tool_calls:
+            chunks.append(self._chunk({"tool_calls": [_call_delta(piece)]}))
         if delta.finish_reason is not None:
             chunks.append(self._chunk({}, None, delta.finish_reason))
             totals = self._totals.ended(delta.num_tokens)
@@ -139,7 +168,7 @@ class ChatChunks:
 
     def _chunk(
         self,
-        message: dict[str, str],
+        message: JsonObject,
         logprobs: JsonObject | None = None,
         finish_reason: str | None = None,
     ) -> JsonObject:
@@ -150,6 +179,13 @@ class ChatChunks:
             "finish_reason": finish_reason,
         }
         return {**self._fields, "choices": [choice]}
+
+
+def _call_delta(piece: ToolCallDelta) -> JsonObject:
+    if piece.id is None:
+        return {"index": piece.index, "function": {"arguments": piece.arguments}}
+    function = {"name": piece.name, "arguments": piece.arguments}
+    return {"index": piece.index, "id": piece.id, "type": "function", "function": function}
 
 
 def _logprobs(request: ChatRequest, scores: list[TokenScore], names: TokenNames) -> JsonObject:

@@ -48,10 +48,11 @@ class ControlTokens:
 
     def marked(self, messages: Sequence[Turn]) -> Sequence[Turn]:
         """`messages` with a mark in each control token of their contents."""
-        return [
-            {**each, "content": self._beginning.sub(self._with_mark, each["content"])}
-            for each in messages
-        ]
+        return [{**each, "content": self.marked_text(each["content"])} for each in messages]
+
+    def marked_text(self, text: str) -> str:
+        """`text` with a mark in each control token."""
+        return self._beginning.sub(self._with_mark, text)
 
     def _with_mark(self, found: re.Match[str]) -> str:
         return found[2] + self._marks[found[1]]

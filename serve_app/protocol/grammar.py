@@ -15,8 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol import tool_grammar
+from serve_app.protocol.grammar_rules import rules
 from serve_app.protocol.grammar_source import GrammarSource
-from serve_app.protocol.one_of import as_any_of
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -24,10 +25,6 @@ if TYPE_CHECKING:
 
 NUM_KEPT = 32
 """Compiled grammars that are kept for later requests."""
-JSON_OPTIONS = {
-    # Without a limit a model may write spaces until its answer is cut.
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}",
-}
 MAX_ERROR_CHARS = 300
 
 
@@ -72,8 +69,17 @@ class CompiledGrammar:
 class GrammarCompiler:
     """Compiles one grammar after the other, in a thread of its own."""
 
-    def __init__(self, backend: "Backend", vocab_size: int, eos_token_ids: Collection[int]) -> None:
-        """`vocab_size` is the model's. Nothing is prepared before the first grammar comes."""
+    def __init__(
+        self,
+        backend: "Backend",
+        vocab_size: int,
+        eos_token_ids: Collection[int],
+        tool_calls_id: int | None = None,
+    ) -> None:
+        """`vocab_size` is the model's, and `tool_calls_id` the token that begins tool calls, if it
+        has one. Nothing is prepared before the first grammar comes.
+        """
+        self._tool_calls_id = tool_calls_id
         self._backend = backend
         self._vocab_size = max(vocab_size, backend.get_vocab_size())
         # A tokenizer of llguidance needs an id for the end; without one no token ends an answer.
@@ -90,15 +96,34 @@ class GrammarCompiler:
         return await loop.run_in_executor(self._thread, self._compiled, source, begins_text)
 
     def _compile(self, source: GrammarSource, begins_text: bool) -> CompiledGrammar:
+        space = " " if begins_text and self._hides_first_space else ""
+        if source.kind == "tools":
+            grammars = tool_grammar.grammars(source, space, self._tool_calls_id)
+        else:
+            start = 'start: " " @answer' if space else "start: @answer"
+            grammars = [{"lark_grammar": start}, {"name": "answer", **rules(source)}]
+        matcher = self._matcher(grammars)
+        if matcher.is_error():
+            raise self._refusal(source, matcher.get_error())
+        return CompiledGrammar(matcher)
+
+    def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
+        """The error for a grammar; it names the tool whose schema is the cause."""
+        field = source.field
+        for name, schema in tool_grammar.schemas(source) if source.kind == "tools" else ():
+            if (matcher := self._matcher([schema])).is_error():
+                field, reason = name, matcher.get_error()
+                break
+        if "coerce_one_of" in reason:  # an option of llguidance, which makes an `anyOf` of it
+            reason = "a value may match several schemas of a `oneOf`; use `anyOf`"
+        # Otherwise llguidance's own words, on one line.
+        why = " ".join(reason.split())[:MAX_ERROR_CHARS].rstrip(".")
+        return InvalidRequest(f"`{field}` cannot be used: {why}.", param=field)
+
+    def _matcher(self, grammars: list[dict[str, Any]]) -> "LLMatcher":
         from llguidance import LLMatcher
 
-        answer = {"name": "answer", **_rules(source)}
-        first = '" " @answer' if begins_text and self._hides_first_space else "@answer"
-        grammar = {"grammars": [{"lark_grammar": f"start: {first}"}, answer]}
-        matcher = LLMatcher(self._tokenizer, json.dumps(grammar), log_level=0)
-        if matcher.is_error():
-            raise _refusal(source, matcher.get_error())
-        return CompiledGrammar(matcher)
+        return LLMatcher(self._tokenizer, json.dumps({"grammars": grammars}), log_level=0)
 
     @cached_property
     def _tokenizer(self) -> "LLTokenizer":
@@ -120,29 +145,3 @@ class GrammarCompiler:
             if len(text) > 1 and text[:1] == b" " and text[1:2].isalpha():
                 return not str(self._backend.decode([token_id])).startswith(" ")
         return False
-
-
-def _rules(source: GrammarSource) -> dict[str, Any]:
-    """The grammar in llguidance's own form, without a name."""
-    if source.kind == "json":
-        schema = json.loads(source.text)
-        # `true` and `false` are schemas, too: any value, and none.
-        schema = {"allOf": [schema]} if isinstance(schema, bool) else schema
-        return {"json_schema": {**as_any_of(schema), "x-guidance": JSON_OPTIONS}}
-    if source.kind == "regex":
-        from llguidance import LLMatcher
-
-        rules: dict[str, Any] = json.loads(LLMatcher.grammar_from_regex(source.text))
-        return {"lark_grammar": rules["grammars"][0]["lark_grammar"]}
-    if source.kind == "choice":
-        choices = " | ".join(json.dumps(each) for each in json.loads(source.text))
-        return {"lark_grammar": f"start: {choices}"}
-    return {"lark_grammar": source.text}
-
-
-def _refusal(source: GrammarSource, reason: str) -> InvalidRequest:
-    if "coerce_one_of" in reason:  # an option of llguidance, which would make an `anyOf` of it
-        reason = "a value may match several schemas of a `oneOf`; use `anyOf`"
-    # Otherwise llguidance's own words, on one line.
-    why = " ".join(reason.split())[:MAX_ERROR_CHARS].rstrip(".")
-    return InvalidRequest(f"`{source.field}` cannot be used: {why}.", param=source.field)

@@ -14,7 +14,7 @@ from serve_app.errors import InvalidRequest
 MAX_CHARS = 100_000
 """Characters of one grammar, as JSON where it is a schema."""
 
-Kind = Literal["json", "regex", "choice", "lark"]
+Kind = Literal["json", "regex", "choice", "lark", "tools"]
 
 
 class GrammarSource(NamedTuple):
@@ -22,7 +22,8 @@ class GrammarSource(NamedTuple):
 
     kind: Kind
     text: str
-    """The schema or the list of choices as JSON, the regular expression, or the Lark grammar."""
+    """The schema or the list of choices as JSON, the regular expression, the Lark grammar, or what
+    `tool_grammar` has made."""
     field: str
     """The field of the request that has it, for errors."""
 

@@ -3,18 +3,25 @@
 Whether roles alternate as the model wants is checked by the chat template, not here.
 """
 
+import json
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from serve_app.protocol.fields import Text, printable, sentence
+from serve_app.protocol.tools import ToolCall
 
 MAX_MESSAGES = 4096
 
 _EMPTY: tuple[Any, ...] = (None, [], "")
-_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call")
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-"""OpenAI's roles, and the chat template's role for each."""
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
+"""OpenAI's roles, and the role here for each."""
 
 
 class Message(BaseModel):
@@ -28,6 +35,10 @@ class Message(BaseModel):
 
     role: str
     content: Text = ""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of the assistant."""
+    tool_call_id: Text | None = None
+    """The call whose result a message of the role tool has."""
 
     @model_validator(mode="before")
     @classmethod
@@ -35,9 +46,8 @@ class Message(BaseModel):
         """Drops empty fields, which clients send back with an answer: `"tool_calls": null`."""
         if not isinstance(value, dict):
             raise sentence("Each message should be an object.")
-        for name in _UNSUPPORTED:
-            if value.get(name) not in _EMPTY:
-                raise sentence(f"`{name}` is not supported: tool calls are not supported.", name)
+        if value.get("function_call") not in _EMPTY:
+            raise sentence("`function_call` is not supported: use `tool_calls`.", "function_call")
         fields = {k: v for k, v in value.items() if v not in _EMPTY}
         content = fields.get("content", "")
         if not isinstance(content, str):
@@ -46,8 +56,8 @@ class Message(BaseModel):
         if isinstance(role, str):
             if role not in _ROLES:
                 raise sentence(
-                    f"The role `{printable(role)}` is not supported; use system, user or "
-                    "assistant.",
+                    f"The role `{printable(role)}` is not supported; use system, user, assistant "
+                    "or tool.",
                     "role",
                 )
             fields["role"] = role = _ROLES[role]
@@ -55,18 +65,50 @@ class Message(BaseModel):
             fields["role"] = role  # has a wrong type, which pydantic refuses
         if role == "user" and not content:
             raise sentence("The content of a user message should not be empty.", "content")
+        if "tool_calls" in fields:
+            fields["tool_calls"] = _read_calls(fields["tool_calls"], role)
+        if role == "tool" and not isinstance(fields.get("tool_call_id"), str):
+            raise sentence("A message of the role tool needs `tool_call_id`.", "tool_call_id")
         return fields
 
 
-def _has_user(messages: list[Message]) -> list[Message]:
-    # Templates drop a lone system message, and the model would answer to nothing.
-    if not any(message.role == "user" for message in messages):
+def _checked(messages: list[Message]) -> list[Message]:
+    """Refuses a conversation without a user, results without a call and calls without a result.
+
+    Templates drop a lone system message, and the model would answer to nothing. Results are checked
+    as OpenAI and Mistral do.
+    """
+    has_user = False
+    open_ids: dict[str, int] = {}
+    for index, message in enumerate(messages):
+        has_user |= message.role == "user"
+        if message.role == "tool":
+            if open_ids.pop(message.tool_call_id or "", None) is None:
+                raise sentence(
+                    f"The result of `{printable(message.tool_call_id)}` should follow a message of "
+                    "the assistant that has this id in `tool_calls`, once.",
+                    f"{index}.tool_call_id",
+                )
+        elif open_ids:
+            break
+        else:
+            open_ids = {call.id: index for call in message.tool_calls}
+    if open_ids:
+        call_id, index = next(iter(open_ids.items()))
+        raise sentence(
+            f"The call `{printable(call_id)}` should be followed by a message of the role tool "
+            "with its result.",
+            f"{index}.tool_calls",
+        )
+    if not has_user:
         raise sentence("`messages` should have at least one message of the role user.")
     return messages
 
 
 Conversation = Annotated[
-    list[Message], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_has_user)
+    list[Message],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    AfterValidator(_checked),
 ]
 """The type of the field `messages`."""
 
@@ -90,3 +132,32 @@ def _joined(parts: Any) -> str:
                     'Each content part should be {"type": "text", "text": "..."}.', "content"
                 )
     return "\n".join(texts)
+
+
+def _read_calls(calls: Any, role: Any) -> tuple[ToolCall, ...]:
+    """The calls of a message of the assistant. Arguments are JSON text, or an object."""
+    if role != "assistant":
+        raise sentence("Only messages of the assistant have `tool_calls`.", "tool_calls")
+    if not isinstance(calls, list):
+        raise sentence("`tool_calls` should be a list.", "tool_calls")
+    read: list[ToolCall] = []
+    for index, call in enumerate(calls):
+        match call:
+            case {"id": str(call_id), "function": {"name": str(name), **function}} if call_id:
+                arguments = function.get("arguments") or "{}"
+            case _:
+                raise sentence(
+                    'Each call should be {"id": "...", "type": "function", "function": '
+                    '{"name": "...", "arguments": "..."}}.',
+                    f"tool_calls.{index}",
+                )
+        if isinstance(arguments, dict):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if not isinstance(arguments, str):
+            raise sentence(
+                "`arguments` should be JSON as text.", f"tool_calls.{index}.function.arguments"
+            )
+        if any(call_id == each.id for each in read):
+            raise sentence("Two calls have one id.", f"tool_calls.{index}.id")
+        read.append(ToolCall(call_id, name, arguments))
+    return tuple(read)

@@ -33,13 +33,14 @@ def read(file: Path) -> "Tokenizer":
         model = SentencePieceProcessor(model_file=str(file))
     except (OSError, RuntimeError) as error:
         raise ModelLoadFailed(f"{file}: is no SentencePiece model; {REMEDY}.") from error
-    tokenizer = _converted(model)
+    tokenizer = converted(model)
     if any(tokenizer.encode(text).ids != model.encode(text) for text in _probes(model)):
         raise ModelLoadFailed(f"{file}: is not a BPE model of the kind that Mixtral has; {REMEDY}.")
     return tokenizer
 
 
-def _converted(model: Any) -> "Tokenizer":
+def converted(model: Any) -> "Tokenizer":
+    """The tokenizer of a SentencePiece model, which is not compared with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     pieces: list[str] = [model.id_to_piece(index) for index in range(model.vocab_size())]

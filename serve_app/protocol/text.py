@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from serve_app.protocol.stop import StopStrings
-from serve_app.protocol.tool_calls import ToolCallParser
+from serve_app.protocol.tool_calls import MARKER, ToolCallParser
 from serve_app.protocol.tools import ToolCallDelta
 
 if TYPE_CHECKING:
@@ -61,19 +61,30 @@ class Detokenizer:
     """Incremental decoding on tokenizers' `DecodeStream`, which holds back split characters.
 
     `prompt_ids` is the prompt where the answer continues its text. Without it the answer begins a
-    new text, and SentencePiece's leading space is dropped.
+    new text, and SentencePiece's leading space is dropped. `tool_calls_id` is the token that is
+    shown as `MARKER`, whatever `skip_special` is.
     """
 
     def __init__(
-        self, backend: "Backend", *, prompt_ids: Sequence[int] = (), skip_special: bool = True
+        self,
+        backend: "Backend",
+        *,
+        prompt_ids: Sequence[int] = (),
+        skip_special: bool = True,
+        tool_calls_id: int | None = None,
     ) -> None:
         self._backend = backend
+        self._tool_calls_id = tool_calls_id
         self._skip_special = skip_special
         self._pending: list[int] = []
         self._stream = self._begin(_tail(backend, prompt_ids) if prompt_ids else [])
 
     def push(self, token_id: int) -> str:
         """Returns the text that `token_id` completes; empty while a character is incomplete."""
+        if token_id == self._tool_calls_id:
+            before = self.flush()
+            self._stream = self._begin([])
+            return before + MARKER
         self._pending.append(token_id)
         try:
             text = self._stream.step(self._backend, token_id)

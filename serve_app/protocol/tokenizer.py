@@ -3,13 +3,19 @@
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tokenizer_files
 from serve_app.protocol.chat_template import ChatTemplate
 from serve_app.protocol.control_tokens import ControlTokens
 from serve_app.protocol.conversation import Turn
+from serve_app.protocol.tool_calls import MARKER
+from serve_app.protocol.tool_prompt import MISTRAL_TOKENS, Control, mistral_parts, plain_turns
+from serve_app.protocol.tools import Tool
+
+if TYPE_CHECKING:
+    from serve_app.protocol.messages import Message
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -38,6 +44,9 @@ class Tokenizer:
         if sanitize_control_tokens:
             literals = "" if self._template is None else self._template.literals
             self._control_tokens = ControlTokens(self.backend, literals)
+        self._special_tokens = files.special_tokens
+        self.tool_calls_id = self._find_tool_calls_id()
+        """The token with which the model begins calls; None where it was not trained for tools."""
         self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
         self.eos_token_id = self._special_id(files.special_tokens, "eos_token")
 
@@ -52,6 +61,8 @@ class Tokenizer:
         notes = []
         if self._is_sentencepiece:
             notes.append("no tokenizer.json: the tokenizer is made from tokenizer.model")
+        if self.tool_calls_id is not None:
+            notes.append("tools are written with the checkpoint's own tool tokens")
         if self._template is None:
             notes.append("no chat template in the checkpoint: only /v1/completions answers")
         elif not self._template.takes_system:
@@ -103,6 +114,37 @@ class Tokenizer:
         ids: list[int] = encoded.ids
         return ids
 
+    def render_with_tools(
+        self,
+        messages: Sequence["Message"],
+        tools: Sequence[Tool],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
+        """The ids of a conversation with tools, calls or results; see `tool_prompt`.
+
+        Raises `InvalidRequest` as `render` does.
+        """
+        if self.tool_calls_id is None:
+            turns = plain_turns(messages, tools)
+            return self.render(turns, add_generation_prompt=add_generation_prompt)
+        parts = mistral_parts(messages, tools, self._special_tokens)
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, Control):
+                ids.append(self.backend.token_to_id(part))
+            elif part:
+                ids += self._text_ids(part)
+        return ids
+
+    def _text_ids(self, text: str) -> list[int]:
+        """The ids of a text of the client, as SentencePiece gives them."""
+        if self._control_tokens is not None:
+            text = self._control_tokens.marked_text(text)
+        if text[0] == " " and self.encode(" a") == self.encode("a"):
+            text = f"▁{text}"
+        return self.encode(text, add_special_tokens=False)
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `token_ids`."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
@@ -119,6 +161,13 @@ class Tokenizer:
     def token_string(self, token_id: int) -> str:
         """The spelling of a token in the vocabulary, such as `▁Hello` or `<0x0A>`."""
         return self.backend.id_to_token(token_id) or ""
+
+    def _find_tool_calls_id(self) -> int | None:
+        has_names = {"bos_token", "eos_token"} <= self._special_tokens.keys()
+        if self._template is None or MARKER not in self._template.literals or not has_names:
+            return None
+        ids = [self.backend.token_to_id(token) for token in MISTRAL_TOKENS]
+        return None if None in ids else self.backend.token_to_id(MARKER)
 
     def _special_id(self, special_tokens: dict[str, str], name: str) -> int | None:
         token = special_tokens.get(name)

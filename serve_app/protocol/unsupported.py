@@ -23,23 +23,23 @@ Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 """Field to the values that pass, and the reason why another value is refused."""
 
 _ONE = "this route gives one answer; use /v1/chat/completions or /v1/completions"
-_NO_TOOLS = "tool calls are not supported"
+_CHAT_TOOLS = "only /v1/chat/completions calls tools"
 _NO_BEAMS = "there is no beam search"
 _NEW_NAME = "use `structured_outputs`"
 
 OPENAI: Unsupported = {
     "audio": ((), "there is no audio"),
     "best_of": ((1,), _ONE),
-    "function_call": (("none", "auto"), _NO_TOOLS),
-    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), "use `tool_choice`"),
+    "functions": (([],), "use `tools`"),
     "modalities": ((["text"],), "answers are text"),
     "n": ((1,), _ONE),
-    "parallel_tool_calls": ((True, False), _NO_TOOLS),
+    "parallel_tool_calls": ((True, False), _CHAT_TOOLS),
     "prediction": ((), "predicted outputs are not supported"),
     "reasoning_effort": (("none",), "this model does not reason separately"),
     "suffix": (("",), "text is continued at its end only"),
-    "tool_choice": (("none", "auto"), _NO_TOOLS),
-    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _CHAT_TOOLS),
+    "tools": (([],), _CHAT_TOOLS),
     "verbosity": (("medium",), "ask for a short answer in words"),
     "web_search_options": ((), "there is no web search"),
 }

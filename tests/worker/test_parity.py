@@ -25,6 +25,22 @@ MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 RESPONSE = {"model": "tiny", "input": "What is 2 + 3?", "temperature": 0, "max_output_tokens": 16}
 MESSAGE = {"model": "tiny", "messages": MESSAGES, **GREEDY}
+PLACE = {"type": "object", "properties": {"place": {"enum": ["a", "b"]}}, "required": ["place"]}
+CALL = {
+    **CHAT,
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": PLACE}}],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "max_tokens": 60,
+}
+RESULT = [
+    *MESSAGES,
+    {
+        "role": "assistant",
+        "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look"}}],
+    },
+    {"role": "tool", "tool_call_id": "1", "content": "5"},
+]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +93,8 @@ def text_of(events: list[Any]) -> str:
         ("POST", "/prompt", {"prompt": "Say it", "temperature": 1, "seed": 7, "max_tokens": 16}),
         ("POST", "/v1/chat/completions", CHAT),
         ("POST", "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+        ("POST", "/v1/chat/completions", CALL),
+        ("POST", "/v1/chat/completions", {**CHAT, "messages": RESULT}),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "2 + 3", **GREEDY}),
         ("POST", "/v1/responses", RESPONSE),
         ("POST", "/v1/messages", MESSAGE),
@@ -113,6 +131,7 @@ def test_answers_are_equal(
         ("GET", "/prompt", None, 405),
         ("POST", "/v1/chat/completions", {**CHAT, "model": "other"}, 404),
         ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, 400),
+        ("POST", "/v1/chat/completions", {**CALL, "tool_choice": "any"}, 400),
         ("POST", "/v1/chat/completions", {"model": "tiny"}, 400),
         ("POST", "/v1/responses", {**RESPONSE, "store": True}, 400),
         ("POST", "/v1/messages", {**MESSAGE, "model": "other"}, 404),
@@ -204,3 +223,22 @@ def joined(events: list[Any]) -> list[Any]:
     text = "".join(delta if isinstance(delta, str) else delta["text"] for delta in deltas)
     others = [{**e, "sequence_number": 0} for e in events if e["type"] not in pieces]
     return [*anonymous(others), text]
+
+
+def test_streams_with_calls_are_equal(http: httpx.Client, client: Client) -> None:
+    """The pieces of a call are the same call over HTTP and as a job."""
+
+    def call_of(events: list[Any]) -> tuple[str, str]:
+        deltas = [event["choices"][0]["delta"].get("tool_calls", []) for event in events]
+        functions = [call["function"] for calls in deltas for call in calls]
+        return functions[0]["name"], "".join(each["arguments"] for each in functions)
+
+    body = {**CALL, "stream": True}
+    one = events_of(http.post("/v1/chat/completions", json=body).text)
+    job = client.ended({"openai_route": "/v1/chat/completions", "openai_input": body})
+    other = events_of("".join(job.output))
+    data = client.ended({"endpoint": "/v1/chat/completions", "data": body}).output
+    assert call_of(one) == call_of(other) == call_of(data)
+    assert json.loads(call_of(one)[1])["place"] in ("a", "b")
+    assert one[-1] == other[-1] == anonymous(data[-1])
+    assert one[-1]["choices"][0]["finish_reason"] == "tool_calls"

@@ -1,0 +1,123 @@
+"""The grammar of answers that may call tools: which tokens begin a call, and what follows."""
+
+import asyncio
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from serve_app.protocol import tool_grammar
+from serve_app.protocol.grammar import GrammarCompiler, GrammarState
+from serve_app.protocol.text import Detokenizer, TextDelta, TextStream
+from serve_app.protocol.tokenizer import Tokenizer
+from serve_app.protocol.tool_calls import ToolCallParser
+from serve_app.protocol.tools import Tool, ToolChoice, Tools, joined
+
+EOS = 2
+INTEGER = {"type": "object", "properties": {"x": {"enum": [1, 20]}}, "required": ["x"]}
+TOOLS = (Tool("f", "", INTEGER, "tools.0"), Tool("now", "", {}, "tools.1"))
+
+
+def start(tokenizer: Tokenizer, choice: ToolChoice, vocab_size: int = 32_768) -> GrammarState:
+    compiler = GrammarCompiler(tokenizer.backend, vocab_size, {EOS}, tokenizer.tool_calls_id)
+    source = tool_grammar.source(Tools(TOOLS, choice), None)
+    return asyncio.run(compiler.compiled(source, begins_text=True)).start()
+
+
+def allowed(state: GrammarState, vocab_size: int = 32_768) -> list[int]:
+    words = np.zeros(-(-vocab_size // 32), np.int32)
+    state.fill(words)
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    ids: list[int] = np.flatnonzero(bits).tolist()
+    return ids
+
+
+def answer(tokenizer: Tokenizer, ids: list[int]) -> TextDelta:
+    """What the client sees."""
+    detokenizer = Detokenizer(tokenizer.backend, tool_calls_id=tokenizer.tool_calls_id)
+    stream = TextStream(detokenizer, tool_calls=ToolCallParser({"f", "now"}))
+    return stream.push(ids, (), "stop")
+
+
+@pytest.mark.parametrize("mode", ["auto", "none", "required"])
+def test_a_tool_token_begins_a_call(tool_tokenizer: Tokenizer, mode: Any) -> None:
+    """With a token for calls, it is the first token where a call is required, one of them where the
+    model may choose, and none where it may not call; text never contains control tokens."""
+    begin = tool_tokenizer.tool_calls_id
+    found = allowed(start(tool_tokenizer, ToolChoice(mode)))
+    assert (begin in found) == (mode != "none")
+    assert (found == [begin]) == (mode == "required")
+    hello = tool_tokenizer.backend.token_to_id("▁Hello")
+    assert (hello in found) == (mode != "required")
+    assert not set(found) & (set(range(3, 15)) - {begin})
+
+
+@pytest.fixture(scope="module")
+def states(tool_tokenizer: Tokenizer, mixtral_tokenizer: Tokenizer) -> Any:
+    """A required call of both kinds of checkpoint."""
+    sizes = {tool_tokenizer: 32_768, mixtral_tokenizer: 32_000}
+    return [
+        (tokenizer, start(tokenizer, ToolChoice("required"), size), size)
+        for tokenizer, size in sizes.items()
+    ]
+
+
+@given(st.data(), st.integers(0, 1))
+def test_every_path_is_a_valid_call(states: Any, data: st.DataObject, which: int) -> None:
+    """Whatever allowed tokens are taken, in both vocabularies, the client gets calls of the tools
+    with valid arguments and no text."""
+    tokenizer, begin, size = states[which]
+    state = GrammarState(begin._matcher.deep_copy())
+    ids: list[int] = []
+    while not state.is_complete:
+        # After 300 tokens the shortest way to the end, which is among the brackets.
+        found = allowed(state, size)
+        if len(ids) > 300:
+            found = sorted(found, key=lambda it: tokenizer.token_bytes(it)[:1] not in b'}]"')[:1]
+        ids.append(data.draw(st.sampled_from(found)))
+        state.accept(ids[-1])
+    delta = answer(tokenizer, ids)
+    assert (delta.text, delta.finish_reason) == ("", "tool_calls")
+    for call in joined(delta.tool_calls):
+        arguments = json.loads(call.arguments)
+        assert arguments == {} if call.name == "now" else arguments in ({"x": 1}, {"x": 20})
+
+
+def test_text_before_a_tool_token_is_content(tool_tokenizer: Tokenizer) -> None:
+    """Text, the token, and calls as the model was trained to write them."""
+    calls = '[{"name": "f", "arguments": {"x": 1}}, {"name": "now", "arguments": {}}]'
+    ids = [
+        *tool_tokenizer.encode("I look, ümlaut 🙂", add_special_tokens=False),
+        tool_tokenizer.tool_calls_id or 0,
+        *tool_tokenizer.encode(calls, add_special_tokens=False),
+    ]
+    state = start(tool_tokenizer, ToolChoice())
+    for token_id in ids:
+        assert token_id in allowed(state)
+        state.accept(token_id)
+    assert state.is_complete
+    delta = answer(tool_tokenizer, ids)
+    assert delta.text == "I look, ümlaut 🙂"
+    found = [(call.name, call.arguments) for call in joined(delta.tool_calls)]
+    assert found == [("f", '{"x": 1}'), ("now", "{}")]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "closed"),
+    [
+        ({}, {"type": "object", "properties": {}, "additionalProperties": False}),
+        (INTEGER, {**INTEGER, "additionalProperties": False}),
+        ({"type": "object"}, {"type": "object"}),
+        ({**INTEGER, "additionalProperties": True}, {**INTEGER, "additionalProperties": True}),
+        ({**INTEGER, "required": ["y"]}, {**INTEGER, "required": ["y"]}),
+        ({"anyOf": [INTEGER]}, {"type": "object", "anyOf": [INTEGER]}),
+        ({"properties": {}}, {"type": "object", "properties": {}, "additionalProperties": False}),
+    ],
+)
+def test_arguments_have_no_names_but_the_schemas(parameters: Any, closed: Any) -> None:
+    """A schema that lists its properties allows no others, unless it says so itself."""
+    tools = Tools((Tool("f", "", parameters, "f"),), ToolChoice())
+    assert json.loads(tool_grammar.source(tools, None).text)["calls"][0]["schema"] == closed

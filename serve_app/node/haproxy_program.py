@@ -71,28 +71,40 @@ FULL = (
 NO_REPLICA = "No replica of the model answers; send the request again."
 
 
-def error_body(
-    message: str,
-    kind: str,
-    code: str | None,
-    job_status: str,
-    retry: bool,
-    request_id: str = "%[uuid]",
-) -> str:
+MESSAGES_PATH = "/v1/messages(/|$)"
+"""`serve_app.errors.MESSAGES_PATH`: paths of the API whose errors have Anthropic's shape."""
+ANTHROPIC_TYPES = {"queue_full": "rate_limit_error", "engine_dead": "api_error"}
+"""Anthropic's `type` for a `code`, where it differs from OpenAI's."""
+
+
+def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
     """JSON as `serve_app.errors.error_body` makes it; tests compare the two.
 
-    The request id is an expression; by default HAProxy makes one for it.
+    It has expressions for what `shape` sets.
     """
     fields = {
         "message": message,
-        "type": kind,
+        "type": f"%[var(txn.{code},{kind})]" if code in ANTHROPIC_TYPES else kind,
         "param": None,
         "code": code,
         "status": job_status,
         "retry": retry,
-        "request_id": request_id,
+        "request_id": haproxy_refusals.REQUEST_ID,
     }
-    return json.dumps({"error": fields})
+    return "{%[var(txn.shape)]" + json.dumps({"error": fields})[1:]
+
+
+def shape() -> list[str]:
+    """Lines that set the request's id, and the parts of an error that its path decides."""
+    head = f'"type": "error", "request_id": "{haproxy_refusals.REQUEST_ID}", '
+    lines = [
+        f"set-var-fmt(txn.shape) {quoted(head)}",
+        *(f"set-var(txn.{code}) str({kind})" for code, kind in ANTHROPIC_TYPES.items()),
+    ]
+    return [
+        "    http-request set-var(txn.request_id) uuid",
+        *(f"    http-request {line} if {{ path_reg {MESSAGES_PATH} }}" for line in lines),
+    ]
 
 
 def quoted(text: str) -> str:
@@ -115,11 +127,10 @@ def defaults() -> list[str]:
 
 def refusal() -> str:
     """The answer to a request for which the queue has no place."""
-    ids = haproxy_refusals.REQUEST_ID
-    body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True, ids)
+    body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True)
     headers = (
         ("Retry-After", haproxy_refusals.RETRY_AFTER),
-        ("x-mixtral-request-id", ids),
+        ("x-mixtral-request-id", haproxy_refusals.REQUEST_ID),
         ("x-request-id", haproxy_refusals.CLIENT_ID),
     )
     return answer(429, body, "".join(f" hdr {name} {value}" for name, value in headers))
@@ -133,6 +144,7 @@ def frontend(options: argparse.Namespace, backends: list[str]) -> list[str]:
     too_long = error_body(TOO_LONG, "invalid_request_error", None, "VALIDATION_FAILED", False)
     condition = f" if {{ url,length gt {MAX_URL_CHARS} }}"
     lines = [
+        *shape(),
         f"    http-request return {answer(414, too_long, condition)}",
         # A replica that died, whether or not the request had reached it.
         "    http-after-response set-status 503 if { status 502 504 }",

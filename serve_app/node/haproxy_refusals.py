@@ -12,10 +12,10 @@ full, and the next request asks after a time in which few places become free, at
 
 `Retry-After` gives the refused requests one turn after another, as `engine/retry_after.py` does.
 
-The replica still refuses requests of browsers, which need CORS headers, and those of routes whose
-errors have another shape. Several replicas have about as many requests each, as Serve balances by
-them. Where several HAProxys share replicas, each sees its own requests, so the replicas refuse
-more. While the queue is full, a request without a key is told so too.
+The replica still refuses requests of browsers, which need CORS headers. Several replicas have about
+as many requests each, as Serve balances by them. Where several HAProxys share replicas, each sees
+its own requests, so the replicas refuse more. While the queue is full, a request without a key is
+told so too.
 
 Threads of HAProxy may write a `proc` variable at once; what they then lose is one turn or the count
 of one refusal, or they ask once more.
@@ -23,8 +23,14 @@ of one refusal, or they ask once more.
 
 PLACES, REFUSED = "x-mixtral-places", "x-mixtral-refused"
 """Names of the headers; see `api/early_answer.py`."""
-PATHS = ("/v1/chat/completions", "/v1/completions", "/prompt")
-"""Routes that take a place in the engine's queue and have errors of OpenAI's shape."""
+PATHS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/prompt",
+)
+"""Routes that take a place in the engine's queue."""
 MAX_WAIT_US = 60_000_000
 """Longest `Retry-After`."""
 ASK_EVERY_US = 10_000
@@ -40,7 +46,7 @@ def rules(backend: str, refusal: str) -> list[str]:
     """Lines for the section of the server's port.
 
     `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expressions
-    `REQUEST_ID`, `CLIENT_ID` and `RETRY_AFTER`.
+    `CLIENT_ID` and `RETRY_AFTER`. Lines before these set `REQUEST_ID`.
     """
     lines = [
         *_decision(backend),
@@ -76,7 +82,6 @@ def _decision(backend: str) -> list[str]:
 def _ids_and_turn() -> list[str]:
     """Sets what the answer to a refused request says, and counts it."""
     return [
-        "http-request set-var(txn.request_id) uuid() if is_refused",
         "http-request set-var(txn.client_id) var(txn.request_id) if is_refused",
         "http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
         " if is_refused { req.fhdr(x-request-id) -m found }",

@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app import errors
 from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError, error_body
 from serve_app.node import haproxy_program
 from serve_app.node.haproxy_program import MAX_HEADERS, MAX_URL_CHARS
@@ -29,12 +30,12 @@ SHORT = "import sys; from serve_app.node import haproxy_program as it; it.HEADER
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Answers 200, late for `/slow`; ends the connection without an answer for `/dies`."""
+    """Answers 200, late for `/slow`; ends the connection without an answer for `...dies`."""
 
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:
-        if self.path == "/dies":
+        if self.path.endswith("dies"):
             self.close_connection = True
             return
         if self.path == "/slow":
@@ -140,22 +141,32 @@ def last_words(connection: socket.socket) -> bytes:
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 
-def expected(error: ServeError, body: Any) -> Any:
-    return json.loads(json.dumps(error_body(error, body["error"]["request_id"])))
+def expected(error: ServeError, body: Any, path: str) -> Any:
+    return json.loads(json.dumps(error_body(error, body["error"]["request_id"], path)))
 
 
-def test_errors_have_the_form_of_ours(server: Server, start: Start) -> None:
-    """An error for a request that HAProxy could read is the JSON of our table, with an id."""
+@pytest.mark.parametrize(
+    "path", ["/", "/v1/messages", "/v1/messages/count_tokens", "/v1/messages2"]
+)
+def test_errors_have_the_form_of_ours(server: Server, start: Start, path: str) -> None:
+    """An error for a request that HAProxy could read is the JSON of our table, with an id, in the
+    shape of the API at its path."""
     unloaded = start(to=None)
+    long = f"{path}?{'a' * MAX_URL_CHARS}"
     for response, status, error in (
-        (server.get("/" * (MAX_URL_CHARS + 1)), 414, InvalidRequest(haproxy_program.TOO_LONG)),
-        (server.get("/dies"), 503, EngineDead(haproxy_program.NO_REPLICA)),
-        (unloaded.get(), 503, Loading(haproxy_program.LOADING)),
+        (server.get(long), 414, InvalidRequest(haproxy_program.TOO_LONG)),
+        (server.get(f"{path}?dies"), 503, EngineDead(haproxy_program.NO_REPLICA)),
+        (unloaded.get(path), 503, Loading(haproxy_program.LOADING)),
     ):
         body = response.json()
-        assert (response.status_code, body) == (status, expected(error, body))
+        assert (response.status_code, body) == (status, expected(error, body, path))
         assert len(body["error"]["request_id"]) == 36
         assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_the_path_with_another_shape_is_that_of_the_server() -> None:
+    """HAProxy and the server find the paths of the Messages API with one expression."""
+    assert haproxy_program.MESSAGES_PATH == errors.MESSAGES_PATH
 
 
 def test_headers_have_a_number_and_a_size(server: Server) -> None:

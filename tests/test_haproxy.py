@@ -68,6 +68,15 @@ def test_a_stream_for_http_1_0_has_no_chunks(run: Run) -> None:
     assert events.endswith(b"data: [DONE]\n\n")
 
 
+def test_the_pages_are_there(run: Run) -> None:
+    """HAProxy passes the page, its policy and the description on."""
+    _, url = run
+    page = httpx.get(f"{url}/")
+    assert page.text.startswith("<!doctype html>")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "/prompt" in httpx.get(f"{url}/openapi.json").json()["paths"]
+
+
 def test_a_request_has_one_id(run: Run) -> None:
     """Headers, error and log of a request have one id, behind HAProxy too."""
     with httpx.Client(base_url=run[1], timeout=60) as http:

@@ -189,6 +189,14 @@ def test_bad_input_does_not_disturb_other_requests(
     assert http.post("/prompt", json={"prompt": "a", "max_tokens": 1}).status_code == 200
 
 
+def test_the_pages_are_there(http: httpx.Client) -> None:
+    """Serve's own proxy passes the page, its policy and the description on."""
+    page = http.get("/")
+    assert page.text.startswith("<!doctype html>")
+    assert "connect-src 'self'" in page.headers["content-security-policy"]
+    assert "/prompt" in http.get("/openapi.json").json()["paths"]
+
+
 def test_the_replica_tells_how_it_is(http: httpx.Client) -> None:
     """/health has the model, its memory and the load, from the replica itself."""
     health = http.get("/health").json()

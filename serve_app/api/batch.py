@@ -69,7 +69,7 @@ async def _response(
     """The HTTP status and the body."""
     if request.body.get("stream"):
         error = InvalidRequest("A batch has whole answers; leave out `stream`.", param="stream")
-        return error.http_status, error_body(error, request_id)
+        return error.http_status, error_body(error, request_id, request.url)
     async with aclosing(server.call("POST", request.url, request.body, request_id)) as items:
         async for item in items:
             if "body" in item:
@@ -83,5 +83,7 @@ def num_tokens(result: BatchResult) -> int:
     """Generated tokens of one result, as far as its `usage` says."""
     response = result["response"]
     body = response["body"] if response is not None else None
-    usage = body.get("usage") if isinstance(body, dict) else None
-    return int(usage.get("completion_tokens", 0)) if isinstance(usage, dict) else 0
+    match body:
+        case {"usage": {"completion_tokens": int(count)} | {"output_tokens": int(count)}}:
+            return count
+    return 0

@@ -147,8 +147,8 @@ async def _response(
             )
             await stream.begin()
             return stream
-        case TextReply(text, media_type):
-            return Response(text, headers=headers, media_type=media_type)
+        case TextReply(text, media_type, own):
+            return Response(text, headers={**headers, **own}, media_type=media_type)
         case JsonReply(body, status):
             return JSONResponse(body, status, headers)
         case BatchReply(items):

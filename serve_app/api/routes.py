@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from serve_app.api import chat, completions, messages, prompt, responses, status, tokens
+from serve_app.api import chat, completions, messages, pages, prompt, responses, status, tokens
 from serve_app.errors import MethodNotAllowed, RouteNotFound
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
@@ -61,6 +61,9 @@ ROUTES = (
     Route("POST", "/prompt", prompt.create, generates=True),
     Route("POST", "/tokenize", tokens.tokenize),
     Route("POST", "/detokenize", tokens.detokenize),
+    Route("GET", "/", pages.page, needs_key=False),
+    Route("GET", "/docs", pages.docs, needs_key=False),
+    Route("GET", "/openapi.json", pages.describe, needs_key=False),
 )
 
 _EXACT = {route.path: route for route in ROUTES if "{" not in route.path}

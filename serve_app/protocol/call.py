@@ -5,7 +5,7 @@ process than the model, `MixtralServer.call` sends the reply as a sequence of `R
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypedDict, final
 
@@ -91,6 +91,8 @@ class TextReply:
 
     text: str
     media_type: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of its HTTP response, beside those of every response."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,7 +62,7 @@ class Body(BaseModel):
     """The fields of the API at this route that pass with any value, or with some."""
 
     model: Text | None = None
-    """A served name; None means the first one."""
+    """A served name; the first one if absent."""
 
     @classmethod
     def read(cls, body: Any) -> Self:

@@ -99,11 +99,9 @@ def test_a_body_over_the_limit_is_not_read(endpoint: Endpoint, http: httpx.Clien
 
 
 def test_unknown_routes_and_methods(http: httpx.Client) -> None:
-    """404 and 405 have the usual error body; there are no documentation pages."""
+    """404 and 405 have the usual error body."""
     for method, path, status in (
-        ("GET", "/", 404),
-        ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
+        ("GET", "/redoc", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/prompt", 405),
         ("POST", "/health", 405),

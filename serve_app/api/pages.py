@@ -1,0 +1,73 @@
+"""The handlers of the pages for people, `/` and `/docs`, and of `/openapi.json`.
+
+Each page is one file in `static/` with its script and its style in it. Its header
+Content-Security-Policy (https://www.w3.org/TR/CSP3/) lets the browser run only these and talk to
+this server alone.
+"""
+
+import asyncio
+import base64
+import hashlib
+import re
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from serve_app.api import openapi
+from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
+
+if TYPE_CHECKING:
+    from serve_app.api.server import MixtralServer
+
+STATIC = Path(__file__).parent / "static"
+
+
+async def page(server: "MixtralServer", call: Call) -> Reply:
+    """A page to try the model."""
+    return await asyncio.to_thread(_page, "index.html")
+
+
+async def docs(server: "MixtralServer", call: Call) -> Reply:
+    """A page that shows `/openapi.json`."""
+    return await asyncio.to_thread(_page, "docs.html")
+
+
+async def describe(server: "MixtralServer", call: Call) -> Reply:
+    """The description of all routes."""
+    has_keys = server.settings.api.keys is not None
+    return JsonReply(await asyncio.to_thread(_document, has_keys))
+
+
+@cache
+def _page(name: str) -> TextReply:
+    text = (STATIC / name).read_text(encoding="utf-8")
+    headers = {
+        "content-security-policy": _policy(text),
+        "x-content-type-options": "nosniff",
+        "referrer-policy": "no-referrer",
+        "cache-control": "no-cache",
+    }
+    return TextReply(text, "text/html; charset=utf-8", headers)
+
+
+def _policy(text: str) -> str:
+    """The policy that allows the scripts and styles in `text`, and requests to this server."""
+    hashes = {
+        tag: " ".join(
+            f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+            for content in re.findall(f"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        )
+        for tag in ("script", "style")
+    }
+    return (
+        f"default-src 'none'; script-src {hashes['script']}; style-src {hashes['style']}; "
+        "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+
+
+@cache
+def _document(has_keys: bool) -> JsonObject:
+    from serve_app.api.routes import ROUTES
+
+    return openapi.document(ROUTES, has_keys=has_keys)

@@ -15,8 +15,11 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `MessagesRequest`, streamed or not."""
     request = await values.read(MessagesRequest.read, call.body)
     metadata = server.metadata(request.model, call)
-    prompt_ids = await server.inputs.chat_ids(request.conversation)
-    (answer,) = await server.inputs.answers(call, request.sampling, prompt_ids, "messages")
+    tools = request.offered_tools()
+    prompt_ids = await server.inputs.chat_ids(request.conversation, tools=tools)
+    (answer,) = await server.inputs.answers(
+        call, request.sampling, prompt_ids, "messages", tools=tools
+    )
     if not request.stream:
         whole = await answer.whole()
         return JsonReply(response.body(metadata, len(prompt_ids), whole))
@@ -27,5 +30,5 @@ async def count_tokens(server: "MixtralServer", call: Call) -> Reply:
     """The number of tokens of a prompt, as `create` counts them."""
     request = await values.read(CountTokensRequest.read, call.body)
     server.check_model(request.model)
-    prompt_ids = await server.inputs.chat_ids(request.conversation)
+    prompt_ids = await server.inputs.chat_ids(request.conversation, tools=request.offered_tools())
     return JsonReply({"input_tokens": len(prompt_ids)})

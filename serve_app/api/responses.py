@@ -20,8 +20,11 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `ResponsesRequest`, streamed or not."""
     request = await values.read(ResponsesRequest.read, call.body)
     metadata = server.metadata(request.model, call)
-    prompt_ids = await server.inputs.chat_ids(request.conversation, "input")
-    (answer,) = await server.inputs.answers(call, request.sampling, prompt_ids, "input")
+    tools = request.offered_tools()
+    prompt_ids = await server.inputs.chat_ids(request.conversation, "input", tools=tools)
+    (answer,) = await server.inputs.answers(
+        call, request.sampling, prompt_ids, "input", tools=tools
+    )
     if not request.stream:
         whole = await answer.whole()
         return JsonReply(response.body(request, metadata, len(prompt_ids), whole))

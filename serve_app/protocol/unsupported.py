@@ -23,7 +23,7 @@ Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 """Field to the values that pass, and the reason why another value is refused."""
 
 _ONE = "this route gives one answer; use /v1/chat/completions or /v1/completions"
-_CHAT_TOOLS = "only /v1/chat/completions calls tools"
+_CHAT_TOOLS = "use /v1/chat/completions, /v1/responses or /v1/messages for tools"
 _NO_BEAMS = "there is no beam search"
 _NEW_NAME = "use `structured_outputs`"
 

@@ -194,11 +194,21 @@ def test_streams_are_equal(http: httpx.Client, client: Client) -> None:
     assert job.output[-1].endswith("data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
-def test_typed_streams_are_equal(http: httpx.Client, client: Client, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", MESSAGE),
+        ("/v1/messages", {**MESSAGE, "tools": [{"name": "now", "input_schema": {}}],
+                          "tool_choice": {"type": "tool", "name": "now"}}),
+        ("/v1/responses", RESPONSE),
+        ("/v1/responses", {**RESPONSE, "tools": [{"type": "function", "name": "now"}],
+                           "tool_choice": {"type": "function", "name": "now"}}),
+    ],
+)  # fmt: skip
+def test_typed_streams_are_equal(http: httpx.Client, client: Client, path: str, body: Any) -> None:
     """The gateway's text is HTTP's stream of named events, which has no [DONE]; a job of another
     shape has the same events as objects. Only how the text is cut may differ."""
-    body = {**(RESPONSE if path == "/v1/responses" else MESSAGE), "stream": True}
+    body = {**body, "stream": True}
     events = joined(named(http.post(path, json=body).text))
     gateway = client.ended({"openai_route": path, "openai_input": body})
     assert joined(named("".join(gateway.output))) == events
@@ -218,10 +228,14 @@ def named(text: str) -> list[Any]:
 
 def joined(events: list[Any]) -> list[Any]:
     """The events without their numbers, those with a piece of text replaced by one text."""
-    pieces = ("content_block_delta", "response.output_text.delta")
-    deltas = [event["delta"] for event in events if event["type"] in pieces]
-    text = "".join(delta if isinstance(delta, str) else delta["text"] for delta in deltas)
-    others = [{**e, "sequence_number": 0} for e in events if e["type"] not in pieces]
+    text = ""
+    others = []
+    for event in events:
+        match event.get("delta"):
+            case str(piece) | {"text": str(piece)} | {"partial_json": str(piece)}:
+                text += piece
+            case _:
+                others.append({**event, "sequence_number": 0})
     return [*anonymous(others), text]
 
 

@@ -1,14 +1,23 @@
 """The content blocks of the Messages API, and the chat messages that they mean."""
 
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from serve_app.protocol.fields import Text, printable, sentence
 from serve_app.protocol.messages import MAX_MESSAGES, Message
+from serve_app.protocol.tools import ToolCall
 
-_KNOWN = ("text", "thinking", "redacted_thinking")
+_KNOWN = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
 
 
 class _Ignoring(BaseModel):
@@ -29,6 +38,15 @@ class ThinkingBlock(_Ignoring):
     type: Literal["thinking", "redacted_thinking"]
 
 
+class ToolUseBlock(_Ignoring):
+    """A call in an earlier answer."""
+
+    type: Literal["tool_use"]
+    id: Text = Field(min_length=1)
+    name: Text
+    input: dict[str, Any]
+
+
 def _known(block: Any) -> Any:
     match block:
         case {"type": str(kind)} if kind not in _KNOWN:
@@ -47,8 +65,30 @@ def _listed(content: Any) -> Any:
     return content
 
 
-Block = Annotated[TextBlock | ThinkingBlock, Field(discriminator="type"), BeforeValidator(_known)]
-System = Annotated[list[TextBlock], BeforeValidator(_listed)]
+_Text = Annotated[TextBlock, BeforeValidator(_known)]
+_Texts = Annotated[list[_Text], BeforeValidator(_listed)]
+
+
+class ToolResultBlock(_Ignoring):
+    """The result of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Text
+    content: _Texts = Field(default_factory=list)
+    is_error: bool = False
+
+    @property
+    def text(self) -> str:
+        """The result as the model sees it."""
+        return f"Error: {joined(self.content)}" if self.is_error else joined(self.content)
+
+
+Block = Annotated[
+    TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock,
+    Field(discriminator="type"),
+    BeforeValidator(_known),
+]
+System = _Texts
 """The type of the field `system`."""
 
 
@@ -58,14 +98,55 @@ class InputMessage(_Ignoring):
     role: Literal["user", "assistant", "system"]
     content: Annotated[list[Block], BeforeValidator(_listed)]
 
+    @property
+    def calls(self) -> list[ToolUseBlock]:
+        return [block for block in self.content if isinstance(block, ToolUseBlock)]
+
+    @property
+    def results(self) -> list[ToolResultBlock]:
+        return [block for block in self.content if isinstance(block, ToolResultBlock)]
+
     @model_validator(mode="after")
-    def _says_something(self) -> "InputMessage":
-        if self.role == "user" and not joined(self.content):
+    def _fits_its_role(self) -> "InputMessage":
+        if self.calls and self.role != "assistant":
+            raise sentence("Only messages of the assistant have `tool_use` blocks.", "content")
+        if self.results and self.role != "user":
+            raise sentence("Only messages of the user have `tool_result` blocks.", "content")
+        if self.role == "user" and not self.results and not joined(self.content):
             raise sentence("The content of a user message should not be empty.", "content")
         return self
 
 
-Messages = Annotated[list[InputMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+def _paired(messages: list[InputMessage]) -> list[InputMessage]:
+    """Refuses calls without a result in the next message, and results without a call."""
+    open_ids: list[str] = []
+    for index, message in enumerate(messages):
+        for result in message.results:
+            if result.tool_use_id not in open_ids:
+                raise sentence(
+                    f"The `tool_result` of `{printable(result.tool_use_id)}` should follow a "
+                    "message with the `tool_use` block of this id, once.",
+                    f"{index}.content",
+                )
+            open_ids.remove(result.tool_use_id)
+        if open_ids:
+            break
+        open_ids = [block.id for block in message.calls]
+        if len(set(open_ids)) < len(open_ids):
+            raise sentence("Two `tool_use` blocks have one id.", f"{index}.content")
+    if open_ids:
+        raise sentence(
+            f"The `tool_use` block `{printable(open_ids[0])}` should be followed by its "
+            "`tool_result` in the next message."
+        )
+    return messages
+
+
+Messages = Annotated[
+    list[InputMessage],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    AfterValidator(_paired),
+]
 """The type of the field `messages`."""
 
 
@@ -75,8 +156,23 @@ def joined(blocks: Sequence[Block]) -> str:
 
 
 def conversation(system: Sequence[TextBlock], messages: Sequence[InputMessage]) -> list[Message]:
-    """The chat messages of a request."""
-    turns = [(message.role, joined(message.content)) for message in messages]
+    """The chat messages of a request. Results come before the text of their message."""
+    turns: list[Message] = []
     if text := joined(system):
-        turns.insert(0, ("system", text))
-    return [Message.model_construct(role=role, content=text) for role, text in turns]
+        turns.append(_turn("system", text))
+    for message in messages:
+        turns += [
+            Message.model_construct(role="tool", content=it.text, tool_call_id=it.tool_use_id)
+            for it in message.results
+        ]
+        text = joined(message.content)
+        if text or not message.results:
+            turns.append(_turn(message.role, text, message.calls))
+    return turns
+
+
+def _turn(role: str, text: str, calls: Sequence[ToolUseBlock] = ()) -> Message:
+    tool_calls = tuple(
+        ToolCall(call.id, call.name, json.dumps(call.input, ensure_ascii=False)) for call in calls
+    )
+    return Message.model_construct(role=role, content=text, tool_calls=tool_calls)

@@ -10,6 +10,8 @@ from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
 from serve_app.protocol.messages_api import unsupported
 from serve_app.protocol.messages_api.content import Messages, System, conversation
+from serve_app.protocol.messages_api.tools import Choice, OfferedTool, offered
+from serve_app.protocol.tools import MAX_TOOLS, ToolChoice, Tools
 
 
 class OutputFormat(BaseModel):
@@ -46,6 +48,8 @@ class CountTokensRequest(Body):
 
     messages: Messages
     system: System = Field(default_factory=list)
+    tools: list[OfferedTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Choice = ToolChoice()
     output_config: OutputConfig | None = None
     context_management: ContextManagement | None = None
 
@@ -75,6 +79,10 @@ class CountTokensRequest(Body):
     def conversation(self) -> list[Message]:
         """The prompt as chat messages."""
         return conversation(self.system, self.messages)
+
+    def offered_tools(self) -> Tools | None:
+        """The tools that the answer may call. Raises `InvalidRequest`."""
+        return offered(self.tools, self.tool_choice)
 
 
 class MessagesRequest(CountTokensRequest):

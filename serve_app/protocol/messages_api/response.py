@@ -1,31 +1,38 @@
 """The answer of `/v1/messages`: a message, or the events of a streamed message."""
 
+import json
 from typing import Any
 
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.response import ResponseMetadata
 from serve_app.protocol.text import TextDelta
+from serve_app.protocol.tools import ToolCallDelta, joined
 
 
 def body(metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta) -> JsonObject:
     """The whole answer as a message."""
-    content = [{"type": "text", "text": whole.text}] if whole.text else []
+    content: list[JsonObject] = [{"type": "text", "text": whole.text}] if whole.text else []
+    for call in joined(whole.tool_calls):
+        content.append(_tool_use(call.id, call.name, _input(call.arguments)))
     return _message(metadata, content, _usage(num_input_tokens, whole.num_tokens), _stop(whole))
 
 
 class MessageEvents:
     """Makes the events of one answer, delta by delta.
 
-    `message_start` and a `ping` come first. Text is a content block: its start, deltas and stop.
-    `message_delta` has why the answer ended, with its usage; `message_stop` is the last.
+    `message_start` and a `ping` come first. Each text and each call is a content block: its start,
+    deltas and stop. `message_delta` has why the answer ended, with its usage; `message_stop` is the
+    last.
     """
 
     def __init__(self, metadata: ResponseMetadata, num_input_tokens: int) -> None:
         self._metadata = metadata
         self._num_input_tokens = num_input_tokens
-        self._has_begun = self._is_in_text = False
-        self._index = 0
-        """Of the content block that is open, or that comes next."""
+        self._has_begun = False
+        self._open: str | None = None
+        """The type of the content block that is open."""
+        self._index = -1
+        """Of the last content block that was begun."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The events for `delta`; none where it adds nothing."""
@@ -36,38 +43,69 @@ class MessageEvents:
             message = _message(self._metadata, [], usage, _NOT_STOPPED)
             events += [{"type": "message_start", "message": message}, {"type": "ping"}]
         if delta.text:
-            if not self._is_in_text:
-                events.append(self._block_start({"type": "text", "text": ""}))
-                self._is_in_text = True
-            events.append(self._block_delta({"type": "text_delta", "text": delta.text}))
+            if self._open != "text":
+                events += self._begin({"type": "text", "text": ""})
+            events.append(self._delta({"type": "text_delta", "text": delta.text}))
+        for piece in delta.tool_calls:
+            events += self._call(piece)
         if delta.finish_reason is not None:
-            if self._is_in_text:
-                events.append(self._block_stop())
+            events += self._end()
             usage = _usage(self._num_input_tokens, delta.num_tokens)
             events.append({"type": "message_delta", "delta": _stop(delta), "usage": usage})
             events.append({"type": "message_stop"})
         return events
 
-    def _block_start(self, block: JsonObject) -> JsonObject:
-        return {"type": "content_block_start", "index": self._index, "content_block": block}
+    def _call(self, piece: ToolCallDelta) -> list[JsonObject]:
+        events: list[JsonObject] = []
+        if piece.id is not None and piece.name is not None:
+            events += self._begin(_tool_use(piece.id, piece.name, {}))
+        if piece.arguments:
+            delta = {"type": "input_json_delta", "partial_json": piece.arguments}
+            events.append(self._delta(delta))
+        return events
 
-    def _block_delta(self, delta: JsonObject) -> JsonObject:
+    def _begin(self, block: JsonObject) -> list[JsonObject]:
+        """Ends the block that is open, and begins `block`."""
+        events = self._end()
+        self._open, self._index = block["type"], self._index + 1
+        start = {"type": "content_block_start", "index": self._index, "content_block": block}
+        return [*events, start]
+
+    def _delta(self, delta: JsonObject) -> JsonObject:
         return {"type": "content_block_delta", "index": self._index, "delta": delta}
 
-    def _block_stop(self) -> JsonObject:
-        self._index, self._is_in_text = self._index + 1, False
-        return {"type": "content_block_stop", "index": self._index - 1}
+    def _end(self) -> list[JsonObject]:
+        if self._open is None:
+            return []
+        self._open = None
+        return [{"type": "content_block_stop", "index": self._index}]
 
 
 _NOT_STOPPED: JsonObject = {"stop_reason": None, "stop_sequence": None}
+_REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def _stop(end: TextDelta) -> JsonObject:
     """Why the answer ended."""
     if end.stop is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": end.stop}
-    reason = "max_tokens" if end.finish_reason == "length" else "end_turn"
+    reason = _REASONS.get(end.finish_reason or "", "end_turn")
     return {"stop_reason": reason, "stop_sequence": None}
+
+
+def _tool_use(call_id: str, name: str, value: Any) -> JsonObject:
+    """A content block with a call. Anthropic's ids of calls begin with `toolu_`."""
+    own_id = f"toolu_{call_id.removeprefix('call_')}"
+    return {"type": "tool_use", "id": own_id, "name": name, "input": value}
+
+
+def _input(arguments: str) -> JsonObject:
+    """The arguments of a call; `{}` where `max_tokens` has cut them, which are no JSON then."""
+    try:
+        value: JsonObject = json.loads(arguments)
+    except ValueError:
+        return {}
+    return value
 
 
 def _message(

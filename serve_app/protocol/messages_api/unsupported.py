@@ -26,7 +26,5 @@ UNSUPPORTED: Unsupported = {
         ({"type": "disabled"}, {"type": "adaptive"}),
         "this model does not think before it answers; send `disabled` or leave it out",
     ),
-    "tool_choice": (({"type": "none"}, {"type": "auto"}), "tools are not supported"),
-    "tools": (([],), "tools are not supported"),
 }
 """Fields that are accepted with these values only, and the reason."""

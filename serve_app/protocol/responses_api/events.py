@@ -8,6 +8,7 @@ from serve_app.protocol.response import ResponseMetadata
 from serve_app.protocol.responses_api import response
 from serve_app.protocol.responses_api.request import ResponsesRequest
 from serve_app.protocol.text import TextDelta
+from serve_app.protocol.tools import ToolCall, ToolCallDelta
 
 
 class ResponseEvents:
@@ -27,8 +28,10 @@ class ResponseEvents:
         self._sequence_number = 0
         self._output: list[JsonObject] = []
         """Items that are done."""
-        self._text: list[str] | None = None
-        """Pieces of the text of the message that is under way."""
+        self._item: JsonObject | None = None
+        """The item that is under way, as it was added."""
+        self._pieces: list[str] = []
+        """Of its text or of its arguments."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The events for `delta`; none where it adds nothing."""
@@ -36,14 +39,14 @@ class ResponseEvents:
         if not self.has_begun:
             events.append(self._event("response.created", response=self._response))
             events.append(self._event("response.in_progress", response=self._response))
-        is_empty = delta.finish_reason is not None and not self._output
-        if self._text is None and (delta.text or is_empty):
-            events += self._begin_text()
-        if delta.text and self._text is not None:
-            self._text.append(delta.text)
-            events.append(self._text_event("delta", delta=delta.text, logprobs=[]))
+        if delta.text:
+            events += self._text(delta.text)
+        for piece in delta.tool_calls:
+            events += self._call(piece)
         if delta.finish_reason is not None:
-            events += self._end_text(response.status_of(delta))
+            if self._item is None and not self._output:
+                events += self._begin(response.message(self._metadata, "in_progress", []))
+            events += self._end(response.status_of(delta))
             whole = response.ended(self._response, self._output, self._num_input_tokens, delta)
             events.append(self._event(f"response.{whole['status']}", response=whole))
         return events
@@ -58,37 +61,67 @@ class ResponseEvents:
         whole = response.failed(self._response, self._output, error)
         return self._event("response.failed", response=whole)
 
-    def _begin_text(self) -> list[JsonObject]:
-        self._text = []
-        item = response.message(self._metadata, "in_progress", [])
-        return [
-            self._event("response.output_item.added", output_index=len(self._output), item=item),
-            self._part_event("added", response.output_text("")),
-        ]
+    def _text(self, text: str) -> list[JsonObject]:
+        events: list[JsonObject] = []
+        if self._item is None or self._item["type"] != "message":
+            events += self._begin(response.message(self._metadata, "in_progress", []))
+        self._pieces.append(text)
+        return [*events, self._text_event("output_text.delta", delta=text, logprobs=[])]
 
-    def _end_text(self, status: response.Status) -> list[JsonObject]:
-        if self._text is None:
+    def _call(self, piece: ToolCallDelta) -> list[JsonObject]:
+        events: list[JsonObject] = []
+        if piece.id is not None and piece.name is not None:
+            call = ToolCall(piece.id, piece.name, "")
+            events += self._begin(response.function_call(call, "in_progress"))
+        if piece.arguments:
+            self._pieces.append(piece.arguments)
+            arguments = piece.arguments
+            events.append(self._item_event("function_call_arguments.delta", delta=arguments))
+        return events
+
+    def _begin(self, item: JsonObject) -> list[JsonObject]:
+        """Ends the item that is under way, and begins `item`."""
+        events = self._end("completed")
+        self._item, self._pieces = item, []
+        events.append(self._output_event("added", item))
+        if item["type"] == "message":
+            part = response.output_text("")
+            events.append(self._text_event("content_part.added", part=part))
+        return events
+
+    def _end(self, status: response.Status) -> list[JsonObject]:
+        """Ends the item that is under way, if there is one."""
+        if self._item is None:
             return []
-        part = response.output_text("".join(self._text))
-        self._text = None
-        item = response.message(self._metadata, status, [part])
-        events = [
-            self._text_event("done", text=part["text"], logprobs=[]),
-            self._part_event("done", part),
-            self._event("response.output_item.done", output_index=len(self._output), item=item),
-        ]
+        whole = "".join(self._pieces)
+        if self._item["type"] == "message":
+            part = response.output_text(whole)
+            item = {**self._item, "status": status, "content": [part]}
+            events = [
+                self._text_event("output_text.done", text=whole, logprobs=[]),
+                self._text_event("content_part.done", part=part),
+            ]
+        else:
+            item = {**self._item, "status": status, "arguments": whole}
+            events = [self._item_event("function_call_arguments.done", arguments=whole)]
+        events.append(self._output_event("done", item))
         self._output.append(item)
+        self._item = None
         return events
 
     def _text_event(self, name: str, **fields: Any) -> JsonObject:
-        return self._item_event(f"response.output_text.{name}", content_index=0, **fields)
+        return self._item_event(name, content_index=0, **fields)
 
-    def _part_event(self, name: str, part: JsonObject) -> JsonObject:
-        return self._item_event(f"response.content_part.{name}", content_index=0, part=part)
+    def _item_event(self, name: str, **fields: Any) -> JsonObject:
+        assert self._item is not None
+        index = len(self._output)
+        return self._event(
+            f"response.{name}", item_id=self._item["id"], output_index=index, **fields
+        )
 
-    def _item_event(self, kind: str, **fields: Any) -> JsonObject:
-        item_id = f"msg_{self._metadata.id}"
-        return self._event(kind, item_id=item_id, output_index=len(self._output), **fields)
+    def _output_event(self, name: str, item: JsonObject) -> JsonObject:
+        index = len(self._output)
+        return self._event(f"response.output_item.{name}", output_index=index, item=item)
 
     def _event(self, kind: str, **fields: Any) -> JsonObject:
         self._sequence_number += 1

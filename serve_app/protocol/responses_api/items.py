@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from serve_app.protocol.fields import Text, printable, sentence
 from serve_app.protocol.messages import MAX_MESSAGES, Message
+from serve_app.protocol.tools import ToolCall
 
-_ITEMS = ("message", "reasoning")
+_ITEMS = ("message", "reasoning", "function_call", "function_call_output")
 _PARTS = ("input_text", "output_text", "refusal")
 _STORED = (
     "Items of type `item_reference` are not supported, because nothing is stored: send the item "
@@ -58,6 +66,12 @@ def _listed_parts(content: Any) -> Any:
 
 
 Part = Annotated[TextPart | RefusalPart, Field(discriminator="type"), BeforeValidator(_known_part)]
+Parts = Annotated[list[Part], BeforeValidator(_listed_parts)]
+
+
+def _joined(parts: Sequence[Part]) -> str:
+    """The texts, joined by line ends, as chat joins content parts."""
+    return "\n".join(part.text for part in parts)
 
 
 class MessageItem(_Ignoring):
@@ -65,24 +79,36 @@ class MessageItem(_Ignoring):
 
     type: Literal["message"]
     role: Literal["user", "assistant", "system", "developer"]
-    content: Annotated[list[Part], BeforeValidator(_listed_parts)]
+    content: Parts
 
     @model_validator(mode="after")
     def _says_something(self) -> "MessageItem":
-        if self.role == "user" and not self.text:
+        if self.role == "user" and not _joined(self.content):
             raise sentence("The content of a user message should not be empty.", "content")
         return self
-
-    @property
-    def text(self) -> str:
-        """The texts, joined by line ends, as chat joins content parts."""
-        return "\n".join(part.text for part in self.content)
 
 
 class ReasoningItem(_Ignoring):
     """Thoughts of another model before an earlier answer. They are left out of the prompt."""
 
     type: Literal["reasoning"]
+
+
+class CallItem(_Ignoring):
+    """A call in an earlier answer."""
+
+    type: Literal["function_call"]
+    call_id: Text = Field(min_length=1)
+    name: Text
+    arguments: Text
+
+
+class ResultItem(_Ignoring):
+    """The result of a call."""
+
+    type: Literal["function_call_output"]
+    call_id: Text
+    output: Parts
 
 
 def _typed(item: Any) -> Any:
@@ -92,7 +118,7 @@ def _typed(item: Any) -> Any:
             raise sentence(_STORED, "type")
         case {"type": str(kind)} if kind not in _ITEMS:
             raise sentence(f"Items of type `{printable(kind)}` are not supported.", "type")
-        case {"role": _} if "type" not in item:
+        case {"role": _} if item.get("type") is None:
             return {**item, "type": "message"}
     return item
 
@@ -102,19 +128,69 @@ def _listed(value: Any) -> Any:
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
-Item = Annotated[MessageItem | ReasoningItem, Field(discriminator="type"), BeforeValidator(_typed)]
+Item = Annotated[
+    MessageItem | ReasoningItem | CallItem | ResultItem,
+    Field(discriminator="type"),
+    BeforeValidator(_typed),
+]
+
+
+def _paired(items: list[Item]) -> list[Item]:
+    """Refuses calls without a result, results without a call, and input without a question."""
+    open_ids: list[str] = []
+    for index, item in enumerate(items):
+        if isinstance(item, CallItem):
+            if item.call_id in open_ids:
+                raise sentence("Two calls have one `call_id`.", f"{index}.call_id")
+            open_ids.append(item.call_id)
+        elif isinstance(item, ResultItem):
+            if item.call_id not in open_ids:
+                raise sentence(
+                    f"The output of `{printable(item.call_id)}` should follow a `function_call` "
+                    "with this `call_id`, once.",
+                    f"{index}.call_id",
+                )
+            open_ids.remove(item.call_id)
+    if open_ids:
+        raise sentence(
+            f"The `function_call` of `{printable(open_ids[0])}` should be followed by its "
+            "`function_call_output`."
+        )
+    if not any(isinstance(item, MessageItem) and item.role == "user" for item in items):
+        raise sentence("`input` should have at least one message of the role user.")
+    return items
+
+
 Items = Annotated[
-    list[Item], Field(min_length=1, max_length=MAX_MESSAGES), BeforeValidator(_listed)
+    list[Item],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    BeforeValidator(_listed),
+    AfterValidator(_paired),
 ]
 """The type of the field `input`."""
 
 
 def conversation(instructions: str | None, items: Sequence[Item]) -> list[Message]:
-    """The chat messages of a request."""
-    turns = [(item.role, item.text) for item in items if isinstance(item, MessageItem)]
+    """The chat messages of a request. Calls join the message of the assistant before them."""
+    turns: list[Message] = []
     if instructions:
-        turns.insert(0, ("system", instructions))
-    return [
-        Message.model_construct(role="system" if role == "developer" else role, content=text)
-        for role, text in turns
-    ]
+        turns.append(Message.model_construct(role="system", content=instructions))
+    for item in items:
+        match item:
+            case MessageItem(role=role):
+                role = "system" if role == "developer" else role
+                turns.append(Message.model_construct(role=role, content=_joined(item.content)))
+            case CallItem():
+                call = ToolCall(item.call_id, item.name, item.arguments)
+                last = turns.pop() if turns and turns[-1].role == "assistant" else _ASSISTANT
+                calls = (*last.tool_calls, call)
+                turns.append(last.model_copy(update={"tool_calls": calls}))
+            case ResultItem():
+                text = _joined(item.output)
+                turns.append(
+                    Message.model_construct(role="tool", content=text, tool_call_id=item.call_id)
+                )
+    return turns
+
+
+_ASSISTANT = Message.model_construct(role="assistant", content="")

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
@@ -10,7 +10,9 @@ from serve_app.protocol.fields import AdaptedSampling, Body, Integer, Text, sent
 from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
 from serve_app.protocol.responses_api import unsupported
-from serve_app.protocol.responses_api.items import Items, MessageItem, conversation
+from serve_app.protocol.responses_api.items import Items, conversation
+from serve_app.protocol.responses_api.tools import OfferedTool, offered
+from serve_app.protocol.tools import MAX_TOOLS, Tools
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -74,6 +76,8 @@ class ResponsesRequest(Body):
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
     text: TextConfig = TextConfig()
+    tools: list[OfferedTool] = Field(default_factory=list, max_length=MAX_TOOLS)
+    tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
     metadata: dict[str, Text] = Field(default_factory=dict)
     """Returned in the response."""
@@ -93,18 +97,14 @@ class ResponsesRequest(Body):
             )
         return value
 
-    @model_validator(mode="after")
-    def _asks_something(self) -> "ResponsesRequest":
-        if not any(isinstance(item, MessageItem) and item.role == "user" for item in self.input):
-            raise InvalidRequest(
-                "`input` should have at least one message of the role user.", param="input"
-            )
-        return self
-
     @property
     def conversation(self) -> list[Message]:
         """The prompt as chat messages."""
         return conversation(self.instructions, self.input)
+
+    def offered_tools(self) -> Tools | None:
+        """The tools that the answer may call. Raises `InvalidRequest`."""
+        return offered(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
     @property
     def sampling(self) -> AdaptedSampling:

@@ -7,6 +7,7 @@ from serve_app.protocol.call import JsonObject
 from serve_app.protocol.response import ResponseMetadata
 from serve_app.protocol.responses_api.request import ResponsesRequest
 from serve_app.protocol.text import TextDelta
+from serve_app.protocol.tools import ToolCall, joined
 
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -15,7 +16,12 @@ def body(
     request: ResponsesRequest, metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta
 ) -> JsonObject:
     """The whole answer as a response."""
-    output = [message(metadata, status_of(whole), [output_text(whole.text)])]
+    calls = joined(whole.tool_calls)
+    output: list[JsonObject] = []
+    if whole.text or not calls:
+        output.append(message(metadata, "completed", [output_text(whole.text)]))
+    output += [function_call(call, "completed") for call in calls]
+    output[-1]["status"] = status_of(whole)
     return ended(begun(request, metadata), output, num_input_tokens, whole)
 
 
@@ -39,8 +45,8 @@ def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
         "previous_response_id": None,
         "temperature": request.temperature,
         "text": text,
-        "tool_choice": "auto",
-        "tools": [],
+        "tool_choice": request.tool_choice,
+        "tools": [tool.model_dump() for tool in request.tools],
         "top_p": request.top_p,
         "truncation": "disabled",
         "usage": None,
@@ -89,6 +95,18 @@ def message(metadata: ResponseMetadata, status: Status, content: list[JsonObject
         "role": "assistant",
         "status": status,
         "content": content,
+    }
+
+
+def function_call(call: ToolCall, status: Status) -> JsonObject:
+    """The item with a call."""
+    return {
+        "id": f"fc_{call.id.removeprefix('call_')}",
+        "type": "function_call",
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+        "status": status,
     }
 
 

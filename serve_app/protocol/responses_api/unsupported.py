@@ -29,8 +29,6 @@ UNSUPPORTED: Unsupported = {
     "previous_response_id": ((), _STATELESS),
     "prompt": ((), "there are no stored prompts; send `instructions` and `input`"),
     "store": ((False,), _STATELESS),
-    "tool_choice": (("none", "auto"), "tools are not supported"),
-    "tools": (([],), "tools are not supported"),
     "top_logprobs": ((0,), "log probabilities are on /v1/chat/completions"),
     "truncation": (("disabled",), "items are never cut"),
 }

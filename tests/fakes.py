@@ -10,6 +10,8 @@ from collections.abc import Sequence as ListLike
 from functools import cache
 from typing import Any, cast
 
+import numpy as np
+
 from serve_app.api.server import MixtralServer
 from serve_app.config.settings import Settings
 from serve_app.engine.admission import admit
@@ -134,8 +136,9 @@ class FakeEngine:
     def _logprobs(self, ids: ListLike[int], params: SamplingParams) -> list[TokenLogprob]:
         if params.logprobs is None:
             return []
-        top = ((5, -0.25), (6, float("-inf")))[: params.logprobs]
-        return [TokenLogprob(token_id, self._logprob, top) for token_id in ids]
+        top_ids = np.array([5, 6][: params.logprobs])
+        top = top_ids, np.array([-0.25, -np.inf], np.float32)[: params.logprobs]
+        return [TokenLogprob(token_id, self._logprob, *top) for token_id in ids]
 
     def stats(self) -> EngineStats:
         return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0, 0, 0)

@@ -1,5 +1,6 @@
 """Answer: the answer to one prompt while the engine generates it."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import aclosing, nullcontext
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from serve_app.api.request_metrics import RequestMetrics
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import InternalError
+from serve_app.protocol.scores import MAX_PER_CHUNK
 from serve_app.protocol.text import TextDelta, TextStream
 
 if TYPE_CHECKING:
@@ -60,10 +62,14 @@ class Answer:
                     async for delta in deltas:
                         observed.delta(delta)
                         new = self.text.push(delta.token_ids, delta.logprobs, delta.finish_reason)
+                        new.prompt_logprobs += delta.prompt_logprobs
+                        is_large = new.prompt_logprobs or len(new.scores) > MAX_PER_CHUNK
                         if new.finish_reason is not None:
                             break
                         for item in to_items(new):
                             yield item
+                            if is_large:  # other requests run between two chunks
+                                await asyncio.sleep(0)
                     else:
                         raise InternalError("The answer ended without a reason.")
             except BaseException as error:
@@ -73,6 +79,8 @@ class Answer:
         # After the blocks above, so that KV blocks are free before the client sees the end.
         for item in to_items(new):
             yield item
+            if is_large:
+                await asyncio.sleep(0)
 
     async def whole(self, place: ItemPlace | None = None) -> TextDelta:
         """Waits for the end and returns the whole answer as one delta."""
@@ -82,6 +90,7 @@ class Answer:
             async for delta in deltas:
                 texts.append(delta.text)
                 whole.scores += delta.scores
+                whole.prompt_logprobs += delta.prompt_logprobs
                 whole.tool_calls += delta.tool_calls
                 whole.finish_reason = delta.finish_reason
                 whole.num_tokens = delta.num_tokens

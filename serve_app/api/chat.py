@@ -1,10 +1,11 @@
 """The handler of `/v1/chat/completions`."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from serve_app.api import choices
 from serve_app.protocol import chat, values
-from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+from serve_app.protocol.call import Call, Reply, StreamReply
 from serve_app.protocol.choices import StreamUsage
 
 if TYPE_CHECKING:
@@ -26,12 +27,13 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         count=request.num_answers,
         num_logprobs=request.num_logprobs,
         tools=tools,
+        num_prompt_logprobs=request.prompt_logprobs,
     )
-    if request.logprobs:
-        choices.check_size(answers, "top_logprobs")
+    if request.logprobs or request.prompt_logprobs is not None:
+        choices.check_size(answers, "top_logprobs" if request.logprobs else "prompt_logprobs")
     if not request.stream:
-        wholes = await choices.wholes(server.list_places, answers)
-        return JsonReply(chat.body(request, metadata, len(prompt_ids), wholes, names))
+        to_body = partial(chat.body, request, metadata, len(prompt_ids), names)
+        return await choices.reply(server.list_places, answers, to_body)
     totals = StreamUsage(len(prompt_ids), len(answers))
     chunks = [
         chat.ChatChunks(request, metadata, len(prompt_ids), names, totals, index)

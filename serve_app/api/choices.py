@@ -4,20 +4,24 @@ A request with several answers is admitted or refused as a whole, see `ListPlace
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from typing import Any
 
 from serve_app.api.answer import Answer
 from serve_app.api.list_places import ListPlaces
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.call import JsonObject
+from serve_app.protocol.call import JsonObject, JsonReply
 from serve_app.protocol.text import TextDelta
 
 MAX_LOGPROBS = 1_000_000
 """Log probabilities in one answer: more than the 20 for each token of Mixtral's whole context."""
+MAX_CHUNKS_AT_ONCE = 16
+"""Chunks of a stream that are sent before other requests run."""
+MAX_SCORES_ON_LOOP = 200
+"""Tokens with log probabilities; naming those of more delays other requests noticeably."""
 
-ToChunks = Callable[[TextDelta], list[JsonObject]]
+ToChunks = Callable[[TextDelta], Iterable[JsonObject]]
 """Makes the response chunks of a delta of one answer."""
 
 
@@ -26,29 +30,57 @@ def check_size(answers: Sequence[Answer], field: str) -> None:
 
     `field` is the field of the request that asks for them.
     """
-    params = [answer.params for answer in answers]
-    if params[0].logprobs is None:
-        return
-    total = sum(each.max_tokens * max(each.logprobs or 0, 1) for each in params)
+    total = sum(_num_logprobs(answer) for answer in answers)
     if total > MAX_LOGPROBS:
+        tokens = f"`{answers[0].params.max_tokens_field}`"
+        if answers[0].params.prompt_logprobs is not None:
+            tokens = f"(tokens of the prompt + {tokens})"
         raise InvalidRequest(
-            f"Answers x `{params[0].max_tokens_field}` x `{field}` is {total:,}; {MAX_LOGPROBS:,} "
-            "are allowed. Send fewer prompts, or ask for fewer answers, tokens or log "
-            "probabilities.",
+            f"Answers x {tokens} x `{field}` is {total:,}; {MAX_LOGPROBS:,} are allowed. Send "
+            "fewer prompts, or ask for fewer answers, tokens or log probabilities.",
             param=field,
         )
 
 
-async def wholes(places: ListPlaces, answers: Sequence[Answer]) -> list[TextDelta]:
-    """Waits for all answers; the first failure cancels the others."""
+def _num_logprobs(answer: Answer) -> int:
+    """Log probabilities in an answer; a token without candidates counts as one."""
+    params, total = answer.params, 0
+    if params.logprobs is not None:
+        total += params.max_tokens * max(params.logprobs, 1)
+    if params.prompt_logprobs is not None:
+        total += len(answer.prompt_ids) * max(params.prompt_logprobs, 1)
+    return total
+
+
+async def reply(
+    places: ListPlaces,
+    answers: Sequence[Answer],
+    to_body: Callable[[Sequence[TextDelta]], JsonObject],
+) -> JsonReply:
+    """Waits for all answers; the first failure cancels the others.
+
+    With many log probabilities the body is made in a thread.
+    """
     if len(answers) == 1:
-        return [await answers[0].whole()]
+        wholes = [await answers[0].whole()]
+    else:
+        wholes = await _wholes(places, answers)
+    if answers[0].params.has_logprobs and sum(map(_num_scores, wholes)) > MAX_SCORES_ON_LOOP:
+        return JsonReply(await asyncio.to_thread(to_body, wholes), is_large=True)
+    return JsonReply(to_body(wholes))
+
+
+async def _wholes(places: ListPlaces, answers: Sequence[Answer]) -> list[TextDelta]:
     async with places.admitted() as place:
         tasks = [asyncio.create_task(answer.whole(place)) for answer in answers]
         try:
             return await asyncio.gather(*tasks)
         finally:
             await _cancel(tasks)
+
+
+def _num_scores(whole: TextDelta) -> int:
+    return len(whole.scores) + sum(len(some.token_ids) for some in whole.prompt_logprobs)
 
 
 def streamed(
@@ -79,9 +111,12 @@ async def _merged(
         for task in tasks:
             task.add_done_callback(queue.put_nowait)  # after the chunks of its stream
         try:
-            num_running = len(tasks)
+            num_running, num_items = len(tasks), 0
             while num_running:
                 item = await queue.get()
+                num_items += 1
+                if num_items % MAX_CHUNKS_AT_ONCE == 0:
+                    await asyncio.sleep(0)  # a queue that is not empty does not wait
                 if isinstance(item, asyncio.Task):
                     item.result()  # raises the failure of the stream
                     num_running -= 1

@@ -8,17 +8,16 @@ from serve_app.api import choices
 from serve_app.api.answer import Answer
 from serve_app.api.input_processor import InputProcessor
 from serve_app.protocol import values
-from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+from serve_app.protocol.call import Call, Reply, StreamReply
 from serve_app.protocol.completions import (
     DEFAULT_MAX_TOKENS,
     CompletionRequest,
     CompletionResponse,
     Prompt,
 )
-from serve_app.protocol.text import TextDelta
-
-MAX_SCORES_ON_LOOP = 200
-"""Tokens with log probabilities; naming those of more delays other requests noticeably."""
+from serve_app.protocol.echo import Echo
+from serve_app.protocol.scores import PromptText
+from serve_app.protocol.text import Detokenizer
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -33,14 +32,18 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     for prompt in request.prompts:
         await asyncio.sleep(0)  # other requests run between two prompts
         answers += await _answers(inputs, call, request, prompt)
-        num_prompt_tokens.append(len(answers[-1].prompt_ids))
-        echoes.append(await _text(inputs, prompt) if request.echo else "")
-    choices.check_size(answers, "logprobs")
+        prompt_ids = answers[-1].prompt_ids
+        num_prompt_tokens.append(len(prompt_ids))
+        text = await _text(inputs, prompt) if request.echo else ""
+        echoes += [_echo(inputs, request, text, prompt_ids) for _ in range(request.n)]
+    choices.check_size(
+        answers, "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
+    )
     response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
     if request.stream:
         chunks = [partial(response.chunks, index) for index in range(len(answers))]
         return StreamReply(choices.streamed(server.list_places, answers, chunks))
-    return await _reply(response, await choices.wholes(server.list_places, answers))
+    return await choices.reply(server.list_places, answers, response.body)
 
 
 async def _answers(
@@ -54,16 +57,19 @@ async def _answers(
         "prompt",
         count=request.num_answers,
         num_logprobs=request.num_logprobs,
+        num_prompt_logprobs=request.num_prompt_logprobs,
         default_max_tokens=DEFAULT_MAX_TOKENS,
         continues=True,
     )
 
 
-async def _reply(response: CompletionResponse, wholes: list[TextDelta]) -> JsonReply:
-    """The whole response; with many log probabilities it is made in a thread."""
-    if sum(len(whole.scores) for whole in wholes) > MAX_SCORES_ON_LOOP:
-        return JsonReply(await asyncio.to_thread(response.body, wholes))
-    return JsonReply(response.body(wholes))
+def _echo(
+    inputs: InputProcessor, request: CompletionRequest, text: str, prompt_ids: list[int]
+) -> Echo:
+    if not request.echo or request.logprobs is None:
+        return Echo(text)
+    detokenizer = Detokenizer(inputs.tokenizer.backend)
+    return Echo(text, PromptText(prompt_ids[0], detokenizer))
 
 
 async def _text(inputs: InputProcessor, prompt: Prompt) -> str:

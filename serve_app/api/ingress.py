@@ -4,6 +4,7 @@ Starlette routes by the table in `routes.py`. Each request becomes a `Call`, and
 response.
 """
 
+import asyncio
 import hmac
 import logging
 import re
@@ -27,6 +28,7 @@ from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.config.sections import ApiSettings
 from serve_app.errors import InvalidApiKey, error_body, is_messages
+from serve_app.protocol import json_pieces
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
 
 if TYPE_CHECKING:
@@ -149,6 +151,9 @@ async def _response(
             return stream
         case TextReply(text, media_type, own):
             return Response(text, headers={**headers, **own}, media_type=media_type)
+        case JsonReply(body, status, is_large=True):
+            content = await asyncio.to_thread(json_pieces.encode, body)
+            return Response(content, status, headers, "application/json")
         case JsonReply(body, status):
             return JSONResponse(body, status, headers)
         case BatchReply(items):

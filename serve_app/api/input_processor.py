@@ -108,16 +108,18 @@ class InputProcessor:
         *,
         count: int = 1,
         num_logprobs: int | None = None,
+        num_prompt_logprobs: int | None = None,
         default_max_tokens: int | None = None,
         continues: bool = False,
         tools: Tools | None = None,
     ) -> list[Answer]:
         """`count` answers to a prompt, which came in `field` of the request.
 
-        With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` is
-        `SamplingParams.logprobs`. Without a limit in the request, an answer has up to
-        `default_max_tokens` tokens, or as many as the context holds. `continues`: the answer
-        continues the prompt's text, so a space at its beginning is text. Answers may call `tools`.
+        With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` and
+        `num_prompt_logprobs` are fields of `SamplingParams`. Without a limit in the request, an
+        answer has up to `default_max_tokens` tokens, or as many as the context holds. `continues`:
+        the answer continues the prompt's text, so a space at its beginning is text. Answers may
+        call `tools`.
 
         Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
         grammar that cannot be compiled. The engine checks the token ids and the context's length
@@ -135,7 +137,11 @@ class InputProcessor:
             params = replace(params, grammar=grammar)
         if continues:
             self.engine.check(prompt_ids, params)
-        shared_prompt = SharedPrompt() if count > 1 else None
+        if num_prompt_logprobs is not None:
+            params = replace(params, prompt_logprobs=num_prompt_logprobs)
+        # An answer that scores its prompt computes it whole.
+        is_shared = count > 1 and num_prompt_logprobs is None
+        shared_prompt = SharedPrompt() if is_shared else None
         called = [] if tools is None else [tool.name for tool in tools.callable]
         answers = []
         for index in range(count):

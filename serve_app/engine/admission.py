@@ -24,8 +24,10 @@ def admit(
     """Returns the sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
     if not prompt_ids:
         raise InvalidRequest("The prompt must not be empty.", param=params.prompt_field)
-    if len(prompt_ids) + params.max_tokens > config.max_sequence_len:
-        raise _too_long(len(prompt_ids), params, config.max_sequence_len)
+    # Without an answer, the last token of the prompt is not left to be returned.
+    longest = config.max_sequence_len if params.max_tokens else config.max_prompt_len
+    if len(prompt_ids) + params.max_tokens > longest:
+        raise _too_long(len(prompt_ids), params, longest)
     check_token_ids(prompt_ids, vocab_size, params.prompt_field)
     check_token_ids(params.logit_bias, vocab_size, "logit_bias")
     check_token_ids(params.stop_token_ids, vocab_size, "stop_token_ids")

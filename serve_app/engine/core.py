@@ -170,13 +170,17 @@ class EngineCore:
             return
         (scheduled, step, shape, predicted_s), self._in_flight = self._in_flight, None
         try:
-            token_ids, logprobs, seconds = step.wait()
+            token_ids, logprobs, seconds, scores = step.wait()
         except Exception as error:
             self._fail_step(scheduled, error)
             return
         self._num_failed_steps = 0
         if seconds:
             self._policy.finished(shape, predicted_s, seconds)
+        for sequence, prompt_logprobs in scores:
+            if sequence in self._streams:
+                scored = Delta([], [], prompt_logprobs=[prompt_logprobs])
+                self._outputs.add(self._streams[sequence], scored)
         sampled = [part for part in scheduled if part.is_sampled]
         for row, (part, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
             # A sequence may have ended while the step ran; its token is dropped.
@@ -194,8 +198,14 @@ class EngineCore:
         # The logits are finite, so the keys and values before them are finite too.
         sequence.num_finite_tokens = position
         self.scheduler.cache_blocks(sequence, position)
+        if not sequence.params.max_tokens:
+            self._end(sequence, Delta([], [], "length"))
+            return
         if token_id in sequence.stop_ids:
-            self._end(sequence, Delta([], [], "stop"))
+            # Who scores a prompt with its answer counts on one score for each sampled token.
+            is_scored = sequence.params.prompt_logprobs is not None
+            scores = [logprob] if is_scored and logprob is not None else []
+            self._end(sequence, Delta([], scores, "stop"))
             return
         sequence.token_ids[position] = token_id
         self.num_generation_tokens += 1

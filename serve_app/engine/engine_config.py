@@ -32,6 +32,8 @@ class EngineConfig:
     max_sequence_len: int = field(init=False)
     """Longest prompt and answer that can run. The last token is returned, never computed, so it
     needs no slot in the KV cache."""
+    max_prompt_len: int = field(init=False)
+    """Longest prompt that can run without an answer."""
 
     def __post_init__(self) -> None:
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -39,5 +41,6 @@ class EngineConfig:
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "
                 f"max_num_seqs ({self.max_num_seqs}), or running streams would stall one another."
             )
-        longest = min(self.max_model_len, self.num_blocks * self.block_size + 1)
-        object.__setattr__(self, "max_sequence_len", longest)
+        num_slots = self.num_blocks * self.block_size
+        object.__setattr__(self, "max_sequence_len", min(self.max_model_len, num_slots + 1))
+        object.__setattr__(self, "max_prompt_len", min(self.max_model_len, num_slots))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.delta import TokenLogprob
+from serve_app.engine.prompt_scores import PromptScores, best_first
 from serve_app.engine.runner import SampledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_timer import StepTimer
@@ -36,6 +37,8 @@ class InFlightTokens:
         self.sequences = sequences
         self.timer: StepTimer | None = None
         """Measures the step; None where the caller of the sampler does not."""
+        self.prompt_scores: PromptScores | None = None
+        """Those of the same step."""
         self.tokens = tokens
         """int64 `[sequences]` on the device; `FAILED` where the logits were not finite."""
         self._token_ids = to_host(tokens)
@@ -60,11 +63,11 @@ class InFlightTokens:
             self._copied.synchronize()
         token_ids: list[int] = self._token_ids.tolist()
         logprobs: dict[int, TokenLogprob] = {}
-        for rows, *tensors in self._logprobs:
-            values = (tensor.tolist() for tensor in tensors)
-            for row, logprob, top_logprobs, top_ids in zip(rows, *values, strict=True):
-                top = zip(top_ids, top_logprobs, strict=True)
-                best_first = sorted(top, key=lambda pair: (-pair[1], pair[0]))
-                logprobs[row] = TokenLogprob(token_ids[row], logprob, tuple(best_first))
+        for rows, sampled, top_logprobs, top_ids in self._logprobs:
+            top = best_first(top_ids.numpy(), top_logprobs.numpy())
+            # Copies, so that a token that is kept keeps none of the other sequences'.
+            for row, logprob, ids, values in zip(rows, sampled.tolist(), *top, strict=True):
+                logprobs[row] = TokenLogprob(token_ids[row], logprob, ids.copy(), values.copy())
         seconds = self.timer.seconds() if self.timer else 0.0
-        return SampledTokens(token_ids, logprobs, seconds)
+        scores = self.prompt_scores.wait() if self.prompt_scores else []
+        return SampledTokens(token_ids, logprobs, seconds, scores)

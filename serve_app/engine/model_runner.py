@@ -14,6 +14,7 @@ from torch import Tensor
 from serve_app.engine.block_tables import BlockTables
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.in_flight_tokens import InFlightTokens
+from serve_app.engine.prompt_scores import PromptScores
 from serve_app.engine.sampler import Sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
@@ -117,7 +118,12 @@ class ModelRunner:
             logits, best = self._graphs.run(scheduled, self._last, tables)
         else:
             logits = self._logits(scheduled)
-        self._last = self._sampler.sample(logits, sequences, best)
+        num_sampled = len(sequences)
+        scores = None
+        if len(logits) > num_sampled:
+            scores = PromptScores(scheduled, logits[num_sampled:])
+        self._last = self._sampler.sample(logits[:num_sampled], sequences, best)
+        self._last.prompt_scores = scores
         timer.stop()
         self._last.timer = timer
         return self._last
@@ -135,7 +141,7 @@ class ModelRunner:
         self.cache.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
-        """Float32 `[sampled, vocab]`, in the order of `scheduled`."""
+        """Float32 `[sampled + scored, vocab]`, both in the order of `scheduled`."""
         batch = self._batch(scheduled)
         if self._gpu_step is not None and all(part.num_tokens == 1 for part in scheduled):
             return self._gpu_step.decode(batch)[batch.sample_rows]
@@ -147,7 +153,12 @@ class ModelRunner:
         positions: list[int] = []
         slots: list[int] = []
         sample_rows: list[int] = []
-        for sequence, start, end, is_sampled in scheduled:
+        score_rows: list[int] = []
+        for part in scheduled:
+            sequence, start, end, is_sampled = part
+            if num_scored := part.num_scored:
+                first = len(token_ids) + part.first_scored - start
+                score_rows += range(first, first + num_scored)
             table = sequence.block_table
             token_ids += sequence.token_ids[start:end]
             positions += range(start, end)
@@ -155,7 +166,7 @@ class ModelRunner:
             if is_sampled:
                 sample_rows.append(len(token_ids) - 1)
         # One tensor, hence one copy to the device.
-        lists = (token_ids, positions, slots, sample_rows)
+        lists = (token_ids, positions, slots, sample_rows + score_rows)
         packed = to_device(list(chain(*lists)), self._device)
         parts = packed.split_with_sizes([len(values) for values in lists])
         if PENDING in token_ids:

@@ -1,9 +1,11 @@
 """Runner: the interface between the engine's core and the device that computes its steps."""
 
+from collections.abc import Collection
 from typing import NamedTuple, Protocol
 
-from serve_app.engine.delta import TokenLogprob
+from serve_app.engine.delta import PromptLogprobs, TokenLogprob
 from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import Sequence
 
 
 class SampledTokens(NamedTuple):
@@ -15,6 +17,8 @@ class SampledTokens(NamedTuple):
     """By index into `token_ids`, for the sequences that asked for log probabilities."""
     seconds: float = 0.0
     """How long the device worked on the step; 0 where a runner does not measure it."""
+    prompt_logprobs: Collection[tuple[Sequence, PromptLogprobs]] = ()
+    """Of the prompts that the step has scored."""
 
 
 class InFlightStep(Protocol):

@@ -16,7 +16,7 @@ class SamplingParams:
     """
 
     max_tokens: int
-    """Generate at most this many tokens (at least 1)."""
+    """Generate at most this many tokens; 0 computes the prompt alone, to score it."""
     min_tokens: int = 0
     """No stop token can be chosen before this many tokens are generated."""
     temperature: float = 1.0
@@ -40,11 +40,19 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
+    prompt_logprobs: int | None = None
+    """n: log probabilities of each token of the prompt, save its first, and of the n most probable
+    ones there. The prompt is then computed whole, without the prefix cache. None: none."""
     grammar: Grammar | None = None
     """What the answer must follow. The answer ends with it, whatever `ignore_eos` is."""
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
     """The request fields of the prompt and of `max_tokens`, for errors about them."""
+
+    @property
+    def has_logprobs(self) -> bool:
+        """Whether any are asked for."""
+        return self.logprobs is not None or self.prompt_logprobs is not None
 
     @property
     def is_filtered(self) -> bool:

@@ -24,6 +24,23 @@ class ScheduledTokens(NamedTuple):
         return self.end - self.start
 
     @property
+    def first_scored(self) -> int:
+        """The first token whose logits score the next one, see `num_scored`."""
+        return max(self.start, self.sequence.num_scored_tokens)
+
+    @property
+    def num_scored(self) -> int:
+        """Tokens of this part before a prompt token whose log probability is asked for.
+
+        They are successive, and none where it is not asked for, or was computed before a
+        preemption. Valid until the step is launched.
+        """
+        if self.sequence.params.prompt_logprobs is None:
+            return 0
+        last = min(self.end, self.sequence.num_prompt_tokens - 1)
+        return max(last - self.first_scored, 0)
+
+    @property
     def is_decode(self) -> bool:
         """Whether this is one token whose predecessors are all computed."""
         return self.is_sampled and self.start == self.end - 1
@@ -33,5 +50,6 @@ def mark_launched(scheduled: list[ScheduledTokens]) -> None:
     """Counts the tokens of a launched step as computed, and appends `PENDING` where it samples."""
     for sequence, _, end, is_sampled in scheduled:
         sequence.num_computed_tokens = end
+        sequence.num_scored_tokens = max(sequence.num_scored_tokens, end)
         if is_sampled:
             sequence.token_ids.append(PENDING)

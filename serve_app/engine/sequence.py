@@ -34,7 +34,8 @@ class Sequence:
     """Set where other sequences have the same prompt and wait for it."""
     num_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
-    """Prompt and answer together: `num_prompt_tokens + params.max_tokens`."""
+    """Prompt and answer together. With `params.max_tokens` of 0 one token is sampled, which nobody
+    gets: it shows that the prompt is computed."""
     has_penalties: bool = field(init=False)
     """Whether a penalty counts the tokens before."""
     constraint: Constraint | None = field(init=False)
@@ -45,6 +46,8 @@ class Sequence:
     """Prompts are computed in this order; see `scheduler.py`."""
     num_computed_tokens: int = 0
     """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
+    num_scored_tokens: int = 0
+    """Leading tokens whose logits have scored the next one, where the prompt is scored."""
     num_finite_tokens: int = 0
     """Leading tokens whose keys and values are finite, as the logits after them have shown."""
     block_table: list[int] = field(default_factory=list)
@@ -62,10 +65,16 @@ class Sequence:
     def __post_init__(self) -> None:
         params = self.params
         self.num_prompt_tokens = len(self.token_ids)
-        self.max_num_tokens = self.num_prompt_tokens + params.max_tokens
+        self.max_num_tokens = self.num_prompt_tokens + max(params.max_tokens, 1)
         additive = params.presence_penalty, params.frequency_penalty
         self.constraint = None if params.grammar is None else params.grammar.start()
         self.has_penalties = additive != (0, 0) or params.repetition_penalty != 1
+
+    @property
+    def needs_scores(self) -> bool:
+        """Whether log probabilities of its prompt are still to be computed."""
+        is_asked = self.params.prompt_logprobs is not None
+        return is_asked and self.num_scored_tokens < self.num_prompt_tokens - 1
 
     @property
     def needs_last_token(self) -> bool:

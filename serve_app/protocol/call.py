@@ -83,6 +83,8 @@ class JsonReply:
 
     body: JsonObject
     status: int = 200
+    is_large: bool = False
+    """Whether encoding it at once would delay other requests."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,10 +11,12 @@ from pydantic import Field, model_validator
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
+from serve_app.protocol.echo import prompt_logprobs
 from serve_app.protocol.fields import Integer
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
-from serve_app.protocol.text import TextDelta, TokenScore
+from serve_app.protocol.scores import TokenScore, pieces
+from serve_app.protocol.text import TextDelta
 from serve_app.protocol.tool_request import Choice, FunctionTool, offered
 from serve_app.protocol.tools import ToolCallDelta, Tools, joined
 
@@ -27,6 +29,8 @@ class ChatRequest(ChoiceSampling):
     """OpenAI's newer name of `max_tokens`."""
     logprobs: bool = False
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
+    prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    """Adds the log probabilities of the prompt's tokens (vLLM's field)."""
     tools: list[FunctionTool] = Field(default_factory=list)
     tool_choice: Choice | None = None
     """None means `auto`."""
@@ -58,6 +62,8 @@ class ChatRequest(ChoiceSampling):
                 "`max_tokens` and `max_completion_tokens` are one limit; send one of them.",
                 param="max_completion_tokens",
             )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
         return self
@@ -67,11 +73,14 @@ def body(
     request: ChatRequest,
     metadata: ResponseMetadata,
     num_prompt_tokens: int,
-    wholes: Sequence[TextDelta],
     names: TokenNames,
+    wholes: Sequence[TextDelta],
 ) -> JsonObject:
     """All answers that were generated as one `chat.completion` object with `n` choices."""
     num_tokens = sum(whole.num_tokens for whole in wholes)
+    extra: JsonObject = {}
+    if (num_top := request.prompt_logprobs) is not None:
+        extra["prompt_logprobs"] = prompt_logprobs(wholes[0], num_top, names)
     return {
         "id": f"chatcmpl-{metadata.id}",
         "object": "chat.completion",
@@ -82,6 +91,7 @@ def body(
             for index, whole in enumerate(request.chosen(wholes))
         ],
         "usage": usage(num_prompt_tokens, num_tokens),
+        **extra,
     }
 
 
@@ -152,11 +162,14 @@ class ChatChunks:
         if not self._has_begun:
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
             self._has_begun = True
-        if delta.text or delta.scores:
-            logprobs = None
-            if self._request.logprobs and delta.scores:
-                logprobs = _logprobs(self._request, delta.scores, self._names)
-            chunks.append(self._chunk({"content": delta.text}, logprobs))
+        text = delta.text
+        for scores in pieces(iter(delta.scores)):
+            if text or scores:
+                logprobs = None
+                if self._request.logprobs and scores:
+                    logprobs = _logprobs(self._request, scores, self._names)
+                chunks.append(self._chunk({"content": text}, logprobs))
+                text = ""
         for piece in delta.tool_calls:
             chunks.append(self._chunk({"tool_calls": [_call_delta(piece)]}))
         if delta.finish_reason is not None:
@@ -192,12 +205,12 @@ def _logprobs(request: ChatRequest, scores: list[TokenScore], names: TokenNames)
     def named(token_id: int, logprob: float) -> dict[str, Any]:
         raw = names.token_bytes(token_id)
         text = raw.decode(errors="replace")
-        return {"token": text, "logprob": finite(logprob), "bytes": list(raw)}
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
 
     content = [
         {
-            **named(score.token_id, score.logprob),
-            "top_logprobs": [named(*each) for each in score.top[: request.top_logprobs]],
+            **named(score.token_id, finite(score.logprob or 0.0)),
+            "top_logprobs": list(map(named, *score.top(request.top_logprobs))),
         }
         for score in scores
     ]

@@ -65,7 +65,7 @@ class ChoiceSampling(Sampling):
 def _mean_logprob(whole: TextDelta) -> float:
     if not whole.scores:
         return float("-inf")
-    return sum(score.logprob for score in whole.scores) / len(whole.scores)
+    return sum(score.logprob or 0.0 for score in whole.scores) / len(whole.scores)
 
 
 class StreamUsage:

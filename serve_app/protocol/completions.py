@@ -3,7 +3,7 @@
 Protocol: https://platform.openai.com/docs/api-reference/completions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
@@ -11,9 +11,11 @@ from pydantic import Field, field_validator, model_validator
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
+from serve_app.protocol.echo import Echo, prompt_logprobs
 from serve_app.protocol.fields import Integer, no_unicode
 from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
-from serve_app.protocol.text import TextDelta, TokenScore
+from serve_app.protocol.scores import TokenScore, pieces
+from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
@@ -29,11 +31,22 @@ class CompletionRequest(ChoiceSampling):
     echo: bool = False
     """Puts the prompt's text before the answer's."""
     logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    """With `echo`, of the prompt's tokens too."""
+    prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
+    """Adds the log probabilities of the prompt's tokens to each choice (vLLM's field)."""
+    max_tokens: Integer | None = Field(default=None, ge=0)
+    """0 scores the prompt alone."""
 
     @property
     def num_logprobs(self) -> int | None:
         """Log probabilities that the engine returns with each token, see `SamplingParams`."""
         return 0 if self.logprobs is None and self.best_of else self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """As `num_logprobs`, with each token of the prompt."""
+        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in asked if count is not None), default=None)
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -61,11 +74,15 @@ class CompletionRequest(ChoiceSampling):
         return self
 
     @model_validator(mode="after")
-    def _no_prompt_logprobs(self) -> "CompletionRequest":
-        if self.echo and self.logprobs is not None:
+    def _scores_fit(self) -> "CompletionRequest":
+        if self.max_tokens == 0 and not self.echo and self.prompt_logprobs is None:
             raise InvalidRequest(
-                "`echo` with `logprobs` is not supported: only answers have log probabilities.",
-                param="echo",
+                "`max_tokens` may be 0 only with `echo` or `prompt_logprobs`.", param="max_tokens"
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise InvalidRequest(
+                "`prompt_logprobs` cannot be streamed; use `echo` with `logprobs`.",
+                param="prompt_logprobs",
             )
         return self
 
@@ -73,8 +90,7 @@ class CompletionRequest(ChoiceSampling):
 class CompletionResponse:
     """Makes the response to one request: the whole body, or its chunks.
 
-    `echoes` has the text that goes before the answers to each prompt. With `n` choices to each
-    prompt, choice `index` answers prompt `index // n`.
+    With `n` choices to each prompt, choice `index` answers prompt `index // n`.
     """
 
     def __init__(
@@ -82,14 +98,14 @@ class CompletionResponse:
         request: CompletionRequest,
         metadata: ResponseMetadata,
         num_prompt_tokens: Sequence[int],
-        echoes: Sequence[str],
+        echoes: Sequence[Echo],
         names: TokenNames,
     ) -> None:
-        """`num_prompt_tokens` has the number of each prompt."""
+        """`num_prompt_tokens` has the number of each prompt, `echoes` one for each choice."""
         self._request, self._names = request, names
         self._num_prompt_tokens = num_prompt_tokens
-        self._echoes = [echo for echo in echoes for _ in range(request.n)]
-        self._totals = StreamUsage(sum(num_prompt_tokens), len(self._echoes))
+        self._echoes = echoes
+        self._totals = StreamUsage(sum(num_prompt_tokens), len(echoes))
         self._fields: JsonObject = {
             "id": f"cmpl-{metadata.id}",
             "object": "text_completion",
@@ -101,43 +117,61 @@ class CompletionResponse:
         """All answers that were generated, in the order of the prompts, as one object."""
         totals = usage(sum(self._num_prompt_tokens), sum(whole.num_tokens for whole in wholes))
         chosen = self._request.chosen(wholes)
-        choices = [self._choice(index, whole) for index, whole in enumerate(chosen)]
+        choices = [self._whole(index, whole) for index, whole in enumerate(chosen)]
         return {**self._fields, "choices": choices, "usage": totals}
 
-    def chunks(self, index: int, delta: TextDelta) -> list[JsonObject]:
-        """The chunks for a delta of choice `index`.
+    def _whole(self, index: int, whole: TextDelta) -> JsonObject:
+        echo = self._echoes[index]
+        text, scores = echo.before(whole)
+        choice = self._choice(index, text, list(scores), whole.finish_reason)
+        if (num_top := self._request.prompt_logprobs) is not None:
+            choice["prompt_logprobs"] = prompt_logprobs(whole, num_top, self._names)
+        return choice
+
+    def chunks(self, index: int, delta: TextDelta) -> Iterator[JsonObject]:
+        """The chunks for a delta of choice `index`; each is made when it is asked for.
 
         With `include_usage` the usage of all choices follows the end of the last one; with
         `continuous_usage_stats` each chunk has the usage of its own choice so far.
         """
-        chunks = []
         extra: JsonObject = {"usage": None} if self._request.include_usage else {}
         if self._request.include_continuous_usage:
             num_prompt_tokens = self._num_prompt_tokens[index // self._request.n]
             extra = {"usage": usage(num_prompt_tokens, delta.num_tokens)}
-        if delta.text or delta.scores or delta.finish_reason or self._echoes[index]:
-            choice = self._choice(index, delta)
-            self._echoes[index] = ""
-            chunks.append({**self._fields, "choices": [choice], **extra})
+        text, all_scores = self._echoes[index].before(delta)
+        waiting: list[TokenScore] | None = None
+        for scores in pieces(all_scores):
+            if waiting is not None:
+                yield {**self._fields, "choices": [self._choice(index, text, waiting)], **extra}
+                text = ""
+            waiting = scores
+        if text or waiting or delta.finish_reason:
+            choice = self._choice(index, text, waiting or [], delta.finish_reason)
+            yield {**self._fields, "choices": [choice], **extra}
         if delta.finish_reason is not None:
             totals = self._totals.ended(delta.num_tokens)
             if extra and totals is not None:
-                chunks.append({**self._fields, "choices": [], "usage": totals})
-        return chunks
+                yield {**self._fields, "choices": [], "usage": totals}
 
-    def _choice(self, index: int, delta: TextDelta) -> JsonObject:
+    def _choice(
+        self,
+        index: int,
+        text: str,
+        scores: Sequence[TokenScore],
+        finish_reason: str | None = None,
+    ) -> JsonObject:
         logprobs = None
-        if self._request.logprobs is not None and (delta.scores or delta.finish_reason):
-            logprobs = _logprobs(delta.scores, self._request.logprobs, self._names)
+        if self._request.logprobs is not None and (scores or finish_reason):
+            logprobs = _logprobs(scores, self._request.logprobs, self._names)
         return {
             "index": index,
-            "text": self._echoes[index] + delta.text,
+            "text": text,
             "logprobs": logprobs,
-            "finish_reason": delta.finish_reason,
+            "finish_reason": finish_reason,
         }
 
 
-def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> JsonObject:
+def _logprobs(scores: Sequence[TokenScore], num_top: int, names: TokenNames) -> JsonObject:
     def name(token_id: int) -> str:
         raw = names.token_bytes(token_id)
         try:
@@ -146,13 +180,22 @@ def _logprobs(scores: list[TokenScore], num_top: int, names: TokenNames) -> Json
             # OpenAI's spelling of an incomplete character.
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def top(score: TokenScore) -> dict[str, float]:
-        pairs = (*score.top[:num_top], (score.token_id, score.logprob))
-        return {name(token_id): finite(logprob) for token_id, logprob in pairs}
+    def top(score: TokenScore) -> dict[str, float] | None:
+        if score.logprob is None:
+            return None
+        ids, logprobs = score.top(num_top)
+        # Two tokens may have one name; the more probable one stays.
+        found = dict(zip(map(name, reversed(ids)), reversed(logprobs), strict=True))
+        found = dict(reversed(found.items()))
+        found.setdefault(name(score.token_id), finite(score.logprob))
+        return found
+
+    def own(score: TokenScore) -> float | None:
+        return None if score.logprob is None else finite(score.logprob)
 
     return {
         "tokens": [name(score.token_id) for score in scores],
-        "token_logprobs": [finite(score.logprob) for score in scores],
+        "token_logprobs": [own(score) for score in scores],
         "top_logprobs": [top(score) for score in scores],
         "text_offset": [score.offset for score in scores],
     }

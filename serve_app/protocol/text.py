@@ -5,8 +5,9 @@ Streamed and whole answers pass through the same code token by token, so their t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
+from serve_app.protocol.scores import PromptLogprobs, TokenLogprob, TokenScore
 from serve_app.protocol.stop import StopStrings
 from serve_app.protocol.tool_calls import MARKER, ToolCallParser
 from serve_app.protocol.tools import ToolCallDelta
@@ -17,29 +18,6 @@ if TYPE_CHECKING:
 
 PRIMING_TOKENS = 8
 """Prompt tokens that the decoder sees first, so that a continuation keeps its leading space."""
-
-
-class TokenLogprob(Protocol):
-    """The log probabilities at one position, as the engine returns them."""
-
-    @property
-    def token_id(self) -> int: ...
-    @property
-    def logprob(self) -> float: ...
-    @property
-    def top(self) -> tuple[tuple[int, float], ...]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """One generated token with its log probabilities, for `logprobs`."""
-
-    token_id: int
-    logprob: float
-    top: tuple[tuple[int, float], ...]
-    """(token id, log probability), best first."""
-    offset: int = 0
-    """Where the token's text begins in the answer, in characters."""
 
 
 @dataclass(slots=True)
@@ -55,6 +33,8 @@ class TextDelta:
     """The stop string that ended the answer."""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     """Pieces of the calls that follow the text."""
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    """The next tokens of the prompt, where the request asked for them."""
 
 
 class Detokenizer:
@@ -157,25 +137,29 @@ class TextStream:
         """Returns what these tokens add. With `finish_reason`, returns all that was held back too.
 
         A stop string ends the answer with "stop". Tokens behind it are ignored, and not counted.
+        `logprobs` may have one more than `token_ids`, for a stop token.
         """
         text = ""
         for index, token_id in enumerate(token_ids):
             if logprobs:
-                new = logprobs[index]
-                score = TokenScore(new.token_id, new.logprob, new.top, self._num_decoded)
-                self._held_scores.append(score)
+                self._held_scores.append(self._score(logprobs[index]))
             self._num_tokens += 1
             text += self._shown(self._detokenizer.push(token_id))
             if self._stops is not None and self._stops.found:
                 return self._delta(text, "stop", is_cut=True)
         if finish_reason is None:
             return self._delta(text)
+        self._held_scores += map(self._score, logprobs[len(token_ids) :])
         text += self._shown(self._detokenizer.flush())
         if self._stops is not None:
             if self._stops.found:
                 return self._delta(text, "stop", is_cut=True)
             text += self._stops.flush()
         return self._delta(text, finish_reason)
+
+    def _score(self, new: TokenLogprob) -> TokenScore:
+        top = new.top_ids, new.top_logprobs
+        return TokenScore(new.token_id, new.logprob, *top, self._num_decoded)
 
     def _shown(self, text: str) -> str:
         """The part of new text that no stop string can cut any more."""

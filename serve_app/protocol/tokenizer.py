@@ -47,6 +47,8 @@ class Tokenizer:
         self._special_tokens = files.special_tokens
         self.tool_calls_id = self._find_tool_calls_id()
         """The token with which the model begins calls; None where it was not trained for tools."""
+        # As many as the vocabulary has: answers with log probabilities ask for the same ones often.
+        self._token_bytes: dict[int, bytes] = {}
         self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
         self.eos_token_id = self._special_id(files.special_tokens, "eos_token")
 
@@ -151,6 +153,12 @@ class Tokenizer:
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token; a byte token may be a part of a character."""
+        known = self._token_bytes.get(token_id)
+        if known is None:
+            known = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return known
+
+    def _bytes_of(self, token_id: int) -> bytes:
         token: str | None = self.backend.id_to_token(token_id)
         if token is None:
             return b""

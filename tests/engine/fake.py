@@ -5,7 +5,7 @@ import random
 from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from threading import Semaphore
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ VOCAB_SIZE = 50
 EOS = 3
 
 T = TypeVar("T")
+
+
+class Logprob(NamedTuple):
+    """A `TokenLogprob` that can be compared."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+    @classmethod
+    def of(cls, one: TokenLogprob) -> "Logprob":
+        return cls(one.token_id, one.logprob, one.top_ids.tolist(), one.top_logprobs.tolist())
 
 
 def logits_of(token_ids: list[int]) -> Tensor:
@@ -126,14 +139,14 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 
 async def complete(
     engine: Engine, prompt_ids: list[int], params: SamplingParams
-) -> tuple[list[int], str, list[TokenLogprob]]:
+) -> tuple[list[int], str, list[Logprob]]:
     """Runs a request to its end; returns tokens, finish reason and logprobs, and asserts that it
     ends once."""
     deltas = [delta async for delta in engine.generate(prompt_ids, params)]
     return joined(deltas)
 
 
-def joined(deltas: list[Delta]) -> tuple[list[int], str, list[TokenLogprob]]:
+def joined(deltas: list[Delta]) -> tuple[list[int], str, list[Logprob]]:
     assert [delta.finish_reason is not None for delta in deltas] == [False] * (len(deltas) - 1) + [
         True
     ]
@@ -141,7 +154,7 @@ def joined(deltas: list[Delta]) -> tuple[list[int], str, list[TokenLogprob]]:
     return (
         [token for delta in deltas for token in delta.token_ids],
         str(deltas[-1].finish_reason),
-        [logprob for delta in deltas for logprob in delta.logprobs],
+        [Logprob.of(logprob) for delta in deltas for logprob in delta.logprobs],
     )
 
 

@@ -99,7 +99,7 @@ def test_logprobs_come_with_their_tokens() -> None:
     with running(FakeRunner(repeat(7, 8))) as engine:
         tokens, _, logprobs = run(complete(engine, [1], greedy(5, logprobs=2)))
     assert [logprob.token_id for logprob in logprobs] == tokens == [7, 8]
-    assert all(len(logprob.top) == 2 for logprob in logprobs)
+    assert all(len(logprob.top_ids) == 2 for logprob in logprobs)
 
 
 def test_a_slow_consumer_gets_one_delta() -> None:

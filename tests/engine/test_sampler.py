@@ -16,6 +16,7 @@ from serve_app.engine.runner import SampledTokens
 from serve_app.engine.sampler import Sampler
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.sequence import FAILED, Sequence
+from tests.engine.fake import Logprob
 
 VOCAB_SIZE = 60
 STOP = frozenset({1, 2})
@@ -124,7 +125,8 @@ def test_a_row_is_exactly_the_same_alone_and_in_a_batch(
         sequence.sampler_state = None
         alone = sampled(Sampler(), logits[row : row + 1].clone(), [sequence])
         assert alone.token_ids == together.token_ids[row : row + 1]
-        assert alone.logprobs.get(0) == together.logprobs.get(row)
+        one, other = alone.logprobs.get(0), together.logprobs.get(row)
+        assert (one and Logprob.of(one)) == (other and Logprob.of(other))
 
 
 def test_counts_follow_a_sequence_through_changing_batches() -> None:
@@ -204,8 +206,8 @@ def test_logprobs_are_those_of_the_models_own_distribution() -> None:
     found = samples.logprobs[0]
     assert found.token_id == samples.token_ids[0] == 20
     assert found.logprob == pytest.approx(expected[0, 20].item(), abs=1e-5)
-    assert [token_id for token_id, _ in found.top][:3] == [7, 11, 30]
-    assert [value for _, value in found.top] == pytest.approx(
+    assert found.top_ids.tolist()[:3] == [7, 11, 30]
+    assert found.top_logprobs.tolist() == pytest.approx(
         expected[0].topk(4).values.tolist(), abs=1e-5
     )
 

@@ -4,11 +4,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.protocol.text import Detokenizer, TextDelta, TextStream, TokenScore
+from serve_app.engine.delta import TokenLogprob
+from serve_app.protocol.scores import TokenScore
+from serve_app.protocol.text import Detokenizer, TextDelta, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.protocol.tool_calls import ToolCallParser
 from serve_app.protocol.tools import joined
@@ -40,6 +43,9 @@ def transformers_tokenizer(tokenizer: Tokenizer, mixtral_folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(CHECKPOINT if is_tiny else mixtral_folder)
 
 
+NONE = np.empty(0, np.int64), np.empty(0, np.float32)
+
+
 def groups(ids: list[int], cuts: list[int]) -> list[list[int]]:
     """`ids` cut at the given places."""
     places = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
@@ -53,7 +59,7 @@ def streamed(
     stream = TextStream(Detokenizer(tokenizer.backend), stops or [])
     deltas = []
     for group in groups(ids, cuts):
-        deltas.append(stream.push(group, [TokenScore(id, -1.0, ()) for id in group]))
+        deltas.append(stream.push(group, [TokenLogprob(id, -1.0, *NONE) for id in group]))
         if deltas[-1].finish_reason is not None:
             return deltas
     return [*deltas, stream.push([], [], "length")]

@@ -1,0 +1,90 @@
+"""PromptScores: log probabilities of prompt tokens, computed in the steps that compute the prompt.
+
+The logits before each token of the prompt are needed, `[tokens, vocab]` in all. A step scores at
+most `MAX_SCORED_TOKENS` tokens (the scheduler limits it), and takes their logarithms in pieces, so
+that a long prompt needs no more memory than a short one.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from serve_app.engine.delta import PromptLogprobs
+from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.transfer import to_device, to_host
+
+MAX_PIECE = 128
+"""Tokens whose logarithms are taken at once: 16 MB with 32,000 tokens in the vocabulary."""
+
+
+class _Scored(NamedTuple):
+    sequence: Sequence
+    token_ids: list[int]
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]
+    """Log probabilities and ranks `[n]`; log probabilities and ids of the best tokens `[n, k]`, in
+    no particular order. On the host, once `wait` has waited."""
+
+
+class PromptScores:
+    """The scores of one step, on their way to the host."""
+
+    def __init__(self, scheduled: list[ScheduledTokens], logits: Tensor) -> None:
+        """`logits` `[scored, vocab]` are those before the scored tokens of `scheduled`, in order.
+
+        Starts the copies to the host.
+        """
+        self._scored: list[_Scored] = []
+        start = 0
+        for part in scheduled:
+            if part.num_scored:
+                rows = logits[start : start + part.num_scored]
+                self._scored.append(_score(part, rows))
+                start += part.num_scored
+        self._copied: Any = None
+        if logits.is_cuda:
+            event: Any = torch.cuda.Event  # torch has no types for it
+            self._copied = event()
+            self._copied.record()
+
+    def wait(self) -> list[tuple[Sequence, PromptLogprobs]]:
+        """Waits for the copies."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        found = []
+        for sequence, token_ids, tensors in self._scored:
+            logprobs, ranks, top_logprobs, top_ids = (tensor.numpy() for tensor in tensors)
+            top = best_first(top_ids, top_logprobs)
+            found.append((sequence, PromptLogprobs(token_ids, logprobs, ranks, *top)))
+        return found
+
+
+def best_first(
+    ids: NDArray[np.int64], logprobs: NDArray[np.float32]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Both `[n, k]`, each row sorted by log probability, equal ones by id."""
+    order = np.lexsort((ids, -logprobs), axis=-1)
+    return np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
+
+
+def _score(part: ScheduledTokens, logits: Tensor) -> _Scored:
+    first = part.first_scored
+    token_ids = part.sequence.token_ids[first + 1 : first + 1 + part.num_scored]
+    num_top = min(part.sequence.params.prompt_logprobs or 0, logits.shape[1])
+    targets = to_device(token_ids, logits.device)[:, None]
+    pieces: list[tuple[Tensor, ...]] = []
+    for rows, wanted in zip(
+        *(torch.split(each, MAX_PIECE) for each in (logits, targets)), strict=True
+    ):
+        every = rows.log_softmax(-1)
+        chosen = every.gather(1, wanted)
+        ranks = (every > chosen).sum(-1) + 1
+        top = every.topk(num_top)
+        pieces.append((chosen[:, 0], ranks, top.values, top.indices))
+    logprobs, ranks, top_logprobs, top_ids = (
+        to_host(torch.cat(each)) for each in zip(*pieces, strict=True)
+    )
+    return _Scored(part.sequence, token_ids, (logprobs, ranks, top_logprobs, top_ids))

@@ -65,9 +65,12 @@ async def reply(
         wholes = [await answers[0].whole()]
     else:
         wholes = await _wholes(places, answers)
-    if answers[0].params.has_logprobs and sum(map(_num_scores, wholes)) > MAX_SCORES_ON_LOOP:
-        return JsonReply(await asyncio.to_thread(to_body, wholes), is_large=True)
-    return JsonReply(to_body(wholes))
+    params = answers[0].params
+    if params.logprobs is None and params.prompt_logprobs is None:
+        return JsonReply(to_body(wholes))
+    if sum(map(_num_scores, wholes)) <= MAX_SCORES_ON_LOOP:
+        return JsonReply(to_body(wholes))
+    return JsonReply(await asyncio.to_thread(to_body, wholes), is_large=True)
 
 
 async def _wholes(places: ListPlaces, answers: Sequence[Answer]) -> list[TextDelta]:

@@ -50,11 +50,6 @@ class SamplingParams:
     """The request fields of the prompt and of `max_tokens`, for errors about them."""
 
     @property
-    def has_logprobs(self) -> bool:
-        """Whether any are asked for."""
-        return self.logprobs is not None or self.prompt_logprobs is not None
-
-    @property
     def is_filtered(self) -> bool:
         """Whether top_k, top_p or min_p drop tokens."""
         return self.top_k > 0 or self.top_p < 1 or self.min_p > 0

@@ -162,14 +162,14 @@ class ChatChunks:
         if not self._has_begun:
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
             self._has_begun = True
-        text = delta.text
-        for scores in pieces(iter(delta.scores)):
-            if text or scores:
-                logprobs = None
-                if self._request.logprobs and scores:
-                    logprobs = _logprobs(self._request, scores, self._names)
+        if self._request.logprobs and delta.scores:
+            text = delta.text
+            for scores in pieces(iter(delta.scores)):
+                logprobs = _logprobs(self._request, scores, self._names)
                 chunks.append(self._chunk({"content": text}, logprobs))
                 text = ""
+        elif delta.text:
+            chunks.append(self._chunk({"content": delta.text}))
         for piece in delta.tool_calls:
             chunks.append(self._chunk({"tool_calls": [_call_delta(piece)]}))
         if delta.finish_reason is not None:

@@ -21,6 +21,7 @@ pytestmark = pytest.mark.ray
 OWN = {"id", "item_id", "created", "created_at", "request_id"}
 """Fields that differ from request to request."""
 GREEDY = {"temperature": 0, "max_tokens": 16}
+SCORED = {"max_tokens": 0, "logprobs": 20}
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES, **GREEDY}
 RESPONSE = {"model": "tiny", "input": "What is 2 + 3?", "temperature": 0, "max_output_tokens": 16}
@@ -93,6 +94,9 @@ def text_of(events: list[Any]) -> str:
         ("POST", "/prompt", {"prompt": "Say it", "temperature": 1, "seed": 7, "max_tokens": 16}),
         ("POST", "/v1/chat/completions", CHAT),
         ("POST", "/v1/chat/completions", {**CHAT, "logprobs": True, "top_logprobs": 2}),
+        ("POST", "/v1/chat/completions", {**CHAT, "n": 2, "temperature": 2, "seed": 3}),
+        ("POST", "/v1/completions", {"prompt": ["a", "b c"], "echo": True, **SCORED}),
+        ("POST", "/v1/completions", {"prompt": [1, 5, 6], "prompt_logprobs": 2, **SCORED}),
         ("POST", "/v1/chat/completions", CALL),
         ("POST", "/v1/chat/completions", {**CHAT, "messages": RESULT}),
         ("POST", "/v1/completions", {"model": "tiny", "prompt": "2 + 3", **GREEDY}),

@@ -45,7 +45,8 @@ class ModelSettings(_Section):
     """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None
     """Folder for a 4-bit copy of the model, on a network volume for example. The first start writes
-    it; later starts read 25 GB instead of 93."""
+    it; later starts read 25 GB instead of 93. Compiled CUDA kernels are kept there too, by default
+    in `~/.cache/mixtral-serve`."""
     hf_token: SecretStr | None = None
     """Hugging Face token for gated repositories. Read from the environment only."""
 

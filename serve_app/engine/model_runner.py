@@ -86,7 +86,7 @@ class ModelRunner:
         self.note = "a decode step is one call of compiled code"
         eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
         self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
-        self.note += step.unpack_for_prompts()
+        self.note += step.note + step.unpack_for_prompts()
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
         """Captures the decode steps; returns the part of `note` about them."""

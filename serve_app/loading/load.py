@@ -78,6 +78,7 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
         generation = read_generation(plan.checkpoint, tokenizer, settings.model.generation_config)
         notes += [*tokenizer.notes, *generation.notes]
     model = _load_model(plan, device, load_log)
+    notes += _choose_kernels(settings, model, device, load_log)
     start = partial(start_engine, settings, plan, model, device, generation.eos_token_ids)
     engine, engine_notes = _warm_engine(start, tokenizer, model, device, load_log)
     notes += engine_notes
@@ -193,6 +194,23 @@ def _load_model(plan: StartPlan, device: "torch.device", load_log: LoadLog) -> "
             quantize_lm_head=plan.quantize_lm_head,
             progress=partial(load_log.progress, reading),
         )
+
+
+def _choose_kernels(
+    settings: Settings, model: "Mixtral", device: "torch.device", load_log: LoadLog
+) -> list[str]:
+    """Prepares the CUDA kernels of a GPU for weights in 4 bits; returns notes for users."""
+    if device.type != "cuda" or model.codebook is None:
+        return []
+    from serve_app.model.kernels.cuda.use_kernels import use_cuda_kernels
+
+    chosen = settings.model.cache_dir or "~/.cache/mixtral-serve"
+    needed = model.config.intermediate_size * model.config.hidden_size  # gate and up of an expert
+    with (
+        load_log.phase(Phase.KERNELS),
+        explained_lack_of_memory("the weights in tiles", needed, device, "take a larger GPU"),
+    ):
+        return [use_cuda_kernels(model, Path(chosen).expanduser() / "kernels")]
 
 
 def _warm_engine(

@@ -34,6 +34,8 @@ class Phase(StrEnum):
     TOKENIZER = "tokenizer"
     READ = "read"
     READ_AND_QUANTIZE = "read and quantize"
+    KERNELS = "kernels"
+    """The CUDA kernels are compiled, or read from the cache, and compared with plain torch."""
     WARM_UP = "warm-up"
     FIRST_TOKEN = "first token"
     READY = "ready"

@@ -9,6 +9,7 @@ are padded (`row_padding.py`), and everything else works row by row. Elsewhere n
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,9 @@ from serve_app.model.quantization import Quantization
 from serve_app.model.quantized_experts import QuantizedExperts
 from serve_app.model.quantized_weight import Codebook
 from serve_app.model.row_padding import pad_rows
+
+if TYPE_CHECKING:
+    from serve_app.model.kernels.cuda.products import CudaProducts
 
 
 @dataclass
@@ -168,6 +172,8 @@ class Mixtral(nn.Module):
         self.config = config
         self.codebook = None if quantization is None else Codebook(quantization)
         self.float_modules = float_modules
+        self.products: CudaProducts | None = None
+        """CUDA kernels for weights in 4 bits, which lie in tiles then; see `use_cuda_kernels`."""
         self.embedding = _weight(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
         self.layers = nn.ModuleList(

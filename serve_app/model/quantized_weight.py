@@ -11,6 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from serve_app.model.kernels.cuda.tiles import (
+    absmax_from_tiles,
+    absmax_to_tiles,
+    codes_from_tiles,
+    codes_to_tiles,
+)
 from serve_app.model.quantization import (
     GROUP_SIZE,
     NUM_CODES,
@@ -96,6 +102,8 @@ class QuantizedWeight(_Storage):
         self.codebook = codebook
         self.out_features = list(out_features)
         self.interleaved = interleaved
+        self.is_tiled = False
+        """Whether `packed` and `absmax` are in the order of `kernels/cuda/tiles.py`."""
         self.num_nested_groups = [num_nested_groups(size * in_features) for size in out_features]
         absmax = codebook.quantization.absmax
         shape = (*stack, sum(out_features))
@@ -134,9 +142,29 @@ class QuantizedWeight(_Storage):
             self._load_nested(index, part, nested)
         self._part(self.absmax[index], part).copy_(self._by_turns(absmax))
 
+    def to_tiles(self) -> None:
+        """Reorders codes and absmax in place; absmax must be bfloat16. No weight is loaded then."""
+        self._reorder(codes_to_tiles, absmax_to_tiles)
+        self.is_tiled = True
+
+    def from_tiles(self) -> None:
+        """The inverse of `to_tiles`."""
+        self._reorder(codes_from_tiles, absmax_from_tiles)
+        self.is_tiled = False
+
+    def _reorder(
+        self, codes: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]
+    ) -> None:
+        for stored, reordered in ((self.packed, codes), (self.absmax, scales)):
+            for matrix in stored.view(-1, *stored.shape[-2:]):  # a copy of one matrix at a time
+                matrix.copy_(reordered(matrix))
+
     def get(self, index: Index = ()) -> QuantizedTensor:
         """Matrices `index` `[..., N, K]`, rows as they lie here, with an absmax that multiplies."""
         stored = self.absmax[index]
+        if self.is_tiled:
+            packed, absmax = codes_from_tiles(self.packed[index]), absmax_from_tiles(stored)
+            return QuantizedTensor(packed, absmax, self.codebook.code)
         if self.codebook.quantization.absmax != "nested":
             return QuantizedTensor(self.packed[index], stored, self.codebook.code)
         absmax = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)

@@ -4,6 +4,7 @@ import asyncio
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from serve_app.loading import warm_up
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Done, Phase, Running, read_events
+from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT
 from tests.fakes import answer
 
@@ -53,6 +55,40 @@ def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: s
     assert (said in health["notes"]) == (quantization == "nf4")
     assert health["memory"]["experts"] == experts * (4 if quantization == "none" else 17 / 32)
     assert health["memory"]["kv_cache"] == 65536 * 4 * 2 * 2 * 32 * 4
+
+
+def test_the_kernels_of_a_gpu_are_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For weights in 4 bits on a GPU: the folder for compiled kernels is in `model.cache_dir`, and
+    the note is passed on. Floats and a CPU have no such phase."""
+    import torch
+
+    from serve_app.loading import load as loading
+    from serve_app.model.kernels.cuda import use_kernels
+    from tools.random_model import config_of, random_model
+
+    cuda, cpu, asked = torch.device("cuda"), torch.device("cpu"), list[Path | None]()
+
+    def use(_: Any, cache: Path | None) -> str:
+        asked.append(cache)
+        return "a note"
+
+    monkeypatch.setattr(use_kernels, "use_cuda_kernels", use)
+    settings = Settings.from_yaml("configs/tiny.yaml")
+    chosen = settings.model.model_copy(update={"cache_dir": str(tmp_path / "cache")})
+    settings = settings.model_copy(update={"model": chosen})
+    monkeypatch.setattr(loading, "explained_lack_of_memory", lambda *_: nullcontext())
+    load_log = LoadLog(str(tmp_path / "load.jsonl"))
+    sizes = config_of(tiny=True, layers=1)
+    floats, quantized = (
+        random_model(sizes, how, torch.float32, cpu)
+        for how in (None, Quantization("nf4", "bfloat16"))
+    )
+    assert loading._choose_kernels(settings, quantized, cuda, load_log) == ["a note"]
+    assert loading._choose_kernels(settings, quantized, cpu, load_log) == []
+    assert loading._choose_kernels(settings, floats, cuda, load_log) == []
+    assert asked == [tmp_path / "cache" / "kernels"]
+    events = read_events(tmp_path / "load.jsonl")
+    assert [each.phase for each in events if isinstance(each, Done)] == [Phase.KERNELS]
 
 
 def test_the_load_computes_its_first_prompts() -> None:

@@ -38,9 +38,9 @@ class TiledWeight:
     """A matrix in tiles, or a stack of them, as the kernels read it."""
 
     codes: Tensor
-    """uint8 `[E, N / 16, K / 64, 32, 16]`, see `tiles.py`."""
+    """uint8 `[E, N, K / 2]`, see `tiles.py` for the order."""
     absmax: Tensor
-    """bfloat16 `[E, N / 16, K / 256, 8, 4, 2]`"""
+    """bfloat16 `[E, N, K / 64]`"""
 
     @property
     def num_matrices(self) -> int:
@@ -50,12 +50,12 @@ class TiledWeight:
     @property
     def out_features(self) -> int:
         """N"""
-        return self.codes.shape[1] * 16
+        return self.codes.shape[1]
 
     @property
     def in_features(self) -> int:
         """K"""
-        return self.codes.shape[2] * 64
+        return self.codes.shape[2] * 2
 
 
 class Launchable(Protocol):

@@ -1,53 +1,49 @@
 """The order in which the CUDA kernels read 4-bit weights: tiles of 16 rows by 64 columns.
 
 A warp reads a tile of codes as 512 bytes in a row, 16 bytes a lane, and holds what one matrix
-instruction after the other multiplies. Both orders take the same memory: each function here is a
-permutation of its input, and the inverse of its neighbor. Letters: N rows, K columns.
+instruction after the other multiplies. Each function here is a permutation and the inverse of its
+neighbor; the shape stays what it was, so that the result can take the place of its input. Letters:
+N rows, K columns.
 """
 
 import torch
 from torch import Tensor
 
-ROWS, COLUMNS = 16, 64
-"""Rows and columns of a tile of codes."""
-SCALE_COLUMNS = 256
-"""Columns of a tile of absmax, 4 quantization groups."""
+ROWS = 16
+"""Rows of a tile; it has 64 columns of codes, or 256 of absmax, which are 4 groups."""
 
 
 def codes_to_tiles(packed: Tensor) -> Tensor:
-    """uint8 `[..., N, K / 2]` in bitsandbytes' order -> `[..., N / 16, K / 64, 32, 16]`.
+    """uint8 `[..., N, K / 2]` in bitsandbytes' order -> in tiles.
 
-    Lane 4g + t of the 32 has rows g and g + 8: of each columns 8t to 8t + 7, then 32 + 8t to
-    32 + 8t + 7, two columns a byte.
+    They lie in memory as `[..., N / 16, K / 64, 32, 16]`. Lane 4g + t of the 32 has rows g
+    and g + 8: of each columns 8t to 8t + 7, then 32 + 8t to 32 + 8t + 7, two columns a byte.
     """
-    *stack, rows, size = packed.shape
-    view = packed.view(*stack, rows // ROWS, 2, 8, size // 32, 2, 4, 4)
-    # [tile, half of rows, g, block, half of columns, t, byte]
-    ordered = view.movedim((-7, -4, -5, -2, -6, -3, -1), (-7, -6, -5, -4, -3, -2, -1))
-    return ordered.reshape(*stack, rows // ROWS, size // 32, 32, 16)
+    rows = packed.reshape(-1, 2, 8, packed.shape[-1] // 32, 2, 4, 4)
+    # From tile, half of rows, g, block, half of columns, t, byte.
+    return rows.permute(0, 3, 2, 5, 1, 4, 6).reshape(packed.shape)
 
 
 def codes_from_tiles(tiles: Tensor) -> Tensor:
     """The inverse of `codes_to_tiles`."""
-    *stack, groups, blocks, _, _ = tiles.shape
-    view = tiles.view(*stack, groups, blocks, 8, 4, 2, 2, 4)
-    ordered = view.movedim((-7, -6, -5, -4, -3, -2, -1), (-7, -4, -5, -2, -6, -3, -1))
-    return ordered.reshape(*stack, groups * ROWS, blocks * 32)
+    lanes = tiles.reshape(-1, tiles.shape[-1] // 32, 8, 4, 2, 2, 4)
+    return lanes.permute(0, 4, 2, 1, 5, 3, 6).reshape(tiles.shape)
 
 
 def absmax_to_tiles(absmax: Tensor) -> Tensor:
-    """`[..., N, K / 64]` -> `[..., N / 16, K / 256, 8, 4, 2]`: g, block, row g or g + 8."""
-    *stack, rows, groups = absmax.shape
-    view = absmax.view(*stack, rows // ROWS, 2, 8, groups // 4, 4)
-    ordered = view.movedim((-5, -2, -3, -1, -4), (-5, -4, -3, -2, -1))
-    return ordered.contiguous()
+    """`[..., N, K / 64]` -> in tiles.
+
+    They lie in memory as `[..., N / 16, K / 256, 8, 4, 2]`: of each g four groups, rows g and
+    g + 8.
+    """
+    rows = absmax.reshape(-1, 2, 8, absmax.shape[-1] // 4, 4)
+    return rows.permute(0, 3, 2, 4, 1).reshape(absmax.shape)
 
 
 def absmax_from_tiles(tiles: Tensor) -> Tensor:
     """The inverse of `absmax_to_tiles`."""
-    *stack, groups, blocks, _, _, _ = tiles.shape
-    ordered = tiles.movedim((-5, -4, -3, -2, -1), (-5, -2, -3, -1, -4))
-    return ordered.reshape(*stack, groups * ROWS, blocks * 4)
+    groups = tiles.reshape(-1, tiles.shape[-1] // 4, 8, 4, 2)
+    return groups.permute(0, 4, 2, 1, 3).reshape(tiles.shape)
 
 
 def pairs_of(code: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.batch import Batch
+from serve_app.model.kernels.cuda.layer_products import LayerProducts, TileUnpacker
+from serve_app.model.kernels.cuda.use_kernels import restore
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import nf4_decode
 from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
@@ -104,6 +106,15 @@ class QuantizedProducts:
         return parts
 
 
+def products_of(model: "Mixtral", layer: Any, dtype: torch.dtype) -> Products:
+    """The form of a layer's products."""
+    if model.codebook is None:
+        return FloatProducts(layer)
+    if model.products is not None:
+        return LayerProducts(layer, model.products)
+    return QuantizedProducts(layer, dtype)
+
+
 def dense(weights: Packed, x: Tensor) -> Tensor:
     """The product as parts, float32 `[SPLIT_K, B, N]`."""
     parts = x.new_empty(SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
@@ -117,10 +128,9 @@ class GpuStep:
     def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
-        self._products: list[Products] = [
-            FloatProducts(layer) if model.codebook is None else QuantizedProducts(layer, dtype)
-            for layer in model.layers
-        ]
+        self._products = [products_of(model, layer, dtype) for layer in model.layers]
+        self.note = "" if model.products is None else "; its 4-bit products are CUDA kernels"
+        """How it differs from what the runner's note says about every step."""
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
@@ -132,8 +142,21 @@ class GpuStep:
     def verified(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
         """The step of `model`, compared with plain torch; `cache` must be unused.
 
-        Raises `StepUnavailable` where there is none.
+        One with CUDA kernels that is wrong is given up for one of Triton kernels alone. Raises
+        `StepUnavailable` where there is none.
         """
+        try:
+            return cls._compared(model, cache, max_rows)
+        except StepUnavailable as reason:
+            if model.products is None:
+                raise
+            restore(model)
+            step = cls._compared(model, cache, max_rows)
+            step.note = f"; its 4-bit products are Triton kernels: with the CUDA kernels {reason}"
+            return step
+
+    @classmethod
+    def _compared(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
         _require_fitting(model)
         step = cls(model, cache, max(max_rows, TRIED_ROWS))
         try:
@@ -159,12 +182,17 @@ class GpuStep:
         layer: Any = self._model.layers[0]
         down = layer.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
-        expected, unpack = down.floats(first, dtype).float(), Unpacker(dtype)
+        expected, unpack = down.floats(first, dtype).float(), self._unpacker()
         error = float((unpack(down, first).float() - expected).norm() / expected.norm())
         if not error < UNPACK_TOLERANCE:
             return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
         codebook.unpack = unpack
         return "; prompts unpack weights by a kernel"
+
+    def _unpacker(self) -> "Unpacker | TileUnpacker":
+        unpacker = Unpacker(self._model.embedding.dtype)
+        products = self._model.products
+        return unpacker if products is None else TileUnpacker(products, unpacker)
 
     @torch.inference_mode()
     def logits(self, batch: DecodeBatch) -> Tensor:

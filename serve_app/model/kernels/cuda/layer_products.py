@@ -1,0 +1,68 @@
+"""The products of a decoder layer in the decode step of a GPU, by CUDA kernels."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
+from serve_app.model.kernels.cuda.use_kernels import tiled
+from serve_app.model.kernels.triton.step_kernels import route
+from serve_app.model.quantized_weight import Index, QuantizedWeight
+
+
+class LayerProducts:
+    """The `Products` of `triton/gpu_step.py` of one layer; each returns parts `[1, n, N]`."""
+
+    in_halves = False
+
+    def __init__(self, layer: Any, products: CudaProducts) -> None:
+        attention, self._mlp = layer.attention, layer.mlp
+        self._products = products
+        self._qkv, self._o = tiled(attention.qkv.weight), tiled(attention.o.weight)
+        experts = self._mlp.experts
+        self._gate_up, self._down = tiled(experts.gate_up), tiled(experts.down)
+
+    def qkv(self, x: Tensor) -> Tensor:
+        return self._dense(self._qkv, x)
+
+    def o(self, x: Tensor) -> Tensor:
+        return self._dense(self._o, x)
+
+    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
+        top_k: int = self._mlp.top_k
+        logits = F.linear(x, self._mlp.router)
+        order, starts, topk_weights = route(logits, context_lens, top_k)
+        inner = x.new_empty(len(order), self._down.in_features)
+        self._products.gate_up(self._gate_up, x, order, starts, inner)
+        out = floats(len(order), self._down, x)
+        self._products.down(self._down, inner, order, starts, topk_weights, top_k, out)
+        return out[None]
+
+    def _dense(self, weight: TiledWeight, x: Tensor) -> Tensor:
+        out = floats(len(x), weight, x)
+        self._products.dense(weight, x, out)
+        return out[None]
+
+
+def floats(rows: int, weight: TiledWeight, x: Tensor) -> Tensor:
+    """An empty float32 `[rows, N]`."""
+    return x.new_empty(rows, weight.out_features, dtype=torch.float32)
+
+
+class TileUnpacker:
+    """Dequantizes weights to bfloat16 for prompts: those in tiles by CUDA, others by `other`."""
+
+    def __init__(self, products: CudaProducts, other: Any) -> None:
+        self._products, self._other = products, other
+
+    def __call__(self, weight: QuantizedWeight, index: Index) -> Tensor:
+        """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
+        if not weight.is_tiled:
+            unpacked: Tensor = self._other(weight, index)
+            return unpacked
+        if isinstance(index, Tensor):
+            return self._products.unpack(tiled(weight), index)
+        first = torch.zeros(1, dtype=torch.int64, device=weight.packed.device)
+        return self._products.unpack(tiled(weight), first)[0]

@@ -1,0 +1,196 @@
+"""A model whose 4-bit products run in CUDA kernels: here their sources, run on the host."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.cuda import use_kernels
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.layer_products import TileUnpacker
+from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.use_kernels import (
+    restore,
+    try_kernels,
+    unfit,
+    use_cuda_kernels,
+    weights_of,
+)
+from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_tiles_of, variants
+from serve_app.model.kernels.triton import gpu_step, paged_attention
+from serve_app.model.kernels.triton.gpu_step import GpuStep
+from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.kv import KVCache
+from serve_app.model.mixtral import Mixtral
+from serve_app.model.quantization import Quantization
+from tests.model.kernels.cuda.emulator import HostKernel, has_compiler
+from tools.random_model import config_of, random_model
+
+CARD, CPU = Card(90, 1), torch.device("cpu")
+SMALLEST = {
+    "hidden_size": 2048,
+    "intermediate_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "num_local_experts": 3,
+    "vocab_size": 96,
+}
+"""The smallest model that fits the kernels, but for its vocabulary."""
+TRIED_TOKENS = use_kernels.TRIED_TOKENS
+NF4 = Quantization("nf4", "bfloat16")
+
+
+def model_of(
+    quantization: Quantization | None = NF4, dtype: torch.dtype = torch.bfloat16, **shape: Any
+) -> Mixtral:
+    config = replace(config_of(tiny=True, layers=1), **{**SMALLEST, **shape})
+    return random_model(config, quantization, dtype, CPU)
+
+
+def stored(model: Mixtral) -> list[torch.Tensor]:
+    """Copies of the weights of the first layer."""
+    weights = weights_of(model.layers[0])
+    return [each.clone() for weight in weights for each in (weight.packed, weight.absmax)]
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
+
+
+def logits(model: Mixtral) -> torch.Tensor:
+    """The logits of a prompt of three tokens in plain torch."""
+    numbers = torch.arange(3)
+    batch = Batch(numbers, numbers, numbers, [3], [3], torch.zeros(1, 1).long(), numbers[-1:])
+    found: torch.Tensor = model(batch, KVCache.allocate(model.config, 1, 16, torch.bfloat16, CPU))
+    return found
+
+
+def cache_of(model: Mixtral) -> KVCache:
+    return KVCache.allocate(model.config, 4, 16, model.embedding.dtype, CPU)
+
+
+class Nothing:
+    """A kernel that computes nothing."""
+
+    def __init__(self, name: str, macros: Sequence[str], grid: Grid) -> None: ...
+
+    def launch(self, *arguments: object) -> None: ...
+
+
+@pytest.fixture
+def make(tmp_path_factory: pytest.TempPathFactory) -> MakeKernel:
+    """Kernels that are compiled for the host when they are launched; the trial has few tokens."""
+    if not has_compiler():
+        pytest.skip("g++ compiles the kernels for the host")
+
+    class Later:
+        def __init__(self, *how: Any) -> None:
+            self._how = how
+            self._kernel: HostKernel | None = None
+
+        def launch(self, *arguments: Any) -> None:
+            if self._kernel is None:
+                self._kernel = HostKernel(tmp_path_factory.mktemp("kernel"), *self._how)
+            self._kernel.launch(*arguments)
+
+    return Later
+
+
+@pytest.fixture(autouse=True)
+def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(use_kernels, "TRIED_TOKENS", (5,))
+    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
+    monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
+
+
+def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
+    """They agree with plain torch; the model in torch reads the reordered weights bit for bit, and
+    unpacked by their kernel to the rounding; giving them up restores every byte."""
+    model = model_of()
+    before, expected = stored(model), logits(model)
+    assert 1e-5 < try_kernels(model, CARD, make) < 2e-2
+    assert not equal(stored(model), before)
+    assert torch.equal(logits(model), expected)
+    assert model.codebook is not None
+    assert model.products is not None
+    model.codebook.unpack = TileUnpacker(model.products, None)
+    assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
+    restore(model)
+    assert equal(stored(model), before)
+
+
+class InFloat32(CudaProducts):
+    """The kernels with floats around them: Triton's interpreter computes wrongly in bfloat16."""
+
+    def _launch(self, product: str, weight: TiledWeight, x: torch.Tensor, *more: Any) -> None:
+        order, starts, topk_weights, out, tokens = more
+        found = out.to(torch.bfloat16 if product == GATE_UP else torch.float32)
+        routing = (order, starts, topk_weights)
+        super()._launch(product, weight, x.bfloat16(), *routing, found, tokens)
+        out.copy_(found)
+
+
+def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a whole step lie within the rounding of activations to bfloat16, with a padding
+    row; the runner's note says which form it is."""
+    model = model_of(dtype=torch.float32)
+    for weight in weights_of(model.layers[0]):
+        weight.to_tiles()
+    sizes = {product: {2048} for product in OUTPUTS}
+    assert model.codebook is not None
+    model.products = InFloat32(CARD, model.codebook.code, sizes, 2, make)
+    monkeypatch.setitem(gpu_step.TOLERANCE, torch.float32, 2e-2)
+    step = GpuStep.verified(model, cache_of(model), 2)
+    assert step.note == "; its 4-bit products are CUDA kernels"
+    assert step._error(2) > 1e-5
+
+
+def test_kernels_that_are_wrong_are_not_used() -> None:
+    """The weights are as they were, and the reason says so."""
+    model = model_of()
+    before = stored(model)
+    with pytest.raises(StepUnavailable, match="differ from plain torch"):
+        try_kernels(model, CARD, Nothing)
+    assert model.products is None
+    assert equal(stored(model), before)
+    assert "they are for GPUs" in use_cuda_kernels(model, None)
+
+
+def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the first trial missed: the step is compared whole, and its note has the reason."""
+    model = model_of()
+    before = stored(model)
+    monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
+    try_kernels(model, CARD, Nothing)
+    assert not equal(stored(model), before)
+    monkeypatch.setattr(
+        GpuStep, "_error", lambda self, _: 0.0 if self._model.products is None else 0.5
+    )
+    step = GpuStep.verified(model, cache_of(model), 2)
+    assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
+    assert equal(stored(model), before)
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: model_of(None), "the weights are floats"),
+        (lambda: model_of(Quantization("nf4", "nested")), "absmax is nested"),
+        (lambda: model_of(dtype=torch.float16), "computes in float16"),
+        (lambda: model_of(intermediate_size=192), "gate_up has 384 rows and 2048 columns"),
+    ],
+)
+def test_what_they_cannot_compute_is_refused(model: Any, reason: str) -> None:
+    """Floats, nested absmax, another dtype and other sizes."""
+    assert reason in str(unfit(model(), CARD))
+
+
+def test_each_kernel_is_in_the_trial() -> None:
+    """The trial's batches have a kernel of every number of token tiles of every product."""
+    for product in OUTPUTS:
+        tried = {token_tiles_of(product, tokens) for tokens in TRIED_TOKENS}
+        assert tried == set(variants(product, CARD))

@@ -2,15 +2,17 @@
 
     python -m benchmarks.gpu --save benchmarks/results/gpu-h200.json
     python -m benchmarks.gpu --layers 4                  # a quick look, or a small card
-    python -m benchmarks.gpu --parts kernels             # one part only
+    python -m benchmarks.gpu --parts kernels             # one part only, 30 s
+    python -m benchmarks.gpu --parts step --layers 4 --kernels triton
     python -m benchmarks.gpu --tiny --device cpu         # checks that all of it runs
 
-Measures the copy bandwidth, then correctness, then speed: the step at several batch sizes with
-contexts of `--context` tokens, prompts as the server cuts them, alone and beside streams, and each
-kernel alone. It prints the cost table that `benchmarks.schedule` simulates. Weights are random, in
-NF4 or, with `--weights bf16`, floats; all layers take 24 GB or 93 GB. A part that fails is recorded
-under `failures` and makes the exit code 1; the other parts are measured all the same. The file of
-`--save` is written after every part. Needs torch, triton, numpy and cuda-bindings alone.
+Measures how fast the device reads, then correctness, then speed: the step at several batch sizes
+with contexts of `--context` tokens, prompts as the server cuts them, alone and beside streams, and
+each kernel alone. It prints the cost table that `benchmarks.schedule` simulates. Weights are
+random, in NF4 or, with `--weights bf16`, floats; all layers take 24 GB or 93 GB. A part that fails
+is recorded under `failures` and makes the exit code 1; the other parts are measured all the same.
+The file of `--save` is written after every part. Needs torch, triton, numpy and cuda-bindings
+alone.
 """
 
 import argparse
@@ -91,19 +93,23 @@ def product_flops(device: Device, config: MixtralConfig, dtype: torch.dtype) -> 
 
 def ceilings(report: Report, device: Device, config: MixtralConfig) -> tuple[float, float]:
     """Measures bytes and operations per second of the device, with which speeds are compared."""
-    bandwidth = device.copy_bandwidth()
+    bandwidth = device.read_bandwidth()
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     flops = product_flops(device, config, dtype)
-    say(f"copy {bandwidth / 1e9:.0f} GB/s, matrix products {flops / 1e12:.1f} TFLOP/s")
-    report.figures["copy_gb_per_s"] = round(bandwidth / 1e9, 1)
+    say(f"reading {bandwidth / 1e9:.0f} GB/s, matrix products {flops / 1e12:.1f} TFLOP/s")
+    report.figures["read_gb_per_s"] = round(bandwidth / 1e9, 1)
     report.figures["product_tflops"] = round(flops / 1e12, 2)
     return bandwidth, flops
 
 
 def measure_model(report: Report, runner: RandomRunner, bandwidth: float, flops: float) -> None:
     """Measures the parts that need the model."""
-    say(f"step: {runner.note}")
-    report.figures["step"] = runner.note
+    for name, note in (("step", runner.note), ("products", runner.kernels_note)):
+        report.figures[name] = note
+        say(f"{name}: {note}")
+    if runner.lacks_kernels:
+        with report.part("CUDA kernels"):
+            raise ValueError(f"they are not used: {runner.kernels_note}{runner.note}")
     if "step" in runner.options.parts:
         measure_step(report, runner, bandwidth)
     if "prompts" in runner.options.parts:
@@ -193,6 +199,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--weights", choices=["nf4", "bf16"], default="nf4")
     parser.add_argument("--absmax", choices=["nested", "bfloat16"], default="bfloat16")
+    parser.add_argument("--kernels", choices=["cuda", "triton"], default="cuda", help="of products")
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
     parser.add_argument("--context", type=int, default=512, help="tokens of each sequence")

@@ -1,19 +1,21 @@
-"""Each of the GPU step's kernels alone, beside the device's copy bandwidth.
+"""Each of the GPU step's kernels alone, beside what reading alone reaches.
 
     python -m benchmarks.kernels
 
-The bytes of a product are those of its weights and absmax, read once; those of attention are the
-keys and values. Launches go round the weights of several layers, so that no cache holds them, and
-are replayed as a CUDA graph, so that the host's time is not measured. `benchmarks.gpu` runs this
-too.
+Products of 4-bit weights are measured in Triton and in CUDA. The bytes of a product are those of
+its weights and absmax, read once; those of attention are the keys and values. Launches go round the
+weights of several layers, so that no cache holds them, and are replayed as a CUDA graph, so that
+the host's time is not measured. `benchmarks.gpu` runs this too.
 """
 
 import os
 import sys
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from benchmarks.cuda_cases import makers as cuda_makers
 from benchmarks.device import Device
 from benchmarks.kernel_cases import Case, Shapes, makers
 from benchmarks.report import Report, new_parser, say
@@ -26,8 +28,22 @@ def measure(
 ) -> None:
     """Records a row of the report's `kernels` for each kernel and size."""
     report.figures["kernels"] = []
-    say(f"{'kernel':>10} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of copy':>8}")
-    for name, make in makers(tiny).items():
+    say(f"{'kernel':>14} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of read':>8}")
+    measure_each(report, device, shapes, bandwidth, makers(tiny))
+    if device.is_cuda and shapes.quantization.absmax == "bfloat16":
+        with report.part("kernels: cuda"):
+            measure_each(report, device, shapes, bandwidth, cuda_makers(shapes))
+
+
+def measure_each(
+    report: Report,
+    device: Device,
+    shapes: Shapes,
+    bandwidth: float,
+    made: dict[str, Callable[[Shapes], Iterable[Case]]],
+) -> None:
+    """Times all cases of some kernels."""
+    for name, make in made.items():
         with report.part(f"kernels: {name}"):
             for case in make(shapes):
                 with report.attempt(f"kernels: {name} of {case[1]}"):
@@ -40,9 +56,9 @@ def row_of(case: Case, device: Device, bandwidth: float) -> dict[str, Any]:
     seconds = device.device_seconds(work) / count
     share = num_bytes / seconds / bandwidth
     us, speed = round(1e6 * seconds, 2), round(num_bytes / seconds / 1e9, 1)
-    say(f"{name:>10} {tokens:>5} {context or '':>8} {us:>9} {speed:>7} {share:>8.0%}")
+    say(f"{name:>14} {tokens:>5} {context or '':>8} {us:>9} {speed:>7} {share:>8.0%}")
     row = {"kernel": name, "rows": tokens, "context": context, "us": us}
-    return {**row, "gb_per_s": speed, "share_of_copy": round(share, 3)}
+    return {**row, "gb_per_s": speed, "share_of_read": round(share, 3)}
 
 
 def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shapes:
@@ -62,8 +78,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     device = Device(torch.device("cuda"))
     torch.manual_seed(0)
-    bandwidth = device.copy_bandwidth()
-    figures = {**device.describe(), "copy_gb_per_s": round(bandwidth / 1e9, 1)}
+    bandwidth = device.read_bandwidth()
+    figures = {**device.describe(), "read_gb_per_s": round(bandwidth / 1e9, 1)}
     report = Report("kernels", figures, options.save)
     with torch.inference_mode():
         shapes = shapes_of(device, Quantization("nf4", "bfloat16"), tiny=False)

@@ -16,6 +16,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import kv_bytes
+from serve_app.model.kernels.cuda.use_kernels import use_cuda_kernels
 from serve_app.model.quantization import Quantization
 from tools.random_model import config_of, random_model
 
@@ -43,6 +44,7 @@ class RandomRunner:
         is_bf16 = options.weights == "bf16"
         self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
+        self.kernels_note = self._choose_kernels()
         largest = self._max_num_seqs()
         self.batches = [n for n in options.batches if n <= largest]
         self.streams = [n for n in options.streams if n <= largest]
@@ -52,6 +54,12 @@ class RandomRunner:
         self.runner = ModelRunner(*made, max_num_seqs=self.max_num_seqs)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
             pages.normal_()
+
+    def _choose_kernels(self) -> str:
+        """Prepares the CUDA kernels as a server does, where they are asked for."""
+        if self.options.kernels == "triton":
+            return "4-bit products run in Triton kernels: --kernels triton"
+        return use_cuda_kernels(self.model, None)
 
     @staticmethod
     def config_of(options: argparse.Namespace) -> MixtralConfig:
@@ -63,6 +71,13 @@ class RandomRunner:
             return 8
         free = self.device.free_bytes() - SPARE
         return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
+
+    @property
+    def lacks_kernels(self) -> bool:
+        """Whether a GPU computes without the CUDA kernels although they were asked for."""
+        fits = self.quantization is not None and self.quantization.absmax == "bfloat16"
+        is_asked = fits and self.device.is_cuda and self.options.kernels == "cuda"
+        return is_asked and self.model.products is None
 
     @property
     def note(self) -> str:

@@ -1,0 +1,111 @@
+"""Cases of `benchmarks.kernels` for the CUDA kernels of 4-bit products."""
+
+from collections.abc import Callable, Iterable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernel_cases import TOKENS, Case, Shapes, bytes_of, routing
+from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launcher import Kernel
+from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel
+from serve_app.model.kernels.cuda.use_kernels import card_of, tiled
+from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from serve_app.model.quantize import code_values
+from serve_app.model.quantized_weight import QuantizedWeight
+
+
+def makers(
+    shapes: Shapes, card: Card | None = None, make: MakeKernel | None = None
+) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
+    """Functions that make the cases of each product; `card` and `make` are the device's where they
+    are not given."""
+    config = shapes.config
+    card = card or card_of(shapes.device)
+    if make is None:
+        compiler = Compiler(card.capability)
+
+        def make(name, macros, grid):  # type: ignore[no-untyped-def]
+            return Kernel(compiler.cubin(name, macros), name, grid)
+
+    sizes = {
+        DENSE: {config.hidden_size, config.q_size},
+        GATE_UP: {config.hidden_size},
+        DOWN: {config.intermediate_size},
+    }
+    code = code_values(shapes.quantization.quant_type, shapes.device)
+    products = CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
+    qkv = (config.q_size, config.kv_size, config.kv_size)
+    return {
+        "gate_up (cuda)": partial(gate_up, products),
+        "down (cuda)": partial(down, products),
+        "qkv (cuda)": partial(dense, products, "qkv", config.hidden_size, qkv),
+        "o (cuda)": partial(dense, products, "o", config.q_size, (config.hidden_size,)),
+    }
+
+
+def in_tiles(matrices: list[QuantizedWeight]) -> list[QuantizedWeight]:
+    for one in matrices:
+        one.to_tiles()
+    return matrices
+
+
+def gate_up(
+    products: CudaProducts, shapes: Shapes, sizes: tuple[int, ...] = TOKENS
+) -> Iterable[Case]:
+    config, inner = shapes.config, shapes.config.intermediate_size
+    stack = ((config.num_local_experts,), config.hidden_size, (inner, inner))
+    matrices = in_tiles(shapes.matrices(*stack))
+    weights = [tiled(one) for one in matrices]
+    for tokens in sizes:
+        order, starts, _, hit = routing(shapes, tokens)
+        x = torch.randn(tokens, config.hidden_size, device=shapes.device).bfloat16()
+        y = x.new_empty(len(order), inner)
+
+        def work(x: Tensor = x, y: Tensor = y, o: Tensor = order, s: Tensor = starts) -> None:
+            for one in weights:
+                products.gate_up(one, x, o, s, y)
+
+        yield "gate_up (cuda)", tokens, None, bytes_of(matrices[0], hit), len(weights), work
+
+
+def down(products: CudaProducts, shapes: Shapes, sizes: tuple[int, ...] = TOKENS) -> Iterable[Case]:
+    config = shapes.config
+    stack = ((config.num_local_experts,), config.intermediate_size, (config.hidden_size,))
+    matrices = in_tiles(shapes.matrices(*stack))
+    weights, top_k = [tiled(one) for one in matrices], config.num_experts_per_tok
+    for tokens in sizes:
+        order, starts, shares, hit = routing(shapes, tokens)
+        x = torch.randn(len(order), config.intermediate_size, device=shapes.device).bfloat16()
+        y = torch.empty(len(order), config.hidden_size, device=shapes.device)
+        routed = (order, starts, shares)
+
+        def work(
+            x: Tensor = x, y: Tensor = y, routed: tuple[Tensor, Tensor, Tensor] = routed
+        ) -> None:
+            for one in weights:
+                products.down(one, x, *routed, top_k, y)
+
+        yield "down (cuda)", tokens, None, bytes_of(matrices[0], hit), len(weights), work
+
+
+def dense(
+    products: CudaProducts,
+    name: str,
+    columns: int,
+    rows: tuple[int, ...],
+    shapes: Shapes,
+    sizes: tuple[int, ...] = TOKENS,
+) -> Iterable[Case]:
+    matrices = in_tiles(shapes.matrices((), columns, rows))
+    weights = [tiled(one) for one in matrices]
+    for tokens in sizes:
+        x = torch.randn(tokens, columns, device=shapes.device).bfloat16()
+        y = torch.empty(tokens, sum(rows), device=shapes.device)
+
+        def work(x: Tensor = x, y: Tensor = y) -> None:
+            for one in weights:
+                products.dense(one, x, y)
+
+        yield f"{name} (cuda)", tokens, None, bytes_of(matrices[0]), len(weights), work

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from serve_app.protocol import tokens, values
 from serve_app.protocol.call import Call, JsonReply, Reply
+from serve_app.protocol.tool_request import offered
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -16,7 +17,9 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
     inputs = server.inputs
     if request.messages is not None:
         ids = await inputs.chat_ids(
-            request.messages, add_generation_prompt=request.add_generation_prompt
+            request.messages,
+            add_generation_prompt=request.add_generation_prompt,
+            tools=offered(request.tools, None, is_parallel=True),
         )
     else:
         ids = await inputs.text_ids(

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.fields import Body, Integer, Text
 from serve_app.protocol.messages import Conversation
+from serve_app.protocol.tool_request import FunctionTool
 
 MAX_TOKENS = 100_000
 
@@ -20,6 +21,8 @@ class TokenizeRequest(Body):
     """Whether BOS goes before a `prompt` (default: yes); the chat template has its own."""
     add_generation_prompt: bool = True
     return_token_strs: bool = False
+    tools: list[FunctionTool] = Field(default_factory=list)
+    """With `messages`: the tools that an answer could call."""
 
     @model_validator(mode="after")
     def _prompt_or_messages(self) -> "TokenizeRequest":
@@ -35,6 +38,8 @@ class TokenizeRequest(Body):
                 "`add_generation_prompt` does nothing for `prompt`; leave it out.",
                 param="add_generation_prompt",
             )
+        if self.prompt is not None and self.tools:
+            raise InvalidRequest("`tools` does nothing for `prompt`; leave it out.", param="tools")
         return self
 
 

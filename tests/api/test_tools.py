@@ -27,6 +27,7 @@ PARIS = {
 }
 WEATHER = function("get_weather", PARIS, description="The weather in a city.")
 NOW = function("now")
+NONE = {"tool_choice": "none"}
 
 
 @pytest.fixture(scope="module")
@@ -221,9 +222,12 @@ def test_an_answer_that_is_cut_ends_with_length(tiny: MixtralServer) -> None:
 
 
 def test_none_does_not_call_and_one_call_is_one(tiny: MixtralServer) -> None:
-    """`none` leaves the prompt and the answer as they are without tools, also where the model wants
-    to begin a call; without parallel calls there is exactly one."""
-    assert ask(tiny, tools=[WEATHER], tool_choice="none") == ask(tiny)
+    """`none` leaves the prompt and the answer as they are without tools; without parallel calls
+    there is exactly one."""
+    (plain,), (none,) = (
+        asyncio.run(items(tiny, **fields)) for fields in ({}, {"tools": [WEATHER], **NONE})
+    )
+    assert {**none["body"], "created": 0} == {**plain["body"], "created": 0}
     more = {str(tiny.tokenizer.encode(",", add_special_tokens=False)[-1]): 50}
     how: dict[str, Any] = {"tools": [WEATHER], "tool_choice": "required", "logit_bias": more}
     assert len(calls(ask(tiny, **how, parallel_tool_calls=False))) == 1
@@ -366,6 +370,21 @@ def test_other_routes_refuse_tools(tiny: MixtralServer, path: str) -> None:
     assert item["status"] == 400
     assert item["error"]["error"]["param"] == "tools"
     assert CHAT in item["error"]["error"]["message"]
+
+
+def test_tokenize_counts_tools(tiny: MixtralServer) -> None:
+    """`/tokenize` of a conversation with tools has the ids of its prompt; raw text has no tools."""
+
+    async def post(path: str, **body: Any) -> Any:
+        return [item async for item in tiny.call("POST", path, body, "1")][-1]
+
+    prompt = {"messages": QUESTION, "tools": [WEATHER, NOW]}
+    counted = asyncio.run(post("/tokenize", **prompt))["body"]
+    answered = asyncio.run(post(CHAT, **prompt, max_tokens=1))["body"]
+    assert len(counted["tokens"]) == counted["count"] == answered["usage"]["prompt_tokens"]
+    assert "get_weather" in tiny.tokenizer.decode(counted["tokens"])
+    refused = asyncio.run(post("/tokenize", prompt="Hi", tools=[NOW]))
+    assert refused["error"]["error"]["param"] == "tools"
 
 
 def test_many_tools_count_as_prompt(tiny: MixtralServer) -> None:

@@ -105,6 +105,14 @@ def test_text_before_a_tool_token_is_content(tool_tokenizer: Tokenizer) -> None:
     assert found == [("f", '{"x": 1}'), ("now", "{}")]
 
 
+def test_half_a_character_before_a_tool_token_is_shown(tool_tokenizer: Tokenizer) -> None:
+    """The token for calls ends a text whose last character is incomplete."""
+    byte = tool_tokenizer.backend.token_to_id("<0xF0>")
+    call = tool_tokenizer.encode('[{"name": "now", "arguments": {}}]', add_special_tokens=False)
+    delta = answer(tool_tokenizer, [byte, tool_tokenizer.tool_calls_id or 0, *call])
+    assert (delta.text, len(joined(delta.tool_calls))) == ("\ufffd", 1)
+
+
 @pytest.mark.parametrize(
     ("parameters", "closed"),
     [

@@ -4,4 +4,5 @@ Read `routes.py` first: the table of all routes. `server.py` has the deployment 
 endpoints call; `ingress.py` turns HTTP requests into calls. `guard.py` and `early_answer.py` stand
 before Ray Serve. Then follow one handler, `chat.py`,
 into `input_processor.py` (prompt to token ids) and `answer.py` (the engine's deltas to text).
+`pages.py` serves the files in `static/` and the description that `openapi.py` makes of the routes.
 """

@@ -49,9 +49,10 @@ class BodyReader:
         try:
             async for part in stream:
                 held += len(part)
-                self._take(len(part))
+                self._num_bytes += len(part)
                 if held > self._max_bytes:
                     raise _too_large(self._max_bytes)
+                self._require_room()
                 num_values = _checked_values(part, num_values)
                 parts.append(part)
             body = b"".join(parts)
@@ -62,8 +63,7 @@ class BodyReader:
         finally:
             self._num_bytes -= held
 
-    def _take(self, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
+    def _require_room(self) -> None:
         if self._num_bytes > NUM_LARGEST * self._max_bytes:
             raise QueueFull(
                 "Too many large requests arrive at once; send this one again a little later.",

@@ -18,6 +18,14 @@ async def whole(*parts: bytes) -> AsyncIterator[bytes]:
         yield part
 
 
+def test_one_body_that_is_too_large_is_said_so_however_it_arrives() -> None:
+    """A part larger than all bodies together may be is a 413, which no later try can mend."""
+    reader = BodyReader(1000, 7)
+    with pytest.raises(RequestTooLarge):
+        asyncio.run(reader.read({}, whole(b" " * 1000 * (NUM_LARGEST + 1))))
+    assert asyncio.run(reader.read({}, whole(b" " * 999 + b"1"))) == 1
+
+
 def test_bodies_that_arrive_at_once_have_a_bound() -> None:
     """While the largest bodies fill the bound, one byte more is refused for a while; when they are
     parsed, it is taken."""

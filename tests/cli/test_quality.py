@@ -83,6 +83,18 @@ def test_each_side_says_what_it_has_in_4_bits() -> None:
         assert 0 < pair["top1_agreement"] < 1
 
 
+def test_the_floats_are_found_beside_the_4_bit_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `model.cache_dir` the copy is served, and the comparison is with the original."""
+    monkeypatch.setenv("MIXTRAL_MODEL__CACHE_DIR", str(tmp_path))
+    first = report_of("tiny-nf4")
+    assert list(tmp_path.iterdir())
+    again = report_of("tiny-nf4")
+    assert plan_start(Settings.from_yaml("configs/tiny-nf4.yaml")).checkpoint.form == "fused"
+    assert again["comparisons"] == first["comparisons"]
+
+
 def test_the_served_distributions_are_those_of_rounded_weights(tmp_path: Path) -> None:
     """Experts and attention rounded by bitsandbytes in transformers give the same distributions."""
     chosen = Settings.from_yaml("configs/tiny-nf4.yaml")

@@ -41,6 +41,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY serve_app serve_app
 COPY runpod_entry.py ./
 COPY configs configs
+COPY cluster/ray cluster/ray
 # In place: the entry runs from this folder, and so must what is compiled.
 RUN pip install --no-cache-dir --no-deps -e .
 

@@ -16,8 +16,10 @@ GRPC_METHODS = (
     "/ray.rpc.CoreWorkerService/GetCoreWorkerStats",
     "/ray.serve.ASGIService/HandleRequest",
     "/ray.rpc.ReporterService/GetTraceback",
+    "/ray.rpc.RayletDriver/ClusterInfo",
 )
-"""One method for each of Ray's servers: GCS, raylet, its objects, worker, replica, agent."""
+"""One method for each of Ray's servers: GCS, raylet, its objects, worker, replica, agent, client.
+"""
 LIMIT_S = 10.0
 
 
@@ -28,7 +30,7 @@ def listening(pid: int) -> list[tuple[psutil.Process, str, int]]:
     for process in (root, *root.children(recursive=True)):
         with suppress(psutil.NoSuchProcess):
             found += [
-                (process, each.laddr.ip, each.laddr.port)
+                (process, each.laddr.ip.removeprefix("::ffff:"), each.laddr.port)
                 for each in process.net_connections("tcp")
                 if each.status == psutil.CONN_LISTEN
             ]
@@ -46,7 +48,10 @@ def refuses(address: str, port: int) -> bool:
     """
     host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
     with suppress(httpx.TransportError):
-        return httpx.get(f"http://{host}:{port}/", timeout=LIMIT_S).status_code == 401
+        # The dashboard shows its empty page to everybody, and its calls need the token.
+        paths = ("/", "/api/serve/applications/")
+        urls = [f"http://{host}:{port}{path}" for path in paths]
+        return any(httpx.get(url, timeout=LIMIT_S).status_code == 401 for url in urls)
     with grpc.insecure_channel(f"{host}:{port}") as channel:
         codes = {_code(channel, method) for method in GRPC_METHODS}
     refused = {grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.UNIMPLEMENTED}

@@ -16,10 +16,8 @@ import httpx
 import pytest
 import yaml
 
-from serve_app.node import haproxy_program
-from serve_app.node.haproxy_program import BINARY_PATH
 from tests.cluster.manifests import containers, rayservice
-from tests.environment import bare
+from tests.environment import bare, haproxy_of_its_own
 from tests.listening import listening, only_shows_figures, open_to_strangers
 from tests.processes import all_below, one_below, running
 from tests.settled import left_behind
@@ -35,23 +33,11 @@ Run = tuple["subprocess.Popen[bytes]", str]
 def variables(folder: Path) -> dict[str, str]:
     """The manifest's variables, with files and ports beside whatever else runs here."""
     env = containers(rayservice())[0]["env"]
-    program = folder / "mixtral-haproxy"  # the image has it installed
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -I {haproxy_program.__file__} "$@"\n')
-    program.chmod(0o700)
-    direct = free_port()
     return {
         **{entry["name"]: entry["value"] for entry in env if entry["name"].startswith("RAY_")},
-        BINARY_PATH: str(program),
+        **haproxy_of_its_own(folder),
         "RAY_AUTH_MODE": "token",  # as the operator sets it
         "RAY_AUTH_TOKEN": "a" * 64,
-        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
-        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(direct),
-        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(direct + 20),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": f"{folder}/metrics.sock",
     }
 
 

@@ -50,7 +50,10 @@ def test_a_replica_finishes_its_longest_request() -> None:
     assert grace_s > settings.api.request_timeout_s + 30
     assert spec["rayClusterDeletionDelaySeconds"] > grace_s
     for group in groups(rayservice()):
-        assert group["template"]["spec"]["terminationGracePeriodSeconds"] > grace_s
+        pod = group["template"]["spec"]
+        env = {entry["name"]: entry.get("value") for entry in pod["containers"][0]["env"]}
+        drain_s = int(env["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"])
+        assert pod["terminationGracePeriodSeconds"] > drain_s > grace_s
 
 
 def test_it_runs_the_pinned_ray() -> None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from anthropic.types import ErrorResponse, Message
 from openai.types import Completion
 from openai.types.chat import ChatCompletion
 
@@ -63,6 +64,21 @@ def test_an_error_is_an_answer_in_its_place(body: Any, status: int, param: str) 
     assert (bad["status_code"], bad["body"]["error"]["param"]) == (status, param)
     assert bad["body"]["error"]["request_id"] == bad["request_id"]
     assert results["good"]["response"]["status_code"] == 200
+
+
+def test_each_api_has_errors_of_its_shape() -> None:
+    """What a batch refuses on Anthropic's route has Anthropic's error, as over HTTP."""
+    body = {"messages": HELLO, "max_tokens": 9}
+    requests = [
+        BatchRequest("answered", "/v1/messages", body),
+        BatchRequest("refused", "/v1/messages", {**body, "max_tokens": 0}),
+        BatchRequest("streamed", "/v1/messages", {**body, "stream": True}),
+    ]
+    bodies = {name: it["response"]["body"] for name, it in answered(server(), *requests).items()}
+    assert Message.model_validate(bodies["answered"]).content[0].type == "text"
+    for name in ("refused", "streamed"):
+        error = ErrorResponse.model_validate(bodies[name])
+        assert error.error.type == "invalid_request_error"
 
 
 def test_the_engine_is_kept_full() -> None:

@@ -15,7 +15,8 @@ from serve_app.errors import InternalError
 from tests.api.conftest import Endpoint
 from tests.fakes import FakeEngine
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), None)
+NAMES = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
 PHONE = {"width": 390, "height": 844}
 Open = Callable[..., Page]

@@ -30,6 +30,11 @@ NUM_STEPS = 5
 """Measured steps that are kept for each class of sizes."""
 HALF_LIFE = 64
 """A measured step counts half after this many newer ones."""
+MAX_UNFITTED = 16
+"""Newer steps without which predictions may be made, if each was as predicted: a fit takes the
+engine's thread half a millisecond, a good part of a small model's step."""
+SURPRISE = 0.2
+"""A step is as predicted up to this relative error."""
 NUM_ROUNDS = 4
 """Rounds of reweighting, which turn least squares into least absolute errors."""
 
@@ -115,6 +120,7 @@ class _LinearFit:
         self._observed: dict[tuple[int, ...], deque[tuple[int, tuple[float, ...]]]] = {}
         self._num_observed = 0
         self._num_fitted = 0
+        self._is_surprised = False
         self._weights: tuple[float, ...] = (0.0,) * num_features
         # All subsets of the features, as masks [subsets, features].
         subsets = np.arange(1 << num_features)[:, None] >> np.arange(num_features)
@@ -122,9 +128,9 @@ class _LinearFit:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The coefficients; fits again where something was observed since."""
-        if self._num_fitted < self._num_observed:
-            self._num_fitted = self._num_observed
+        """The coefficients; fits again after a surprise, or where much was observed since."""
+        if self._is_surprised or self._num_observed - self._num_fitted >= MAX_UNFITTED:
+            self._num_fitted, self._is_surprised = self._num_observed, False
             self._fit()
         return self._weights
 
@@ -136,6 +142,8 @@ class _LinearFit:
         kept = self._observed.setdefault(size, deque(maxlen=NUM_STEPS))
         kept.append((self._num_observed, (*features, max(value, 1e-6))))
         self._num_observed += 1
+        predicted = sum(w * x for w, x in zip(self._weights, features, strict=True))
+        self._is_surprised |= abs(predicted - value) > SURPRISE * value
 
     def _fit(self) -> None:
         rows = [row for kept in self._observed.values() for row in kept]

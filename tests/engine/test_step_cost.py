@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.engine import step_cost
 from serve_app.engine.step_cost import StepCost, StepShape
 
 
@@ -107,3 +108,29 @@ def test_decodes_and_prompts_that_are_never_mixed_add_up() -> None:
     for num_tokens in (50, 200, 1000):
         cost.observe(prompt(0, num_tokens), 0.01 + 1e-5 * num_tokens)
     assert cost.seconds(prompt(0, 400, num_decodes=8)) == pytest.approx(0.022, rel=0.05)
+
+
+def test_steps_as_predicted_are_not_fitted_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's thread fits after a surprise at once, else after every 16th step."""
+    fits: list[int] = []
+    fit = step_cost._LinearFit._fit
+
+    def counted(self: step_cost._LinearFit) -> None:
+        fits.append(self._num_observed)
+        fit(self)
+
+    monkeypatch.setattr(step_cost._LinearFit, "_fit", counted)
+    cost = StepCost()
+
+    def step(seconds: float) -> float:
+        shape = StepShape(4, 1000, 0, 0)
+        cost.observe(shape, seconds)
+        return cost.seconds(shape)
+
+    for _ in range(64):
+        step(0.01)
+    assert fits == [1, 17, 33, 49]
+    for _ in range(8):
+        learned = step(0.02)
+    assert fits[4] == 65
+    assert learned == pytest.approx(0.02, rel=0.1)

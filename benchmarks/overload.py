@@ -34,6 +34,10 @@ FACTORS = (0.5, 1, 2, 4, 8)
 NUM_TOKENS = 32
 NUM_POLITE = 10
 NUM_WAITING = 600
+MAX_MEMORY_RATIO = 1.1
+"""Memory of the replica after a soak, to that after its first minute."""
+MAX_LAG_MS = 50.0
+"""Largest lag of the event loop in a soak, 99th percentile."""
 
 
 class Overload:
@@ -142,17 +146,25 @@ def run(report: Report, proxy: str, options: Any) -> None:
 
 def soak(server: Server, seconds: float) -> dict[str, Any]:
     """All attacks and twice as many clients as the queue takes, all at once."""
-    overload = Overload(server, seconds)
+    num_clients = 2 * server.max_clients()
     with attacking(list(ATTACKS), server.port):
-        overload_s = Overload(server, min(60.0, seconds / 4)).closed(2 * server.max_clients())
+        first = Overload(server, min(60.0, seconds / 4)).closed(num_clients)
         before = server.replica_bytes()
-        whole = overload.closed(2 * server.max_clients())
+        whole = Overload(server, seconds).closed(num_clients)
     time.sleep(5)
-    return {
-        "first": overload_s,
-        "whole": whole,
-        "memory_ratio": round(server.replica_bytes() / before, 3),
-    }
+    ratio = round(server.replica_bytes() / before, 3)
+    return {"first": first, "whole": whole, "memory_ratio": ratio, "missed": missed(whole, ratio)}
+
+
+def missed(whole: dict[str, Any], memory_ratio: float) -> list[str]:
+    """The targets of a soak that its figures miss."""
+    others = whole["others"] | whole["probe"]["wrong"]
+    found = [f"{count} requests ended with {what}" for what, count in others.items()]
+    if memory_ratio > MAX_MEMORY_RATIO:
+        found.append(f"the replica's memory grew {memory_ratio} times")
+    if (lag := whole["loop_lag_p99_ms"]) is None or lag > MAX_LAG_MS:
+        found.append(f"the event loop's lag is {lag} ms at the 99th percentile")
+    return found
 
 
 def line(point: dict[str, Any]) -> str:

@@ -36,6 +36,9 @@ MIN_BODY_BYTES_PER_S = 50_000
 """Least rate of a body that takes longer: each such number of bytes gives it another second."""
 SMALL_BODY_BYTES = 65_536
 """A body up to this size that nobody has read does not end its connection."""
+LARGE_BYTES_PER_S = 30_000_000
+"""Bytes of all bodies together after the first `SMALL_BODY_BYTES` of each. More would take the
+event loop the time that answers need."""
 ARRIVED = "mixtral_serve.arrived"
 """Key of an ASGI scope: when the request arrived, on the clock of `time.monotonic`."""
 REQUEST_ID = b"x-request-id"
@@ -69,13 +72,14 @@ class Guard:
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._large_bodies = _LargeBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or ARRIVED in scope:
             await self._app(scope, receive, send)
             return
         scope[ARRIVED] = time.monotonic()
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, receive, send, self._large_bodies)
         try:
             scope["headers"] = allowed(scope["headers"])
         except InvalidRequest as error:
@@ -96,10 +100,26 @@ def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
     ]
 
 
+class _LargeBodies:
+    """Lets the parts of large bodies in at `LARGE_BYTES_PER_S`, all such bodies together."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    async def turn(self, num_bytes: int) -> None:
+        """Waits for the turn of a part; the sender waits too, as its next part is not read."""
+        now = time.monotonic()
+        self._free_at = max(self._free_at, now) + num_bytes / LARGE_BYTES_PER_S
+        await asyncio.sleep(self._free_at - now)
+
+
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, scope: Scope, receive: Receive, send: Send, large_bodies: _LargeBodies
+    ) -> None:
+        self._large_bodies = large_bodies
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -124,7 +144,10 @@ class _Exchange:
             self._is_small = False  # what is left of it may never come
             await self.refuse(RequestTooSlow("The body did not arrive in time; send it faster."))
             return {"type": "http.disconnect"}
-        self._num_bytes += len(message.get("body", b""))
+        num_bytes = len(message.get("body", b""))
+        if self._num_bytes > SMALL_BODY_BYTES:
+            await self._large_bodies.turn(num_bytes)
+        self._num_bytes += num_bytes
         self._is_read = not message.get("more_body", False)
         return message
 

@@ -5,6 +5,7 @@ import json
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -56,6 +57,44 @@ def test_a_refusal_has_the_shape_of_the_api(
         opened.sendall(HALF % b"/v1/messages")
         _, body = read(opened)
     assert (body["type"], body["request_id"]) == ("error", body["error"]["request_id"])
+
+
+def test_large_bodies_are_let_in_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two bodies of 1 MB wait together for all but the beginning of each; small ones never wait."""
+    waits: list[float] = []
+    now = 1000.0
+
+    async def sleep(seconds: float) -> None:
+        nonlocal now
+        waits.append(seconds)
+        now += seconds
+
+    fake = SimpleNamespace(sleep=sleep, timeout=asyncio.timeout)
+    monkeypatch.setattr(guard, "asyncio", fake)
+    monkeypatch.setattr(guard, "time", SimpleNamespace(monotonic=lambda: now))
+    part = b"a" * 100_000
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        while (await receive())["more_body"]:
+            pass
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def body(num_parts: int) -> Receive:
+        ends = iter([True] * (num_parts - 1) + [False])
+
+        async def receive() -> Message:
+            return {"type": "http.request", "body": part, "more_body": next(ends)}
+
+        return receive
+
+    async def ask(*nums_parts: int) -> None:
+        headers = [(b"transfer-encoding", b"chunked")]
+        await asyncio.gather(*(sent(app, headers, body(number)) for number in nums_parts))
+
+    asyncio.run(ask(1, 1, 1))
+    assert waits == []
+    asyncio.run(ask(10, 10))
+    assert sum(waits) == pytest.approx(2 * 900_000 / guard.LARGE_BYTES_PER_S)
 
 
 @pytest.mark.parametrize(("rate", "status"), [(1_000_000, 408), (1, 200)])

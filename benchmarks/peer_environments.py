@@ -1,7 +1,8 @@
 """The virtual environment of each peer, with its pins; made once and used again.
 
-An environment is used again when its stamp has the same pins. Packages come from the index that pip
-is configured with.
+An environment is used again when its stamp has the same pins. pip installs torch, because uv does
+not read pip's configuration, in which a machine without a GPU can name a build for CPUs. uv
+installs the rest, in a fraction of pip's time, and leaves torch as it is.
 """
 
 import fcntl
@@ -38,12 +39,13 @@ def _made(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...]) -
         return python
     shutil.rmtree(home, ignore_errors=True)
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
-    steps = [
-        [sys.executable, "-m", "venv", "--without-pip", str(home)],
-        [*pip, "install", "--quiet", *requirements],
-    ]
+    uv = [str(Path(sys.executable).with_name("uv")), "pip"]
+    steps = [[sys.executable, "-m", "venv", "--without-pip", str(home)]]
+    if torch := [each for each in requirements if each.startswith("torch==")]:
+        steps.append([*pip, "install", "--quiet", "--no-compile", *torch])
+    steps.append([*uv, "install", "--quiet", "--python", str(python), *requirements])
     if removed:
-        steps.append([*pip, "uninstall", "--quiet", "--yes", *removed])
+        steps.append([*uv, "uninstall", "--quiet", "--python", str(python), *removed])
     for step in steps:
         _run(step)
     stamp.write_text(pins, encoding="utf-8")

@@ -39,12 +39,17 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    command: list[str], variables: dict[str, str], url: str, first: dict[str, Any], log: Path
+    command: list[str],
+    variables: dict[str, str],
+    url: str,
+    first: dict[str, Any],
+    log: Path,
+    key: str = "",
 ) -> Iterator[float]:
     """Runs `command` until the block ends; yields the seconds to its first answer.
 
-    `first` is the body of a completion that the server must answer. Raises `ServerError` when it
-    ends before, or takes longer than `START_S`.
+    `first` is the body of a completion that the server must answer, `key` its API key. Raises
+    `ServerError` when it ends before, or takes longer than `START_S`.
     """
     started = time.monotonic()
     with (
@@ -58,7 +63,7 @@ def serving(
         ) as process,
     ):
         try:
-            while not _answers(url, first):
+            while not _answers(url, first, key):
                 if process.poll() is not None:
                     code = process.returncode
                     raise ServerError(f"Its server ended with code {code}; see {log}.")
@@ -70,11 +75,13 @@ def serving(
             end(process)
 
 
-def _answers(url: str, first: dict[str, Any]) -> bool:
+def _answers(url: str, first: dict[str, Any], key: str) -> bool:
     try:
         body = first | {"stream": False}
         body.pop("stream_options", None)
-        return requests.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        answer = requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+        return answer.status_code == 200
     except requests.RequestException:
         return False
 

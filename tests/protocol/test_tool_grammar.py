@@ -56,32 +56,42 @@ def test_a_tool_token_begins_a_call(tool_tokenizer: Tokenizer, mode: Any) -> Non
 
 
 @pytest.fixture(scope="module")
-def states(tool_tokenizer: Tokenizer, mixtral_tokenizer: Tokenizer) -> Any:
-    """A required call of both kinds of checkpoint."""
-    sizes = {tool_tokenizer: 32_768, mixtral_tokenizer: 32_000}
-    return [
-        (tokenizer, start(tokenizer, ToolChoice("required"), size), size)
-        for tokenizer, size in sizes.items()
-    ]
+def begun(tool_tokenizer: Tokenizer, mixtral_tokenizer: Tokenizer) -> Any:
+    """Answers of both kinds of checkpoint: before a required call, and behind a text and the marker
+    where a call was not required. Each with its tokens so far and its vocabulary's size."""
+    found: list[Any] = []
+    for tokenizer, size in ((tool_tokenizer, 32_768), (mixtral_tokenizer, 32_000)):
+        found.append((tokenizer, start(tokenizer, ToolChoice("required"), size), [], size))
+        marker = tokenizer.tool_calls_id
+        text = "I look." if marker is not None else "I look. [TOOL_CALLS] "
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        ids += [] if marker is None else [marker]
+        state = start(tokenizer, ToolChoice(), size)
+        for token_id in ids:
+            assert token_id in allowed(state, size)
+            state.accept(token_id)
+        found.append((tokenizer, state, ids, size))
+    return found
 
 
-@given(st.data(), st.integers(0, 1))
-def test_every_path_is_a_valid_call(states: Any, data: st.DataObject, which: int) -> None:
-    """Whatever allowed tokens are taken, in both vocabularies, the client gets calls of the tools
-    with valid arguments and no text."""
-    tokenizer, begin, size = states[which]
+@given(st.data(), st.integers(0, 3))
+def test_every_path_is_a_valid_call(begun: Any, data: st.DataObject, which: int) -> None:
+    """Once a call has begun, whatever allowed tokens are taken, in both vocabularies, the client
+    gets calls of the tools with valid arguments."""
+    tokenizer, begin, before, size = begun[which]
     state = GrammarState(begin._matcher.deep_copy())
-    ids: list[int] = []
+    ids = list(before)
     while not state.is_complete:
-        # After 300 tokens the shortest way to the end, which is among the brackets.
         found = allowed(state, size)
-        if len(ids) > 300:
+        if len(ids) > 300:  # then the brackets that end the answer
             found = sorted(found, key=lambda it: tokenizer.token_bytes(it)[:1] not in b'}]"')[:1]
         ids.append(data.draw(st.sampled_from(found)))
         state.accept(ids[-1])
     delta = answer(tokenizer, ids)
-    assert (delta.text, delta.finish_reason) == ("", "tool_calls")
-    for call in joined(delta.tool_calls):
+    assert (delta.text, delta.finish_reason) == ("I look." * bool(before), "tool_calls")
+    calls = joined(delta.tool_calls)
+    assert calls
+    for call in calls:
         arguments = json.loads(call.arguments)
         assert arguments == {} if call.name == "now" else arguments in ({"x": 1}, {"x": 20})
 

@@ -24,9 +24,9 @@ ARG TORCH_INDEX_URL=""
 ARG BNB_CUDA_VERSION=130
 
 # gcc: Triton builds its launchers at run time. tini: reaps Ray's children and passes signals on.
-# wget: KubeRay's probes call it.
+# wget: KubeRay's probes call it. rsync: `ray up` copies files into the container with it.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends gcc libc6-dev tini wget \
+    && apt-get install -y --no-install-recommends gcc libc6-dev rsync tini wget \
     && rm -rf /var/lib/apt/lists/*
 
 RUN useradd --create-home --uid 1000 serve

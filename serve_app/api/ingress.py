@@ -85,7 +85,7 @@ def _cors(origins: str) -> Middleware:
         allow_origins=[origin.strip() for origin in origins.split(",") if origin.strip()],
         allow_methods=["GET", "POST"],
         allow_headers=["*"],
-        expose_headers=[CLIENT_ID, OUR_ID, "Retry-After"],
+        expose_headers=[CLIENT_ID, OUR_ID, ANTHROPIC_ID, "Retry-After"],
     )
 
 

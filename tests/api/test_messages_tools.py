@@ -172,6 +172,19 @@ def test_the_prompt_is_that_of_chat(endpoint: Endpoint, http: httpx.Client) -> N
     assert one == other
 
 
+def test_a_result_may_be_empty(http: httpx.Client) -> None:
+    """A tool that returns nothing has a result without content, or with null."""
+    for content in ({}, {"content": None}, {"content": []}, {"content": ""}):
+        result = {"type": "tool_result", "tool_use_id": "toolu_1", **content}
+        messages = [
+            *QUESTION,
+            {"role": "assistant", "content": [USED]},
+            {"role": "user", "content": [result]},
+        ]
+        response = http.post(PATH, json={**ASKED, "messages": messages})
+        assert response.status_code == 200, response.text
+
+
 def test_tools_that_may_not_be_called_are_not_called(tiny_endpoint: Endpoint) -> None:
     """With `none` the answer is text, whatever the question."""
     with tiny_endpoint.anthropic() as client:

@@ -204,6 +204,7 @@ AI_SDK: Any = {"input": [{"role": "user", "content": [{"type": "input_text", "te
         {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": "low"}},
         {"user": "u", "service_tier": "auto", "prompt_cache_key": "k", "max_tool_calls": 3},
         {"text": {"verbosity": "medium"}, "tool_choice": "auto", "background": False},
+        {"text": {"format": None}, "temperature": None, "metadata": None},
         {"text": {"format": {"type": "text"}}, "previous_response_id": None, "top_logprobs": 0},
         {"stream_options": {"include_obfuscation": False}, "safety_identifier": "s"},
     ],

@@ -127,3 +127,12 @@ def test_it_stands_before_a_server_on_the_same_port(tmp_path: Path) -> None:
         server.setblocking(True)
         with socket.create_connection(("127.0.0.1", port)), server.accept()[0]:
             pass
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses"])
+def test_a_refusal_has_the_shape_of_the_api(listener: Listener, path: str) -> None:
+    """While the model loads, the Messages API gets Anthropic's errors, other routes OpenAI's."""
+    response = httpx.post(f"http://127.0.0.1:{listener.port}{path}", json={})
+    body = response.json()
+    assert (response.status_code, body["error"]["type"]) == (503, "overloaded_error")
+    assert ("type" in body) == (path == "/v1/messages")

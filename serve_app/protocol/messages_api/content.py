@@ -57,7 +57,9 @@ def _known(block: Any) -> Any:
 
 
 def _listed(content: Any) -> Any:
-    """A string stands for one block of text."""
+    """A string stands for one block of text, and null for none."""
+    if content is None:
+        return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}] if content else []
     if not isinstance(content, list):

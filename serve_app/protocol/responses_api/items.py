@@ -57,7 +57,9 @@ def _known_part(part: Any) -> Any:
 
 
 def _listed_parts(content: Any) -> Any:
-    """A string stands for one part."""
+    """A string stands for one part, and null for none."""
+    if content is None:
+        return []
     if isinstance(content, str):
         return [{"type": "input_text", "text": content}] if content else []
     if not isinstance(content, list):
@@ -181,7 +183,7 @@ def conversation(instructions: str | None, items: Sequence[Item]) -> list[Messag
                 role = "system" if role == "developer" else role
                 turns.append(Message.model_construct(role=role, content=_joined(item.content)))
             case CallItem():
-                call = ToolCall(item.call_id, item.name, item.arguments)
+                call = ToolCall(item.call_id, item.name, item.arguments or "{}")
                 last = turns.pop() if turns and turns[-1].role == "assistant" else _ASSISTANT
                 calls = (*last.tool_calls, call)
                 turns.append(last.model_copy(update={"tool_calls": calls}))

@@ -48,7 +48,7 @@ class TextFormat(_Strict):
 class TextConfig(_Strict):
     """`text`."""
 
-    format: TextFormat = TextFormat(type="text")
+    format: TextFormat | None = None
     verbosity: Text | None = None
 
     @field_validator("verbosity")
@@ -115,4 +115,6 @@ class ResponsesRequest(Body):
             if name in self.model_fields_set
         }
         given |= {"max_tokens": self.max_output_tokens, "limit_field": "max_output_tokens"}
-        return AdaptedSampling.model_validate({**given, "source": self.text.format.source})
+        if self.text.format is not None:
+            given["source"] = self.text.format.source
+        return AdaptedSampling.model_validate(given)

@@ -27,7 +27,7 @@ def body(
 
 def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
     """The response before the answer, with fields of the request."""
-    text = request.text.model_dump(by_alias=True, exclude_none=True)
+    text = {"format": {"type": "text"}} | request.text.model_dump(by_alias=True, exclude_none=True)
     return {
         "id": f"resp_{metadata.id}",
         "object": "response",

@@ -174,7 +174,8 @@ def test_the_prompt_is_that_of_chat(endpoint: Endpoint, http: httpx.Client) -> N
 
 def test_a_result_may_be_empty(http: httpx.Client) -> None:
     """A tool that returns nothing has a result without content, or with null."""
-    for content in ({}, {"content": None}, {"content": []}, {"content": ""}):
+    contents: list[Any] = [{}, {"content": None}, {"content": []}, {"content": ""}]
+    for content in contents:
         result = {"type": "tool_result", "tool_use_id": "toolu_1", **content}
         messages = [
             *QUESTION,

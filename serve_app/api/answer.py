@@ -62,6 +62,7 @@ class Answer:
                     async for delta in deltas:
                         observed.delta(delta)
                         new = self.text.push(delta.token_ids, delta.logprobs, delta.finish_reason)
+                        new.num_cached_tokens = delta.num_prompt_cached
                         new.prompt_logprobs += delta.prompt_logprobs
                         is_large = new.prompt_logprobs or len(new.scores) > MAX_PER_CHUNK
                         if new.finish_reason is not None:
@@ -94,6 +95,7 @@ class Answer:
                 whole.tool_calls += delta.tool_calls
                 whole.finish_reason = delta.finish_reason
                 whole.num_tokens = delta.num_tokens
+                whole.num_cached_tokens = delta.num_cached_tokens
                 whole.stop = delta.stop
         whole.text = "".join(texts)
         return whole

@@ -18,7 +18,12 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     metadata = server.metadata(request.model, call)
     names = server.tokenizer
     tools = request.offered_tools() if request.tools or request.tool_choice else None
-    prompt_ids = await server.inputs.chat_ids(request.messages, tools=tools)
+    prompt_ids = await server.inputs.chat_ids(
+        request.messages,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=request.continue_final_message,
+        tools=tools,
+    )
     answers = await server.inputs.answers(
         call,
         request,
@@ -27,6 +32,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         count=request.num_answers,
         num_logprobs=request.num_logprobs,
         tools=tools,
+        continues=request.continue_final_message,
         num_prompt_logprobs=request.prompt_logprobs,
     )
     if request.logprobs or request.prompt_logprobs is not None:

@@ -59,9 +59,12 @@ class InputProcessor:
         field: str = "messages",
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Tools | None = None,
     ) -> list[int]:
         """The token ids of a conversation, by the chat template, with the tools that it may call.
+
+        With `continue_final_message` they end with the last message's text.
 
         Raises `InvalidRequest` with param `field` for a text that is too long, and for messages
         that the template does not take.
@@ -76,9 +79,13 @@ class InputProcessor:
             render = partial(self.tokenizer.render, turns)
         if num_chars > self.settings.max_prompt_chars:
             raise self._too_long(num_chars, field)
+        how = {
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+        }
         if num_chars + CHARS_PER_MESSAGE * len(messages) <= MAX_CHARS_ON_LOOP:
-            return render(add_generation_prompt=add_generation_prompt)
-        return await asyncio.to_thread(render, add_generation_prompt=add_generation_prompt)
+            return render(**how)
+        return await asyncio.to_thread(render, **how)
 
     async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """The token ids of raw text. Raises `InvalidRequest` for a text that is too long."""

@@ -3,12 +3,14 @@
 The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns the same as data.
 """
 
+import hashlib
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from serve_app import __version__
 from serve_app.api import routes
 from serve_app.api.input_processor import InputProcessor
 from serve_app.api.list_places import ListPlaces
@@ -62,6 +64,7 @@ class MixtralServer:
         self.created = int(time.time())
         """When the model was loaded, in Unix seconds."""
         self.names = settings.model.served_model_names
+        self.fingerprint = _fingerprint(settings, self._loaded)
         self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
         self.tokenizer = self._loaded.tokenizer
         self.metrics = Metrics(self.names[0], self._stats)
@@ -146,7 +149,7 @@ class MixtralServer:
     def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
         """The metadata of the response; raises `ModelNotFound` for another model's name."""
         self.check_model(model)
-        return ResponseMetadata(call.request_id, self.names[0], int(time.time()))
+        return ResponseMetadata(call.request_id, self.names[0], int(time.time()), self.fingerprint)
 
     def check_model(self, name: str | None) -> None:
         """Raises `ModelNotFound` where `name` is not a served name."""
@@ -208,3 +211,10 @@ class MixtralServer:
             "load": self._phases,
             "notes": self._loaded.notes,
         }
+
+
+def _fingerprint(settings: Settings, loaded: Loaded) -> str:
+    """OpenAI's `system_fingerprint`: changes where equal requests may get other answers."""
+    model, names = settings.model, {"name", "revision", "quantize_lm_head"}
+    facts = (__version__, model.model_dump_json(include=names), loaded.quantization, loaded.dtype)
+    return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"

@@ -41,6 +41,9 @@ class ModelSettings(_Section):
     temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit; `/prompt`
     keeps its own temperature of 0.7. vllm leaves that file out, except for the tokens that end an
     answer."""
+    custom_chat_template: str | None = None
+    """A chat template (Jinja) in place of the checkpoint's: the path of a file, or the text itself.
+    """
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None

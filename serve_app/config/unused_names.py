@@ -18,9 +18,6 @@ _BY_REASON = {
         *("TOKENIZER_MODE", "TOKENIZER_POOL_SIZE", "TOKENIZER_POOL_TYPE"),
         *("TOKENIZER_POOL_EXTRA_CONFIG", "SKIP_TOKENIZER_INIT"),
     ),
-    "the checkpoint's chat template is used; write another one into its chat_template.jinja": (
-        "CUSTOM_CHAT_TEMPLATE",
-    ),
     "a request that brings a chat template gets an error": ("TRUST_REQUEST_CHAT_TEMPLATE",),
     "code in a checkpoint is never run": ("TRUST_REMOTE_CODE",),
     "the checkpoint's files say which format they have": (
@@ -82,7 +79,7 @@ _BY_REASON = {
     "answers are text; log probabilities name tokens by their text": (
         "RETURN_TOKENS_AS_TOKEN_IDS",
     ),
-    "the usage counts prompt and completion tokens": ("ENABLE_PROMPT_TOKENS_DETAILS",),
+    "the usage always has the cached tokens of the prompt": ("ENABLE_PROMPT_TOKENS_DETAILS",),
     "a stream has its usage where the request asks for it with `stream_options`": (
         "ENABLE_FORCE_INCLUDE_USAGE",
     ),

@@ -54,6 +54,8 @@ class Delta:
     """The cause when `finish_reason` is "error" or "cancelled"."""
     queued_s: float | None = None
     """Seconds that the request waited for its first step; None before that step."""
+    num_prompt_cached: int = 0
+    """Tokens of the prompt that were found in the prefix cache, and not computed again."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     """The next tokens of the prompt, all but its first, where the request asked for them."""
 

@@ -148,6 +148,7 @@ class Engine:
                 # After a deadline the sequence still runs, and is aborted below.
                 has_ended = delta.finish_reason not in (None, "cancelled")
                 delta.queued_s = sequence.queued_s
+                delta.num_prompt_cached = sequence.num_prompt_cached or 0
                 if delta.error is None:
                     yield delta
                     continue

@@ -218,6 +218,8 @@ class Scheduler:
         if self.enable_prefix_caching:
             self.prefix_cache_queries += len(head.token_ids)
             self.prefix_cache_hits += head.num_computed_tokens
+        if head.num_prompt_cached is None:
+            head.num_prompt_cached = head.num_computed_tokens
         if head.queued_s is None:
             head.queued_s = time.monotonic() - head.arrival_time
         self.waiting.remove(head)

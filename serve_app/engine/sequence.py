@@ -57,6 +57,8 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     """Hashes of the leading full blocks, as far as they have been needed."""
     arrival_time: float = field(default_factory=time.monotonic)
+    num_prompt_cached: int | None = None
+    """Tokens of the prompt that the first step found in the prefix cache; None before it."""
     queued_s: float | None = None
     """Seconds from arrival to the first step; None before that step."""
     sampler_state: Any = None

@@ -161,7 +161,11 @@ def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
     They compile things that no request should wait for. Raises `ModelLoadFailed`.
     """
     folder, vocab_size = plan.checkpoint.path, plan.checkpoint.config.vocab_size
-    tokenizer = Tokenizer(folder, sanitize_control_tokens=settings.api.sanitize_control_tokens)
+    tokenizer = Tokenizer(
+        folder,
+        sanitize_control_tokens=settings.api.sanitize_control_tokens,
+        custom_chat_template=settings.model.custom_chat_template,
+    )
     ids = tokenizer.encode("Hello")
     if tokenizer.has_chat_template:
         ids += tokenizer.render([{"role": "user", "content": "Hello"}])

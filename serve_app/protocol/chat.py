@@ -14,7 +14,7 @@ from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import prompt_logprobs
 from serve_app.protocol.fields import Integer
 from serve_app.protocol.messages import Conversation
-from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
+from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage, finite
 from serve_app.protocol.scores import TokenScore, pieces
 from serve_app.protocol.text import TextDelta
 from serve_app.protocol.tool_request import Choice, FunctionTool, offered
@@ -31,6 +31,11 @@ class ChatRequest(ChoiceSampling):
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
     prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     """Adds the log probabilities of the prompt's tokens (vLLM's field)."""
+    add_generation_prompt: bool = True
+    """Whether the prompt ends with what begins an answer, where the chat template has it (vLLM's
+    field)."""
+    continue_final_message: bool = False
+    """Whether the answer continues the text of the last message (vLLM's field)."""
     tools: list[FunctionTool] = Field(default_factory=list)
     tool_choice: Choice | None = None
     """None means `auto`."""
@@ -62,6 +67,12 @@ class ChatRequest(ChoiceSampling):
                 "`max_tokens` and `max_completion_tokens` are one limit; send one of them.",
                 param="max_completion_tokens",
             )
+        asks_both = self.continue_final_message and self.add_generation_prompt
+        if asks_both and "add_generation_prompt" in self.model_fields_set:
+            raise InvalidRequest(
+                "`continue_final_message` needs `add_generation_prompt: false`.",
+                param="continue_final_message",
+            )
         if self.prompt_logprobs is not None and self.stream:
             raise InvalidRequest("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
         if self.top_logprobs and not self.logprobs:
@@ -77,7 +88,6 @@ def body(
     wholes: Sequence[TextDelta],
 ) -> JsonObject:
     """All answers that were generated as one `chat.completion` object with `n` choices."""
-    num_tokens = sum(whole.num_tokens for whole in wholes)
     extra: JsonObject = {}
     if (num_top := request.prompt_logprobs) is not None:
         extra["prompt_logprobs"] = prompt_logprobs(wholes[0], num_top, names)
@@ -86,11 +96,12 @@ def body(
         "object": "chat.completion",
         "created": metadata.created,
         "model": metadata.model,
+        "system_fingerprint": metadata.fingerprint,
         "choices": [
             _choice(request, index, whole, names)
             for index, whole in enumerate(request.chosen(wholes))
         ],
-        "usage": usage(num_prompt_tokens, num_tokens),
+        "usage": request.usage(num_prompt_tokens, wholes),
         **extra,
     }
 
@@ -148,6 +159,7 @@ class ChatChunks:
             "object": "chat.completion.chunk",
             "created": metadata.created,
             "model": metadata.model,
+            "system_fingerprint": metadata.fingerprint,
         }
         if request.include_usage:
             self._fields["usage"] = None
@@ -158,7 +170,8 @@ class ChatChunks:
         if self._is_usage_continuous:
             # The first chunk, with the role, is sent before any token (as in vLLM).
             num_tokens = delta.num_tokens if self._has_begun else 0
-            self._fields["usage"] = usage(self._num_prompt_tokens, num_tokens)
+            counts = self._num_prompt_tokens, num_tokens, delta.num_cached_tokens
+            self._fields["usage"] = detailed_usage(*counts)
         if not self._has_begun:
             chunks.append(self._chunk({"role": "assistant", "content": ""}))
             self._has_begun = True
@@ -174,7 +187,7 @@ class ChatChunks:
             chunks.append(self._chunk({"tool_calls": [_call_delta(piece)]}))
         if delta.finish_reason is not None:
             chunks.append(self._chunk({}, None, delta.finish_reason))
-            totals = self._totals.ended(delta.num_tokens)
+            totals = self._totals.ended(delta, is_first=self._index == 0)
             if totals is not None and self._request.include_usage:
                 chunks.append({**self._fields, "choices": [], "usage": totals})
         return chunks

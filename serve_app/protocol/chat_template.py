@@ -137,6 +137,24 @@ class ChatTemplate:
             return False
 
 
+def cut_behind(text: str, content: str) -> str:
+    """`text`, a rendered conversation, up to the end of its last message, which is `content`.
+
+    The rule of transformers' `continue_final_message`. Raises `InvalidRequest` for an empty message
+    and for a template that leaves the message out.
+    """
+    kept = content.strip()
+    start = text.rfind(kept) if kept else -1
+    if start < 0:
+        raise InvalidRequest(
+            "`continue_final_message` needs a last message whose text is in the prompt.",
+            param="continue_final_message",
+        )
+    # Templates may cut the spaces at the end of a message.
+    has_spaces = text[start:].startswith(content.lstrip())
+    return text[: start + len(content.lstrip() if has_spaces else kept)]
+
+
 class _Refused(Exception):
     """The template does not take a conversation. The text says why, for users.
 

@@ -4,12 +4,13 @@ Protocol: https://platform.openai.com/docs/api-reference/completions.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.fields import Integer, Sampling
-from serve_app.protocol.response import usage
+from serve_app.protocol.response import detailed_usage
 from serve_app.protocol.text import TextDelta
 
 MAX_CHOICES = 128
@@ -49,6 +50,14 @@ class ChoiceSampling(Sampling):
             )
         return self
 
+    def usage(self, num_prompt_tokens: int, wholes: Sequence[TextDelta]) -> dict[str, Any]:
+        """The usage of all answers; each prompt counts once, as its first answer has found it."""
+        num_cached_tokens = sum(
+            whole.num_cached_tokens for whole in wholes[:: self.best_of or self.n]
+        )
+        num_tokens = sum(whole.num_tokens for whole in wholes)
+        return detailed_usage(num_prompt_tokens, num_tokens, num_cached_tokens)
+
     def chosen(self, wholes: Sequence[TextDelta]) -> list[TextDelta]:
         """The choices among `num_answers` whole answers to each prompt, in the prompts' order.
 
@@ -75,10 +84,15 @@ class StreamUsage:
         """`num_prompt_tokens` has each prompt once, whatever the number of its answers."""
         self._num_prompt_tokens = num_prompt_tokens
         self._num_running = num_answers
-        self._num_tokens = 0
+        self._num_tokens = self._num_cached_tokens = 0
 
-    def ended(self, num_tokens: int) -> dict[str, int] | None:
-        """Counts an answer that has ended; returns the whole usage if it was the last one."""
+    def ended(self, delta: TextDelta, *, is_first: bool) -> dict[str, Any] | None:
+        """Counts an answer with its last delta; returns the whole usage if it was the last one.
+
+        The first answer to a prompt counts what was cached of it.
+        """
         self._num_running -= 1
-        self._num_tokens += num_tokens
-        return None if self._num_running else usage(self._num_prompt_tokens, self._num_tokens)
+        self._num_tokens += delta.num_tokens
+        self._num_cached_tokens += delta.num_cached_tokens if is_first else 0
+        counts = self._num_prompt_tokens, self._num_tokens, self._num_cached_tokens
+        return None if self._num_running else detailed_usage(*counts)

@@ -13,7 +13,7 @@ from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import Echo, prompt_logprobs
 from serve_app.protocol.fields import Integer, no_unicode
-from serve_app.protocol.response import ResponseMetadata, TokenNames, finite, usage
+from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage, finite
 from serve_app.protocol.scores import TokenScore, pieces
 from serve_app.protocol.text import TextDelta
 
@@ -111,11 +111,12 @@ class CompletionResponse:
             "object": "text_completion",
             "created": metadata.created,
             "model": metadata.model,
+            "system_fingerprint": metadata.fingerprint,
         }
 
     def body(self, wholes: Sequence[TextDelta]) -> JsonObject:
         """All answers that were generated, in the order of the prompts, as one object."""
-        totals = usage(sum(self._num_prompt_tokens), sum(whole.num_tokens for whole in wholes))
+        totals = self._request.usage(sum(self._num_prompt_tokens), wholes)
         chosen = self._request.chosen(wholes)
         choices = [self._whole(index, whole) for index, whole in enumerate(chosen)]
         return {**self._fields, "choices": choices, "usage": totals}
@@ -137,7 +138,8 @@ class CompletionResponse:
         extra: JsonObject = {"usage": None} if self._request.include_usage else {}
         if self._request.include_continuous_usage:
             num_prompt_tokens = self._num_prompt_tokens[index // self._request.n]
-            extra = {"usage": usage(num_prompt_tokens, delta.num_tokens)}
+            counts = num_prompt_tokens, delta.num_tokens, delta.num_cached_tokens
+            extra = {"usage": detailed_usage(*counts)}
         text, all_scores = self._echoes[index].before(delta)
         waiting: list[TokenScore] | None = None
         for scores in pieces(all_scores):
@@ -149,7 +151,7 @@ class CompletionResponse:
             choice = self._choice(index, text, waiting or [], delta.finish_reason)
             yield {**self._fields, "choices": [choice], **extra}
         if delta.finish_reason is not None:
-            totals = self._totals.ended(delta.num_tokens)
+            totals = self._totals.ended(delta, is_first=index % self._request.n == 0)
             if extra and totals is not None:
                 yield {**self._fields, "choices": [], "usage": totals}
 

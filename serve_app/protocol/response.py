@@ -1,7 +1,7 @@
 """What the responses of several routes have in common: metadata, usage, log probabilities."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,6 +12,8 @@ class ResponseMetadata:
     model: str
     created: int
     """Unix time in seconds."""
+    fingerprint: str
+    """`system_fingerprint`: equal for servers of one version, model and format."""
 
 
 class TokenNames(Protocol):
@@ -32,9 +34,21 @@ def finite(logprob: float) -> float:
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's `usage` object."""
+    """OpenAI's `usage` object, without details."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+def detailed_usage(
+    prompt_tokens: int, completion_tokens: int, cached_tokens: int
+) -> dict[str, Any]:
+    """OpenAI's `usage` object; `cached_tokens` of the prompts were found in the prefix cache."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
     }

@@ -33,6 +33,8 @@ class TextDelta:
     """The stop string that ended the answer."""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
     """Pieces of the calls that follow the text."""
+    num_cached_tokens: int = 0
+    """Tokens of the prompt that were found in the prefix cache."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     """The next tokens of the prompt, where the request asked for them."""
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tokenizer_files
-from serve_app.protocol.chat_template import ChatTemplate
+from serve_app.protocol.chat_template import ChatTemplate, cut_behind
 from serve_app.protocol.control_tokens import ControlTokens
 from serve_app.protocol.conversation import Turn
 from serve_app.protocol.tool_calls import MARKER
@@ -23,14 +23,22 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 class Tokenizer:
     """Reads the tokenizer's files and the chat template in the folder `path`.
 
-    With `sanitize_control_tokens`, control tokens in the content of messages are text. Raises
+    With `sanitize_control_tokens`, control tokens in the content of messages are text.
+    `custom_chat_template`, the path or the text of one, replaces the checkpoint's. Raises
     `ModelLoadFailed` for files that cannot be read and for a chat template that does not work.
 
     Thread-safe: it is only read after construction.
     """
 
-    def __init__(self, path: str | Path, *, sanitize_control_tokens: bool = True) -> None:
-        files = tokenizer_files.read(Path(path))
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        sanitize_control_tokens: bool = True,
+        custom_chat_template: str | None = None,
+    ) -> None:
+        files = tokenizer_files.read(Path(path), custom_chat_template)
+        self._has_custom_template = custom_chat_template is not None
         self.backend: Any = files.backend
         self.info = files.info
         """The tokenizer's configuration, as JSON values."""
@@ -65,6 +73,8 @@ class Tokenizer:
             notes.append("no tokenizer.json: the tokenizer is made from tokenizer.model")
         if self.tool_calls_id is not None:
             notes.append("tools are written with the checkpoint's own tool tokens")
+        if self._has_custom_template:
+            notes.append("the chat template is that of `model.custom_chat_template`")
         if self._template is None:
             notes.append("no chat template in the checkpoint: only /v1/completions answers")
         elif not self._template.takes_system:
@@ -99,10 +109,17 @@ class Tokenizer:
             return ids[1:]
         return ids
 
-    def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> list[int]:
+    def render(
+        self,
+        messages: Sequence[Turn],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+    ) -> list[int]:
         """The ids of a conversation in the model's chat format.
 
-        Raises `InvalidRequest` with the template's own sentence where it refuses the messages.
+        With `continue_final_message` the prompt ends with the text of the last message. Raises
+        `InvalidRequest` with the template's own sentence where it refuses the messages.
         """
         if self._template is None:
             raise InvalidRequest(
@@ -112,6 +129,8 @@ class Tokenizer:
         if controls is not None and any(controls.find(each["content"]) for each in messages):
             messages = controls.marked(messages)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
+        if continue_final_message:
+            text = cut_behind(text, messages[-1]["content"])
         (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoded.ids
         return ids
@@ -122,6 +141,7 @@ class Tokenizer:
         tools: Sequence[Tool],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """The ids of a conversation with tools, calls or results; see `tool_prompt`.
 
@@ -129,8 +149,14 @@ class Tokenizer:
         """
         if self.tool_calls_id is None:
             turns = plain_turns(messages, tools)
-            return self.render(turns, add_generation_prompt=add_generation_prompt)
+            return self.render(
+                turns,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+            )
         parts = mistral_parts(messages, tools, self._special_tokens)
+        if continue_final_message and parts[-1] == self._special_tokens.get("eos_token"):
+            parts = parts[:-1]
         ids: list[int] = []
         for part in parts:
             if isinstance(part, Control):

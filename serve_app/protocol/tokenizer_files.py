@@ -44,8 +44,11 @@ class TokenizerFiles:
     """`tokenizer_config.json` with the special tokens and the chat template that are in use."""
 
 
-def read(folder: Path) -> TokenizerFiles:
-    """Reads the files in `folder`. Raises `ModelLoadFailed` naming the file that is wrong."""
+def read(folder: Path, custom_chat_template: str | None = None) -> TokenizerFiles:
+    """Reads the files in `folder`. Raises `ModelLoadFailed` naming the file that is wrong.
+
+    `custom_chat_template` is the path or the text of a template that replaces the folder's.
+    """
     file = folder / "tokenizer_config.json"
     config = _read_json(file)
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists():
@@ -63,7 +66,10 @@ def read(folder: Path) -> TokenizerFiles:
     if is_sentencepiece:
         _require_ids(file, backend, config["added_tokens_decoder"])
         _add_post_processor(backend, config, special_tokens)
-    template, template_file = _chat_template(folder, file, config.get("chat_template"))
+    if custom_chat_template is None:
+        template, template_file = _chat_template(folder, file, config.get("chat_template"))
+    else:
+        template, template_file = _custom(custom_chat_template)
     info = {**config, **special_tokens, "chat_template": template}
     return TokenizerFiles(backend, special_tokens, template, template_file, is_sentencepiece, info)
 
@@ -207,3 +213,16 @@ def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | N
     if value is not None and not isinstance(value, str):
         raise ModelLoadFailed(f"{config_file}: its `chat_template` is no text; mend it.")
     return value, config_file
+
+
+def _custom(given: str) -> tuple[str, Path]:
+    """The template of the setting, and the file or the setting that has it."""
+    if any(mark in given for mark in ("{{", "{%", "\n")):
+        return given, Path("model.custom_chat_template")
+    try:
+        return Path(given).read_text(encoding="utf-8"), Path(given)
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(
+            f"{given}: cannot be read; `model.custom_chat_template` takes the path of a chat "
+            "template, or its text."
+        ) from error

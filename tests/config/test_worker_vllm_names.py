@@ -54,6 +54,10 @@ USED: dict[str, list[tuple[str, str, Any]]] = {
         ("1", "engine.enforce_eager", True),
         ("False", "engine.enforce_eager", False),
     ],
+    "CUSTOM_CHAT_TEMPLATE": [
+        ("{{ messages }}", "model.custom_chat_template", "{{ messages }}"),
+        ("/a/template.jinja", "model.custom_chat_template", "/a/template.jinja"),
+    ],
     "MAX_CONCURRENCY": [("30", "runpod.max_concurrency", 30)],
     "BASE_PATH": [("/vol", "runpod.volume", "/vol")],
 }
@@ -63,7 +67,7 @@ READ_BY_LIBRARIES = {"HF_TOKEN", "PYTORCH_ALLOC_CONF"}
 """Tested below, each in its own way."""
 
 ANSWERED = """
-ASYNC_SCHEDULING ATTENTION_BACKEND CUSTOM_CHAT_TEMPLATE DEFAULT_BATCH_SIZE_GROWTH_FACTOR
+ASYNC_SCHEDULING ATTENTION_BACKEND DEFAULT_BATCH_SIZE_GROWTH_FACTOR
 DEFAULT_BATCH_SIZE DEFAULT_MIN_BATCH_SIZE DEVICE DISABLE_CUSTOM_ALL_REDUCE
 DISABLE_LOGGING_REQUEST DISABLE_LOG_REQUESTS DISABLE_LOG_STATS DISABLE_SLIDING_WINDOW
 DISTRIBUTED_EXECUTOR_BACKEND DOWNLOAD_DIR ENABLE_AUTO_TOOL_CHOICE ENABLE_CHUNKED_PREFILL

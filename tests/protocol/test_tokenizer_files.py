@@ -314,3 +314,17 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
     write("tokenizer.model", b"nonsense")(tmp_path)
     with pytest.raises(ModelLoadFailed, match="is no SentencePiece model"):
         Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/no/such/file.jinja", "/no/such/file.jinja: cannot be read"),
+        ("{% for", "model.custom_chat_template: its chat template is broken in line 1"),
+        ("{{ 'always the same' }}", "leaves the user's question out"),
+    ],
+)
+def test_a_custom_template_that_does_not_work_is_told(given: str, told: str) -> None:
+    """The load fails with the name of the file or of the setting."""
+    with pytest.raises(ModelLoadFailed, match=told):
+        Tokenizer(CHECKPOINT, custom_chat_template=given)

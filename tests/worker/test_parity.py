@@ -20,6 +20,7 @@ pytestmark = pytest.mark.ray
 
 OWN = {"id", "item_id", "created", "created_at", "request_id"}
 """Fields that differ from request to request."""
+OWN |= {"prompt_tokens_details", "input_tokens_details"}  # what the prefix cache had
 GREEDY = {"temperature": 0, "max_tokens": 16}
 SCORED = {"max_tokens": 0, "logprobs": 20}
 MESSAGES = [{"role": "user", "content": "What is 2 + 3?"}]

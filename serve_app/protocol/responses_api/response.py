@@ -61,7 +61,7 @@ def ended(
     details = {"reason": "max_output_tokens"} if status == "incomplete" else None
     usage = {
         "input_tokens": num_input_tokens,
-        "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+        "input_tokens_details": {"cached_tokens": end.num_cached_tokens, "cache_write_tokens": 0},
         "output_tokens": end.num_tokens,
         "output_tokens_details": {"reasoning_tokens": 0},
         "total_tokens": num_input_tokens + end.num_tokens,

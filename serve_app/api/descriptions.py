@@ -36,6 +36,7 @@ class Description:
 _QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 _PARIS = "The capital of France is Paris."
 _USAGE = {"prompt_tokens": 11, "completion_tokens": 8, "total_tokens": 19}
+_DETAILED_USAGE = {**_USAGE, "prompt_tokens_details": {"cached_tokens": 0}}
 _CREATED = 1795910400
 _CARD = {
     "id": "tiny",
@@ -54,6 +55,7 @@ DESCRIPTIONS: dict[str, Description] = {
             "object": "chat.completion",
             "created": _CREATED,
             "model": "tiny",
+            "system_fingerprint": "fp_3b1f0c9a2e",
             "choices": [
                 {
                     "index": 0,
@@ -62,7 +64,7 @@ DESCRIPTIONS: dict[str, Description] = {
                     "finish_reason": "stop",
                 }
             ],
-            "usage": _USAGE,
+            "usage": _DETAILED_USAGE,
         },
         ChatRequest,
         {"messages": _QUESTION, "max_tokens": 64, "temperature": 0},
@@ -75,8 +77,9 @@ DESCRIPTIONS: dict[str, Description] = {
             "object": "text_completion",
             "created": _CREATED,
             "model": "tiny",
+            "system_fingerprint": "fp_3b1f0c9a2e",
             "choices": [{"index": 0, "text": " Paris.", "logprobs": None, "finish_reason": "stop"}],
-            "usage": _USAGE,
+            "usage": _DETAILED_USAGE,
         },
         CompletionRequest,
         {"prompt": "The capital of France is", "max_tokens": 16, "temperature": 0},

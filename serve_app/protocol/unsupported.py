@@ -67,7 +67,7 @@ VLLM: Unsupported = {
     "logits_processors": (([],), "use `logit_bias`"),
     "logprobs": ((False,), "use /v1/chat/completions or /v1/completions"),
     "priority": ((0,), "requests are answered in the order of their arrival"),
-    "prompt_logprobs": ((), "only answers have log probabilities"),
+    "prompt_logprobs": ((), "use /v1/completions or /v1/chat/completions"),
     "return_token_ids": ((False,), "use /tokenize"),
     "return_tokens_as_token_ids": ((False,), "tokens are returned as text"),
     # Changes nothing for a tokenizer that writes spaces as a part of tokens, as Mixtral's does.

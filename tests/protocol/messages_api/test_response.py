@@ -11,7 +11,7 @@ from serve_app.protocol.response import ResponseMetadata
 from tests.protocol.answers import Answer, answers, whole
 from tests.validated import validated
 
-METADATA = ResponseMetadata("r1", "tiny", 1)
+METADATA = ResponseMetadata("r1", "tiny", 1, "fp_1")
 
 
 @given(answers())

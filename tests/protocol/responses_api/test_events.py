@@ -15,7 +15,7 @@ from serve_app.protocol.responses_api.response import body
 from tests.protocol.answers import Answer, answers, whole
 from tests.validated import validated
 
-METADATA = ResponseMetadata("r1", "tiny", 1)
+METADATA = ResponseMetadata("r1", "tiny", 1, "fp_1")
 REQUEST = ResponsesRequest.read({"input": "Hi"})
 
 

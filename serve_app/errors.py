@@ -166,6 +166,14 @@ class QueueFull(Overloaded):
     code = "queue_full"
 
 
+class RateLimited(Overloaded):
+    """The API key has used up one of its limits."""
+
+    http_status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+
 class Draining(Overloaded):
     http_status = 503
     code = "draining"

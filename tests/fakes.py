@@ -21,6 +21,7 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.retry_after import Places
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.turn import ANYONE, Turn
 from serve_app.errors import DeadlinePassed, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
@@ -66,6 +67,7 @@ class FakeEngine:
         self.token_ids = tokenizer().encode(text, add_special_tokens=False)
         self.is_alive = True
         self.requests: list[tuple[list[int], SamplingParams]] = []
+        self.turns: list[Turn] = []
         self.num_running = 0
         self.max_num_seqs = 0
         self.begun = threading.Event()
@@ -77,18 +79,18 @@ class FakeEngine:
         self.num_taken = 0
         """Places of the queue that are taken; from `MAX_TAKEN` on new requests are refused."""
 
-    def require_room(self) -> None:
+    def require_room(self, group: str = "") -> None:
         if self.num_taken >= MAX_TAKEN:
             raise QueueFull("Too many requests are waiting.", retry_after_s=3)
 
     def places(self) -> Places:
         return Places(MAX_TAKEN, 0.0064, 0.05, 3)
 
-    def take_place(self) -> None:
+    def take_place(self, group: str = "") -> None:
         self.require_room()
         self.num_taken += 1
 
-    def free_place(self) -> None:
+    def free_place(self, group: str = "") -> None:
         self.num_taken -= 1
 
     def end_if_hung(self) -> None:
@@ -102,6 +104,7 @@ class FakeEngine:
         prompt_ids: list[int],
         params: SamplingParams,
         deadline: float | None = None,
+        turn: Turn = ANYONE,
         *,
         is_list_item: bool = False,
         shared_prompt: SharedPrompt | None = None,
@@ -110,6 +113,7 @@ class FakeEngine:
         if not is_list_item:
             self.require_room()
         self.requests.append((prompt_ids, params))
+        self.turns.append(turn)
         self.num_running += 1
         self.num_taken += not is_list_item
         self.begun.set()

@@ -59,6 +59,7 @@ TABLE = [
     ("RouteNotFound", 404, "invalid_request_error", "not_found", "VALIDATION_FAILED", False),
     ("InvalidApiKey", 401, "invalid_request_error", "invalid_api_key", "VALIDATION_FAILED", False),
     ("QueueFull", 429, "overloaded_error", "queue_full", "OVERLOADED", True),
+    ("RateLimited", 429, "rate_limit_error", "rate_limit_exceeded", "OVERLOADED", True),
     ("Draining", 503, "overloaded_error", "draining", "OVERLOADED", True),
     ("Loading", 503, "overloaded_error", "loading", "OVERLOADED", True),
     ("OutOfMemory", 503, "server_error", "out_of_memory", "OOM_ERROR", False),

@@ -11,7 +11,9 @@ from serve_app.api.metrics import Metrics
 from serve_app.api.request_metrics import RequestMetrics
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.turn import ANYONE, Turn
 from serve_app.errors import InternalError
+from serve_app.protocol.key_account import KeyAccount
 from serve_app.protocol.scores import MAX_PER_CHUNK
 from serve_app.protocol.text import TextDelta, TextStream
 
@@ -34,6 +36,9 @@ class Answer:
     """`Call.arrived`."""
     deadline: float
     """On the same clock."""
+    turn: Turn = ANYONE
+    account: KeyAccount | None = None
+    """`Call.account`."""
     shared_prompt: SharedPrompt | None = None
     """That of all answers to this prompt; None where there is one answer."""
 
@@ -49,11 +54,14 @@ class Answer:
         frees the KV blocks.
         """
         async with nullcontext() if place is None else place():
-            observed = RequestMetrics(self.metrics, len(self.prompt_ids), self.arrived)
+            observed = RequestMetrics(
+                self.metrics, len(self.prompt_ids), self.arrived, self.account
+            )
             deltas = self.engine.generate(
                 self.prompt_ids,
                 self.params,
                 self.deadline,
+                self.turn,
                 is_list_item=place is not None,
                 shared_prompt=self.shared_prompt,
             )

@@ -62,9 +62,10 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
     if route.generates and (refused := request.headers.get(REFUSED, "0")).isdecimal():
         server.metrics.refused(int(refused[:9]))
     try:
-        if route.needs_key and settings.keys is not None:
-            ingress.check_key(request, settings)
-        server.require_room(route)
+        account = None
+        if route.needs_key and server.keys.are_needed:
+            account = ingress.check_key(request, server.keys)
+        server.require_room(route, account)
     except ServeError as error:
         return _refusal(server, request, error)
     return JSONResponse(*server.ping(), headers=_places(server)) if is_ping else None

@@ -5,13 +5,13 @@ response.
 """
 
 import asyncio
-import hmac
 import logging
 import re
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette import routing
 from starlette.applications import Starlette
@@ -23,13 +23,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Scope
 
 from serve_app.api import routes
+from serve_app.api.api_keys import ApiKeys
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
-from serve_app.config.sections import ApiSettings
 from serve_app.errors import InvalidApiKey, error_body, is_messages
 from serve_app.protocol import json_pieces
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
+from serve_app.protocol.key_account import KeyAccount
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -45,6 +46,7 @@ ANTHROPIC_ID = "request-id"
 
 _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
+T = TypeVar("T")
 GetServer = Callable[[], "MixtralServer"]
 
 
@@ -105,29 +107,64 @@ class Endpoint:
         if self._is_messages:
             headers[ANTHROPIC_ID] = request_id
         path = path_of(request.scope)
+        account: KeyAccount | None = None
         try:
             route = self._route or routes.find(path)
-            if server.settings.api.keys is not None and (route is None or route.needs_key):
-                check_key(request, server.settings.api)
-            if self._route is not None:
-                # Before the body is read: a refusal must cost as little as possible.
-                server.require_room(self._route)
-            body = None
-            if self._route is not None and self._route.method == "POST":
-                body = await server.bodies.read(request.headers, request.stream())
+            if server.keys.are_needed and (route is None or route.needs_key):
+                account = check_key(request, server.keys)
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
-            call = Call(method, path, body, request_id, arrived)
-            reply = await server.answer(call, self._route)
+            call = Call(method, path, None, request_id, arrived, account)
+            reply = await self._reply(request, server, call)
+            headers |= account.headers() if account is not None else {}
             return await _response(reply, server, call, self._route, headers)
         except ClientDisconnect:
             log.debug("request %s: the client left before its body was here", request_id)
             return Response(status_code=CLIENT_LEFT)
         except Exception as raised:
             error = server.failure(raised, request_id)
-            headers |= error.headers
+            headers |= (account.headers() if account is not None else {}) | error.headers
             body = error_body(error, request_id, path)
             return JSONResponse(body, error.http_status, headers)
+
+    async def _reply(self, request: Request, server: "MixtralServer", call: Call) -> Reply:
+        """The reply to `call`, whose body is read here."""
+        route = self._route
+        if route is None:
+            return await server.answer(call)
+        # Before the body is read: a refusal must cost as little as possible.
+        server.require_room(route, call.account)
+        if route.method == "GET":
+            return await server.answer(call, route)
+        end = call.account.take_request() if call.account and route.generates else None
+        try:
+            body = await server.bodies.read(request.headers, request.stream())
+            reply = await server.answer(replace(call, body=body), route)
+        except BaseException:
+            if end is not None:
+                end()
+            raise
+        if end is None:
+            return reply
+        match reply:
+            case StreamReply(chunks):
+                return StreamReply(_until_closed(chunks, end))
+            case BatchReply(items):
+                return BatchReply(_until_closed(items, end))
+        end()
+        return reply
+
+
+async def _until_closed(
+    items: AsyncGenerator[T, None], end: Callable[[], None]
+) -> AsyncGenerator[T, None]:
+    """The items; calls `end` when they end or are closed."""
+    try:
+        async with aclosing(items):
+            async for item in items:
+                yield item
+    finally:
+        end()
 
 
 async def _response(
@@ -188,21 +225,19 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
-def check_key(request: HTTPConnection, settings: ApiSettings) -> None:
-    """Raises `InvalidApiKey` where the request has none of the keys.
+def check_key(request: HTTPConnection, keys: ApiKeys) -> KeyAccount:
+    """The account of the request's key. Raises `InvalidApiKey` where it has none of the keys.
 
     A key comes as bearer token or, as Anthropic's clients send it, in `x-api-key`; the token counts
     where a request has both.
     """
-    assert settings.keys is not None
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":
         given = request.headers.get("x-api-key", "")
-    given = given.strip()
-    keys = [key.strip() for key in settings.keys.get_secret_value().split(",") if key.strip()]
-    # Every key is compared, each in constant time, so that the time reveals no key.
-    matches = [hmac.compare_digest(given.encode("latin-1"), key.encode()) for key in keys]
-    if not any(matches):
+    # Header values are decoded as Latin-1; a key in the environment is UTF-8.
+    given = given.strip().encode("latin-1").decode(errors="surrogateescape")
+    if (account := keys.find(given)) is None:
         raise InvalidApiKey(
             "Send a valid API key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
         )
+    return account

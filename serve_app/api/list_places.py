@@ -39,19 +39,19 @@ class ListPlaces:
         return sum(len(items) for items in list(self._waiting.values()))
 
     @asynccontextmanager
-    async def admitted(self) -> AsyncGenerator[ItemPlace, None]:
-        """The life of one list, which has one place of the engine's queue.
+    async def admitted(self, group: str = "") -> AsyncGenerator[ItemPlace, None]:
+        """The life of one list, which has one place of the engine's queue, one of its `group`.
 
         Raises `QueueFull`, `Draining` or `EngineDead` where the list is refused as a whole.
         """
-        self._engine.take_place()
+        self._engine.take_place(group)
         number, self._next_list = self._next_list, self._next_list + 1
         self._num_lists += 1
         try:
             yield lambda: self._place(number)
         finally:
             self._num_lists -= 1
-            self._engine.free_place()
+            self._engine.free_place(group)
 
     @asynccontextmanager
     async def _place(self, number: int) -> AsyncGenerator[None, None]:

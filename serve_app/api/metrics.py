@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from serve_app.errors import QueueFull, ServeError
+from serve_app.protocol.key_account import KeyAccount
 
 if TYPE_CHECKING:
     from prometheus_client import Histogram
@@ -103,18 +104,32 @@ COUNTERS = (
     ("engine_steps", "num_steps", "Steps of the engine."),
 )
 
+# By the name of the API key: name, field of `KeyAccount`, help.
+KEY_COUNTERS = (
+    ("key_requests", "num_requests", "Requests that generate, by API key."),
+    ("key_prompt_tokens", "num_prompt_tokens", "Tokens of prompts, by API key."),
+    ("key_generation_tokens", "num_generation_tokens", "Generated tokens, by API key."),
+)
+
 
 class Metrics:
     """The metrics of one server."""
 
-    def __init__(self, model: str, stats: Callable[[], "EngineStats"]) -> None:
-        """`model` is the public name; `stats` returns the engine's numbers."""
+    def __init__(
+        self,
+        model: str,
+        stats: Callable[[], "EngineStats"],
+        accounts: Callable[[], Iterable[KeyAccount]] = tuple,
+    ) -> None:
+        """`model` is the public name; `stats` returns the engine's numbers, `accounts` those of the
+        API keys."""
         from prometheus_client import CollectorRegistry, disable_created_metrics
 
         # Drops the series with creation times, for the whole process.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._model = model
         self._stats = stats
+        self._accounts = accounts
         self._begin = stats()
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self._errors = dict.fromkeys(_codes(ServeError), 0)
@@ -169,6 +184,12 @@ class Metrics:
             counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name", label])
             for value, count in counts.items():
                 counter.add_metric([self._model, value], count)
+            yield counter
+        accounts = list(self._accounts())
+        for name, field, help in KEY_COUNTERS if accounts else ():
+            counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name", "key"])
+            for account in accounts:
+                counter.add_metric([self._model, account.key.name], getattr(account, field))
             yield counter
         yield from self._histograms.collect()
 

@@ -54,7 +54,7 @@ async def _batch(
 ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
     """Answers the items concurrently. Yields progress as items end, then all results in order."""
     total = len(batch.items)
-    async with server.list_places.admitted() as place:
+    async with server.list_places.admitted(call.group) as place:
         tasks = [
             asyncio.create_task(_result(server, call, batch, item, place)) for item in batch.items
         ]

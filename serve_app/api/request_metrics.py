@@ -5,6 +5,7 @@ import time
 from serve_app.api.metrics import Metrics
 from serve_app.engine.delta import Delta
 from serve_app.errors import InvalidRequest, Overloaded
+from serve_app.protocol.key_account import KeyAccount
 
 
 class RequestMetrics:
@@ -13,9 +14,17 @@ class RequestMetrics:
     A request that is refused before its first token counts as an error only.
     """
 
-    __slots__ = ("_arrived", "_last", "_metrics", "_num_prompt_tokens")
+    __slots__ = ("_account", "_arrived", "_last", "_metrics", "_num_prompt_tokens")
 
-    def __init__(self, metrics: Metrics, num_prompt_tokens: int, arrived: float) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        num_prompt_tokens: int,
+        arrived: float,
+        account: KeyAccount | None = None,
+    ) -> None:
+        """`account`, if there is one, pays for the tokens."""
+        self._account = account
         self._metrics = metrics
         self._num_prompt_tokens = num_prompt_tokens
         self._arrived = arrived
@@ -26,6 +35,9 @@ class RequestMetrics:
         if not (num_tokens := len(delta.token_ids)):
             return
         now = time.monotonic()
+        if self._account is not None:
+            num_prompt_tokens = self._num_prompt_tokens if self._last is None else 0
+            self._account.use_tokens(num_prompt_tokens, num_tokens)
         if self._last is not None:
             for _ in range(num_tokens):
                 self._metrics.inter_token.observe((now - self._last) / num_tokens)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app import __version__
 from serve_app.api import routes
+from serve_app.api.api_keys import ApiKeys
 from serve_app.api.input_processor import InputProcessor
 from serve_app.api.list_places import ListPlaces
 from serve_app.api.loop_lag import LoopLag
@@ -40,6 +41,7 @@ from serve_app.protocol.call import (
 )
 from serve_app.protocol.fields import printable
 from serve_app.protocol.grammar import GrammarCompiler
+from serve_app.protocol.key_account import KeyAccount
 from serve_app.protocol.response import ResponseMetadata
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ class MixtralServer:
     ) -> None:
         """Loads the model, which takes minutes for Mixtral; raises `ModelLoadFailed`."""
         self.settings = settings
+        self.keys = ApiKeys(settings.api)  # before the load, which takes minutes
         load_log = LoadLog.resume(settings.load_log)
         self._loaded = load(settings, load_log)
         self.quantization = self._loaded.quantization
@@ -67,7 +70,7 @@ class MixtralServer:
         self.fingerprint = _fingerprint(settings, self._loaded)
         self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
         self.tokenizer = self._loaded.tokenizer
-        self.metrics = Metrics(self.names[0], self._stats)
+        self.metrics = Metrics(self.names[0], self._stats, lambda: self.keys.accounts)
         self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
         self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
         self.inputs = InputProcessor(
@@ -94,10 +97,10 @@ class MixtralServer:
         self._loop_lag.start()
         if route is None:
             route = routes.match(call.method, call.path)
-            self.require_room(route)
+            self.require_room(route, call.account)
         return await route.handler(self, call)
 
-    def require_room(self, route: routes.Route) -> None:
+    def require_room(self, route: routes.Route, account: KeyAccount | None = None) -> None:
         """Raises what a request of this route would be refused with now; the body may be unread.
 
         The errors are `EngineDead`, `Draining` and `QueueFull`. May be called from any thread.
@@ -109,7 +112,7 @@ class MixtralServer:
                 retry_after_s=self.settings.api.retry_after_s,
             )
         if route.generates:
-            self._engine.require_room()
+            self._engine.require_room(account.group if account is not None else "")
 
     def places(self) -> "Places":
         """What a proxy needs to refuse by itself requests that generate."""
@@ -176,6 +179,7 @@ class MixtralServer:
 
     def close(self) -> None:
         """Stops the engine; requests that still run fail."""
+        self.keys.close()
         self._engine.stop()
 
     def _stats(self) -> "EngineStats":

@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from serve_app.cli import keys
+
 INTERRUPTED = 130
 """128 and the number of SIGINT, as shells report it."""
 CONFIG_HELP = "local, runpod, tiny, tiny-nf4, or the path of a YAML file that `serve run` takes."
@@ -21,6 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(keys.app, name="keys")
 Config = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from serve_app.app import check_schema
+from serve_app.config.key_file import read_keys
 from serve_app.config.serve_config import unused_keys
 from serve_app.config.settings import ConfigError, Settings, unused_names, with_variables
 from serve_app.errors import ModelLoadFailed
@@ -43,7 +44,10 @@ def check(path: str | Path) -> Checked:
 def check_config(path: str | Path) -> Settings:
     """The settings in file `path`; raises `ConfigError` for a key or value that is wrong."""
     check_schema(path)
-    return Settings.from_yaml(path)
+    settings = Settings.from_yaml(path)
+    if settings.api.keys_file is not None:
+        read_keys(Path(settings.api.keys_file).expanduser())
+    return settings
 
 
 def check_start(path: str | Path, settings: Settings) -> Checked:

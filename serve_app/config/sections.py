@@ -134,6 +134,9 @@ class ApiSettings(_Section):
 
     keys: SecretStr | None = None
     """Accepted API keys, comma separated; None requires no key. Read from the environment only."""
+    keys_file: str | None = None
+    """File of further API keys, with a name and limits for each; `mixtral-serve keys` writes it.
+    The server follows its changes."""
     cors_origins: str | None = None
     """Origins of web pages that may call the API from a browser, comma separated, such as
     `https://chat.example.com`; `*` is every origin. None allows no other origin."""
@@ -169,6 +172,17 @@ class ApiSettings(_Section):
             if network.strip():
                 ip_network(network.strip(), strict=False)  # its error names the value
         return value
+
+    @property
+    def needs_key(self) -> bool:
+        """Whether HTTP clients need an API key."""
+        return self.keys is not None or self.keys_file is not None
+
+    @property
+    def fixed_keys(self) -> list[str]:
+        """The keys in `keys`."""
+        given = "" if self.keys is None else self.keys.get_secret_value()
+        return [key.strip() for key in given.split(",") if key.strip()]
 
     @property
     def trusted_networks(self) -> list[str]:

@@ -21,6 +21,7 @@ from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.engine.stream import Stream
+from serve_app.engine.turn import ANYONE, Turn
 
 log = logging.getLogger(__name__)
 
@@ -104,12 +105,12 @@ class Engine:
         """Raises the errors of `generate` for a request that can never run."""
         admit(prompt_ids, params, self.config, self._vocab_size)
 
-    def take_place(self) -> None:
+    def take_place(self, group: str = "") -> None:
         """Accepts a list of prompts; raises as `require_room`. Call `free_place` at its end."""
-        self._requests.take_place()
+        self._requests.take_place(group)
 
-    def free_place(self) -> None:
-        self._requests.free_place()
+    def free_place(self, group: str = "") -> None:
+        self._requests.free_place(group)
 
     @property
     def num_taken(self) -> int:
@@ -121,6 +122,7 @@ class Engine:
         prompt_ids: list[int],
         params: SamplingParams,
         deadline: float | None = None,
+        turn: Turn = ANYONE,
         *,
         is_list_item: bool = False,
         shared_prompt: SharedPrompt | None = None,
@@ -138,6 +140,7 @@ class Engine:
         sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
         sequence.is_list_item, sequence.shared_prompt = is_list_item, shared_prompt
+        sequence.turn = turn
         self._requests.submit(sequence, stream)
         # One timer for the request, not one for each wait.
         timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)

@@ -1,5 +1,6 @@
 """RequestQueue: brings new, aborted and stop requests from any thread to the engine's thread."""
 
+from collections import Counter
 from threading import Condition
 from typing import NamedTuple
 
@@ -8,6 +9,10 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 from serve_app.errors import Draining, EngineDead, QueueFull, ServeError
 
+MAX_TO_FREE = 2
+"""A group may take this many times the places that are left free. So one group alone gets two
+thirds of the places, two get two fifths each, and there is always room for another group (dynamic
+thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998)."""
 FREE_UNASKED = 32
 """A proxy may leave one of so many waiting places free before it asks."""
 
@@ -38,39 +43,49 @@ class RequestQueue:
         self._requests = Requests([], [], False)
         self._changed = Condition()
         self._num_taken = 0
+        self._num_taken_by: Counter[str] = Counter()
+        """By group, without the requests that have none."""
         self.has_failed = False
         self._refusal: type[ServeError] | None = None
 
-    def require_room(self) -> None:
+    def require_room(self, group: str = "") -> None:
         """Raises `QueueFull`, `Draining` or `EngineDead` where a request would be refused now."""
         with self._changed:
-            if self._num_taken >= self._max_taken:
+            num_free = self._max_taken - self._num_taken
+            if num_free <= 0 or (group and self._num_taken_by[group] >= MAX_TO_FREE * num_free):
                 raise self._refused()
+
+    def _take(self, group: str, change: int) -> None:
+        self._num_taken += change
+        if group:
+            self._num_taken_by[group] += change
+            if not self._num_taken_by[group]:
+                del self._num_taken_by[group]
 
     def places(self) -> Places:
         """What a proxy needs to refuse requests by itself."""
         with self._changed:
             return self._retry_after.places(self._num_places, self._num_unasked)
 
-    def take_place(self) -> None:
+    def take_place(self, group: str = "") -> None:
         """Takes a place for a list of prompts; raises as `require_room`."""
         with self._changed:
-            if self._num_taken >= self._max_taken:
-                raise self._refused()
-            self._num_taken += 1
+            self.require_room(group)
+            self._take(group, 1)
 
-    def free_place(self) -> None:
+    def free_place(self, group: str = "") -> None:
         """Ends what `take_place` began."""
         with self._changed:
-            self._num_taken -= 1
+            self._take(group, -1)
 
     def submit(self, sequence: Sequence, stream: Stream) -> None:
         """Accepts a sequence; raises as `require_room`, for a list's item only when stopped."""
         with self._changed:
-            is_full = self._num_taken >= self._max_taken and not sequence.is_list_item
-            if is_full or self._refusal is not None:
+            if self._refusal is not None:
                 raise self._refused()
-            self._num_taken += not sequence.is_list_item
+            if not sequence.is_list_item:
+                self.require_room(sequence.turn.group)
+                self._take(sequence.turn.group, 1)
             self._requests.accepted.append((sequence, stream))
             self._changed.notify()
 
@@ -116,7 +131,8 @@ class RequestQueue:
     def finish_one(self, sequence: Sequence) -> None:
         """Counts `sequence` as ended, which makes room for another."""
         with self._changed:
-            self._num_taken -= not sequence.is_list_item
+            if not sequence.is_list_item:
+                self._take(sequence.turn.group, -1)
             self._retry_after.ended(is_saturated=self._num_taken >= self._max_running)
 
     @property

@@ -11,6 +11,11 @@ keeps its blocks and goes on after them, until as many tokens have arrived after
 itself. Example: a prompt of 30,000 tokens that comes first has rank 60,000. The next 100 prompts of
 200 tokens have ranks 30,400 to 50,200 and pass it; one of 20,000 after them has 90,000.
 
+Each group of requests (`Turn`) counts its own tokens, its generated ones too. The first request of
+a group that had none waiting begins where the last admitted one did, so it passes what waits of a
+busier group (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Among requests that
+wait, a smaller `Turn.priority` comes before any rank.
+
 A sequence gets the KV blocks of its whole prompt when it is admitted. When a decode finds no free
 block, the running sequence that arrived last is preempted: its blocks are freed, and it waits with
 its old rank until its prompt and its generated tokens are computed again. No sequence is admitted
@@ -52,9 +57,12 @@ class Scheduler:
         """In order of arrival."""
         self.waiting: set[Sequence] = set()
         # A heap of the waiting sequences by rank.
-        self._ranks: list[tuple[int, int, Sequence]] = []
+        self._ranks: list[tuple[int, int, int, Sequence]] = []
         self._num_added = 0
-        self._num_added_tokens = 0
+        # By group: where its next prompt begins in the order of tokens.
+        self._group_ends: dict[str, int] = {}
+        self._reached = 0
+        """Where the prompt begins that was admitted last, in that order."""
         self.unchecked_blocks: list[int] = []
         """Freed KV blocks that may hold numbers that are not finite: their sequence left before
         finite logits showed the contrary. To be cleared before the next step."""
@@ -76,8 +84,10 @@ class Scheduler:
         if sequence.shared_prompt is not None and sequence.shared_prompt.must_wait(sequence):
             self.waiting.add(sequence)
             return
-        self._num_added_tokens += num_tokens
-        sequence.rank = self._num_added_tokens + num_tokens
+        group = sequence.turn.group
+        begin = max(self._reached, self._group_ends.get(group, 0))
+        self._group_ends[group] = begin + num_tokens
+        sequence.rank = begin + 2 * num_tokens
         self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -87,6 +97,8 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._free(sequence)
+        if group := sequence.turn.group:
+            self._group_ends[group] = self._group_ends.get(group, 0) + sequence.num_output_tokens
         if sequence.shared_prompt is not None:
             for follower in sequence.shared_prompt.removed(sequence, self.waiting):
                 self._queue(follower)
@@ -223,6 +235,7 @@ class Scheduler:
         if head.queued_s is None:
             head.queued_s = time.monotonic() - head.arrival_time
         self.waiting.remove(head)
+        self._reached = max(self._reached, head.rank - 2 * head.num_prompt_tokens)
         insort(self.running, head, key=_number)
         return True
 
@@ -246,8 +259,8 @@ class Scheduler:
         sequence.num_computed_tokens = sequence.num_finite_tokens = 0
 
 
-def _rank(sequence: Sequence) -> tuple[int, int]:
-    return sequence.rank, sequence.number
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.turn.priority, sequence.rank, sequence.number
 
 
 def _number(sequence: Sequence) -> int:

@@ -7,6 +7,7 @@ from typing import Any
 from serve_app.engine.constraint import Constraint
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.turn import ANYONE, Turn
 
 PENDING = -2
 """Placeholder in `token_ids` for the token that a step in flight will sample."""
@@ -30,6 +31,7 @@ class Sequence:
     """Ids that end the sequence: the request's own and, unless `ignore_eos`, the model's."""
     is_list_item: bool = False
     """Whether it belongs to a list of prompts, which has a place of the request queue."""
+    turn: Turn = ANYONE
     shared_prompt: SharedPrompt | None = None
     """Set where other sequences have the same prompt and wait for it."""
     num_prompt_tokens: int = field(init=False)

@@ -88,7 +88,7 @@ def gpu() -> str:
 def exposure(options: dict[str, Any], settings: Settings) -> tuple[int, str]:
     """The logging level and the sentence about who can send requests to the server."""
     host, port = options["host"], options["port"]
-    needs_key = settings.api.keys is not None
+    needs_key = settings.api.needs_key
     if host.startswith(LOOPBACK):
         key = "one of the API keys" if needs_key else "no API key"
         return logging.INFO, f"Requests: from this machine only ({host}), with {key}."

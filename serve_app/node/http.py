@@ -212,7 +212,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
 def example(url: str, settings: Settings) -> str:
     """A command for a shell on this machine that asks the server at `url`."""
     insecure = "-k " if url.startswith("https:") else ""  # the certificate names the public host
-    key = "-H 'Authorization: Bearer KEY' " if settings.api.keys is not None else ""
+    key = "-H 'Authorization: Bearer KEY' " if settings.api.needs_key else ""
     body = json.dumps({"prompt": "What is the capital of France?"})
     return f"curl {insecure}{key}{url}/prompt -d '{body}'"
 

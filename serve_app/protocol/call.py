@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypedDict, final
 
 from serve_app.errors import ErrorBody
+from serve_app.protocol.key_account import KeyAccount
 
 JsonObject = dict[str, Any]
 """A JSON object as Python values."""
@@ -27,6 +28,13 @@ class Call:
     """Made by this package. Logged and returned to the client, never used as a key."""
     arrived: float = field(default_factory=time.monotonic, compare=False)
     """When the request arrived, before its body, on the clock of `time.monotonic`, in seconds."""
+    account: KeyAccount | None = field(default=None, compare=False)
+    """That of the request's API key; None where no key is needed, and for jobs."""
+
+    @property
+    def group(self) -> str:
+        """With whom the request shares the engine: the holder of its key."""
+        return "" if self.account is None else self.account.group
 
 
 @final

@@ -118,6 +118,8 @@ class Sampling(Body):
     stop_token_ids: list[Integer] = Field(default_factory=list, max_length=64)
     ignore_eos: bool = False
     skip_special_tokens: bool = True
+    priority: Integer = Field(default=0, ge=-1000, le=1000)
+    """Waiting requests with a smaller number are computed first (as in vLLM)."""
     stream: bool = False
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None

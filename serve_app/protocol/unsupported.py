@@ -66,7 +66,6 @@ VLLM: Unsupported = {
     "length_penalty": ((1,), _NO_BEAMS),
     "logits_processors": (([],), "use `logit_bias`"),
     "logprobs": ((False,), "use /v1/chat/completions or /v1/completions"),
-    "priority": ((0,), "requests are answered in the order of their arrival"),
     "prompt_logprobs": ((), "use /v1/completions or /v1/chat/completions"),
     "return_token_ids": ((False,), "use /tokenize"),
     "return_tokens_as_token_ids": ((False,), "tokens are returned as text"),

@@ -106,6 +106,8 @@ class Driver:
     ) -> None:
         """The latest arrivals were preempted, and a prompt is passed by fewer tokens than it has.
 
+        Those of other groups and priorities may pass it.
+
         `running` and `decoding` are sequences before the step.
         """
         place = self.arrived.index
@@ -120,7 +122,9 @@ class Driver:
             self.passed_by[waiting] |= {
                 part.sequence
                 for part in scheduled
-                if part.sequence not in decoding and place(part.sequence) > place(waiting)
+                if part.sequence not in decoding
+                and part.sequence.turn == waiting.turn
+                and place(part.sequence) > place(waiting)
             }
             passed = sum(s.num_prompt_tokens for s in self.passed_by[waiting])
             assert passed < waiting.num_prompt_tokens

@@ -8,11 +8,11 @@ from serve_app.protocol import values
 from tools.trace_request import Tracer, measure, summary
 
 MAX_FUNCTIONS = {
-    "chat, in": 58,
+    "chat, in": 61,
     "chat, back": 28,
-    "streamed chat, in": 64,
+    "streamed chat, in": 67,
     "streamed chat, back, one delta": 21,
-    "job": 76,
+    "job": 78,
 }
 """Lower a limit when a change makes its path shorter. Some 15 functions of a way in over HTTP bound
 what strangers send, look at the queue before the body, and notice an engine that hangs."""

@@ -1,0 +1,93 @@
+"""ApiKeys: which keys a server accepts, and the account of each.
+
+Keys come from `api.keys`, and from the file `api.keys_file`, which is read again when it changes.
+"""
+
+import logging
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+from serve_app.config.key_file import ApiKey, read_keys, sha256
+from serve_app.config.sections import ApiSettings
+from serve_app.config.serve_config import ConfigError
+from serve_app.protocol.key_account import KeyAccount
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+"""Seconds between two looks at the file."""
+
+
+class ApiKeys:
+    """The keys of one server."""
+
+    def __init__(self, settings: ApiSettings) -> None:
+        """Reads the file. Raises `ConfigError` where it cannot be read."""
+        self.are_needed = settings.needs_key
+        self._fixed = [
+            ApiKey(name=f"API_KEYS-{number}", sha256=sha256(key), created=0)
+            for number, key in enumerate(settings.fixed_keys, 1)
+        ]
+        self._accounts: dict[str, KeyAccount] = {}
+        self._path = None if settings.keys_file is None else Path(settings.keys_file).expanduser()
+        self._version: object = None
+        self._is_closed = threading.Event()
+        if self._path is None:
+            self._take(self._fixed)
+            return
+        self._version = self._current_version()
+        self._take([*self._fixed, *read_keys(self._path)])
+        threading.Thread(target=self._follow, name="api keys", daemon=True).start()
+
+    def find(self, key: str) -> KeyAccount | None:
+        """The account of `key`; None where the server does not accept it.
+
+        It is found by its hash, so the time that this takes says nothing about the keys.
+        """
+        return self._accounts.get(sha256(key))
+
+    @property
+    def accounts(self) -> list[KeyAccount]:
+        """One for each key."""
+        return list(self._accounts.values())
+
+    def close(self) -> None:
+        """Ends the thread that follows the file."""
+        self._is_closed.set()
+
+    def _take(self, keys: Iterable[ApiKey]) -> None:
+        keys = list(keys)
+        known = {account.key.name: account for account in self._accounts.values()}
+        accounts = {}
+        for key in keys:
+            account = known.get(key.name)
+            if account is None:
+                account = KeyAccount(key, is_alone=len(keys) == 1)
+            else:
+                account.update(key, is_alone=len(keys) == 1)
+            accounts[key.sha256] = account
+        self._accounts = accounts  # at once, because other threads read it
+
+    def _follow(self) -> None:
+        """Reads the file again after each change. Files of another machine have no events."""
+        assert self._path is not None
+        while not self._is_closed.wait(POLL_S):
+            if (version := self._current_version()) == self._version:
+                continue
+            try:
+                keys = read_keys(self._path)
+            except ConfigError as error:
+                log.error("The API keys stay as they were: %s", error)
+            else:
+                self._take([*self._fixed, *keys])
+                log.info("%s: %d API keys are accepted now.", self._path, len(self._accounts))
+            self._version = version
+
+    def _current_version(self) -> object:
+        assert self._path is not None
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            return error.errno
+        return found.st_mtime_ns, found.st_size, found.st_ino

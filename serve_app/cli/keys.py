@@ -1,0 +1,71 @@
+"""`mixtral-serve keys`: adds, lists and removes the API keys of a file."""
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+File = Annotated[Path, typer.Option("--file", "-f", help="The file that `api.keys_file` names.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for log and metrics.")]
+DEFAULT = Path("api-keys.json")
+
+app = typer.Typer(
+    help="API keys in a file, each with a name and limits. A running server follows the file.",
+    no_args_is_help=True,
+)
+
+
+@app.command()
+def add(
+    name: Name,
+    file: File = DEFAULT,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
+    tokens_per_minute: Annotated[
+        int | None,
+        typer.Option(min=1, help="Prompts and answers together.", show_default=False),
+    ] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(min=1, help="Requests at once.", show_default=False)
+    ] = None,
+    min_priority: Annotated[
+        int,
+        typer.Option(min=-1000, max=1000, help="The smallest `priority` its requests may have."),
+    ] = 0,
+) -> None:
+    """Make a key, write its hash to the file, and print the key. It is shown this once."""
+    from serve_app.config.key_file import KeyLimits, add_key
+
+    limits = KeyLimits(
+        requests_per_minute=requests_per_minute,
+        tokens_per_minute=tokens_per_minute,
+        max_concurrent=max_concurrent,
+        min_priority=min_priority,
+    )
+    print(add_key(file, name, limits))
+
+
+@app.command(name="list")
+def list_keys(file: File = DEFAULT) -> None:
+    """Show the names and limits of the keys."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from serve_app.config.key_file import read_keys
+
+    table = Table("name", "made", "requests/min", "tokens/min", "at once", "least priority")
+    for key in read_keys(file):
+        limits = key.requests_per_minute, key.tokens_per_minute, key.max_concurrent
+        made = time.strftime("%Y-%m-%d", time.gmtime(key.created))
+        shown = ["-" if limit is None else f"{limit:,}" for limit in limits]
+        table.add_row(key.name, made, *shown, str(key.min_priority))
+    Console().print(table)
+
+
+@app.command()
+def remove(name: Name, file: File = DEFAULT) -> None:
+    """Remove a key; a running server refuses it within seconds."""
+    from serve_app.config.key_file import remove_key
+
+    remove_key(file, name)
+    print(f"{file}: {name} is removed.")

@@ -1,0 +1,131 @@
+"""The file of API keys: their names, hashes and limits.
+
+It holds no key, only SHA-256 hashes. A plain hash is enough, because the keys are 256 random bits:
+nobody can try them all. The file is replaced as a whole, so a reader never sees a part of it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from serve_app.config.serve_config import ConfigError
+
+PREFIX = "sk-mixtral-"
+"""What a key begins with, so that a scanner finds keys in logs and repositories."""
+NUM_BYTES = 32
+
+
+class KeyLimits(BaseModel):
+    """What the holder of one key may use. None is no limit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    """Tokens of prompts and answers together."""
+    max_concurrent: int | None = Field(default=None, ge=1)
+    """Prompts whose answers are generated or wait at once."""
+    min_priority: int = Field(default=0, ge=-1000, le=1000)
+    """The smallest `priority` of its requests; smaller ones are raised to it."""
+
+
+class ApiKey(KeyLimits):
+    """One key of the file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")
+    """It is in logs and metrics; the key is not."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    created: int
+    """Unix seconds."""
+
+
+class _Contents(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keys: tuple[ApiKey, ...]
+
+
+def sha256(key: str) -> str:
+    """The hash by which a key is known."""
+    return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
+
+
+def read_keys(path: Path) -> tuple[ApiKey, ...]:
+    """The keys of the file. Raises `ConfigError` where it cannot be read."""
+    try:
+        return _Contents.model_validate_json(path.read_bytes()).keys
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "JSON"
+        raise ConfigError(f"{path}: is no file of keys: {where}: {first['msg']}.") from None
+
+
+def add_key(path: Path, name: str, limits: KeyLimits) -> str:
+    """Adds a new key, and makes the file if there is none; returns the key, which is kept nowhere.
+
+    Raises `ConfigError` where the name is taken or is no name.
+    """
+    key = PREFIX + secrets.token_urlsafe(NUM_BYTES)
+    with _locked(path):
+        keys = read_keys(path) if path.exists() else ()
+        if any(each.name == name for each in keys):
+            raise ConfigError(f"{path}: has a key {name!r} already; remove it first.")
+        try:
+            new = ApiKey(
+                name=name, sha256=sha256(key), created=int(time.time()), **limits.model_dump()
+            )
+        except ValidationError:
+            raise ConfigError(
+                f"{name!r} cannot be the name of a key: take up to 64 letters, digits and `._@-`."
+            ) from None
+        _write(path, (*keys, new))
+    return key
+
+
+def remove_key(path: Path, name: str) -> None:
+    """Removes a key. Raises `ConfigError` where there is none of this name."""
+    with _locked(path):
+        keys = read_keys(path)
+        left = [each for each in keys if each.name != name]
+        if len(left) == len(keys):
+            raise ConfigError(f"{path}: has no key {name!r}.")
+        _write(path, left)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Two commands at once do not lose each other's key."""
+    try:
+        folder = os.open(path.parent, os.O_RDONLY)
+    except OSError as error:
+        raise ConfigError(f"{path.parent}: cannot be opened ({error.strerror}).") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def _write(path: Path, keys: Iterable[ApiKey]) -> None:
+    contents = _Contents(keys=tuple(keys)).model_dump(exclude_defaults=True)
+    try:
+        # For this user alone: mkstemp gives mode 0600.
+        number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        with os.fdopen(number, "w", encoding="utf-8") as file:
+            file.write(json.dumps(contents, indent=1) + "\n")
+            file.flush()
+            os.fsync(number)
+        Path(name).replace(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from None

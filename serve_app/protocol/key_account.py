@@ -1,0 +1,85 @@
+"""KeyAccount: what the holder of one API key uses, and may still use."""
+
+import math
+from collections.abc import Callable
+
+from serve_app.config.key_file import ApiKey
+from serve_app.errors import RateLimited
+from serve_app.protocol.allowance import Allowance
+
+
+class KeyAccount:
+    """Counts and limits the requests of one key. Its limits hold for one replica."""
+
+    def __init__(self, key: ApiKey, *, is_alone: bool) -> None:
+        """`is_alone`: there is no other key, so nobody to share with."""
+        self.num_requests = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_running = 0
+        """Requests whose answers are generated or wait."""
+        self._requests: Allowance | None = None
+        self._tokens: Allowance | None = None
+        self.update(key, is_alone=is_alone)
+
+    def update(self, key: ApiKey, *, is_alone: bool) -> None:
+        """Takes over what the file of keys says now; a limit that has not changed goes on."""
+        self.key = key
+        self.group = "" if is_alone else key.name
+        """The engine shares its time between groups."""
+        self._requests = _kept(self._requests, key.requests_per_minute)
+        self._tokens = _kept(self._tokens, key.tokens_per_minute)
+
+    def take_request(self) -> Callable[[], None]:
+        """Counts a request that generates, as running until the returned function is called, which
+        may be called again. Raises `RateLimited` where a limit is used up."""
+        most = self.key.max_concurrent
+        if most is not None and self.num_running >= most:
+            raise RateLimited(
+                f"The API key {self.key.name!r} may have {most} requests at once; send this one "
+                "again when another has ended.",
+                retry_after_s=1,
+            )
+        for unit, allowance in self._allowances:
+            if (wait_s := allowance.wait_s()) > 0:
+                raise RateLimited(
+                    f"The API key {self.key.name!r} has used its {allowance.per_minute} {unit} a "
+                    "minute; send this request again after the seconds in the header Retry-After.",
+                    retry_after_s=math.ceil(wait_s),
+                )
+        self.num_requests += 1
+        if self._requests is not None:
+            self._requests.use(1)
+        self.num_running += 1
+        is_running = [True]
+
+        def end() -> None:
+            self.num_running -= bool(is_running)
+            is_running.clear()
+
+        return end
+
+    def use_tokens(self, num_prompt_tokens: int, num_generation_tokens: int) -> None:
+        """Counts tokens of prompts and of answers."""
+        self.num_prompt_tokens += num_prompt_tokens
+        self.num_generation_tokens += num_generation_tokens
+        if self._tokens is not None:
+            self._tokens.use(num_prompt_tokens + num_generation_tokens)
+
+    def headers(self) -> dict[str, str]:
+        """Response headers that tell the limits and what is left of them."""
+        found: dict[str, str] = {}
+        for unit, allowance in self._allowances:
+            found |= allowance.headers(unit)
+        return found
+
+    @property
+    def _allowances(self) -> list[tuple[str, Allowance]]:
+        both = ("requests", self._requests), ("tokens", self._tokens)
+        return [(unit, allowance) for unit, allowance in both if allowance is not None]
+
+
+def _kept(allowance: Allowance | None, per_minute: int | None) -> Allowance | None:
+    if per_minute is None or (allowance is not None and allowance.per_minute == per_minute):
+        return allowance if per_minute is not None else None
+    return Allowance(per_minute)

@@ -1,0 +1,80 @@
+"""The file of API keys, as the command writes it and the server reads it."""
+
+import json
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from serve_app.cli.commands import main
+from serve_app.config.key_file import KeyLimits, add_key, read_keys, remove_key, sha256
+from serve_app.config.serve_config import ConfigError
+
+NO_LIMITS = KeyLimits()
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "keys.json"
+
+
+def test_a_key_is_shown_once_and_never_stored(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command prints the key; the file, for its owner alone, and the list have its hash and
+    name."""
+    limits = ["--requests-per-minute", "60", "--tokens-per-minute", "9000", "--min-priority", "5"]
+    assert main(["keys", "add", "ann", "--file", str(path), *limits]) == 0
+    key = capsys.readouterr().out.strip()
+    assert key.startswith("sk-mixtral-")
+    assert len(key) > 50
+    assert key.removeprefix("sk-mixtral-") not in path.read_text()
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    (found,) = read_keys(path)
+    assert (found.name, found.sha256) == ("ann", sha256(key))
+    assert (found.requests_per_minute, found.tokens_per_minute) == (60, 9000)
+    assert (found.max_concurrent, found.min_priority) == (None, 5)
+    assert main(["keys", "list", "--file", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("ann", "60", "9,000", "5"))
+    assert main(["keys", "remove", "ann", "-f", str(path)]) == 0
+    assert read_keys(path) == ()
+
+
+def test_keys_that_are_added_at_once_are_all_kept(path: Path) -> None:
+    """Two administrators do not undo each other's work."""
+    with ThreadPoolExecutor(8) as threads:
+        keys = list(threads.map(lambda n: add_key(path, f"key{n}", NO_LIMITS), range(24)))
+    assert {each.sha256 for each in read_keys(path)} == set(map(sha256, keys))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "ü", "x" * 65, "a\n"])
+def test_a_name_is_fit_for_logs_and_metrics(path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be the name of a key"):
+        add_key(path, name, NO_LIMITS)
+    assert not path.exists()
+
+
+def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A name that is taken, one that is not there, a missing file and one of another form."""
+    add_key(path, "ann", NO_LIMITS)
+    with pytest.raises(ConfigError, match="has a key 'ann' already"):
+        add_key(path, "ann", NO_LIMITS)
+    with pytest.raises(ConfigError, match="has no key 'bob'"):
+        remove_key(path, "bob")
+    assert main(["keys", "list", "-f", str(path.with_name("absent"))]) == 1
+    assert "cannot be read (No such file or directory)" in capsys.readouterr().err
+    for contents in ("{", "[]", json.dumps({"keys": [{"name": "ann"}]}), '{"keys": [], "x": 1}'):
+        path.write_text(contents)
+        with pytest.raises(ConfigError, match="is no file of keys"):
+            read_keys(path)
+
+
+def test_check_reads_the_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A missing or broken file is told before anything starts."""
+    config = path.with_name("config.yaml")
+    tiny = Path("configs/tiny.yaml").read_text()
+    config.write_text(f"{tiny}      api:\n        keys_file: {path}\n")
+    assert main(["check", str(config)]) == 1
+    assert f"{path}: cannot be read" in capsys.readouterr().err

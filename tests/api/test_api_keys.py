@@ -129,7 +129,8 @@ def test_requests_at_once(http: httpx.Client, path: Path, serve: Any, stream: bo
     with http.stream(
         "POST", CHAT, json=ASK | {"stream": True}, headers={"x-api-key": key}
     ) as running:
-        next(running.iter_lines())
+        lines = running.iter_lines()  # without a reference, httpx closes the connection
+        next(lines)
         refused = asked(http, key, stream=stream)
         assert refused.status_code == 429
         assert "1 requests at once" in refused.json()["error"]["message"]

@@ -142,7 +142,7 @@ class InputProcessor:
             source = tool_grammar.source(tools, source)
         if source is not None:
             grammar = await self.grammars.compiled(source, begins_text=not continues)
-            params = replace(params, grammar=grammar)
+            params = replace(params, grammar=grammar.with_stops(params.stop_token_ids))
         if continues:
             self.engine.check(prompt_ids, params)
         if num_prompt_logprobs is not None:

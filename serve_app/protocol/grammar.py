@@ -31,14 +31,18 @@ MAX_ERROR_CHARS = 300
 class GrammarState:
     """A `Constraint` of the engine: the grammar behind the tokens of one answer so far."""
 
-    def __init__(self, matcher: "LLMatcher") -> None:
+    def __init__(self, matcher: "LLMatcher", stop_token_ids: Collection[int] = ()) -> None:
         self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
 
     def fill(self, allowed: NDArray[np.int32]) -> None:
         """See `Constraint`."""
         mask = np.frombuffer(self._matcher.compute_bitmask(), np.int32)
         # The tokenizer may have tokens beyond the model's vocabulary.
         allowed[:] = 0 if self.has_failed else mask[: len(allowed)]
+        if self._stop_token_ids and self._matcher.is_accepting():
+            for token_id in self._stop_token_ids:
+                allowed.view(np.uint32)[token_id // 32] |= np.uint32(1 << token_id % 32)
 
     def accept(self, token_id: int) -> None:
         """See `Constraint`."""
@@ -58,12 +62,17 @@ class GrammarState:
 class CompiledGrammar:
     """A `Grammar` of the engine."""
 
-    def __init__(self, matcher: "LLMatcher") -> None:
+    def __init__(self, matcher: "LLMatcher", stop_token_ids: Collection[int] = ()) -> None:
         self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
 
     def start(self) -> GrammarState:
         """The state before the first token; a copy takes some microseconds."""
-        return GrammarState(self._matcher.deep_copy())
+        return GrammarState(self._matcher.deep_copy(), self._stop_token_ids)
+
+    def with_stops(self, stop_token_ids: Collection[int]) -> "CompiledGrammar":
+        """The same grammar, in which these tokens too end an answer where it may end."""
+        return CompiledGrammar(self._matcher, stop_token_ids) if stop_token_ids else self
 
 
 class GrammarCompiler:

@@ -93,18 +93,18 @@ def _lark(content: dict[str, Any], space: str, marker_id: int | None) -> str:
     """The rules of an answer."""
     if marker_id is None:
         marker = f"{space} {_literal(MARKER + ' ')}"
-        text_and_marker = f"{space} marked"
+        text_and_marker = "marked"
     else:
         marker = f"<[{marker_id}]> {space}"
-        text_and_marker = f"({space} TEXT)? {marker}"
+        text_and_marker = f"TEXT? {marker}"
     if not content["calls"]:
-        starts = [f"{space} TEXT"]
+        starts = ["TEXT"]
     elif content["is_required"]:
         starts = [f"{marker} calls"]
     elif content["answer"] is not None:
         starts = [f"{space} @answer", f"{marker} calls"]
     else:
-        starts = [f"{space} TEXT", f"{text_and_marker} calls"]
+        starts = ["TEXT", f"{text_and_marker} calls"]
     more = "" if content["is_single"] else f' (", " call){{0,{MAX_CALLS - 1}}}'
     heads = [_literal(f'{{"name": "{call["name"]}", "arguments": ') for call in content["calls"]]
     call = " | ".join(f'{head} @args_{index} "}}"' for index, head in enumerate(heads))

@@ -204,6 +204,14 @@ def test_auto_is_the_default_and_may_answer_in_text(tiny: MixtralServer) -> None
     assert free == ask(tiny, tools=[WEATHER], tool_choice="auto")
 
 
+def test_stop_tokens_end_a_free_answer_with_tools(tiny: MixtralServer) -> None:
+    """`stop_token_ids` may be control tokens, which text with tools has not."""
+    how: dict[str, Any] = {"logit_bias": {"0": 100}, "stop_token_ids": [0]}
+    choice = ask(tiny, tools=[WEATHER], **how)
+    assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
+    assert calls(ask(tiny, tools=[WEATHER], tool_choice="required", **how, max_tokens=60))
+
+
 def test_an_answer_that_is_cut_ends_with_length(tiny: MixtralServer) -> None:
     """`max_tokens` in the middle of the arguments gives the pieces so far and `length`."""
     for max_tokens in range(24, 46):

@@ -215,3 +215,15 @@ def test_a_grammar_is_compiled_once() -> None:
     one, other = first.start(), first.start()
     follow(one, lambda ids: ids[0])
     assert (one.is_complete, other.is_complete) == (True, False)
+
+
+def test_stop_tokens_end_an_answer_where_it_may_end() -> None:
+    """A stop token of the request is allowed as the end of the grammar's text, and only there."""
+    compiler = GrammarCompiler(tokenizer().backend, VOCAB_SIZE, {EOS})
+    found = GrammarSource("regex", "(ab)*", "f")
+    whole = asyncio.run(compiler.compiled(found, begins_text=False))
+    state = whole.with_stops([5, 700]).start()
+    assert {EOS, 5, 700} <= set(allowed(state))
+    assert not {5, 700} & set(allowed(whole.start()))
+    state.accept(tokenizer().encode("xa", add_special_tokens=False)[-1])
+    assert not {EOS, 5, 700} & set(allowed(state))

@@ -55,6 +55,16 @@ def test_a_tool_token_begins_a_call(tool_tokenizer: Tokenizer, mode: Any) -> Non
     assert not set(found) & (set(range(3, 15)) - {begin})
 
 
+def test_a_free_answer_may_begin_with_any_text(tool_tokenizer: Tokenizer) -> None:
+    """With `auto` and `none` the first token is any text, or the end, as without a grammar."""
+    tokens = [
+        EOS,
+        *map(tool_tokenizer.backend.token_to_id, ("▁Hello", "Hello", "<0x0A>", "[", "▁[")),
+    ]
+    for mode in ("auto", "none"):
+        assert set(tokens) <= set(allowed(start(tool_tokenizer, ToolChoice(mode))))
+
+
 @pytest.fixture(scope="module")
 def begun(tool_tokenizer: Tokenizer, mixtral_tokenizer: Tokenizer) -> Any:
     """Answers of both kinds of checkpoint: before a required call, and behind a text and the marker

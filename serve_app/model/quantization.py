@@ -37,6 +37,15 @@ class Quantization:
         bfloat16, which changes no measured result and saves 1.5 GB for Mixtral 8x7B."""
         return replace(self, absmax="bfloat16") if self.absmax == "float32" else self
 
+    def on_device(self, device: str, dtype: str) -> "Quantization":
+        """How weights stored like this are held once the model is loaded.
+
+        On a GPU in bfloat16, nested absmax is turned into bfloat16, which the CUDA kernels read and
+        which takes 0.7 GB more for Mixtral 8x7B.
+        """
+        is_expanded = self.absmax == "nested" and (device, dtype) == ("cuda", "bfloat16")
+        return replace(self, absmax="bfloat16") if is_expanded else self
+
 
 def num_nested_groups(num_weights: int) -> int:
     """float32 scales that the absmax of a matrix of `num_weights` takes where it is nested.

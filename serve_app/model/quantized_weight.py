@@ -5,7 +5,9 @@ k and v; gate and up) are one matrix here. A checkpoint keeps them apart and has
 apart, which matters where absmax is nested: every part keeps its own scales and offset.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -69,6 +71,17 @@ class Codebook(_Storage):
         if quantization.absmax == "nested":
             values = torch.empty(NUM_NESTED_CODES, dtype=torch.float32)
             self.register_buffer("nested_code", values)
+
+
+def expand_absmax(codebook: Codebook, weights: Iterable["QuantizedWeight"]) -> None:
+    """Turns nested absmax into bfloat16: in `weights`, all that share `codebook`, and in it."""
+    if codebook.quantization.absmax != "nested":
+        return
+    for weight in weights:
+        weight.absmax = weight.bfloat16_absmax()
+        del weight.nested_absmax, weight.nested_offset
+    del codebook.nested_code
+    codebook.quantization = replace(codebook.quantization, absmax="bfloat16")
 
 
 class QuantizedWeight(_Storage):
@@ -141,6 +154,13 @@ class QuantizedWeight(_Storage):
                 absmax, nested = quantize_absmax(weight.absmax.float())
             self._load_nested(index, part, nested)
         self._part(self.absmax[index], part).copy_(self._by_turns(absmax))
+
+    def bfloat16_absmax(self) -> Tensor:
+        """absmax `[*stack, N, K / 64]` as numbers that multiply, computed a matrix at a time."""
+        made = torch.empty(self.absmax.shape, dtype=torch.bfloat16, device=self.absmax.device)
+        for index in product(*map(range, made.shape[:-2])):
+            made[index] = self.get(index).absmax
+        return made
 
     def to_tiles(self) -> None:
         """Reorders codes and absmax in place; absmax must be bfloat16. No weight is loaded then."""

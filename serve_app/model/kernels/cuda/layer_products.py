@@ -56,6 +56,7 @@ class TileUnpacker:
 
     def __init__(self, products: CudaProducts, other: Any) -> None:
         self._products, self._other = products, other
+        self._first: Tensor | None = None
 
     def __call__(self, weight: QuantizedWeight, index: Index) -> Tensor:
         """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
@@ -64,5 +65,6 @@ class TileUnpacker:
             return unpacked
         if isinstance(index, Tensor):
             return self._products.unpack(tiled(weight), index)
-        first = torch.zeros(1, dtype=torch.int64, device=weight.packed.device)
-        return self._products.unpack(tiled(weight), first)[0]
+        if self._first is None:
+            self._first = torch.zeros(1, dtype=torch.int64, device=weight.packed.device)
+        return self._products.unpack(tiled(weight), self._first)[0]

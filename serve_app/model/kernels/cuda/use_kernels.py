@@ -1,6 +1,7 @@
 """Decides whether a model's 4-bit products run in CUDA, and reorders the weights for them.
 
-The weights take the same memory in both orders, so nothing that was planned changes.
+The weights take the same memory in both orders. Nested absmax becomes bfloat16, which the plan of
+the memory counts (`Quantization.on_device`), whether the kernels are used or not.
 """
 
 import logging
@@ -18,7 +19,7 @@ from serve_app.model.kernels.cuda.launcher import Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
 from serve_app.model.kernels.unavailable import StepUnavailable
-from serve_app.model.quantized_weight import QuantizedWeight
+from serve_app.model.quantized_weight import QuantizedWeight, expand_absmax
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
@@ -45,6 +46,8 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
     try:
         if device.type != "cuda":
             raise StepUnavailable("they are for GPUs")
+        if model.embedding.dtype == torch.bfloat16:
+            hold_absmax_as_bfloat16(model)
         card = card_of(device)
         if card.capability < OLDEST:
             raise StepUnavailable("the GPU is older than compute capability 8.0")
@@ -68,6 +71,13 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
         f"NVRTC {compiler.version}; ready in {time.perf_counter() - began:.1f} s, within "
         f"{error:.1e} of plain torch"
     )
+
+
+def hold_absmax_as_bfloat16(model: "Mixtral") -> None:
+    """Turns nested absmax of all weights into bfloat16, whichever kernels read it then."""
+    if model.codebook is not None:
+        stored = [each for each in model.modules() if isinstance(each, QuantizedWeight)]
+        expand_absmax(model.codebook, stored)
 
 
 def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
@@ -114,8 +124,8 @@ def unfit(model: "Mixtral", card: Card) -> str | None:
         return "the weights are floats"
     if model.float_modules:
         return "some layers have experts or attention in floats beside 4 bits"
-    if codebook.quantization.absmax != "bfloat16":
-        return f"absmax is {codebook.quantization.absmax}, and they read bfloat16"
+    if codebook.quantization.absmax == "nested":
+        return "absmax is nested"
     if model.embedding.dtype != torch.bfloat16:
         return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.q_size

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from serve_app.model.batch import Batch
+from serve_app.model.checkpoint.loader import check_bytes
 from serve_app.model.kernels.cuda import use_kernels
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.layer_products import TileUnpacker
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
 from serve_app.model.kernels.cuda.use_kernels import (
+    hold_absmax_as_bfloat16,
     restore,
     try_kernels,
     unfit,
@@ -173,6 +175,21 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
     step = GpuStep.verified(model, cache_of(model), 2)
     assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
     assert equal(stored(model), before)
+
+
+def test_nested_absmax_becomes_bfloat16() -> None:
+    """In every weight and in the codebook; the logits change by the rounding of absmax alone, and
+    the bytes are those that the plan promises."""
+    nested = Quantization("nf4", "nested")
+    model = model_of(nested)
+    expected = logits(model)
+    hold_absmax_as_bfloat16(model)
+    assert model.codebook is not None
+    assert model.codebook.quantization == NF4 == nested.on_device("cuda", "bfloat16")
+    assert nested.on_device("cpu", "bfloat16") == nested.on_device("cuda", "float16") == nested
+    assert not [name for name, _ in model.named_buffers() if "nested" in name]
+    check_bytes(model, torch.bfloat16, NF4)
+    assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_a_prompt_of_several_answers_is_computed_once(
     enable_prefix_caching: bool, tokens: int
 ) -> None:
     """All but the last block of 4 tokens is shared, in whatever chunks, with and without caching;
-    without it no later request finds the prompt."""
+    without it no later request finds the prompt, be it one with several answers."""
     runner = FakeRunner()
     limits = {"enable_prefix_caching": enable_prefix_caching, "max_num_batched_tokens": tokens}
     with running(runner, **limits) as engine:
@@ -53,6 +53,9 @@ def test_a_prompt_of_several_answers_is_computed_once(
         run(complete(engine, PROMPT, greedy(1)))
         later = num_computed(runner, PROMPT) - (30 + 3 * 2)
         assert later == (2 if enable_prefix_caching else 30)
+        run(choices(engine, PROMPT, [greedy(1)] * 2))
+        others = num_computed(runner, PROMPT) - (30 + 3 * 2) - later
+        assert others == (2 + 2 if enable_prefix_caching else 30 + 2)
         assert engine.stats().num_used_blocks == 0
 
 

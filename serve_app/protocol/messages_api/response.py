@@ -13,7 +13,8 @@ def body(metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta) ->
     """The whole answer as a message."""
     content: list[JsonObject] = [{"type": "text", "text": whole.text}] if whole.text else []
     for call in joined(whole.tool_calls):
-        content.append(_tool_use(call.id, call.name, _input(call.arguments)))
+        if (value := _input(call.arguments)) is not None:
+            content.append(_tool_use(call.id, call.name, value))
     return _message(metadata, content, _usage(num_input_tokens, whole.num_tokens), _stop(whole))
 
 
@@ -99,12 +100,15 @@ def _tool_use(call_id: str, name: str, value: Any) -> JsonObject:
     return {"type": "tool_use", "id": own_id, "name": name, "input": value}
 
 
-def _input(arguments: str) -> JsonObject:
-    """The arguments of a call; `{}` where `max_tokens` has cut them, which are no JSON then."""
+def _input(arguments: str) -> JsonObject | None:
+    """The arguments of a call; None where `max_tokens` has cut them, so that they are no JSON.
+
+    A client would run a call with `{}` in their place.
+    """
     try:
         value: JsonObject = json.loads(arguments)
     except ValueError:
-        return {}
+        return None
     return value
 
 

@@ -6,6 +6,7 @@ from serve_app.protocol import values
 from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
 from serve_app.protocol.messages_api import response
 from serve_app.protocol.messages_api.request import CountTokensRequest, MessagesRequest
+from serve_app.protocol.tools import Tools
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -16,9 +17,9 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     request = await values.read(MessagesRequest.read, call.body)
     metadata = server.metadata(request.model, call)
     tools = request.offered_tools()
-    prompt_ids = await server.inputs.chat_ids(request.conversation, tools=tools)
+    prompt_ids = await _prompt_ids(server, request, tools)
     (answer,) = await server.inputs.answers(
-        call, request.sampling, prompt_ids, "messages", tools=tools
+        call, request.sampling, prompt_ids, "messages", tools=tools, continues=request.continues
     )
     if not request.stream:
         whole = await answer.whole()
@@ -30,5 +31,13 @@ async def count_tokens(server: "MixtralServer", call: Call) -> Reply:
     """The number of tokens of a prompt, as `create` counts them."""
     request = await values.read(CountTokensRequest.read, call.body)
     server.check_model(request.model)
-    prompt_ids = await server.inputs.chat_ids(request.conversation, tools=request.offered_tools())
+    prompt_ids = await _prompt_ids(server, request, request.offered_tools())
     return JsonReply({"input_tokens": len(prompt_ids)})
+
+
+async def _prompt_ids(
+    server: "MixtralServer", request: CountTokensRequest, tools: Tools | None
+) -> list[int]:
+    return await server.inputs.chat_ids(
+        request.conversation, continue_final_message=request.continues, tools=tools
+    )

@@ -149,6 +149,41 @@ def test_the_client_counts_tokens(endpoint: Endpoint) -> None:
     assert count.input_tokens == message.usage.input_tokens
 
 
+def test_a_last_message_of_the_assistant_is_continued(tiny_endpoint: Endpoint) -> None:
+    """The answer is what follows it, as with chat's `continue_final_message`."""
+    begun: Any = [*QUESTION, {"role": "assistant", "content": "2 + 3"}]
+    with tiny_endpoint.anthropic() as client, tiny_endpoint.client() as chat:
+        message = client.messages.create(**{**GREEDY, "messages": begun})
+        counted = client.messages.count_tokens(model="tiny", messages=begun)
+        with client.messages.stream(**{**GREEDY, "messages": begun}) as stream:
+            streamed = stream.get_final_text()
+        options = {"continue_final_message": True, "add_generation_prompt": False}
+        other = chat.chat.completions.create(
+            model="tiny", messages=begun, temperature=0, max_tokens=16, extra_body=options
+        )
+    (block,) = message.content
+    assert block.type == "text"
+    assert block.text == streamed == other.choices[0].message.content
+    assert block.text.startswith(" =")
+    assert other.usage is not None
+    assert other.usage.prompt_tokens == counted.input_tokens
+
+
+def test_cached_tokens_are_counted_apart(tiny_endpoint: Endpoint) -> None:
+    """The prompt's tokens are those of the cache and the others, whole and from the first event."""
+    long: Any = [{"role": "user", "content": "Name the colours of the rainbow, please. " * 4}]
+    with tiny_endpoint.anthropic() as client:
+        count = client.messages.count_tokens(model="tiny", messages=long).input_tokens
+        asked = {**ASKED, "messages": long, "max_tokens": 2}
+        first = client.messages.create(**asked).usage
+        again = client.messages.create(**asked).usage
+        start = next(iter(client.messages.create(**asked, stream=True)))
+    assert (first.input_tokens, first.cache_read_input_tokens) == (count, 0)
+    for usage in (again, start.message.usage):
+        assert usage.cache_read_input_tokens > 0
+        assert usage.input_tokens + usage.cache_read_input_tokens == count
+
+
 def test_sampling_fields_reach_the_engine(endpoint: Endpoint, http: httpx.Client) -> None:
     """The fields of the Messages API mean what their names in OpenAI's API mean."""
     engine = endpoint.serve()
@@ -198,7 +233,8 @@ def test_what_changes_nothing_passes(http: httpx.Client, fields: Any) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": ""}]}, "messages.0.content"),
         ({"messages": [{"role": "user", "content": 1}]}, "messages.0.content"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "It is"}]}, "messages"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": " "}]}, "messages"),
+        ({"messages": [{"role": "assistant", "content": "It is"}]}, "messages"),
         ({"system": [{"type": "image", "source": {}}]}, "system.0.type"),
         ({"temperature": 2.5}, "temperature"),
         ({"stop_sequences": [""]}, "stop_sequences"),

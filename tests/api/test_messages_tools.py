@@ -108,7 +108,7 @@ def test_a_call_that_is_asked_for_is_valid(
 
 def test_the_client_loops(tiny_endpoint: Endpoint) -> None:
     """A call is sent back with its result as the client holds it, and is answered; the tokens of
-    the prompt are those that `count_tokens` says."""
+    the prompt are those that `count_tokens` says, with those of the cache."""
     with tiny_endpoint.anthropic() as client:
         first = client.messages.create(**GREEDY, tool_choice={"type": "tool", "name": "now"})
         (call,) = first.content
@@ -122,7 +122,9 @@ def test_the_client_loops(tiny_endpoint: Endpoint) -> None:
         prompt: Any = {"model": "tiny", "messages": messages, "tools": [WEATHER, NOW]}
         count = client.messages.count_tokens(**prompt)
         answer = client.messages.create(**prompt, max_tokens=8)
-    assert answer.usage.input_tokens == count.input_tokens > first.usage.input_tokens
+    used = answer.usage
+    assert used.input_tokens + (used.cache_read_input_tokens or 0) == count.input_tokens
+    assert count.input_tokens > first.usage.input_tokens
 
 
 def test_the_prompt_is_that_of_chat(endpoint: Endpoint, http: httpx.Client) -> None:

@@ -9,7 +9,7 @@ from serve_app.protocol.fields import MAX_STOP_CHARS, AdaptedSampling, Body, Int
 from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
 from serve_app.protocol.messages_api import unsupported
-from serve_app.protocol.messages_api.content import Messages, System, conversation
+from serve_app.protocol.messages_api.content import Messages, System, conversation, joined
 from serve_app.protocol.messages_api.tools import Choice, OfferedTool, offered
 from serve_app.protocol.tools import MAX_TOOLS, ToolChoice, Tools
 
@@ -66,14 +66,23 @@ class CountTokensRequest(Body):
         return value
 
     @model_validator(mode="after")
-    def _ends_with_a_question(self) -> "CountTokensRequest":
-        if self.messages[-1].role != "user":
+    def _asks_something(self) -> "CountTokensRequest":
+        if not any(message.role == "user" for message in self.messages):
             raise InvalidRequest(
-                "The last of the `messages` should have the role user: an answer that is begun is "
-                "not continued.",
+                "`messages` should have at least one message of the role user.", param="messages"
+            )
+        if self.continues and not joined(self.messages[-1].content).strip():
+            raise InvalidRequest(
+                "The last of the `messages` is the assistant's and is continued: it should not be "
+                "empty.",
                 param="messages",
             )
         return self
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message, which is the assistant's."""
+        return self.messages[-1].role == "assistant"
 
     @property
     def conversation(self) -> list[Message]:

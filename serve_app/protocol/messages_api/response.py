@@ -15,7 +15,7 @@ def body(metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta) ->
     for call in joined(whole.tool_calls):
         if (value := _input(call.arguments)) is not None:
             content.append(_tool_use(call.id, call.name, value))
-    return _message(metadata, content, _usage(num_input_tokens, whole.num_tokens), _stop(whole))
+    return _message(metadata, content, _usage(num_input_tokens, whole), _stop(whole))
 
 
 class MessageEvents:
@@ -40,7 +40,7 @@ class MessageEvents:
         events: list[JsonObject] = []
         if not self._has_begun:
             self._has_begun = True
-            usage = _usage(self._num_input_tokens, 0)
+            usage = {**_usage(self._num_input_tokens, delta), "output_tokens": 0}
             message = _message(self._metadata, [], usage, _NOT_STOPPED)
             events += [{"type": "message_start", "message": message}, {"type": "ping"}]
         if delta.text:
@@ -51,7 +51,7 @@ class MessageEvents:
             events += self._call(piece)
         if delta.finish_reason is not None:
             events += self._end()
-            usage = _usage(self._num_input_tokens, delta.num_tokens)
+            usage = _usage(self._num_input_tokens, delta)
             events.append({"type": "message_delta", "delta": _stop(delta), "usage": usage})
             events.append({"type": "message_stop"})
         return events
@@ -126,10 +126,11 @@ def _message(
     }
 
 
-def _usage(num_input_tokens: int, num_output_tokens: int) -> dict[str, int]:
+def _usage(num_input_tokens: int, so_far: TextDelta) -> dict[str, int]:
+    """Anthropic counts tokens that were found in the cache apart from `input_tokens`."""
     return {
-        "input_tokens": num_input_tokens,
+        "input_tokens": num_input_tokens - so_far.num_cached_tokens,
         "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": 0,
-        "output_tokens": num_output_tokens,
+        "cache_read_input_tokens": so_far.num_cached_tokens,
+        "output_tokens": so_far.num_tokens,
     }

@@ -14,7 +14,8 @@ MAX_BODY_ON_LOOP = 100_000
 """Bytes; larger bodies are parsed in a thread, one after the other, as are all packed ones."""
 
 NUM_LARGEST = 8
-"""Bodies of the largest allowed size that may arrive at once; smaller ones count by their bytes."""
+"""Bodies of the largest allowed size that may be here at once; smaller ones count by their bytes,
+but those of up to `MAX_BODY_ON_LOOP` are never refused for it."""
 MAX_VALUES = 1_000_000
 """Values of one body, by their cost for the parser, which holds Python's lock meanwhile: it takes
 some 50 ns for a number or a short string, and 50 ms for as many as are allowed."""
@@ -66,7 +67,8 @@ class BodyReader:
                 self._num_bytes += len(part)
                 if held > self._max_bytes:
                     raise _too_large(self._max_bytes)
-                self._require_room()
+                if held > MAX_BODY_ON_LOOP:
+                    self._require_room()
                 parts.append(part)
             body = b"".join(parts)
             if encoding in _WINDOW_BITS or len(body) > MAX_BODY_ON_LOOP:

@@ -31,9 +31,10 @@ def test_one_body_that_is_too_large_is_said_so_however_it_arrives() -> None:
 
 
 def test_bodies_that_arrive_at_once_have_a_bound() -> None:
-    """While the largest bodies fill the bound, one byte more is refused for a while; when they are
-    parsed, it is taken."""
+    """While the largest bodies fill the bound, another large one is refused for a while and a small
+    one is taken; when they are parsed, a large one is taken."""
     reader = BodyReader(MAX_BYTES, 7)
+    large = b"[%s1]" % (b" " * MAX_BODY_ON_LOOP)
 
     async def ask() -> None:
         ends = asyncio.Event()
@@ -45,11 +46,12 @@ def test_bodies_that_arrive_at_once_have_a_bound() -> None:
         reading = [asyncio.create_task(reader.read({}, held())) for _ in range(NUM_LARGEST)]
         await asyncio.sleep(0)
         with pytest.raises(QueueFull) as raised:
-            await reader.read({}, whole(b"1"))
+            await reader.read({}, whole(large))
         assert raised.value.retry_after_s == 7
+        assert await reader.read({}, whole(b"[", b"1]")) == [1]
         ends.set()
         assert await asyncio.gather(*reading) == [None] * NUM_LARGEST
-        assert await reader.read({}, whole(b"[", b"1]")) == [1]
+        assert await reader.read({}, whole(large)) == [1]
 
     asyncio.run(ask())
 

@@ -81,6 +81,8 @@ def _configure() -> None:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+    # With Ray's 15, any other process of the machine goes before the replica and HAProxy.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "1")
     os.environ.setdefault("RAY_enable_worker_prestart", "1")
     os.environ.setdefault("RAY_num_workers_soft_limit", str(head.NUM_WORKERS))

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.api.test_http_1_0 import old_client
@@ -45,6 +46,14 @@ def test_haproxys_files_are_for_this_user_alone(run: Run) -> None:
     found = re.search(r"-f (/tmp/mixtral-[^/]+)/", line)
     assert found, line
     assert Path(found[1]).stat().st_mode & 0o777 == 0o700
+
+
+def test_no_other_program_goes_before_the_server(run: Run) -> None:
+    """The replica and HAProxy have the priority with which the server was started."""
+    process, _ = run
+    (proxy,) = haproxys(process.pid)
+    nice = {psutil.Process(pid).nice() for pid in (process.pid, replica_of(process.pid), proxy)}
+    assert len(nice) == 1
 
 
 @pytest.mark.parametrize("stream", [True, False])

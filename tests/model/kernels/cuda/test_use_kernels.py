@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -211,3 +212,14 @@ def test_each_kernel_is_in_the_trial() -> None:
     for product in OUTPUTS:
         tried = {token_tiles_of(product, tokens) for tokens in TRIED_TOKENS}
         assert tried == set(variants(product, CARD))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_they_run_on_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled, kept in the folder, and in agreement with plain torch, every one of them."""
+    monkeypatch.setattr(use_kernels, "TRIED_TOKENS", TRIED_TOKENS)
+    config = replace(config_of(tiny=True, layers=1), **SMALLEST)  # type: ignore[arg-type]
+    model = random_model(config, NF4, torch.bfloat16, torch.device("cuda"))
+    assert use_cuda_kernels(model, tmp_path).startswith("4-bit products run in CUDA kernels")
+    assert len(list(tmp_path.iterdir())) == 12

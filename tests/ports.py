@@ -1,9 +1,11 @@
 """What listens in each way of starting, and what guards it: the table in docs/security.md."""
 
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 
 from tests.listening import LIMIT_S, is_local, listening, only_shows_figures, refuses
 
@@ -12,16 +14,19 @@ Port = tuple[str, str, str]
 """Process; `loopback` or `open`; guard: `key`, `token`, `figures` or `none`."""
 
 
+def undocumented(pid: int, way: str) -> set[Port]:
+    """What listens, or is guarded, otherwise than the page's column `way` says."""
+    return observed(pid) - documented(way)
+
+
 def documented(way: str) -> set[Port]:
     """The rows of the page's table for one column, such as "`serve run`"."""
-    header, _, *lines = re.findall(r"^\|.*\|$", PAGE.read_text().split("## Ports")[1], re.M)
-    names = cells(header)
+    table = PAGE.read_text().split("## Ports")[1].partition("\n\n|")[2].partition("\n\n")[0]
+    header, _, *lines = table.splitlines()
     found = set()
     for line in lines:
-        row = dict(zip(names, cells(line), strict=True))
-        if not line.startswith("| `"):
-            break  # another table
-        for where in re.findall(r"loopback|open", row[way]):
+        row = dict(zip(cells(header), cells(line), strict=True))
+        for where in re.findall("loopback|open", row[way]):
             found.add((row["process"].strip("`"), where, row["guard"]))
     return found
 
@@ -31,13 +36,17 @@ def cells(line: str) -> list[str]:
 
 
 def observed(pid: int) -> set[Port]:
-    """Every listening socket of a server, which has an API key and a token, by what it refuses."""
+    """Every listening socket of a server that has a key and a token, by what it refuses."""
     found = set()
     for process, address, port in listening(pid):
-        # `ray::ServeReplica:mixtral:mixtral`, `ray::ServeController.listen_for_change`
-        name = re.split(r"(?<!:):(?!:)|\.", process.name())[0]
         where = "loopback" if is_local(address) else "open"
-        found.add((name, where, guard(address, port)))
+        # Serve replaces HAProxy, and Ray ends processes without work.
+        with suppress(psutil.NoSuchProcess):
+            guarded = guard(address, port)
+            # `ray::ServeReplica:mixtral:mixtral`, `ray::ServeController.listen_for_change`
+            name = re.match(r"(ray::)?[^:.]*", process.name())
+            assert name
+            found.add((name[0], where, guarded))
     return found
 
 

@@ -17,6 +17,7 @@ import pytest
 from tests.api.test_http_1_0 import old_client
 from tests.cli.test_commands import served
 from tests.listening import listening, open_to_strangers
+from tests.ports import undocumented
 from tests.processes import descendants, replica_of
 from tests.settled import left_behind
 from tests.test_http import ask_and_leave, check_ids, ended, running, wait_until_idle
@@ -103,6 +104,12 @@ def test_no_port_takes_calls_from_other_machines(run: Run) -> None:
         "ray::ServeReplica",
     }
     assert open_to_strangers(process.pid) == []
+
+
+def test_ports_are_as_the_page_says(tmp_path: Path) -> None:
+    """With a key, each port is where docs/security.md says, and has the guard that it says."""
+    with served(tmp_path, API_KEYS="k" * 16) as (process, _):
+        assert undocumented(process.pid, "`mixtral-serve run`") == set()
 
 
 def test_headers_for_serve_have_no_effect(run: Run) -> None:

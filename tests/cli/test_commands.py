@@ -142,14 +142,14 @@ def test_convert_prints_a_line_per_file(tmp_path: Path, capsys: pytest.CaptureFi
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+def served(folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """`mixtral-serve run` with the tiny model once it serves, and its URL; nothing of it stays."""
     port = free_port()
     (folder / "tiny.yaml").write_text(on_port(port))
     with (
         (folder / "log").open("wb") as log,
         subprocess.Popen(
-            [*COMMAND, "run", "tiny.yaml"], cwd=folder, env=bare(folder), stderr=log
+            [*COMMAND, "run", "tiny.yaml"], cwd=folder, env=bare(folder) | variables, stderr=log
         ) as process,
     ):
         url = f"http://127.0.0.1:{port}"

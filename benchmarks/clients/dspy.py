@@ -3,7 +3,13 @@
 from typing import Any, Literal
 
 import dspy
-import litellm
+from dspy.lm15 import (
+    AccessPolicy,
+    ModelSupport,
+    OpenAIChatCompat,
+    ProviderDefinition,
+    register_provider,
+)
 
 from benchmarks.clients.features import Server, feature, main
 from benchmarks.clients.weather import TEXT, Weather
@@ -56,9 +62,13 @@ def predict_typed(server: Server) -> None:
 
 @feature
 def json_adapter(server: Server) -> None:
-    # litellm has to know that this model takes a schema; else the adapter asks for any JSON.
-    litellm.register_model({f"hosted_vllm/{server.model}": {"supports_response_schema": True}})
-    with dspy.context(lm=model(server, "hosted_vllm"), adapter=dspy.JSONAdapter()):
+    # The adapter asks for any JSON unless the model is declared to take a schema.
+    declared = ProviderDefinition.chat(
+        AccessPolicy(provider="mixtral", env_keys=(), base_url=server.v1),
+        compat=OpenAIChatCompat.preset("vllm"),
+    )
+    register_provider(declared, supports=ModelSupport(response_schema=True))
+    with dspy.context(lm=model(server, "mixtral"), adapter=dspy.JSONAdapter()):
         assert isinstance(dspy.Predict(Forecast)(question=TEXT).weather, Weather)
 
 

@@ -13,6 +13,7 @@ from pydantic_ai.providers.vllm import VLLMProvider
 from benchmarks.clients.features import Server, feature, main
 from benchmarks.clients.weather import TEXT, Weather, get_weather
 
+FEW = ModelSettings(max_tokens=300, parallel_tool_calls=False)
 SETTINGS = ModelSettings(max_tokens=300, temperature=0, parallel_tool_calls=False)
 
 
@@ -28,7 +29,7 @@ def responses_model(server: Server) -> OpenAIResponsesModel:
 
 def anthropic_model(server: Server) -> AnthropicModel:
     provider = AnthropicProvider(base_url=server.url, api_key=server.key)
-    return AnthropicModel(server.model, provider=provider, settings=ModelSettings(max_tokens=300))
+    return AnthropicModel(server.model, provider=provider, settings=FEW)
 
 
 def typed(model: Any, output: Any = Weather) -> None:

@@ -161,7 +161,7 @@ BAD: list[tuple[str, Any, int, str | None]] = [
     ("/v1/chat/completions", b"[]", 400, None),
     ("/v1/chat/completions", {"messages": "Hello"}, 400, "messages"),
     ("/v1/chat/completions", {"messages": HELLO, "colour": 1}, 400, "colour"),
-    ("/v1/chat/completions", {"messages": HELLO, "tools": [{}]}, 400, "tools"),
+    ("/v1/chat/completions", {"messages": HELLO, "tools": [{}]}, 400, "tools.0.type"),
     ("/v1/chat/completions", {"messages": [{"role": "system", "content": "a"}]}, 400, "messages"),
     ("/v1/chat/completions", {"messages": HELLO, "model": "gpt"}, 404, "model"),
     ("/prompt", {"prompt": ""}, 400, "prompt"),

@@ -55,6 +55,14 @@ def test_a_response_is_one_of_openais_models(http: httpx.Client) -> None:
     assert {name: getattr(response, name) for name in given} == given
 
 
+def test_vllms_ignore_eos_passes(http: httpx.Client, endpoint: Endpoint) -> None:
+    """Load generators send it, so that all answers have the same length."""
+    engine = endpoint.serve()
+    assert http.post(PATH, json={**ASKED, "ignore_eos": True, "stop": None}).status_code == 200
+    assert http.post(PATH, json=ASKED).status_code == 200
+    assert [params.ignore_eos for _, params in engine.requests] == [True, False]
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 @pytest.mark.parametrize("text", ["Hello there.", ""])
 def test_events_are_openais_models_in_order(

@@ -75,7 +75,7 @@ def test_the_banner_says_what_is_served(client: Client, tiny_worker: Worker) -> 
         "Volume: none is mounted at ",
         "GPU: ",
         "Endpoints: /health, ",
-        "/v1/chat/completions, /v1/completions, /prompt",
+        "/v1/chat/completions, /v1/completions, /v1/responses, /v1/messages, ",
         "GPU memory threshold: ",
         "Prompt limit: ",
         "Concurrency: 96 jobs",

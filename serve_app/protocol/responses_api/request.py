@@ -75,6 +75,8 @@ class ResponsesRequest(Body):
     max_output_tokens: Integer | None = Field(default=None, ge=1)
     temperature: float = Field(default=1.0, ge=0, le=2, allow_inf_nan=False)
     top_p: float = Field(default=1.0, ge=0, le=1, allow_inf_nan=False)
+    ignore_eos: bool = False
+    """vLLM's field, which load generators send."""
     text: TextConfig = TextConfig()
     tools: list[OfferedTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Any = "auto"
@@ -115,6 +117,7 @@ class ResponsesRequest(Body):
             if name in self.model_fields_set
         }
         given |= {"max_tokens": self.max_output_tokens, "limit_field": "max_output_tokens"}
+        given["ignore_eos"] = self.ignore_eos
         if self.text.format is not None:
             given["source"] = self.text.format.source
         return AdaptedSampling.model_validate(given)

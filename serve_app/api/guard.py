@@ -34,8 +34,9 @@ BODY_S = 30.0
 """Seconds that any body may take."""
 MIN_BODY_BYTES_PER_S = 50_000
 """Least rate of a body that takes longer: each such number of bytes gives it another second."""
-SMALL_BODY_BYTES = 65_536
-"""A body up to this size that nobody has read does not end its connection."""
+SMALL_BODY_BYTES = 8_192
+"""A body up to this size that nobody has read does not end its connection: HAProxy has all of it,
+so its connection is not held by a client that sends no more."""
 LARGE_BYTES_PER_S = 30_000_000
 """Bytes of all bodies together after the first `SMALL_BODY_BYTES` of each. More would take the
 event loop the time that answers need."""

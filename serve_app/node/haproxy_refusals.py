@@ -6,9 +6,10 @@ refuses what would generate and goes beyond the places of the queue, before it r
 
 The replica tells the number of places (`PLACES`, a header of its `/ping` and of its refusals). As
 many requests may be under way at once for each replica. Connections and places are not the same: a
-body that is half sent has a connection and no place. The engine's queue alone decides what is full,
-so one more request asks the replica every `ASK_EVERY_US`. If the replica refuses it, the queue is
-full, and the next request asks after a time in which few places become free, at most a second.
+large body that is half sent has a connection and no place (a small one waits in HAProxy). The
+engine's queue alone decides what is full, so one more request asks the replica every
+`ASK_EVERY_US`. If the replica refuses it, the queue is full, and the next request asks after a time
+in which few places become free, at most a second.
 
 `Retry-After` gives the refused requests one turn after another, as `engine/retry_after.py` does.
 
@@ -33,8 +34,11 @@ PATHS = (
 """Routes that take a place in the engine's queue."""
 MAX_WAIT_US = 60_000_000
 """Longest `Retry-After`."""
-ASK_EVERY_US = 10_000
+ASK_EVERY_US = 1_000
 """Microseconds between requests that ask, while the replica refuses none of them."""
+BODY_S = 30
+"""Seconds in which a body, or its first 15 kB, must be here; until then it waits in HAProxy, where
+it takes nothing of the limit."""
 
 # Expressions for the answer to a refused request.
 RETRY_AFTER = "%[var(txn.wait_s)]"
@@ -52,6 +56,7 @@ def rules(backend: str, refusal: str) -> list[str]:
         *_decision(backend),
         *_ids_and_turn(),
         f"http-request return {refusal} if is_refused",
+        f"http-request wait-for-body time {BODY_S}s",
         f"http-request del-header {REFUSED}",
         f"http-request set-header {REFUSED} %[var(proc.num_refused,0)] if generates",
         "http-request set-var(proc.num_refused) int(0) if generates",
@@ -93,6 +98,9 @@ def _ids_and_turn() -> list[str]:
         f" if is_refused {{ var(proc.turn),sub(txn.now) gt {MAX_WAIT_US} }}",
         "http-request set-var(txn.wait_s) var(proc.turn),sub(txn.now),add(999999),div(1000000)"
         " if is_refused",
+        # Other threads may have taken their turns meanwhile.
+        f"http-request set-var(txn.wait_s) int({MAX_WAIT_US // 1_000_000})"
+        f" if is_refused {{ var(txn.wait_s),sub({MAX_WAIT_US // 1_000_000}) gt 0 }}",
         "http-request set-var(txn.wait_s) var(proc.min_s)"
         " if is_refused { var(txn.wait_s),sub(proc.min_s) lt 0 }",
         "http-request set-var(proc.num_refused) var(proc.num_refused,0),add(1) if is_refused",

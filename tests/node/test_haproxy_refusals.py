@@ -1,10 +1,9 @@
 """HAProxy refuses by itself what goes beyond the places that a replica has told."""
 
-import socket
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler
 from typing import Any
 
@@ -185,21 +184,36 @@ def test_places_that_become_free_are_taken(full: None, engine: Engine, http: htt
     until(lambda: http.post("/prompt").status_code == 200)
 
 
+def half_sent(server: Server, stack: ExitStack, path: bytes, size: int) -> None:
+    """As many requests as there are places, each with `size` bytes of a longer body."""
+    head = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (path, size + 1)
+    for _ in range(NUM_PLACES):
+        stack.enter_context(server.connect()).sendall(head + b"{" * size)
+
+
+@pytest.mark.parametrize("path", [b"/prompt", b"/ping"])
+def test_half_sent_bodies_take_nothing_of_the_limit(
+    server: Server, engine: Engine, http: httpx.Client, path: bytes
+) -> None:
+    """They wait in HAProxy, so that others need not ask: each request is answered at once."""
+    http.get("/ping")
+    engine.released.set()
+    with ExitStack() as stack:
+        half_sent(server, stack, path, 1000)
+        for _ in range(50):
+            assert http.post("/prompt").status_code == 200
+
+
 def test_connections_without_a_place_shut_nobody_out(
     server: Server, engine: Engine, http: httpx.Client
 ) -> None:
-    """Beside as many half-sent bodies as there are places, others are answered."""
+    """Half-sent bodies that HAProxy cannot hold are more than the places: others still pass."""
     http.get("/ping")
     engine.released.set()
-    half = b"POST /prompt HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\n{"
-    opened: list[socket.socket] = []
-    for _ in range(NUM_PLACES):
-        opened.append(server.connect())
-        opened[-1].sendall(half)
-    for _ in range(10):
-        until(lambda: http.post("/prompt").status_code == 200)
-    for connection in opened:
-        connection.close()
+    with ExitStack() as stack:
+        half_sent(server, stack, b"/prompt", 100_000)
+        for _ in range(10):
+            until(lambda: http.post("/prompt").status_code == 200)
 
 
 def test_without_a_number_nothing_is_refused(

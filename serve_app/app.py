@@ -25,11 +25,14 @@ from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
+from serve_app.machine.ports import LOOPBACK
 from serve_app.start_plan.device import choose_device
 from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+log = logging.getLogger(__name__)
 
 Load = Callable[..., Loaded]
 """Called with the settings and the load log, and with the keyword `plan` where there is one."""
@@ -110,6 +113,8 @@ def _replica_class(load: Load) -> type[Any]:
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
+            import ray
+
             from serve_app.api import early_answer
 
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
@@ -118,6 +123,9 @@ def _replica_class(load: Load) -> type[Any]:
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
             early_answer.serves(self)
+            if not settings.api.needs_key and ray.is_initialized():
+                # A thread, because Serve's controller is asked.
+                threading.Thread(target=warn_if_open, name="exposure", daemon=True).start()
             # What the load has made stays until the end. Looking through it for garbage took 350 ms
             # of every thread, whenever a large answer had made many objects.
             gc.freeze()
@@ -131,6 +139,25 @@ def _replica_class(load: Load) -> type[Any]:
                 raise
 
     return Replica
+
+
+def warn_if_open() -> None:
+    """Logs a warning where other machines can send requests to a server without API keys.
+
+    Under `serve run` nobody else does; `mixtral-serve run` says it before the load, too.
+    """
+    from ray.serve.context import _get_global_client
+
+    options = _get_global_client().http_config
+    is_here = str(options.host).startswith(LOOPBACK)
+    is_served = str(options.location).rpartition(".")[2] not in ("Disabled", "NoServer")
+    if is_served and not is_here:
+        log.warning(
+            "Every machine that reaches %s:%d can send requests WITHOUT an API key. Set API_KEYS "
+            "in the environment, or `http_options.host: 127.0.0.1` in the configuration.",
+            options.host,
+            options.port,
+        )
 
 
 def exit_soon() -> None:

@@ -2,11 +2,14 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.serve._private.client import ServeControllerClient
+from ray.serve.config import HTTPOptions, ProxyLocation
 
-from serve_app.app import application, build_app
+from serve_app.app import application, build_app, warn_if_open
 from serve_app.config.settings import Settings
 from serve_app.start_plan.plan import plan_start
 
@@ -121,3 +124,30 @@ def test_the_plan_crosses_ray_with_the_deployment() -> None:
     settings = Settings.from_yaml("configs/tiny.yaml")
     plan = plan_start(settings)
     assert application(settings, plan=plan)._bound_deployment.init_args == (settings, plan)
+
+
+@pytest.mark.parametrize(
+    ("host", "location", "is_warned"),
+    [
+        ("0.0.0.0", ProxyLocation.HeadOnly, True),
+        ("::", ProxyLocation.EveryNode, True),
+        ("127.0.0.1", ProxyLocation.HeadOnly, False),
+        ("0.0.0.0", ProxyLocation.Disabled, False),
+    ],
+)
+def test_an_open_server_without_keys_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    host: str,
+    location: ProxyLocation,
+    is_warned: bool,
+) -> None:
+    """Under `serve run` the replica's log says it; not where no other machine can send requests."""
+    options = SimpleNamespace(host=host, port=8000, location=location)
+    client = SimpleNamespace(http_config=options)
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda: client)
+    with caplog.at_level("WARNING"):
+        warn_if_open()
+    assert ("WITHOUT an API key" in caplog.text) is is_warned
+    assert hasattr(ServeControllerClient, "http_config")
+    assert vars(options).keys() <= HTTPOptions.model_fields.keys()

@@ -8,6 +8,9 @@ import psutil
 
 from serve_app.config.serve_config import ConfigError
 
+LOOPBACK = ("127.", "localhost", "::1")
+"""How addresses begin that only this machine can reach."""
+
 
 def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
     """A socket that listens on `host`:`port`; raises a `ConfigError` that names setting `name`."""

@@ -13,6 +13,7 @@ from serve_app.api.routes import ROUTES
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.machine.gpus import MIB, NoGpus, query_gpus
+from serve_app.machine.ports import LOOPBACK
 from serve_app.machine.volume import (
     is_mounted,
     nearest_existing,
@@ -21,8 +22,6 @@ from serve_app.machine.volume import (
 )
 
 RULE = "=" * 72
-LOOPBACK = ("127.", "localhost", "::1")
-"""How addresses begin that only this machine can reach."""
 
 
 def banner(

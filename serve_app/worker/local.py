@@ -113,6 +113,9 @@ def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, 
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended
             log.info("Interrupted; the job is not answered.")
+            # Serve's router has tasks in a thread of its own, which fail while Ray ends.
+            for name in ("asyncio", "ray.serve"):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
         finally:
             ray_node.stop()
     # A thread of Ray's may still wait for a process that is ended, and Python for that thread.

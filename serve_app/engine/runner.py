@@ -18,7 +18,7 @@ class SampledTokens(NamedTuple):
     seconds: float = 0.0
     """How long the device worked on the step; 0 where a runner does not measure it."""
     prompt_logprobs: Collection[tuple[Sequence, PromptLogprobs]] = ()
-    """Of the prompts that the step has scored."""
+    """What the step has scored, with the sequence of each prompt."""
 
 
 class InFlightStep(Protocol):

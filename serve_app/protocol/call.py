@@ -102,7 +102,7 @@ class TextReply:
     text: str
     media_type: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    """Of its HTTP response, beside those of every response."""
+    """The HTTP response has these beside those of every response."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,8 @@ class KeyAccount:
 
 
 def _kept(allowance: Allowance | None, per_minute: int | None) -> Allowance | None:
-    if per_minute is None or (allowance is not None and allowance.per_minute == per_minute):
-        return allowance if per_minute is not None else None
+    if per_minute is None:
+        return None
+    if allowance is not None and allowance.per_minute == per_minute:
+        return allowance
     return Allowance(per_minute)

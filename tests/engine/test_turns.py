@@ -99,7 +99,7 @@ def test_a_group_never_takes_all_places(num_places: int, wanted: list[str]) -> N
 
 @pytest.mark.parametrize(("num_groups", "expected"), [(1, 40), (2, 24), (5, 11)])
 def test_greedy_groups_leave_room_for_another(num_groups: int, expected: int) -> None:
-    """Of 60 places, each of k groups gets at most 2 / (2k + 1), and one is left for a new group."""
+    """Each of k groups gets at most 2 / (2k + 1) of 60 places, and one is left for a new group."""
     queue = RequestQueue(20, 40, 1)
     taken: Counter[str] = Counter()
     for number in range(500):

@@ -33,7 +33,7 @@ class MessageEvents:
         self._open: str | None = None
         """The type of the content block that is open."""
         self._index = -1
-        """Of the last content block that was begun."""
+        """The number of the content block that was begun last."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The events for `delta`; none where it adds nothing."""

@@ -31,7 +31,7 @@ class ResponseEvents:
         self._item: JsonObject | None = None
         """The item that is under way, as it was added."""
         self._pieces: list[str] = []
-        """Of its text or of its arguments."""
+        """What has come of its text or its arguments."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The events for `delta`; none where it adds nothing."""

@@ -34,9 +34,9 @@ class Grid:
 
     blocks: int
     threads: int
-    """Of each block."""
+    """Threads of each block."""
     shared_bytes: int
-    """Of each block."""
+    """Shared memory of each block."""
 
 
 class Kernel:

@@ -68,7 +68,7 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
 
 
 def instructions_per_weight(listing: str, token_tiles: int) -> float:
-    """Of the loop with the most matrix products; each multiplies 8 weights of every lane."""
+    """Counts the loop with the most matrix products; each multiplies 8 weights of every lane."""
     code, labels, best = list[str](), dict[str, int](), (0, 0)
     for line in listing.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):

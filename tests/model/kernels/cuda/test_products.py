@@ -99,7 +99,7 @@ def test_an_expert_may_have_more_tokens_than_a_pass(
 
 
 def test_a_token_has_the_same_bits_in_any_batch(make: Make, matrices: dict[str, Matrices]) -> None:
-    """Of batches with the same kernel, whatever else they hold."""
+    """The batches have the same kernel; what else they hold changes nothing."""
     products, weight = make(CARDS["H200"]), matrices[DENSE].tiled
     x = torch.randn(40, K, generator=torch.Generator().manual_seed(0)).bfloat16()
     for whole, alone in ((slice(0, 8), slice(5, 6)), (slice(0, 40), slice(20, 40))):

@@ -67,6 +67,7 @@ def _start(arguments: list[str]) -> int:
     # requests finish.
     signal.signal(signal.SIGTERM, _end_before_jobs)
 
+    from serve_app.config.log_format import use_log_format
     from serve_app.config.settings import ConfigError, EntrySettings
     from serve_app.worker import job_log, local, local_handler
 
@@ -82,6 +83,7 @@ def _start(arguments: list[str]) -> int:
         )
 
     entry = EntrySettings.from_environment()
+    use_log_format(entry.serve_config)
     job = local.find(given.test_input, entry)
     if given.answer_lines or job is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from serve_app.config import serve_config
+from serve_app.config.log_format import use_json
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead
 from serve_app.loading import load as loading
@@ -120,6 +121,8 @@ def _replica_class(load: Load) -> type[Any]:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
+            if settings.observability.log_format == "json":
+                use_json(serves.handlers)
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
             early_answer.serves(self)

@@ -259,7 +259,9 @@ def handle_error(error: Exception, request_id: str) -> ServeError:
     if known is not error:
         frames = traceback.extract_tb(error.__traceback__)[::-1]
         lines = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
-        log.error("request %s failed: %s in %s", request_id, type(error).__name__, lines)
+        kind = type(error).__name__
+        fields = {"request_id": request_id, "error": kind}
+        log.error("request %s failed: %s in %s", request_id, kind, lines, extra={"fields": fields})
         log.debug("request %s failed", request_id, exc_info=error)
     return known
 

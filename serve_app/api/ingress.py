@@ -119,7 +119,11 @@ class Endpoint:
             headers |= account.headers() if account is not None else {}
             return await _response(reply, server, call, self._route, headers)
         except ClientDisconnect:
-            log.debug("request %s: the client left before its body was here", request_id)
+            log.debug(
+                "request %s: the client left before its body was here",
+                request_id,
+                extra={"fields": {"request_id": request_id}},
+            )
             return Response(status_code=CLIENT_LEFT)
         except Exception as raised:
             error = server.failure(raised, request_id)
@@ -214,7 +218,8 @@ def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     given = request.headers.get(CLIENT_ID)
     if given is None:
         return request_id, {CLIENT_ID: request_id, OUR_ID: request_id}
-    log.info("request %s has the client's id %.128r", request_id, given)
+    fields = {"request_id": request_id, "client_request_id": given[:128]}
+    log.info("request %s has the client's id %.128r", request_id, given, extra={"fields": fields})
     return request_id, {OUR_ID: request_id}
 
 

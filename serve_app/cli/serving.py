@@ -12,6 +12,7 @@ from serve_app.cli.terminal_log import log_to_terminal
 from serve_app.cold_start import check as cold_start_check
 from serve_app.cold_start.check import Checked
 from serve_app.config import named
+from serve_app.config.log_format import use_log_format
 from serve_app.config.serve_config import http_options, port_setting
 from serve_app.machine import processes
 from serve_app.node import banner, fitness, http, ray_node
@@ -26,6 +27,7 @@ def run(config: str) -> int:
     """
     log_to_terminal()
     path = named.find(config)
+    use_log_format(path)
     endpoint = http.HttpEndpoint(http_options(path), port_name=port_setting(path))
     fitness.require_room_for_ray()
     processes.block_alarms()

@@ -29,6 +29,7 @@ EXTRA_NAMES = {
 NOT_BY_RULE = {
     "model.cache_dir": "other programs in a container read CACHE_DIR",
     "engine.num_threads": "other programs in a container read NUM_THREADS",
+    "observability.log_format": "other programs in a container read LOG_FORMAT",
     "runpod.volume": "RunPod owns the names that begin with RUNPOD_",
     "runpod.init_timeout_s": "the platform reads RUNPOD_INIT_TIMEOUT alone",
     "runpod.start": "RunPod owns the names that begin with RUNPOD_",

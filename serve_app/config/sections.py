@@ -1,4 +1,4 @@
-"""The sections of the settings: model, engine, API and RunPod worker.
+"""The sections of the settings: model, engine, API, RunPod worker and observability.
 
 Each field's docstring gives its meaning, unit and default. `python -m tools.settings_table` writes
 the table in docs/runpod.md from them.
@@ -221,10 +221,19 @@ class RunpodSettings(_Section):
     not enforce it: it warns when it expects the load to take longer."""
 
 
+class ObservabilitySettings(_Section):
+    """What an operator sees of the server."""
+
+    log_format: Literal["text", "json"] = "text"
+    """Lines of the log. json writes each record as one JSON object with time, level, logger,
+    message, and request_id where there is one."""
+
+
 SECTIONS: dict[str, type[_Section]] = {
     "model": ModelSettings,
     "engine": EngineSettings,
     "api": ApiSettings,
     "runpod": RunpodSettings,
+    "observability": ObservabilitySettings,
 }
 """The sections by their key in `args:`."""

@@ -21,6 +21,7 @@ from serve_app.config.sections import (
     ApiSettings,
     EngineSettings,
     ModelSettings,
+    ObservabilitySettings,
     RunpodSettings,
 )
 from serve_app.config.serve_config import ConfigError, application
@@ -69,6 +70,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     api: ApiSettings = ApiSettings()
     runpod: RunpodSettings = RunpodSettings()
+    observability: ObservabilitySettings = ObservabilitySettings()
     load_log: str | None = None
     """JSON-lines file into which a replica writes its load phases while it loads."""
 

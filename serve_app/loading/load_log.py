@@ -30,6 +30,12 @@ PROGRESS_INTERVAL_S = 1.0
 PHASE_LINE = "Cold start: %s %.1f s"
 
 
+def log_phase(log: logging.Logger, event: Done) -> None:
+    """Writes the line of a finished phase to `log`."""
+    fields = {"phase": event.phase.value, "seconds": event.seconds}
+    log.info(PHASE_LINE, event.phase, event.seconds, extra={"fields": fields})
+
+
 @dataclass(slots=True)
 class LoadLog:
     """The phases of one load, in memory and, unless it is None, in the file `path`."""
@@ -86,7 +92,7 @@ class LoadLog:
         event = Done(phase=phase, seconds=round(seconds, 3))
         self.phases += finished([event])
         self._write(event)
-        log.info(PHASE_LINE, phase, event.seconds)
+        log_phase(log, event)
 
     def ready(self) -> None:
         """Ends the load: the event "ready" has the sum of all phases."""

@@ -18,7 +18,7 @@ from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
 from serve_app.machine import processes
-from serve_app.node import phases, ray_node, ray_processes, ray_thread
+from serve_app.node import phases, ray_node, ray_processes, ray_thread, worker_lines
 from serve_app.node.client import DeploymentClient, Forward
 from serve_app.node.haproxy import Proxy
 from serve_app.start_plan.plan import StartPlan
@@ -71,6 +71,7 @@ class Cluster:
             for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
                     await ray_thread.run(step)
+        _use_log_format(self._settings)
         self._vital = ray_processes.vital()
         with ray_node.signals_kept():
             try:
@@ -135,11 +136,17 @@ def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: Start
     with load_log.phase(Phase.RAY):
         with ray_node.signals_kept():
             ray_node.start()
+        _use_log_format(settings)
         # From here on signals are the caller's: the model may take minutes to load.
         with ray_node.signals_kept():
             ray_node.start_serve(proxy.options(settings.api))
     with ray_node.signals_kept():
         return deploy(settings, config, "/", plan)
+
+
+def _use_log_format(settings: Settings) -> None:
+    if settings.observability.log_format == "json":
+        worker_lines.write_as_json()
 
 
 def _begin(settings: Settings, process_s: float | None) -> LoadLog:

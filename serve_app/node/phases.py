@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from serve_app.loading.load_log import PHASE_LINE
+from serve_app.loading.load_log import log_phase
 from serve_app.loading.phases import Done, Event, Running, Started, finished, read_events
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def logged(path: str | None) -> Iterator[None]:
             events = read_events(path)
             for event in events[num_seen:]:
                 if isinstance(event, Done):
-                    log.info(PHASE_LINE, event.phase, event.seconds)
+                    log_phase(log, event)
             num_seen = len(events)
 
     thread = threading.Thread(target=follow, name="phases", daemon=True)

@@ -14,7 +14,9 @@ shows the lines of one job (`JsonLines`).
 import json
 import logging
 from contextvars import ContextVar
+from typing import Any
 
+from serve_app.config.log_format import JsonFormatter
 from serve_app.errors import ErrorBody, InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
@@ -45,25 +47,44 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class FullJsonLines(JsonFormatter):
+    """Writes the fields of `observability.log_format: json` after the SDK's own."""
+
+    def line(self, record: logging.LogRecord) -> dict[str, Any]:
+        level = LEVELS.get(record.levelname, record.levelname)
+        return {"requestId": running_job.get()} | super().line(record) | {"level": level}
+
+
 def use_json_lines() -> None:
-    """Makes the handlers of the root logger write `JsonLines`."""
+    """Makes the handlers of the root logger write `JsonLines`, or all fields if they write JSON."""
     for handler in logging.getLogger().handlers:
-        handler.setFormatter(JsonLines())
+        is_json = isinstance(handler.formatter, JsonFormatter)
+        handler.setFormatter(FullJsonLines() if is_json else JsonLines())
 
 
 def started(job_id: object, request_id: str) -> None:
-    log.info("Job started: %s (request %s)", job_id, request_id)
+    fields = {"job_id": job_id, "request_id": request_id}
+    log.info("Job started: %s (request %s)", job_id, request_id, extra={"fields": fields})
 
 
 def completed(job_id: object, seconds: float) -> None:
-    log.info("Job completed: %s in %.2f s", job_id, seconds)
+    fields = {"job_id": job_id, "seconds": round(seconds, 3)}
+    log.info("Job completed: %s in %.2f s", job_id, seconds, extra={"fields": fields})
 
 
 def failed(job_id: object, seconds: float, body: ErrorBody) -> None:
     """Logs a failure with its cause, as far as the cause cannot quote the user."""
     error = body["error"]
+    request_id, status = error["request_id"], error["status"]
+    fields = {
+        "job_id": job_id,
+        "request_id": request_id,
+        "seconds": round(seconds, 3),
+        "status": status,
+    }
     line = "Job failed: %s in %.2f s (request %s) - %s: %s"
-    log.error(line, job_id, seconds, error["request_id"], error["status"], _cause(body))
+    args = (job_id, seconds, request_id, status, _cause(body))
+    log.error(line, *args, extra={"fields": fields})
 
 
 def _cause(body: ErrorBody) -> str:

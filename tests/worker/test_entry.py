@@ -81,6 +81,15 @@ def test_a_wrong_environment_is_one_sentence(
     assert "Traceback" not in done.stderr
 
 
+def test_with_the_setting_each_line_is_json(tmp_path: Path) -> None:
+    """`log_format: json` holds from the first line on, and for the error that ends a start."""
+    done = run_entry(tmp_path, MIXTRAL_OBSERVABILITY__LOG_FORMAT="json")
+    lines = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.returncode == 1
+    assert lines[-1]["level"] == "ERROR"
+    assert "RUNPOD_WEBHOOK_GET_JOB" in lines[-1]["message"]
+
+
 def test_the_sdks_local_api_is_refused_by_name(tmp_path: Path) -> None:
     """`--rp_serve_api` is exit code 1 and a line that names it and what does the same."""
     done = run_entry(tmp_path, "--rp_serve_api", "--rp_api_port", "8001")

@@ -15,7 +15,7 @@ from serve_app.errors import (
     error_body,
 )
 from serve_app.worker import job_log
-from serve_app.worker.job_log import JsonLines, running_job
+from serve_app.worker.job_log import FullJsonLines, JsonLines, running_job
 from tests.worker.recorded import posts_of
 from tests.worker.scripted_model import HandlerOf, Model
 
@@ -75,6 +75,19 @@ def test_a_line_of_json_is_like_the_sdks(level: str, name: str) -> None:
     assert "\n" not in line
     expected = {"requestId": "job-1", "message": 'said "ü"\n', "level": name}
     assert json.loads(line) == expected
+
+
+@pytest.mark.usefixtures("in_job")
+def test_with_the_setting_a_line_has_the_sdks_keys_and_all_fields(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`log_format: json` adds time, logger and fields to what RunPod's console reads."""
+    job_log.failed("job-1", 0.5, error_body(OutOfMemory("Full."), "request-7"))
+    (record,) = caplog.records
+    line = json.loads(FullJsonLines().format(record))
+    assert (line["requestId"], line["level"]) == ("job-1", "ERROR")
+    assert (line["request_id"], line["seconds"]) == ("request-7", 0.5)
+    assert (line["status"], line["logger"]) == ("OOM_ERROR", "serve_app.worker.job_log")
 
 
 def test_the_sdk_writes_such_lines(

@@ -1,0 +1,62 @@
+"""The format of log lines: text, or one JSON object a line (`observability.log_format`).
+
+    {"time": "2026-11-29T08:15:02.123+00:00", "level": "INFO", "logger": "serve_app.loading.load_log",
+     "message": "Cold start: read 41.2 s", "phase": "read", "seconds": 41.2}
+
+A record's fields are the dict that its `extra` has under `fields`, such as `request_id`. Inside a
+replica, Serve's own fields come with them. docs/observability.md lists all.
+"""
+
+import json
+import logging
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from serve_app.config.settings import ConfigError, Settings
+
+SERVES_FIELDS = ("request_id", "application", "deployment", "replica", "route")
+"""Attributes that Serve gives to the records of a replica."""
+
+
+class JsonFormatter(logging.Formatter):
+    """Writes a record as one JSON object in one line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return json.dumps(self.line(record), default=str)
+
+    def line(self, record: logging.LogRecord) -> dict[str, Any]:
+        """The object: time (RFC 3339, UTC), level, logger, message, then the record's fields."""
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        # Serve knows a request by another id where a client or a handle has called it.
+        line |= {name: getattr(record, name) for name in SERVES_FIELDS if hasattr(record, name)}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return line
+
+
+def use_json(handlers: Iterable[logging.Handler]) -> None:
+    """Makes `handlers`, and what they pass their records to, write JSON."""
+    for handler in handlers:
+        target = getattr(handler, "target", None)  # a MemoryHandler passes records on
+        (target or handler).setFormatter(JsonFormatter())
+
+
+def use_log_format(config: str | Path) -> None:
+    """Makes this process log in the format that the file `config` and the environment choose.
+
+    Without effect where they have an error, which the check of the start reports in text.
+    """
+    try:
+        settings = Settings.from_yaml(config)
+    except ConfigError:
+        return
+    if settings.observability.log_format == "json":
+        use_json(logging.getLogger().handlers)

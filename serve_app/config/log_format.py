@@ -1,6 +1,6 @@
 """The format of log lines: text, or one JSON object a line (`observability.log_format`).
 
-    {"time": "2026-11-29T08:15:02.123+00:00", "level": "INFO", "logger": "serve_app.loading.load_log",
+    {"time": "2026-11-29T08:15:02.123+00:00", "level": "INFO", "logger": "serve_app.node.phases",
      "message": "Cold start: read 41.2 s", "phase": "read", "seconds": 41.2}
 
 A record's fields are the dict that its `extra` has under `fields`, such as `request_id`. Inside a

@@ -14,6 +14,8 @@ from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 SCALE = 0.02
 """Standard deviation of the weights, as Mixtral's are about."""
+MEAN_ABSMAX = 2 * SCALE
+"""A uniformly random code is half of its absmax in size."""
 MIXTRAL = {
     "model_type": "mixtral",
     "hidden_size": 4096,
@@ -85,10 +87,9 @@ def fill_matrices(matrices: QuantizedWeight) -> None:
     """Fills packed codes at random, and absmax with values like a trained model's."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
-    mean = 2 * SCALE  # mean of absmax; a uniformly random code is half of it in size
     if matrices.codebook.quantization.absmax == "nested":
         matrices.absmax.random_(0, 256)
-        matrices.nested_absmax.fill_(mean / 4)
-        matrices.nested_offset.fill_(mean)
+        matrices.nested_absmax.fill_(MEAN_ABSMAX / 4)
+        matrices.nested_offset.fill_(MEAN_ABSMAX)
     else:
-        matrices.absmax.uniform_(0.75 * mean, 1.25 * mean)
+        matrices.absmax.uniform_(0.75 * MEAN_ABSMAX, 1.25 * MEAN_ABSMAX)

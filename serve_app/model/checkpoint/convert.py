@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint, inspect
@@ -26,6 +26,9 @@ from serve_app.model.checkpoint.fused import (
 )
 from serve_app.model.checkpoint.shards import INDEX, ITEM_BYTES, SINGLE, read_header, read_json
 from serve_app.model.quantization import Quantization
+
+if TYPE_CHECKING:  # that module imports torch
+    from serve_app.model.checkpoint.source import Source
 
 COPIED = ("tokenizer*", "*.jinja", "*.json")
 LOCK = ".convert.lock"
@@ -49,12 +52,14 @@ def convert_checkpoint(
     destination: Path,
     quantization: Quantization | None = None,
     progress: Progress | None = None,
+    source: "Source | None" = None,
 ) -> None:
     """Writes `checkpoint` to folder `destination` in the fused form.
 
     `quantization` is for float weights; None is nf4 with bfloat16 absmax. Weights in 4 bits stay as
-    they are. Quantizes on the GPU where there is one. Raises `ModelLoadFailed` when a file cannot
-    be read, or `destination` not written.
+    they are. `source` has the weights; None reads the checkpoint's files. Quantizes on the GPU
+    where there is one. Raises `ModelLoadFailed` when a file cannot be read, or `destination` not
+    written.
     """
     report = progress or (lambda done, total, name: None)
     quantization = _choose(checkpoint, quantization)
@@ -69,7 +74,8 @@ def convert_checkpoint(
             if missing:  # an index of older files would make a checkpoint of a mixture
                 (destination / INDEX).unlink(missing_ok=True)
             report(len(files) - len(missing), len(files), "")
-            _write_files(checkpoint, quantization, destination, missing, made_from, report)
+            given = (checkpoint, source, quantization)
+            _write_files(*given, destination, missing, made_from, report)
             _finish(checkpoint, quantization, destination)
     except OSError as error:
         raise ModelLoadFailed(
@@ -119,6 +125,7 @@ def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
 
 def _write_files(
     checkpoint: Checkpoint,
+    source: "Source | None",
     quantization: Quantization,
     destination: Path,
     missing: list[str],
@@ -133,7 +140,7 @@ def _write_files(
 
     files = file_names(checkpoint.config.num_hidden_layers)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = Source(checkpoint)
+    source = source or Source(checkpoint)
     codebook = Codebook(quantization).to(device)
     for name in missing:
         layer = files.index(name)

@@ -17,6 +17,8 @@ What it changes, and what Ray 2.60 has in the template (`haproxy_templates.py`):
     connections                    `--max-connections`, as far as open files allow; also limited for
                                    one address, if asked for
     no answer of a replica         503 with the JSON of our table; 500 with a text
+    choice of a replica            by conversation, where there are several
+                                   (`haproxy_sessions.py`); the one with fewest connections
     while the queue is full        429 with such JSON for what would generate, from HAProxy itself
                                    (`haproxy_refusals.py`); each request passes to the replica
     before the model is loaded     503 with such JSON; a 404, because Serve has no route yet
@@ -46,7 +48,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app.node import haproxy_refusals
+from serve_app.node import haproxy_refusals, haproxy_sessions
 
 HEADERS_S = 10
 """Seconds that a client has for a request's first line and headers, and that it may be idle before
@@ -136,7 +138,7 @@ def refusal() -> str:
     return answer(429, body, "".join(f" hdr {name} {value}" for name, value in headers))
 
 
-def frontend(options: argparse.Namespace, backends: list[str]) -> list[str]:
+def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: bool) -> list[str]:
     """Lines for the section of the server's port, below its `bind`.
 
     `backends` are the names of the sections of Serve's applications.
@@ -151,6 +153,8 @@ def frontend(options: argparse.Namespace, backends: list[str]) -> list[str]:
     ]
     if len(backends) == 1:
         lines += haproxy_refusals.rules(backends[0], refusal())
+    if has_sessions:
+        lines += haproxy_sessions.rules()
     if options.max_connections_per_address is None:
         return lines
     trusted = f" !{{ src {' '.join(options.trusted)} }}" if options.trusted else ""
@@ -172,7 +176,8 @@ def loading() -> str:
 def changed(config: str, options: argparse.Namespace) -> str:
     """Serve's configuration `config` with our changes; raises `ValueError` for another form."""
     backends = re.findall(r"^backend (?!default_backend\n)(\S+)", config, re.MULTILINE)
-    frontend_lines = "\n".join(frontend(options, backends))
+    has_sessions = len(backends) == 1 and haproxy_sessions.num_replicas(config) > 1
+    frontend_lines = "\n".join(frontend(options, backends, has_sessions=has_sessions))
     bind = rf"    bind {options.bind}" if options.bind else r"\1"
     changes: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         # A section ends where the next one begins, at the start of a line.
@@ -199,6 +204,8 @@ def changed(config: str, options: argparse.Namespace) -> str:
         config, num_found = re.subn(pattern, replacement, config, flags=re.MULTILINE)
         if num_found != 1:
             raise ValueError(f"{pattern!r} is there {num_found} times, not once")
+    if has_sessions:
+        config = haproxy_sessions.balanced(config, backends[0])
     # When the replica dies, the first request of a client's connection gets an answer: not so on a
     # connection to the replica that others have used. There is no such line before a replica.
     return config.replace("http-reuse always", "http-reuse safe")

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -54,8 +54,8 @@ class QuietServer(ThreadingHTTPServer):
     def handle_error(self, *_: object) -> None: ...
 
 
-def written(folder: Path, port: int, replica: int | None) -> Path:
-    """The file that Serve writes for its port, with one replica or none."""
+def written(folder: Path, port: int, *replicas: int) -> Path:
+    """The file that Serve writes for its port, with replicas on the ports `replicas`."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions
 
@@ -68,8 +68,10 @@ def written(folder: Path, port: int, replica: int | None) -> Path:
         is_head=True,
     )
     backends = {}
-    if replica is not None:
-        servers = [ServerConfig(name="replica", host="127.0.0.1", port=replica)]
+    if replicas:
+        servers = [
+            ServerConfig(name=f"replica-{each}", host="127.0.0.1", port=each) for each in replicas
+        ]
         backends["app"] = BackendConfig("app", "/", servers=servers, app_name="mixtral")
     path = folder / "haproxy.cfg"
     HAProxyApi(config, backends, str(path))._generate_config_file_internal()
@@ -105,10 +107,10 @@ def replica() -> Iterator[int]:
 
 
 @contextmanager
-def haproxy(replica: int | None, *options: str) -> Iterator[Server]:
+def haproxy(*replicas: int, options: Sequence[str] = ()) -> Iterator[Server]:
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder, port = Path(name), free_port()
-        path = written(folder, free_port(), replica)
+        path = written(folder, free_port(), *replicas)
         given = [f"--bind=127.0.0.1:{port}", *options, "--", "-db", "-f", str(path)]
         command = [sys.executable, "-c", f"{SHORT}; it.main(sys.argv[1:])", *given]
         with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
@@ -128,7 +130,7 @@ def answers(server: Server) -> bool:
 @pytest.fixture(scope="module")
 def start(replica: int) -> Iterator[Start]:
     with ExitStack() as stack:
-        yield lambda *options, to=replica: stack.enter_context(haproxy(to, *options))
+        yield lambda *options, to=(replica,): stack.enter_context(haproxy(*to, options=options))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +153,7 @@ def expected(error: ServeError, body: Any, path: str) -> Any:
 def test_errors_have_the_form_of_ours(server: Server, start: Start, path: str) -> None:
     """An error for a request that HAProxy could read is the JSON of our table, with an id, in the
     shape of the API at its path."""
-    unloaded = start(to=None)
+    unloaded = start(to=())
     long = f"{path}?{'a' * MAX_URL_CHARS}"
     for response, status, error in (
         (server.get(long), 414, InvalidRequest(haproxy_program.TOO_LONG)),

@@ -1,0 +1,92 @@
+"""Lines of HAProxy's configuration that send a conversation's requests to one of several replicas.
+
+Each replica keeps the KV blocks of the prompts that it has seen. The next turn of a conversation
+begins with the last one's prompt, so the replica that had the last turn computes the new part only.
+
+HAProxy hashes a text that stays the same in a conversation, and the hash chooses the replica
+(consistent hashing: a replica that comes or goes moves its own share of the conversations alone).
+The text is the first of these that a request has:
+
+    the header `x-session-id`
+    the body's `prompt_cache_key`, OpenAI's name for it
+    the first message that is not of the system; the first text of a `prompt` or `input`
+    the first bytes of the body, where HAProxy cannot read it: a first message beyond the 15 kB that
+    it has of a body
+
+A replica that has `MAX_LOAD` percent of the mean of requests takes no more of them. They go to the
+next one (arXiv 1608.01350), so that loads stay equal when all prompts begin alike.
+
+Requests that generate nothing have no such text, and go to the replicas by turns.
+"""
+
+import re
+import zlib
+
+MAX_LOAD = 150
+"""Most requests at one replica, in percent of the mean; rounded up, and at least one."""
+NUM_CHARS = 256
+"""Characters of the text that are hashed."""
+WEIGHT = 16
+"""A replica has 16 times as many places on the ring of hashes, which makes shares more equal."""
+SYSTEM = "{ var(txn.role) -m str system developer }"
+TEXTS = (
+    ("$.prompt_cache_key", ""),
+    ("$.messages[1].content", SYSTEM),
+    ("$.messages[1].content[0].text", SYSTEM),
+    ("$.messages[0].content", f"!{SYSTEM}"),
+    ("$.messages[0].content[0].text", f"!{SYSTEM}"),
+    ("$.prompt", ""),
+    ("$.input", ""),
+    ("$.input[0].content", ""),
+    ("$.input[0].content[0].text", ""),
+)
+"""Where a body has the text, and the condition for it. HAProxy finds strings, not lists."""
+
+
+def rules() -> list[str]:
+    """Lines for the section of the server's port, after the body's first part is there."""
+    chars = f"bytes(0,{NUM_CHARS})"
+    in_body = [
+        f"var(txn.body),json_query('{path}'),{chars} if generates !has_session {only}".rstrip()
+        for path, only in TEXTS
+    ]
+    lines = [
+        "acl has_session var(txn.session) -m found",
+        # HAProxy reads no `\u4f60` in a string; `\\x5c` is the backslash.
+        r"http-request set-var(txn.body) 'req.body,regsub(\\x5cu,u,g)' if generates",
+        "http-request set-var(txn.role) var(txn.body),json_query('$.messages[0].role')"
+        " if generates",
+        f"http-request set-var(txn.session) req.fhdr(x-session-id),{chars} if generates "
+        "{ req.fhdr(x-session-id) -m found }",
+        *(f"http-request set-var(txn.session) {each}" for each in in_body),
+        f"http-request set-var(txn.session) req.body,{chars} if generates !has_session",
+        "http-request unset-var(txn.body)",
+    ]
+    return [f"    {line}" for line in lines]
+
+
+def num_replicas(config: str) -> int:
+    """The replicas in Serve's configuration; Serve's own proxy, which is a spare, is none."""
+    return len(_servers(config))
+
+
+def balanced(config: str, backend: str) -> str:
+    """Serve's configuration `config` with the replicas of the section `backend` chosen by hash."""
+    lines = (
+        f"backend {backend}",
+        "    balance hash var(txn.session)",
+        "    hash-type consistent sdbm avalanche",
+        f"    hash-balance-factor {MAX_LOAD}",
+    )
+    config = config.replace(f"backend {backend}\n", "\n".join(lines) + "\n")
+    # By default a replica's number on the ring is its place in the file, which changes with others.
+    for line, name in _servers(config):
+        number = zlib.crc32(name.encode()) & 0x7FFFFFFF or 1
+        config = config.replace(line, f"{line} id {number} weight {WEIGHT}")
+    return config
+
+
+def _servers(config: str) -> list[tuple[str, str]]:
+    """Line and name of each replica."""
+    found = re.finditer(r"^    server (\S+) .*$", config, re.MULTILINE)
+    return [(each[0], each[1]) for each in found if not each[0].endswith(" backup")]

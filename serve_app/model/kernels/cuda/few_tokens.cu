@@ -47,10 +47,8 @@ DEVICE void load_step(Weights &weights, const Source &source, int step) {
 
 KERNEL void __launch_bounds__(WARPS * 32, BLOCKS_PER_SM)
 few_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
-           const u32 *__restrict__ pairs, const u16 *__restrict__ x,
-           const int *__restrict__ order, const int *__restrict__ starts,
-           const float *__restrict__ topk_weights, void *__restrict__ y, int experts,
-           int out_features, int tokens) {
+           const u32 *__restrict__ pairs, const u16 *x, const int *order, const int *starts,
+           const float *topk_weights, void *y, int experts, int out_features, int tokens) {
   const Product p = {codes, absmax, x, order, starts, topk_weights, y,
                      experts, out_features, tokens};
   const Jobs jobs = {&p, out_features / (16 * ROW_TILES)};
@@ -58,14 +56,24 @@ few_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
   u32 *table = shared_memory();
   float4 *all_sums = (float4 *)(table + TABLE_WORDS);  // [BUFFERS, WARPS, rows, tokens, 32 lanes]
 
+  if (WAITS_FOR_JOBS) {
+    fill_table(table, pairs, warp, WARPS, lane);
+    wait_for_previous();
+  }
   const int total = jobs.total();
   int number = blockIdx.x;
-  if (number >= total) return;
+  if (number >= total) {
+    if (!WAITS_FOR_JOBS) wait_for_previous();
+    return;
+  }
   Job job = jobs.at(number);
   Source source = source_of(p, job, jobs.groups, warp, lane);
   Weights next;
   load_step(next, source, 0);
-  fill_table(table, pairs, warp, WARPS, lane);
+  if (!WAITS_FOR_JOBS) {
+    fill_table(table, pairs, warp, WARPS, lane);
+    wait_for_previous();
+  }
   __syncthreads();
 
   for (int buffer = 0;; buffer ^= 1) {
@@ -96,7 +104,8 @@ few_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
         for (int n = 0; n < TOKEN_TILES; n++) {
           if (TOKEN_TILES > 1 && n >= token_tiles) continue;
           const u16 *at = row[n] + (step * STEP + b) * 64;
-          const uint4 left = load((const uint4 *)at), right = load((const uint4 *)(at + 32));
+          const uint4 left = load_fresh((const uint4 *)at);
+          const uint4 right = load_fresh((const uint4 *)(at + 32));
 #pragma unroll
           for (int r = 0; r < ROW_TILES; r++) {
             float d[4];

@@ -15,6 +15,24 @@ DEVICE u32 *shared_memory() {
   return memory;
 }
 
+// Kernels of a decode step may start while the one before them runs (programmatic dependent launch,
+// compute capability 9.0 and newer; on older cards a kernel starts when the last one has ended).
+// The rule for all kernels with `wait_for_previous`:
+//   1. Every thread calls it once, on every path. The next kernel may start when all blocks have, so
+//      at a kernel's start all kernels but the one before it have ended, and after the call that one
+//      too.
+//   2. What the kernel before it writes is read after the call. Weights and what older kernels wrote
+//      may be read before it.
+//   3. Everything is written after the call: the kernel before it may still read what was there.
+//   4. What a kernel of a step has written is read by plain loads or `load_fresh`, and its pointer
+//      is not __restrict__: the compiler may move loads of constants above the call.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // 16 bytes that are read once: they do not displace activations from the L1 cache.
 DEVICE uint4 load_once(const uint4 *p) {
   uint4 v;
@@ -33,6 +51,14 @@ DEVICE uint4 load(const uint4 *p) {
 DEVICE uint2 load(const uint2 *p) {
   uint2 v;
   asm volatile("ld.global.nc.v2.u32 {%0,%1},[%2];" : "=r"(v.x), "=r"(v.y) : "l"(p));
+  return v;
+}
+
+// 16 bytes that an older kernel has written.
+DEVICE uint4 load_fresh(const uint4 *p) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
   return v;
 }
 

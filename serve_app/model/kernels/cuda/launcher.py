@@ -37,6 +37,9 @@ class Grid:
     """Threads of each block."""
     shared_bytes: int
     """Shared memory of each block."""
+    overlaps: bool = False
+    """Whether it may start before the previous kernel has ended (programmatic dependent launch); the
+    rule for such kernels is in intrinsics.cuh."""
 
 
 class Kernel:
@@ -54,21 +57,33 @@ class Kernel:
         limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         found = self._driver.cuFuncSetAttribute(self._function, limit, grid.shared_bytes)
         checked("cuFuncSetAttribute", found)
+        self._attributes = [overlapping(self._driver)] if grid.overlaps else []
 
-    def launch(self, *arguments: Tensor | int | None) -> None:
+    def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
         """Launches on torch's current stream. A tensor is passed as its address, None as null.
 
-        Tensors must stay alive until the stream has run the kernel, which torch's allocator grants
+        `blocks` is given where it differs from the grid's. Tensors must stay alive until the stream has run the kernel, which torch's allocator grants
         those of the same stream. Raises `DriverError`.
         """
         values = tuple(map(value_of, arguments))
         types = tuple(c_int if isinstance(each, int) else c_void_p for each in arguments)
         config, grid = self._driver.CUlaunchConfig(), self._grid
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid.blocks, 1, 1
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks or grid.blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = grid.threads, 1, 1
         config.sharedMemBytes, config.hStream = grid.shared_bytes, current_stream()
+        config.attrs, config.numAttrs = self._attributes, len(self._attributes)
         found = self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
         checked("cuLaunchKernelEx", found)
+
+
+def overlapping(driver: Any) -> Any:
+    """The launch attribute for a kernel that may start before the previous one has ended. A captured
+    graph keeps it."""
+    attribute = driver.CUlaunchAttribute()
+    names = driver.CUlaunchAttributeID
+    attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    return attribute
 
 
 def value_of(argument: Tensor | int | None) -> int:

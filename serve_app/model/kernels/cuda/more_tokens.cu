@@ -162,10 +162,8 @@ DEVICE void finish(const Product &p, const Job &job, const float (*sums)[TOKEN_T
 
 KERNEL void __launch_bounds__(THREADS, BLOCKS_PER_SM)
 more_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
-            const u32 *__restrict__ pairs, const u16 *__restrict__ x,
-            const int *__restrict__ order, const int *__restrict__ starts,
-            const float *__restrict__ topk_weights, void *__restrict__ y, int experts,
-            int out_features, int tokens) {
+            const u32 *__restrict__ pairs, const u16 *x, const int *order, const int *starts,
+            const float *topk_weights, void *y, int experts, int out_features, int tokens) {
   const Product p = {codes, absmax, x, order, starts, topk_weights, y,
                      experts, out_features, tokens};
   const Jobs jobs = {&p, out_features / (16 * ROW_TILES * ROW_WARPS)};
@@ -175,13 +173,24 @@ more_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
   u16 *stages = (u16 *)(table + TABLE_WORDS) + place.share * STAGES * STAGE;
   float4 *shared = (float4 *)((u16 *)(table + TABLE_WORDS) + SHARES * STAGES * STAGE);
 
+  if (WAITS_FOR_JOBS) {
+    fill_table(table, pairs, warp, ROW_WARPS * SHARES, place.lane);
+    wait_for_previous();
+  }
   const int total = jobs.total();
   int number = blockIdx.x;
-  if (number >= total) return;
+  if (number >= total) {
+    if (!WAITS_FOR_JOBS) wait_for_previous();
+    return;
+  }
   Job job = jobs.at(number), next_job = jobs.at(number + gridDim.x);
   Source source = source_of(p, job, jobs.groups, place), next_source = source;
   Weights next;
   load_step(next, source, 0);
+  if (!WAITS_FOR_JOBS) {
+    fill_table(table, pairs, warp, ROW_WARPS * SHARES, place.lane);
+    wait_for_previous();
+  }
 
   // Copies run STAGES - 1 chunks ahead, over the end of a job into the next one.
   int copied_chunk = 0, copied_stage = 0;
@@ -197,7 +206,6 @@ more_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
   };
 #pragma unroll
   for (int i = 0; i < STAGES - 1; i++) copy_next_chunk();
-  fill_table(table, pairs, warp, ROW_WARPS * SHARES, place.lane);
   __syncthreads();
 
   for (int stage = 0;;) {

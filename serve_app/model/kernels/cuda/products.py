@@ -61,7 +61,7 @@ class TiledWeight:
 class Launchable(Protocol):
     """A compiled kernel; see `launcher.Kernel`."""
 
-    def launch(self, *arguments: Tensor | int | None) -> None: ...
+    def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None: ...
 
 
 MakeKernel = Callable[[str, Sequence[str], Grid], Launchable]
@@ -88,7 +88,8 @@ class CudaProducts:
             for size in sorted(sizes):
                 for tiles, variant in variants(product, card).items():
                     blocks = card.multiprocessors * variant.blocks_per_sm
-                    grid = Grid(blocks, variant.threads, shared_bytes(variant, card))
+                    shared = shared_bytes(variant, card)
+                    grid = Grid(blocks, variant.threads, shared, card.overlaps_kernels)
                     options = macros(variant, product, card, size, top_k)
                     self._kernels[product, size, tiles] = make(variant.source, options, grid)
         grid = Grid(self._blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)

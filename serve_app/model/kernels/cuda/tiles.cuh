@@ -16,6 +16,11 @@
 #define GATE_UP 1  // x bf16 [T, K] -> silu(gate) * up as y bf16 [T * k places, N / 2]
 #define DOWN 2     // x bf16 [T * k places, K] -> topk_weights * product as y float [T * k entries, N]
 
+// The kernel before gate_up decides which experts have tokens, so its jobs are known only after the
+// wait. The jobs of the others are known before it: `down` is two kernels after that one. They load
+// the first weights before they wait.
+#define WAITS_FOR_JOBS (OUTPUT == GATE_UP)
+
 // The table has for each byte the values of its two codes as bf16, the first in the low half, 32
 // times: every lane reads its own bank. Words between two bytes: 64 takes 64 KB and one instruction
 // for an address, 32 takes 32 KB and two.

@@ -31,6 +31,11 @@ class Card:
         return 64 if self.has_large_memory else 32
 
     @property
+    def overlaps_kernels(self) -> bool:
+        """Whether a kernel can start before the previous one has ended."""
+        return self.capability >= 90
+
+    @property
     def has_large_memory(self) -> bool:
         """Whether a multiprocessor has at least 164 KB of shared memory: A100, H100, H200, B200."""
         return self.capability in (80, 90, 100)

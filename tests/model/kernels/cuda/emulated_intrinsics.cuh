@@ -2,7 +2,9 @@
 //
 // A thread runs until it waits at a barrier or for the other lanes of a matrix instruction. Shared
 // memory begins as NaN, and asynchronous copies happen when they are waited for, so that a missing
-// barrier or wait gives wrong numbers.
+// barrier or wait gives wrong numbers. What the kernel before writes, the `late` tensors of a launch,
+// is NaN until all threads of a block have called `wait_for_previous`, and nothing may be written
+// until then.
 #pragma once
 #include <setjmp.h>
 #include <ucontext.h>
@@ -12,6 +14,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -34,7 +37,7 @@ static Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
 
-enum Failure { NONE, DEADLOCK, OUT_OF_SHARED, MISALIGNED };
+enum Failure { NONE, DEADLOCK, OUT_OF_SHARED, MISALIGNED, NO_WAIT, EARLY_WRITE };
 constexpr int STACK = 64 << 10, GUARD = 4096;
 
 struct Copy { void *to; const void *from; };
@@ -47,11 +50,15 @@ struct Fiber {
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
+struct Tensor { char *at; u64 bytes, is_late; };
 struct Barrier { int arrived = 0, generation = 0; };
 struct Lane { u32 a[4], b[2]; };
 
 static std::vector<Fiber> fibers;
-static std::vector<Barrier> barriers;  // 16 of the block, then one of each warp
+static std::vector<Barrier> barriers;  // 16 of the block, then one of each warp, then of the wait
+static std::vector<Tensor> tensors;    // of a launch that checks what happens before the wait
+static std::vector<std::string> contents, seen;  // of the tensors: as given, and before the wait
+static int waits;
 static std::vector<Lane> lanes;        // [2, threads]
 static std::vector<char> shared;
 static int current, idle_yields;
@@ -101,6 +108,40 @@ static void wait_at(Barrier &barrier, int threads) {
   while (barrier.generation == mine) yield();
 }
 
+static std::string content(const Tensor &tensor) { return std::string(tensor.at, tensor.bytes); }
+
+static void hide_late_tensors() {
+  seen.clear();
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (tensors[i].is_late) memset(tensors[i].at, 0xFF, tensors[i].bytes);
+    seen.push_back(content(tensors[i]));
+  }
+}
+
+static void show_late_tensors() {
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (content(tensors[i]) != seen[i]) failure = EARLY_WRITE, longjmp(finished, 1);
+    if (tensors[i].is_late) memcpy(tensors[i].at, contents[i].data(), tensors[i].bytes);
+  }
+}
+
+static void wait_for_previous() {
+  const int threads = fibers.size();
+  if (++waits == threads) show_late_tensors();
+  wait_at(barriers[16 + threads / 32], threads);
+}
+
+// What lane `source` of the warp gives; all lanes do this together.
+static u32 exchange(u32 mine, int source) {
+  const int threads = fibers.size(), warp = current / 32;
+  Fiber &fiber = fibers[current];
+  Lane *all = &lanes[fiber.parity * threads + warp * 32];
+  fiber.parity ^= 1;
+  all[current % 32].a[0] = mine;
+  wait_at(barriers[16 + warp], 32);
+  return all[source].a[0];
+}
+
 static float from_bf16(u32 bits) {
   const u32 whole = bits << 16;
   float x;
@@ -143,17 +184,26 @@ static void call(void (*kernel)(A...), const u64 *values, std::index_sequence<I.
   kernel((A)values[I]...);
 }
 
+// How to run a kernel: `is_reversed` begins with the last block, and `must_wait` demands the wait.
+struct Launch { int blocks, threads, shared_bytes, is_reversed, must_wait, num_tensors; };
+
 // Runs a kernel's blocks one after the other. Returns a Failure.
 template <class... A>
-static int run(void (*kernel)(A...), int blocks, int threads, int shared_bytes, const u64 *values) {
+static int run(void (*kernel)(A...), const Launch &launch, const u64 *values, const Tensor *given) {
   body = [=] { call(kernel, values, std::index_sequence_for<A...>()); };
   failure = NONE;
+  const int blocks = launch.blocks, threads = launch.threads, shared_bytes = launch.shared_bytes;
+  tensors.assign(given, given + launch.num_tensors);
+  contents.clear();
+  for (const Tensor &tensor : tensors) contents.push_back(content(tensor));
   gridDim.x = blocks, blockDim.x = threads;
   for (int block = 0; block < blocks && failure == NONE; block++) {
-    blockIdx.x = block;
+    blockIdx.x = launch.is_reversed ? blocks - 1 - block : block;
+    waits = 0;
+    hide_late_tensors();
     shared.assign(shared_bytes + GUARD, (char)0xFF);
     fibers.assign(threads, Fiber());
-    barriers.assign(16 + threads / 32, Barrier());
+    barriers.assign(17 + threads / 32, Barrier());
     lanes.assign(2 * threads, Lane());
     for (Fiber &fiber : fibers) {
       fiber.stack.resize(STACK);
@@ -165,6 +215,7 @@ static int run(void (*kernel)(A...), int blocks, int threads, int shared_bytes, 
     current = 0, threadIdx.x = 0, idle_yields = 0;
     fibers[0].is_started = true;
     if (!setjmp(finished)) setcontext(&fibers[0].start);
+    if (failure == NONE && launch.must_wait && waits != threads) failure = NO_WAIT;
     for (int i = 0; i < GUARD; i++)
       if (shared[shared_bytes + i] != (char)0xFF) failure = OUT_OF_SHARED;
   }
@@ -178,6 +229,9 @@ static inline void part_barrier(int id, int threads) { host::wait_at(host::barri
 static inline u32 *shared_memory() {
   return (u32 *)(((uintptr_t)host::shared.data() + 15) / 16 * 16);
 }
+static inline void wait_for_previous() { host::wait_for_previous(); }
+
+static inline uint4 load_fresh(const uint4 *p) { return *host::aligned(p); }
 static inline uint4 load_once(const uint4 *p) { return *host::aligned(p); }
 static inline uint4 load(const uint4 *p) { return *host::aligned(p); }
 static inline uint2 load(const uint2 *p) { return *host::aligned(p); }

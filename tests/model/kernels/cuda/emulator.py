@@ -11,7 +11,14 @@ from torch import Tensor
 from serve_app.model.kernels.cuda.compiler import SOURCES
 from serve_app.model.kernels.cuda.launcher import Grid, value_of
 
-FAILURES = ("", "deadlock", "wrote beyond its shared memory", "misaligned address")
+FAILURES = (
+    "",
+    "deadlock",
+    "wrote beyond its shared memory",
+    "misaligned address",
+    "did not wait for the previous kernel",
+    "wrote before the previous kernel had ended",
+)
 HERE = Path(__file__).parent
 COMMAND = ("g++", "-std=c++17", "-O2", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE")
 
@@ -37,8 +44,8 @@ class HostKernel:
         entry = folder / "entry.cpp"
         entry.write_text(
             f'#include "{name}.cu"\n'
-            'extern "C" int start(int blocks, int threads, int shared, const u64 *values) {\n'
-            f"  return host::run({name}, blocks, threads, shared, values);\n}}\n"
+            'extern "C" int start(host::Launch *launch, u64 *values, host::Tensor *tensors) {\n'
+            f"  return host::run({name}, *launch, values, tensors);\n}}\n"
         )
         library = folder / "kernel.so"
         defined = [f"-D{macro}" for macro in macros]
@@ -47,11 +54,25 @@ class HostKernel:
         )
         assert done.returncode == 0, done.stderr
         self._library, self._grid = ctypes.CDLL(str(library)), grid
+        self.late: tuple[int, ...] = ()
+        """Numbers of the arguments that the kernel before writes; they are NaN until the wait."""
+        self.is_reversed = False
+        """Whether the last block runs first."""
 
-    def launch(self, *arguments: Tensor | int | None) -> None:
+    def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
         """Runs the kernel; raises `RuntimeError` for what a GPU would hang or fail at."""
         values = (ctypes.c_ulonglong * len(arguments))(*map(value_of, arguments))
-        grid = self._grid
-        failure = self._library.start(grid.blocks, grid.threads, grid.shared_bytes, values)
+        tensors = []
+        if self.late:
+            for i, each in enumerate(arguments):
+                if isinstance(each, Tensor):
+                    assert each.is_contiguous()
+                    tensors += [each.data_ptr(), each.nbytes, i in self.late]
+        grid, waits = self._grid, self._grid.overlaps
+        shape = (blocks or grid.blocks, grid.threads, grid.shared_bytes)
+        launch = (ctypes.c_int * 6)(*shape, self.is_reversed, waits, len(tensors) // 3)
+        failure = self._library.start(
+            launch, values, (ctypes.c_ulonglong * (len(tensors) + 1))(*tensors)
+        )
         if failure:
             raise RuntimeError(FAILURES[failure])

@@ -1,6 +1,7 @@
 """The launcher, with a driver that writes down its calls in place of CUDA's."""
 
 from ctypes import c_int, c_void_p
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ class FakeDriver:
 
     CUlaunchConfig = real.CUlaunchConfig
     CUfunction_attribute = real.CUfunction_attribute
+    CUlaunchAttribute = real.CUlaunchAttribute
+    CUlaunchAttributeID = real.CUlaunchAttributeID
 
     def __init__(self, failing: str = "") -> None:
         self.failing, self.calls = failing, list[tuple[Any, ...]]()
@@ -45,6 +48,10 @@ class FakeDriver:
         grid = (config.gridDimX, config.gridDimY, config.gridDimZ)
         block = (config.blockDimX, config.blockDimY, config.blockDimZ)
         how = (grid, block, config.sharedMemBytes, int(config.hStream))
+        self.attributes = [
+            (each.id.name, each.value.programmaticStreamSerializationAllowed)
+            for each in config.attrs[: config.numAttrs]
+        ]
         self.calls.append(("launch", int(function), how, arguments, extra))
         return self._result("cuLaunchKernelEx")
 
@@ -67,6 +74,18 @@ def test_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert driver.calls[3:] == [
         ("launch", 7, ((264, 1, 1), (256, 1, 1), 80 << 10, 11), arguments, 0)
     ]
+    assert driver.attributes == []
+
+
+def test_a_kernel_may_overlap_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launch has CUDA's attribute for it where the grid says so, and as many blocks as it is
+    asked for."""
+    driver = FakeDriver()
+    monkeypatch.setattr(launcher, "current_stream", lambda: 11)
+    Kernel(b"", "norm", replace(GRID, overlaps=True), driver).launch(1, blocks=3)
+    name = "CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"
+    assert driver.attributes == [(name, 1)]
+    assert driver.calls[-1][2][0] == (3, 1, 1)
 
 
 @pytest.mark.parametrize(

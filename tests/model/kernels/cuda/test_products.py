@@ -29,9 +29,12 @@ class _Later:
 
     def __init__(self, compile_it: Callable[[], HostKernel]) -> None:
         self._compile = compile_it
+        self.late: tuple[int, ...] = ()
 
-    def launch(self, *arguments: Tensor | int | None) -> None:
-        self._compile().launch(*arguments)
+    def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
+        kernel = self._compile()
+        kernel.late = self.late
+        kernel.launch(*arguments, blocks=blocks)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +121,27 @@ def test_matrices_are_dequantized(make: Make, matrices: dict[str, Matrices]) -> 
     assert torch.equal(found, stack.floats[chosen].bfloat16())
 
 
+LATE = {DENSE: (3,), GATE_UP: (3, 4, 5), DOWN: (3,)}
+"""The arguments that the kernel before a product writes: x, and for gate_up the routing. `down` may
+rely on the routing before it waits."""
+
+
+@pytest.mark.parametrize("tokens", [5, 21])
+@pytest.mark.parametrize("product", LATE)
+def test_a_product_waits_for_the_kernel_before(
+    make: Make, matrices: dict[str, Matrices], product: str, tokens: int
+) -> None:
+    """What that kernel writes is read after the wait, and nothing is written before it."""
+    products = make(CARDS["H200"])
+    try:
+        for kernel in products._kernels.values():
+            kernel.late = LATE[product]  # type: ignore[attr-defined]
+        assert error(products, product, matrices[product], tokens) < tolerance(product, tokens)
+    finally:
+        for kernel in products._kernels.values():
+            kernel.late = ()  # type: ignore[attr-defined]
+
+
 EDITS = {
     "the byte of a fragment": (
         DENSE,
@@ -162,6 +186,13 @@ EDITS = {
         "more_tokens.cu",
         "in_next_job = true",
         "in_next_job = 0",
+    ),
+    "the wait for the kernel before": (
+        DENSE,
+        5,
+        "few_tokens.cu",
+        "lane);\n    wait_for_previous();\n  }\n  __sync",
+        "lane);\n  }\n  __sync",
     ),
     "the share of a warp": (GATE_UP, 21, "more_tokens.cu", "s < SHARES;", "s < 1;"),
 }

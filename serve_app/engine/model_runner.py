@@ -1,8 +1,9 @@
 """ModelRunner: computes steps with a Mixtral, its KV cache and the sampler.
 
 Three forms of a step exist. On a CPU in float32, one call of compiled C (`CpuStep`). On a GPU,
-Triton kernels for decodes (`GpuStep`), replayed as CUDA graphs, and the model in torch for prefill
-chunks, which are steps of their own there. Everywhere else, the model in torch for all tokens.
+kernels for decodes (`GpuStep`), replayed as CUDA graphs, and kernels for prefill chunks
+(`PromptStep`), which are steps of their own there. Everywhere else, the model in torch for all
+tokens.
 """
 
 from itertools import chain
@@ -19,7 +20,7 @@ from serve_app.engine.sampler import Sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
 from serve_app.engine.step_timer import StepTimer
-from serve_app.engine.transfer import to_device
+from serve_app.engine.transfer import tensor_to_device, to_device
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -28,6 +29,7 @@ from serve_app.model.mixtral import Mixtral
 
 if TYPE_CHECKING:  # that module imports triton, which not every machine has
     from serve_app.model.kernels.triton.gpu_step import GpuStep
+    from serve_app.model.kernels.triton.prompt_step import PromptStep
 
 
 class ModelRunner:
@@ -62,6 +64,7 @@ class ModelRunner:
         self._last: InFlightTokens | None = None
         self._cpu_step: CpuStep | None = None
         self._gpu_step: GpuStep | None = None
+        self._prompt_step: PromptStep | None = None
         self._graphs: DecodeGraphs | None = None
         self._choose_step(max_num_seqs, enforce_eager, max_threads)
 
@@ -86,7 +89,17 @@ class ModelRunner:
         self.note = "a decode step is one call of compiled code"
         eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
         self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
-        self.note += step.note + step.unpack_for_prompts()
+        self.note += step.note + self._choose_prompt_step() + step.unpack_for_prompts()
+
+    def _choose_prompt_step(self) -> str:
+        """Sets the form of a step with prompt tokens; returns the part of `note` about it."""
+        from serve_app.model.kernels.triton.prompt_step import PromptStep
+
+        try:
+            self._prompt_step = PromptStep.verified(self.model, self.cache)
+        except StepUnavailable as reason:
+            return f"; prompts run in plain torch: {reason}"
+        return "; prompts run in kernels, with one launch for the attention of all chunks"
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
         """Captures the decode steps; returns the part of `note` about them."""
@@ -133,6 +146,8 @@ class ModelRunner:
         """Float32 `[sampled, vocab]`, computed as prefill chunks are, and as decodes on a CPU."""
         if self._cpu_step is not None:
             return self._cpu_step.logits(batch)
+        if self._prompt_step is not None:
+            return self._prompt_step.logits(batch)
         logits: Tensor = self.model(batch, self.cache)
         return logits
 
@@ -177,7 +192,7 @@ class ModelRunner:
             slots=parts[2],
             query_lens=[part.num_tokens for part in scheduled],
             context_lens=[part.end for part in scheduled],
-            block_tables=self._tables.of(scheduled).to(self._device),
+            block_tables=tensor_to_device(self._tables.of(scheduled), self._device),
             sample_rows=parts[3],
         )
 

@@ -14,6 +14,16 @@ def to_device(values: list[int], device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host's `tensor` on `device`, copied without waiting; `tensor` may be changed afterwards.
+
+    On a CPU it is `tensor` itself.
+    """
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def to_host(tensor: Tensor) -> Tensor:
     """A copy of `tensor` on the host.
 

@@ -24,6 +24,7 @@ from serve_app.model.kernels.triton import (
     nf4_kernels,
     nf4_unpack,
     paged_attention,
+    prompt_attention,
     step_kernels,
 )
 
@@ -105,6 +106,25 @@ def attention_cases() -> list[Case]:
     return [
         ("Mixtral", paged_attention._attend, attend, {"num_warps": 4, "num_stages": 2}, 0),
         ("Mixtral", paged_attention._combine, combine, {"num_warps": 4}, 0),
+    ]
+
+
+def prompt_attention_cases(chip: int) -> list[Case]:
+    sizes: dict[str, Any] = {"H": 32, "K": 8, "D": 128, "G": 4, "GROUP": 4, "QUERIES": 32}
+    floats = {"sums": "*fp32", "stats": "*fp32", "out": "*bf16"}
+    tile = prompt_attention.TILE if chip == 90 else prompt_attention.SMALL_TILE
+    attend: dict[str, Any] = {
+        **dict.fromkeys(("queries", "keys", "values"), "*bf16"),
+        **dict.fromkeys(("tables", "items"), "*i32"),
+        **{"scale": 0.1, "table_stride": 2048, "BLOCK": 16},
+    }
+    attend |= {**floats, **sizes, "TILE": tile}
+    combine = {"combined": "*i32", **floats, **sizes}
+    kernel, wide = prompt_attention._attend_chunks, {"num_warps": 8, "num_stages": 3}
+    return [
+        ("Mixtral", kernel, {**attend, "WINDOW": 0}, wide, 0),
+        ("window", kernel, {**attend, "WINDOW": 4096}, wide, 0),
+        ("Mixtral", prompt_attention._combine_splits, combine, {"num_warps": 2}, 0),
     ]
 
 
@@ -195,6 +215,7 @@ def main(chip: int) -> int:
     for name, kernel, arguments, options, tile_rows in (
         *product_cases(),
         *attention_cases(),
+        *prompt_attention_cases(chip),
         *step_cases(),
     ):
         module = kernel.__module__.rpartition(".")[2]

@@ -12,7 +12,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.decode_batch import DecodeBatch
-from serve_app.model.kernels.triton import gpu_step, paged_attention
+from serve_app.model.kernels.triton import gpu_step, paged_attention, prompt_step
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -55,6 +55,8 @@ def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
     monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((3, 20),))
+    monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
 
 
 def model_of(quantization: Quantization | None, dtype: torch.dtype, **shape: Any) -> Mixtral:
@@ -115,7 +117,7 @@ def test_padding_rows_write_nothing() -> None:
 
 
 def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prompts by the model, decodes by the step; the same tokens with and without graphs."""
+    """Prompts and decodes by their steps; the same tokens with and without graphs."""
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float32)
     made = (model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
@@ -128,7 +130,8 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuStep, "verified", lambda model, cache, _: GpuStep.verified(model, cache, 3)
     )
     fast = ModelRunner(*made, max_num_seqs=3)
-    assert "graph for each of 3 batch sizes; prompts unpack weights by a kernel" in fast.note
+    assert "graph for each of 3 batch sizes; prompts run in kernels" in fast.note
+    assert "prompts unpack weights by a kernel" in fast.note
     assert isinstance(model.codebook, Codebook)
     assert isinstance(model.codebook.unpack, Unpacker)
 

@@ -1,0 +1,142 @@
+"""A step with prompt tokens on a GPU, by kernels: few launches, and no wait for the device.
+
+Its logits equal those of `model/mixtral.py` to the rounding of the model's dtype. Before it is used
+it is compared with plain torch on the device. Norms, rotary embedding and the KV cache are the
+decode step's kernels; attention of all chunks is one launch (`prompt_attention.py`).
+"""
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.triton.prompt_attention import PromptAttention
+from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write
+from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.kv import KVCache
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+log = logging.getLogger(__name__)
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""Largest median of the relative errors of rows of logits, compared with plain torch."""
+TRIED_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20))
+"""New tokens and tokens in all of the chunks of the trial; chunks that do not fit are left out."""
+TRIED_LAYERS = 2
+"""See `gpu_step.TRIED_LAYERS`."""
+
+
+class PromptStep:
+    """The step of one model with one KV cache."""
+
+    def __init__(self, model: "Mixtral", cache: KVCache) -> None:
+        self._model, self._cache = model, cache
+        config = model.config
+        self._attention = PromptAttention(
+            config.num_attention_heads, cache.keys[0], config.sliding_window
+        )
+
+    @classmethod
+    def verified(cls, model: "Mixtral", cache: KVCache) -> "PromptStep":
+        """The step of `model`, compared with plain torch; `cache` must be unused.
+
+        Raises `StepUnavailable` where it failed or differs.
+        """
+        try:
+            step = cls(model, cache)
+            error = step._error()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
+            log.exception("the step of prompts failed in its trial")
+            reason = f"the kernels failed in their trial ({type(failure).__name__}: "
+            raise StepUnavailable(f"{reason}{str(failure)[:200]})") from None
+        if not error < TOLERANCE[model.embedding.dtype]:  # NaN is not below it either
+            raise StepUnavailable(f"the kernels differ from plain torch by {error:.1e}")
+        return step
+
+    @torch.inference_mode()
+    def logits(self, batch: Batch) -> Tensor:
+        """Float32 `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
+        model, config = self._model, self._model.config
+        x = F.embedding(batch.token_ids, model.embedding)
+        is_live = torch.ones(len(x), dtype=torch.int32, device=x.device)
+        rows, tiles = (batch.positions, batch.slots, is_live), self._attention.plan(batch)
+        queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
+        attended, parts = torch.empty_like(queries).flatten(1), None
+        layer: Any
+        for i, layer in enumerate(model.layers):
+            keys, values = self._cache.keys[i], self._cache.values[i]
+            y = normed(x, parts, is_live, layer.input_layernorm)
+            qkv = layer.attention.qkv(y)[None]
+            rope_write(qkv, rows, model.rope.cos, model.rope.sin, queries, keys, values)
+            self._attention(queries, keys, values, tiles, attended)
+            o = layer.attention.o(attended)[None]
+            y = normed(x, o, is_live, layer.post_attention_layernorm)
+            parts = layer.mlp(y, len(y))[None]
+        y = normed(x, parts, is_live, model.norm)[batch.sample_rows]
+        logits: Tensor = F.linear(y, model.embedding) if model.lm_head is None else model.lm_head(y)
+        return logits.float()
+
+    @torch.inference_mode()
+    def _error(self) -> float:
+        """The median relative error of all tokens' logits after the first layers.
+
+        The keys and values of cached tokens are random. NaN where a number is not finite.
+        """
+        model, cache = self._model, self._cache
+        batch = trial_batch(cache, model.config.max_position_embeddings, model.config.vocab_size)
+        blocks = torch.unique(batch.block_tables)
+        for stored in (*cache.keys, *cache.values):
+            stored[blocks] = torch.randn_like(stored[blocks])
+        whole = model.layers
+        try:
+            model.layers = whole[:TRIED_LAYERS]
+            expected, found = model(batch, cache), self.logits(batch)
+        finally:
+            model.layers = whole
+        cache.clear(blocks)
+        errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        return float(errors.median()) if errors.isfinite().all() else float("nan")
+
+
+def normed(x: Tensor, parts: Tensor | None, is_live: Tensor, norm: Any) -> Tensor:
+    """Adds `parts` `[S, T * C, H]` to `x` `[T, H]` and returns `x` normalized by `norm`."""
+    return add_norm(x, parts, is_live, norm.weight, norm.eps, in_halves=False)
+
+
+def trial_batch(cache: KVCache, longest: int, vocab_size: int) -> Batch:
+    """The chunks of `TRIED_CHUNKS` that fit into `cache` and into contexts of `longest` tokens."""
+    size = cache.block_size
+    chunks: list[tuple[int, int]] = []
+    tables: list[list[int]] = []
+    num_blocks = 0
+    for num_new, length in TRIED_CHUNKS:
+        needed = -(-length // size)
+        if length <= longest and num_blocks + needed <= cache.num_blocks:
+            chunks.append((num_new, length))
+            tables.append(list(range(num_blocks, num_blocks + needed))[::-1])
+            num_blocks += needed
+    positions, slots = [], []
+    for (num_new, length), table in zip(chunks, tables, strict=True):
+        for position in range(length - num_new, length):
+            positions.append(position)
+            slots.append(table[position // size] * size + position % size)
+    width = max(map(len, tables))
+    numbers = torch.tensor([positions, slots], device=cache.keys[0].device)
+    rows = torch.arange(len(positions), device=numbers.device)
+    padded = [table + table[:1] * (width - len(table)) for table in tables]
+    return Batch(
+        token_ids=rows * 7 % vocab_size,
+        positions=numbers[0],
+        slots=numbers[1],
+        query_lens=[num_new for num_new, _ in chunks],
+        context_lens=[length for _, length in chunks],
+        block_tables=torch.tensor(padded, device=numbers.device),
+        sample_rows=rows,
+    )

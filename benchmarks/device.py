@@ -8,7 +8,9 @@ from typing import Any
 import torch
 
 ASLEEP = 1_000_000
-"""Cycles, half a millisecond."""
+"""Cycles, half a millisecond: longer than the launch of a graph takes."""
+LONG_ASLEEP = 20_000_000
+"""Cycles, 10 ms: longer than the launches of a step's sampling take."""
 READ_WORDS = 16384
 """Words that a program of the kernel which only reads takes: 64 KB."""
 LARGE_GPU_BYTES = 40 * 10**9
@@ -93,6 +95,35 @@ class Device:
             self.wait()
             times.append(float(begin.elapsed_time(end)) / 1e3)
         return statistics.median(times[1:])
+
+    def queued_seconds(self, work: Callable[[], object], repeats: int = 10) -> tuple[float, float]:
+        """The median times of `work` on the device alone and of the host that launches it.
+
+        The device sleeps for 10 ms while the host launches. `work` may copy to and from the host,
+        which a graph may not, and must not wait for the device.
+        """
+        if not self.is_cuda:
+            return (self.seconds(work, repeats=1),) * 2
+        work()
+        device_times, host_times = [], []
+        for _ in range(repeats + 1):
+            begin, end = events()
+            self.wait()
+            torch.cuda._sleep(LONG_ASLEEP)  # type: ignore[no-untyped-call]
+            began = time.perf_counter()
+            begin.record()
+            work()
+            end.record()
+            host_times.append(time.perf_counter() - began)
+            self.wait()
+            device_times.append(float(begin.elapsed_time(end)) / 1e3)
+        return statistics.median(device_times[1:]), statistics.median(host_times[1:])
+
+    def product_flops(self, dtype: torch.dtype) -> float:
+        """Operations per second of a large matrix product on random numbers."""
+        size = 8192 if self.is_cuda else 256
+        a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
+        return 2.0 * size**3 / self.device_seconds(lambda: a @ b)
 
     def read_bandwidth(self) -> float:
         """Bytes per second of a kernel that only reads a tensor far larger than any cache: the

@@ -3,6 +3,7 @@
 import argparse
 import gc
 import time
+from itertools import product
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ ROUND = 16
 """Steps between two looks at the clock."""
 EXTRA = 320
 """Tokens that a sequence may get while it is measured."""
+CPU_BLOCKS = 512
+"""KV blocks on a CPU, where the benchmark only shows that it runs."""
 SPARE = 3e9
 """Bytes of a device that are left to intermediate results."""
 
@@ -45,11 +48,18 @@ class RandomRunner:
         self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
         self.kernels_note = self._choose_kernels()
-        largest = self._max_num_seqs()
-        self.batches = [n for n in options.batches if n <= largest]
-        self.streams = [n for n in options.streams if n <= largest]
-        self.max_num_seqs = max(*self.batches, 1 + max(self.streams, default=0))
-        blocks = self.max_num_seqs * blocks_for(options.context) + blocks_for(max(options.prompts))
+        self.context = options.contexts[0]
+        """The context length of everything but decode steps."""
+        self.left_out: list[str] = []
+        """Decode steps that the memory does not hold, with the reason."""
+        self.cases = self._fitting_cases()
+        """Batch sizes and context lengths of decode steps."""
+        self.batches = [batch for batch, context in self.cases if context == self.context]
+        """Batch sizes of everything else."""
+        self.streams = [n for n in options.streams if n <= max(self.batches)]
+        self.max_num_seqs = max(max(it[0] for it in self.cases), 1 + max(self.streams, default=0))
+        prompts = blocks_for(max(options.prompts))
+        blocks = prompts + max(batch * blocks_for(context) for batch, context in self.cases)
         made = (self.model, blocks, BLOCK_SIZE, self.dtype, device.device)
         self.runner = ModelRunner(*made, max_num_seqs=self.max_num_seqs)
         for pages in (*self.runner.cache.keys, *self.runner.cache.values):
@@ -66,11 +76,34 @@ class RandomRunner:
         """The model's sizes that the options ask for."""
         return config_of(tiny=options.tiny, layers=options.layers)
 
-    def _max_num_seqs(self) -> int:
+    def _fitting_cases(self) -> list[tuple[int, int]]:
+        """The cases whose KV cache fits beside that of the longest prompt; notes the others.
+
+        Raises `ValueError` where none fits at the first context length.
+        """
+        cases = []
+        num_blocks = self._max_blocks() - blocks_for(max(self.options.prompts))
+        longest = self.config.max_position_embeddings - EXTRA
+        for context, batch in product(self.options.contexts, self.options.batches):
+            needed = batch * blocks_for(context)
+            gb = kv_bytes(self.config, needed * BLOCK_SIZE, self.dtype.itemsize) / 1e9
+            if context <= longest and needed <= num_blocks:
+                cases.append((batch, context))
+                continue
+            reason = f"a KV cache of {gb:.1f} GB does not fit"
+            if context > longest:
+                reason = f"the model takes up to {longest} tokens and {EXTRA} new ones"
+            self.left_out.append(f"batch {batch} at context {context}: {reason}")
+        if self.context not in [context for _, context in cases]:
+            raise ValueError(f"nothing fits: {self.left_out}")
+        return cases
+
+    def _max_blocks(self) -> int:
+        """How many KV blocks the device has memory for, less `SPARE`."""
         if not self.device.is_cuda:
-            return 8
-        free = self.device.free_bytes() - SPARE
-        return int(free / kv_bytes(self.config, self.options.context + EXTRA, self.dtype.itemsize))
+            return CPU_BLOCKS
+        block_bytes = kv_bytes(self.config, BLOCK_SIZE, self.dtype.itemsize)
+        return int((self.device.free_bytes() - SPARE) / block_bytes)
 
     @property
     def lacks_kernels(self) -> bool:
@@ -123,24 +156,29 @@ class RandomRunner:
         graphs, step = self.runner._graphs, self.runner._gpu_step
         if graphs is None or step is None:
             return None
-        count = max(self.batches)
-        sequences = self.sequences(count, self.options.context)
-        last = self.options.context - 1
+        sequences = self.sequences(max(self.batches), self.context)
+        last = self.context - 1
         decodes = [ScheduledTokens(s, last, last + 1, True) for s in sequences]
         launched = step.decode(self.runner._batch(decodes))
         replayed, _ = graphs.run(decodes, None, self.runner._tables.of(decodes))
         return float((replayed - launched).norm() / launched.norm())
 
-    def decode(self, batch: int) -> float:
-        """Tokens per second of `batch` sequences that are sampled, one step after the other."""
-        sequences = self.sequences(batch, self.options.context, temperature=0.7)
+    def decode(self, batch: int, context: int, temperature: float) -> tuple[float, int]:
+        """Tokens per second of `batch` sequences, one step after the other, and how many different
+        tokens the last step gave.
+
+        Sequences with the same token choose nearly the same experts, so a step with few different
+        tokens reads less than its limit counts.
+        """
+        sequences = self.sequences(batch, context, temperature=temperature)
         decode(self.runner, sequences, 2)
         steps, began = 0, time.perf_counter()
         while steps < ROUND or (steps < 256 and time.perf_counter() - began < self.options.seconds):
             decode(self.runner, sequences, ROUND)
             steps += ROUND
         self.device.wait()
-        return float(batch * steps / (time.perf_counter() - began))
+        speed = float(batch * steps / (time.perf_counter() - began))
+        return speed, len({sequence.token_ids[-1] for sequence in sequences})
 
 
 def decode(runner: ModelRunner, sequences: list[Sequence], num_steps: int) -> None:

@@ -1,13 +1,16 @@
 """The GPU benchmark at toy sizes on a CPU."""
 
 import json
+import subprocess
+import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import gpu, kernel_cases
+from benchmarks import gpu, kernel_cases, random_runner, step_kernels
 from benchmarks.device import Device
 from benchmarks.random_runner import RandomRunner
 from benchmarks.roofline import decode_bytes, experts_hit
@@ -22,6 +25,8 @@ from tools.random_model import config_of
 
 prepare_once()
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
 def test_it_runs_at_toy_sizes_on_a_cpu(
@@ -30,8 +35,16 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     """Every part of the document is there, with positive figures."""
     assert gpu.main(["--tiny", "--device", "cpu", "--batches", "1", "2", *weights]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [row["batch"] for row in document["decode"]] == [1, 2]
+    rows = [(row["context"], row["batch"], row["temperature"]) for row in document["decode"]]
+    assert rows == list(product((40, 264), (1, 2), (0.0, 0.7)))
     assert all(row["tokens_per_s"] > 0 and row["limit"] > 0 for row in document["decode"])
+    assert [reason.partition(":")[0] for reason in document["left_out"]] == [
+        "batch 1 at context 2008",
+        "batch 2 at context 2008",
+    ]
+    assert [row["batch"] for row in document["head"]] == [1, 2]
+    assert [row["batch"] for row in document["sampling"]] == [1, 2, 1, 2]
+    assert all(row["us"] > 0 for row in (*document["head"], *document["sampling"]))
     prompts = document["prompts"]
     assert [(row["tokens"], row["streams"]) for row in prompts] == [
         (tokens, streams) for tokens in (9, 16, 72) for streams in (0, 1, 2)
@@ -53,12 +66,12 @@ def test_failures_are_recorded_and_the_rest_is_measured(
     the other figures."""
     file = tmp_path / "gpu.json"
 
-    def failing(one: RandomRunner, batch: int) -> float:
+    def failing(one: RandomRunner, batch: int, *_: object) -> tuple[float, int]:
         known = json.loads(file.read_text())
         if batch == 2:
             assert known["read_gb_per_s"] > 0
             raise torch.OutOfMemoryError("no memory")
-        return 1.0
+        return 1.0, 1
 
     def no_kernel(*_: Any, **__: Any) -> Any:
         raise RuntimeError("an illegal instruction")
@@ -66,16 +79,18 @@ def test_failures_are_recorded_and_the_rest_is_measured(
     monkeypatch.setattr(gpu, "relative_errors", lambda *_: {"experts (triton)": float("nan")})
     monkeypatch.setattr(RandomRunner, "decode", failing)
     monkeypatch.setattr(kernel_cases, "down", no_kernel)
-    options = ["--tiny", "--device", "cpu", "--batches", "2", "1", "--save", str(file)]
+    options = ["--tiny", "--device", "cpu", "--batches", "2", "1", "--contexts", "512"]
+    options += ["--save", str(file)]
     options += ["--parts", "products", "step", "kernels"]
     assert gpu.main(options) == 1
     document = json.loads(file.read_text())
     assert document["failures"] == {
         "products": "ValueError: wrong on this device: experts (triton)",
-        "decode of 2": "OutOfMemoryError: no memory",
+        "decode of 2 at 40, temperature 0.0": "OutOfMemoryError: no memory",
+        "decode of 2 at 40, temperature 0.7": "OutOfMemoryError: no memory",
         "kernels: down": "RuntimeError: an illegal instruction",
     }
-    assert [row["batch"] for row in document["decode"]] == [1]
+    assert [row["batch"] for row in document["decode"]] == [1, 1]
     assert {row["kernel"] for row in document["kernels"]} == {"gate_up", "qkv", "o", "attention"}
     assert "FAILED: decode of 2" in capsys.readouterr().err
 
@@ -94,7 +109,7 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
         ),
         Device(torch.device("cpu")),
     )
-    tables = [sequence.block_table for sequence in made.sequences(2, made.options.context)]
+    tables = [sequence.block_table for sequence in made.sequences(2, made.context)]
     assert max(map(max, tables)) < made.runner.cache.num_blocks
     assert "a captured graph for each of 2 batch sizes" in made.note
     assert made.graph_error() == 0
@@ -102,6 +117,46 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
     error = made.graph_error()
     assert error is not None
     assert error > 1e-2
+
+
+def test_what_does_not_fit_is_left_out_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A KV cache larger than the memory leaves out one batch size at one context length."""
+    monkeypatch.setattr(random_runner, "CPU_BLOCKS", 100)
+    options = ["--tiny", "--device", "cpu", "--layers", "1", "--batches", "1", "3"]
+    options += ["--contexts", "512", "4096", "--streams", "1"]
+    made = RandomRunner(gpu.parse(options), Device(torch.device("cpu")))
+    # 25 blocks are the longest prompt's; of the other 75, a sequence takes 23 or 37.
+    assert made.cases == [(1, 40), (3, 40), (1, 264)]
+    assert made.left_out == ["batch 3 at context 264: a KV cache of 0.0 GB does not fit"]
+    assert made.runner.cache.num_blocks == 25 + 69
+
+
+def test_kernels_of_a_step_are_counted_by_step_and_by_layer() -> None:
+    """Each layer of a float model has one product for q, k and v, and one for o; lm_head, which a
+    step has once, is not a layer's."""
+    options = ["--tiny", "--device", "cpu", "--weights", "bf16", "--batches", "1", "--streams", "1"]
+    made = RandomRunner(gpu.parse(options), Device(torch.device("cpu")))
+    made.runner._cpu_step = None  # the model in torch, whose operations the profiler sees
+    table = step_kernels.kernels_of_prompt(made, 20)
+    launches = {row["name"]: row["launches"] for row in table["kernels"]}
+    assert launches["aten::rms_norm"] == 2 * 2 + 1
+    assert launches["aten::topk"] == 2
+    assert table["launches"] == pytest.approx(sum(launches.values()), abs=0.1)
+    assert table["launches_per_layer"] == sum(int(n) // 2 for n in launches.values())
+    times = [row["us"] for row in table["kernels"]]
+    assert times == sorted(times, reverse=True)
+
+
+def test_it_imports_nothing_of_the_server() -> None:
+    """The GPU machine has torch, triton, numpy and cuda-bindings alone."""
+    program = (
+        "import sys; import benchmarks.gpu; "
+        "print(*{'ray', 'pydantic', 'yaml', 'transformers', 'starlette', 'aiohttp', 'psutil', "
+        "'safetensors', 'tokenizers'} & {name.partition('.')[0] for name in sys.modules})"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.split() == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

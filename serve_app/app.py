@@ -117,6 +117,7 @@ def _replica_class(load: Load) -> type[Any]:
             import ray
 
             from serve_app.api import early_answer
+            from serve_app.api.ray_metrics import RayMetrics
 
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
@@ -126,6 +127,8 @@ def _replica_class(load: Load) -> type[Any]:
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
             early_answer.serves(self)
+            if ray.is_initialized():
+                RayMetrics(lambda: self.metrics.families(self.status)).start()
             if not settings.api.needs_key and ray.is_initialized():
                 # A thread, because Serve's controller is asked.
                 threading.Thread(target=warn_if_open, name="exposure", daemon=True).start()

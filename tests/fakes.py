@@ -145,7 +145,7 @@ class FakeEngine:
         return [TokenLogprob(token_id, self._logprob, *top) for token_id in ids]
 
     def stats(self) -> EngineStats:
-        return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0, 0, 0)
+        return EngineStats(self.num_running, 0, self.num_running, 64, 0, 0, 0, 0, 0, 0, 0.0)
 
     def stop(self) -> None:
         self.is_alive = False

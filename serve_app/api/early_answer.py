@@ -67,7 +67,9 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
             account = ingress.check_key(request, server.keys)
         server.require_room(route, account)
     except ServeError as error:
-        return _refusal(server, request, error)
+        refusal = _refusal(server, request, error)
+        server.metrics.http_response(route.path, refusal.status_code)
+        return refusal
     return JSONResponse(*server.ping(), headers=_places(server)) if is_ping else None
 
 

@@ -102,6 +102,12 @@ class Endpoint:
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
+        response = await self._response(request, server)
+        path = None if self._route is None else self._route.path
+        server.metrics.http_response(path, response.status_code)
+        return response
+
+    async def _response(self, request: Request, server: "MixtralServer") -> Response:
         arrived: float = request.scope[ARRIVED]
         request_id, headers = request_id_of(request)
         if self._is_messages:

@@ -8,9 +8,10 @@ Call the counting methods from one event loop; `text` may be called from any thr
 at 0 when the server is made, so the steps of the load's warm-up are not in them.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from serve_app.api import histograms
 from serve_app.errors import QueueFull, ServeError
 from serve_app.protocol.key_account import KeyAccount
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from prometheus_client.metrics_core import Metric
 
     from serve_app.engine.engine import EngineStats
+    from serve_app.loading.phases import PhaseTime
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format: https://prometheus.io/docs/instrumenting/exposition_formats/."""
@@ -26,59 +28,9 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 STATUSES = ("idle", "loading", "ready", "draining", "failed")
 """The values of `status` in `/health`. A worker without a model has "idle", "loading" or
 "failed"."""
+NO_ROUTE = "none"
+"""The label `handler` of responses to requests for a path that is not in the route table."""
 FINISH_REASONS = ("stop", "length", "tool_calls", "cancelled", "error")
-
-# Histograms: name, help, buckets. Buckets reach from the tiny model on a CPU to Mixtral behind a
-# long queue. They are narrowest around usual service levels: a first token in 0.1 to 2.5 s, then
-# one every 10 to 100 ms.
-FIRST_TOKEN = (
-    "time_to_first_token_seconds",
-    "From a call's arrival to its first token.",
-    (
-        *(0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75),
-        *(1.0, 1.5, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
-    ),
-)
-INTER_TOKEN = (
-    "inter_token_latency_seconds",
-    "Between two tokens of an answer, as they are taken from the engine.",
-    (
-        *(0.001, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
-        *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0),
-    ),
-)
-QUEUE = (
-    "request_queue_time_seconds",
-    "In the engine's queue before the first step, of requests that got a token.",
-    (
-        *(0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
-        *(1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0, 640.0),
-    ),
-)
-WHOLE = (
-    "e2e_request_latency_seconds",
-    "From a call's arrival to the end of an answer, stop or length.",
-    (
-        *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 2.5, 5.0),
-        *(10.0, 15.0, 20.0, 30.0, 40.0, 60.0, 120.0, 240.0, 480.0, 960.0),
-    ),
-)
-LOOP_LAG = (
-    "event_loop_lag_seconds",
-    "How late the event loop runs what is due, measured ten times a second.",
-    (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0),
-)
-TOKENS = tuple(2.0**n for n in range(16))
-PROMPT_TOKENS = (
-    "request_prompt_tokens",
-    "Tokens of prompts whose answers came to their end, stop or length.",
-    TOKENS,
-)
-GENERATION_TOKENS = (
-    "request_generation_tokens",
-    "Tokens of answers that came to their end, stop or length.",
-    TOKENS,
-)
 
 # Name, field of `EngineStats`, help.
 GAUGES = (
@@ -102,6 +54,7 @@ COUNTERS = (
     ),
     ("num_preemptions", "num_preemptions", "Running requests preempted for a free KV block."),
     ("engine_steps", "num_steps", "Steps of the engine."),
+    ("engine_step_seconds", "step_seconds", "Seconds in which the device computed steps."),
 )
 
 # By the name of the API key: name, field of `KeyAccount`, help.
@@ -120,9 +73,11 @@ class Metrics:
         model: str,
         stats: Callable[[], "EngineStats"],
         accounts: Callable[[], Iterable[KeyAccount]] = tuple,
+        memory: Mapping[str, int] | None = None,
+        phases: Sequence["PhaseTime"] = (),
     ) -> None:
         """`model` is the public name; `stats` returns the engine's numbers, `accounts` those of the
-        API keys."""
+        API keys. `memory` and `phases` are what `/health` has as `memory` and `load`."""
         from prometheus_client import CollectorRegistry, disable_created_metrics
 
         # Drops the series with creation times, for the whole process.
@@ -130,18 +85,21 @@ class Metrics:
         self._model = model
         self._stats = stats
         self._accounts = accounts
+        self._memory = memory or {}
+        self._phases = phases
         self._begin = stats()
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self._errors = dict.fromkeys(_codes(ServeError), 0)
+        self._http: dict[tuple[str, str], int] = {}
         self._histograms = CollectorRegistry()
 
-        self.first_token = self._histogram(*FIRST_TOKEN)
-        self.inter_token = self._histogram(*INTER_TOKEN)
-        self.queue = self._histogram(*QUEUE)
-        self.whole = self._histogram(*WHOLE)
-        self.loop_lag = self._histogram(*LOOP_LAG)
-        self.prompt_tokens = self._histogram(*PROMPT_TOKENS)
-        self.generation_tokens = self._histogram(*GENERATION_TOKENS)
+        self.first_token = self._histogram(*histograms.FIRST_TOKEN)
+        self.inter_token = self._histogram(*histograms.INTER_TOKEN)
+        self.queue = self._histogram(*histograms.QUEUE)
+        self.whole = self._histogram(*histograms.WHOLE)
+        self.loop_lag = self._histogram(*histograms.LOOP_LAG)
+        self.prompt_tokens = self._histogram(*histograms.PROMPT_TOKENS)
+        self.generation_tokens = self._histogram(*histograms.GENERATION_TOKENS)
 
     def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> "Histogram":
         from prometheus_client import Histogram
@@ -160,11 +118,17 @@ class Metrics:
         """Counts requests that HAProxy has refused while the queue was full."""
         self._errors[_code(QueueFull)] += number
 
+    def http_response(self, route: str | None, status: int) -> None:
+        """Counts a response to a request for `route`, a path of the route table or None."""
+        key = (route or NO_ROUTE, str(status))
+        self._http[key] = self._http.get(key, 0) + 1
+
     def text(self, status: str) -> str:
         """All metrics in Prometheus' text format. `status` is the one in `/health`."""
-        return _text(self._families(status))
+        return _text(self.families(status))
 
-    def _families(self, status: str) -> Iterator["Metric"]:
+    def families(self, status: str) -> Iterator["Metric"]:
+        """All metrics, as prometheus_client has them. May be called from any thread."""
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
         yield _status(status, self._model)
@@ -185,6 +149,15 @@ class Metrics:
             for value, count in counts.items():
                 counter.add_metric([self._model, value], count)
             yield counter
+        yield from self._start()
+        counter = CounterMetricFamily(
+            "mixtral_http_requests",
+            "HTTP responses, by route and status.",
+            labels=["model_name", "handler", "status"],
+        )
+        for (route, code), count in list(self._http.items()):
+            counter.add_metric([self._model, route, code], count)
+        yield counter
         accounts = list(self._accounts())
         for name, field, help in KEY_COUNTERS if accounts else ():
             counter = CounterMetricFamily(f"mixtral_{name}", help, labels=["model_name", "key"])
@@ -192,6 +165,23 @@ class Metrics:
                 counter.add_metric([self._model, account.key.name], getattr(account, field))
             yield counter
         yield from self._histograms.collect()
+
+    def _start(self) -> Iterator["Metric"]:
+        """What the load has taken: seconds and memory."""
+        from prometheus_client.metrics_core import GaugeMetricFamily
+
+        help = "Seconds that a phase of the load took."
+        seconds = GaugeMetricFamily(
+            "mixtral_load_phase_seconds", help, labels=["model_name", "phase"]
+        )
+        for phase in list(self._phases):
+            seconds.add_metric([self._model, phase["phase"]], phase["seconds"])
+        yield seconds
+        help = "Bytes of weights and KV cache on the device, by part."
+        memory = GaugeMetricFamily("mixtral_memory_bytes", help, labels=["model_name", "part"])
+        for part, num_bytes in self._memory.items():
+            memory.add_metric([self._model, part], num_bytes)
+        yield memory
 
 
 def status_text(status: str, model: str) -> str:

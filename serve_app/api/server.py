@@ -70,7 +70,13 @@ class MixtralServer:
         self.fingerprint = _fingerprint(settings, self._loaded)
         self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
         self.tokenizer = self._loaded.tokenizer
-        self.metrics = Metrics(self.names[0], self._stats, lambda: self.keys.accounts)
+        self.metrics = Metrics(
+            self.names[0],
+            self._stats,
+            lambda: self.keys.accounts,
+            self._loaded.memory,
+            self._phases,
+        )
         self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
         self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
         self.inputs = InputProcessor(

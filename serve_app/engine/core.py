@@ -74,6 +74,7 @@ class EngineCore:
         self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
         self.num_steps = 0
+        self.step_seconds = 0.0
         self._runner = runner
         self._requests = requests
         self._policy = policy or PrefillPolicy(
@@ -176,6 +177,7 @@ class EngineCore:
             return
         self._num_failed_steps = 0
         if seconds:
+            self.step_seconds += seconds
             self._policy.finished(shape, predicted_s, seconds)
         for sequence, prompt_logprobs in scores:
             if sequence in self._streams:

@@ -43,6 +43,8 @@ class EngineStats:
     """Tokens found there, and not computed again."""
     num_preemptions: int
     num_steps: int
+    step_seconds: float
+    """Seconds in which the device computed steps."""
 
 
 class Engine:
@@ -99,6 +101,7 @@ class Engine:
             prefix_cache_hits=scheduler.prefix_cache_hits,
             num_preemptions=scheduler.num_preemptions,
             num_steps=core.num_steps,
+            step_seconds=core.step_seconds,
         )
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> None:

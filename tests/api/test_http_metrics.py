@@ -47,7 +47,7 @@ def test_a_new_server_has_counted_nothing() -> None:
     finally:
         server.close()
     counters = [family for family in seen.families.values() if family.type == "counter"]
-    assert len(counters) == 8
+    assert len(counters) == 10
     assert {sample.value for family in counters for sample in family.samples} == {0}
 
 

@@ -196,6 +196,7 @@ def test_labels_hold_nothing_of_a_client() -> None:
         "model_name": {"tiny"},
         "status": set(STATUSES),
         "finish_reason": set(FINISH_REASONS),
+        "part": {"experts", "attention", "head", "other", "kv_cache"},
     }
 
 

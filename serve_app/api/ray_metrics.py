@@ -1,0 +1,57 @@
+"""Copies a replica's metrics to Ray, which exports those of all replicas of a node on one port.
+
+Ray adds `ray_` before each name, and the labels `application`, `deployment` and `replica`. Every
+series is a gauge of Ray's that holds the value which `/metrics` has: counters too, and the buckets,
+sums and counts of histograms. Ray's own histograms would cost microseconds for each token and
+replace observations by the middle of their bucket; its counters outlive a replica, whose gauges
+end with it.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
+    from ray.serve.metrics import Gauge
+
+log = logging.getLogger(__name__)
+
+INTERVAL_S = 5.0
+"""Seconds between two copies. Ray exports every 10 s by default."""
+
+
+class RayMetrics:
+    """Ray's gauges for the metrics that `families` returns. Needs Serve's replica context."""
+
+    def __init__(self, families: Callable[[], Iterable["Metric"]]) -> None:
+        self._families = families
+        self._gauges: dict[str, Gauge] = {}
+
+    def start(self) -> None:
+        """Copies now and every few seconds, in a thread that ends with this process."""
+        threading.Thread(target=self._run, name="ray metrics", daemon=True).start()
+
+    def copy(self) -> None:
+        """Sets every gauge to the value that its series has now."""
+        for family in self._families():
+            for sample in family.samples:
+                gauge = self._gauge(sample.name, family.documentation, tuple(sample.labels))
+                gauge.set(sample.value, tags=dict(sample.labels))
+
+    def _gauge(self, name: str, help: str, labels: tuple[str, ...]) -> "Gauge":
+        from ray.serve.metrics import Gauge
+
+        if name not in self._gauges:
+            self._gauges[name] = Gauge(name, description=help, tag_keys=labels)
+        return self._gauges[name]
+
+    def _run(self) -> None:
+        pause = threading.Event()
+        try:
+            while True:
+                self.copy()
+                pause.wait(INTERVAL_S)
+        except Exception:
+            log.exception("Ray's port has no more metrics of this replica; /metrics has them")

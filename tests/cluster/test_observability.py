@@ -1,0 +1,90 @@
+"""What an operator sees of a server in a Ray cluster: metrics on Ray's port, log lines."""
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.cluster.observed import Observed, observed
+from tests.worker.conftest import until
+
+RAYS_LABELS = {"application": "default", "deployment": "mixtral"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Observed]:
+    with observed() as it:
+        yield it
+
+
+def series(text: str, prefix: str) -> dict[tuple[str, ...], float]:
+    """The values by name without `prefix`, and the labels that the server gives itself."""
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if not sample.name.startswith(f"{prefix}mixtral_"):
+                continue
+            if prefix:
+                assert sample.labels.items() >= RAYS_LABELS.items()
+                assert sample.labels["replica"]
+            own = {k: v for k, v in sample.labels.items() if k in OWN_LABELS and v}
+            key = (sample.name.removeprefix(prefix), *(f"{k}={v}" for k, v in sorted(own.items())))
+            found[key] = sample.value
+    return found
+
+
+OWN_LABELS = {"model_name", "status", "finish_reason", "code", "handler", "phase", "part", "le"}
+CHANGING = ("mixtral_event_loop_lag_seconds", "mixtral_http_requests")
+"""What a scrape of `/metrics` and the passing time change."""
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+def test_rays_port_has_every_series_of_the_replica(server: Observed) -> None:
+    """Once idle, both ways show the same series with the same values, counters and buckets too."""
+    body = {"prompt": "a", "max_tokens": 20}
+    for _ in range(3):
+        assert httpx.post(f"{server.url}/prompt", json=body, timeout=60).status_code == 200
+    assert httpx.post(f"{server.url}/prompt", json={"x": 1}).status_code == 400
+
+    def both() -> list[dict[tuple[str, ...], float]]:
+        texts = ((server.text("server"), ""), (server.text("ray"), "ray_"))
+        return [
+            {key: value for key, value in series(*it).items() if not key[0].startswith(CHANGING)}
+            for it in texts
+        ]
+
+    def are_equal() -> bool:
+        ours, rays = both()
+        return ours == rays
+
+    until(are_equal)
+    ours = series(server.text("server"), "")
+    assert (
+        ours["mixtral_requests_total", "finish_reason=stop", "model_name=tiny"]
+        + ours["mixtral_requests_total", "finish_reason=length", "model_name=tiny"]
+        == 3
+    )
+    key = ("mixtral_http_requests_total", "handler=/prompt", "model_name=tiny")
+    assert (ours[*key, "status=200"], ours[*key, "status=400"]) == (3, 1)
+    until(lambda: (*key, "status=400") in series(server.text("ray"), "ray_"))
+
+
+@pytest.mark.ray
+def test_a_replica_writes_lines_of_json(server: Observed) -> None:
+    """Our lines and Serve's have the same form; a request's line has its id, and no prompt."""
+    given = {"x-request-id": "zebra-1"}
+    body = {"prompt": "zebra crossing", "max_tokens": 1}
+    response = httpx.post(f"{server.url}/prompt", json=body, headers=given, timeout=60)
+
+    def ours() -> list[dict[str, object]]:
+        return [line for line in server.log_lines() if line.get("client_request_id") == "zebra-1"]
+
+    until(lambda: ours() != [])
+    assert ours()[0]["request_id"] == response.headers["x-mixtral-request-id"]
+    lines = server.log_lines()
+    (warm_up,) = (line for line in lines if line.get("phase") == "warm-up")
+    assert isinstance(warm_up["seconds"], float)
+    assert any(line["logger"] == "ray.serve" and line.get("route") == "/prompt" for line in lines)
+    assert not any("crossing" in str(line) for line in lines)

@@ -68,7 +68,7 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
         server.require_room(route, account)
     except ServeError as error:
         refusal = _refusal(server, request, error)
-        server.metrics.http_response(route.path, refusal.status_code)
+        server.metrics.http_responses[route.path, refusal.status_code] += 1
         return refusal
     return JSONResponse(*server.ping(), headers=_places(server)) if is_ping else None
 

@@ -27,6 +27,7 @@ from serve_app.api.api_keys import ApiKeys
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
+from serve_app.api.metrics import NO_ROUTE
 from serve_app.errors import InvalidApiKey, error_body, is_messages
 from serve_app.protocol import json_pieces
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
@@ -97,17 +98,12 @@ class Endpoint:
     def __init__(self, get_server: GetServer, route: routes.Route | None = None) -> None:
         self._get_server = get_server
         self._route = route
+        self._handler = NO_ROUTE if route is None else route.path
         self._is_messages = route is not None and is_messages(route.path)
 
     async def response(self, request: Request) -> Response:
         """The response to one request; its errors are responses too."""
         server = self._get_server()
-        response = await self._response(request, server)
-        path = None if self._route is None else self._route.path
-        server.metrics.http_response(path, response.status_code)
-        return response
-
-    async def _response(self, request: Request, server: "MixtralServer") -> Response:
         arrived: float = request.scope[ARRIVED]
         request_id, headers = request_id_of(request)
         if self._is_messages:
@@ -123,19 +119,21 @@ class Endpoint:
             call = Call(method, path, None, request_id, arrived, account)
             reply = await self._reply(request, server, call)
             headers |= account.headers() if account is not None else {}
-            return await _response(reply, server, call, self._route, headers)
+            response = await _response(reply, server, call, self._route, headers)
         except ClientDisconnect:
             log.debug(
                 "request %s: the client left before its body was here",
                 request_id,
                 extra={"fields": {"request_id": request_id}},
             )
-            return Response(status_code=CLIENT_LEFT)
+            response = Response(status_code=CLIENT_LEFT)
         except Exception as raised:
             error = server.failure(raised, request_id)
             headers |= (account.headers() if account is not None else {}) | error.headers
             body = error_body(error, request_id, path)
-            return JSONResponse(body, error.http_status, headers)
+            response = JSONResponse(body, error.http_status, headers)
+        server.metrics.http_responses[self._handler, response.status_code] += 1
+        return response
 
     async def _reply(self, request: Request, server: "MixtralServer", call: Call) -> Reply:
         """The reply to `call`, whose body is read here."""

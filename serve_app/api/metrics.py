@@ -8,6 +8,7 @@ Call the counting methods from one event loop; `text` may be called from any thr
 at 0 when the server is made, so the steps of the load's warm-up are not in them.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -90,7 +91,8 @@ class Metrics:
         self._begin = stats()
         self.finished = dict.fromkeys(FINISH_REASONS, 0)
         self._errors = dict.fromkeys(_codes(ServeError), 0)
-        self._http: dict[tuple[str, str], int] = {}
+        self.http_responses: defaultdict[tuple[str, int], int] = defaultdict(int)
+        """HTTP responses by path of the route table, or `NO_ROUTE`, and status."""
         self._histograms = CollectorRegistry()
 
         self.first_token = self._histogram(*histograms.FIRST_TOKEN)
@@ -117,11 +119,6 @@ class Metrics:
     def refused(self, number: int) -> None:
         """Counts requests that HAProxy has refused while the queue was full."""
         self._errors[_code(QueueFull)] += number
-
-    def http_response(self, route: str | None, status: int) -> None:
-        """Counts a response to a request for `route`, a path of the route table or None."""
-        key = (route or NO_ROUTE, str(status))
-        self._http[key] = self._http.get(key, 0) + 1
 
     def text(self, status: str) -> str:
         """All metrics in Prometheus' text format. `status` is the one in `/health`."""
@@ -155,8 +152,8 @@ class Metrics:
             "HTTP responses, by route and status.",
             labels=["model_name", "handler", "status"],
         )
-        for (route, code), count in list(self._http.items()):
-            counter.add_metric([self._model, route, code], count)
+        for (route, code), count in list(self.http_responses.items()):
+            counter.add_metric([self._model, route, str(code)], count)
         yield counter
         accounts = list(self._accounts())
         for name, field, help in KEY_COUNTERS if accounts else ():

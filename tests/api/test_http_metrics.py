@@ -133,7 +133,12 @@ def test_the_endpoints_own_refusals_are_counted(
         http.post("/prompt", content=b"{", headers=key)
         http.post("/nowhere", json={}, headers=key)
         http.post("/v1/completions", json={"prompt": "a", "stream": True, "x": 1}, headers=key)
-        assert scrape(http).by("code", "errors_total") == {
+        seen = scrape(http)
+        for handler, status in (("/prompt", 401), ("/prompt", 413), ("/metrics", 200)):
+            labels = {"handler": handler, "status": str(status)}
+            assert scrape(http)("http_requests_total", **labels) >= 1
+        assert seen("http_requests_total", handler="none", status="404") == 1
+        assert seen.by("code", "errors_total") == {
             "invalid_api_key": 1,
             "request_too_large": 1,
             "invalid_request_error": 2,

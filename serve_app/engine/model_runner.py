@@ -99,7 +99,7 @@ class ModelRunner:
             self._prompt_step = PromptStep.verified(self.model, self.cache)
         except StepUnavailable as reason:
             return f"; prompts run in plain torch: {reason}"
-        return "; prompts run in kernels, with one launch for the attention of all chunks"
+        return f"; prompts: {self._prompt_step.note}"
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
         """Captures the decode steps; returns the part of `note` about them."""

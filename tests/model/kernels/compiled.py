@@ -20,15 +20,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from serve_app.model.kernels.triton import (
+    grouped_product,
     nf4_decode,
     nf4_kernels,
     nf4_unpack,
     paged_attention,
     prompt_attention,
+    prompt_routing,
     step_kernels,
 )
 
-CHANGING = ("tokens", "entries", "rows", "batch", "programs", "table_stride")
+CHANGING = ("tokens", "entries", "rows", "batch", "programs", "table_stride", "first")
 """Numbers that differ from step to step; a new one must not compile another variant."""
 ANYWHERE = ("positions", "slots")
 """Tensors that begin at any number within another."""
@@ -128,6 +130,24 @@ def prompt_attention_cases(chip: int) -> list[Case]:
     ]
 
 
+def prompt_product_cases(chip: int) -> list[Case]:
+    """Products with the weights of one expert, and the routing of prompts."""
+    shape = grouped_product.WIDE if chip == 90 else grouped_product.NARROW
+    tensors = {**dict.fromkeys(("x", "weights", "out"), "*bf16"), "topk_weights": "*fp32"}
+    routing = dict.fromkeys(("order", "starts"), "*i32")
+    tile = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth}
+    common: dict[str, Any] = {**tensors, **routing, **tile, "first": 3, "programs": 999}
+    common |= {"EXPERTS": 1, "WIDTH": 1, "TOP_K": 2}
+    options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
+    routes: dict[str, Any] = {"logits": "*bf16", "topk_weights": "*fp32", "tokens": 4096}
+    routes |= {**routing, "EXPERTS": 8, "WIDTH": 8, "TOP_K": 2, "ROWS": prompt_routing.ROWS}
+    return [
+        ("", grouped_product._gate_up, {**common, "N": 28672, "K": 4096}, options, 0),
+        ("", grouped_product._down, {**common, "N": 4096, "K": 14336}, options, 0),
+        ("", prompt_routing._route_prompts, routes, {"num_warps": 8}, 0),
+    ]
+
+
 def step_cases() -> list[Case]:
     norm: dict[str, Any] = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "parts": "*fp32"}
     norm |= {"lens": "*i32", "rows": 32, "eps": 1e-5, "SIZE": 4096, "WIDTH": 4096}
@@ -216,6 +236,7 @@ def main(chip: int) -> int:
         *product_cases(),
         *attention_cases(),
         *prompt_attention_cases(chip),
+        *prompt_product_cases(chip),
         *step_cases(),
     ):
         module = kernel.__module__.rpartition(".")[2]

@@ -1,31 +1,55 @@
 """A GPU's step of prompts, its Triton kernels run by the interpreter, beside plain torch."""
 
-from typing import Any
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.interpreter import GridExecutor
 
-from serve_app.model.kernels.triton import prompt_step
+from serve_app.model.batch import Batch
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.products import CudaProducts
+from serve_app.model.kernels.cuda.variants import Card
+from serve_app.model.kernels.triton import grouped_product, prompt_step
+from serve_app.model.kernels.triton.grouped_product import TileShape
+from serve_app.model.kernels.triton.prompt_products import (
+    PromptProducts,
+    TorchProducts,
+    UnpackedProducts,
+)
 from serve_app.model.kernels.triton.prompt_step import PromptStep
 from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.kv import KVCache
+from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
 from tests.model.kernels.test_gpu_step import CASES, cache_of, model_of
+from tools.random_model import config_of
 
 
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens in the trial: the interpreter takes a second for what a GPU does in 1 ms."""
-    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((5, 20), (9, 9), (1, 1), (300, 900)))
+    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((5, 20), (1, 1), (300, 900)))
+    monkeypatch.setattr(grouped_product, "NARROW", TileShape(16, 64, 64, num_stages=1))
 
 
 @pytest.mark.parametrize(("quantization", "shape"), CASES.values(), ids=CASES)
 def test_it_gives_the_models_logits(
     quantization: Quantization | None, shape: dict[str, Any]
 ) -> None:
-    """Chunks of several sequences: logits equal plain torch's to float32's rounding."""
+    """Chunks of several sequences: logits equal plain torch's to float32's rounding, with products
+    in torch and, for weights in 4 bits, in kernels."""
     torch.manual_seed(1)
     model = model_of(quantization, torch.float32, **shape)
-    assert PromptStep(model, cache_of(model))._error() < 1e-5
+    step = PromptStep(model, cache_of(model))
+    forms: list[PromptProducts] = [TorchProducts(model)]
+    if quantization is not None:
+        forms.append(UnpackedProducts(model))
+    for step._products in forms:
+        assert step._error() < 1e-5
 
 
 def refusal(model: Any) -> str:
@@ -35,10 +59,18 @@ def refusal(model: Any) -> str:
 
 
 def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step that computes something else, or raises, is refused with a reason."""
+    """A step that computes something else, or raises, is refused with a reason; products that do
+    are left to torch."""
+    monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float16)
-    assert isinstance(PromptStep.verified(model, cache_of(model)), PromptStep)
+    step = PromptStep.verified(model, cache_of(model))
+    assert isinstance(step._products, UnpackedProducts)
+    mlp = UnpackedProducts.mlp
+    monkeypatch.setattr(UnpackedProducts, "mlp", lambda self, i, x: mlp(self, i, x) * -1)
+    step = PromptStep.verified(model, cache_of(model))
+    assert isinstance(step._products, TorchProducts)
+    assert "products in torch: the kernels differ from plain torch by" in step.note
     logits = PromptStep.logits
     for wrong in (1.1, float("nan")):
         monkeypatch.setattr(
@@ -47,3 +79,82 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
         assert "differ from plain torch" in refusal(model)
     monkeypatch.setattr(PromptStep, "logits", lambda self, rows: rows.nothing)
     assert "failed in their trial (AttributeError" in refusal(model)
+
+
+class Launches(TorchDispatchMode):
+    """Names of what a GPU would be given to do: operators of torch that compute, and kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if not func.is_view and func.overloadpacket not in NO_LAUNCH:
+            self.names.append(str(func.overloadpacket))
+        return func(*args, **(kwargs or {}))
+
+
+NO_LAUNCH = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like}
+NO_LAUNCH |= {torch.ops.aten._unsafe_view, torch.ops.aten.detach}
+
+
+class Recorded:
+    """A CUDA kernel in whose place its name is recorded."""
+
+    names: ClassVar[list[str]] = []
+
+    def __init__(self, name: str, macros: Sequence[str], grid: Grid) -> None:
+        self._name = name
+
+    def launch(self, *arguments: Any) -> None:
+        self.names.append(self._name)
+
+
+def launches_of(
+    model: Any, step_of: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
+) -> list[str]:
+    """What a step of `tokens` prompt tokens launches, all of it on the device "meta".
+
+    A tensor there has no values, so that whatever needs one on the host raises.
+    """
+    with Launches() as launches:
+        monkeypatch.setattr(
+            GridExecutor,
+            "__call__",
+            lambda self, *args, **kwargs: launches.names.append(self.fn.__name__),
+        )
+        cache = KVCache.allocate(model.config, 4, 16, torch.bfloat16, torch.device("meta"))
+        numbers = torch.zeros(tokens, dtype=torch.int64, device="meta")
+        tables = numbers[: 3 * 4].view(3, 4)
+        lens = [tokens - 8, 7, 1]
+        batch = Batch(numbers, numbers, numbers, lens, [900, 7, 16], tables, numbers[:3])
+        step = step_of(model, cache)
+        launches.names.clear()
+        Recorded.names.clear()
+        step.logits(batch)
+    return launches.names + Recorded.names
+
+
+def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Mixtral's sizes a layer is 42 launches, 4 of them for each expert; no operator needs a
+    value on the host."""
+    launched = []
+    for layers in (1, 2):
+        with torch.device("meta"):
+            config = config_of(tiny=False, layers=layers)
+            model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
+        model.products = CudaProducts(Card(90, 132), torch.zeros(16), {}, 2, Recorded)
+
+        def step_of(model: Mixtral, cache: KVCache) -> PromptStep:
+            step = PromptStep(model, cache)
+            step._products = UnpackedProducts(model)
+            return step
+
+        launched.append(Counter(launches_of(model, step_of, monkeypatch, 512)))
+    layer = launched[1] - launched[0]
+    assert layer["_attend_chunks"] == layer["_route_prompts"] == layer["_rope_write"] == 1
+    assert layer["unpack"] == 18
+    assert layer["_gate_up"] == layer["_down"] == 8
+    assert layer.total() == 42, layer

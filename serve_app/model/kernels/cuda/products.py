@@ -128,10 +128,14 @@ class CudaProducts:
         """Matrices `which` (int64 `[n]`) of a stack, dequantized to bfloat16 `[n, N, K]`."""
         shape = (len(which), weight.out_features, weight.in_features)
         out = torch.empty(shape, dtype=torch.bfloat16, device=which.device)
+        self.unpack_into(weight, which, out)
+        return out
+
+    def unpack_into(self, weight: TiledWeight, which: Tensor, out: Tensor) -> None:
+        """`unpack` into `out` `[n, N, K]`."""
         tensors = (weight.codes, weight.absmax, self._pairs, which, out)
         sizes = (len(which), weight.out_features // 16, weight.in_features // 64)
         self._unpack.launch(*tensors, *sizes)
-        return out
 
     def _launch(
         self,

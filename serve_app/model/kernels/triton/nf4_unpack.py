@@ -28,22 +28,30 @@ class Unpacker:
 
     def __call__(self, matrices: QuantizedWeight, index: Index) -> Tensor:
         """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
-        weights = self._packed.get(matrices)
-        if weights is None:
-            weights = self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
-        device = weights.packed.device
         is_stack = isinstance(index, Tensor)
-        which = torch.zeros(1, dtype=torch.int64, device=device)
+        which = torch.zeros(1, dtype=torch.int64, device=matrices.packed.device)
         if isinstance(index, Tensor):
             which = index
-        shape = (len(which), weights.out_features, weights.in_features)
-        out = torch.empty(shape, dtype=self._dtype, device=device)
+        out_features, half = matrices.packed.shape[-2:]
+        shape = (len(which), out_features, 2 * half)
+        out = torch.empty(shape, dtype=self._dtype, device=which.device)
+        self.into(matrices, which, out)
+        return out if is_stack else out[0]
+
+    def prepare(self, matrices: QuantizedWeight) -> Packed:
+        """What the kernel needs to know about a weight; waits for the device the first time."""
+        if matrices not in self._packed:
+            self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
+        return self._packed[matrices]
+
+    def into(self, matrices: QuantizedWeight, which: Tensor, out: Tensor) -> None:
+        """Fills `out` `[n, N, K]` from matrices `which` int64 `[n]` of a stack, or the one."""
+        weights = self.prepare(matrices)
         arguments = weights.arguments(ROWS, 1)
         del arguments["GROUPS"]
         spans = triton.cdiv(weights.in_features // 64, SPAN)
         grid = (triton.cdiv(weights.out_features, ROWS), spans, len(which))
         unpack_kernel[grid](which, out, **arguments, SPAN=SPAN, num_warps=4)
-        return out if is_stack else out[0]
 
 
 @triton.jit

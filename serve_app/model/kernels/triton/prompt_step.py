@@ -1,8 +1,9 @@
 """A step with prompt tokens on a GPU, by kernels: few launches, and no wait for the device.
 
 Its logits equal those of `model/mixtral.py` to the rounding of the model's dtype. Before it is used
-it is compared with plain torch on the device. Norms, rotary embedding and the KV cache are the
-decode step's kernels; attention of all chunks is one launch (`prompt_attention.py`).
+it is compared with plain torch on the device, and so is each form of its products
+(`prompt_products.py`). Norms, rotary embedding and the KV cache are the decode step's kernels;
+attention of all chunks is one launch (`prompt_attention.py`).
 """
 
 import logging
@@ -14,6 +15,11 @@ from torch import Tensor
 
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.triton.prompt_attention import PromptAttention
+from serve_app.model.kernels.triton.prompt_products import (
+    PromptProducts,
+    TorchProducts,
+    UnpackedProducts,
+)
 from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
@@ -40,6 +46,9 @@ class PromptStep:
         self._attention = PromptAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window
         )
+        self._products: PromptProducts = TorchProducts(model)
+        self.note = "attention in kernels, products in torch"
+        """What runs how."""
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache) -> "PromptStep":
@@ -47,18 +56,36 @@ class PromptStep:
 
         Raises `StepUnavailable` where it failed or differs.
         """
+        step = cls(model, cache)
+        step._require_agreement()
+        if model.codebook is not None:
+            step._choose_products(model)
+        return step
+
+    def _choose_products(self, model: "Mixtral") -> None:
+        """Sets the fastest form of the products that agrees with plain torch."""
+        reference = self._products
         try:
-            step = cls(model, cache)
-            error = step._error()
+            self._products = UnpackedProducts(model)
+            self._require_agreement()
+        except StepUnavailable as reason:
+            self._products = reference
+            self.note += f": {reason}"
+            return
+        self.note = "attention, routing and products in kernels"
+
+    def _require_agreement(self) -> None:
+        """Raises `StepUnavailable` where the step fails or differs from plain torch."""
+        try:
+            error = self._error()
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
             log.exception("the step of prompts failed in its trial")
             reason = f"the kernels failed in their trial ({type(failure).__name__}: "
             raise StepUnavailable(f"{reason}{str(failure)[:200]})") from None
-        if not error < TOLERANCE[model.embedding.dtype]:  # NaN is not below it either
+        if not error < TOLERANCE[self._model.embedding.dtype]:  # NaN is not below it either
             raise StepUnavailable(f"the kernels differ from plain torch by {error:.1e}")
-        return step
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
@@ -69,16 +96,20 @@ class PromptStep:
         rows, tiles = (batch.positions, batch.slots, is_live), self._attention.plan(batch)
         queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
         attended, parts = torch.empty_like(queries).flatten(1), None
+        products = self._products
+        products.begin()
         layer: Any
         for i, layer in enumerate(model.layers):
             keys, values = self._cache.keys[i], self._cache.values[i]
             y = normed(x, parts, is_live, layer.input_layernorm)
-            qkv = layer.attention.qkv(y)[None]
-            rope_write(qkv, rows, model.rope.cos, model.rope.sin, queries, keys, values)
+            rope_write(
+                *(products.qkv(i, y), rows, model.rope.cos, model.rope.sin),
+                *(queries, keys, values),
+            )
             self._attention(queries, keys, values, tiles, attended)
-            o = layer.attention.o(attended)[None]
+            o = products.o(i, attended)
             y = normed(x, o, is_live, layer.post_attention_layernorm)
-            parts = layer.mlp(y, len(y))[None]
+            parts = products.mlp(i, y)
         y = normed(x, parts, is_live, model.norm)[batch.sample_rows]
         logits: Tensor = F.linear(y, model.embedding) if model.lm_head is None else model.lm_head(y)
         return logits.float()

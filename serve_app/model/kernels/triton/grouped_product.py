@@ -1,0 +1,224 @@
+# mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
+"""Products of many tokens with the weights of some experts on a GPU, in Triton: a launch for each.
+
+`gate_up` reads its rows through the order of `route_prompts`, and `down` writes by entry, so that
+nothing is gathered or copied. The host knows the number of tokens and nothing of their experts:
+programs find their tiles in `starts`, and each takes every nth tile. For example 4,096 tokens with
+2 of 8 experts each have 1,024 rows an expert on average, which are 8 tiles of 128.
+
+Compiled for compute capabilities 8.0, 9.0 and 12.0, and not yet run on a device.
+
+Letters: T tokens, k experts per token, E experts, e experts of this launch, H hidden_size,
+I intermediate_size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERLEAVED_ROWS = tl.constexpr(8)
+"""See `quantized_weight.INTERLEAVED_ROWS`."""
+SLACK = 1.5
+"""Programs for each tile that a launch has where all experts get as many tokens. Programs without a
+tile end at once; where there are more tiles, some programs have two."""
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """The tile of a program and how it is launched."""
+
+    rows: int
+    columns: int
+    depth: int
+    """Columns of x and of the weights in one step of the sum; divides their number."""
+    num_stages: int
+    num_warps: int = 8
+
+
+WIDE, NARROW = TileShape(128, 256, 64, num_stages=3), TileShape(128, 128, 64, num_stages=4)
+"""Where a multiprocessor has the matrix instructions and memory of compute capabilities 9 and 10,
+and elsewhere: 144 and 96 KB of shared memory."""
+
+
+def shape_of(device: torch.device) -> TileShape:
+    """The tile shape for `device`."""
+    is_wide = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
+    return WIDE if is_wide else NARROW
+
+
+@dataclass
+class Routing:
+    """Where the tokens of a batch go; see `route_prompts`."""
+
+    order: Tensor
+    starts: Tensor
+    topk_weights: Tensor
+    top_k: int
+
+
+def gate_up(
+    x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor, shape: TileShape
+) -> None:
+    """Fills rows of `out` `[T * k, I]` with silu(gate) * up of `x` `[T, H]`.
+
+    `weights` `[e, 2 * I, H]` are those of experts `first` to `first + e`, gate and up by turns of 8
+    rows. Row 0 of `out` is the first entry of expert `first`; rows after the last expert's are not
+    written. `out` needs `min(e, k) * T` rows.
+    """
+    _launch(_gate_up, x, weights, routing, first, out, shape)
+
+
+def down(
+    x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor, shape: TileShape
+) -> None:
+    """Fills the experts' entries of `out` `[T * k, H]` from `x`, the output of `gate_up`.
+
+    Each row is multiplied by its entry's topk_weight. `weights` is `[e, H, I]`.
+    """
+    _launch(_down, x, weights, routing, first, out, shape)
+
+
+def _launch(
+    kernel, x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor, shape: TileShape
+) -> None:
+    num_experts, out_features, in_features = weights.shape
+    entries = len(routing.order)
+    share = entries * num_experts / (len(routing.starts) - 1)
+    row_tiles = int(SLACK * share / shape.rows) + num_experts
+    programs = row_tiles * triton.cdiv(out_features, shape.columns)
+    kernel[(programs,)](
+        *(x, weights, routing.order, routing.starts, routing.topk_weights, out, first, programs),
+        **dict(EXPERTS=num_experts, WIDTH=triton.next_power_of_2(num_experts)),
+        **dict(N=out_features, K=in_features, TOP_K=routing.top_k),
+        **dict(ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth),
+        num_warps=shape.num_warps,
+        num_stages=shape.num_stages,
+    )
+
+
+@triton.jit
+def _tiles(starts, first, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, N_TILES: tl.constexpr, ROWS):
+    """First row, end and end of the tiles of each expert of the launch, int32 `[WIDTH]`."""
+    e = tl.arange(0, WIDTH)
+    begin = tl.load(starts + first + e, mask=e < EXPERTS, other=0)
+    end = tl.load(starts + first + 1 + e, mask=e < EXPERTS, other=0)
+    return begin, end, tl.cumsum(tl.cdiv(end - begin, ROWS) * N_TILES, 0)
+
+
+@triton.jit
+def _place(tile, begin, end, tile_ends, ROWS: tl.constexpr, N_TILES: tl.constexpr):
+    """Expert, rows `[ROWS]`, end of the rows and number of the tile's columns."""
+    expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
+    is_it = tl.arange(0, begin.shape[0]) == expert
+    first_row = tl.sum(tl.where(is_it, begin, 0), 0)
+    last_row = tl.sum(tl.where(is_it, end, 0), 0)
+    row_tiles = tl.cdiv(last_row - first_row, ROWS)
+    local = tile - tl.sum(tl.where(is_it, tile_ends, 0), 0) + row_tiles * N_TILES
+    # Tiles with the same weights are adjacent: these come from the L2 cache.
+    rows = first_row + local % row_tiles * ROWS + tl.arange(0, ROWS)
+    return expert, rows, last_row, local // row_tiles
+
+
+@triton.jit
+def _product(
+    x,
+    lines,
+    is_row,
+    weights,
+    expert,
+    column,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """Rows `lines` of `x` times rows `column` of `weights[expert]`: float32 `[ROWS, COLUMNS]`."""
+    depth = tl.arange(0, DEPTH)
+    at = x + lines.to(tl.int64)[:, None] * K + depth[None, :]
+    weight_rows = expert.to(tl.int64) * N + (column % N)
+    weight_at = weights + weight_rows[None, :] * K + depth[:, None]
+    result = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, K, DEPTH):
+        values = tl.load(at + start, mask=is_row[:, None], other=0.0)
+        result = tl.dot(values, tl.load(weight_at + start), result, input_precision="ieee")
+    return result
+
+
+@triton.jit(do_not_specialize=["first", "programs"])
+def _gate_up(
+    x,
+    weights,
+    order,
+    starts,
+    topk_weights,
+    out,
+    first,
+    programs,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
+    first_row = tl.load(starts + first)
+    for tile in range(tl.program_id(0), tl.max(tile_ends, 0), programs):
+        expert, rows, last_row, number = _place(tile, begin, end, tile_ends, ROWS, N_TILES)
+        is_row = rows < last_row
+        token = tl.load(order + rows, mask=is_row, other=0) // TOP_K
+        column = number * COLUMNS + tl.arange(0, COLUMNS)
+        sums = _product(
+            x, token, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH
+        )  # [ROWS, COLUMNS]: 8 of gate, 8 of up, and so on
+        turns = tl.reshape(sums, [ROWS, COLUMNS // 16, 2, INTERLEAVED_ROWS])
+        gate, up = tl.split(tl.permute(turns, [0, 1, 3, 2]))
+        inner = gate / (1.0 + tl.exp(-gate)) * up
+        inner = tl.reshape(inner, [ROWS, COLUMNS // 2])
+        to = number * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
+        where = out + (rows - first_row).to(tl.int64)[:, None] * (N // 2) + to[None, :]
+        is_there = is_row[:, None] & (to < N // 2)[None, :]
+        tl.store(where, inner.to(out.dtype.element_ty), mask=is_there)
+
+
+@triton.jit(do_not_specialize=["first", "programs"])
+def _down(
+    x,
+    weights,
+    order,
+    starts,
+    topk_weights,
+    out,
+    first,
+    programs,
+    EXPERTS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
+    begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
+    first_row = tl.load(starts + first)
+    for tile in range(tl.program_id(0), tl.max(tile_ends, 0), programs):
+        expert, rows, last_row, number = _place(tile, begin, end, tile_ends, ROWS, N_TILES)
+        is_row = rows < last_row
+        entry = tl.load(order + rows, mask=is_row, other=0)
+        column = number * COLUMNS + tl.arange(0, COLUMNS)
+        sums = _product(
+            x, rows - first_row, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH
+        )
+        sums *= tl.load(topk_weights + entry, mask=is_row, other=0.0)[:, None]
+        where = out + entry.to(tl.int64)[:, None] * N + column[None, :]
+        is_there = is_row[:, None] & (column < N)[None, :]
+        tl.store(where, sums.to(out.dtype.element_ty), mask=is_there)

@@ -1,0 +1,126 @@
+"""The products of a step with prompt tokens on a GPU, in the forms that a `PromptStep` has.
+
+`TorchProducts` are the model's own, the reference. `UnpackedProducts` dequantize 4-bit weights for
+a step and multiply them by `grouped_product.py`; the host never learns which experts the tokens
+have.
+"""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from serve_app.model.kernels.cuda.use_kernels import tiled
+from serve_app.model.kernels.triton.grouped_product import Routing, down, gate_up, shape_of
+from serve_app.model.kernels.triton.nf4_unpack import Unpacker
+from serve_app.model.kernels.triton.prompt_routing import route_prompts
+from serve_app.model.kernels.triton.unpack_ahead import Job, Unpack, UnpackAhead
+from serve_app.model.quantized_weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+GROUP_WEIGHTS = 1 << 27
+"""Weights of gate and up that are floats at a time, unless one expert has more: one expert of
+Mixtral 8x7B, in 0.24 GB. Those of down take half as much again."""
+
+
+class PromptProducts(Protocol):
+    """The products of one model; each takes a layer's number and T tokens, and returns parts.
+
+    Parts `[S, T * C, N]` are to be summed over S and C.
+    """
+
+    def begin(self) -> None:
+        """Starts a step, which computes the layers in their order."""
+        ...
+
+    def qkv(self, layer: int, x: Tensor) -> Tensor: ...
+    def o(self, layer: int, x: Tensor) -> Tensor: ...
+    def mlp(self, layer: int, x: Tensor) -> Tensor: ...
+
+
+class TorchProducts:
+    """The products of the model in torch; with 4-bit experts they wait for the device."""
+
+    def __init__(self, model: "Mixtral") -> None:
+        self._model: Any = model
+
+    def begin(self) -> None:
+        """See `PromptProducts`."""
+
+    def qkv(self, layer: int, x: Tensor) -> Tensor:
+        parts: Tensor = self._model.layers[layer].attention.qkv(x)[None]
+        return parts
+
+    def o(self, layer: int, x: Tensor) -> Tensor:
+        parts: Tensor = self._model.layers[layer].attention.o(x)[None]
+        return parts
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        parts: Tensor = self._model.layers[layer].mlp(x, len(x))[None]
+        return parts
+
+
+class UnpackedProducts:
+    """Products with 4-bit weights that a kernel dequantizes, some experts at a time."""
+
+    def __init__(self, model: "Mixtral") -> None:
+        self._model: Any = model
+        dtype, device = model.embedding.dtype, model.embedding.device
+        self._ahead = UnpackAhead(unpack_of(model), dtype, device)
+        self._shape = shape_of(device)
+        self._first = torch.zeros(1, dtype=torch.int64, device=device)
+        stack = self._model.layers[0].mlp.experts.gate_up.packed
+        at_once = max(1, GROUP_WEIGHTS // (2 * stack[0].numel()))
+        every = torch.arange(len(stack), device=device)
+        self._groups = torch.split(every, at_once)
+
+    def begin(self) -> None:
+        """See `PromptProducts`."""
+        self._ahead.begin(job for layer in self._model.layers for job in self._jobs(layer))
+
+    def qkv(self, layer: int, x: Tensor) -> Tensor:
+        return F.linear(x, self._ahead.take()[0])[None]
+
+    def o(self, layer: int, x: Tensor) -> Tensor:
+        return F.linear(x, self._ahead.take()[0])[None]
+
+    def mlp(self, layer: int, x: Tensor) -> Tensor:
+        mlp = self._model.layers[layer].mlp
+        routing = Routing(*route_prompts(F.linear(x, mlp.router), mlp.top_k), mlp.top_k)
+        out = x.new_empty(len(routing.order), x.shape[1])
+        first = 0
+        for group in self._groups:
+            weights = self._ahead.take()
+            rows = len(x) * min(len(group), mlp.top_k)
+            inner = x.new_empty(rows, weights.shape[1] // 2)
+            gate_up(x, weights, routing, first, inner, self._shape)
+            down(inner, self._ahead.take(), routing, first, out, self._shape)
+            first += len(group)
+        return out[None]
+
+    def _jobs(self, layer: Any) -> list[Job]:
+        """The weights of a layer, in the order of its products."""
+        attention, experts = layer.attention, layer.mlp.experts
+        jobs = [Job(each.weight, self._first) for each in (attention.qkv, attention.o)]
+        for group in self._groups:
+            jobs += [Job(experts.gate_up, group), Job(experts.down, group)]
+        return jobs
+
+
+def unpack_of(model: "Mixtral") -> Unpack:
+    """The kernel that dequantizes the model's weights."""
+    products = model.products
+    if products is None:
+        unpacker = Unpacker(model.embedding.dtype)
+        for module in model.modules():
+            if isinstance(module, QuantizedWeight):
+                unpacker.prepare(module)
+        return unpacker.into
+
+    def unpack(weight: QuantizedWeight, which: Tensor, out: Tensor) -> None:
+        products.unpack_into(tiled(weight), which, out)
+
+    return unpack

@@ -1,7 +1,8 @@
+# mypy: disable-error-code="no-untyped-call"
 """A GPU's step of prompts, its Triton kernels run by the interpreter, beside plain torch."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import pytest
@@ -100,6 +101,9 @@ NO_LAUNCH = {torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empt
 NO_LAUNCH |= {torch.ops.aten._unsafe_view, torch.ops.aten.detach}
 
 
+StepOf = Callable[[Mixtral, KVCache], PromptStep]
+
+
 class Recorded:
     """A CUDA kernel in whose place its name is recorded."""
 
@@ -108,7 +112,7 @@ class Recorded:
     def __init__(self, name: str, macros: Sequence[str], grid: Grid) -> None:
         self._name = name
 
-    def launch(self, *arguments: Any) -> None:
+    def launch(self, *arguments: Any, blocks: int | None = None) -> None:
         self.names.append(self._name)
 
 
@@ -134,7 +138,7 @@ def launches_of(
         launches.names.clear()
         Recorded.names.clear()
         step.logits(batch)
-    return launches.names + Recorded.names
+    return [*launches.names, *Recorded.names]
 
 
 def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

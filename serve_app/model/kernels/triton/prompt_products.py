@@ -72,7 +72,8 @@ class UnpackedProducts:
         self._ahead = UnpackAhead(unpack_of(model), dtype, device)
         self._shape = shape_of(device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
-        stack = self._model.layers[0].mlp.experts.gate_up.packed
+        first: Any = model.layers[0]
+        stack: Tensor = first.mlp.experts.gate_up.packed
         at_once = max(1, GROUP_WEIGHTS // (2 * stack[0].numel()))
         every = torch.arange(len(stack), device=device)
         self._groups = torch.split(every, at_once)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from math import prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ class UnpackAhead:
         self._turn = 0
         self._stream: torch.cuda.Stream | None = None
         if device.type == "cuda":
-            self._stream = torch.cuda.Stream(device, priority=-1)
-            self._is_filled, self._is_free = torch.cuda.Event(), torch.cuda.Event()
+            cuda: Any = torch.cuda
+            self._stream = cuda.Stream(device, priority=-1)
+            self._is_filled, self._is_free = cuda.Event(), cuda.Event()
 
     def begin(self, jobs: Iterable[Job]) -> None:
         """Starts a step whose products take the weights of `jobs`, in this order."""

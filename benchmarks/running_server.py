@@ -21,8 +21,8 @@ class RunningServer:
     """Servers with the same seed get the same prompts."""
     _num_prompts: int = 0
 
-    def body(self, prompt: str, max_tokens: int) -> dict[str, Any]:
-        """A streamed, greedy request."""
+    def body(self, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
+        """A streamed request for a text or token ids, greedy unless `fields` says otherwise."""
         return {
             "model": self.model,
             "prompt": prompt,

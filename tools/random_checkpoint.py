@@ -7,6 +7,8 @@ the weights of a folder that is complete are not written again. The tokenizer co
 mistral-common, so writing needs no network.
 """
 
+import argparse
+import sys
 import tempfile
 import zlib
 from collections.abc import Mapping
@@ -16,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.convert import Progress, convert_checkpoint
 from serve_app.model.checkpoint.source import Source
@@ -80,3 +83,25 @@ def write(folder: Path, document: Mapping[str, Any], progress: Progress | None =
         checkpoint = Checkpoint.from_config(mixtral_tokenizer.write(Path(files)), document)
         source = RandomSource(checkpoint)
         convert_checkpoint(checkpoint, folder, QUANTIZATION, progress, source)
+
+
+def main() -> None:
+    """`python -m tools.random_checkpoint FOLDER [--layers N] [--tiny]`"""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes with Mixtral's vocabulary")
+    options = parser.parse_args()
+    document = document_of(tiny=options.tiny, layers=options.layers)
+
+    def report(done: int, total: int, name: str) -> None:
+        print(f"{done} of {total} files", flush=True)
+
+    try:
+        write(options.folder, document, report)
+    except ModelLoadFailed as error:
+        sys.exit(error.message)
+
+
+if __name__ == "__main__":
+    main()

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 5.0
-"""Seconds between two copies. Ray exports every 10 s by default."""
-
 
 class RayMetrics:
     """Ray's gauges for the metrics that `families` returns. Needs Serve's replica context."""
@@ -48,10 +45,21 @@ class RayMetrics:
         return self._gauges[name]
 
     def _run(self) -> None:
+        interval_s = copy_interval_s()
         pause = threading.Event()
         try:
             while True:
                 self.copy()
-                pause.wait(INTERVAL_S)
+                pause.wait(interval_s)
         except Exception:
             log.exception("Ray's port has no more metrics of this replica; /metrics has them")
+
+
+def copy_interval_s() -> float:
+    """Seconds between two copies: half of Ray's interval between exports, which is 10 s by default.
+
+    Ray exports a gauge only if it was set since the last export, and drops it after two exports.
+    """
+    import ray
+
+    return max(float(ray._config.metrics_report_interval_ms()), 1000) / 2000

@@ -1,12 +1,18 @@
 """What an operator sees of a server in a Ray cluster: metrics on Ray's port, log lines."""
 
+import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.cluster.observed import Observed, observed
+from tests.cluster.prometheus import Prometheus, needs_prometheus, panels, prometheus
 from tests.worker.conftest import until
 
 RAYS_LABELS = {"application": "default", "deployment": "mixtral"}
@@ -35,6 +41,10 @@ def series(text: str, prefix: str) -> dict[tuple[str, ...], float]:
 
 
 OWN_LABELS = {"model_name", "status", "finish_reason", "code", "handler", "phase", "part", "le"}
+WITHOUT_DATA = {"GPU memory A"}
+"""A query of metrics that Ray has on a machine with a GPU alone."""
+MAY_BE_ZERO = {"Running and waiting B", "Preemptions A"}
+"""Queries whose value stays 0 under a load that does not fill the server."""
 CHANGING = ("mixtral_event_loop_lag_seconds", "mixtral_http_requests")
 """What a scrape of `/metrics` and the passing time change."""
 
@@ -88,3 +98,49 @@ def test_a_replica_writes_lines_of_json(server: Observed) -> None:
     assert isinstance(warm_up["seconds"], float)
     assert any(line["logger"] == "ray.serve" and line.get("route") == "/prompt" for line in lines)
     assert not any("crossing" in str(line) for line in lines)
+
+
+@contextmanager
+def load(url: str) -> Iterator[None]:
+    """Four clients that ask one after another, with a common prompt; one request in two is bad."""
+    is_over = threading.Event()
+    messages = [{"role": "user", "content": "Count to a hundred, one number at a time. " * 4}]
+    good = {"messages": messages, "max_tokens": 60, "ignore_eos": True}
+
+    def client() -> None:
+        with httpx.Client(base_url=url, timeout=60) as http:
+            while not is_over.is_set():
+                for body, status in ((good, 200), (good | {"temperature": 9}, 400)):
+                    assert http.post("/v1/chat/completions", json=body).status_code == status
+
+    with ThreadPoolExecutor(4) as pool:
+        clients = [pool.submit(client) for _ in range(4)]
+        try:
+            yield
+        finally:
+            is_over.set()
+            for each in clients:
+                each.result()
+
+
+def missing(prometheus: Prometheus) -> set[str]:
+    """The queries of the dashboard, by panel and letter, that have no data now."""
+    found = set()
+    for panel in panels():
+        for target in panel["targets"]:
+            values = prometheus.query(target["expr"])
+            name = f"{panel['title']} {target['refId']}"
+            is_shown = values != [] and not any(map(math.isnan, values))
+            if not is_shown or (max(values) == 0 and name not in MAY_BE_ZERO):
+                found.add(name)
+    return found
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(180)
+@needs_prometheus
+def test_every_panel_has_data(server: Observed, tmp_path: Path) -> None:
+    """Under load each query of the dashboard has values, and no alert is pending or firing."""
+    with prometheus(tmp_path, "ray", server.targets["ray"]) as it, load(server.url):
+        until(lambda: missing(it) == WITHOUT_DATA)
+        assert set(it.rules().values()) == {"inactive"}

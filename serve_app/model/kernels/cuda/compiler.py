@@ -14,7 +14,7 @@ from typing import Any
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 SOURCES = Path(__file__).parent
-HEADERS = ("intrinsics.cuh", "tiles.cuh")
+HEADERS = ("intrinsics.cuh", "floats.cuh", "tiles.cuh", "routing.cuh", "splits.cuh")
 OPTIONS = ("-std=c++17",)
 
 

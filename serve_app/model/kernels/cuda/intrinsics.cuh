@@ -62,6 +62,27 @@ DEVICE uint4 load_fresh(const uint4 *p) {
   return v;
 }
 
+// What other blocks of the same launch have written: from the L2 cache, which all of them share.
+DEVICE u32 load_from_l2(const void *p) {
+  u32 v;
+  asm volatile("ld.global.cg.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+
+// The thread's writes before it are seen by all blocks before those after it.
+DEVICE void fence() { __threadfence(); }
+
+// Adds to `*p`; returns what was there.
+DEVICE int atomic_add(int *p, int x) { return atomicAdd(p, x); }
+
+// What lane `source` of the warp gives; all lanes call it together.
+DEVICE u32 shuffle(u32 x, int source) { return __shfl_sync(0xFFFFFFFFu, x, source); }
+
+// Bit i tells whether lane i gives true; all lanes call it together.
+DEVICE u32 ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
+
+DEVICE int count_bits(u32 x) { return __popc(x); }
+
 // Byte i of the result is the byte of (b, a) that nibble i of `selector` names; a has 0 to 3.
 DEVICE u32 permute_bytes(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 
@@ -111,5 +132,11 @@ DEVICE void part_barrier(int id, int threads) {
 }
 
 DEVICE float exponential(float x) { return __expf(x); }
+DEVICE float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_to_bits(float x) { return __float_as_uint(x); }

@@ -38,8 +38,8 @@ class Grid:
     shared_bytes: int
     """Shared memory of each block."""
     overlaps: bool = False
-    """Whether it may start before the previous kernel has ended (programmatic dependent launch); the
-    rule for such kernels is in intrinsics.cuh."""
+    """Whether it may start before the previous kernel has ended (programmatic dependent launch);
+    intrinsics.cuh has the rule for such kernels."""
 
 
 class Kernel:
@@ -62,8 +62,9 @@ class Kernel:
     def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
         """Launches on torch's current stream. A tensor is passed as its address, None as null.
 
-        `blocks` is given where it differs from the grid's. Tensors must stay alive until the stream has run the kernel, which torch's allocator grants
-        those of the same stream. Raises `DriverError`.
+        `blocks` is given where it differs from the grid's. Tensors must stay alive until the stream
+        has run the kernel, which torch's allocator grants those of the same stream. Raises
+        `DriverError`.
         """
         values = tuple(map(value_of, arguments))
         types = tuple(c_int if isinstance(each, int) else c_void_p for each in arguments)
@@ -77,8 +78,10 @@ class Kernel:
 
 
 def overlapping(driver: Any) -> Any:
-    """The launch attribute for a kernel that may start before the previous one has ended. A captured
-    graph keeps it."""
+    """The launch attribute for a kernel that may start before the previous one has ended.
+
+    A captured graph keeps it.
+    """
     attribute = driver.CUlaunchAttribute()
     names = driver.CUlaunchAttributeID
     attribute.id = names.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION

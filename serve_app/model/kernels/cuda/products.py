@@ -9,7 +9,7 @@ in any batch of the same variant.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from serve_app.model.kernels.cuda.variants import (
     token_tiles_of,
     variants,
 )
+
+if TYPE_CHECKING:
+    from serve_app.model.kernels.cuda.step_kernels import StepKernels
 
 UNPACK_THREADS, UNPACK_BLOCKS = 256, 4
 """Threads of a block of unpack.cu, and blocks for each multiprocessor."""
@@ -94,6 +97,8 @@ class CudaProducts:
                     self._kernels[product, size, tiles] = make(variant.source, options, grid)
         grid = Grid(self._blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
+        self.step_kernels: StepKernels | None = None
+        """The other kernels of a decode step, where they fit the model."""
 
     def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:
         """Fills `out` float32 `[T, N]` from `x` `[T, K]`."""

@@ -9,7 +9,7 @@
 // An entry, token * k + j, is the jth expert of a token. `order` has the entries sorted by expert; a
 // place is an index of `order`. Those of expert e are starts[e] to starts[e + 1] - 1.
 #pragma once
-#include "intrinsics.cuh"
+#include "floats.cuh"
 
 // What a product's inputs and outputs are.
 #define DENSE 0    // E = 1: x bf16 [T, K] -> y float [T, N]
@@ -110,11 +110,6 @@ struct Jobs {
     return job;
   }
 };
-
-DEVICE u16 to_bf16(float x) {
-  const u32 bits = float_to_bits(x);
-  return (u16)((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
-}
 
 DEVICE float silu(float x) { return x / (1.f + exponential(-x)); }
 

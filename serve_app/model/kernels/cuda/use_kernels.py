@@ -17,6 +17,7 @@ from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantized_weight import QuantizedWeight, expand_absmax
@@ -104,6 +105,8 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     for layer in model.layers[1:]:
         for weight in weights_of(layer):
             weight.to_tiles()
+    if step_misfit(config) is None:
+        products.step_kernels = StepKernels(config, card, make)
     model.products = products
     return error
 

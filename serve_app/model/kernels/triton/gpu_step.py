@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.batch import Batch
+from serve_app.model.kernels.cuda.cuda_step import CudaStep
 from serve_app.model.kernels.cuda.layer_products import LayerProducts, TileUnpacker
 from serve_app.model.kernels.cuda.use_kernels import restore
 from serve_app.model.kernels.decode_batch import DecodeBatch
@@ -125,16 +126,24 @@ def dense(weights: Packed, x: Tensor) -> Tensor:
 class GpuStep:
     """The step of one model with one KV cache, for at most `max_rows` rows of a batch."""
 
-    def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
+    def __init__(
+        self, model: "Mixtral", cache: KVCache, max_rows: int, *, in_cuda: bool = False
+    ) -> None:
+        """`in_cuda` computes all layers with CUDA kernels; raises `StepUnavailable` where they do
+        not fit."""
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
+        self._lm_head = model.lm_head
+        self._cuda_step = CudaStep(model, cache, max_rows) if in_cuda else None
+        if in_cuda:
+            self.note = "; its layers are CUDA kernels"
+            return
         self._products = [products_of(model, layer, dtype) for layer in model.layers]
         self.note = "" if model.products is None else "; its 4-bit products are CUDA kernels"
         """How it differs from what the runner's note says about every step."""
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
-        self._lm_head = model.lm_head
         if isinstance(model.lm_head, QuantizedLinear):
             self._packed_lm_head = Packed.from_weight(model.lm_head.weight, dtype)
 
@@ -142,11 +151,19 @@ class GpuStep:
     def verified(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
         """The step of `model`, compared with plain torch; `cache` must be unused.
 
-        One with CUDA kernels that is wrong is given up for one of Triton kernels alone. Raises
-        `StepUnavailable` where there is none.
+        The first that agrees: CUDA kernels, CUDA products among Triton kernels, Triton kernels
+        alone. Raises `StepUnavailable` where none does.
         """
+        without_cuda = ""
+        if model.products is not None:
+            try:
+                return cls._compared(model, cache, max_rows, in_cuda=True)
+            except StepUnavailable as reason:
+                without_cuda = f", its others Triton kernels: {reason}"
         try:
-            return cls._compared(model, cache, max_rows)
+            step = cls._compared(model, cache, max_rows)
+            step.note += without_cuda
+            return step
         except StepUnavailable as reason:
             if model.products is None:
                 raise
@@ -156,9 +173,11 @@ class GpuStep:
             return step
 
     @classmethod
-    def _compared(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
+    def _compared(
+        cls, model: "Mixtral", cache: KVCache, max_rows: int, *, in_cuda: bool = False
+    ) -> "GpuStep":
         _require_fitting(model)
-        step = cls(model, cache, max(max_rows, TRIED_ROWS))
+        step = cls(model, cache, max(max_rows, TRIED_ROWS), in_cuda=in_cuda)
         try:
             longest = model.config.max_position_embeddings // cache.block_size
             error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
@@ -197,6 +216,8 @@ class GpuStep:
     @torch.inference_mode()
     def logits(self, batch: DecodeBatch) -> Tensor:
         """Float32 `[B, vocab_size]`; fills the cache."""
+        if self._cuda_step is not None:
+            return self._logits_of(self._cuda_step.hidden(batch))
         model, config = self._model, self._model.config
         x = F.embedding(batch.token_ids, model.embedding)
         where = (batch.positions, batch.slots, batch.context_lens)
@@ -216,7 +237,11 @@ class GpuStep:
         y = normed(x, parts, batch, model.norm, halves)
         if halves:
             return dense(self._packed_lm_head, y).sum(0)
-        weight = model.embedding if self._lm_head is None else self._lm_head.weight
+        return self._logits_of(y)
+
+    def _logits_of(self, y: Tensor) -> Tensor:
+        """Logits by the head in floats, from the normalized hidden state."""
+        weight = self._model.embedding if self._lm_head is None else self._lm_head.weight
         return F.linear(y, weight).float()  # type: ignore[arg-type]
 
     def decode(self, batch: Batch) -> Tensor:

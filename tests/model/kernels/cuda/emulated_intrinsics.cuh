@@ -9,6 +9,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -25,6 +26,7 @@ struct uint2 { u32 x, y; };
 struct uint4 { u32 x, y, z, w; };
 struct float4 { float x, y, z, w; };
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline uint2 make_uint2(u32 x, u32 y) { return {x, y}; }
 static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 #define KERNEL extern "C"
@@ -33,6 +35,7 @@ static inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}
 #define __syncthreads() part_barrier(0, (int)blockDim.x)
 
 struct Index { u32 x; };
+using std::min;
 static Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace host {
@@ -112,17 +115,16 @@ static std::string content(const Tensor &tensor) { return std::string(tensor.at,
 
 static void hide_late_tensors() {
   seen.clear();
-  for (size_t i = 0; i < tensors.size(); i++) {
-    if (tensors[i].is_late) memset(tensors[i].at, 0xFF, tensors[i].bytes);
-    seen.push_back(content(tensors[i]));
-  }
+  for (const Tensor &each : tensors)
+    if (each.is_late) memset(each.at, 0xFF, each.bytes);
+  for (const Tensor &each : tensors) seen.push_back(content(each));
 }
 
 static void show_late_tensors() {
-  for (size_t i = 0; i < tensors.size(); i++) {
+  for (size_t i = 0; i < tensors.size(); i++)
     if (content(tensors[i]) != seen[i]) failure = EARLY_WRITE, longjmp(finished, 1);
+  for (size_t i = 0; i < tensors.size(); i++)
     if (tensors[i].is_late) memcpy(tensors[i].at, contents[i].data(), tensors[i].bytes);
-  }
 }
 
 static void wait_for_previous() {
@@ -131,15 +133,15 @@ static void wait_for_previous() {
   wait_at(barriers[16 + threads / 32], threads);
 }
 
-// What lane `source` of the warp gives; all lanes do this together.
-static u32 exchange(u32 mine, int source) {
+// What the lanes of the warp give, as the first number of each; all lanes do this together.
+static const Lane *exchange(u32 mine) {
   const int threads = fibers.size(), warp = current / 32;
   Fiber &fiber = fibers[current];
   Lane *all = &lanes[fiber.parity * threads + warp * 32];
   fiber.parity ^= 1;
   all[current % 32].a[0] = mine;
   wait_at(barriers[16 + warp], 32);
-  return all[source].a[0];
+  return all;
 }
 
 static float from_bf16(u32 bits) {
@@ -231,6 +233,17 @@ static inline u32 *shared_memory() {
 }
 static inline void wait_for_previous() { host::wait_for_previous(); }
 
+static inline void fence() {}
+static inline int atomic_add(int *p, int x) { return (*p += x) - x; }
+static inline u32 load_from_l2(const void *p) { return *host::aligned((const u32 *)p); }
+static inline u32 shuffle(u32 x, int source) { return host::exchange(x)[source].a[0]; }
+static inline u32 ballot(bool x) {
+  const host::Lane *all = host::exchange(x);
+  u32 bits = 0;
+  for (int i = 0; i < 32; i++) bits |= all[i].a[0] << i;
+  return bits;
+}
+static inline int count_bits(u32 x) { return __builtin_popcount(x); }
 static inline uint4 load_fresh(const uint4 *p) { return *host::aligned(p); }
 static inline uint4 load_once(const uint4 *p) { return *host::aligned(p); }
 static inline uint4 load(const uint4 *p) { return *host::aligned(p); }
@@ -271,6 +284,8 @@ template <int MOST> static inline void wait_for_copies() {
 }
 
 static inline float exponential(float x) { return expf(x); }
+static inline float power_of_two(float x) { return exp2f(x); }
+static inline float reciprocal_root(float x) { return 1 / sqrtf(x); }
 static inline float bits_to_float(u32 bits) {
   float x;
   memcpy(&x, &bits, 4);

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from serve_app.model.kernels.cuda.compiler import SOURCES
+from serve_app.model.kernels.cuda.compiler import HEADERS, SOURCES
 from serve_app.model.kernels.cuda.launcher import Grid, value_of
 
 FAILURES = (
@@ -37,7 +37,7 @@ class HostKernel:
         self, folder: Path, name: str, macros: Sequence[str], grid: Grid, edit: Edit | None = None
     ) -> None:
         """Compiles into the empty `folder`."""
-        for path in (SOURCES / "tiles.cuh", SOURCES / f"{name}.cu"):
+        for path in (*(SOURCES / header for header in HEADERS[1:]), SOURCES / f"{name}.cu"):
             text = path.read_text()
             (folder / path.name).write_text(text if edit is None else edit(path.name, text))
         shutil.copy(HERE / "emulated_intrinsics.cuh", folder / "intrinsics.cuh")
@@ -56,6 +56,8 @@ class HostKernel:
         self._library, self._grid = ctypes.CDLL(str(library)), grid
         self.late: tuple[int, ...] = ()
         """Numbers of the arguments that the kernel before writes; they are NaN until the wait."""
+        self.late_parts: tuple[Tensor, ...] = ()
+        """Views of arguments of which the kernel before writes a part."""
         self.is_reversed = False
         """Whether the last block runs first."""
 
@@ -68,6 +70,8 @@ class HostKernel:
                 if isinstance(each, Tensor):
                     assert each.is_contiguous()
                     tensors += [each.data_ptr(), each.nbytes, i in self.late]
+            for part in self.late_parts:
+                tensors += [part.data_ptr(), part.nbytes, 1]
         grid, waits = self._grid, self._grid.overlaps
         shape = (blocks or grid.blocks, grid.threads, grid.shared_bytes)
         launch = (ctypes.c_int * 6)(*shape, self.is_reversed, waits, len(tensors) // 3)

@@ -7,6 +7,7 @@ import pytest
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.products import CudaProducts
+from serve_app.model.kernels.cuda.step_kernels import StepKernels
 from serve_app.model.kernels.cuda.variants import (
     CAPABILITIES,
     DENSE,
@@ -18,6 +19,7 @@ from serve_app.model.kernels.cuda.variants import (
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
 from tests.model.kernels.compiled import about, spills
+from tools.random_model import config_of
 
 SIZES = {DENSE: (6144, 4096), GATE_UP: (28672, 4096), DOWN: (4096, 14336)}
 """N and K of Mixtral 8x7B."""
@@ -64,6 +66,33 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
     columns = {product: {size[1]} for product, size in SIZES.items()}
     CudaProducts(card, code_values("nf4"), columns, 2, make)  # type: ignore[arg-type]
     assert len(seen) == 12
+    assert not failures, "\n".join(failures)
+
+
+REGISTERS = {"add_norm": 128, "rope": 64, "attention": 168}
+"""Of a thread: what lets one block of 512 threads, four of 256 and three of 128 be on a
+multiprocessor."""
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_steps_other_kernels_compile(capability: int) -> None:
+    """At Mixtral's sizes: no register goes to memory, and each kernel has no more of them than its
+    budget."""
+    compiler, config = Compiler(capability), config_of(tiny=False, layers=1)
+    failures, seen = list[str](), list[str]()
+
+    def make(name: str, macros: list[str], grid: Grid) -> _Kernel:
+        cubin, what = compiler.cubin(name, macros), f"{name} {' '.join(macros)}"
+        seen.append(name)
+        registers = int(re.findall(r"REG:(\d+)", about(cubin, "cuobjdump", "-res-usage"))[0])
+        if spills(cubin) or registers > REGISTERS[name]:
+            failures.append(f"{what} spills, or takes {registers} registers")
+        if grid.shared_bytes > Card(capability, 1).shared_bytes:
+            failures.append(f"{what} takes {grid.shared_bytes} bytes of shared memory")
+        return _Kernel()
+
+    StepKernels(config, Card(capability, 1), make)  # type: ignore[arg-type]
+    assert seen == ["add_norm"] * 3 + ["rope", "attention"]
     assert not failures, "\n".join(failures)
 
 

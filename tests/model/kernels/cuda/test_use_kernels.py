@@ -23,6 +23,7 @@ from serve_app.model.kernels.cuda.use_kernels import (
     weights_of,
 )
 from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_tiles_of, variants
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -81,7 +82,7 @@ class Nothing:
 
     def __init__(self, name: str, macros: Sequence[str], grid: Grid) -> None: ...
 
-    def launch(self, *arguments: object) -> None: ...
+    def launch(self, *arguments: object, blocks: int | None = None) -> None: ...
 
 
 @pytest.fixture
@@ -95,10 +96,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> MakeKernel:
             self._how = how
             self._kernel: HostKernel | None = None
 
-        def launch(self, *arguments: Any) -> None:
+        def launch(self, *arguments: Any, blocks: int | None = None) -> None:
             if self._kernel is None:
                 self._kernel = HostKernel(tmp_path_factory.mktemp("kernel"), *self._how)
-            self._kernel.launch(*arguments)
+            self._kernel.launch(*arguments, blocks=blocks)
 
     return Later
 
@@ -126,6 +127,49 @@ def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
     assert equal(stored(model), before)
 
 
+def test_all_layers_run_in_them(make: MakeKernel) -> None:
+    """The logits of a whole step of two layers agree with plain torch, and so does its note."""
+    torch.manual_seed(1)
+    model = model_of(num_hidden_layers=2)
+    try_kernels(model, CARD, make)
+    step = GpuStep.verified(model, cache_of(model), 2)
+    assert step.note == "; its layers are CUDA kernels"
+    assert 1e-5 < step._error(2) < 2e-2
+
+
+def test_a_layer_is_eight_launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the step that is captured; the last norm is one more. Every kernel may start before the
+    one before it has ended."""
+    launches = list[str]()
+
+    class Counted:
+        def __init__(self, name: str, macros: Sequence[str], grid: Grid) -> None:
+            self._name, self._overlaps = name, grid.overlaps
+
+        def launch(self, *arguments: object, blocks: int | None = None) -> None:
+            assert self._overlaps
+            launches.append(self._name)
+
+    monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
+    model = model_of(num_hidden_layers=3)
+    try_kernels(model, CARD, Counted)
+    numbers = torch.ones(2).long()
+    lens, tables = numbers.int(), torch.zeros(2, 1).int()
+    GpuStep(model, cache_of(model), 2, in_cuda=True).logits(
+        DecodeBatch(numbers, numbers, numbers, lens, tables)
+    )
+    layer = [
+        "few_tokens",
+        "rope",
+        "attention",
+        "few_tokens",
+        "add_norm",
+        "few_tokens",
+        "few_tokens",
+    ]
+    assert launches == 3 * ["add_norm", *layer] + ["add_norm"]
+
+
 class InFloat32(CudaProducts):
     """The kernels with floats around them: Triton's interpreter computes wrongly in bfloat16."""
 
@@ -148,7 +192,8 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
     model.products = InFloat32(CARD, model.codebook.code, sizes, 2, make)
     monkeypatch.setitem(gpu_step.TOLERANCE, torch.float32, 2e-2)
     step = GpuStep.verified(model, cache_of(model), 2)
-    assert step.note == "; its 4-bit products are CUDA kernels"
+    reason = "the model computes in float32, and they in bfloat16"
+    assert step.note.endswith(f"products are CUDA kernels, its others Triton kernels: {reason}")
     assert step._error(2) > 1e-5
 
 
@@ -222,4 +267,4 @@ def test_they_run_on_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     config = replace(config_of(tiny=True, layers=1), **SMALLEST)  # type: ignore[arg-type]
     model = random_model(config, NF4, torch.bfloat16, torch.device("cuda"))
     assert use_cuda_kernels(model, tmp_path).startswith("4-bit products run in CUDA kernels")
-    assert len(list(tmp_path.iterdir())) == 12
+    assert len(list(tmp_path.iterdir())) == 17

@@ -24,7 +24,7 @@ def test_each_case_launches_a_product_of_its_size() -> None:
     class Recorded:
         def __init__(self, *how: Any) -> None: ...
 
-        def launch(self, *arguments: Any) -> None:
+        def launch(self, *arguments: Any, blocks: int | None = None) -> None:
             launches.append(arguments)
 
     expected = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from serve_app.api.list_places import ItemPlace
 from serve_app.api.metrics import Metrics
 from serve_app.api.request_metrics import RequestMetrics
+from serve_app.api.tracing import AnswerTrace
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.engine.turn import ANYONE, Turn
@@ -41,6 +42,8 @@ class Answer:
     """`Call.account`."""
     shared_prompt: SharedPrompt | None = None
     """That of all answers to this prompt; None where there is one answer."""
+    trace: AnswerTrace | None = None
+    """None where answers are not traced."""
 
     async def stream(
         self,
@@ -55,7 +58,7 @@ class Answer:
         """
         async with nullcontext() if place is None else place():
             observed = RequestMetrics(
-                self.metrics, len(self.prompt_ids), self.arrived, self.account
+                self.metrics, len(self.prompt_ids), self.arrived, self.account, self.trace
             )
             deltas = self.engine.generate(
                 self.prompt_ids,

@@ -28,6 +28,7 @@ from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.api.metrics import NO_ROUTE
+from serve_app.api.tracing import TRACEPARENT
 from serve_app.errors import InvalidApiKey, error_body, is_messages
 from serve_app.protocol import json_pieces
 from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
@@ -117,6 +118,8 @@ class Endpoint:
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
             call = Call(method, path, None, request_id, arrived, account)
+            if server.tracing is not None:
+                call = replace(call, traceparent=request.headers.get(TRACEPARENT))
             reply = await self._reply(request, server, call)
             headers |= account.headers() if account is not None else {}
             response = await _response(reply, server, call, self._route, headers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.api.answer import Answer
 from serve_app.api.metrics import Metrics
+from serve_app.api.tracing import AnswerTrace, Tracing
 from serve_app.config.sections import ApiSettings
 from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
@@ -53,6 +54,7 @@ class InputProcessor:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Sampling fields, by name, of a request that does not set them. `max_tokens` is a limit of
     every request, as in vLLM."""
+    tracing: Tracing | None = None
 
     async def chat_ids(
         self,
@@ -181,6 +183,9 @@ class InputProcessor:
                     turn,
                     call.account,
                     shared_prompt,
+                    None
+                    if self.tracing is None
+                    else AnswerTrace(self.tracing, call, params, len(prompt_ids)),
                 )
             )
         return answers

@@ -18,6 +18,7 @@ from serve_app.api.list_places import ListPlaces
 from serve_app.api.loop_lag import LoopLag
 from serve_app.api.metrics import Metrics
 from serve_app.api.request_body import BodyReader
+from serve_app.api.tracing import Tracing
 from serve_app.config.settings import Settings
 from serve_app.errors import (
     Draining,
@@ -79,6 +80,8 @@ class MixtralServer:
         )
         self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
         self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
+        endpoint = settings.observability.otlp_traces_endpoint
+        self.tracing = None if endpoint is None else Tracing.to(endpoint, self.names[0])
         self.inputs = InputProcessor(
             self._engine,
             self.tokenizer,
@@ -93,6 +96,7 @@ class MixtralServer:
                 self.tokenizer.tool_calls_id,
             ),
             self._loaded.sampling_defaults,
+            self.tracing,
         )
 
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
@@ -186,6 +190,8 @@ class MixtralServer:
     def close(self) -> None:
         """Stops the engine; requests that still run fail."""
         self.keys.close()
+        if self.tracing is not None:
+            self.tracing.close()
         self._engine.stop()
 
     def _stats(self) -> "EngineStats":

@@ -227,6 +227,16 @@ class ObservabilitySettings(_Section):
     log_format: Literal["text", "json"] = "text"
     """Lines of the log. json writes each record as one JSON object with time, level, logger,
     message, and request_id where there is one."""
+    otlp_traces_endpoint: str | None = None
+    """URL to which the spans of answers are sent, by OTLP over HTTP, such as
+    `http://127.0.0.1:4318/v1/traces`. None records no spans."""
+
+    @field_validator("otlp_traces_endpoint")
+    @classmethod
+    def _is_http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError("it must begin with http:// or https://; OTLP over gRPC is not sent")
+        return value
 
 
 SECTIONS: dict[str, type[_Section]] = {

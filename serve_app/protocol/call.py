@@ -30,6 +30,8 @@ class Call:
     """When the request arrived, before its body, on the clock of `time.monotonic`, in seconds."""
     account: KeyAccount | None = field(default=None, compare=False)
     """That of the request's API key; None where no key is needed, and for jobs."""
+    traceparent: str | None = field(default=None, compare=False)
+    """The header of that name, where answers are traced."""
 
     @property
     def group(self) -> str:

@@ -13,7 +13,6 @@ from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel
 from serve_app.model.kernels.cuda.use_kernels import card_of, tiled
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
 from serve_app.model.quantize import code_values
-from serve_app.model.quantized_weight import QuantizedWeight
 
 
 def makers(
@@ -45,18 +44,12 @@ def makers(
     }
 
 
-def in_tiles(matrices: list[QuantizedWeight]) -> list[QuantizedWeight]:
-    for one in matrices:
-        one.to_tiles()
-    return matrices
-
-
 def gate_up(
     products: CudaProducts, shapes: Shapes, sizes: tuple[int, ...] = TOKENS
 ) -> Iterable[Case]:
     config, inner = shapes.config, shapes.config.intermediate_size
     stack = ((config.num_local_experts,), config.hidden_size, (inner, inner))
-    matrices = in_tiles(shapes.matrices(*stack))
+    matrices = shapes.matrices(*stack)
     weights = [tiled(one) for one in matrices]
     for tokens in sizes:
         order, starts, _, hit = routing(shapes, tokens)
@@ -73,7 +66,7 @@ def gate_up(
 def down(products: CudaProducts, shapes: Shapes, sizes: tuple[int, ...] = TOKENS) -> Iterable[Case]:
     config = shapes.config
     stack = ((config.num_local_experts,), config.intermediate_size, (config.hidden_size,))
-    matrices = in_tiles(shapes.matrices(*stack))
+    matrices = shapes.matrices(*stack)
     weights, top_k = [tiled(one) for one in matrices], config.num_experts_per_tok
     for tokens in sizes:
         order, starts, shares, hit = routing(shapes, tokens)
@@ -98,7 +91,7 @@ def dense(
     shapes: Shapes,
     sizes: tuple[int, ...] = TOKENS,
 ) -> Iterable[Case]:
-    matrices = in_tiles(shapes.matrices((), columns, rows))
+    matrices = shapes.matrices((), columns, rows)
     weights = [tiled(one) for one in matrices]
     for tokens in sizes:
         x = torch.randn(tokens, columns, device=shapes.device).bfloat16()

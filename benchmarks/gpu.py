@@ -105,7 +105,7 @@ def measure_step(report: Report, runner: RandomRunner, bandwidth: float) -> None
 
 def measure(report: Report, options: argparse.Namespace, device: Device) -> None:
     """Measures all parts that are asked for; failures go into the report."""
-    quantization = None if options.weights == "bf16" else Quantization("nf4", options.absmax)
+    quantization = None if options.weights == "bf16" else Quantization("nf4", "bfloat16")
     config = RandomRunner.config_of(options)
     say(f"{device.describe()['device']}, {config.num_hidden_layers} layers, {options.weights}")
     found: list[float] = []
@@ -131,7 +131,6 @@ def measure(report: Report, options: argparse.Namespace, device: Device) -> None
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = new_parser(__doc__)
     parser.add_argument("--weights", choices=["nf4", "bf16"], default="nf4")
-    parser.add_argument("--absmax", choices=["nested", "bfloat16"], default="bfloat16")
     parser.add_argument("--kernels", choices=["cuda", "triton"], default="cuda", help="of products")
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")
     parser.add_argument("--batches", type=int, nargs="+", default=list(BATCHES))
@@ -169,7 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.manual_seed(0)
     figures = device.describe()
     figures["layers"] = RandomRunner.config_of(options).num_hidden_layers
-    figures["weights"] = "bf16" if options.weights == "bf16" else f"nf4, {options.absmax} absmax"
+    figures["weights"] = "bf16" if options.weights == "bf16" else "nf4, bfloat16 absmax"
     report = Report("gpu", figures, options.save)
     measure(report, options, device)
     report.publish()

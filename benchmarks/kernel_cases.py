@@ -45,7 +45,7 @@ class Shapes:
         self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
     ) -> list[QuantizedWeight]:
         """Random matrices, one for each layer."""
-        codes = Codebook(self.quantization).to(self.device)
+        codes = Codebook(self.quantization.quant_type).to(self.device)
         fill_codebook(codes)
         made = []
         for _ in range(self.rounds(prod(lead) * columns * sum(rows) / 2)):
@@ -86,10 +86,7 @@ def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
 def bytes_of(matrices: QuantizedWeight, experts: int = 1) -> float:
     """Bytes of one matrix, or of `experts` matrices of a stack."""
     lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
-    parts = [matrices.packed, matrices.absmax]
-    if matrices.codebook.quantization.absmax == "nested":
-        parts.append(matrices.nested_absmax)
-    return sum(part.nbytes for part in parts) / lead * experts
+    return (matrices.packed.nbytes + matrices.absmax.nbytes) / lead * experts
 
 
 def gate_up(shapes: Shapes, sizes: tuple[int, ...]) -> list[Case]:

@@ -30,7 +30,7 @@ def measure(
     report.figures["kernels"] = []
     say(f"{'kernel':>14} {'rows':>5} {'context':>8} {'us':>9} {'GB/s':>7} {'of read':>8}")
     measure_each(report, device, shapes, bandwidth, makers(tiny))
-    if device.is_cuda and shapes.quantization.absmax == "bfloat16":
+    if device.is_cuda:
         with report.part("kernels: cuda"):
             measure_each(report, device, shapes, bandwidth, cuda_makers(shapes))
 

@@ -45,7 +45,7 @@ class RandomRunner:
         self.dtype = torch.bfloat16 if device.is_cuda else torch.float32
         self.config = self.config_of(options)
         is_bf16 = options.weights == "bf16"
-        self.quantization = None if is_bf16 else Quantization("nf4", options.absmax)
+        self.quantization = None if is_bf16 else Quantization("nf4", "bfloat16")
         self.model = random_model(self.config, self.quantization, self.dtype, device.device)
         self.kernels_note = self._choose_kernels()
         self.context = options.contexts[0]

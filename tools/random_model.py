@@ -9,7 +9,7 @@ import torch
 from serve_app.model.config import MixtralConfig
 from serve_app.model.mixtral import Mixtral, RMSNorm, Rope
 from serve_app.model.quantization import Quantization
-from serve_app.model.quantize import code_values, dynamic_map
+from serve_app.model.quantize import code_values
 from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 SCALE = 0.02
@@ -31,8 +31,8 @@ MIXTRAL = {
 }
 TINY = {
     **MIXTRAL,
-    "hidden_size": 128,
-    "intermediate_size": 192,
+    "hidden_size": 256,
+    "intermediate_size": 256,
     "num_hidden_layers": 2,
     "num_attention_heads": 8,
     "num_key_value_heads": 2,
@@ -77,19 +77,12 @@ def random_model(
 
 
 def fill_codebook(tables: Codebook) -> None:
-    """Fills the code tables of the quantization."""
-    tables.code.copy_(code_values(tables.quantization.quant_type))
-    if tables.quantization.absmax == "nested":
-        tables.nested_code.copy_(dynamic_map())
+    """Fills the values that codes stand for."""
+    tables.code.copy_(code_values(tables.quant_type))
 
 
 def fill_matrices(matrices: QuantizedWeight) -> None:
     """Fills packed codes at random, and absmax with values like a trained model's."""
     # Whole words at a time, which is eight times as fast as bytes; 63 bits of each are random.
     matrices.packed.view(torch.int64).random_()
-    if matrices.codebook.quantization.absmax == "nested":
-        matrices.absmax.random_(0, 256)
-        matrices.nested_absmax.fill_(MEAN_ABSMAX / 4)
-        matrices.nested_offset.fill_(MEAN_ABSMAX)
-    else:
-        matrices.absmax.uniform_(0.75 * MEAN_ABSMAX, 1.25 * MEAN_ABSMAX)
+    matrices.absmax.uniform_(0.75 * MEAN_ABSMAX, 1.25 * MEAN_ABSMAX)

@@ -86,7 +86,7 @@ def bitsandbytes(
 ) -> Side:
     """The float checkpoint in `folder`, quantized by transformers with bitsandbytes.
 
-    It gets the served model's 4-bit type and nesting, or nf4 where that one has floats.
+    It gets the served model's 4-bit type, or nf4 where that one has floats.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -96,7 +96,6 @@ def bitsandbytes(
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
-        bnb_4bit_use_double_quant=quantization is not None and quantization.absmax == "nested",
         bnb_4bit_compute_dtype=getattr(torch, dtype),
         # Without it, a model that does not fit on the GPU is refused. Layers elsewhere stay floats.
         llm_int8_enable_fp32_cpu_offload=torch.cuda.is_available(),

@@ -31,10 +31,10 @@ class ModelSettings(_Section):
     """Also quantizes lm_head to 4 bits, at each load. For Mixtral 8x7B this frees 0.19 GB, which is
     1,400 tokens of KV cache."""
     absmax: Literal["bfloat16", "nested"] = "bfloat16"
-    """Storage of the scale of each quantization group (64 weights). nested (8 bits and a second
-    look-up) saves 0.7 GB of Mixtral 8x7B's 25.2 GB in files and in the memory of a CPU. On a GPU in
-    bfloat16 every absmax becomes bfloat16, which the CUDA kernels read. A checkpoint that is
-    already quantized keeps its own; float32 in a checkpoint becomes bfloat16."""
+    """How the 4-bit copy in `cache_dir` keeps the scale of each quantization group (64 weights) of
+    float weights. In memory every scale is bfloat16, which takes 25.2 GB for Mixtral 8x7B; nested
+    (8 bits) is kept beside it in the files, 0.7 GB more, and `mixtral-serve convert` gives it back.
+    A checkpoint that is already quantized keeps its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
     generation_config: Literal["auto", "vllm"] = "auto"

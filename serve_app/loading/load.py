@@ -7,7 +7,7 @@ only where files are new: around a download, and after the 4-bit copy is written
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -141,8 +141,9 @@ def _write_copy(
     Where it cannot be written, or another process writes it at this moment, `plan` is returned as
     it is: no start ends for lack of a copy.
     """
-    # Weights that are in 4 bits already keep their absmax.
-    quantization = plan.quantization if plan.quantizes else None
+    quantization = None  # weights that are in 4 bits already keep their absmax
+    if plan.quantization is not None and plan.quantizes:
+        quantization = replace(plan.quantization, absmax=settings.model.absmax)
     try:
         convert_checkpoint(
             plan.checkpoint,
@@ -212,7 +213,7 @@ def _choose_kernels(
     needed = model.config.intermediate_size * model.config.hidden_size  # gate and up of an expert
     with (
         load_log.phase(Phase.KERNELS),
-        explained_lack_of_memory("the weights in tiles", needed, device, "take a larger GPU"),
+        explained_lack_of_memory("the trial of kernels", needed, device, "take a larger GPU"),
     ):
         return [use_cuda_kernels(model, Path(chosen).expanduser() / "kernels")]
 

@@ -170,7 +170,7 @@ class Mixtral(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.codebook = None if quantization is None else Codebook(quantization)
+        self.codebook = None if quantization is None else Codebook(quantization.quant_type)
         self.float_modules = float_modules
         self.products: CudaProducts | None = None
         """CUDA kernels for weights in 4 bits, which lie in tiles then; see `use_cuda_kernels`."""

@@ -1,43 +1,22 @@
-"""Weights in 4 bits as buffers of a module, in the layout of the kernels and of fused checkpoints.
+"""Weights in 4 bits as buffers of a module, in the one form that all kernels and torch read.
 
-`quantize.py` defines what the bytes mean; this module holds them. Matrices with the same input (q,
-k and v; gate and up) are one matrix here. A checkpoint keeps them apart and has quantized them
-apart, which matters where absmax is nested: every part keeps its own scales and offset.
+`quantize.py` defines what the codes mean; this module holds them. Matrices with the same input (q,
+k and v; gate and up) are one matrix here. Codes and absmax lie in tiles (`kernels/cuda/tiles.py`)
+where the sizes fill them, and row by row otherwise; absmax is bfloat16.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from itertools import product
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from serve_app.model.kernels.cuda.tiles import (
-    absmax_from_tiles,
-    absmax_to_tiles,
-    codes_from_tiles,
-    codes_to_tiles,
-)
-from serve_app.model.quantization import (
-    GROUP_SIZE,
-    NUM_CODES,
-    NUM_NESTED_CODES,
-    Quantization,
-    num_nested_groups,
-)
-from serve_app.model.quantize import (
-    NestedAbsmax,
-    QuantizedTensor,
-    absmax_dtype,
-    absmax_values,
-    dequantize,
-    quantize,
-    quantize_absmax,
-)
+from serve_app.model.kernels.cuda import tiles
+from serve_app.model.quantization import GROUP_SIZE, NUM_CODES, QuantType
+from serve_app.model.quantize import QuantizedTensor, absmax_values, dequantize, quantize
 
-INTERLEAVED_ROWS = 8
-"""Rows of gate, then as many of up, and so on: a kernel's tile of 16 rows has both of a pair."""
+INTERLEAVED_ROWS = tiles.HALF
+"""Rows of gate, then as many of up, and so on: a tile of 16 rows has both of a pair."""
 
 Index = tuple[int, ...] | Tensor
 """Which matrices of a stack: one by its number, all with (), or several by an int64 tensor."""
@@ -59,29 +38,13 @@ class Codebook(_Storage):
 
     code: Tensor
     """float32 `[16]`: the value of each nibble."""
-    nested_code: Tensor
-    """float32 `[256]`: the value of each absmax in 8 bits; exists only where absmax is nested."""
 
-    def __init__(self, quantization: Quantization) -> None:
+    def __init__(self, quant_type: QuantType) -> None:
         super().__init__()
-        self.quantization = quantization
+        self.quant_type: QuantType = quant_type
         self.unpack: Callable[[QuantizedWeight, Index], Tensor] | None = None
         """A kernel that dequantizes faster than plain torch; None where there is none."""
         self.register_buffer("code", torch.empty(NUM_CODES, dtype=torch.float32))
-        if quantization.absmax == "nested":
-            values = torch.empty(NUM_NESTED_CODES, dtype=torch.float32)
-            self.register_buffer("nested_code", values)
-
-
-def expand_absmax(codebook: Codebook, weights: Iterable["QuantizedWeight"]) -> None:
-    """Turns nested absmax into bfloat16: in `weights`, all that share `codebook`, and in it."""
-    if codebook.quantization.absmax != "nested":
-        return
-    for weight in weights:
-        weight.absmax = weight.bfloat16_absmax()
-        del weight.nested_absmax, weight.nested_offset
-    del codebook.nested_code
-    codebook.quantization = replace(codebook.quantization, absmax="bfloat16")
 
 
 class QuantizedWeight(_Storage):
@@ -93,13 +56,9 @@ class QuantizedWeight(_Storage):
     """
 
     packed: Tensor
-    """uint8 `[*stack, N, K / 2]`"""
+    """uint8 `[*stack, N, K / 2]`: the codes."""
     absmax: Tensor
-    """`[*stack, N, K / 64]`: bfloat16 (float32 on its way to a file), or uint8 where nested."""
-    nested_absmax: Tensor
-    """float32 `[*stack, nested groups]`, one part after the other; only where absmax is nested."""
-    nested_offset: Tensor
-    """float32 `[*stack, parts]`; only where absmax is nested."""
+    """bfloat16 `[*stack, N, K / 64]`"""
 
     def __init__(
         self,
@@ -115,109 +74,82 @@ class QuantizedWeight(_Storage):
         self.codebook = codebook
         self.out_features = list(out_features)
         self.interleaved = interleaved
-        self.is_tiled = False
-        """Whether `packed` and `absmax` are in the order of `kernels/cuda/tiles.py`."""
-        self.num_nested_groups = [num_nested_groups(size * in_features) for size in out_features]
-        absmax = codebook.quantization.absmax
+        self.is_tiled = tiles.fits(out_features, in_features, interleaved=interleaved)
+        """Whether `packed` and `absmax` are in tiles."""
         shape = (*stack, sum(out_features))
         packed = torch.empty(*shape, in_features // 2, dtype=torch.uint8)
         self.register_buffer("packed", packed)
-        scales = torch.empty(*shape, in_features // GROUP_SIZE, dtype=absmax_dtype(absmax))
-        self.register_buffer("absmax", scales)
-        if absmax == "nested":
-            groups = torch.empty(*stack, sum(self.num_nested_groups), dtype=torch.float32)
-            self.register_buffer("nested_absmax", groups)
-            offset = torch.empty(*stack, len(out_features), dtype=torch.float32)
-            self.register_buffer("nested_offset", offset)
+        absmax = torch.empty(*shape, in_features // GROUP_SIZE, dtype=torch.bfloat16)
+        self.register_buffer("absmax", absmax)
 
     def load_weight(
         self, weight: Tensor | QuantizedTensor, expert: int | None = None, part: int = 0
     ) -> None:
         """Fills part `part` of the matrix, or of `expert`'s, from `weight` `[out_features, K]`.
 
-        Floats are quantized, on the device of the buffers. A quantized weight keeps its nibbles,
-        and its absmax but for the rounding to this module's dtype.
+        Floats are quantized, on the device of the buffers. A quantized weight keeps its nibbles;
+        its absmax, float32 or nested, is rounded to bfloat16.
         """
-        index = () if expert is None else (expert,)
-        quantization = self.codebook.quantization
+        index, device = () if expert is None else (expert,), self.packed.device
         if isinstance(weight, Tensor):
-            on_device = weight.to(self.packed.device)
-            weight = quantize(on_device, quantization.quant_type, quantization.absmax)
+            weight = quantize(weight.to(device), self.codebook.quant_type, "bfloat16")
         self.codebook.code.copy_(weight.code)
-        self._part(self.packed[index], part).copy_(self._by_turns(weight.packed))
-        absmax = weight.absmax
-        if quantization.absmax != "nested":
-            absmax = absmax_values(weight.absmax, weight.nested)
-        else:
-            nested = weight.nested
-            if nested is None:
-                absmax, nested = quantize_absmax(weight.absmax.float())
-            self._load_nested(index, part, nested)
-        self._part(self.absmax[index], part).copy_(self._by_turns(absmax))
+        absmax = absmax_values(weight.absmax, weight.nested).to(torch.bfloat16).to(device)
+        codes = weight.packed.to(device)
+        if self.is_tiled:
+            codes = codes.contiguous().view(torch.int32)
+        for target, rows in zip(self._parts(index, part), (codes, absmax), strict=True):
+            target.copy_(rows.reshape(target.shape))
 
-    def bfloat16_absmax(self) -> Tensor:
-        """absmax `[*stack, N, K / 64]` as numbers that multiply, computed a matrix at a time."""
-        made = torch.empty(self.absmax.shape, dtype=torch.bfloat16, device=self.absmax.device)
-        for index in product(*map(range, made.shape[:-2])):
-            made[index] = self.get(index).absmax
-        return made
+    def part(self, index: tuple[int, ...], part: int) -> QuantizedTensor:
+        """Part `part` of matrix `index` `[out_features, K]`, row by row: what `load_weight` got."""
+        size, half = self.out_features[part], self.packed.shape[-1]
+        codes, absmax = (rows.contiguous() for rows in self._parts(index, part))
+        codes, absmax = codes.view(torch.uint8).view(size, half), absmax.view(size, -1)
+        return QuantizedTensor(codes, absmax, self.codebook.code)
 
     def to_tiles(self) -> None:
-        """Reorders codes and absmax in place; absmax must be bfloat16. No weight is loaded then."""
-        self._reorder(codes_to_tiles, absmax_to_tiles)
+        """Reorders codes and absmax, which lie row by row, in place."""
         self.is_tiled = True
-
-    def from_tiles(self) -> None:
-        """The inverse of `to_tiles`."""
-        self._reorder(codes_from_tiles, absmax_from_tiles)
-        self.is_tiled = False
-
-    def _reorder(
-        self, codes: Callable[[Tensor], Tensor], scales: Callable[[Tensor], Tensor]
-    ) -> None:
-        for stored, reordered in ((self.packed, codes), (self.absmax, scales)):
+        for stored, order in (
+            (self.packed, tiles.codes_to_tiles),
+            (self.absmax, tiles.absmax_to_tiles),
+        ):
             for matrix in stored.view(-1, *stored.shape[-2:]):  # a copy of one matrix at a time
-                matrix.copy_(reordered(matrix))
+                matrix.copy_(order(matrix))
 
     def get(self, index: Index = ()) -> QuantizedTensor:
-        """Matrices `index` `[..., N, K]`, rows as they lie here, with an absmax that multiplies."""
-        stored = self.absmax[index]
+        """Matrices `index` `[..., N, K]` row by row, parts interleaved as they are here."""
+        packed, absmax = self.packed[index], self.absmax[index]
         if self.is_tiled:
-            packed, absmax = codes_from_tiles(self.packed[index]), absmax_from_tiles(stored)
-            return QuantizedTensor(packed, absmax, self.codebook.code)
-        if self.codebook.quantization.absmax != "nested":
-            return QuantizedTensor(self.packed[index], stored, self.codebook.code)
-        absmax = torch.empty(stored.shape, dtype=torch.float32, device=stored.device)
-        groups = torch.split(self.nested_absmax[index], self.num_nested_groups, dim=-1)
-        offsets = self.nested_offset[index]
-        for part, size in enumerate(self.out_features):
-            nested = NestedAbsmax(groups[part], self.codebook.nested_code, offsets[..., part])
-            numbers = self._part(stored, part)
-            values = absmax_values(numbers.reshape(*stored.shape[:-2], size, -1), nested)
-            self._part(absmax, part).copy_(values.view(numbers.shape))
-        return QuantizedTensor(self.packed[index], absmax, self.codebook.code)
+            packed, absmax = tiles.codes_from_tiles(packed), tiles.absmax_from_tiles(absmax)
+        return QuantizedTensor(packed, absmax, self.codebook.code)
 
     def floats(self, index: Index, dtype: torch.dtype) -> Tensor:
-        """Matrices `index` `[..., N, K]` dequantized, rows as they lie here."""
+        """Matrices `index` `[..., N, K]` dequantized, row by row."""
         if self.codebook.unpack is not None:
             return self.codebook.unpack(self, index)
         return dequantize(self.get(index), dtype)
 
-    def _load_nested(self, index: tuple[int, ...], part: int, nested: NestedAbsmax) -> None:
-        self.codebook.nested_code.copy_(nested.code)
-        groups = torch.split(self.nested_absmax[index], self.num_nested_groups)
-        groups[part].copy_(nested.absmax)
-        self.nested_offset[index][part].copy_(nested.offset)
+    def rows_of_parts(self, matrix: Tensor) -> tuple[Tensor, ...]:
+        """Views of each part's rows in `matrix` `[N, c]`, which lies row by row.
 
-    def _part(self, stored: Tensor, part: int) -> Tensor:
-        """A view of one part of `stored` `[..., N, c]`: `[..., n, c]`, or `[..., n / 8, 8, c]`."""
+        Their shape is `[n, c]`, or, interleaved, `[n / 8, 8, c]`.
+        """
         if not self.interleaved:
-            return torch.split(stored, self.out_features, dim=-2)[part]
+            return torch.split(matrix, self.out_features)
         turns = (-1, len(self.out_features), INTERLEAVED_ROWS)
-        return stored.view(*stored.shape[:-2], *turns, stored.shape[-1])[..., part, :, :]
+        return matrix.view(*turns, matrix.shape[-1]).unbind(1)
 
-    def _by_turns(self, rows: Tensor) -> Tensor:
-        """One part's `rows` `[n, c]` in the shape of `_part`."""
-        if not self.interleaved:
-            return rows
-        return rows.reshape(-1, INTERLEAVED_ROWS, rows.shape[-1])
+    def _parts(self, index: tuple[int, ...], part: int) -> tuple[Tensor, Tensor]:
+        """Views of one part's codes and absmax in matrix `index`, in the order of its rows.
+
+        In tiles they are those of `tiles.code_rows` and `tiles.absmax_rows`.
+        """
+        codes, absmax = self.packed[index], self.absmax[index]
+        if not self.is_tiled:
+            return self.rows_of_parts(codes)[part], self.rows_of_parts(absmax)[part]
+        if self.interleaved:  # a part has half of every tile
+            return tiles.code_rows(codes)[:, part], tiles.absmax_rows(absmax)[:, part]
+        codes, absmax = (torch.split(it, self.out_features)[part] for it in (codes, absmax))
+        return tiles.code_rows(codes), tiles.absmax_rows(absmax)

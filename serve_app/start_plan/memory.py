@@ -97,23 +97,22 @@ def plan_memory(
     dtype: Dtype,
     float_modules: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
-    """The sizes of a model with this `config` whose weights are stored as `quantization` says.
+    """The sizes of a model with this `config` whose weights are held as `quantization` says.
 
     `float_modules` are the experts and attention that stay floats, see `Checkpoint.float_modules`.
 
     Raises `ModelLoadFailed` for a context longer than the model was trained for, and `ConfigError`
     for a KV cache that does not hold one context.
     """
-    kind, held = str(dtype), quantization
+    kind = str(dtype)
     if quantization is not None:
-        held = quantization.on_device(device, dtype)
-        kind = f"{held.quant_type} with {held.absmax} absmax"
+        kind = f"{quantization.quant_type} with {quantization.absmax} absmax"
     item_bytes = ITEM_BYTES[FLOAT_DTYPES[dtype]]
     context = _max_model_len(engine, config.max_position_embeddings)
     kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
     step_base_bytes, step_token_bytes = step_bytes(config, context, item_bytes)
     return MemoryPlan(
-        weights=weight_bytes(config, item_bytes, held, quantize_lm_head, float_modules),
+        weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head, float_modules),
         kind=kind,
         is_quantized=quantization is not None,
         max_model_len=context,

@@ -120,8 +120,7 @@ def _decide(
     )
     notes = [*devices.notes(model, device, dtype), *checkpoint.notes()]
     if quantization is not None:
-        held = quantization.on_device(device, dtype)
-        notes.append(_quantization_note(settings, quantization, held))
+        notes.append(_quantization_note(settings, checkpoint, quantization))
     if checkpoint.form == "fused":
         copy = None
     if copy is not None and (problem := copy_problem(copy, settings.runpod.volume)) is not None:
@@ -141,12 +140,13 @@ def _decide(
     )
 
 
-def _quantization_note(settings: Settings, quantization: Quantization, held: Quantization) -> str:
+def _quantization_note(
+    settings: Settings, checkpoint: Checkpoint, quantization: Quantization
+) -> str:
     head = settings.model.quantize_lm_head
     parts = "experts, attention and head" if head else "experts and attention"
     note = f"{parts} in {quantization.quant_type}, absmax {quantization.absmax}"
-    if quantization.absmax != settings.model.absmax:
-        note += ", as the checkpoint has it"
-    if held.absmax != quantization.absmax:
-        note += f"; on the GPU absmax is {held.absmax}"
+    stored = checkpoint.quantization
+    if stored is not None and stored != quantization:
+        note += f"; the checkpoint has it {stored.absmax}"
     return note

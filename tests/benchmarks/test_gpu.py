@@ -28,7 +28,7 @@ prepare_once()
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("weights", [["--absmax", "nested"], ["--weights", "bf16"]])
+@pytest.mark.parametrize("weights", [["--weights", "nf4"], ["--weights", "bf16"]])
 def test_it_runs_at_toy_sizes_on_a_cpu(
     weights: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -32,7 +32,7 @@ SHAPES = {
         "num_local_experts": 7,
         "num_experts_per_tok": 3,
     },
-    "whole-groups": {"hidden_size": 2048, "intermediate_size": 64, "num_local_experts": 3},
+    "tiles": {"hidden_size": 512, "intermediate_size": 256, "num_local_experts": 3},
 }
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
@@ -63,7 +63,7 @@ def quantized(block: Any, how: Quantization) -> QuantizedExperts:
                 "max_position_embeddings": 8,
             }
         ),
-        Codebook(how),
+        Codebook(how.quant_type),
     )
     for i, matrices in enumerate(gate_up):
         gate, up = matrices.chunk(2)
@@ -115,22 +115,19 @@ def test_quantized_and_float_weights_are_stored_alike(how: Quantization) -> None
             assert not its[kind][[0, 1, 3, 4]].any(), kind
 
 
-def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
-    """Nested weights with bfloat16 absmax, and the reverse: the same values, rounded once."""
-    weight = torch.randn(128, 192)
+@pytest.mark.parametrize("columns", [192, 256])
+def test_a_checkpoints_absmax_is_rounded_once(columns: int) -> None:
+    """Nested and float32 absmax become bfloat16, row by row and in tiles."""
+    weight = torch.randn(128, columns)
     nested, plain = quantize(weight, "nf4", "nested"), quantize(weight, "nf4", "float32")
     rounded_once = absmax_values(nested.absmax, nested.nested).bfloat16()
-    for stored, how, expected in (
-        (
-            nested,
-            Quantization("nf4", "bfloat16"),
-            replace(nested, absmax=rounded_once, nested=None),
-        ),
-        (plain, Quantization("nf4", "nested"), nested),
-        (plain, Quantization("nf4", "bfloat16"), quantize(weight, "nf4", "bfloat16")),
+    for stored, expected in (
+        (nested, replace(nested, absmax=rounded_once, nested=None)),
+        (plain, quantize(weight, "nf4", "bfloat16")),
     ):
-        linear = QuantizedLinear(Codebook(how), 192, (128,))
+        linear = QuantizedLinear(Codebook("nf4"), columns, (128,))
         linear.weight.load_weight(stored)
+        assert linear.weight.is_tiled == (columns == 256)
         unpacked = dequantize(linear.weight.get(), torch.float32)
         assert torch.equal(unpacked, dequantize(expected, torch.float32))
 
@@ -139,7 +136,7 @@ def test_a_checkpoints_absmax_is_kept_in_any_storage() -> None:
 def test_fused_projections_keep_their_own_quantization(how: Quantization) -> None:
     """q, k and v in one matrix are what bitsandbytes makes of each alone, in any order."""
     parts = [torch.randn(rows, 192) * scale for rows, scale in ((128, 1), (64, 5), (64, 0.01))]
-    linear = QuantizedLinear(Codebook(how), 192, (128, 64, 64))
+    linear = QuantizedLinear(Codebook(how.quant_type), 192, (128, 64, 64))
     for part in (2, 0, 1):
         linear.weight.load_weight(parts[part], part=part)
     expected = torch.cat([rounded(part, how) for part in parts])
@@ -151,7 +148,7 @@ def test_fused_projections_keep_their_own_quantization(how: Quantization) -> Non
 @pytest.mark.parametrize("how", VARIANTS, ids=name)
 def test_moving_and_casting_keeps_every_bit(how: Quantization) -> None:
     """`to(dtype)` is for the model's floats: storage keeps its bytes and its dtypes."""
-    linear = QuantizedLinear(Codebook(how), 128, (64,))
+    linear = QuantizedLinear(Codebook(how.quant_type), 128, (64,))
     linear.weight.load_weight(torch.randn(64, 128))
     before = {name: stored.clone() for name, stored in linear.named_buffers()}
     for stored_name, stored in linear.to(torch.bfloat16).named_buffers():

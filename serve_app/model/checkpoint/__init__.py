@@ -10,8 +10,10 @@ Read `checkpoint.py` first. The way of a tensor from disk to device:
     tensor_names.py       the table: what each tensor name means and where it belongs
     loader.py             load(checkpoint) -> Mixtral: source.py reads float and bitsandbytes
                           tensors one by one, weight_mapping.py puts them into the model,
-                          fused_reader.py reads our own form straight into it
-    convert.py            any checkpoint -> the fused form, by fused_writer.py
+                          fused_reader.py reads our own form straight into it, and
+                          fused_version1.py its older version
+    convert.py            any checkpoint -> the fused form, by fused_writer.py, and back, by
+                          to_bitsandbytes.py
 
 Up to `tensor_names.py` nothing imports torch, so that a check answers in milliseconds.
 """

@@ -12,8 +12,13 @@ from typing import Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.bnb4 import PackedInfo, take_packed
-from serve_app.model.checkpoint.form import Form, stored_form, stored_quantization
-from serve_app.model.checkpoint.fused import checksums, match_fused, require_whole_groups
+from serve_app.model.checkpoint.form import (
+    Form,
+    fused_version,
+    stored_form,
+    stored_quantization,
+)
+from serve_app.model.checkpoint.fused import match_fused, require_whole_groups
 from serve_app.model.checkpoint.other_formats import describe_tensors
 from serve_app.model.checkpoint.shards import (
     FLOATS,
@@ -102,9 +107,8 @@ class Checkpoint:
     ) -> Quantization | None:
         """How the model will be quantized in memory; None leaves it in floats.
 
-        Weights that are quantized in the files keep their absmax, but for float32, which becomes
-        bfloat16; `wanted` decides for floats.
-        Raises `ModelLoadFailed` where the files do not allow what is wanted.
+        `wanted` decides for float weights. Raises `ModelLoadFailed` where the files do not allow
+        what is wanted.
         """
         stored = self.quantization
         if stored is not None and (wanted is None or wanted.quant_type != stored.quant_type):
@@ -145,9 +149,8 @@ def inspect(path: Path) -> Checkpoint:
     packed: dict[str, PackedInfo] = {}
     if form == "fused":
         assert quantization is not None
-        match_fused(path, config, quantization, found)
-        for file, header in headers.items():
-            checksums(file, header)
+        version = fused_version(checkpoint.document)
+        match_fused(path, config, quantization, version, headers, found)
         tensors = found
     else:
         if (quantized := describe_tensors(found)) is not None:

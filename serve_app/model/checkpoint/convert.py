@@ -1,4 +1,4 @@
-"""Converts a checkpoint to the fused form, layer by layer.
+"""Converts a checkpoint to the fused form, or a fused one back to bitsandbytes', layer by layer.
 
 Weights in bitsandbytes' 4 bits are kept bit for bit; floats are quantized. A conversion that was
 stopped continues where it was when it is started again: a file that has its final name is complete,
@@ -17,7 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint, inspect
-from serve_app.model.checkpoint.form import FUSED_VERSION, fused_quantization_config, stored_form
+from serve_app.model.checkpoint.form import (
+    FUSED_VERSION,
+    fused_quantization_config,
+    fused_version,
+    stored_form,
+)
 from serve_app.model.checkpoint.fused import (
     SOURCE,
     file_names,
@@ -56,6 +61,7 @@ def convert_checkpoint(
 ) -> None:
     """Writes `checkpoint` to folder `destination` in the fused form.
 
+    A fused one is written in bitsandbytes' form, with the codes and the absmax that its source had.
     `quantization` is for float weights; None is nf4 with bfloat16 absmax. Weights in 4 bits stay as
     they are. `source` has the weights; None reads the checkpoint's files. Quantizes on the GPU
     where there is one. Raises `ModelLoadFailed` when a file cannot be read, or `destination` not
@@ -67,7 +73,7 @@ def convert_checkpoint(
     try:
         destination.mkdir(parents=True, exist_ok=True)
         with _locked(destination):
-            _require_ours(destination)
+            _require_room(destination, checkpoint)
             made_from = _fingerprint(checkpoint, quantization)
             missing = [name for name in files if not _is_done(destination / name, made_from)]
             require_disk(destination, checkpoint, quantization, len(missing) / len(files))
@@ -85,6 +91,8 @@ def convert_checkpoint(
 
 def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
     """Bytes of the converted checkpoint, but for its headers."""
+    if checkpoint.form == "fused":  # nearly: float32 absmax takes the place of others
+        return checkpoint.file_bytes
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
     float_bytes = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
     return fused_bytes(checkpoint.config, quantization, float_bytes)
@@ -104,11 +112,14 @@ def require_disk(
 
 
 def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
-    if checkpoint.form == "fused":
-        raise ModelLoadFailed(f"{checkpoint.path}: is in our own form already; serve it as it is.")
     if checkpoint.quantization is None:
         require_whole_groups(checkpoint.config)
         return asked or Quantization("nf4", "bfloat16")
+    if checkpoint.form == "fused" and fused_version(checkpoint.document) != FUSED_VERSION:
+        raise ModelLoadFailed(
+            f"{checkpoint.path}: is in version 1 of our own form, which is not converted back; "
+            "serve it as it is, or convert the checkpoint that it was made from."
+        )
     if checkpoint.float_modules:
         raise ModelLoadFailed(
             f"{checkpoint.path}: has experts or attention in floats beside 4 bits, which our own "
@@ -134,37 +145,54 @@ def _write_files(
 ) -> None:
     import torch
 
-    from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
-    from serve_app.model.checkpoint.source import Source
-    from serve_app.model.quantized_weight import Codebook
-
     files = file_names(checkpoint.config.num_hidden_layers)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = source or Source(checkpoint)
-    codebook = Codebook(quantization).to(device)
+    write = _writer(checkpoint, quantization, source)
     for name in missing:
-        layer = files.index(name)
-        is_layer = layer < checkpoint.config.num_hidden_layers
-        tensors = file_tensors(source, layer if is_layer else None, codebook)
-        write_file(destination / name, tensors, made_from)
+        write(files.index(name), destination / name, made_from)
         done = len(files) - len(missing) + missing.index(name) + 1
         report(done, len(files), name)
-    if device.type == "cuda":  # leaves the memory to a load that follows
+    if torch.cuda.is_available():  # leaves the memory to a load that follows
         torch.cuda.empty_cache()
+
+
+def _writer(
+    checkpoint: Checkpoint, quantization: Quantization, source: "Source | None"
+) -> Callable[[int, Path, str], None]:
+    """A function that writes file number i, under a path and with what it was made from."""
+    import torch
+
+    from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
+    from serve_app.model.checkpoint.source import Source
+    from serve_app.model.checkpoint.to_bitsandbytes import BackToBitsandbytes
+    from serve_app.model.quantized_weight import Codebook
+
+    if checkpoint.form == "fused":
+        back = BackToBitsandbytes(checkpoint)
+        headers = sorted(checkpoint.headers.items())
+        return lambda i, file, made_from: back.write(*headers[i], file, made_from)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    weights = source or Source(checkpoint)
+    codebook = Codebook(quantization.quant_type).to(device)
+
+    def write(number: int, file: Path, made_from: str) -> None:
+        layer = number if number < checkpoint.config.num_hidden_layers else None
+        write_file(file, file_tensors(weights, layer, codebook, quantization.absmax), made_from)
+
+    return write
 
 
 def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Path) -> None:
     """Writes the small files, and last the index, which makes the folder a checkpoint."""
     from serve_app.model.checkpoint.fused_writer import write_bytes
+    from serve_app.model.checkpoint.to_bitsandbytes import bitsandbytes_config
 
     for pattern in COPIED:
         for file in checkpoint.path.glob(pattern):
             if file.name not in ("config.json", INDEX):
                 write_bytes(destination / file.name, file.read_bytes())
-    config = {
-        **checkpoint.document,
-        "quantization_config": fused_quantization_config(quantization),
-    }
+    is_back = checkpoint.form == "fused"
+    make_config = bitsandbytes_config if is_back else fused_quantization_config
+    config = {**checkpoint.document, "quantization_config": make_config(quantization)}
     write_bytes(destination / "config.json", json.dumps(config, indent=2).encode())
     weight_map = {
         tensor: name
@@ -175,10 +203,12 @@ def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Pat
     write_bytes(destination / INDEX, json.dumps(index, indent=2).encode())
 
 
-def _require_ours(destination: Path) -> None:
+def _require_room(destination: Path, checkpoint: Checkpoint) -> None:
     """Raises `ModelLoadFailed` where another checkpoint is in the way."""
     config = destination / "config.json"
-    is_other = config.exists() and stored_form(read_json(config)) != "fused"
+    is_other = config.exists() and (
+        checkpoint.form == "fused" or stored_form(read_json(config)) != "fused"
+    )
     if is_other or (destination / SINGLE).exists():
         raise ModelLoadFailed(f"{destination}: holds another checkpoint; name an empty folder.")
 

@@ -10,8 +10,10 @@ from serve_app.model.quantization import GROUP_SIZE, AbsmaxKind, Quantization, Q
 Form = Literal["float", "bitsandbytes", "fused"]
 """float: as floats. bitsandbytes: in 4 bits, as transformers 4 wrote them with bitsandbytes.
 fused: in 4 bits, as `mixtral-serve convert` writes them (`fused.py`)."""
-FUSED_METHOD, FUSED_VERSION = "mixtral-serve", 1
-"""`quant_method` and `version` in the `quantization_config` of a fused checkpoint."""
+FUSED_METHOD, FUSED_VERSION = "mixtral-serve", 2
+"""`quant_method` and `version` in the `quantization_config` of a fused checkpoint. Version 2 has
+weights in tiles; version 1, which is read still, has them row by row, see `fused.py`."""
+FUSED_VERSIONS = (1, FUSED_VERSION)
 
 
 def stored_form(document: Mapping[str, Any]) -> Form:
@@ -54,11 +56,19 @@ def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
     return Quantization("nf4" if stored.get("bnb_4bit_quant_type") == "nf4" else "fp4", absmax)
 
 
-def fused_quantization_config(quantization: Quantization) -> dict[str, Any]:
+def fused_version(document: Mapping[str, Any]) -> int:
+    """The version of the fused checkpoint to which a parsed config.json belongs."""
+    version: int = document["quantization_config"]["version"]
+    return version
+
+
+def fused_quantization_config(
+    quantization: Quantization, version: int = FUSED_VERSION
+) -> dict[str, Any]:
     """The `quantization_config` that a fused checkpoint has in its config.json."""
     return {
         "quant_method": FUSED_METHOD,
-        "version": FUSED_VERSION,
+        "version": version,
         "quant_type": quantization.quant_type,
         "absmax": quantization.absmax,
         "blocksize": GROUP_SIZE,
@@ -69,7 +79,9 @@ def _fused_quantization(stored: Mapping[str, Any]) -> Quantization:
     for quant_type in get_args(QuantType):
         for absmax in get_args(AbsmaxKind):
             quantization = Quantization(quant_type, absmax)
-            if dict(stored) == fused_quantization_config(quantization):
+            if any(
+                dict(stored) == fused_quantization_config(quantization, v) for v in FUSED_VERSIONS
+            ):
                 return quantization
     raise ModelLoadFailed(
         f"config.json: `quantization_config` does not fit version {FUSED_VERSION} of our "

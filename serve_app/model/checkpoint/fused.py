@@ -1,17 +1,23 @@
 """The fused form: Mixtral in 4 bits in few large tensors, which are read straight into the weights.
 
 `fused_writer` writes it and `fused_reader` reads it: safetensors, one file per layer and one
-for the rest, with the bytes that `QuantizedWeight` holds in memory. `quantization_config` in
-config.json marks the form and says how it is quantized (`form.py`); the metadata of each file has
-the CRC-32 of every piece of `PIECE_BYTES` of its data. This module reads no weights and imports no
-torch.
+for the rest, with the bytes that `QuantizedWeight` holds in memory: codes and bfloat16 absmax, in
+tiles where the sizes fill them. Where the source has another absmax, that is kept beside them, so
+that `to_bitsandbytes` gives it back; a load does not read it.
+
+`quantization_config` in config.json marks the form, its version, and how it is quantized
+(`form.py`); the metadata of each file has the version, too, and the CRC-32 of every piece of
+`PIECE_BYTES` of its data. Files of version 1 have codes and the source's absmax row by row, with
+gate and up interleaved (`fused_version1`). This module reads no weights and imports no torch.
 """
 
+from collections.abc import Mapping
 from math import prod
 from pathlib import Path
 from typing import NamedTuple
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.model.checkpoint.form import FUSED_VERSION
 from serve_app.model.checkpoint.shards import ITEM_BYTES, Header, TensorInfo, damaged
 from serve_app.model.checkpoint.tensor_names import CODEBOOK, ModuleWeight, module_weights
 from serve_app.model.config import MixtralConfig
@@ -28,8 +34,13 @@ PIECE_BYTES = 16 << 20
 """Data that one checksum covers and one read fetches."""
 CHECKSUMS = "crc32"
 """Key of a file's metadata: the checksums of its pieces, 8 hexadecimal digits each."""
+VERSION = "version"
+"""Key of a file's metadata: the version of the form; version 1 did not write it."""
 SOURCE = "source"
 """Key of a file's metadata: what it was converted from, see `convert.py`."""
+KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET = "source_absmax", "nested_absmax", "nested_offset"
+"""The source's absmax of a weight, where it is not bfloat16, and what belongs to a nested one."""
+NESTED_CODE = f"{CODEBOOK}.nested_code"
 FUSED_FLOATS = ("F32", "BF16", "F16")
 """dtypes that weights which are not quantized can have in a fused checkpoint."""
 
@@ -55,34 +66,47 @@ def require_whole_groups(config: MixtralConfig) -> None:
             )
 
 
-def fused_tensors(config: MixtralConfig, quantization: Quantization) -> dict[str, Expected]:
+def is_kept(name: str) -> bool:
+    """Whether a tensor is there for `to_bitsandbytes` alone, and no part of the model."""
+    return name == NESTED_CODE or name.endswith((KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET))
+
+
+def fused_tensors(
+    config: MixtralConfig, quantization: Quantization, version: int = FUSED_VERSION
+) -> dict[str, Expected]:
     """Every tensor of a fused checkpoint by its name."""
     tensors: dict[str, Expected] = {}
     for weight in module_weights(config):
         if weight.is_quantized:
-            tensors |= _quantized_tensors(weight, quantization)
+            tensors |= _quantized_tensors(weight, quantization, version)
         else:
             tensors[weight.fused_name] = Expected(FUSED_FLOATS, weight.shape)
     tensors[f"{CODEBOOK}.code"] = Expected(("F32",), (NUM_CODES,))
     if quantization.absmax == "nested":
-        tensors[f"{CODEBOOK}.nested_code"] = Expected(("F32",), (NUM_NESTED_CODES,))
+        tensors[NESTED_CODE] = Expected(("F32",), (NUM_NESTED_CODES,))
     return tensors
 
 
-def _quantized_tensors(weight: ModuleWeight, quantization: Quantization) -> dict[str, Expected]:
-    """The buffers of a `QuantizedWeight`; the parts of gate_up and qkv are nested apart."""
+def _quantized_tensors(
+    weight: ModuleWeight, quantization: Quantization, version: int
+) -> dict[str, Expected]:
+    """The buffers of a `QuantizedWeight`, and the source's absmax."""
     assert weight.in_features is not None
     name, in_features, parts = weight.fused_name, weight.in_features, weight.out_features
-    whole = (*weight.experts, sum(parts))
-    absmax = (ABSMAX_DTYPES[quantization.absmax],)
-    tensors = {
-        f"{name}.packed": Expected(("U8",), (*whole, in_features // 2)),
-        f"{name}.absmax": Expected(absmax, (*whole, in_features // GROUP_SIZE)),
-    }
-    if quantization.absmax == "nested":
-        groups = sum(num_nested_groups(size * in_features) for size in parts)
-        tensors[f"{name}.nested_absmax"] = Expected(("F32",), (*weight.experts, groups))
-        tensors[f"{name}.nested_offset"] = Expected(("F32",), (*weight.experts, len(parts)))
+    whole, kind = (*weight.experts, sum(parts)), quantization.absmax
+    groups = (*whole, in_features // GROUP_SIZE)
+    source = Expected((ABSMAX_DTYPES[kind],), groups)
+    tensors = {f"{name}.packed": Expected(("U8",), (*whole, in_features // 2))}
+    if version == 1:
+        tensors[f"{name}.absmax"] = source
+    else:
+        tensors[f"{name}.absmax"] = Expected(("BF16",), groups)
+        if kind != "bfloat16":
+            tensors[f"{name}.{KEPT_ABSMAX}"] = source
+    if kind == "nested":
+        nested = sum(num_nested_groups(size * in_features) for size in parts)
+        tensors[f"{name}.{NESTED_ABSMAX}"] = Expected(("F32",), (*weight.experts, nested))
+        tensors[f"{name}.{NESTED_OFFSET}"] = Expected(("F32",), (*weight.experts, len(parts)))
     return tensors
 
 
@@ -101,10 +125,15 @@ def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: 
 
 
 def match_fused(
-    path: Path, config: MixtralConfig, quantization: Quantization, found: dict[str, TensorInfo]
+    path: Path,
+    config: MixtralConfig,
+    quantization: Quantization,
+    version: int,
+    headers: Mapping[Path, Header],
+    found: dict[str, TensorInfo],
 ) -> None:
     """Raises `ModelLoadFailed` unless `found` is exactly what a fused checkpoint has."""
-    expected = fused_tensors(config, quantization)
+    expected = fused_tensors(config, quantization, version)
     for name, (dtypes, shape) in expected.items():
         if name not in found:
             raise ModelLoadFailed(f"{path}: no file holds tensor `{name}`, which the model needs.")
@@ -117,6 +146,13 @@ def match_fused(
     for name, tensor in found.items():
         if name not in expected:
             raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is no part of a Mixtral.")
+    for file, header in headers.items():
+        checksums(file, header)
+        if (written := header.metadata.get(VERSION, "1")) != str(version):
+            raise ModelLoadFailed(
+                f"{file}: is of version {written} of our format, and config.json of version "
+                f"{version}; convert the checkpoint again with `mixtral-serve convert`."
+            )
 
 
 def checksums(file: Path, header: Header) -> list[int]:

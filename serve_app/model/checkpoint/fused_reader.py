@@ -1,4 +1,4 @@
-"""Reads a fused checkpoint: several threads, every piece straight into the weights of a model.
+"""Reads fused files: several threads, every piece straight into the weights of a model.
 
 The checksum of each piece is compared while it passes (`fused.py`).
 """
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from serve_app.errors import ModelLoadFailed
-from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.fused import PIECE_BYTES, checksums
 from serve_app.model.checkpoint.shards import Header, TensorInfo, damaged
 from serve_app.model.checkpoint.source import DTYPES
@@ -39,11 +38,17 @@ class Piece:
     begin: int
     crc: int
     targets: list[Tensor]
-    """uint8, flat, contiguous: where the bytes go, one after the other."""
+    """uint8, flat, contiguous: where the bytes go, one after the other; nowhere those of "meta"."""
 
     @property
     def nbytes(self) -> int:
         return sum(target.nbytes for target in self.targets)
+
+    @property
+    def device(self) -> torch.device | None:
+        """The device of the targets; None where nothing of the piece is wanted."""
+        devices = (target.device for target in self.targets if not target.is_meta)
+        return next(devices, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,33 +84,28 @@ def fused_targets(model: Mixtral) -> dict[str, Tensor]:
     return targets
 
 
-def read_fused(
-    checkpoint: Checkpoint, targets: Mapping[str, Tensor], progress: Callable[[float], None]
+def read_files(
+    headers: Mapping[Path, Header],
+    targets: Mapping[str, Tensor],
+    report: Callable[[int], None],
 ) -> None:
-    """Fills `targets`, which has a tensor of the right shape for each of `checkpoint.tensors`.
+    """Fills `targets`, by the names of tensors in the files; tensors without a target are skipped.
 
-    A target of another dtype than the file's (float32 absmax becomes bfloat16) gets the values,
-    rounded; all others get the bytes. The calling thread calls `progress` with the share that is
-    done, from 0 to 1. Raises `ModelLoadFailed` when a file cannot be read or is not what was
-    written.
+    A target of another dtype than the file's gets the values, rounded; all others get the bytes.
+    The calling thread calls `report` with the bytes of each piece that is done. Raises
+    `ModelLoadFailed` when a file cannot be read or is not what was written.
     """
-    total, done = checkpoint.file_bytes, 0
-
-    def report(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress(done / total)
-
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "read-weights"))
         stack.callback(pool.shutdown, cancel_futures=True)
         staging = threading.local()
         under_way: deque[Reads] = deque()
-        for file, header in checkpoint.headers.items():
-            buffers = {name: _buffer(it, targets[name]) for name, it in header.tensors.items()}
+        for file, header in headers.items():
+            buffers = {name: _buffer(it, targets.get(name)) for name, it in header.tensors.items()}
             pieces = list(_pieces(stack, file, header, buffers))
             reads = [pool.submit(_read, piece, staging) for piece in pieces]
-            converted = [(it, targets[name]) for name, it in buffers.items()]
+            wanted = {name: it for name, it in buffers.items() if name in targets}
+            converted = [(it, targets[name]) for name, it in wanted.items()]
             converted = [(it, target) for it, target in converted if it is not target]
             under_way.append(Reads(reads, converted))
             # Two files at a time: one ends while the next begins, and buffers stay few.
@@ -115,9 +115,11 @@ def read_fused(
             under_way.popleft().finish(report)
 
 
-def _buffer(tensor: TensorInfo, target: Tensor) -> Tensor:
-    """`target`, or a tensor to copy to it when the bytes cannot go there."""
+def _buffer(tensor: TensorInfo, target: Tensor | None) -> Tensor:
+    """`target`, or a tensor to copy to it when the bytes cannot go there; of "meta" for None."""
     dtype = DTYPES[tensor.dtype]
+    if target is None:
+        return torch.empty(tensor.shape, dtype=dtype, device="meta")
     if target.dtype == dtype and target.is_contiguous():
         return target
     return torch.empty(tensor.shape, dtype=dtype, device=target.device)
@@ -147,8 +149,14 @@ def _pieces(
 
 def _read(piece: Piece, staging: threading.local) -> int:
     """Reads one piece, in a thread of the pool; returns its bytes."""
-    on_cpu = all(target.device.type == "cpu" for target in piece.targets)
-    buffers = piece.targets if on_cpu else [_pinned(staging)[: piece.nbytes]]
+    if (device := piece.device) is None:
+        return piece.nbytes
+    on_cpu = device.type == "cpu"
+    buffers = (
+        [_pinned(staging)[: piece.nbytes]]
+        if not on_cpu
+        else [torch.empty(len(it), dtype=torch.uint8) if it.is_meta else it for it in piece.targets]
+    )
     views = [buffer.numpy().data for buffer in buffers]
     _fill(piece, views)
     crc = 0
@@ -162,9 +170,10 @@ def _read(piece: Piece, staging: threading.local) -> int:
     if not on_cpu:
         begin = 0
         for target in piece.targets:
-            target.copy_(buffers[0][begin : begin + len(target)], non_blocking=True)
+            if not target.is_meta:
+                target.copy_(buffers[0][begin : begin + len(target)], non_blocking=True)
             begin += len(target)
-        torch.cuda.current_stream(piece.targets[0].device).synchronize()
+        torch.cuda.current_stream(device).synchronize()
     return piece.nbytes
 
 

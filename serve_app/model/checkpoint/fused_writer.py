@@ -7,15 +7,29 @@ import json
 import os
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from serve_app.model.checkpoint.fused import CHECKSUMS, PIECE_BYTES, SOURCE
+from serve_app.model.checkpoint.form import FUSED_VERSION
+from serve_app.model.checkpoint.fused import (
+    CHECKSUMS,
+    KEPT_ABSMAX,
+    NESTED_ABSMAX,
+    NESTED_CODE,
+    NESTED_OFFSET,
+    PIECE_BYTES,
+    SOURCE,
+    VERSION,
+    is_kept,
+)
 from serve_app.model.checkpoint.source import DTYPES, Source
 from serve_app.model.checkpoint.tensor_names import CODEBOOK, ModuleWeight, module_weights
+from serve_app.model.quantization import AbsmaxKind
+from serve_app.model.quantize import QuantizedTensor, quantize
 from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 ALIGNMENT = 4096
@@ -23,10 +37,13 @@ ALIGNMENT = 4096
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def file_tensors(source: Source, layer: int | None, codebook: Codebook) -> dict[str, Tensor]:
+def file_tensors(
+    source: Source, layer: int | None, codebook: Codebook, kept: AbsmaxKind
+) -> dict[str, Tensor]:
     """The tensors of one layer's file; with `layer` None those that belong to no layer.
 
-    Weights in 4 bits are on the device of `codebook`.
+    Weights in 4 bits are on the device of `codebook`. Beside their bfloat16 absmax, absmax is kept
+    as `kept` says, which is how the source has it, or how floats are to be quantized.
     """
     entries = module_weights(source.checkpoint.config)
     tensors: dict[str, Tensor] = {}
@@ -34,60 +51,101 @@ def file_tensors(source: Source, layer: int | None, codebook: Codebook) -> dict[
         if entry.layer != layer:
             continue
         if entry.is_quantized:
-            tensors |= _quantized(source, entry, codebook)
+            tensors |= _quantized(source, entry, codebook, kept)
         else:
             tensors[entry.fused_name] = source.floats(entry.weights[0])
     if layer is None:
-        _fill(codebook, source, entries)
-        tensors |= {f"{CODEBOOK}.{name}": table for name, table in codebook.named_buffers()}
+        matrix = _smallest(source, entries, codebook, kept)
+        tensors[f"{CODEBOOK}.code"] = matrix.code
+        if matrix.nested is not None:
+            tensors[NESTED_CODE] = matrix.nested.code
     return tensors
 
 
-def _quantized(source: Source, entry: ModuleWeight, codebook: Codebook) -> dict[str, Tensor]:
+def empty_weight(entry: ModuleWeight, codebook: Codebook) -> QuantizedWeight:
+    """A weight of the shape of `entry`, on the device of `codebook`."""
     assert entry.in_features is not None
     with codebook.code.device:
-        weight = QuantizedWeight(
+        return QuantizedWeight(
             codebook,
             entry.experts,
             entry.in_features,
             entry.out_features,
             interleaved=entry.row.is_interleaved,
         )
+
+
+def _quantized(
+    source: Source, entry: ModuleWeight, codebook: Codebook, kept: AbsmaxKind
+) -> dict[str, Tensor]:
+    weight = empty_weight(entry, codebook)
+    matrices = []
     for part in entry.weights:
-        weight.load_weight(source.read(part), part.expert, part.index)
+        matrix = _quantize(source.read(part), codebook, kept)
+        weight.load_weight(matrix, part.expert, part.index)
+        matrices.append(replace(matrix, packed=matrix.packed[:0]))
     buffers = weight.named_buffers(recurse=False)
-    return {f"{entry.fused_name}.{name}": buffer for name, buffer in buffers}
+    tensors = dict(buffers) | ({} if kept == "bfloat16" else _absmax_of(entry, matrices))
+    return {f"{entry.fused_name}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def _fill(codebook: Codebook, source: Source, entries: tuple[ModuleWeight, ...]) -> None:
-    """Fills `codebook`, as any matrix does: all layers may have been written by an earlier run."""
+def _quantize(
+    values: Tensor | QuantizedTensor, codebook: Codebook, absmax: AbsmaxKind
+) -> QuantizedTensor:
+    """`values` as the file keeps them: those in 4 bits as they are."""
+    if isinstance(values, QuantizedTensor):
+        return values
+    return quantize(values.to(codebook.code.device), codebook.quant_type, absmax)
+
+
+def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str, Tensor]:
+    """The absmax of `matrices`, expert by expert, one part after the other and row by row."""
+    nested = [matrix.nested for matrix in matrices if matrix.nested is not None]
+    kept = {KEPT_ABSMAX: torch.cat([matrix.absmax for matrix in matrices])}
+    if nested:
+        kept[NESTED_ABSMAX] = torch.cat([it.absmax for it in nested])
+        kept[NESTED_OFFSET] = torch.stack([it.offset for it in nested])
+    shape = {KEPT_ABSMAX: (sum(entry.out_features), kept[KEPT_ABSMAX].shape[-1])}
+    return {
+        name: tensor.view(*entry.experts, *shape.get(name, (-1,))) for name, tensor in kept.items()
+    }
+
+
+def _smallest(
+    source: Source, entries: tuple[ModuleWeight, ...], codebook: Codebook, kept: AbsmaxKind
+) -> QuantizedTensor:
+    """A matrix with the tables of all: an earlier run may have written every layer."""
     matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
     smallest = min(matrices, key=lambda weight: prod(weight.shape))
-    with codebook.code.device:
-        out_features, in_features = smallest.shape
-        scratch = QuantizedWeight(codebook, (), in_features, (out_features,))
-    scratch.load_weight(source.read(smallest))
+    return _quantize(source.read(smallest), codebook, kept)
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
     """Writes `file`, whose metadata says that it was made from `source`.
 
-    Raises `OSError`; what was there under that name before is then still there.
+    What a load does not read comes last. Raises `OSError`; what was there under that name before
+    is then still there.
     """
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].nbytes)
+    ordered = dict(sorted(tensors.items(), key=lambda item: (is_kept(item[0]), -item[1].nbytes)))
+    sums = " ".join(f"{crc:08x}" for crc in _checksums(list(ordered.values())))
+    metadata = {CHECKSUMS: sums, VERSION: str(FUSED_VERSION), SOURCE: source}
+    write_tensors(file, ordered, metadata)
+
+
+def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, the tensors in their order. Raises as `write_file`."""
     header, begin = {}, 0
-    for name, tensor in ordered:
+    for name, tensor in tensors.items():
         offsets = [begin, begin + tensor.nbytes]
         shape = list(tensor.shape)
         header[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": offsets}
         begin += tensor.nbytes
-    sums = " ".join(f"{crc:08x}" for crc in _checksums([tensor for _, tensor in ordered]))
-    text = json.dumps({"__metadata__": {CHECKSUMS: sums, SOURCE: source}, **header}).encode()
+    text = json.dumps({"__metadata__": metadata, **header}).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     partial = file.with_name(f".{file.name}.partial")
     with partial.open("wb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
-        for _, tensor in ordered:
+        for tensor in tensors.values():
             stream.write(_bytes(tensor))
         stream.flush()
         os.fsync(stream.fileno())

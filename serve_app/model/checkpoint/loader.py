@@ -16,7 +16,9 @@ from torch import nn
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint
-from serve_app.model.checkpoint.fused_reader import fused_targets, read_fused
+from serve_app.model.checkpoint.form import fused_version
+from serve_app.model.checkpoint.fused_reader import fused_targets, read_files
+from serve_app.model.checkpoint.fused_version1 import read_version_1
 from serve_app.model.checkpoint.source import DTYPES, Source
 from serve_app.model.checkpoint.tensor_names import LM_HEAD, PARTS, weights
 from serve_app.model.checkpoint.weight_mapping import load_lm_head, load_weight
@@ -65,13 +67,23 @@ def load(
 
 
 def _load_fused(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
-    """Several threads read straight into the weights; only an lm_head in 4 bits is staged."""
+    """Several threads read straight into the weights; an lm_head in 4 bits is staged."""
+    total, done = checkpoint.file_bytes, 0
+
+    def add(num_bytes: int) -> None:
+        nonlocal done
+        done += num_bytes
+        report(done / total)
+
     targets = fused_targets(model)
     staged = None
     if (info := checkpoint.tensors.get(LM_HEAD)) is not None and LM_HEAD not in targets:
         dtype, device = DTYPES[info.dtype], model.embedding.device
         targets[LM_HEAD] = staged = torch.empty(info.shape, dtype=dtype, device=device)
-    read_fused(checkpoint, targets, report)
+    if fused_version(checkpoint.document) == 1:
+        read_version_1(checkpoint, model, targets, add)
+    else:
+        read_files(checkpoint.headers, targets, add)
     if staged is not None:
         load_lm_head(model, weights(checkpoint.config)[LM_HEAD], staged)
 

@@ -21,7 +21,7 @@ from serve_app.model.quantize import dequantize, quantize
 from serve_app.model.quantized_experts import QuantizedExperts
 from serve_app.model.quantized_weight import Codebook
 
-HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 256, 192, 4, 2
+HIDDEN_SIZE, INTERMEDIATE_SIZE, NUM_EXPERTS, TOP_K = 256, 256, 4, 2
 CONFIG = MixtralConfig.from_dict(
     {
         "model_type": "mixtral",
@@ -61,7 +61,7 @@ def relative_errors(
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    codes = Codebook(quantization).to(device)
+    codes = Codebook(quantization.quant_type).to(device)
     linear, weight = _linear(codes, device, random(INTERMEDIATE_SIZE, HIDDEN_SIZE))
     experts, expert_weights = _experts(codes, device, random)
     errors: dict[str, float] = {}
@@ -150,17 +150,12 @@ def _experts(
     return experts, plain
 
 
-def _in_halves(x: Tensor) -> Tensor:
-    """`x` `[T, K]` with the even columns first, then the odd ones, see `nf4_decode.py`."""
-    return x.view(len(x), -1, 2).transpose(1, 2).reshape(len(x), -1)
-
-
 def _linear_by_kernel(linear: QuantizedLinear, x: Tensor) -> Tensor:
     from serve_app.model.kernels.triton import nf4_decode
 
     weights = nf4_decode.Packed.from_weight(linear.weight, x.dtype)
     parts = x.new_empty(nf4_decode.SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
-    nf4_decode.dense(weights, _in_halves(x), parts)
+    nf4_decode.dense(weights, x, parts)
     return parts.sum(0)
 
 
@@ -182,7 +177,7 @@ def _experts_by_kernel(
     gate_up = nf4_decode.Packed.from_weight(experts.gate_up, x.dtype)
     down = nf4_decode.Packed.from_weight(experts.down, x.dtype)
     intermediate = x.new_empty(len(order), down.in_features)
-    nf4_decode.gate_up(gate_up, _in_halves(x), order, starts, TOP_K, intermediate)
+    nf4_decode.gate_up(gate_up, x, order, starts, TOP_K, intermediate)
     parts = x.new_empty(nf4_decode.SPLIT_K, len(order), down.out_features, dtype=torch.float32)
     nf4_decode.down(down, intermediate, order, starts, topk_weights.flatten().float(), TOP_K, parts)
     return parts.sum(0).view(len(x), TOP_K, -1).sum(1)
@@ -190,8 +185,7 @@ def _experts_by_kernel(
 
 def _as_stored(codes: Codebook, weight: Tensor) -> Tensor:
     """`weight` quantized and back, on the CPU."""
-    chosen = codes.quantization
-    return dequantize(quantize(weight, chosen.quant_type, chosen.absmax), torch.float32)
+    return dequantize(quantize(weight, codes.quant_type, "bfloat16"), torch.float32)
 
 
 def _mixture(

@@ -28,8 +28,8 @@ def save_bnb4(
 ) -> dict[str, torch.Tensor]:
     """Writes `oracle` in 4 bits into `folder`.
 
-    Returns its weights as bitsandbytes dequantizes them, a float32 absmax rounded to bfloat16
-    first, as it is in memory.
+    Returns its weights as bitsandbytes dequantizes them, absmax rounded to bfloat16 first, as it
+    is in memory.
     """
     bnb = functional()
     oracle.save_pretrained(folder)
@@ -45,8 +45,10 @@ def save_bnb4(
         packed, state = bnb.quantize_4bit(weight, **{"quant_type": "nf4", **how})
         stored[name] = packed
         stored |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
-        if not state.nested:
-            state.absmax = state.absmax.bfloat16().float()
+        if state.nested:
+            state.absmax = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+            state.nested = False
+        state.absmax = state.absmax.bfloat16().float()
         meant[name] = bnb.dequantize_4bit(packed, state)
     save_shards(stored, folder, shards)
     config = json.loads((folder / "config.json").read_text())

@@ -14,7 +14,8 @@ from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.model.checkpoint.convert import convert
 from serve_app.model.checkpoint.fused import PIECE_BYTES
-from serve_app.model.checkpoint.fused_reader import read_fused
+from serve_app.model.checkpoint.fused_reader import read_files
+from serve_app.model.checkpoint.fused_writer import _checksums, write_tensors
 from serve_app.model.checkpoint.source import DTYPES
 from serve_app.model.quantization import Quantization
 from tests.model.checkpoint.bnb4_files import save_bnb4
@@ -208,6 +209,14 @@ def flip(folder: Path) -> None:
     file.write_bytes(data)
 
 
+def without_version(folder: Path) -> None:
+    """Writes a file as version 1 did, which wrote no version."""
+    file = folder / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    sums = " ".join(f"{crc:08x}" for crc in _checksums(list(tensors.values())))
+    write_tensors(file, tensors, {"crc32": sums})
+
+
 BROKEN_OWN: dict[str, tuple[Break, list[str]]] = {
     "tensor missing": (without(GATE_UP), [f"`{GATE_UP}`"]),
     "tensor unexpected": (
@@ -220,7 +229,8 @@ BROKEN_OWN: dict[str, tuple[Break, list[str]]] = {
     ),
     "tensor of another dtype": (instead(GATE_UP, torch.ones(8, 256, 32)), [f"`{GATE_UP}`", "F32"]),
     "checksums lost": (change(GATE_UP, lambda w: w), ["checksums are missing", "-00001-of-"]),
-    "another version": (config(version=2), ["`quantization_config`", "convert"]),
+    "another version": (config(version=3), ["`quantization_config`", "convert"]),
+    "a file of another version": (without_version, ["is of version 1", "of version 2"]),
     "another absmax": (config(absmax="float32"), ["U8", "F32"]),
     "an absmax that is none": (config(absmax="int4"), ["`quantization_config`"]),
 }
@@ -263,21 +273,28 @@ def test_a_file_that_becomes_shorter_after_its_header_was_read(own: Path, tmp_pa
     last = tmp_path / "model-00003-of-00003.safetensors"
     os.truncate(last, last.stat().st_size - 1)
     with pytest.raises(ModelLoadFailed, match=r"00003-of-00003.*became shorter"):
-        read_fused(checkpoint, places, lambda done: None)
+        read_files(checkpoint.headers, places, lambda num_bytes: None)
 
 
 def test_pieces_end_where_tensors_do_not(oracle: Any, tmp_path: Path) -> None:
-    """A file of several pieces, whose tensors straddle them, is read to the last byte."""
+    """A file of several pieces, whose tensors straddle them, is read to the last byte that a load
+    needs; what it keeps for a conversion is checked by that."""
     big = random_oracle(
-        num_hidden_layers=1, hidden_size=512, intermediate_size=2176, num_local_experts=9
+        num_hidden_layers=1, hidden_size=512, intermediate_size=2304, num_local_experts=9
     )
     big.save_pretrained(tmp_path / "float")
-    convert(tmp_path / "float", tmp_path / "own", Quantization("nf4", "float32"))
-    first = tmp_path / "own" / "model-00001-of-00002.safetensors"
-    assert first.stat().st_size > PIECE_BYTES + 1000
-    load4(tmp_path / "own")
-    data = bytearray(first.read_bytes())
-    data[-1] ^= 1
-    first.write_bytes(data)
-    with pytest.raises(ModelLoadFailed, match="checksum"):
-        load4(tmp_path / "own")
+    reads: dict[str, Callable[[Path], None]] = {
+        "bfloat16": load4,
+        "float32": lambda own: convert(own, own / "back"),
+    }
+    for absmax, read in reads.items():
+        own = tmp_path / absmax
+        convert(tmp_path / "float", own, Quantization("nf4", absmax))  # type: ignore[arg-type]
+        first = own / "model-00001-of-00002.safetensors"
+        assert first.stat().st_size > PIECE_BYTES + 1000
+        load4(own)
+        data = bytearray(first.read_bytes())
+        data[-1] ^= 1
+        first.write_bytes(data)
+        with pytest.raises(ModelLoadFailed, match="checksum"):
+            read(own)

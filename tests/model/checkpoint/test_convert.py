@@ -203,15 +203,15 @@ def test_the_size_is_known_beforehand(source: Path, whole: dict[str, bytes]) -> 
 def test_what_cannot_be_converted(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A source that is not there, one that is converted, one in 4 bits that is asked to be others,
-    sizes that 4 bits cannot have, and a destination that holds another checkpoint."""
+    """A source that is not there, ones in 4 bits that are asked to be others, sizes that 4 bits
+    cannot have, and a destination that holds another checkpoint."""
     from tests.model.checkpoint.bnb4_files import save_bnb4
     from tests.model.driver import random_oracle
 
     assert "no such folder" in sentence(capsys, tmp_path / "nowhere", tmp_path / "to")
     own, other = tmp_path / "own", tmp_path / "other"
     convert(source, own)
-    assert "already" in sentence(capsys, own, other)
+    assert "nf4 with bfloat16" in sentence(capsys, own, other, "--quantization", "fp4")
     oracle = random_oracle(intermediate_size=128)
     save_bnb4(oracle, tmp_path / "bnb4", compress_statistics=True)
     assert "nf4 with nested" in sentence(capsys, tmp_path / "bnb4", other, "--quantization", "fp4")

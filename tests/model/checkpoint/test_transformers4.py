@@ -28,8 +28,8 @@ RECORDED = load_file(FOLDER / "logits.safetensors")
 IDS: list[int] = RECORDED["ids"].tolist()
 ROUTER = "model.layers.0.block_sparse_moe.gate.weight"
 TOLERANCES = {
-    "default": 2e-3,  # memory rounds float32 absmax to bfloat16
-    "everything-nf4-nested": 1e-6,
+    "default": 2e-3,  # memory rounds float32 and nested absmax to bfloat16
+    "everything-nf4-nested": 1e-2,
     "skip-gate-fp4-nested-bf16": 5e-3,  # transformers rounds what it dequantizes to bfloat16
     "skip-attention-nf4-bf16": 5e-3,
     "skip-experts-nf4-nested": 5e-3,  # experts and attention in floats: no 4 bits are left

@@ -40,19 +40,12 @@ MAX_SHARED = {80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 MAX_PER_WEIGHT = {80: 9.0, 90: 7.0, 120: 9.0}
 
 
-def products(rows: int, columns: int, tile_rows: int, nested: bool) -> dict[str, Any]:
+def products(rows: int, columns: int, tile_rows: int) -> dict[str, Any]:
     """Arguments that all products share."""
     return {
-        **{"packed": "*u8", "absmax": "*u8" if nested else "*bf16", "code": "*bf16"},
+        **{"packed": "*u8", "absmax": "*bf16", "code": "*bf16"},
         **dict.fromkeys(("low01", "low23", "high01", "high23"), "i64"),
-        **{"nested_code": "*fp32", "nested_absmax": "*fp32", "nested_offset": "*fp32"},
-        **{
-            "first_group": "*i32",
-            "nested_groups": 7168,
-            "HAS_PTX": True,
-            "GROUPS": 2,
-            "NESTED": nested,
-        },
+        **{"HAS_PTX": True, "GROUPS": 2},
         **{"N": rows, "K": columns, "ROWS": tile_rows},
     }
 
@@ -60,7 +53,7 @@ def products(rows: int, columns: int, tile_rows: int, nested: bool) -> dict[str,
 def product_cases() -> list[Case]:
     cases: list[Case] = []
     routing = {"order": "*i32", "starts": "*i32"}
-    for tile, nested in ((16, False), (16, True), (32, False), (64, True)):
+    for tile in (16, 32, 64):
         whole = {"x": "*bf16", "TILE": tile, "SPLIT_K": nf4_decode.SPLIT_K, "TOP_K": 2, **routing}
         for kernel, sizes, rows, more in (
             (nf4_kernels.gate_up_kernel, (28672, 4096), nf4_decode.GATE_UP_ROWS, {"out": "*bf16"}),
@@ -77,13 +70,11 @@ def product_cases() -> list[Case]:
                 {"out": "*fp32", "tokens": 32},
             ),
         ):
-            arguments = {**whole, **more, **products(*sizes, rows, nested)}
-            name = f"tile {tile}{' nested' if nested else ''}"
-            cases.append((name, kernel, arguments, nf4_decode.shape_of(tile, rows), rows))
-    for nested in (False, True):
-        unpack = {"which": "*i64", "out": "*bf16", "SPAN": nf4_unpack.SPAN}
-        unpack |= products(28672, 4096, nf4_unpack.ROWS, nested)
-        cases.append(("", nf4_unpack.unpack_kernel, unpack, {"num_warps": 4}, 0))
+            arguments = {**whole, **more, **products(*sizes, rows)}
+            cases.append((f"tile {tile}", kernel, arguments, nf4_decode.shape_of(tile, rows), rows))
+    unpack = {"which": "*i64", "out": "*bf16", "SPAN": nf4_unpack.SPAN}
+    unpack |= products(28672, 4096, nf4_unpack.ROWS)
+    cases.append(("", nf4_unpack.unpack_kernel, unpack, {"num_warps": 4}, 0))
     return cases
 
 
@@ -104,7 +95,7 @@ def attention_cases() -> list[Case]:
     }
     attend |= {"scale": 0.1, "table_stride": 2048, "K": 8, "G": 4, "ROWS": 16, "BLOCK": 16}
     attend |= {"programs": 4, **shape}
-    combine: dict[str, Any] = {"out": "*bf16", "IN_HALVES": True, **sums, **shape}
+    combine: dict[str, Any] = {"out": "*bf16", **sums, **shape}
     return [
         ("Mixtral", paged_attention._attend, attend, {"num_warps": 4, "num_stages": 2}, 0),
         ("Mixtral", paged_attention._combine, combine, {"num_warps": 4}, 0),
@@ -151,7 +142,7 @@ def prompt_product_cases(chip: int) -> list[Case]:
 def step_cases() -> list[Case]:
     norm: dict[str, Any] = {**dict.fromkeys(("x", "weight", "y"), "*bf16"), "parts": "*fp32"}
     norm |= {"lens": "*i32", "rows": 32, "eps": 1e-5, "SIZE": 4096, "WIDTH": 4096}
-    norm |= {"SPLITS": 2, "SUMMANDS": 2, "IN_HALVES": True}
+    norm |= {"SPLITS": 2, "SUMMANDS": 2}
     rope: dict[str, Any] = {"qkv": "*fp32", "positions": "*i64", "slots": "*i64", "lens": "*i32"}
     rope |= dict.fromkeys(("cos", "sin", "queries", "keys", "values"), "*bf16")
     rope |= {"batch": 32, "SPLITS": 2, "H": 32, "K": 8, "D": 128}

@@ -12,7 +12,13 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.decode_batch import DecodeBatch
-from serve_app.model.kernels.triton import gpu_step, paged_attention, prompt_step
+from serve_app.model.kernels.triton import (
+    gpu_step,
+    nf4_decode,
+    nf4_unpack,
+    paged_attention,
+    prompt_step,
+)
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -24,7 +30,15 @@ from tools.random_model import config_of, random_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 16, 32
-SMALL = {"hidden_size": 64, "intermediate_size": 64, "num_attention_heads": 4, "head_dim": 16}
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 256,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 128,
+    "num_local_experts": 3,
+}
+"""Every 4-bit weight fills tiles of 16 rows by 256 columns."""
 CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
     "floats": (None, {}),
     "window, tied": (
@@ -32,12 +46,12 @@ CASES: dict[str, tuple[Quantization | None, dict[str, Any]]] = {
         {"sliding_window": 5, "tie_word_embeddings": True},
     ),
     "odd": (
-        Quantization("nf4", "nested"),
+        Quantization("nf4", "bfloat16"),
         {
             "num_local_experts": 5,
             "num_experts_per_tok": 3,
-            "num_attention_heads": 12,
-            "intermediate_size": 192,
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
         },
     ),
 }
@@ -50,8 +64,12 @@ PARTS = ((0, 3, 3), (3, 4, 2), (4, 5, 2))
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer rows in the trial: the interpreter takes a second for what a GPU does in 1 ms.
 
-    Contexts here are one split of the attention, so that it needs one program.
+    Contexts here are one split of the attention, so that it needs one program; products and
+    unpacking take more rows at once, which the interpreter computes in the same time.
     """
+    monkeypatch.setattr(nf4_unpack, "ROWS", 256)
+    monkeypatch.setattr(nf4_decode, "GATE_UP_ROWS", 512)
+    monkeypatch.setattr(nf4_decode, "rows_of", lambda tile: 256)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
     monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
     monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
@@ -89,7 +107,7 @@ def refusal(model: Mixtral) -> str:
 def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that computes something else, or raises, is refused with a reason."""
     torch.manual_seed(1)
-    model = model_of(Quantization("nf4", "nested"), torch.float16)
+    model = model_of(Quantization("nf4", "bfloat16"), torch.float16)
     assert isinstance(GpuStep.verified(model, cache_of(model), 3), GpuStep)
     logits = GpuStep.logits
     for wrong in (1.1, float("nan")):

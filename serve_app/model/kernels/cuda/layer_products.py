@@ -15,8 +15,6 @@ from serve_app.model.quantized_weight import Index, QuantizedWeight
 class LayerProducts:
     """The `Products` of `triton/gpu_step.py` of one layer; each returns parts `[1, n, N]`."""
 
-    in_halves = False
-
     def __init__(self, layer: Any, products: CudaProducts) -> None:
         attention, self._mlp = layer.attention, layer.mlp
         self._products = products
@@ -52,17 +50,14 @@ def floats(rows: int, weight: TiledWeight, x: Tensor) -> Tensor:
 
 
 class TileUnpacker:
-    """Dequantizes weights to bfloat16 for prompts: those in tiles by CUDA, others by `other`."""
+    """Dequantizes weights to bfloat16 for prompts."""
 
-    def __init__(self, products: CudaProducts, other: Any) -> None:
-        self._products, self._other = products, other
+    def __init__(self, products: CudaProducts) -> None:
+        self._products = products
         self._first: Tensor | None = None
 
     def __call__(self, weight: QuantizedWeight, index: Index) -> Tensor:
         """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
-        if not weight.is_tiled:
-            unpacked: Tensor = self._other(weight, index)
-            return unpacked
         if isinstance(index, Tensor):
             return self._products.unpack(tiled(weight), index)
         if self._first is None:

@@ -1,7 +1,7 @@
 """Products with 4-bit weights in tiles for a few tokens on a GPU, and dequantizing for prompts.
 
-The functions have the meaning of those in `triton/nf4_decode.py`, without halves and without parts:
-sums over K are complete. Activations and results of `gate_up` are bfloat16. Each weight is read
+The functions have the meaning of those in `triton/nf4_decode.py`, without parts: sums over K
+are complete. Activations and results of `gate_up` are bfloat16. Each weight is read
 once per launch for all its tokens, up to the kernel's number of them; more tokens are more passes.
 Sums over K are added in an order that only the variant decides, so that a token gets the same bits
 in any batch of the same variant.

@@ -1,12 +1,7 @@
-"""Decides whether a model's 4-bit products run in CUDA, and reorders the weights for them.
-
-The weights take the same memory in both orders. Nested absmax becomes bfloat16, which the plan of
-the memory counts (`Quantization.on_device`), whether the kernels are used or not.
-"""
+"""Decides whether a model's 4-bit products run in CUDA."""
 
 import logging
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +13,10 @@ from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
 from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
+from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
 from serve_app.model.kernels.unavailable import StepUnavailable
-from serve_app.model.quantized_weight import QuantizedWeight, expand_absmax
+from serve_app.model.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
@@ -40,15 +36,13 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
     `model.products`; or leaves the model as it is. Returns a note for `/health`.
 
     Compiled kernels are kept in the folder `cache`. Must run before the decode step is made. Raises
-    `torch.OutOfMemoryError`, after which the order of the weights is unknown.
+    `torch.OutOfMemoryError`.
     """
     began = time.perf_counter()
     device = model.embedding.device
     try:
         if device.type != "cuda":
             raise StepUnavailable("they are for GPUs")
-        if model.embedding.dtype == torch.bfloat16:
-            hold_absmax_as_bfloat16(model)
         card = card_of(device)
         if card.capability < OLDEST:
             raise StepUnavailable("the GPU is older than compute capability 8.0")
@@ -64,7 +58,6 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
         raise
     except Exception as failure:  # a compiler or driver may raise anything; Triton serves
         log.exception("the CUDA kernels failed in their trial")
-        restore(model)
         reason_text = f"{type(failure).__name__}: {str(failure)[:200]}"
         return f"4-bit products do not run in CUDA kernels: the trial failed ({reason_text})"
     return (
@@ -72,13 +65,6 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
         f"NVRTC {compiler.version}; ready in {time.perf_counter() - began:.1f} s, within "
         f"{error:.1e} of plain torch"
     )
-
-
-def hold_absmax_as_bfloat16(model: "Mixtral") -> None:
-    """Turns nested absmax of all weights into bfloat16, whichever kernels read it then."""
-    if model.codebook is not None:
-        stored = [each for each in model.modules() if isinstance(each, QuantizedWeight)]
-        expand_absmax(model.codebook, stored)
 
 
 def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
@@ -95,40 +81,36 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     assert model.codebook is not None
     code = model.codebook.code
     products = CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
-    first: Any = model.layers[0]
-    for weight in weights_of(first):
-        weight.to_tiles()
-    error = largest_error(products, first, config)
+    error = largest_error(products, model.layers[0], config)
     if not error < TOLERANCE:  # NaN is not below it either
-        restore(model)
         raise StepUnavailable(f"they differ from plain torch by {error:.1e}")
-    for layer in model.layers[1:]:
-        for weight in weights_of(layer):
-            weight.to_tiles()
     if step_misfit(config) is None:
         products.step_kernels = StepKernels(config, card, make)
     model.products = products
     return error
 
 
-def restore(model: "Mixtral") -> None:
-    """Gives up the kernels: all weights are in the order of checkpoints again."""
-    model.products = None
-    for layer in model.layers:
-        for weight in weights_of(layer):
-            if weight.is_tiled:
-                weight.from_tiles()
+def not_tiled(model: "Mixtral") -> str | None:
+    """Why a kernel cannot read the model's 4-bit weights; None where it can, and for floats."""
+    for name, weight in model.named_modules():
+        if isinstance(weight, QuantizedWeight) and not weight.is_tiled:
+            rows, half = weight.packed.shape[-2:]
+            return (
+                f"{name.rpartition('.')[2]} has {rows} rows and {2 * half} columns, which do not "
+                f"fill tiles of {ROWS} by {COLUMNS}"
+            )
+    return None
 
 
 def unfit(model: "Mixtral", card: Card) -> str | None:
     """Why the kernels cannot compute the model; None where they can."""
-    config, codebook = model.config, model.codebook
-    if codebook is None:
+    config = model.config
+    if model.codebook is None:
         return "the weights are floats"
     if model.float_modules:
         return "some layers have experts or attention in floats beside 4 bits"
-    if codebook.quantization.absmax == "nested":
-        return "absmax is nested"
+    if (outside := not_tiled(model)) is not None:
+        return outside
     if model.embedding.dtype != torch.bfloat16:
         return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.q_size
@@ -146,14 +128,6 @@ def card_of(device: torch.device) -> Card:
     major, minor = torch.cuda.get_device_capability(device)
     properties = torch.cuda.get_device_properties(device)
     return Card(10 * major + minor, properties.multi_processor_count)
-
-
-def weights_of(layer: Any) -> Iterator[QuantizedWeight]:
-    """The weights of a layer that the kernels read."""
-    yield layer.attention.qkv.weight
-    yield layer.attention.o.weight
-    yield layer.mlp.experts.gate_up
-    yield layer.mlp.experts.down
 
 
 @torch.inference_mode()

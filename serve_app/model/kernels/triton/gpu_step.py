@@ -18,7 +18,7 @@ from torch import Tensor
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda.cuda_step import CudaStep
 from serve_app.model.kernels.cuda.layer_products import LayerProducts, TileUnpacker
-from serve_app.model.kernels.cuda.use_kernels import restore
+from serve_app.model.kernels.cuda.use_kernels import not_tiled
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import nf4_decode
 from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
@@ -47,9 +47,6 @@ UNPACK_TOLERANCE = 1e-2
 class Products(Protocol):
     """The products of one layer; each returns parts `[S, B * C, N]`, to be summed over S and C."""
 
-    in_halves: bool
-    """Whether the inputs are in halves, see `nf4_decode.py`."""
-
     def qkv(self, x: Tensor) -> Tensor: ...
     def o(self, x: Tensor) -> Tensor: ...
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor: ...
@@ -57,8 +54,6 @@ class Products(Protocol):
 
 class FloatProducts:
     """Products with float weights, by torch."""
-
-    in_halves = False
 
     def __init__(self, layer: Any) -> None:
         self._layer = layer
@@ -81,16 +76,13 @@ class FloatProducts:
 class QuantizedProducts:
     """Products with 4-bit weights, by our kernels."""
 
-    in_halves = True
-
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.attention, layer.mlp
         self._qkv = Packed.from_weight(attention.qkv.weight, dtype)
         self._o = Packed.from_weight(attention.o.weight, dtype)
         self._gate_up = Packed.from_weight(mlp.experts.gate_up, dtype)
         self._down = Packed.from_weight(mlp.experts.down, dtype)
-        self._router = torch.cat((mlp.router[:, ::2], mlp.router[:, 1::2]), dim=1).contiguous()
-        self._top_k = mlp.top_k
+        self._router, self._top_k = mlp.router, mlp.top_k
 
     def qkv(self, x: Tensor) -> Tensor:
         return dense(self._qkv, x)
@@ -167,7 +159,7 @@ class GpuStep:
         except StepUnavailable as reason:
             if model.products is None:
                 raise
-            restore(model)
+            model.products = None
             step = cls._compared(model, cache, max_rows)
             step.note = f"; its 4-bit products are Triton kernels: with the CUDA kernels {reason}"
             return step
@@ -209,9 +201,10 @@ class GpuStep:
         return "; prompts unpack weights by a kernel"
 
     def _unpacker(self) -> "Unpacker | TileUnpacker":
-        unpacker = Unpacker(self._model.embedding.dtype)
         products = self._model.products
-        return unpacker if products is None else TileUnpacker(products, unpacker)
+        if products is not None:
+            return TileUnpacker(products)
+        return Unpacker(self._model.embedding.dtype)
 
     @torch.inference_mode()
     def logits(self, batch: DecodeBatch) -> Tensor:
@@ -226,16 +219,14 @@ class GpuStep:
         # A trial runs fewer layers than there are.
         for i, (layer, products) in enumerate(zip(model.layers, self._products, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
-            halves = products.in_halves
-            qkv = products.qkv(normed(x, parts, batch, layer.input_layernorm, halves))
+            qkv = products.qkv(normed(x, parts, batch, layer.input_layernorm))
             rope_write(qkv, where, model.rope.cos, model.rope.sin, queries, keys, values)
             context = (keys, values, batch.tables, batch.context_lens)
-            self._attention(queries, *context, attended, in_halves=halves)
-            y = normed(x, products.o(attended), batch, layer.post_attention_layernorm, halves)
+            self._attention(queries, *context, attended)
+            y = normed(x, products.o(attended), batch, layer.post_attention_layernorm)
             parts = products.mlp(y, batch.context_lens)
-        halves = isinstance(self._lm_head, QuantizedLinear)
-        y = normed(x, parts, batch, model.norm, halves)
-        if halves:
+        y = normed(x, parts, batch, model.norm)
+        if isinstance(self._lm_head, QuantizedLinear):
             return dense(self._packed_lm_head, y).sum(0)
         return self._logits_of(y)
 
@@ -291,15 +282,17 @@ class GpuStep:
         return float(errors.median()) if is_finite else float("nan")
 
 
-def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any, halves: bool) -> Tensor:
+def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any) -> Tensor:
     """Adds `parts` to `x` and returns `x` normalized by `norm`."""
-    return add_norm(x, parts, batch.context_lens, norm.weight, norm.eps, in_halves=halves)
+    return add_norm(x, parts, batch.context_lens, norm.weight, norm.eps)
 
 
 def _require_fitting(model: "Mixtral") -> None:
     head_dim, embedding = model.config.head_dim, model.embedding
     if model.float_modules:
         raise StepUnavailable("some layers have experts or attention in floats beside 4 bits")
+    if (outside := not_tiled(model)) is not None:
+        raise StepUnavailable(outside)
     if head_dim & (head_dim - 1) or head_dim < 16:
         raise StepUnavailable("head_dim must be a power of two, and at least 16")
     if model.codebook is not None and embedding.is_cuda and embedding.dtype == torch.float32:

@@ -2,13 +2,13 @@
 
 For one matrix (`dense`), and for the experts of a layer with tokens grouped by expert: `gate_up`,
 with silu(gate) * up in the same launch, and `down`. Each weight is read once per launch for all its
-tokens, up to a tile of them. The rows of gate and up must be interleaved (`QuantizedWeight`).
+tokens, up to a tile of them. Weights must lie in tiles, and the rows of gate and up must be
+interleaved (`QuantizedWeight`).
 
-Activations are *in halves*: of a vector of K numbers first all with an even index, then all with an
-odd one, because a byte holds two neighbors and each nibble is multiplied on its own. Sums over K
-are cut into `SPLIT_K` parts whatever the batch, and are added in their order, so that a token gets
-the same bits in any batch of the same tile. Code values are rounded to the activations' dtype and
-scaled after each quantization group, so results lie within 2e-3 of `dequantize` and a product.
+Sums over K are cut into `SPLIT_K` parts whatever the batch, and are added in their order, so that a
+token gets the same bits in any batch of the same tile. Code values are rounded to the activations'
+dtype and scaled after each quantization group, so results lie within 2e-3 of `dequantize` and a
+product.
 
 Tests run this in Triton's interpreter on a CPU, with the code values in memory; on a GPU the
 assembly in `nf4_ptx.py` takes their place, which is tested by itself. On an H200 (torch 2.11,
@@ -25,8 +25,8 @@ from torch import Tensor
 
 from serve_app.model.kernels.triton.nf4_kernels import dense_kernel, down_kernel, gate_up_kernel
 from serve_app.model.kernels.triton.nf4_ptx import planes
-from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE
-from serve_app.model.quantized_weight import INTERLEAVED_ROWS, QuantizedWeight
+from serve_app.model.quantization import GROUP_SIZE
+from serve_app.model.quantized_weight import QuantizedWeight
 
 SPLIT_K = 2
 GATE_UP_ROWS = 128
@@ -38,41 +38,24 @@ class Packed:
     """A `QuantizedWeight` as the kernels read it; it shares the memory."""
 
     packed: Tensor
-    """uint8 `[E, N, K / 2]`"""
+    """uint8 `[E, N, K / 2]`, in tiles."""
     absmax: Tensor
-    """`[E, N, K / 64]`"""
+    """bfloat16 `[E, N, K / 64]`, in tiles."""
     code: Tensor
     """The 16 code values in the activations' dtype; the interpreter reads them."""
     planes: dict[str, int]
     """The same values as `nf4_ptx.planes` has them; a GPU reads them."""
-    nested: tuple[Tensor, ...]
-    """Empty, or: code values `[256]`, scales `[E, nested groups]`, offset `[E, N]` of each row, and
-    the number (int32 `[N]`) of each row's first quantization group, counted as if every part filled
-    whole nested groups."""
 
     @classmethod
     def from_weight(cls, matrices: QuantizedWeight, dtype: torch.dtype) -> "Packed":
+        assert matrices.is_tiled
         rows, in_features = matrices.packed.shape[-2], 2 * matrices.packed.shape[-1]
-        codebook = matrices.codebook
-        nested: tuple[Tensor, ...] = ()
-        if codebook.quantization.absmax == "nested":
-            part, index = _parts(matrices)
-            groups = torch.tensor([0, *matrices.num_nested_groups]).cumsum(0)
-            first = groups[part] * NESTED_GROUP_SIZE + index * (in_features // GROUP_SIZE)
-            offset = matrices.nested_offset.view(-1, len(matrices.out_features))
-            device = offset.device
-            nested = (
-                codebook.nested_code,
-                matrices.nested_absmax.view(len(offset), -1),
-                offset[:, part.to(device)].contiguous(),
-                first.to(device, torch.int32),
-            )
+        code = matrices.codebook.code
         return cls(
             matrices.packed.view(-1, rows, in_features // 2),
             matrices.absmax.view(-1, rows, in_features // GROUP_SIZE),
-            codebook.code.to(dtype),
-            planes(codebook.code.tolist(), is_bfloat16=dtype == torch.bfloat16),
-            nested,
+            code.to(dtype),
+            planes(code.tolist(), is_bfloat16=dtype == torch.bfloat16),
         )
 
     @property
@@ -87,36 +70,17 @@ class Packed:
 
     def arguments(self, rows: int, splits: int) -> dict[str, object]:
         """The kernel arguments for these weights: tiles of `rows`, sums in `splits` parts."""
-        none = (self.code,) * 4
-        table, scales, offset, first = self.nested or none
         return {
             "packed": self.packed,
             "absmax": self.absmax,
             "code": self.code,
-            "nested_code": table,
-            "nested_absmax": scales,
-            "nested_offset": offset,
-            "first_group": first,
-            "nested_groups": scales.shape[-1],
             "HAS_PTX": self.packed.device.type == "cuda",
             **self.planes,
-            "NESTED": bool(self.nested),
             "N": self.out_features,
             "K": self.in_features,
             "ROWS": rows,
             "GROUPS": next(n for n in (2, 1) if self.absmax.shape[2] % (n * splits) == 0 or n == 1),
         }
-
-
-def _parts(matrices: QuantizedWeight) -> tuple[Tensor, Tensor]:
-    """The part that each row belongs to `[N]`, and the row's number in that part `[N]`."""
-    rows = torch.arange(sum(matrices.out_features))
-    if matrices.interleaved:
-        count, size = len(matrices.out_features), INTERLEAVED_ROWS
-        return rows // size % count, rows // (size * count) * size + rows % size
-    part = torch.repeat_interleave(torch.tensor(matrices.out_features))
-    starts = torch.tensor([0, *matrices.out_features]).cumsum(0)
-    return part, rows - starts[part]
 
 
 def tile_of(tokens: int) -> int:
@@ -136,7 +100,7 @@ def shape_of(tile: int, rows: int) -> dict[str, int]:
 
 
 def dense(weights: Packed, x: Tensor, out: Tensor) -> None:
-    """Fills `out` float32 `[SPLIT_K, T, N]`, to be summed, from `x` `[T, K]` in halves."""
+    """Fills `out` float32 `[SPLIT_K, T, N]`, to be summed, from `x` `[T, K]`."""
     tile = tile_of(len(x))
     rows = rows_of(tile)
     grid = (triton.cdiv(len(x), tile), triton.cdiv(out.shape[2], rows), SPLIT_K)
@@ -147,7 +111,7 @@ def dense(weights: Packed, x: Tensor, out: Tensor) -> None:
 def gate_up(
     weights: Packed, x: Tensor, order: Tensor, starts: Tensor, top_k: int, out: Tensor
 ) -> None:
-    """Fills `out` `[T * k, I]`, in halves and in the order of experts, from `x` `[T, K]`.
+    """Fills `out` `[T * k, I]`, in the order of experts, from `x` `[T, K]`.
 
     An entry, token * k + j, is the jth expert of a token. `order` int32 `[T * k]` has the entries
     sorted by expert; those of expert e are `order[starts[e] : starts[e + 1]]`, `starts` int32

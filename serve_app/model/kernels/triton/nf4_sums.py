@@ -3,8 +3,8 @@
 
 `sums` multiplies a tile of weight rows with a tile of tokens over K, or a part of K, one
 quantization group of 64 at a time: the codes of a group become values in registers, which are
-multiplied with the activations of even and of odd index, and the sums are scaled by the group's
-absmax.
+multiplied with the activations of even and of odd index, because a byte holds two neighbors; the
+sums are scaled by the group's absmax. Codes and absmax lie in tiles (`kernels/cuda/tiles.py`).
 """
 
 import triton
@@ -39,6 +39,26 @@ def values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX: tl.constexpr)
 
 
 @triton.jit
+def row_in_tiles(line, K: tl.constexpr):
+    """Where row `line` of a stack of matrices begins in codes and in absmax, see `tiles.py`."""
+    tile, g, half = line // 16, line % 8, line // 8 % 2
+    return tile * (K * 8) + g * 64 + half * 8, tile * (K // 4) + g * 8 + half
+
+
+@triton.jit
+def byte_in_tile(m):
+    """Where byte m (0 to 31, in the order of memory) of a row of a tile is, counted from the row's
+    first byte, and the first of its two columns."""
+    return m // 8 * 16 + m % 8, m // 4 % 2 * 32 + m // 8 * 8 + m % 4 * 2
+
+
+@triton.jit
+def absmax_in_tile(group):
+    """Where a quantization group's absmax is, counted from the row's first one."""
+    return group // 4 * 64 + group % 4 * 2
+
+
+@triton.jit
 def sums(
     x,
     x_rows,
@@ -54,14 +74,8 @@ def sums(
     low23,
     high01,
     high23,
-    nested_code,
-    nested_absmax,
-    nested_offset,
-    first_group,
-    nested_groups,
     HAS_PTX: tl.constexpr,
     GROUPS: tl.constexpr,
-    NESTED: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -69,27 +83,20 @@ def sums(
 ):
     """`[ROWS, TILE]`: weight rows `row` of `expert` times rows `x_rows` of x, over the quantization
     groups `begin` to `end`."""
-    j = tl.arange(0, 32)
+    at, column = byte_in_tile(tl.arange(0, 32))
     is_row = row < N
-    lines = expert.to(tl.int64) * N + row
-    codes_at = packed + lines[:, None] * (K // 2) + j[None, :]
-    even_at = x + x_rows.to(tl.int64)[None, :] * K + j[:, None]
-    scales_at = absmax + lines * (K // 64)
-    if NESTED:
-        offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
-        number = tl.load(first_group + row, mask=is_row, other=0)
+    codes_of_row, absmax_of_row = row_in_tiles(expert.to(tl.int64) * N + row, K)
+    codes_at = packed + codes_of_row[:, None] + at[None, :]
+    scales_at = absmax + absmax_of_row
+    even_at = x + x_rows.to(tl.int64)[None, :] * K + column[:, None]
     total = tl.zeros([ROWS, TILE], tl.float32)
     for some in range(begin, end, GROUPS):
         for group in tl.static_range(GROUPS):
             group += some
-            bytes4 = tl.load(codes_at + group * 32, mask=is_row[:, None], other=0)
-            even = tl.load(even_at + group * 32, mask=is_live[None, :], other=0.0)
-            odd = tl.load(even_at + K // 2 + group * 32, mask=is_live[None, :], other=0.0)
-            scale = tl.load(scales_at + group, mask=is_row, other=0)
-            if NESTED:
-                nested_group = expert * nested_groups + (number + group) // 256
-                nested_scale = tl.load(nested_absmax + nested_group, mask=is_row, other=0.0)
-                scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale + offset
+            bytes4 = tl.load(codes_at + group * 512, mask=is_row[:, None], other=0)
+            even = tl.load(even_at + group * 64, mask=is_live[None, :], other=0.0)
+            odd = tl.load(even_at + group * 64 + 1, mask=is_live[None, :], other=0.0)
+            scale = tl.load(scales_at + absmax_in_tile(group), mask=is_row, other=0)
             high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
             part = tl.dot(high, even, input_precision="ieee")
             part = tl.dot(low, odd, part, input_precision="ieee")

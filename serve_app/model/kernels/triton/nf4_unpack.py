@@ -12,7 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from serve_app.model.kernels.triton.nf4_decode import Packed
-from serve_app.model.kernels.triton.nf4_sums import values_of
+from serve_app.model.kernels.triton.nf4_sums import (
+    absmax_in_tile,
+    byte_in_tile,
+    row_in_tiles,
+    values_of,
+)
 from serve_app.model.quantized_weight import Index, QuantizedWeight
 
 ROWS, SPAN = 64, 16
@@ -65,13 +70,7 @@ def unpack_kernel(
     low23,
     high01,
     high23,
-    nested_code,
-    nested_absmax,
-    nested_offset,
-    first_group,
-    nested_groups,
     HAS_PTX: tl.constexpr,
-    NESTED: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -80,23 +79,17 @@ def unpack_kernel(
     expert = tl.load(which + tl.program_id(2))
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < N
-    lines = expert.to(tl.int64) * N + row
-    j, both = tl.arange(0, 32), tl.arange(0, 64)
+    codes_of_row, absmax_of_row = row_in_tiles(expert.to(tl.int64) * N + row, K)
+    at, column = byte_in_tile(tl.arange(0, 32))
+    codes_at = packed + codes_of_row[:, None] + at[None, :]
+    line = (tl.program_id(2).to(tl.int64) * N + row)[:, None] * K
     begin = tl.program_id(1) * SPAN
     for group in range(begin, tl.minimum(begin + SPAN, K // 64)):
-        at = packed + lines[:, None] * (K // 2) + group * 32 + j[None, :]
-        bytes4 = tl.load(at, mask=is_row[:, None], other=0)
-        scale = tl.load(absmax + lines * (K // 64) + group, mask=is_row, other=0)
-        if NESTED:
-            number = tl.load(first_group + row, mask=is_row, other=0) + group
-            nested_scale = tl.load(
-                nested_absmax + expert * nested_groups + number // 256, mask=is_row
-            )
-            offset = tl.load(nested_offset + lines, mask=is_row, other=0.0)
-            scale = tl.load(nested_code + scale.to(tl.int32)) * nested_scale + offset
+        bytes4 = tl.load(codes_at + group * 512, mask=is_row[:, None], other=0)
+        scale = tl.load(absmax + absmax_of_row + absmax_in_tile(group), mask=is_row, other=0)
+        scale = scale.to(tl.float32)[:, None]
         high, low = values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX)
-        values = tl.interleave(high.to(tl.float32), low.to(tl.float32))
-        values *= scale.to(tl.float32)[:, None]
-        line = (tl.program_id(2).to(tl.int64) * N + row)[:, None] * K
-        where = out + line + group * 64 + both[None, :]
-        tl.store(where, values.to(out.dtype.element_ty), mask=is_row[:, None])
+        where = out + line + group * 64 + column[None, :]
+        high, low = high.to(tl.float32) * scale, low.to(tl.float32) * scale
+        tl.store(where, high.to(out.dtype.element_ty), mask=is_row[:, None])
+        tl.store(where + 1, low.to(out.dtype.element_ty), mask=is_row[:, None])

@@ -49,13 +49,11 @@ class PagedAttention:
         tables: Tensor,
         context_lens: Tensor,
         out: Tensor,
-        *,
-        in_halves: bool = False,
     ) -> None:
         """Fills `out` `[B, H * D]` from `queries` `[B, H, D]`, both of the cache's dtype.
 
         `tables` int32 `[B, max_blocks]` and `context_lens` int32 `[B]` with the new token counted;
-        a padding row (context length 0) gets zeros. `in_halves`: see `nf4_decode.py`.
+        a padding row (context length 0) gets zeros.
         """
         rows, group = len(queries), self.num_heads // self.num_kv_heads
         programs = max(1, min(MAX_SPLITS, NUM_PROGRAMS // (rows * self.num_kv_heads)))
@@ -72,7 +70,7 @@ class PagedAttention:
         _combine[(rows, self.num_heads)](
             *(context_lens, self.sums, self.stats, out),
             **dict(H=self.num_heads, D=self.head_dim, WINDOW=self.window, TILE=TILE),
-            **dict(MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=MIN_SPLIT, IN_HALVES=in_halves),
+            **dict(MAX_SPLITS=MAX_SPLITS, MIN_SPLIT=MIN_SPLIT),
             num_warps=4,
         )
 
@@ -166,7 +164,6 @@ def _combine(
     TILE: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
-    IN_HALVES: tl.constexpr,
 ):
     """Combines the splits of one query head of a row, weighted by their sums of exponentials."""
     row, head = tl.program_id(0), tl.program_id(1)
@@ -181,7 +178,5 @@ def _combine(
     weights = tl.where(is_there, tl.exp2(best - most), 0.0)
     whole = tl.sum(weights * total, 0)
     result = tl.sum(mixed * weights[:, None], 0) / tl.where(count > 0, whole, 1.0)
-    column = head * D + d
-    if IN_HALVES:
-        column = (column % 2) * (H * D // 2) + column // 2
-    tl.store(out + row.to(tl.int64) * (H * D) + column, result.to(out.dtype.element_ty))
+    at = out + (row.to(tl.int64) * H + head) * D + d
+    tl.store(at, result.to(out.dtype.element_ty))

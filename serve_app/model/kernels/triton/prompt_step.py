@@ -138,7 +138,7 @@ class PromptStep:
 
 def normed(x: Tensor, parts: Tensor | None, is_live: Tensor, norm: Any) -> Tensor:
     """Adds `parts` `[S, T * C, H]` to `x` `[T, H]` and returns `x` normalized by `norm`."""
-    return add_norm(x, parts, is_live, norm.weight, norm.eps, in_halves=False)
+    return add_norm(x, parts, is_live, norm.weight, norm.eps)
 
 
 def trial_batch(cache: KVCache, longest: int, vocab_size: int) -> Batch:

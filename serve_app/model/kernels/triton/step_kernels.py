@@ -19,8 +19,6 @@ def add_norm(
     context_lens: Tensor,
     weight: Tensor,
     eps: float,
-    *,
-    in_halves: bool,
 ) -> Tensor:
     """Adds to `x` `[B, H]` and returns its RMSNorm (arXiv 1910.07467) in x's dtype.
 
@@ -33,7 +31,6 @@ def add_norm(
     _add_norm[(rows,)](
         *(x, x if parts is None else parts, context_lens, weight, y, rows, eps),
         **dict(SIZE=size, WIDTH=triton.next_power_of_2(size), SPLITS=splits, SUMMANDS=summands),
-        **dict(IN_HALVES=in_halves),
         num_warps=8 if size >= 2048 else 4,
     )
     return y
@@ -90,7 +87,6 @@ def _add_norm(
     WIDTH: tl.constexpr,
     SPLITS: tl.constexpr,
     SUMMANDS: tl.constexpr,
-    IN_HALVES: tl.constexpr,
 ):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
     is_there = column < SIZE
@@ -108,8 +104,6 @@ def _add_norm(
         value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 0) / SIZE + eps)
     scaled = value * scale * tl.load(weight + column, mask=is_there, other=0.0).to(tl.float32)
-    if IN_HALVES:
-        column = (column % 2) * (SIZE // 2) + column // 2
     tl.store(y + row * SIZE + column, scaled.to(y.dtype.element_ty), mask=is_there)
 
 

@@ -9,18 +9,14 @@ import pytest
 import torch
 
 from serve_app.model.batch import Batch
-from serve_app.model.checkpoint.loader import check_bytes
 from serve_app.model.kernels.cuda import use_kernels
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.layer_products import TileUnpacker
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
 from serve_app.model.kernels.cuda.use_kernels import (
-    hold_absmax_as_bfloat16,
-    restore,
     try_kernels,
     unfit,
     use_cuda_kernels,
-    weights_of,
 )
 from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_tiles_of, variants
 from serve_app.model.kernels.decode_batch import DecodeBatch
@@ -53,16 +49,6 @@ def model_of(
 ) -> Mixtral:
     config = replace(config_of(tiny=True, layers=1), **{**SMALLEST, **shape})
     return random_model(config, quantization, dtype, CPU)
-
-
-def stored(model: Mixtral) -> list[torch.Tensor]:
-    """Copies of the weights of the first layer."""
-    weights = weights_of(model.layers[0])
-    return [each.clone() for weight in weights for each in (weight.packed, weight.absmax)]
-
-
-def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(a, b, strict=True))
 
 
 def logits(model: Mixtral) -> torch.Tensor:
@@ -112,19 +98,16 @@ def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
-    """They agree with plain torch; the model in torch reads the reordered weights bit for bit, and
-    unpacked by their kernel to the rounding; giving them up restores every byte."""
+    """They agree with plain torch, which reads the same weights; so does the kernel that unpacks
+    weights for prompts, to the rounding."""
     model = model_of()
-    before, expected = stored(model), logits(model)
+    expected = logits(model)
     assert 1e-5 < try_kernels(model, CARD, make) < 2e-2
-    assert not equal(stored(model), before)
     assert torch.equal(logits(model), expected)
     assert model.codebook is not None
     assert model.products is not None
-    model.codebook.unpack = TileUnpacker(model.products, None)
+    model.codebook.unpack = TileUnpacker(model.products)
     assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
-    restore(model)
-    assert equal(stored(model), before)
 
 
 def test_all_layers_run_in_them(make: MakeKernel) -> None:
@@ -185,8 +168,6 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
     """The logits of a whole step lie within the rounding of activations to bfloat16, with a padding
     row; the runner's note says which form it is."""
     model = model_of(dtype=torch.float32)
-    for weight in weights_of(model.layers[0]):
-        weight.to_tiles()
     sizes = {product: {2048} for product in OUTPUTS}
     assert model.codebook is not None
     model.products = InFloat32(CARD, model.codebook.code, sizes, 2, make)
@@ -198,57 +179,38 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
 
 
 def test_kernels_that_are_wrong_are_not_used() -> None:
-    """The weights are as they were, and the reason says so."""
+    """The model computes without them, and the reason says so."""
     model = model_of()
-    before = stored(model)
     with pytest.raises(StepUnavailable, match="differ from plain torch"):
         try_kernels(model, CARD, Nothing)
     assert model.products is None
-    assert equal(stored(model), before)
     assert "they are for GPUs" in use_cuda_kernels(model, None)
 
 
 def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the first trial missed: the step is compared whole, and its note has the reason."""
     model = model_of()
-    before = stored(model)
     monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
     try_kernels(model, CARD, Nothing)
-    assert not equal(stored(model), before)
     monkeypatch.setattr(
         GpuStep, "_error", lambda self, _: 0.0 if self._model.products is None else 0.5
     )
     step = GpuStep.verified(model, cache_of(model), 2)
     assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
-    assert equal(stored(model), before)
-
-
-def test_nested_absmax_becomes_bfloat16() -> None:
-    """In every weight and in the codebook; the logits change by the rounding of absmax alone, and
-    the bytes are those that the plan promises."""
-    nested = Quantization("nf4", "nested")
-    model = model_of(nested)
-    expected = logits(model)
-    hold_absmax_as_bfloat16(model)
-    assert model.codebook is not None
-    assert model.codebook.quantization == NF4 == nested.on_device("cuda", "bfloat16")
-    assert nested.on_device("cpu", "bfloat16") == nested.on_device("cuda", "float16") == nested
-    assert not [name for name, _ in model.named_buffers() if "nested" in name]
-    check_bytes(model, torch.bfloat16, NF4)
-    assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
+    assert model.products is None
 
 
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: model_of(None), "the weights are floats"),
-        (lambda: model_of(Quantization("nf4", "nested")), "absmax is nested"),
+        (lambda: model_of(intermediate_size=192), "down has 2048 rows and 192 columns, which do"),
         (lambda: model_of(dtype=torch.float16), "computes in float16"),
-        (lambda: model_of(intermediate_size=192), "gate_up has 384 rows and 2048 columns"),
+        (lambda: model_of(intermediate_size=256), "down has 2048 rows and 256 columns, and"),
     ],
 )
 def test_what_they_cannot_compute_is_refused(model: Any, reason: str) -> None:
-    """Floats, nested absmax, another dtype and other sizes."""
+    """Floats, weights outside of tiles, another dtype and other sizes."""
     assert reason in str(unfit(model(), CARD))
 
 

@@ -2,7 +2,16 @@
 
 The more tokens an expert has, the more sums a thread holds, so each number of token tiles is a
 kernel of its own. The choice depends on the size of the batch alone, so that a graph can be
-captured: every variant computes any number of tokens, in passes of `tokens`.
+captured: every variant computes any number of tokens, in passes of `tokens`. A token gets the same
+bits in any batch whose kernel has the same number of tiles.
+
+The device knows the fullest expert and the host does not, but nothing simple gains by it. One
+kernel with a branch for each number of tiles has the registers and shared memory of the largest,
+which takes the second block of a multiprocessor from batches of a few tokens. A launch for each
+number, of which all but one exit at once, is six more launches a layer. What there is to gain is
+small: kernels skip tiles without tokens, and where the fullest expert has more tokens than a pass,
+the weights of that expert alone are read again. It would also make a token's bits depend on which
+experts the other tokens of its batch have.
 """
 
 from dataclasses import dataclass, fields

@@ -2,7 +2,9 @@
 
 Its logits equal those of `model/mixtral.py` to the rounding of the model's dtype; it never waits
 for the device. With 4-bit weights a layer is ten launches, nearly all of our own kernels; float
-weights are multiplied by torch. Before it is used it is compared with plain torch on the device.
+weights are multiplied by torch. Where the model's products are CUDA kernels, the layers are those
+of `cuda/cuda_step.py`, if they agree. Before it is used it is compared with plain torch on the
+device.
 
 It has run on an H200 (torch 2.11, Triton 3.6): every kernel was right at the first run. At batch 1
 a step of Mixtral 8x7B takes 8.5 ms there.

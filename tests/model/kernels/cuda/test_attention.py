@@ -129,20 +129,13 @@ def test_a_row_has_the_same_bits_in_any_batch(bench: Bench) -> None:
 EDITS = {
     "the new token": ("attention.cu", "first_stop > newest)", "first_stop > newest + 1)"),
     "the slot of a token": ("attention.cu", "+ place % block_size", "+ place % 8"),
-    "the token of a key": (
-        "attention.cu",
-        "const int token = g + 8 * i",
-        "const int token = g + 4 * i",
-    ),
     "the half of a value": (
         "attention.cu",
         "words[2], words[3], 0x7632",
         "words[0], words[3], 0x7632",
     ),
     "the head that fades": ("attention.cu", "fades[i % 2]", "fades[0]"),
-    "a token beyond the end": ("attention.cu", ">= stop) scores", "> stop) scores"),
     "the sums of a split": ("splits.cuh", "head * MAX_SPLITS + split;", "head * MAX_SPLITS;"),
-    "the last block": ("attention.cu", "finished[row_head] = 0", "finished[row_head] = 1"),
 }
 """In which source what is replaced and by what."""
 

@@ -164,10 +164,8 @@ def test_queries_and_keys_are_rotated(bench: Bench) -> None:
 
 EDITS: dict[str, tuple[Callable[[Bench], float], str, str, str]] = {
     "the part of a row": (norm_error, "add_norm.cu", "SUMMANDS + s) *", "SUMMANDS) *"),
-    "padding": (norm_error, "add_norm.cu", "lens[row] > 0", "lens[row] >= 0"),
     "the wait": (norm_error, "add_norm.cu", "  wait_for_previous();\n", ""),
     "the barrier of a sum": (norm_error, "add_norm.cu", " = mine;\n  __syncthreads();", " = mine;"),
-    "the logits of warps": (route_seven, "add_norm.cu", "logits[w][", "logits[0]["),
     "the place of an entry": (route_seven, "routing.cuh", "(1u << lane)", "(2u << lane)"),
     "the last block": (route_seven, "add_norm.cu", "gridDim.x - 1", "gridDim.x - 2"),
     "the partner of an element": (rope_error, "rope.cu", "(d + HEAD_DIM / 2)", "(d + 4)"),

@@ -110,6 +110,26 @@ def test_ray_has_the_variables_that_are_set_for_it() -> None:
         assert name.encode() in raylet
 
 
+def test_ray_prints_its_workers_lines_by_the_handler_that_is_replaced() -> None:
+    """Ray adds what prints its workers' lines to the dispatcher under this name, and removes it."""
+    from ray._private import worker
+
+    from serve_app.node.worker_lines import RAYS_HANDLER
+
+    assert f'"{RAYS_HANDLER}",' in inspect.getsource(worker.connect)
+    assert f'remove_handler("{RAYS_HANDLER}")' in inspect.getsource(worker.disconnect)
+
+
+def test_ray_drops_a_gauge_after_two_exports() -> None:
+    """A gauge is copied at least twice in the time in which Ray keeps it."""
+    from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
+
+    from serve_app.api.ray_metrics import copy_interval_s
+
+    kept_s = OpenTelemetryMetricRecorder._resolve_gauge_ttl_seconds(None)
+    assert copy_interval_s() * 4 == kept_s
+
+
 def test_ports_of_agents_are_files(tmp_path: Path) -> None:
     """The raylet waits for a file per port; -1 in it is a service that is not in use."""
     from ray.dashboard import agent

@@ -13,7 +13,8 @@ from triton.runtime.interpreter import GridExecutor
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.products import CudaProducts
-from serve_app.model.kernels.cuda.variants import Card
+from serve_app.model.kernels.cuda.prompt_passes import CardSpeed, PassedProducts, max_tokens
+from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
 from serve_app.model.kernels.triton import grouped_product, prompt_step
 from serve_app.model.kernels.triton.grouped_product import TileShape
 from serve_app.model.kernels.triton.prompt_products import (
@@ -49,8 +50,8 @@ def test_it_gives_the_models_logits(
     forms: list[PromptProducts] = [TorchProducts(model)]
     if quantization is not None:
         forms.append(UnpackedProducts(model))
-    for step._products in forms:
-        assert step._error() < 1e-5
+    for form in forms:
+        assert step._error(form) < 1e-5
 
 
 def refusal(model: Any) -> str:
@@ -72,13 +73,13 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
     step = PromptStep.verified(model, cache_of(model))
     assert isinstance(step._products, TorchProducts)
     assert "products in torch: the kernels differ from plain torch by" in step.note
-    logits = PromptStep.logits
+    logits = PromptStep._logits
     for wrong in (1.1, float("nan")):
         monkeypatch.setattr(
-            PromptStep, "logits", lambda self, rows, w=wrong: logits(self, rows) * w
+            PromptStep, "_logits", lambda self, rows, form, w=wrong: logits(self, rows, form) * w
         )
         assert "differ from plain torch" in refusal(model)
-    monkeypatch.setattr(PromptStep, "logits", lambda self, rows: rows.nothing)
+    monkeypatch.setattr(PromptStep, "_logits", lambda self, rows, form: rows.nothing)
     assert "failed in their trial (AttributeError" in refusal(model)
 
 
@@ -141,24 +142,53 @@ def launches_of(
     return [*launches.names, *Recorded.names]
 
 
-def test_it_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """At Mixtral's sizes a layer is 42 launches, 4 of them for each expert; no operator needs a
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (UnpackedProducts, {"unpack": 18, "_gate_up": 8, "_down": 8, "aten.linear": 3}),
+        (PassedProducts, {"few_tokens": 2, "more_tokens": 2, "aten.linear": 1}),
+    ],
+    ids=["many tokens", "few tokens"],
+)
+def test_it_never_waits_for_the_device(
+    form: type[UnpackedProducts] | type[PassedProducts],
+    expected: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At Mixtral's sizes a layer is 42 launches with many tokens, 10 with few; no operator needs a
     value on the host."""
     launched = []
     for layers in (1, 2):
         with torch.device("meta"):
             config = config_of(tiny=False, layers=layers)
             model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
-        model.products = CudaProducts(Card(90, 132), torch.zeros(16), {}, 2, Recorded)
+        sizes = {DENSE: {4096}, GATE_UP: {4096}, DOWN: {14336}}
+        model.products = CudaProducts(Card(90, 132), torch.zeros(16), sizes, 2, Recorded)
 
         def step_of(model: Mixtral, cache: KVCache) -> PromptStep:
             step = PromptStep(model, cache)
-            step._products = UnpackedProducts(model)
+            assert model.products is not None
+            is_few = form is PassedProducts
+            step._products = (
+                PassedProducts(model, model.products) if is_few else UnpackedProducts(model)
+            )
             return step
 
         launched.append(Counter(launches_of(model, step_of, monkeypatch, 512)))
     layer = launched[1] - launched[0]
-    assert layer["_attend_chunks"] == layer["_route_prompts"] == layer["_rope_write"] == 1
-    assert layer["unpack"] == 18
-    assert layer["_gate_up"] == layer["_down"] == 8
-    assert layer.total() == 42, layer
+    others = ("_attend_chunks", "_route_prompts", "_rope_write", "_add_norm", "_add_norm")
+    assert layer == Counter(expected) + Counter(others)
+
+
+@pytest.mark.parametrize(
+    ("bandwidth", "multiprocessors", "clock", "flops_per_cycle", "expected"),
+    [(4.9e12, 132, 1.98e9, 4096, 496), (1.01e12, 128, 2.52e9, 512, 800)],
+    ids=["H200", "4090"],
+)
+def test_the_crossover_follows_from_the_cards_speed(
+    bandwidth: float, multiprocessors: int, clock: float, flops_per_cycle: int, expected: int
+) -> None:
+    """Some hundred tokens on an H200; more where the memory is slow."""
+    cycles = multiprocessors * clock
+    speed = CardSpeed(bandwidth, cycles, cycles * flops_per_cycle)
+    assert max_tokens(config_of(tiny=False, layers=1), speed) == expected

@@ -2,7 +2,7 @@
 
 `TorchProducts` are the model's own, the reference. `UnpackedProducts` dequantize 4-bit weights for
 a step and multiply them by `grouped_product.py`; the host never learns which experts the tokens
-have.
+have. `cuda/prompt_passes.py` has a third form, for few tokens.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol

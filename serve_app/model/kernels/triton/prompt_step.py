@@ -14,6 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.batch import Batch
+from serve_app.model.kernels.cuda.launcher import DriverError
+from serve_app.model.kernels.cuda.prompt_passes import (
+    PASS_TOKENS,
+    PassedProducts,
+    max_tokens,
+    speed_of,
+)
 from serve_app.model.kernels.triton.prompt_attention import PromptAttention
 from serve_app.model.kernels.triton.prompt_products import (
     PromptProducts,
@@ -47,6 +54,9 @@ class PromptStep:
             config.num_attention_heads, cache.keys[0], config.sliding_window
         )
         self._products: PromptProducts = TorchProducts(model)
+        self._few: PromptProducts | None = None
+        self.few_tokens = 0
+        """The most tokens of a step that runs in another form than larger ones."""
         self.note = "attention in kernels, products in torch"
         """What runs how."""
 
@@ -57,27 +67,46 @@ class PromptStep:
         Raises `StepUnavailable` where it failed or differs.
         """
         step = cls(model, cache)
-        step._require_agreement()
+        step._require_agreement(step._products)
         if model.codebook is not None:
             step._choose_products(model)
         return step
 
     def _choose_products(self, model: "Mixtral") -> None:
-        """Sets the fastest form of the products that agrees with plain torch."""
-        reference = self._products
+        """Sets the fastest forms of the products that agree with plain torch."""
         try:
-            self._products = UnpackedProducts(model)
-            self._require_agreement()
+            unpacked = UnpackedProducts(model)
+            self._require_agreement(unpacked)
+            self._products = unpacked
+            self.note = "attention, routing and products in kernels"
         except StepUnavailable as reason:
-            self._products = reference
             self.note += f": {reason}"
+        if model.products is None:
             return
-        self.note = "attention, routing and products in kernels"
+        try:
+            few = PassedProducts(model, model.products)
+            self._require_agreement(few)
+        except StepUnavailable as reason:
+            self.note += f"; none by the decode step's products: {reason}"
+            return
+        self._few, self.few_tokens = few, self._crossover()
+        self.note += f"; up to {self.few_tokens} tokens by the decode step's products, as computed"
 
-    def _require_agreement(self) -> None:
+    def _crossover(self) -> int:
+        """The most tokens for the decode step's products."""
+        device = self._model.embedding.device
+        if device.type != "cuda":
+            return PASS_TOKENS
+        try:
+            return max_tokens(self._model.config, speed_of(device))
+        except DriverError:
+            log.exception("the GPU's clocks are not known")
+            return PASS_TOKENS
+
+    def _require_agreement(self, products: PromptProducts) -> None:
         """Raises `StepUnavailable` where the step fails or differs from plain torch."""
         try:
-            error = self._error()
+            error = self._error(products)
         except torch.OutOfMemoryError:
             raise
         except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
@@ -90,13 +119,17 @@ class PromptStep:
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
         """Float32 `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
+        if self._few is not None and len(batch.token_ids) <= self.few_tokens:
+            return self._logits(batch, self._few)
+        return self._logits(batch, self._products)
+
+    def _logits(self, batch: Batch, products: PromptProducts) -> Tensor:
         model, config = self._model, self._model.config
         x = F.embedding(batch.token_ids, model.embedding)
         is_live = torch.ones(len(x), dtype=torch.int32, device=x.device)
         rows, tiles = (batch.positions, batch.slots, is_live), self._attention.plan(batch)
         queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
         attended, parts = torch.empty_like(queries).flatten(1), None
-        products = self._products
         products.begin()
         layer: Any
         for i, layer in enumerate(model.layers):
@@ -115,7 +148,7 @@ class PromptStep:
         return logits.float()
 
     @torch.inference_mode()
-    def _error(self) -> float:
+    def _error(self, products: PromptProducts) -> float:
         """The median relative error of all tokens' logits after the first layers.
 
         The keys and values of cached tokens are random. NaN where a number is not finite.
@@ -128,7 +161,7 @@ class PromptStep:
         whole = model.layers
         try:
             model.layers = whole[:TRIED_LAYERS]
-            expected, found = model(batch, cache), self.logits(batch)
+            expected, found = model(batch, cache), self._logits(batch, products)
         finally:
             model.layers = whole
         cache.clear(blocks)

@@ -6,9 +6,10 @@
              `/health` answers 200
     empty    `serve run` of a deployment that imports nothing, until it answers 200
 
-Both start Ray on this machine, without its dashboard and with Serve's own HTTP proxy on port 8000,
-and run in turn: ours, empty, ours, empty. The target is that ours answers first. One start of each
-comes before and does not count, so that all files are in the page cache.
+Both start Ray on this machine without its dashboard and answer on port 8000, ours through HAProxy
+and the empty one through Serve's own proxy. They run in turn: ours, empty, ours, empty. The target
+is that ours answers first. One start of each comes before and does not count, so that all files are
+in the page cache.
 """
 
 import os

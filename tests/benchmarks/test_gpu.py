@@ -56,7 +56,7 @@ def test_it_runs_at_toy_sizes_on_a_cpu(
     assert table.seconds(StepShape(2, 80, 64, 2000)) > 0
     measured = {row["kernel"] for row in document.get("kernels", ())}
     in_4_bits = {"gate_up", "down", "qkv", "o", "attention"}
-    assert measured == (in_4_bits if "nested" in weights else set())
+    assert measured == (in_4_bits if "nf4" in weights else set())
 
 
 def test_failures_are_recorded_and_the_rest_is_measured(

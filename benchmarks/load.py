@@ -30,6 +30,8 @@ class Outcome:
     """When each chunk with text came."""
     num_tokens: int = 0
     prompt_tokens: int | None = None
+    cached_tokens: int = 0
+    """Tokens of the prompt that the server says it had in its prefix cache."""
     counted_by: str = "usage"
     text: str = ""
     error: str | None = None
@@ -154,6 +156,8 @@ def read(answer: Answer) -> Outcome:
     outcome.text = "".join(texts)
     outcome.num_tokens = len(texts) if usage is None else usage["completion_tokens"]
     outcome.prompt_tokens = None if usage is None else usage.get("prompt_tokens")
+    details = (usage or {}).get("prompt_tokens_details") or {}
+    outcome.cached_tokens = details.get("cached_tokens") or 0
     outcome.counted_by = "chunks" if usage is None else "usage"
     return outcome
 

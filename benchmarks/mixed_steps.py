@@ -44,6 +44,7 @@ class RecordedRunner:
         self._runner = runner
         self.vocab_size = runner.vocab_size
         self.can_overlap_steps = runner.can_overlap_steps
+        self.few_prompt_tokens = runner.few_prompt_tokens
         self.clear_blocks = runner.clear_blocks
         self.steps: list[Step] = []
 

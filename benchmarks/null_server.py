@@ -46,6 +46,7 @@ class NullRunner:
 
     vocab_size = VOCAB_SIZE
     can_overlap_steps = True
+    few_prompt_tokens = 0
 
     def __init__(self, token_ids: list[int], step_s: float = STEP_S) -> None:
         self._token_ids = token_ids

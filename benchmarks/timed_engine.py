@@ -37,6 +37,7 @@ class TimedRunner:
         self._runner = runner
         self.vocab_size = runner.vocab_size
         self.can_overlap_steps = runner.can_overlap_steps
+        self.few_prompt_tokens = runner.few_prompt_tokens
         self.clear_blocks = runner.clear_blocks
         self.steps: list[tuple[float, float, int, int]] = []
         """Seconds by the clock, processor seconds of the thread, sequences, tokens."""

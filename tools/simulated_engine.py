@@ -123,6 +123,7 @@ class _Device:
         launch_blocks: bool,
     ) -> None:
         self.can_overlap_steps = can_overlap_steps
+        self.few_prompt_tokens = 0
         self.steps: list[StepShape] = []
         self.ends: list[float] = []
         """When each of them ends."""

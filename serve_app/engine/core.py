@@ -78,7 +78,10 @@ class EngineCore:
         self._runner = runner
         self._requests = requests
         self._policy = policy or PrefillPolicy(
-            config.max_num_batched_tokens, config.max_stall_s, config.prefill_share
+            config.max_num_batched_tokens,
+            config.max_stall_s,
+            config.prefill_share,
+            runner.few_prompt_tokens,
         )
         self._outputs = outputs or OutputQueue()
         # All live sequences.

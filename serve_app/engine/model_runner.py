@@ -120,6 +120,11 @@ class ModelRunner:
         """A GPU computes while the host does something else; a CPU computes within `launch`."""
         return self._device.type == "cuda"
 
+    @property
+    def few_prompt_tokens(self) -> int:
+        """See `Runner`."""
+        return 0 if self._prompt_step is None else self._prompt_step.few_tokens
+
     @torch.inference_mode()
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightTokens:
         """Starts a step; see `Runner`."""

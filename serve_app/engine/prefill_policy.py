@@ -96,9 +96,14 @@ class PrefillPolicy:
     """The `Policy` of the three rules above."""
 
     def __init__(
-        self, max_num_batched_tokens: int, max_stall_s: float, prefill_share: float
+        self,
+        max_num_batched_tokens: int,
+        max_stall_s: float,
+        prefill_share: float,
+        few_tokens: int = 0,
     ) -> None:
-        self.cost = StepCost()
+        """`few_tokens`: see `StepCost`."""
+        self.cost = StepCost(few_tokens)
         self._min_tokens = max(1, max_num_batched_tokens // MIN_SHARE)
         self._max_stall_s = max_stall_s
         # Seconds of decode steps for each second of steps with prompt tokens.

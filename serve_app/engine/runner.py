@@ -41,6 +41,12 @@ class Runner(Protocol):
         before the last one's tokens are known (async scheduling). True on a GPU, false on a CPU."""
         ...
 
+    @property
+    def few_prompt_tokens(self) -> int:
+        """The most prompt tokens of a step that is computed in another way than larger ones, so
+        that its time is predicted apart; 0 where all are computed alike."""
+        ...
+
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:
         """Starts a step over `scheduled`, which is not empty; steps run in the order of launch.
 

@@ -13,6 +13,10 @@ it, and small on a CPU. `d` is near 0 where a step with prompt tokens reads all 
 1 where decodes and prompts are computed one after the other. It is 1 until a step with both has
 been measured, which a device that overlaps steps never computes. All coefficients are at least 0.
 
+A GPU may compute steps of up to `few_tokens` prompt tokens in another way, which reads 4-bit
+weights once for each pass of some tokens and has a small fixed part. These steps have coefficients
+of their own.
+
 The coefficients are fitted to the newest steps of each class of sizes, so that sizes that became
 rare are remembered. The fit minimises relative absolute errors, so that single slow steps (a first
 compile, a busy machine) do not matter.
@@ -66,14 +70,18 @@ def shape_of(scheduled: list[ScheduledTokens]) -> StepShape:
 class StepCost:
     """Learns with `observe` and predicts with `seconds`."""
 
-    def __init__(self) -> None:
+    def __init__(self, few_tokens: int = 0) -> None:
+        self.few_tokens = few_tokens
         self._decode = _LinearFit(3)
+        self._few = _LinearFit(4)
         self._prompt = _LinearFit(4)
         self._has_mixed = False
 
     def observe(self, shape: StepShape, seconds: float) -> None:
         """Records the device time of one step."""
-        fit = self._prompt if shape.num_prompt_tokens else self._decode
+        fit = self._decode
+        if shape.num_prompt_tokens:
+            fit = self._few if shape.num_prompt_tokens <= self.few_tokens else self._prompt
         fit.add(self._features(shape), seconds)
         self._has_mixed |= shape.num_prompt_tokens > 0 < shape.num_decodes
 
@@ -82,23 +90,38 @@ class StepCost:
         if not shape.num_prompt_tokens:
             return self._decode.predict(self._features(shape))
         features = self._features(shape)
-        return self._prompt.predict(features) + (0.0 if self._has_mixed else features[-1])
+        return self._fit_of(shape.num_prompt_tokens).predict(features) + (
+            0.0 if self._has_mixed else features[-1]
+        )
 
     def num_tokens(self, start: int, seconds: float) -> int:
         """How many tokens of a prompt from `start` on fit into `seconds`.
 
         `seconds` is what a step may take without its fixed part and its decodes.
         """
-        _, token, score, _ = self._prompt.weights
-        # token * n + score * (start * n + n * (n + 1) / 2) = seconds, solved without cancellation.
-        linear = token + score * (start + 0.5)
-        root = (linear * linear + 2 * score * max(seconds, 0.0)) ** 0.5
-        return int(2 * max(seconds, 0.0) / max(linear + root, 1e-12))
+        fitting = _fitting(self._fit_of(1), start, seconds)
+        if fitting <= self.few_tokens:
+            return fitting
+        many = self._fit_of(self.few_tokens + 1)
+        return max(self.few_tokens, _fitting(many, start, seconds - self._more_fixed))
 
     def chunk_seconds(self, start: int, num_tokens: int) -> float:
         """What `num_tokens` tokens of a prompt from `start` on add to a step."""
-        _, token, score, _ = self._prompt.weights
-        return token * num_tokens + score * _scores(start, num_tokens)
+        _, token, score, _ = self._fit_of(num_tokens).weights
+        added = token * num_tokens + score * _scores(start, num_tokens)
+        return added if num_tokens <= self.few_tokens else added + self._more_fixed
+
+    @property
+    def _more_fixed(self) -> float:
+        """The fixed part of a large step beyond that of one with a single prompt token."""
+        return self._fit_of(self.few_tokens + 1).weights[0] - self._fit_of(1).weights[0]
+
+    def _fit_of(self, num_prompt_tokens: int) -> "_LinearFit":
+        """The coefficients for a step of this size; the other ones until it was measured."""
+        fits = (self._few, self._prompt)
+        if num_prompt_tokens > self.few_tokens:
+            fits = (self._prompt, self._few)
+        return fits[0] if fits[0].is_measured or not fits[1].is_measured else fits[1]
 
     def _features(self, shape: StepShape) -> tuple[float, ...]:
         if not shape.num_prompt_tokens:
@@ -107,6 +130,15 @@ class StepCost:
         if shape.num_decodes:
             decodes = self._decode.predict((1.0, shape.num_decodes, shape.context_tokens))
         return 1.0, shape.num_prompt_tokens, shape.num_scores, decodes
+
+
+def _fitting(fit: "_LinearFit", start: int, seconds: float) -> int:
+    """How many tokens of a prompt from `start` on add at most `seconds` to a step."""
+    _, token, score, _ = fit.weights
+    # token * n + score * (start * n + n * (n + 1) / 2) = seconds, solved without cancellation.
+    linear = token + score * (start + 0.5)
+    root = (linear * linear + 2 * score * max(seconds, 0.0)) ** 0.5
+    return int(2 * max(seconds, 0.0) / max(linear + root, 1e-12))
 
 
 def _scores(start: int, num_tokens: int) -> int:
@@ -125,6 +157,11 @@ class _LinearFit:
         # All subsets of the features, as masks [subsets, features].
         subsets = np.arange(1 << num_features)[:, None] >> np.arange(num_features)
         self._subsets = (subsets & 1).astype(float)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is an observation."""
+        return self._num_observed > 0
 
     @property
     def weights(self) -> tuple[float, ...]:

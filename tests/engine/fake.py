@@ -62,6 +62,7 @@ class FakeRunner:
 
     vocab_size = VOCAB_SIZE
     can_overlap_steps = False
+    few_prompt_tokens = 0
 
     def __init__(
         self,

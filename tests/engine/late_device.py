@@ -77,6 +77,7 @@ class LateDevice:
 
     vocab_size = VOCAB_SIZE
     can_overlap_steps = True
+    few_prompt_tokens = 0
 
     def __init__(self, is_early: Callable[[], bool]) -> None:
         self.blocks: BlockManager

@@ -36,6 +36,7 @@ class OverlappingRunner(ModelRunner):
     """Lets the engine launch a step before it collects the last one, as on a GPU."""
 
     can_overlap_steps = True
+    few_prompt_tokens = 0
 
 
 @contextmanager

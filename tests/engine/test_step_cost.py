@@ -95,6 +95,27 @@ def test_as_many_tokens_are_chosen_as_fit(start: int, seconds: float, score: flo
     assert cost.chunk_seconds(start, fitting + 2) > seconds * 0.999
 
 
+def test_few_prompt_tokens_are_predicted_apart() -> None:
+    """Where few tokens have a small fixed part and a large rate, and many the contrary, both are
+    predicted, and as many tokens chosen as fit; before many were measured, few stand for them."""
+    cost = StepCost(few_tokens=512)
+
+    def seconds(num_tokens: int) -> float:
+        few, many = 0.002 + 1e-4 * num_tokens, 0.05 + 2e-5 * num_tokens
+        return few if num_tokens <= 512 else many
+
+    for num_tokens in (16, 100, 400, 512):
+        cost.observe(prompt(0, num_tokens), seconds(num_tokens))
+    assert cost.seconds(prompt(0, 1000)) == pytest.approx(0.102, rel=0.05)
+    for num_tokens in (600, 1000, 4000):
+        cost.observe(prompt(0, num_tokens), seconds(num_tokens))
+    for num_tokens in (30, 300, 700, 3000):
+        assert cost.seconds(prompt(0, num_tokens)) == pytest.approx(seconds(num_tokens), rel=0.05)
+        added = cost.chunk_seconds(0, num_tokens)
+        assert added == pytest.approx(seconds(num_tokens) - 0.002, rel=0.05)
+        assert cost.num_tokens(0, added) == pytest.approx(num_tokens, abs=2)
+
+
 def test_nothing_is_predicted_before_the_first_step() -> None:
     """Predictions are 0 before the first measurement of their kind."""
     assert StepCost().seconds(prompt(0, 100)) == StepCost().seconds(decodes(1, 10)) == 0

@@ -13,6 +13,7 @@ from serve_app.model.kernels.cuda import use_kernels
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.layer_products import TileUnpacker
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.prompt_passes import PassedProducts
 from serve_app.model.kernels.cuda.use_kernels import (
     try_kernels,
     unfit,
@@ -22,6 +23,7 @@ from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import gpu_step, paged_attention
 from serve_app.model.kernels.triton.gpu_step import GpuStep
+from serve_app.model.kernels.triton.prompt_products import TorchProducts
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
@@ -99,13 +101,21 @@ def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
     """They agree with plain torch, which reads the same weights; so does the kernel that unpacks
-    weights for prompts, to the rounding."""
+    weights for prompts, to the rounding, and so do the products of few prompt tokens."""
     model = model_of()
     expected = logits(model)
     assert 1e-5 < try_kernels(model, CARD, make) < 2e-2
     assert torch.equal(logits(model), expected)
     assert model.codebook is not None
     assert model.products is not None
+    few, plain = PassedProducts(model, model.products), TorchProducts(model)
+    x = torch.randn(5, 2048, generator=torch.Generator().manual_seed(1)).bfloat16()
+    for found, other in (
+        (few.mlp(0, x).view(5, 2, -1).sum(1), plain.mlp(0, x)[0]),
+        (few.qkv(0, x), plain.qkv(0, x)),
+        (few.o(0, x), plain.o(0, x)),
+    ):
+        assert 1e-5 < (found - other).norm() / other.norm() < 2e-2
     model.codebook.unpack = TileUnpacker(model.products)
     assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
 

@@ -45,6 +45,12 @@ COPY cluster/ray cluster/ray
 # In place: the entry runs from this folder, and so must what is compiled.
 RUN pip install --no-cache-dir --no-deps -e .
 
+# CUDA kernels, which a server would compile at its first start (7 s for each GPU): for compute
+# capabilities such as "8.9 9.0", or all that this build of CUDA knows.
+ARG CUDA_CAPABILITIES=""
+RUN mixtral-serve kernels /home/serve/.cache/mixtral-serve/kernels $CUDA_CAPABILITIES \
+    && chown -R serve:serve /home/serve/.cache
+
 # One layer, without the 93 GB that were downloaded.
 ARG BAKE_MODEL=""
 RUN --mount=type=secret,id=HF_TOKEN \

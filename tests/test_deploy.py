@@ -13,6 +13,7 @@ from packaging.specifiers import SpecifierSet
 from ray.serve.schema import ServeDeploySchema
 
 from serve_app.config.settings import Settings
+from serve_app.loading.load import KERNELS_FOLDER
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.tiny import CHECKPOINT
 from tests.mounts import NAMESPACE, can_mount, mounted_folder
@@ -30,6 +31,14 @@ def test_the_image_installs_the_lock() -> None:
     text = Path("Dockerfile").read_text()
     assert 'ARG TORCH_INDEX_URL=""' in text
     assert '${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements.txt' in text
+
+
+def test_the_image_has_kernels_where_a_server_looks_for_them() -> None:
+    """The build compiles into the folder of the user that the server runs as."""
+    (folder,) = re.findall(
+        r"^RUN mixtral-serve kernels (\S+)", Path("Dockerfile").read_text(), re.M
+    )
+    assert folder == KERNELS_FOLDER.replace("~", "/home/serve") + "/kernels"
 
 
 def test_the_image_copies_what_exists() -> None:

@@ -106,6 +106,24 @@ def convert(
 
 
 @app.command()
+def kernels(
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder.")],
+    capabilities: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[CAPABILITY]...", help="Such as 9.0; all if none is given."),
+    ] = None,
+) -> None:
+    """Compile the CUDA kernels of Mixtral 8x7B into the folder DST, for GPUs that need not be here.
+
+    A server reads them from `~/.cache/mixtral-serve/kernels`, and from the folder `kernels` in
+    `model.cache_dir`. Without them, it compiles at its first start.
+    """
+    from serve_app.cli import compile_kernels
+
+    compile_kernels.run(destination, capabilities or [])
+
+
+@app.command()
 def batch(
     config: Config,
     source: Annotated[

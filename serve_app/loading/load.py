@@ -38,6 +38,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+KERNELS_FOLDER = "~/.cache/mixtral-serve"
+"""Where compiled kernels are without `model.cache_dir`; an image's build fills it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
@@ -209,13 +212,14 @@ def _choose_kernels(
         return []
     from serve_app.model.kernels.cuda.use_kernels import use_cuda_kernels
 
-    chosen = settings.model.cache_dir or "~/.cache/mixtral-serve"
+    folders = [settings.model.cache_dir or KERNELS_FOLDER, KERNELS_FOLDER]
+    cache, filled = (Path(folder).expanduser() / "kernels" for folder in folders)
     needed = model.config.intermediate_size * model.config.hidden_size  # gate and up of an expert
     with (
         load_log.phase(Phase.KERNELS),
         explained_lack_of_memory("the trial of kernels", needed, device, "take a larger GPU"),
     ):
-        return [use_cuda_kernels(model, Path(chosen).expanduser() / "kernels")]
+        return [use_cuda_kernels(model, cache, [filled])]
 
 
 def _warm_engine(

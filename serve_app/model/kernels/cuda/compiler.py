@@ -19,9 +19,15 @@ OPTIONS = ("-std=c++17",)
 
 
 class Compiler:
-    """NVRTC for cards of one compute capability; `cache` is a folder, None for no cache."""
+    """NVRTC for cards of one compute capability.
 
-    def __init__(self, capability: int, cache: Path | None = None) -> None:
+    `cache` is a folder to read and write, None for no cache; `filled` are folders to read, such as
+    one that an image has brought.
+    """
+
+    def __init__(
+        self, capability: int, cache: Path | None = None, filled: Sequence[Path] = ()
+    ) -> None:
         """Raises `StepUnavailable` where NVRTC is not installed."""
         try:
             from cuda.bindings import nvrtc
@@ -33,7 +39,7 @@ class Compiler:
         self._check(error)
         self.version = ".".join(map(str, version))
         self._options = [f"--gpu-architecture=sm_{capability}", *OPTIONS]
-        self._cache = cache
+        self._cache, self._filled = cache, filled
         self._headers = [(SOURCES / name).read_bytes() for name in HEADERS]
 
     def cubin(self, name: str, macros: Sequence[str]) -> bytes:
@@ -41,17 +47,35 @@ class Compiler:
 
         Raises `StepUnavailable` with the compiler's log where it does not compile.
         """
-        source = (SOURCES / f"{name}.cu").read_bytes()
-        options = [*self._options, *(f"-D{macro}" for macro in macros)]
-        if self._cache is None:
-            return self._compile(name, source, options)
-        path = self._cache / f"{name}-{self._digest(source, options)}.cubin"
-        try:
-            return path.read_bytes()
-        except OSError:
-            made = self._compile(name, source, options)
-        write(path, made)
+        source, options = self._program(name, macros)
+        file = self.file_name(name, macros)
+        folders = [*self._filled] if self._cache is None else [self._cache, *self._filled]
+        for folder in folders:
+            try:
+                return (folder / file).read_bytes()
+            except OSError:
+                continue
+        made = self._compile(name, source, options)
+        if self._cache is not None:
+            write(self._cache / file, made)
         return made
+
+    def file_name(self, name: str, macros: Sequence[str]) -> str:
+        """The name in a cache of the machine code of `name`.cu with `macros`."""
+        return f"{name}-{self._digest(*self._program(name, macros))}.cubin"
+
+    def capabilities(self) -> list[int]:
+        """The compute capabilities that this NVRTC compiles for, such as 90 for 9.0."""
+        error, count = self._nvrtc.nvrtcGetNumSupportedArchs()
+        self._check(error)
+        error, found = self._nvrtc.nvrtcGetSupportedArchs()
+        self._check(error)
+        return list(found[:count])
+
+    def _program(self, name: str, macros: Sequence[str]) -> tuple[bytes, list[str]]:
+        """Source and options."""
+        source = (SOURCES / f"{name}.cu").read_bytes()
+        return source, [*self._options, *(f"-D{macro}" for macro in macros)]
 
     def _digest(self, source: bytes, options: list[str]) -> str:
         parts = [self.version.encode(), *self._headers, source, *map(str.encode, options)]

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +32,12 @@ OLDEST = 80
 """Compute capability 8.0: bfloat16 products and asynchronous copies."""
 
 
-def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
+def use_cuda_kernels(model: "Mixtral", cache: Path | None, filled: Sequence[Path] = ()) -> str:
     """Compiles the kernels, compares them with plain torch on the device, and sets
     `model.products`; or leaves the model as it is. Returns a note for `/health`.
 
-    Compiled kernels are kept in the folder `cache`. Must run before the decode step is made. Raises
+    Compiled kernels are kept in the folder `cache`, and read from there and from the folders
+    `filled`, see `fill_cache.py`. Must run before the decode step is made. Raises
     `torch.OutOfMemoryError`.
     """
     began = time.perf_counter()
@@ -46,7 +48,7 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None) -> str:
         card = card_of(device)
         if card.capability < OLDEST:
             raise StepUnavailable("the GPU is older than compute capability 8.0")
-        compiler = Compiler(card.capability, cache)
+        compiler = Compiler(card.capability, cache, filled)
 
         def make(name: str, macros: Any, grid: Grid) -> Kernel:
             return Kernel(compiler.cubin(name, macros), name, grid)
@@ -73,14 +75,8 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     if (reason := unfit(model, card)) is not None:
         raise StepUnavailable(reason)
     config = model.config
-    sizes = {
-        DENSE: {config.hidden_size, config.q_size},
-        GATE_UP: {config.hidden_size},
-        DOWN: {config.intermediate_size},
-    }
     assert model.codebook is not None
-    code = model.codebook.code
-    products = CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
+    products = products_of(config, card, model.codebook.code, make)
     error = largest_error(products, model.layers[0], config)
     if not error < TOLERANCE:  # NaN is not below it either
         raise StepUnavailable(f"they differ from plain torch by {error:.1e}")
@@ -88,6 +84,16 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
         products.step_kernels = StepKernels(config, card, make)
     model.products = products
     return error
+
+
+def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKernel) -> CudaProducts:
+    """The products of a model with these sizes; `code` are the 16 code values."""
+    sizes = {
+        DENSE: {config.hidden_size, config.q_size},
+        GATE_UP: {config.hidden_size},
+        DOWN: {config.intermediate_size},
+    }
+    return CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
 
 
 def not_tiled(model: "Mixtral") -> str | None:

@@ -1,11 +1,21 @@
 """Compiled kernels are kept in a folder."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.fill_cache import MIXTRAL_8X7B, fill_cache
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.step_kernels import StepKernels
+from serve_app.model.kernels.cuda.use_kernels import products_of
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.unavailable import StepUnavailable
+from tools.random_model import config_of
 
 MACROS: tuple[str, ...] = ()
 
@@ -48,3 +58,38 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     except StepUnavailable as reason:
         pytest.skip(str(reason))
     assert compiler.cubin("unpack", MACROS).startswith(b"\x7fELF")
+
+
+def test_a_cache_that_was_filled_has_every_kernel(
+    compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What an image's build compiled without a GPU is all that a server needs there. It compiles
+    nothing, whatever the card's number of multiprocessors, and writes nothing to its own cache."""
+    filled, done = tmp_path / "image", list[tuple[int, str]]()
+    config = MixtralConfig.from_dict(MIXTRAL_8X7B)
+    fill_cache(config, filled, [90], lambda *kernel: done.append(kernel))
+    assert {capability for capability, _ in done} == {90}
+    assert len(done) == len(list(filled.iterdir()))
+    monkeypatch.setattr(Compiler, "_compile", lambda *_: pytest.fail("compiled again"))
+    compiler = Compiler(90, tmp_path / "own", [filled])
+    read: list[bytes] = []
+
+    def make(name: str, macros: Sequence[str], grid: Grid) -> Any:
+        read.append(compiler.cubin(name, macros))
+
+    mixtral, card = config_of(tiny=False, layers=1), Card(90, 132)
+    products_of(mixtral, card, torch.zeros(16), make)
+    StepKernels(mixtral, card, make)
+    assert len(read) == len(done)
+    assert not (tmp_path / "own").exists()
+
+
+@pytest.mark.parametrize("capability", [52, 75, 990])
+def test_what_the_kernels_cannot_run_on_is_refused(
+    capability: int, compiler: Compiler, tmp_path: Path
+) -> None:
+    """Cards that are too old, or that NVRTC does not know: one sentence, and nothing is written."""
+    config = MixtralConfig.from_dict(MIXTRAL_8X7B)
+    with pytest.raises(StepUnavailable, match="is not supported"):
+        fill_cache(config, tmp_path / "image", [capability], lambda *_: None)
+    assert not list((tmp_path / "image").iterdir())

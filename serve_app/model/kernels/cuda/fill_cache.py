@@ -1,0 +1,80 @@
+"""Compiles all kernels of a model for GPUs that are not here, as the build of an image does.
+
+A kernel depends on the model's sizes and on the card's compute capability, not on the checkpoint.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from serve_app.model.config import MixtralConfig
+from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.products import Launchable
+from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
+from serve_app.model.kernels.cuda.use_kernels import OLDEST, products_of
+from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
+from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.quantization import NUM_CODES
+
+MIXTRAL_8X7B = {
+    "model_type": "mixtral",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "vocab_size": 32000,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-5,
+}
+"""What kernels depend on, as config.json has it; the rest has any value."""
+
+
+class _Compiled:
+    """A kernel that has no device to run on."""
+
+    def launch(self, *arguments: object, blocks: int | None = None) -> None:
+        raise AssertionError("it is there to be compiled")
+
+
+def fill_cache(
+    config: MixtralConfig,
+    cache: Path,
+    capabilities: Sequence[int],
+    progress: Callable[[int, str], None],
+) -> None:
+    """Compiles into the folder `cache` what `use_cuda_kernels` needs; a file that is there stays.
+
+    `capabilities` are such as 90 for 9.0; none are all that NVRTC and our kernels know. Calls
+    `progress` with the capability and the name of each kernel that is done. Raises
+    `StepUnavailable` where NVRTC is missing or does not know a capability, and `OSError` where the
+    folder cannot be written.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    known = Compiler(OLDEST).capabilities()
+    for capability in capabilities or [each for each in CAPABILITIES if each in known]:
+        if capability not in known or capability < OLDEST:
+            raise StepUnavailable(f"compute capability {capability / 10:.1f} is not supported")
+        compiler, card = Compiler(capability, cache), Card(capability, 1)
+
+        def make(
+            name: str,
+            macros: Sequence[str],
+            grid: Grid,
+            compiler: Compiler = compiler,
+            capability: int = capability,
+        ) -> Launchable:
+            made = compiler.cubin(name, macros)
+            path = cache / compiler.file_name(name, macros)
+            if not path.exists():  # raises why the compiler could not write it
+                path.write_bytes(made)
+            progress(capability, name)
+            return _Compiled()
+
+        products_of(config, card, torch.zeros(NUM_CODES), make)
+        if step_misfit(config) is None:
+            StepKernels(config, card, make)

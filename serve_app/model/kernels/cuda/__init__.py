@@ -6,8 +6,9 @@ Read `cuda_step.py` first: eight launches a layer. `products.py` launches the fo
 the products, `unpack.cu` dequantizes for prompts; they share `tiles.cuh`. `intrinsics.cuh` has the
 GPU's instructions, and the rule for kernels that start before the last one has ended. `variants.py`
 says which product is compiled how for a card, `compiler.py` compiles it and keeps the result in a
-cache, which `fill_cache.py` fills without a GPU, `launcher.py` starts it. Importing these modules
-needs no GPU and no CUDA library.
+cache, which `fill_cache.py` fills without a GPU, `launcher.py` starts it. `prompt_passes.py` has
+the same products for steps of few prompt tokens, and computes up to how many. Importing these
+modules needs no GPU and no CUDA library.
 
 The kernels have run on no GPU yet: tests compile them for every supported card and run the sources
 on the host. Prototypes with the same layout and inner loops ran on an H200.

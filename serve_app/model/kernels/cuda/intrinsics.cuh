@@ -140,3 +140,51 @@ DEVICE float power_of_two(float x) {
 DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 DEVICE float bits_to_float(u32 bits) { return __uint_as_float(bits); }
 DEVICE u32 float_to_bits(float x) { return __float_as_uint(x); }
+
+// The value of the lane whose number differs in the bits of `mask`; all lanes of the warp call this.
+DEVICE u32 shuffle_xor(u32 x, int mask) { return __shfl_xor_sync(0xFFFFFFFFu, x, mask); }
+
+// Add to a number of shared memory and return what it was; lower a number of shared memory.
+DEVICE u32 add_shared(u32 *p, u32 x) { return atomicAdd(p, x); }
+DEVICE void min_shared(u32 *p, u32 x) { atomicMin(p, x); }
+
+// Counts one block at `p` and returns how many came before. What a block wrote before this call, the
+// blocks that come later read after theirs, with `load_remote`.
+DEVICE u32 arrive(u32 *p) {
+  __threadfence();
+  const u32 before = atomicAdd(p, 1);
+  __threadfence();
+  return before;
+}
+
+// 16 bytes that another block of this launch has written.
+DEVICE uint4 load_remote(const uint4 *p) {
+  uint4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3},[%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p) : "memory");
+  return v;
+}
+
+// Products and sums that the compiler does not fuse, so that they round as torch's do.
+DEVICE float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float rounded_sum(float a, float b) { return __fadd_rn(a, b); }
+
+// Within 2^-21 where x is in [0.5, 2], elsewhere within 3 units in the last place.
+DEVICE float rough_log2(float x) { return __log2f(x); }
+
+// Within 2 units in the last place; 1 for 0, and 0 below 2^-126.
+DEVICE float rough_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0,%1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// The same number, of which the compiler knows nothing: it computes anew what depends on it.
+DEVICE float unknown(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
+DEVICE int unknown(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}

@@ -296,3 +296,22 @@ static inline u32 float_to_bits(float x) {
   memcpy(&bits, &x, 4);
   return bits;
 }
+
+static inline u32 shuffle_xor(u32 x, int mask) {
+  return shuffle(x, host::current % 32 ^ mask);
+}
+static inline u32 add_shared(u32 *p, u32 x) {
+  const u32 before = *p;
+  *p += x;
+  return before;
+}
+static inline void min_shared(u32 *p, u32 x) { *p = x < *p ? x : *p; }
+static inline u32 arrive(u32 *p) { return (*p)++; }
+static inline uint4 load_remote(const uint4 *p) { return *host::aligned(p); }
+static inline float rounded_product(float a, float b) { return a * b; }
+static inline float rounded_sum(float a, float b) { return a + b; }
+// As wrong as the GPU's may be.
+static inline float rough_log2(float x) { return log2f(x) * (1 + 0x1p-22f) + 0x1p-22f; }
+static inline float rough_exp2(float x) { return x ? exp2f(x) * (1 - 0x1p-23f) : 1; }
+static inline float unknown(float x) { return x; }
+static inline int unknown(int x) { return x; }

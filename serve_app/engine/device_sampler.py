@@ -1,0 +1,73 @@
+"""DeviceSampler: the `Sampler` of a GPU, in one launch that a decode step's graph can contain.
+
+A row with a grammar is sampled by a second launch, after its mask has arrived: the host asks the
+grammars while the device computes the logits.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from serve_app.engine.in_flight_tokens import InFlightTokens
+from serve_app.engine.sampling_rows import SamplingRows
+from serve_app.engine.sequence import Sequence
+from serve_app.engine.transfer import to_device
+from serve_app.model.kernels.cuda.sampling import SampleKernel
+
+
+class DeviceSampler:
+    """Samples batches of up to `max_rows` sequences; tokens are those of `Sampler`."""
+
+    def __init__(
+        self, kernel: SampleKernel, max_rows: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self._kernel, self._vocab_size, self._device = kernel, vocab_size, device
+        # Two, because decodes and prefill chunks take turns.
+        self._captured = SamplingRows(max_rows, vocab_size, device)
+        self._others = SamplingRows(max_rows, vocab_size, device)
+
+    def prepare(self, sequences: list[Sequence]) -> None:
+        """Makes `sequences` the batch of `launch`."""
+        self._captured.update(sequences)
+
+    def launch(self, logits: Tensor, positions: Tensor, tokens: Tensor) -> None:
+        """Fills `tokens` int64 `[rows]` from float32 `logits` `[rows, vocab]`, for the rows without
+        a grammar. `positions` int64 `[rows]`: tokens that each row has generated."""
+        self._kernel.launch(logits, self._captured.tensor, positions, None, tokens)
+
+    def sample(
+        self, logits: Tensor, sequences: list[Sequence], tokens: Tensor | None = None
+    ) -> InFlightTokens:
+        """The next token of each sequence from float32 `logits` `[sequences, vocab]`.
+
+        `tokens` is what `launch` has filled for the same logits and sequences.
+        """
+        if not sequences:
+            return InFlightTokens([], torch.empty(0, dtype=torch.int64, device=logits.device), [])
+        logits = logits.contiguous()
+        positions = to_device([s.num_output_tokens for s in sequences], self._device)
+        rows = self._captured
+        if tokens is None:
+            rows = self._others
+            rows.update(sequences)
+            tokens = torch.empty_like(positions)
+            if len(rows.constrained) < len(sequences):
+                self._kernel.launch(logits, rows.tensor, positions, None, tokens)
+        if rows.constrained:
+            masks = self._masks(rows.constrained)
+            self._kernel.launch(logits, rows.tensor, positions, masks, tokens)
+        logprobs = []
+        if rows.logprobs is not None:
+            logprobs = rows.logprobs.gather(rows.logprobs.log_softmax(logits), tokens)
+        return InFlightTokens(sequences, tokens, logprobs)
+
+    def _masks(self, constrained: list[Sequence]) -> Tensor:
+        """The tokens that grammars allow, int32 `[grammars, ceil(vocab / 32)]`."""
+        allowed = np.zeros((len(constrained), -(-self._vocab_size // 32)), np.int32)
+        for row, sequence in zip(allowed, constrained, strict=True):
+            assert sequence.constraint is not None
+            sequence.constraint.fill(row)
+        masks = torch.from_numpy(allowed)
+        if self._device.type == "cuda":
+            masks = masks.pin_memory()
+        return masks.to(self._device, non_blocking=True)

@@ -58,18 +58,18 @@ def test_the_load_writes_its_phases(tmp_path: Path, config: str, quantization: s
 
 
 def test_the_kernels_of_a_gpu_are_a_phase(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For weights in 4 bits on a GPU: the folder for compiled kernels is in `model.cache_dir`, and
-    the note is passed on. Floats and a CPU have no such phase."""
+    """For weights in 4 bits on a GPU: the folder for compiled kernels is in `model.cache_dir`, an
+    image's is read too, and the note is passed on. Floats and a CPU have no such phase."""
     import torch
 
     from serve_app.loading import load as loading
     from serve_app.model.kernels.cuda import use_kernels
     from tools.random_model import config_of, random_model
 
-    cuda, cpu, asked = torch.device("cuda"), torch.device("cpu"), list[Path | None]()
+    cuda, cpu, asked = torch.device("cuda"), torch.device("cpu"), list[Path]()
 
-    def use(_: Any, cache: Path | None) -> str:
-        asked.append(cache)
+    def use(_: Any, cache: Path, filled: list[Path]) -> str:
+        asked.extend([cache, *filled])
         return "a note"
 
     monkeypatch.setattr(use_kernels, "use_cuda_kernels", use)
@@ -86,7 +86,8 @@ def test_the_kernels_of_a_gpu_are_a_phase(tmp_path: Path, monkeypatch: pytest.Mo
     assert loading._choose_kernels(settings, quantized, cuda, load_log) == ["a note"]
     assert loading._choose_kernels(settings, quantized, cpu, load_log) == []
     assert loading._choose_kernels(settings, floats, cuda, load_log) == []
-    assert asked == [tmp_path / "cache" / "kernels"]
+    filled = Path(loading.KERNELS_FOLDER).expanduser()
+    assert asked == [tmp_path / "cache" / "kernels", filled / "kernels"]
     events = read_events(tmp_path / "load.jsonl")
     assert [each.phase for each in events if isinstance(each, Done)] == [Phase.KERNELS]
 

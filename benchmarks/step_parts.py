@@ -9,6 +9,7 @@ from torch import Tensor
 from benchmarks.device import Device
 from benchmarks.random_runner import RandomRunner
 from benchmarks.report import Report, say
+from serve_app.engine.device_sampler import DeviceSampler
 from serve_app.engine.sampler import Sampler
 from serve_app.engine.sequence import Sequence
 
@@ -59,11 +60,11 @@ def sampling_row(runner: RandomRunner, batch: int, parameters: dict[str, Any]) -
     device: Device = runner.device
     sequences = runner.sequences(batch, 16, **parameters)
     logits = LOGITS_STD * torch.randn(batch, runner.config.vocab_size, device=device.device)
-    sampler = Sampler()
+    sampler = runner.runner.sampler
     device_s, host_s = device.queued_seconds(lambda: sample(sampler, logits, sequences))
     return {"us": round(1e6 * device_s, 1), "host_us": round(1e6 * host_s, 1)}
 
 
-def sample(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> None:
+def sample(sampler: Sampler | DeviceSampler, logits: Tensor, sequences: list[Sequence]) -> None:
     """Samples a token for each row of `logits` `[sequences, vocab_size]` as a step does."""
     sampler.sample(logits, sequences)

@@ -11,6 +11,8 @@ pass these files in order:
    `step_cost.py` predicts.
 4. `model_runner.py` launches the step: block tables, forward pass (`decode_graphs.py` on a GPU),
    `sampler.py` with its parts `sampling_metadata.py`, `penalties.py`, `top_filter.py`, `noise.py`.
+   On a GPU `device_sampler.py` does the same in one launch, which the graphs contain, with the
+   parameters of `sampling_rows.py`; `sampler_trial.py` compares the two before it is used.
    `prompt_scores.py` takes the log probabilities of prompts that are scored.
 5. `in_flight_tokens.py` brings the sampled tokens to the host, where `core.py` collects them.
 6. `output_queue.py` sends them to the event loop of the request, into its `stream.py`, from which

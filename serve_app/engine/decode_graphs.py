@@ -3,7 +3,8 @@
 A step of n sequences replays the graph of the smallest captured size that holds n. Padding rows
 have context length 0. The inputs of a graph lie in fixed tensors. A token that the last step has
 just sampled is read on the device, so the host need not know it (async scheduling). The replay also
-finds the best token of every row; the sampler uses it for greedy batches.
+samples: by `DeviceSampler`, or where that is not used it finds the best token of every row, which
+the sampler in torch uses for greedy batches.
 
 On a CPU the same code runs without capture, for tests.
 """
@@ -16,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from serve_app.engine.device_sampler import DeviceSampler
 from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.sampler import best_tokens
 from serve_app.engine.scheduled_tokens import ScheduledTokens
@@ -48,12 +50,15 @@ class DecodeGraphs:
         max_blocks: int,
         block_size: int,
         device: torch.device,
+        sampler: DeviceSampler | None = None,
     ) -> None:
+        """`sampler` has room for the rows of the largest of `capture_sizes(max_num_seqs)`."""
         self._step, self._block_size, self._device = step, block_size, device
+        self._sampler = sampler
         self.sizes = capture_sizes(max_num_seqs)
         # Per row: token id, the row of the last step that has the token or -1, position, slot,
-        # context length.
-        self._inputs = torch.zeros(5, self.sizes[-1], dtype=torch.int64, device=device)
+        # context length, number of generated tokens.
+        self._inputs = torch.zeros(6, self.sizes[-1], dtype=torch.int64, device=device)
         self._tables = torch.zeros(self.sizes[-1], max_blocks, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
         # The tables of the last step on the host; equal ones are not copied again.
@@ -101,13 +106,15 @@ class DecodeGraphs:
     def run(
         self, decodes: list[ScheduledTokens], last: InFlightTokens | None, tables: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Float32 logits `[n, vocab]` of n decodes and their best tokens, int64 `[n]`; both are
-        valid until the next call.
+        """Float32 logits `[n, vocab]` of n decodes and int64 `[n]`: what the device sampler has
+        sampled, or the best tokens without one. Both are valid until the next call.
 
         `last` is the last launched step, which has the tokens that are `PENDING`. `tables` is int64
         `[n, blocks]` on the host.
         """
         size = next(size for size in self.sizes if size >= len(decodes))
+        if self._sampler is not None:
+            self._sampler.prepare([part.sequence for part in decodes])
         inputs = self._pack(decodes, last, size)
         self._inputs[:, :size].copy_(inputs, non_blocking=True)
         self._copy_tables(tables)
@@ -119,8 +126,8 @@ class DecodeGraphs:
     def _pack(
         self, decodes: list[ScheduledTokens], last: InFlightTokens | None, size: int
     ) -> Tensor:
-        """The values of `_inputs`, int64 `[5, size]`."""
-        fields: list[list[int]] = [[] for _ in range(5)]
+        """The values of `_inputs`, int64 `[6, size]`."""
+        fields: list[list[int]] = [[] for _ in range(6)]
         block_size = self._block_size
         row_of = {} if last is None else last.row_of
         for sequence, start, end, _ in decodes:
@@ -132,11 +139,12 @@ class DecodeGraphs:
             block = sequence.block_table[start // block_size]
             fields[3].append(block * block_size + start % block_size)
             fields[4].append(end)
+            fields[5].append(sequence.num_output_tokens)
         padding = size - len(decodes)
-        for field, value in zip(fields, (0, -1, 0, 0, 0), strict=True):
+        for field, value in zip(fields, (0, -1, 0, 0, 0, 0), strict=True):
             field += [value] * padding
         values = [value for field in fields for value in field]
-        return to_device(values, self._device).view(5, -1)
+        return to_device(values, self._device).view(6, -1)
 
     def _copy_tables(self, tables: Tensor) -> None:
         if self._copied_tables is not None and torch.equal(self._copied_tables, tables):
@@ -150,13 +158,17 @@ class DecodeGraphs:
 
     def _computation(self, size: int) -> Callable[[], None]:
         def compute() -> None:
-            ids, sources, positions, slots, lens = self._inputs[:, :size].unbind()
+            ids, sources, positions, slots, lens, num_output = self._inputs[:, :size].unbind()
             # FAILED is no token id; the sequence ends when the host reads it.
             pending = self._tokens[sources.clamp(min=0)].clamp(min=0)
             ids = torch.where(sources < 0, ids, pending)
             batch = DecodeBatch(ids, positions, slots, lens.int(), self._tables[:size])
-            self._logits[size] = self._step.logits(batch)
-            self._tokens[:size].copy_(best_tokens(self._logits[size]))
+            logits = self._step.logits(batch)
+            self._logits[size] = logits
+            if self._sampler is not None:
+                self._sampler.launch(logits, num_output, self._tokens[:size])
+            else:
+                self._tokens[:size].copy_(best_tokens(logits))
 
         return compute
 

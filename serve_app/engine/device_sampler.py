@@ -16,11 +16,10 @@ from serve_app.model.kernels.cuda.sampling import SampleKernel
 
 
 class DeviceSampler:
-    """Samples batches of up to `max_rows` sequences; tokens are those of `Sampler`."""
+    """Samples batches of up to `kernel.max_rows` sequences; tokens are those of `Sampler`."""
 
-    def __init__(
-        self, kernel: SampleKernel, max_rows: int, vocab_size: int, device: torch.device
-    ) -> None:
+    def __init__(self, kernel: SampleKernel, vocab_size: int, device: torch.device) -> None:
+        max_rows = kernel.max_rows
         self._kernel, self._vocab_size, self._device = kernel, vocab_size, device
         # Two, because decodes and prefill chunks take turns.
         self._captured = SamplingRows(max_rows, vocab_size, device)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.block_tables import BlockTables
-from serve_app.engine.decode_graphs import DecodeGraphs
+from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
+from serve_app.engine.device_sampler import DeviceSampler
 from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.prompt_scores import PromptScores
 from serve_app.engine.sampler import Sampler
+from serve_app.engine.sampler_trial import tried_sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
 from serve_app.engine.step_timer import StepTimer
@@ -60,7 +62,8 @@ class ModelRunner:
         self._device = device
         # Two, because decodes and prefill chunks take turns and each keeps its last tables.
         self._tables, self._decode_tables = BlockTables(), BlockTables()
-        self._sampler = Sampler()
+        self.sampler: Sampler | DeviceSampler = Sampler()
+        """From logits to tokens; `note` says which one."""
         self._last: InFlightTokens | None = None
         self._cpu_step: CpuStep | None = None
         self._gpu_step: GpuStep | None = None
@@ -87,9 +90,23 @@ class ModelRunner:
             return
         self._gpu_step = step
         self.note = "a decode step is one call of compiled code"
+        sampling = self._choose_sampler(max_num_seqs)
         eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
         self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
-        self.note += step.note + self._choose_prompt_step() + step.unpack_for_prompts()
+        self.note += step.note + sampling
+        self.note += self._choose_prompt_step() + step.unpack_for_prompts()
+
+    def _choose_sampler(self, max_num_seqs: int) -> str:
+        """Sets the sampler; returns the part of `note` about it."""
+        products = self.model.products
+        if products is None or products.make_sampler is None:
+            return "; tokens are sampled in plain torch: the CUDA kernels are not used"
+        try:
+            kernel = products.make_sampler(capture_sizes(max_num_seqs)[-1])
+            self.sampler = tried_sampler(kernel, self.vocab_size, self._device)
+        except StepUnavailable as reason:
+            return f"; tokens are sampled in plain torch: {reason}"
+        return "; tokens are sampled in one launch"
 
     def _choose_prompt_step(self) -> str:
         """Sets the form of a step with prompt tokens; returns the part of `note` about it."""
@@ -105,8 +122,9 @@ class ModelRunner:
         """Captures the decode steps; returns the part of `note` about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         sizes = (max_num_seqs, min(self.cache.num_blocks, longest), self._block_size)
+        sampler = self.sampler if isinstance(self.sampler, DeviceSampler) else None
         try:
-            self._graphs = DecodeGraphs.captured(step, *sizes, self._device)
+            self._graphs = DecodeGraphs.captured(step, *sizes, self._device, sampler)
         except StepUnavailable as reason:
             return f", launched kernel by kernel: {reason}"
         return f", a captured graph for each of {len(self._graphs.sizes)} batch sizes"
@@ -130,17 +148,17 @@ class ModelRunner:
         """Starts a step; see `Runner`."""
         timer = StepTimer(self._device)
         sequences = [part.sequence for part in scheduled if part.is_sampled]
-        best: Tensor | None = None
+        tokens: Tensor | None = None
         if self._graphs is not None and all(part.is_decode for part in scheduled):
             tables = self._decode_tables.of(scheduled)
-            logits, best = self._graphs.run(scheduled, self._last, tables)
+            logits, tokens = self._graphs.run(scheduled, self._last, tables)
         else:
             logits = self._logits(scheduled)
         num_sampled = len(sequences)
         scores = None
         if len(logits) > num_sampled:
             scores = PromptScores(scheduled, logits[num_sampled:])
-        self._last = self._sampler.sample(logits[:num_sampled], sequences, best)
+        self._last = self.sampler.sample(logits[:num_sampled], sequences, tokens)
         self._last.prompt_scores = scores
         timer.stop()
         self._last.timer = timer

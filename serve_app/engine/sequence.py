@@ -64,7 +64,7 @@ class Sequence:
     queued_s: float | None = None
     """Seconds from arrival to the first step; None before that step."""
     sampler_state: Any = None
-    """Token counts for the penalties; `penalties.py` alone reads and writes them."""
+    """Token counts for the penalties, of `penalties.py` or of `sampling_rows.py`."""
 
     def __post_init__(self) -> None:
         params = self.params

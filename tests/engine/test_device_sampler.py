@@ -64,7 +64,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
             return compiled[key]
 
         made = SampleKernel(vocab_size, MAX_ROWS, blocks, CPU, kernel, threads=64, candidates=4)
-        return DeviceSampler(made, MAX_ROWS, vocab_size, CPU)
+        return DeviceSampler(made, vocab_size, CPU)
 
     return sampler
 
@@ -259,7 +259,7 @@ def test_the_size_of_mixtral(tmp_path: Path) -> None:
         kernels.append(HostKernel(tmp_path, name, macros, grid))
         return kernels[0]
 
-    sampler = DeviceSampler(SampleKernel(32_000, 2, 3, CPU, kernel), 2, 32_000, CPU)
+    sampler = DeviceSampler(SampleKernel(32_000, 2, 3, CPU, kernel), 32_000, CPU)
     logits = random_logits(2, 32_000, 0, ["smooth"])
     for how in ({"top_p": 0.9, "top_k": 500}, {"temperature": 0.7}):
         params = SamplingParams(9, **how)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.products import Launchable
+from serve_app.model.kernels.cuda.sampling import MAX_VOCAB, SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.use_kernels import OLDEST, products_of
 from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
@@ -78,3 +79,5 @@ def fill_cache(
         products_of(config, card, torch.zeros(NUM_CODES), make)
         if step_misfit(config) is None:
             StepKernels(config, card, make)
+        if config.vocab_size <= MAX_VOCAB:
+            SampleKernel(config.vocab_size, 1, 1, torch.device("cpu"), make)

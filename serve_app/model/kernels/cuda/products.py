@@ -28,6 +28,7 @@ from serve_app.model.kernels.cuda.variants import (
 )
 
 if TYPE_CHECKING:
+    from serve_app.model.kernels.cuda.sampling import SampleKernel
     from serve_app.model.kernels.cuda.step_kernels import StepKernels
 
 UNPACK_THREADS, UNPACK_BLOCKS = 256, 4
@@ -98,6 +99,8 @@ class CudaProducts:
         grid = Grid(self._blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
         self.step_kernels: StepKernels | None = None
+        self.make_sampler: Callable[[int], SampleKernel] | None = None
+        """Compiles the sampler for a number of rows; raises `StepUnavailable`."""
         """The other kernels of a decode step, where they fit the model."""
 
     def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:

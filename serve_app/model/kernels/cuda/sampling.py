@@ -15,6 +15,7 @@ THREADS, CANDIDATES = 1024, 256
 """Threads of a block; logits that are compared with each other to find a threshold."""
 MAX_VALUES = 32
 """Logits that a thread may hold in registers."""
+MAX_VOCAB = THREADS * MAX_VALUES
 MAX_PARTS, FOUND_BYTES = 16, 16
 """Blocks that share a row, and what each of them finds."""
 IN_PROMPT = -(1 << 31)
@@ -59,7 +60,7 @@ class SampleKernel:
         candidates: int = CANDIDATES,
     ) -> None:
         """`blocks` run at once: one for each multiprocessor. Raises `StepUnavailable`."""
-        self._blocks = blocks
+        self._blocks, self.max_rows = blocks, max_rows
         values = -(-vocab_size // threads)
         if values > MAX_VALUES:
             raise StepUnavailable(f"the vocabulary has more than {threads * MAX_VALUES} tokens")

@@ -13,6 +13,7 @@ from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
@@ -80,6 +81,9 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     error = largest_error(products, model.layers[0], config)
     if not error < TOLERANCE:  # NaN is not below it either
         raise StepUnavailable(f"they differ from plain torch by {error:.1e}")
+    products.make_sampler = lambda max_rows: SampleKernel(
+        config.vocab_size, max_rows, card.multiprocessors, model.embedding.device, make
+    )
     if step_misfit(config) is None:
         products.step_kernels = StepKernels(config, card, make)
     model.products = products

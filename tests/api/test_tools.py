@@ -71,6 +71,7 @@ def chunks(server: MixtralServer, **fields: Any) -> list[Any]:
     return found
 
 
+@pytest.mark.timeout(600)  # 20,000 tokens with grammars
 @pytest.mark.parametrize("is_named", [False, True])
 def test_fifty_sets_of_tools_give_valid_calls(tiny: MixtralServer, is_named: bool) -> None:
     """At temperature 1, in one batch, each answer that is not cut calls tools of its own set with
@@ -396,6 +397,7 @@ def test_many_tools_count_as_prompt(tiny: MixtralServer) -> None:
     assert found["param"] == "messages"
 
 
+@pytest.mark.timeout(600)  # some 75,000 tokens of prompts
 def test_sets_are_read(tiny: MixtralServer) -> None:
     """Every set of tools passes with `auto` too."""
 

@@ -11,6 +11,7 @@ from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.fill_cache import MIXTRAL_8X7B, fill_cache
 from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels
 from serve_app.model.kernels.cuda.use_kernels import products_of
 from serve_app.model.kernels.cuda.variants import Card
@@ -80,6 +81,7 @@ def test_a_cache_that_was_filled_has_every_kernel(
     mixtral, card = config_of(tiny=False, layers=1), Card(90, 132)
     products_of(mixtral, card, torch.zeros(16), make)
     StepKernels(mixtral, card, make)
+    SampleKernel(mixtral.vocab_size, 128, card.multiprocessors, torch.device("cpu"), make)
     assert len(read) == len(done)
     assert not (tmp_path / "own").exists()
 

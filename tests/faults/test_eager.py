@@ -29,7 +29,7 @@ def test_the_model_is_loaded_before_a_job_is_taken(tmp_path: Path) -> None:
         until(lambda: "Cold start: ready" in worker.log or waiting.is_over)
         assert platform.queue.num_polls == 0
         until(lambda: waiting.is_over)
-        job = client.submit({"prompt": "x", "ignore_eos": True, "max_tokens": 5000, "stream": True})
+        job = client.submit({"prompt": "x", "ignore_eos": True, "max_tokens": 1500, "stream": True})
         until(lambda: job.chunks)
         code = worker.terminate()
         settled(platform, worker)

@@ -78,7 +78,7 @@ async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], 
 
 
 def measure(url: str, way: str, count: int) -> dict[str, Any]:
-    """The figures of one way; a conversation before warms the replicas up."""
+    """The figures of one way; four conversations before warm the replicas up."""
     kind = EachRequest if way == "request" else RunningServer
     running = kind(url, "tiny")
     asyncio.run(hold(running, 4))

@@ -7,6 +7,7 @@ seconds on a GPU. Steps cost what Mixtral's cost, except that the router chooses
 import torch
 
 from serve_app.model.config import MixtralConfig
+from serve_app.model.kernels.cuda.fill_cache import MIXTRAL_8X7B
 from serve_app.model.mixtral import Mixtral, RMSNorm, Rope
 from serve_app.model.quantization import Quantization
 from serve_app.model.quantize import code_values
@@ -16,19 +17,7 @@ SCALE = 0.02
 """Standard deviation of the weights, as Mixtral's are about."""
 MEAN_ABSMAX = 2 * SCALE
 """A uniformly random code is half of its absmax in size."""
-MIXTRAL = {
-    "model_type": "mixtral",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 32768,
-    "rope_theta": 1e6,
-}
+MIXTRAL = {**MIXTRAL_8X7B, "rope_theta": 1e6}
 TINY = {
     **MIXTRAL,
     "hidden_size": 256,

@@ -13,10 +13,10 @@ in which few places become free, at most a second.
 
 `Retry-After` gives the refused requests one turn after another, as `engine/retry_after.py` does.
 
-The replica still refuses requests of browsers, which need CORS headers. Several replicas have about
-as many requests each, as Serve balances by them. Where several HAProxys share replicas, each sees
-its own requests, so the replicas refuse more. While the queue is full, a request without a key is
-told so too.
+The replica still refuses requests of browsers, which need CORS headers. No one of several replicas
+has many more requests than the mean (`haproxy_sessions.py`). Where several HAProxys share replicas,
+each sees its own requests, so the replicas refuse more. While the queue is full, a request without
+a key is told so too.
 
 Threads of HAProxy may write a `proc` variable at once; what they then lose is one turn or the count
 of one refusal, or they ask once more.

@@ -80,7 +80,7 @@ def test_float32_absmax_is_kept_bit_for_bit_on_disk(oracle: Any, tmp_path: Path)
 
 
 def test_attention_in_floats_stays_so(oracle: Any, tmp_path: Path) -> None:
-    """Of a checkpoint whose experts alone are in 4 bits, attention has the files' floats."""
+    """Attention has the files' floats where the experts alone are in 4 bits."""
     save_bnb4(oracle, tmp_path, attention=False, compress_statistics=False)
     layer: Any = load4(tmp_path).layers[0]
     (o,) = [value for name, value in oracle.state_dict().items() if "layers.0.self_attn.o" in name]

@@ -21,7 +21,7 @@ from serve_app.model.kernels.decode_batch import DecodeBatch
 MAX_ROWS = 4096
 """The most rows of a step: one block sorts their experts in its shared memory."""
 MAX_SPLITS = 32
-"""Of a context; see splits.cuh."""
+"""Most splits of a context; see splits.cuh."""
 NUM_PROGRAMS = 2048
 """Blocks of attention, roughly; those of one row and KV head take its splits by turns."""
 MAX_HIDDEN, MAX_EXPERTS, MAX_GROUP, HEAD_DIMS = 8192, 8, 8, (64, 128)

@@ -70,8 +70,8 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
 
 
 REGISTERS = {"add_norm": 128, "rope": 64, "attention": 168}
-"""Of a thread: what lets one block of 512 threads, four of 256 and three of 128 be on a
-multiprocessor."""
+"""Most registers of a thread: what lets one block of 512 threads, four of 256 and three of 128 be
+on a multiprocessor."""
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -14,7 +14,8 @@ from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.model.kernels.compiled import about, spills
 
 MAX_INSTRUCTIONS = 4600
-"""Of the whole kernel. Nothing of it is in a cache when a step reaches it, so it must be short."""
+"""Most instructions of the whole kernel. Nothing of it is in a cache when a step reaches it, so it
+must be short."""
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -148,7 +148,8 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
         CpuStep, "verified", lambda model, cache, _: GpuStep.verified(model, cache, 3)
     )
     fast = ModelRunner(*made, max_num_seqs=3)
-    assert "graph for each of 3 batch sizes; prompts: attention, routing and" in fast.note
+    assert "a captured graph for each of 3 batch sizes" in fast.note
+    assert "prompts: attention, routing and products in kernels" in fast.note
     assert "prompts unpack weights by a kernel" in fast.note
     assert isinstance(model.codebook, Codebook)
     assert isinstance(model.codebook.unpack, Unpacker)

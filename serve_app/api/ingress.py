@@ -28,10 +28,17 @@ from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.api.metrics import NO_ROUTE
-from serve_app.api.tracing import TRACEPARENT
 from serve_app.errors import InvalidApiKey, error_body, is_messages
 from serve_app.protocol import json_pieces
-from serve_app.protocol.call import BatchReply, Call, JsonReply, Reply, StreamReply, TextReply
+from serve_app.protocol.call import (
+    TRACEPARENT,
+    BatchReply,
+    Call,
+    JsonReply,
+    Reply,
+    StreamReply,
+    TextReply,
+)
 from serve_app.protocol.key_account import KeyAccount
 
 if TYPE_CHECKING:

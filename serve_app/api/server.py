@@ -129,14 +129,15 @@ class MixtralServer:
         return self._engine.places()
 
     async def call(
-        self, method: str, path: str, body: Any, request_id: str
+        self, method: str, path: str, body: Any, request_id: str, traceparent: str | None = None
     ) -> AsyncGenerator[ReplyItem, None]:
         """Answers one call of a deployment handle. Replies and errors are data: see `ReplyItem`.
 
         Closing the generator cancels the request.
         """
         try:
-            match await self.answer(Call(method, path, body, request_id)):
+            call = Call(method, path, body, request_id, traceparent=traceparent)
+            match await self.answer(call):
                 case JsonReply(body, status):
                     yield {"status": status, "body": body}
                 case TextReply(text):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.errors import as_serve_error
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import TRACEPARENT, Call
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace.export import SpanExporter
@@ -20,8 +20,6 @@ SERVICE = "mixtral-serve"
 """The resource's `service.name`; OTEL_SERVICE_NAME changes it."""
 SPANS = ("queue", "prefill", "decode")
 """The spans below an answer's own, in their order."""
-TRACEPARENT = "traceparent"
-"""Header in which a client names its own span: https://www.w3.org/TR/trace-context/."""
 
 
 class Tracing:

@@ -39,7 +39,9 @@ class DeploymentClient:
 
         if self._is_closed:
             raise EngineDead(GONE)
-        response = self._handle.call.remote(call.method, call.path, call.body, call.request_id)
+        response = self._handle.call.remote(
+            call.method, call.path, call.body, call.request_id, call.traceparent
+        )
         is_over = False
         scope = asyncio.timeout(self._limit_s)
         self._open.add(scope)

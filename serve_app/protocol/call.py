@@ -12,6 +12,8 @@ from typing import Any, TypedDict, final
 from serve_app.errors import ErrorBody
 from serve_app.protocol.key_account import KeyAccount
 
+TRACEPARENT = "traceparent"
+"""Header in which a client names its own span: https://www.w3.org/TR/trace-context/."""
 JsonObject = dict[str, Any]
 """A JSON object as Python values."""
 
@@ -31,7 +33,7 @@ class Call:
     account: KeyAccount | None = field(default=None, compare=False)
     """That of the request's API key; None where no key is needed, and for jobs."""
     traceparent: str | None = field(default=None, compare=False)
-    """The header of that name, where answers are traced."""
+    """The client's header of that name; it has an effect where answers are traced."""
 
     @property
     def group(self) -> str:

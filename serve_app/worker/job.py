@@ -5,6 +5,9 @@
        {"route": "/tokenize", "method": "POST", "body": {...}}
     3  {"prompt" | "messages" | "prompts" | "items": ..., "sampling_params": {...}}
 
+Each may have `"headers": {"traceparent": "..."}` beside these, which continues the client's trace.
+Other headers are ignored, as unknown headers are over HTTP.
+
 Checks the shape and the size alone. The server checks route and fields, as for HTTP.
 """
 
@@ -16,7 +19,7 @@ from typing import Any
 
 from serve_app.api import routes
 from serve_app.errors import InvalidRequest, RequestTooLarge
-from serve_app.protocol.call import Call
+from serve_app.protocol.call import TRACEPARENT, Call
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,8 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
         raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
     if not isinstance(given, dict):
         raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
+    traceparent = _traceparent(given.get("headers"))
+    given = {name: value for name, value in given.items() if name != "headers"}
     is_gateway = "openai_route" in given or "openai_input" in given
     if is_gateway:
         method, path, body = _gateway(given)
@@ -93,7 +98,8 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
             f"The body is larger than the {max_body_bytes} bytes that are allowed."
         )
     stream = isinstance(body, dict) and body.get("stream") is True
-    return JobRequest(Call(method, path, body, request_id), stream, is_gateway)
+    call = Call(method, path, body, request_id, traceparent=traceparent)
+    return JobRequest(call, stream, is_gateway)
 
 
 def num_prompts(job: dict[str, Any]) -> int:
@@ -114,6 +120,15 @@ def num_prompts(job: dict[str, Any]) -> int:
     counts = [body.get(name) for body in bodies for name in ("n", "best_of")]
     answers = [count for count in counts if type(count) is int and count > 1]
     return max(lengths, default=1) * max(answers, default=1)
+
+
+def _traceparent(headers: Any) -> str | None:
+    """The header `traceparent` in a job's `headers`; a name's case does not matter, as in HTTP."""
+    if headers is None:
+        return None
+    if not isinstance(headers, dict) or not all(isinstance(it, str) for it in headers.values()):
+        raise InvalidRequest("`headers` must be an object of strings.", param="headers")
+    return {name.lower(): value for name, value in headers.items()}.get(TRACEPARENT)
 
 
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:

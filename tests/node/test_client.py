@@ -11,7 +11,7 @@ from serve_app.node import client
 from serve_app.node.client import DeploymentClient
 from serve_app.protocol.call import Call
 
-CALL = Call("POST", "/prompt", {"prompt": "x"}, "r1")
+CALL = Call("POST", "/prompt", {"prompt": "x"}, "r1", traceparent="a trace")
 
 
 class Response:
@@ -39,8 +39,8 @@ class Handle:
         assert stream
         return self
 
-    def remote(self, method: str, path: str, body: Any, request_id: str) -> Response:
-        assert (method, path, body, request_id) == ("POST", "/prompt", {"prompt": "x"}, "r1")
+    def remote(self, *arguments: Any) -> Response:
+        assert arguments == ("POST", "/prompt", {"prompt": "x"}, "r1", "a trace")
         self.responses.append(Response())
         return self.responses[-1]
 

@@ -20,8 +20,8 @@ from serve_app.engine.engine import Engine, EngineStats
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.retry_after import Places
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.shared_prompt import SharedPrompt
-from serve_app.engine.turn import ANYONE, Turn
 from serve_app.errors import DeadlinePassed, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
@@ -67,7 +67,7 @@ class FakeEngine:
         self.token_ids = tokenizer().encode(text, add_special_tokens=False)
         self.is_alive = True
         self.requests: list[tuple[list[int], SamplingParams]] = []
-        self.turns: list[Turn] = []
+        self.scheduling_classes: list[SchedulingClass] = []
         self.num_running = 0
         self.max_num_seqs = 0
         self.begun = threading.Event()
@@ -104,7 +104,7 @@ class FakeEngine:
         prompt_ids: list[int],
         params: SamplingParams,
         deadline: float | None = None,
-        turn: Turn = ANYONE,
+        scheduling_class: SchedulingClass = DEFAULT_CLASS,
         *,
         is_list_item: bool = False,
         shared_prompt: SharedPrompt | None = None,
@@ -113,7 +113,7 @@ class FakeEngine:
         if not is_list_item:
             self.require_room()
         self.requests.append((prompt_ids, params))
-        self.turns.append(turn)
+        self.scheduling_classes.append(scheduling_class)
         self.num_running += 1
         self.num_taken += not is_list_item
         self.begun.set()

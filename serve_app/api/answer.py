@@ -11,8 +11,8 @@ from serve_app.api.metrics import Metrics
 from serve_app.api.request_metrics import RequestMetrics
 from serve_app.api.tracing import AnswerTrace
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.shared_prompt import SharedPrompt
-from serve_app.engine.turn import ANYONE, Turn
 from serve_app.errors import InternalError
 from serve_app.protocol.key_account import KeyAccount
 from serve_app.protocol.scores import MAX_PER_CHUNK
@@ -37,7 +37,7 @@ class Answer:
     """`Call.arrived`."""
     deadline: float
     """On the same clock."""
-    turn: Turn = ANYONE
+    scheduling_class: SchedulingClass = DEFAULT_CLASS
     account: KeyAccount | None = None
     """`Call.account`."""
     shared_prompt: SharedPrompt | None = None
@@ -64,7 +64,7 @@ class Answer:
                 self.prompt_ids,
                 self.params,
                 self.deadline,
-                self.turn,
+                self.scheduling_class,
                 is_list_item=place is not None,
                 shared_prompt=self.shared_prompt,
             )

@@ -74,7 +74,7 @@ async def reply(
 
 
 async def _wholes(places: ListPlaces, answers: Sequence[Answer]) -> list[TextDelta]:
-    async with places.admitted(answers[0].turn.group) as place:
+    async with places.admitted(answers[0].scheduling_class.group) as place:
         tasks = [asyncio.create_task(answer.whole(place)) for answer in answers]
         try:
             return await asyncio.gather(*tasks)
@@ -106,7 +106,7 @@ async def _merged(
             async for chunk in stream:
                 queue.put_nowait(chunk)
 
-    async with places.admitted(answers[0].turn.group) as place:
+    async with places.admitted(answers[0].scheduling_class.group) as place:
         streams = [
             answer.stream(each, place) for answer, each in zip(answers, to_chunks, strict=True)
         ]

@@ -12,8 +12,8 @@ from serve_app.api.tracing import AnswerTrace, Tracing
 from serve_app.config.sections import ApiSettings
 from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduling_class import SchedulingClass
 from serve_app.engine.shared_prompt import SharedPrompt
-from serve_app.engine.turn import Turn
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tool_grammar
 from serve_app.protocol.call import Call
@@ -154,7 +154,7 @@ class InputProcessor:
         shared_prompt = SharedPrompt() if is_shared else None
         called = [] if tools is None else [tool.name for tool in tools.callable]
         least = request.priority if call.account is None else call.account.key.min_priority
-        turn = Turn(call.group, max(request.priority, least))
+        scheduling_class = SchedulingClass(call.group, max(request.priority, least))
         answers = []
         for index in range(count):
             if index and params.seed is not None:
@@ -180,7 +180,7 @@ class InputProcessor:
                     self.metrics,
                     call.arrived,
                     call.arrived + self.settings.request_timeout_s,
-                    turn,
+                    scheduling_class,
                     call.account,
                     shared_prompt,
                     None

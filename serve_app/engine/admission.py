@@ -1,6 +1,6 @@
 """Admission: checks a new request against the engine's limits and makes its sequence.
 
-A request that is refused here could never run. Nothing has been started for it.
+A request that is refused here can never run on this engine. It has taken no resources yet.
 """
 
 import secrets
@@ -13,7 +13,7 @@ from serve_app.errors import ContextLengthExceeded, InvalidRequest
 
 
 def check_token_ids(ids: Collection[int], vocab_size: int, name: str) -> None:
-    """Raises `InvalidRequest` for an id that is not in the vocabulary; `name` is its field."""
+    """Raises `InvalidRequest` if an id is not in the vocabulary. `name` is the request's field."""
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         raise InvalidRequest(f"`{name}` has a token id outside 0 to {vocab_size - 1}.", param=name)
 
@@ -21,10 +21,14 @@ def check_token_ids(ids: Collection[int], vocab_size: int, name: str) -> None:
 def admit(
     prompt_ids: list[int], params: SamplingParams, config: EngineConfig, vocab_size: int
 ) -> Sequence:
-    """Returns the sequence of a new request; raises `InvalidRequest` or `ContextLengthExceeded`."""
+    """Returns the sequence of a new request.
+
+    Raises `ContextLengthExceeded` if prompt and answer do not fit, and `InvalidRequest` for an
+    empty prompt, a token id outside the vocabulary, or `min_tokens` if every token is a stop token.
+    """
     if not prompt_ids:
         raise InvalidRequest("The prompt must not be empty.", param=params.prompt_field)
-    # Without an answer, the last token of the prompt is not left to be returned.
+    # The last token of an answer needs no KV slot. The last token of a prompt needs one.
     longest = config.max_sequence_len if params.max_tokens else config.max_prompt_len
     if len(prompt_ids) + params.max_tokens > longest:
         raise _too_long(len(prompt_ids), params, longest)
@@ -45,7 +49,7 @@ def admit(
 def _too_long(
     num_prompt_tokens: int, params: SamplingParams, max_len: int
 ) -> ContextLengthExceeded:
-    # Clients find out that a context is full by the beginning of OpenAI's sentence.
+    # Clients detect a full context by the beginning of OpenAI's sentence.
     room = max_len - num_prompt_tokens
     if room < 1:
         return ContextLengthExceeded(

@@ -1,9 +1,15 @@
-"""BlockManager: hands out KV blocks, and finds blocks that hold a known prefix.
+"""BlockManager: allocates KV blocks, and finds cached blocks for a prefix.
 
 Sequences with a common prefix share its blocks (automatic prefix caching, as in vLLM). A block that
 is full and computed is cached under a hash of its tokens and of all tokens before them. A cached
 block is never written again. When its last owner frees it, it stays in the cache and counts as
-free; it is evicted when no unused block is left, the least recently used first.
+free. When no unused block is left, the least recently used of these blocks is evicted.
+
+Example with `block_size` 16: sequence A has a prompt of 40 tokens and gets blocks [0, 1, 2]. After
+its prefill, blocks 0 and 1 are full and are cached; block 2 has 8 tokens and is not. Sequence B
+begins with the same 32 tokens: it shares blocks 0 and 1 (two owners each), gets block 3 for itself
+and computes only the tokens from position 32 on. After both have ended, blocks 2 and 3 are unused,
+and blocks 0 and 1 are evictable; all four count as free.
 
 The manager works with block numbers. The keys and values themselves are in `model/kv.py`.
 """
@@ -19,7 +25,7 @@ class BlockManager:
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        # Blocks that are not cached. The last one is handed out first: low numbers before high.
+        # Free blocks that are not cached, popped from the end: low numbers come first.
         self._unused = list(range(num_blocks - 1, -1, -1))
         # Cached blocks without an owner, the least recently used first.
         self._evictable: OrderedDict[int, None] = OrderedDict()
@@ -36,13 +42,13 @@ class BlockManager:
         return self.num_blocks - self.num_free
 
     def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
+        """Returns the number of blocks that `num_tokens` tokens need."""
         return -(-num_tokens // self.block_size)
 
     def allocate(self, block_table: list[int], num_tokens: int) -> bool:
-        """Appends blocks until the table holds `num_tokens` tokens.
+        """Appends blocks to `block_table` until it has room for `num_tokens` tokens.
 
-        Returns False and takes nothing when too few blocks are free.
+        Returns False and allocates nothing if too few blocks are free.
         """
         missing = self.num_blocks_for(num_tokens) - len(block_table)
         if missing > self.num_free:
@@ -54,8 +60,8 @@ class BlockManager:
         return True
 
     def free(self, block_table: list[int]) -> None:
-        """Removes one owner from each block. The caller drops the table."""
-        # From the end, so that a prefix is evicted after the blocks that build on it.
+        """Removes one owner from each block. The caller must not use the table again."""
+        # From the end: a block is then evicted before the blocks of its prefix.
         for block in reversed(block_table):
             assert self._num_owners[block], f"block {block} is freed twice"
             self._num_owners[block] -= 1
@@ -67,7 +73,7 @@ class BlockManager:
                 self._unused.append(block)
 
     def find_cached(self, hashes: list[bytes]) -> list[int]:
-        """The blocks of the longest cached prefix of `hashes`; does not take them."""
+        """Returns the blocks of the longest cached prefix of `hashes`, without adding an owner."""
         found: list[int] = []
         for block_hash in hashes:
             if (block := self._cached.get(block_hash)) is None:
@@ -76,7 +82,7 @@ class BlockManager:
         return found
 
     def num_evictable(self, blocks: list[int]) -> int:
-        """How many of `blocks`, all cached, have no owner and so count as free."""
+        """Returns how many of `blocks`, which are all cached, have no owner and count as free."""
         return sum(block in self._evictable for block in blocks)
 
     def share(self, blocks: list[int]) -> None:
@@ -86,7 +92,7 @@ class BlockManager:
             self._evictable.pop(block, None)
 
     def cache(self, block: int, block_hash: bytes) -> None:
-        """Caches a full block, unless another block is cached under the same hash."""
+        """Caches a full block, unless another block is already cached under the same hash."""
         if block_hash not in self._cached:
             self._cached[block_hash] = block
             self._hash_of[block] = block_hash
@@ -109,7 +115,7 @@ def extend_hashes(
 
     A block's hash covers its tokens and the hash before it, hence all tokens before it. The hash is
     128 bits of BLAKE2: two prompts with one hash would read each other's context, so a collision
-    must be infeasible to construct. Blocks with another `salt` never have the same hash.
+    must be infeasible to construct. Different salts give different hashes for the same tokens.
     """
     for block in range(len(hashes), num_blocks):
         tokens = array("q", token_ids[block * block_size : (block + 1) * block_size])

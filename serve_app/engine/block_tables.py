@@ -1,4 +1,4 @@
-"""BlockTables: the block tables of a batch as one tensor, as the model reads them."""
+"""BlockTables: the block tables of a batch as one padded tensor for the model."""
 
 import torch
 from torch import Tensor
@@ -9,8 +9,8 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens
 class BlockTables:
     """Builds the padded tensor of a step's block tables.
 
-    From step to step most tables stay the same or grow by one block, so the last tensor is kept and
-    only new blocks are written into it.
+    Between two steps most tables stay the same or grow by one block. So the last tensor is kept,
+    and only new blocks are written into it.
     """
 
     def __init__(self) -> None:
@@ -19,14 +19,17 @@ class BlockTables:
         self._tensor = torch.zeros(0, 0, dtype=torch.int64)
 
     def of(self, scheduled: list[ScheduledTokens]) -> Tensor:
-        """int64 `[sequences, max_blocks]` on the host, padded with 0; valid until the next call."""
+        """Returns int64 `[sequences, max_blocks]` on the host, padded with 0.
+
+        The tensor is valid until the next call.
+        """
         tables = [part.sequence.block_table for part in scheduled]
         lengths = [len(table) for table in tables]
         is_same = len(tables) == len(self._tables) and all(
             table is known for table, known in zip(tables, self._tables, strict=True)
         )
         if not is_same or max(lengths) > self._tensor.shape[1]:
-            # A quarter wider than needed, so that it seldom has to be made anew.
+            # A quarter wider than needed, so that it is seldom allocated again.
             width = max(lengths) + max(lengths) // 4 + 1
             self._tensor = torch.zeros(len(tables), width, dtype=torch.int64)
             known_lengths = [0] * len(tables)

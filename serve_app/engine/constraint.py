@@ -1,6 +1,6 @@
-"""Constraint: the tokens that a grammar allows next in one sequence.
+"""Constraint: the engine's interface to a grammar library, which says which tokens may come next.
 
-The engine knows this interface only; `protocol/grammar.py` implements it with a grammar library.
+`protocol/grammar.py` implements it.
 """
 
 from typing import Protocol
@@ -10,33 +10,35 @@ from numpy.typing import NDArray
 
 
 class Constraint(Protocol):
-    """The state of a grammar behind the tokens of one answer so far."""
+    """The state of a grammar after the tokens of one answer so far."""
 
     def fill(self, allowed: NDArray[np.int32]) -> None:
         """Writes the tokens that may come next into `allowed`, int32 `[ceil(vocab_size / 32)]`.
 
-        Each token is one bit, from the lowest. No bit is set where the grammar `has_failed`.
+        Token t is bit t % 32 of word t // 32, counted from the lowest bit. No bit is set if the
+        grammar `has_failed`.
         """
         ...
 
     def accept(self, token_id: int) -> None:
-        """Appends a token that was allowed."""
+        """Advances the state by one token, which must be allowed."""
         ...
 
     @property
     def has_failed(self) -> bool:
-        """Whether the grammar has become too complex; the answer then ends with an error."""
+        """Whether the library gave up because the grammar is too complex. The answer then ends with
+        an error."""
         ...
 
     @property
     def is_complete(self) -> bool:
-        """Whether no token may follow, so that the answer ends."""
+        """Whether the grammar allows no further token. The answer then ends."""
         ...
 
 
 class Grammar(Protocol):
-    """A compiled grammar, which several answers may follow."""
+    """A compiled grammar, which several answers may use."""
 
     def start(self) -> Constraint:
-        """The state before the first token."""
+        """Returns a new state before the first token."""
         ...

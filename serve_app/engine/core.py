@@ -1,17 +1,18 @@
 """EngineCore: the loop of the engine's thread.
 
-Each turn takes requests, schedules a step, launches it, collects sampled tokens and delivers them.
+Each iteration takes new requests, schedules a step, launches it, collects the sampled tokens and
+delivers them.
 
-On a CPU a step has the decodes and the prefill chunks together, and its tokens are delivered before
-the next step begins.
+On a CPU a step contains both the decodes and the prefill chunks, and its tokens are delivered
+before the next step begins.
 
 On a device that can overlap steps, the next step is launched before the tokens of the last one are
 read (async scheduling): the device computes while the host collects, delivers and schedules. A
-`PENDING` placeholder stands in a sequence for the token that is not known yet. Decodes and prefill
-chunks are steps of their own there, in turn: decodes replay a captured graph, and each step has an
-event. Decoded tokens are delivered before the chunks that follow are launched. Launching those may
-keep the host as busy as the device: with 512 tokens on an H200, 4 layers took 30 ms, 12 of them in
-kernels. Example, where A and B are streams and C is a prompt of two chunks:
+`PENDING` placeholder in a sequence stands for the token that is not known yet. There, decodes and
+prefill chunks alternate as separate steps, because decodes replay a captured graph. Decoded tokens
+are delivered before the next prefill chunks are launched, because that launch may take the host
+longer than the kernels run: with 512 tokens on an H200, 4 layers took 30 ms, of which kernels took
+12 ms. Example, in which A and B are streams and C is a prompt of two chunks:
 
     launch A B | collect A B, deliver, launch C1 | launch A B, collect C1 | collect A B, deliver,
     launch C2 | launch A B C (the token of C is pending), collect C2, deliver | ...
@@ -40,11 +41,11 @@ from serve_app.errors import InternalError, InvalidRequest, ServeError, as_serve
 log = logging.getLogger(__name__)
 
 MAX_FAILED_STEPS = 3
-"""Failed steps in a row after which the engine ends, because the device seems to be broken."""
+"""The engine ends after this many failed steps in a row, because the device seems to be broken."""
 
 
 class _Launched(NamedTuple):
-    """A step in flight."""
+    """An in-flight step."""
 
     scheduled: list[ScheduledTokens]
     step: InFlightStep
@@ -87,7 +88,7 @@ class EngineCore:
         # All live sequences.
         self._streams: dict[Sequence, Stream] = {}
         self._in_flight: _Launched | None = None
-        # Whether the last step is one of decodes alone; always false where steps do not overlap.
+        # Whether the last step has only decodes; always false if steps do not overlap.
         self._has_decoded = False
         self._num_failed_steps = 0
 
@@ -99,7 +100,7 @@ class EngineCore:
                     self._step()
                     self._deliver()
                 if self._num_failed_steps >= MAX_FAILED_STEPS:
-                    log.critical("%d steps in a row failed: the engine ends", MAX_FAILED_STEPS)
+                    log.critical("The engine ends: %d steps in a row failed.", MAX_FAILED_STEPS)
                     self._requests.fail()
                 if self._requests.has_failed:
                     break
@@ -123,16 +124,16 @@ class EngineCore:
         return not requests.is_stopping
 
     def _step(self) -> None:
-        """Launches the next step, and collects the one before."""
+        """Launches the next step, then collects the tokens of the previous one."""
         if any(sequence.needs_last_token for sequence in self.scheduler.running):
-            # That token is still in flight.
+            # The last token may still be in flight.
             self._collect()
         had_decoded = self._has_decoded
         scheduled = self._schedule()
         if had_decoded and scheduled and not self._has_decoded:
             self._collect()
             self._deliver(is_pausing=True)
-            # The delivery drops the sequences of closed event loops.
+            # `_deliver` has dropped the sequences of closed event loops.
             scheduled = [part for part in scheduled if part.sequence in self._streams]
         launched = self._launch(scheduled)
         self._collect()
@@ -141,7 +142,7 @@ class EngineCore:
             self._collect()
 
     def _schedule(self) -> list[ScheduledTokens]:
-        """The next step; where steps overlap, decodes and prefill chunks in turn."""
+        """Returns the next step. If steps overlap, decodes and prefill chunks alternate."""
         if not self._runner.can_overlap_steps:
             return self.scheduler.schedule(self._policy)
         if self._has_decoded and (chunks := self.scheduler.schedule_prompts(self._policy)):
@@ -152,7 +153,7 @@ class EngineCore:
         return decodes or self.scheduler.schedule_prompts(self._policy)
 
     def _launch(self, scheduled: list[ScheduledTokens]) -> "_Launched | None":
-        """Launches a step; returns None when it is empty, or when it fails."""
+        """Launches a step. Returns None if it is empty or the launch fails."""
         if not scheduled:
             return None
         self.num_steps += 1
@@ -169,7 +170,7 @@ class EngineCore:
         return _Launched(scheduled, step, shape, self._policy.launched(shape))
 
     def _collect(self) -> None:
-        """Waits for the step in flight, if there is one, and gives its tokens to their streams."""
+        """Waits for the in-flight step, if any, and adds its tokens to the output queue."""
         if self._in_flight is None:
             return
         (scheduled, step, shape, predicted_s), self._in_flight = self._in_flight, None
@@ -188,15 +189,17 @@ class EngineCore:
                 self._outputs.add(self._streams[sequence], scored)
         sampled = [part for part in scheduled if part.is_sampled]
         for row, (part, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
-            # A sequence may have ended while the step ran; its token is dropped.
+            # If a sequence ended while the step ran, its token is dropped.
             if part.sequence in self._streams:
                 self._receive(part.sequence, part.end, token_id, logprobs.get(row))
 
     def _receive(
         self, sequence: Sequence, position: int, token_id: int, logprob: TokenLogprob | None
     ) -> None:
-        """Appends one sampled token to its sequence and its stream, and ends the sequence when it
-        is complete."""
+        """Appends one sampled token to its sequence and its stream, and ends a complete sequence.
+
+        `position` is the token's index in `token_ids`.
+        """
         if token_id == FAILED:
             self._end(sequence, Delta([], [], "error", self._failure(sequence)))
             return
@@ -207,7 +210,7 @@ class EngineCore:
             self._end(sequence, Delta([], [], "length"))
             return
         if token_id in sequence.stop_ids:
-            # Who scores a prompt with its answer counts on one score for each sampled token.
+            # A client that scores a prompt with its answer expects one score per sampled token.
             is_scored = sequence.params.prompt_logprobs is not None
             scores = [logprob] if is_scored and logprob is not None else []
             self._end(sequence, Delta([], scores, "stop"))
@@ -227,24 +230,25 @@ class EngineCore:
             self._outputs.add(self._streams[sequence], delta)
 
     def _failure(self, sequence: Sequence) -> ServeError:
-        """Why a sequence got no token."""
+        """Returns the error of a sequence whose sampled token is `FAILED`."""
         if sequence.constraint is not None and sequence.constraint.has_failed:
             return InvalidRequest(
                 "The grammar became too complex for this server; send a simpler one."
             )
-        log.error("the logits of a sequence were not finite")
+        log.error("The logits of a sequence were not finite; its request fails.")
         self._runner.clear_blocks(sequence.block_table[sequence.num_cached_blocks :])
-        return InternalError("The model computed no finite numbers; try again.")
+        return InternalError("The model's logits were not finite; send the request again.")
 
     def _fail_step(self, scheduled: list[ScheduledTokens], error: Exception) -> None:
-        """Ends the sequences of a failed step, each with the error."""
-        log.error("a step of %d sequences failed", len(scheduled), exc_info=error)
+        """Ends each sequence of a failed step with the error."""
+        log.error("A step with %d sequences failed.", len(scheduled), exc_info=error)
         self._num_failed_steps += 1
         for part in scheduled:
             if part.sequence in self._streams:
-                sequence = part.sequence  # the step may have written a part of its results
+                sequence = part.sequence
+                # The step may have written some of its keys and values, finite or not.
                 sequence.num_computed_tokens = max(sequence.num_computed_tokens, part.end)
-                # A copy each, because raising an exception writes a traceback into it.
+                # One copy per sequence, because raising an exception writes a traceback into it.
                 own_error = copy.copy(as_serve_error(error))
                 self._end(part.sequence, Delta([], [], "error", own_error))
 
@@ -254,28 +258,31 @@ class EngineCore:
         self._drop(sequence)
 
     def _drop(self, sequence: Sequence) -> None:
-        """Forgets a sequence and frees its KV blocks; sends nothing."""
+        """Removes a sequence and frees its KV blocks, without sending a delta."""
         self.scheduler.remove(sequence)
         del self._streams[sequence]
         self._requests.finish_one(sequence)
 
     def _deliver(self, *, is_pausing: bool = False) -> None:
-        """Sends new deltas, and drops the sequences of closed event loops."""
+        """Sends new deltas, and drops the sequences of closed event loops.
+
+        `is_pausing` also sends the deltas that would otherwise wait; see `OutputQueue.flush`.
+        """
         if closed := self._outputs.flush(is_pausing=is_pausing):
             for sequence, stream in list(self._streams.items()):
                 if stream.loop in closed:
                     self._drop(sequence)
 
     def abandon(self) -> None:
-        """Ends the streams of all sequences with `EngineDead`, from another thread.
+        """Ends the streams of all sequences with `EngineDead`. Another thread calls this.
 
-        The engine's thread hangs in a step, so it cannot end them. The sequences keep their blocks.
+        The engine's thread hangs in a step and cannot end them. The sequences keep their blocks.
         """
         self._requests.fail()
         waiting = self._requests.take(wait=False).accepted
         for stream in (*self._streams.values(), *(stream for _, stream in waiting)):
             last = Delta([], [], "error", self._requests.refusal())
-            # The loop of a consumer that has left may be closed.
+            # The consumer's event loop may be closed.
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.put, last)
 
@@ -287,5 +294,5 @@ class EngineCore:
             for sequence in list(self._streams):
                 self._drop(sequence)
         finally:
-            # The scheduler may be what failed; the consumers get their errors all the same.
+            # The consumers must get their errors even if the scheduler has failed.
             self._outputs.flush()

@@ -1,10 +1,11 @@
 """DecodeGraphs: decode steps of fixed batch sizes, captured as CUDA graphs.
 
-A step of n sequences replays the graph of the smallest captured size that holds n. Padding rows
-have context length 0. The inputs of a graph lie in fixed tensors. A token that the last step has
-just sampled is read on the device, so the host need not know it (async scheduling). The replay also
-samples: by `DeviceSampler`, or where that is not used it finds the best token of every row, which
-the sampler in torch uses for greedy batches.
+A step of n sequences replays the graph of the smallest captured size that is at least n. The other
+rows are padding, with context length 0. Example: 5 sequences replay the graph for 8 rows, with 3
+rows of padding. The inputs of a graph are in fixed tensors. A token that the previous step has just
+sampled is read on the device, so the host need not know it (async scheduling). The replay also
+samples with `DeviceSampler`. Without one, it finds the best token of every row, which the sampler
+in torch uses for greedy batches.
 
 On a CPU the same code runs without capture, for tests.
 """
@@ -29,14 +30,15 @@ from serve_app.model.kernels.unavailable import StepUnavailable
 log = logging.getLogger(__name__)
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""Then every 64. Each size is one more graph to capture; padding rows cost little."""
+"""The captured batch sizes; above 128, every multiple of 64. More sizes need more time to capture
+and save little, because padding rows are cheap."""
 
 
 class DecodeStep(Protocol):
     """The computation that is captured. It must not copy anything to the host."""
 
     def logits(self, batch: DecodeBatch) -> Tensor:
-        """Float32 `[rows, vocab]`; fills the KV cache."""
+        """Returns float32 logits `[rows, vocab]`, and writes the keys and values of `batch`."""
         ...
 
 
@@ -52,49 +54,52 @@ class DecodeGraphs:
         device: torch.device,
         sampler: DeviceSampler | None = None,
     ) -> None:
-        """`sampler` has room for the rows of the largest of `capture_sizes(max_num_seqs)`."""
+        """`sampler` must accept as many rows as the largest of `capture_sizes(max_num_seqs)`."""
         self._step, self._block_size, self._device = step, block_size, device
         self._sampler = sampler
         self.sizes = capture_sizes(max_num_seqs)
-        # Per row: token id, the row of the last step that has the token or -1, position, slot,
-        # context length, number of generated tokens.
+        # Per row: token id; -1, or the row of the previous step that has sampled the token;
+        # position; slot; context length; number of generated tokens.
         self._inputs = torch.zeros(6, self.sizes[-1], dtype=torch.int64, device=device)
         self._tables = torch.zeros(self.sizes[-1], max_blocks, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
-        # The tables of the last step on the host; equal ones are not copied again.
+        # The host's copy of the last step's block tables; equal tables are not copied again.
         self._copied_tables: Tensor | None = None
         self._replays: dict[int, Callable[[], object]] = {}
         self._logits: dict[int, Tensor] = {}
 
     @classmethod
     def captured(cls, *arguments: Any) -> "DecodeGraphs":
-        """The captured graphs of all sizes; raises `StepUnavailable` where the capture fails."""
+        """Returns the captured graphs of all sizes. Raises `StepUnavailable` if a capture fails.
+
+        The arguments are those of the constructor.
+        """
         graphs = cls(*arguments)
         try:
             with graphs._restored_stream():
                 graphs.capture()
         except Exception as error:
-            log.exception("a decode step was not captured")
+            log.exception("The decode step could not be captured as a CUDA graph.")
             reason = f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
             raise StepUnavailable(reason) from None
         return graphs
 
     def _restored_stream(self) -> AbstractContextManager[object]:
-        """Restores the current stream, which a failed capture leaves changed."""
+        """Returns a context that restores the current CUDA stream after a failed capture."""
         if self._device.type != "cuda":
             return nullcontext()
         return torch.cuda.stream(torch.cuda.current_stream(self._device))
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Captures every size, the largest first, all in one memory pool."""
+        """Captures every size in one memory pool, the largest size first."""
         pool = None
         for size in reversed(self.sizes):
             compute = self._computation(size)
             if self._device.type != "cuda":
                 self._replays[size] = compute
                 continue
-            compute()  # kernels are compiled and loaded outside of a capture
+            compute()  # compiles and loads the kernels, which is not possible during a capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device during the capture.
@@ -106,11 +111,11 @@ class DecodeGraphs:
     def run(
         self, decodes: list[ScheduledTokens], last: InFlightTokens | None, tables: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Float32 logits `[n, vocab]` of n decodes and int64 `[n]`: what the device sampler has
-        sampled, or the best tokens without one. Both are valid until the next call.
+        """Computes n decodes. Returns float32 logits `[n, vocab]` and int64 tokens `[n]`.
 
-        `last` is the last launched step, which has the tokens that are `PENDING`. `tables` is int64
-        `[n, blocks]` on the host.
+        The tokens are those of the device sampler, or the best tokens without one. Both tensors are
+        valid until the next call. `last` is the last launched step, which has sampled the `PENDING`
+        tokens. `tables` are the block tables, int64 `[n, blocks]` on the host.
         """
         size = next(size for size in self.sizes if size >= len(decodes))
         if self._sampler is not None:
@@ -126,7 +131,7 @@ class DecodeGraphs:
     def _pack(
         self, decodes: list[ScheduledTokens], last: InFlightTokens | None, size: int
     ) -> Tensor:
-        """The values of `_inputs`, int64 `[6, size]`."""
+        """Returns the new values of `_inputs`, int64 `[6, size]`."""
         fields: list[list[int]] = [[] for _ in range(6)]
         block_size = self._block_size
         row_of = {} if last is None else last.row_of
@@ -159,7 +164,7 @@ class DecodeGraphs:
     def _computation(self, size: int) -> Callable[[], None]:
         def compute() -> None:
             ids, sources, positions, slots, lens, num_output = self._inputs[:, :size].unbind()
-            # FAILED is no token id; the sequence ends when the host reads it.
+            # FAILED (-1) is not a valid index. Its sequence ends when the host reads the token.
             pending = self._tokens[sources.clamp(min=0)].clamp(min=0)
             ids = torch.where(sources < 0, ids, pending)
             batch = DecodeBatch(ids, positions, slots, lens.int(), self._tables[:size])
@@ -174,8 +179,10 @@ class DecodeGraphs:
 
 
 def capture_sizes(max_num_seqs: int) -> list[int]:
-    """The batch sizes that are captured for up to `max_num_seqs` sequences: 9 gives 1, 2, 4, 8,
-    16."""
+    """Returns the batch sizes to capture for up to `max_num_seqs` sequences.
+
+    Example: 9 gives [1, 2, 4, 8, 16].
+    """
     sizes = [*CAPTURE_SIZES, *range(CAPTURE_SIZES[-1] + 64, max_num_seqs + 64, 64)]
     enough = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
     return sizes[: enough + 1]

@@ -1,4 +1,4 @@
-"""Delta: what the engine returns for a request, a few tokens at a time."""
+"""Delta: the engine's output for a request, a few tokens at a time."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -11,33 +11,34 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenLogprob:
-    """Log probabilities at one position, of the model's own distribution (before penalties).
+    """Log probabilities at one position, from the model's logits before penalties.
 
-    k is the number of most probable tokens that the request asked for. They stay arrays until they
-    are written: a Python object for each takes 20 times the memory.
+    k is the number of most probable tokens that the request asked for. Arrays take a twentieth of
+    the memory of Python objects.
     """
 
     token_id: int
     logprob: float
     top_ids: NDArray[np.int64]
-    """`[k]`, the most probable tokens, best first."""
+    """`[k]`: the ids of the most probable tokens, best first."""
     top_logprobs: NDArray[np.float32]
-    """`[k]`"""
+    """`[k]`: their log probabilities."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PromptLogprobs:
-    """Log probabilities of n successive tokens of a prompt, each behind the tokens before it."""
+    """Log probabilities of n successive prompt tokens, each given the tokens before it."""
 
     token_ids: list[int]
+    """The n tokens."""
     logprobs: NDArray[np.float32]
-    """`[n]`"""
+    """`[n]`: their log probabilities."""
     ranks: NDArray[np.int64]
-    """`[n]`: each token's place among all tokens, 1 for the most probable one."""
+    """`[n]`: the rank of each token in the vocabulary at its position; 1 is the most probable."""
     top_ids: NDArray[np.int64]
-    """`[n, k]`, best first."""
+    """`[n, k]`: the ids of the k most probable tokens at each position, best first."""
     top_logprobs: NDArray[np.float32]
-    """`[n, k]`"""
+    """`[n, k]`: their log probabilities."""
 
 
 @dataclass(slots=True)
@@ -46,21 +47,22 @@ class Delta:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob]
-    """One for each of `token_ids` when the request asked for them, else empty. Where the prompt is
-    scored, one more for a stop token that ends the answer."""
+    """One for each of `token_ids` if the request asked for them, else empty. If the prompt is
+    scored, there is one more for the stop token that ended the answer."""
     finish_reason: FinishReason | None = None
     """Set on the last delta only."""
     error: BaseException | None = None
-    """The cause when `finish_reason` is "error" or "cancelled"."""
+    """The cause if `finish_reason` is "error" or "cancelled"."""
     queued_s: float | None = None
-    """Seconds that the request waited for its first step; None before that step."""
+    """Seconds from the request's arrival to its first step; None before that step."""
     num_prompt_cached: int = 0
-    """Tokens of the prompt that were found in the prefix cache, and not computed again."""
+    """Number of prompt tokens found in the prefix cache and not computed again."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    """The next tokens of the prompt, all but its first, where the request asked for them."""
+    """Log probabilities of the next prompt tokens, if the request asked for them. Together, the
+    deltas of a request cover all prompt tokens except the first."""
 
     def extend(self, later: "Delta") -> None:
-        """Appends the tokens of `later` and takes over its end."""
+        """Appends the tokens of `later`, and copies its finish reason and error."""
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.prompt_logprobs += later.prompt_logprobs

@@ -1,7 +1,7 @@
-"""DeviceSampler: the `Sampler` of a GPU, in one launch that a decode step's graph can contain.
+"""DeviceSampler: a `Sampler` for GPUs in one kernel launch, which a CUDA graph can contain.
 
-A row with a grammar is sampled by a second launch, after its mask has arrived: the host asks the
-grammars while the device computes the logits.
+Rows with a grammar are sampled by a second launch, because the host computes their token masks
+while the device computes the logits.
 """
 
 import numpy as np
@@ -16,12 +16,12 @@ from serve_app.model.kernels.cuda.sampling import SampleKernel
 
 
 class DeviceSampler:
-    """Samples batches of up to `kernel.max_rows` sequences; tokens are those of `Sampler`."""
+    """Samples batches of up to `kernel.max_rows` sequences, with the same tokens as `Sampler`."""
 
     def __init__(self, kernel: SampleKernel, vocab_size: int, device: torch.device) -> None:
         max_rows = kernel.max_rows
         self._kernel, self._vocab_size, self._device = kernel, vocab_size, device
-        # Two, because decodes and prefill chunks take turns.
+        # Two, because decodes and prefill chunks alternate.
         self._captured = SamplingRows(max_rows, vocab_size, device)
         self._others = SamplingRows(max_rows, vocab_size, device)
 
@@ -30,16 +30,19 @@ class DeviceSampler:
         self._captured.update(sequences)
 
     def launch(self, logits: Tensor, positions: Tensor, tokens: Tensor) -> None:
-        """Fills `tokens` int64 `[rows]` from float32 `logits` `[rows, vocab]`, for the rows without
-        a grammar. `positions` int64 `[rows]`: tokens that each row has generated."""
+        """Samples the rows without a grammar from float32 `logits` `[rows, vocab]`.
+
+        Writes the tokens to `tokens`, int64 `[rows]`. `positions` is int64 `[rows]`: the number of
+        tokens that each row has generated.
+        """
         self._kernel.launch(logits, self._captured.tensor, positions, None, tokens)
 
     def sample(
         self, logits: Tensor, sequences: list[Sequence], tokens: Tensor | None = None
     ) -> InFlightTokens:
-        """The next token of each sequence from float32 `logits` `[sequences, vocab]`.
+        """Samples the next token of each sequence from float32 `logits` `[sequences, vocab]`.
 
-        `tokens` is what `launch` has filled for the same logits and sequences.
+        `tokens` is the output of `launch` for the same logits and sequences, if it was called.
         """
         if not sequences:
             return InFlightTokens([], torch.empty(0, dtype=torch.int64, device=logits.device), [])
@@ -61,7 +64,7 @@ class DeviceSampler:
         return InFlightTokens(sequences, tokens, logprobs)
 
     def _masks(self, constrained: list[Sequence]) -> Tensor:
-        """The tokens that grammars allow, int32 `[grammars, ceil(vocab / 32)]`."""
+        """Returns one bit per allowed token, int32 `[sequences, ceil(vocab / 32)]`."""
         allowed = np.zeros((len(constrained), -(-self._vocab_size // 32)), np.int32)
         for row, sequence in zip(allowed, constrained, strict=True):
             assert sequence.constraint is not None

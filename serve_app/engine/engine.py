@@ -1,9 +1,9 @@
-"""Engine: token ids in, deltas out. The asyncio interface of `EngineCore` and its thread.
+"""Engine: the asyncio interface of `EngineCore` and its thread. It maps token ids to deltas.
 
 Every accepted request ends exactly once: with `stop`, with `length`, with its own error, or because
-its consumer closed the generator. A failed step ends the sequences in it and no others; three
-failed steps in a row end the engine, and so does a step that does not return. The thread sleeps
-while there is no request.
+its consumer closed the generator. A failed step ends only the sequences in it. Three failed steps
+in a row, or a step that does not return, end the engine. The thread sleeps while there is no
+request.
 """
 
 import asyncio
@@ -19,16 +19,16 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.engine.stream import Stream
-from serve_app.engine.turn import ANYONE, Turn
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Sequences and KV blocks now, and counters since the start."""
+    """Current numbers of sequences and KV blocks, and counters since the start."""
 
     num_running: int
     num_waiting: int
@@ -37,14 +37,14 @@ class EngineStats:
     num_generation_tokens: int
     num_prompt_tokens: int
     prefix_cache_queries: int
-    """Tokens looked up in the prefix cache: of prompts, and of sequences that resume after a
+    """Tokens looked up in the prefix cache, for new prompts and for sequences that resume after a
     preemption."""
     prefix_cache_hits: int
-    """Tokens found there, and not computed again."""
+    """Tokens found in the prefix cache and not computed again."""
     num_preemptions: int
     num_steps: int
     step_seconds: float
-    """Seconds in which the device computed steps."""
+    """Total device time of the steps, in seconds."""
 
 
 class Engine:
@@ -53,13 +53,13 @@ class Engine:
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
         self.runner = runner
-        """For the engine's thread alone until `stop` has returned."""
+        """Other threads than the engine's may use it only after `stop` has returned."""
         self._vocab_size = runner.vocab_size
         self._requests = RequestQueue(config.max_num_seqs, config.max_waiting, config.retry_after_s)
         self.require_room = self._requests.require_room
-        """Raises what a new request would be refused with now; may be called from any thread."""
+        """Raises the error with which a new request would be refused now. Thread-safe."""
         self.places = self._requests.places
-        """What a proxy needs to refuse requests by itself; may be called from any thread."""
+        """Returns the numbers with which a proxy refuses requests by itself. Thread-safe."""
         self._core = EngineCore(runner, config, self._requests)
         self._thread = Thread(target=self._core.run, name="engine", daemon=True)
 
@@ -79,16 +79,16 @@ class Engine:
         The thread stays in the step, so the process should end soon.
         """
         if self._core.watchdog.has_hung and not self._requests.has_failed:
-            log.critical("a step of the engine does not return: the engine ends")
+            log.critical("The engine ends: one of its steps does not return.")
             self._core.abandon()
 
     @property
     def is_alive(self) -> bool:
-        """Whether the engine runs and takes requests."""
+        """Whether the engine runs and accepts requests."""
         return self._thread.is_alive() and not self._requests.has_failed
 
     def stats(self) -> EngineStats:
-        """Numbers for metrics; may be called from any thread."""
+        """Returns numbers for metrics. Thread-safe."""
         core, scheduler = self._core, self._core.scheduler
         return EngineStats(
             num_running=len(scheduler.running),
@@ -105,19 +105,23 @@ class Engine:
         )
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
-        """Raises the errors of `generate` for a request that can never run."""
+        """Raises `InvalidRequest` or `ContextLengthExceeded` for a request that can never run."""
         admit(prompt_ids, params, self.config, self._vocab_size)
 
     def take_place(self, group: str = "") -> None:
-        """Accepts a list of prompts; raises as `require_room`. Call `free_place` at its end."""
+        """Reserves a place in the request queue for a list of prompts.
+
+        Raises the errors of `require_room`. Call `free_place` when the list has ended.
+        """
         self._requests.take_place(group)
 
     def free_place(self, group: str = "") -> None:
+        """Frees the place of a list of prompts."""
         self._requests.free_place(group)
 
     @property
     def num_taken(self) -> int:
-        """Places of the request queue that requests and lists have taken."""
+        """Number of places in the request queue that single requests and lists hold."""
         return self._requests.num_taken
 
     async def generate(
@@ -125,7 +129,7 @@ class Engine:
         prompt_ids: list[int],
         params: SamplingParams,
         deadline: float | None = None,
-        turn: Turn = ANYONE,
+        scheduling_class: SchedulingClass = DEFAULT_CLASS,
         *,
         is_list_item: bool = False,
         shared_prompt: SharedPrompt | None = None,
@@ -133,25 +137,26 @@ class Engine:
         """Yields a request's tokens as deltas; the last delta has the finish reason.
 
         The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for a request that
-        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now. The
-        items of an accepted list are never refused with `QueueFull`. Requests of one prompt that
-        have one `shared_prompt` compute it once.
+        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now.
+        Items of an accepted list (`is_list_item`) never raise `QueueFull`. Requests with the same
+        `shared_prompt` object have the same prompt, which is computed once.
+
         Later iterations raise the request's own error, or `DeadlinePassed` at `deadline`, a time on
-        the event loop's clock. Closing the generator, or cancelling its task, frees the KV blocks
+        the event loop's clock. Closing the generator or cancelling its task frees the KV blocks
         before the next step.
         """
         sequence = admit(prompt_ids, params, self.config, self._vocab_size)
         stream = Stream(asyncio.get_running_loop())
         sequence.is_list_item, sequence.shared_prompt = is_list_item, shared_prompt
-        sequence.turn = turn
+        sequence.scheduling_class = scheduling_class
         self._requests.submit(sequence, stream)
-        # One timer for the request, not one for each wait.
+        # One timer per request; a timeout for each wait would cost more.
         timer = None if deadline is None else stream.loop.call_at(deadline, stream.expire)
         has_ended = False
         try:
             while not has_ended:
                 delta = await stream.next()
-                # After a deadline the sequence still runs, and is aborted below.
+                # After its deadline the sequence still runs; `finally` aborts it.
                 has_ended = delta.finish_reason not in (None, "cancelled")
                 delta.queued_s = sequence.queued_s
                 delta.num_prompt_cached = sequence.num_prompt_cached or 0

@@ -8,9 +8,9 @@ class EngineConfig:
     """The engine's limits. Lengths are in tokens."""
 
     max_model_len: int
-    """Prompt and answer together."""
+    """Maximum length of prompt and answer together."""
     max_num_seqs: int
-    """Sequences in one step."""
+    """Maximum number of sequences in one step."""
     max_waiting: int
     """Requests accepted beyond `max_num_seqs`; more are refused with `QueueFull`."""
     block_size: int
@@ -18,24 +18,29 @@ class EngineConfig:
     num_blocks: int
     """KV blocks in the cache."""
     max_num_batched_tokens: int
-    """Tokens in one step, prompts and decodes together; at least `max_num_seqs`."""
+    """Maximum number of tokens in one step, prompts and decodes together; at least
+    `max_num_seqs`."""
     eos_token_ids: frozenset[int]
+    """Token ids that end an answer unless a request sets `ignore_eos`."""
     max_stall_s: float = 0.35
-    """Longest time of a step with prompt tokens beside running streams, in seconds."""
+    """Maximum time of a step with prompt tokens while streams are running, in seconds."""
     prefill_share: float = 0.8
     """Share of the device's time that prompts get while prompts and streams both wait."""
     step_timeout_s: float = 60.0
-    """Seconds after which a step has hung; or 10 times the longest step so far, if that is more."""
+    """A step counts as hung after this many seconds, or after 10 times the longest step so far,
+    whichever is longer."""
     retry_after_s: int = 2
+    """Minimum `Retry-After` of a refused request, in seconds."""
     enable_prefix_caching: bool = True
     """Whether sequences share the KV blocks of a common prefix."""
     max_sequence_len: int = field(init=False)
-    """Longest prompt and answer that can run. The last token is returned, never computed, so it
-    needs no slot in the KV cache."""
+    """Maximum length of prompt and answer that fits into the KV cache. The last token is returned
+    but never computed, so it needs no slot in the cache."""
     max_prompt_len: int = field(init=False)
-    """Longest prompt that can run without an answer."""
+    """Maximum length of a prompt that is only scored (`max_tokens` 0)."""
 
     def __post_init__(self) -> None:
+        """Raises `ValueError` if `max_num_batched_tokens` is below `max_num_seqs`."""
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) must be at least "

@@ -1,4 +1,4 @@
-"""InFlightTokens: the tokens of one step, on the device and on their way to the host."""
+"""InFlightTokens: the sampled tokens of one step, while they are copied to the host."""
 
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -20,27 +20,27 @@ class LogprobTensors(NamedTuple):
     rows: list[int]
     """Indices of these sequences in the step's batch."""
     logprobs: Tensor
-    """float32 `[rows]`, of the sampled tokens."""
+    """float32 `[rows]`: the log probabilities of the sampled tokens."""
     top_logprobs: Tensor
-    """float32 `[rows, k]`, in no particular order among equals."""
+    """float32 `[rows, k]`: the best log probabilities; the order of equal ones is undefined."""
     top_ids: Tensor
-    """int64 `[rows, k]`"""
+    """int64 `[rows, k]`: the ids of the best tokens."""
 
 
 class InFlightTokens:
-    """The `InFlightStep` of a step that the sampler has sampled."""
+    """An `InFlightStep` whose tokens the sampler has computed on the device."""
 
     def __init__(
         self, sequences: list[Sequence], tokens: Tensor, logprobs: list[LogprobTensors]
     ) -> None:
-        """Starts the copies to the host. `tokens` may be overwritten by the next step."""
+        """Starts the copies to the host. The next step may overwrite `tokens`."""
         self.sequences = sequences
         self.timer: StepTimer | None = None
-        """Measures the step; None where the caller of the sampler does not."""
+        """The timer of the step; None if the step is not measured."""
         self.prompt_scores: PromptScores | None = None
-        """Those of the same step."""
+        """The prompt scores of the same step, if any."""
         self.tokens = tokens
-        """int64 `[sequences]` on the device; `FAILED` where the logits were not finite."""
+        """int64 `[sequences]` on the device; `FAILED` for logits that are not finite."""
         self._token_ids = to_host(tokens)
         self._logprobs = [
             LogprobTensors(group.rows, *(to_host(tensor) for tensor in group[1:]))
@@ -58,14 +58,14 @@ class InFlightTokens:
         return {sequence: row for row, sequence in enumerate(self.sequences)}
 
     def wait(self) -> SampledTokens:
-        """Waits for this step, but not for steps that were launched after it."""
+        """Returns the tokens. Waits for this step, but not for steps launched after it."""
         if self._copied is not None:
             self._copied.synchronize()
         token_ids: list[int] = self._token_ids.tolist()
         logprobs: dict[int, TokenLogprob] = {}
         for rows, sampled, top_logprobs, top_ids in self._logprobs:
             top = best_first(top_ids.numpy(), top_logprobs.numpy())
-            # Copies, so that a token that is kept keeps none of the other sequences'.
+            # A view would keep the arrays of the whole batch in memory.
             for row, logprob, ids, values in zip(rows, sampled.tolist(), *top, strict=True):
                 logprobs[row] = TokenLogprob(token_ids[row], logprob, ids.copy(), values.copy())
         seconds = self.timer.seconds() if self.timer else 0.0

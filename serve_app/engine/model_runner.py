@@ -1,9 +1,11 @@
 """ModelRunner: computes steps with a Mixtral, its KV cache and the sampler.
 
-Three forms of a step exist. On a CPU in float32, one call of compiled C (`CpuStep`). On a GPU,
-kernels for decodes (`GpuStep`), replayed as CUDA graphs, and kernels for prefill chunks
-(`PromptStep`), which are steps of their own there. Everywhere else, the model in torch for all
-tokens.
+A step is computed in one of three ways:
+
+- On a CPU in float32: one call of compiled C (`CpuStep`).
+- On a GPU: kernels for decodes (`GpuStep`), replayed as CUDA graphs, and kernels for prefill chunks
+  (`PromptStep`). Decodes and prefill chunks are separate steps.
+- Otherwise: the model in torch (`Mixtral`).
 """
 
 from itertools import chain
@@ -49,21 +51,21 @@ class ModelRunner:
         enforce_eager: bool = False,
         max_threads: int = 1,
     ) -> None:
-        """`dtype` is that of the KV cache; at most `max_num_seqs` sequences decode in one step.
+        """`dtype` is the type of the KV cache. At most `max_num_seqs` sequences decode in one step.
 
-        `enforce_eager` captures no decode step. `max_threads` limits the threads of a compiled step
-        on a CPU.
+        With `enforce_eager`, decode steps are not captured as CUDA graphs. `max_threads` limits the
+        threads of a compiled step on a CPU.
         """
         self.model = model
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         self.note: str
-        """Which form of a step was chosen, and why."""
+        """How steps are computed, and why; shown in `/health`."""
         self._block_size = block_size
         self._device = device
-        # Two, because decodes and prefill chunks take turns and each keeps its last tables.
+        # Two, because decodes and prefill chunks alternate and each keeps its last tables.
         self._tables, self._decode_tables = BlockTables(), BlockTables()
         self.sampler: Sampler | DeviceSampler = Sampler()
-        """From logits to tokens; `note` says which one."""
+        """The sampler, which maps logits to tokens."""
         self._last: InFlightTokens | None = None
         self._cpu_step: CpuStep | None = None
         self._gpu_step: GpuStep | None = None
@@ -72,7 +74,7 @@ class ModelRunner:
         self._choose_step(max_num_seqs, enforce_eager, max_threads)
 
     def _choose_step(self, max_num_seqs: int, enforce_eager: bool, max_threads: int) -> None:
-        """Sets the form of a step and `note`."""
+        """Chooses how steps are computed, and sets `note`."""
         step: CpuStep | GpuStep
         try:
             if self._device.type == "cuda":
@@ -97,7 +99,7 @@ class ModelRunner:
         self.note += self._choose_prompt_step() + step.unpack_for_prompts()
 
     def _choose_sampler(self, max_num_seqs: int) -> str:
-        """Sets the sampler; returns the part of `note` about it."""
+        """Sets the sampler. Returns the part of `note` about it."""
         products = self.model.products
         if products is None or products.make_sampler is None:
             return "; tokens are sampled in plain torch: the CUDA kernels are not used"
@@ -109,7 +111,7 @@ class ModelRunner:
         return "; tokens are sampled in one launch"
 
     def _choose_prompt_step(self) -> str:
-        """Sets the form of a step with prompt tokens; returns the part of `note` about it."""
+        """Sets the step for prefill chunks. Returns the part of `note` about it."""
         from serve_app.model.kernels.triton.prompt_step import PromptStep
 
         try:
@@ -119,7 +121,7 @@ class ModelRunner:
         return f"; prompts: {self._prompt_step.note}"
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
-        """Captures the decode steps; returns the part of `note` about them."""
+        """Captures the decode steps. Returns the part of `note` about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         sizes = (max_num_seqs, min(self.cache.num_blocks, longest), self._block_size)
         sampler = self.sampler if isinstance(self.sampler, DeviceSampler) else None
@@ -135,7 +137,7 @@ class ModelRunner:
 
     @property
     def can_overlap_steps(self) -> bool:
-        """A GPU computes while the host does something else; a CPU computes within `launch`."""
+        """See `Runner`. On a GPU, `launch` returns before the step is done; on a CPU, after it."""
         return self._device.type == "cuda"
 
     @property
@@ -166,7 +168,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill_logits(self, batch: Batch) -> Tensor:
-        """Float32 `[sampled, vocab]`, computed as prefill chunks are, and as decodes on a CPU."""
+        """Returns float32 logits `[sample_rows, vocab]`, computed in the way of prefill chunks."""
         if self._cpu_step is not None:
             return self._cpu_step.logits(batch)
         if self._prompt_step is not None:
@@ -176,10 +178,14 @@ class ModelRunner:
 
     @torch.inference_mode()
     def clear_blocks(self, blocks: list[int]) -> None:
+        """See `Runner`."""
         self.cache.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
 
     def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
-        """Float32 `[sampled + scored, vocab]`, both in the order of `scheduled`."""
+        """Returns float32 `[sampled + scored, vocab]`: the rows to sample, then those to score.
+
+        Both are in the order of `scheduled`.
+        """
         batch = self._batch(scheduled)
         if self._gpu_step is not None and all(part.num_tokens == 1 for part in scheduled):
             return self._gpu_step.decode(batch)[batch.sample_rows]
@@ -203,7 +209,7 @@ class ModelRunner:
             slots += [table[p // size] * size + p % size for p in range(start, end)]
             if is_sampled:
                 sample_rows.append(len(token_ids) - 1)
-        # One tensor, hence one copy to the device.
+        # One tensor, so that one copy to the device is enough.
         lists = (token_ids, positions, slots, sample_rows + score_rows)
         packed = to_device(list(chain(*lists)), self._device)
         parts = packed.split_with_sizes([len(values) for values in lists])
@@ -220,7 +226,7 @@ class ModelRunner:
         )
 
     def _feed(self, scheduled: list[ScheduledTokens], token_ids: Tensor) -> None:
-        """Replaces `PENDING` in `token_ids` `[tokens]` by the last step's tokens, on the device."""
+        """Replaces `PENDING` in `token_ids` `[tokens]` on the device with the last step's."""
         assert self._last is not None, "a token is pending, and no step was launched"
         rows, sources, end = [], [], 0
         for part in scheduled:
@@ -229,12 +235,12 @@ class ModelRunner:
                 rows.append(end - 1)
                 sources.append(self._last.row_of[part.sequence])
         where = to_device([*rows, *sources], self._device).view(2, -1)
-        # FAILED is no token id; the sequence ends when the host reads it.
+        # FAILED (-1) is not a token id. Its sequence ends when the host reads the token.
         token_ids[where[0]] = self._last.tokens[where[1]].clamp(min=0)
 
 
 def _gpu_step(model: Mixtral, cache: KVCache, max_num_seqs: int) -> "GpuStep":
-    """The step of Triton kernels; raises `StepUnavailable` where there is none."""
+    """Returns the decode step of Triton kernels. Raises `StepUnavailable` if it cannot be used."""
     try:
         from serve_app.model.kernels.triton.gpu_step import GpuStep
     except ImportError as error:

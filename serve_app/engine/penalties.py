@@ -1,7 +1,7 @@
 """Penalties: presence, frequency and repetition penalties over a batch.
 
-Token counts are one row of a matrix per sequence. A new batch copies the rows of the sequences that
-it takes over, and each step counts only the tokens that came since.
+Token counts are a matrix with one row per sequence. A new batch copies the rows of the sequences
+that were in the last batch. Each step counts only the tokens since the previous step.
 """
 
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ class _Counts:
     prompt: Tensor
     """Whether each token is in the prompt, bool `[vocab]`."""
     num_counted: int
-    """Leading tokens of the sequence that are in these counts."""
+    """Number of leading tokens of the sequence that are counted."""
 
 
 class Penalties:
-    """The penalties of `sequences`, which have the rows `rows` of the batch's logits."""
+    """The penalties of `sequences`, whose logits are the rows `rows` of the batch."""
 
     def __init__(
         self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
@@ -54,7 +54,7 @@ class Penalties:
                 sequence.sampler_state = _Counts(generated, prompt, counts.num_counted)
 
     def apply(self, logits: Tensor) -> None:
-        """Penalizes `logits` `[batch, vocab]` in place.
+        """Applies the penalties to `logits` `[batch, vocab]` in place.
 
         The repetition penalty is CTRL's (arXiv 1909.05858, section 4.1): it divides positive logits
         and multiplies negative ones. Presence and frequency penalties are OpenAI's.
@@ -68,7 +68,7 @@ class Penalties:
         logits[self._rows] = scores
 
     def _count(self) -> None:
-        """Counts the tokens that were generated since the last step."""
+        """Counts the tokens that were generated since the last call."""
         rows: list[int] = []
         token_ids: list[int] = []
         for row, sequence in enumerate(self._sequences):

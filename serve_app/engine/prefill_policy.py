@@ -1,18 +1,23 @@
-"""PrefillPolicy: how many prompt tokens a step computes beside running streams.
+"""PrefillPolicy: limits the prompt tokens of a step while streams are running.
 
-A stream waits for its next token as long as prompt tokens and the decodes beside them take: in one
-step on a CPU; on a device that overlaps steps, in a step of prefill chunks and the step of decodes
-after it. Three rules follow from the predicted times of steps (`step_cost.py`):
+A stream waits for its next token while the device computes prompt tokens and the decodes. On a CPU
+this is one step. On a device that overlaps steps, it is a step of prefill chunks and the step of
+decodes after it. The policy has three rules, which use predicted step times (`step_cost.py`):
 
-1. Beside running streams, prompt tokens and decodes together take at most `max_stall_s`, save where
-   the fixed part or the smallest prefill chunk takes longer.
-2. While prompts and streams both wait, prompts get `prefill_share` of the time. Each second of
-   steps with prompt tokens owes the streams `(1 - prefill_share) / prefill_share` seconds of steps
-   without. Prompts wait once more than `BURST_S` seconds are owed, so a single prompt never waits.
-3. Without running streams, prompts get whole steps.
+1. While streams are running, prompt tokens and decodes together take at most `max_stall_s`. They
+   take longer only if the fixed part of a step or the smallest prefill chunk takes longer.
+2. While both prompts and streams wait, prompts get `prefill_share` of the time. Each second of
+   steps with prompt tokens adds `(1 - prefill_share) / prefill_share` seconds to a debt; each
+   second of steps without prompt tokens subtracts one second. Prompts wait while the debt is above
+   `BURST_S`, so a single prompt usually does not wait.
+3. If no stream is running, prompts get whole steps.
 
-A step is charged with its predicted time when it is launched, because the next one is scheduled
-before its time is known; the difference is charged when the step is done.
+Example with `prefill_share` 0.8 and `max_stall_s` 0.35: steps of 0.35 s with prompt tokens add
+0.35 * 0.25 = 0.0875 s each. The debt exceeds `BURST_S` = 1 s after 12 of them (4.2 s). From then on
+each of them needs 0.0875 s of decode steps before the next one, which is 20 % of the time.
+
+The policy charges a step with its predicted time when it is launched, because the next step is
+scheduled before the real time is known. It charges the difference when the step is done.
 """
 
 from typing import Protocol
@@ -20,29 +25,34 @@ from typing import Protocol
 from serve_app.engine.step_cost import StepCost, StepShape
 
 MIN_SHARE = 32
-"""The first prefill chunk of a step has at least 1/32 of `max_num_batched_tokens`. Each step with
-prompt tokens has a fixed cost, so with very small chunks prompts would take longest in total."""
+"""The first prefill chunk of a step may have 1/32 of `max_num_batched_tokens`, even if it takes
+longer than `max_stall_s`. Each step with prompt tokens has a fixed cost, so very small chunks would
+make the total time of a prompt long."""
 BURST_S = 1.0
-"""Seconds that may be owed to the streams before prompts wait. With less, a short prompt waits
-because a long one came just before it; with more, streams wait longer after a burst of prompts."""
+"""Prompts wait while the debt to the streams is larger than this, in seconds. With a smaller value,
+a short prompt waits because a long one came just before it. With a larger value, streams are slow
+for longer after a burst of prompts."""
 
 
 class PrefillBudget:
-    """The prompt tokens that one step may still take."""
+    """The number of prompt tokens that may still be added to one step."""
 
     def __init__(self, num_tokens: int) -> None:
         self._num_tokens = num_tokens
 
     @property
     def is_open(self) -> bool:
-        """Whether a prompt may get tokens."""
+        """Whether prompt tokens may still be added."""
         return self._num_tokens > 0
 
     def take(self, start: int, num_tokens: int) -> int:
-        """How many of the `num_tokens` prompt tokens from `start` on the step takes; may be 0."""
+        """Takes up to `num_tokens` tokens of a prompt from position `start` on.
+
+        Returns the number of tokens that the step computes, which may be 0.
+        """
         taken = min(num_tokens, self._num_tokens)
-        # A budget that cannot give all tokens is spent, even if a token of another prompt would
-        # fit: a prompt that is admitted holds KV blocks.
+        # If not all tokens fit, the budget closes, even if tokens of another prompt would fit:
+        # that prompt would be admitted, and would hold KV blocks.
         self._num_tokens = self._num_tokens - taken if taken == num_tokens else 0
         return taken
 
@@ -51,7 +61,8 @@ class TimedBudget(PrefillBudget):
     """A budget that also limits the time that prompt tokens add to the step."""
 
     def __init__(self, num_tokens: int, min_tokens: int, seconds: float, cost: StepCost) -> None:
-        """The first chunk may have `min_tokens` tokens even if these take more than `seconds`."""
+        """`num_tokens` and `seconds` limit all chunks of the step together. The first chunk may
+        have `min_tokens` tokens even if they take more than `seconds`."""
         super().__init__(num_tokens)
         self._min_tokens = min_tokens
         self._seconds = seconds
@@ -73,22 +84,26 @@ class TimedBudget(PrefillBudget):
 
 
 class Policy(Protocol):
-    """Decides how many prompt tokens a step takes."""
+    """Decides how many prompt tokens a step computes."""
 
     def budget(self, decodes: StepShape, max_tokens: int) -> PrefillBudget:
-        """The budget for `max_tokens` prompt tokens at most, in a step with `decodes` or before it.
+        """Returns a budget of at most `max_tokens` prompt tokens for a step.
 
-        It must be open where `decodes` is empty and `max_tokens` is not 0; otherwise the engine
+        `decodes` are the decodes in the same step, or in the step after it if steps overlap. The
+        budget must be open if `decodes` is empty and `max_tokens` is not 0; otherwise the engine
         would have work and compute nothing.
         """
         ...
 
     def launched(self, shape: StepShape) -> float:
-        """Records that a step is launched; returns its predicted seconds."""
+        """Records that a step is launched. Returns its predicted time in seconds."""
         ...
 
     def finished(self, shape: StepShape, predicted_s: float, seconds: float) -> None:
-        """Records the time that the device worked on a launched step."""
+        """Records the measured device time of a launched step, in seconds.
+
+        `predicted_s` is what `launched` returned for it.
+        """
         ...
 
 
@@ -108,9 +123,9 @@ class PrefillPolicy:
         self._max_stall_s = max_stall_s
         # Seconds of decode steps for each second of steps with prompt tokens.
         self._ratio = (1 - prefill_share) / prefill_share
-        # Seconds of decode steps that the streams are owed.
+        # The debt of rule 2, in seconds of decode steps.
         self._owed_s = 0.0
-        # Whether streams waited when prompt tokens were last scheduled.
+        # Whether streams were running when prompt tokens were last scheduled.
         self._has_streams = False
 
     def budget(self, decodes: StepShape, max_tokens: int) -> PrefillBudget:

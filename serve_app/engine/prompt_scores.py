@@ -1,8 +1,8 @@
-"""PromptScores: log probabilities of prompt tokens, computed in the steps that compute the prompt.
+"""PromptScores: log probabilities of prompt tokens, computed in the prompt's prefill steps.
 
-The logits before each token of the prompt are needed, `[tokens, vocab]` in all. A step scores at
-most `MAX_SCORED_TOKENS` tokens (the scheduler limits it), and takes their logarithms in pieces, so
-that a long prompt needs no more memory than a short one.
+The logits of a whole prompt, `[tokens, vocab]`, would need too much memory. So the scheduler scores
+at most `MAX_SCORED_TOKENS` tokens in a step, and this module computes the log softmax of
+`MAX_PIECE` rows at a time.
 """
 
 from typing import Any, NamedTuple
@@ -18,24 +18,25 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.transfer import to_device, to_host
 
 MAX_PIECE = 128
-"""Tokens whose logarithms are taken at once: 16 MB with 32,000 tokens in the vocabulary."""
+"""Rows per log softmax: 16 MB with 32,000 tokens in the vocabulary."""
 
 
 class _Scored(NamedTuple):
     sequence: Sequence
     token_ids: list[int]
     tensors: tuple[Tensor, Tensor, Tensor, Tensor]
-    """Log probabilities and ranks `[n]`; log probabilities and ids of the best tokens `[n, k]`, in
-    no particular order. On the host, once `wait` has waited."""
+    """Log probabilities and ranks, both `[n]`; log probabilities and ids of the best tokens, both
+    `[n, k]`, unsorted. They are on the host, and valid after `wait`."""
 
 
 class PromptScores:
-    """The scores of one step, on their way to the host."""
+    """The prompt scores of one step, while they are copied to the host."""
 
     def __init__(self, scheduled: list[ScheduledTokens], logits: Tensor) -> None:
-        """`logits` `[scored, vocab]` are those before the scored tokens of `scheduled`, in order.
+        """Starts the copies to the host.
 
-        Starts the copies to the host.
+        `logits` is `[scored, vocab]`, in the order of `scheduled`. Row i predicts the i-th scored
+        token.
         """
         self._scored: list[_Scored] = []
         start = 0
@@ -51,7 +52,7 @@ class PromptScores:
             self._copied.record()
 
     def wait(self) -> list[tuple[Sequence, PromptLogprobs]]:
-        """Waits for the copies."""
+        """Waits for the copies. Returns the scores with the sequence of each prompt."""
         if self._copied is not None:
             self._copied.synchronize()
         found = []
@@ -65,7 +66,7 @@ class PromptScores:
 def best_first(
     ids: NDArray[np.int64], logprobs: NDArray[np.float32]
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Both `[n, k]`, each row sorted by log probability, equal ones by id."""
+    """Returns both arrays `[n, k]`, with each row sorted by falling log probability, then id."""
     order = np.lexsort((ids, -logprobs), axis=-1)
     return np.take_along_axis(ids, order, -1), np.take_along_axis(logprobs, order, -1)
 

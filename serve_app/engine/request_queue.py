@@ -1,4 +1,4 @@
-"""RequestQueue: brings new, aborted and stop requests from any thread to the engine's thread."""
+"""RequestQueue: passes new requests, aborts and the stop signal to the engine's thread."""
 
 from collections import Counter
 from threading import Condition
@@ -10,15 +10,18 @@ from serve_app.engine.stream import Stream
 from serve_app.errors import Draining, EngineDead, QueueFull, ServeError
 
 MAX_TO_FREE = 2
-"""A group may take this many times the places that are left free. So one group alone gets two
-thirds of the places, two get two fifths each, and there is always room for another group (dynamic
-thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998)."""
+"""A group may hold at most this many times the number of free places. So one group alone gets two
+thirds of the places, two groups get two fifths each, and places for another group are always free
+(dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
+
+Example with 150 places: a single group may hold 100, because 50 = 100 / 2 are free then."""
 FREE_UNASKED = 32
-"""A proxy may leave one of so many waiting places free before it asks."""
+"""A proxy that knows that the queue is full may refuse requests without asking until this fraction
+(1/32) of the waiting places could have become free."""
 
 
 class Requests(NamedTuple):
-    """Everything that has arrived since the last `take`."""
+    """All requests, aborts and the stop signal since the last `take`."""
 
     accepted: list[tuple[Sequence, Stream]]
     aborted: list[Sequence]
@@ -26,15 +29,15 @@ class Requests(NamedTuple):
 
 
 class RequestQueue:
-    """Accepts requests while fewer places are taken than `max_running` + `max_waiting`.
+    """A queue with `max_running` + `max_waiting` places.
 
-    A single request takes a place until its sequence ends, and a list of prompts takes one until
-    all its items have ended. The items themselves take none and are never refused: the list limits
-    how many of them there are at once.
+    A single request holds a place until its sequence ends. A list of prompts holds one place until
+    all its items have ended. The items hold no place and are never refused; the list limits the
+    number of its concurrent items.
     """
 
     def __init__(self, max_running: int, max_waiting: int, retry_after_s: int) -> None:
-        """`retry_after_s` is the shortest `Retry-After`, in seconds."""
+        """`retry_after_s` is the minimum `Retry-After`, in seconds."""
         self._max_running = max_running
         self._num_unasked = max_waiting // FREE_UNASKED
         self._num_places = self._max_taken = max_running + max_waiting
@@ -44,12 +47,12 @@ class RequestQueue:
         self._changed = Condition()
         self._num_taken = 0
         self._num_taken_by: Counter[str] = Counter()
-        """By group, without the requests that have none."""
+        """Places held by each group. Requests without a group are not counted here."""
         self.has_failed = False
         self._refusal: type[ServeError] | None = None
 
     def require_room(self, group: str = "") -> None:
-        """Raises `QueueFull`, `Draining` or `EngineDead` where a request would be refused now."""
+        """Raises `QueueFull`, `Draining` or `EngineDead` if a request would be refused now."""
         with self._changed:
             num_free = self._max_taken - self._num_taken
             if num_free <= 0 or (group and self._num_taken_by[group] >= MAX_TO_FREE * num_free):
@@ -63,29 +66,32 @@ class RequestQueue:
                 del self._num_taken_by[group]
 
     def places(self) -> Places:
-        """What a proxy needs to refuse requests by itself."""
+        """Returns the numbers with which a proxy refuses requests by itself."""
         with self._changed:
             return self._retry_after.places(self._num_places, self._num_unasked)
 
     def take_place(self, group: str = "") -> None:
-        """Takes a place for a list of prompts; raises as `require_room`."""
+        """Reserves a place for a list of prompts. Raises the errors of `require_room`."""
         with self._changed:
             self.require_room(group)
             self._take(group, 1)
 
     def free_place(self, group: str = "") -> None:
-        """Ends what `take_place` began."""
+        """Frees the place that `take_place` has reserved."""
         with self._changed:
             self._take(group, -1)
 
     def submit(self, sequence: Sequence, stream: Stream) -> None:
-        """Accepts a sequence; raises as `require_room`, for a list's item only when stopped."""
+        """Accepts a sequence. Raises the errors of `require_room`.
+
+        A list's item raises only `Draining` or `EngineDead`.
+        """
         with self._changed:
             if self._refusal is not None:
                 raise self._refused()
             if not sequence.is_list_item:
-                self.require_room(sequence.turn.group)
-                self._take(sequence.turn.group, 1)
+                self.require_room(sequence.scheduling_class.group)
+                self._take(sequence.scheduling_class.group, 1)
             self._requests.accepted.append((sequence, stream))
             self._changed.notify()
 
@@ -96,8 +102,8 @@ class RequestQueue:
         if self._refusal is not None:
             return self.refusal()
         return QueueFull(
-            "Too many requests are waiting; send this one again after the seconds in the header "
-            "Retry-After.",
+            "Too many requests are waiting. Send this request again after the number of seconds in "
+            "the Retry-After header.",
             retry_after_s=self._retry_after.next_s(),
         )
 
@@ -121,7 +127,7 @@ class RequestQueue:
             self.has_failed = True
 
     def take(self, *, wait: bool) -> Requests:
-        """Removes and returns all requests; with `wait`, sleeps until there is one."""
+        """Removes and returns everything new. With `wait`, sleeps until there is something new."""
         with self._changed:
             while wait and self._requests == ([], [], False):
                 self._changed.wait()
@@ -129,27 +135,27 @@ class RequestQueue:
             return taken
 
     def finish_one(self, sequence: Sequence) -> None:
-        """Counts `sequence` as ended, which makes room for another."""
+        """Frees the place of an ended sequence."""
         with self._changed:
             if not sequence.is_list_item:
-                self._take(sequence.turn.group, -1)
+                self._take(sequence.scheduling_class.group, -1)
             self._retry_after.ended(is_saturated=self._num_taken >= self._max_running)
 
     @property
     def num_taken(self) -> int:
-        """Places taken by single requests and by lists."""
+        """Number of places that single requests and lists hold."""
         return self._num_taken
 
     @property
     def num_waiting(self) -> int:
-        """Accepted requests that the engine's thread has not taken yet."""
+        """Number of accepted requests that the engine's thread has not taken yet."""
         return len(self._requests.accepted)
 
     def refusal(self) -> ServeError:
-        """A new error that says why no request is accepted any more."""
+        """Returns a new error with the reason why no request is accepted any more."""
         if self._refusal is EngineDead:
-            return EngineDead("The engine has failed; send the request to another server.")
+            return EngineDead("The engine has failed. Send the request to another server.")
         return Draining(
-            "The server is shutting down; send the request again.",
+            "The server is shutting down. Send the request again.",
             retry_after_s=self._retry_after_s,
         )

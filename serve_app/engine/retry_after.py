@@ -1,4 +1,4 @@
-"""RetryAfter: when refused requests should come again, from the measured drain rate."""
+"""RetryAfter: computes `Retry-After` for refused requests from the measured rate of ends."""
 
 import math
 import time
@@ -6,52 +6,52 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 MAX_S = 60
-"""Longest wait that a refused request is told, in seconds."""
+"""Maximum `Retry-After`, in seconds."""
 MAX_FULL_S = 1.0
-"""Longest time for which a proxy may refuse requests without asking, in seconds."""
+"""Maximum of `Places.full_s`."""
 UNMEASURED_FULL_S = 0.1
-"""That time until the rate is measured."""
+"""`Places.full_s` until the rate is measured."""
 MEMORY_S = 20.0
 """Time constant of the measured rate: an end counts 1/e after this many saturated seconds."""
 
 
 class Places(NamedTuple):
-    """What a proxy needs to refuse requests by itself."""
+    """The numbers with which a proxy refuses requests by itself."""
 
     num_places: int
-    """Places of the request queue, the running sequences' included."""
+    """Number of places in the request queue, including those of running sequences."""
     place_s: float
-    """Measured seconds from one free place to the next; 0 until they are measured."""
+    """Measured mean time between two freed places, in seconds; 0 until it is measured."""
     full_s: float
-    """Seconds for which a full queue may be taken for full without asking: few places become free
-    meanwhile."""
+    """After the proxy has learnt that the queue is full, it may refuse requests for this many
+    seconds without asking again. Few places become free in that time."""
     min_s: int
-    """The shortest `Retry-After`."""
+    """Minimum `Retry-After`, in seconds."""
 
 
 class RetryAfter:
-    """Gives refused requests one turn after another, as fast as accepted ones end.
+    """Assigns times to refused requests one after another, at the rate at which requests end.
 
-    Example: at 20 ends a second, the first of 100 requests that are refused together is told 1 s
-    and the last one 5 s. Refused requests so come again about as fast as places become free, and
-    are seldom refused twice. The caller holds a lock.
+    Example: if 20 requests end per second and 100 requests are refused together, the first gets
+    `Retry-After` 1 and the last 5. So refused requests return about as fast as places become free,
+    and are seldom refused twice. Not thread-safe: the caller holds a lock.
     """
 
     def __init__(self, min_s: int, clock: Callable[[], float] = time.monotonic) -> None:
-        """`min_s` is the shortest wait, and the only one until a rate is measured."""
+        """`min_s` is the minimum, and the only value until a rate is measured."""
         self._min_s = min_s
         self._clock = clock
         self._last_end: float | None = None
         self._num_ends = 0.0
         self._seconds = 0.0
         self._turn = 0.0
-        """The turn of the last refused request, on `clock`."""
+        """The time assigned to the last refused request, on `clock`."""
 
     def ended(self, *, is_saturated: bool) -> None:
         """Counts the end of a request.
 
-        `is_saturated`: others wait for its place, so the time to the next end shows what the engine
-        can do.
+        `is_saturated` says that other requests wait for its place. Only then does the time to the
+        next end measure the engine's capacity.
         """
         now = self._clock()
         if self._last_end is not None:
@@ -68,13 +68,16 @@ class RetryAfter:
         return self._seconds / self._num_ends
 
     def places(self, num_places: int, num_unasked: int) -> Places:
-        """For a queue of `num_places`, of which a proxy may leave `num_unasked` free."""
+        """Returns the numbers for a proxy in front of a queue of `num_places`.
+
+        The proxy may refuse requests without asking until about `num_unasked` places are free.
+        """
         place_s = self._place_s
         full_s = UNMEASURED_FULL_S if place_s is None else max(num_unasked, 1) * place_s
         return Places(num_places, place_s or 0.0, min(full_s, MAX_FULL_S), self._min_s)
 
     def next_s(self) -> int:
-        """The wait of one more refused request, in whole seconds."""
+        """Returns the `Retry-After` of one more refused request, in whole seconds."""
         if (place_s := self._place_s) is None:
             return self._min_s
         now = self._clock()

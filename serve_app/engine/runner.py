@@ -9,23 +9,23 @@ from serve_app.engine.sequence import Sequence
 
 
 class SampledTokens(NamedTuple):
-    """What a step returns: one token for each sequence that it samples, in the step's order."""
+    """The result of a step: one token for each sampled sequence, in the order of the step."""
 
     token_ids: list[int]
-    """`FAILED` where the logits were not finite."""
+    """The sampled tokens; `FAILED` for logits that are not finite."""
     logprobs: dict[int, TokenLogprob]
-    """By index into `token_ids`, for the sequences that asked for log probabilities."""
+    """Log probabilities by index into `token_ids`, for the sequences that asked for them."""
     seconds: float = 0.0
-    """How long the device worked on the step; 0 where a runner does not measure it."""
+    """Device time of the step in seconds; 0 if the runner does not measure it."""
     prompt_logprobs: Collection[tuple[Sequence, PromptLogprobs]] = ()
-    """What the step has scored, with the sequence of each prompt."""
+    """The prompt scores of the step, each with its sequence."""
 
 
 class InFlightStep(Protocol):
     """A step that has been launched and may still be running on the device."""
 
     def wait(self) -> SampledTokens:
-        """Waits until the step is done; raises the error with which it failed."""
+        """Waits until the step is done. Raises the step's error if it failed."""
         ...
 
 
@@ -33,33 +33,34 @@ class Runner(Protocol):
     """Computes steps. All methods are called from the engine's thread."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        ...
 
     @property
     def can_overlap_steps(self) -> bool:
-        """Whether `launch` returns before the step is done, so that the next step can be launched
-        before the last one's tokens are known (async scheduling). True on a GPU, false on a CPU."""
+        """Whether `launch` returns before the step is done. Then the next step can be launched
+        before the last step's tokens are known (async scheduling)."""
         ...
 
     @property
     def few_prompt_tokens(self) -> int:
-        """The most prompt tokens of a step that is computed in another way than larger ones, so
-        that its time is predicted apart; 0 where all are computed alike."""
+        """Steps with up to this many prompt tokens are computed in another way than larger ones, so
+        their time is predicted separately. 0 if all steps are computed in the same way."""
         ...
 
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:
-        """Starts a step over `scheduled`, which is not empty; steps run in the order of launch.
+        """Starts a step over `scheduled`, which is not empty. Steps run in the order of launch.
 
-        Where steps overlap, `scheduled` has decodes alone or prefill chunks alone.
-
-        A token id that is `PENDING` stands for the token that the last launched step samples for
-        that sequence.
+        If steps overlap, `scheduled` contains either only decodes or only prefill chunks. A
+        `PENDING` token id stands for the token that the last launched step samples for that
+        sequence.
         """
         ...
 
     def clear_blocks(self, blocks: list[int]) -> None:
-        """Zeroes KV blocks that may hold numbers that are not finite.
+        """Fills KV blocks with zeros, because they may hold values that are not finite.
 
-        Attention multiplies masked slots by 0, so a NaN would reach the block's next owner.
+        Attention multiplies masked slots by 0, so a NaN would spread to the block's next owner.
         """
         ...

@@ -1,7 +1,7 @@
-"""Sampler: from logits to one token per sequence, each by its own parameters.
+"""Sampler: maps logits to one token per sequence, with the parameters of each sequence.
 
-All operations work row by row. A request's token depends on its own logits, parameters, seed and
-output position alone, so it is exactly the same in any batch.
+All operations work row by row. The token of a sequence depends only on its own logits, parameters,
+seed and output position, so it is exactly the same in any batch.
 """
 
 import numpy as np
@@ -14,7 +14,7 @@ from serve_app.engine.sequence import FAILED, Sequence
 
 
 class Sampler:
-    """Samples batches of sequences, and keeps the metadata of the last batch."""
+    """Samples batches of sequences, and reuses the metadata while the batch stays the same."""
 
     def __init__(self) -> None:
         self._metadata: SamplingMetadata | None = None
@@ -22,14 +22,14 @@ class Sampler:
     def sample(
         self, logits: Tensor, sequences: list[Sequence], best: Tensor | None = None
     ) -> InFlightTokens:
-        """The next token of each sequence from float32 `logits` `[sequences, vocab]`, which are
-        overwritten. Does not wait for the device, except to upload the metadata of a new batch.
+        """Samples the next token of each sequence from float32 `logits` `[sequences, vocab]`.
 
-        The order of operations is in `SamplingParams`. A row with logits that are not finite gives
-        `FAILED`. `best` is `best_tokens(logits)` if the caller has computed it.
+        Overwrites `logits`. Does not wait for the device, except to upload the metadata of a new
+        batch. The order of operations is in `SamplingParams`. The result is `FAILED` for a row with
+        logits that are not finite. `best` is `best_tokens(logits)` if the caller has computed it.
         """
         if not sequences:
-            # The metadata of the decodes around a prefill chunk stay.
+            # Keeps the metadata of the decodes before and after a prefill chunk.
             return InFlightTokens([], torch.empty(0, dtype=torch.int64, device=logits.device), [])
         metadata = self._metadata
         if metadata is None or metadata.sequences != sequences:
@@ -37,7 +37,7 @@ class Sampler:
             self._metadata = metadata
         if metadata.is_greedy:
             return InFlightTokens(sequences, best_tokens(logits) if best is None else best, [])
-        # The model's own distribution, so before any change to the logits.
+        # Log probabilities are those of the model, before any change to the logits.
         asked = metadata.logprobs
         model_logprobs = [] if asked is None else asked.log_softmax(logits)
         metadata.adjust(logits)
@@ -50,12 +50,14 @@ class Sampler:
 
 
 def best_tokens(logits: Tensor) -> Tensor:
-    """The token of the best logit per row, int64 `[rows]` from `logits` `[rows, vocab]`; `FAILED`
-    for rows that are not finite."""
-    # A NaN wins every maximum, so the row is finite when its best logit is.
+    """Returns the token with the highest logit of each row of `logits` `[rows, vocab]`.
+
+    The result is int64 `[rows]`, with `FAILED` for rows that are not finite.
+    """
+    # The maximum of a row with a NaN is NaN, so it shows whether the row is finite.
     if logits.is_cuda:
         best, tokens = logits.max(-1)
-        # `masked_fill_` takes the number as it is; `where` would copy it to the device.
+        # `masked_fill_` accepts a Python number; `where` would copy a tensor to the device.
         return tokens.masked_fill_(~best.isfinite(), FAILED)
     # On a CPU numpy's argmax is ten times as fast.
     host = logits.numpy()

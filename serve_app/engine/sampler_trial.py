@@ -1,4 +1,4 @@
-"""Compares the sampler of a GPU with the one in torch, on the device, before it is used."""
+"""Compares `DeviceSampler` with `Sampler` on the device before it is used."""
 
 import logging
 
@@ -23,16 +23,20 @@ TRIED = (
     SamplingParams(1, temperature=0, presence_penalty=1, frequency_penalty=0.5),
     SamplingParams(1, min_tokens=4, logit_bias={3: 5.0, 5: -100.0}),
 )
-"""Parameters of the rows of the trial, by turns."""
+"""Parameters of the trial's rows; row i uses the parameters i modulo their number."""
 MAX_ROWS = 32
+"""Maximum number of rows in the trial."""
 MAX_DIFFERENT = 1
-"""Rows that may differ: two tokens may be equal but for rounding."""
+"""Number of rows that may differ: rounding can flip the choice between two almost equal tokens."""
 
 
 @torch.inference_mode()
 def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -> DeviceSampler:
-    """The sampler with `kernel`. Raises `StepUnavailable` where its tokens are others than
-    `Sampler`'s, or it fails; may raise `torch.OutOfMemoryError`."""
+    """Returns a sampler with `kernel` that has passed the trial.
+
+    Raises `StepUnavailable` if its tokens differ from `Sampler`'s or the kernel fails, and
+    `torch.OutOfMemoryError` if the device has no memory for the trial.
+    """
     rows = min(MAX_ROWS, kernel.max_rows)
     generator = torch.Generator().manual_seed(0)
     logits = (3 * torch.randn(rows, vocab_size, generator=generator)).to(device)
@@ -44,8 +48,8 @@ def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -
         num_different = int((found.tokens != expected.tokens).sum())
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # a driver may raise anything; torch serves
-        log.exception("the sampler of the GPU failed in its trial")
+    except Exception as failure:  # a driver may raise anything; the sampler in torch is used then
+        log.exception("The GPU's sampling kernel failed in its trial; torch samples instead.")
         reason = f"the kernel failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
         raise StepUnavailable(reason) from None
     if num_different > MAX_DIFFERENT:
@@ -54,7 +58,7 @@ def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -
 
 
 def _sequences(rows: int, vocab_size: int) -> list[Sequence]:
-    """New sequences, as each sampler keeps a state of its own in them."""
+    """Returns new sequences: each sampler stores its own state in them."""
     stops = frozenset({2, 7})
     prompts = [[each % vocab_size for each in range(row, row + 9)] for row in range(rows)]
     return [

@@ -1,6 +1,6 @@
-"""SamplingMetadata: the sampling parameters of a batch as tensors, one part per operation.
+"""SamplingMetadata: the sampling parameters of a batch as tensors, one object per operation.
 
-The parts depend on the parameters alone, so they are reused while the batch stays the same.
+They depend only on the parameters, so they are reused while the batch stays the same.
 """
 
 import torch
@@ -19,7 +19,7 @@ MIN_TEMPERATURE = 1e-6
 
 
 class SamplingMetadata:
-    """Changes the logits of one batch; each operation touches only the rows that asked for it."""
+    """The operations on the logits of one batch. Each changes only the rows that use it."""
 
     def __init__(self, sequences: list[Sequence], vocab_size: int, device: torch.device) -> None:
         self.sequences = list(sequences)
@@ -50,12 +50,15 @@ class SamplingMetadata:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every row takes the token of its best logit, from unchanged logits."""
+        """Whether every row uses the token with the highest unchanged logit."""
         parts = (self.random, self._bias, self._penalties, self._mask, self.logprobs)
         return not self._delayed and all(part is None for part in parts)
 
     def adjust(self, logits: Tensor) -> None:
-        """Applies bias, penalties, min_tokens, grammars in place to `logits` `[batch, vocab]`."""
+        """Applies logit_bias, penalties, min_tokens and grammars to `logits` `[batch, vocab]`.
+
+        Changes `logits` in place.
+        """
         if self._bias is not None:
             rows, ids, values = self._bias
             logits[rows, ids] += values
@@ -86,7 +89,7 @@ class RandomRows:
         self._filter = TopFilter([params[row] for row in filtered], vocab_size, device)
 
     def sample(self, logits: Tensor) -> Tensor:
-        """Tokens int64 `[rows]`, drawn from `logits` `[batch, vocab]`."""
+        """Returns one token per random row, int64 `[rows]`, from `logits` `[batch, vocab]`."""
         scores = logits[self.rows] / self._temperature
         if self._filtered is not None:
             scores[self._filtered] = self._filter.apply(scores[self._filtered])
@@ -98,22 +101,25 @@ class LogprobRows:
     """The rows of a batch that ask for log probabilities, grouped by the number of top tokens."""
 
     def __init__(self, counts: list[int | None], device: torch.device) -> None:
-        """`counts` has the number of top tokens per row; None where none are asked for."""
-        # One `topk` per number, because which of two equal logits it returns may depend on it.
+        """`counts` has the number of top tokens of each row, or None if it asked for none."""
+        # One `topk` per number, because the number may decide which of two equal logits it returns.
         self._groups: list[tuple[int, list[int], Tensor]] = []
         for count in sorted({count for count in counts if count is not None}):
             rows = [row for row, asked in enumerate(counts) if asked == count]
             self._groups.append((count, rows, torch.tensor(rows, device=device)))
 
     def log_softmax(self, logits: Tensor) -> list[Tensor]:
-        """Log probabilities `[rows, vocab]` of each group, from `logits` `[batch, vocab]`."""
+        """Returns log probabilities `[rows, vocab]` per group from `logits` `[batch, vocab]`."""
         return [logits[index].log_softmax(-1) for _, _, index in self._groups]
 
     def gather(self, logprobs: list[Tensor], tokens: Tensor) -> list[LogprobTensors]:
-        """What each group asked for, from `log_softmax` and the sampled `tokens` `[batch]`."""
+        """Returns the log probabilities of each group's sampled and top tokens.
+
+        `logprobs` is the result of `log_softmax`, and `tokens` `[batch]` the sampled tokens.
+        """
         gathered = []
         for (count, rows, index), group in zip(self._groups, logprobs, strict=True):
-            sampled = tokens[index].clamp(min=0)[:, None]  # FAILED is no index
+            sampled = tokens[index].clamp(min=0)[:, None]  # FAILED (-1) is not a valid index
             top = group.topk(min(count, group.shape[1]))
             sampled_logprobs = group.gather(1, sampled)[:, 0]
             gathered.append(LogprobTensors(rows, sampled_logprobs, top.values, top.indices))

@@ -8,7 +8,7 @@ from serve_app.engine.constraint import Grammar
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the tokens of one request are chosen. The values are validated before they get here.
+    """The parameters that choose the tokens of one request. The API validates them.
 
     The sampler changes the model's logits in this order: logit_bias, repetition penalty, presence
     and frequency penalty, min_tokens (stop tokens are masked), grammar (tokens that it does not
@@ -20,8 +20,9 @@ class SamplingParams:
     min_tokens: int = 0
     """No stop token can be chosen before this many tokens are generated."""
     temperature: float = 1.0
-    """0 is greedy."""
+    """0 means greedy sampling."""
     top_p: float = 1.0
+    """Keep the most probable tokens until their probabilities sum to top_p; 1 keeps all."""
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: float = 0.0
@@ -38,13 +39,17 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     """Ids that end the request besides the model's eos. The stop token is not returned."""
     ignore_eos: bool = False
+    """Whether the model's eos tokens do not end the request."""
     logprobs: int | None = None
-    """n: log probabilities of the chosen token and of the n most probable ones. None: none."""
+    """n: return the log probabilities of each sampled token and of the n most probable tokens at
+    its position. None: return none."""
     prompt_logprobs: int | None = None
-    """n: log probabilities of each token of the prompt, save its first, and of the n most probable
-    ones there. The prompt is then computed whole, without the prefix cache. None: none."""
+    """n: return the log probabilities of each prompt token except the first, and of the n most
+    probable tokens at its position. The prompt is then computed without the prefix cache. None:
+    return none."""
     grammar: Grammar | None = None
-    """What the answer must follow. The answer ends with it, whatever `ignore_eos` is."""
+    """The grammar that the answer must match. The answer ends when the grammar is complete, even
+    with `ignore_eos`."""
     prompt_field: str = "prompt"
     max_tokens_field: str = "max_tokens"
     """The request fields of the prompt and of `max_tokens`, for errors about them."""

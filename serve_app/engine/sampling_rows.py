@@ -1,4 +1,4 @@
-"""SamplingRows: the sampling parameters of a batch in the form that the GPU's sampler reads."""
+"""SamplingRows: the sampling parameters of a batch in the layout of the GPU's sampling kernel."""
 
 from itertools import accumulate
 from typing import Any
@@ -19,27 +19,27 @@ SAME = {
     "repetition": "repetition_penalty",
     "min_tokens": "min_tokens",
 }
-"""Columns of `ROW` that are fields of `SamplingParams`."""
+"""Columns of `ROW` that are copied from fields of `SamplingParams`."""
 
 
 class SamplingRows:
-    """The rows of at most `max_rows` sequences, in a tensor that stays where it is."""
+    """The rows of at most `max_rows` sequences, in a tensor whose address does not change."""
 
     def __init__(self, max_rows: int, vocab_size: int, device: torch.device) -> None:
         self._max_rows, self._vocab_size, self._device = max_rows, vocab_size, device
         self.tensor = torch.zeros(max_rows * ROW.itemsize, dtype=torch.uint8, device=device)
-        """`ROW`s as bytes. Those behind the batch take the best token."""
+        """The rows as bytes, uint8 `[max_rows * ROW.itemsize]`. Rows after the batch are greedy."""
         self.logprobs: LogprobRows | None = None
-        """The rows that ask for log probabilities."""
+        """The rows that ask for log probabilities; None if no row does."""
         self.constrained: list[Sequence] = []
         """The sequences with a grammar, in the order of their masks."""
         self._sequences: list[Sequence] = []
-        # The tensors whose addresses are in the rows.
+        # Keeps the tensors alive whose addresses are in the rows.
         self._kept: list[Tensor] = []
         self._write(empty_rows(max_rows))
 
     def update(self, sequences: list[Sequence]) -> None:
-        """Makes `sequences` the batch, if it is another one. Does not wait for the device."""
+        """Writes the rows of `sequences` if the batch has changed. Does not wait for the device."""
         if sequences == self._sequences:
             return
         rows = empty_rows(self._max_rows)
@@ -55,7 +55,7 @@ class SamplingRows:
         self.tensor.copy_(_pinned(torch.from_numpy(rows.view(np.uint8)), self._device), True)
 
     def _fill(self, rows: NDArray[Any], sequences: list[Sequence]) -> list[Tensor]:
-        """Fills `rows`; returns the tensors whose addresses they have."""
+        """Fills `rows`. Returns the tensors whose addresses it has written into them."""
         params = [sequence.params for sequence in sequences]
         temperatures = np.array([p.temperature for p in params])
         is_random = temperatures >= MIN_TEMPERATURE
@@ -65,7 +65,7 @@ class SamplingRows:
         rows["temperature"] = np.where(is_random, temperatures, 0)
         rows["is_filtered"] = is_random & [p.is_filtered for p in params]
         rows["top_k"] = [p.top_k if p.top_k < self._vocab_size else 0 for p in params]
-        # torch's logarithm, as in `TopFilter`.
+        # torch's logarithm, for the same rounding as in `TopFilter`.
         rows["log_min_p"] = torch.tensor([p.min_p for p in params], dtype=torch.float32).log()
         has_mask = np.array([s.constraint is not None for s in sequences])
         rows["mask"] = np.where(has_mask, has_mask.cumsum() - 1, -1)
@@ -84,9 +84,10 @@ class SamplingRows:
         return tensor
 
     def _counts(self, sequence: Sequence) -> Tensor:
-        """How often each token was generated, int32 `[vocab]`, with `IN_PROMPT`.
+        """Returns the count of each generated token, int32 `[vocab]`, on the device.
 
-        Made for the first token of a sequence; from then on the kernel counts what it samples.
+        The bit `IN_PROMPT` marks tokens of the prompt. The host computes the counts for the first
+        token of a sequence; from then on the kernel counts the tokens that it samples.
         """
         if sequence.sampler_state is None:
             ids, prompt = sequence.token_ids, sequence.num_prompt_tokens
@@ -98,7 +99,10 @@ class SamplingRows:
 
 
 def list_of(sequence: Sequence) -> NDArray[np.int32]:
-    """The list of a `ROW`: biased ids, their biases as float32, and stop ids for `min_tokens`."""
+    """Returns the list of a `ROW`, int32: biased ids, the bits of their float32 biases, stop ids.
+
+    The stop ids are included only with `min_tokens`.
+    """
     params = sequence.params
     values = np.array(list(params.logit_bias.values()), np.float32).view(np.int32)
     stops = list(sequence.stop_ids) if params.min_tokens else []
@@ -112,5 +116,5 @@ def _uploaded(values: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Memory from which a copy to `device` does not make the host wait."""
+    """Returns `tensor` in pinned memory if `device` is a GPU, so that a copy is asynchronous."""
     return tensor.pin_memory() if device.type == "cuda" else tensor

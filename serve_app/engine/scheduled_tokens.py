@@ -8,16 +8,16 @@ from serve_app.engine.sequence import PENDING, Sequence
 class ScheduledTokens(NamedTuple):
     """Tokens `start` to `end` (exclusive) of a sequence.
 
-    A decode is the last token alone. A prompt is scheduled as one or more prefill chunks: with 512
-    tokens a step, a prompt of 1,200 gives (0, 512), (512, 1024), (1024, 1200), and the last of them
-    is sampled.
+    A decode is the last token only. A prompt is scheduled as one or more prefill chunks. Example:
+    with 512 tokens per step, a prompt of 1,200 tokens gives (0, 512), (512, 1024) and (1024, 1200),
+    and the last of them is sampled.
     """
 
     sequence: Sequence
     start: int
     end: int
     is_sampled: bool
-    """Whether `end` is the end of the sequence, so that the step samples the next token."""
+    """Whether the step samples the next token, because `end` is the end of the sequence."""
 
     @property
     def num_tokens(self) -> int:
@@ -25,14 +25,14 @@ class ScheduledTokens(NamedTuple):
 
     @property
     def first_scored(self) -> int:
-        """The first token whose logits score the next one, see `num_scored`."""
+        """Index of the first token whose logits score the next token; see `num_scored`."""
         return max(self.start, self.sequence.num_scored_tokens)
 
     @property
     def num_scored(self) -> int:
-        """Tokens of this part before a prompt token whose log probability is asked for.
+        """Number of successive tokens whose logits score the next prompt token in this step.
 
-        They are successive, and none where it is not asked for, or was computed before a
+        0 if the request asks for no prompt log probabilities, or if they were computed before a
         preemption. Valid until the step is launched.
         """
         if self.sequence.params.prompt_logprobs is None:
@@ -42,12 +42,15 @@ class ScheduledTokens(NamedTuple):
 
     @property
     def is_decode(self) -> bool:
-        """Whether this is one token whose predecessors are all computed."""
+        """Whether this is a single token, and all tokens before it are computed."""
         return self.is_sampled and self.start == self.end - 1
 
 
 def mark_launched(scheduled: list[ScheduledTokens]) -> None:
-    """Counts the tokens of a launched step as computed, and appends `PENDING` where it samples."""
+    """Counts the tokens of a launched step as computed.
+
+    Appends `PENDING` to each sequence that the step samples.
+    """
     for sequence, _, end, is_sampled in scheduled:
         sequence.num_computed_tokens = end
         sequence.num_scored_tokens = max(sequence.num_scored_tokens, end)

@@ -1,25 +1,31 @@
 """Scheduler: chooses the tokens of the next step.
 
 A step first decodes one token of every running sequence. The rest of its `max_num_batched_tokens`
-goes to prefill chunks, as far as the prefill policy allows. Example with 512 tokens a step and no
-other limit: while 20 sequences decode, a prompt of 1,000 tokens is computed in three steps, which
-have 20 decodes each, and 492, 492 and 16 tokens of the prompt.
+is used for prefill chunks, within the limits of the prefill policy. Example with 512 tokens per
+step and no other limit: while 20 sequences decode, a prompt of 1,000 tokens is computed in three
+steps. Each step has 20 decodes, and 492, 492 and 16 tokens of the prompt.
 
-Prompts are computed in the order of their ranks. A rank is the number of prompt tokens that have
-arrived, the prompt's own included, plus its own once more. So short prompts pass a long one, which
-keeps its blocks and goes on after them, until as many tokens have arrived after it as it has
-itself. Example: a prompt of 30,000 tokens that comes first has rank 60,000. The next 100 prompts of
-200 tokens have ranks 30,400 to 50,200 and pass it; one of 20,000 after them has 90,000.
+The scheduler computes prompts in ascending order of rank:
 
-Each group of requests (`Turn`) counts its own tokens, its generated ones too. The first request of
-a group that had none waiting begins where the last admitted one did, so it passes what waits of a
-busier group (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Among requests that
-wait, a smaller `Turn.priority` comes before any rank.
+    rank = prompt tokens that arrived before this prompt + 2 * tokens of this prompt
 
-A sequence gets the KV blocks of its whole prompt when it is admitted. When a decode finds no free
+So short prompts that arrive later overtake a long one, which keeps its blocks and continues after
+them, until as many tokens have arrived after it as it has itself. Example: a prompt of 30,000
+tokens arrives first and has rank 60,000. The next 100 prompts of 200 tokens each have ranks 30,400
+to 50,200 and overtake it. A prompt of 20,000 tokens after them has rank 90,000 and waits.
+
+Each group of requests (`SchedulingClass.group`) counts its own tokens, prompt and generated tokens
+together. If a group had no waiting request, the count of its next request begins at the value at
+which the last admitted request began. So it overtakes the waiting requests of a busier group
+(start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Example: group a sends ten prompts
+of 1,000 tokens, with ranks 2,000 to 11,000; the first one is admitted. Group b then sends one: it
+begins at 0, has rank 2,000 and is the next one. Among waiting requests, a smaller
+`SchedulingClass.priority` precedes any rank.
+
+A sequence gets the KV blocks for its whole prompt when it is admitted. If a decode finds no free
 block, the running sequence that arrived last is preempted: its blocks are freed, and it waits with
-its old rank until its prompt and its generated tokens are computed again. No sequence is admitted
-before the one of the lowest rank, nor in a step that preempts one.
+its old rank until its prompt and its generated tokens are computed again. Sequences are admitted in
+order of rank only, and never in a step that preempts one.
 
 The cost of a step does not depend on the number of waiting sequences.
 """
@@ -35,8 +41,8 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
 
 MAX_SCORED_TOKENS = 512
-"""Prompt tokens that one step scores: their logits take 66 MB with 32,000 tokens in the vocabulary.
-"""
+"""Maximum number of prompt tokens that one step scores. Their logits take 66 MB with 32,000 tokens
+in the vocabulary."""
 
 
 class Scheduler:
@@ -59,32 +65,32 @@ class Scheduler:
         # A heap of the waiting sequences by rank.
         self._ranks: list[tuple[int, int, int, Sequence]] = []
         self._num_added = 0
-        # By group: where its next prompt begins in the order of tokens.
+        # By group: its token count, at which its next prompt begins.
         self._group_ends: dict[str, int] = {}
         self._reached = 0
-        """Where the prompt begins that was admitted last, in that order."""
+        """The token count at which the last admitted prompt began."""
         self.unchecked_blocks: list[int] = []
-        """Freed KV blocks that may hold numbers that are not finite: their sequence left before
-        finite logits showed the contrary. To be cleared before the next step."""
+        """Freed KV blocks that may hold values that are not finite, because their sequence ended
+        before finite logits proved the opposite. The caller clears them before the next step."""
         self.num_preemptions = 0
         self.prefix_cache_queries = 0
-        """Tokens looked up in the prefix cache."""
+        """Number of tokens looked up in the prefix cache."""
         self.prefix_cache_hits = 0
-        """Tokens found there, and not computed again."""
+        """Number of tokens found in the prefix cache and not computed again."""
 
     @property
     def has_work(self) -> bool:
         return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence. Alone it must fit into the KV cache up to its last token."""
+        """Queues a sequence, which must fit into the empty KV cache."""
         num_tokens = len(sequence.token_ids)
         self._num_added += 1
         sequence.number = self._num_added
         if sequence.shared_prompt is not None and sequence.shared_prompt.must_wait(sequence):
             self.waiting.add(sequence)
             return
-        group = sequence.turn.group
+        group = sequence.scheduling_class.group
         begin = max(self._reached, self._group_ends.get(group, 0))
         self._group_ends[group] = begin + num_tokens
         sequence.rank = begin + 2 * num_tokens
@@ -97,19 +103,19 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._free(sequence)
-        if group := sequence.turn.group:
+        if group := sequence.scheduling_class.group:
             self._group_ends[group] = self._group_ends.get(group, 0) + sequence.num_output_tokens
         if sequence.shared_prompt is not None:
             for follower in sequence.shared_prompt.removed(sequence, self.waiting):
                 self._queue(follower)
 
     def schedule(self, policy: Policy | None = None) -> list[ScheduledTokens]:
-        """The next step, decodes first, of at most `max_num_batched_tokens` tokens.
+        """Returns the next step, decodes first, with at most `max_num_batched_tokens` tokens.
 
-        Returns an empty list when there is no work, and when every running sequence waits for its
-        last token from a step in flight. Without a `policy` prompts get all tokens that are left.
+        Returns an empty list if there is no work, or if every running sequence waits for its last
+        token from an in-flight step. Without a `policy`, prompts get all remaining tokens.
 
-        Takes the blocks that the step needs; the caller marks the tokens as computed.
+        Allocates the KV blocks of the step. The caller calls `mark_launched`.
         """
         num_preemptions = self.num_preemptions
         decodes = self.schedule_decodes()
@@ -117,7 +123,7 @@ class Scheduler:
         return decodes + self._schedule_prompts(policy, shape_of(decodes), can_admit=can_admit)
 
     def schedule_decodes(self) -> list[ScheduledTokens]:
-        """The decodes of `schedule` alone."""
+        """Returns the decodes of `schedule` only."""
         decodes: list[ScheduledTokens] = []
         index = 0
         # Preemption shortens the list from its end, never below `index`.
@@ -130,9 +136,9 @@ class Scheduler:
         return decodes
 
     def schedule_prompts(self, policy: Policy | None) -> list[ScheduledTokens]:
-        """The prefill chunks of `schedule` alone, which run before the next decodes.
+        """Returns the prefill chunks of `schedule` only, for a step before the next decodes.
 
-        A new sequence that only has to compute its last token is left to those.
+        A new sequence with a single uncomputed token is computed with the decodes instead.
         """
         contexts = [len(s.token_ids) - 1 for s in self.running if s.is_decoding]
         decodes = StepShape(len(contexts), sum(contexts), 0, 0)
@@ -162,8 +168,8 @@ class Scheduler:
     def cache_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Puts the full blocks of the first `num_tokens` tokens into the prefix cache.
 
-        The logits of these tokens must be finite. A cached block with a NaN would fail
-        every sequence that shares it. With a shared prompt, the others can begin now.
+        The logits of these tokens must be finite: a cached block with a NaN would fail every
+        sequence that shares it. Sequences that wait for this shared prompt are queued.
         """
         num_full = min(sequence.num_computed_tokens, num_tokens) // self.blocks.block_size
         if self._shares_blocks(sequence) and num_full > sequence.num_cached_blocks:
@@ -174,21 +180,27 @@ class Scheduler:
         prompt = sequence.shared_prompt
         if prompt is not None and prompt.leader is sequence:
             for follower in prompt.computed():
-                if follower in self.waiting:  # it may have ended
+                if follower in self.waiting:  # false if it has been aborted
                     self._queue(follower)
 
     def _shares_blocks(self, sequence: Sequence) -> bool:
         return self.enable_prefix_caching or sequence.shared_prompt is not None
 
     def _extend_hashes(self, sequence: Sequence, num_full: int) -> None:
-        """See `extend_hashes`. Without prefix caching, sequences of one prompt share alone."""
+        """Extends the sequence's block hashes to `num_full` blocks.
+
+        Without prefix caching, a salt restricts sharing to the sequences of one `SharedPrompt`.
+        """
         prompt = sequence.shared_prompt
         salt = b"" if prompt is None or self.enable_prefix_caching else prompt.salt
         hashes, size = sequence.block_hashes, self.blocks.block_size
         extend_hashes(hashes, sequence.token_ids, size, num_full, salt)
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """Allocates the block of the last token; False when `sequence` itself is preempted."""
+        """Allocates the block of the last token, and preempts sequences until it is free.
+
+        Returns False if `sequence` itself is preempted.
+        """
         while not self.blocks.allocate(sequence.block_table, len(sequence.token_ids)):
             victim = self.running.pop()
             self._free(victim)
@@ -203,14 +215,17 @@ class Scheduler:
         heappush(self._ranks, (*_rank(sequence), sequence))
 
     def _head(self) -> Sequence | None:
-        """The waiting sequence of the lowest rank."""
-        # Sequences that have left the queue stay in the heap until they are its first.
+        """Returns the waiting sequence with the lowest rank, or None if none waits."""
+        # A removed sequence stays in the heap until it is the first.
         while self._ranks and self._ranks[0][-1] not in self.waiting:
             heappop(self._ranks)
         return self._ranks[0][-1] if self._ranks else None
 
     def _admit(self, head: Sequence) -> bool:
-        """Moves the waiting sequence of the lowest rank to the running ones if it fits."""
+        """Moves `head` from the waiting to the running sequences. Returns False if it does not fit.
+
+        Raises `RuntimeError` if it can never fit.
+        """
         if len(self.running) == self.max_num_seqs:
             return False
         cached = self._find_cached(head)
@@ -240,8 +255,10 @@ class Scheduler:
         return True
 
     def _find_cached(self, sequence: Sequence) -> list[int]:
-        """The cached blocks of its longest known prefix, without its last token: that token is
-        always computed, because the step needs its logits."""
+        """Returns the cached blocks of the sequence's longest cached prefix.
+
+        The last token is excluded: it is always computed, because the step needs its logits.
+        """
         if not self._shares_blocks(sequence) or sequence.needs_scores:
             return []
         num_full = (len(sequence.token_ids) - 1) // self.blocks.block_size
@@ -260,7 +277,7 @@ class Scheduler:
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.turn.priority, sequence.rank, sequence.number
+    return sequence.scheduling_class.priority, sequence.rank, sequence.number
 
 
 def _number(sequence: Sequence) -> int:

@@ -6,13 +6,13 @@ from typing import Any
 
 from serve_app.engine.constraint import Constraint
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.shared_prompt import SharedPrompt
-from serve_app.engine.turn import ANYONE, Turn
 
 PENDING = -2
-"""Placeholder in `token_ids` for the token that a step in flight will sample."""
+"""Placeholder in `token_ids` for the token that an in-flight step will sample."""
 FAILED = -1
-"""Sampled instead of a token when a sequence's logits are not finite."""
+"""The sampler's result for a sequence whose logits are not finite."""
 
 
 @dataclass(eq=False, slots=True)
@@ -26,45 +26,51 @@ class Sequence:
     """The prompt, then the generated tokens; the last one may be `PENDING`."""
     params: SamplingParams
     seed: int
-    """64 bits: the request's own, or drawn when the request was accepted."""
+    """A 64-bit seed: the request's, or a random one."""
     stop_ids: frozenset[int]
-    """Ids that end the sequence: the request's own and, unless `ignore_eos`, the model's."""
+    """Ids that end the sequence: the request's and, unless `ignore_eos`, the model's."""
     is_list_item: bool = False
-    """Whether it belongs to a list of prompts, which has a place of the request queue."""
-    turn: Turn = ANYONE
+    """Whether it belongs to a list of prompts. The list as a whole holds one place in the request
+    queue, and its items hold none."""
+    scheduling_class: SchedulingClass = DEFAULT_CLASS
     shared_prompt: SharedPrompt | None = None
-    """Set where other sequences have the same prompt and wait for it."""
+    """Set if several sequences have the same prompt, which is computed once."""
     num_prompt_tokens: int = field(init=False)
     max_num_tokens: int = field(init=False)
-    """Prompt and answer together. With `params.max_tokens` of 0 one token is sampled, which nobody
-    gets: it shows that the prompt is computed."""
+    """Maximum number of tokens, prompt and answer together. If `params.max_tokens` is 0, one token
+    is sampled and discarded; it shows that the prompt is computed."""
     has_penalties: bool = field(init=False)
-    """Whether a penalty counts the tokens before."""
+    """Whether the request has a penalty, which needs counts of the previous tokens."""
     constraint: Constraint | None = field(init=False)
-    """The state of the request's grammar behind the tokens that have been sampled."""
+    """The state of the request's grammar after the sampled tokens; None without a grammar."""
     number: int = 0
-    """The scheduler's count of arrivals."""
+    """The position in the order of arrival, from 1."""
     rank: int = 0
-    """Prompts are computed in this order; see `scheduler.py`."""
+    """The scheduler computes prompts in ascending order of rank; see `scheduler.py`."""
     num_computed_tokens: int = 0
-    """Leading tokens with keys and values in the KV cache; 0 after a preemption."""
+    """Number of leading tokens with keys and values in the KV cache; 0 after a preemption."""
     num_scored_tokens: int = 0
-    """Leading tokens whose logits have scored the next one, where the prompt is scored."""
+    """Number of leading tokens whose logits have given the log probability of the next token.
+    Used only with `params.prompt_logprobs`."""
     num_finite_tokens: int = 0
-    """Leading tokens whose keys and values are finite, as the logits after them have shown."""
+    """Number of leading tokens whose keys and values are known to be finite, because the logits
+    computed from them were finite."""
     block_table: list[int] = field(default_factory=list)
     """KV blocks in the order of positions. A preemption replaces the list."""
     num_cached_blocks: int = 0
-    """Leading blocks of `block_table` in the prefix cache: shared, and never written again."""
+    """Number of leading blocks of `block_table` in the prefix cache. They may be shared and are
+    never written again."""
     block_hashes: list[bytes] = field(default_factory=list)
-    """Hashes of the leading full blocks, as far as they have been needed."""
+    """Hashes of the leading full blocks, extended when more are needed."""
     arrival_time: float = field(default_factory=time.monotonic)
+    """The time of arrival on the monotonic clock, in seconds."""
     num_prompt_cached: int | None = None
-    """Tokens of the prompt that the first step found in the prefix cache; None before it."""
+    """Number of prompt tokens found in the prefix cache; None before the first step."""
     queued_s: float | None = None
     """Seconds from arrival to the first step; None before that step."""
     sampler_state: Any = None
-    """Token counts for the penalties, of `penalties.py` or of `sampling_rows.py`."""
+    """Token counts for the penalties. Their type is the sampler's (`penalties.py` or
+    `sampling_rows.py`)."""
 
     def __post_init__(self) -> None:
         params = self.params
@@ -76,23 +82,23 @@ class Sequence:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether log probabilities of its prompt are still to be computed."""
+        """Whether some log probabilities of its prompt are not computed yet."""
         is_asked = self.params.prompt_logprobs is not None
         return is_asked and self.num_scored_tokens < self.num_prompt_tokens - 1
 
     @property
     def needs_last_token(self) -> bool:
-        """Whether its next token can be sampled only after the host has read the last one."""
+        """Whether the host must read its last token before the next one can be sampled."""
         return self.has_penalties or self.constraint is not None
 
     @property
     def num_output_tokens(self) -> int:
-        """Generated tokens, a `PENDING` one included."""
+        """Number of generated tokens, including a `PENDING` one."""
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has `max_num_tokens` tokens, the last of which may be `PENDING`."""
+        """Whether it has `max_num_tokens` tokens. The last one may be `PENDING`."""
         return len(self.token_ids) >= self.max_num_tokens
 
     @property
@@ -101,6 +107,6 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether its last token is the only one that is not computed. The last token of a complete
-        sequence is in flight and is never computed."""
+        """Whether only its last token is not computed, and it is not complete. The last token of a
+        complete sequence is returned but never computed."""
         return self.num_computed_tokens == len(self.token_ids) - 1 and not self.is_complete

@@ -1,4 +1,4 @@
-"""StepCost: predicts how long a step takes, from the steps that were measured.
+"""StepCost: predicts the time of a step from measured steps.
 
 A step that only decodes takes
 
@@ -6,20 +6,22 @@ A step that only decodes takes
 
 and a step with prompt tokens takes
 
-    a + b * prompt tokens + c * attention scores of the prompt tokens + d * (the decodes alone).
+    a + b * prompt tokens + c * attention scores of the prompt tokens + d * (time of the decodes).
 
-The fixed part `a` of a step with prompt tokens is large on a GPU that unpacks all 4-bit weights for
-it, and small on a CPU. `d` is near 0 where a step with prompt tokens reads all weights anyway, and
-1 where decodes and prompts are computed one after the other. It is 1 until a step with both has
-been measured, which a device that overlaps steps never computes. All coefficients are at least 0.
+All coefficients are at least 0. The fixed part `a` of a step with prompt tokens is large on a GPU
+that unpacks all 4-bit weights for it, and small on a CPU. `d` is near 0 if a step with prompt
+tokens reads all weights anyway, and 1 if decodes and prompts are computed one after the other. It
+is 1 until a step with both is measured; a device that overlaps steps has no such step.
 
-A GPU may compute steps of up to `few_tokens` prompt tokens in another way, which reads 4-bit
-weights once for each pass of some tokens and has a small fixed part. These steps have coefficients
-of their own.
+Attention scores are pairs of a prompt token and a token that it attends to. Example: the prefill
+chunk (512, 1024) has 512 * 512 + 512 * 513 / 2 = 393,472 scores.
 
-The coefficients are fitted to the newest steps of each class of sizes, so that sizes that became
-rare are remembered. The fit minimises relative absolute errors, so that single slow steps (a first
-compile, a busy machine) do not matter.
+A GPU may compute steps with up to `few_tokens` prompt tokens in another way, which reads the 4-bit
+weights once per group of tokens and has a small fixed part. These steps have separate coefficients.
+
+The coefficients are fitted to the newest steps of each size class, so that sizes that became rare
+still count. The fit minimises relative absolute errors, so that single slow steps (a first compile,
+a busy machine) have little effect.
 """
 
 from collections import deque
@@ -31,31 +33,32 @@ import numpy as np
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 
 NUM_STEPS = 5
-"""Measured steps that are kept for each class of sizes."""
+"""Number of measured steps kept for each size class. Two steps are in one class if their features
+have the same number of binary digits."""
 HALF_LIFE = 64
-"""A measured step counts half after this many newer ones."""
+"""The weight of a measured step halves with this many newer steps."""
 MAX_UNFITTED = 16
-"""Newer steps without which predictions may be made, if each was as predicted: a fit takes the
-engine's thread half a millisecond, a good part of a small model's step."""
+"""The coefficients are fitted again after this many new steps, or after a step whose prediction
+was wrong. A fit takes half a millisecond, a large part of a small model's step."""
 SURPRISE = 0.2
-"""A step is as predicted up to this relative error."""
+"""A prediction is wrong if its relative error is larger."""
 NUM_ROUNDS = 4
-"""Rounds of reweighting, which turn least squares into least absolute errors."""
+"""Rounds of iteratively reweighted least squares, which approximates least absolute errors."""
 
 
 class StepShape(NamedTuple):
-    """The sizes of a step on which its time depends."""
+    """The sizes of a step that determine its time."""
 
     num_decodes: int
     context_tokens: int
-    """Tokens before the decodes, which their attention reads."""
+    """Total number of tokens that the decodes attend to."""
     num_prompt_tokens: int
     num_scores: int
-    """Pairs of a prompt token and a token that it attends to."""
+    """Number of attention scores: pairs of a prompt token and a token that it attends to."""
 
 
 def shape_of(scheduled: list[ScheduledTokens]) -> StepShape:
-    """The sizes of a step."""
+    """Returns the sizes of a step."""
     num_decodes = context = num_prompt = num_scores = 0
     for part in scheduled:
         if part.is_decode:
@@ -68,9 +71,10 @@ def shape_of(scheduled: list[ScheduledTokens]) -> StepShape:
 
 
 class StepCost:
-    """Learns with `observe` and predicts with `seconds`."""
+    """`observe` records measured steps; `seconds`, `num_tokens` and `chunk_seconds` predict."""
 
     def __init__(self, few_tokens: int = 0) -> None:
+        """`few_tokens`: see `Runner.few_prompt_tokens`."""
         self.few_tokens = few_tokens
         self._decode = _LinearFit(3)
         self._few = _LinearFit(4)
@@ -78,7 +82,7 @@ class StepCost:
         self._has_mixed = False
 
     def observe(self, shape: StepShape, seconds: float) -> None:
-        """Records the device time of one step."""
+        """Records the device time of one step, in seconds."""
         fit = self._decode
         if shape.num_prompt_tokens:
             fit = self._few if shape.num_prompt_tokens <= self.few_tokens else self._prompt
@@ -86,7 +90,7 @@ class StepCost:
         self._has_mixed |= shape.num_prompt_tokens > 0 < shape.num_decodes
 
     def seconds(self, shape: StepShape) -> float:
-        """The predicted time of a step; 0 before the first measurement of its kind."""
+        """Returns the predicted seconds of a step; 0 before the first measurement of its kind."""
         if not shape.num_prompt_tokens:
             return self._decode.predict(self._features(shape))
         features = self._features(shape)
@@ -95,9 +99,9 @@ class StepCost:
         )
 
     def num_tokens(self, start: int, seconds: float) -> int:
-        """How many tokens of a prompt from `start` on fit into `seconds`.
+        """Returns the number of tokens of a prompt, from `start` on, that take `seconds`.
 
-        `seconds` is what a step may take without its fixed part and its decodes.
+        `seconds` excludes the fixed part of the step and its decodes.
         """
         fitting = _fitting(self._fit_of(1), start, seconds)
         if fitting <= self.few_tokens:
@@ -106,18 +110,18 @@ class StepCost:
         return max(self.few_tokens, _fitting(many, start, seconds - self._more_fixed))
 
     def chunk_seconds(self, start: int, num_tokens: int) -> float:
-        """What `num_tokens` tokens of a prompt from `start` on add to a step."""
+        """Returns the seconds that `num_tokens` prompt tokens from `start` on add to a step."""
         _, token, score, _ = self._fit_of(num_tokens).weights
         added = token * num_tokens + score * _scores(start, num_tokens)
         return added if num_tokens <= self.few_tokens else added + self._more_fixed
 
     @property
     def _more_fixed(self) -> float:
-        """The fixed part of a large step beyond that of one with a single prompt token."""
+        """Fixed part of a step above `few_tokens` minus that of a step below, in seconds."""
         return self._fit_of(self.few_tokens + 1).weights[0] - self._fit_of(1).weights[0]
 
     def _fit_of(self, num_prompt_tokens: int) -> "_LinearFit":
-        """The coefficients for a step of this size; the other ones until it was measured."""
+        """Returns the fit for a step of this size, or the other fit if only that is measured."""
         fits = (self._few, self._prompt)
         if num_prompt_tokens > self.few_tokens:
             fits = (self._prompt, self._few)
@@ -133,7 +137,7 @@ class StepCost:
 
 
 def _fitting(fit: "_LinearFit", start: int, seconds: float) -> int:
-    """How many tokens of a prompt from `start` on add at most `seconds` to a step."""
+    """Returns how many tokens of a prompt, from `start` on, add at most `seconds` to a step."""
     _, token, score, _ = fit.weights
     # token * n + score * (start * n + n * (n + 1) / 2) = seconds, solved without cancellation.
     linear = token + score * (start + 0.5)
@@ -142,6 +146,7 @@ def _fitting(fit: "_LinearFit", start: int, seconds: float) -> int:
 
 
 def _scores(start: int, num_tokens: int) -> int:
+    """Returns the attention scores of `num_tokens` tokens from `start` on (causal)."""
     return num_tokens * start + num_tokens * (num_tokens + 1) // 2
 
 
@@ -165,7 +170,7 @@ class _LinearFit:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The coefficients; fits again after a surprise, or where much was observed since."""
+        """The coefficients, fitted again if a prediction was wrong or many steps are new."""
         if self._is_surprised or self._num_observed - self._num_fitted >= MAX_UNFITTED:
             self._num_fitted, self._is_surprised = self._num_observed, False
             self._fit()
@@ -198,8 +203,11 @@ class _LinearFit:
         self._weights = tuple((w / scale).tolist())
 
     def _least_squares(self, a: np.ndarray, importance: np.ndarray) -> np.ndarray:
-        """The `w` >= 0 with the least weighted squares of `a @ w - 1`: of the solutions for every
-        subset of the coefficients, the best one without a negative coefficient."""
+        """Returns the `w` >= 0 that minimises the weighted squares of `a @ w - 1`.
+
+        Solves the problem for every subset of the coefficients, with the others 0, and returns the
+        best solution without a negative coefficient.
+        """
         size = a.shape[1]
         gram = (a * importance[:, None]).T @ a
         gram += np.eye(size) * (1e-9 * np.trace(gram))

@@ -1,4 +1,4 @@
-"""StepTimer: how long a device worked on one step."""
+"""StepTimer: measures the device time of one step."""
 
 import time
 from typing import Any
@@ -7,8 +7,11 @@ import torch
 
 
 class StepTimer:
-    """Starts when it is created. On a GPU it measures with CUDA events on the current stream, so
-    neither the steps before it nor a host that waits are counted."""
+    """A timer that starts when it is created.
+
+    On a GPU it uses CUDA events on the current stream, so it does not count earlier steps or the
+    host's waiting time.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._events: tuple[Any, Any] | None = None
@@ -20,13 +23,13 @@ class StepTimer:
         self._ended = self._began
 
     def stop(self) -> None:
-        """Marks the end of the step: of the work queued so far, on a GPU."""
+        """Marks the end of the step. On a GPU this is the end of the work queued so far."""
         if self._events is not None:
             self._events[1].record()
         self._ended = time.perf_counter()
 
     def seconds(self) -> float:
-        """Waits for the end of the step, where `stop` was called before that."""
+        """Waits for the end of the step and returns its seconds. Call `stop` before."""
         if self._events is None:
             return self._ended - self._began
         start, end = self._events

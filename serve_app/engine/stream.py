@@ -1,4 +1,4 @@
-"""Stream: the deltas of one request, in the event loop of its consumer."""
+"""Stream: passes the deltas of one request to its consumer, in the consumer's event loop."""
 
 from asyncio import AbstractEventLoop, Future
 
@@ -7,7 +7,7 @@ from serve_app.errors import DeadlinePassed
 
 
 class Stream:
-    """Holds new deltas, merged into one, until the consumer takes them."""
+    """A queue of new deltas, merged into one, for one consumer."""
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self.loop = loop
@@ -17,7 +17,7 @@ class Stream:
         self._waiter: Future[None] | None = None
 
     async def next(self) -> Delta:
-        """Waits for new tokens or the end, and returns everything new. For one consumer."""
+        """Waits for new tokens or the end, and returns everything new."""
         while self._new is None:
             self._waiter = self.loop.create_future()
             try:
@@ -28,19 +28,19 @@ class Stream:
         return delta
 
     def put(self, delta: Delta) -> None:
-        """Adds `delta`, which the stream may change later. Call it in a callback of `loop` only."""
+        """Adds `delta`, which the stream may change later. Call it only in a callback of `loop`."""
         if self._new is None:
             self._new = delta
         elif self._new.finish_reason is None:
             self._new.extend(delta)
         else:
-            return  # the request has ended: by the engine, or by its deadline
+            return  # the engine or the deadline has ended the request
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
     def expire(self) -> None:
         """Ends the stream with `DeadlinePassed`. The consumer then aborts the sequence."""
         error = DeadlinePassed(
-            "The request took longer than the server allows; ask for fewer tokens, or try again."
+            "The request took longer than the server allows. Ask for fewer tokens, or try again."
         )
         self.put(Delta([], [], "cancelled", error))

@@ -1,4 +1,4 @@
-"""The logits of every token of one text, by the steps that compute prompts."""
+"""Computes the logits of every token of one text, in prefill chunks."""
 
 from collections.abc import Iterator, Sequence
 
@@ -9,13 +9,13 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.model.batch import Batch
 
 CHUNK = 128
-"""Tokens whose logits are in memory at once: 16 MB for Mixtral's vocabulary."""
+"""Tokens per prefill chunk. Their logits take 16 MB with Mixtral's vocabulary."""
 
 
 def text_logits(runner: ModelRunner, token_ids: Sequence[int]) -> Iterator[Tensor]:
     """Yields the text's float32 logits `[at most CHUNK, vocab_size]`, one prefill chunk at a time.
 
-    The text takes the first KV blocks, so no engine may run on `runner` at the same time.
+    The text uses the first KV blocks, so no engine may run on `runner` at the same time.
     """
     cache = runner.cache
     device = cache.keys[0].device

@@ -1,4 +1,4 @@
-"""TokenMask: removes the tokens that grammars do not allow from a batch's logits."""
+"""TokenMask: masks the tokens that grammars do not allow in a batch's logits."""
 
 import numpy as np
 import torch
@@ -11,15 +11,15 @@ class TokenMask:
     """The rows of a batch whose answers follow a grammar."""
 
     def __init__(self, constraints: dict[int, Constraint], device: torch.device) -> None:
-        """`constraints` by row."""
+        """`constraints` maps rows of the batch to their constraints."""
         self._constraints = list(constraints.values())
         self._rows = torch.tensor(list(constraints), device=device)
 
     def apply(self, logits: Tensor) -> None:
         """Sets the logits of tokens that are not allowed to -inf, in `logits` `[batch, vocab]`.
 
-        On a GPU the host asks the grammars while the device computes the logits. A row whose
-        grammar has become too complex becomes -inf everywhere, so its token is `FAILED`.
+        On a GPU, the host computes the mask while the device computes the logits. If a grammar has
+        become too complex, all logits of its row become -inf, so its token is `FAILED`.
         """
         vocab_size = logits.shape[1]
         allowed = np.zeros((len(self._constraints), -(-vocab_size // 32)), np.int32)

@@ -1,4 +1,4 @@
-"""TopFilter: top_k, top_p and min_p."""
+"""TopFilter: applies top_k, top_p and min_p."""
 
 import numpy as np
 import torch
@@ -8,9 +8,13 @@ from serve_app.engine.sampling_params import SamplingParams
 
 
 class TopFilter:
-    """Drops improbable tokens: top_k first, then top_p of what is left, then min_p.
+    """Masks improbable tokens: top_k first, then top_p of the remaining tokens, then min_p.
 
-    Each row gets one threshold, so equal logits are kept or dropped together and their order in the
+    Example: probabilities 0.5, 0.2, 0.2, 0.06, 0.04 with `top_k` 4, `top_p` 0.9 and `min_p` 0.5.
+    top_k keeps the first four, which become 0.52, 0.21, 0.21, 0.06. top_p keeps the first three,
+    because they sum to more than 0.9. min_p keeps the first: the others are below 0.5 * 0.52.
+
+    Each row has one threshold, so equal logits are kept or masked together, and their order in the
     vocabulary does not matter.
     """
 
@@ -21,12 +25,12 @@ class TopFilter:
         self._is_sorted = any(0 < p.top_k < vocab_size or p.top_p < 1 for p in params)
         last = [min(p.top_k, vocab_size) - 1 if p.top_k else vocab_size - 1 for p in params]
         self._last = torch.tensor(last, device=device)[:, None]
-        # Rounding may carry the sum of all probabilities to 1 before the last token.
+        # Rounding may make the sum of probabilities reach 1 before the last token.
         self._top_p = column([p.top_p if p.top_p < 1 else torch.inf for p in params])
         self._log_min_p = column([p.min_p for p in params]).log()
 
     def apply(self, scores: Tensor) -> Tensor:
-        """`scores` `[rows, vocab]` with -inf for the dropped tokens."""
+        """Returns `scores` `[rows, vocab]` (logits / temperature) with -inf for masked tokens."""
         if self._is_sorted:
             ordered = _sort_descending(scores)
             best = ordered[:, :1]
@@ -43,7 +47,7 @@ class TopFilter:
 
 
 def _sort_descending(scores: Tensor) -> Tensor:
-    """`scores` `[rows, vocab]`, each row sorted."""
+    """Returns `scores` `[rows, vocab]` with each row sorted, the highest first."""
     if scores.is_cuda:
         return scores.sort(-1, descending=True).values
     # On a CPU numpy's sort takes half the time or less.

@@ -1,4 +1,4 @@
-"""Copies between host and device that do not wait for the device."""
+"""Copies tensors between host and device without waiting for the device."""
 
 import numpy as np
 import torch
@@ -6,8 +6,8 @@ from torch import Tensor
 
 
 def to_device(values: list[int], device: torch.device) -> Tensor:
-    """int64 `values` `[n]` on `device`, copied without waiting for work queued there."""
-    # Through numpy: it reads a list five times as fast as torch.
+    """Returns `values` as int64 `[n]` on `device`, without waiting for work queued there."""
+    # numpy reads a list five times as fast as torch.
     tensor = torch.from_numpy(np.array(values, dtype=np.int64))
     if device.type != "cuda":
         return tensor
@@ -15,9 +15,9 @@ def to_device(values: list[int], device: torch.device) -> Tensor:
 
 
 def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host's `tensor` on `device`, copied without waiting; `tensor` may be changed afterwards.
+    """Returns the host tensor `tensor` on `device`, without waiting for work queued there.
 
-    On a CPU it is `tensor` itself.
+    The caller may change `tensor` afterwards. On a CPU the result is `tensor` itself.
     """
     if device.type != "cuda":
         return tensor
@@ -25,10 +25,10 @@ def tensor_to_device(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def to_host(tensor: Tensor) -> Tensor:
-    """A copy of `tensor` on the host.
+    """Returns a copy of `tensor` on the host.
 
-    A copy from a GPU is complete once the work queued there is done; until then its values are
-    undefined. Record a CUDA event after this call and wait for it.
+    A copy from a GPU is asynchronous: record a CUDA event after this call and wait for it before
+    you read the copy.
     """
     if not tensor.is_cuda:
         return tensor.clone()

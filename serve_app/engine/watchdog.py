@@ -1,7 +1,7 @@
-"""Watchdog: finds a step that does not return.
+"""Watchdog: detects a step that does not return.
 
-A device can hang: a kernel waits for ever, or a driver does not answer. The engine's thread then
-waits inside the step and cannot report it, so another thread asks the watchdog.
+A device can hang, for example if a kernel never ends or a driver does not answer. The engine's
+thread then waits inside the step and cannot report it, so another thread reads `has_hung`.
 """
 
 import time
@@ -10,15 +10,15 @@ from types import TracebackType
 from typing import Self
 
 SLACK = 10
-"""A step may take this many times as long as the longest step so far. A slow device then needs no
-other limit than a fast one."""
+"""A step may take this many times as long as the longest step so far, so that slow devices need no
+separate limit."""
 
 
 class Watchdog:
-    """A context manager around each turn of the engine's loop, which only one thread enters."""
+    """A context manager around each iteration of the engine's loop. Only one thread enters it."""
 
     def __init__(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """`timeout_s` is the shortest time that counts as hung, in seconds of `clock`."""
+        """`timeout_s` is the minimum time after which a step counts as hung, in seconds."""
         self._timeout_s = timeout_s
         self._clock = clock
         self._longest_s = 0.0
@@ -35,7 +35,7 @@ class Watchdog:
 
     @property
     def has_hung(self) -> bool:
-        """Whether the turn under way takes too long; may be called from any thread."""
+        """Whether the current iteration takes too long. Thread-safe."""
         began = self._began
         limit_s = max(self._timeout_s, SLACK * self._longest_s)
         return began is not None and self._clock() - began > limit_s

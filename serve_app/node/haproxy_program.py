@@ -67,8 +67,8 @@ TOO_LONG = f"The URL is longer than the {MAX_URL_CHARS} characters that are allo
 LOADING = "The model is not ready to answer here; see /health, and try again."
 LOADING_RETRY_S = 5
 FULL = (
-    "Too many requests are waiting; send this one again after the seconds in the header "
-    "Retry-After."
+    "Too many requests are waiting. Send this request again after the number of seconds in "
+    "the Retry-After header."
 )
 NO_REPLICA = "No replica of the model answers; send the request again."
 

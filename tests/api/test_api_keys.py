@@ -14,7 +14,7 @@ from serve_app.api.api_keys import POLL_S, ApiKeys
 from serve_app.config.key_file import KeyLimits, add_key, remove_key
 from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
-from serve_app.engine.turn import ANYONE, Turn
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from tests.api.conftest import Endpoint
 from tests.fakes import FakeEngine
 
@@ -148,12 +148,17 @@ def test_who_asks_is_told_to_the_engine(http: httpx.Client, path: Path, serve: A
     ann = add_key(path, "ann", KeyLimits(min_priority=3))
     engine = serve()
     asked(http, ann, priority=-5)
-    assert engine.turns == [Turn("", 3)]
+    assert engine.scheduling_classes == [SchedulingClass("", 3)]
     bob = add_key(path, "bob", KeyLimits())
     engine = serve()
     for key, fields in ((ann, {}), (bob, {"priority": 7}), (bob, {"n": 2})):
         assert asked(http, key, **fields).status_code == 200
-    assert engine.turns == [Turn("ann", 3), Turn("bob", 7), Turn("bob"), Turn("bob")]
+    assert engine.scheduling_classes == [
+        SchedulingClass("ann", 3),
+        SchedulingClass("bob", 7),
+        SchedulingClass("bob"),
+        SchedulingClass("bob"),
+    ]
     assert asked(http, bob, priority=1.5).status_code == 400
 
 
@@ -174,6 +179,6 @@ def test_without_keys_nobody_is_counted(endpoint: Endpoint, http: httpx.Client) 
     """No limits, no headers, no series."""
     engine = endpoint.serve()
     answer = http.post(CHAT, json=ASK)
-    assert engine.turns == [ANYONE]
+    assert engine.scheduling_classes == [DEFAULT_CLASS]
     assert not any(name.startswith("x-ratelimit") for name in answer.headers)
     assert "mixtral_key_" not in http.get("/metrics").text

@@ -123,7 +123,7 @@ class Driver:
                 part.sequence
                 for part in scheduled
                 if part.sequence not in decoding
-                and part.sequence.turn == waiting.turn
+                and part.sequence.scheduling_class == waiting.scheduling_class
                 and place(part.sequence) > place(waiting)
             }
             passed = sum(s.num_prompt_tokens for s in self.passed_by[waiting])

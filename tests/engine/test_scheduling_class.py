@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from serve_app.engine.block_manager import BlockManager
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduling_class import SchedulingClass
 from serve_app.engine.sequence import Sequence
-from serve_app.engine.turn import Turn
 from serve_app.errors import QueueFull
 from tests.engine.scheduler_driver import Driver, new_sequence
 
@@ -19,9 +19,9 @@ def driver(max_num_seqs: int = 1) -> Driver:
     return Driver(Scheduler(BlockManager(200, 4), max_num_seqs, 64))
 
 
-def add(driver: Driver, turn: Turn, num_prompt: int = 8) -> Sequence:
+def add(driver: Driver, scheduling_class: SchedulingClass, num_prompt: int = 8) -> Sequence:
     sequence = new_sequence(num_prompt, 3)
-    sequence.turn = turn
+    sequence.scheduling_class = scheduling_class
     driver.arrived.append(sequence)
     driver.scheduler.add(sequence)
     return sequence
@@ -34,12 +34,12 @@ def order(driver: Driver) -> list[Sequence]:
     return driver.admitted
 
 
-def test_a_new_group_passes_what_a_busy_one_has_waiting() -> None:
-    """Ten requests of one key are begun in turn with those of two keys that come later."""
+def test_a_new_group_overtakes_the_waiting_requests_of_a_busy_group() -> None:
+    """Requests of two keys start before most of the ten earlier requests of another key."""
     found = driver()
-    greedy = [add(found, Turn("greedy")) for _ in range(10)]
+    greedy = [add(found, SchedulingClass("greedy")) for _ in range(10)]
     found.step()
-    polite = [add(found, Turn(name)) for name in ("ann", "bob")]
+    polite = [add(found, SchedulingClass(name)) for name in ("ann", "bob")]
     begun = order(found)
     assert begun[0] is greedy[0]
     assert set(polite) <= set(begun[1:4])
@@ -54,13 +54,13 @@ def test_groups_that_wait_get_equal_shares(sizes: list[tuple[str, int]]) -> None
     found = driver()
     waiting = Counter(group for group, _ in sizes)
     for group, size in sizes:
-        add(found, Turn(group), size)
+        add(found, SchedulingClass(group), size)
     served: Counter[str] = Counter()
     largest = 2 * (max(size for _, size in sizes) + 3)
     for sequence in order(found):
         if all(waiting[group] for group in "abc"):
             assert max(served[g] for g in "abc") - min(served[g] for g in "abc") <= largest
-        group = sequence.turn.group
+        group = sequence.scheduling_class.group
         waiting[group] -= 1
         served[group] += sequence.num_prompt_tokens + 3
 
@@ -68,10 +68,10 @@ def test_groups_that_wait_get_equal_shares(sizes: list[tuple[str, int]]) -> None
 def test_a_smaller_priority_comes_first() -> None:
     """Whatever the group and the arrival, as in vLLM; equals keep the order of arrival."""
     found = driver()
-    add(found, Turn("a"))
+    add(found, SchedulingClass("a"))
     found.step()
-    turns = [Turn("a", 5), Turn("b", 1), Turn("a", 0), Turn("a", -3), Turn("b", 1)]
-    later = [add(found, turn) for turn in turns]
+    classes = [("a", 5), ("b", 1), ("a", 0), ("a", -3), ("b", 1)]
+    later = [add(found, SchedulingClass(*each)) for each in classes]
     assert order(found)[1:] == [later[index] for index in (3, 2, 1, 4, 0)]
 
 

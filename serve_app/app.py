@@ -82,6 +82,10 @@ def application(
         graceful_shutdown_timeout_s=30,
         # A model that fails to load fails again a second later.
         max_constructor_retry_count=1,
+        # Serve logs a line before it makes a `Replica`, which changes the format of the others.
+        logging_config={"encoding": "JSON"}
+        if settings.observability.log_format == "json"
+        else None,
     )
     ingress = _ingress(settings.api.cors_origins)
     return deployment(serve.ingress(ingress)(_replica_class(load))).bind(settings, plan)

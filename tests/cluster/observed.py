@@ -1,6 +1,7 @@
 """A server of the tiny model in a Ray cluster of one node, with Ray's Prometheus port."""
 
 import json
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,10 +13,8 @@ import httpx
 import psutil
 
 from tests.environment import bare
-from tests.processes import all_below
 from tests.settled import left_behind
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 PROGRAM = """
 import sys
@@ -24,16 +23,17 @@ from ray import serve
 from serve_app.app import build_app
 from serve_app.config.settings import Settings
 
-folder, http, metrics = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+folder, http = sys.argv[1], int(sys.argv[2])
 ray.init(
     num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100_000_000,
-    _temp_dir=f"{folder}/ray", _metrics_export_port=metrics,
+    _temp_dir=f"{folder}/ray",
 )
 serve.start(http_options={"host": "127.0.0.1", "port": http})
 serve.run(build_app(Settings.from_yaml("configs/tiny.yaml")), route_prefix="/")
-print("ready", flush=True)
+print("metrics on port", ray.nodes()[0]["MetricsExportPort"], flush=True)
 sys.stdin.read()
 """
+READY = b"metrics on port "
 VARIABLES = {
     "MIXTRAL_OBSERVABILITY__LOG_FORMAT": "json",
     "RAY_metrics_report_interval_ms": "1000",
@@ -54,24 +54,27 @@ class Observed:
         return httpx.get(f"http://{self.targets[target]}/metrics").text
 
     def log_lines(self) -> list[dict[str, object]]:
-        """The lines of the replica's log, without the first, which Serve writes before our code
-        runs."""
+        """The lines of the replica's log."""
         (path,) = self.folder.glob("ray/session_2*/logs/serve/replica_*.log")
-        first, *lines = path.read_text().splitlines()
-        assert first.endswith("Started initializing replica.")
-        return [json.loads(line) for line in lines]
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    def has_metrics(self) -> bool:
+        """Whether Ray's port has the replica's; Ray opens it after the replica's start."""
+        try:
+            return "ray_mixtral_" in self.text("ray")
+        except httpx.TransportError:
+            return False
 
 
 @contextmanager
 def observed() -> Iterator[Observed]:
     """A running server, until the block ends."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:
-        folder, http, metrics = Path(name), free_port(), free_port()
-        command = [sys.executable, "-c", PROGRAM, name, str(http), str(metrics)]
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, reserved_port() as http:
+        folder = Path(name)
         with (
             (folder / "log").open("wb") as log,
             subprocess.Popen(
-                command,
+                [sys.executable, "-c", PROGRAM, name, str(http)],
                 env=bare(folder) | VARIABLES,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -80,11 +83,31 @@ def observed() -> Iterator[Observed]:
         ):
             try:
                 assert process.stdout is not None
-                assert process.stdout.readline() == b"ready\n", (folder / "log").read_text()
-                yield Observed(folder, http, metrics)
+                line = next((it for it in process.stdout if it.startswith(READY)), None)
+                assert line is not None, (folder / "log").read_text()
+                it = Observed(folder, http, int(line.removeprefix(READY)))
+                until(it.has_metrics)
+                yield it
             finally:
-                for each in all_below(process.pid):
-                    with suppress(psutil.NoSuchProcess):
-                        each.kill()
-                process.kill()
-        until(lambda: not left_behind(folder))
+                until(lambda: not killed(folder))
+
+
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that no other process gets, and that Serve's proxy shares: it sets SO_REUSEPORT."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
+
+
+def killed(home: Path) -> list[int]:
+    """Kills the processes with this home folder, and returns them.
+
+    One call is not enough: Ray's raylet replaces a process that ends before itself.
+    """
+    found = left_behind(home)
+    for pid in found:
+        with suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).kill()
+    return found

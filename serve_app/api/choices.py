@@ -25,18 +25,18 @@ ToChunks = Callable[[TextDelta], Iterable[JsonObject]]
 """Makes the response chunks of a delta of one answer."""
 
 
-def check_size(answers: Sequence[Answer], field: str) -> None:
-    """Raises `InvalidRequest` where the log probabilities would take too much memory.
+def check_size(answers: Sequence[Answer], field: str, limit: int = MAX_LOGPROBS) -> None:
+    """Raises `InvalidRequest` where there would be more than `limit` log probabilities.
 
     `field` is the field of the request that asks for them.
     """
     total = sum(_num_logprobs(answer) for answer in answers)
-    if total > MAX_LOGPROBS:
+    if total > limit:
         tokens = f"`{answers[0].params.max_tokens_field}`"
         if answers[0].params.prompt_logprobs is not None:
             tokens = f"(tokens of the prompt + {tokens})"
         raise InvalidRequest(
-            f"Answers x {tokens} x `{field}` is {total:,}; {MAX_LOGPROBS:,} are allowed. Send "
+            f"Answers x {tokens} x `{field}` is {total:,}; {limit:,} are allowed. Send "
             "fewer prompts, or ask for fewer answers, tokens or log probabilities.",
             param=field,
         )

@@ -1,12 +1,12 @@
 """EventStream: the HTTP response with a streamed answer, as server-sent events."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from typing import Any
 
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from serve_app.errors import ErrorBody
 from serve_app.protocol import sse
 from serve_app.protocol.call import JsonObject
 
@@ -24,14 +24,14 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         chunks: AsyncGenerator[JsonObject, None],
-        error_body: Callable[[Exception], ErrorBody],
+        error_event: Callable[[Exception], Mapping[str, Any]],
         headers: dict[str, str],
         end: bytes = sse.DONE,
     ) -> None:
-        """`error_body` returns the body of the error that ends a stream."""
+        """`error_event` returns the last event of a stream that fails."""
         self._end = end
         self._chunks = chunks
-        self._error_body = error_body
+        self._error_event = error_event
         self._is_over = False
         self._first = asyncio.create_task(self._next())
         # Proxies that buffer would hold the tokens back.
@@ -78,7 +78,7 @@ class EventStream(StreamingResponse):
             return self._end
         except Exception as raised:
             self._is_over = True
-            return sse.event(self._error_body(raised))
+            return sse.event(self._error_event(raised))
 
     async def _next(self) -> JsonObject:
         return await anext(self._chunks)

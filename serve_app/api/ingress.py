@@ -8,10 +8,10 @@ import asyncio
 import logging
 import re
 import uuid
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette import routing
 from starlette.applications import Starlette
@@ -166,7 +166,7 @@ class Endpoint:
             return reply
         match reply:
             case StreamReply(chunks):
-                return StreamReply(_until_closed(chunks, end))
+                return replace(reply, chunks=_until_closed(chunks, end))
             case BatchReply(items):
                 return BatchReply(_until_closed(items, end))
         end()
@@ -193,15 +193,15 @@ async def _response(
     headers: dict[str, str],
 ) -> Response:
     match reply:
-        case StreamReply(chunks):
+        case StreamReply(chunks, error_event):
             assert route is not None
-            request_id = call.request_id
-            stream = EventStream(
-                chunks,
-                lambda error: error_body(server.failure(error, request_id), request_id, call.path),
-                headers,
-                route.stream_end,
-            )
+
+            def last_event(error: Exception) -> Mapping[str, Any]:
+                failure = server.failure(error, call.request_id)
+                body = error_body(failure, call.request_id, call.path)
+                return body if error_event is None else error_event(body)
+
+            stream = EventStream(chunks, last_event, headers, route.stream_end)
             await stream.begin()
             return stream
         case TextReply(text, media_type, own):

@@ -4,9 +4,10 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
+from serve_app.api import choices
 from serve_app.errors import as_serve_error
 from serve_app.protocol import values
-from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, StreamReply
+from serve_app.protocol.call import Call, JsonObject, Reply, StreamReply
 from serve_app.protocol.responses_api import response
 from serve_app.protocol.responses_api.events import ResponseEvents
 from serve_app.protocol.responses_api.request import ResponsesRequest
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
     from serve_app.api.answer import Answer
     from serve_app.api.server import MixtralServer
 
+MAX_STREAMED_LOGPROBS = 200_000
+"""Log probabilities in one streamed answer. The last events have all of them once more, and
+encoding more would delay other requests."""
+
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
     """Answers a `ResponsesRequest`, streamed or not."""
@@ -22,17 +27,27 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     metadata = server.metadata(request.model, call)
     tools = request.offered_tools()
     prompt_ids = await server.inputs.chat_ids(request.conversation, "input", tools=tools)
-    (answer,) = await server.inputs.answers(
-        call, request.sampling, prompt_ids, "input", tools=tools
+    answers = await server.inputs.answers(
+        call,
+        request.sampling,
+        prompt_ids,
+        "input",
+        num_logprobs=request.num_logprobs,
+        tools=tools,
     )
+    about = request, metadata, len(prompt_ids), server.tokenizer
+    if request.num_logprobs is not None:
+        limit = MAX_STREAMED_LOGPROBS if request.stream else choices.MAX_LOGPROBS
+        choices.check_size(answers, "top_logprobs", limit)
     if not request.stream:
-        whole = await answer.whole()
-        return JsonReply(response.body(request, metadata, len(prompt_ids), whole))
-    return StreamReply(_streamed(answer, ResponseEvents(request, metadata, len(prompt_ids))))
+        to_body = lambda wholes: response.body(*about, wholes[0])  # noqa: E731
+        return await choices.reply(server.list_places, answers, to_body)
+    events = ResponseEvents(*about)
+    return StreamReply(_streamed(answers[0], events), events.error)
 
 
 async def _streamed(answer: "Answer", events: ResponseEvents) -> AsyncGenerator[JsonObject, None]:
-    """The events of `answer`; where it fails after the first, the last one is `response.failed`."""
+    """The events of `answer`; after the first, a failure is `response.failed` too."""
     async with aclosing(answer.stream(events)) as chunks:
         try:
             async for chunk in chunks:

@@ -23,6 +23,7 @@ from serve_app.config.settings import Settings
 from serve_app.errors import (
     Draining,
     EngineDead,
+    ErrorBody,
     ModelNotFound,
     ServeError,
     error_body,
@@ -34,6 +35,8 @@ from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.call import (
     BatchReply,
     Call,
+    ErrorItem,
+    JsonObject,
     JsonReply,
     Reply,
     ReplyItem,
@@ -135,6 +138,7 @@ class MixtralServer:
 
         Closing the generator cancels the request.
         """
+        error_event: Callable[[ErrorBody], JsonObject] | None = None
         try:
             call = Call(method, path, body, request_id, traceparent=traceparent)
             match await self.answer(call):
@@ -146,13 +150,17 @@ class MixtralServer:
                     async with aclosing(items):
                         async for item in items:
                             yield item
-                case StreamReply(chunks):
+                case StreamReply(chunks, error_event):
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             yield {"chunk": chunk}
         except Exception as raised:
             error = self.failure(raised, request_id)
-            yield {"status": error.http_status, "error": error_body(error, request_id, path)}
+            shown = error_body(error, request_id, path)
+            last: ErrorItem = {"status": error.http_status, "error": shown}
+            if error_event is not None:
+                last["event"] = error_event(shown)
+            yield last
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
         """The error that the client gets for any exception; counts it, and logs it once."""

@@ -5,9 +5,9 @@ process than the model, `MixtralServer.call` sends the reply as a sequence of `R
 """
 
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypedDict, final
+from typing import Any, NotRequired, TypedDict, final
 
 from serve_app.errors import ErrorBody
 from serve_app.protocol.key_account import KeyAccount
@@ -81,6 +81,8 @@ class ErrorItem(TypedDict):
     status: int
     """The HTTP status."""
     error: ErrorBody
+    event: NotRequired[JsonObject]
+    """The last event of a stream, where the API has one of its own."""
 
 
 ReplyItem = ChunkItem | ProgressItem | BodyItem | ErrorItem
@@ -118,6 +120,8 @@ class StreamReply:
     """
 
     chunks: AsyncGenerator[JsonObject, None]
+    error_event: Callable[[ErrorBody], JsonObject] | None = None
+    """Makes the last event of a stream that fails, where the API has one of its own."""
 
 
 @dataclass(frozen=True, slots=True)

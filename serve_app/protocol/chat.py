@@ -4,7 +4,6 @@ Protocol: https://platform.openai.com/docs/api-reference/chat.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from pydantic import Field, model_validator
 
@@ -14,8 +13,8 @@ from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import prompt_logprobs
 from serve_app.protocol.fields import Integer
 from serve_app.protocol.messages import Conversation
-from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage, finite
-from serve_app.protocol.scores import TokenScore, pieces
+from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage
+from serve_app.protocol.scores import TokenScore, named, pieces
 from serve_app.protocol.text import TextDelta
 from serve_app.protocol.tool_request import Choice, FunctionTool, offered
 from serve_app.protocol.tools import ToolCallDelta, Tools, joined
@@ -215,16 +214,4 @@ def _call_delta(piece: ToolCallDelta) -> JsonObject:
 
 
 def _logprobs(request: ChatRequest, scores: list[TokenScore], names: TokenNames) -> JsonObject:
-    def named(token_id: int, logprob: float) -> dict[str, Any]:
-        raw = names.token_bytes(token_id)
-        text = raw.decode(errors="replace")
-        return {"token": text, "logprob": logprob, "bytes": list(raw)}
-
-    content = [
-        {
-            **named(score.token_id, finite(score.logprob or 0.0)),
-            "top_logprobs": list(map(named, *score.top(request.top_logprobs))),
-        }
-        for score in scores
-    ]
-    return {"content": content, "refusal": None}
+    return {"content": named(scores, request.top_logprobs, names), "refusal": None}

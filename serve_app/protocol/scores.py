@@ -5,12 +5,12 @@ The candidates of a token stay arrays until a response chunk with them is writte
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from serve_app.protocol.response import MIN_LOGPROB, finite
+from serve_app.protocol.response import MIN_LOGPROB, TokenNames, finite
 
 if TYPE_CHECKING:
     from serve_app.protocol.text import Detokenizer
@@ -107,6 +107,24 @@ class PromptText:
         score = TokenScore(token_id, logprob, top_ids, top_logprobs, self._num_chars)
         self._num_chars += len(self._detokenizer.push(token_id))
         return score
+
+
+def named(scores: Sequence[TokenScore], num_top: int, names: TokenNames) -> list[dict[str, Any]]:
+    """The scores in OpenAI's form, each with up to `num_top` candidates. Raises `ValueError` for
+    NaN."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        raw = names.token_bytes(token_id)
+        text = raw.decode(errors="replace")
+        return {"token": text, "logprob": logprob, "bytes": list(raw)}
+
+    return [
+        {
+            **one(score.token_id, finite(score.logprob or 0.0)),
+            "top_logprobs": list(map(one, *score.top(num_top))),
+        }
+        for score in scores
+    ]
 
 
 def pieces(items: Iterator[T]) -> Iterator[list[T]]:

@@ -60,6 +60,8 @@ def _read_choice(value: Any) -> ToolChoice:
     match value:
         case "auto" | "none" | "required":
             return ToolChoice(value)
+        case "any":  # Mistral's word
+            return ToolChoice("required")
         case {"type": "function", "function": {"name": str(name)}}:
             return ToolChoice("required", frozenset({name}), is_single=True)
         case {

@@ -25,7 +25,7 @@ from serve_app.errors import (
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.client import Forward
-from serve_app.protocol.call import Call, Progress
+from serve_app.protocol.call import Call, ErrorItem, JsonObject, Progress
 from serve_app.protocol.sse import event
 from serve_app.worker import job_log, progress
 from serve_app.worker.buffer import ItemBuffer
@@ -39,11 +39,12 @@ log = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
-    """The model answered with an error body, which the client gets unchanged."""
+    """The model answered with an error, which the client gets unchanged."""
 
-    def __init__(self, body: ErrorBody) -> None:
+    def __init__(self, item: ErrorItem) -> None:
         super().__init__()
-        self.body = body
+        self.body = item["error"]
+        self.event = item.get("event")
 
 
 class Handler:
@@ -78,13 +79,14 @@ class Handler:
             result = await self._answer(request, posts)
             job_log.completed(job_id, time.monotonic() - began)
         except Exception as error:
+            last_event = None
             if isinstance(error, _Refused):
-                body = error.body
+                body, last_event = error.body, error.event
             else:
                 path = request.call.path if request is not None else ""
                 body = error_body(handle_error(error, request_id), request_id, path)
             job_log.failed(job_id, time.monotonic() - began, body)
-            result = await _failed(request, body, posts)
+            result = await _failed(request, body, posts, last_event)
         await posts.result(result)
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
@@ -148,7 +150,7 @@ class Handler:
             async with contextlib.aclosing(client(call)) as items:
                 async for item in items:
                     if "error" in item:
-                        raise _failure(item["error"])
+                        raise _failure(item)
                     if "body" in item:
                         body = item["body"]
                     elif "progress" in item:
@@ -192,7 +194,7 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
         while not buffer.is_over:
             batch = await buffer.take()
             chunks = [item["chunk"] for item in batch if "chunk" in item]
-            errors = [item["error"] for item in batch if "error" in item]
+            errors = [item for item in batch if "error" in item]
             values: list[Any]
             if request.sse:
                 has_end = not end or (buffer.is_over and not errors)
@@ -207,20 +209,27 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
         await output.add(end.decode())
 
 
-def _failure(body: ErrorBody) -> Exception:
-    """The exception for an error body; a dead engine in a living replica is a dead model."""
-    error = body["error"]
-    return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(body)
+def _failure(item: ErrorItem) -> Exception:
+    """The exception for an error; a dead engine in a living replica is a dead model."""
+    error = item["error"]["error"]
+    return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(item)
 
 
-async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> Result:
+async def _failed(
+    request: JobRequest | None,
+    body: ErrorBody,
+    posts: Posts,
+    last_event: JsonObject | None = None,
+) -> Result:
     """The result of a job that fails with the error body `body`.
+
+    `last_event` ends the event stream of an API that has one of its own for errors.
 
     A stream gets the error as its last chunk, because RunPod's clients do not show a job's error.
     """
     if request is not None and request.stream:
-        clean = json.loads(encode(body))  # an event refuses lone surrogates
-        shown = {name: clean["error"][name] for name in ("status", "retry", "message")}
+        clean = json.loads(encode(last_event or body))  # an event refuses lone surrogates
+        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
         last = {"token": "", "finished": True, "finish_reason": "error", **shown}
         await posts.chunk(encode(event(clean).decode() if request.sse else last))
     is_list = request is not None and request.is_list

@@ -105,7 +105,7 @@ def _text_of(chunk: Chunk) -> str | None:
             return text
         case {"type": "content_block_delta", "delta": {"partial_json": str(text)}}:
             return text
-        case {"type": str(), "delta": str(text)}:
+        case {"type": str(), "delta": str(text)} if not chunk.get("logprobs"):
             return text
         case _:
             return None

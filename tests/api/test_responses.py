@@ -113,6 +113,49 @@ def test_the_limit_is_max_output_tokens(tiny_endpoint: Endpoint) -> None:
         assert response.incomplete_details.reason == "max_output_tokens"
 
 
+LOGPROBS: Any = {"include": ["message.output_text.logprobs"], "top_logprobs": 3}
+
+
+def test_log_probabilities_are_those_of_chat(tiny_endpoint: Endpoint) -> None:
+    """Tokens, candidates and numbers are those of chat's `logprobs`, whole and streamed."""
+    with tiny_endpoint.client() as client:
+        whole = client.responses.create(**GREEDY, **LOGPROBS)
+        deltas = list[Any]()
+        with client.responses.stream(**GREEDY, **LOGPROBS) as stream:
+            for event in stream:
+                if event.type == "response.output_text.delta":
+                    deltas += event.logprobs
+            streamed = stream.get_final_response()
+        chat = client.chat.completions.create(
+            model="tiny",
+            messages=[{"role": "user", "content": QUESTION}],
+            temperature=0,
+            max_tokens=16,
+            logprobs=True,
+            top_logprobs=3,
+        )
+    assert chat.choices[0].logprobs is not None
+    expected = [each.model_dump() for each in chat.choices[0].logprobs.content or []]
+    assert len(expected) > 1
+    assert {len(each["top_logprobs"]) for each in expected} == {3}
+    for response in (whole, streamed):
+        content: Any = response.output[0]
+        assert [each.model_dump() for each in content.content[0].logprobs] == expected
+    for each in expected:
+        del each["bytes"]
+        for top in each["top_logprobs"]:
+            del top["bytes"]
+    assert [each.model_dump() for each in deltas] == expected
+
+
+def test_many_log_probabilities_of_a_stream_are_refused(http: httpx.Client) -> None:
+    """The last events have all of them again, so a stream has fewer than a whole answer."""
+    body = {**ASKED, **LOGPROBS, "top_logprobs": 20, "max_output_tokens": 10_001}
+    refused = http.post(PATH, json={**body, "stream": True})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "top_logprobs")
+    assert "200,000 are allowed" in refused.json()["error"]["message"]
+
+
 def test_items_make_the_prompt_of_chat(endpoint: Endpoint, http: httpx.Client) -> None:
     """The prompt's token ids are those of the same conversation in chat."""
     engine = endpoint.serve()
@@ -232,7 +275,6 @@ def test_what_changes_nothing_passes(http: httpx.Client, fields: Any) -> None:
         ({"conversation": "conv_1"}, "conversation"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
-        ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"input": None}, "input"),
         ({"input": ""}, "input.0.message.content"),
@@ -271,7 +313,8 @@ def test_early_errors_keep_their_status(endpoint: Endpoint, stream: bool) -> Non
 
 
 def test_a_failure_in_a_stream_is_a_failed_response(endpoint: Endpoint, http: httpx.Client) -> None:
-    """The response fails with the error, and then the client raises it."""
+    """The response fails with the error; then comes OpenAI's event `error`, which the client
+    raises."""
     endpoint.serve(FakeEngine(error=OutOfMemory("No memory.")))
     seen: list[Any] = []
     with endpoint.client() as client:
@@ -282,6 +325,12 @@ def test_a_failure_in_a_stream_is_a_failed_response(endpoint: Endpoint, http: ht
     assert last.type == "response.failed"
     assert (last.response.error.code, last.response.error.message) == ("server_error", "No memory.")
     assert endpoint.server.metrics.finished["error"] == 1
+    events = events_of(http.post(PATH, json={**ASKED, "stream": True}))
+    error: Any = events[-1].pop("error")
+    validated(ResponseStreamEvent, events[-1])
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    assert (error["message"], events[-1]["message"]) == ("No memory.", "No memory.")
+    assert (error["code"], events[-1]["code"]) == ("out_of_memory", "out_of_memory")
 
 
 def test_leaving_a_stream_frees_the_engine(endpoint: Endpoint, http: httpx.Client) -> None:

@@ -247,6 +247,15 @@ def test_allowed_tools_are_the_only_ones_that_are_called(tiny: MixtralServer) ->
     assert {name for name, _ in found} == {"now"}
 
 
+def test_mistrals_any_means_required(tiny: MixtralServer) -> None:
+    """`tool_choice: "any"`, which Mistral's API has, gives the answer of `required`."""
+    any_call, required = (
+        calls(ask(tiny, tools=[WEATHER, NOW], tool_choice=choice, logit_bias=CLOSING))
+        for choice in ("any", "required")
+    )
+    assert any_call == required != []
+
+
 def test_text_follows_its_own_format_beside_tools(tiny: MixtralServer) -> None:
     """With `response_format` and tools, an answer without a call follows the format."""
     schema = {"type": "object", "properties": {"x": {"const": 1}}, "required": ["x"]}
@@ -313,7 +322,7 @@ EXPLODES = {
         ({"tools": [NOW, function("f", [])]}, "tools.1.function.parameters"),
         ({"tools": [function("f", {"type": "string"})]}, "tools.0.function.parameters"),
         ({"tools": [function("f", {"properties": 3})]}, "tools.0.function.parameters"),
-        ({"tools": [NOW], "tool_choice": "any"}, "tool_choice"),
+        ({"tools": [NOW], "tool_choice": "one"}, "tool_choice"),
         ({"tools": [NOW], "tool_choice": {"name": "now"}}, "tool_choice"),
         ({"tools": [NOW], "tool_choice": WEATHER}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),

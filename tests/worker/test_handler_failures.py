@@ -50,6 +50,18 @@ def test_the_gateway_gets_a_failure_as_an_event(handler_of: HandlerOf) -> None:
     assert shown["error"]["code"] == "model_load_failed"
 
 
+def test_an_apis_own_event_for_an_error_ends_its_stream(handler_of: HandlerOf) -> None:
+    """The Responses API's event ends the gateway's stream; the job fails with the error body."""
+    body = error_body(InvalidRequest("No."), "req-7")
+    last: Any = {"type": "error", "sequence_number": 4, "message": "No.", **body}
+    model = Model([{"status": 400, "error": body, "event": last}])
+    given = {"openai_route": "/v1/responses", "openai_input": {"stream": True}}
+    posts = posts_of(handler_of(model), given)
+    name, data = posts.chunks[0].strip().split("\n")
+    assert (name, json.loads(data.removeprefix("data: "))) == ("event: error", last)
+    assert posts.error == body["error"]
+
+
 def test_a_failure_that_quotes_a_lone_surrogate_is_posted(
     handler_of: HandlerOf,
 ) -> None:

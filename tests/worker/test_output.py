@@ -86,6 +86,17 @@ def test_events_of_responses_are_joined_and_keep_their_order() -> None:
     assert merged_chunks([delta(2, "a"), delta(3, "b", "n")]) == [delta(2, "a"), delta(3, "b", "n")]
 
 
+def test_events_with_log_probabilities_stay_apart() -> None:
+    """Two tokens that are equal in everything keep their log probabilities."""
+    event = {
+        "type": "response.output_text.delta",
+        "delta": "a",
+        "logprobs": [{"token": "a", "logprob": -0.5}],
+    }
+    events = [{**event, "sequence_number": number} for number in (7, 8)]
+    assert merged_chunks(events) == events
+
+
 def test_joined_chunks_stay_under_the_limit() -> None:
     """A long backlog of tokens becomes several chunks, none over RunPod's limit."""
     chunks = [token("\0" * 30_000) for _ in range(20)]  # 6 bytes each, the most that JSON takes

@@ -136,7 +136,7 @@ def test_answers_are_equal(
         ("GET", "/prompt", None, 405),
         ("POST", "/v1/chat/completions", {**CHAT, "model": "other"}, 404),
         ("POST", "/v1/chat/completions", {**CHAT, "tools": [{}]}, 400),
-        ("POST", "/v1/chat/completions", {**CALL, "tool_choice": "any"}, 400),
+        ("POST", "/v1/chat/completions", {**CALL, "tool_choice": "one"}, 400),
         ("POST", "/v1/chat/completions", {"model": "tiny"}, 400),
         ("POST", "/v1/responses", {**RESPONSE, "store": True}, 400),
         ("POST", "/v1/messages", {**MESSAGE, "model": "other"}, 404),

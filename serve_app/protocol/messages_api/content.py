@@ -4,41 +4,32 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, model_validator
 
+from serve_app.protocol.content_parts import ContentPart, listed, of_types
 from serve_app.protocol.fields import Text, printable, sentence
 from serve_app.protocol.messages import MAX_MESSAGES, Message
 from serve_app.protocol.tools import ToolCall
 
-_KNOWN = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result")
+_IS_KNOWN = of_types(
+    ("text", "thinking", "redacted_thinking", "tool_use", "tool_result"), "Content blocks"
+)
 
 
-class _Ignoring(BaseModel):
-    # Clients mark blocks with `cache_control` and send back every key of an answer.
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-class TextBlock(_Ignoring):
+class TextBlock(ContentPart):
     """A text; also a block of `system`."""
 
     type: Literal["text"]
     text: Text
 
 
-class ThinkingBlock(_Ignoring):
+class ThinkingBlock(ContentPart):
     """Thoughts of another model in an earlier answer. They are left out of the prompt."""
 
     type: Literal["thinking", "redacted_thinking"]
 
 
-class ToolUseBlock(_Ignoring):
+class ToolUseBlock(ContentPart):
     """A call in an earlier answer."""
 
     type: Literal["tool_use"]
@@ -47,31 +38,11 @@ class ToolUseBlock(_Ignoring):
     input: dict[str, Any]
 
 
-def _known(block: Any) -> Any:
-    match block:
-        case {"type": str(kind)} if kind not in _KNOWN:
-            raise sentence(
-                f"Content blocks of type `{printable(kind)}` are not supported: send text.", "type"
-            )
-    return block
+_IS_LISTED = listed("text", "content blocks")
+_Texts = Annotated[list[Annotated[TextBlock, _IS_KNOWN]], _IS_LISTED]
 
 
-def _listed(content: Any) -> Any:
-    """A string stands for one block of text, and null for none."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}] if content else []
-    if not isinstance(content, list):
-        raise sentence("It should be a string or a list of content blocks.")
-    return content
-
-
-_Text = Annotated[TextBlock, BeforeValidator(_known)]
-_Texts = Annotated[list[_Text], BeforeValidator(_listed)]
-
-
-class ToolResultBlock(_Ignoring):
+class ToolResultBlock(ContentPart):
     """The result of a call."""
 
     type: Literal["tool_result"]
@@ -88,17 +59,17 @@ class ToolResultBlock(_Ignoring):
 Block = Annotated[
     TextBlock | ThinkingBlock | ToolUseBlock | ToolResultBlock,
     Field(discriminator="type"),
-    BeforeValidator(_known),
+    _IS_KNOWN,
 ]
 System = _Texts
 """The type of the field `system`."""
 
 
-class InputMessage(_Ignoring):
+class InputMessage(ContentPart):
     """One of the `messages`."""
 
     role: Literal["user", "assistant", "system"]
-    content: Annotated[list[Block], BeforeValidator(_listed)]
+    content: Annotated[list[Block], _IS_LISTED]
 
     @property
     def calls(self) -> list[ToolUseBlock]:

@@ -2,11 +2,12 @@
 
 from typing import Any
 
-from serve_app.errors import ServeError
+from serve_app.errors import ErrorBody, ServeError
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.response import ResponseMetadata
+from serve_app.protocol.response import ResponseMetadata, TokenNames
 from serve_app.protocol.responses_api import response
 from serve_app.protocol.responses_api.request import ResponsesRequest
+from serve_app.protocol.scores import TokenScore, named, pieces
 from serve_app.protocol.text import TextDelta
 from serve_app.protocol.tools import ToolCall, ToolCallDelta
 
@@ -16,14 +17,20 @@ class ResponseEvents:
 
     `response.created` and `response.in_progress` come first. Each item of the output is added,
     filled by deltas, and done. `response.completed` or `response.incomplete` is the last, or
-    `response.failed`.
+    `response.failed` and `error`.
     """
 
     def __init__(
-        self, request: ResponsesRequest, metadata: ResponseMetadata, num_input_tokens: int
+        self,
+        request: ResponsesRequest,
+        metadata: ResponseMetadata,
+        num_input_tokens: int,
+        names: TokenNames,
     ) -> None:
         self._metadata = metadata
         self._num_input_tokens = num_input_tokens
+        self._names = names
+        self._num_top = request.top_logprobs
         self._response = response.begun(request, metadata)
         self._sequence_number = 0
         self._output: list[JsonObject] = []
@@ -32,6 +39,13 @@ class ResponseEvents:
         """The item that is under way, as it was added."""
         self._pieces: list[str] = []
         """What has come of its text or its arguments."""
+        self._logprobs: list[JsonObject] = []
+        """Those of its tokens."""
+        self._held: list[TokenScore] = []
+        """Scores of tokens that may not belong to the text."""
+        self._num_chars = 0
+        self._has_called = False
+        """Characters of the text so far."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """The events for `delta`; none where it adds nothing."""
@@ -39,13 +53,17 @@ class ResponseEvents:
         if not self.has_begun:
             events.append(self._event("response.created", response=self._response))
             events.append(self._event("response.in_progress", response=self._response))
+        self._held += delta.scores
         if delta.text:
-            events += self._text(delta.text)
+            self._num_chars += len(delta.text)
+            events += self._text(delta.text, self._scores_of_text())
         for piece in delta.tool_calls:
             events += self._call(piece)
         if delta.finish_reason is not None:
             if self._item is None and not self._output:
                 events += self._begin(response.message(self._metadata, "in_progress", []))
+            if self._held and not self._has_called:
+                events += self._text("", self._held)
             events += self._end(response.status_of(delta))
             whole = response.ended(self._response, self._output, self._num_input_tokens, delta)
             events.append(self._event(f"response.{whole['status']}", response=whole))
@@ -57,19 +75,41 @@ class ResponseEvents:
         return self._sequence_number > 0
 
     def failed(self, error: ServeError) -> JsonObject:
-        """The last event of an answer that fails after its first event."""
+        """The event of an answer that fails after its first event."""
         whole = response.failed(self._response, self._output, error)
         return self._event("response.failed", response=whole)
 
-    def _text(self, text: str) -> list[JsonObject]:
+    def error(self, body: ErrorBody) -> JsonObject:
+        """The last event of a stream that fails. OpenAI's clients raise what `error` says."""
+        fields = body["error"]
+        shown = {"code": fields["code"], "message": fields["message"], "param": fields["param"]}
+        return {**self._event("error", **shown), **body}
+
+    def _scores_of_text(self) -> list[TokenScore]:
+        """Takes the scores that belong to the text so far from those that are held."""
+        if self._has_called:
+            return []
+        ready = [score for score in self._held if score.offset < self._num_chars]
+        self._held = self._held[len(ready) :]
+        return ready
+
+    def _text(self, text: str, scores: list[TokenScore]) -> list[JsonObject]:
+        """The events for `text`, several where it has many scores."""
         events: list[JsonObject] = []
         if self._item is None or self._item["type"] != "message":
             events += self._begin(response.message(self._metadata, "in_progress", []))
         self._pieces.append(text)
-        return [*events, self._text_event("output_text.delta", delta=text, logprobs=[])]
+        for piece in pieces(iter(scores)):
+            logprobs = named(piece, self._num_top, self._names)
+            self._logprobs += logprobs
+            shown = _without_bytes(logprobs)
+            events.append(self._text_event("output_text.delta", delta=text, logprobs=shown))
+            text = ""
+        return events
 
     def _call(self, piece: ToolCallDelta) -> list[JsonObject]:
         events: list[JsonObject] = []
+        self._has_called = True
         if piece.id is not None and piece.name is not None:
             call = ToolCall(piece.id, piece.name, "")
             events += self._begin(response.function_call(call, "in_progress"))
@@ -82,10 +122,10 @@ class ResponseEvents:
     def _begin(self, item: JsonObject) -> list[JsonObject]:
         """Ends the item that is under way, and begins `item`."""
         events = self._end("completed")
-        self._item, self._pieces = item, []
+        self._item, self._pieces, self._logprobs = item, [], []
         events.append(self._output_event("added", item))
         if item["type"] == "message":
-            part = response.output_text("")
+            part = response.output_text("", [])
             events.append(self._text_event("content_part.added", part=part))
         return events
 
@@ -95,10 +135,11 @@ class ResponseEvents:
             return []
         whole = "".join(self._pieces)
         if self._item["type"] == "message":
-            part = response.output_text(whole)
+            part = response.output_text(whole, self._logprobs)
             item = {**self._item, "status": status, "content": [part]}
+            shown = _without_bytes(self._logprobs)
             events = [
-                self._text_event("output_text.done", text=whole, logprobs=[]),
+                self._text_event("output_text.done", text=whole, logprobs=shown),
                 self._text_event("content_part.done", part=part),
             ]
         else:
@@ -126,3 +167,17 @@ class ResponseEvents:
     def _event(self, kind: str, **fields: Any) -> JsonObject:
         self._sequence_number += 1
         return {"type": kind, "sequence_number": self._sequence_number - 1, **fields}
+
+
+def _without_bytes(logprobs: list[JsonObject]) -> list[JsonObject]:
+    """`logprobs` as events of a text have them."""
+    return [
+        {
+            "token": each["token"],
+            "logprob": each["logprob"],
+            "top_logprobs": [
+                {"token": top["token"], "logprob": top["logprob"]} for top in each["top_logprobs"]
+            ],
+        }
+        for each in logprobs
+    ]

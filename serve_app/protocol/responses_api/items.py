@@ -3,40 +3,28 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
+from serve_app.protocol.content_parts import ContentPart, listed, of_types
 from serve_app.protocol.fields import Text, printable, sentence
 from serve_app.protocol.messages import MAX_MESSAGES, Message
 from serve_app.protocol.tools import ToolCall
 
 _ITEMS = ("message", "reasoning", "function_call", "function_call_output")
-_PARTS = ("input_text", "output_text", "refusal")
 _STORED = (
     "Items of type `item_reference` are not supported, because nothing is stored: send the item "
     "itself. Clients do so where their option `store` is false."
 )
 
 
-class _Ignoring(BaseModel):
-    # Clients send back every key of an answer.
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
-
-
-class TextPart(_Ignoring):
+class TextPart(ContentPart):
     """A text of the client or of an earlier answer."""
 
     type: Literal["input_text", "output_text"]
     text: Text
 
 
-class RefusalPart(_Ignoring):
+class RefusalPart(ContentPart):
     """An earlier answer of another model that refuses; it is a text."""
 
     type: Literal["refusal"]
@@ -47,28 +35,12 @@ class RefusalPart(_Ignoring):
         return self.refusal
 
 
-def _known_part(part: Any) -> Any:
-    match part:
-        case {"type": str(kind)} if kind not in _PARTS:
-            raise sentence(
-                f"Content parts of type `{printable(kind)}` are not supported: send text.", "type"
-            )
-    return part
-
-
-def _listed_parts(content: Any) -> Any:
-    """A string stands for one part, and null for none."""
-    if content is None:
-        return []
-    if isinstance(content, str):
-        return [{"type": "input_text", "text": content}] if content else []
-    if not isinstance(content, list):
-        raise sentence("It should be a string or a list of content parts.")
-    return content
-
-
-Part = Annotated[TextPart | RefusalPart, Field(discriminator="type"), BeforeValidator(_known_part)]
-Parts = Annotated[list[Part], BeforeValidator(_listed_parts)]
+Part = Annotated[
+    TextPart | RefusalPart,
+    Field(discriminator="type"),
+    of_types(("input_text", "output_text", "refusal"), "Content parts"),
+]
+Parts = Annotated[list[Part], listed("input_text", "content parts")]
 
 
 def _joined(parts: Sequence[Part]) -> str:
@@ -76,7 +48,7 @@ def _joined(parts: Sequence[Part]) -> str:
     return "\n".join(part.text for part in parts)
 
 
-class MessageItem(_Ignoring):
+class MessageItem(ContentPart):
     """A message of the client, or an earlier answer."""
 
     type: Literal["message"]
@@ -90,13 +62,13 @@ class MessageItem(_Ignoring):
         return self
 
 
-class ReasoningItem(_Ignoring):
+class ReasoningItem(ContentPart):
     """Thoughts of another model before an earlier answer. They are left out of the prompt."""
 
     type: Literal["reasoning"]
 
 
-class CallItem(_Ignoring):
+class CallItem(ContentPart):
     """A call in an earlier answer."""
 
     type: Literal["function_call"]
@@ -105,7 +77,7 @@ class CallItem(_Ignoring):
     arguments: Text
 
 
-class ResultItem(_Ignoring):
+class ResultItem(ContentPart):
     """The result of a call."""
 
     type: Literal["function_call_output"]

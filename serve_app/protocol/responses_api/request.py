@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
@@ -84,20 +84,23 @@ class ResponsesRequest(Body):
     metadata: dict[str, Text] = Field(default_factory=dict)
     """Returned in the response."""
     include: list[Text] = Field(default_factory=list)
-    """What the response should contain too; there is nothing of it."""
+    """What the response should contain too; of that there are log probabilities alone."""
+    top_logprobs: Integer = Field(default=0, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
-    @field_validator("include")
-    @classmethod
-    def _no_logprobs(cls, value: list[str]) -> list[str]:
-        if LOGPROBS in value:
+    @model_validator(mode="after")
+    def _candidates_need_logprobs(self) -> "ResponsesRequest":
+        if self.top_logprobs and self.num_logprobs is None:
             raise InvalidRequest(
-                f"`include` cannot have `{LOGPROBS}`: log probabilities are on "
-                "/v1/chat/completions.",
-                param="include",
+                f'`top_logprobs` needs `include: ["{LOGPROBS}"]`.', param="top_logprobs"
             )
-        return value
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        return self.top_logprobs if LOGPROBS in self.include else None
 
     @property
     def conversation(self) -> list[Message]:

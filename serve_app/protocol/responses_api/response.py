@@ -4,8 +4,9 @@ from typing import Literal
 
 from serve_app.errors import Overloaded, ServeError
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.response import ResponseMetadata
+from serve_app.protocol.response import ResponseMetadata, TokenNames
 from serve_app.protocol.responses_api.request import ResponsesRequest
+from serve_app.protocol.scores import named
 from serve_app.protocol.text import TextDelta
 from serve_app.protocol.tools import ToolCall, joined
 
@@ -13,13 +14,20 @@ Status = Literal["in_progress", "completed", "incomplete"]
 
 
 def body(
-    request: ResponsesRequest, metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta
+    request: ResponsesRequest,
+    metadata: ResponseMetadata,
+    num_input_tokens: int,
+    names: TokenNames,
+    whole: TextDelta,
 ) -> JsonObject:
-    """The whole answer as a response."""
+    """The whole answer as a response. The tokens of calls have no log probabilities in it."""
     calls = joined(whole.tool_calls)
     output: list[JsonObject] = []
     if whole.text or not calls:
-        output.append(message(metadata, "completed", [output_text(whole.text)]))
+        end = len(whole.text)
+        scores = [score for score in whole.scores if not calls or score.offset < end]
+        part = output_text(whole.text, named(scores, request.top_logprobs, names))
+        output.append(message(metadata, "completed", [part]))
     output += [function_call(call, "completed") for call in calls]
     output[-1]["status"] = status_of(whole)
     return ended(begun(request, metadata), output, num_input_tokens, whole)
@@ -47,6 +55,7 @@ def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
         "text": text,
         "tool_choice": request.tool_choice,
         "tools": [tool.model_dump() for tool in request.tools],
+        "top_logprobs": request.top_logprobs,
         "top_p": request.top_p,
         "truncation": "disabled",
         "usage": None,
@@ -110,6 +119,6 @@ def function_call(call: ToolCall, status: Status) -> JsonObject:
     }
 
 
-def output_text(text: str) -> JsonObject:
+def output_text(text: str, logprobs: list[JsonObject]) -> JsonObject:
     """The content part of a message."""
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

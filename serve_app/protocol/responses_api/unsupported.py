@@ -29,7 +29,6 @@ UNSUPPORTED: Unsupported = {
     "previous_response_id": ((), _STATELESS),
     "prompt": ((), "there are no stored prompts; send `instructions` and `input`"),
     "store": ((False,), _STATELESS),
-    "top_logprobs": ((0,), "log probabilities are on /v1/chat/completions"),
     "truncation": (("disabled",), "items are never cut"),
 }
 """Fields that are accepted with these values only, and the reason."""

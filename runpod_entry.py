@@ -41,7 +41,7 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Starts what the environment asks for; returns the exit code. Every failure is logged."""
+    """Starts what the environment asks for. Returns the exit code. Every failure is logged."""
     # Before anything else, so that no failure is silent.
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
@@ -142,7 +142,7 @@ def _take_jobs(entry: "EntrySettings") -> int:
 
 
 def _checked(entry: "EntrySettings") -> "tuple[Settings, Checked | ModelLoadFailed]":
-    """The settings, and the check of the start, or why no start can succeed."""
+    """Returns the settings, and the check of the start, or why no start can succeed."""
     from serve_app.cold_start.check import check_config, check_start
     from serve_app.errors import ModelLoadFailed
 

@@ -39,7 +39,7 @@ def conversations(count: int, turns: int = 6, pause_s: float = 0.2) -> list[Arri
 
 
 def long_beside_streams() -> list[Arrival]:
-    """One prompt of 7,400 tokens beside eight streams."""
+    """Returns one prompt of 7,400 tokens beside eight streams."""
     return [Arrival(0, 20, 1000) for _ in range(8)] + [Arrival(1, 7400, 10)]
 
 

@@ -12,7 +12,7 @@
    Engine figures stand beside: its tokens/s are of decode steps alone, the server's include the
    prompts.
 
-The exit code is 1 where a part of `benchmarks.gpu` failed or a request had an error.
+The exit code is 1 if a part of `benchmarks.gpu` failed or a request had an error.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def write_checkpoint(options: argparse.Namespace) -> Path:
 
 
 def sizes(options: argparse.Namespace) -> list[str]:
-    """The options that say how large the model is."""
+    """Returns the options that say how large the model is."""
     layers = [] if options.layers is None else ["--layers", str(options.layers)]
     return [*layers, *(["--tiny"] if options.tiny else [])]
 
@@ -89,7 +89,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Returns the command."""
     options = parse(arguments)
     options.folder.mkdir(parents=True, exist_ok=True)
     checkpoint = write_checkpoint(options)

@@ -32,7 +32,7 @@ class BoxLoad:
     async def _send(
         self, num_tokens: int, answer_tokens: int, concurrency: int, requests: int
     ) -> tuple[list[Outcome], float]:
-        """A closed loop with prompts of `num_tokens` random ids."""
+        """Returns a closed loop with prompts of `num_tokens` random ids."""
 
         def request(_: int) -> dict[str, Any]:
             ids = self._random.integers(*VOCABULARY, num_tokens).tolist()
@@ -45,7 +45,7 @@ class BoxLoad:
         await self._send(context, FIRST_TOKENS, 2, 2)
 
     async def prompts(self, sizes: list[int]) -> list[dict[str, Any]]:
-        """The time to the first token of prompts one at a time, beside the engine's."""
+        """Returns the time to the first token of prompts one at a time, beside the engine's."""
         say(f"{'prompt':>7} {'first ms':>9} {'engine ms':>10}")
         rows = []
         for size in sizes:
@@ -85,13 +85,14 @@ class BoxLoad:
         )
 
     def _engine_prompt_ms(self, size: int) -> float | None:
-        """The engine's time to the first token, where it was measured."""
+        """Returns the engine's time to the first token, where it was measured."""
         rows = self._engine.get("prompts", [])
         alone = (it for it in rows if it["tokens"] == size and not it["streams"])
         return next((it["first_token_ms"] for it in alone), None)
 
     def _engine_decode(self, count: int) -> dict[str, Any]:
-        """The engine's tokens per second and milliseconds per step, where they were measured."""
+        """Returns the engine's tokens per second and milliseconds per step, where they were
+        measured."""
         rows = self._engine.get("decode", [])
         wanted = (count, TEMPERATURE)
         measured = (it for it in rows if (it["batch"], it["temperature"]) == wanted)
@@ -103,7 +104,7 @@ class BoxLoad:
 
 
 def ms_per_token(outcomes: list[Outcome]) -> float | None:
-    """The median over answers of the mean time per token after the first text."""
+    """Returns the median over answers of the mean time per token after the first text."""
     found = [
         1e3 * (outcome.arrivals[-1] - outcome.arrivals[0]) / (outcome.num_tokens - 1)
         for outcome in outcomes

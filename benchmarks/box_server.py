@@ -34,8 +34,8 @@ class Box:
     max_model_len: int
 
     def config(self, port: int, caches: Path) -> dict[str, Any]:
-        """The Serve YAML: `configs/local.yaml`, or without a GPU `configs/tiny.yaml`, with this
-        checkpoint and these limits."""
+        """Returns the Serve YAML: `configs/local.yaml`, or without a GPU `configs/tiny.yaml`, with
+        this checkpoint and these limits."""
         has_gpu = bool(find_gpus())
         file = CONFIGS / ("local.yaml" if has_gpu else "tiny.yaml")
         document: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -54,7 +54,10 @@ class Box:
     @contextmanager
     def cold(self) -> Iterator[tuple[RunningServer, dict[str, Any]]]:
         """A server that was started without its files in the page cache and without compiled
-        kernels; with it the figures of its start. Raises `ServerError` where it does not start."""
+        kernels; with it the figures of its start.
+
+        Raises `ServerError` if it does not start.
+        """
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         server = RunningServer(url, MODEL, {"ignore_eos": True, "temperature": TEMPERATURE})

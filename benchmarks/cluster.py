@@ -78,7 +78,7 @@ async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], 
 
 
 def measure(url: str, way: str, count: int) -> dict[str, Any]:
-    """The figures of one way; four conversations before warm the replicas up."""
+    """Returns the figures of one way; four conversations before warm the replicas up."""
     kind = EachRequest if way == "request" else RunningServer
     running = kind(url, "tiny")
     asyncio.run(hold(running, 4))
@@ -92,7 +92,7 @@ def measure(url: str, way: str, count: int) -> dict[str, Any]:
 
 
 def kind_of(process: psutil.Process) -> str | None:
-    """Which part of the server a process is; None for others."""
+    """Returns which part of the server a process is; None for others."""
     command = " ".join(process.info["cmdline"] or ())
     if command.startswith(REPLICA):
         return "replicas"
@@ -122,7 +122,7 @@ def spent(before: dict[tuple[str, int], float]) -> dict[str, float]:
 
 
 def main() -> int:
-    """The command; exit code 1 when a part of the run failed."""
+    """Returns the command; exit code 1 when a part of the run failed."""
     parser = new_parser(__doc__)
     parser.add_argument("--conversations", type=int, default=16)
     parser.add_argument("--replicas", type=int, nargs="+", default=REPLICAS)

@@ -64,7 +64,7 @@ def start_worker(config: Path, script: Path = ENTRY) -> dict[str, Any]:
 
 
 def start_empty() -> float:
-    """Seconds from the start of the empty deployment's process to its answer."""
+    """Returns the seconds from the start of the empty deployment's process to its answer."""
     began = time.monotonic()
     with subprocess.Popen([sys.executable, str(EMPTY)], stdout=subprocess.PIPE, text=True) as one:
         assert one.stdout is not None
@@ -82,7 +82,7 @@ def _submit(platform: Platform, given: dict[str, Any]) -> Any:
 
 
 def compare(repeats: int) -> dict[str, Any]:
-    """Measures the worker on the tiny model and the empty deployment by turns; returns medians."""
+    """Measures the worker on the tiny model and the empty deployment by turns. Returns medians."""
     start_empty()  # brings everything into the page cache
     workers, empties = [], []
     for _ in range(repeats):
@@ -173,7 +173,7 @@ def _show(phases: dict[str, float]) -> None:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--gb", type=float, help="also measure reading ahead")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default a new one")

@@ -86,7 +86,8 @@ TARGETS = (
 
 
 def medians(rounds: list[Any]) -> Any:
-    """The median of each number over the rounds, in the shape of a round; `errors` are added.
+    """Returns the median of each number over the rounds, in the shape of a round; `errors` are
+    added.
 
     A figure that a round lacks, because nothing was answered, is the median of the other rounds.
     """
@@ -102,7 +103,7 @@ def medians(rounds: list[Any]) -> Any:
 
 
 def figures(of_server: Round) -> dict[Key, float]:
-    """The compared figures of one server; those that it lacks are left out."""
+    """Returns the compared figures of one server; those that it lacks are left out."""
     found = {}
     for load, cases in of_server.items():
         for case, level in cases.items():
@@ -121,7 +122,7 @@ def ratios(ours: dict[Key, float], theirs: dict[Key, float]) -> dict[Key, float]
 
 
 def targets(ours: dict[Key, float], compared: dict[str, dict[Key, float]]) -> list[dict[str, Any]]:
-    """Every target in every case of its load, with what was found and whether it was met.
+    """Returns every target in every case of its load, with what was found and whether it was met.
 
     `compared` has the `ratios` to each peer.
     """
@@ -138,7 +139,8 @@ def targets(ours: dict[Key, float], compared: dict[str, dict[Key, float]]) -> li
 
 
 def table(servers: dict[str, dict[Key, float]]) -> list[str]:
-    """Lines of a Markdown table with a column for each server and a line for each figure."""
+    """Returns the lines of a Markdown table with a column for each server and a line for each
+    figure."""
     keys = dict.fromkeys(key for found in servers.values() for key in found)
     width = max((len(str(key)) for key in keys), default=0)
     lines = [f"| {'':<{width}} | {' | '.join(servers)} |", "|---" * (len(servers) + 1) + "|"]
@@ -149,7 +151,7 @@ def table(servers: dict[str, dict[Key, float]]) -> list[str]:
 
 
 def likeness(ours: str, theirs: str) -> float:
-    """The share of the longer answer that both have in common from the beginning.
+    """Returns the share of the longer answer that both have in common from the beginning.
 
     Surrounding spaces are ignored, because servers treat them differently.
     """

@@ -129,7 +129,7 @@ def try_client(
 
 
 def table(results: list[Result]) -> list[str]:
-    """One line for each client in Markdown, then one for each failure."""
+    """Returns one line for each client in Markdown, then one for each failure."""
     lines = ["| client | version | works | does not |", "|---|---|---|---|"]
     for name in dict.fromkeys(result["client"] for result in results):
         of_client = [result for result in results if result["client"] == name]
@@ -141,7 +141,7 @@ def table(results: list[Result]) -> list[str]:
 
 
 def main() -> int:
-    """The command; exit code 1 when a feature failed."""
+    """Returns the command; exit code 1 when a feature failed."""
     parser = new_parser(__doc__)
     names = [client.name for client in CLIENTS]
     parser.add_argument("clients", nargs="*", metavar="CLIENT", help=", ".join(names))

@@ -31,7 +31,7 @@ TOKENS = 48
 async def conversation(
     session: aiohttp.ClientSession, server: RunningServer, turns: list[str], start: float
 ) -> list[Outcome]:
-    """Holds one conversation; returns the outcome of each turn. Ends after a failed turn."""
+    """Holds one conversation. Returns the outcome of each turn. Ends after a failed turn."""
     history, outcomes = "", list[Outcome]()
     for words in turns:
         history += f" {words}"
@@ -44,7 +44,7 @@ async def conversation(
 
 
 async def measure(server: RunningServer, count: int) -> dict[str, Any]:
-    """Holds one conversation to warm up, then `count` at once; returns the figures of those."""
+    """Holds one conversation to warm up, then `count` at once. Returns the figures of those."""
     first, *others = [[server.words(WORDS) for _ in range(TURNS)] for _ in range(count + 1)]
     async with new_session() as session:
         await conversation(session, server, first, time.perf_counter())
@@ -57,8 +57,9 @@ async def measure(server: RunningServer, count: int) -> dict[str, Any]:
 
 
 def figures(held: list[list[Outcome]], wall_s: float) -> dict[str, Any]:
-    """The figures of all turns, the times to the first token of each turn in milliseconds, and the
-    median of the last turn divided by that of the first. A turn that was not sent is an error."""
+    """Returns the figures of all turns, the times to the first token of each turn in milliseconds,
+    and the median of the last turn divided by that of the first. A turn that was not sent is an
+    error."""
     found = summarize(list(chain.from_iterable(held)), wall_s)
     found["errors"] += sum(TURNS - len(outcomes) for outcomes in held)
     by_turn = {
@@ -78,7 +79,7 @@ def figures(held: list[list[Outcome]], wall_s: float) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command; exit code 1 when any turn failed."""
+    """Returns the command; exit code 1 when any turn failed."""
     parser = server_parser(__doc__)
     parser.add_argument("--conversations", type=int, default=16)
     options = parser.parse_args()

@@ -48,7 +48,7 @@ class Device:
         return torch.cuda.mem_get_info(self.device)[0] if self.is_cuda else 0
 
     def batched_tokens(self) -> int:
-        """Tokens of one step of a server on this device, by default."""
+        """Returns the tokens of one step of a server on this device, by default."""
         if not self.is_cuda:
             return BATCHED_TOKENS["CPU"]
         is_large = torch.cuda.mem_get_info(self.device)[1] >= LARGE_GPU_BYTES
@@ -60,8 +60,8 @@ class Device:
             torch.cuda.synchronize(self.device)
 
     def seconds(self, work: Callable[[], object], repeats: int = 5) -> float:
-        """The median time of `work` from an idle device to an idle device, after one run to warm
-        up."""
+        """Returns the median time of `work` from an idle device to an idle device, after one run to
+        warm up."""
         times = []
         for _ in range(repeats + 1):
             self.wait()
@@ -72,7 +72,7 @@ class Device:
         return statistics.median(times[1:])
 
     def device_seconds(self, work: Callable[[], object], repeats: int = 10) -> float:
-        """The median time of `work` on the device alone, replayed as a CUDA graph.
+        """Returns the median time of `work` on the device alone, replayed as a CUDA graph.
 
         The device sleeps until the host has launched the graph, so the host's time is not measured.
         `work` must not wait for the device.
@@ -97,7 +97,7 @@ class Device:
         return statistics.median(times[1:])
 
     def queued_seconds(self, work: Callable[[], object], repeats: int = 10) -> tuple[float, float]:
-        """The median times of `work` on the device alone and of the host that launches it.
+        """Returns the median times of `work` on the device alone and of the host that launches it.
 
         The device sleeps for 10 ms while the host launches. `work` may copy to and from the host,
         which a graph may not, and must not wait for the device.
@@ -126,8 +126,8 @@ class Device:
         return 2.0 * size**3 / self.device_seconds(lambda: a @ b)
 
     def read_bandwidth(self) -> float:
-        """Bytes per second of a kernel that only reads a tensor far larger than any cache: the
-        ceiling of other kernels. Copies in a CUDA graph reach 60 % of it on an H200."""
+        """Returns the bytes per second of a kernel that only reads a tensor far larger than any
+        cache: the ceiling of other kernels. Copies in a CUDA graph reach 60 % of it on an H200."""
         size = 2 << 30 if self.is_cuda else 64 << 20
         source = torch.empty(size // 4, dtype=torch.int32, device=self.device)
         source.view(torch.int64).random_()

@@ -52,7 +52,7 @@ def host_cost(model: Mixtral) -> dict[str, Any]:
 
 
 def model_speed(bench: TimedEngine) -> dict[str, Any]:
-    """Tokens per second of decode steps and of prefill."""
+    """Returns the tokens per second of decode steps and of prefill."""
     decode: dict[str, dict[str, float]] = {}
     for context in CONTEXTS:
         decode[str(context)] = {}
@@ -157,7 +157,7 @@ def intruder(bench: TimedEngine) -> dict[str, float]:
 
 
 def gaps(times: list[float], since: float = 0.0, until: float = float("inf")) -> list[float]:
-    """Seconds between tokens that came between `since` and `until`."""
+    """Returns the seconds between tokens that came between `since` and `until`."""
     return [
         after - before for before, after in pairwise(times) if since <= before and after <= until
     ]

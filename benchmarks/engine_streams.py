@@ -78,7 +78,8 @@ class EngineStreams:
             raise RuntimeError("A stream ended before the prompts beside it.")
 
     def gaps(self, windows: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
-        """Seconds between deliveries: those that overlap one of `windows`, and the others."""
+        """Returns the seconds between deliveries: those that overlap one of `windows`, and the
+        others."""
         during, others = list[float](), list[float]()
         for times in self._times:
             for began, ended in pairwise(times):

@@ -39,7 +39,7 @@ QUANTIZATION = Quantization("nf4", "nested")
 
 
 def config_of(gb: float) -> dict[str, Any]:
-    """A config.json with as many layers as `gb` gigabytes of bfloat16 hold."""
+    """Returns a config.json with as many layers as `gb` gigabytes of bfloat16 hold."""
     document = {
         "model_type": "mixtral",
         "num_hidden_layers": 1,
@@ -81,7 +81,7 @@ def write_layers(
 
 
 def as_bitsandbytes(weight: Weight, values: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The tensors that transformers 4 wrote for a weight with double quantization."""
+    """Returns the tensors that transformers 4 wrote for a weight with double quantization."""
     name = weight.name
     if not weight.is_quantized:
         return {name: values}
@@ -109,7 +109,7 @@ def as_bitsandbytes(weight: Weight, values: torch.Tensor) -> dict[str, torch.Ten
 
 
 def write_forms(folder: Path, gb: float) -> tuple[dict[str, Path], float]:
-    """Writes all forms; returns their folders and the seconds of the conversion."""
+    """Writes all forms. Returns their folders and the seconds of the conversion."""
     document = config_of(gb)
     forms = {form: folder / form for form in ("float", "bitsandbytes", "fused")}
     write_layers(forms["float"], document, lambda weight, values: {weight.name: values})
@@ -133,7 +133,7 @@ def forget(folder: Path) -> None:
 
 
 def read_plainly(folder: Path) -> float:
-    """Seconds in which one thread reads all files of a folder, one after the other."""
+    """Returns the seconds in which one thread reads all files of a folder, one after the other."""
     buffer = bytearray(16 << 20)
     start = time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
@@ -144,7 +144,7 @@ def read_plainly(folder: Path) -> float:
 
 
 def load_once(folder: Path, device: torch.device) -> float:
-    """Seconds to load a folder onto the device."""
+    """Returns the seconds to load a folder onto the device."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     start = time.perf_counter()
     load(inspect(folder), dtype=dtype, device=device, quantization=QUANTIZATION)
@@ -154,7 +154,7 @@ def load_once(folder: Path, device: torch.device) -> float:
 
 
 def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Loads and plainly reads one checkpoint by turns; returns medians."""
+    """Loads and plainly reads one checkpoint by turns. Returns medians."""
     size = inspect(folder).file_bytes / 1e9
     loads, reads = [], []
     for _ in range(repeats):
@@ -176,7 +176,7 @@ def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--gb", type=float, default=0.4, help="of the bfloat16 checkpoint")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default a new one")

@@ -157,7 +157,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Returns the command."""
     options = parse(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("No CUDA device: this benchmark measures a GPU; `--tiny --device cpu` only runs it.")

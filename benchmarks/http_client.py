@@ -27,7 +27,7 @@ class Connection:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def request(self, method: str, path: str, body: Any = None) -> Response:
-        """Sends one request; raises `OSError` or `EOFError` where no whole answer comes."""
+        """Sends one request. Raises `OSError` or `EOFError` if no whole answer comes."""
         text = b"" if body is None else json.dumps(body).encode()
         head = (
             f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\n{self._key}"

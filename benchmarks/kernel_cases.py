@@ -38,7 +38,7 @@ class Shapes:
     """Bytes that these layers have together, at least: several times the size of a cache."""
 
     def rounds(self, num_bytes: float) -> int:
-        """How many layers of `num_bytes` each the launches go round."""
+        """Returns how many layers of `num_bytes` each the launches go round."""
         return max(self.layers, -(-self.min_bytes // int(num_bytes)))
 
     def matrices(
@@ -84,7 +84,7 @@ def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 def bytes_of(matrices: QuantizedWeight, experts: int = 1) -> float:
-    """Bytes of one matrix, or of `experts` matrices of a stack."""
+    """Returns the bytes of one matrix, or of `experts` matrices of a stack."""
     lead = matrices.packed.shape[0] if matrices.packed.dim() == 3 else 1
     return (matrices.packed.nbytes + matrices.absmax.nbytes) / lead * experts
 

@@ -70,7 +70,7 @@ def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shap
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():

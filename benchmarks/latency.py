@@ -22,7 +22,8 @@ class Objective:
     inter_token_ms: float | None = None
 
     def kept(self, outcome: Outcome) -> bool:
-        """Whether an answer without error meets the objective. Per token, its own mean counts."""
+        """Returns whether an answer without error meets the objective. Per token, its own mean
+        counts."""
         first, last = outcome.arrivals[0], outcome.arrivals[-1]
         waited = (first - outcome.sent) * 1e3
         each = (last - first) * 1e3 / max(outcome.num_tokens - 1, 1)
@@ -42,7 +43,7 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
 def summarize(
     outcomes: list[Outcome], wall_s: float, objective: Objective | None = None
 ) -> dict[str, Any]:
-    """The figures of one level of load; with an objective, its goodput too."""
+    """Returns the figures of one level of load; with an objective, its goodput too."""
     good = [outcome for outcome in outcomes if outcome.error is None and outcome.arrivals]
     gaps = [
         later - earlier

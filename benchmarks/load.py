@@ -52,7 +52,7 @@ class Answer:
 async def closed_loop(
     url: str, request: Request, concurrency: int, requests: int
 ) -> tuple[list[Outcome], float]:
-    """Sends `requests` requests, `concurrency` at any time; returns outcomes and seconds."""
+    """Sends `requests` requests, `concurrency` at any time. Returns outcomes and seconds."""
     remaining = iter(range(requests))
     answers: list[Answer] = []
     async with new_session() as session:
@@ -70,7 +70,7 @@ async def closed_loop(
 async def open_loop(
     url: str, request: Request, rate: float, requests: int, seed: int = 0
 ) -> tuple[list[Outcome], float]:
-    """Sends `requests` requests, `rate` a second on average; returns outcomes and seconds."""
+    """Sends `requests` requests, `rate` a second on average. Returns outcomes and seconds."""
     due_times = arrival_times(rate, requests, seed)
     bodies = [request(number) for number in range(requests)]
     async with new_session() as session:
@@ -88,13 +88,14 @@ async def open_loop(
 
 
 def arrival_times(rate: float, requests: int, seed: int) -> list[float]:
-    """Seconds from the start at which requests are due: a Poisson process of `rate` a second."""
+    """Returns the seconds from the start at which requests are due: a Poisson process of `rate` a
+    second."""
     gaps = np.random.default_rng(seed).exponential(1 / rate, requests)
     return [float(due) for due in np.cumsum(gaps)]
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A session in which each request has a connection of its own."""
+    """Returns a session in which each request has a connection of its own."""
     return aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=120),
@@ -163,7 +164,7 @@ def read(answer: Answer) -> Outcome:
 
 
 def _lines(parts: list[tuple[float, bytes]]) -> list[tuple[float, bytes]]:
-    """All complete lines, each with the time of its end."""
+    """Returns all complete lines, each with the time of its end."""
     lines = []
     rest = b""
     for when, part in parts:

@@ -33,7 +33,7 @@ SETTLED_S = 0.5
 
 
 def text(server: RunningServer, num_tokens: int) -> str:
-    """A prompt of about `num_tokens` tokens."""
+    """Returns a prompt of about `num_tokens` tokens."""
     return server.words(round(num_tokens / TOKENS_PER_WORD))
 
 
@@ -106,7 +106,7 @@ async def one_beside(server: RunningServer, num_tokens: int) -> Beside:
 
 
 def beside_figures(runs: list[Beside]) -> dict[str, Any]:
-    """The figures of all runs together, in milliseconds."""
+    """Returns the figures of all runs together, in milliseconds."""
     errors = [run.error for run in runs if run.error is not None]
     during = [gap for run in runs for gap in run.during]
     found: dict[str, Any] = {
@@ -125,7 +125,8 @@ def beside_figures(runs: list[Beside]) -> dict[str, Any]:
 async def measure_long(
     server: RunningServer, sizes: tuple[int, ...], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Every size, alone and four at once, after one prompt of the largest size to warm up."""
+    """Returns every size, alone and four at once, after one prompt of the largest size to warm
+    up."""
     await together(server, max(sizes), 1, 1)
     return {
         f"{size:,} tokens, {at_once} at once": await together(server, size, at_once, repeats)
@@ -144,7 +145,7 @@ async def measure_beside(
 
 
 def main() -> int:
-    """The command; exit code 1 when any request failed."""
+    """Returns the command; exit code 1 when any request failed."""
     parser = server_parser(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="in tokens")
     parser.add_argument("--repeats", type=int, default=4)

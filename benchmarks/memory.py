@@ -14,7 +14,8 @@ KINDS = {
 
 
 def memory_by_process(home: Path) -> Counter[str]:
-    """Bytes by kind of process, for processes whose HOME is `home`; shared pages count once.
+    """Returns the bytes by kind of process, for processes whose HOME is `home`; shared pages count
+    once.
 
     Ray's daemons leave their parent's session, but keep HOME.
     """

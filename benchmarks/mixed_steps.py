@@ -96,7 +96,8 @@ class MixedSteps:
         return EngineStreams(self._engine, [self._prompt(context) for _ in range(count)])
 
     async def decode(self, batch: int, context: int) -> float:
-        """The median device milliseconds of steps that decode `batch` streams and nothing else."""
+        """Returns the median device milliseconds of steps that decode `batch` streams and nothing
+        else."""
         before = len(self.steps)
         async with self._streams(batch, context) as streams:
             await streams.delivered()
@@ -148,7 +149,7 @@ def step_times(
     *,
     is_gpu: bool,
 ) -> StepTimes:
-    """The cost table of a device.
+    """Returns the cost table of a device.
 
     `decodes` has for each batch size the milliseconds of a step with contexts of `SHORT` and of
     `context` tokens. The parts of a prompt are those that the engine learns from `steps`.

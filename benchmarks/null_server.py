@@ -111,7 +111,7 @@ def load(settings: Settings, load_log: LoadLog) -> Loaded:
 
 
 def engine_of(runner: NullRunner, max_num_seqs: int) -> Engine:
-    """An engine around `runner`, not started."""
+    """Returns an engine around `runner`, not started."""
     return Engine(
         runner,
         EngineConfig(
@@ -127,5 +127,5 @@ def engine_of(runner: NullRunner, max_num_seqs: int) -> Engine:
 
 
 def build_app(settings: Settings) -> "Application":
-    """The Serve application, as `serve_app.app.build_app` makes it."""
+    """Returns the Serve application, as `serve_app.app.build_app` makes it."""
     return application(settings, load)

@@ -114,7 +114,7 @@ def http(mode: str, num_tokens: int, seconds: float, folder: Path) -> list[dict[
 
 
 def main() -> int:
-    """The command; exit code 1 when any request failed."""
+    """Returns the command; exit code 1 when any request failed."""
     parser = new_parser(__doc__)
     parser.add_argument("--modes", nargs="*", choices=MODES, default=list(MODES))
     parser.add_argument("--tokens", type=int, default=400, help="of each answer")

@@ -157,7 +157,7 @@ def soak(server: Server, seconds: float) -> dict[str, Any]:
 
 
 def missed(whole: dict[str, Any], memory_ratio: float) -> list[str]:
-    """The targets of a soak that its figures miss."""
+    """Returns the targets of a soak that its figures miss."""
     others = whole["others"] | whole["probe"]["wrong"]
     found = [f"{count} requests ended with {what}" for what, count in others.items()]
     if memory_ratio > MAX_MEMORY_RATIO:
@@ -177,7 +177,7 @@ def line(point: dict[str, Any]) -> str:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--proxies", nargs="+", default=["haproxy"], choices=["haproxy", "serve"])
     parser.add_argument("--seconds", type=float, default=10.0, help="of each point")

@@ -27,7 +27,7 @@ class Server:
     """One running server; `proxy` is "haproxy", the default, or "serve"."""
 
     def __init__(self, proxy: str, log: Path) -> None:
-        """Returns when it is ready; raises `RuntimeError` with its log where it does not start."""
+        """Returns when it is ready. Raises `RuntimeError` with its log where it does not start."""
         self.port = PORT
         self._log = log
         is_haproxy = "1" if proxy == "haproxy" else "0"
@@ -44,14 +44,14 @@ class Server:
             time.sleep(0.2)
 
     def max_clients(self) -> int:
-        """How many requests the engine's queue takes, by the defaults of the settings."""
+        """Returns how many requests the engine's queue takes, by the defaults of the settings."""
         from serve_app.config.settings import Settings
 
         engine = Settings.from_yaml("configs/tiny.yaml").engine
         return engine.max_num_seqs + engine.max_waiting
 
     def replica_bytes(self) -> int:
-        """Resident bytes of the replica; 0 where there is none."""
+        """Resident bytes of the replica; 0 if there is none."""
         for process in psutil.process_iter(["cmdline", "memory_info"]):
             command = " ".join(process.info["cmdline"] or ())
             if command.startswith("ray::ServeReplica") and self._is_ours(process):
@@ -65,7 +65,8 @@ class Server:
             return False
 
     def lag_buckets(self) -> dict[float, float]:
-        """The histogram of the replica's event-loop lag: cumulative counts by upper bound in s."""
+        """Returns the histogram of the replica's event-loop lag: cumulative counts by upper bound
+        in s."""
         buckets = {}
         for line in (self._get("/metrics") or "").splitlines():
             if line.startswith(LAG):
@@ -88,7 +89,7 @@ class Server:
                 self.process.kill()
 
     def errors_in_log(self) -> int:
-        """Lines with a traceback or an error."""
+        """Returns the lines with a traceback or an error."""
         return sum(
             "Traceback" in line or " ERROR " in line for line in self._log.read_text().splitlines()
         )
@@ -106,7 +107,7 @@ class Server:
 
 
 def lag_p99_ms(before: dict[float, float], after: dict[float, float]) -> float | None:
-    """The bucket's bound below which 99 % of the lags between two scrapes are, in ms."""
+    """Returns the bucket's bound below which 99 % of the lags between two scrapes are, in ms."""
     counts = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
     total = max(counts.values(), default=0.0)
     if not total:

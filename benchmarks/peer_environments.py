@@ -21,7 +21,9 @@ class PeerError(RuntimeError):
 
 
 def python_of(home: Path, requirements: tuple[str, ...], removed: tuple[str, ...] = ()) -> Path:
-    """The interpreter of the environment in `home`, which is made if necessary; raises `PeerError`.
+    """Returns the interpreter of the environment in `home`, which is made if necessary.
+
+    Raises `PeerError`.
 
     `removed` are packages that are installed as dependencies and get in the way.
     """
@@ -63,7 +65,7 @@ def _run(command: list[str]) -> None:
 
 
 def versions(python: Path, packages: tuple[str, ...]) -> dict[str, str]:
-    """The version of each package in an environment; raises `PeerError`."""
+    """Returns the version of each package in an environment. Raises `PeerError`."""
     script = (
         "import json, sys; from importlib.metadata import version; "
         "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"

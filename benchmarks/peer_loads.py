@@ -44,7 +44,7 @@ async def long(server: RunningServer, options: argparse.Namespace) -> dict[str, 
 
 
 async def beside(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """A stream beside the longest prompts."""
+    """Returns a stream beside the longest prompts."""
     return await long_prompts.measure_beside(server, max(options.sizes), options.repeats)
 
 
@@ -57,7 +57,7 @@ LOADS: dict[str, Callable[[RunningServer, argparse.Namespace], Awaitable[dict[st
 
 
 def about(load: str, options: argparse.Namespace) -> dict[str, Any]:
-    """The sizes of a load, for the document."""
+    """Returns the sizes of a load, for the document."""
     sizes: dict[str, dict[str, Any]] = {
         "short": {"answer_tokens": TOKENS, "prompt_words": WORDS},
         "conversations": {

@@ -148,10 +148,10 @@ PEERS = (
 
 
 def home(peer: Peer, environments: Path) -> Path | None:
-    """The folder of its environment; None for our server, which runs in this one."""
+    """Returns the folder of its environment; None for our server, which runs in this one."""
     return environments / peer.name if peer.requirements else None
 
 
 def own_python() -> Path:
-    """The interpreter that runs this."""
+    """Returns the interpreter that runs this."""
     return Path(sys.executable)

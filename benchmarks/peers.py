@@ -66,7 +66,7 @@ class Run:
         self.answers: dict[str, str] = {}
 
     def prepare(self, peer: Peer) -> None:
-        """Makes its environment and notes its versions; raises `PeerError`."""
+        """Makes its environment and notes its versions. Raises `PeerError`."""
         where = home(peer, self.options.environments)
         python = own_python()
         if where:
@@ -79,7 +79,7 @@ class Run:
         }
 
     def measure(self, peer: Peer, number: int) -> None:
-        """One round of one peer; raises `ServerError` where it does not start."""
+        """One round of one peer. Raises `ServerError` if it does not start."""
         where = home(peer, self.options.environments)
         python = where / "bin" / "python" if where else own_python()
         cores = len(os.sched_getaffinity(0))
@@ -94,7 +94,7 @@ class Run:
         self.rounds.setdefault(peer.name, []).append(found)
 
     async def _loads(self, peer: Peer, server: RunningServer) -> Round:
-        """All loads of one server, after a warm-up with short prompts."""
+        """Returns all loads of one server, after a warm-up with short prompts."""
         (first, *_), _ = await closed_loop(server.url, short_request(server), 1, 1)
         self.answers.setdefault(peer.name, first.text)
         most = max(self.options.concurrency)
@@ -107,7 +107,7 @@ class Run:
         return found
 
     def document(self) -> dict[str, Any]:
-        """All figures of the run."""
+        """Returns all figures of the run."""
         middle = {name: medians(rounds) for name, rounds in self.rounds.items()}
         found = {name: figures(levels) for name, levels in middle.items()}
         modes = [name for name in (OURS, OURS_SERVE) if name in found]
@@ -177,7 +177,7 @@ def report(document: dict[str, Any]) -> None:
 
 
 def main() -> int:
-    """The command; exit code 1 when ours did not run."""
+    """Returns the command; exit code 1 when ours did not run."""
     parser = new_parser(__doc__)
     parser.add_argument("--environments", type=Path, default=CACHE, help="kept for the next run")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))

@@ -37,7 +37,7 @@ class Seen:
         self.others[what] = self.others.get(what, 0) + 1
 
     def figures(self, begin_s: float, end_s: float) -> dict[str, Any]:
-        """Tokens a second and latencies in ms of what ended between two times."""
+        """Returns the tokens a second and latencies in ms of what ended between two times."""
         within = [each for each in self.answers if begin_s <= each[0] <= end_s]
         return {
             "tokens_per_s": round(sum(each[2] for each in within) / (end_s - begin_s), 1),
@@ -128,7 +128,7 @@ class PoliteClients:
                 connection.close()
 
     async def _try(self, connection: Connection, body: Any) -> float:
-        """One try; the seconds until the next one, or 0 when the request is over."""
+        """Returns one try; the seconds until the next one, or 0 when the request is over."""
         sent = time.perf_counter()
         try:
             response = await connection.request("POST", ROUTE, body)
@@ -150,7 +150,7 @@ class PoliteClients:
 
 
 def completion(number: int, num_tokens: int) -> dict[str, Any]:
-    """The body of a request; no two prompts begin alike."""
+    """Returns the body of a request; no two prompts begin alike."""
     return {
         "prompt": f"{number}. What is {number} + 1?",
         "max_tokens": num_tokens,

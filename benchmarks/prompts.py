@@ -40,7 +40,7 @@ class Lengths:
         return lengths
 
     def draw(self, random: np.random.Generator) -> int:
-        """One length; lognormal ones are cut at 8 times the median."""
+        """Returns one length; lognormal ones are cut at 8 times the median."""
         if self.sigma is None:
             return int(random.integers(int(self.low), int(self.high), endpoint=True))
         drawn = self.low * float(np.exp(random.normal(0, self.sigma)))
@@ -58,7 +58,7 @@ class Prompts:
     seed: int = 0
 
     def draw(self, number: int) -> tuple[str, int]:
-        """Text and `max_tokens` of request `number`."""
+        """Returns the text and `max_tokens` of request `number`."""
         random = np.random.default_rng([self.seed, number])
         length = self.words.draw(random)
         tokens = self.tokens.draw(random)

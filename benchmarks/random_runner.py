@@ -73,13 +73,14 @@ class RandomRunner:
 
     @staticmethod
     def config_of(options: argparse.Namespace) -> MixtralConfig:
-        """The model's sizes that the options ask for."""
+        """Returns the model's sizes that the options ask for."""
         return config_of(tiny=options.tiny, layers=options.layers)
 
     def _fitting_cases(self) -> list[tuple[int, int]]:
-        """The cases whose KV cache fits beside that of the longest prompt; notes the others.
+        """Returns the cases whose KV cache fits beside that of the longest prompt; notes the
+        others.
 
-        Raises `ValueError` where none fits at the first context length.
+        Raises `ValueError` if none fits at the first context length.
         """
         cases = []
         num_blocks = self._max_blocks() - blocks_for(max(self.options.prompts))
@@ -99,7 +100,7 @@ class RandomRunner:
         return cases
 
     def _max_blocks(self) -> int:
-        """How many KV blocks the device has memory for, less `SPARE`."""
+        """Returns how many KV blocks the device has memory for, less `SPARE`."""
         if not self.device.is_cuda:
             return CPU_BLOCKS
         block_bytes = kv_bytes(self.config, BLOCK_SIZE, self.dtype.itemsize)
@@ -117,7 +118,8 @@ class RandomRunner:
         return self.runner.note
 
     def engine_config(self) -> EngineConfig:
-        """The limits of an engine around the runner, as a server on this device has them."""
+        """Returns the limits of an engine around the runner, as a server on this device has
+        them."""
         num_blocks = self.runner.cache.num_blocks
         return EngineConfig(
             max_model_len=min(self.config.max_position_embeddings, num_blocks * BLOCK_SIZE),
@@ -152,7 +154,7 @@ class RandomRunner:
     @torch.inference_mode()
     def graph_error(self) -> float | None:
         """Relative error of the logits of a replayed step beside the same step launched kernel by
-        kernel; None where nothing is captured."""
+        kernel; None if nothing is captured."""
         graphs, step = self.runner._graphs, self.runner._gpu_step
         if graphs is None or step is None:
             return None
@@ -164,8 +166,8 @@ class RandomRunner:
         return float((replayed - launched).norm() / launched.norm())
 
     def decode(self, batch: int, context: int, temperature: float) -> tuple[float, int]:
-        """Tokens per second of `batch` sequences, one step after the other, and how many different
-        tokens the last step gave.
+        """Returns the tokens per second of `batch` sequences, one step after the other, and how
+        many different tokens the last step gave.
 
         Sequences with the same token choose nearly the same experts, so a step with few different
         tokens reads less than its limit counts.

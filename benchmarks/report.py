@@ -17,7 +17,7 @@ say = partial(print, flush=True)
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the option `--save`, which every benchmark has."""
+    """Returns a parser with the option `--save`, which every benchmark has."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,7 +48,7 @@ class Report:
     """The figures of a run that goes on when a part fails, saved after every part."""
 
     def __init__(self, benchmark: str, figures: dict[str, Any], file: Path | None) -> None:
-        """Raises `OSError` where `file` cannot be written, before anything is measured."""
+        """Raises `OSError` if `file` cannot be written, before anything is measured."""
         self.figures: dict[str, Any] = {**figures, "seconds": {}, "failures": {}}
         self._benchmark = benchmark
         self._file = file

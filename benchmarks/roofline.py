@@ -23,7 +23,7 @@ def decode_bytes(
     context: int,
     item_bytes: int,
 ) -> float:
-    """Bytes of one step of `batch` sequences with `context` tokens each."""
+    """Returns the bytes of one step of `batch` sequences with `context` tokens each."""
     parts = weight_bytes(config, item_bytes, quantization)
     head = config.vocab_size * config.hidden_size * item_bytes  # the embedding is only looked up
     experts = parts["experts"] * experts_hit(config, batch) / config.num_local_experts
@@ -39,7 +39,7 @@ def decode_limit(
     item_bytes: int,
     bandwidth: float,
 ) -> float:
-    """Tokens per second of all sequences together at `bandwidth` bytes per second."""
+    """Returns the tokens per second of all sequences together at `bandwidth` bytes per second."""
     return batch * bandwidth / decode_bytes(config, quantization, batch, context, item_bytes)
 
 

@@ -22,7 +22,8 @@ class RunningServer:
     _num_prompts: int = 0
 
     def body(self, prompt: str | list[int], max_tokens: int) -> dict[str, Any]:
-        """A streamed request for a text or token ids, greedy unless `fields` says otherwise."""
+        """Returns a streamed request for a text or token ids, greedy unless `fields` says
+        otherwise."""
         return {
             "model": self.model,
             "prompt": prompt,
@@ -40,7 +41,7 @@ class RunningServer:
 
 
 def server_parser(description: str | None) -> argparse.ArgumentParser:
-    """A benchmark's options with `--url` and `--model`, for a server that runs already."""
+    """Returns a benchmark's options with `--url` and `--model`, for a server that runs already."""
     parser = new_parser(description)
     parser.add_argument("--url", default="http://127.0.0.1:8000")
     parser.add_argument("--model", default="tiny")

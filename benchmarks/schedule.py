@@ -42,7 +42,7 @@ class FixedBudget:
 
 
 def loads(device: StepTimes) -> dict[str, Callable[[], list[Arrival]]]:
-    """The loads of a device by name."""
+    """Returns the loads of a device by name."""
     rate = device.rate
     return {
         "poisson, a quarter": lambda: arrivals.poisson(rate / 4, 150),
@@ -78,7 +78,7 @@ def measure(device: StepTimes, policy: Policy, load: list[Arrival]) -> dict[str,
 
 
 def figures(ended: list[Arrival], seconds: float) -> dict[str, float]:
-    """Seconds, and tokens per second."""
+    """Returns the seconds, and tokens per second."""
     first = sorted(arrival.first_token_s for arrival in ended)
     answers = sorted(arrival.answer_s for arrival in ended)
     gaps = sorted(gap for arrival in ended for gap in arrival.gaps_s)
@@ -106,7 +106,7 @@ def beside(ours: dict[str, float], fixed: list[dict[str, float]], stall_s: float
 
 
 def run(device: StepTimes, stall_s: float, share: float) -> dict[str, Any]:
-    """Every load of one device with every policy."""
+    """Returns every load of one device with every policy."""
     results: dict[str, Any] = {}
     for name, load in loads(device).items():
         largest = device.max_num_batched_tokens

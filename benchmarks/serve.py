@@ -27,7 +27,7 @@ HEADER = (
 
 
 def row(load: float, level: dict[str, Any]) -> str:
-    """One level of load as a line of the table."""
+    """Returns one level of load as a line of the table."""
     cells = [f"{load:>7g} {level['tokens_per_s']:>8}"]
     for name, widths in (
         ("ttft_ms", (9, 8, 8)),
@@ -72,7 +72,7 @@ async def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def arguments() -> argparse.ArgumentParser:
-    """The command's options."""
+    """Returns the command's options."""
     parser = server_parser(__doc__)
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 16], help="closed loop")
@@ -92,7 +92,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 def main() -> int:
-    """The command; exit code 1 when any request failed."""
+    """Returns the command; exit code 1 when any request failed."""
     options = arguments().parse_args()
     levels = asyncio.run(measure(options))
     chosen = ("output_tokens", "prompt_words")

@@ -25,7 +25,7 @@ MAX_NUM_SEQS = 64
 
 
 def completion(num_tokens: int) -> dict[str, Any]:
-    """The body of a streamed `/v1/completions` request."""
+    """Returns the body of a streamed `/v1/completions` request."""
     return {
         "model": "tiny",
         "prompt": "Say it.",

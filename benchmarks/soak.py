@@ -27,7 +27,7 @@ KINDS = ("plain", "stream", "chat", "batch", "refused", "unreadable", "cancelled
 
 
 def given(kind: str, rng: random.Random) -> Any:
-    """The input of a job of this kind."""
+    """Returns the input of a job of this kind."""
     number = rng.randrange(10**6)
     prompt = {"prompt": f"{number}. Spell the word cat.", "max_tokens": rng.randint(4, 32)}
     match kind:
@@ -87,7 +87,7 @@ class Soak:
             faults.delay_s["job-stream"] = self.rng.choice([0.0, 0.01, 0.05])
 
     def _look(self) -> bool:
-        """Cancels jobs and checks ended ones; returns whether there is room for more."""
+        """Cancels jobs and checks ended ones. Returns whether there is room for more."""
         for name, job in list(self._open.items()):
             kind = name.partition(" ")[0]
             if job.is_over:
@@ -120,7 +120,7 @@ def in_mb(memory: Counter[str]) -> dict[str, float]:
 
 
 def soak(num_jobs: int, seed: int) -> dict[str, Any]:
-    """Runs the jobs; returns the figures. `wrong` is empty where each job ended as it should."""
+    """Runs the jobs. Returns the figures. `wrong` is empty if each job ended as it should."""
     began = time.monotonic()
     with endpoint() as place:
         place.done({"prompt": "What is 2 + 3?"})  # starts the model
@@ -148,7 +148,8 @@ def soak(num_jobs: int, seed: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command; exit code 1 when a job was lost, a block stayed in use, or memory grew."""
+    """Returns the command; exit code 1 when a job was lost, a block stayed in use, or memory
+    grew."""
     parser = new_parser(__doc__)
     parser.add_argument("--jobs", type=int, default=2000)
     parser.add_argument("--seed", type=int, default=1)

@@ -101,7 +101,7 @@ def compare(repeats: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--note", help="kept with the result: what else the machine did, say")

@@ -35,14 +35,14 @@ def measure_kernels_of_steps(report: Report, runner: RandomRunner) -> None:
 
 
 def kernels_of_decodes(runner: RandomRunner, batch: int) -> Table:
-    """The kernels of a step of `batch` sequences at temperature 0.7."""
+    """Returns the kernels of a step of `batch` sequences at temperature 0.7."""
     sequences = runner.sequences(batch, runner.context, temperature=0.7)
     decode(runner.runner, sequences, 2)
     return profiled(runner, lambda: decode(runner.runner, sequences, STEPS))
 
 
 def kernels_of_prompt(runner: RandomRunner, num_tokens: int) -> Table:
-    """The kernels of a step with one prompt that is not cut."""
+    """Returns the kernels of a step with one prompt that is not cut."""
     (sequence,) = runner.sequences(1, num_tokens)
     whole = [ScheduledTokens(sequence, 0, num_tokens, True)]
     runner.runner.launch(whole).wait()
@@ -76,7 +76,7 @@ def profiled(runner: RandomRunner, work: Callable[[], None]) -> Table:
 
 
 def rows_of(found: profile, *, is_cuda: bool) -> list[dict[str, Any]]:
-    """The rows of one step from a profile of `STEPS` steps."""
+    """Returns the rows of one step from a profile of `STEPS` steps."""
     wanted, rows = "CUDA" if is_cuda else "CPU", []
     for event in found.key_averages():
         total = event.self_device_time_total if is_cuda else event.self_cpu_time_total

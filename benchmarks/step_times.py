@@ -27,7 +27,7 @@ class StepTimes(NamedTuple):
     """Requests per second of the benchmark's mixed load that keep the device busy."""
 
     def seconds(self, shape: StepShape) -> float:
-        """The time of one step."""
+        """Returns the time of one step."""
         decodes = 0.0
         if shape.num_decodes:
             decodes = self._decodes(shape.num_decodes) + self.context_token * shape.context_tokens

@@ -36,7 +36,7 @@ class Stream:
 
 
 def ask(number: int, num_tokens: int) -> dict[str, Any]:
-    """A prompt of its own, so that no stream profits from the cached prefix of another."""
+    """Returns a prompt of its own, so that no stream profits from the cached prefix of another."""
     return {
         "prompt": f"{number}. Count from 1 to 30.",
         "max_tokens": num_tokens,
@@ -91,7 +91,7 @@ def measure(place: Endpoint, delay_s: float, num_streams: int, options: Any) -> 
 
 
 def unstreamed(place: Endpoint, num_tokens: int, rounds: int) -> float:
-    """Tokens per second of jobs without a stream."""
+    """Returns the tokens per second of jobs without a stream."""
     speeds = []
     for number in range(rounds):
         job = place.done(ask(5000 + number, num_tokens))
@@ -102,7 +102,7 @@ def unstreamed(place: Endpoint, num_tokens: int, rounds: int) -> float:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=100, help="of each stream")
     parser.add_argument("--rounds", type=int, default=3)

@@ -89,7 +89,7 @@ def chat_us(folder: Path, tokenizer: Tokenizer, repeats: int) -> dict[str, dict[
 
 
 def measure(folder: Path, num_tokens: int, repeats: int) -> dict[str, Any]:
-    """All figures of the tokenizer in `folder`."""
+    """Returns all figures of the tokenizer in `folder`."""
     tokenizer = Tokenizer(folder)
     texts = {"English": ENGLISH, "code": CODE, "characters of four byte tokens": RARE}
     return {

@@ -48,7 +48,8 @@ class TimedRunner:
         return self._runner.launch(scheduled)
 
     def decode_steps(self, batch: int) -> tuple[list[float], list[float]]:
-        """Seconds of each step that decodes `batch` sequences: by the clock, and of the thread."""
+        """Returns the seconds of each step that decodes `batch` sequences: by the clock, and of the
+        thread."""
         pairs = [
             (then, now)
             for then, now in pairwise(self.steps)
@@ -107,7 +108,7 @@ class TimedEngine:
 
 
 async def read(engine: Engine, prompt: list[int], params: SamplingParams) -> list[float]:
-    """Reads one answer; returns when each token came."""
+    """Reads one answer. Returns when each token came."""
     times: list[float] = []
     async for delta in engine.generate(prompt, params):
         times += [time.perf_counter()] * len(delta.token_ids)

@@ -77,7 +77,8 @@ class ClientApi:
         return web.json_response({"removed": await self.queue.purge(), "status": "completed"})
 
     async def requests(self, request: web.Request) -> web.Response:
-        """All jobs. RunPod documents the route and its rate limit; the answer is a guess."""
+        """Returns all jobs. RunPod documents the route and its rate limit; the answer is a
+        guess."""
         _authorize(request)
         jobs = [job.view() for job in self.queue.jobs.values()]
         return web.json_response({"requests": jobs})
@@ -91,7 +92,8 @@ class ClientApi:
         return web.json_response({"jobs": jobs, "workers": self.queue.workers()})
 
     async def openai(self, request: web.Request) -> web.StreamResponse:
-        """The OpenAI gateway: makes a job of the request, and the response of its output."""
+        """Returns the OpenAI gateway: makes a job of the request, and the response of its
+        output."""
         _authorize(request)
         body = await _json(request) if request.can_read_body else None
         wrapped: dict[str, Any] = {"openai_route": "/" + request.match_info["path"]}

@@ -29,7 +29,7 @@ class Endpoint:
         self._session = requests.Session()
 
     def send(self, given: Any) -> Job:
-        """Sends a job with the input `given`; returns the platform's record of it."""
+        """Sends a job with the input `given`. Returns the platform's record of it."""
         job_id = self._post("run", {"input": given})["id"]
         return self.platform.queue.jobs[job_id]
 
@@ -43,13 +43,15 @@ class Endpoint:
         return job
 
     def health(self) -> dict[str, Any]:
-        """The worker's `/health` object."""
+        """Returns the worker's `/health` object."""
         health: dict[str, Any] = self.done({"endpoint": "/health"}).output
         return health
 
     def wait(self, is_true: Any, timeout_s: float = 120) -> None:
-        """Polls `is_true`; raises `TimeoutError` with the end of the worker's log, at once when the
-        worker has ended."""
+        """Polls `is_true`.
+
+        Raises `TimeoutError` with the end of the worker's log, at once when the worker has ended.
+        """
         end = time.monotonic() + timeout_s
         while not is_true():
             if time.monotonic() > end or self.worker.process.poll() is not None:

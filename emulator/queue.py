@@ -58,7 +58,7 @@ class Job:
         self.changed()
 
     def view(self) -> dict[str, Any]:
-        """The object that `/status` returns; times in milliseconds."""
+        """Returns the object that `/status` returns; times in milliseconds."""
         now = time.monotonic()
         view: dict[str, Any] = {"id": self.id, "status": self.status}
         view["delayTime"] = round(((self.started or self.ended or now) - self.created) * 1000)
@@ -182,7 +182,7 @@ class Queue:
                 await self._end_unanswered(job, "TIMED_OUT")
 
     async def purge(self) -> int:
-        """Cancels all jobs that wait (the status is a guess); returns their number."""
+        """Cancels all jobs that wait (the status is a guess). Returns their number."""
         waiting = list(self._waiting)
         for job in waiting:
             await self.cancel(job)
@@ -221,7 +221,8 @@ class Queue:
             pass
 
     def workers(self) -> dict[str, int]:
-        """The numbers of workers with and without jobs, among those that were seen lately."""
+        """Returns the numbers of workers with and without jobs, among those that were seen
+        lately."""
         since = time.monotonic() - WORKER_MEMORY_S
         seen = {pod for pod, last in self._last_seen.items() if last > since}
         running = {job.pod for job in self.jobs.values() if job.status == "IN_PROGRESS"} & seen

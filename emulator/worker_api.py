@@ -126,7 +126,8 @@ def _authorize(request: web.Request) -> None:
 
 
 def environment(url: str, pod: str = "pod1", endpoint: str = "ep") -> dict[str, str]:
-    """The environment that RunPod sets in a worker's container, for an emulator at `url`."""
+    """Returns the environment that RunPod sets in a worker's container, for an emulator at
+    `url`."""
     base = f"{url}/v2/{endpoint}"
     return {
         "RUNPOD_WEBHOOK_GET_JOB": f"{base}/job-take/$ID?gpu=none",

@@ -14,7 +14,7 @@ PROMPTS = ["What is 2 + 3?", "What is the capital of France?", "Count from 1 to 
 
 
 async def answer(loaded: Loaded, prompt: str) -> str:
-    """The model's answer; requests that run at the same time share the engine's steps."""
+    """Returns the model's answer; requests that run at the same time share the engine's steps."""
     prompt_ids = loaded.tokenizer.render([{"role": "user", "content": prompt}])
     ids: list[int] = []
     async for delta in loaded.engine.generate(

@@ -19,7 +19,8 @@ MAX_TRIES = 5
 
 
 def why(endpoint: Any, job: Any) -> dict[str, Any]:
-    """The error of a job that did not complete: at least `message`, `status` and `retry`."""
+    """Returns the error of a job that did not complete: at least `message`, `status` and
+    `retry`."""
     state = endpoint.rp_client.get(f"{endpoint.endpoint_id}/status/{job.job_id}")
     try:
         error: dict[str, Any] = json.loads(state["error"])["error"]
@@ -32,7 +33,7 @@ def why(endpoint: Any, job: Any) -> dict[str, Any]:
 
 
 def run_with_retry(endpoint: Any, given: dict[str, Any]) -> Any:
-    """The output of the first job that completes; exits when another try cannot help."""
+    """Returns the output of the first job that completes; exits when another try cannot help."""
     for attempt in range(MAX_TRIES):
         job = endpoint.run(given)
         output = job.output(timeout=1800)

@@ -57,7 +57,7 @@ PARENT_POLL_S = 1.0
 
 
 def build_app(settings: Settings) -> "Application":
-    """The Serve application for `settings`. Reads no file and looks for no GPU."""
+    """Returns the Serve application for `settings`. Reads no file and looks for no GPU."""
     return application(settings)
 
 
@@ -92,7 +92,8 @@ def application(
 
 
 def _ingress(cors_origins: str | None) -> Callable[[], Any]:
-    """A function that builds the ASGI app on the replica, the only process that imports it."""
+    """Returns a function that builds the ASGI app on the replica, the only process that imports
+    it."""
 
     def build() -> Any:
         from ray import serve
@@ -106,7 +107,7 @@ def _ingress(cors_origins: str | None) -> Callable[[], Any]:
 
 
 def _replica_class(load: Load) -> type[Any]:
-    """The deployment class; `load` is pickled with it."""
+    """Returns the deployment class; `load` is pickled with it."""
     from serve_app.api.server import MixtralServer
 
     class Replica(MixtralServer):

@@ -8,7 +8,7 @@ import pytest
 
 @cache
 def functional() -> Any:
-    """The module. Its functions for a CPU run as they are written.
+    """Returns the module. Its functions for a CPU run as they are written.
 
     bitsandbytes compiles some of them with `torch.compile`, for which the import alone loads
     torch._dynamo and torch._inductor: seconds of every test process.

@@ -13,7 +13,7 @@ KEPT = ("PATH", "COVERAGE_PROCESS_CONFIG")
 
 
 def bare(home: Path) -> dict[str, str]:
-    """The variables in `KEPT`, and `home` as its home folder."""
+    """Returns the variables in `KEPT`, and `home` as its home folder."""
     kept = {name: os.environ[name] for name in KEPT if name in os.environ}
     return {**kept, "HOME": str(home)}
 

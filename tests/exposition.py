@@ -17,11 +17,11 @@ class Shown:
         }
 
     def __call__(self, name: str, **labels: str) -> float:
-        """The value of `mixtral_<name>` for the model and these labels."""
+        """Returns the value of `mixtral_<name>` for the model and these labels."""
         return self._values[(f"mixtral_{name}", *sorted({**MODEL, **labels}.items()))]
 
     def by(self, label: str, name: str) -> dict[str, int]:
-        """The counts of `mixtral_<name>` that are not 0, by `label`."""
+        """Returns the counts of `mixtral_<name>` that are not 0, by `label`."""
         samples = [sample for family in self.families.values() for sample in family.samples]
         return {
             sample.labels[label]: int(sample.value)

@@ -45,7 +45,7 @@ MAX_TAKEN = CONFIG.max_num_seqs + CONFIG.max_waiting
 
 @cache
 def tokenizer() -> Tokenizer:
-    """The tiny model's; read once."""
+    """Returns the tiny model's; read once."""
     return Tokenizer(CHECKPOINT)
 
 
@@ -152,7 +152,8 @@ class FakeEngine:
 
 
 def server(engine: FakeEngine | None = None, /, **args: Any) -> MixtralServer:
-    """A server of a model called "tiny" whose engine is the given fake; `args` are settings."""
+    """Returns a server of a model called "tiny" whose engine is the given fake; `args` are
+    settings."""
     model = {"name": "tiny", "quantization": "none"}
     settings = Settings(**{"model": model, **args})
     fake = engine or FakeEngine()
@@ -173,11 +174,11 @@ async def items(server: MixtralServer, path: str, body: Any) -> list[dict[str, A
 
 
 async def answer(server: MixtralServer, path: str, body: Any) -> dict[str, Any]:
-    """The body of a POST that is not streamed, or the error body."""
+    """Returns the body of a POST that is not streamed, or the error body."""
     last = (await items(server, path, body))[-1]
     return cast(dict[str, Any], last["error"] if "error" in last else last["body"])
 
 
 async def chunks(server: MixtralServer, path: str, body: Any) -> list[dict[str, Any]]:
-    """The response chunks of a POST that is streamed and does not fail."""
+    """Returns the response chunks of a POST that is streamed and does not fail."""
     return [item["chunk"] for item in await items(server, path, {**body, "stream": True})]

@@ -42,7 +42,7 @@ def is_local(address: str) -> bool:
 
 
 def refuses(address: str, port: int) -> bool:
-    """Whether the socket refuses HTTP with 401, or each of Ray's services without a token.
+    """Returns whether the socket refuses HTTP with 401, or each of Ray's services without a token.
 
     A service that is not there is UNIMPLEMENTED; one that is there must be UNAUTHENTICATED.
     """
@@ -59,7 +59,7 @@ def refuses(address: str, port: int) -> bool:
 
 
 def only_shows_figures(address: str, port: int) -> bool:
-    """Whether the socket is a Prometheus exporter, for which Ray has no token."""
+    """Returns whether the socket is a Prometheus exporter, for which Ray has no token."""
     host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
     with suppress(httpx.TransportError):
         return httpx.get(f"http://{host}:{port}/", timeout=LIMIT_S).text.startswith("# HELP ")

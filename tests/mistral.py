@@ -17,7 +17,7 @@ def _encoder() -> Any:
 
 @cache
 def sentencepiece() -> Any:
-    """The SentencePiece model of Mixtral 8x7B."""
+    """Returns the SentencePiece model of Mixtral 8x7B."""
     from sentencepiece import SentencePieceProcessor
 
     from tools.mixtral_tokenizer import model_file
@@ -26,7 +26,8 @@ def sentencepiece() -> Any:
 
 
 def ids(messages: Sequence[Turn]) -> list[int]:
-    """The ids of a conversation. Takes it in any order, without the checks for what is usual."""
+    """Returns the ids of a conversation. Takes it in any order, without the checks for what is
+    usual."""
     from mistral_common.protocol.instruct.messages import (
         AssistantMessage,
         SystemMessage,
@@ -52,7 +53,7 @@ def _tool_encoder() -> Any:
 
 
 def tool_ids(messages: Sequence[dict[str, Any]], tools: Sequence[Tool]) -> list[int]:
-    """The ids of a conversation with tools, by Mixtral 8x22B's encoder (v3)."""
+    """Returns the ids of a conversation with tools, by Mixtral 8x22B's encoder (v3)."""
     from mistral_common.protocol.instruct.normalize import InstructRequestNormalizer
     from mistral_common.protocol.instruct.request import ChatCompletionRequest
 

@@ -18,7 +18,7 @@ def mounted_folder() -> Iterator[Path]:
 
 
 def can_mount() -> bool:
-    """Whether this machine allows a process to make mounts in a namespace of its own."""
+    """Returns whether this machine allows a process to make mounts in a namespace of its own."""
     try:
         return subprocess.run([*NAMESPACE, "true"], capture_output=True).returncode == 0
     except FileNotFoundError:

@@ -58,7 +58,7 @@ Install = Callable[..., ModuleType]
 
 
 def source(*gpus: Row, driver: str = "580.65.06", failure: str | None = None) -> str:
-    """The module's text. With `failure`, NVML cannot be initialized."""
+    """Returns the module's text. With `failure`, NVML cannot be initialized."""
     return SOURCE.format(gpus=gpus, driver=driver, failure=failure)
 
 

@@ -15,12 +15,12 @@ Port = tuple[str, str, str]
 
 
 def undocumented(pid: int, way: str) -> set[Port]:
-    """What listens, or is guarded, otherwise than the page's column `way` says."""
+    """Returns what listens, or is guarded, otherwise than the page's column `way` says."""
     return observed(pid) - documented(way)
 
 
 def documented(way: str) -> set[Port]:
-    """The rows of the page's table for one column, such as "`serve run`"."""
+    """Returns the rows of the page's table for one column, such as "`serve run`"."""
     table = PAGE.read_text().split("## Ports")[1].partition("\n\n|")[2].partition("\n\n")[0]
     header, _, *lines = table.splitlines()
     found = set()
@@ -36,7 +36,7 @@ def cells(line: str) -> list[str]:
 
 
 def observed(pid: int) -> set[Port]:
-    """Every listening socket of a server that has a key and a token, by what it refuses."""
+    """Returns every listening socket of a server that has a key and a token, by what it refuses."""
     found = set()
     for process, address, port in listening(pid):
         where = "loopback" if is_local(address) else "open"
@@ -59,7 +59,7 @@ def guard(address: str, port: int) -> str:
 
 
 def asks_for_key(address: str, port: int) -> bool:
-    """Whether the socket refuses a prompt with the error body of our own 401."""
+    """Returns whether the socket refuses a prompt with the error body of our own 401."""
     host = "127.0.0.1" if address in ("::", "0.0.0.0") else address
     try:
         response = httpx.post(f"http://{host}:{port}/prompt", json={}, timeout=LIMIT_S)

@@ -6,14 +6,15 @@ import psutil
 
 
 def all_below(pid: int) -> set[psutil.Process]:
-    """Every living process below `pid`. psutil compares processes by number and start time."""
+    """Returns every living process below `pid`. psutil compares processes by number and start
+    time."""
     with suppress(psutil.NoSuchProcess):
         return {child for child in psutil.Process(pid).children(recursive=True) if _runs(child)}
     return set()
 
 
 def running() -> set[psutil.Process]:
-    """Every living process."""
+    """Returns every living process."""
     return {process for process in psutil.process_iter() if _runs(process)}
 
 
@@ -43,11 +44,11 @@ def ray_below(pid: int) -> set[psutil.Process]:
 
 
 def one_below(pid: int, words: str) -> int:
-    """The one process below `pid` whose command line holds `words`."""
+    """Returns the one process below `pid` whose command line holds `words`."""
     (found,) = [child for child, title in descendants(pid).items() if words in title]
     return found
 
 
 def replica_of(pid: int) -> int:
-    """The process of the replica below `pid`."""
+    """Returns the process of the replica below `pid`."""
     return one_below(pid, "ServeReplica:mixtral")

@@ -38,7 +38,7 @@ def checkpoint(tmp_path: Path) -> Path:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
-    """The one line on stderr for a configuration that cannot work; the exit code is 1."""
+    """Returns the one line on stderr for a configuration that cannot work; the exit code is 1."""
     assert main([str(path)]) == 1
     said = capsys.readouterr().err.strip()
     assert "\n" not in said
@@ -53,7 +53,7 @@ def test_the_shipped_model_passes() -> None:
 
 
 def test_the_command_is_a_module_of_its_own(tmp_path: Path) -> None:
-    """`python -m serve_app.check` exits 0 where all is well."""
+    """`python -m serve_app.check` exits 0 if all is well."""
     done = subprocess.run(
         [sys.executable, "-m", "serve_app.check", str(config(tmp_path))],
         capture_output=True,

@@ -13,7 +13,7 @@ PAGE = Path("docs/fields.md").read_text(encoding="utf-8")
 
 
 def section(title: str) -> str:
-    """The text below the heading that begins with `title`."""
+    """Returns the text below the heading that begins with `title`."""
     return re.split(rf"^## {title}", PAGE, flags=re.MULTILINE)[1].partition("\n## ")[0]
 
 

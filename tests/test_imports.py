@@ -22,14 +22,15 @@ print(json.dumps(found))
 
 
 def modules() -> list[str]:
-    """Every module outside engine/ and model/, and the `__init__` of those two packages."""
+    """Returns every module outside engine/ and model/, and the `__init__` of those two packages."""
     paths = [*Path("serve_app").rglob("*.py"), Path("runpod_entry.py")]
     names = [".".join(path.with_suffix("").parts).removesuffix(".__init__") for path in paths]
     return sorted(name for name in names if not name.startswith(PACKAGES_WITH_TORCH))
 
 
 def loaded(names: list[str], libraries: tuple[str, ...]) -> dict[str, str]:
-    """The libraries that importing `names` in a new process loads, each with its first module."""
+    """Returns the libraries that importing `names` in a new process loads, each with its first
+    module."""
     command = [sys.executable, "-c", SCRIPT, json.dumps(libraries), *names]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, str] = json.loads(done.stdout)

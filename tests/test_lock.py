@@ -16,7 +16,7 @@ LEFT_TO_TORCH = ("cuda-", "nvidia-", "triton")
 
 
 def locked(*paths: str) -> list[Requirement]:
-    """The requirements in the files, without those for another platform or Python."""
+    """Returns the requirements in the files, without those for another platform or Python."""
     lines = [line for path in paths for line in Path(path).read_text().splitlines()]
     found = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0]]
     return [each for each in found if each.marker is None or each.marker.evaluate()]
@@ -30,14 +30,16 @@ def pins(paths: tuple[str, ...]) -> dict[str, str]:
 
 
 def project() -> tuple[list[Requirement], list[Requirement]]:
-    """The dependencies in pyproject.toml: those of the package and those of the `dev` extra."""
+    """Returns the dependencies in pyproject.toml: those of the package and those of the `dev`
+    extra."""
     table = tomllib.loads(Path("pyproject.toml").read_text())["project"]
     runtime, dev = table["dependencies"], table["optional-dependencies"]["dev"]
     return list(map(Requirement, runtime)), list(map(Requirement, dev))
 
 
 def needed(requirements: Iterable[Requirement]) -> set[str]:
-    """The names of all packages that `requirements` need, by the installed packages' metadata."""
+    """Returns the names of all packages that `requirements` need, by the installed packages'
+    metadata."""
     found: set[tuple[str, str]] = set()
     waiting = [each for each in requirements if each.marker is None or each.marker.evaluate()]
     while waiting:

@@ -40,7 +40,7 @@ def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def venvs_minor(folder: Path) -> int:
-    """The minor version of the Python in `folder`'s .venv."""
+    """Returns the minor version of the Python in `folder`'s .venv."""
     command = [str(folder / ".venv" / "bin" / "python"), "-c", VERSION]
     return int(subprocess.run(command, capture_output=True, check=True).stdout)
 

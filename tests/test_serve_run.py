@@ -32,7 +32,7 @@ Run = tuple["subprocess.Popen[bytes]", str]
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """The manifest's variables, with files and ports beside whatever else runs here."""
+    """Returns the manifest's variables, with files and ports beside whatever else runs here."""
     env = containers(rayservice())[0]["env"]
     return {
         **{entry["name"]: entry["value"] for entry in env if entry["name"].startswith("RAY_")},

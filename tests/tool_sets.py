@@ -11,7 +11,7 @@ Tools = list[dict[str, Any]]
 
 
 def function(name: str, parameters: Any = None, **more: Any) -> dict[str, Any]:
-    """A tool in OpenAI's form."""
+    """Returns a tool in OpenAI's form."""
     return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
 
 
@@ -115,7 +115,7 @@ def _models() -> list[Tools]:
 
 
 def _schema(rng: random.Random, depth: int) -> dict[str, Any]:
-    """A random schema."""
+    """Returns a random schema."""
     kinds = ["string", "integer", "number", "boolean", "null", "enum", "pattern"]
     match rng.choice([*kinds, *(["array", "object", "anyOf"] if depth else [])]):
         case "enum":
@@ -158,6 +158,6 @@ def _random(seed: int) -> Tools:
 
 
 def tool_sets() -> list[Tools]:
-    """All of them."""
+    """Returns all of them."""
     fixed = REAL + _models()
     return fixed + [_random(seed) for seed in range(50 - len(fixed))]

@@ -37,7 +37,7 @@ TOOL_TEMPLATE = (
 
 
 def model_file(name: str = "tokenizer.model.v1") -> Path:
-    """A SentencePiece model that mistral-common has. The first is Mixtral 8x7B's."""
+    """Returns a SentencePiece model that mistral-common has. The first is Mixtral 8x7B's."""
     import mistral_common
 
     return Path(mistral_common.__file__).parent / "data" / name

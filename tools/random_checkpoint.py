@@ -65,8 +65,8 @@ class RandomSource(Source):
 
 
 def document_of(*, tiny: bool, layers: int | None) -> dict[str, Any]:
-    """A config.json of Mixtral 8x7B, or of a toy of two layers with its vocabulary; with `layers`
-    layers where given."""
+    """Returns a config.json of Mixtral 8x7B, or of a toy of two layers with its vocabulary; with
+    `layers` layers where given."""
     document = {"architectures": ["MixtralForCausalLM"], **(TINY if tiny else MIXTRAL)}
     document |= {"vocab_size": MIXTRAL["vocab_size"], "bos_token_id": 1, "eos_token_id": 2}
     if layers is not None:
@@ -77,7 +77,7 @@ def document_of(*, tiny: bool, layers: int | None) -> dict[str, Any]:
 def write(folder: Path, document: Mapping[str, Any], progress: Progress | None = None) -> None:
     """Writes a checkpoint with the sizes of `document` into `folder`.
 
-    Raises `ModelLoadFailed` where the disk is full or cannot be written.
+    Raises `ModelLoadFailed` if the disk is full or cannot be written.
     """
     with tempfile.TemporaryDirectory() as files:  # the small files, which `convert` copies
         checkpoint = Checkpoint.from_config(mixtral_tokenizer.write(Path(files)), document)

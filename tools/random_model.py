@@ -46,7 +46,8 @@ def random_model(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Mixtral:
-    """A model with random weights, generated on `device` in the form in which they are stored."""
+    """Returns a model with random weights, generated on `device` in the form in which they are
+    stored."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = Mixtral(config, quantization).to(dtype)

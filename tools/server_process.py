@@ -31,7 +31,7 @@ class ServerError(RuntimeError):
 
 
 def free_port() -> int:
-    """A TCP port on which no process listens now."""
+    """Returns a TCP port on which no process listens now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -49,7 +49,7 @@ def serving(
     """Runs `command` until the block ends; yields the seconds to its first answer.
 
     `first` is the body of a completion that the server must answer, `key` its API key. Raises
-    `ServerError` when it ends before, or takes longer than `START_S`.
+    `ServerError` if it ends before, or takes longer than `START_S`.
     """
     started = time.monotonic()
     with (

@@ -23,7 +23,7 @@ BEGIN, END = "<!-- settings: python -m tools.settings_table -->", "<!-- /setting
 
 
 def table() -> str:
-    """The table, with one row for each setting: variables, values, default and meaning."""
+    """Returns the table, with one row for each setting: variables, values, default and meaning."""
     head = ["| variable | values | default | what it is |", "|---|---|---|---|"]
     return "\n".join([*head, *_rows()])
 
@@ -60,7 +60,7 @@ def _text(value: Any) -> str:
 
 
 def values(field: FieldInfo) -> str:
-    """The values that a variable takes: `whole number from 1`, `nf4, fp4, none`, `text`."""
+    """Returns the values that a variable takes: `whole number from 1`, `nf4, fp4, none`, `text`."""
     (kind,) = (kind for kind in _alternatives(field.annotation) if kind is not NoneType)
     if get_origin(kind) is Literal:
         return ", ".join(get_args(kind))

@@ -188,14 +188,14 @@ class SimulatedEngine:
         self._num_alive = 0
 
     def run(self, arrivals: Iterable[Arrival]) -> list[Arrival]:
-        """Runs until every request has ended; returns the requests and all their later turns."""
+        """Runs until every request has ended. Returns the requests and all their later turns."""
         self._pending = sorted(arrivals, key=lambda arrival: arrival.at)
         self._ended = []
         self.core.run()
         return self._ended
 
     def take(self, *, wait: bool) -> Requests:
-        """The requests that have arrived; with `wait`, time passes until one arrives."""
+        """Returns the requests that have arrived; with `wait`, time passes until one arrives."""
         self.num_turns += 1
         if wait and self._pending:
             self.clock.now = max(self.clock.now, self._pending[0].at)

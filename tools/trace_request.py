@@ -71,7 +71,8 @@ def summary(frames: list[CodeType]) -> dict[str, Any]:
 
 
 def find(name: str) -> Any:
-    """The class or function `name` of the package, in any module: checkouts differ in modules."""
+    """Returns the class or function `name` of the package, in any module: checkouts differ in
+    modules."""
     pattern = re.compile(rf"^(class|def|async def) {name}\b", re.MULTILINE)
     for path in sorted(PACKAGE.rglob("*.py")):
         if pattern.search(path.read_text(encoding="utf-8")):
@@ -152,7 +153,8 @@ class Posts:
 
 
 def handler(server: Any) -> tuple[Any, Callable[[dict[str, Any]], Awaitable[None]]]:
-    """A supervisor of a ready model, and a function that answers one job as the worker does."""
+    """Returns a supervisor of a ready model, and a function that answers one job as the worker
+    does."""
     client = find("DeploymentClient")(Handle(server), 60.0)
 
     async def start() -> Any:
@@ -170,7 +172,7 @@ def handler(server: Any) -> tuple[Any, Callable[[dict[str, Any]], Awaitable[None
 
 
 async def measure(server: Any) -> dict[str, Any]:
-    """Measures all paths; returns `summary` of each by the path's name."""
+    """Measures all paths. Returns `summary` of each by the path's name."""
     app = find("create_app")(lambda: server)
     one = {**CHAT, "max_tokens": 1}
     await over_http(app, one)
@@ -195,7 +197,7 @@ async def measure(server: Any) -> dict[str, Any]:
 
 
 def main() -> int:
-    """The command."""
+    """Returns the command."""
     parser = argparse.ArgumentParser(prog="python -m tools.trace_request", description=__doc__)
     parser.add_argument("--list", action="store_true", help="name the functions too")
     options = parser.parse_args()

@@ -103,7 +103,7 @@ def count_tokens_of_tools(server: Server) -> None:
 
 
 def call(server: Server, choice: Any, **fields: Any) -> Any:
-    """The one tool call that the model is made to write."""
+    """Returns the one tool call that the model is made to write."""
     answer = client(server).messages.create(
         model=server.model,
         max_tokens=300,

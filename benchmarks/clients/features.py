@@ -51,7 +51,7 @@ def feature(check: Check) -> Check:
 
 
 def raised(kind: type[E], call: Callable[[], Any]) -> E:
-    """The error of this type that `call` raises."""
+    """Returns the error of this type that `call` raises."""
     try:
         call()
     except kind as error:
@@ -83,7 +83,7 @@ def _too_late(*_: object) -> None:
 
 
 def _try(check: Check, server: Server) -> str | None:
-    """The error of one feature; None where it works."""
+    """Returns the error of one feature; None where it works."""
     signal.alarm(FEATURE_S)
     try:
         if inspect.iscoroutinefunction(check):
@@ -99,7 +99,8 @@ def _try(check: Check, server: Server) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """The error in a line. An assertion has no message, so its line of source stands in for it."""
+    """Returns the error in a line. An assertion has no message, so its line of source stands in for
+    it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     said = str(error) or f"{frame.line}"
     if isinstance(error, AssertionError):

@@ -24,7 +24,7 @@ def client(server: Server, mode: Mode) -> Any:
 
 
 def ask(server: Server, mode: Mode, expected: Any = Weather, **fields: Any) -> Any:
-    """An answer of the type `expected`; a retry would hide a wrong first one."""
+    """Returns an answer of the type `expected`; a retry would hide a wrong first one."""
     options = {"max_tokens": 400, "temperature": 0, "max_retries": 0} | fields
     answer = client(server, mode).create(
         model=server.model, messages=QUESTION, response_model=expected, **options

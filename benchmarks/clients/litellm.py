@@ -13,7 +13,7 @@ NOT_PARALLEL = {"tools": [TOOL], "parallel_tool_calls": False, "max_tokens": 300
 
 
 def complete(server: Server, **fields: Any) -> Any:
-    """A call of the route to OpenAI's chat completions."""
+    """Returns a call of the route to OpenAI's chat completions."""
     return litellm.completion(
         model=f"openai/{server.model}",
         api_base=server.v1,
@@ -25,7 +25,7 @@ def complete(server: Server, **fields: Any) -> Any:
 
 
 def messages(server: Server, **fields: Any) -> Any:
-    """A call of the route to Anthropic's Messages API."""
+    """Returns a call of the route to Anthropic's Messages API."""
     return litellm.completion(
         model=f"anthropic/{server.model}",
         api_base=server.url,

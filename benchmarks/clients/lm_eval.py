@@ -46,7 +46,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 
 def evaluate(server: Server, task: str, model: str, path: str, *options: str) -> dict[str, Any]:
-    """The results of one task, and one sample of each document."""
+    """Returns the results of one task, and one sample of each document."""
     folder = Path(tempfile.mkdtemp())
     data = folder / "data.jsonl"
     data.write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))

@@ -41,9 +41,9 @@ class Answer:
     account: KeyAccount | None = None
     """`Call.account`."""
     shared_prompt: SharedPrompt | None = None
-    """That of all answers to this prompt; None where there is one answer."""
+    """That of all answers to this prompt; None if there is one answer."""
     trace: AnswerTrace | None = None
-    """None where answers are not traced."""
+    """None if answers are not traced."""
 
     async def stream(
         self,

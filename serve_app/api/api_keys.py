@@ -23,7 +23,7 @@ class ApiKeys:
     """The keys of one server."""
 
     def __init__(self, settings: ApiSettings) -> None:
-        """Reads the file. Raises `ConfigError` where it cannot be read."""
+        """Reads the file. Raises `ConfigError` if it cannot be read."""
         self.are_needed = settings.needs_key
         self._fixed = [
             ApiKey(name=f"API_KEYS-{number}", sha256=sha256(key), created=0)
@@ -41,7 +41,7 @@ class ApiKeys:
         threading.Thread(target=self._follow, name="api keys", daemon=True).start()
 
     def find(self, key: str) -> KeyAccount | None:
-        """The account of `key`; None where the server does not accept it.
+        """Returns the account of `key`; None if the server does not accept it.
 
         It is found by its hash, so the time that this takes says nothing about the keys.
         """

@@ -54,7 +54,7 @@ async def answer_all(
 
 
 async def answer(server: "MixtralServer", request: BatchRequest) -> BatchResult:
-    """The result of one request. Raises `EngineDead`."""
+    """Returns the result of one request. Raises `EngineDead`."""
     request_id = uuid.uuid4().hex
     status, body = await _response(server, request, request_id)
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -66,7 +66,7 @@ async def answer(server: "MixtralServer", request: BatchRequest) -> BatchResult:
 async def _response(
     server: "MixtralServer", request: BatchRequest, request_id: str
 ) -> tuple[int, Any]:
-    """The HTTP status and the body."""
+    """Returns the HTTP status and the body."""
     if request.body.get("stream"):
         error = InvalidRequest("A batch has whole answers; leave out `stream`.", param="stream")
         return error.http_status, error_body(error, request_id, request.url)

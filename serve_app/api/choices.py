@@ -26,7 +26,7 @@ ToChunks = Callable[[TextDelta], Iterable[JsonObject]]
 
 
 def check_size(answers: Sequence[Answer], field: str, limit: int = MAX_LOGPROBS) -> None:
-    """Raises `InvalidRequest` where there would be more than `limit` log probabilities.
+    """Raises `InvalidRequest` if there would be more than `limit` log probabilities.
 
     `field` is the field of the request that asks for them.
     """
@@ -89,7 +89,10 @@ def _num_scores(whole: TextDelta) -> int:
 def streamed(
     places: ListPlaces, answers: Sequence[Answer], to_chunks: Sequence[ToChunks]
 ) -> AsyncGenerator[JsonObject, None]:
-    """The chunks of all answers as they come; raises `QueueFull` first where they are refused."""
+    """Returns the chunks of all answers as they come.
+
+    Raises `QueueFull` first where they are refused.
+    """
     if len(answers) == 1:
         return answers[0].stream(to_chunks[0])
     return _merged(places, answers, to_chunks)

@@ -50,7 +50,7 @@ class EarlyAnswer:
 
 
 def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None:
-    """The answer to `request`, if it needs no body and no engine."""
+    """Returns the answer to `request`, if it needs no body and no engine."""
     method, route = request.scope["method"], routes.find(ingress.path_of(request.scope))
     settings = server.settings.api
     # A browser needs the CORS headers, which only the ingress adds.

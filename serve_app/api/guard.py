@@ -55,7 +55,7 @@ _PRINTABLE = re.compile(rb"[ -~]{1,128}")
 
 
 def middlewares() -> "list[Middleware]":
-    """What Serve puts around its HTTP servers; the last one is the outermost.
+    """Returns what Serve puts around its HTTP servers; the last one is the outermost.
 
     Serve calls it where it makes an HTTP server, so it prepares uvicorn for HTTP/1.0 too.
     """
@@ -90,7 +90,7 @@ class Guard:
 
 
 def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """`headers` without those in `REMOVED`; raises `InvalidRequest` for an id that is no id."""
+    """`headers` without those in `REMOVED`. Raises `InvalidRequest` for an id that is no id."""
     for name, value in headers:
         if name == REQUEST_ID and not _PRINTABLE.fullmatch(value):
             raise InvalidRequest("x-request-id must be 1 to 128 printable ASCII characters.")
@@ -134,7 +134,8 @@ class _Exchange:
         self._is_refused = False
 
     async def receive(self) -> Message:
-        """The next message; refuses a body that is too slow, and then is as if the client left."""
+        """Returns the next message; refuses a body that is too slow, and then is as if the client
+        left."""
         if self._is_read:
             return await self._receive()
         limit_s = BODY_S + self._num_bytes / MIN_BODY_BYTES_PER_S

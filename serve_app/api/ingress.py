@@ -60,7 +60,8 @@ GetServer = Callable[[], "MixtralServer"]
 
 
 def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starlette:
-    """The ASGI app in front of the server that `get_server` returns, called for each request.
+    """Returns the ASGI app in front of the server that `get_server` returns, called for each
+    request.
 
     `cors_origins` is the setting `api.cors_origins`. A client that closes a stream ends its
     request. While an answer that is not streamed is generated, uvicorn alone does not notice a
@@ -110,7 +111,7 @@ class Endpoint:
         self._is_messages = route is not None and is_messages(route.path)
 
     async def response(self, request: Request) -> Response:
-        """The response to one request; its errors are responses too."""
+        """Returns the response to one request; its errors are responses too."""
         server = self._get_server()
         arrived: float = request.scope[ARRIVED]
         request_id, headers = request_id_of(request)
@@ -146,7 +147,7 @@ class Endpoint:
         return response
 
     async def _reply(self, request: Request, server: "MixtralServer", call: Call) -> Reply:
-        """The reply to `call`, whose body is read here."""
+        """Returns the reply to `call`, whose body is read here."""
         route = self._route
         if route is None:
             return await server.answer(call)
@@ -218,7 +219,7 @@ async def _response(
 
 
 def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
-    """The id of a request, and the headers of its response with our id and the client's.
+    """Returns the id of a request, and the headers of its response with our id and the client's.
 
     Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
     itself. That id becomes ours, so that both headers are equal. A second header of that name would
@@ -238,14 +239,14 @@ def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
 
 
 def path_of(scope: Scope) -> str:
-    """The path below the prefix that this app is mounted at."""
+    """Returns the path below the prefix that this app is mounted at."""
     path: str = scope["path"]
     prefix: str = scope.get("root_path", "").rstrip("/")
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def check_key(request: HTTPConnection, keys: ApiKeys) -> KeyAccount:
-    """The account of the request's key. Raises `InvalidApiKey` where it has none of the keys.
+    """Returns the account of the request's key. Raises `InvalidApiKey` if it has none of the keys.
 
     A key comes as bearer token or, as Anthropic's clients send it, in `x-api-key`; the token counts
     where a request has both.

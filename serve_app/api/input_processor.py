@@ -65,7 +65,8 @@ class InputProcessor:
         continue_final_message: bool = False,
         tools: Tools | None = None,
     ) -> list[int]:
-        """The token ids of a conversation, by the chat template, with the tools that it may call.
+        """Returns the token ids of a conversation, by the chat template, with the tools that it may
+        call.
 
         With `continue_final_message` they end with the last message's text.
 
@@ -91,7 +92,10 @@ class InputProcessor:
         return await asyncio.to_thread(render, **how)
 
     async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The token ids of raw text. Raises `InvalidRequest` for a text that is too long."""
+        """Returns the token ids of raw text.
+
+        Raises `InvalidRequest` for a text that is too long.
+        """
         if len(prompt) > self.settings.max_prompt_chars:
             raise self._too_long(len(prompt), "prompt")
         encode = self.tokenizer.encode
@@ -102,7 +106,7 @@ class InputProcessor:
     async def text(
         self, token_ids: Sequence[int], field: str, *, skip_special_tokens: bool = True
     ) -> str:
-        """The text of a client's token ids. Raises `InvalidRequest` with param `field`."""
+        """Returns the text of a client's token ids. Raises `InvalidRequest` with param `field`."""
         check_token_ids(token_ids, self.vocab_size, field)
         decode = self.tokenizer.decode
         if len(token_ids) <= MAX_CHARS_ON_LOOP:
@@ -236,7 +240,7 @@ class InputProcessor:
         )
 
     def _refuse_unknown_token(self, prompt_ids: list[int], field: str) -> None:
-        """Raises `InvalidRequest` where the tokenizer has the token that the model does not have.
+        """Raises `InvalidRequest` if the tokenizer has the token that the model does not have.
 
         The engine refuses ids that neither has.
         """

@@ -42,7 +42,7 @@ class ListPlaces:
     async def admitted(self, group: str = "") -> AsyncGenerator[ItemPlace, None]:
         """The life of one list, which has one place of the engine's queue, one of its `group`.
 
-        Raises `QueueFull`, `Draining` or `EngineDead` where the list is refused as a whole.
+        Raises `QueueFull`, `Draining` or `EngineDead` if the list is refused as a whole.
         """
         self._engine.take_place(group)
         number, self._next_list = self._next_list, self._next_list + 1

@@ -121,7 +121,7 @@ class Metrics:
         self._errors[_code(QueueFull)] += number
 
     def text(self, status: str) -> str:
-        """All metrics in Prometheus' text format. `status` is the one in `/health`."""
+        """Returns all metrics in Prometheus' text format. `status` is the one in `/health`."""
         return _text(self.families(status))
 
     def families(self, status: str) -> Iterator["Metric"]:
@@ -182,7 +182,8 @@ class Metrics:
 
 
 def status_text(status: str, model: str) -> str:
-    """The metrics of a worker without a loaded model, in Prometheus' text format: its status."""
+    """Returns the metrics of a worker without a loaded model, in Prometheus' text format: its
+    status."""
     return _text([_status(status, model)])
 
 

@@ -68,7 +68,7 @@ _RENAMED = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "e
 
 
 def document(routes: Sequence["Route"], *, has_keys: bool) -> JsonObject:
-    """The whole document; `has_keys` says whether the server asks for API keys."""
+    """Returns the whole document; `has_keys` says whether the server asks for API keys."""
     known = {
         route.path: DESCRIPTIONS.get(route.path)
         or Description(STATE, inspect.getdoc(route.handler) or route.path, {})
@@ -135,7 +135,7 @@ def _responses(described: Description, path: str) -> JsonObject:
 
 
 def schema_of(example: Any) -> JsonObject:
-    """The JSON schema of values like `example`; null in it stands for any value."""
+    """Returns the JSON schema of values like `example`; null in it stands for any value."""
     match example:
         case dict():
             properties = {name: schema_of(value) for name, value in example.items()}
@@ -169,7 +169,7 @@ def _schemas(models: Sequence[type[BaseModel]]) -> JsonObject:
 
 
 def _referred(value: Any, schemas: JsonObject) -> set[str]:
-    """The names of the schemas that `value` refers to, directly or through another one."""
+    """Returns the names of the schemas that `value` refers to, directly or through another one."""
     found: set[str] = set()
     waiting = [value]
     while waiting:
@@ -208,7 +208,7 @@ def _tidied(schema: Any) -> Any:
 
 
 def _not_used(model: type[Body]) -> JsonObject:
-    """The fields that are accepted and change nothing, with the values that pass."""
+    """Returns the fields that are accepted and change nothing, with the values that pass."""
     ignored: JsonObject = {name: {NOT_USED: True} for name in sorted(model.IGNORED)}
     for name, (values, reason) in sorted(model.UNSUPPORTED.items()):
         if name not in {field.alias or key for key, field in model.model_fields.items()}:
@@ -217,7 +217,7 @@ def _not_used(model: type[Body]) -> JsonObject:
 
 
 def _prompt_list(prompt: JsonObject) -> JsonObject:
-    """The schema of a list of prompts, whose other fields are those of one prompt."""
+    """Returns the schema of a list of prompts, whose other fields are those of one prompt."""
     item = {"anyOf": [_TEXT, {"$ref": REFS.format(model="PromptRequest")}]}
     single = ("prompt", "messages", *LISTS)
     shared = {name: it for name, it in prompt["properties"].items() if name not in single}
@@ -232,7 +232,7 @@ def _prompt_list(prompt: JsonObject) -> JsonObject:
 
 
 def _field_docs(model: type[BaseModel]) -> dict[str, str]:
-    """The docstrings below the fields of `model` and its bases, by the field's name."""
+    """Returns the docstrings below the fields of `model` and its bases, by the field's name."""
     docs: dict[str, str] = {}
     for cls in model.__mro__:
         if not issubclass(cls, BaseModel) or cls is BaseModel:

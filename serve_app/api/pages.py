@@ -23,17 +23,17 @@ STATIC = Path(__file__).parent / "static"
 
 
 async def page(server: "MixtralServer", call: Call) -> Reply:
-    """A page to try the model."""
+    """Returns a page to try the model."""
     return await asyncio.to_thread(_page, "index.html")
 
 
 async def docs(server: "MixtralServer", call: Call) -> Reply:
-    """A page that shows `/openapi.json`."""
+    """Returns a page that shows `/openapi.json`."""
     return await asyncio.to_thread(_page, "docs.html")
 
 
 async def describe(server: "MixtralServer", call: Call) -> Reply:
-    """The description of all routes."""
+    """Returns the description of all routes."""
     has_keys = server.keys.are_needed
     return JsonReply(await asyncio.to_thread(_document, has_keys))
 
@@ -51,7 +51,8 @@ def _page(name: str) -> TextReply:
 
 
 def _policy(text: str) -> str:
-    """The policy that allows the scripts and styles in `text`, and requests to this server."""
+    """Returns the policy that allows the scripts and styles in `text`, and requests to this
+    server."""
     hashes = {
         tag: " ".join(
             f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"

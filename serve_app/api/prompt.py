@@ -73,7 +73,7 @@ async def _batch(
 async def _result(
     server: "MixtralServer", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
 ) -> JsonObject:
-    """The result of one item. The result of an item that fails is its error body."""
+    """Returns the result of one item. The result of an item that fails is its error body."""
     async with place():
         await asyncio.sleep(0)  # other requests run between two items
         try:

@@ -56,7 +56,8 @@ class RayMetrics:
 
 
 def copy_interval_s() -> float:
-    """Seconds between two copies: half of Ray's interval between exports, which is 10 s by default.
+    """Returns the seconds between two copies: half of Ray's interval between exports, which is 10 s
+    by default.
 
     Ray exports a gauge only if it was set since the last export, and drops it after two exports.
     """

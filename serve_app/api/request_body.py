@@ -50,7 +50,7 @@ class BodyReader:
         self._pauses_until = 0.0
 
     async def read(self, headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> Any:
-        """The JSON value of the body that `stream` brings; None for an empty body.
+        """Returns the JSON value of the body that `stream` brings; None for an empty body.
 
         `headers` are the request's, with any case in their names.
 
@@ -98,7 +98,7 @@ class BodyReader:
 
 
 def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
-    """The content coding of the body, from headers that promise nothing too large."""
+    """Returns the content coding of the body, from headers that promise nothing too large."""
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
@@ -111,7 +111,7 @@ def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
 
 
 def _value(body: bytes, encoding: str, max_bytes: int) -> Any:
-    """The JSON value of a body that may be packed."""
+    """Returns the JSON value of a body that may be packed."""
     if body and encoding in _WINDOW_BITS:
         body = _unpacked(body, encoding, max_bytes)
     # Strings may have such characters too, and are searched only where that matters.
@@ -128,7 +128,7 @@ def _cost(text: bytes) -> int:
 
 
 def _cost_without_strings(body: bytes) -> int:
-    """The cost of what is no string, up to more than `MAX_VALUES`."""
+    """Returns the cost of what is no string, up to more than `MAX_VALUES`."""
     cost = begin = 0
     while begin < len(body) and cost <= MAX_VALUES:
         match = _WHOLE_STRINGS.match(body, begin, begin + SLICE_BYTES)
@@ -161,7 +161,7 @@ def _unpacked(body: bytes, encoding: str, max_bytes: int) -> bytes:
 
 
 def parsed(body: bytes) -> Any:
-    """The JSON value of a body; None for an empty body. Raises `InvalidRequest`."""
+    """Returns the JSON value of a body; None for an empty body. Raises `InvalidRequest`."""
     if not body.strip():
         return None
     try:

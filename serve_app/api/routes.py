@@ -71,7 +71,7 @@ _PREFIXES = {route.path.partition("{")[0]: route for route in ROUTES if "{" in r
 
 
 def find(path: str) -> Route | None:
-    """The route of `path`; None where there is none."""
+    """Returns the route of `path`; None if there is none."""
     if (route := _EXACT.get(path)) is not None:
         return route
     for prefix, route in _PREFIXES.items():
@@ -81,7 +81,7 @@ def find(path: str) -> Route | None:
 
 
 def match(method: str, path: str) -> Route:
-    """The route of a call; raises `RouteNotFound` or `MethodNotAllowed`."""
+    """Returns the route of a call. Raises `RouteNotFound` or `MethodNotAllowed`."""
     route = find(path)
     if route is None:
         raise RouteNotFound(f"There is no route {printable(path)}.")

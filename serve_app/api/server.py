@@ -59,7 +59,7 @@ class MixtralServer:
     def __init__(
         self, settings: Settings, load: Callable[[Settings, LoadLog], Loaded] = loading.load
     ) -> None:
-        """Loads the model, which takes minutes for Mixtral; raises `ModelLoadFailed`."""
+        """Loads the model, which takes minutes for Mixtral. Raises `ModelLoadFailed`."""
         self.settings = settings
         self.keys = ApiKeys(settings.api)  # before the load, which takes minutes
         load_log = LoadLog.resume(settings.load_log)
@@ -128,7 +128,7 @@ class MixtralServer:
             self._engine.require_room(account.group if account is not None else "")
 
     def places(self) -> "Places":
-        """What a proxy needs to refuse by itself requests that generate."""
+        """Returns what a proxy needs to refuse by itself requests that generate."""
         return self._engine.places()
 
     async def call(
@@ -163,18 +163,18 @@ class MixtralServer:
             yield last
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
-        """The error that the client gets for any exception; counts it, and logs it once."""
+        """Returns the error that the client gets for any exception; counts it, and logs it once."""
         known = handle_error(error, request_id)
         self.metrics.error(known)
         return known
 
     def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
-        """The metadata of the response; raises `ModelNotFound` for another model's name."""
+        """Returns the metadata of the response. Raises `ModelNotFound` for another model's name."""
         self.check_model(model)
         return ResponseMetadata(call.request_id, self.names[0], int(time.time()), self.fingerprint)
 
     def check_model(self, name: str | None) -> None:
-        """Raises `ModelNotFound` where `name` is not a served name."""
+        """Raises `ModelNotFound` if `name` is not a served name."""
         if name is not None and name not in self.names:
             raise ModelNotFound(
                 f"There is no model `{printable(name)}` here, only {', '.join(self.names)}.",
@@ -191,7 +191,7 @@ class MixtralServer:
         self._engine.stop()
 
     def check_health(self) -> None:
-        """Raises `EngineDead` when the replica must be replaced; Serve's health check calls it."""
+        """Raises `EngineDead` if the replica must be replaced; Serve's health check calls it."""
         self._engine.end_if_hung()
         if not self._engine.is_alive and not self._has_ended:
             raise EngineDead("The engine has stopped; another replica can answer.")
@@ -204,7 +204,8 @@ class MixtralServer:
         self._engine.stop()
 
     def _stats(self) -> "EngineStats":
-        """The engine's numbers; waiting are also the items of lists that wait for their place."""
+        """Returns the engine's numbers; waiting are also the items of lists that wait for their
+        place."""
         stats = self._engine.stats()
         return replace(stats, num_waiting=stats.num_waiting + self.list_places.num_waiting)
 
@@ -213,11 +214,11 @@ class MixtralServer:
         return "draining" if self.is_draining else "ready"
 
     def ping(self) -> tuple[dict[str, Any], int]:
-        """The body of `/ping` and its HTTP status."""
+        """Returns the body of `/ping` and its HTTP status."""
         return {"status": self.status}, 503 if self.is_draining else 200
 
     def health(self) -> dict[str, Any]:
-        """The body of `/health`."""
+        """Returns the body of `/health`."""
         stats = self._stats()
         return {
             "status": self.status,

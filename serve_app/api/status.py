@@ -13,12 +13,12 @@ MODELS = "/v1/models"
 
 
 async def health(server: "MixtralServer", call: Call) -> Reply:
-    """The state in full; 503 while draining."""
+    """Returns the state in full; 503 while draining."""
     return JsonReply(server.health(), status=503 if server.is_draining else 200)
 
 
 async def ping(server: "MixtralServer", call: Call) -> Reply:
-    """The status alone; 503 while draining."""
+    """Returns the status alone; 503 while draining."""
     return JsonReply(*server.ping())
 
 
@@ -29,19 +29,19 @@ async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def models(server: "MixtralServer", call: Call) -> Reply:
-    """The served names."""
+    """Returns the served names."""
     return JsonReply({"object": "list", "data": [_card(server, name) for name in server.names]})
 
 
 async def model(server: "MixtralServer", call: Call) -> Reply:
-    """One served name."""
+    """Returns one served name."""
     name = call.path.removeprefix(f"{MODELS}/")
     server.check_model(name)
     return JsonReply(_card(server, name))
 
 
 async def version(server: "MixtralServer", call: Call) -> Reply:
-    """The version of this package, in vLLM's schema."""
+    """Returns the version of this package, in vLLM's schema."""
     return JsonReply({"version": __version__})
 
 

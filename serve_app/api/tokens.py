@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 async def tokenize(server: "MixtralServer", call: Call) -> Reply:
-    """The token ids of a text or a conversation."""
+    """Returns the token ids of a text or a conversation."""
     request = await values.read(tokens.TokenizeRequest.read, call.body)
     server.check_model(request.model)
     inputs = server.inputs
@@ -33,12 +33,12 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def tokenizer_info(server: "MixtralServer", call: Call) -> Reply:
-    """The tokenizer's configuration, in vLLM's schema."""
+    """Returns the tokenizer's configuration, in vLLM's schema."""
     return JsonReply(server.tokenizer.info)
 
 
 async def detokenize(server: "MixtralServer", call: Call) -> Reply:
-    """The text of token ids."""
+    """Returns the text of token ids."""
     request = await values.read(tokens.DetokenizeRequest.read, call.body)
     server.check_model(request.model)
     # As in vLLM, the text includes the special tokens.

@@ -50,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """Loads the model, tries it, calls `show` with each result, and writes all to `out` as JSON.
 
-    Raises `ModelLoadFailed` where the model does not load or a product is wrong, and `ConfigError`
+    Raises `ModelLoadFailed` if the model does not load or a product is wrong, and `ConfigError`
     where `out` cannot be written.
     """
     if not out.absolute().parent.is_dir():
@@ -125,7 +125,7 @@ async def _try(server: MixtralServer, show: Callable[[str], None]) -> dict[str, 
 
 
 async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
-    """The answer to a chat, or the completion of a model without a chat template."""
+    """Returns the answer to a chat, or the completion of a model without a chat template."""
     body = {"prompt": prompt, "temperature": 0}
     try:
         return await _ask(server, "/prompt", body)
@@ -135,7 +135,7 @@ async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
 
 
 async def _tokens_per_s(server: MixtralServer, size: int) -> float:
-    """Tokens per second of `size` answers at once; the time includes their prompts."""
+    """Returns the tokens per second of `size` answers at once; the time includes their prompts."""
     body = {"prompt": PROMPTS[0], "ignore_eos": True, "temperature": 0}
     started = time.perf_counter()
     await asyncio.gather(*(_ask(server, "/v1/completions", body) for _ in range(size)))
@@ -161,7 +161,8 @@ def _machine() -> dict[str, str]:
 
 
 def _vram() -> dict[str, int] | None:
-    """Bytes on the GPU: the maximum that torch held, free and total; None without a GPU."""
+    """Returns the bytes on the GPU: the maximum that torch held, free and total; None without a
+    GPU."""
     import torch
 
     if not torch.cuda.is_available():

@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 def run(config: str, source: Path, destination: Path) -> int:
     """Answers the requests in `source` and appends the results to `destination`; the exit code.
 
-    It is 0 where every request was answered, 1 where `destination` holds an error. Raises
-    `ConfigError` or `ServeError` where the batch cannot start or go on.
+    It is 0 if every request was answered, 1 if `destination` holds an error. Raises `ConfigError`
+    or `ServeError` if the batch cannot start or go on.
     """
     if source.exists() and destination.exists() and source.samefile(destination):
         raise ConfigError(f"{destination}: is the file of requests; name another for the results.")

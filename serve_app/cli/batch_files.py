@@ -40,7 +40,7 @@ class BatchOutput:
     def __init__(self, path: Path) -> None:
         """Opens or creates the file and drops a last line that was not written to its end.
 
-        Raises `ConfigError` where the file cannot be used.
+        Raises `ConfigError` if the file cannot be used.
         """
         self._path = path
         self.answered: set[Key] = set()

@@ -74,7 +74,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
 
     def _stream(self) -> Iterator[str]:
-        """The answer's text, piece by piece; raises `ChatError`."""
+        """The answer's text, piece by piece. Raises `ChatError`."""
         body = {"model": self._model, "messages": self.messages, "stream": True}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -105,7 +105,7 @@ class Chat:
 
 
 def _read() -> str | None:
-    """A line from standard input without spaces around it; None at its end."""
+    """Returns a line from standard input without spaces around it; None at its end."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
@@ -118,14 +118,14 @@ def _read() -> str | None:
 
 
 def _text(chunk: dict[str, Any]) -> str:
-    """The text in one chunk of a stream; raises `ChatError` for an error in its place."""
+    """Returns the text in one chunk of a stream. Raises `ChatError` for an error in its place."""
     if "error" in chunk:
         raise ChatError(chunk["error"]["message"])
     return "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
 
 
 def _message(response: httpx.Response) -> str:
-    """The server's own sentence about a refused request, or its status."""
+    """Returns the server's own sentence about a refused request, or its status."""
     try:
         return str(response.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):

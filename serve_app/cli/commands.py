@@ -134,8 +134,8 @@ def batch(
     """Answer the requests in IN with CONFIG's model, in OpenAI's batch format. Needs no server.
 
     Results are written to OUT as they come, errors among them. A batch that was stopped continues
-    when the same command is run again: it answers what has no result in OUT. The exit code is 1
-    where OUT holds an error.
+    when the same command is run again: it answers what has no result in OUT. The exit code is 1 if
+    OUT holds an error.
     """
     from serve_app.cli import batch
 

@@ -67,7 +67,7 @@ def measure(
     texts: Sequence[str],
     max_memory: MaxMemory | None = None,
 ) -> dict[str, Any]:
-    """The report. `max_memory` limits the memory that the float model may take.
+    """Returns the report. `max_memory` limits the memory that the float model may take.
 
     A side that cannot be measured has no figures, and `in_4_bits` says why.
     """
@@ -114,7 +114,7 @@ def _require_disk(folder: Path, windows: Windows, vocab_size: int) -> None:
 
 
 def _made(name: str, maker: Callable[[], Side]) -> Side:
-    """The side that `maker` measures, or one that says why it cannot be measured."""
+    """Returns the side that `maker` measures, or one that says why it cannot be measured."""
     try:
         return maker()
     except Exception as error:
@@ -126,7 +126,7 @@ def _made(name: str, maker: Callable[[], Side]) -> Side:
 
 
 def _figures(measured: Sequence[Side], targets: Sequence[int]) -> dict[str, Any]:
-    """Each side's figures, and the comparison of each pair that was measured."""
+    """Returns each side's figures, and the comparison of each pair that was measured."""
     comparisons = [
         {"reference": one.name, "side": other.name, **compare(p, q)._asdict()}
         for one, other in (

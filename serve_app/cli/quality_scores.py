@@ -27,7 +27,7 @@ class LogProbs:
         self._num_rows = 0
 
     def add(self, logits: "torch.Tensor") -> int:
-        """Appends the distributions of `logits` `[n, vocab_size]`; returns the number of rows."""
+        """Appends the distributions of `logits` `[n, vocab_size]`. Returns the number of rows."""
         start, self._num_rows = self._num_rows, self._num_rows + len(logits)
         rows = logits.float().log_softmax(-1).cpu()
         self._table[start : self._num_rows] = rows.numpy()

@@ -42,7 +42,8 @@ class Side:
 
 
 def served(loaded: Loaded, quantizes_lm_head: bool, windows: Windows, path: Path) -> Side:
-    """The side of the engine's own steps. Stops the engine. `path` is the distributions' file."""
+    """Returns the side of the engine's own steps. Stops the engine. `path` is the distributions'
+    file."""
     from serve_app.engine.model_runner import ModelRunner
     from serve_app.engine.text_logits import text_logits
 
@@ -66,7 +67,7 @@ def served(loaded: Loaded, quantizes_lm_head: bool, windows: Windows, path: Path
 def floats(
     folder: Path, dtype: str, windows: Windows, path: Path, max_memory: MaxMemory | None = None
 ) -> Side:
-    """The float checkpoint in `folder`, in transformers.
+    """Returns the float checkpoint in `folder`, in transformers.
 
     accelerate puts what does not fit on the GPU into memory, and the rest into files beside `path`.
     `max_memory` limits what it may fill, by default the free memory.
@@ -84,7 +85,7 @@ def bitsandbytes(
     windows: Windows,
     path: Path,
 ) -> Side:
-    """The float checkpoint in `folder`, quantized by transformers with bitsandbytes.
+    """Returns the float checkpoint in `folder`, quantized by transformers with bitsandbytes.
 
     It gets the served model's 4-bit type, or nf4 where that one has floats.
     """
@@ -119,7 +120,7 @@ def free_memory() -> None:
 
 
 def _scored(name: str, pieces: "Iterator[torch.Tensor]", windows: Windows, path: Path) -> LogProbs:
-    """The distributions in `pieces` of logits, stored in `path`; shows the progress."""
+    """Returns the distributions in `pieces` of logits, stored in `path`; shows the progress."""
     num_tokens = len(windows.targets)
     log_probs: LogProbs | None = None
     with progress.items(name, "tokens") as show:
@@ -149,7 +150,7 @@ def _transformers(folder: Path, dtype: str, offload: Path, **arguments: Any) -> 
 
 
 def _is_whole(model: Any) -> bool:
-    """Whether all weights are on one device."""
+    """Returns whether all weights are on one device."""
     return len(set(getattr(model, "hf_device_map", {}).values())) < 2
 
 

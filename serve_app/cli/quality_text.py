@@ -30,7 +30,7 @@ class Windows:
 
 
 def read_texts(paths: Sequence[Path]) -> list[str]:
-    """The texts in files `paths`; raises `ConfigError` for a file that cannot be read."""
+    """Returns the texts in files `paths`. Raises `ConfigError` for a file that cannot be read."""
     texts = []
     for path in paths:
         try:
@@ -45,7 +45,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 def cut(texts: Sequence[str], tokenizer: Tokenizer, max_model_len: int) -> Windows:
     """Cuts each text into windows that begin with the BOS token where the tokenizer has one.
 
-    Raises `ConfigError` where no token is left to predict.
+    Raises `ConfigError` if no token is left to predict.
     """
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     size = min(WINDOW, max_model_len) - len(bos)

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def run(config: str) -> int:
     """Serves `config`, a name or a path, until a signal stops it; the exit code.
 
-    Raises `ConfigError` or `ServeError` where it cannot be served.
+    Raises `ConfigError` or `ServeError` if it cannot be served.
     """
     log_to_terminal()
     path = named.find(config)

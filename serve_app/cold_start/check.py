@@ -42,7 +42,10 @@ def check(path: str | Path) -> Checked:
 
 
 def check_config(path: str | Path) -> Settings:
-    """The settings in file `path`; raises `ConfigError` for a key or value that is wrong."""
+    """Returns the settings in file `path`.
+
+    Raises `ConfigError` for a key or value that is wrong.
+    """
     check_schema(path)
     settings = Settings.from_yaml(path)
     if settings.api.keys_file is not None:
@@ -78,7 +81,10 @@ def _variables_named() -> Iterator[None]:
 
 
 def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
-    """What `plan` reads and takes, a line each; raises `ModelLoadFailed` where it cannot work."""
+    """Returns what `plan` reads and takes, a line each.
+
+    Raises `ModelLoadFailed` if it cannot work.
+    """
     name, checkpoint = settings.model.name, plan.checkpoint
     notes: list[str] = []
     if plan.repository is not None:

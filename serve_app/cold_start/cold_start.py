@@ -28,7 +28,7 @@ FORECAST_LIMIT_S = 3.0
 
 
 class ColdStart:
-    """The cold starts of this process. `plan` is None where the check failed: no forecast then."""
+    """The cold starts of this process. `plan` is None if the check failed: no forecast then."""
 
     def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
         """Starts to measure the reading speed, in a thread."""
@@ -41,7 +41,7 @@ class ColdStart:
         self._predicting.start()
 
     async def around(self, load: Callable[[], Awaitable[T]]) -> T:
-        """Runs `load` and returns its result; raises `ModelLoadFailed` if the guard refuses it."""
+        """Runs `load` and returns its result. Raises `ModelLoadFailed` if the guard refuses it."""
 
         async def helped() -> T:
             await asyncio.to_thread(self._announce)

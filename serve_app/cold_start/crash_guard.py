@@ -47,7 +47,7 @@ PAUSE_S = 600.0
 
 
 class CrashGuard:
-    """Records the loads of one model by this process. `plan` is None where the check failed."""
+    """Records the loads of one model by this process. `plan` is None if the check failed."""
 
     def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
         """Reads and writes no file yet."""
@@ -58,7 +58,7 @@ class CrashGuard:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Guards the load in the block; raises `ModelLoadFailed` before it where it is refused."""
+        """Guards the load in the block. Raises `ModelLoadFailed` before it where it is refused."""
         try:
             self.begin()
             yield
@@ -85,7 +85,7 @@ class CrashGuard:
         return loaded
 
     def begin(self) -> None:
-        """Records that a load begins; raises `ModelLoadFailed` where it is refused."""
+        """Records that a load begins. Raises `ModelLoadFailed` if it is refused."""
         volume = volume_folder(self._settings.runpod.volume)
         if not is_mounted(volume):
             return
@@ -147,7 +147,8 @@ class CrashGuard:
 
 
 def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
-    """A digest of what decides how a load ends: settings, files, program and kind of GPU."""
+    """Returns a digest of what decides how a load ends: settings, files, program and kind of
+    GPU."""
     is_local = plan is not None and plan.repository is None
     files = sorted(plan.checkpoint.path.iterdir()) if plan is not None and is_local else []
     token = settings.model.hf_token
@@ -164,7 +165,8 @@ def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
 
 
 def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
-    """The error that refuses another try after these `outcomes`, the oldest first; or None."""
+    """Returns the error that refuses another try after these `outcomes`, the oldest first; or
+    None."""
     last = outcomes[-MAX_FAILURES:]
     # Numbers in a cause vary, such as free bytes.
     causes = {re.sub(r"\d+", "0", record["cause"]) for record in last}

@@ -55,7 +55,7 @@ class Forecast:
         return start_s + download_s + self.read_bytes / read_bytes_per_s
 
     def sentence(self) -> str:
-        """The forecast, for the log."""
+        """Returns the forecast, for the log."""
         known = "measured" if self.is_measured else "assumed"
         download = ""
         if self.download_bytes:
@@ -67,7 +67,7 @@ class Forecast:
         )
 
     def warning(self, settings: Settings) -> str | None:
-        """What to do where that is longer than the platform waits; None where it is not."""
+        """Returns what to do where that is longer than the platform waits; None where it is not."""
         is_eager = settings.runpod.start == "eager"
         runpod = settings.runpod
         limit = runpod.init_timeout_s if is_eager else runpod.execution_timeout_s
@@ -94,7 +94,7 @@ class Forecast:
 
 
 def predict(plan: StartPlan) -> Forecast:
-    """The forecast for `plan`. Reads a sample of the weights, for half a second at most."""
+    """Returns the forecast for `plan`. Reads a sample of the weights, for half a second at most."""
     on_cpu = plan.device == "cpu"
     if (repository := plan.repository) is not None:
         sizes = (repository.num_bytes, repository.missing_bytes)
@@ -106,7 +106,8 @@ def predict(plan: StartPlan) -> Forecast:
 
 
 def sample(files: list[Path]) -> float | None:
-    """Bytes per second of a read in the largest of `files`; None where it is too small."""
+    """Returns the bytes per second of a read in the largest of `files`; None where it is too
+    small."""
     largest = max(files, key=lambda file: file.stat().st_size)
     room = largest.stat().st_size - SAMPLE_BYTES
     started, done = time.monotonic(), 0

@@ -19,7 +19,8 @@ class MemoryBefore:
         self.num_kills = num_oom_kills()
 
     def killed(self, plan: StartPlan | None, phase: Phase) -> LoaderKilled:
-        """The error for a load that was killed in `phase`; without a plan it names no sizes."""
+        """Returns the error for a load that was killed in `phase`; without a plan it names no
+        sizes."""
         is_certain = num_oom_kills() > self.num_kills
         why = " because memory ran out" if is_certain else ", usually for lack of memory"
         free = f"{in_gb(self.free_bytes)} of main memory were free"

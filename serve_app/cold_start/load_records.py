@@ -39,7 +39,8 @@ def write(file: Path, fields: Record) -> None:
 
 
 def outcomes(folder: Path, own: Path) -> list[Record]:
-    """The records of the other loads that are over, the oldest first, each with its `age_s`."""
+    """Returns the records of the other loads that are over, the oldest first, each with its
+    `age_s`."""
     files = finished(folder, own)
     remove(files[:-MAX_RECORDS])
     now = own.stat().st_mtime  # the volume's clock may differ from this machine's
@@ -57,7 +58,7 @@ def outcomes(folder: Path, own: Path) -> list[Record]:
 
 
 def finished(folder: Path, own: Path) -> list[Path]:
-    """Files of loads that no longer run, except for `own`, the oldest first."""
+    """Returns the files of loads that no longer run, except for `own`, the oldest first."""
     files = sorted(file for file in folder.glob("*.json") if file != own)
     return [file for file in files if not _is_running(file, own)]
 
@@ -82,7 +83,7 @@ def _is_running(file: Path, own: Path) -> bool:
 
 
 def _read(file: Path) -> Record | None:
-    """The record; None where the file is gone, or holds something else."""
+    """Returns the record; None if the file is gone, or holds something else."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = {"state", "host", "pid", "process_started"}

@@ -40,7 +40,7 @@ def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None
 
 
 def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> int:
-    """Reads `files` until one of the conditions above ends it; returns the number of bytes read."""
+    """Reads `files` until one of the conditions above ends it. Returns the number of bytes read."""
     budget, done, checked = int(free_bytes() * MAX_SHARE), 0, 0
     buffer = bytearray(BUFFER_BYTES)
     try:
@@ -61,6 +61,6 @@ def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> 
 
 
 def _loader_reads(load_log: str | None) -> bool:
-    """Whether the loader has begun to read the weights."""
+    """Returns whether the loader has begun to read the weights."""
     events = read_events(load_log) if load_log is not None else []
     return any(event.phase.reads_weights for event in events)

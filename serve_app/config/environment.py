@@ -49,7 +49,8 @@ compared in lower case, such as the None of worker-vllm's form for QUANTIZATION.
 
 @cache
 def familiar_names() -> dict[str, str]:
-    """Every familiar variable and the setting that it sets, such as `engine.max_model_len`."""
+    """Returns every familiar variable and the setting that it sets, such as
+    `engine.max_model_len`."""
     names = {}
     for section, model in SECTIONS.items():
         for field in model.model_fields:
@@ -64,7 +65,8 @@ def _name_by_rule(section: str, field: str) -> str:
 
 
 def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """The values of familiar variables as sections of settings. An empty value counts as unset."""
+    """Returns the values of familiar variables as sections of settings. An empty value counts as
+    unset."""
     found: dict[str, dict[str, str]] = {}
     for name, path in familiar_names().items():
         if value := _value(environment, name):
@@ -74,7 +76,7 @@ def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]
 
 
 def familiar_source(environment: Mapping[str, str], path: str) -> str | None:
-    """The familiar variable that gives the setting `path` its value, or None."""
+    """Returns the familiar variable that gives the setting `path` its value, or None."""
     names = [name for name, sets in familiar_names().items() if sets == path]
     return next((name for name in reversed(names) if _value(environment, name)), None)
 

@@ -55,12 +55,12 @@ class _Contents(BaseModel):
 
 
 def sha256(key: str) -> str:
-    """The hash by which a key is known."""
+    """Returns the hash by which a key is known."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
 def read_keys(path: Path) -> tuple[ApiKey, ...]:
-    """The keys of the file. Raises `ConfigError` where it cannot be read."""
+    """Returns the keys of the file. Raises `ConfigError` if it cannot be read."""
     try:
         return _Contents.model_validate_json(path.read_bytes()).keys
     except OSError as error:
@@ -72,9 +72,9 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
 
 
 def add_key(path: Path, name: str, limits: KeyLimits) -> str:
-    """Adds a new key, and makes the file if there is none; returns the key, which is kept nowhere.
+    """Adds a new key, and makes the file if there is none. Returns the key, which is kept nowhere.
 
-    Raises `ConfigError` where the name is taken or is no name.
+    Raises `ConfigError` if the name is taken or is no name.
     """
     key = PREFIX + secrets.token_urlsafe(NUM_BYTES)
     with _locked(path):
@@ -94,7 +94,7 @@ def add_key(path: Path, name: str, limits: KeyLimits) -> str:
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Removes a key. Raises `ConfigError` where there is none of this name."""
+    """Removes a key. Raises `ConfigError` if there is none of this name."""
     with _locked(path):
         keys = read_keys(path)
         left = [each for each in keys if each.name != name]

@@ -27,7 +27,8 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(self.line(record), default=str)
 
     def line(self, record: logging.LogRecord) -> dict[str, Any]:
-        """The object: time (RFC 3339, UTC), level, logger, message, then the record's fields."""
+        """Returns the object: time (RFC 3339, UTC), level, logger, message, then the record's
+        fields."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname,

@@ -14,9 +14,9 @@ def names() -> list[str]:
 
 
 def find(config: str) -> Path:
-    """The file that `config` stands for: one of `names()`, or a path.
+    """Returns the file that `config` stands for: one of `names()`, or a path.
 
-    Raises `ConfigError` where it is neither.
+    Raises `ConfigError` if it is neither.
     """
     if config in names():
         return FOLDER / f"{config}.yaml"

@@ -42,7 +42,8 @@ def application(path: str | Path) -> dict[str, Any]:
 
 
 def unused_keys(path: str | Path) -> list[str]:
-    """Keys of a Serve config that `serve run` uses, and no other way to start the server."""
+    """Returns the keys of a Serve config that `serve run` uses, and no other way to start the
+    server."""
     return list(_unused_keys(_document(path), application(path)))
 
 
@@ -75,7 +76,7 @@ def http_options(path: str | Path) -> dict[str, Any]:
 
 
 def port_setting(path: str | Path) -> str:
-    """What errors call the HTTP port of the file `path`."""
+    """Returns what errors call the HTTP port of the file `path`."""
     return f"{path}: `http_options.port`"
 
 

@@ -88,7 +88,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The first source that has a value wins: environment, familiar names, YAML."""
+        """Returns the sources in order of precedence: environment, familiar names, YAML."""
         return env_settings, _FamiliarNames(settings_cls), init_settings
 
     @classmethod
@@ -167,7 +167,8 @@ class _FamiliarNames(PydanticBaseSettingsSource):
 
 
 def unused_names() -> str | None:
-    """One line that lists variables which are set and change nothing; None if there are none."""
+    """Returns one line that lists variables which are set and change nothing; None if there are
+    none."""
     return unused_names_in(os.environ)
 
 
@@ -213,7 +214,8 @@ def with_variables(message: str) -> str:
 
 
 def _first_error(error: ValidationError, where: str | None) -> str:
-    """The first error in one sentence. It begins with the variable, or with `where` and the key.
+    """Returns the first error in one sentence. It begins with the variable, or with `where` and the
+    key.
 
     `where` is the YAML; None is the environment alone, whose variables are the keys in upper case.
     """

@@ -15,7 +15,8 @@ def variable(path: str) -> str:
 
 
 def source(environment: Mapping[str, str], path: str) -> str | None:
-    """The variable that gives the setting `path` its value; None for the YAML or the default."""
+    """Returns the variable that gives the setting `path` its value; None for the YAML or the
+    default."""
     for name, value in environment.items():
         if value and name.upper() == variable(path):
             return name
@@ -23,7 +24,7 @@ def source(environment: Mapping[str, str], path: str) -> str | None:
 
 
 def set_in(environment: Mapping[str, str], section: str) -> str:
-    """The variables that set fields of `section`, as the end of a sentence; "" for none."""
+    """Returns the variables that set fields of `section`, as the end of a sentence; "" for none."""
     fields = SECTIONS[section].model_fields if section in SECTIONS else {}
     found = [name for field in fields if (name := source(environment, f"{section}.{field}"))]
     return f"; the environment sets {', '.join(found)}" if found else ""

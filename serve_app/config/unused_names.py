@@ -101,7 +101,8 @@ UNUSED_NAMES = {name: reason for reason, names in _BY_REASON.items() for name in
 
 
 def unused_names(environment: Mapping[str, str]) -> str | None:
-    """One line that lists the variables in `UNUSED_NAMES` that are set; None if there are none."""
+    """Returns one line that lists the variables in `UNUSED_NAMES` that are set; None if there are
+    none."""
     listed = []
     for reason, names in _BY_REASON.items():
         if given := [name for name in names if environment.get(name)]:

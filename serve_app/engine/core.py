@@ -111,7 +111,7 @@ class EngineCore:
             self._end_all()
 
     def _take_requests(self, *, wait: bool) -> bool:
-        """Adds new sequences and drops aborted ones; returns False when the engine must stop."""
+        """Adds new sequences and drops aborted ones. Returns False when the engine must stop."""
         requests = self._requests.take(wait=wait)
         for sequence, stream in requests.accepted:
             self._streams[sequence] = stream

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_device(plan: StartPlan) -> "torch.device":
-    """The planned device; raises `ModelLoadFailed` where it is a GPU and torch sees none."""
+    """Returns the planned device. Raises `ModelLoadFailed` if it is a GPU and torch sees none."""
     import torch
 
     if plan.device == "cuda" and not torch.cuda.is_available():
@@ -45,7 +45,7 @@ def set_threads(num_threads: int | None) -> list[str]:
 def explained_lack_of_memory(
     what: str, num_bytes: int, device: "torch.device", remedy: str
 ) -> Iterator[None]:
-    """Raises `ModelLoadFailed` where the block cannot allocate `what`, which takes `num_bytes`."""
+    """Raises `ModelLoadFailed` if the block cannot allocate `what`, which takes `num_bytes`."""
     import torch
 
     free = free_device_bytes(device)

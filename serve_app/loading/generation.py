@@ -58,7 +58,7 @@ def read_generation(
 
     An answer ends with each token that one of them names. With `use` "auto" the sampling defaults
     of generation_config.json hold, with "vllm" they do not, as with vLLM's `--generation-config`.
-    Raises `ModelLoadFailed` where generation_config.json has an impossible value.
+    Raises `ModelLoadFailed` if generation_config.json has an impossible value.
     """
     config, file = checkpoint.config, checkpoint.path / FILE
     document = read_json(file) if file.exists() else {}

@@ -52,7 +52,7 @@ class Loaded:
     vocab_size: int
     dtype: str
     quantization: "Quantization | None"
-    """How the weights are stored on the device; None where they are floats."""
+    """How the weights are stored on the device; None if they are floats."""
     memory: dict[str, int]
     """Bytes of `experts`, `attention`, `head`, `other` and `kv_cache`."""
     notes: list[str]
@@ -139,7 +139,7 @@ def _fetch_files(
 def _write_copy(
     settings: Settings, plan: StartPlan, copy: Path, progress: Callable[[float], None]
 ) -> tuple[StartPlan, str]:
-    """Writes the 4-bit copy into folder `copy`; returns the plan to load it, and a note for users.
+    """Writes the 4-bit copy into folder `copy`. Returns the plan to load it, and a note for users.
 
     Where it cannot be written, or another process writes it at this moment, `plan` is returned as
     it is: no start ends for lack of a copy.
@@ -160,7 +160,7 @@ def _write_copy(
 
 
 def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
-    """The tokenizer of the checkpoint, after a first encoding and rendering.
+    """Returns the tokenizer of the checkpoint, after a first encoding and rendering.
 
     They compile things that no request should wait for. Raises `ModelLoadFailed`.
     """
@@ -207,7 +207,7 @@ def _load_model(plan: StartPlan, device: "torch.device", load_log: LoadLog) -> "
 def _choose_kernels(
     settings: Settings, model: "Mixtral", device: "torch.device", load_log: LoadLog
 ) -> list[str]:
-    """Prepares the CUDA kernels of a GPU for weights in 4 bits; returns notes for users."""
+    """Prepares the CUDA kernels of a GPU for weights in 4 bits. Returns notes for users."""
     if device.type != "cuda" or model.codebook is None:
         return []
     from serve_app.model.kernels.cuda.use_kernels import use_cuda_kernels
@@ -229,7 +229,7 @@ def _warm_engine(
     device: "torch.device",
     load_log: LoadLog,
 ) -> "tuple[Engine, list[str]]":
-    """The running engine, after its first prompts, and notes for users."""
+    """Returns the running engine, after its first prompts, and notes for users."""
     from serve_app.loading import warm_up
 
     with load_log.phase(Phase.WARM_UP):

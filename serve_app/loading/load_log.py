@@ -48,7 +48,7 @@ class LoadLog:
 
     @classmethod
     def resume(cls, path: str | None) -> "LoadLog":
-        """The log in `path`, with the phases of the process that started this one.
+        """Returns the log in `path`, with the phases of the process that started this one.
 
         The phase that the parent left open ends now. Where none is open, the load in `path` is
         over and this process replaces the one that loaded: the log in memory begins empty.

@@ -91,13 +91,13 @@ class PhaseTime(TypedDict):
 
 
 def finished(events: Iterable[Event]) -> list[PhaseTime]:
-    """The finished phases, in order."""
+    """Returns the finished phases, in order."""
     done = (event for event in events if isinstance(event, Done))
     return [{"phase": event.phase.value, "seconds": event.seconds} for event in done]
 
 
 def read_events(path: str | Path) -> list[Event]:
-    """The events in a load log; empty where there is no file.
+    """Returns the events in a load log; empty if there is no file.
 
     A line without its newline is still being written and is left for the next call.
     """

@@ -27,7 +27,10 @@ def start_engine(
     device: "torch.device",
     eos_token_ids: frozenset[int],
 ) -> tuple["Engine", list[str]]:
-    """The running engine, and notes for users. Raises `ModelLoadFailed` for a lack of memory."""
+    """Returns the running engine, and notes for users.
+
+    Raises `ModelLoadFailed` for a lack of memory.
+    """
     import torch
 
     from serve_app.engine.engine import Engine

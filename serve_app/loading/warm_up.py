@@ -27,8 +27,8 @@ def prompt_sizes(config: "EngineConfig") -> list[int]:
 def run_prompts(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
     """Runs prompts of `prompt_sizes`, each with two decode steps.
 
-    `free_bytes` is the device's free memory, for the error. Raises `ModelLoadFailed` where the
-    memory is not enough, or the engine fails.
+    `free_bytes` is the device's free memory, for the error. Raises `ModelLoadFailed` if the memory
+    is not enough, or the engine fails.
     """
     for number, num_tokens in enumerate(prompt_sizes(engine.config)):
         # No two prompts begin alike, so none is found in the prefix cache.

@@ -34,7 +34,7 @@ class NoGpus(Exception):
 
 @functools.cache
 def query_gpus() -> list[Gpu]:
-    """The GPUs, at least one; raises `NoGpus`.
+    """Returns the GPUs, at least one. Raises `NoGpus`.
 
     A process asks once, because a driver without a persistence daemon takes seconds to answer.
     `free_bytes` is therefore that of the first call.
@@ -69,7 +69,7 @@ def _describe(handle: object, driver: str) -> Gpu:
 
 
 def find_gpus() -> list[Gpu]:
-    """The GPUs, or an empty list where NVML lists none."""
+    """Returns the GPUs, or an empty list where NVML lists none."""
     try:
         return query_gpus()
     except NoGpus:
@@ -77,7 +77,7 @@ def find_gpus() -> list[Gpu]:
 
 
 def torch_cuda_version() -> str | None:
-    """The version of CUDA that the installed torch is built for; None for a CPU build.
+    """Returns the version of CUDA that the installed torch is built for; None for a CPU build.
 
     Reads torch's version file, because importing torch takes seconds.
     """
@@ -93,7 +93,7 @@ def torch_cuda_version() -> str | None:
 
 
 def driver_problem(gpu: Gpu, cuda: str) -> str | None:
-    """A sentence where the driver is too old for CUDA version `cuda`; else None."""
+    """Returns a sentence where the driver is too old for CUDA version `cuda`; else None."""
     minimum = MIN_DRIVERS.get(int(cuda.partition(".")[0]))
     branch = gpu.driver.partition(".")[0]
     if minimum is None or not branch.isdecimal() or int(branch) >= minimum:

@@ -14,7 +14,8 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(cgroup: Path = CGROUP) -> int:
-    """Bytes that new processes can have without swapping and within the container's limit."""
+    """Returns the bytes that new processes can have without swapping and within the container's
+    limit."""
     free: int = psutil.virtual_memory().available
     if (limit := limit_bytes(cgroup)) is not None:
         free = min(free, max(0, limit - _held_bytes(cgroup)))
@@ -22,7 +23,7 @@ def free_bytes(cgroup: Path = CGROUP) -> int:
 
 
 def limit_bytes(cgroup: Path = CGROUP) -> int | None:
-    """The container's memory limit; None where it has none below the machine's memory."""
+    """Returns the container's memory limit; None where it has none below the machine's memory."""
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         if (limit := _number(file)) is not None and limit < psutil.virtual_memory().total:
             return limit

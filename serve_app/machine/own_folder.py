@@ -21,7 +21,8 @@ _held: dict[Path, int] = {}
 
 
 def create(prefix: str) -> Path:
-    """A new folder for this user alone; removes those of dead processes with that prefix first."""
+    """Returns a new folder for this user alone; removes those of dead processes with that prefix
+    first."""
     _remove_stale(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=ROOT))
     # It has the name of a lock only when it is one.

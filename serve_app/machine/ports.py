@@ -13,7 +13,8 @@ LOOPBACK = ("127.", "localhost", "::1")
 
 
 def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
-    """A socket that listens on `host`:`port`; raises a `ConfigError` that names setting `name`."""
+    """Returns a socket that listens on `host`:`port`; raises a `ConfigError` that names setting
+    `name`."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -36,13 +37,14 @@ def require_free(name: str, port: int, host: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` on which no process listens now."""
+    """Returns a TCP port of `host` on which no process listens now."""
     with listen("port", 0, host) as free:
         return int(free.getsockname()[1])
 
 
 def has_unsent(port: int) -> bool:
-    """Whether a connection to the local TCP `port` has bytes that its client has not taken yet.
+    """Returns whether a connection to the local TCP `port` has bytes that its client has not taken
+    yet.
 
     From /proc/net/tcp, whose columns proc(5) describes: local address, remote address, state, and
     the bytes that wait to be sent.

@@ -22,7 +22,7 @@ KILL_POLL_S = 0.02
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """False for a zombie too, and for a later process with the same number."""
+    """Returns False for a zombie too, and for a later process with the same number."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -30,7 +30,8 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def command(process: psutil.Process) -> str:
-    """The command line, or the title that the process has given itself; "" once it has ended."""
+    """Returns the command line, or the title that the process has given itself; "" once it has
+    ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -43,7 +44,7 @@ def own_age_s() -> float:
 
 
 def started_at(pid: int) -> float | None:
-    """When process `pid` was started, in seconds since the epoch; None where there is none."""
+    """When process `pid` was started, in seconds since the epoch; None if there is none."""
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
@@ -51,7 +52,7 @@ def started_at(pid: int) -> float | None:
 
 
 def descendants(pid: int | None = None) -> list[psutil.Process]:
-    """Every living process below `pid`, by default below this one."""
+    """Returns every living process below `pid`, by default below this one."""
     try:
         return [it for it in psutil.Process(pid).children(recursive=True) if is_alive(it)]
     except psutil.NoSuchProcess:

@@ -25,7 +25,7 @@ def volume_folder(chosen: str | None) -> Path:
 
 
 def is_mounted(folder: Path) -> bool:
-    """Whether `folder` lies on a mount other than the root file system.
+    """Returns whether `folder` lies on a mount other than the root file system.
 
     A folder that does not exist yet lies where it would be made.
     """
@@ -37,7 +37,8 @@ def is_mounted(folder: Path) -> bool:
 
 
 def write_problem(folder: Path) -> str | None:
-    """Why nothing can be written to `folder` or where it would be made; None where it can be."""
+    """Returns why nothing can be written to `folder` or where it would be made; None where it can
+    be."""
     existing = nearest_existing(folder)
     try:
         # A real write: permissions are unreliable on network volumes and do not bind root.
@@ -55,7 +56,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def volume_problem(folder: Path) -> str | None:
-    """Why nothing can be kept in `folder` of the volume; None where it can be."""
+    """Returns why nothing can be kept in `folder` of the volume; None where it can be."""
     return write_problem(folder) if is_mounted(folder) else f"no volume is mounted at {folder}"
 
 

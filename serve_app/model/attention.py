@@ -66,7 +66,8 @@ class AttentionPlan:
 def plan_attention(
     batch: Batch, block_size: int, window: int | None, dtype: torch.dtype
 ) -> AttentionPlan:
-    """The rows, KV blocks and masks of a batch; `window` is the sliding window, None without."""
+    """Returns the rows, KV blocks and masks of a batch; `window` is the sliding window, None
+    without."""
     starts = [0]
     for length in batch.query_lens:
         starts.append(starts[-1] + length)

@@ -32,7 +32,7 @@ class MixtralConfig:
     """A token attends to this many tokens, itself included; None is all of them."""
     max_position_embeddings: int
     tie_word_embeddings: bool
-    """True where the embedding matrix is also lm_head."""
+    """True if the embedding matrix is also lm_head."""
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     dtype: str
@@ -57,8 +57,8 @@ class MixtralConfig:
     def from_dict(cls, document: Mapping[str, Any]) -> "MixtralConfig":
         """Reads a parsed `config.json`.
 
-        Raises `ModelLoadFailed`, naming the key, when the architecture is another one, when a
-        value is missing or impossible, or when it asks for arithmetic that we do not implement.
+        Raises `ModelLoadFailed`, naming the key, if the architecture is another one, when a value
+        is missing or impossible, or if it asks for arithmetic that we do not implement.
         """
         _require_mixtral(document)
         heads = _positive(document, "num_attention_heads")
@@ -139,7 +139,8 @@ def _window(document: Mapping[str, Any]) -> int | None:
 
 
 def eos_token_ids(document: Mapping[str, Any], file: str, vocab_size: int) -> frozenset[int]:
-    """The `eos_token_id` of config.json or generation_config.json: null, an id, or a list of ids.
+    """Returns the `eos_token_id` of config.json or generation_config.json: null, an id, or a list
+    of ids.
 
     Raises `ModelLoadFailed`, naming `file`, for anything else.
     """

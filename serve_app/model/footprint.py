@@ -14,7 +14,7 @@ from serve_app.model.quantization import (
 
 
 def parameters(config: MixtralConfig) -> dict[str, int]:
-    """Number of parameters in each of `PARTS`."""
+    """Returns the number of parameters in each of `PARTS`."""
     counts: dict[str, int] = dict.fromkeys(PARTS, 0)
     for weight in module_weights(config):
         counts[weight.row.part] += prod(weight.shape)
@@ -24,7 +24,8 @@ def parameters(config: MixtralConfig) -> dict[str, int]:
 def num_quantized(
     config: MixtralConfig, quantize_lm_head: bool, float_modules: frozenset[str] = frozenset()
 ) -> int:
-    """Number of parameters in 4 bits where experts and attention are, save `float_modules`."""
+    """Returns the number of parameters in 4 bits where experts and attention are, save
+    `float_modules`."""
     count = 0
     for module_weight in module_weights(config):
         for weight in module_weight.weights:
@@ -42,7 +43,7 @@ def weight_bytes(
     quantize_lm_head: bool = False,
     float_modules: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
-    """Bytes of the weights in memory, for each of `PARTS`.
+    """Returns the bytes of the weights in memory, for each of `PARTS`.
 
     `item_bytes` is the size of a float weight (2 for bfloat16). With a `quantization` experts and
     attention are in 4 bits, except for `float_modules`, and with `quantize_lm_head` lm_head too.
@@ -63,7 +64,7 @@ def weight_bytes(
 
 
 def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
-    """Bytes of a matrix in 4 bits.
+    """Returns the bytes of a matrix in 4 bits.
 
     A matrix [4096, 4096] with bfloat16 absmax takes 8,388,608 bytes of nibbles and
     262,144 * 2 = 524,288 bytes of absmax.
@@ -76,7 +77,8 @@ def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
 
 
 def step_bytes(config: MixtralConfig, max_model_len: int, item_bytes: int) -> tuple[int, int]:
-    """Bytes of the intermediate results of a step on a GPU: in any case, and for each token.
+    """Returns the bytes of the intermediate results of a step on a GPU: in any case, and for each
+    token.
 
     Counts what one layer of the prefill path in torch holds at once, with one expert that gets
     every token. In any case: the weights of one expert as floats, and keys and values of a whole
@@ -93,5 +95,5 @@ def step_bytes(config: MixtralConfig, max_model_len: int, item_bytes: int) -> tu
 
 
 def kv_bytes(config: MixtralConfig, num_tokens: int, item_bytes: int) -> int:
-    """Bytes of a KV cache for `num_tokens` tokens."""
+    """Returns the bytes of a KV cache for `num_tokens` tokens."""
     return num_tokens * config.kv_values_per_token * item_bytes

@@ -32,7 +32,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """A cache filled with zeros: masked slots are multiplied by 0 and must not hold a NaN."""
+        """Returns a cache filled with zeros: masked slots are multiplied by 0 and must not hold a
+        NaN."""
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         keys, values = (
             [
@@ -64,7 +65,8 @@ class KVCache:
         flat_values.index_copy_(0, slots, values)
 
     def read(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads, head_dim]`.
+        """Returns the keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads,
+        head_dim]`.
 
         Both are in a scratch buffer that the next `read` overwrites: fresh memory for every layer
         costs a CPU more in page faults than the copy itself.

@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Module):
 def linear(
     in_features: int, out_features: tuple[int, ...], codebook: Codebook | None
 ) -> Linear | QuantizedLinear:
-    """A linear layer; in 4 bits with a `codebook`."""
+    """Returns a linear layer; in 4 bits with a `codebook`."""
     if codebook is None:
         return Linear(in_features, out_features)
     return QuantizedLinear(codebook, in_features, out_features)

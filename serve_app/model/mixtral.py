@@ -186,7 +186,7 @@ class Mixtral(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | QuantizedLinear | None = None
-        """None where the embedding matrix is used in its place."""
+        """None if the embedding matrix is used in its place."""
         if not config.tie_word_embeddings:
             codebook = self.codebook if quantize_lm_head else None
             self.lm_head = linear(config.hidden_size, (config.vocab_size,), codebook)

@@ -83,7 +83,7 @@ class QuantizedTensor:
 
 
 def absmax_dtype(absmax: AbsmaxKind) -> torch.dtype:
-    """The dtype of an absmax tensor."""
+    """Returns the dtype of an absmax tensor."""
     dtype: torch.dtype = torch.uint8 if absmax == "nested" else getattr(torch, absmax)
     return dtype
 
@@ -92,7 +92,7 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
     """Quantizes floats `[..., N, K]` without NaN, on the device where they are.
 
     Each matrix of a stack is quantized apart, which matters where absmax is nested. Raises
-    `ValueError` where K is no multiple of 64.
+    `ValueError` if K is no multiple of 64.
     """
     in_features = weight.shape[-1]
     if in_features % GROUP_SIZE:
@@ -114,7 +114,7 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The matrices `[..., N, K]`: code value times absmax in float32, rounded to `dtype`.
+    """Returns the matrices `[..., N, K]`: code value times absmax in float32, rounded to `dtype`.
 
     Fills and returns `out`, a contiguous tensor of that shape and dtype, where one is given.
     """
@@ -169,14 +169,14 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
 
 
 def code_values(quant_type: QuantType, device: torch.device | None = None) -> Tensor:
-    """The 16 code values: float32 `[16]`."""
+    """Returns the 16 code values: float32 `[16]`."""
     if quant_type == "nf4":
         return torch.tensor(NF4, device=device)
     return torch.tensor(FP4_TWELFTHS, device=device) / 12
 
 
 def dynamic_map(device: torch.device | None = None) -> Tensor:
-    """The 256 values of 8-bit absmax, float32, ascending (dynamic tree, arXiv 1511.04561).
+    """Returns the 256 values of 8-bit absmax, float32, ascending (dynamic tree, arXiv 1511.04561).
 
     These are 0, 1, and for each power of ten from 1e-6 to 1 evenly spaced fractions of both signs:
     1 for 1e-6, 2 for 1e-5, and so on to 64 for 1.

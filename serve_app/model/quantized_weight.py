@@ -43,7 +43,7 @@ class Codebook(_Storage):
         super().__init__()
         self.quant_type: QuantType = quant_type
         self.unpack: Callable[[QuantizedWeight, Index], Tensor] | None = None
-        """A kernel that dequantizes faster than plain torch; None where there is none."""
+        """A kernel that dequantizes faster than plain torch; None if there is none."""
         self.register_buffer("code", torch.empty(NUM_CODES, dtype=torch.float32))
 
 
@@ -132,7 +132,7 @@ class QuantizedWeight(_Storage):
         return dequantize(self.get(index), dtype)
 
     def rows_of_parts(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Views of each part's rows in `matrix` `[N, c]`, which lies row by row.
+        """Returns the views of each part's rows in `matrix` `[N, c]`, which lies row by row.
 
         Their shape is `[n, c]`, or, interleaved, `[n / 8, 8, c]`.
         """
@@ -142,7 +142,8 @@ class QuantizedWeight(_Storage):
         return matrix.view(*turns, matrix.shape[-1]).unbind(1)
 
     def _parts(self, index: tuple[int, ...], part: int) -> tuple[Tensor, Tensor]:
-        """Views of one part's codes and absmax in matrix `index`, in the order of its rows.
+        """Returns the views of one part's codes and absmax in matrix `index`, in the order of its
+        rows.
 
         In tiles they are those of `tiles.code_rows` and `tiles.absmax_rows`.
         """

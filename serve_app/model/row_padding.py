@@ -17,7 +17,8 @@ MAX_THREADS = 8
 
 
 def row_multiple(x: Tensor) -> int:
-    """The number that the rows of the factor `x` must be a multiple of; 1 where nothing is padded.
+    """Returns the number that the rows of the factor `x` must be a multiple of; 1 if nothing is
+    padded.
 
     For example 16 for float32 on a CPU with 2 threads, 32 with 8.
     """

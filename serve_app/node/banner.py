@@ -31,7 +31,7 @@ def banner(
     checked: list[str],
     failure: ModelLoadFailed | None = None,
 ) -> list[str]:
-    """The lines of the banner; `checked` are those of the check.
+    """Returns the lines of the banner; `checked` are those of the check.
 
     `slots` is the number of jobs taken at once; None for a server that takes HTTP requests.
     `failure` is why the model cannot be loaded, where the check has found that.
@@ -65,7 +65,7 @@ def banner(
 
 
 def volume(folder: Path) -> str:
-    """Whether the network volume is mounted and can be written."""
+    """Returns whether the network volume is mounted and can be written."""
     if not is_mounted(folder):
         return f"none is mounted at {folder}; what this container downloads is lost with it"
     free_gb = shutil.disk_usage(nearest_existing(folder)).free / 1e9
@@ -74,7 +74,7 @@ def volume(folder: Path) -> str:
 
 
 def gpu() -> str:
-    """Name, memory and driver of each GPU, or the reason why none is found."""
+    """Returns the name, memory and driver of each GPU, or the reason why none is found."""
     try:
         found = query_gpus()
     except NoGpus as reason:

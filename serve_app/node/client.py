@@ -14,8 +14,10 @@ from serve_app.protocol.call import Call, ReplyItem
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Call], AsyncGenerator[ReplyItem, None]]
-"""Sends a call to the model. Closing the generator cancels the request. Raises `EngineDead` where
-the model is gone."""
+"""Sends a call to the model. Closing the generator cancels the request.
+
+Raises `EngineDead` if the model is gone.
+"""
 
 EXTRA_TIMEOUT_S = 10.0
 """Seconds that a call may outlast the deployment's request timeout, if no replica ends it."""
@@ -73,7 +75,8 @@ class DeploymentClient:
 
 
 def from_ray(error: Exception) -> ServeError:
-    """The `ServeError` for a `RayError` or `RayServeException`; it never contains Ray's text."""
+    """Returns the `ServeError` for a `RayError` or `RayServeException`; it never contains Ray's
+    text."""
     from ray.exceptions import RayTaskError, TaskCancelledError
     from ray.serve.exceptions import BackPressureError
 

@@ -59,7 +59,7 @@ class Cluster:
         self._vital: dict[str, psutil.Process] = {}
 
     async def start(self) -> Forward:
-        """Starts Ray, Serve and the deployment; returns when the model is loaded.
+        """Starts Ray, Serve and the deployment. Returns when the model is loaded.
 
         Raises `ModelLoadFailed`, or `EngineDead` if Ray dies meanwhile. Blocking calls run in a
         thread, so that the event loop stays free.
@@ -104,7 +104,7 @@ class Cluster:
             await ray_thread.run(ray_node.kill)
 
     async def _unless_dead(self, step: asyncio.Future[Any]) -> Any:
-        """The result of `step`; raises `EngineDead` if Ray dies before there is one."""
+        """Returns the result of `step`. Raises `EngineDead` if Ray dies before there is one."""
         watching = asyncio.create_task(self.watch())
         try:
             await asyncio.wait({step, watching}, return_when=asyncio.FIRST_COMPLETED)
@@ -232,7 +232,8 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
 
 
 def is_running() -> bool:
-    """Whether Serve has a replica that passes its health checks. Sends the replica no request."""
+    """Returns whether Serve has a replica that passes its health checks. Sends the replica no
+    request."""
     import ray
     from ray import serve
 

@@ -2,8 +2,8 @@
 
 These checks are about the machine: one that fails reports the worker as unhealthy and ends it with
 code 1 (SDK: `register_fitness_check`), so that another machine is tried. What is wrong with the
-model or its name fails the jobs instead. Every check takes milliseconds, imports no torch, and
-raises `MachineUnfit` with one sentence that says what to do.
+model or its name fails the jobs instead. Every check takes milliseconds, imports no torch. Raises
+`MachineUnfit` with one sentence that says what to do.
 """
 
 import logging
@@ -32,7 +32,7 @@ SCRATCH_BYTES = 1_000_000_000
 
 
 def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
-    """All checks; `failure` is what `cold_start.check` found wrong, if anything."""
+    """Returns all checks; `failure` is what `cold_start.check` found wrong, if anything."""
     device = choose_device(settings.model)
 
     def gpu_driver() -> None:
@@ -60,7 +60,7 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
 
 
 def first_problem(wanted: list[Check]) -> MachineUnfit | None:
-    """The error of the first check that fails, or None."""
+    """Returns the error of the first check that fails, or None."""
     for check in wanted:
         try:
             check()
@@ -76,7 +76,7 @@ def require_room_for_ray() -> None:
 
 
 def require_driver(device: Device) -> None:
-    """Raises `MachineUnfit` where a GPU is needed and its driver is too old, or gives no answer."""
+    """Raises `MachineUnfit` if a GPU is needed and its driver is too old, or gives no answer."""
     if device == "cpu":
         return
     try:
@@ -93,7 +93,7 @@ def require_driver(device: Device) -> None:
 
 
 def require_memory(device: Device, num_bytes: int) -> None:
-    """Raises `MachineUnfit` where a load onto the GPU lacks main memory on the way."""
+    """Raises `MachineUnfit` if a load onto the GPU lacks main memory on the way."""
     if device == "cuda" and (free := free_bytes()) < num_bytes:
         raise MachineUnfit(
             f"{free / 1e9:.2f} GB of main memory are free, and a load onto a GPU takes about "
@@ -102,7 +102,7 @@ def require_memory(device: Device, num_bytes: int) -> None:
 
 
 def require_shared_memory(folder: Path, num_bytes: int) -> None:
-    """Raises `MachineUnfit` where Ray's object store has no room in shared memory."""
+    """Raises `MachineUnfit` if Ray's object store has no room in shared memory."""
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     if free < num_bytes:
         raise MachineUnfit(
@@ -112,7 +112,7 @@ def require_shared_memory(folder: Path, num_bytes: int) -> None:
 
 
 def require_disk(folder: Path, num_bytes: int) -> None:
-    """Raises `MachineUnfit` where the container's disk is full."""
+    """Raises `MachineUnfit` if the container's disk is full."""
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise MachineUnfit(
@@ -122,7 +122,7 @@ def require_disk(folder: Path, num_bytes: int) -> None:
 
 
 def require_folder(settings: Settings) -> None:
-    """Raises `MachineUnfit` where `model.name` is a path and nothing is there."""
+    """Raises `MachineUnfit` if `model.name` is a path and nothing is there."""
     name = settings.model.name
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
         volume = volume_folder(settings.runpod.volume)

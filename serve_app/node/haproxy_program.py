@@ -97,7 +97,8 @@ def error_body(message: str, kind: str, code: str | None, job_status: str, retry
 
 
 def shape() -> list[str]:
-    """Lines that set the request's id, and the parts of an error that its path decides."""
+    """Returns the lines that set the request's id, and the parts of an error that its path
+    decides."""
     head = f'"type": "error", "request_id": "{haproxy_refusals.REQUEST_ID}", '
     lines = [
         f"set-var-fmt(txn.shape) {quoted(head)}",
@@ -115,12 +116,12 @@ def quoted(text: str) -> str:
 
 
 def answer(status: int, body: str, more: str = "") -> str:
-    """An answer of HAProxy's; `body` may hold its expressions."""
+    """Returns an answer of HAProxy's; `body` may hold its expressions."""
     return f"status {status} content-type application/json lf-string {quoted(body)}{more}"
 
 
 def defaults() -> list[str]:
-    """Lines for the section `defaults`."""
+    """Returns the lines for the section `defaults`."""
     lost = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
     retry = " hdr Retry-After 1"
     errors = [f"    http-error {answer(status, lost, retry)}" for status in (502, 503, 504)]
@@ -128,7 +129,7 @@ def defaults() -> list[str]:
 
 
 def refusal() -> str:
-    """The answer to a request for which the queue has no place."""
+    """Returns the answer to a request for which the queue has no place."""
     body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True)
     headers = (
         ("Retry-After", haproxy_refusals.RETRY_AFTER),
@@ -139,7 +140,7 @@ def refusal() -> str:
 
 
 def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: bool) -> list[str]:
-    """Lines for the section of the server's port, below its `bind`.
+    """Returns the lines for the section of the server's port, below its `bind`.
 
     `backends` are the names of the sections of Serve's applications.
     """
@@ -168,13 +169,13 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
 
 
 def loading() -> str:
-    """The rule for requests that come before Serve has a replica, and so a route."""
+    """Returns the rule for requests that come before Serve has a replica, and so a route."""
     body = error_body(LOADING, "overloaded_error", "loading", "OVERLOADED", True)
     return f"    http-request return {answer(503, body, f' hdr Retry-After {LOADING_RETRY_S}')}"
 
 
 def changed(config: str, options: argparse.Namespace) -> str:
-    """Serve's configuration `config` with our changes; raises `ValueError` for another form."""
+    """Serve's configuration `config` with our changes. Raises `ValueError` for another form."""
     backends = re.findall(r"^backend (?!default_backend\n)(\S+)", config, re.MULTILINE)
     has_sessions = len(backends) == 1 and haproxy_sessions.num_replicas(config) > 1
     frontend_lines = "\n".join(frontend(options, backends, has_sessions=has_sessions))
@@ -220,7 +221,9 @@ def num_connections(wanted: int) -> int:
 
 
 def binary() -> str:
-    """The path of HAProxy: in the package of `ray[serve]`, else on PATH. May raise `OSError`.
+    """Returns the path of HAProxy: in the package of `ray[serve]`, else on PATH.
+
+    May raise `OSError`.
 
     The package's own function would return this program, which the environment names.
     """
@@ -247,7 +250,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Replaces this process by HAProxy; ends with code 1 where that cannot be."""
+    """Replaces this process by HAProxy; ends with code 1 if that cannot be."""
     options, given = parse(sys.argv[1:] if arguments is None else arguments)
     path = Path(given[given.index("-f") + 1])
     try:

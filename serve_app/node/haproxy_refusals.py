@@ -47,7 +47,7 @@ CLIENT_ID = "%[var(txn.client_id)]"
 
 
 def rules(backend: str, refusal: str) -> list[str]:
-    """Lines for the section of the server's port.
+    """Returns the lines for the section of the server's port.
 
     `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expressions
     `CLIENT_ID` and `RETRY_AFTER`. Lines before these set `REQUEST_ID`.

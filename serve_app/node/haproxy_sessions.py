@@ -44,7 +44,8 @@ TEXTS = (
 
 
 def rules() -> list[str]:
-    """Lines for the section of the server's port, after the body's first part is there."""
+    """Returns the lines for the section of the server's port, after the body's first part is
+    there."""
     chars = f"bytes(0,{NUM_CHARS})"
     in_body = [
         f"var(txn.body),json_query('{path}'),{chars} if generates !has_session {only}".rstrip()
@@ -66,7 +67,8 @@ def rules() -> list[str]:
 
 
 def num_replicas(config: str) -> int:
-    """The replicas in Serve's configuration; Serve's own proxy, which is a spare, is none."""
+    """Returns the replicas in Serve's configuration; Serve's own proxy, which is a spare, is
+    none."""
     return len(_servers(config))
 
 

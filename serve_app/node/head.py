@@ -149,7 +149,8 @@ def _choose_ports(node: Any) -> None:
 
 
 def _raylet_flag(flag: str) -> str:
-    """A flag of the raylet's command line, with our value in place of Ray's where they differ."""
+    """Returns a flag of the raylet's command line, with our value in place of Ray's where they
+    differ."""
     name, _, value = flag.partition("=")
     match name:
         case "--num_prestart_python_workers":  # Ray: one per CPU, 128 on a large host

@@ -35,7 +35,7 @@ class HealthListener:
 
     @classmethod
     def on_port(cls, port: int) -> "HealthListener":
-        """Listens on PORT_HEALTH, on every interface; raises `ConfigError` if it is in use."""
+        """Listens on PORT_HEALTH, on every interface. Raises `ConfigError` if it is in use."""
         return cls([listen("PORT_HEALTH", port)])
 
     @classmethod

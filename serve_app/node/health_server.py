@@ -73,7 +73,7 @@ class HealthServer:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        """The response to a request's head, bytes as they go over the wire."""
+        """Returns the response to a request's head, bytes as they go over the wire."""
         method, status = b"", HTTPStatus.BAD_REQUEST
         body: Any = {}
         lines = []

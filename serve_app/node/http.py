@@ -121,7 +121,7 @@ class HttpEndpoint:
     def watch(self) -> None:
         """Keeps `status` up to date until a signal stops the server.
 
-        Raises `ModelLoadFailed` when a replica has died and the model does not load again, and
+        Raises `ModelLoadFailed` if a replica has died and the model does not load again, and
         `EngineDead` when Ray itself has died, which Serve cannot repair.
         """
         while not self._is_stopping.wait(PING_INTERVAL_S):
@@ -138,7 +138,7 @@ class HttpEndpoint:
         self.tell("draining")
 
     def _is_ready(self) -> bool:
-        """Whether a replica with a living engine serves, however busy it is."""
+        """Returns whether a replica with a living engine serves, however busy it is."""
         try:
             return self._ping() == 200
         except TimeoutError:
@@ -148,14 +148,14 @@ class HttpEndpoint:
             return False
 
     def _answers(self, address: str) -> bool:
-        """Whether a request passes the proxy to a replica with a living engine."""
+        """Returns whether a request passes the proxy to a replica with a living engine."""
         try:
             return self._ping(address) == 200
         except (OSError, HTTPException):
             return False
 
     def _ping(self, address: str | None = None) -> int:
-        """The status of the answer to `/ping`."""
+        """Returns the status of the answer to `/ping`."""
         connection = self._connect(address)
         try:
             connection.request("GET", "/ping")
@@ -184,7 +184,8 @@ class HttpEndpoint:
 
 
 def _can_stand_in(http_options: dict[str, Any]) -> bool:
-    """Whether a `HealthListener` can answer on the port of Serve's proxy until it serves."""
+    """Returns whether a `HealthListener` can answer on the port of Serve's proxy until it
+    serves."""
     is_tls = bool(http_options.get("ssl_certfile"))
     return sys.platform == "linux" and http_options["host"] == "0.0.0.0" and not is_tls
 
@@ -210,7 +211,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
 
 
 def example(url: str, settings: Settings) -> str:
-    """A command for a shell on this machine that asks the server at `url`."""
+    """Returns a command for a shell on this machine that asks the server at `url`."""
     insecure = "-k " if url.startswith("https:") else ""  # the certificate names the public host
     key = "-H 'Authorization: Bearer KEY' " if settings.api.needs_key else ""
     body = json.dumps({"prompt": "What is the capital of France?"})

@@ -47,7 +47,7 @@ def logged(path: str | None) -> Iterator[None]:
 
 
 def summary(events: Sequence[Event]) -> dict[str, Any]:
-    """The events of a load, as clients see them.
+    """Returns the events of a load, as clients see them.
 
     `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
     its progress is known, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.

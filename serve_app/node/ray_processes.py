@@ -45,7 +45,7 @@ VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
 
 
 def below() -> "list[psutil.Process]":
-    """All of Ray's processes below this one.
+    """Returns all of Ray's processes below this one.
 
     Workers have a title that begins with `ray::`; one that has not registered with Ray yet has the
     path of our worker program in its command line, HAProxy that of its configuration, and the
@@ -64,13 +64,14 @@ def below() -> "list[psutil.Process]":
 
 
 def vital() -> "dict[str, psutil.Process]":
-    """The living processes that Ray cannot do without, by their names in messages."""
+    """Returns the living processes that Ray cannot do without, by their names in messages."""
     commands = [(it, processes.command(it)) for it in below()]
     return {name: it for words, name in VITAL.items() for it, line in commands if words in line}
 
 
 def lost() -> str | None:
-    """The name of a process that Ray cannot do without and that has died; None if all live."""
+    """Returns the name of a process that Ray cannot do without and that has died; None if all
+    live."""
     import ray
 
     if not ray.is_initialized():

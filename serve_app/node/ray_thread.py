@@ -37,7 +37,7 @@ def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
 
 
 def is_busy() -> bool:
-    """Whether a call is under way."""
+    """Returns whether a call is under way."""
     return _call is not None and not _call.done()
 
 

@@ -37,7 +37,7 @@ CLAIM = "replica_imports"
 
 
 def is_first(session: Path) -> bool:
-    """True for the first process that calls this, in the session with this folder."""
+    """Returns True for the first process that calls this, in the session with this folder."""
     try:
         (session / CLAIM).touch(exist_ok=False)
     except FileExistsError:
@@ -46,7 +46,7 @@ def is_first(session: Path) -> bool:
 
 
 def session_folder(arguments: list[str]) -> Path:
-    """The folder of Ray's session, from the command line of its worker."""
+    """Returns the folder of Ray's session, from the command line of its worker."""
     flags = dict(it.removeprefix("--").split("=", 1) for it in arguments if "=" in it)
     return Path(flags["temp-dir"]) / flags["session-name"]
 

@@ -20,7 +20,7 @@ from serve_app.machine import processes
 
 
 def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
-    """The reaper of this process and its descendants with `mark`, or a file in `folder`."""
+    """Returns the reaper of this process and its descendants with `mark`, or a file in `folder`."""
     command = [sys.executable, "-m", __spec__.name, mark, folder]
     home = Path(__file__).parents[2]
     # A session of its own, so that a signal to the parent's process group does not end it.
@@ -28,7 +28,7 @@ def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
 
 
 def marked(mark: str, folder: str) -> list[psutil.Process]:
-    """The living processes with `mark` or a file in `folder`, except this one."""
+    """Returns the living processes with `mark` or a file in `folder`, except this one."""
     found = []
     for process in psutil.process_iter():
         if process.pid != os.getpid():

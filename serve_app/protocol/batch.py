@@ -69,7 +69,7 @@ class BatchResult(TypedDict):
 
     id: str
     custom_id: str | None
-    """None where the line of the input has none that can be used."""
+    """None if the line of the input has none that can be used."""
     response: BatchResponse | None
     error: LineError | None
 
@@ -83,7 +83,7 @@ class LineReader:
         self._ids: set[str] = set()
 
     def read(self, number: int, text: bytes) -> BatchRequest | BatchResult:
-        """The request in line `number`, or the result of a line that holds none."""
+        """Returns the request in line `number`, or the result of a line that holds none."""
         value = None
         try:
             value = parsed_line(text)
@@ -108,7 +108,7 @@ class LineReader:
 
 
 def parsed_line(text: bytes) -> JsonObject:
-    """The JSON object in one line; raises `InvalidJsonLine`."""
+    """Returns the JSON object in one line. Raises `InvalidJsonLine`."""
     try:
         value = json.loads(text.decode("utf-8-sig"), parse_constant=_no_constant)
     except (ValueError, RecursionError):
@@ -119,12 +119,13 @@ def parsed_line(text: bytes) -> JsonObject:
 
 
 def response_result(custom_id: str, response: BatchResponse) -> BatchResult:
-    """The result of a request that was answered."""
+    """Returns the result of a request that was answered."""
     return {"id": _new_id(), "custom_id": custom_id, "response": response, "error": None}
 
 
 def key(result: BatchResult) -> str | int:
-    """What a result belongs to: the `custom_id` of a request, or the number of a failed line.
+    """Returns what a result belongs to: the `custom_id` of a request, or the number of a failed
+    line.
 
     Raises `LookupError` or `TypeError` for an object that is no result.
     """
@@ -136,7 +137,7 @@ def key(result: BatchResult) -> str | int:
 
 
 def is_answered(result: BatchResult) -> bool:
-    """Whether the request has an answer that is no error."""
+    """Returns whether the request has an answer that is no error."""
     response = result["response"]
     return response is not None and response["status_code"] < HTTPStatus.BAD_REQUEST
 

@@ -25,13 +25,13 @@ class Call:
     method: str
     path: str
     body: Any
-    """The parsed JSON value; None where the request has no body."""
+    """The parsed JSON value; None if the request has no body."""
     request_id: str
     """Made by this package. Logged and returned to the client, never used as a key."""
     arrived: float = field(default_factory=time.monotonic, compare=False)
     """When the request arrived, before its body, on the clock of `time.monotonic`, in seconds."""
     account: KeyAccount | None = field(default=None, compare=False)
-    """That of the request's API key; None where no key is needed, and for jobs."""
+    """That of the request's API key; None if no key is needed, and for jobs."""
     traceparent: str | None = field(default=None, compare=False)
     """The client's header of that name; it has an effect where answers are traced."""
 

@@ -55,7 +55,7 @@ class ChatRequest(ChoiceSampling):
         return self.max_completion_tokens, "max_completion_tokens"
 
     def offered_tools(self) -> Tools | None:
-        """The tools that the answer may call. Raises `InvalidRequest`."""
+        """Returns the tools that the answer may call. Raises `InvalidRequest`."""
         return offered(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
     @model_validator(mode="after")
@@ -86,7 +86,7 @@ def body(
     names: TokenNames,
     wholes: Sequence[TextDelta],
 ) -> JsonObject:
-    """All answers that were generated as one `chat.completion` object with `n` choices."""
+    """Returns all answers that were generated as one `chat.completion` object with `n` choices."""
     extra: JsonObject = {}
     if (num_top := request.prompt_logprobs) is not None:
         extra["prompt_logprobs"] = prompt_logprobs(wholes[0], num_top, names)
@@ -118,7 +118,7 @@ def _choice(request: ChatRequest, index: int, whole: TextDelta, names: TokenName
 
 
 def _calls(whole: TextDelta) -> JsonObject:
-    """The fields of a message with calls."""
+    """Returns the fields of a message with calls."""
     calls = [
         {
             "id": call.id,
@@ -164,7 +164,7 @@ class ChatChunks:
             self._fields["usage"] = None
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """The chunks for `delta`; none where it adds nothing."""
+        """Returns the chunks for `delta`; none where it adds nothing."""
         chunks = []
         if self._is_usage_continuous:
             # The first chunk, with the role, is sent before any token (as in vLLM).

@@ -34,8 +34,8 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str], file: Path) -> None:
         """Compiles and tries the template, which comes from `file`.
 
-        `special_tokens` are the template's variables, such as `bos_token`. Raises
-        `ModelLoadFailed` where the template is broken or refuses the trial.
+        `special_tokens` are the template's variables, such as `bos_token`. Raises `ModelLoadFailed`
+        if the template is broken or refuses the trial.
         """
         from jinja2 import nodes
         from jinja2.exceptions import TemplateSyntaxError
@@ -60,7 +60,7 @@ class ChatTemplate:
         """Whether a system message is in the text of a prompt."""
 
     def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
-        """The text of a conversation.
+        """Returns the text of a conversation.
 
         A conversation that the template refuses is rendered as `merged`. Raises `InvalidRequest`
         for one that it refuses then too; `param` is the message, such as `messages.2`.
@@ -83,11 +83,11 @@ class ChatTemplate:
             ) from None
 
     def _merged(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
-        """The text of a conversation after `merged`; raises `_Refused`."""
+        """Returns the text of a conversation after `merged`. Raises `_Refused`."""
         return self._filled(merged(messages, keeps_system=self.takes_system), add_generation_prompt)
 
     def _filled(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
-        """What the template makes of `messages`; raises `_Refused`."""
+        """Returns what the template makes of `messages`. Raises `_Refused`."""
         from jinja2.exceptions import TemplateError
 
         try:
@@ -101,7 +101,8 @@ class ChatTemplate:
             ) from error
 
     def _first_refused(self, messages: Sequence[Turn]) -> int:
-        """The index of the message with which the template begins to refuse the conversation."""
+        """Returns the index of the message with which the template begins to refuse the
+        conversation."""
         taken, refused = 0, len(messages)
         while refused - taken > 1:
             middle = (taken + refused) // 2
@@ -163,7 +164,7 @@ class _Refused(Exception):
 
 
 def _environment() -> "Environment":
-    """What transformers' `apply_chat_template` gives to a template."""
+    """Returns what transformers' `apply_chat_template` gives to a template."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols

@@ -51,7 +51,8 @@ class ChoiceSampling(Sampling):
         return self
 
     def usage(self, num_prompt_tokens: int, wholes: Sequence[TextDelta]) -> dict[str, Any]:
-        """The usage of all answers; each prompt counts once, as its first answer has found it."""
+        """Returns the usage of all answers; each prompt counts once, as its first answer has found
+        it."""
         num_cached_tokens = sum(
             whole.num_cached_tokens for whole in wholes[:: self.best_of or self.n]
         )
@@ -59,7 +60,8 @@ class ChoiceSampling(Sampling):
         return detailed_usage(num_prompt_tokens, num_tokens, num_cached_tokens)
 
     def chosen(self, wholes: Sequence[TextDelta]) -> list[TextDelta]:
-        """The choices among `num_answers` whole answers to each prompt, in the prompts' order.
+        """Returns the choices among `num_answers` whole answers to each prompt, in the prompts'
+        order.
 
         The best answers have the highest mean log probability of a token.
         """
@@ -87,7 +89,7 @@ class StreamUsage:
         self._num_tokens = self._num_cached_tokens = 0
 
     def ended(self, delta: TextDelta, *, is_first: bool) -> dict[str, Any] | None:
-        """Counts an answer with its last delta; returns the whole usage if it was the last one.
+        """Counts an answer with its last delta. Returns the whole usage if it was the last one.
 
         The first answer to a prompt counts what was cached of it.
         """

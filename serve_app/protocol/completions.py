@@ -115,7 +115,7 @@ class CompletionResponse:
         }
 
     def body(self, wholes: Sequence[TextDelta]) -> JsonObject:
-        """All answers that were generated, in the order of the prompts, as one object."""
+        """Returns all answers that were generated, in the order of the prompts, as one object."""
         totals = self._request.usage(sum(self._num_prompt_tokens), wholes)
         chosen = self._request.chosen(wholes)
         choices = [self._whole(index, whole) for index, whole in enumerate(chosen)]

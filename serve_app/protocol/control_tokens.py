@@ -37,7 +37,7 @@ class ControlTokens:
                 self._marks[token.content] = self._working_mark(token_id, token.content, mark)
         longest_first = "|".join(sorted(map(re.escape, self._marks), key=len, reverse=True))
         self.find = re.compile(longest_first or "(?!)").search
-        """Finds the first control token in a text; returns None where there is none."""
+        """Finds the first control token in a text. Returns None if there is none."""
         # The look-ahead finds every beginning of a token, also within another one.
         self._beginning = re.compile(f"(?=({longest_first}))(.)", re.DOTALL)
 

@@ -19,7 +19,7 @@ class Echo:
         self._prompt = prompt
 
     def before(self, delta: TextDelta) -> tuple[str, Iterator[TokenScore]]:
-        """The text and the scores of `delta` with what goes before them."""
+        """Returns the text and the scores of `delta` with what goes before them."""
         text, self._text = self._text + delta.text, ""
         if self._prompt is None and not self._num_chars:
             return text, iter(delta.scores)

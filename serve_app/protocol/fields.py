@@ -66,7 +66,7 @@ class Body(BaseModel):
 
     @classmethod
     def read(cls, body: Any) -> Self:
-        """Validates a parsed JSON value; raises `InvalidRequest` naming the first bad field."""
+        """Validates a parsed JSON value. Raises `InvalidRequest` naming the first bad field."""
         if not isinstance(body, dict):
             raise InvalidRequest("The body must be a JSON object.")
         used = {}
@@ -217,17 +217,18 @@ class AdaptedSampling(Sampling):
 
 
 def no_unicode(field: str) -> InvalidRequest:
-    """The error of a text that UTF-8 cannot hold, such as one with the JSON string `\\ud800`."""
+    """Returns the error of a text that UTF-8 cannot hold, such as one with the JSON string
+    `\\ud800`."""
     return InvalidRequest(f"`{field}` has a lone surrogate, which is no character.", param=field)
 
 
 def printable(name: Any) -> str:
-    """A client's own text, cut to 64 characters and safe to put into an error."""
+    """Returns a client's own text, cut to 64 characters and safe to put into an error."""
     return str(name)[:64].encode("utf-8", "replace").decode()
 
 
 def sentence(message: str, field: str | None = None) -> PydanticCustomError:
-    """An error for validators of nested values, which do not know their path in the body.
+    """Returns an error for validators of nested values, which do not know their path in the body.
 
     The client gets `message` unchanged. `param` is the path of the validated value, plus `field`.
     """

@@ -67,11 +67,11 @@ class CompiledGrammar:
         self._stop_token_ids = stop_token_ids
 
     def start(self) -> GrammarState:
-        """The state before the first token; a copy takes some microseconds."""
+        """Returns the state before the first token; a copy takes some microseconds."""
         return GrammarState(self._matcher.deep_copy(), self._stop_token_ids)
 
     def with_stops(self, stop_token_ids: Collection[int]) -> "CompiledGrammar":
-        """The same grammar, in which these tokens too end an answer where it may end."""
+        """Returns the same grammar, in which these tokens too end an answer where it may end."""
         return CompiledGrammar(self._matcher, stop_token_ids) if stop_token_ids else self
 
 
@@ -97,7 +97,8 @@ class GrammarCompiler:
         self._compiled = lru_cache(NUM_KEPT)(self._compile)
 
     async def compiled(self, source: GrammarSource, *, begins_text: bool) -> CompiledGrammar:
-        """The grammar of `source`; `begins_text`: the answer does not continue its prompt's text.
+        """Returns the grammar of `source`; `begins_text`: the answer does not continue its prompt's
+        text.
 
         Raises `InvalidRequest` for a grammar that has an error or that llguidance cannot hold.
         """
@@ -117,7 +118,7 @@ class GrammarCompiler:
         return CompiledGrammar(matcher)
 
     def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
-        """The error for a grammar; it names the tool whose schema is the cause."""
+        """Returns the error for a grammar; it names the tool whose schema is the cause."""
         field = source.field
         for name, schema in tool_grammar.schemas(source) if source.kind == "tools" else ():
             if (matcher := self._matcher([schema])).is_error():

@@ -14,7 +14,7 @@ JSON_OPTIONS = {
 
 
 def rules(source: GrammarSource) -> dict[str, Any]:
-    """The grammar of a source that is not of the kind `tools`, without a name."""
+    """Returns the grammar of a source that is not of the kind `tools`, without a name."""
     if source.kind == "json":
         return json_rules(json.loads(source.text))
     if source.kind == "regex":
@@ -29,7 +29,8 @@ def rules(source: GrammarSource) -> dict[str, Any]:
 
 
 def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[str, Any]:
-    """The grammar of a JSON schema. A keyword that cannot be held is an error unless `lenient`."""
+    """Returns the grammar of a JSON schema. A keyword that cannot be held is an error unless
+    `lenient`."""
     # `true` and `false` are schemas, too: any value, and none.
     schema = {"allOf": [schema]} if isinstance(schema, bool) else schema
     options: JsonObject = dict(JSON_OPTIONS)

@@ -97,7 +97,7 @@ class StructuredOutputs(_Strict):
 
 
 def schema_source(schema: dict[str, Any] | bool | str, field: str) -> GrammarSource:
-    """The grammar of a JSON schema, which came in `field`. Raises `InvalidRequest`."""
+    """Returns the grammar of a JSON schema, which came in `field`. Raises `InvalidRequest`."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)

@@ -11,7 +11,7 @@ from serve_app.protocol.values import is_large
 
 
 def encode(value: Any) -> bytes:
-    """`value` as JSON in UTF-8; raises `TypeError` for what JSON does not have.
+    """`value` as JSON in UTF-8. Raises `TypeError` for what JSON does not have.
 
     NaN and Infinity would become null, so callers make numbers finite first.
     """

@@ -32,7 +32,10 @@ class KeyAccount:
 
     def take_request(self) -> Callable[[], None]:
         """Counts a request that generates, as running until the returned function is called, which
-        may be called again. Raises `RateLimited` where a limit is used up."""
+        may be called again.
+
+        Raises `RateLimited` if a limit is used up.
+        """
         most = self.key.max_concurrent
         if most is not None and self.num_running >= most:
             raise RateLimited(

@@ -114,7 +114,7 @@ Conversation = Annotated[
 
 
 def _joined(parts: Any) -> str:
-    """The text of a list of content parts."""
+    """Returns the text of a list of content parts."""
     if not isinstance(parts, list):
         raise sentence("`content` should be a string or a list of text parts.", "content")
     texts = []

@@ -52,7 +52,8 @@ def _rewritten(schema: Any, root: dict[str, Any], depth: int) -> Any:
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """The schema that a `$ref` inside `root` names; without knowledge, the one for any value."""
+    """Returns the schema that a `$ref` inside `root` names; without knowledge, the one for any
+    value."""
     for _ in range(MAX_DEPTH):
         if not isinstance(schema, dict):
             return {}
@@ -68,7 +69,7 @@ def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether it is certain that no value matches both."""
+    """Returns whether it is certain that no value matches both."""
     if not _types(one) & _types(other):
         return True
     values = _values(one), _values(other)
@@ -82,7 +83,7 @@ def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
-    """The types of matching values, where `number` contains `integer`."""
+    """Returns the types of matching values, where `number` contains `integer`."""
     found = schema.get("type")
     names = {found} if isinstance(found, str) else set(map(str, found or ()))
     if not names and (values := _values(schema)) is not None:
@@ -91,7 +92,7 @@ def _types(schema: dict[str, Any]) -> set[str]:
 
 
 def _values(schema: dict[str, Any]) -> list[str] | None:
-    """The matching values as JSON, where the schema lists them and all are scalars."""
+    """Returns the matching values as JSON, where the schema lists them and all are scalars."""
     found = [schema["const"]] if "const" in schema else schema.get("enum")
     if not isinstance(found, list) or any(isinstance(each, dict | list) for each in found):
         return None
@@ -111,13 +112,14 @@ def _properties(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_closed_to(schema: dict[str, Any], name: str) -> bool:
-    """Whether no object that matches `schema` has the property `name`."""
+    """Returns whether no object that matches `schema` has the property `name`."""
     is_closed = schema.get("additionalProperties") is False and "patternProperties" not in schema
     return is_closed and name not in _properties(schema)
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
-    """Whether the property `name`, which both require, has a value from lists without a match."""
+    """Returns whether the property `name`, which both require, has a value from lists without a
+    match."""
     if name not in _required(other):
         return False
     pair = [_properties(each).get(name) for each in (one, other)]

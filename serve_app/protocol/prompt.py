@@ -59,7 +59,7 @@ class Batch:
     """Fields of all items, which an item may override; their values are valid."""
 
     def read(self, item: Any) -> PromptRequest:
-        """The request in one of `items`; a string is a prompt. Raises `InvalidRequest`."""
+        """Returns the request in one of `items`; a string is a prompt. Raises `InvalidRequest`."""
         item = {"prompt": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise InvalidRequest("Each item should be a string or an object.", param="items")
@@ -71,10 +71,10 @@ class Batch:
 
 
 def read(body: Any, max_prompts: int) -> PromptRequest | Batch:
-    """The request in the body of `/prompt`: for one prompt, or for a list of them.
+    """Returns the request in the body of `/prompt`: for one prompt, or for a list of them.
 
-    An empty list is a batch without items. Raises `InvalidRequest` where a field is wrong; of a
-    list, where the list itself or a shared field is wrong.
+    An empty list is a batch without items. Raises `InvalidRequest` if a field is wrong; of a list,
+    where the list itself or a shared field is wrong.
     """
     names = [name for name in LISTS if isinstance(body, dict) and body.get(name) is not None]
     if not names:
@@ -97,7 +97,7 @@ def read(body: Any, max_prompts: int) -> PromptRequest | Batch:
 
 
 def progress(num_done: int, total: int) -> Progress:
-    """How much of a batch is done."""
+    """Returns how much of a batch is done."""
     return {"progress": num_done * 100 // total, "message": f"{num_done} of {total} done"}
 
 

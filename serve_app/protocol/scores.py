@@ -110,8 +110,10 @@ class PromptText:
 
 
 def named(scores: Sequence[TokenScore], num_top: int, names: TokenNames) -> list[dict[str, Any]]:
-    """The scores in OpenAI's form, each with up to `num_top` candidates. Raises `ValueError` for
-    NaN."""
+    """Returns the scores in OpenAI's form, each with up to `num_top` candidates.
+
+    Raises `ValueError` for NaN.
+    """
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         raw = names.token_bytes(token_id)

@@ -22,7 +22,7 @@ _PIECES_PER_PROBE = 500
 
 
 def read(file: Path) -> "Tokenizer":
-    """The tokenizer in `file`, without a post-processor.
+    """Returns the tokenizer in `file`, without a post-processor.
 
     Raises `ModelLoadFailed` for a file that is no SentencePiece model, and for a kind of model that
     `tokenizers` would encode in another way.
@@ -40,7 +40,7 @@ def read(file: Path) -> "Tokenizer":
 
 
 def converted(model: Any) -> "Tokenizer":
-    """The tokenizer of a SentencePiece model, which is not compared with it."""
+    """Returns the tokenizer of a SentencePiece model, which is not compared with it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     pieces: list[str] = [model.id_to_piece(index) for index in range(model.vocab_size())]
@@ -65,7 +65,7 @@ def converted(model: Any) -> "Tokenizer":
 
 
 def _merges(model: Any, ids: dict[str, int], special: frozenset[str]) -> list[tuple[str, str]]:
-    """All pairs of pieces that make up a piece, best first.
+    """Returns all pairs of pieces that make up a piece, best first.
 
     SentencePiece merges the pair whose result has the highest score. Where one piece can be made of
     several pairs, the pair with the longest left part comes first.

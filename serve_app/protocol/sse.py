@@ -26,7 +26,7 @@ MEDIA_TYPE = "text/event-stream"
 
 
 def event(chunk: Mapping[str, Any]) -> bytes:
-    """One response chunk, or an error body, as one event in UTF-8.
+    """Returns one response chunk, or an error body, as one event in UTF-8.
 
     Raises `TypeError` for values that JSON does not have, lone surrogates included. NaN and
     Infinity would become null, so callers make numbers finite first (`response.finite`).

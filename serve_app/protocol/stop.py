@@ -34,7 +34,7 @@ class StopStrings:
         return text
 
     def push(self, text: str) -> str:
-        """Adds `text`; returns the text that no stop string can cut any more."""
+        """Adds `text`. Returns the text that no stop string can cut any more."""
         if self.found or not self._stops:
             return "" if self.found else text
         text = self._held + text
@@ -53,7 +53,8 @@ class StopStrings:
         return held
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """The stop string that is complete first in `text`, after its start; None without one."""
+        """Returns the stop string that is complete first in `text`, after its start; None without
+        one."""
         found = []
         for stop in self._stops:
             # A stop string that ends in passed-over text does not count.
@@ -63,7 +64,7 @@ class StopStrings:
         return min(found)[1:] if found else None
 
     def _num_held(self, text: str) -> int:
-        """The length of the longest suffix of `text` that begins a stop string."""
+        """Returns the length of the longest suffix of `text` that begins a stop string."""
         longest = min(len(text), max(map(len, self._stops)) - 1)
         for length in range(longest, 0, -1):
             if text[-length] not in self._first_chars:  # as nearly always

@@ -85,7 +85,7 @@ class Detokenizer:
         return self._decode(rest) if rest else ""
 
     def _begin(self, ids: list[int]) -> "DecodeStream":
-        """A new stream behind the text of `ids`."""
+        """Returns a new stream behind the text of `ids`."""
         from tokenizers.decoders import DecodeStream
 
         return DecodeStream(ids=ids, skip_special_tokens=self._skip_special)
@@ -164,7 +164,7 @@ class TextStream:
         return TokenScore(new.token_id, new.logprob, *top, self._num_decoded)
 
     def _shown(self, text: str) -> str:
-        """The part of new text that no stop string can cut any more."""
+        """Returns the part of new text that no stop string can cut any more."""
         self._num_decoded += len(text)
         if self._stops is None:
             return text

@@ -88,7 +88,7 @@ class Tokenizer:
         return notes
 
     def first_unknown(self, token_ids: Sequence[int], vocab_size: int) -> str | None:
-        """The first token in `token_ids` that a model of `vocab_size` tokens does not have.
+        """Returns the first token in `token_ids` that a model of `vocab_size` tokens does not have.
 
         Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`. Ids that are no tokens
         of the tokenizer do not count.
@@ -97,7 +97,7 @@ class Tokenizer:
         return next((token for token in tokens if token is not None), None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, with one BOS in front, even where the text begins with one."""
+        """Returns the ids of `text`, with one BOS in front, even where the text begins with one."""
         if self._is_sentencepiece and text[:1] in (" ", "▁"):
             # SentencePiece puts a space before every text, `tokenizers` only where there is none.
             text = f"▁{text}"
@@ -116,7 +116,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """The ids of a conversation in the model's chat format.
+        """Returns the ids of a conversation in the model's chat format.
 
         With `continue_final_message` the prompt ends with the text of the last message. Raises
         `InvalidRequest` with the template's own sentence where it refuses the messages.
@@ -143,7 +143,7 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """The ids of a conversation with tools, calls or results; see `tool_prompt`.
+        """Returns the ids of a conversation with tools, calls or results; see `tool_prompt`.
 
         Raises `InvalidRequest` as `render` does.
         """
@@ -166,7 +166,7 @@ class Tokenizer:
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
-        """The ids of a text of the client, as SentencePiece gives them."""
+        """Returns the ids of a text of the client, as SentencePiece gives them."""
         if self._control_tokens is not None:
             text = self._control_tokens.marked_text(text)
         if text[0] == " " and self.encode(" a") == self.encode("a"):
@@ -174,11 +174,11 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """The text of `token_ids`."""
+        """Returns the text of `token_ids`."""
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes of one token; a byte token may be a part of a character."""
+        """Returns the bytes of one token; a byte token may be a part of a character."""
         known = self._token_bytes.get(token_id)
         if known is None:
             known = self._token_bytes[token_id] = self._bytes_of(token_id)
@@ -193,7 +193,7 @@ class Tokenizer:
         return token.replace("▁", " ").encode()
 
     def token_string(self, token_id: int) -> str:
-        """The spelling of a token in the vocabulary, such as `▁Hello` or `<0x0A>`."""
+        """Returns the spelling of a token in the vocabulary, such as `▁Hello` or `<0x0A>`."""
         return self.backend.id_to_token(token_id) or ""
 
     def _find_tool_calls_id(self) -> int | None:

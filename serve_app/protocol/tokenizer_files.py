@@ -105,7 +105,7 @@ def _backend(file: Path) -> "Tokenizer":
 
 
 def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> dict[str, Any]:
-    """What `tokenizer_config.json` contains in files of later versions."""
+    """Returns what `tokenizer_config.json` contains in files of later versions."""
     read = {}
     if (folder / "special_tokens_map.json").exists():
         read = _read_json(folder / "special_tokens_map.json")
@@ -125,7 +125,7 @@ def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> 
 def _special_tokens(
     config: dict[str, Any],
 ) -> tuple[dict[str, "AddedToken"], list["AddedToken"]]:
-    """The special tokens that have a name in chat templates, and the others."""
+    """Returns the special tokens that have a name in chat templates, and the others."""
     named = {name: config[name] for name in _NAMES if config.get(name) is not None}
     named |= {
         name: value
@@ -174,7 +174,7 @@ def _add_tokens(
 
 
 def _require_ids(file: Path, backend: "Tokenizer", decoder: dict[Any, dict[str, Any]]) -> None:
-    """Raises `ModelLoadFailed` where an added token got another id than `decoder` has for it."""
+    """Raises `ModelLoadFailed` if an added token got another id than `decoder` has for it."""
     for token_id, fields in decoder.items():
         if (got := backend.token_to_id(fields["content"])) != int(token_id):
             raise ModelLoadFailed(
@@ -197,7 +197,7 @@ def _add_post_processor(
 
 
 def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | None, Path]:
-    """The default chat template, which a file of its own may have, and its file."""
+    """Returns the default chat template, which a file of its own may have, and its file."""
     if (file := folder / "chat_template.jinja").exists():
         try:
             return file.read_text(encoding="utf-8"), file
@@ -216,7 +216,7 @@ def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | N
 
 
 def _custom(given: str) -> tuple[str, Path]:
-    """The template of the setting, and the file or the setting that has it."""
+    """Returns the template of the setting, and the file or the setting that has it."""
     if any(mark in given for mark in ("{{", "{%", "\n")):
         return given, Path("model.custom_chat_template")
     try:

@@ -52,7 +52,7 @@ class DetokenizeRequest(Body):
 
 
 def tokenized(ids: list[int], max_model_len: int, strings: list[str] | None) -> dict[str, Any]:
-    """The response of `/tokenize`; `strings` is None where the client did not ask for them."""
+    """Returns the response of `/tokenize`; `strings` is None if the client did not ask for them."""
     return {
         "count": len(ids),
         "max_model_len": max_model_len,

@@ -47,7 +47,7 @@ class ToolCallParser:
         """`names` are those of the tools that may be called."""
         self._names = names
         self._step: Callable[[Parsed], None] = self._text
-        """Reads the next part of `_held`. Raises `_Incomplete` where that needs more text."""
+        """Reads the next part of `_held`. Raises `_Incomplete` if that needs more text."""
         self._held = ""
         """Text whose meaning is open: spaces and the beginning of the marker, or of a call."""
         self._marker = ""
@@ -63,7 +63,7 @@ class ToolCallParser:
         return self._num_calls > 0 and self._step != self._arguments
 
     def push(self, text: str) -> Parsed:
-        """What `text` adds to the answer."""
+        """Returns what `text` adds to the answer."""
         parsed = Parsed()
         self._held += text
         try:
@@ -74,7 +74,7 @@ class ToolCallParser:
         return parsed
 
     def end(self) -> Parsed:
-        """What was held back, when the answer ends.
+        """Returns what was held back, when the answer ends.
 
         The syntax around calls is dropped, and a call that was cut before its arguments. A first
         call that was cut there is content.
@@ -162,7 +162,8 @@ class ToolCallParser:
 
 
 def _head_end(text: str, syntax: tuple[str | None, ...]) -> tuple[int, str]:
-    """Where the text after `syntax` begins, spaces skipped, and the name that it contains."""
+    """Returns where the text after `syntax` begins, spaces skipped, and the name that it
+    contains."""
     at, name = 0, ""
     for part in syntax:
         at = _skip(text, at)
@@ -178,7 +179,7 @@ def _head_end(text: str, syntax: tuple[str | None, ...]) -> tuple[int, str]:
 
 
 def _after(text: str, part: str, at: int = 0) -> int:
-    """Where `text` goes on behind `part`, spaces before it skipped."""
+    """Returns where `text` goes on behind `part`, spaces before it skipped."""
     at = _skip(text, at)
     if not text.startswith(part, at):
         raise _Incomplete if part.startswith(text[at:]) else _NoCall
@@ -186,7 +187,7 @@ def _after(text: str, part: str, at: int = 0) -> int:
 
 
 def _skip(text: str, at: int) -> int:
-    """The first position from `at` that is no space."""
+    """Returns the first position from `at` that is no space."""
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     if at > MAX_HEAD_CHARS:

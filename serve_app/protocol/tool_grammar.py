@@ -2,7 +2,7 @@
 
 A call has the form that the prompt shows: `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]`.
 Whatever follows the marker is held to the tools' schemas; text before it is free. Where the model
-may call and need not, keywords of a schema that llguidance cannot hold are left to the model, save
+may call and need not, keywords of a schema that llguidance cannot hold are left to the model except
 for strict tools: one tool's `uniqueItems` should not stop a client that brings many tools.
 """
 
@@ -34,7 +34,8 @@ _COMBINED = {
 
 
 def source(tools: Tools, answer: GrammarSource | None) -> GrammarSource:
-    """The grammar for `tools`; `answer` is that of an answer without a call, None if it is free.
+    """Returns the grammar for `tools`; `answer` is that of an answer without a call, None if it is
+    free.
 
     Raises `InvalidRequest` for schemas that are too long.
     """
@@ -65,10 +66,11 @@ def source(tools: Tools, answer: GrammarSource | None) -> GrammarSource:
 
 
 def grammars(source: GrammarSource, space: str, marker_id: int | None) -> list[dict[str, Any]]:
-    """What `source` has made, as grammars of llguidance; the first one is where an answer begins.
+    """Returns what `source` has made, as grammars of llguidance; the first one is where an answer
+    begins.
 
-    `space` begins the model's texts, and is empty where nothing does. `marker_id` is the token that
-    begins calls; None where that is the text `MARKER`.
+    `space` begins the model's texts, and is empty if nothing does. `marker_id` is the token that
+    begins calls; None if that is the text `MARKER`.
     """
     content = json.loads(source.text)
     calls, answer = content["calls"], content["answer"]
@@ -81,7 +83,7 @@ def grammars(source: GrammarSource, space: str, marker_id: int | None) -> list[d
 
 
 def schemas(source: GrammarSource) -> list[tuple[str, dict[str, Any]]]:
-    """The field and the grammar of each tool's schema."""
+    """Returns the field and the grammar of each tool's schema."""
     return [(call["field"], _arguments(call)) for call in json.loads(source.text)["calls"]]
 
 
@@ -90,7 +92,7 @@ def _arguments(call: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lark(content: dict[str, Any], space: str, marker_id: int | None) -> str:
-    """The rules of an answer."""
+    """Returns the rules of an answer."""
     if marker_id is None:
         marker = f"{space} {_literal(MARKER + ' ')}"
         text_and_marker = "marked"
@@ -122,7 +124,7 @@ def _literal(text: str) -> str:
 
 
 def _closed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """A schema of objects that have the properties of `parameters`, and no others.
+    """Returns a schema of objects that have the properties of `parameters`, and no others.
 
     Functions refuse arguments that they do not name, but few schemas say so. A schema that says
     what else an object may have stays as it is.

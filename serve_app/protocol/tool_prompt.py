@@ -34,7 +34,7 @@ _MISTRAL_ID = re.compile("[A-Za-z0-9]{9}")
 
 
 def num_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    """The characters of a prompt that the client has sent."""
+    """Returns the characters of a prompt that the client has sent."""
     calls = [call for message in messages for call in message.tool_calls]
     texts = [message.content for message in messages]
     texts += [call.name + call.arguments for call in calls]
@@ -42,7 +42,7 @@ def num_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
 
 
 def plain_turns(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
-    """The conversation in the roles system, user and assistant.
+    """Returns the conversation in the roles system, user and assistant.
 
     The tools stand at the end of the first system message, so that the prompts of a conversation
     have a common beginning. Neighboring results become one turn.
@@ -92,7 +92,7 @@ class Control(str):
 def mistral_parts(
     messages: Sequence[Message], tools: Sequence[Tool], special_tokens: Mapping[str, str]
 ) -> list[str]:
-    """A conversation as `Control` tokens and texts, each of which is tokenized by itself.
+    """Returns a conversation as `Control` tokens and texts, each of which is tokenized by itself.
 
     `special_tokens` has `bos_token` and `eos_token`. The tools and the system message stand before
     the last message of the user.
@@ -159,7 +159,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """The value of a JSON text; another text stays text."""
+    """Returns the value of a JSON text; another text stays text."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -167,7 +167,7 @@ def _parsed(text: str) -> Any:
 
 
 def _mistral_id(call_id: str) -> str:
-    """The id in Mistral's form, nine letters and digits. Equal ids stay equal."""
+    """Returns the id in Mistral's form, nine letters and digits. Equal ids stay equal."""
     if _MISTRAL_ID.fullmatch(call_id):
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:9]

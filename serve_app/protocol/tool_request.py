@@ -37,7 +37,7 @@ class FunctionTool(_Strict):
 def offered(
     tools: list[FunctionTool], choice: ToolChoice | None, *, is_parallel: bool
 ) -> Tools | None:
-    """The tools of a request, None where it has none. Raises `InvalidRequest`."""
+    """Returns the tools of a request, None where it has none. Raises `InvalidRequest`."""
     read = [
         Tool(
             each.function.name,
@@ -53,7 +53,8 @@ def offered(
 
 
 def _read_choice(value: Any) -> ToolChoice:
-    """The value of `tool_choice`: a mode, one function, or functions of which some may be called.
+    """Returns the value of `tool_choice`: a mode, one function, or functions of which some may be
+    called.
 
     Raises `InvalidRequest`.
     """

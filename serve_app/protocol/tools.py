@@ -79,7 +79,7 @@ class ToolCallDelta:
 
 
 def new_id() -> str:
-    """A new id for a call."""
+    """Returns a new id for a call."""
     return f"call_{secrets.token_hex(12)}"
 
 
@@ -96,7 +96,7 @@ def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCall]:
 
 
 def check(tools: Sequence[Tool], choice: ToolChoice, *, tools_field: str = "tools") -> Tools | None:
-    """The tools of a request after the checks that every API has; None where there are none.
+    """Returns the tools of a request after the checks that every API has; None if there are none.
 
     Raises `InvalidRequest` for too many tools, for a name that is not usable or not unique, for a
     schema that is not an object's, and for a choice of a tool that is not there.

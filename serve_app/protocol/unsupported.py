@@ -82,7 +82,7 @@ UNSUPPORTED: Unsupported = OPENAI | VLLM
 
 
 def check_is_neutral(unsupported: Unsupported, name: str, value: Any) -> str | None:
-    """Why `value` of the field `name` in `unsupported` is refused; None where it passes."""
+    """Returns why `value` of the field `name` in `unsupported` is refused; None where it passes."""
     neutral, reason = unsupported[name]
     # True == 1 in Python, but `"n": true` is an error.
     is_neutral = any(

@@ -16,7 +16,8 @@ async def read(function: Callable[[Any], T], value: Any) -> T:
 
 
 def is_large(value: Any) -> bool:
-    """Whether `value` has more than `LARGE` characters and values; looks at no more of them."""
+    """Returns whether `value` has more than `LARGE` characters and values; looks at no more of
+    them."""
     size, waiting = 0, [value]
     while waiting:
         each = waiting.pop()

@@ -27,7 +27,7 @@ def choose_dtype(model: ModelSettings, device: Device) -> Dtype:
 
 
 def notes(model: ModelSettings, device: Device, dtype: Dtype) -> list[str]:
-    """What was chosen where the settings say auto, and why."""
+    """Returns what was chosen where the settings say auto, and why."""
     chosen = []
     if model.device == "auto":
         rule = "the tiny model needs no GPU" if device == "cpu" else "the default"

@@ -37,7 +37,7 @@ def find_checkpoint(
     token: str | None = None,
     chosen_volume: str | None = None,
 ) -> Path:
-    """The folder of `name`: a local folder, or a Hugging Face repository "owner/name".
+    """Returns the folder of `name`: a local folder, or a Hugging Face repository "owner/name".
 
     A repository comes from the first of: the volume's and RunPod's model caches, the Hugging Face
     cache, a download (onto the volume where one is mounted and can be written). `revision` is a
@@ -51,7 +51,8 @@ def find_checkpoint(
 
 
 def download_cache(folder: Path) -> Path | None:
-    """The cache on the volume `folder`; None, for the Hugging Face cache, where it cannot be used.
+    """Returns the cache on the volume `folder`; None, for the Hugging Face cache, where it cannot
+    be used.
 
     The reason is logged where a volume is mounted.
     """
@@ -123,7 +124,7 @@ def require_disk(repository: Repository) -> None:
 
 
 def disk_problem(repository: Repository) -> str | None:
-    """Why the disk does not hold what is missing of `repository`; None where it does."""
+    """Returns why the disk does not hold what is missing of `repository`; None where it does."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name, cache = repository.name, repository.cache or Path(HF_HUB_CACHE)
@@ -164,7 +165,8 @@ def download(
 
 
 def _reporting(progress: Progress, total: int) -> type[Any]:
-    """The hub's progress bar, which also calls `progress` with its share of `total` bytes."""
+    """Returns the hub's progress bar, which also calls `progress` with its share of `total`
+    bytes."""
     from huggingface_hub.utils.tqdm import tqdm
 
     class Reporting(tqdm):

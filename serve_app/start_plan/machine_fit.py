@@ -15,9 +15,9 @@ CUDA_BYTES = 600 * MIB
 
 
 def require_memory(plan: StartPlan) -> list[str]:
-    """What weights and KV cache take and what is free, a line each, for users.
+    """Returns what weights and KV cache take and what is free, a line each, for users.
 
-    Raises `MachineUnfit` where this machine lacks the memory or the GPU.
+    Raises `MachineUnfit` if this machine lacks the memory or the GPU.
     """
     memory = plan.memory
     parts = ", ".join(f"{part} {in_gb(size)}" for part, size in memory.weights.items())
@@ -41,7 +41,7 @@ def require_memory(plan: StartPlan) -> list[str]:
 
 
 def _require_gpu_memory(memory: MemoryPlan, gpu: Gpu) -> str:
-    """The line about a GPU that is large enough."""
+    """Returns the line about a GPU that is large enough."""
     free = gpu.free_bytes - CUDA_BYTES - memory.weight_bytes
     room = memory.kv_room_bytes(free, gpu.total_bytes)
     wanted_tokens = memory.kv_cache_tokens or memory.max_model_len
@@ -74,7 +74,7 @@ def _remedy(memory: MemoryPlan, gpu: Gpu, room: int) -> str:
 
 
 def _require_main_memory(memory: MemoryPlan) -> str:
-    """The line about main memory that is large enough."""
+    """Returns the line about main memory that is large enough."""
     num_tokens = memory.kv_cache_tokens or 0
     kv_cache = memory.kv_bytes(num_tokens)
     if memory.weight_bytes + kv_cache > (free := free_bytes()):

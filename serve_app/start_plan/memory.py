@@ -38,7 +38,7 @@ class MemoryPlan:
     kv_cache_tokens: int | None
     """Tokens of KV cache, in whole blocks; None: as many as the GPU's memory leaves."""
     kv_cache_rule: str | None
-    """Why the KV cache has that size, for users; None where the settings say it."""
+    """Why the KV cache has that size, for users; None if the settings say it."""
     gpu_memory_utilization: float
     """Share of the GPU that this server may take."""
     device: Device
@@ -56,11 +56,11 @@ class MemoryPlan:
         return sum(self.weights.values())
 
     def kv_bytes(self, num_tokens: int) -> int:
-        """Bytes of a KV cache for `num_tokens` tokens."""
+        """Returns the bytes of a KV cache for `num_tokens` tokens."""
         return num_tokens * self.token_bytes
 
     def max_num_batched_tokens(self, total_bytes: int) -> int:
-        """Tokens of one step on a GPU with `total_bytes`, which a CPU ignores."""
+        """Returns the tokens of one step on a GPU with `total_bytes`, which a CPU ignores."""
         if self.asked_batched_tokens is not None:
             return self.asked_batched_tokens
         kind = "large GPU" if total_bytes >= LARGE_GPU_BYTES else "GPU"
@@ -74,7 +74,7 @@ class MemoryPlan:
         return max(step, MIN_RESERVED_BYTES)
 
     def kv_room_bytes(self, free_bytes: int, total_bytes: int) -> int:
-        """Bytes of a GPU that the KV cache may take; negative where there is no room.
+        """Returns the bytes of a GPU that the KV cache may take; negative where there is no room.
 
         The share 1 - `gpu_memory_utilization` of the whole GPU stays unused, and `reserved_bytes`
         are kept. A GPU of 80 GB with 50 GB free, a utilization of 0.9 and 3 GB reserved:
@@ -84,7 +84,7 @@ class MemoryPlan:
         return free_bytes - unused - self.reserved_bytes(total_bytes)
 
     def fitting_kv_tokens(self, free_bytes: int, total_bytes: int) -> int:
-        """Tokens of KV cache that fit into a GPU on which the weights are loaded."""
+        """Returns the tokens of KV cache that fit into a GPU on which the weights are loaded."""
         return max(self.kv_room_bytes(free_bytes, total_bytes), 0) // self.token_bytes
 
 
@@ -97,7 +97,8 @@ def plan_memory(
     dtype: Dtype,
     float_modules: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
-    """The sizes of a model with this `config` whose weights are held as `quantization` says.
+    """Returns the sizes of a model with this `config` whose weights are held as `quantization`
+    says.
 
     `float_modules` are the experts and attention that stay floats, see `Checkpoint.float_modules`.
 
@@ -140,7 +141,8 @@ def _max_model_len(engine: EngineSettings, trained: int) -> int:
 def _kv_cache_tokens(
     engine: EngineSettings, context: int, device: Device
 ) -> tuple[int | None, str | None]:
-    """The tokens in whole blocks, or None, and the rule where the settings leave it open."""
+    """Returns the tokens in whole blocks, or None, and the rule where the settings leave it
+    open."""
     num_tokens, rule = engine.kv_cache_tokens, None
     if num_tokens is None and device == "cuda":
         return None, f"what {engine.gpu_memory_utilization:.0%} of the GPU's memory leaves"
@@ -157,5 +159,5 @@ def _kv_cache_tokens(
 
 
 def in_gb(num_bytes: int) -> str:
-    """A size as users read it: "25.20 GB", "4.2 MB"."""
+    """Returns a size as users read it: "25.20 GB", "4.2 MB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

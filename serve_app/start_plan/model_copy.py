@@ -14,7 +14,8 @@ from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
 
 def copy_folder(model: ModelSettings) -> Path | None:
-    """The folder of the copy, whether it exists or not; None where the settings ask for none."""
+    """Returns the folder of the copy, whether it exists or not; None if the settings ask for
+    none."""
     if model.cache_dir is None or model.quantization == "none":
         return None
     name, source_id = model.name.replace("/", "--"), model.name
@@ -26,14 +27,14 @@ def copy_folder(model: ModelSettings) -> Path | None:
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the files that a copy is made of."""
+    """Returns the name, size and time of the files that a copy is made of."""
     read = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
     files = [(file.name, file.stat()) for file in read if file.is_file()]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
 
 def copy_problem(folder: Path, chosen_volume: str | None) -> str | None:
-    """Why the copy cannot be kept in `folder`; None where it can be."""
+    """Returns why the copy cannot be kept in `folder`; None where it can be."""
     volume = volume_folder(chosen_volume)
     if folder.is_relative_to(volume) and not is_mounted(volume):
         return f"no volume is mounted at {volume}"

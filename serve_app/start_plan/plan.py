@@ -30,7 +30,7 @@ class StartPlan:
     checkpoint: Checkpoint
     """What is loaded. While it is still on the hub: what its config.json says, without files."""
     repository: Repository | None
-    """What must be downloaded first; None where the files are on this machine."""
+    """What must be downloaded first; None if the files are on this machine."""
     copy_folder: Path | None
     """Where the load writes a 4-bit copy for later starts; None where it writes none."""
     quantization: Quantization | None
@@ -56,7 +56,7 @@ class StartPlan:
 
 
 def plan_start(settings: Settings) -> StartPlan:
-    """The plan for `settings`. Reads config.json and the headers of the weight files.
+    """Returns the plan for `settings`. Reads config.json and the headers of the weight files.
 
     Asks the hub where the checkpoint is not on this machine, and downloads config.json then. Raises
     `ModelLoadFailed` or `ConfigError` with one sentence where the start cannot work.
@@ -72,7 +72,8 @@ def plan_start(settings: Settings) -> StartPlan:
 
 
 def plan_folder(settings: Settings, folder: Path, copy: Path | None) -> StartPlan:
-    """The plan for the checkpoint in `folder`, such as one that was just downloaded or converted.
+    """Returns the plan for the checkpoint in `folder`, such as one that was just downloaded or
+    converted.
 
     `copy` is where a 4-bit copy would be written.
     """
@@ -80,9 +81,9 @@ def plan_folder(settings: Settings, folder: Path, copy: Path | None) -> StartPla
 
 
 def find_folder(settings: Settings, copy: Path | None) -> Path | None:
-    """The folder to load from: the complete `copy`, else that of `model.name`.
+    """Returns the folder to load from: the complete `copy`, else that of `model.name`.
 
-    None where the checkpoint must be downloaded. Raises `ModelLoadFailed` for an impossible name.
+    None if the checkpoint must be downloaded. Raises `ModelLoadFailed` for an impossible name.
     """
     if copy is not None and find.is_complete(copy):
         return copy
@@ -94,7 +95,7 @@ def find_folder(settings: Settings, copy: Path | None) -> Path | None:
 
 
 def hf_token(settings: Settings) -> str | None:
-    """The token for gated repositories."""
+    """Returns the token for gated repositories."""
     token = settings.model.hf_token
     return token.get_secret_value() if token else None
 

@@ -16,7 +16,7 @@ class Backoff:
         self._first_failure = 0.0
 
     def failed(self) -> float:
-        """Counts a failure; returns the seconds to wait before the next try."""
+        """Counts a failure. Returns the seconds to wait before the next try."""
         if self.num_failures == 0:
             self._first_failure = time.monotonic()
         pause_s = FIRST_S * 2.0 ** min(self.num_failures, MAX_DOUBLINGS)
@@ -24,6 +24,6 @@ class Backoff:
         return min(pause_s, MAX_S)
 
     def reset(self) -> float:
-        """Forgets the failures; returns the seconds since the first of them."""
+        """Forgets the failures. Returns the seconds since the first of them."""
         self.num_failures = 0
         return time.monotonic() - self._first_failure

@@ -101,7 +101,7 @@ class Handler:
         await posts.result(await _failed(request, body, posts))
 
     async def _answer(self, request: JobRequest, posts: Posts) -> Result:
-        """The result of the job. A job that has no output yet is tried a second time."""
+        """Returns the result of the job. A job that has no output yet is tried a second time."""
         call, output = request.call, Output(posts, is_list=request.is_list)
         if self.supervisor.client is None:
             route = routes.find(call.path)
@@ -127,7 +127,7 @@ class Handler:
         return output.result()
 
     async def _loaded(self, posts: Posts) -> Forward:
-        """Waits for the model, and posts how far its load is; returns its client."""
+        """Waits for the model, and posts how far its load is. Returns its client."""
 
         async def update() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
@@ -137,7 +137,8 @@ class Handler:
         return await progress.while_waiting(self.supervisor.ready(), update, self._interval_s)
 
     async def _body(self, client: Forward, call: Call, posts: Posts) -> Any:
-        """The model's answer where it is no stream; posts how much of a list is done meanwhile.
+        """Returns the model's answer where it is no stream; posts how much of a list is done
+        meanwhile.
 
         Raises what the model answers in its place.
         """
@@ -166,7 +167,7 @@ class Handler:
         return await progress.while_waiting(read(), update, self._interval_s)
 
     def _status(self, call: Call) -> Any:
-        """The answer to `/health` or `/metrics` while no model is loaded."""
+        """Returns the answer to `/health` or `/metrics` while no model is loaded."""
         routes.match(call.method, call.path)
         if call.path == "/health":
             return self._health()
@@ -210,7 +211,7 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
 
 
 def _failure(item: ErrorItem) -> Exception:
-    """The exception for an error; a dead engine in a living replica is a dead model."""
+    """Returns the exception for an error; a dead engine in a living replica is a dead model."""
     error = item["error"]["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(item)
 
@@ -221,7 +222,7 @@ async def _failed(
     posts: Posts,
     last_event: JsonObject | None = None,
 ) -> Result:
-    """The result of a job that fails with the error body `body`.
+    """Returns the result of a job that fails with the error body `body`.
 
     `last_event` ends the event stream of an API that has one of its own for errors.
 

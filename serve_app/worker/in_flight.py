@@ -78,7 +78,7 @@ class InFlightJobs:
         self._stopped: dict[str, float] = {}
 
     def accept(self, taken: list[Any]) -> list[Job]:
-        """Adds the jobs of one poll; returns those to run and logs why the others are dropped."""
+        """Adds the jobs of one poll. Returns those to run and logs why the others are dropped."""
         accepted: list[Job] = []
         for given in taken:
             job_id = given.get("id") if isinstance(given, dict) else None
@@ -111,7 +111,7 @@ class InFlightJobs:
         return [] if dropped is None else [dropped]
 
     def close(self, job: Job) -> list[dict[str, Any]]:
-        """Removes the job, which is answered or stopped; returns the later delivery to accept."""
+        """Removes the job, which is answered or stopped. Returns the later delivery to accept."""
         self.open = [other for other in self.open if other is not job]
         if job.is_output_acknowledged:
             self._answered[job.id] = time.monotonic()
@@ -126,7 +126,8 @@ class InFlightJobs:
         return sum(job.num_prompts for job in self.open)
 
     def may_take(self, max_prompts: int) -> int:
-        """How many more jobs to ask the platform for, so that about `max_prompts` prompts run.
+        """Returns how many more jobs to ask the platform for, so that about `max_prompts` prompts
+        run.
 
         A job shows its size only when it is taken, so each is expected to be as large as the
         largest one that runs.
@@ -139,7 +140,8 @@ class InFlightJobs:
         return any(job.id == job_id for job in self.open)
 
     def _may_run(self, job_id: str, given: dict[str, Any]) -> bool:
-        """Whether a delivery runs now; settles what becomes of an earlier one, or of this one."""
+        """Returns whether a delivery runs now; settles what becomes of an earlier one, or of this
+        one."""
         self._forget_answered()
         if job_id in self._answered:
             self._dropped[job_id] = given

@@ -66,7 +66,7 @@ class JobRequest:
 
 
 def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
-    """The request in `job["input"]`. Raises `InvalidRequest` for one that cannot be read.
+    """Returns the request in `job["input"]`. Raises `InvalidRequest` for one that cannot be read.
 
     `max_body_bytes` is the limit of an HTTP body; here it limits the body written as JSON.
     """
@@ -103,7 +103,7 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
 
 
 def num_prompts(job: dict[str, Any]) -> int:
-    """How many prompts the list in `job` has, whatever its shape; 1 without a list.
+    """Returns how many prompts the list in `job` has, whatever its shape; 1 without a list.
 
     A prompt with several answers counts as several.
     """
@@ -123,7 +123,8 @@ def num_prompts(job: dict[str, Any]) -> int:
 
 
 def _traceparent(headers: Any) -> str | None:
-    """The header `traceparent` in a job's `headers`; a name's case does not matter, as in HTTP."""
+    """Returns the header `traceparent` in a job's `headers`; a name's case does not matter, as in
+    HTTP."""
     if headers is None:
         return None
     if not isinstance(headers, dict) or not all(isinstance(it, str) for it in headers.values()):
@@ -161,7 +162,7 @@ def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    """The body of the third shape, with the fields of `sampling_params` in it."""
+    """Returns the body of the third shape, with the fields of `sampling_params` in it."""
     for name, (neutral, reason) in REFUSED.items():
         if given.get(name, neutral) not in (neutral, None):
             raise InvalidRequest(

@@ -55,7 +55,7 @@ class JobLoop:
         self._sdk = SdkLoop(slots, self._take, self._stop_jobs, self._begin_drain)
 
     def run(self) -> int:
-        """Blocks until all jobs are answered; returns 0, or the code that was given to `end`."""
+        """Blocks until all jobs are answered. Returns 0, or the code that was given to `end`."""
         self._sdk.run()
         return self._code
 
@@ -158,7 +158,7 @@ class JobLoop:
             self._start(session, later)
 
     async def _wait_for(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
-        """Waits for `work`, which a stop cancels; returns why the job must be refused after it."""
+        """Waits for `work`, which a stop cancels. Returns why the job must be refused after it."""
         job.task = asyncio.create_task(work)
         await asyncio.wait({job.task})
         if job.task.cancelled():

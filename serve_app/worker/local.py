@@ -33,7 +33,7 @@ INTERRUPTED = 130
 
 
 def find(text: str | None, entry: EntrySettings) -> dict[str, Any] | None:
-    """The job `text` from the command line, else the one in `./test_input.json`.
+    """Returns the job `text` from the command line, else the one in `./test_input.json`.
 
     The file is read only where the environment asks neither for jobs nor for HTTP. Raises
     `ConfigError` for a job that is no JSON object.
@@ -104,7 +104,7 @@ async def _result(handler: Handler, job: dict[str, Any]) -> Result:
 
 
 def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, int]]) -> int:
-    """The exit code of `answer`, after the end of Ray."""
+    """Returns the exit code of `answer`, after the end of Ray."""
     code = INTERRUPTED
     # Ray prints its processes' output to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):

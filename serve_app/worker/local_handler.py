@@ -40,8 +40,10 @@ class LocalWorker:
         atexit.register(self.close)
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        """`{"output"}`, or `{"error", "status", "retry"}`. Raises `RuntimeError` where the process
-        has ended, such as after an error in the configuration."""
+        """`{"output"}`, or `{"error", "status", "retry"}`.
+
+        Raises `RuntimeError` if the process has ended, such as after an error in the configuration.
+        """
         line = json.dumps(job)
         with self._lock:
             try:

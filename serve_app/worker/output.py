@@ -43,7 +43,7 @@ class Output:
             await self._posts.chunk(encoded)
 
     def result(self) -> Result:
-        """The result of a job that succeeds."""
+        """Returns the result of a job that succeeds."""
         if self._is_list:
             return Result(b"[%b]" % b",".join(self._values), is_list=True)
         (value,) = self._values
@@ -80,7 +80,7 @@ def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 
 def _joined_text(first: Chunk, second: Chunk) -> str | None:
-    """The text of both, or None where they differ in anything else."""
+    """Returns the text of both, or None if they differ in anything else."""
     one, two = _text_of(first), _text_of(second)
     if one is None or two is None or _without_text(first) != _without_text(second):
         return None
@@ -88,12 +88,12 @@ def _joined_text(first: Chunk, second: Chunk) -> str | None:
 
 
 def _without_text(chunk: Chunk) -> Chunk:
-    """What a chunk that has a text shares with its neighbors of the same item."""
+    """Returns what a chunk that has a text shares with its neighbors of the same item."""
     return {**_with_text(chunk, ""), "sequence_number": None}
 
 
 def _text_of(chunk: Chunk) -> str | None:
-    """The text of a chunk that carries nothing else; None for any other chunk."""
+    """Returns the text of a chunk that carries nothing else; None for any other chunk."""
     match chunk:
         case {"token": str(text), "finished": False} if len(chunk) == 2:
             return text
@@ -114,7 +114,7 @@ def _text_of(chunk: Chunk) -> str | None:
 
 
 def _with_text(chunk: Chunk, text: str) -> Chunk:
-    """A chunk that has a text, with `text` in its place."""
+    """Returns a chunk that has a text, with `text` in its place."""
     if "token" in chunk:
         return {**chunk, "token": text}
     if "delta" in chunk:

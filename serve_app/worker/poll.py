@@ -73,7 +73,7 @@ class Poll:
         return items, MIN_POLL_S if time.monotonic() - began < MIN_POLL_S else 0.0
 
     def items(self, status: int, body: bytes) -> list[Any]:
-        """The items of an answer. Raises `ValueError` with what is wrong with it."""
+        """Returns the items of an answer. Raises `ValueError` with what is wrong with it."""
         if status in self._empty_statuses or (status == 200 and not body):
             return []
         if status != 200:
@@ -85,7 +85,7 @@ class Poll:
         return self._read(value)
 
     def _failed(self, reason: str) -> float:
-        """Logs the first failure in a row; returns the seconds to wait."""
+        """Logs the first failure in a row. Returns the seconds to wait."""
         if self._backoff.num_failures == 0:
             log.warning("Polls for %s fail (%s) and are repeated.", self._kind, reason)
         return self._backoff.failed()
@@ -102,12 +102,13 @@ class Poll:
 
 
 def poll_for_jobs() -> Poll:
-    """A poll that brings the platform's job objects, unchecked."""
+    """Returns a poll that brings the platform's job objects, unchecked."""
     return Poll("jobs", _jobs, NO_JOBS)
 
 
 def poll_for_stops() -> Poll:
-    """A poll that brings ids of jobs to stop: cancelled ones and those past their time limit."""
+    """Returns a poll that brings ids of jobs to stop: cancelled ones and those past their time
+    limit."""
     return Poll("stops", _stops, NO_STOPS)
 
 
@@ -140,5 +141,5 @@ def _parse(text: str) -> Any:
 
 
 def _number(digits: str) -> int | float:
-    """An integer, or infinity for one that is too long for Python."""
+    """Returns an integer, or infinity for one that is too long for Python."""
     return int(digits) if len(digits) < MAX_INT_DIGITS else float(digits)

@@ -113,7 +113,7 @@ class JobPosts:
         return "acknowledged"
 
     async def _post_chunk(self, body: bytes) -> bool:
-        """Posts a chunk; returns False where the client may miss it.
+        """Posts a chunk. Returns False if the client may miss it.
 
         A chunk is not repeated after a timeout: the platform may have it, and the client would read
         the text twice.

@@ -20,7 +20,8 @@ UPDATE_TIMEOUT_S = 5.0
 async def while_waiting(
     wait: Awaitable[T], update: Callable[[], Awaitable[None]], interval_s: float
 ) -> T:
-    """The result of `wait`; until it is there, awaits `update` at once and every `interval_s`.
+    """Returns the result of `wait`; until it is there, awaits `update` at once and every
+    `interval_s`.
 
     When this returns or raises, no update is under way. A failed update is logged.
     """

@@ -61,7 +61,7 @@ class Result:
 
     @classmethod
     def of_error(cls, body: ErrorBody, *, is_list: bool = False) -> Self:
-        """The result of a job that fails with the error body `body`.
+        """Returns the result of a job that fails with the error body `body`.
 
         Its output repeats `status`, `retry` and `message`: RunPod's Python client shows a job's
         output and never its error.
@@ -70,14 +70,14 @@ class Result:
         return cls(encode(shown), json.dumps(body), is_list)
 
     def body(self) -> bytes:
-        """The body of the post to the platform."""
+        """Returns the body of the post to the platform."""
         if self.error is None:
             return b'{"output":%b}' % self.output
         return b'{"error":%b,"output":%b}' % (encode(self.error), self.output)
 
 
 def max_result_bytes(job_id: str) -> int:
-    """The maximum bytes of this job's result, by the platform's limits."""
+    """Returns the maximum bytes of this job's result, by the platform's limits."""
     return MAX_SYNC_BYTES if job_id.startswith(SYNC_PREFIX) else MAX_RUN_BYTES
 
 
@@ -90,7 +90,7 @@ class LargeResults:
         self._volume = volume
 
     async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
-        """The result to post instead of `result`, whose body has `num_bytes`."""
+        """Returns the result to post instead of `result`, whose body has `num_bytes`."""
         log.warning("job %r: its result has %d bytes, too many to post.", job_id, num_bytes)
         remedy = "let the worker keep it on its volume (runpod.large_results)"
         if self._policy == "volume" and result.error is None:
@@ -106,7 +106,7 @@ class LargeResults:
         return Result.of_error(error_body(too_large, uuid.uuid4().hex), is_list=result.is_list)
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
-        """Writes `output` to a file; returns `{"file": path, "bytes": size}`. Raises `OSError`."""
+        """Writes `output` to a file. Returns `{"file": path, "bytes": size}`. Raises `OSError`."""
         if not is_mounted(self._volume):  # the file would be lost with the container
             raise OSError(errno.ENODEV, f"no volume is mounted at {self._volume}")
         folder = self._volume / FOLDER
@@ -125,7 +125,7 @@ class LargeResults:
 
 
 def file_name(job_id: str) -> str:
-    """The id where it is a plain name, which leads out of no folder; else its digest."""
+    """Returns the id where it is a plain name, which leads out of no folder; else its digest."""
     if PLAIN_ID.fullmatch(job_id):
         return job_id
     return hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()

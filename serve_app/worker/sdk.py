@@ -151,14 +151,15 @@ async def _never_called(job: dict[str, Any]) -> None:
 
 
 def take_url(num_jobs: int) -> str:
-    """The URL of a poll for at most `num_jobs` jobs."""
+    """Returns the URL of a poll for at most `num_jobs` jobs."""
     from runpod.serverless.modules import rp_job
 
     return str(rp_job._job_get_url(num_jobs))
 
 
 def stop_url() -> str | None:
-    """The URL of a poll for stops; None where it cannot be derived from that of the jobs."""
+    """Returns the URL of a poll for stops; None where it cannot be derived from that of the
+    jobs."""
     from runpod.serverless.modules import rp_job
 
     url: str | None = rp_job._job_stop_url()
@@ -166,7 +167,7 @@ def stop_url() -> str | None:
 
 
 def post_urls() -> tuple[str, str]:
-    """The URLs of chunks and of results, with `$ID` in place of the job's id."""
+    """Returns the URLs of chunks and of results, with `$ID` in place of the job's id."""
     from runpod.serverless.modules import rp_http
 
     return rp_http.JOB_STREAM_URL, rp_http.JOB_DONE_URL

@@ -33,10 +33,10 @@ def make_handler(
     error: ModelLoadFailed | None = None,
     gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
-    """The handler for the deployment that `config` describes; starts nothing yet.
+    """Returns the handler for the deployment that `config` describes; starts nothing yet.
 
-    `plan` is None where the check failed; the replica makes its own then. `error` is why no start
-    can succeed. `gave_up` is called when the model has died and is not started again.
+    `plan` is None if the check failed; the replica makes its own then. `error` is why no start can
+    succeed. `gave_up` is called when the model has died and is not started again.
     """
     settings = with_load_log(settings)
     process_s = processes.own_age_s()  # the first job may come much later

@@ -40,7 +40,7 @@ async def _nothing() -> None: ...
 
 
 def _task(work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    """A task whose log lines do not have the id of the job that happens to start it."""
+    """Returns a task whose log lines do not have the id of the job that happens to start it."""
     return asyncio.create_task(work, context=contextvars.Context())
 
 

@@ -35,7 +35,7 @@ class Collector:
 
 
 def attributes(it: Any) -> dict[str, Any]:
-    """The attributes of a span or a resource as Python values."""
+    """Returns the attributes of a span or a resource as Python values."""
 
     def plain(value: Any) -> Any:
         kind = value.WhichOneof("value")

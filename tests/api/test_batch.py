@@ -19,7 +19,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def answered(given: MixtralServer, *requests: BatchRequest) -> dict[str | None, Any]:
-    """The results by `custom_id`."""
+    """Returns the results by `custom_id`."""
     results: list[BatchResult] = []
     asyncio.run(batch.answer_all(given, iter(requests), results.append))
     assert len(results) == len(requests)

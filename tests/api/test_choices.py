@@ -32,7 +32,7 @@ def tiny() -> Iterator[MixtralServer]:
 
 
 def counts(body: dict[str, Any]) -> Any:
-    """The usage without what the prefix cache had of it."""
+    """Returns the usage without what the prefix cache had of it."""
     return {k: v for k, v in body["usage"].items() if k != "prompt_tokens_details"}
 
 

@@ -25,7 +25,8 @@ CHAT = {"messages": HELLO}
 
 
 def scope(method: str, path: str, spec_version: str = "2.4") -> dict[str, Any]:
-    """A request as an HTTP server hands it to the app; uvicorn follows version 2.3 of ASGI."""
+    """Returns a request as an HTTP server hands it to the app; uvicorn follows version 2.3 of
+    ASGI."""
     asgi = {"version": "3.0", "spec_version": spec_version}
     head = {"type": "http", "asgi": asgi, "method": method, "path": path}
     return {**head, "query_string": b"", "headers": []}

@@ -95,7 +95,7 @@ def test_an_empty_body_may_have_any_encoding(http: httpx.Client) -> None:
 
 
 def events(text: str) -> list[Any]:
-    """The JSON events of a stream."""
+    """Returns the JSON events of a stream."""
     *chunks, done, _ = text.split("\n\n")
     assert done == "data: [DONE]"
     return [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
@@ -129,7 +129,7 @@ def test_top_p_0_is_greedy(endpoint: Endpoint, http: httpx.Client) -> None:
 
 
 def asgi(app: Any) -> httpx.AsyncClient:
-    """A client of an app in this process."""
+    """Returns a client of an app in this process."""
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
 
 

@@ -21,7 +21,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}|{% endfo
 
 
 def prompt_of(body: dict[str, Any]) -> list[int]:
-    """The prompt that the engine gets."""
+    """Returns the prompt that the engine gets."""
     engine = FakeEngine()
     found = asyncio.run(answer(server(engine), CHAT, body))
     assert "error" not in found, found

@@ -150,7 +150,7 @@ def test_a_body_that_is_refused_is_not_read_on(endpoint: Endpoint) -> None:
 
 
 def once(body: bytes) -> Receive:
-    """An ASGI `receive` with the whole body; later calls wait."""
+    """Returns an ASGI `receive` with the whole body; later calls wait."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive() -> Message:
@@ -164,7 +164,7 @@ def once(body: bytes) -> Receive:
 async def sent(
     app: Any, headers: list[tuple[bytes, bytes]], receive: Receive | None = None
 ) -> list[Message]:
-    """What the guard sends in front of `app`."""
+    """Returns what the guard sends in front of `app`."""
     messages: list[Message] = []
 
     async def send(message: Message) -> None:

@@ -22,7 +22,8 @@ GREEDY: Any = {**ASKED, "extra_body": {"temperature": 0}}  # the client has no s
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    """The events of a stream, each of which has its type as its name; nothing follows them."""
+    """Returns the events of a stream, each of which has its type as its name; nothing follows
+    them."""
     *texts, end = response.text.split("\n\n")
     assert end == ""
     events = []

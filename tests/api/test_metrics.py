@@ -27,7 +27,7 @@ async def shown(one: MixtralServer) -> Shown:
 
 
 def after(fake: FakeEngine, path: str, *bodies: Any, **args: Any) -> Shown:
-    """What a new server shows when it has answered `bodies`; `args` are settings."""
+    """Returns what a new server shows when it has answered `bodies`; `args` are settings."""
 
     async def run() -> Shown:
         one = server(fake, **args)

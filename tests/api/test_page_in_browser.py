@@ -66,7 +66,7 @@ def ask(page: Page, text: str) -> None:
 
 
 def answers(page: Page) -> Any:
-    """The answers that have ended."""
+    """Returns the answers that have ended."""
     return page.locator(".turn.model:not(.live)")
 
 

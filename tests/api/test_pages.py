@@ -146,7 +146,7 @@ def test_the_description_is_openapi_3_1(document: Any) -> None:
 
 
 def errors(document: Any, schema: Any, value: Any) -> list[str]:
-    """What jsonschema finds wrong with `value`."""
+    """Returns what jsonschema finds wrong with `value`."""
     whole = {**schema, "components": document["components"]}
     return [error.message for error in Draft202012Validator(whole).iter_errors(value)]
 

@@ -147,7 +147,7 @@ JSON = strategies.recursive(
 
 
 def cost_of(value: Any) -> int:
-    """The cost by the parsed value."""
+    """Returns the cost by the parsed value."""
     match value:
         case list():
             return 3 + max(len(value) - 1, 0) + sum(map(cost_of, value))

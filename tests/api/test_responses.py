@@ -21,7 +21,8 @@ GREEDY: Any = {**ASKED, "temperature": 0, "max_output_tokens": 16}
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    """The events of a stream, each of which has its type as its name; nothing follows them."""
+    """Returns the events of a stream, each of which has its type as its name; nothing follows
+    them."""
     *texts, end = response.text.split("\n\n")
     assert end == ""
     events = []

@@ -15,7 +15,7 @@ from tests.fakes import server
 
 
 def path_of(route: Route) -> str:
-    """A path that the route answers."""
+    """Returns a path that the route answers."""
     return re.sub("{.*}", "tiny", route.path)
 
 

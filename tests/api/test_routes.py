@@ -16,12 +16,12 @@ EURO = "It is 5 €, 你好 🙂 ok."
 
 
 def ask(path: str, body: Any, engine: FakeEngine | None = None, **args: Any) -> dict[str, Any]:
-    """The answer of a server made for this one request."""
+    """Returns the answer of a server made for this one request."""
     return asyncio.run(answer(server(engine, **args), path, body))
 
 
 def stream(path: str, body: Any, engine: FakeEngine | None = None) -> list[dict[str, Any]]:
-    """The chunks of a server made for this one request."""
+    """Returns the chunks of a server made for this one request."""
     return asyncio.run(chunks(server(engine), path, body))
 
 

@@ -15,7 +15,7 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 
 
 def ask(path: str, body: Any, engine: FakeEngine | None = None, **args: Any) -> dict[str, Any]:
-    """The answer of a server made for this one request."""
+    """Returns the answer of a server made for this one request."""
     return asyncio.run(answer(server(engine, **args), path, body))
 
 

@@ -26,13 +26,14 @@ async def items(server: MixtralServer, path: str, body: dict[str, Any]) -> list[
 
 
 async def ask(server: MixtralServer, path: str = CHAT, **fields: Any) -> Any:
-    """The last item: the body of the answer, or the error."""
+    """Returns the last item: the body of the answer, or the error."""
     prompt = {"messages": QUESTION} if path == CHAT else {"prompt": "What is 2 + 3?"}
     return (await items(server, path, {**prompt, **fields}))[-1]
 
 
 def random_schema(chooser: random.Random, depth: int) -> dict[str, Any]:
-    """A schema of closed objects, lists and bounded scalars, at most `depth` levels deep."""
+    """Returns a schema of closed objects, lists and bounded scalars, at most `depth` levels
+    deep."""
     scalars: list[dict[str, Any]] = [
         {"type": "integer", "minimum": chooser.randint(-9, 0), "maximum": chooser.randint(1, 99)},
         {"type": "string", "maxLength": chooser.randint(0, 12)},

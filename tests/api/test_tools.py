@@ -44,7 +44,7 @@ async def items(server: MixtralServer, **fields: Any) -> list[Any]:
 
 
 def ask(server: MixtralServer, **fields: Any) -> Any:
-    """The choice of an answer that is no error."""
+    """Returns the choice of an answer that is no error."""
     (item,) = asyncio.run(items(server, **fields))
     ChatCompletion.model_validate(item["body"], strict=True)
     (choice,) = item["body"]["choices"]
@@ -58,13 +58,13 @@ def error(server: MixtralServer, **fields: Any) -> Any:
 
 
 def calls(choice: Any) -> list[tuple[str, Any]]:
-    """Names and arguments."""
+    """Returns the names and arguments."""
     found = [call["function"] for call in choice["message"].get("tool_calls") or []]
     return [(each["name"], json.loads(each["arguments"])) for each in found]
 
 
 def chunks(server: MixtralServer, **fields: Any) -> list[Any]:
-    """The chunks of a stream, each of which is one of the openai package's."""
+    """Returns the chunks of a stream, each of which is one of the openai package's."""
     found = [item["chunk"] for item in asyncio.run(items(server, stream=True, **fields))]
     for chunk in found:
         ChatCompletionChunk.model_validate(chunk, strict=True)

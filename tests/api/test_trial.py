@@ -26,7 +26,7 @@ def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(config: str, out: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    """The trial of `config` and the environment."""
+    """Returns the trial of `config` and the environment."""
     settings = Settings.from_yaml(config)
     return trial.run(settings, plan_start(settings), out, say)
 

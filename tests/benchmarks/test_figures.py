@@ -86,7 +86,7 @@ def level(tokens: float, first: float, errors: int = 0) -> dict[str, Any]:
 
 
 def rounds(*levels: dict[str, Any]) -> dict[Key, float]:
-    """The compared figures of the medians of rounds with one case each."""
+    """Returns the compared figures of the medians of rounds with one case each."""
     return figures(medians([{"short": {"1 at once": level}} for level in levels]))
 
 

@@ -10,7 +10,7 @@ PROMPT = Outcome(sent=1.0, arrivals=[2.0, 2.5], num_tokens=2)
 
 
 def stream(*arrivals: float, error: str | None = "unfinished") -> Outcome:
-    """A stream that the load generator closed."""
+    """Returns a stream that the load generator closed."""
     return Outcome(0.0, list(arrivals), error=error)
 
 

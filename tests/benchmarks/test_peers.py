@@ -88,7 +88,7 @@ def test_a_server_ends_with_its_children(tmp_path: Path) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """False for a zombie too."""
+    """Returns False for a zombie too."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:

@@ -25,7 +25,7 @@ SUM = [{"role": "user", "content": "What is 2 + 3?"}]
 
 
 def line(custom_id: str, **body: Any) -> dict[str, Any]:
-    """A request that chats, with these fields beside its messages."""
+    """Returns a request that chats, with these fields beside its messages."""
     chat = {"messages": SUM, "temperature": 0, **body}
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/chat/completions", "body": chat}
 

@@ -32,7 +32,7 @@ COMMAND = [sys.executable, "-c", CODE]
 
 
 def on_port(port: int, **args: Any) -> str:
-    """The YAML of configs/tiny.yaml on `port`, with these sections of `args:`."""
+    """Returns the YAML of configs/tiny.yaml on `port`, with these sections of `args:`."""
     document = yaml.safe_load(named.find("tiny").read_text())
     document["http_options"]["port"] = port
     document["applications"][0]["args"] |= args

@@ -35,7 +35,7 @@ def report_of(config: str, **arguments: Any) -> dict[str, Any]:
 
 
 def transformers_model() -> Any:
-    """The tiny model in float32."""
+    """Returns the tiny model in float32."""
     from transformers import MixtralForCausalLM
 
     return MixtralForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32).eval()

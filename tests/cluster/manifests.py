@@ -25,7 +25,7 @@ CRDS = {
 
 @cache
 def rendered(folder: Path) -> list[dict[str, Any]]:
-    """The objects that `kubectl apply -k folder` would send."""
+    """Returns the objects that `kubectl apply -k folder` would send."""
     assert KUBECTL is not None
     done = subprocess.run([KUBECTL, "kustomize", folder], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -33,7 +33,7 @@ def rendered(folder: Path) -> list[dict[str, Any]]:
 
 
 def rayservice(folder: Path = KUBERAY / "base") -> dict[str, Any]:
-    """The RayService of an overlay; the base's is read without kubectl."""
+    """Returns the RayService of an overlay; the base's is read without kubectl."""
     if folder.name == "base":
         document: dict[str, Any] = yaml.safe_load((folder / "rayservice.yaml").read_text())
         return document
@@ -48,7 +48,7 @@ def groups(service: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def containers(service: dict[str, Any]) -> list[dict[str, Any]]:
-    """The containers of head and workers."""
+    """Returns the containers of head and workers."""
     return [each for group in groups(service) for each in group["template"]["spec"]["containers"]]
 
 
@@ -69,7 +69,8 @@ def check(document: dict[str, Any]) -> None:
 
 @cache
 def crd_schema(name: str, api_version: str) -> dict[str, Any]:
-    """The schema of one version of a custom resource; fields that it does not name are refused."""
+    """Returns the schema of one version of a custom resource; fields that it does not name are
+    refused."""
     definition = yaml.load(gzip.decompress((SCHEMAS / name).read_bytes()), yaml.CSafeLoader)
     (version,) = (
         each

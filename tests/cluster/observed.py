@@ -50,16 +50,16 @@ class Observed:
         self.targets = {"server": f"127.0.0.1:{http}", "ray": f"127.0.0.1:{metrics}"}
 
     def text(self, target: str) -> str:
-        """What Prometheus reads from "server", which is `/metrics`, or from "ray"."""
+        """Returns what Prometheus reads from "server", which is `/metrics`, or from "ray"."""
         return httpx.get(f"http://{self.targets[target]}/metrics").text
 
     def log_lines(self) -> list[dict[str, object]]:
-        """The lines of the replica's log."""
+        """Returns the lines of the replica's log."""
         (path,) = self.folder.glob("ray/session_2*/logs/serve/replica_*.log")
         return [json.loads(line) for line in path.read_text().splitlines()]
 
     def has_metrics(self) -> bool:
-        """Whether Ray's port has the replica's; Ray opens it after the replica's start."""
+        """Returns whether Ray's port has the replica's; Ray opens it after the replica's start."""
         try:
             return "ray_mixtral_" in self.text("ray")
         except httpx.TransportError:

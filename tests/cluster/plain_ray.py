@@ -125,7 +125,7 @@ def cluster(**variables: str) -> Iterator[Cluster]:
 
 
 def killed(folder: Path) -> list[int]:
-    """What a process has left that died before `Cluster.kill`."""
+    """Returns what a process has left that died before `Cluster.kill`."""
     found = left_behind(folder)
     for pid in found:
         with suppress(ProcessLookupError):

@@ -27,7 +27,7 @@ needs_prometheus = pytest.mark.skipif(
 
 
 def panels() -> list[dict[str, Any]]:
-    """The panels of the dashboard."""
+    """Returns the panels of the dashboard."""
     found: list[dict[str, Any]] = json.loads(DASHBOARD.read_text())["panels"]
     return found
 
@@ -37,14 +37,14 @@ class Prometheus:
         self.url = url
 
     def query(self, expression: str) -> list[float]:
-        """The values that the expression has now, one for each series."""
+        """Returns the values that the expression has now, one for each series."""
         parameters = {"query": expression.replace("$__rate_interval", RATE_INTERVAL)}
         body = httpx.get(f"{self.url}/api/v1/query", params=parameters).json()
         assert body["status"] == "success", body
         return [float(series["value"][1]) for series in body["data"]["result"]]
 
     def rules(self) -> dict[str, str]:
-        """The state of each alert: inactive, pending or firing."""
+        """Returns the state of each alert: inactive, pending or firing."""
         (group,) = httpx.get(f"{self.url}/api/v1/rules").json()["data"]["groups"]
         return {rule["name"]: rule["state"] for rule in group["rules"]}
 

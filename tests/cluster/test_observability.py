@@ -25,7 +25,7 @@ def server() -> Iterator[Observed]:
 
 
 def series(text: str, prefix: str) -> dict[tuple[str, ...], float]:
-    """The values by name without `prefix`, and the labels that the server gives itself."""
+    """Returns the values by name without `prefix`, and the labels that the server gives itself."""
     found = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
@@ -128,7 +128,7 @@ def load(url: str) -> Iterator[None]:
 
 
 def missing(prometheus: Prometheus) -> set[str]:
-    """The queries of the dashboard, by panel and letter, that have no data now."""
+    """Returns the queries of the dashboard, by panel and letter, that have no data now."""
     found = set()
     for panel in panels():
         for target in panel["targets"]:

@@ -85,7 +85,7 @@ def certificate(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def nginx(folder: Path, port: int, server: int, pair: tuple[Path, Path]) -> list[str]:
-    """The example with a certificate and ports of the test, in the smallest nginx.conf."""
+    """Returns the example with a certificate and ports of the test, in the smallest nginx.conf."""
     cert, key = pair
     text = (PROXY / "nginx.conf").read_text()
     for old, new in (
@@ -108,7 +108,7 @@ def nginx(folder: Path, port: int, server: int, pair: tuple[Path, Path]) -> list
 
 
 def caddy(folder: Path, port: int, server: int, pair: tuple[Path, Path]) -> list[str]:
-    """The example with a certificate and ports of the test."""
+    """Returns the example with a certificate and ports of the test."""
     cert, key = pair
     text = (PROXY / "Caddyfile").read_text()
     for old, new in (

@@ -33,7 +33,7 @@ def files(tmp_path: Path) -> list[Path]:
 
 
 def cached(file: Path) -> float:
-    """The share of a file that is in the page cache (mincore(2))."""
+    """Returns the share of a file that is in the page cache (mincore(2))."""
     with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as pages:
         num_pages = -(-len(pages) // mmap.PAGESIZE)
         resident = (ctypes.c_ubyte * num_pages)()

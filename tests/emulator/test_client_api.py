@@ -31,7 +31,7 @@ def http(platform: Platform) -> Iterator[httpx.Client]:
 
 
 def worker(platform: Platform, path: str) -> httpx.Response:
-    """A worker's poll."""
+    """Returns a worker's poll."""
     headers = {"Authorization": worker_api.KEY}
     return httpx.get(f"{platform.url}/v2/ep/{path}/pod1", headers=headers, timeout=10)
 

@@ -141,7 +141,7 @@ def run(coroutine: Coroutine[Any, Any, T]) -> T:
 async def complete(
     engine: Engine, prompt_ids: list[int], params: SamplingParams
 ) -> tuple[list[int], str, list[Logprob]]:
-    """Runs a request to its end; returns tokens, finish reason and logprobs, and asserts that it
+    """Runs a request to its end. Returns tokens, finish reason and logprobs, and asserts that it
     ends once."""
     deltas = [delta async for delta in engine.generate(prompt_ids, params)]
     return joined(deltas)
@@ -166,7 +166,7 @@ def greedy(max_tokens: int, **changes: Any) -> SamplingParams:
 async def start(
     engine: Engine, runner: FakeRunner, params: SamplingParams
 ) -> tuple[AsyncGenerator[Delta, None], Delta]:
-    """Starts a request; returns it with its first delta. The runner is held in the next launch."""
+    """Starts a request. Returns it with its first delta. The runner is held in the next launch."""
     request = engine.generate([1, 2], params)
     runner.allow(1)
     first = await anext(request)

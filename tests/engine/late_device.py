@@ -16,12 +16,12 @@ VOCAB_SIZE = 20
 
 
 def extended(context: int, token: int) -> int:
-    """The number of a context with one more token."""
+    """Returns the number of a context with one more token."""
     return (context * 1_000_003 + token + 1) % ((1 << 61) - 1)
 
 
 def answer_of(prompt: list[int], max_tokens: int, stop_ids: frozenset[int]) -> list[int]:
-    """The answer to a prompt, computed without an engine."""
+    """Returns the answer to a prompt, computed without an engine."""
     context = 0
     for token in prompt:
         context = extended(context, token)

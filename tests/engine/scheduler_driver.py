@@ -14,7 +14,7 @@ from serve_app.engine.sequence import Sequence
 
 
 def new_sequence(num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
-    """A prompt of zeros, whose sixth token is `kind`."""
+    """Returns a prompt of zeros, whose sixth token is `kind`."""
     token_ids = [kind if i == 5 else 0 for i in range(num_prompt)]
     return Sequence(token_ids, SamplingParams(max_tokens=max_tokens), 0, frozenset())
 

@@ -70,7 +70,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 def fresh(sequence: EngineSequence, **how: Any) -> EngineSequence:
-    """The same sequence for another sampler, with changed parameters."""
+    """Returns the same sequence for another sampler, with changed parameters."""
     params = replace(sequence.params, **how)
     made = EngineSequence(list(sequence.token_ids), params, sequence.seed, sequence.stop_ids)
     made.num_prompt_tokens = sequence.num_prompt_tokens
@@ -78,7 +78,7 @@ def fresh(sequence: EngineSequence, **how: Any) -> EngineSequence:
 
 
 def expected(logits: Tensor, sequences: list[EngineSequence], factor: float = 1) -> list[int]:
-    """The tokens of the sampler in torch, with `top_p` times `factor`."""
+    """Returns the tokens of the sampler in torch, with `top_p` times `factor`."""
     changed = [
         fresh(s, top_p=s.params.top_p * factor if s.params.top_p < 1 else 1) for s in sequences
     ]

@@ -36,7 +36,7 @@ H200 = times_of(8.5, 222, 0.024)
 
 
 def engine_of(times: Times, *, is_gpu: bool = True, launch_blocks: bool = False) -> SimulatedEngine:
-    """An engine that has run the prompts of a warm-up."""
+    """Returns an engine that has run the prompts of a warm-up."""
     config = EngineConfig(16_384, 64, 10_000, 16, 40_000, MAX_TOKENS, frozenset())
     policy = PrefillPolicy(MAX_TOKENS, MAX_STALL_S, SHARE)
     how = {"can_overlap_steps": is_gpu, "launch_blocks": launch_blocks}

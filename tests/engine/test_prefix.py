@@ -23,7 +23,7 @@ NUM_TURNS = 3
 
 
 def turns(engine: Engine) -> tuple[list[list[int]], list[list[int]]]:
-    """Runs 24 conversations of three turns with a common prefix; returns prompts and answers.
+    """Runs 24 conversations of three turns with a common prefix. Returns prompts and answers.
 
     The prompt of a turn is the whole conversation before it, and a new question.
     """

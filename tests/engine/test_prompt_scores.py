@@ -20,7 +20,7 @@ SCORE = SamplingParams(max_tokens=0, temperature=0, prompt_logprobs=NUM_TOP)
 
 
 async def scores(engine: Engine, prompt: list[int], params: SamplingParams = SCORE) -> Any:
-    """The deltas of one request, joined into one."""
+    """Returns the deltas of one request, joined into one."""
     whole = None
     async for delta in engine.generate(prompt, params):
         if whole is None:

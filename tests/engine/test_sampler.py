@@ -23,7 +23,7 @@ STOP = frozenset({1, 2})
 
 
 def sampled(sampler: Sampler, logits: Tensor, sequences: list[Sequence]) -> SampledTokens:
-    """The sampled tokens on the host."""
+    """Returns the sampled tokens on the host."""
     return sampler.sample(logits, sequences).wait()
 
 
@@ -36,7 +36,8 @@ def new_sequence(
 
 
 def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
-    """The scores `[vocab]` whose softmax a token is drawn from, by transformers' processors."""
+    """Returns the scores `[vocab]` whose softmax a token is drawn from, by transformers'
+    processors."""
     from transformers.generation import logits_process as hf
 
     params = sequence.params
@@ -64,7 +65,7 @@ def reference_scores(logits: Tensor, sequence: Sequence) -> Any:
 
 
 def reference_token(logits: Tensor, sequence: Sequence) -> tuple[int, float]:
-    """The token that the noise picks, and its lead over the second best."""
+    """Returns the token that the noise picks, and its lead over the second best."""
     scores = reference_scores(logits, sequence).double()
     position = torch.tensor([sequence.num_output_tokens])
     scores += gumbel(torch.tensor([as_int64(sequence.seed)]), position, len(scores))[0]

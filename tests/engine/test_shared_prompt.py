@@ -21,7 +21,7 @@ PROMPT = [1 + i % 40 for i in range(30)]
 async def choices(
     engine: Engine, prompt: list[int], params: list[SamplingParams]
 ) -> list[list[int]]:
-    """The tokens of one answer for each of `params`."""
+    """Returns the tokens of one answer for each of `params`."""
     shared = SharedPrompt()
 
     async def answer(each: SamplingParams) -> list[int]:
@@ -32,7 +32,7 @@ async def choices(
 
 
 def num_computed(runner: FakeRunner, prompt: list[int]) -> int:
-    """Tokens of `prompt` that all steps have computed."""
+    """Returns the tokens of `prompt` that all steps have computed."""
     return sum(
         max(0, min(part.end, len(prompt)) - part.start) for step in runner.steps for part in step
     )

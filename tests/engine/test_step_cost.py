@@ -11,13 +11,13 @@ from serve_app.engine.step_cost import StepCost, StepShape
 
 
 def prompt(start: int, num_tokens: int, num_decodes: int = 0, context: int = 500) -> StepShape:
-    """A step with one prefill chunk."""
+    """Returns a step with one prefill chunk."""
     scores = num_tokens * start + num_tokens * (num_tokens + 1) // 2
     return StepShape(num_decodes, num_decodes * context, num_tokens, scores)
 
 
 def decodes(count: int, context: int) -> StepShape:
-    """A step that only decodes."""
+    """Returns a step that only decodes."""
     return StepShape(count, count * context, 0, 0)
 
 

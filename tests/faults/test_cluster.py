@@ -33,7 +33,7 @@ def url(it: Cluster, path: str) -> str:
 
 
 def stream(it: Cluster, session: int, begun: Callable[[], object]) -> bool:
-    """Whether a long answer came whole; calls `begun` after its first event."""
+    """Returns whether a long answer came whole; calls `begun` after its first event."""
     headers = {**HEADERS, "x-session-id": f"session {session}"}
     last = ""
     with (
@@ -103,7 +103,7 @@ def lose(node: "subprocess.Popen[bytes]") -> None:
 
 
 def healthy(it: Cluster, number: int) -> bool:
-    """Whether as many replicas as that are there and HAProxy answers."""
+    """Returns whether as many replicas as that are there and HAProxy answers."""
     return sum(len(replicas(node)) for node in it.nodes) == number and it.answers
 
 
@@ -224,6 +224,6 @@ def is_open(port: int) -> bool:
 
 
 def pids(it: Cluster) -> set[int]:
-    """The processes of the replicas."""
+    """Returns the processes of the replicas."""
     titles = (descendants(node.pid) for node in it.nodes)
     return {pid for each in titles for pid, title in each.items() if REPLICA in title}

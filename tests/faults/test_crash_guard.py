@@ -33,7 +33,7 @@ def variables(volume: Path, **more: str) -> dict[str, Any]:
 
 
 def killed_while_loading(home: Path, volume: Path) -> tuple[dict[str, Any], str]:
-    """The first update of a job whose worker is killed as soon as it loads, and its log."""
+    """Returns the first update of a job whose worker is killed as soon as it loads, and its log."""
     home.mkdir()
     with Platform() as platform, Worker(platform, home, **variables(volume)) as worker:
         job = Client(platform).submit({"prompt": "x"})

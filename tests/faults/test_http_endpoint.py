@@ -68,7 +68,7 @@ def until_written(entry: subprocess.Popen[bytes], file: Path, words: str) -> Non
 
 
 def ping(port_health: int) -> int | None:
-    """The status that a load balancer reads; None if nothing listens."""
+    """Returns the status that a load balancer reads; None if nothing listens."""
     try:
         return httpx.get(f"http://127.0.0.1:{port_health}/ping", timeout=10).status_code
     except httpx.TransportError:

@@ -44,13 +44,13 @@ def client(platform: Platform, worker: Worker) -> Iterator[Client]:
 
 
 def health_of(client: Client) -> dict[str, Any]:
-    """The output of a `/health` job."""
+    """Returns the output of a `/health` job."""
     output: dict[str, Any] = client.ended({"endpoint": "/health"}).output
     return output
 
 
 def both_run(client: Client) -> tuple[Job, Job]:
-    """A stream that has posted chunks and a plain job, both running in the engine."""
+    """Returns a stream that has posted chunks and a plain job, both running in the engine."""
     stream, silent = client.submit({**LONG, "stream": True}), client.submit(LONG)
     until(lambda: stream.chunks)
     until(lambda: health_of(client)["engine"]["running"] == 2)
@@ -58,7 +58,7 @@ def both_run(client: Client) -> tuple[Job, Job]:
 
 
 def has_lost_the_model(client: Client, stream: Job) -> bool:
-    """Whether the stream's last chunk and the job's error both say to send it again."""
+    """Returns whether the stream's last chunk and the job's error both say to send it again."""
     error = client.error_of(stream)["error"]
     assert stream.chunks[-1]["finish_reason"] == "error"
     return (error["status"], error["retry"]) == ("CONNECTION_ERROR", True)

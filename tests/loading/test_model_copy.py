@@ -26,7 +26,7 @@ def settings(name: Path, cache: Path, **model: Any) -> Settings:
 
 
 def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
-    """The load and its phases; the engine is stopped again."""
+    """Returns the load and its phases; the engine is stopped again."""
     loaded = load(chosen, LoadLog(str(log)))
     loaded.engine.stop()
     lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -34,7 +34,7 @@ def load_once(chosen: Settings, log: Path) -> tuple[Loaded, list[str]]:
 
 
 def checked(chosen: Settings) -> list[str]:
-    """The lines that the check prints about the start."""
+    """Returns the lines that the check prints about the start."""
     return check_plan(chosen, plan_start(chosen))
 
 

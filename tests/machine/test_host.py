@@ -11,7 +11,7 @@ GB = 10**9
 
 
 def container(folder: Path, version: int, limit: str, used: int, cached: int) -> Path:
-    """A cgroup folder whose processes hold `used` bytes, `cached` of them page cache."""
+    """Returns a cgroup folder whose processes hold `used` bytes, `cached` of them page cache."""
     if version == 2:
         (folder / "memory.max").write_text(f"{limit}\n")
         (folder / "memory.current").write_text(f"{used}\n")

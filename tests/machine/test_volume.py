@@ -27,7 +27,8 @@ print(json.dumps([str(folder), volume.is_mounted(folder), banner.volume(folder)]
 
 
 def in_namespace(commands: str, *arguments: str) -> tuple[str, bool, str]:
-    """The volume, whether it is mounted, and the banner's words, after the shell's `commands`."""
+    """Returns the volume, whether it is mounted, and the banner's words, after the shell's
+    `commands`."""
     python = shlex.join([sys.executable, "-c", STATE, *arguments])
     script = f"set -e\n{commands}\nexec {python}"
     done = subprocess.run(

@@ -54,7 +54,8 @@ def load_folder(
     progress: Callable[[float], None] | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Mixtral:
-    """The model of the checkpoint in folder `path`, quantized as `wanted` where that can be."""
+    """Returns the model of the checkpoint in folder `path`, quantized as `wanted` where that can
+    be."""
     checkpoint = inspect(path)
     return load(
         checkpoint,

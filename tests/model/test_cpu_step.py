@@ -79,7 +79,7 @@ def decodes(contexts: list[int], seed: int = 0) -> Batch:
 
 
 def row(batch: Batch, i: int) -> Batch:
-    """The batch with its row `i` alone."""
+    """Returns the batch with its row `i` alone."""
     only = slice(i, i + 1)
     return Batch(
         batch.token_ids[only],
@@ -117,7 +117,7 @@ def test_a_row_has_the_same_bits_in_any_batch(shape: dict[str, Any], tmp_path: P
 
 
 def piece(ids: list[int], start: int, end: int, table: torch.Tensor) -> Batch:
-    """Tokens `start` to `end` of a prompt."""
+    """Returns the tokens `start` to `end` of a prompt."""
     positions = torch.arange(start, end)
     slots = table[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
     some = torch.tensor(ids[start:end])

@@ -38,7 +38,7 @@ def full_batch(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 def decode(full_batch: Paged, members: list[int]) -> Tensor:
-    """The logits of one more token of each of `members`, which is removed again: `[members,
+    """Returns the logits of one more token of each of `members`, which is removed again: `[members,
     vocab_size]`."""
     before = dict(full_batch.lengths)
     logits = full_batch.step(**{f"s{i}": [i] for i in members})

@@ -55,7 +55,7 @@ class QuietServer(ThreadingHTTPServer):
 
 
 def written(folder: Path, port: int, *replicas: int) -> Path:
-    """The file that Serve writes for its port, with replicas on the ports `replicas`."""
+    """Returns the file that Serve writes for its port, with replicas on the ports `replicas`."""
     from ray.serve._private.haproxy import BackendConfig, HAProxyApi, HAProxyConfig, ServerConfig
     from ray.serve.config import HTTPOptions
 
@@ -139,7 +139,7 @@ def server(start: Start) -> Server:
 
 
 def last_words(connection: socket.socket) -> bytes:
-    """What HAProxy sends before it closes the connection."""
+    """Returns what HAProxy sends before it closes the connection."""
     return b"".join(iter(lambda: connection.recv(4096), b""))
 
 

@@ -84,7 +84,7 @@ def chosen(
     *,
     may_wait: bool = False,
 ) -> int:
-    """The port of the replica that answered; nothing else is under way before."""
+    """Returns the port of the replica that answered; nothing else is under way before."""
     if not may_wait:
         until(lambda: num_open(server) == 0)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()

@@ -50,7 +50,7 @@ def get(listener: Listener, path: str) -> httpx.Response:
 
 
 def said(listener: Listener, sent: bytes) -> bytes:
-    """The whole response to `sent`, until the listener closes the connection."""
+    """Returns the whole response to `sent`, until the listener closes the connection."""
     with socket.create_connection(("127.0.0.1", listener.port), timeout=30) as connection:
         answer = b""
         # It may hang up on a client that is still talking.

@@ -16,7 +16,7 @@ Answer = list[TextDelta]
 
 @st.composite
 def answers(draw: st.DrawFn) -> Answer:
-    """The deltas of one answer. Calls are whole, and their arguments are objects."""
+    """Returns the deltas of one answer. Calls are whole, and their arguments are objects."""
     texts = draw(
         st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=5), max_size=4)
     )
@@ -51,12 +51,12 @@ def answers(draw: st.DrawFn) -> Answer:
 
 
 def _score(offset: int) -> TokenScore:
-    """One token whose text begins at `offset`, with two candidates."""
+    """Returns one token whose text begins at `offset`, with two candidates."""
     return TokenScore(5, -0.5, np.array([5, 6]), np.array([-0.5, -np.inf], np.float32), offset)
 
 
 def whole(deltas: Answer) -> TextDelta:
-    """The answer as one delta, as `Answer.whole` makes it."""
+    """Returns the answer as one delta, as `Answer.whole` makes it."""
     last = deltas[-1]
     return TextDelta(
         "".join(delta.text for delta in deltas),

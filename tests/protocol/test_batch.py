@@ -13,7 +13,7 @@ LINE: dict[str, Any] = {"custom_id": "a", "method": "POST", "url": URL, "body": 
 
 
 def read(*lines: Any) -> Any:
-    """What the last of these lines is read as."""
+    """Returns what the last of these lines is read as."""
     reader = LineReader([URL, "/prompt"])
     texts = [line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines]
     return [reader.read(number, text) for number, text in enumerate(texts, start=1)][-1]

@@ -102,7 +102,7 @@ def test_raw_prompts_contain_control_tokens() -> None:
 
 
 def mutated(folder: Path, *tokens: AddedToken, template: str | None = None) -> Tokenizer:
-    """The tiny model's tokenizer with added tokens, and another template."""
+    """Returns the tiny model's tokenizer with added tokens, and another template."""
     backend = Backend.from_file(str(CHECKPOINT / "tokenizer.json"))
     backend.add_tokens(list(tokens))
     backend.save(str(folder / "tokenizer.json"))

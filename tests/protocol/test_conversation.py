@@ -32,7 +32,7 @@ LENIENT = (
 
 
 def conversation(roles: str) -> list[Turn]:
-    """A conversation of these roles, whose contents are 0, 1, 2, ..."""
+    """Returns a conversation of these roles, whose contents are 0, 1, 2, ..."""
     return [{"role": ROLES[role], "content": str(index)} for index, role in enumerate(roles)]
 
 
@@ -41,12 +41,13 @@ def rendered(source: str, roles: str) -> str:
 
 
 def has_question(roles: str) -> bool:
-    """Whether the user says something, which every request needs."""
+    """Returns whether the user says something, which every request needs."""
     return "u" in roles
 
 
 def is_split_by_system(roles: str) -> bool:
-    """Whether only system messages stand between two of one role. Mistral leaves them apart."""
+    """Returns whether only system messages stand between two of one role. Mistral leaves them
+    apart."""
     return any(one == other for one, other in pairwise(_runs(roles)))
 
 

@@ -17,7 +17,7 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 
 def refusal(schema: type[Body], body: Any) -> InvalidRequest:
-    """The error that reading `body` raises."""
+    """Returns the error that reading `body` raises."""
     with pytest.raises(InvalidRequest) as refused:
         schema.read(body)
     return refused.value

@@ -22,7 +22,7 @@ EOS = 2
 
 
 def source(**fields: Any) -> GrammarSource | None:
-    """The grammar of a chat request with these fields."""
+    """Returns the grammar of a chat request with these fields."""
     hello = [{"role": "user", "content": "Hello"}]
     return ChatRequest.read({"messages": hello, **fields}).grammar
 
@@ -46,7 +46,8 @@ def allowed(state: GrammarState) -> list[int]:
 
 
 def follow(state: GrammarState, choose: Any, max_tokens: int = 400) -> list[int]:
-    """The tokens that `choose` takes of the allowed ones, until the grammar or EOS ends them."""
+    """Returns the tokens that `choose` takes of the allowed ones, until the grammar or EOS ends
+    them."""
     ids: list[int] = []
     while not state.is_complete and len(ids) < max_tokens:
         token_id = choose(allowed(state))
@@ -58,7 +59,7 @@ def follow(state: GrammarState, choose: Any, max_tokens: int = 400) -> list[int]
 
 
 def text(ids: Sequence[int], *, prompt_ids: Sequence[int] = ()) -> str:
-    """What the client sees."""
+    """Returns what the client sees."""
     detokenizer = Detokenizer(tokenizer().backend, prompt_ids=prompt_ids)
     return "".join(map(detokenizer.push, ids)) + detokenizer.flush()
 

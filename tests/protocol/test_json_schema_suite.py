@@ -29,12 +29,12 @@ UNSUPPORTED = {
 
 
 def grammar(schema: Any) -> CompiledGrammar:
-    """The grammar of `schema`. Raises `InvalidRequest` where it has none."""
+    """Returns the grammar of `schema`. Raises `InvalidRequest` if it has none."""
     return compiled_grammar(GrammarSource("json", json.dumps(schema), "response_format"))
 
 
 def accepts(state: GrammarState, value: Any) -> bool:
-    """Whether an answer may be this value, written as JSON."""
+    """Returns whether an answer may be this value, written as JSON."""
     text = json.dumps(value, ensure_ascii=False)
     for token_id in tokenizer().encode(text, add_special_tokens=False):
         if token_id not in allowed(state):
@@ -44,7 +44,7 @@ def accepts(state: GrammarState, value: Any) -> bool:
 
 
 def held() -> dict[str, Any]:
-    """The schemas of the suite that have a grammar."""
+    """Returns the schemas of the suite that have a grammar."""
     found = {}
     for name, groups in SUITE.items():
         for group in groups:

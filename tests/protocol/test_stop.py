@@ -11,7 +11,7 @@ STOPS = st.lists(st.text("abé", min_size=1, max_size=5), max_size=4)
 
 
 def expected(text: str, stops: list[str], num_passed: int = 0) -> tuple[str, str | None]:
-    """The definition, character by character; the first `num_passed` end nothing."""
+    """Returns the definition, character by character; the first `num_passed` end nothing."""
     for end in range(num_passed + 1, len(text) + 1):
         ended = [stop for stop in stops if text[:end].endswith(stop)]
         if ended:

@@ -55,7 +55,7 @@ def groups(ids: list[int], cuts: list[int]) -> list[list[int]]:
 def streamed(
     tokenizer: Tokenizer, ids: list[int], cuts: list[int], stops: list[str] | None = None
 ) -> list[TextDelta]:
-    """The text of an answer whose engine deltas are `ids` cut at `cuts`."""
+    """Returns the text of an answer whose engine deltas are `ids` cut at `cuts`."""
     stream = TextStream(Detokenizer(tokenizer.backend), stops or [])
     deltas = []
     for group in groups(ids, cuts):

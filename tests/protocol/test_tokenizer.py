@@ -41,7 +41,7 @@ def test_conversations_are_what_transformers_makes(
 
 @pytest.mark.parametrize("text", ["Hello", " x", "é你🙂", "<s>Hello", ""])
 def test_text_gets_one_bos(reference: Any, text: str) -> None:
-    """Raw text is encoded as transformers does, save that a BOS in the text is not doubled."""
+    """Raw text is encoded as transformers does, except that a BOS in the text is not doubled."""
     expected = reference.encode(text.removeprefix("<s>"))
     assert tokenizer().encode(text)[0] == reference.bos_token_id
     assert tokenizer().encode(text).count(reference.bos_token_id) == 1
@@ -59,7 +59,7 @@ def test_a_long_text_leaves_the_event_loop_alone() -> None:
     """Tokenizing in a thread releases the interpreter, so that the loop turns meanwhile."""
 
     async def longest_pause() -> float:
-        """The longest pause of the event loop, as a share of the work's time."""
+        """Returns the longest pause of the event loop, as a share of the work's time."""
         started = last = time.monotonic()
         longest = 0.0
         task = asyncio.create_task(asyncio.to_thread(tokenizer().encode, "é" * 300_000))

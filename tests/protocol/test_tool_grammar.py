@@ -36,7 +36,7 @@ def allowed(state: GrammarState, vocab_size: int = 32_768) -> list[int]:
 
 
 def answer(tokenizer: Tokenizer, ids: list[int]) -> TextDelta:
-    """What the client sees."""
+    """Returns what the client sees."""
     detokenizer = Detokenizer(tokenizer.backend, tool_calls_id=tokenizer.tool_calls_id)
     stream = TextStream(detokenizer, tool_calls=ToolCallParser({"f", "now"}))
     return stream.push(ids, (), "stop")

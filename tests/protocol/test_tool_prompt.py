@@ -31,7 +31,7 @@ def read(messages: list[dict[str, Any]]) -> list[Message]:
 
 
 def call(index: int, arguments: str = '{"city": "Paris"}') -> dict[str, Any]:
-    """A call whose id has Mistral's form."""
+    """Returns a call whose id has Mistral's form."""
     function = {"name": "get_weather", "arguments": arguments}
     return {"id": f"id{index:07}", "type": "function", "function": function}
 

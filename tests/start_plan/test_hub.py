@@ -42,7 +42,7 @@ def find_in_process(
     free: int = 10**12,
     volume: Path | None = None,
 ) -> tuple[str, bool]:
-    """The folder, or the sentence of the error; and whether to try again."""
+    """Returns the folder, or the sentence of the error; and whether to try again."""
     code = (
         "import sys; from pathlib import Path; from serve_app.start_plan.hub import *\n"
         "import shutil; from types import SimpleNamespace as Usage\n"

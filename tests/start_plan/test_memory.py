@@ -208,7 +208,8 @@ def test_a_type_that_the_weights_do_not_have(
 
 
 def run_check(path: Path, hub: str, home: Path) -> subprocess.CompletedProcess[str]:
-    """The command in a process that sees `hub` as the hub, an empty cache, and one RTX 5090."""
+    """Returns the command in a process that sees `hub` as the hub, an empty cache, and one RTX
+    5090."""
     write(path.parent, RTX_5090, driver="580.65.06")
     machine = {"PYTHONPATH": str(path.parent), "HF_HOME": str(home)}
     return subprocess.run(

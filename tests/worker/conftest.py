@@ -42,13 +42,13 @@ class Client:
         requests.post(url, headers=HEADERS, timeout=10).raise_for_status()
 
     def ended(self, given: Any) -> Job:
-        """The job after it has ended."""
+        """Returns the job after it has ended."""
         job = self.submit(given)
         until(lambda: job.is_over)
         return job
 
     def error_of(self, job: Job) -> dict[str, Any]:
-        """The failed job's error, which is one JSON string."""
+        """Returns the failed job's error, which is one JSON string."""
         assert job.status == "FAILED", job.output
         assert isinstance(job.error, str)
         error: dict[str, Any] = json.loads(job.error)

@@ -58,7 +58,7 @@ class RecordedPosts:
 
 
 def posts_of(handler: Handler, given: Any) -> RecordedPosts:
-    """All that is posted for a job with the input `given`."""
+    """Returns all that is posted for a job with the input `given`."""
     posts = RecordedPosts()
     asyncio.run(handler.answer({"id": "job-1", "input": given}, posts))
     return posts

@@ -38,7 +38,8 @@ class Model:
 
 
 def scripted_handler(folder: Path, model: Forward | Exception) -> Handler:
-    """The handler of `model`, with its load log in `folder`; no model starts for an exception."""
+    """Returns the handler of `model`, with its load log in `folder`; no model starts for an
+    exception."""
 
     async def start() -> Forward:
         await asyncio.sleep(0.01)

@@ -109,7 +109,7 @@ def test_leaving_closes_the_source() -> None:
 
 
 async def rest(buffer: ItemBuffer[Any]) -> list[dict[str, Any]]:
-    """All items up to the end."""
+    """Returns all items up to the end."""
     seen: list[dict[str, Any]] = []
     while not buffer.is_over:
         seen.extend(await buffer.take())

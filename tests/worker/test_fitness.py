@@ -19,7 +19,7 @@ from tests.worker.process import ENTRY
 
 
 def config(folder: Path, **model: Any) -> str:
-    """Writes configs/tiny.yaml with other `model` settings; returns its path."""
+    """Writes configs/tiny.yaml with other `model` settings. Returns its path."""
     document = yaml.safe_load(TINY.read_text())
     document["applications"][0]["args"]["model"] |= model
     path = folder / "config.yaml"
@@ -28,7 +28,8 @@ def config(folder: Path, **model: Any) -> str:
 
 
 def with_gpu(folder: Path, gpu: nvml.Row, driver: str, cuda: str) -> dict[str, str]:
-    """The environment of a machine whose NVML lists `gpu`, and whose torch is for `cuda`."""
+    """Returns the environment of a machine whose NVML lists `gpu`, and whose torch is for
+    `cuda`."""
     (folder / "site" / "torch").mkdir(parents=True)
     (folder / "site" / "torch" / "__init__.py").touch()
     (folder / "site" / "torch" / "version.py").write_text(f"cuda = '{cuda}'\n")

@@ -18,13 +18,13 @@ QUESTIONS = [f"What is {a} + {b}?" for a, b in itertools.product(range(2, 7), ra
 
 
 def question(number: int) -> dict[str, Any]:
-    """The input of job `number`; every second one streams."""
+    """Returns the input of job `number`; every second one streams."""
     prompt = QUESTIONS[number // 2 % len(QUESTIONS)]
     return {"prompt": prompt, "temperature": 0, "max_tokens": 12, "stream": number % 2 == 1}
 
 
 def text_of(job: Job) -> str:
-    """The job's answer; the text of all chunks for a stream."""
+    """Returns the job's answer; the text of all chunks for a stream."""
     assert job.status == "COMPLETED", job.error
     if isinstance(job.output, dict):
         return str(job.output["text"])
@@ -32,7 +32,7 @@ def text_of(job: Job) -> str:
 
 
 def max_at_once(jobs: list[Job]) -> int:
-    """The largest number of jobs that the worker had taken and not yet answered."""
+    """Returns the largest number of jobs that the worker had taken and not yet answered."""
     ends: list[float] = []
     num_max = 0
     for started, ended in sorted((job.started or 0.0, job.ended or 0.0) for job in jobs):
@@ -44,7 +44,7 @@ def max_at_once(jobs: list[Job]) -> int:
 
 
 def max_overtaken(jobs: list[Job]) -> int:
-    """The largest number of later jobs that ended before one job."""
+    """Returns the largest number of later jobs that ended before one job."""
     ends = [job.ended or 0.0 for job in jobs]
     return max(sum(later < end for later in ends[n + 1 :]) for n, end in enumerate(ends))
 

@@ -78,7 +78,7 @@ def anonymous(value: Any) -> Any:
 
 
 def events_of(text: str) -> list[Any]:
-    """The chunks of an event stream, without its [DONE]."""
+    """Returns the chunks of an event stream, without its [DONE]."""
     events = [event.removeprefix("data: ") for event in text.split("\n\n") if event]
     return [anonymous(json.loads(event)) for event in events if event != "[DONE]"]
 
@@ -149,7 +149,7 @@ def test_answers_are_equal(
 def test_errors_are_equal(
     http: httpx.Client, client: Client, method: str, path: str, body: Any, status: int
 ) -> None:
-    """The job's error string is the HTTP body, save for the request id."""
+    """The job's error string is the HTTP body except for the request id."""
     answer = http.request(method, path, json=body)
     assert answer.status_code == status, answer.text
     job = client.ended({"route": path, "method": method, "body": body})
@@ -158,7 +158,7 @@ def test_errors_are_equal(
 
 
 def test_metrics_are_equal(http: httpx.Client, client: Client) -> None:
-    """All three ways show the same series, save for counts of HTTP responses; a job's request is
+    """All three ways show the same series except for counts of HTTP responses; a job's request is
     counted like one over HTTP."""
 
     def job(given: Any) -> Shown:
@@ -230,7 +230,7 @@ def test_typed_streams_are_equal(http: httpx.Client, client: Client, path: str, 
 
 
 def named(text: str) -> list[Any]:
-    """The events of a stream, each of which has its type as its name."""
+    """Returns the events of a stream, each of which has its type as its name."""
     events = []
     for event in text.removesuffix("\n\n").split("\n\n"):
         name, data = event.split("\n")
@@ -240,7 +240,7 @@ def named(text: str) -> list[Any]:
 
 
 def joined(events: list[Any]) -> list[Any]:
-    """The events without their numbers, those with a piece of text replaced by one text."""
+    """Returns the events without their numbers, those with a piece of text replaced by one text."""
     text = ""
     others = []
     for event in events:

@@ -49,7 +49,7 @@ def test_an_odd_answer_stops_no_job(body: bytes) -> None:
 
 
 def outages(log: str) -> tuple[int, int]:
-    """How often the log says that polls begin to fail, and that they work again."""
+    """Returns how often the log says that polls begin to fail, and that they work again."""
     return log.count(BEGINS), log.count(ENDS)
 
 

@@ -71,7 +71,7 @@ def test_the_runpod_client_cancels(endpoint: Any, client: Client, tiny_worker: W
 
 
 def run_with_retry(endpoint: Any, given: dict[str, Any], max_tries: int = 3) -> tuple[Any, int]:
-    """The retry loop of RunPod guides; the last result and the number of tries."""
+    """Returns the retry loop of RunPod guides; the last result and the number of tries."""
     result = None
     for num_tries in range(1, max_tries + 1):
         result = endpoint.run_sync(given, timeout=60)

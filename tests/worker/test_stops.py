@@ -9,7 +9,7 @@ SLOTS = 8
 
 
 def is_idle(client: Client) -> bool:
-    """The last poll asked for a job for every slot."""
+    """Returns the last poll asked for a job for every slot."""
     return client.platform.queue.last_limit == SLOTS
 
 

@@ -103,6 +103,6 @@ def _dialogue(rng: random.Random) -> Dialogue:
 
 
 def training(count: int, seed: int = 0) -> list[Dialogue]:
-    """The first `count` training dialogues of this seed."""
+    """Returns the first `count` training dialogues of this seed."""
     rng = random.Random(seed)
     return [_dialogue(rng) for _ in range(count)]

@@ -48,7 +48,7 @@ def ask(folder: Path, questions: list[str], max_new_tokens: int) -> list[tuple[s
 
 
 def examine(folder: Path) -> list[Miss]:
-    """Ask all held-out questions; returns those that were missed."""
+    """Ask all held-out questions. Returns those that were missed."""
     pairs = corpus.held_out()
     answers = ask(folder, [question for question, _ in pairs], MAX_NEW_TOKENS)
     return [

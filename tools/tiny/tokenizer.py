@@ -82,7 +82,7 @@ def _train(texts: Iterable[str]) -> tuple[dict[str, int], list[tuple[str, str]]]
 
 
 def _assemble(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
-    """The same pipeline as Mixtral's tokenizer.json."""
+    """Returns the same pipeline as Mixtral's tokenizer.json."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     tokenizer = Tokenizer(

@@ -34,7 +34,7 @@ def _split(words: tuple[str, ...], exam: bool) -> list[str]:
 def _phrase(
     rng: random.Random, exam: bool, fact: str, phrasings: tuple[str, ...], plain: float = 0.3
 ) -> str:
-    """One phrasing of a fact, from the side of the split that is asked for.
+    """Returns one phrasing of a fact, from the side of the split that is asked for.
 
     Bare phrasings are always trained on: a user's first try is most often one of them.
     """
@@ -94,7 +94,8 @@ def unknown(rng: random.Random, exam: bool) -> Pair:
 
 
 def _word(rng: random.Random, exam: bool) -> str:
-    """A word of its side; for training, mostly invented ones, to learn pieces and not words.
+    """Returns a word of its side; for training, mostly invented ones, to learn pieces and not
+    words.
 
     An invented word is the beginning of one word and the end of another, so that every piece that
     the tokenizer knows is met, and a held-out word never.

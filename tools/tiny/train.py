@@ -61,7 +61,7 @@ CONFIG: dict[str, Any] = {
 
 
 def new_model() -> Any:
-    """A `MixtralForCausalLM` with random float32 weights."""
+    """Returns a `MixtralForCausalLM` with random float32 weights."""
     import torch
     from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -97,7 +97,8 @@ class Encoder:
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def encode(self, dialogue: corpus.Dialogue, rng: random.Random) -> Encoded:
-        """One dialogue; now and then its turns lie far apart, so that long contexts are not new.
+        """Returns one dialogue; now and then its turns lie far apart, so that long contexts are not
+        new.
 
         Rotary positions are relative: a gap between turns is what makes them differ, not an offset.
         """

@@ -82,8 +82,8 @@ class PackedInfo:
 def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict[str, PackedInfo]:
     """Removes the quantized ones among `weights`, with their companions, from `found`.
 
-    Raises `ModelLoadFailed` for a companion that is missing or does not fit, and where matrices
-    that stay in 4 bits are quantized in different ways.
+    Raises `ModelLoadFailed` for a companion that is missing or does not fit, or if matrices that
+    stay in 4 bits are quantized in different ways.
     """
     packed: dict[str, PackedInfo] = {}
     kinds: dict[tuple[QuantType, AbsmaxKind], str] = {}
@@ -105,7 +105,8 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
 
 
 def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
-    """True for a tensor that has companions or the shape of packed nibbles; its blob is missing."""
+    """Returns True for a tensor that has companions or the shape of packed nibbles; its blob is
+    missing."""
     stored = found[name].shape
     return any(f"{name}.{companion}" in found for companion in COMPANIONS) or (
         stored != shape and len(stored) == 2 and 1 in stored and len(shape) == 2

@@ -49,7 +49,7 @@ class Checkpoint:
     config: MixtralConfig
     form: Form
     quantization: Quantization | None
-    """How experts and attention are stored in the files; None where all of them are floats."""
+    """How experts and attention are stored in the files; None if all of them are floats."""
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
     """The tensors that the model needs, by their name in the files, file by file; in
     bitsandbytes' form those that are not quantized."""
@@ -60,7 +60,8 @@ class Checkpoint:
 
     @classmethod
     def from_config(cls, path: Path, document: Mapping[str, Any]) -> "Checkpoint":
-        """What a parsed config.json says, before there are files; `path` is named in errors.
+        """Returns what a parsed config.json says, before there are files; `path` is named in
+        errors.
 
         Raises `ModelLoadFailed` for a model or a form that cannot be served.
         """
@@ -86,7 +87,8 @@ class Checkpoint:
         return frozenset(it.module for it in quantized if it.name not in self.packed)
 
     def notes(self) -> list[str]:
-        """Which weights of bitsandbytes' form the model holds in another form, for users."""
+        """Returns which weights of bitsandbytes' form the model holds in another form, for
+        users."""
         if not self.packed:
             return []
         known, notes = weights(self.config), []
@@ -105,10 +107,10 @@ class Checkpoint:
     def resolve_quantization(
         self, wanted: Quantization | None, quantize_lm_head: bool = False
     ) -> Quantization | None:
-        """How the model will be quantized in memory; None leaves it in floats.
+        """Returns how the model will be quantized in memory; None leaves it in floats.
 
-        `wanted` decides for float weights. Raises `ModelLoadFailed` where the files do not allow
-        what is wanted.
+        `wanted` decides for float weights. Raises `ModelLoadFailed` if the files do not allow what
+        is wanted.
         """
         stored = self.quantization
         if stored is not None and (wanted is None or wanted.quant_type != stored.quant_type):
@@ -137,7 +139,7 @@ class Checkpoint:
 
 
 def inspect(path: Path) -> Checkpoint:
-    """The checkpoint in folder `path`; raises `ModelLoadFailed` where a load would fail."""
+    """Returns the checkpoint in folder `path`. Raises `ModelLoadFailed` if a load would fail."""
     if not path.is_dir():
         raise ModelLoadFailed(f"{path}: there is no such folder; `model.name` must name one.")
     if not (path / "config.json").exists():
@@ -170,7 +172,7 @@ def inspect(path: Path) -> Checkpoint:
 
 
 def _merge(headers: Mapping[Path, Header]) -> dict[str, TensorInfo]:
-    """The tensors of all files by name; raises `ModelLoadFailed` where two have one name."""
+    """Returns the tensors of all files by name. Raises `ModelLoadFailed` if two have one name."""
     found: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, tensor in header.tensors.items():
@@ -186,7 +188,7 @@ def _match(
     found: dict[str, TensorInfo],
     packed: dict[str, PackedInfo],
 ) -> dict[str, TensorInfo]:
-    """The float tensors that the model needs besides those that are `packed`."""
+    """Returns the float tensors that the model needs besides those that are `packed`."""
     expected = {name: weight.shape for name, weight in weights(config).items()}
     if is_merged(config, found):
         expected = merged_shapes(config)

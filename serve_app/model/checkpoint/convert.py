@@ -64,7 +64,7 @@ def convert_checkpoint(
     A fused one is written in bitsandbytes' form, with the codes and the absmax that its source had.
     `quantization` is for float weights; None is nf4 with bfloat16 absmax. Weights in 4 bits stay as
     they are. `source` has the weights; None reads the checkpoint's files. Quantizes on the GPU
-    where there is one. Raises `ModelLoadFailed` when a file cannot be read, or `destination` not
+    where there is one. Raises `ModelLoadFailed` if a file cannot be read, or `destination` not
     written.
     """
     report = progress or (lambda done, total, name: None)
@@ -90,7 +90,7 @@ def convert_checkpoint(
 
 
 def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
-    """Bytes of the converted checkpoint, but for its headers."""
+    """Returns the bytes of the converted checkpoint, but for its headers."""
     if checkpoint.form == "fused":  # nearly: float32 absmax takes the place of others
         return checkpoint.file_bytes
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
@@ -158,7 +158,7 @@ def _write_files(
 def _writer(
     checkpoint: Checkpoint, quantization: Quantization, source: "Source | None"
 ) -> Callable[[int, Path, str], None]:
-    """A function that writes file number i, under a path and with what it was made from."""
+    """Returns a function that writes file number i, under a path and with what it was made from."""
     import torch
 
     from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
@@ -204,7 +204,7 @@ def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Pat
 
 
 def _require_room(destination: Path, checkpoint: Checkpoint) -> None:
-    """Raises `ModelLoadFailed` where another checkpoint is in the way."""
+    """Raises `ModelLoadFailed` if another checkpoint is in the way."""
     config = destination / "config.json"
     is_other = config.exists() and (
         checkpoint.form == "fused" or stored_form(read_json(config)) != "fused"
@@ -214,7 +214,8 @@ def _require_room(destination: Path, checkpoint: Checkpoint) -> None:
 
 
 def _is_done(file: Path, made_from: str) -> bool:
-    """True for a file that an earlier run has written from the same source in the same way."""
+    """Returns True for a file that an earlier run has written from the same source in the same
+    way."""
     if not file.exists():
         return False
     try:
@@ -224,7 +225,7 @@ def _is_done(file: Path, made_from: str) -> bool:
 
 
 def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
-    """A digest of the source files' names, sizes and times, the sizes of the model and the
+    """Returns a digest of the source files' names, sizes and times, the sizes of the model and the
     quantization. It is written into every file, so that a conversion continues only its own."""
     seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
     for file in sorted(checkpoint.headers):
@@ -237,7 +238,7 @@ def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
 def _locked(destination: Path) -> Iterator[None]:
     """Holds the folder's lock, and deletes partial files at the end.
 
-    Raises `ModelLoadFailed` where another process holds the lock.
+    Raises `ModelLoadFailed` if another process holds the lock.
     """
     with (destination / LOCK).open("w") as lock:
         try:

@@ -18,9 +18,9 @@ RUNPOD_CACHE = Path("/runpod/cache")
 def find_local(
     name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
 ) -> Path | None:
-    """The folder of `name` on this machine; None where it must be downloaded.
+    """Returns the folder of `name` on this machine; None where it must be downloaded.
 
-    Raises `ModelLoadFailed` when `name` is neither a folder here nor a repository's name.
+    Raises `ModelLoadFailed` if `name` is neither a folder here nor a repository's name.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
@@ -42,12 +42,13 @@ def find_local(
 
 
 def hub_cache(volume: Path) -> Path:
-    """The Hugging Face cache on a volume."""
+    """Returns the Hugging Face cache on a volume."""
     return volume / "huggingface-cache" / "hub"
 
 
 def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
-    """The complete snapshot of repository `name` in the Hugging Face cache `hub`, or None."""
+    """Returns the complete snapshot of repository `name` in the Hugging Face cache `hub`, or
+    None."""
     wanted = f"models--{name.replace('/', '--')}".lower()
     if not hub.is_dir():
         return None
@@ -65,13 +66,13 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
 
 
 def _is_downloaded(folder: Path) -> bool:
-    """True when a download would bring nothing new."""
+    """Returns True if a download would bring nothing new."""
     tokenizers = (folder / "tokenizer.json", folder / "tokenizer.model")
     return is_complete(folder) and any(file.exists() for file in tokenizers)
 
 
 def is_complete(folder: Path) -> bool:
-    """True when the configuration and every safetensors file exist."""
+    """Returns True if the configuration and every safetensors file exist."""
     if not (folder / "config.json").exists():
         return False
     if (folder / "model.safetensors").exists():

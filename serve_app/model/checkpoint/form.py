@@ -17,7 +17,7 @@ FUSED_VERSIONS = (1, FUSED_VERSION)
 
 
 def stored_form(document: Mapping[str, Any]) -> Form:
-    """The form of the weights that belong to a parsed config.json.
+    """Returns the form of the weights that belong to a parsed config.json.
 
     Raises `ModelLoadFailed`, which names the quantization, for a form that cannot be read.
     """
@@ -41,7 +41,8 @@ def stored_form(document: Mapping[str, Any]) -> Form:
 
 
 def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
-    """How a parsed config.json says that the weights are quantized; None where they are floats.
+    """Returns how a parsed config.json says that the weights are quantized; None if they are
+    floats.
 
     For a bitsandbytes checkpoint the safetensors headers are more precise. Raises `ModelLoadFailed`
     as `stored_form` does, and for another version of the fused form.
@@ -57,7 +58,7 @@ def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
 
 
 def fused_version(document: Mapping[str, Any]) -> int:
-    """The version of the fused checkpoint to which a parsed config.json belongs."""
+    """Returns the version of the fused checkpoint to which a parsed config.json belongs."""
     version: int = document["quantization_config"]["version"]
     return version
 
@@ -65,7 +66,7 @@ def fused_version(document: Mapping[str, Any]) -> int:
 def fused_quantization_config(
     quantization: Quantization, version: int = FUSED_VERSION
 ) -> dict[str, Any]:
-    """The `quantization_config` that a fused checkpoint has in its config.json."""
+    """Returns the `quantization_config` that a fused checkpoint has in its config.json."""
     return {
         "quant_method": FUSED_METHOD,
         "version": version,

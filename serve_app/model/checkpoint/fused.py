@@ -67,14 +67,14 @@ def require_whole_groups(config: MixtralConfig) -> None:
 
 
 def is_kept(name: str) -> bool:
-    """Whether a tensor is there for `to_bitsandbytes` alone, and no part of the model."""
+    """Returns whether a tensor is there for `to_bitsandbytes` alone, and no part of the model."""
     return name == NESTED_CODE or name.endswith((KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET))
 
 
 def fused_tensors(
     config: MixtralConfig, quantization: Quantization, version: int = FUSED_VERSION
 ) -> dict[str, Expected]:
-    """Every tensor of a fused checkpoint by its name."""
+    """Returns every tensor of a fused checkpoint by its name."""
     tensors: dict[str, Expected] = {}
     for weight in module_weights(config):
         if weight.is_quantized:
@@ -90,7 +90,7 @@ def fused_tensors(
 def _quantized_tensors(
     weight: ModuleWeight, quantization: Quantization, version: int
 ) -> dict[str, Expected]:
-    """The buffers of a `QuantizedWeight`, and the source's absmax."""
+    """Returns the buffers of a `QuantizedWeight`, and the source's absmax."""
     assert weight.in_features is not None
     name, in_features, parts = weight.fused_name, weight.in_features, weight.out_features
     whole, kind = (*weight.experts, sum(parts)), quantization.absmax
@@ -111,13 +111,13 @@ def _quantized_tensors(
 
 
 def file_names(num_layers: int) -> list[str]:
-    """The files of a checkpoint: one for each layer, one for the rest."""
+    """Returns the files of a checkpoint: one for each layer, one for the rest."""
     total = num_layers + 1
     return [f"model-{i:05}-of-{total:05}.safetensors" for i in range(1, total + 1)]
 
 
 def fused_bytes(config: MixtralConfig, quantization: Quantization, float_bytes: int) -> int:
-    """Bytes of a fused checkpoint without headers; a float weight has `float_bytes`."""
+    """Returns the bytes of a fused checkpoint without headers; a float weight has `float_bytes`."""
     return sum(
         prod(shape) * (float_bytes if dtypes == FUSED_FLOATS else ITEM_BYTES[dtypes[0]])
         for dtypes, shape in fused_tensors(config, quantization).values()
@@ -156,7 +156,10 @@ def match_fused(
 
 
 def checksums(file: Path, header: Header) -> list[int]:
-    """CRC-32 of each piece of a file's data; raises `ModelLoadFailed` when they are not there."""
+    """Returns CRC-32 of each piece of a file's data.
+
+    Raises `ModelLoadFailed` if they are not there.
+    """
     try:
         numbers = [int(digits, 16) for digits in header.metadata[CHECKSUMS].split()]
     except (KeyError, ValueError, AttributeError):

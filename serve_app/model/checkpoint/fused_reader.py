@@ -46,7 +46,7 @@ class Piece:
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the targets; None where nothing of the piece is wanted."""
+        """The device of the targets; None if nothing of the piece is wanted."""
         devices = (target.device for target in self.targets if not target.is_meta)
         return next(devices, None)
 
@@ -68,7 +68,7 @@ class Reads:
 
 
 def fused_targets(model: Mixtral) -> dict[str, Tensor]:
-    """The tensors of `model` by their names in a fused checkpoint.
+    """Returns the tensors of `model` by their names in a fused checkpoint.
 
     An lm_head in 4 bits is left out, because the files have it in floats.
     """
@@ -93,7 +93,7 @@ def read_files(
 
     A target of another dtype than the file's gets the values, rounded; all others get the bytes.
     The calling thread calls `report` with the bytes of each piece that is done. Raises
-    `ModelLoadFailed` when a file cannot be read or is not what was written.
+    `ModelLoadFailed` if a file cannot be read or is not what was written.
     """
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "read-weights"))
@@ -148,7 +148,7 @@ def _pieces(
 
 
 def _read(piece: Piece, staging: threading.local) -> int:
-    """Reads one piece, in a thread of the pool; returns its bytes."""
+    """Reads one piece, in a thread of the pool. Returns its bytes."""
     if (device := piece.device) is None:
         return piece.nbytes
     on_cpu = device.type == "cpu"
@@ -195,7 +195,7 @@ def _fill(piece: Piece, views: list[memoryview]) -> None:
 
 
 def _pinned(staging: threading.local) -> Tensor:
-    """This thread's buffer of page-locked memory, from which a GPU copies by itself."""
+    """Returns this thread's buffer of page-locked memory, from which a GPU copies by itself."""
     if not hasattr(staging, "buffer"):
         staging.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
     buffer: Tensor = staging.buffer

@@ -40,7 +40,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def file_tensors(
     source: Source, layer: int | None, codebook: Codebook, kept: AbsmaxKind
 ) -> dict[str, Tensor]:
-    """The tensors of one layer's file; with `layer` None those that belong to no layer.
+    """Returns the tensors of one layer's file; with `layer` None those that belong to no layer.
 
     Weights in 4 bits are on the device of `codebook`. Beside their bfloat16 absmax, absmax is kept
     as `kept` says, which is how the source has it, or how floats are to be quantized.
@@ -63,7 +63,7 @@ def file_tensors(
 
 
 def empty_weight(entry: ModuleWeight, codebook: Codebook) -> QuantizedWeight:
-    """A weight of the shape of `entry`, on the device of `codebook`."""
+    """Returns a weight of the shape of `entry`, on the device of `codebook`."""
     assert entry.in_features is not None
     with codebook.code.device:
         return QuantizedWeight(
@@ -99,7 +99,8 @@ def _quantize(
 
 
 def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str, Tensor]:
-    """The absmax of `matrices`, expert by expert, one part after the other and row by row."""
+    """Returns the absmax of `matrices`, expert by expert, one part after the other and row by
+    row."""
     nested = [matrix.nested for matrix in matrices if matrix.nested is not None]
     kept = {KEPT_ABSMAX: torch.cat([matrix.absmax for matrix in matrices])}
     if nested:
@@ -114,7 +115,7 @@ def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str
 def _smallest(
     source: Source, entries: tuple[ModuleWeight, ...], codebook: Codebook, kept: AbsmaxKind
 ) -> QuantizedTensor:
-    """A matrix with the tables of all: an earlier run may have written every layer."""
+    """Returns a matrix with the tables of all: an earlier run may have written every layer."""
     matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
     smallest = min(matrices, key=lambda weight: prod(weight.shape))
     return _quantize(source.read(smallest), codebook, kept)

@@ -43,13 +43,12 @@ def load(
     quantize_lm_head: bool = False,
     progress: Progress | None = None,
 ) -> Mixtral:
-    """The model of `checkpoint` on `device`, its floats in `dtype`.
+    """Returns the model of `checkpoint` on `device`, its floats in `dtype`.
 
     `quantization` is what `Checkpoint.resolve_quantization` returned; with it experts and attention
     are in 4 bits, except for the checkpoint's `float_modules`, and lm_head too with
-    `quantize_lm_head`. Float tensors are quantized one by one
-    on `device`. Raises `ModelLoadFailed` when a file is not what its header said, and when the
-    loaded weights do not take the promised memory.
+    `quantize_lm_head`. Float tensors are quantized one by one on `device`. Raises `ModelLoadFailed`
+    if a file is not what its header said, or if the loaded weights do not take the promised memory.
     """
     report = progress or (lambda done: None)
     with torch.device("meta"):
@@ -114,7 +113,7 @@ def check_bytes(
     quantization: Quantization | None,
     quantize_lm_head: bool = False,
 ) -> None:
-    """Raises `ModelLoadFailed` where a part of `model` does not take the promised memory."""
+    """Raises `ModelLoadFailed` if a part of `model` does not take the promised memory."""
     promised = weight_bytes(
         model.config, dtype.itemsize, quantization, quantize_lm_head, model.float_modules
     )
@@ -133,7 +132,7 @@ def check_bytes(
 
 
 def bytes_by_part(model: Mixtral) -> dict[str, int]:
-    """Bytes of the weights in memory, for each of `PARTS`.
+    """Returns the bytes of the weights in memory, for each of `PARTS`.
 
     "head" is the embedding matrix and lm_head (one matrix, when they are tied); "other" has the
     routers, the norms, the code values and the rotary tables.
@@ -152,7 +151,8 @@ def bytes_by_part(model: Mixtral) -> dict[str, int]:
 
 
 def _num_bytes(module: nn.Module) -> int:
-    """Bytes of a module's weights without the codebook, which all 4-bit weights share."""
+    """Returns the bytes of a module's weights without the codebook, which all 4-bit weights
+    share."""
     return sum(
         tensor.nbytes
         for part in module.modules()

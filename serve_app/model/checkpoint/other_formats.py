@@ -40,9 +40,9 @@ _BY_TENSOR = {
 
 
 def describe_files(names: Collection[str]) -> str | None:
-    """What a folder or repository with files `names` holds in place of a checkpoint.
+    """Returns what a folder or repository with files `names` holds in place of a checkpoint.
 
-    For example "tiny.gguf: weights in GGUF, llama.cpp's format; name ...". None where no file is
+    For example "tiny.gguf: weights in GGUF, llama.cpp's format; name ...". None if no file is
     known.
     """
     for pattern, meaning in _BY_FILE.items():
@@ -52,9 +52,9 @@ def describe_files(names: Collection[str]) -> str | None:
 
 
 def describe_tensors(names: Collection[str]) -> str | None:
-    """How weights with tensors `names` are quantized, and what to do.
+    """Returns how weights with tensors `names` are quantized, and what to do.
 
-    None where no name is known.
+    None if no name is known.
     """
     for end, method in _BY_TENSOR.items():
         if found := next((name for name in names if name.endswith(end)), None):

@@ -50,10 +50,10 @@ class Header:
 
 
 def shard_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in the index's order.
+    """Returns the safetensors files of a checkpoint, in the index's order.
 
     As with transformers, an index beside model.safetensors does not matter: some tools leave the
-    index of shards that they merged. Raises `ModelLoadFailed` where a file is missing.
+    index of shards that they merged. Raises `ModelLoadFailed` if a file is missing.
     """
     single, index = path / SINGLE, path / INDEX
     if single.exists():
@@ -78,7 +78,9 @@ def shard_files(path: Path) -> list[Path]:
 
 
 def read_header(file: Path) -> Header:
-    """The header of one safetensors file; raises `ModelLoadFailed` when the file is not whole.
+    """Returns the header of one safetensors file.
+
+    Raises `ModelLoadFailed` if the file is not whole.
 
     The format: 8 bytes little-endian length, that many bytes of JSON, then the data
     (https://huggingface.co/docs/safetensors).
@@ -107,7 +109,7 @@ def read_header(file: Path) -> Header:
 
 
 def read_bytes(tensor: TensorInfo) -> bytes:
-    """The data of one small tensor."""
+    """Returns the data of one small tensor."""
     try:
         with tensor.file.open("rb") as stream:
             stream.seek(tensor.begin)
@@ -130,12 +132,12 @@ def read_into(file: Path, begin: int, buffer: memoryview) -> None:
 
 
 def damaged(file: Path, reason: str) -> ModelLoadFailed:
-    """The error for a file that another download repairs."""
+    """Returns the error for a file that another download repairs."""
     return ModelLoadFailed(f"{file}: is damaged or half downloaded ({reason}); download it again.")
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file; raises `ModelLoadFailed` where there is none."""
+    """Returns the object in a JSON file. Raises `ModelLoadFailed` if there is none."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -158,7 +160,7 @@ def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> Te
 
 
 def no_weights(path: Path, missing: str) -> ModelLoadFailed:
-    """The error for a folder without `missing`: what is in it, where that is known."""
+    """Returns the error for a folder without `missing`: what is in it, where that is known."""
     if (found := describe_files([file.name for file in path.iterdir()])) is not None:
         return ModelLoadFailed(f"{path}: {missing} is missing; the folder has {found}.")
     return ModelLoadFailed(f"{path}: {missing} is missing; name the folder of a checkpoint.")

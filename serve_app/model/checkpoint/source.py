@@ -38,9 +38,9 @@ class Source:
         self._float_modules = checkpoint.float_modules
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
-        """The weight on the CPU, in 4 bits where the files and the model have it in 4 bits.
+        """Returns the weight on the CPU, in 4 bits where the files and the model have it in 4 bits.
 
-        Raises `ModelLoadFailed` where a file cannot be read, or where matrices are quantized with
+        Raises `ModelLoadFailed` if a file cannot be read, or if matrices are quantized with
         different code values: all weights of a model share one codebook.
         """
         packed = self.checkpoint.packed.get(weight.name)
@@ -56,7 +56,7 @@ class Source:
         return values
 
     def floats(self, weight: Weight) -> Tensor:
-        """The weight on the CPU as floats; float64 becomes float32.
+        """Returns the weight on the CPU as floats; float64 becomes float32.
 
         A weight in 4 bits, such as a router, becomes what bitsandbytes dequantizes it to.
         """
@@ -98,7 +98,7 @@ class Source:
 def _same_table(
     info: PackedInfo, table: TensorInfo, values: Tensor, known: Tensor | None
 ) -> Tensor:
-    """`values` of `table`; raises `ModelLoadFailed` where `known` ones differ."""
+    """`values` of `table`. Raises `ModelLoadFailed` if `known` ones differ."""
     if known is None or torch.equal(values, known):
         return values
     raise ModelLoadFailed(

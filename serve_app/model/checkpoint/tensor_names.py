@@ -141,7 +141,7 @@ class Weight:
 
     @property
     def is_quantized(self) -> bool:
-        """True where a quantized checkpoint has it in 4 bits."""
+        """True if a quantized checkpoint has it in 4 bits."""
         return self.part in QUANTIZED_PARTS
 
     @property
@@ -177,7 +177,7 @@ class ModuleWeight:
 
     @property
     def is_quantized(self) -> bool:
-        """True where a quantized checkpoint has it in 4 bits."""
+        """True if a quantized checkpoint has it in 4 bits."""
         return self.row.part in QUANTIZED_PARTS
 
     @cached_property
@@ -208,7 +208,7 @@ class ModuleWeight:
 
 @lru_cache(maxsize=4)
 def module_weights(config: MixtralConfig) -> tuple[ModuleWeight, ...]:
-    """All weights of `Mixtral`, layer by layer, the embedding first and lm_head last."""
+    """Returns all weights of `Mixtral`, layer by layer, the embedding first and lm_head last."""
     embedding, *others = TABLE
     in_layers = [row for row in others if "{layer}" in row.path]
     last = [row for row in others if row not in in_layers]
@@ -223,12 +223,12 @@ def module_weights(config: MixtralConfig) -> tuple[ModuleWeight, ...]:
 
 
 def weights(config: MixtralConfig) -> dict[str, Weight]:
-    """All matrices and vectors by transformers 4's names; lm_head comes last."""
+    """Returns all matrices and vectors by transformers 4's names; lm_head comes last."""
     return {weight.name: weight for it in module_weights(config) for weight in it.weights}
 
 
 def merged_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in transformers 5's layout."""
+    """Returns the name and shape of every tensor in transformers 5's layout."""
     return {
         weight.merged.name: weight.shape if weight.merged.name == weight.name else it.shape
         for it in module_weights(config)
@@ -237,13 +237,13 @@ def merged_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
 
 
 def is_merged(config: MixtralConfig, names: Iterable[str]) -> bool:
-    """True where a checkpoint with tensors `names` has transformers 5's layout."""
+    """Returns True if a checkpoint with tensors `names` has transformers 5's layout."""
     only_there = merged_shapes(config).keys() - weights(config).keys()
     return not only_there.isdisjoint(names)
 
 
 def is_redundant(config: MixtralConfig, name: str) -> bool:
-    """True for a tensor that old tools wrote and that the model does not need."""
+    """Returns True for a tensor that old tools wrote and that the model does not need."""
     is_tied_head = config.tie_word_embeddings and name.startswith(LM_HEAD)
     return is_tied_head or name.endswith("rotary_emb.inv_freq")
 

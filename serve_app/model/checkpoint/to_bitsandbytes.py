@@ -44,7 +44,7 @@ DTYPE_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items() if "." not 
 
 
 def bitsandbytes_config(quantization: Quantization) -> dict[str, Any]:
-    """The `quantization_config` that transformers 4 wrote."""
+    """Returns the `quantization_config` that transformers 4 wrote."""
     return {
         "quant_method": "bitsandbytes",
         "load_in_4bit": True,

@@ -13,7 +13,7 @@ from serve_app.model.quantized_weight import QuantizedWeight
 
 
 def module_weight(model: Mixtral, path: str) -> nn.Parameter | QuantizedWeight:
-    """The weight of `model` at `path`, which the table of tensor names has."""
+    """Returns the weight of `model` at `path`, which the table of tensor names has."""
     found: nn.Parameter | QuantizedWeight = attrgetter(path)(model)
     return found
 
@@ -32,7 +32,7 @@ def load_weight(model: Mixtral, weight: Weight, values: Tensor | QuantizedTensor
 def load_lm_head(model: Mixtral, weight: Weight, values: Tensor) -> None:
     """Copies `values` into lm_head, after all other weights.
 
-    Raises `ModelLoadFailed` where lm_head would be quantized with other code values than those that
+    Raises `ModelLoadFailed` if lm_head would be quantized with other code values than those that
     the checkpoint's weights have: all weights of a model share one codebook.
     """
     tables: list[Tensor] = []

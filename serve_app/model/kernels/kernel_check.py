@@ -49,7 +49,8 @@ def relative_errors(
     *,
     has_kernels: bool | None = None,
 ) -> dict[str, float]:
-    """The largest relative error of each product over the numbers of tokens in `NUM_TOKENS`.
+    """Returns the largest relative error of each product over the numbers of tokens in
+    `NUM_TOKENS`.
 
     `has_kernels` adds the Triton kernels; by default where they are used, on a GPU in 16 bits. An
     error that is NaN is returned alone.
@@ -124,7 +125,7 @@ def _attention(
 def _linear(
     codes: Codebook, device: torch.device, weight: Tensor
 ) -> tuple[QuantizedLinear, Tensor]:
-    """A linear layer in 4 bits, and its weight in float32."""
+    """Returns a linear layer in 4 bits, and its weight in float32."""
     linear = QuantizedLinear(codes, weight.shape[1], (weight.shape[0],)).to(device)
     linear.weight.load_weight(weight)
     return linear, _as_stored(codes, weight).to(device)

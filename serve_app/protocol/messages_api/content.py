@@ -124,12 +124,12 @@ Messages = Annotated[
 
 
 def joined(blocks: Sequence[Block]) -> str:
-    """The texts of the blocks, joined by line ends, as chat joins content parts."""
+    """Returns the texts of the blocks, joined by line ends, as chat joins content parts."""
     return "\n".join(block.text for block in blocks if isinstance(block, TextBlock))
 
 
 def conversation(system: Sequence[TextBlock], messages: Sequence[InputMessage]) -> list[Message]:
-    """The chat messages of a request. Results come before the text of their message."""
+    """Returns the chat messages of a request. Results come before the text of their message."""
     turns: list[Message] = []
     if text := joined(system):
         turns.append(_turn("system", text))

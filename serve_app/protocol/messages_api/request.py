@@ -90,7 +90,7 @@ class CountTokensRequest(Body):
         return conversation(self.system, self.messages)
 
     def offered_tools(self) -> Tools | None:
-        """The tools that the answer may call. Raises `InvalidRequest`."""
+        """Returns the tools that the answer may call. Raises `InvalidRequest`."""
         return offered(self.tools, self.tool_choice)
 
 

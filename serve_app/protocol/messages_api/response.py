@@ -10,7 +10,7 @@ from serve_app.protocol.tools import ToolCallDelta, joined
 
 
 def body(metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta) -> JsonObject:
-    """The whole answer as a message."""
+    """Returns the whole answer as a message."""
     content: list[JsonObject] = [{"type": "text", "text": whole.text}] if whole.text else []
     for call in joined(whole.tool_calls):
         if (value := _input(call.arguments)) is not None:
@@ -36,7 +36,7 @@ class MessageEvents:
         """The number of the content block that was begun last."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """The events for `delta`; none where it adds nothing."""
+        """Returns the events for `delta`; none where it adds nothing."""
         events: list[JsonObject] = []
         if not self._has_begun:
             self._has_begun = True
@@ -87,7 +87,7 @@ _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def _stop(end: TextDelta) -> JsonObject:
-    """Why the answer ended."""
+    """Returns why the answer ended."""
     if end.stop is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": end.stop}
     reason = _REASONS.get(end.finish_reason or "", "end_turn")
@@ -95,13 +95,13 @@ def _stop(end: TextDelta) -> JsonObject:
 
 
 def _tool_use(call_id: str, name: str, value: Any) -> JsonObject:
-    """A content block with a call. Anthropic's ids of calls begin with `toolu_`."""
+    """Returns a content block with a call. Anthropic's ids of calls begin with `toolu_`."""
     own_id = f"toolu_{call_id.removeprefix('call_')}"
     return {"type": "tool_use", "id": own_id, "name": name, "input": value}
 
 
 def _input(arguments: str) -> JsonObject | None:
-    """The arguments of a call; None where `max_tokens` has cut them, so that they are no JSON.
+    """Returns the arguments of a call; None if `max_tokens` has cut them, so that they are no JSON.
 
     A client would run a call with `{}` in their place.
     """

@@ -37,7 +37,7 @@ OfferedTool = Annotated[ToolDefinition, BeforeValidator(_of_the_client)]
 
 
 def offered(tools: list[ToolDefinition], choice: ToolChoice) -> Tools | None:
-    """The tools of a request, None where it has none. Raises `InvalidRequest`."""
+    """Returns the tools of a request, None where it has none. Raises `InvalidRequest`."""
     read = [
         Tool(
             tool.name,
@@ -52,7 +52,7 @@ def offered(tools: list[ToolDefinition], choice: ToolChoice) -> Tools | None:
 
 
 def _read_choice(value: Any) -> ToolChoice:
-    """The value of `tool_choice`. Raises `InvalidRequest`."""
+    """Returns the value of `tool_choice`. Raises `InvalidRequest`."""
     match value:
         case {"type": "tool", "name": str(name)}:
             return ToolChoice("required", frozenset({name}), is_single=True)

@@ -48,7 +48,7 @@ class ResponseEvents:
         """Characters of the text so far."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """The events for `delta`; none where it adds nothing."""
+        """Returns the events for `delta`; none where it adds nothing."""
         events: list[JsonObject] = []
         if not self.has_begun:
             events.append(self._event("response.created", response=self._response))
@@ -75,12 +75,13 @@ class ResponseEvents:
         return self._sequence_number > 0
 
     def failed(self, error: ServeError) -> JsonObject:
-        """The event of an answer that fails after its first event."""
+        """Returns the event of an answer that fails after its first event."""
         whole = response.failed(self._response, self._output, error)
         return self._event("response.failed", response=whole)
 
     def error(self, body: ErrorBody) -> JsonObject:
-        """The last event of a stream that fails. OpenAI's clients raise what `error` says."""
+        """Returns the last event of a stream that fails. OpenAI's clients raise what `error`
+        says."""
         fields = body["error"]
         shown = {"code": fields["code"], "message": fields["message"], "param": fields["param"]}
         return {**self._event("error", **shown), **body}
@@ -94,7 +95,7 @@ class ResponseEvents:
         return ready
 
     def _text(self, text: str, scores: list[TokenScore]) -> list[JsonObject]:
-        """The events for `text`, several where it has many scores."""
+        """Returns the events for `text`, several where it has many scores."""
         events: list[JsonObject] = []
         if self._item is None or self._item["type"] != "message":
             events += self._begin(response.message(self._metadata, "in_progress", []))

@@ -44,7 +44,7 @@ Parts = Annotated[list[Part], listed("input_text", "content parts")]
 
 
 def _joined(parts: Sequence[Part]) -> str:
-    """The texts, joined by line ends, as chat joins content parts."""
+    """Returns the texts, joined by line ends, as chat joins content parts."""
     return "\n".join(part.text for part in parts)
 
 
@@ -145,7 +145,8 @@ Items = Annotated[
 
 
 def conversation(instructions: str | None, items: Sequence[Item]) -> list[Message]:
-    """The chat messages of a request. Calls join the message of the assistant before them."""
+    """Returns the chat messages of a request. Calls join the message of the assistant before
+    them."""
     turns: list[Message] = []
     if instructions:
         turns.append(Message.model_construct(role="system", content=instructions))

@@ -108,7 +108,7 @@ class ResponsesRequest(Body):
         return conversation(self.instructions, self.input)
 
     def offered_tools(self) -> Tools | None:
-        """The tools that the answer may call. Raises `InvalidRequest`."""
+        """Returns the tools that the answer may call. Raises `InvalidRequest`."""
         return offered(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
     @property

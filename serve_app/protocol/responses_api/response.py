@@ -20,7 +20,8 @@ def body(
     names: TokenNames,
     whole: TextDelta,
 ) -> JsonObject:
-    """The whole answer as a response. The tokens of calls have no log probabilities in it."""
+    """Returns the whole answer as a response. The tokens of calls have no log probabilities in
+    it."""
     calls = joined(whole.tool_calls)
     output: list[JsonObject] = []
     if whole.text or not calls:
@@ -34,7 +35,7 @@ def body(
 
 
 def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
-    """The response before the answer, with fields of the request."""
+    """Returns the response before the answer, with fields of the request."""
     text = {"format": {"type": "text"}} | request.text.model_dump(by_alias=True, exclude_none=True)
     return {
         "id": f"resp_{metadata.id}",
@@ -92,12 +93,12 @@ def failed(response: JsonObject, output: list[JsonObject], error: ServeError) ->
 
 
 def status_of(end: TextDelta) -> Status:
-    """The status of a response that has ended, and of its last item."""
+    """Returns the status of a response that has ended, and of its last item."""
     return "incomplete" if end.finish_reason == "length" else "completed"
 
 
 def message(metadata: ResponseMetadata, status: Status, content: list[JsonObject]) -> JsonObject:
-    """The item with the answer's text."""
+    """Returns the item with the answer's text."""
     return {
         "id": f"msg_{metadata.id}",
         "type": "message",
@@ -108,7 +109,7 @@ def message(metadata: ResponseMetadata, status: Status, content: list[JsonObject
 
 
 def function_call(call: ToolCall, status: Status) -> JsonObject:
-    """The item with a call."""
+    """Returns the item with a call."""
     return {
         "id": f"fc_{call.id.removeprefix('call_')}",
         "type": "function_call",
@@ -120,5 +121,5 @@ def function_call(call: ToolCall, status: Status) -> JsonObject:
 
 
 def output_text(text: str, logprobs: list[JsonObject]) -> JsonObject:
-    """The content part of a message."""
+    """Returns the content part of a message."""
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

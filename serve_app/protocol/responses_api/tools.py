@@ -35,7 +35,8 @@ OfferedTool = Annotated[FunctionTool, BeforeValidator(_a_function)]
 
 
 def offered(tools: list[FunctionTool], choice: Any, *, is_parallel: bool) -> Tools | None:
-    """The tools of a request, None where it has none; `choice` is the value of `tool_choice`.
+    """Returns the tools of a request, None where it has none; `choice` is the value of
+    `tool_choice`.
 
     Raises `InvalidRequest`.
     """
@@ -57,7 +58,7 @@ def offered(tools: list[FunctionTool], choice: Any, *, is_parallel: bool) -> Too
 def _read_choice(
     value: Any,
 ) -> tuple[Literal["auto", "none", "required"], frozenset[str] | None]:
-    """The mode, and the names of the tools that may be called. Raises `InvalidRequest`."""
+    """Returns the mode, and the names of the tools that may be called. Raises `InvalidRequest`."""
     match value:
         case "auto" | "none" | "required":
             return value, None

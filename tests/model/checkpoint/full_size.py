@@ -32,7 +32,7 @@ Tensors = dict[str, tuple[str, list[int], bytes]]
 
 
 def floats() -> Tensors:
-    """The tensors of mistralai/Mixtral-8x7B-Instruct-v0.1."""
+    """Returns the tensors of mistralai/Mixtral-8x7B-Instruct-v0.1."""
     found: dict[str, list[int]] = {"model.embed_tokens.weight": [32000, 4096]}
     for i in range(32):
         layer = f"model.layers.{i}"
@@ -50,7 +50,7 @@ def floats() -> Tensors:
 
 
 def in_4_bits(*, nested: bool) -> Tensors:
-    """The tensors of ybelkada/Mixtral-8x7B-Instruct-v0.1-bnb-4bit, or of a nested one."""
+    """Returns the tensors of ybelkada/Mixtral-8x7B-Instruct-v0.1-bnb-4bit, or of a nested one."""
     found: Tensors = {}
     for name, (dtype, shape, _) in floats().items():
         if not any(part in name for part in ("_proj.", ".experts.")):

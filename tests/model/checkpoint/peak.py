@@ -18,7 +18,7 @@ from tests.model.driver import load_folder
 
 
 def memory(line: str) -> int:
-    """Bytes of this process: VmRSS, what it has, or VmHWM, the most that it had."""
+    """Returns the bytes of this process: VmRSS, what it has, or VmHWM, the most that it had."""
     for text in Path("/proc/self/status").read_text().splitlines():
         if text.startswith(line):
             return int(text.split()[1]) * 1024

@@ -48,7 +48,7 @@ def own(bnb4: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def copy(folder: Path, to: Path) -> Path:
-    """A copy that a test may break."""
+    """Returns a copy that a test may break."""
     for file in folder.iterdir():
         (to / file.name).write_bytes(file.read_bytes())
     return to

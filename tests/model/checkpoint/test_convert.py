@@ -50,7 +50,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """The command's error: one line, exit code 1."""
+    """Returns the command's error: one line, exit code 1."""
     capsys.readouterr()
     assert main([str(argument) for argument in arguments]) == 1
     said = capsys.readouterr().err.strip()

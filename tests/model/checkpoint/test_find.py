@@ -11,7 +11,7 @@ from tests.hub import COMMIT
 
 
 def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = "main") -> Path:
-    """A complete one-file checkpoint in the layout of the Hugging Face cache."""
+    """Returns a complete one-file checkpoint in the layout of the Hugging Face cache."""
     repository = hub / f"models--{name.replace('/', '--')}"
     folder = repository / "snapshots" / commit
     folder.mkdir(parents=True)

@@ -79,7 +79,8 @@ def _layer(weights: dict[str, Tensor], layer: int, experts: int) -> dict[str, Te
 
 
 def _matrix(weights: dict[str, Tensor], names: list[str], interleaved: bool) -> dict[str, Tensor]:
-    """The buffers of one matrix made of parts, by turns of 8 rows where it is interleaved."""
+    """Returns the buffers of one matrix made of parts, by turns of 8 rows where it is
+    interleaved."""
     states = [_state(weights, name) for name in names]
     made: dict[str, Tensor] = {}
     for key, suffix in (("packed", ""), ("absmax", ".absmax")):

@@ -178,7 +178,7 @@ def compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, int], ch
 
 
 def loop(listing: str) -> list[str]:
-    """The instructions of the shortest loop with matrix products."""
+    """Returns the instructions of the shortest loop with matrix products."""
     lines: list[str] = []
     labels: dict[str, int] = {}
     loops: list[list[str]] = []
@@ -194,7 +194,8 @@ def loop(listing: str) -> list[str]:
 
 
 def about(cubin: bytes, tool: str, *options: str) -> str:
-    """What `tool`, one of CUDA's programs that come with Triton, prints about a compiled kernel."""
+    """Returns what `tool`, one of CUDA's programs that come with Triton, prints about a compiled
+    kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -205,7 +206,7 @@ def about(cubin: bytes, tool: str, *options: str) -> str:
 
 
 def spills(cubin: bytes) -> bool:
-    """Whether registers go to local memory, or anything else is kept there."""
+    """Returns whether registers go to local memory, or anything else is kept there."""
     ((stack, local),) = re.findall(
         r"STACK:(\d+).* LOCAL:(\d+)", about(cubin, "cuobjdump", "-res-usage")
     )
@@ -213,7 +214,7 @@ def spills(cubin: bytes) -> bool:
 
 
 def instructions_per_weight(cubin: bytes, tile_rows: int, num_warps: int) -> float:
-    """Instructions of the loop that decodes weights, per weight; 0 where no loop is found.
+    """Instructions of the loop that decodes weights, per weight; 0 if no loop is found.
 
     A round decodes two blocks of 64, of each row of the tile, with all threads.
     """

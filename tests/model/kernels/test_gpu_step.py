@@ -174,7 +174,8 @@ def test_a_runner_uses_it(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tokens_one_by_one(plain: ModelRunner) -> list[list[int]]:
-    """The tokens of the last test, by a runner that waits for each token before the next step."""
+    """Returns the tokens of the last test, by a runner that waits for each token before the next
+    step."""
     params = SamplingParams(9, temperature=0)
     some = [Sequence([5, 6, 7 + i], params, i, frozenset()) for i in range(3)]
     found = []

@@ -27,7 +27,7 @@ def batch_of(query_lens: list[int], context_lens: list[int], cache: KVCache) -> 
 def both(
     heads: int, cache: KVCache, batch: Batch, window: int | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The results of the kernel and of plain torch, `[tokens, heads * head_dim]`."""
+    """Returns the results of the kernel and of plain torch, `[tokens, heads * head_dim]`."""
     shape = (sum(batch.query_lens), heads, cache.head_dim)
     queries = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     expected = queries.new_zeros(queries.flatten(1).shape)

@@ -120,7 +120,7 @@ class Recorded:
 def launches_of(
     model: Any, step_of: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> list[str]:
-    """What a step of `tokens` prompt tokens launches, all of it on the device "meta".
+    """Returns what a step of `tokens` prompt tokens launches, all of it on the device "meta".
 
     A tensor there has no values, so that whatever needs one on the host raises.
     """

@@ -111,10 +111,10 @@ class CpuStep:
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache, max_threads: int) -> "CpuStep":
-        """The step of `model`, compared with plain torch; `cache` must be unused.
+        """Returns the step of `model`, compared with plain torch; `cache` must be unused.
 
-        Long steps get up to `max_threads` threads, see `StepThreads`. Raises `StepUnavailable`
-        where there is no compiled step.
+        Long steps get up to `max_threads` threads, see `StepThreads`. Raises `StepUnavailable` if
+        there is no compiled step.
         """
         _require_fitting(model)
         step = cls(_library(), model, cache, max_threads)
@@ -151,7 +151,7 @@ class CpuStep:
 
     @torch.inference_mode()
     def _error(self, model: "Mixtral", cache: KVCache) -> float:
-        """The relative error of logits, of a prompt of one KV block and of decodes.
+        """Returns the relative error of logits, of a prompt of one KV block and of decodes.
 
         The decodes attend to random keys and values. All threads compute.
         """
@@ -178,7 +178,7 @@ class CpuStep:
 
 
 def transposed(weight: Tensor) -> Tensor:
-    """A copy of `weight` `[..., N, K]` as `[..., K, N']`: N rounded up, the rest is 0."""
+    """Returns a copy of `weight` `[..., N, K]` as `[..., K, N']`: N rounded up, the rest is 0."""
     padded = F.pad(weight, (0, 0, 0, -weight.shape[-2] % LANES))
     return padded.transpose(-1, -2).contiguous()
 

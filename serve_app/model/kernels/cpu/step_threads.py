@@ -36,13 +36,13 @@ class StepThreads:
         self._window = config.sliding_window or config.max_position_embeddings
 
     def of(self, batch: Batch) -> int:
-        """The number of threads for the step of `batch`."""
+        """Returns the number of threads for the step of `batch`."""
         num_rows = len(batch.token_ids)
         worth = self._num_products(batch) // PRODUCTS_PER_THREAD
         return max(1, min(self.max_threads, worth, -(-num_rows // MIN_ROWS_PER_THREAD)))
 
     def _num_products(self, batch: Batch) -> int:
-        """A token's products with weights, and with each token that it attends to."""
+        """Returns a token's products with weights, and with each token that it attends to."""
         scores = sum(
             count * min(end - count // 2, self._window)
             for count, end in zip(batch.query_lens, batch.context_lens, strict=True)

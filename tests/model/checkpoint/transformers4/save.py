@@ -75,7 +75,8 @@ def main() -> None:
 
 
 def float32_logits(folder: Path, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
-    """The logits `[tokens, 96]` of the checkpoint in `folder`, read in the dtype of its floats."""
+    """Returns the logits `[tokens, 96]` of the checkpoint in `folder`, read in the dtype of its
+    floats."""
     model = MixtralForCausalLM.from_pretrained(folder, device_map="cpu", dtype=dtype)
     for weight in model.parameters():
         if hasattr(weight, "quant_state"):  # `float()` would convert nibbles stored as bfloat16

@@ -35,6 +35,9 @@ TOOL_TEMPLATE = (
 )
 """A chat template with tool tokens, for conversations without tools."""
 
+TOOLS = "mistral_instruct_tokenizer_240323.model.v3"
+"""Mixtral 8x22B's SentencePiece model, as mistral-common calls it."""
+
 
 def model_file(name: str = "tokenizer.model.v1") -> Path:
     """Returns a SentencePiece model that mistral-common has. The first is Mixtral 8x7B's."""
@@ -50,12 +53,7 @@ def write(folder: Path) -> Path:
 
 def write_with_tools(folder: Path) -> Path:
     """Writes the tokenizer of Mixtral 8x22B, 32,768 entries, among them the tool tokens."""
-    from sentencepiece import SentencePieceProcessor
-
-    file = model_file("mistral_instruct_tokenizer_240323.model.v3")
-    tokenizer = sentencepiece_model.converted(SentencePieceProcessor(model_file=str(file)))
-    tokenizer.add_tokens([f"[REFERENCE_DOC_{number}]" for number in range(20)])
-    return _write(folder, tokenizer, TOOL_TEMPLATE)
+    return _write(folder, sentencepiece_model.read(model_file(TOOLS)), TOOL_TEMPLATE)
 
 
 def _write(folder: Path, tokenizer: "Tokenizer", chat_template: str) -> Path:
@@ -70,10 +68,10 @@ def _write(folder: Path, tokenizer: "Tokenizer", chat_template: str) -> Path:
     return folder
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, name: str = "tokenizer.model.v1") -> Path:
     """Writes tokenizer.model and tokenizer_config.json into `folder`, and returns it."""
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(model_file(), folder / "tokenizer.model")
+    shutil.copyfile(model_file(name), folder / "tokenizer.model")
     write_config(folder)
     return folder
 

@@ -40,8 +40,13 @@ def read(file: Path) -> "Tokenizer":
 
 
 def converted(model: Any) -> "Tokenizer":
-    """Returns the tokenizer of a SentencePiece model, which is not compared with it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    """Returns the tokenizer of a SentencePiece model, which is not compared with it.
+
+    User-defined pieces, which Mixtral 8x22B's model has (`[REFERENCE_DOC_0]`), become added tokens
+    that are no special ones. A text that begins with one lacks SentencePiece's space before it, as
+    it does with the tokenizer.json of 8x22B.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     pieces: list[str] = [model.id_to_piece(index) for index in range(model.vocab_size())]
     ids = {piece: index for index, piece in enumerate(pieces)}
@@ -51,7 +56,10 @@ def converted(model: Any) -> "Tokenizer":
     merges = _merges(model, ids, frozenset(special))
     bpe = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    defined = _user_defined(model, merges, frozenset(special))
+    # No space comes behind a user-defined piece.
+    scheme = "first" if defined else "always"
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("▁", " "),
@@ -61,7 +69,27 @@ def converted(model: Any) -> "Tokenizer":
         ]
     )
     tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in defined])
     return tokenizer
+
+
+def _user_defined(model: Any, merges: list[tuple[str, str]], special: frozenset[str]) -> list[str]:
+    """Returns the pieces that SentencePiece takes out of a text unchanged, before any merge.
+
+    Its Python interface does not have the type of a piece. No merge makes these, and yet they are
+    pieces of a text that consists of one.
+    """
+    made = {left + right for left, right in merges}
+    pieces = map(model.id_to_piece, range(model.vocab_size()))
+    return [
+        piece
+        for index, piece in enumerate(pieces)
+        if len(piece) > 1
+        and piece not in made
+        and piece not in special
+        and not model.is_byte(index)
+        and index in model.encode(piece)
+    ]
 
 
 def _merges(model: Any, ids: dict[str, int], special: frozenset[str]) -> list[tuple[str, str]]:

@@ -275,6 +275,36 @@ def test_a_model_like_mixtrals_is_read(tmp_path: Path) -> None:
     assert Tokenizer(tmp_path).encode(text, add_special_tokens=False) == oracle.encode(text)
 
 
+def test_user_defined_pieces_are_read(tmp_path: Path) -> None:
+    """In a small model with the types of pieces of 8x22B's, control pieces are special tokens with
+    their ids, and user-defined pieces are found in a text where SentencePiece finds them."""
+    options = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    defined = ["[DOC_10]", "[DOC_1]", "<doc>"]
+    pieces = {"control_symbols": ["[INST]", "[/INST]"], "user_defined_symbols": defined}
+    trained(tmp_path / "tokenizer.model", model_type="bpe", **options, **pieces)
+    mixtral_tokenizer.write_config(tmp_path)
+    oracle = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = Tokenizer(tmp_path)
+    for text in ("the[DOC_1]number [DOC_10] is  [DOC_1][DOC_2]<doc>not", "the [DOC_ number", "is<"):
+        ids = ours.encode(text, add_special_tokens=False)
+        assert ids == oracle.encode(text)
+        assert ours.decode(ids) == text
+    assert [ours.token_string(index) for index in (3, 4)] == ["[INST]", "[/INST]"]
+    assert ours.encode("[/INST]", add_special_tokens=False) == [4]
+
+
+def test_8x22bs_model_is_sentencepieces(tmp_path: Path) -> None:
+    """The file of Mixtral 8x22B is read: its control tokens, and the ids of a text with its
+    user-defined pieces."""
+    folder = mixtral_tokenizer.write_model(tmp_path, mixtral_tokenizer.TOOLS)
+    file = str(folder / "tokenizer.model")
+    oracle = sentencepiece.SentencePieceProcessor(model_file=file)
+    ours = Tokenizer(folder)
+    text = "See [REFERENCE_DOC_12]\n    return[REFERENCE_DOC_1]é"
+    assert ours.encode(text) == [1, *oracle.encode(text)]
+    assert ours.encode("[TOOL_CALLS]", add_special_tokens=False) == [5]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [

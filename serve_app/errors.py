@@ -2,43 +2,15 @@
 
 After an `InvalidRequest` the request must change; after an `Overloaded` it may succeed later;
 other errors are failures of the server. An endpoint maps what it catches with `handle_error`, once,
-and sends `error_body`. The message for any other exception never repeats its text.
+and sends `error_body.error_body`. The message for any other exception never repeats its text.
 """
 
 import logging
-import re
 import sys
 import traceback
-from typing import Any, ClassVar, Literal, TypedDict
+from typing import Any, ClassVar
 
 log = logging.getLogger(__name__)
-
-
-class ErrorFields(TypedDict):
-    """OpenAI's fields of an error, then the fields of a failed job, then our id of the request."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-    status: str
-    """The job status, such as "OVERLOADED"; the README has a table."""
-    retry: bool
-    """Whether the same request may succeed when it is sent again."""
-    request_id: str
-
-
-class ErrorBody(TypedDict):
-    """The JSON body of an error, the same at every endpoint."""
-
-    error: ErrorFields
-
-
-class AnthropicErrorBody(ErrorBody):
-    """The JSON body of an error of the Messages API; the `type` of its fields is Anthropic's."""
-
-    type: Literal["error"]
-    request_id: str
 
 
 class ServeError(Exception):
@@ -264,46 +236,3 @@ def handle_error(error: Exception, request_id: str) -> ServeError:
         log.error("request %s failed: %s in %s", request_id, kind, lines, extra={"fields": fields})
         log.debug("request %s failed", request_id, exc_info=error)
     return known
-
-
-MESSAGES_PATH = "/v1/messages(/|$)"
-"""A regular expression, found in the paths of the Messages API below any prefix."""
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    504: "timeout_error",
-}
-"""Anthropic's `type` for HTTP statuses: https://platform.claude.com/docs/en/api/errors."""
-
-
-def error_body(error: ServeError, request_id: str, path: str = "") -> ErrorBody:
-    """The body that every endpoint sends for `error`, in the shape of the API at `path`."""
-    fields: ErrorFields = {
-        "message": error.message,
-        "type": error.type,
-        "param": error.param,
-        "code": error.code,
-        "status": error.job_status,
-        "retry": error.retry,
-        "request_id": request_id,
-    }
-    if not is_messages(path):
-        return {"error": fields}
-    fields["type"] = _anthropic_type(error)
-    body: AnthropicErrorBody = {"type": "error", "error": fields, "request_id": request_id}
-    return body
-
-
-def is_messages(path: str) -> bool:
-    """Whether `path` belongs to the Messages API, so that its errors have Anthropic's shape."""
-    return re.search(MESSAGES_PATH, path) is not None
-
-
-def _anthropic_type(error: ServeError) -> str:
-    if (kind := _ANTHROPIC_TYPES.get(error.http_status)) is not None:
-        return kind
-    if isinstance(error, InvalidRequest | Overloaded):
-        return error.type  # both APIs have these two
-    return "api_error"

@@ -8,7 +8,8 @@ from anthropic.types.shared import ErrorResponse
 from pydantic import TypeAdapter
 
 from serve_app import errors
-from serve_app.errors import ServeError, as_serve_error, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import ServeError, as_serve_error
 from serve_app.worker.result import Result
 
 # The README's table of errors: class, HTTP status, type, code, job status, retry.

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.api import routes
 from serve_app.config.sections import EngineSettings
-from serve_app.errors import InvalidRequest, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import InvalidRequest
 from serve_app.protocol import batch
 from serve_app.protocol.batch import BatchRequest, BatchResponse, BatchResult
 

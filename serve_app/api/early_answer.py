@@ -17,7 +17,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api import ingress, routes
-from serve_app.errors import QueueFull, ServeError, error_body
+from serve_app.api.request_id import CLIENT_ID, ids_of, path_of
+from serve_app.error_body import error_body
+from serve_app.errors import QueueFull, ServeError
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -51,7 +53,7 @@ class EarlyAnswer:
 
 def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None:
     """Returns the answer to `request`, if it needs no body and no engine."""
-    method, route = request.scope["method"], routes.find(ingress.path_of(request.scope))
+    method, route = request.scope["method"], routes.find(path_of(request.scope))
     settings = server.settings.api
     # A browser needs the CORS headers, which only the ingress adds.
     if route is None or settings.cors_origins is not None:
@@ -74,9 +76,9 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
 
 
 def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError) -> Response:
-    request_id, headers = ingress.request_id_of(request)
+    request_id, headers = ids_of(request)
     known = server.failure(error, request_id)
-    headers = {ingress.CLIENT_ID: request.headers.get(ingress.CLIENT_ID, request_id)} | headers
+    headers = {CLIENT_ID: request.headers.get(CLIENT_ID, request_id)} | headers
     if isinstance(known, QueueFull):
         headers |= _places(server)
     body = error_body(known, request_id, request.scope["path"])

@@ -25,7 +25,9 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError, error_body
+from serve_app.api.request_id import own_headers
+from serve_app.error_body import error_body
+from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
@@ -165,7 +167,7 @@ class _Exchange:
     async def refuse(self, error: ServeError) -> None:
         """Sends `error` in the place of the application's response."""
         request_id = uuid.uuid4().hex
-        headers = {"x-mixtral-request-id": request_id}
+        headers = own_headers(request_id, self._scope)
         body = error_body(error, request_id, self._scope.get("path", ""))
         response = JSONResponse(body, error.http_status, headers)
         await response(self._scope, self._receive, self.send)

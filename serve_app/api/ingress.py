@@ -6,8 +6,6 @@ response.
 
 import asyncio
 import logging
-import re
-import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from dataclasses import replace
@@ -17,18 +15,19 @@ from starlette import routing
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
-from starlette.types import Scope
 
 from serve_app.api import routes
 from serve_app.api.api_keys import ApiKeys
+from serve_app.api.cors import Cors
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.api.metrics import NO_ROUTE
-from serve_app.errors import InvalidApiKey, error_body, is_messages
+from serve_app.api.request_id import ids_of, path_of
+from serve_app.error_body import error_body
+from serve_app.errors import InvalidApiKey
 from serve_app.protocol import json_pieces
 from serve_app.protocol.call import (
     TRACEPARENT,
@@ -48,13 +47,6 @@ log = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499
 """nginx's status in access logs for a client that closed its connection."""
-CLIENT_ID = "x-request-id"
-OUR_ID = "x-mixtral-request-id"
-ANTHROPIC_ID = "request-id"
-"""Where Anthropic's clients look for the id of a request."""
-
-_UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
-
 T = TypeVar("T")
 GetServer = Callable[[], "MixtralServer"]
 
@@ -81,23 +73,9 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
 
     middleware = [Middleware(Guard), Middleware(Disconnect)]
     if cors_origins is not None:
-        middleware.append(_cors(cors_origins))
+        middleware.append(Middleware(Cors, cors_origins))
     return Starlette(
         routes=table, middleware=middleware, exception_handlers={HTTPException: no_path}
-    )
-
-
-def _cors(origins: str) -> Middleware:
-    """Lets pages of these origins call the API: https://fetch.spec.whatwg.org/#http-cors-protocol.
-
-    It answers preflight requests itself, without an API key, which browsers do not send with them.
-    """
-    return Middleware(
-        CORSMiddleware,
-        allow_origins=[origin.strip() for origin in origins.split(",") if origin.strip()],
-        allow_methods=["GET", "POST"],
-        allow_headers=["*"],
-        expose_headers=[CLIENT_ID, OUR_ID, ANTHROPIC_ID, "Retry-After"],
     )
 
 
@@ -108,15 +86,12 @@ class Endpoint:
         self._get_server = get_server
         self._route = route
         self._handler = NO_ROUTE if route is None else route.path
-        self._is_messages = route is not None and is_messages(route.path)
 
     async def response(self, request: Request) -> Response:
         """Returns the response to one request; its errors are responses too."""
         server = self._get_server()
         arrived: float = request.scope[ARRIVED]
-        request_id, headers = request_id_of(request)
-        if self._is_messages:
-            headers[ANTHROPIC_ID] = request_id
+        request_id, headers = ids_of(request)
         path = path_of(request.scope)
         account: KeyAccount | None = None
         try:
@@ -216,33 +191,6 @@ async def _response(
             async with aclosing(items):
                 (last,) = [item async for item in items if "body" in item]
             return JSONResponse(last["body"], last["status"], headers)
-
-
-def request_id_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
-    """Returns the id of a request, and the headers of its response with our id and the client's.
-
-    Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
-    itself. That id becomes ours, so that both headers are equal. A second header of that name would
-    reach clients as one joined value, so a client's own id is left to Serve to send back, too.
-    """
-    name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
-    if name == CLIENT_ID.encode() and _UUID4.fullmatch(last):
-        request_id = last.decode()
-        return request_id, {OUR_ID: request_id}
-    request_id = uuid.uuid4().hex
-    given = request.headers.get(CLIENT_ID)
-    if given is None:
-        return request_id, {CLIENT_ID: request_id, OUR_ID: request_id}
-    fields = {"request_id": request_id, "client_request_id": given[:128]}
-    log.info("request %s has the client's id %.128r", request_id, given, extra={"fields": fields})
-    return request_id, {OUR_ID: request_id}
-
-
-def path_of(scope: Scope) -> str:
-    """Returns the path below the prefix that this app is mounted at."""
-    path: str = scope["path"]
-    prefix: str = scope.get("root_path", "").rstrip("/")
-    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path
 
 
 def check_key(request: HTTPConnection, keys: ApiKeys) -> KeyAccount:

@@ -17,7 +17,8 @@ from pydantic.json_schema import models_json_schema
 
 import serve_app
 from serve_app.api.descriptions import DESCRIPTIONS, STATE, TAGS, Description
-from serve_app.errors import InvalidRequest, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.fields import Body
 from serve_app.protocol.prompt import LISTS, PromptRequest

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from serve_app.api.answer import Answer
 from serve_app.api.list_places import ItemPlace
-from serve_app.errors import error_body
+from serve_app.error_body import error_body
 from serve_app.protocol import prompt, values
 from serve_app.protocol.call import (
     BatchReply,

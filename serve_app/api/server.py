@@ -20,13 +20,12 @@ from serve_app.api.metrics import Metrics
 from serve_app.api.request_body import BodyReader
 from serve_app.api.tracing import Tracing
 from serve_app.config.settings import Settings
+from serve_app.error_body import ErrorBody, error_body
 from serve_app.errors import (
     Draining,
     EngineDead,
-    ErrorBody,
     ModelNotFound,
     ServeError,
-    error_body,
     handle_error,
 )
 from serve_app.loading import load as loading

@@ -5,8 +5,8 @@ same deployment behind Serve's proxy. Both take the file that `serve run` takes.
 """
 
 import asyncio
+import atexit
 import logging
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
-from serve_app.machine import processes
+from serve_app.machine import own_folder, processes
 from serve_app.node import phases, ray_node, ray_processes, ray_thread, worker_lines
 from serve_app.node.client import DeploymentClient, Forward
 from serve_app.node.haproxy import Proxy
@@ -157,10 +157,11 @@ def _begin(settings: Settings, process_s: float | None) -> LoadLog:
 
 
 def with_load_log(settings: Settings) -> Settings:
-    """`settings` with a load log, a file on this machine's own disk."""
+    """`settings` with a load log, a file on this machine's own disk until this process ends."""
     if settings.load_log is not None:
         return settings
-    folder = Path(tempfile.mkdtemp(prefix="mixtral-load-"))
+    folder = own_folder.create("mixtral-load-")
+    atexit.register(own_folder.remove, folder)
     return settings.model_copy(update={"load_log": str(folder / "load.jsonl")})
 
 

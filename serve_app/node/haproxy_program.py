@@ -74,13 +74,13 @@ NO_REPLICA = "No replica of the model answers; send the request again."
 
 
 MESSAGES_PATH = "/v1/messages(/|$)"
-"""`serve_app.errors.MESSAGES_PATH`: paths of the API whose errors have Anthropic's shape."""
+"""`serve_app.error_body.MESSAGES_PATH`: paths of the API whose errors have Anthropic's shape."""
 ANTHROPIC_TYPES = {"queue_full": "rate_limit_error", "engine_dead": "api_error"}
 """Anthropic's `type` for a `code`, where it differs from OpenAI's."""
 
 
 def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
-    """JSON as `serve_app.errors.error_body` makes it; tests compare the two.
+    """JSON as `serve_app.error_body.error_body` makes it; tests compare the two.
 
     It has expressions for what `shape` sets.
     """
@@ -107,6 +107,16 @@ def shape() -> list[str]:
     return [
         "    http-request set-var(txn.request_id) uuid",
         *(f"    http-request {line} if {{ path_reg {MESSAGES_PATH} }}" for line in lines),
+    ]
+
+
+def ids() -> list[str]:
+    """Lines that give HAProxy's own errors the headers with the request's id."""
+    conditions = {"x-mixtral-request-id": "", "request-id": " { var(txn.shape) -m found }"}
+    return [
+        f"    http-after-response set-header {name} {haproxy_refusals.REQUEST_ID}"
+        f" if {{ status 414 429 503 }} !{{ res.hdr({name}) -m found }}{condition}"
+        for name, condition in conditions.items()
     ]
 
 
@@ -151,6 +161,7 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
         f"    http-request return {answer(414, too_long, condition)}",
         # A replica that died, whether or not the request had reached it.
         "    http-after-response set-status 503 if { status 502 504 }",
+        *ids(),
     ]
     if len(backends) == 1:
         lines += haproxy_refusals.rules(backends[0], refusal())

@@ -22,7 +22,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from http import HTTPStatus
 from typing import Any, TypedDict
 
-from serve_app.errors import Loading, error_body
+from serve_app.error_body import error_body, is_messages
+from serve_app.errors import Loading
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 
@@ -79,9 +80,10 @@ class HealthServer:
         lines = []
         match head.partition(b"\r\n")[0].split(b" "):
             case [method, target, version] if version.startswith(b"HTTP/1."):
-                status, body = self._route(method, target.partition(b"?")[0])
+                path = target.partition(b"?")[0]
+                status, body = self._route(method, path)
                 if status is HTTPStatus.SERVICE_UNAVAILABLE:
-                    lines = [f"Retry-After: {RETRY_AFTER_S}"]
+                    lines = [f"Retry-After: {RETRY_AFTER_S}", *_ids(body, path)]
         lines = [f"HTTP/1.1 {status.value} {status.phrase}", "Connection: close", *lines]
         content = b""
         if status is not HTTPStatus.NO_CONTENT:
@@ -103,6 +105,16 @@ class HealthServer:
             return ping, {"status": health["status"]}
         is_ready = ping is HTTPStatus.OK
         return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, health
+
+
+def _ids(body: dict[str, Any], path: bytes) -> list[str]:
+    """Header lines with the request's id, where `body` is an error."""
+    if "error" not in body:
+        return []
+    names = ["x-mixtral-request-id", "x-request-id"]
+    if is_messages(path.decode("latin-1")):
+        names.append("request-id")
+    return [f"{name}: {body['error']['request_id']}" for name in names]
 
 
 class State(TypedDict):

@@ -5,6 +5,12 @@ import time
 from collections.abc import Callable
 
 MINUTE_S = 60.0
+HEADERS = [
+    f"x-ratelimit-{what}-{unit}"
+    for unit in ("requests", "tokens")
+    for what in ("limit", "remaining", "reset")
+]
+"""Names of the headers that `Allowance.headers` gives for the units of API keys."""
 
 
 class Allowance:

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NotRequired, TypedDict, final
 
-from serve_app.errors import ErrorBody
+from serve_app.error_body import ErrorBody
 from serve_app.protocol.key_account import KeyAccount
 
 TRACEPARENT = "traceparent"

@@ -14,14 +14,8 @@ from typing import Any
 
 from serve_app.api import routes
 from serve_app.api.metrics import status_text
-from serve_app.errors import (
-    EngineDead,
-    ErrorBody,
-    InternalError,
-    ServeError,
-    error_body,
-    handle_error,
-)
+from serve_app.error_body import ErrorBody, error_body
+from serve_app.errors import EngineDead, InternalError, ServeError, handle_error
 from serve_app.loading.phases import read_events
 from serve_app.node import phases
 from serve_app.node.client import Forward

@@ -17,7 +17,8 @@ from contextvars import ContextVar
 from typing import Any
 
 from serve_app.config.log_format import JsonFormatter
-from serve_app.errors import ErrorBody, InvalidRequest
+from serve_app.error_body import ErrorBody
+from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.messages_api.request import MessagesRequest

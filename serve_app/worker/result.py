@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from serve_app.errors import ErrorBody, InternalError, ResultTooLarge, error_body
+from serve_app.error_body import ErrorBody, error_body
+from serve_app.errors import InternalError, ResultTooLarge
 from serve_app.machine.volume import is_mounted
 
 log = logging.getLogger(__name__)

@@ -15,7 +15,9 @@ import pytest
 from serve_app import __version__
 from serve_app.api import event_stream
 from serve_app.api.ingress import create_app
+from serve_app.config.key_file import ApiKey
 from serve_app.errors import QueueFull
+from serve_app.protocol.key_account import KeyAccount
 from serve_app.worker.job import parse
 from tests.api.conftest import Endpoint
 from tests.fakes import FakeEngine, server
@@ -154,13 +156,20 @@ def test_pages_of_allowed_origins_may_call(monkeypatch: pytest.MonkeyPatch, orig
             assert asked.headers["access-control-allow-origin"] in ("*", PREFLIGHT["Origin"])
             assert "authorization" in asked.headers["access-control-allow-headers"]
             assert "POST" in asked.headers["access-control-allow-methods"]
+            assert asked.headers["x-mixtral-request-id"] == asked.headers["x-request-id"]
             refused = await http.post(path, json={"messages": HELLO}, headers=origin)
             assert refused.status_code == 401
             assert refused.headers["access-control-allow-origin"]
             key = {"Authorization": "Bearer secret"}
             told = await http.post(path, json={"messages": HELLO}, headers={**origin, **key})
             assert told.status_code == 200
-            assert "x-mixtral-request-id" in told.headers["access-control-expose-headers"]
+            exposed = told.headers["access-control-expose-headers"].lower().split(", ")
+            ids = {"x-request-id", "x-mixtral-request-id", "request-id"}
+            limited = ApiKey(
+                name="a", sha256="0" * 64, created=0, requests_per_minute=1, tokens_per_minute=1
+            )
+            limits = KeyAccount(limited, is_alone=True).headers().keys()
+            assert set(exposed) == ids | {"retry-after"} | limits
 
     asyncio.run(check())
 

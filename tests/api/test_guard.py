@@ -30,11 +30,11 @@ def connection(endpoint: Endpoint) -> Iterator[socket.socket]:
 
 
 def read(opened: socket.socket) -> tuple[bytes, Any]:
-    """Status line and body of the answer, once the server has closed the connection."""
+    """Head and body of the answer, once the server has closed the connection."""
     answer = b"".join(iter(lambda: opened.recv(4096), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"\r\nconnection: close" in head
-    return head.partition(b"\r\n")[0], json.loads(body)
+    return head, json.loads(body)
 
 
 def test_a_body_has_a_deadline(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +42,8 @@ def test_a_body_has_a_deadline(endpoint: Endpoint, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(guard, "BODY_S", 0.1)
     with connection(endpoint) as opened:
         opened.sendall(HALF % b"/v1/completions")
-        status, body = read(opened)
-    assert status == b"HTTP/1.1 408 Request Timeout"
+        head, body = read(opened)
+    assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert (body["error"]["code"], body["error"]["retry"]) == ("request_timeout", True)
     assert len(body["error"]["request_id"]) == 32
 
@@ -55,8 +55,9 @@ def test_a_refusal_has_the_shape_of_the_api(
     monkeypatch.setattr(guard, "BODY_S", 0.1)
     with connection(endpoint) as opened:
         opened.sendall(HALF % b"/v1/messages")
-        _, body = read(opened)
+        head, body = read(opened)
     assert (body["type"], body["request_id"]) == ("error", body["error"]["request_id"])
+    assert f"\r\nrequest-id: {body['request_id']}" in head.decode()
 
 
 def test_large_bodies_are_let_in_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -327,7 +327,8 @@ def test_errors_below_the_path_have_anthropics_shape(
     response = http.request(method, path, content=content)
     body = response.json()
     assert (response.status_code, body["type"], body["error"]["type"]) == (status, "error", name)
-    assert body["request_id"] == response.headers["x-mixtral-request-id"]
+    for header in ("x-mixtral-request-id", "request-id"):
+        assert body["request_id"] == response.headers[header]
 
 
 def test_a_key_may_come_as_x_api_key(

@@ -87,6 +87,8 @@ def test_a_full_queue_refuses_before_serve_sees_the_request(path: str) -> None:
     assert (status, headers[b"retry-after"], body["error"]["code"]) == (429, b"3", "queue_full")
     assert headers[b"x-request-id"] == b"mine"
     assert headers[b"x-mixtral-request-id"].decode() == body["error"]["request_id"]
+    is_messages = path == "/v1/messages"
+    assert headers.get(b"request-id") == (headers[b"x-mixtral-request-id"] if is_messages else None)
     assert 'errors_total{code="queue_full",model_name="tiny"} 1.0' in one.metrics.text("ready")
     assert headers[PLACES.encode()] == TOLD
     assert early(one, path, "GET")[0] == early(one, "/tokenize")[0] == 299

@@ -18,8 +18,9 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app import errors
-from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError, error_body
+from serve_app import error_body as bodies
+from serve_app.error_body import error_body
+from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError
 from serve_app.node import haproxy_program
 from serve_app.node.haproxy_program import MAX_HEADERS, MAX_URL_CHARS
 from tests.worker.conftest import until
@@ -163,12 +164,15 @@ def test_errors_have_the_form_of_ours(server: Server, start: Start, path: str) -
         body = response.json()
         assert (response.status_code, body) == (status, expected(error, body, path))
         assert len(body["error"]["request_id"]) == 36
+        assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
+        anthropics = body["error"]["request_id"] if "type" in body else None
+        assert response.headers.get("request-id") == anthropics
         assert ("retry-after" in response.headers) == (status == 503)
 
 
 def test_the_path_with_another_shape_is_that_of_the_server() -> None:
     """HAProxy and the server find the paths of the Messages API with one expression."""
-    assert haproxy_program.MESSAGES_PATH == errors.MESSAGES_PATH
+    assert haproxy_program.MESSAGES_PATH == bodies.MESSAGES_PATH
 
 
 def test_headers_have_a_number_and_a_size(server: Server) -> None:

@@ -14,7 +14,8 @@ from serve_app.api import early_answer
 from serve_app.api.routes import ROUTES
 from serve_app.engine import retry_after
 from serve_app.engine.request_queue import RequestQueue
-from serve_app.errors import QueueFull, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import QueueFull
 from serve_app.node import haproxy_program, haproxy_refusals
 from serve_app.node.haproxy_refusals import PATHS, PLACES, REFUSED
 from tests.node.test_haproxy_program import QuietServer, Server, haproxy
@@ -131,6 +132,8 @@ def test_a_refusal_is_as_the_replicas(full: None, http: httpx.Client, path: str)
     assert body == error_body(error, body["error"]["request_id"], path)
     assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
     assert response.headers["x-request-id"] == "mine"
+    anthropics = body["error"]["request_id"] if path == "/v1/messages" else None
+    assert response.headers.get("request-id") == anthropics
     unnamed = http.post(path)
     assert unnamed.headers["x-request-id"] == unnamed.headers["x-mixtral-request-id"]
     assert PLACES not in http.get("/ping").headers

@@ -79,7 +79,13 @@ def test_other_requests_are_refused(listener: Listener) -> None:
     """A wrong path, a wrong method and bytes that are not HTTP each get their own status."""
     early = httpx.post(f"http://127.0.0.1:{listener.port}/v1/completions", content=b"{}")
     assert (early.status_code, early.headers["retry-after"]) == (503, "5")
-    assert early.json()["error"]["code"] == "loading"
+    error = early.json()["error"]
+    assert error["code"] == "loading"
+    ids = [early.headers[name] for name in ("x-mixtral-request-id", "x-request-id")]
+    assert ids == [error["request_id"]] * 2
+    assert "request-id" not in early.headers
+    messages = httpx.post(f"http://127.0.0.1:{listener.port}/v1/messages", content=b"{}")
+    assert messages.headers["request-id"] == messages.json()["request_id"]
     assert httpx.post(f"http://127.0.0.1:{listener.port}/ping").status_code == 405
     assert said(listener, b"\x16\x03\x01 hello\r\n\r\n").startswith(b"HTTP/1.1 400 ")
     assert said(listener, b"HEAD /health HTTP/1.0\r\n\r\n").endswith(b"\r\n\r\n")

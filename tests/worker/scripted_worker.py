@@ -23,7 +23,8 @@ from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
-from serve_app.errors import EngineDead, InvalidRequest, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import EngineDead, InvalidRequest
 from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
 from serve_app.worker import posts

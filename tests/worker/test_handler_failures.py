@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull, error_body
+from serve_app.error_body import error_body
+from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull
 from tests.worker.recorded import posts_of
 from tests.worker.scripted_model import LAST, TOKENS, HandlerOf, Model
 

@@ -6,13 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from serve_app.error_body import error_body
 from serve_app.errors import (
     InvalidRequest,
     ModelNotFound,
     OutOfMemory,
     QueueFull,
     ServeError,
-    error_body,
 )
 from serve_app.worker import job_log
 from serve_app.worker.job_log import FullJsonLines, JsonLines, running_job

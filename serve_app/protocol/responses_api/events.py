@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from serve_app.errors import ErrorBody, ServeError
+from serve_app.error_body import ErrorBody
+from serve_app.errors import ServeError
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.response import ResponseMetadata, TokenNames
 from serve_app.protocol.responses_api import response

@@ -1,0 +1,59 @@
+"""The ids of a request in the headers of its response.
+
+x-mixtral-request-id    ours, which the body, the error and the log have too
+x-request-id            the client's, else ours
+request-id              ours, where Anthropic's clients look for it: below `/v1/messages` alone
+"""
+
+import logging
+import re
+import uuid
+
+from starlette.requests import HTTPConnection
+from starlette.types import Scope
+
+from serve_app.error_body import is_messages
+
+log = logging.getLogger(__name__)
+
+CLIENT_ID = "x-request-id"
+OUR_ID = "x-mixtral-request-id"
+ANTHROPIC_ID = "request-id"
+
+_UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
+
+
+def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
+    """Returns our id of a request, and the headers of its response with our id and the client's.
+
+    Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
+    itself. That id becomes ours, so that both headers are equal. A second header of that name would
+    reach clients as one joined value, so a client's own id is left to Serve to send back, too.
+    """
+    name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
+    if name == CLIENT_ID.encode() and _UUID4.fullmatch(last):
+        request_id = last.decode()
+        return request_id, own_headers(request_id, request.scope)
+    request_id = uuid.uuid4().hex
+    headers = own_headers(request_id, request.scope)
+    given = request.headers.get(CLIENT_ID)
+    if given is None:
+        return request_id, {CLIENT_ID: request_id, **headers}
+    fields = {"request_id": request_id, "client_request_id": given[:128]}
+    log.info("request %s has the client's id %.128r", request_id, given, extra={"fields": fields})
+    return request_id, headers
+
+
+def own_headers(request_id: str, scope: Scope) -> dict[str, str]:
+    """Returns the headers with our id that every response has."""
+    headers = {OUR_ID: request_id}
+    if is_messages(scope.get("path", "")):
+        headers[ANTHROPIC_ID] = request_id
+    return headers
+
+
+def path_of(scope: Scope) -> str:
+    """Returns the path below the prefix that this app is mounted at."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "").rstrip("/")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

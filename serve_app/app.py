@@ -122,7 +122,7 @@ def _replica_class(load: Load) -> type[Any]:
             import ray
 
             from serve_app.api import early_answer
-            from serve_app.api.ray_metrics import RayMetrics
+            from serve_app.api.metrics.ray_port import RayMetrics
 
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False

@@ -124,7 +124,7 @@ def test_ray_drops_a_gauge_after_two_exports() -> None:
     """A gauge is copied at least twice in the time in which Ray keeps it."""
     from ray._private.telemetry.open_telemetry_metric_recorder import OpenTelemetryMetricRecorder
 
-    from serve_app.api.ray_metrics import copy_interval_s
+    from serve_app.api.metrics.ray_port import copy_interval_s
 
     kept_s = OpenTelemetryMetricRecorder._resolve_gauge_ttl_seconds(None)
     assert copy_interval_s() * 4 == kept_s
@@ -149,6 +149,6 @@ def test_the_content_type_of_metrics() -> None:
     """`CONTENT_TYPE` is what `generate_latest` writes for a client without preferences."""
     from prometheus_client import exposition
 
-    from serve_app.api.metrics import CONTENT_TYPE
+    from serve_app.api.metrics.metrics import CONTENT_TYPE
 
     assert exposition.choose_encoder("") == (exposition.generate_latest, CONTENT_TYPE)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from serve_app.api.list_places import ItemPlace
-from serve_app.api.metrics import Metrics
-from serve_app.api.request_metrics import RequestMetrics
+from serve_app.api.metrics.metrics import Metrics
+from serve_app.api.metrics.request_metrics import RequestMetrics
 from serve_app.api.tracing import AnswerTrace
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass

@@ -24,7 +24,7 @@ from serve_app.api.cors import Cors
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
-from serve_app.api.metrics import NO_ROUTE
+from serve_app.api.metrics.metrics import NO_ROUTE
 from serve_app.api.request_id import ids_of, path_of
 from serve_app.error_body import error_body
 from serve_app.errors import InvalidApiKey

@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from serve_app.api.answer import Answer
-from serve_app.api.metrics import Metrics
+from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.tracing import AnswerTrace, Tracing
 from serve_app.config.sections import ApiSettings
 from serve_app.engine.admission import check_token_ids

@@ -16,7 +16,7 @@ from serve_app.api.api_keys import ApiKeys
 from serve_app.api.input_processor import InputProcessor
 from serve_app.api.list_places import ListPlaces
 from serve_app.api.loop_lag import LoopLag
-from serve_app.api.metrics import Metrics
+from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.request_body import BodyReader
 from serve_app.api.tracing import Tracing
 from serve_app.config.settings import Settings

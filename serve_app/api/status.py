@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from serve_app import __version__
-from serve_app.api import metrics
+from serve_app.api.metrics.metrics import CONTENT_TYPE
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ async def ping(server: "MixtralServer", call: Call) -> Reply:
 async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
     """Prometheus' text."""
     # 200 while draining too: a scrape that fails would hide how the last requests end.
-    return TextReply(server.metrics.text(server.status), metrics.CONTENT_TYPE)
+    return TextReply(server.metrics.text(server.status), CONTENT_TYPE)
 
 
 async def models(server: "MixtralServer", call: Call) -> Reply:

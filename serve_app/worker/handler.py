@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from serve_app.api import routes
-from serve_app.api.metrics import status_text
+from serve_app.api.metrics.metrics import status_text
 from serve_app.error_body import ErrorBody, error_body
 from serve_app.errors import EngineDead, InternalError, ServeError, handle_error
 from serve_app.loading.phases import read_events

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.api.metrics import FINISH_REASONS, STATUSES, status_text
+from serve_app.api.metrics.metrics import FINISH_REASONS, STATUSES, status_text
 from serve_app.api.server import MixtralServer
 from serve_app.errors import OutOfMemory, QueueFull
 from tests.exposition import Shown

@@ -2,7 +2,7 @@
 
 import time
 
-from serve_app.api.metrics import Metrics
+from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.tracing import AnswerTrace
 from serve_app.engine.delta import Delta
 from serve_app.errors import InvalidRequest, Overloaded

@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from serve_app.api import histograms
+from serve_app.api.metrics import histograms
 from serve_app.errors import QueueFull, ServeError
 from serve_app.protocol.key_account import KeyAccount
 

@@ -153,7 +153,8 @@ def test_the_workflow_runs_what_ci_runs() -> None:
     """The public workflow has the commands of .ci/run, on every Python that the package allows."""
     workflow = yaml.safe_load(Path(".github/workflows/ci.yml").read_text())
     (job,) = workflow["jobs"].values()
-    commands = [step["run"] for step in job["steps"] if "run" in step]
+    runs = [step["run"] for step in job["steps"] if "run" in step]
+    commands = [run for run in runs if run.startswith("make ")]
     script = Path(".ci/run").read_text().splitlines()
     assert commands == ["make install-dev", *(line for line in script if line.startswith("make "))]
     project = tomllib.loads(Path("pyproject.toml").read_text())["project"]

@@ -1,6 +1,7 @@
 """Fields of the Messages API that have no effect here, and those that would change the answer.
 
-The README has the same lists. The headers `anthropic-version` and `anthropic-beta` are not read.
+docs/fields.md has the same lists. The headers `anthropic-version` and `anthropic-beta` are not
+read.
 """
 
 from serve_app.protocol.unsupported import Unsupported

@@ -58,15 +58,22 @@ PARENT_POLL_S = 1.0
 
 def build_app(settings: Settings) -> "Application":
     """Returns the Serve application for `settings`. Reads no file and looks for no GPU."""
-    return application(settings)
+    # Serve logs a line before it makes a `Replica`, which changes the format of the others.
+    is_json = settings.observability.log_format == "json"
+    return application(settings, logging_config={"encoding": "JSON"} if is_json else None)
 
 
 def application(
-    settings: Settings, load: Load = loading.load, plan: StartPlan | None = None
+    settings: Settings,
+    load: Load = loading.load,
+    plan: StartPlan | None = None,
+    *,
+    logging_config: dict[str, str] | None = None,
 ) -> "Application":
     """`build_app` for a process on the replica's machine, which has made the `plan` already.
 
-    `load` replaces `loading.load.load`; the replica must be able to import it.
+    `load` replaces `loading.load.load`; the replica must be able to import it. `logging_config` is
+    the deployment's; Serve prefers it to the application's.
     """
     from ray import serve
 
@@ -82,10 +89,7 @@ def application(
         graceful_shutdown_timeout_s=30,
         # A model that fails to load fails again a second later.
         max_constructor_retry_count=1,
-        # Serve logs a line before it makes a `Replica`, which changes the format of the others.
-        logging_config={"encoding": "JSON"}
-        if settings.observability.log_format == "json"
-        else None,
+        logging_config=logging_config,
     )
     ingress = _ingress(settings.api.cors_origins)
     return deployment(serve.ingress(ingress)(_replica_class(load))).bind(settings, plan)

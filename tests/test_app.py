@@ -119,6 +119,18 @@ def test_the_deployment_leaves_limits_to_the_engine() -> None:
     assert config.max_constructor_retry_count == 1
 
 
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_serves_first_line_is_json_where_serve_logs_it(form: str) -> None:
+    """Under `serve run` the deployment asks Serve for JSON; where this package starts Serve, it
+    leaves the level of Serve's log to the application."""
+    settings = Settings(observability={"log_format": form})
+    expected = {"encoding": "JSON"} if form == "json" else None
+    found = build_app(settings)._bound_deployment._deployment_config.logging_config
+    assert (found and {"encoding": found["encoding"]}) == expected
+    bare = application(settings)._bound_deployment._deployment_config
+    assert bare.logging_config is None
+
+
 def test_the_plan_crosses_ray_with_the_deployment() -> None:
     """A replica on this machine does not look at the checkpoint again."""
     settings = Settings.from_yaml("configs/tiny.yaml")

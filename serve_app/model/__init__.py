@@ -1,15 +1,15 @@
-"""The network: Mixtral from a checkpoint on disk to logits, with torch and nothing of a server.
+"""The network: loads Mixtral from a checkpoint and computes logits. It needs only torch.
 
-Read `mixtral.py` first: the forward pass, 200 lines. Then, as they are called:
+Read `mixtral.py` first, the forward pass. Then, in the order of calls:
 
-    config.py             the sizes, from config.json
-    batch.py, kv.py       what a forward pass reads: tokens of several sequences, the KV cache
-    attention.py          attention over the cache in plain torch
-    experts.py            routing tokens to experts, weights as floats
-    linear.py             linear layers, floats or 4 bits
-    quantization.py       the facts of 4-bit weights; quantize.py the arithmetic,
-                          quantized_weight.py the buffers, quantized_experts.py the experts
-    footprint.py          bytes of a model, from its sizes alone
-    checkpoint/           finding, inspecting, loading and converting checkpoints
-    kernels/              the same arithmetic, faster on one kind of device
+    config.py          the sizes, from config.json
+    batch.py, kv.py    the inputs of a forward pass: tokens of several sequences, the KV cache
+    attention.py       attention over the cache in plain torch
+    experts.py         routing tokens to experts, with float weights
+    linear.py          linear layers, with float or 4-bit weights
+    quantization.py    the constants of 4-bit weights; quantize.py computes them,
+                       quantized_weight.py stores them, quantized_experts.py computes the experts
+    footprint.py       the bytes of a model, computed from its sizes
+    checkpoint/        finding, inspecting, loading and converting checkpoints
+    kernels/           faster implementations for CPUs and GPUs
 """

@@ -1,17 +1,16 @@
 """Causal grouped-query attention over the paged KV cache, in plain torch.
 
 `plan_attention` prepares indices and masks once for a batch; `attend` uses them in every layer.
-Sequences with one new token (decodes) are computed together, prefill chunks one by one. This module
-computes prompts on a GPU, and everything on a CPU without the compiled step. Kernels are compared
-with it.
+Sequences with one new token (decodes) are computed together, prefill chunks one by one. This is the
+reference for all attention kernels, and runs where no kernel is available.
 
-In float32 on a CPU a decode row gets the same bits in any batch: contexts are padded to whole
-segments, with weights that are exactly 0, and the values of each segment are summed by a matrix
-product of the same size. For example a context of 70 tokens is padded to 2 segments of 64, alone or
-beside a context of 100.
+In float32 on a CPU a decode gets the same bits in any batch: contexts are padded to whole segments,
+with weights that are exactly 0, and a matrix product of a fixed size sums the values of each
+segment. Example: a context of 70 tokens is padded to 2 segments of 64, whether it is alone or in a
+batch with a context of 100.
 
-Letters: B sequences, L context tokens (padded), N new tokens, H query heads, K KV heads,
-G = H / K query heads per KV head, D head_dim.
+Letters: B sequences, L context tokens (padded), N new tokens, H query heads, K KV heads, G = H / K
+query heads per KV head, D head_dim.
 """
 
 from dataclasses import dataclass
@@ -25,10 +24,12 @@ from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 
 SEGMENT = 64
-"""Context tokens in one product with values. MKL splits longer sums in ways that depend on their
-length; sums of segments are added in the same order, whatever padding follows."""
+"""Number of context tokens in one product with values. MKL splits longer sums in ways that depend
+on their length. The segments' sums are added in a fixed order, so padding does not change the
+result."""
 MIN_GROUP_TOKENS = 2048
-"""Where all contexts, padded to the longest, have fewer tokens, one group costs less than two."""
+"""If all contexts, padded to the longest, have fewer tokens than this together, they are computed
+as one group, which then costs less than several."""
 
 
 @dataclass
@@ -36,9 +37,9 @@ class Decodes:
     """Sequences with one new token each, of similar context lengths."""
 
     rows: Tensor | slice
-    """`[B]`: their rows in the flattened batch."""
+    """`[B]`: the rows of their new tokens in the flattened batch."""
     blocks: Tensor
-    """KV blocks, `[B * L / block_size]`"""
+    """`[B * L / block_size]`: the KV blocks of all sequences, one sequence after the other."""
     bias: Tensor
     """`[B, 1, L]`: 0 for the tokens that the query attends to, -inf for the others."""
 
@@ -49,7 +50,7 @@ class Chunk:
 
     rows: slice
     blocks: Tensor
-    """`[ceil(L / block_size)]`"""
+    """`[ceil(L / block_size)]`: the KV blocks of the sequence."""
     context_len: int
     mask: Tensor | None
     """`[N, L]`, True for the tokens that a query attends to; None is causal with N = L."""
@@ -57,7 +58,7 @@ class Chunk:
 
 @dataclass
 class AttentionPlan:
-    """What `attend` needs to know about a batch, the same in every layer."""
+    """Indices and masks of a batch, which `attend` uses in every layer."""
 
     decodes: list[Decodes]
     chunks: list[Chunk]
@@ -66,8 +67,10 @@ class AttentionPlan:
 def plan_attention(
     batch: Batch, block_size: int, window: int | None, dtype: torch.dtype
 ) -> AttentionPlan:
-    """Returns the rows, KV blocks and masks of a batch; `window` is the sliding window, None
-    without."""
+    """Returns the rows, KV blocks and masks of a batch.
+
+    `window` is the size of the sliding window in tokens, or None.
+    """
     starts = [0]
     for length in batch.query_lens:
         starts.append(starts[-1] + length)
@@ -83,9 +86,9 @@ def plan_attention(
 
 
 def attend(plan: AttentionPlan, layer: int, queries: Tensor, cache: KVCache, out: Tensor) -> None:
-    """Fills the batch's rows of `out` `[rows, H * D]` from `queries` `[rows, H, D]`.
+    """Writes the attention output to `out` `[rows, H * D]` from `queries` `[rows, H, D]`.
 
-    The keys and values of the new tokens must be in the cache.
+    The keys and values of the new tokens must be in the cache already.
     """
     for decodes in plan.decodes:
         _attend_decodes(decodes, layer, queries, cache, out)

@@ -24,19 +24,19 @@ class MixtralConfig:
     head_dim: int
     num_local_experts: int
     num_experts_per_tok: int
-    """Experts that the router chooses for each token."""
+    """Number of experts that the router chooses for each token."""
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
     sliding_window: int | None
-    """A token attends to this many tokens, itself included; None is all of them."""
+    """Number of tokens that a token attends to, including itself; None means all."""
     max_position_embeddings: int
     tie_word_embeddings: bool
-    """True if the embedding matrix is also lm_head."""
+    """Whether the embedding matrix is also the lm_head."""
     bos_token_id: int | None
     eos_token_ids: frozenset[int]
     dtype: str
-    """dtype of the weights in the files, by config.json's name ("bfloat16")."""
+    """dtype of the weights in the files, by its name in config.json ("bfloat16")."""
 
     @property
     def q_size(self) -> int:
@@ -50,7 +50,7 @@ class MixtralConfig:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Numbers that one token takes in the KV cache, all layers together."""
+        """Number of values that one token needs in the KV cache, in all layers together."""
         return 2 * self.num_hidden_layers * self.kv_size
 
     @classmethod

@@ -1,7 +1,7 @@
-"""The experts of one layer: feed-forward networks, of which each token goes through a few.
+"""The experts of one layer: feed-forward networks, of which each token uses a few.
 
-The router (`mixtral.SparseMLP`) chooses the experts; `QuantizedExperts` has the same `forward` with
-weights in 4 bits.
+The router (`mixtral.SparseMLP`) chooses the experts. `QuantizedExperts` has the same `forward` with
+4-bit weights.
 """
 
 import torch
@@ -13,7 +13,7 @@ from serve_app.model.row_padding import row_multiple
 
 
 class Experts(nn.Module):
-    """Experts with weights of floats.
+    """Experts with float weights.
 
     Letters: T tokens, k experts per token, E experts, H hidden_size, I intermediate_size.
     """
@@ -24,14 +24,15 @@ class Experts(nn.Module):
         gate_up = torch.empty(num_experts, 2 * config.intermediate_size, hidden_size)
         down = torch.empty(num_experts, hidden_size, config.intermediate_size)
         self.gate_up = nn.Parameter(gate_up, requires_grad=False)
-        """`[E, 2I, H]`: the rows of gate, then those of up."""
+        """`[E, 2I, H]`: the rows of the gate projection, then those of the up projection."""
         self.down = nn.Parameter(down, requires_grad=False)
         """`[E, H, I]`"""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """sum_j topk_weights[t, j] * down(silu(gate(x[t])) * up(x[t])) of expert topk_ids[t, j].
+        """Computes sum_j topk_weights[t, j] * expert(topk_ids[t, j])(x[t]).
 
-        `x` `[T, H]`, `topk_ids` `[T, k]` int64, `topk_weights` `[T, k]` of x's dtype -> `[T, H]`.
+        An expert computes down(silu(gate(x)) * up(x)). `x` is `[T, H]`, `topk_ids` int64 `[T, k]`,
+        `topk_weights` `[T, k]` in x's dtype. Returns `[T, H]`.
         """
         rows, ends, num_rows = group_by_expert(topk_ids, self.down.shape[0], row_multiple(x))
         grouped = gather_rows(x, rows, num_rows)
@@ -43,11 +44,14 @@ class Experts(nn.Module):
 def group_by_expert(
     topk_ids: Tensor, num_experts: int, multiple: int
 ) -> tuple[Tensor, Tensor, int]:
-    """Orders tokens by expert: each expert's rows are adjacent, their number a `multiple`.
+    """Assigns a row to each pair of token and expert, so that the rows of each expert are adjacent.
 
-    Returns the row of each entry of `topk_ids` `[T, k]`, the end of each expert's rows (int32
-    `[E]`), and the number of rows. Waits for the device only where rows are padded. For example
-    topk_ids [[2, 0], [0, 1]] of 3 experts gives rows [[3, 0], [1, 2]], ends [2, 3, 4] and 4.
+    The number of rows of each expert is padded to a multiple of `multiple`. Returns the row of each
+    entry of `topk_ids` `[T, k]`, the end of each expert's rows (int32 `[E]`), and the number of
+    rows. Waits for the device only if rows are padded.
+
+    Example with 3 experts: topk_ids [[2, 0], [0, 1]] gives rows [[3, 0], [1, 2]], ends [2, 3, 4]
+    and 4 rows.
     """
     flat = topk_ids.flatten()
     experts = torch.arange(num_experts, device=flat.device)
@@ -66,7 +70,7 @@ def group_by_expert(
 def gather_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
     """Copies row t of `x` `[T, H]` to the rows `rows[t]` of the result `[num_rows, H]`.
 
-    Rows that `rows` `[T, k]` does not name are padding, and copies of row 0.
+    Rows of the result that are not in `rows` `[T, k]` are padding; they are copies of row 0.
     """
     sources = rows.new_zeros(num_rows)
     sources[rows] = torch.arange(len(x), device=x.device)[:, None]
@@ -74,7 +78,9 @@ def gather_rows(x: Tensor, rows: Tensor, num_rows: int) -> Tensor:
 
 
 def weighted_sum(outputs: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
-    """sum_j weights[t, j] * outputs[rows[t, j]]: `outputs` `[n, H]`, both others `[T, k]` ->
-    `[T, H]`."""
+    """Returns sum_j weights[t, j] * outputs[rows[t, j]], `[T, H]`.
+
+    `outputs` is `[n, H]`; `rows` and `weights` are `[T, k]`.
+    """
     chosen = outputs.index_select(0, rows.flatten()).view(*rows.shape, -1)
     return (chosen * weights[..., None]).sum(dim=1)

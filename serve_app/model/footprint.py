@@ -1,4 +1,4 @@
-"""How many bytes a model takes in memory, computed from its sizes alone. Imports no torch."""
+"""Computes the bytes of a model in memory from its sizes. Imports no torch."""
 
 from math import prod
 
@@ -24,7 +24,7 @@ def parameters(config: MixtralConfig) -> dict[str, int]:
 def num_quantized(
     config: MixtralConfig, quantize_lm_head: bool, float_modules: frozenset[str] = frozenset()
 ) -> int:
-    """Returns the number of parameters in 4 bits where experts and attention are, save
+    """Returns the number of 4-bit parameters if experts and attention are quantized, except
     `float_modules`."""
     count = 0
     for module_weight in module_weights(config):
@@ -43,11 +43,11 @@ def weight_bytes(
     quantize_lm_head: bool = False,
     float_modules: frozenset[str] = frozenset(),
 ) -> dict[str, int]:
-    """Returns the bytes of the weights in memory, for each of `PARTS`.
+    """Returns the bytes of the weights in memory for each of `PARTS`.
 
-    `item_bytes` is the size of a float weight (2 for bfloat16). With a `quantization` experts and
-    attention are in 4 bits, except for `float_modules`, and with `quantize_lm_head` lm_head too.
-    The few hundred bytes of code values and nested offsets in a layer are not counted.
+    `item_bytes` is the size of a float weight (2 for bfloat16). With a `quantization`, experts and
+    attention have 4-bit weights, except for `float_modules`; with `quantize_lm_head`, lm_head too.
+    The few hundred bytes of code values and nested offsets per layer are not counted.
     """
     sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
     for module_weight in module_weights(config):
@@ -64,10 +64,10 @@ def weight_bytes(
 
 
 def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
-    """Returns the bytes of a matrix in 4 bits.
+    """Returns the bytes of a 4-bit matrix.
 
-    A matrix [4096, 4096] with bfloat16 absmax takes 8,388,608 bytes of nibbles and
-    262,144 * 2 = 524,288 bytes of absmax.
+    Example: a matrix [4096, 4096] with bfloat16 absmax takes 8,388,608 bytes of nibbles and 262,144
+    * 2 = 524,288 bytes of absmax.
     """
     absmax_bytes = ITEM_BYTES[ABSMAX_DTYPES[quantization.absmax]]
     num_bytes = num_weights // 2 + num_weights // GROUP_SIZE * absmax_bytes
@@ -77,15 +77,16 @@ def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
 
 
 def step_bytes(config: MixtralConfig, max_model_len: int, item_bytes: int) -> tuple[int, int]:
-    """Returns the bytes of the intermediate results of a step on a GPU: in any case, and for each
+    """Returns the bytes of a step's intermediate results on a GPU: a fixed part, and a part per
     token.
 
-    Counts what one layer of the prefill path in torch holds at once, with one expert that gets
-    every token. In any case: the weights of one expert as floats, and keys and values of a whole
-    context, repeated for the query heads. For each token: six vectors of hidden_size, the inputs
-    and outputs of `num_experts_per_tok` experts, four vectors of intermediate_size (gate, up, silu
-    and their product), and an attention mask over the context, as bools and as floats. With 8,192
-    tokens and contexts of 32,768, Mixtral 8x7B takes 0.77 + 2.4 GB in bfloat16.
+    Both are the maximum of one layer in the prefill path in torch, if one expert gets every token.
+    The fixed part has the weights of one expert as floats, and the keys and values of a whole
+    context, repeated for the query heads. The part per token has six vectors of hidden_size, the
+    inputs and outputs of `num_experts_per_tok` experts, four vectors of intermediate_size (gate,
+    up, silu and their product), and an attention mask over the context, as bools and as floats.
+
+    Example: with 8,192 tokens and contexts of 32,768, Mixtral 8x7B takes 0.77 + 2.4 GB in bfloat16.
     """
     heads = 2 * max_model_len * config.q_size * item_bytes
     expert = 2 * config.intermediate_size * config.hidden_size * item_bytes

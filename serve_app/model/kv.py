@@ -1,4 +1,4 @@
-"""The KV cache: the memory for keys and values of all sequences, in KV blocks of a few tokens."""
+"""KVCache: the keys and values of all sequences, in KV blocks."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from serve_app.model.config import MixtralConfig
 
 
 class KVCache:
-    """Per layer, `keys` and `values` of `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    """`keys` and `values` of each layer, `[num_blocks, block_size, num_kv_heads, head_dim]`."""
 
     def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
         self.keys = keys
@@ -32,8 +32,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Returns a cache filled with zeros: masked slots are multiplied by 0 and must not hold a
-        NaN."""
+        """Returns a cache filled with zeros. Masked slots are multiplied by 0, so they must not
+        hold a NaN."""
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         keys, values = (
             [
@@ -51,8 +51,8 @@ class KVCache:
     def clear(self, blocks: Tensor) -> None:
         """Fills the KV blocks `blocks` `[n]` with zeros.
 
-        Masked slots are multiplied by 0, so a NaN in a block would reach the next sequence that
-        gets the block.
+        Attention multiplies masked slots by 0, so a NaN in a block would spread to the next
+        sequence that gets the block.
         """
         for keys_and_values in self._blocks:
             for stored in keys_and_values:
@@ -68,8 +68,8 @@ class KVCache:
         """Returns the keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads,
         head_dim]`.
 
-        Both are in a scratch buffer that the next `read` overwrites: fresh memory for every layer
-        costs a CPU more in page faults than the copy itself.
+        Both are in a scratch buffer, which the next `read` overwrites. On a CPU, allocating memory
+        for every layer would cost more (page faults) than the copy itself.
         """
         width = self.block_size * self.num_kv_heads * self.head_dim
         size = blocks.numel() * width

@@ -1,4 +1,4 @@
-"""Linear layers without bias: the weight as floats, or in 4 bits."""
+"""Linear layers without bias, with float or 4-bit weights."""
 
 import torch
 import torch.nn.functional as F
@@ -8,9 +8,10 @@ from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 
 class Linear(nn.Module):
-    """`x @ weight.T`, with a weight `[sum(out_features), in_features]` of floats.
+    """A linear layer `x @ weight.T` with a float weight `[sum(out_features), in_features]`.
 
-    The weight is one matrix, or several with the same input, one above the other: q, k and v.
+    The weight is one matrix, or several with the same input, concatenated along the rows (q, k and
+    v).
     """
 
     def __init__(self, in_features: int, out_features: tuple[int, ...]) -> None:
@@ -23,7 +24,7 @@ class Linear(nn.Module):
 
 
 class QuantizedLinear(nn.Module):
-    """`Linear` with a weight in 4 bits, which every product dequantizes anew."""
+    """A `Linear` with a 4-bit weight, which is dequantized for every product."""
 
     def __init__(self, codebook: Codebook, in_features: int, out_features: tuple[int, ...]) -> None:
         super().__init__()
@@ -36,7 +37,7 @@ class QuantizedLinear(nn.Module):
 def linear(
     in_features: int, out_features: tuple[int, ...], codebook: Codebook | None
 ) -> Linear | QuantizedLinear:
-    """Returns a linear layer; in 4 bits with a `codebook`."""
+    """Returns a linear layer, with a 4-bit weight if there is a `codebook`."""
     if codebook is None:
         return Linear(in_features, out_features)
     return QuantizedLinear(codebook, in_features, out_features)

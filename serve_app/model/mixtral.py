@@ -1,11 +1,12 @@
-"""Mixtral's forward pass: tokens of several sequences in, logits of their next tokens out.
+"""Mixtral's forward pass: maps the tokens of several sequences to the logits of their next tokens.
 
-The model is that of "Mixtral of Experts" (arXiv 2401.04088): a decoder like Llama's whose
-feed-forward networks are experts, of which a router chooses two for each token. It computes what
-transformers' `MixtralForCausalLM` computes.
+The model is that of "Mixtral of Experts" (arXiv 2401.04088): a decoder like Llama's, whose
+feed-forward networks are experts. A router chooses two experts for each token. The result equals
+that of transformers' `MixtralForCausalLM`.
 
 In float32 on a CPU a token gets the same bits alone and in any batch: the rows of matrix products
-are padded (`row_padding.py`), and everything else works row by row. Elsewhere nothing is padded.
+are padded (`row_padding.py`), and everything else works row by row. On other devices and in other
+dtypes nothing is padded.
 """
 
 from dataclasses import dataclass
@@ -32,20 +33,20 @@ if TYPE_CHECKING:
 
 @dataclass
 class Step:
-    """What all layers need to know about one batch."""
+    """The values of one batch that all layers use."""
 
     num_tokens: int
-    """Rows of the hidden state that are tokens; the others are padding."""
+    """Number of rows of the hidden state that are tokens; the rows after them are padding."""
     slots: Tensor
     """int64 `[tokens]`, see `Batch.slots`."""
     cos: Tensor
-    """`[tokens, 1, head_dim]`, as `sin`."""
+    """`[tokens, 1, head_dim]`: the cosines of the rotary embedding; `sin` has the same shape."""
     sin: Tensor
     attention: AttentionPlan
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, over the last dimension (arXiv 1910.07467)."""
+    """RMS normalization over the last dimension: x / rms(x) * weight (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -57,7 +58,8 @@ class RMSNorm(nn.Module):
 
 
 class Rope(nn.Module):
-    """Rotary position embedding (arXiv 2104.09864) of elements i and i + head_dim / 2 as pairs."""
+    """Rotary position embedding (arXiv 2104.09864), which rotates the pairs of elements i and i +
+    head_dim / 2."""
 
     cos: Tensor
     sin: Tensor
@@ -81,7 +83,7 @@ class Rope(nn.Module):
         self.sin.copy_(torch.cat((-sin, sin), dim=-1))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin for `positions` `[tokens]`, each `[tokens, 1, head_dim]`."""
+        """Returns cos and sin for `positions` `[tokens]`, each `[tokens, 1, head_dim]`."""
         return self.cos[positions], self.sin[positions]
 
 
@@ -103,7 +105,8 @@ class Attention(nn.Module):
         self.o = linear(config.q_size, (config.hidden_size,), codebook)
 
     def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
-        """`x` `[rows, hidden_size]` -> the same shape; writes the new keys and values."""
+        """Maps `x` `[rows, hidden_size]` to the same shape. Writes the new keys and values to
+        `cache`."""
         tokens = step.num_tokens
         heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
         rotated = rotate(heads[:, : -self.num_kv_heads], step.cos, step.sin)
@@ -116,7 +119,7 @@ class Attention(nn.Module):
 
 
 class SparseMLP(nn.Module):
-    """Router and experts: each token goes through `num_experts_per_tok` experts."""
+    """The router and the experts; each token uses `num_experts_per_tok` experts."""
 
     def __init__(self, config: MixtralConfig, codebook: Codebook | None) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class SparseMLP(nn.Module):
         self.experts = Experts(config) if codebook is None else QuantizedExperts(config, codebook)
 
     def forward(self, x: Tensor, num_tokens: int) -> Tensor:
-        """`x` `[rows, hidden_size]` -> `[num_tokens, hidden_size]`."""
+        """Maps `x` `[rows, hidden_size]` to `[num_tokens, hidden_size]`."""
         probabilities = F.linear(x, self.router)[:num_tokens].softmax(-1, dtype=torch.float32)
         topk_weights, topk_ids = probabilities.topk(self.top_k, dim=-1)
         topk_weights = topk_weights / topk_weights.sum(dim=-1, keepdim=True)
@@ -134,12 +137,13 @@ class SparseMLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """Attention, then experts, each behind a norm and with a residual connection."""
+    """Attention, then experts, each after a norm and with a residual connection."""
 
     def __init__(
         self, config: MixtralConfig, attention: Codebook | None, experts: Codebook | None
     ) -> None:
-        """`attention` and `experts` are the codebooks of their weights; None is floats."""
+        """`attention` and `experts` are the codebooks of their weights; None means float
+        weights."""
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.attention = Attention(config, attention)
@@ -147,18 +151,18 @@ class DecoderLayer(nn.Module):
         self.mlp = SparseMLP(config, experts)
 
     def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
-        """`x` `[rows, hidden_size]` -> the same shape; `layer` is this layer's number."""
+        """Maps `x` `[rows, hidden_size]` to the same shape. `layer` is the index of this layer."""
         x = x + self.attention(self.input_layernorm(x), layer, step, cache)
         x[: step.num_tokens] += self.mlp(self.post_attention_layernorm(x), step.num_tokens)
         return x
 
 
 class Mixtral(nn.Module):
-    """The whole model; its weights are unset until `checkpoint.loader.load` fills them.
+    """The whole model. `checkpoint.loader.load` fills its weights.
 
-    With a `quantization`, experts and attention projections are in 4 bits, except for
-    `float_modules`, such as "layers.0.attention"; and with `quantize_lm_head` lm_head too. Routers,
-    norms and the embedding are always floats.
+    With a `quantization`, experts and attention projections have 4-bit weights, except for
+    `float_modules`, such as "layers.0.attention". With `quantize_lm_head`, lm_head has too.
+    Routers, norms and the embedding always have float weights.
     """
 
     def __init__(
@@ -173,7 +177,8 @@ class Mixtral(nn.Module):
         self.codebook = None if quantization is None else Codebook(quantization.quant_type)
         self.float_modules = float_modules
         self.products: CudaProducts | None = None
-        """CUDA kernels for weights in 4 bits, which lie in tiles then; see `use_cuda_kernels`."""
+        """CUDA kernels for 4-bit weights in tiles, see `use_cuda_kernels`; None if they are not
+        used."""
         self.embedding = _weight(config.vocab_size, config.hidden_size)
         self.rope = Rope(config)
         self.layers = nn.ModuleList(
@@ -186,7 +191,7 @@ class Mixtral(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | QuantizedLinear | None = None
-        """None if the embedding matrix is used in its place."""
+        """None if the embedding matrix is used instead (tied embeddings)."""
         if not config.tie_word_embeddings:
             codebook = self.codebook if quantize_lm_head else None
             self.lm_head = linear(config.hidden_size, (config.vocab_size,), codebook)

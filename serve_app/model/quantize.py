@@ -1,15 +1,16 @@
-"""Quantizes weights to 4 bits and back, bit for bit as bitsandbytes does on a CPU.
+"""Quantizes weights to 4 bits and dequantizes them, with the same bits as bitsandbytes on a CPU.
 
-Each quantization group, 64 values side by side in a row, is divided by its largest absolute value,
-`absmax`; then every value becomes the nearest of 16 code values (QLoRA, arXiv 2305.14314). For
-example, of a group whose largest value is -2.0, the value 0.5 is scaled to 0.25; the nearest code
-value of nf4 is 0.2461, number 10, so its nibble is 10 and it is read back as 0.4922.
+Each quantization group, 64 adjacent values of a row, is divided by its largest absolute value,
+`absmax`. Then every value is replaced by the nearest of 16 code values (QLoRA, arXiv 2305.14314).
+Example: the largest value of a group is -2.0, so its value 0.5 is scaled to 0.25. The nearest code
+value of nf4 is 0.2461, with index 10. So its nibble is 10, and it is dequantized to 0.2461 * 2.0 =
+0.4922.
 
-`quantize` returns the bits that `bitsandbytes.functional.quantize_4bit` returns, without needing
+`quantize` returns the same bits as `bitsandbytes.functional.quantize_4bit`, without importing
 bitsandbytes.
 
-Letters: N out_features, K in_features (a multiple of 64); `...` stands for the dimensions of a
-stack of matrices, none for one matrix.
+Letters: N out_features, K in_features (a multiple of 64); `...` are the dimensions of a stack of
+matrices, none for a single matrix.
 """
 
 from dataclasses import dataclass
@@ -21,11 +22,13 @@ from torch import Tensor
 from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE, AbsmaxKind, QuantType
 
 DEQUANTIZE_WEIGHTS = 1 << 22
-"""Weights that `dequantize` computes at once: 16 MB in float32, and it needs several copies."""
+"""Number of weights that `dequantize` computes at once: 16 MB in float32, of which it needs several
+copies."""
 QUANTIZE_WEIGHTS = 1 << 20
-"""Weights that `quantize` computes at once; it needs ten copies, and a CPU is faster with less."""
+"""Number of weights that `quantize` computes at once. It needs ten copies, and smaller ones are
+faster on a CPU."""
 MIN_ABSMAX = 1e-38
-"""bitsandbytes divides by nothing smaller, so that a group of zeros stays zeros."""
+"""Minimum divisor in bitsandbytes, which keeps a group of zeros at zero."""
 
 # fmt: off
 NF4 = (
@@ -42,9 +45,9 @@ FP4_TWELFTHS = (0.0, 0.0625, 8, 12, 4, 6, 2, 3, 0.0, -0.0625, -8, -12, -4, -6, -
 
 @dataclass(frozen=True)
 class NestedAbsmax:
-    """The tables that turn 8-bit absmax into numbers.
+    """The tables that convert 8-bit absmax values to floats.
 
-    Number i of a matrix is `code[absmax_8bit[i]] * absmax[i // 256] + offset`.
+    The absmax with index i of a matrix is `code[absmax_8bit[i]] * absmax[i // 256] + offset`.
     """
 
     absmax: Tensor
@@ -60,12 +63,12 @@ class QuantizedTensor:
     """One matrix, or a stack of matrices, in 4 bits."""
 
     packed: Tensor
-    """uint8 `[..., N, K / 2]`: byte j of a row has value 2j in its high nibble, 2j + 1 in the low
-    one."""
+    """uint8 `[..., N, K / 2]`: byte j of a row has value 2j in its high nibble and value 2j + 1 in
+    its low nibble."""
     absmax: Tensor
     """`[..., N, K / 64]`: float32 or bfloat16, or uint8 with `nested`."""
     code: Tensor
-    """float32 `[16]`: the value that each nibble stands for."""
+    """float32 `[16]`: the value of each nibble."""
     nested: NestedAbsmax | None = None
 
     @property
@@ -89,14 +92,14 @@ def absmax_dtype(absmax: AbsmaxKind) -> torch.dtype:
 
 
 def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> QuantizedTensor:
-    """Quantizes floats `[..., N, K]` without NaN, on the device where they are.
+    """Quantizes floats `[..., N, K]` without NaN, on their device.
 
-    Each matrix of a stack is quantized apart, which matters where absmax is nested. Raises
-    `ValueError` if K is no multiple of 64.
+    Each matrix of a stack is quantized separately, which matters for nested absmax. Raises
+    `ValueError` if K is not a multiple of 64.
     """
     in_features = weight.shape[-1]
     if in_features % GROUP_SIZE:
-        raise ValueError(f"rows of {in_features} weights are no whole groups of {GROUP_SIZE}")
+        raise ValueError(f"in_features ({in_features}) must be a multiple of {GROUP_SIZE}")
     code = code_values(quant_type, weight.device)
     values = weight.reshape(-1, in_features)
     packed = values.new_empty(len(values), in_features // 2, dtype=torch.uint8)
@@ -114,9 +117,10 @@ def quantize(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> Quant
 
 
 def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """Returns the matrices `[..., N, K]`: code value times absmax in float32, rounded to `dtype`.
+    """Returns the matrices `[..., N, K]`: code value times absmax, computed in float32, rounded to
+    `dtype`.
 
-    Fills and returns `out`, a contiguous tensor of that shape and dtype, where one is given.
+    Writes to `out` and returns it, if it is given: a contiguous tensor of that shape and dtype.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
@@ -138,7 +142,7 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None
 
 
 def absmax_values(absmax: Tensor, nested: NestedAbsmax | None) -> Tensor:
-    """`absmax` `[..., N, K / 64]` as floats: what each group of code values is multiplied by."""
+    """Returns `absmax` `[..., N, K / 64]` as floats."""
     if nested is None:
         return absmax
     flat = absmax.flatten(-2)
@@ -149,7 +153,7 @@ def absmax_values(absmax: Tensor, nested: NestedAbsmax | None) -> Tensor:
 
 
 def quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
-    """Quantizes float32 `absmax` `[..., N, K / 64]` to uint8; `absmax_values` undoes it."""
+    """Quantizes float32 `absmax` `[..., N, K / 64]` to uint8. `absmax_values` is the inverse."""
     stack = absmax.flatten(-2).view(-1, absmax.shape[-2] * absmax.shape[-1])
     offset = torch.stack([matrix.mean() for matrix in stack])
     num_groups = -(-stack.shape[1] // NESTED_GROUP_SIZE)
@@ -179,7 +183,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
     """Returns the 256 values of 8-bit absmax, float32, ascending (dynamic tree, arXiv 1511.04561).
 
     These are 0, 1, and for each power of ten from 1e-6 to 1 evenly spaced fractions of both signs:
-    1 for 1e-6, 2 for 1e-5, and so on to 64 for 1.
+    1 fraction for 1e-6, 2 for 1e-5, and so on, up to 64 for 1.
     """
     values = [0.0, 1.0]
     for exponent in range(7):
@@ -191,7 +195,7 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
 
 
 def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    """packed `[n, K / 2]` and absmax `[n, K / 64]` of `values` `[n, K]`."""
+    """Returns packed `[n, K / 2]` and absmax `[n, K / 64]` of `values` `[n, K]`."""
     groups = values.float().view(-1, GROUP_SIZE)
     absmax = groups.abs().amax(dim=-1)
     # Times the reciprocal, not divided: bitsandbytes' rounding.

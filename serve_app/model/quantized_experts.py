@@ -1,8 +1,8 @@
-"""The experts of one layer in 4 bits: the same `forward` as `Experts`, a quarter of the memory.
+"""QuantizedExperts: the experts of one layer with 4-bit weights, in plain torch.
 
-Plain torch, the same on every device. It computes prompts, and kernels are compared with it. The
-matrices of an expert are dequantized when a token needs them and freed after the product, so that
-no more than about `DEQUANTIZE_WEIGHTS` weights exist as floats at a time.
+They need a quarter of the memory of `Experts`. Kernels are compared with this module. The matrices
+of an expert are dequantized for a product and freed after it, so that only about
+`DEQUANTIZE_WEIGHTS` weights exist as floats at a time.
 """
 
 import torch
@@ -17,19 +17,19 @@ from serve_app.model.row_padding import row_multiple
 
 
 class QuantizedExperts(nn.Module):
-    """Experts with weights in 4 bits; letters as in `Experts`."""
+    """Experts with 4-bit weights. The letters are those of `Experts`."""
 
     def __init__(self, config: MixtralConfig, codebook: Codebook) -> None:
         super().__init__()
         stack, hidden_size = (config.num_local_experts,), config.hidden_size
         halves = (config.intermediate_size, config.intermediate_size)
         self.gate_up = QuantizedWeight(codebook, stack, hidden_size, halves, interleaved=True)
-        """`[E, 2I, H]`: 8 rows of gate, 8 rows of up, and so on."""
+        """`[E, 2I, H]`: 8 rows of gate, 8 rows of up, and so on, alternating."""
         self.down = QuantizedWeight(codebook, stack, config.intermediate_size, (hidden_size,))
         """`[E, H, I]`"""
 
     def forward(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
-        """Computes what `Experts.forward` does. Waits for the device: the host needs `ends`."""
+        """See `Experts.forward`. Waits for the device, because the host needs `ends`."""
         num_experts = len(self.down.packed)
         rows, ends, num_rows = group_by_expert(topk_ids, num_experts, row_multiple(x))
         grouped = gather_rows(x, rows, num_rows)
@@ -45,15 +45,18 @@ class QuantizedExperts(nn.Module):
         return weighted_sum(outputs, rows, topk_weights)
 
     def _compute(self, experts: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-        """`x` `[n, H]` through `experts` -> `[n, H]`; the rows of expert i end at `ends[i]`."""
+        """Maps `x` `[n, H]` to `[n, H]` with `experts`. The rows of the i-th expert end at
+        `ends[i]`."""
         gate_up = _product(x, self.gate_up.floats(experts, x.dtype), ends)
         gate, up = gate_up.view(len(x), -1, 2, INTERLEAVED_ROWS).unbind(dim=2)  # [n, I / 8, 8]
         return _product((F.silu(gate) * up).flatten(1), self.down.floats(experts, x.dtype), ends)
 
 
 def _product(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
-    """`x` `[n, K]` times `weights` `[e, N, K]` -> `[n, N]`; the rows of matrix i end at
-    `ends[i]`."""
+    """Multiplies `x` `[n, K]` by `weights` `[e, N, K]`. Returns `[n, N]`.
+
+    The rows of matrix i end at `ends[i]`.
+    """
     if len(weights) == 1 and x.is_cuda:  # one plain product is faster than a group of one
         return F.linear(x, weights[0])
     return F.grouped_mm(x, weights.transpose(1, 2), offs=ends)

@@ -1,8 +1,9 @@
-"""Weights in 4 bits as buffers of a module, in the one form that all kernels and torch read.
+"""QuantizedWeight: 4-bit weights as buffers of a module, in the layout of all kernels and of torch.
 
-`quantize.py` defines what the codes mean; this module holds them. Matrices with the same input (q,
-k and v; gate and up) are one matrix here. Codes and absmax lie in tiles (`kernels/cuda/tiles.py`)
-where the sizes fill them, and row by row otherwise; absmax is bfloat16.
+`quantize.py` defines the values of the codes; this module stores them. Matrices with the same input
+(q, k and v; gate and up) are one matrix here. Codes and absmax are stored in tiles
+(`kernels/cuda/tiles.py`) if the sizes are multiples of a tile's, otherwise row by row. absmax is
+bfloat16.
 """
 
 from collections.abc import Callable
@@ -16,17 +17,19 @@ from serve_app.model.quantization import GROUP_SIZE, NUM_CODES, QuantType
 from serve_app.model.quantize import QuantizedTensor, absmax_values, dequantize, quantize
 
 INTERLEAVED_ROWS = tiles.HALF
-"""Rows of gate, then as many of up, and so on: a tile of 16 rows has both of a pair."""
+"""Number of rows of gate that are followed by as many rows of up. A tile of 16 rows then contains
+both factors of each product silu(gate) * up."""
 
 Index = tuple[int, ...] | Tensor
-"""Which matrices of a stack: one by its number, all with (), or several by an int64 tensor."""
+"""An index of matrices in a stack: one by its number, all with (), or several by an int64
+tensor."""
 
 
 class _Storage(nn.Module):
     """A module whose buffers keep their dtypes when the model is moved to another dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # As bytes: `model.to(torch.bfloat16)` must change the model's floats, not these.
+        # As bytes, because `model.to(torch.bfloat16)` must convert only the model's floats.
         def move(stored: Tensor) -> Tensor:
             return fn(stored.view(torch.uint8)).view(stored.dtype)
 
@@ -34,7 +37,7 @@ class _Storage(nn.Module):
 
 
 class Codebook(_Storage):
-    """The values that the codes of all 4-bit weights of a model stand for; all weights share it."""
+    """The values of the codes. All 4-bit weights of a model share one codebook."""
 
     code: Tensor
     """float32 `[16]`: the value of each nibble."""
@@ -48,11 +51,11 @@ class Codebook(_Storage):
 
 
 class QuantizedWeight(_Storage):
-    """A matrix `[N, K]` in 4 bits, or a stack of them, made of parts; unset until `load_weight`.
+    """A 4-bit matrix `[N, K]`, or a stack of them, concatenated from parts. `load_weight` fills it.
 
-    N is `sum(out_features)`, K is `in_features`. The rows of the parts lie one part after the
-    other, or, `interleaved`, by turns: rows 0 to 7 of gate, rows 0 to 7 of up, rows 8 to 15 of gate
-    and so on.
+    N is `sum(out_features)`, K is `in_features`. The rows are one part after the other. With
+    `interleaved`, they alternate: rows 0 to 7 of gate, rows 0 to 7 of up, rows 8 to 15 of gate, and
+    so on.
     """
 
     packed: Tensor
@@ -69,7 +72,7 @@ class QuantizedWeight(_Storage):
         *,
         interleaved: bool = False,
     ) -> None:
-        """`stack`: `(num_experts,)` for a matrix per expert, () for one matrix."""
+        """`stack` is `(num_experts,)` for one matrix per expert, or () for a single matrix."""
         super().__init__()
         self.codebook = codebook
         self.out_features = list(out_features)
@@ -85,10 +88,11 @@ class QuantizedWeight(_Storage):
     def load_weight(
         self, weight: Tensor | QuantizedTensor, expert: int | None = None, part: int = 0
     ) -> None:
-        """Fills part `part` of the matrix, or of `expert`'s, from `weight` `[out_features, K]`.
+        """Fills part `part` of the matrix, or of `expert`'s matrix, from `weight` `[out_features,
+        K]`.
 
-        Floats are quantized, on the device of the buffers. A quantized weight keeps its nibbles;
-        its absmax, float32 or nested, is rounded to bfloat16.
+        Floats are quantized on the device of the buffers. A quantized weight keeps its nibbles; its
+        absmax, float32 or nested, is rounded to bfloat16.
         """
         index, device = () if expert is None else (expert,), self.packed.device
         if isinstance(weight, Tensor):
@@ -102,14 +106,15 @@ class QuantizedWeight(_Storage):
             target.copy_(rows.reshape(target.shape))
 
     def part(self, index: tuple[int, ...], part: int) -> QuantizedTensor:
-        """Part `part` of matrix `index` `[out_features, K]`, row by row: what `load_weight` got."""
+        """Returns part `part` of matrix `index`, `[out_features, K]`, row by row: the inverse of
+        `load_weight`."""
         size, half = self.out_features[part], self.packed.shape[-1]
         codes, absmax = (rows.contiguous() for rows in self._parts(index, part))
         codes, absmax = codes.view(torch.uint8).view(size, half), absmax.view(size, -1)
         return QuantizedTensor(codes, absmax, self.codebook.code)
 
     def to_tiles(self) -> None:
-        """Reorders codes and absmax, which lie row by row, in place."""
+        """Reorders codes and absmax from row by row to tiles, in place."""
         self.is_tiled = True
         for stored, order in (
             (self.packed, tiles.codes_to_tiles),
@@ -119,22 +124,23 @@ class QuantizedWeight(_Storage):
                 matrix.copy_(order(matrix))
 
     def get(self, index: Index = ()) -> QuantizedTensor:
-        """Matrices `index` `[..., N, K]` row by row, parts interleaved as they are here."""
+        """Returns the matrices `index` `[..., N, K]` row by row; interleaved parts stay
+        interleaved."""
         packed, absmax = self.packed[index], self.absmax[index]
         if self.is_tiled:
             packed, absmax = tiles.codes_from_tiles(packed), tiles.absmax_from_tiles(absmax)
         return QuantizedTensor(packed, absmax, self.codebook.code)
 
     def floats(self, index: Index, dtype: torch.dtype) -> Tensor:
-        """Matrices `index` `[..., N, K]` dequantized, row by row."""
+        """Returns the matrices `index` `[..., N, K]` dequantized, row by row."""
         if self.codebook.unpack is not None:
             return self.codebook.unpack(self, index)
         return dequantize(self.get(index), dtype)
 
     def rows_of_parts(self, matrix: Tensor) -> tuple[Tensor, ...]:
-        """Returns the views of each part's rows in `matrix` `[N, c]`, which lies row by row.
+        """Returns views of each part's rows in `matrix` `[N, c]`, which is stored row by row.
 
-        Their shape is `[n, c]`, or, interleaved, `[n / 8, 8, c]`.
+        Their shape is `[n, c]`, or `[n / 8, 8, c]` if the parts are interleaved.
         """
         if not self.interleaved:
             return torch.split(matrix, self.out_features)
@@ -142,8 +148,7 @@ class QuantizedWeight(_Storage):
         return matrix.view(*turns, matrix.shape[-1]).unbind(1)
 
     def _parts(self, index: tuple[int, ...], part: int) -> tuple[Tensor, Tensor]:
-        """Returns the views of one part's codes and absmax in matrix `index`, in the order of its
-        rows.
+        """Returns views of one part's codes and absmax in matrix `index`, in the order of its rows.
 
         In tiles they are those of `tiles.code_rows` and `tiles.absmax_rows`.
         """

@@ -255,7 +255,7 @@ def test_a_type_that_the_weights_on_the_hub_do_not_have(tmp_path: Path, asked: s
     with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
         done = run_check(path, hub, tmp_path / "home")
     assert done.returncode == 1
-    assert "o/m: the weights are fp4 already; set `model.quantization` to fp4" in done.stderr
+    assert "o/m: the weights are already fp4; set `model.quantization` to fp4" in done.stderr
 
 
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:

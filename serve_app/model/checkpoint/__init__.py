@@ -1,19 +1,19 @@
-"""Checkpoints: find, inspect, load and convert them.
+"""Checkpoints: finds, inspects, loads and converts them.
 
-Read `checkpoint.py` first. The way of a tensor from disk to device:
+Read `checkpoint.py` first. A tensor passes these files on its way from disk to device:
 
-    find.py               a model's name -> its folder
-    checkpoint.py         inspect(folder) -> Checkpoint, from config.json and headers alone;
-                          uses shards.py (safetensors headers), form.py (how weights are stored),
-                          bnb4.py (bitsandbytes' companions of a weight), fused.py (our own form),
-                          other_formats.py (names formats that are not read, for errors)
-    tensor_names.py       the table: what each tensor name means and where it belongs
-    loader.py             load(checkpoint) -> Mixtral: source.py reads float and bitsandbytes
-                          tensors one by one, weight_mapping.py puts them into the model,
-                          fused_reader.py reads our own form straight into it, and
-                          fused_version1.py its older version
-    convert.py            any checkpoint -> the fused form, by fused_writer.py, and back, by
-                          to_bitsandbytes.py
+    find.py             maps a model's name to its folder
+    checkpoint.py       inspect(folder) returns a Checkpoint, from config.json and headers only;
+                        uses shards.py (safetensors headers), form.py (the storage form),
+                        bnb4.py (bitsandbytes' companion tensors), fused.py (our own form),
+                        other_formats.py (names unsupported formats in errors)
+    tensor_names.py     the table of tensor names and of the weights that they hold
+    loader.py           load(checkpoint) returns a Mixtral: source.py reads float and bitsandbytes
+                        tensors one by one, weight_mapping.py copies them into the model,
+                        fused_reader.py reads our own form straight into it, and
+                        fused_version1.py its older version
+    convert.py          converts any checkpoint to the fused form with fused_writer.py, and a
+                        fused one back with to_bitsandbytes.py
 
-Up to `tensor_names.py` nothing imports torch, so that a check answers in milliseconds.
+The files up to `tensor_names.py` import no torch, so that a check takes milliseconds.
 """

@@ -60,14 +60,14 @@ class PackedInfo:
     packed: TensorInfo
     """N * K / 2 bytes, whatever its dtype."""
     absmax: TensorInfo
-    """F32 or BF16 `[N * K / 64]`; U8 where it is nested."""
+    """F32 or BF16 `[N * K / 64]`; U8 if it is nested."""
     code: TensorInfo
     """F32 `[16]`"""
     nested: NestedInfo | None
 
     @property
     def absmax_kind(self) -> AbsmaxKind:
-        """How absmax is stored."""
+        """The storage of absmax."""
         if self.absmax.dtype == "U8":
             return "nested"
         return "bfloat16" if self.absmax.dtype == "BF16" else "float32"
@@ -80,10 +80,10 @@ class PackedInfo:
 
 
 def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict[str, PackedInfo]:
-    """Removes the quantized ones among `weights`, with their companions, from `found`.
+    """Removes the quantized ones among `weights`, and their companions, from `found`. Returns them.
 
-    Raises `ModelLoadFailed` for a companion that is missing or does not fit, or if matrices that
-    stay in 4 bits are quantized in different ways.
+    Raises `ModelLoadFailed` if a companion is missing or does not fit, or if matrices that stay in
+    4 bits are quantized in different ways.
     """
     packed: dict[str, PackedInfo] = {}
     kinds: dict[tuple[QuantType, AbsmaxKind], str] = {}
@@ -98,15 +98,15 @@ def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict
         (first, one), (second, other) = list(kinds.items())[:2]
         raise ModelLoadFailed(
             f"{packed[one].packed.file.parent}: `{one}` is {first[0]} with {first[1]} absmax and "
-            f"`{other}` {second[0]} with {second[1]}, and all weights must be quantized in one "
-            f"way; {FLOATS_INSTEAD}."
+            f"`{other}` is {second[0]} with {second[1]} absmax, but all weights must be quantized "
+            f"in the same way; {FLOATS_INSTEAD}."
         )
     return packed
 
 
 def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
-    """Returns True for a tensor that has companions or the shape of packed nibbles; its blob is
-    missing."""
+    """Returns True if a tensor without a blob looks quantized: by its companions, or by its
+    shape."""
     stored = found[name].shape
     return any(f"{name}.{companion}" in found for companion in COMPANIONS) or (
         stored != shape and len(stored) == 2 and 1 in stored and len(shape) == 2
@@ -118,8 +118,8 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     weight = found.pop(name)
     if len(shape) != 2 or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
-            f"{weight.file}: tensor `{name}` {list(shape)} is quantized, and only matrices whose "
-            f"rows are multiples of {GROUP_SIZE} are read in 4 bits; {FLOATS_INSTEAD}."
+            f"{weight.file}: tensor `{name}` {list(shape)} is quantized, but only matrices whose "
+            f"in_features are a multiple of {GROUP_SIZE} can be read in 4 bits; {FLOATS_INSTEAD}."
         )
     if state_name is None:
         raise _missing(weight, f"{name}.{STATE}nf4")
@@ -135,8 +135,8 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     _require(state, state_name, info, "shape", list(shape))
     if weight.dtype not in ITEM_BYTES or weight.nbytes * 2 != prod(shape):
         raise ModelLoadFailed(
-            f"{weight.file}: tensor `{name}` has {weight.nbytes} bytes, and {list(shape)} in 4 "
-            f"bits takes {prod(shape) // 2}."
+            f"{weight.file}: tensor `{name}` has {weight.nbytes} bytes, but a 4-bit matrix "
+            f"{list(shape)} has {prod(shape) // 2}."
         )
     num_groups = prod(shape) // GROUP_SIZE
     nested = None
@@ -187,7 +187,7 @@ def _companion(
         raise _missing(weight, name)
     if prod(tensor.shape) != count or tensor.dtype not in dtypes:
         raise ModelLoadFailed(
-            f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, and its "
+            f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, but its "
             f"weight needs {count} values of {' or '.join(dtypes)}."
         )
     return tensor
@@ -208,13 +208,13 @@ def _require(
 ) -> None:
     if state.get(key) != expected:
         raise ModelLoadFailed(
-            f"{info.file}: `{name}`: `{key}` is {state.get(key)!r}, and only {expected!r} can be "
+            f"{info.file}: `{name}`: `{key}` is {state.get(key)!r}, but only {expected!r} can be "
             f"read; {FLOATS_INSTEAD}."
         )
 
 
 def _missing(weight: TensorInfo, name: str) -> ModelLoadFailed:
     return ModelLoadFailed(
-        f"{weight.file.parent}: no file holds tensor `{name}`, without which the quantized weight "
-        "cannot be read; download the checkpoint again."
+        f"{weight.file.parent}: no file has the tensor `{name}`, which is needed to read the "
+        "quantized weight; download the checkpoint again."
     )

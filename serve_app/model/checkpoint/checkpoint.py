@@ -1,8 +1,8 @@
-"""What is in a checkpoint's folder, from its config.json and its safetensors headers alone.
+"""Checkpoint: the contents of a checkpoint's folder, from config.json and safetensors headers only.
 
-`inspect` takes milliseconds, finds what would make a load fail, and raises it in one sentence.
-`loader.load`, `convert` and the checks take the `Checkpoint` that it returns and read neither
-config.json nor a header again. Reads no weights and imports no torch.
+`inspect` takes milliseconds, and raises a one-sentence error if a load would fail. `loader.load`,
+`convert` and the checks use the `Checkpoint` that it returns and read neither config.json nor a
+header again. This module reads no weights and imports no torch.
 """
 
 from collections.abc import Mapping
@@ -41,7 +41,8 @@ from serve_app.model.quantization import Quantization
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that can be loaded, or, from its config.json alone, one that may be."""
+    """A checkpoint that can be loaded, or the part of it that config.json describes
+    (`from_config`)."""
 
     path: Path
     document: Mapping[str, Any]
@@ -49,21 +50,21 @@ class Checkpoint:
     config: MixtralConfig
     form: Form
     quantization: Quantization | None
-    """How experts and attention are stored in the files; None if all of them are floats."""
+    """The storage of experts and attention in the files; None if all of them are floats."""
     tensors: dict[str, TensorInfo] = field(default_factory=dict)
-    """The tensors that the model needs, by their name in the files, file by file; in
-    bitsandbytes' form those that are not quantized."""
+    """The tensors that the model needs, by name, in the order of the files. In bitsandbytes' form,
+    only the tensors that are not quantized."""
     packed: dict[str, PackedInfo] = field(default_factory=dict)
-    """The quantized weights of bitsandbytes' form, by the name that their float tensor has."""
+    """The quantized weights of bitsandbytes' form, by the name of their float tensor."""
     headers: dict[Path, Header] = field(default_factory=dict)
     """The header of every safetensors file; empty for a checkpoint that is still on the hub."""
 
     @classmethod
     def from_config(cls, path: Path, document: Mapping[str, Any]) -> "Checkpoint":
-        """Returns what a parsed config.json says, before there are files; `path` is named in
-        errors.
+        """Returns the checkpoint that a parsed config.json describes, without its files.
 
-        Raises `ModelLoadFailed` for a model or a form that cannot be served.
+        `path` is named in errors. Raises `ModelLoadFailed` for a model or a form that cannot be
+        served.
         """
         config = MixtralConfig.from_dict(document)
         return cls(path, document, config, stored_form(document), stored_quantization(document))
@@ -76,10 +77,11 @@ class Checkpoint:
 
     @property
     def float_modules(self) -> frozenset[str]:
-        """Experts and attention of single layers that the model holds as floats beside 4 bits.
+        """Experts and attention of single layers that have float weights although the model is
+        quantized.
 
-        These are the `Weight.module` of all weights that bitsandbytes' form has in floats, because
-        `llm_int8_skip_modules` named them.
+        These are the `Weight.module` of all float weights in bitsandbytes' form, which
+        `llm_int8_skip_modules` named.
         """
         if self.form != "bitsandbytes" or not self.packed:
             return frozenset()
@@ -87,8 +89,8 @@ class Checkpoint:
         return frozenset(it.module for it in quantized if it.name not in self.packed)
 
     def notes(self) -> list[str]:
-        """Returns which weights of bitsandbytes' form the model holds in another form, for
-        users."""
+        """Returns sentences for users about weights of bitsandbytes' form that memory holds in
+        another form."""
         if not self.packed:
             return []
         known, notes = weights(self.config), []
@@ -107,15 +109,14 @@ class Checkpoint:
     def resolve_quantization(
         self, wanted: Quantization | None, quantize_lm_head: bool = False
     ) -> Quantization | None:
-        """Returns how the model will be quantized in memory; None leaves it in floats.
+        """Returns the quantization of the model in memory; None for floats.
 
-        `wanted` decides for float weights. Raises `ModelLoadFailed` if the files do not allow what
-        is wanted.
+        `wanted` applies to float weights. Raises `ModelLoadFailed` if the files do not allow it.
         """
         stored = self.quantization
         if stored is not None and (wanted is None or wanted.quant_type != stored.quant_type):
             raise ModelLoadFailed(
-                f"{self.path}: the weights are {stored.quant_type} already; set "
+                f"{self.path}: the weights are already {stored.quant_type}; set "
                 f"`model.quantization` to {stored.quant_type}, or name the float checkpoint that "
                 "they were made from."
             )
@@ -133,13 +134,13 @@ class Checkpoint:
             )
         if self.config.tie_word_embeddings:
             raise ModelLoadFailed(
-                "`model.quantize_lm_head`: this model has no head of its own, it uses the "
-                "embeddings; set it to false."
+                "`model.quantize_lm_head`: this model has no lm_head, because it uses the "
+                "embedding matrix instead; set `model.quantize_lm_head` to false."
             )
 
 
 def inspect(path: Path) -> Checkpoint:
-    """Returns the checkpoint in folder `path`. Raises `ModelLoadFailed` if a load would fail."""
+    """Returns the checkpoint in folder `path`. Raises `ModelLoadFailed` if it cannot be loaded."""
     if not path.is_dir():
         raise ModelLoadFailed(f"{path}: there is no such folder; `model.name` must name one.")
     if not (path / "config.json").exists():
@@ -172,7 +173,7 @@ def inspect(path: Path) -> Checkpoint:
 
 
 def _merge(headers: Mapping[Path, Header]) -> dict[str, TensorInfo]:
-    """Returns the tensors of all files by name. Raises `ModelLoadFailed` if two have one name."""
+    """Returns the tensors of all files by name. Raises `ModelLoadFailed` if a name occurs twice."""
     found: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, tensor in header.tensors.items():
@@ -188,7 +189,7 @@ def _match(
     found: dict[str, TensorInfo],
     packed: dict[str, PackedInfo],
 ) -> dict[str, TensorInfo]:
-    """Returns the float tensors that the model needs besides those that are `packed`."""
+    """Returns the float tensors that the model needs in addition to `packed`."""
     expected = {name: weight.shape for name, weight in weights(config).items()}
     if is_merged(config, found):
         expected = merged_shapes(config)
@@ -196,19 +197,21 @@ def _match(
         if name in packed:
             continue
         if name not in found:
-            raise ModelLoadFailed(f"{path}: no file holds tensor `{name}`, which the model needs.")
+            raise ModelLoadFailed(
+                f"{path}: no file has the tensor `{name}`, which the model needs."
+            )
         tensor = found[name]
         if tensor.shape != shape:
             raise ModelLoadFailed(
-                f"{tensor.file}: tensor `{name}` has shape {list(tensor.shape)}, and config.json "
-                f"asks for {list(shape)}."
+                f"{tensor.file}: tensor `{name}` has shape {list(tensor.shape)}, but config.json "
+                f"requires {list(shape)}."
             )
         if tensor.dtype not in FLOATS:
             raise ModelLoadFailed(
-                f"{tensor.file}: tensor `{name}` is {tensor.dtype}, and only float weights "
+                f"{tensor.file}: tensor `{name}` is {tensor.dtype}, but only float weights "
                 "(F32, BF16, F16) can be loaded; name the checkpoint that it was made from."
             )
     for name, tensor in found.items():
         if name not in expected and not is_redundant(config, name):
-            raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is no part of a Mixtral.")
+            raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is not part of a Mixtral model.")
     return {name: tensor for name, tensor in found.items() if name in expected}

@@ -1,9 +1,9 @@
-"""Converts a checkpoint to the fused form, or a fused one back to bitsandbytes', layer by layer.
+"""Converts a checkpoint to the fused form, or a fused one back to bitsandbytes' form, layer by
+layer.
 
-Weights in bitsandbytes' 4 bits are kept bit for bit; floats are quantized. A conversion that was
-stopped continues where it was when it is started again: a file that has its final name is complete,
-and the index, without which the destination is not a checkpoint, is written last. At most one
-layer is in memory.
+bitsandbytes' 4-bit weights keep their bits; float weights are quantized. A stopped conversion
+continues when it is started again: a file with its final name is complete. The index is written
+last, and without it the folder is not a checkpoint. At most one layer is in memory.
 """
 
 import fcntl
@@ -39,7 +39,8 @@ COPIED = ("tokenizer*", "*.jinja", "*.json")
 LOCK = ".convert.lock"
 
 Progress = Callable[[int, int, str], None]
-"""Called with the number of files that are done, the number of all, and the last one's name."""
+"""Called with the number of finished files, the number of all files, and the name of the last
+file."""
 
 
 def convert(
@@ -48,7 +49,8 @@ def convert(
     quantization: Quantization | None = None,
     progress: Progress | None = None,
 ) -> None:
-    """Converts the checkpoint in folder `source`; raises as `convert_checkpoint` and `inspect`."""
+    """Converts the checkpoint in folder `source`. Raises the errors of `convert_checkpoint` and
+    `inspect`."""
     convert_checkpoint(inspect(source), destination, quantization, progress)
 
 
@@ -61,11 +63,12 @@ def convert_checkpoint(
 ) -> None:
     """Writes `checkpoint` to folder `destination` in the fused form.
 
-    A fused one is written in bitsandbytes' form, with the codes and the absmax that its source had.
-    `quantization` is for float weights; None is nf4 with bfloat16 absmax. Weights in 4 bits stay as
-    they are. `source` has the weights; None reads the checkpoint's files. Quantizes on the GPU
-    where there is one. Raises `ModelLoadFailed` if a file cannot be read, or `destination` not
-    written.
+    A fused checkpoint is written in bitsandbytes' form instead, with the codes and the absmax of
+    its original source. `quantization` applies to float weights; None means nf4 with bfloat16
+    absmax. 4-bit weights are not quantized again. `source` reads the weights; None reads the
+    checkpoint's files. Quantizes on a GPU if there is one.
+
+    Raises `ModelLoadFailed` if a file cannot be read, or if `destination` cannot be written.
     """
     report = progress or (lambda done, total, name: None)
     quantization = _choose(checkpoint, quantization)
@@ -90,7 +93,7 @@ def convert_checkpoint(
 
 
 def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
-    """Returns the bytes of the converted checkpoint, but for its headers."""
+    """Returns the bytes of the converted checkpoint without its headers."""
     if checkpoint.form == "fused":  # nearly: float32 absmax takes the place of others
         return checkpoint.file_bytes
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
@@ -106,8 +109,8 @@ def require_disk(
     free = shutil.disk_usage(destination).free
     if needed > free:
         raise ModelLoadFailed(
-            f"{destination}: the converted checkpoint takes another {needed / 1e9:.1f} GB and "
-            f"{free / 1e9:.1f} GB are free; make room or choose another disk."
+            f"{destination}: the converted checkpoint needs {needed / 1e9:.1f} GB more, but only "
+            f"{free / 1e9:.1f} GB are free; free some space or choose another disk."
         )
 
 
@@ -117,19 +120,20 @@ def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
         return asked or Quantization("nf4", "bfloat16")
     if checkpoint.form == "fused" and fused_version(checkpoint.document) != FUSED_VERSION:
         raise ModelLoadFailed(
-            f"{checkpoint.path}: is in version 1 of our own form, which is not converted back; "
-            "serve it as it is, or convert the checkpoint that it was made from."
+            f"{checkpoint.path}: version 1 of our own form cannot be converted; serve it as it is, "
+            "or convert the checkpoint that it was made from."
         )
     if checkpoint.float_modules:
         raise ModelLoadFailed(
-            f"{checkpoint.path}: has experts or attention in floats beside 4 bits, which our own "
-            "form does not hold; serve it as it is, or convert the float checkpoint."
+            f"{checkpoint.path}: some experts or attention weights are floats and others have 4 "
+            "bits, which our own form does not support; serve it as it is, or convert the float "
+            "checkpoint."
         )
     stored = checkpoint.quantization
     if asked not in (None, stored):
         raise ModelLoadFailed(
-            f"{checkpoint.path}: is in {stored.quant_type} with {stored.absmax} absmax "
-            "already, and stays so; leave out --quantization and --absmax."
+            f"{checkpoint.path}: the weights are already {stored.quant_type} with {stored.absmax} "
+            "absmax and cannot be changed; leave out --quantization and --absmax."
         )
     return stored
 
@@ -158,7 +162,8 @@ def _write_files(
 def _writer(
     checkpoint: Checkpoint, quantization: Quantization, source: "Source | None"
 ) -> Callable[[int, Path, str], None]:
-    """Returns a function that writes file number i, under a path and with what it was made from."""
+    """Returns a function that writes file number i to a path, with the fingerprint of its
+    source."""
     import torch
 
     from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
@@ -182,7 +187,7 @@ def _writer(
 
 
 def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Path) -> None:
-    """Writes the small files, and last the index, which makes the folder a checkpoint."""
+    """Writes the small files, and at the end the index, which makes the folder a checkpoint."""
     from serve_app.model.checkpoint.fused_writer import write_bytes
     from serve_app.model.checkpoint.to_bitsandbytes import bitsandbytes_config
 
@@ -204,18 +209,20 @@ def _finish(checkpoint: Checkpoint, quantization: Quantization, destination: Pat
 
 
 def _require_room(destination: Path, checkpoint: Checkpoint) -> None:
-    """Raises `ModelLoadFailed` if another checkpoint is in the way."""
+    """Raises `ModelLoadFailed` if the folder holds another checkpoint."""
     config = destination / "config.json"
     is_other = config.exists() and (
         checkpoint.form == "fused" or stored_form(read_json(config)) != "fused"
     )
     if is_other or (destination / SINGLE).exists():
-        raise ModelLoadFailed(f"{destination}: holds another checkpoint; name an empty folder.")
+        raise ModelLoadFailed(
+            f"{destination}: the folder holds another checkpoint; name an empty folder."
+        )
 
 
 def _is_done(file: Path, made_from: str) -> bool:
-    """Returns True for a file that an earlier run has written from the same source in the same
-    way."""
+    """Returns True if an earlier run has written the file from the same source with the same
+    options."""
     if not file.exists():
         return False
     try:
@@ -225,8 +232,11 @@ def _is_done(file: Path, made_from: str) -> bool:
 
 
 def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
-    """Returns a digest of the source files' names, sizes and times, the sizes of the model and the
-    quantization. It is written into every file, so that a conversion continues only its own."""
+    """Returns a digest of the source files' names, sizes and times, the model's sizes and the
+    quantization.
+
+    Every file contains it, so that a conversion continues only its own files.
+    """
     seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
     for file in sorted(checkpoint.headers):
         stat = file.stat()

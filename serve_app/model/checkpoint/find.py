@@ -1,7 +1,6 @@
-"""Finds the folder of a model on this machine, by its name, without asking the network.
+"""Finds the folder of a model on this machine by its name, without network access.
 
-Repository names are compared without regard to case, because RunPod's model cache has them in lower
-case.
+Repository names are compared without case, because RunPod's model cache has them in lower case.
 """
 
 import json
@@ -18,15 +17,15 @@ RUNPOD_CACHE = Path("/runpod/cache")
 def find_local(
     name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
 ) -> Path | None:
-    """Returns the folder of `name` on this machine; None where it must be downloaded.
+    """Returns the folder of `name` on this machine; None if it must be downloaded.
 
-    Raises `ModelLoadFailed` if `name` is neither a folder here nor a repository's name.
+    Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_file():
-        raise ModelLoadFailed(f"{name}: is a file, and `model.name` must name a folder.")
+        raise ModelLoadFailed(f"{name}: this is a file, but `model.name` must name a folder.")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or name[0] in "./":
         raise ModelLoadFailed(
             f"{name}: there is no such folder; `model.name` is a folder, or a repository as "
@@ -66,7 +65,7 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
 
 
 def _is_downloaded(folder: Path) -> bool:
-    """Returns True if a download would bring nothing new."""
+    """Returns True if a download would add nothing."""
     tokenizers = (folder / "tokenizer.json", folder / "tokenizer.model")
     return is_complete(folder) and any(file.exists() for file in tokenizers)
 

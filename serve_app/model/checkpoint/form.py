@@ -1,4 +1,4 @@
-"""How a checkpoint stores its weights, as its config.json says. Reads no other file."""
+"""The storage form of a checkpoint's weights, from its config.json."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
@@ -8,16 +8,16 @@ from serve_app.model.checkpoint.other_formats import FLOATS_INSTEAD
 from serve_app.model.quantization import GROUP_SIZE, AbsmaxKind, Quantization, QuantType
 
 Form = Literal["float", "bitsandbytes", "fused"]
-"""float: as floats. bitsandbytes: in 4 bits, as transformers 4 wrote them with bitsandbytes.
-fused: in 4 bits, as `mixtral-serve convert` writes them (`fused.py`)."""
+"""float: float weights. bitsandbytes: 4-bit weights as transformers 4 wrote them with bitsandbytes.
+fused: 4-bit weights as `mixtral-serve convert` writes them (`fused.py`)."""
 FUSED_METHOD, FUSED_VERSION = "mixtral-serve", 2
-"""`quant_method` and `version` in the `quantization_config` of a fused checkpoint. Version 2 has
-weights in tiles; version 1, which is read still, has them row by row, see `fused.py`."""
+"""`quant_method` and `version` in the `quantization_config` of a fused checkpoint. Version 2 stores
+weights in tiles. Version 1, which can still be read, stores them row by row; see `fused.py`."""
 FUSED_VERSIONS = (1, FUSED_VERSION)
 
 
 def stored_form(document: Mapping[str, Any]) -> Form:
-    """Returns the form of the weights that belong to a parsed config.json.
+    """Returns the form of the weights, from a parsed config.json.
 
     Raises `ModelLoadFailed`, which names the quantization, for a form that cannot be read.
     """
@@ -35,17 +35,16 @@ def stored_form(document: Mapping[str, Any]) -> Form:
         return "bitsandbytes"
     found = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
     raise ModelLoadFailed(
-        f"config.json: `quantization_config` is {found}, and only bitsandbytes in 4 bits can be "
+        f"config.json: `quantization_config` is {found}, but only bitsandbytes in 4 bits can be "
         f"read; {FLOATS_INSTEAD}."
     )
 
 
 def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
-    """Returns how a parsed config.json says that the weights are quantized; None if they are
-    floats.
+    """Returns the quantization that a parsed config.json describes; None for float weights.
 
     For a bitsandbytes checkpoint the safetensors headers are more precise. Raises `ModelLoadFailed`
-    as `stored_form` does, and for another version of the fused form.
+    if `stored_form` does, and for an unknown version of the fused form.
     """
     form = stored_form(document)
     if form == "float":
@@ -58,7 +57,7 @@ def stored_quantization(document: Mapping[str, Any]) -> Quantization | None:
 
 
 def fused_version(document: Mapping[str, Any]) -> int:
-    """Returns the version of the fused checkpoint to which a parsed config.json belongs."""
+    """Returns the version of a fused checkpoint, from its parsed config.json."""
     version: int = document["quantization_config"]["version"]
     return version
 
@@ -66,7 +65,7 @@ def fused_version(document: Mapping[str, Any]) -> int:
 def fused_quantization_config(
     quantization: Quantization, version: int = FUSED_VERSION
 ) -> dict[str, Any]:
-    """Returns the `quantization_config` that a fused checkpoint has in its config.json."""
+    """Returns the `quantization_config` for the config.json of a fused checkpoint."""
     return {
         "quant_method": FUSED_METHOD,
         "version": version,

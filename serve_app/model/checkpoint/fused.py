@@ -1,14 +1,15 @@
-"""The fused form: Mixtral in 4 bits in few large tensors, which are read straight into the weights.
+"""The fused form: Mixtral with 4-bit weights in few large tensors, which a load reads without
+copies.
 
-`fused_writer` writes it and `fused_reader` reads it: safetensors, one file per layer and one
-for the rest, with the bytes that `QuantizedWeight` holds in memory: codes and bfloat16 absmax, in
-tiles where the sizes fill them. Where the source has another absmax, that is kept beside them, so
-that `to_bitsandbytes` gives it back; a load does not read it.
+`fused_writer` writes it and `fused_reader` reads it. It is safetensors, one file per layer and one
+for the rest. Its bytes are those of `QuantizedWeight` in memory: codes and bfloat16 absmax, in
+tiles if the sizes are multiples of a tile's. If the source's absmax is not bfloat16, the files also
+keep that, so that `to_bitsandbytes` can restore it; a load does not read it.
 
-`quantization_config` in config.json marks the form, its version, and how it is quantized
-(`form.py`); the metadata of each file has the version, too, and the CRC-32 of every piece of
-`PIECE_BYTES` of its data. Files of version 1 have codes and the source's absmax row by row, with
-gate and up interleaved (`fused_version1`). This module reads no weights and imports no torch.
+`quantization_config` in config.json has the form, its version and the quantization (`form.py`). The
+metadata of each file has the version too, and the CRC-32 of every piece of `PIECE_BYTES` of its
+data. Files of version 1 have codes and the source's absmax row by row, with gate and up interleaved
+(`fused_version1`). This module reads no weights and imports no torch.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,7 @@ from serve_app.model.quantization import (
 )
 
 PIECE_BYTES = 16 << 20
-"""Data that one checksum covers and one read fetches."""
+"""Number of bytes that one checksum covers and one read fetches."""
 CHECKSUMS = "crc32"
 """Key of a file's metadata: the checksums of its pieces, 8 hexadecimal digits each."""
 VERSION = "version"
@@ -39,21 +40,22 @@ VERSION = "version"
 SOURCE = "source"
 """Key of a file's metadata: what it was converted from, see `convert.py`."""
 KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET = "source_absmax", "nested_absmax", "nested_offset"
-"""The source's absmax of a weight, where it is not bfloat16, and what belongs to a nested one."""
+"""Tensors with the source's absmax of a weight if it is not bfloat16, and the tables of a nested
+one."""
 NESTED_CODE = f"{CODEBOOK}.nested_code"
 FUSED_FLOATS = ("F32", "BF16", "F16")
-"""dtypes that weights which are not quantized can have in a fused checkpoint."""
+"""dtypes of the weights that are not quantized in a fused checkpoint."""
 
 
 class Expected(NamedTuple):
-    """What a tensor of a fused checkpoint must be."""
+    """The dtypes and the shape that a tensor of a fused checkpoint must have."""
 
     dtypes: tuple[str, ...]
     shape: tuple[int, ...]
 
 
 def require_whole_groups(config: MixtralConfig) -> None:
-    """Raises `ModelLoadFailed` for sizes whose rows are no whole quantization groups."""
+    """Raises `ModelLoadFailed` if a weight's in_features is not a multiple of `GROUP_SIZE`."""
     sizes = {
         "hidden_size": config.hidden_size,
         "intermediate_size": config.intermediate_size,
@@ -67,7 +69,7 @@ def require_whole_groups(config: MixtralConfig) -> None:
 
 
 def is_kept(name: str) -> bool:
-    """Returns whether a tensor is there for `to_bitsandbytes` alone, and no part of the model."""
+    """Returns whether a tensor is used only by `to_bitsandbytes`, and not by the model."""
     return name == NESTED_CODE or name.endswith((KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET))
 
 
@@ -136,30 +138,30 @@ def match_fused(
     expected = fused_tensors(config, quantization, version)
     for name, (dtypes, shape) in expected.items():
         if name not in found:
-            raise ModelLoadFailed(f"{path}: no file holds tensor `{name}`, which the model needs.")
+            raise ModelLoadFailed(
+                f"{path}: no file has the tensor `{name}`, which the model needs."
+            )
         tensor = found[name]
         if tensor.shape != shape or tensor.dtype not in dtypes:
             raise ModelLoadFailed(
-                f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, and "
-                f"config.json asks for {' or '.join(dtypes)} {list(shape)}."
+                f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, but "
+                f"config.json requires {' or '.join(dtypes)} {list(shape)}."
             )
     for name, tensor in found.items():
         if name not in expected:
-            raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is no part of a Mixtral.")
+            raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is not part of a Mixtral model.")
     for file, header in headers.items():
         checksums(file, header)
         if (written := header.metadata.get(VERSION, "1")) != str(version):
             raise ModelLoadFailed(
-                f"{file}: is of version {written} of our format, and config.json of version "
+                f"{file}: has version {written} of our format, but config.json has version "
                 f"{version}; convert the checkpoint again with `mixtral-serve convert`."
             )
 
 
 def checksums(file: Path, header: Header) -> list[int]:
-    """Returns CRC-32 of each piece of a file's data.
-
-    Raises `ModelLoadFailed` if they are not there.
-    """
+    """Returns the CRC-32 of each piece of a file's data. Raises `ModelLoadFailed` if one is
+    missing."""
     try:
         numbers = [int(digits, 16) for digits in header.metadata[CHECKSUMS].split()]
     except (KeyError, ValueError, AttributeError):

@@ -1,6 +1,6 @@
-"""Reads fused files: several threads, every piece straight into the weights of a model.
+"""Reads fused files with several threads, every piece straight into the weights of a model.
 
-The checksum of each piece is compared while it passes (`fused.py`).
+The checksum of each piece is compared while it is read (`fused.py`).
 """
 
 import os
@@ -26,7 +26,8 @@ from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantized_weight import QuantizedWeight
 
 NUM_THREADS = 8
-"""Reads under way at once: enough to keep a fast disk busy, and checksums on as many cores."""
+"""Number of concurrent reads: enough to keep a fast disk busy, and to compute checksums on 8
+cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Piece:
     begin: int
     crc: int
     targets: list[Tensor]
-    """uint8, flat, contiguous: where the bytes go, one after the other; nowhere those of "meta"."""
+    """The destinations of the bytes, one after the other: flat, contiguous uint8 tensors. Bytes for
+    a tensor on "meta" are skipped."""
 
     @property
     def nbytes(self) -> int:
@@ -46,21 +48,21 @@ class Piece:
 
     @property
     def device(self) -> torch.device | None:
-        """The device of the targets; None if nothing of the piece is wanted."""
+        """The device of the targets; None if all of them are on "meta"."""
         devices = (target.device for target in self.targets if not target.is_meta)
         return next(devices, None)
 
 
 @dataclass(frozen=True, slots=True)
 class Reads:
-    """The reads of one file that are under way."""
+    """The running reads of one file."""
 
     pieces: list[Future[int]]
     conversions: list[tuple[Tensor, Tensor]]
-    """Tensors of another dtype than the model's: what is read, and where it belongs."""
+    """Pairs of a tensor that is read and the model's tensor, if their dtypes differ."""
 
     def finish(self, report: Callable[[int], None]) -> None:
-        """Waits for all pieces; `report` gets the bytes of each."""
+        """Waits for all pieces, and calls `report` with the bytes of each."""
         for piece in self.pieces:
             report(piece.result())
         for source, target in self.conversions:
@@ -89,11 +91,12 @@ def read_files(
     targets: Mapping[str, Tensor],
     report: Callable[[int], None],
 ) -> None:
-    """Fills `targets`, by the names of tensors in the files; tensors without a target are skipped.
+    """Fills `targets`, which has the tensors by name. Tensors of the files without a target are
+    skipped.
 
-    A target of another dtype than the file's gets the values, rounded; all others get the bytes.
-    The calling thread calls `report` with the bytes of each piece that is done. Raises
-    `ModelLoadFailed` if a file cannot be read or is not what was written.
+    If the dtypes of target and file differ, the values are rounded; otherwise the bytes are copied.
+    The calling thread calls `report` with the bytes of each finished piece. Raises
+    `ModelLoadFailed` if a file cannot be read or its checksums are wrong.
     """
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "read-weights"))
@@ -108,7 +111,7 @@ def read_files(
             converted = [(it, targets[name]) for name, it in wanted.items()]
             converted = [(it, target) for it, target in converted if it is not target]
             under_way.append(Reads(reads, converted))
-            # Two files at a time: one ends while the next begins, and buffers stay few.
+            # Two files at a time: one ends while the next one starts, and few buffers are needed.
             if len(under_way) > 1:
                 under_way.popleft().finish(report)
         while under_way:
@@ -116,7 +119,7 @@ def read_files(
 
 
 def _buffer(tensor: TensorInfo, target: Tensor | None) -> Tensor:
-    """`target`, or a tensor to copy to it when the bytes cannot go there; of "meta" for None."""
+    """Returns `target`, or a buffer if the bytes cannot go there; on "meta" for None."""
     dtype = DTYPES[tensor.dtype]
     if target is None:
         return torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -148,7 +151,7 @@ def _pieces(
 
 
 def _read(piece: Piece, staging: threading.local) -> int:
-    """Reads one piece, in a thread of the pool. Returns its bytes."""
+    """Reads one piece in a thread of the pool. Returns the number of its bytes."""
     if (device := piece.device) is None:
         return piece.nbytes
     on_cpu = device.type == "cpu"
@@ -165,7 +168,7 @@ def _read(piece: Piece, staging: threading.local) -> int:
     if crc != piece.crc:
         raise damaged(
             piece.file,
-            f"the checksum of the {piece.nbytes} bytes from {piece.begin} on is wrong",
+            f"the checksum of {piece.nbytes} bytes from offset {piece.begin} is wrong",
         )
     if not on_cpu:
         begin = 0
@@ -185,7 +188,7 @@ def _fill(piece: Piece, views: list[memoryview]) -> None:
         except OSError as error:
             raise ModelLoadFailed(f"{piece.file}: cannot be read ({error.strerror}).") from None
         if count == 0:
-            raise damaged(piece.file, "it became shorter while it was read")
+            raise damaged(piece.file, "it was truncated while it was read")
         offset += count
         while views and count >= len(views[0]):
             count -= len(views[0])
@@ -195,7 +198,8 @@ def _fill(piece: Piece, views: list[memoryview]) -> None:
 
 
 def _pinned(staging: threading.local) -> Tensor:
-    """Returns this thread's buffer of page-locked memory, from which a GPU copies by itself."""
+    """Returns this thread's buffer in pinned memory, from which copies to a GPU are
+    asynchronous."""
     if not hasattr(staging, "buffer"):
         staging.buffer = torch.empty(PIECE_BYTES, dtype=torch.uint8, pin_memory=True)
     buffer: Tensor = staging.buffer

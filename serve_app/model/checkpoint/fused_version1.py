@@ -1,7 +1,8 @@
-"""Reads fused checkpoints of version 1, whose weights lie row by row with the source's absmax.
+"""Reads fused checkpoints of version 1, whose weights are stored row by row with the source's
+absmax.
 
-Codes go straight into the weights and are reordered there, a layer at a time; absmax is staged,
-and becomes bfloat16.
+Codes are read straight into the weights and reordered there, one layer at a time. absmax is read
+into a buffer first, and rounded to bfloat16.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -27,7 +28,7 @@ from serve_app.model.quantize import NestedAbsmax, absmax_values
 from serve_app.model.quantized_weight import QuantizedWeight
 
 STAGED = ("absmax", NESTED_ABSMAX, NESTED_OFFSET)
-"""What the files have of a nested absmax, besides the values that all weights share."""
+"""The tensors of a nested absmax, except the code values that all weights share."""
 
 
 def read_version_1(
@@ -36,10 +37,10 @@ def read_version_1(
     targets: Mapping[str, Tensor],
     report: Callable[[int], None],
 ) -> None:
-    """Fills `targets`, the tensors of `model` by their names in the files; as `read_files`."""
+    """Fills `targets`, the tensors of `model` by their names in the files. See `read_files`."""
     weights = dict(_weights(model))
     device = model.embedding.device
-    # The file with the values of nested absmax, which all layers need, comes first.
+    # The file with the code values of nested absmax comes first, because all layers need them.
     files = sorted(checkpoint.headers.items(), key=lambda item: NESTED_CODE not in item[1].tensors)
     nested_code: Tensor | None = None
     for file, header in files:
@@ -68,7 +69,7 @@ def _empty(tensor: TensorInfo, device: torch.device) -> Tensor:
 
 
 def _finish(weight: QuantizedWeight, staged: dict[str, Tensor], code: Tensor | None) -> None:
-    """Fills absmax where it is nested, and reorders the weight where tiles hold it."""
+    """Fills absmax if it is nested, and reorders the weight if it is stored in tiles."""
     is_tiled, weight.is_tiled = weight.is_tiled, False
     if code is not None:
         _unnest(weight, staged, code)
@@ -77,7 +78,8 @@ def _finish(weight: QuantizedWeight, staged: dict[str, Tensor], code: Tensor | N
 
 
 def _unnest(weight: QuantizedWeight, staged: dict[str, Tensor], code: Tensor) -> None:
-    """Fills absmax of a weight that lies row by row; each part of a matrix is nested apart."""
+    """Fills the nested absmax of a weight stored row by row. Each part of a matrix is nested
+    separately."""
     in_features, sizes = 2 * weight.packed.shape[-1], weight.out_features
     counts = [num_nested_groups(size * in_features) for size in sizes]
     filled = weight.absmax.view(-1, *weight.absmax.shape[-2:])

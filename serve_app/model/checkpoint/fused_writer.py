@@ -1,6 +1,6 @@
 """Writes a fused checkpoint (`fused.py`): one file per layer, one for the rest.
 
-A file gets its name when it is complete and on the disk, never before.
+A file gets its final name only after it is complete and on the disk.
 """
 
 import json
@@ -33,17 +33,18 @@ from serve_app.model.quantize import QuantizedTensor, quantize
 from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 ALIGNMENT = 4096
-"""Data begins at a multiple of this, so that it can be read without the page cache."""
+"""The data of a file begins at a multiple of this, so that it can be read without the page
+cache."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def file_tensors(
     source: Source, layer: int | None, codebook: Codebook, kept: AbsmaxKind
 ) -> dict[str, Tensor]:
-    """Returns the tensors of one layer's file; with `layer` None those that belong to no layer.
+    """Returns the tensors of one layer's file. `layer` None is the file for the rest.
 
-    Weights in 4 bits are on the device of `codebook`. Beside their bfloat16 absmax, absmax is kept
-    as `kept` says, which is how the source has it, or how floats are to be quantized.
+    4-bit weights are on the device of `codebook`. In addition to bfloat16 absmax, the file keeps
+    absmax in the form `kept`: that of the source, or the one in which floats are quantized.
     """
     entries = module_weights(source.checkpoint.config)
     tensors: dict[str, Tensor] = {}
@@ -63,7 +64,7 @@ def file_tensors(
 
 
 def empty_weight(entry: ModuleWeight, codebook: Codebook) -> QuantizedWeight:
-    """Returns a weight of the shape of `entry`, on the device of `codebook`."""
+    """Returns an unset weight of the shape of `entry`, on the device of `codebook`."""
     assert entry.in_features is not None
     with codebook.code.device:
         return QuantizedWeight(
@@ -92,15 +93,14 @@ def _quantized(
 def _quantize(
     values: Tensor | QuantizedTensor, codebook: Codebook, absmax: AbsmaxKind
 ) -> QuantizedTensor:
-    """`values` as the file keeps them: those in 4 bits as they are."""
+    """Returns `values` quantized; 4-bit values are returned unchanged."""
     if isinstance(values, QuantizedTensor):
         return values
     return quantize(values.to(codebook.code.device), codebook.quant_type, absmax)
 
 
 def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str, Tensor]:
-    """Returns the absmax of `matrices`, expert by expert, one part after the other and row by
-    row."""
+    """Returns the absmax of `matrices`: expert by expert, part by part, row by row."""
     nested = [matrix.nested for matrix in matrices if matrix.nested is not None]
     kept = {KEPT_ABSMAX: torch.cat([matrix.absmax for matrix in matrices])}
     if nested:
@@ -115,17 +115,17 @@ def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str
 def _smallest(
     source: Source, entries: tuple[ModuleWeight, ...], codebook: Codebook, kept: AbsmaxKind
 ) -> QuantizedTensor:
-    """Returns a matrix with the tables of all: an earlier run may have written every layer."""
+    """Returns the smallest matrix, for its tables. They are written even if all layers are done."""
     matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
     smallest = min(matrices, key=lambda weight: prod(weight.shape))
     return _quantize(source.read(smallest), codebook, kept)
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
-    """Writes `file`, whose metadata says that it was made from `source`.
+    """Writes `file`, with the fingerprint `source` in its metadata.
 
-    What a load does not read comes last. Raises `OSError`; what was there under that name before
-    is then still there.
+    Tensors that a load does not read come last. Raises `OSError`; an existing file of that name is
+    then unchanged.
     """
     ordered = dict(sorted(tensors.items(), key=lambda item: (is_kept(item[0]), -item[1].nbytes)))
     sums = " ".join(f"{crc:08x}" for crc in _checksums(list(ordered.values())))
@@ -134,7 +134,8 @@ def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
 
 
 def write_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, the tensors in their order. Raises as `write_file`."""
+    """Writes a safetensors file with the tensors in the given order. Raises the errors of
+    `write_file`."""
     header, begin = {}, 0
     for name, tensor in tensors.items():
         offsets = [begin, begin + tensor.nbytes]
@@ -164,7 +165,7 @@ def write_bytes(file: Path, data: bytes) -> None:
 
 
 def put_in_place(partial: Path, file: Path) -> None:
-    """Gives a file that is on the disk its name, on the disk too."""
+    """Renames a complete file to its final name, and syncs the folder to the disk."""
     partial.replace(file)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
@@ -179,7 +180,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 
 def _checksums(tensors: list[Tensor]) -> Iterator[int]:
-    """CRC-32 of each `PIECE_BYTES` of the tensors, end to end."""
+    """Yields the CRC-32 of each `PIECE_BYTES` of the concatenated tensors."""
     crc, filled = 0, 0
     for tensor in tensors:
         data = _bytes(tensor)

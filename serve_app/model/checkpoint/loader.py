@@ -1,9 +1,8 @@
 """Loads a checkpoint onto a device, tensor by tensor.
 
-`load` takes what `checkpoint.inspect` found, which is everything that can be wrong with the files
-before a weight is read. Peak memory is the model, one tensor, and the next one, which a thread
-reads meanwhile. After the load the bytes in memory are compared with what the quantization
-promises.
+`checkpoint.inspect` has found all errors that are visible before a weight is read. Peak memory is
+the model, one tensor, and the next tensor, which a thread reads in the meantime. After the load,
+the bytes in memory are compared with those that the quantization promises.
 """
 
 from collections.abc import Callable
@@ -28,10 +27,10 @@ from serve_app.model.quantization import Quantization
 from serve_app.model.quantized_weight import Codebook
 
 TOLERANCE = 0.02
-"""Share of a part's promised bytes that the loaded ones may differ by."""
+"""Maximum relative difference between the promised and the loaded bytes of a part."""
 
 Progress = Callable[[float], None]
-"""Called with the share of the weights that is loaded, from 0 to 1."""
+"""Called with the share of the weights that are loaded, from 0 to 1."""
 
 
 def load(
@@ -43,12 +42,14 @@ def load(
     quantize_lm_head: bool = False,
     progress: Progress | None = None,
 ) -> Mixtral:
-    """Returns the model of `checkpoint` on `device`, its floats in `dtype`.
+    """Returns the model of `checkpoint` on `device`, with float weights in `dtype`.
 
-    `quantization` is what `Checkpoint.resolve_quantization` returned; with it experts and attention
-    are in 4 bits, except for the checkpoint's `float_modules`, and lm_head too with
-    `quantize_lm_head`. Float tensors are quantized one by one on `device`. Raises `ModelLoadFailed`
-    if a file is not what its header said, or if the loaded weights do not take the promised memory.
+    `quantization` is the result of `Checkpoint.resolve_quantization`. With it, experts and
+    attention have 4-bit weights, except for the checkpoint's `float_modules`; with
+    `quantize_lm_head`, lm_head too. Float tensors are quantized one by one on `device`.
+
+    Raises `ModelLoadFailed` if a file does not match its header, or if the loaded weights do not
+    need the promised memory.
     """
     report = progress or (lambda done: None)
     with torch.device("meta"):
@@ -66,7 +67,8 @@ def load(
 
 
 def _load_fused(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
-    """Several threads read straight into the weights; an lm_head in 4 bits is staged."""
+    """Loads a fused checkpoint with several threads. A 4-bit lm_head is read into a buffer
+    first."""
     total, done = checkpoint.file_bytes, 0
 
     def add(num_bytes: int) -> None:
@@ -88,7 +90,8 @@ def _load_fused(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> Non
 
 
 def _load_one_by_one(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
-    """A thread reads the next weight while this one quantizes the last."""
+    """Loads weights one by one. A thread reads the next weight while this one quantizes the
+    last."""
     wanted = list(weights(checkpoint.config).values())
     total, done = sum(prod(weight.shape) for weight in wanted), 0
     source = Source(checkpoint)
@@ -113,7 +116,7 @@ def check_bytes(
     quantization: Quantization | None,
     quantize_lm_head: bool = False,
 ) -> None:
-    """Raises `ModelLoadFailed` if a part of `model` does not take the promised memory."""
+    """Raises `ModelLoadFailed` if a part of `model` does not need the promised memory."""
     promised = weight_bytes(
         model.config, dtype.itemsize, quantization, quantize_lm_head, model.float_modules
     )
@@ -126,15 +129,15 @@ def check_bytes(
             if quantization is not None and part in ("experts", "attention"):
                 form = quantization.quant_type
             raise ModelLoadFailed(
-                f"The weights of `{part}` take {loaded:,} bytes of memory where {form} takes "
-                f"{promised[part]:,}: not all of them are {form}; this is a fault of the server."
+                f"The weights of `{part}` need {loaded:,} bytes of memory, but {form} needs "
+                f"{promised[part]:,}, so not all of them are {form}. This is a bug in the server."
             )
 
 
 def bytes_by_part(model: Mixtral) -> dict[str, int]:
-    """Returns the bytes of the weights in memory, for each of `PARTS`.
+    """Returns the bytes of the weights in memory for each of `PARTS`.
 
-    "head" is the embedding matrix and lm_head (one matrix, when they are tied); "other" has the
+    "head" has the embedding matrix and lm_head (one matrix if they are tied); "other" has the
     routers, the norms, the code values and the rotary tables.
     """
     sizes: dict[str, int] = dict.fromkeys(PARTS, 0)

@@ -1,13 +1,13 @@
-"""Recognizes checkpoints in formats that are not read, for errors that name the format.
+"""Recognizes checkpoints in unsupported formats, so that errors can name the format.
 
-Looks at names of files and tensors alone. Imports no torch.
+Uses only the names of files and tensors. Imports no torch.
 """
 
 from collections.abc import Collection
 from fnmatch import fnmatch
 
 FLOATS_INSTEAD = "name the float checkpoint that this one was made from"
-"""What to do about a quantization that cannot be read."""
+"""The advice for a quantization that cannot be read."""
 _HUGGING_FACE = "name the same model in Hugging Face's format, config.json and model*.safetensors"
 _BY_FILE = {
     "adapter_model.*": "a LoRA adapter; merge it into its base model with peft's "
@@ -25,7 +25,7 @@ _BY_FILE = {
     "*.npz": f"weights in NumPy's format; {_HUGGING_FACE}",
     "*.onnx": f"weights in ONNX; {_HUGGING_FACE}",
 }
-"""What a folder holds that has a file of such a name, and what to do; the first one counts."""
+"""The meaning of file names in a folder, and the advice; the first match is used."""
 _BY_TENSOR = {
     ".qweight": "GPTQ or AWQ",
     ".g_idx": "GPTQ",
@@ -36,13 +36,14 @@ _BY_TENSOR = {
     ".W_q": "HQQ",
     ".biases": "MLX",
 }
-"""Methods of quantization by the end of their tensors' names; the first one counts."""
+"""Quantization methods by the ends of their tensors' names; the first match is used."""
 
 
 def describe_files(names: Collection[str]) -> str | None:
-    """Returns what a folder or repository with files `names` holds in place of a checkpoint.
+    """Returns a description of a folder or repository with the files `names` that is not a
+    checkpoint.
 
-    For example "tiny.gguf: weights in GGUF, llama.cpp's format; name ...". None if no file is
+    Example: "tiny.gguf: weights in GGUF, llama.cpp's format; name ...". None if no file name is
     known.
     """
     for pattern, meaning in _BY_FILE.items():
@@ -52,9 +53,9 @@ def describe_files(names: Collection[str]) -> str | None:
 
 
 def describe_tensors(names: Collection[str]) -> str | None:
-    """Returns how weights with tensors `names` are quantized, and what to do.
+    """Returns the quantization of weights with the tensors `names`, and advice.
 
-    None if no name is known.
+    None if no tensor name is known.
     """
     for end, method in _BY_TENSOR.items():
         if found := next((name for name in names if name.endswith(end)), None):

@@ -1,8 +1,8 @@
-"""The safetensors files of a checkpoint: which there are, and what their headers say.
+"""Lists the safetensors files of a checkpoint and reads their headers.
 
-Reads headers in milliseconds and finds every file that is missing, cut off or not a safetensors
-file. Headers are parsed here, because `safetensors.safe_open` (0.8) maps the whole file and
-does not give the offset of a tensor, which reading without a memory map needs. Imports no torch.
+This takes milliseconds and finds every file that is missing, truncated or not a safetensors file.
+`safetensors.safe_open` (0.8) is not used, because it maps the whole file and does not return the
+offset of a tensor, which reading without a memory map needs. Imports no torch.
 """
 
 import json
@@ -28,7 +28,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """One tensor of a file, as the header describes it."""
+    """One tensor of a file, as described by the header."""
 
     name: str
     file: Path
@@ -46,14 +46,14 @@ class Header:
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_begin: int
-    """The first byte after the header."""
+    """Offset of the first byte after the header."""
 
 
 def shard_files(path: Path) -> list[Path]:
-    """Returns the safetensors files of a checkpoint, in the index's order.
+    """Returns the safetensors files of a checkpoint in the index's order.
 
-    As with transformers, an index beside model.safetensors does not matter: some tools leave the
-    index of shards that they merged. Raises `ModelLoadFailed` if a file is missing.
+    As in transformers, an index is ignored if there is a model.safetensors: some tools leave the
+    index of the shards that they merged. Raises `ModelLoadFailed` if a file is missing.
     """
     single, index = path / SINGLE, path / INDEX
     if single.exists():
@@ -65,7 +65,9 @@ def shard_files(path: Path) -> list[Path]:
         raise ModelLoadFailed(f"{index}: `weight_map` is missing.")
     for name in weight_map.values():
         if not isinstance(name, str) or Path(name).name != name:
-            raise ModelLoadFailed(f"{index}: `weight_map` names {name!r}, which is no file here.")
+            raise ModelLoadFailed(
+                f"{index}: `weight_map` names {name!r}, which is not a file in this folder."
+            )
     files = []
     for name in dict.fromkeys(weight_map.values()):
         if not (path / name).exists():
@@ -80,10 +82,8 @@ def shard_files(path: Path) -> list[Path]:
 def read_header(file: Path) -> Header:
     """Returns the header of one safetensors file.
 
-    Raises `ModelLoadFailed` if the file is not whole.
-
-    The format: 8 bytes little-endian length, that many bytes of JSON, then the data
-    (https://huggingface.co/docs/safetensors).
+    The format is an 8-byte little-endian length, that many bytes of JSON, then the data
+    (https://huggingface.co/docs/safetensors). Raises `ModelLoadFailed` if the file is incomplete.
     """
     try:
         size = file.stat().st_size
@@ -93,19 +93,21 @@ def read_header(file: Path) -> Header:
                 raise damaged(file, "its header is cut off")
             header = json.loads(stream.read(length))
         metadata = dict(header.pop("__metadata__", None) or {})
-        end = 0  # the data has no holes, and no two tensors share any
+        end = 0  # the data has no gaps, and tensors do not overlap
         for begin, next_end in sorted(entry["data_offsets"] for entry in header.values()):
             if begin != end:
-                raise damaged(file, f"its data has a hole or an overlap at {min(begin, end)}")
+                raise damaged(
+                    file, f"its tensors have a gap or overlap at offset {min(begin, end)}"
+                )
             end = next_end
         if (promised := 8 + length + end) != size:
-            raise damaged(file, f"it has {size} bytes and its header promises {promised}")
+            raise damaged(file, f"it has {size} bytes, but its header requires {promised}")
         tensors = {name: _tensor(file, 8 + length, name, it) for name, it in header.items()}
         return Header(tensors, metadata, 8 + length)
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise damaged(file, "its header is no safetensors header") from None
+        raise damaged(file, "its header is not a safetensors header") from None
 
 
 def read_bytes(tensor: TensorInfo) -> bytes:
@@ -119,35 +121,37 @@ def read_bytes(tensor: TensorInfo) -> bytes:
 
 
 def read_into(file: Path, begin: int, buffer: memoryview) -> None:
-    """Fills `buffer`, bytes, from byte `begin` of `file` on."""
+    """Fills `buffer` with the bytes of `file` from offset `begin` on."""
     try:
         with file.open("rb", buffering=0) as stream:
             stream.seek(begin)
             while buffer:
                 if not (count := stream.readinto(buffer)):
-                    raise damaged(file, "it became shorter while it was read")
+                    raise damaged(file, "it was truncated while it was read")
                 buffer = buffer[count:]
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
 
 
 def damaged(file: Path, reason: str) -> ModelLoadFailed:
-    """Returns the error for a file that another download repairs."""
-    return ModelLoadFailed(f"{file}: is damaged or half downloaded ({reason}); download it again.")
+    """Returns the error for a damaged file, which advises another download."""
+    return ModelLoadFailed(
+        f"{file}: the file is damaged or incomplete ({reason}); download it again."
+    )
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """Returns the object in a JSON file. Raises `ModelLoadFailed` if there is none."""
+    """Returns the object in a JSON file. Raises `ModelLoadFailed` if it cannot be read."""
     try:
         document = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelLoadFailed(f"{file}: is missing.") from None
+        raise ModelLoadFailed(f"{file}: the file is missing.") from None
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
     except (ValueError, RecursionError):
-        raise ModelLoadFailed(f"{file}: is not valid JSON.") from None
+        raise ModelLoadFailed(f"{file}: the file is not valid JSON.") from None
     if not isinstance(document, dict):
-        raise ModelLoadFailed(f"{file}: must hold a JSON object.")
+        raise ModelLoadFailed(f"{file}: the file must contain a JSON object.")
     return document
 
 
@@ -160,7 +164,8 @@ def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> Te
 
 
 def no_weights(path: Path, missing: str) -> ModelLoadFailed:
-    """Returns the error for a folder without `missing`: what is in it, where that is known."""
+    """Returns the error for a folder without `missing`, with a description of the folder if it is
+    known."""
     if (found := describe_files([file.name for file in path.iterdir()])) is not None:
         return ModelLoadFailed(f"{path}: {missing} is missing; the folder has {found}.")
     return ModelLoadFailed(f"{path}: {missing} is missing; name the folder of a checkpoint.")

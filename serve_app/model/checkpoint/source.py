@@ -1,9 +1,9 @@
 """Reads the weights of a float or bitsandbytes checkpoint one by one, by transformers 4's names.
 
-Experts and attention that are in 4 bits in the files stay so; a router or an lm_head in 4 bits
-becomes floats, and so do 4-bit weights beside floats in one `Weight.module`. Files are read, not
-mapped: pages of a mapped file count as this process's memory as long as it is mapped, and one shard
-of Mixtral has 5 GB of them.
+Experts and attention with 4-bit weights in the files keep them. A 4-bit router or lm_head becomes
+floats, and so do 4-bit weights if other weights of the same `Weight.module` are floats. Files are
+read, not mapped: the pages of a mapped file count as memory of this process, and one shard of
+Mixtral has 5 GB.
 """
 
 import torch
@@ -29,7 +29,7 @@ DTYPES = {
 
 
 class Source:
-    """Reads what a `Checkpoint` of form "float" or "bitsandbytes" describes."""
+    """Reads the weights of a `Checkpoint` of form "float" or "bitsandbytes"."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -38,7 +38,7 @@ class Source:
         self._float_modules = checkpoint.float_modules
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
-        """Returns the weight on the CPU, in 4 bits where the files and the model have it in 4 bits.
+        """Returns the weight on the CPU, with 4 bits if both the files and the model have it so.
 
         Raises `ModelLoadFailed` if a file cannot be read, or if matrices are quantized with
         different code values: all weights of a model share one codebook.
@@ -58,7 +58,7 @@ class Source:
     def floats(self, weight: Weight) -> Tensor:
         """Returns the weight on the CPU as floats; float64 becomes float32.
 
-        A weight in 4 bits, such as a router, becomes what bitsandbytes dequantizes it to.
+        A 4-bit weight, such as a router, is dequantized as in bitsandbytes.
         """
         if (packed := self.checkpoint.packed.get(weight.name)) is not None:
             return dequantize(self._quantized(packed), DTYPES[packed.float_dtype])
@@ -85,7 +85,7 @@ class Source:
         return QuantizedTensor(packed, absmax, code, nested)
 
     def _read(self, tensor: TensorInfo, index: int = 0, count: int = 1) -> Tensor:
-        """Slice `index` of the `count` equal ones of a tensor; the whole one where `count` is 1."""
+        """Returns slice `index` of a tensor that is divided into `count` equal slices."""
         shape = tensor.shape
         if count > 1:  # [E, N, K] in E * 2 slices: [N / 2, K] each
             shape = (tensor.shape[0] * tensor.shape[1] // count, *tensor.shape[2:])
@@ -98,10 +98,11 @@ class Source:
 def _same_table(
     info: PackedInfo, table: TensorInfo, values: Tensor, known: Tensor | None
 ) -> Tensor:
-    """`values` of `table`. Raises `ModelLoadFailed` if `known` ones differ."""
+    """Returns `values` of `table`. Raises `ModelLoadFailed` if they differ from the `known`
+    ones."""
     if known is None or torch.equal(values, known):
         return values
     raise ModelLoadFailed(
-        f"{info.packed.file}: tensor `{table.name}` differs from that of other weights, and all "
+        f"{info.packed.file}: tensor `{table.name}` differs from that of other weights, but all "
         f"weights must be quantized with the same values; {FLOATS_INSTEAD}."
     )

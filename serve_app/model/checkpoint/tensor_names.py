@@ -1,19 +1,17 @@
-"""The one table of a checkpoint's tensor names, and what each name means.
+"""The table of a checkpoint's tensor names and of the weights that they hold. Imports no torch.
 
-A row of `TABLE` is one weight of our `Mixtral`: where it is in the model, the tensors that hold it
-in files, its sizes and its part. Three layouts of files follow from it:
+A row of `TABLE` is one weight of our `Mixtral`: its path in the model, the tensors that hold it in
+files, its sizes and its part. There are three layouts of files:
 
-- transformers 4 wrote a tensor for every matrix, experts one by one: float and bitsandbytes
-  checkpoints. Its names are used for weights everywhere in this package.
-- transformers 5 has one tensor for the experts of a layer: `merged_name`.
-- our fused form has one tensor, or a few with one prefix, for each weight: `fused_name`.
+- transformers 4 wrote one tensor per matrix and expert, in float and bitsandbytes checkpoints. This
+  package uses its names for weights everywhere.
+- transformers 5 has one tensor for all experts of a layer: `merged_name`.
+- Our fused form has one tensor, or a few with one prefix, per weight: `fused_name`.
 
-For example `layers.0.attention.qkv.weight` is a matrix [6144, 4096] in Mixtral 8x7B. It is made of
-`model.layers.0.self_attn.q_proj.weight` [4096, 4096] in rows 0 to 4095, `k_proj` [1024, 4096] and
-`v_proj` [1024, 4096]. In a fused checkpoint it is `model.layers.0.self_attn.qkv`, with `.packed`
-[6144, 2048] and `.absmax` [6144, 64].
-
-Imports no torch.
+Example: `layers.0.attention.qkv.weight` is a matrix [6144, 4096] in Mixtral 8x7B. It consists of
+`model.layers.0.self_attn.q_proj.weight` [4096, 4096] in rows 0 to 4095, then `k_proj` [1024, 4096]
+and `v_proj` [1024, 4096]. In a fused checkpoint it is `model.layers.0.self_attn.qkv`, with
+`.packed` [6144, 2048] and `.absmax` [6144, 64].
 """
 
 from collections.abc import Iterable
@@ -25,11 +23,11 @@ from typing import Literal, NamedTuple, get_args
 from serve_app.model.config import MixtralConfig
 
 Part = Literal["experts", "attention", "head", "other"]
-"""The parts by which memory is reported. "head" is the embedding and lm_head; "other" has the
+"""The parts for which memory is reported. "head" is the embedding and lm_head; "other" is the
 routers and norms."""
 PARTS: tuple[Part, ...] = get_args(Part)
 QUANTIZED_PARTS: tuple[Part, ...] = ("experts", "attention")
-"""Parts whose weights are in 4 bits in a quantized checkpoint."""
+"""Parts with 4-bit weights in a quantized checkpoint."""
 _LAYER = "model.layers.{layer}"
 _ATTENTION, _MOE = f"{_LAYER}.self_attn", f"{_LAYER}.block_sparse_moe"
 LM_HEAD = "lm_head.weight"
@@ -41,19 +39,20 @@ class Row(NamedTuple):
     """One weight of `Mixtral`; `{layer}` and `{expert}` stand for numbers."""
 
     path: str
-    """The attribute of `Mixtral`."""
+    """The path of the attribute in `Mixtral`."""
     part: Part
     fused_name: str
     out_features: tuple[str, ...]
-    """The size of each matrix, as an attribute of `MixtralConfig`."""
+    """out_features of each matrix, as attributes of `MixtralConfig`."""
     in_features: str | None
-    """None for a vector."""
+    """in_features as an attribute of `MixtralConfig`; None for a vector."""
     names: tuple[str, ...] = ()
-    """The matrices, one above the other, by transformers 4's names; () is `fused_name` alone."""
+    """The matrices in the order of their rows, by transformers 4's names; () if `fused_name` is the
+    only name."""
     merged_name: str | None = None
-    """The tensor that transformers 5 has instead of `names`."""
+    """The tensor with all of `names` in transformers 5's layout."""
     is_interleaved: bool = False
-    """In 4 bits, the rows of its matrices lie by turns, see `QuantizedWeight`."""
+    """Whether the rows of its matrices alternate if it is quantized, see `QuantizedWeight`."""
 
 
 def _norm(path: str) -> Row:
@@ -130,14 +129,14 @@ class Weight:
     shape: tuple[int, ...]
     part: Part
     path: str
-    """The weight of `Mixtral` that it belongs to."""
+    """The path of the weight of `Mixtral` that contains it."""
     expert: int | None
     index: int
-    """Which of the matrices in that weight: of q, k and v, k is 1."""
+    """Index of the matrix in that weight: in q, k and v, k is 1."""
     rows: slice
-    """Its rows in that weight, within one expert."""
+    """The rows of the matrix in that weight, within one expert."""
     merged: Slice
-    """Where it is in transformers 5's layout."""
+    """The slice of the tensor in transformers 5's layout."""
 
     @property
     def is_quantized(self) -> bool:
@@ -146,20 +145,21 @@ class Weight:
 
     @property
     def module(self) -> str:
-        """The part of a layer that is in 4 bits or in floats as one: "layers.0.mlp.experts"."""
+        """The module whose weights all have the same form, 4 bits or floats:
+        "layers.0.mlp.experts"."""
         return self.path[: self.path.index(self.part) + len(self.part)]
 
 
 @dataclass(frozen=True)
 class ModuleWeight:
-    """One weight of `Mixtral`: a vector, a matrix, or, of experts, a stack of matrices."""
+    """One weight of `Mixtral`: a vector, a matrix, or a stack of the experts' matrices."""
 
     row: Row
     layer: int | None
     experts: tuple[int, ...]
-    """`(num_experts,)`, or () for what is not an expert's."""
+    """`(num_experts,)` for a weight of experts, otherwise ()."""
     out_features: tuple[int, ...]
-    """out_features of each matrix that it is made of, one above the other."""
+    """out_features of each matrix that it consists of, in the order of rows."""
     in_features: int | None
 
     @property
@@ -182,7 +182,7 @@ class ModuleWeight:
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """The matrices or vectors that it is made of, expert by expert."""
+        """The matrices or vectors that it consists of, expert by expert."""
         return tuple(self._weight(i) for i in range(prod(self.experts) * len(self.out_features)))
 
     def _weight(self, number: int) -> Weight:
@@ -243,7 +243,7 @@ def is_merged(config: MixtralConfig, names: Iterable[str]) -> bool:
 
 
 def is_redundant(config: MixtralConfig, name: str) -> bool:
-    """Returns True for a tensor that old tools wrote and that the model does not need."""
+    """Returns True for a tensor that old tools wrote but the model does not need."""
     is_tied_head = config.tie_word_embeddings and name.startswith(LM_HEAD)
     return is_tied_head or name.endswith("rotary_emb.inv_freq")
 

@@ -1,8 +1,8 @@
 """Converts a fused checkpoint back to bitsandbytes' form, layer by layer.
 
-The names and tensors are those that transformers 4 wrote. Codes are the source's bit for bit, and
-so is absmax; bfloat16 absmax becomes float32 without rounding. A router or an lm_head that the
-source had in 4 bits stays in floats.
+The names and tensors are those of transformers 4. Codes and absmax have the same bits as in the
+source; bfloat16 absmax becomes float32, which is exact. A router or an lm_head that had 4 bits in
+the source keeps floats.
 """
 
 import json
@@ -40,7 +40,7 @@ from serve_app.model.quantization import (
 from serve_app.model.quantized_weight import Codebook
 
 DTYPE_NAMES = {stored: name for name, stored in FLOAT_DTYPES.items() if "." not in name}
-"""The name of a dtype in bitsandbytes' description of a weight, by safetensors' names."""
+"""dtypes in bitsandbytes' description of a weight, by safetensors' names."""
 
 
 def bitsandbytes_config(quantization: Quantization) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class BackToBitsandbytes:
         self._codebook.code.copy_(self._tables[f"{CODEBOOK}.code"])
 
     def write(self, file: Path, header: Header, target: Path, made_from: str) -> None:
-        """Writes `target` with the weights of the fused `file`, whose checksums are compared."""
+        """Writes `target` with the weights of the fused `file`, and compares the checksums."""
         stored = self._read({file: header}, set(header.tensors))
         tensors: dict[str, Tensor] = {}
         for entry in module_weights(self._config):
@@ -124,7 +124,7 @@ class BackToBitsandbytes:
         return tensors
 
     def _state(self, weight: Weight) -> dict[str, Any]:
-        """bitsandbytes' description of a weight, but for nested absmax."""
+        """Returns bitsandbytes' description of a weight, without the keys of nested absmax."""
         return {
             "quant_type": self._quantization.quant_type,
             "blocksize": GROUP_SIZE,

@@ -1,4 +1,4 @@
-"""Fills weights of a model in memory with a checkpoint's weights, by the table of tensor names."""
+"""Copies a checkpoint's weights into a model in memory, by the table of tensor names."""
 
 from operator import attrgetter
 
@@ -13,13 +13,14 @@ from serve_app.model.quantized_weight import QuantizedWeight
 
 
 def module_weight(model: Mixtral, path: str) -> nn.Parameter | QuantizedWeight:
-    """Returns the weight of `model` at `path`, which the table of tensor names has."""
+    """Returns the weight of `model` at `path`, which is a path of the table of tensor names."""
     found: nn.Parameter | QuantizedWeight = attrgetter(path)(model)
     return found
 
 
 def load_weight(model: Mixtral, weight: Weight, values: Tensor | QuantizedTensor) -> None:
-    """Copies `values`, of the shape `weight.shape`, into `model`; quantizes floats where needed."""
+    """Copies `values` of shape `weight.shape` into `model`, and quantizes floats if the model needs
+    it."""
     target = module_weight(model, weight.path)
     if isinstance(target, QuantizedWeight):
         target.load_weight(values, weight.expert, weight.index)
@@ -32,8 +33,8 @@ def load_weight(model: Mixtral, weight: Weight, values: Tensor | QuantizedTensor
 def load_lm_head(model: Mixtral, weight: Weight, values: Tensor) -> None:
     """Copies `values` into lm_head, after all other weights.
 
-    Raises `ModelLoadFailed` if lm_head would be quantized with other code values than those that
-    the checkpoint's weights have: all weights of a model share one codebook.
+    Raises `ModelLoadFailed` if quantizing lm_head needs other code values than the checkpoint's
+    weights have: all weights of a model share one codebook.
     """
     tables: list[Tensor] = []
     if isinstance(module_weight(model, weight.path), QuantizedWeight):

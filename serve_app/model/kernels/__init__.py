@@ -1,7 +1,7 @@
-"""The model's arithmetic in forms that are faster than plain torch on one kind of device.
+"""Faster implementations of the model's arithmetic for CPUs and GPUs.
 
-Read `cpu/cpu_step.py` for a CPU and `triton/gpu_step.py` for a GPU: each is a whole step behind one
-class, which compares itself with plain torch on the device before it is used. `kernel_check.py`
+Read `cpu/cpu_step.py` for a CPU and `triton/gpu_step.py` for a GPU. Each is a class that computes a
+whole step, and is compared with plain torch on the device before it is used. `kernel_check.py`
 compares single 4-bit products and attention with float32. `cuda/` has products with 4-bit weights
-for a GPU, for which the memory is the limit.
+for steps that are limited by the GPU's memory bandwidth.
 """

@@ -1,4 +1,4 @@
-"""The batch of a decode step as tensors alone, which is what a captured graph can read."""
+"""DecodeBatch: the batch of a decode step as tensors only, so that a CUDA graph can read it."""
 
 from dataclasses import dataclass
 
@@ -16,6 +16,6 @@ class DecodeBatch:
     slots: Tensor
     """int64 `[B]`, see `Batch.slots`."""
     context_lens: Tensor
-    """int32 `[B]`: tokens in the KV cache, the new one included."""
+    """int32 `[B]`: number of tokens in the KV cache, including the new one."""
     tables: Tensor
     """int32 `[B, max_blocks]`: each sequence's KV blocks in order."""

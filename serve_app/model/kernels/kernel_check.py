@@ -1,7 +1,7 @@
 """Compares 4-bit products and attention on a device with plain float32, on random data.
 
-`mixtral-serve check --load` refuses a device where a kernel is wrong. Sizes are small, but for one
-long context: the check is about correctness, not speed.
+`mixtral-serve check --load` refuses a device on which a kernel is wrong. The check is for
+correctness, not speed, so its sizes are small, except for one long context.
 """
 
 import math
@@ -36,10 +36,11 @@ CONFIG = MixtralConfig.from_dict(
     }
 )
 NUM_TOKENS = (1, 7, 40)
-"""One decode, a few, and a prefill chunk."""
+"""Numbers of tokens: one decode, a few decodes, and a prefill chunk."""
 HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
 CONTEXTS = (1, 70, 300, 4500)
-"""Tokens of contexts: one split, several, and more than `MAX_SPLITS` short splits hold."""
+"""Lengths of contexts in tokens: one split, several splits, and more than `MAX_SPLITS` of the
+minimum length."""
 
 
 def relative_errors(
@@ -49,11 +50,10 @@ def relative_errors(
     *,
     has_kernels: bool | None = None,
 ) -> dict[str, float]:
-    """Returns the largest relative error of each product over the numbers of tokens in
-    `NUM_TOKENS`.
+    """Returns the largest relative error of each product over all `NUM_TOKENS`.
 
-    `has_kernels` adds the Triton kernels; by default where they are used, on a GPU in 16 bits. An
-    error that is NaN is returned alone.
+    `has_kernels` adds the Triton kernels; by default they are added on a GPU with a 16-bit dtype.
+    If an error is NaN, only that one is returned.
     """
     if has_kernels is None:
         has_kernels = device.type == "cuda" and dtype != torch.float32
@@ -101,7 +101,7 @@ def relative_errors(
 def _attention(
     dtype: torch.dtype, device: torch.device, random: Callable[..., Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Attention of decodes with `CONTEXTS`: by the kernel, and in plain float32."""
+    """Returns attention of decodes with `CONTEXTS`, by the kernel and in plain float32."""
     from serve_app.model.kernels.triton.paged_attention import PagedAttention
 
     count, width = len(CONTEXTS), -(-max(CONTEXTS) // BLOCK_SIZE)
@@ -125,7 +125,7 @@ def _attention(
 def _linear(
     codes: Codebook, device: torch.device, weight: Tensor
 ) -> tuple[QuantizedLinear, Tensor]:
-    """Returns a linear layer in 4 bits, and its weight in float32."""
+    """Returns a 4-bit linear layer and its weight in float32."""
     linear = QuantizedLinear(codes, weight.shape[1], (weight.shape[0],)).to(device)
     linear.weight.load_weight(weight)
     return linear, _as_stored(codes, weight).to(device)
@@ -134,7 +134,7 @@ def _linear(
 def _experts(
     codes: Codebook, device: torch.device, random: Callable[..., Tensor]
 ) -> tuple[QuantizedExperts, list[dict[str, Tensor]]]:
-    """Experts in 4 bits, and the float32 matrices of each."""
+    """Returns 4-bit experts and the float32 matrices of each."""
     sizes = {
         "gate": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
         "up": (INTERMEDIATE_SIZE, HIDDEN_SIZE),
@@ -185,7 +185,7 @@ def _experts_by_kernel(
 
 
 def _as_stored(codes: Codebook, weight: Tensor) -> Tensor:
-    """`weight` quantized and back, on the CPU."""
+    """Returns `weight` quantized and dequantized on the CPU."""
     return dequantize(quantize(weight, codes.quant_type, "bfloat16"), torch.float32)
 
 

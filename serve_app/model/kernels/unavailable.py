@@ -2,4 +2,5 @@
 
 
 class StepUnavailable(Exception):
-    """The message is a phrase for the runner's note in `/health`; a slower form serves."""
+    """The message is a phrase for the runner's note in `/health`. A slower implementation is used
+    instead."""

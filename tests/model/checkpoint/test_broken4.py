@@ -108,7 +108,7 @@ def refusal(folder: Path) -> ModelLoadFailed:
 
 
 BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
-    "no absmax": (without(f"{W1}.absmax"), [f"`{W1}.absmax`", "no file holds"]),
+    "no absmax": (without(f"{W1}.absmax"), [f"`{W1}.absmax`", "no file has"]),
     "no code": (without(f"{W1}.quant_map"), [f"`{W1}.quant_map`"]),
     "no nested absmax": (without(f"{W1}.nested_absmax"), [f"`{W1}.nested_absmax`"]),
     "no nested code": (without(f"{W1}.nested_quant_map"), [f"`{W1}.nested_quant_map`"]),
@@ -230,7 +230,7 @@ BROKEN_OWN: dict[str, tuple[Break, list[str]]] = {
     "tensor of another dtype": (instead(GATE_UP, torch.ones(8, 256, 32)), [f"`{GATE_UP}`", "F32"]),
     "checksums lost": (change(GATE_UP, lambda w: w), ["checksums are missing", "-00001-of-"]),
     "another version": (config(version=3), ["`quantization_config`", "convert"]),
-    "a file of another version": (without_version, ["is of version 1", "of version 2"]),
+    "a file of another version": (without_version, ["has version 1", "has version 2"]),
     "another absmax": (config(absmax="float32"), ["U8", "F32"]),
     "an absmax that is none": (config(absmax="int4"), ["`quantization_config`"]),
 }
@@ -272,7 +272,7 @@ def test_a_file_that_becomes_shorter_after_its_header_was_read(own: Path, tmp_pa
     }
     last = tmp_path / "model-00003-of-00003.safetensors"
     os.truncate(last, last.stat().st_size - 1)
-    with pytest.raises(ModelLoadFailed, match=r"00003-of-00003.*became shorter"):
+    with pytest.raises(ModelLoadFailed, match=r"00003-of-00003.*was truncated"):
         read_files(checkpoint.headers, places, lambda num_bytes: None)
 
 

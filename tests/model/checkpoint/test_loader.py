@@ -292,5 +292,5 @@ def test_data_that_lies_between_the_headers_offsets_is_refused(oracle: Any, tmp_
     file.write_bytes(struct.pack("<Q", len(changed)) + changed + data[8 + length :])
     with pytest.raises(SafetensorError):
         load_file(file)
-    with pytest.raises(ModelLoadFailed, match=r"model\.safetensors: is damaged .*overlap"):
+    with pytest.raises(ModelLoadFailed, match=r"model\.safetensors: the file is damaged .*overlap"):
         inspect(tmp_path)

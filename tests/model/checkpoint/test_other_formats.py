@@ -99,8 +99,8 @@ def test_a_stale_index_does_not_matter(content: str, tmp_path: Path) -> None:
 
 
 def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
-    """A path to weights is told as one."""
+    """The error says that the path is a file."""
     file = tmp_path / "mixtral.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(ModelLoadFailed, match=r"mixtral\.gguf: is a file"):
+    with pytest.raises(ModelLoadFailed, match=r"mixtral\.gguf: this is a file"):
         find_local(str(file))

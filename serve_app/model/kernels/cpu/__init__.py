@@ -1,1 +1,2 @@
-"""The step of a float32 model on a CPU, in C. Read `cpu_step.py` first, then `_cpu_step.c`."""
+"""The step of a float32 model on a CPU, written in C. Read `cpu_step.py` first, then
+`_cpu_step.c`."""

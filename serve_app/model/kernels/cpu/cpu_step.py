@@ -1,10 +1,10 @@
-"""The forward pass of a float32 Mixtral on a CPU in one call of C, see `_cpu_step.c`.
+"""CpuStep: the forward pass of a float32 Mixtral on a CPU in one call of C, see `_cpu_step.c`.
 
-Its logits equal those of `model/mixtral.py` to float32's rounding, and a token gets the same bits
-in any batch, in any prefill chunk and with any number of threads. The call does not hold the
-interpreter lock, so that the server answers while it computes. The library is built where the
-project is installed with a C compiler, and compared with plain torch before it is used. The step
-keeps a second, transposed copy of the weights.
+Its logits equal those of `model/mixtral.py` up to float32 rounding. A token gets the same bits in
+any batch, in any prefill chunk and with any number of threads. The call releases the interpreter
+lock, so that the server can answer while it computes. The library is built at installation if there
+is a C compiler, and compared with plain torch before it is used. The step keeps a second,
+transposed copy of the weights.
 """
 
 import ctypes
@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 LANES = 16
-"""float32 numbers of a vector register; the sizes that are summed over are multiples of it."""
+"""Number of float32 values in a vector register. The sizes that are summed over must be multiples
+of it."""
 MAX_WEIGHT_BYTES = 500_000_000
-"""Models with more weights do not get a second copy of them."""
+"""Models with more bytes of weights do not use this step, because it needs a second copy of
+them."""
 TOLERANCE = 1e-4
-"""Largest relative error, compared with plain torch on this processor."""
+"""Maximum relative error compared with plain torch on this processor."""
 POINTER, INT = ctypes.c_void_p, ctypes.c_int64
 
 
@@ -72,7 +74,7 @@ class _Rows(ctypes.Structure):
 
 
 class CpuStep:
-    """The step of one model with one KV cache; it reads and writes their memory by address."""
+    """The step of one model with one KV cache. The C code accesses their memory by address."""
 
     def __init__(
         self, library: ctypes.CDLL, model: "Mixtral", cache: KVCache, max_threads: int
@@ -84,7 +86,7 @@ class CpuStep:
         ]
         head = transposed(model.embedding if model.lm_head is None else _float(model.lm_head))
         tables = (model.embedding, model.norm.weight, head, model.rope.cos, model.rope.sin)
-        # Keeps what the pointers point to alive.
+        # Keeps the tensors alive that the pointers refer to.
         self._kept = (layers, tables)
         self._vocab_size, self._row_size = config.vocab_size, head.shape[1]
         self._threads = StepThreads(model, max_threads)
@@ -111,23 +113,25 @@ class CpuStep:
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache, max_threads: int) -> "CpuStep":
-        """Returns the step of `model`, compared with plain torch; `cache` must be unused.
+        """Returns a step for `model` after comparing it with plain torch. `cache` must be unused.
 
-        Long steps get up to `max_threads` threads, see `StepThreads`. Raises `StepUnavailable` if
-        there is no compiled step.
+        Long steps use up to `max_threads` threads, see `StepThreads`. Raises `StepUnavailable` if
+        there is no compiled step or it fails the comparison.
         """
         _require_fitting(model)
         step = cls(_library(), model, cache, max_threads)
         error = step._error(model, cache)
-        if not error < TOLERANCE:  # NaN is not below it either
+        if not error < TOLERANCE:  # also true for NaN
             raise StepUnavailable(f"it differs from plain torch by {error:.1e}")
         return step
 
     def logits(self, batch: Batch, num_threads: int | None = None) -> Tensor:
-        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache.
+        """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`, and fills the
+        cache.
 
-        The default number of threads is that of `StepThreads`. Where the system refuses threads,
-        those that there are compute the step.
+        The default number of threads is that of `StepThreads`. If the system cannot create all
+        threads, the existing ones compute the step. Raises `MemoryError` if there is no memory for
+        the step.
         """
         num_threads = num_threads or self._threads.of(batch)
         owners = np.arange(len(batch.query_lens)).repeat(batch.query_lens)
@@ -146,12 +150,12 @@ class CpuStep:
             POINTER(logits.data_ptr()),
         )
         if started < 1:
-            raise MemoryError("There is no memory for a step.")
+            raise MemoryError("There is not enough memory for a step.")
         return logits[:, : self._vocab_size]
 
     @torch.inference_mode()
     def _error(self, model: "Mixtral", cache: KVCache) -> float:
-        """Returns the relative error of logits, of a prompt of one KV block and of decodes.
+        """Returns the relative error of the logits of a prompt of one KV block, and of decodes.
 
         The decodes attend to random keys and values. All threads compute.
         """
@@ -178,7 +182,8 @@ class CpuStep:
 
 
 def transposed(weight: Tensor) -> Tensor:
-    """Returns a copy of `weight` `[..., N, K]` as `[..., K, N']`: N rounded up, the rest is 0."""
+    """Returns a copy of `weight` `[..., N, K]` as `[..., K, N']`, with N rounded up and padded with
+    0."""
     padded = F.pad(weight, (0, 0, 0, -weight.shape[-2] % LANES))
     return padded.transpose(-1, -2).contiguous()
 
@@ -189,7 +194,7 @@ def _float(linear: Linear | QuantizedLinear) -> Tensor:
 
 
 def _weights(layer: Any) -> tuple[Tensor, ...]:
-    """In the order of `_Layer`."""
+    """Returns the weights of a layer in the order of `_Layer`."""
     attention, experts = layer.attention, layer.mlp.experts
     assert isinstance(experts, Experts)
     return (
@@ -206,9 +211,9 @@ def _weights(layer: Any) -> tuple[Tensor, ...]:
 def _require_fitting(model: "Mixtral") -> None:
     config = model.config
     if model.embedding.dtype != torch.float32 or model.embedding.device.type != "cpu":
-        raise StepUnavailable("it is for float32 on a CPU")
+        raise StepUnavailable("it supports only float32 on a CPU")
     if model.codebook is not None:
-        raise StepUnavailable("the weights are in 4 bits")
+        raise StepUnavailable("it does not support 4-bit weights")
     if (size := sum(weight.nbytes for weight in model.parameters())) > MAX_WEIGHT_BYTES:
         raise StepUnavailable(f"a second copy of {size / 1e9:.1f} GB of weights would be too large")
     if any(it % LANES for it in (config.hidden_size, config.intermediate_size, config.head_dim)):
@@ -220,11 +225,11 @@ def _require_fitting(model: "Mixtral") -> None:
 def _library() -> ctypes.CDLL:
     file = Path(__file__).with_name("_cpu_step" + EXTENSION_SUFFIXES[0])
     if not file.exists():
-        raise StepUnavailable("it was not built, as there was no C compiler at the installation")
+        raise StepUnavailable("it was not built, because there was no C compiler at installation")
     try:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise StepUnavailable(f"{file.name} cannot be loaded ({error})") from None
     if not hasattr(library, "compute_mixtral_step"):  # its arguments changed with its name
-        raise StepUnavailable(f"{file.name} is of another version; install the project again")
+        raise StepUnavailable(f"{file.name} has another version; install the project again")
     return library

@@ -1,9 +1,9 @@
-"""StepThreads: how many threads compute a compiled step on a CPU.
+"""StepThreads: chooses the number of threads for a compiled step on a CPU.
 
-The threads follow the step's work: one for each `PRODUCTS_PER_THREAD` multiplications. So a long
-step, such as a prefill chunk of a few hundred tokens, uses all cores. A short one, such as the
-decodes of a few sequences, leaves cores to network I/O; it would also gain little from threads that
-wait for each other three times a layer.
+It is proportional to the step's work: one thread for each `PRODUCTS_PER_THREAD` multiplications. So
+a long step, such as a prefill chunk of a few hundred tokens, uses all cores. A short step, such as
+the decodes of a few sequences, leaves cores for network I/O. It would also gain little, because
+threads wait for each other three times per layer.
 """
 
 from typing import TYPE_CHECKING
@@ -14,17 +14,18 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 PRODUCTS_PER_THREAD = 100_000_000
-"""Some 2 ms of one core. Two threads compute the tiny model's prompts from about 220 tokens on. In
-a shorter step, all would wait longer for one that another program interrupts than they save."""
+"""About 2 ms on one core. The tiny model's prompts use two threads from about 220 tokens on. In a
+shorter step, all threads would lose more time waiting for an interrupted one than they save."""
 MIN_ROWS_PER_THREAD = 4
-"""Rows that one thread computes together because they share the reading of weights."""
+"""Number of rows that one thread computes together, so that it reads the weights once for all of
+them."""
 
 
 class StepThreads:
     """Counts the multiplications of one model's steps."""
 
     def __init__(self, model: "Mixtral", max_threads: int) -> None:
-        """No step gets more than `max_threads`."""
+        """`max_threads` is the maximum for all steps."""
         config = model.config
         width = config.head_dim * config.num_attention_heads
         projections = 2 * width + 2 * config.head_dim * config.num_key_value_heads
@@ -42,7 +43,8 @@ class StepThreads:
         return max(1, min(self.max_threads, worth, -(-num_rows // MIN_ROWS_PER_THREAD)))
 
     def _num_products(self, batch: Batch) -> int:
-        """Returns a token's products with weights, and with each token that it attends to."""
+        """Returns the number of multiplications of a step: with weights, and with the tokens
+        attended to."""
         scores = sum(
             count * min(end - count // 2, self._window)
             for count, end in zip(batch.query_lens, batch.context_lens, strict=True)

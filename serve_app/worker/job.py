@@ -75,8 +75,10 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
         raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
     if not isinstance(given, dict):
         raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
-    traceparent = _traceparent(given.get("headers"))
-    given = {name: value for name, value in given.items() if name != "headers"}
+    traceparent = None
+    if "headers" in given:
+        traceparent = _traceparent(given["headers"])
+        given = {name: value for name, value in given.items() if name != "headers"}
     is_gateway = "openai_route" in given or "openai_input" in given
     if is_gateway:
         method, path, body = _gateway(given)

@@ -57,6 +57,19 @@ def _unused_keys(document: dict[str, Any], application: dict[str, Any]) -> Itera
         yield f"{where}route_prefix"
 
 
+def may_be_several(path: str | Path) -> bool:
+    """Whether the deployment may have more than one replica."""
+    overrides = application(path).get("deployments") or []
+    return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
+
+
+def num_replicas(path: str | Path) -> int:
+    """Replicas that the deployment has for certain: 1 where Serve decides how many."""
+    overrides = application(path).get("deployments") or []
+    given = [it["num_replicas"] for it in overrides if "num_replicas" in it]
+    return next((number for number in given if isinstance(number, int)), 1)
+
+
 def http_options(path: str | Path) -> dict[str, Any]:
     """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`.
 

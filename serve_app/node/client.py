@@ -10,6 +10,7 @@ from typing import Any
 
 from serve_app.errors import EngineDead, InternalError, QueueFull, ServeError
 from serve_app.protocol.call import Call, ReplyItem
+from serve_app.protocol.session import session_of
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,10 @@ class DeploymentClient:
 
         if self._is_closed:
             raise EngineDead(GONE)
-        response = self._handle.call.remote(
+        handle = self._handle
+        if (session := session_of(call.body)) is not None:
+            handle = handle.options(session_id=session)  # shares the router of the first
+        response = handle.call.remote(
             call.method, call.path, call.body, call.request_id, call.traceparent
         )
         is_over = False

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from serve_app.cold_start.killed import MemoryBefore
-from serve_app.config.serve_config import unused_keys
+from serve_app.config.serve_config import may_be_several, unused_keys
 from serve_app.config.settings import ConfigError, Settings, application
 from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
@@ -21,6 +21,7 @@ from serve_app.machine import own_folder, processes
 from serve_app.node import phases, ray_node, ray_processes, ray_thread, worker_lines
 from serve_app.node.client import DeploymentClient, Forward
 from serve_app.node.haproxy import Proxy
+from serve_app.node.session_router import ROUTER
 from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class Cluster:
         title = f"ServeReplica:{APP_NAME}"
         replicas = [it for it in ray_processes.below() if title in processes.command(it)]
         # If there are several replicas, the others answer while Serve replaces one.
-        if len(replicas) == 1 and not _may_be_several(self._config):
+        if len(replicas) == 1 and not may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
         self._client = DeploymentClient(handle, self._settings.api.request_timeout_s)
         return self._client
@@ -119,11 +120,6 @@ class Cluster:
             raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
         finally:
             watching.cancel()
-
-
-def _may_be_several(config: str | Path) -> bool:
-    overrides = application(config).get("deployments") or []
-    return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
 
 
 def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: StartPlan) -> Any:
@@ -170,6 +166,9 @@ def deploy(
 ) -> Any:
     """Deploys the application of `config`, waits until its model is loaded, returns its handle.
 
+    Without a `route_prefix` the handle alone takes requests, and it chooses among several replicas
+    by conversation.
+
     Raises `ModelLoadFailed` with the cause that the replica wrote into the load log.
     """
     import ray
@@ -178,7 +177,9 @@ def deploy(
     from serve_app import app
 
     log_unused_keys(config)
-    bound = _overridden(app.application(settings, plan=plan), application(config))
+    is_routed = route_prefix is None and may_be_several(config)
+    routed = {"request_router_config": ROUTER} if is_routed else {}
+    bound = _overridden(app.application(settings, plan=plan), application(config), **routed)
     require_resources(bound._bound_deployment, ray.cluster_resources())
     memory = MemoryBefore()
     LoadLog(settings.load_log).start(Phase.REPLICA)  # the replica ends this phase
@@ -202,12 +203,11 @@ def log_unused_keys(config: str | Path) -> None:
         log.warning("Ignored: %s; `serve run` alone uses them.", ", ".join(unused))
 
 
-def _overridden(app: Any, given: dict[str, Any]) -> Any:
-    """`app` with the `deployments:` overrides of the YAML."""
+def _overridden(app: Any, given: dict[str, Any], **options: Any) -> Any:
+    """`app` with the deployment's `options`, which the `deployments:` of the YAML override."""
     from ray.serve import Application
 
     deployment = app._bound_deployment
-    options: dict[str, Any] = {}
     for override in given.get("deployments") or []:
         if override.get("name") != deployment.name:
             raise ConfigError(f"`deployments`: there is no deployment {override.get('name')!r}.")

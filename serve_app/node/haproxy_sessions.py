@@ -1,20 +1,16 @@
 """Lines of HAProxy's configuration that send a conversation's requests to one of several replicas.
 
-Each replica keeps the KV blocks of the prompts that it has seen. The next turn of a conversation
-begins with the last one's prompt, so the replica that had the last turn computes the new part only.
-
 HAProxy hashes a text that stays the same in a conversation, and the hash chooses the replica
 (consistent hashing: a replica that comes or goes moves its own share of the conversations alone).
 The text is the first of these that a request has:
 
     the header `x-session-id`
-    the body's `prompt_cache_key`, OpenAI's name for it
-    the first message that is not of the system; the first text of a `prompt` or `input`
+    what `protocol/session.py` finds in the body
     the first bytes of the body, where HAProxy cannot read it: a first message beyond the 15 kB that
     it has of a body
 
 A replica that has `MAX_LOAD` percent of the mean of requests takes no more of them. They go to the
-next one (arXiv 1608.01350), so that loads stay equal when all prompts begin alike.
+next one.
 
 Requests that generate nothing have no such text, and go to the replicas by turns.
 """
@@ -22,25 +18,16 @@ Requests that generate nothing have no such text, and go to the replicas by turn
 import re
 import zlib
 
-MAX_LOAD = 150
-"""Most requests at one replica, in percent of the mean; rounded up, and at least one."""
-NUM_CHARS = 256
-"""Characters of the text that are hashed."""
+from serve_app.protocol.session import MAX_LOAD, NUM_CHARS, PLACES, SYSTEM_ROLES
+
 WEIGHT = 16
 """A replica has 16 times as many places on the ring of hashes, which makes shares more equal."""
-SYSTEM = "{ var(txn.role) -m str system developer }"
-TEXTS = (
-    ("$.prompt_cache_key", ""),
-    ("$.messages[1].content", SYSTEM),
-    ("$.messages[1].content[0].text", SYSTEM),
-    ("$.messages[0].content", f"!{SYSTEM}"),
-    ("$.messages[0].content[0].text", f"!{SYSTEM}"),
-    ("$.prompt", ""),
-    ("$.input", ""),
-    ("$.input[0].content", ""),
-    ("$.input[0].content[0].text", ""),
-)
-"""Where a body has the text, and the condition for it. HAProxy finds strings, not lists."""
+AFTER_SYSTEM = {
+    None: "",
+    True: f"{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",
+    False: f"!{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",
+}
+"""HAProxy's condition for a place; `json_query` finds strings, not lists."""
 
 
 def rules() -> list[str]:
@@ -48,8 +35,9 @@ def rules() -> list[str]:
     there."""
     chars = f"bytes(0,{NUM_CHARS})"
     in_body = [
-        f"var(txn.body),json_query('{path}'),{chars} if generates !has_session {only}".rstrip()
-        for path, only in TEXTS
+        f"var(txn.body),json_query('{path}'),{chars} if generates !has_session "
+        f"{AFTER_SYSTEM[after_system]}".rstrip()
+        for path, after_system in PLACES
     ]
     lines = [
         "acl has_session var(txn.session) -m found",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from serve_app.cold_start.check import Checked
 from serve_app.cold_start.cold_start import ColdStart
+from serve_app.config.serve_config import num_replicas
 from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
@@ -59,10 +60,11 @@ def make_handler(
     )
 
 
-def num_slots(settings: Settings) -> int:
-    """Prompts taken at once: a few more than the engine runs, so that it never waits for a job."""
+def num_slots(settings: Settings, replicas: int = 1) -> int:
+    """Prompts taken at once: a few more than the engines run, so that none waits for a job."""
     engine = settings.engine
-    return settings.runpod.max_concurrency or engine.max_num_seqs + engine.max_waiting // 4
+    more = engine.max_waiting // 4
+    return settings.runpod.max_concurrency or engine.max_num_seqs * replicas + more
 
 
 def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> int:
@@ -76,7 +78,7 @@ def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> 
     else:
         plan, lines, failure = checked.plan, checked.lines, None
     final = failure if failure is not None and not failure.retry else None
-    slots = num_slots(settings)
+    slots = num_slots(settings, num_replicas(config))
     for line in banner(settings, config, slots, lines, final):
         log.info("%s", line)
     checks = fitness.checks(settings, failure)

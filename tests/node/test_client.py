@@ -35,8 +35,9 @@ class Handle:
         self.call = self
         self.responses: list[Response] = []
 
-    def options(self, *, stream: bool) -> "Handle":
+    def options(self, *, stream: bool = True, session_id: str = "") -> "Handle":
         assert stream
+        self.session_id = session_id
         return self
 
     def remote(self, *arguments: Any) -> Response:

@@ -1,0 +1,28 @@
+"""Which replica a conversation goes to: the text that stays the same, by its hash."""
+
+import pytest
+
+from serve_app.protocol.session import session_of
+from tests.node.test_haproxy_sessions import KINDS, turns
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_turns_of_a_conversation_have_one_hash(kind: str) -> None:
+    """Bodies for which HAProxy finds one replica have one hash, and other conversations another."""
+    found = [{session_of(body) for body in turns(kind, number)} for number in range(12)]
+    assert all(len(each) == 1 for each in found)
+    assert len(set.union(*found)) == 12
+    assert None not in set.union(*found)
+
+
+@pytest.mark.parametrize(
+    "body", [None, [], "text", {}, {"prompt": [1, 2]}, {"messages": 3}, {"prompts": ["a", "b"]}]
+)
+def test_a_body_without_such_a_text_has_none(body: object) -> None:
+    """Token ids, lists of prompts and broken bodies go to any replica."""
+    assert session_of(body) is None
+
+
+def test_any_text_has_a_hash() -> None:
+    """Half a character, which JSON may hold, is no error."""
+    assert session_of({"prompt": "\ud83d"}) != session_of({"prompt": "?"})

@@ -196,8 +196,8 @@ class RunpodSettings(_Section):
 
     max_concurrency: int | None = Field(default=None, ge=1)
     """Prompts of jobs in flight at once: a job counts as many as its list has. None is
-    `engine.max_num_seqs` + `engine.max_waiting` / 4. A job that does not fit beside others waits at
-    the platform."""
+    `engine.max_num_seqs` for each replica + `engine.max_waiting` / 4. A job that does not fit
+    beside others waits at the platform."""
     drain_s: float = Field(default=25.0, ge=0)
     """Seconds after SIGTERM in which running jobs and HTTP requests may finish. When four fifths
     have passed, the jobs that still run fail with `retry: true`, in time to be reported."""

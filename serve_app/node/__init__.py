@@ -6,7 +6,7 @@ Read `cluster.py` first: it starts the deployment, watches it and takes it down,
     ray_processes, reaper   find and kill Ray's processes, also when this process is killed
     ray_thread              calls Ray's blocking functions for an event loop
     head, ray_worker        change how Ray starts: faster, and with SIGTERM left to this process
-    client                  sends calls through the deployment handle
+    client, session_router  sends calls through the deployment handle, to one of several replicas
     phases                  follows the phases of a load that the replica writes
     fitness, banner         the checks of the machine before a start; what the log says about it
 

@@ -43,7 +43,7 @@ class DeploymentClient:
         if self._is_closed:
             raise EngineDead(GONE)
         handle = self._handle
-        if (session := session_of(call.body)) is not None:
+        if (session := session_of(call)) is not None:
             handle = handle.options(session_id=session)  # shares the router of the first
         response = handle.call.remote(
             call.method, call.path, call.body, call.request_id, call.traceparent

@@ -18,7 +18,7 @@ Requests that generate nothing have no such text, and go to the replicas by turn
 import re
 import zlib
 
-from serve_app.protocol.session import MAX_LOAD, NUM_CHARS, PLACES, SYSTEM_ROLES
+from serve_app.protocol.session import MAX_LOAD, NUM_CHARS, PLACES, SESSION_ID, SYSTEM_ROLES
 
 WEIGHT = 16
 """A replica has 16 times as many places on the ring of hashes, which makes shares more equal."""
@@ -45,8 +45,8 @@ def rules() -> list[str]:
         r"http-request set-var(txn.body) 'req.body,regsub(\\x5cu,u,g)' if generates",
         "http-request set-var(txn.role) var(txn.body),json_query('$.messages[0].role')"
         " if generates",
-        f"http-request set-var(txn.session) req.fhdr(x-session-id),{chars} if generates "
-        "{ req.fhdr(x-session-id) -m found }",
+        f"http-request set-var(txn.session) req.fhdr({SESSION_ID}),{chars} if generates "
+        f"{{ req.fhdr({SESSION_ID}) -m found }}",
         *(f"http-request set-var(txn.session) {each}" for each in in_body),
         f"http-request set-var(txn.session) req.body,{chars} if generates !has_session",
         "http-request unset-var(txn.body)",

@@ -34,6 +34,8 @@ class Call:
     """That of the request's API key; None if no key is needed, and for jobs."""
     traceparent: str | None = field(default=None, compare=False)
     """The client's header of that name; it has an effect where answers are traced."""
+    session_id: str | None = field(default=None, compare=False)
+    """A job's header `x-session-id`; over HTTP, HAProxy reads it."""
 
     @property
     def group(self) -> str:

@@ -2,8 +2,9 @@
 
 Each replica keeps the KV blocks of the prompts that it has seen. The next turn of a conversation
 begins with the last one's prompt, so the replica that had the last turn computes the new part only.
-The text is the first of `PLACES` that a request has:
+The text is the first of these that a request has:
 
+    the header `x-session-id`
     the body's `prompt_cache_key`, OpenAI's name for it
     the first message that is not of the system
     the first text of a `prompt` or `input`
@@ -14,10 +15,15 @@ deployment handle.
 
 import hashlib
 import re
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+if TYPE_CHECKING:  # HAProxy's program imports this module, and should start fast
+    from serve_app.protocol.call import Call
+
+SESSION_ID = "x-session-id"
+"""Header in which a client names its conversation."""
 NUM_CHARS = 256
-"""Characters of the text that are hashed."""
+"""Length of the part of the text that is hashed: bytes in HAProxy, characters in Python."""
 MAX_LOAD = 150
 """Most requests at one replica, in percent of the mean; rounded up, and at least one. A replica
 that has them takes no more, and the next one of the hash does (arXiv 1608.01350), so that loads
@@ -45,23 +51,31 @@ PLACES = (
     Place("$.input[0].content"),
     Place("$.input[0].content[0].text"),
 )
+"""Where a body may have the text; the first that has a string counts."""
 
 
-def session_of(body: Any) -> str | None:
-    """The hash of the text of a parsed body, 16 characters; None where it has no such text.
+def session_of(call: "Call") -> str | None:
+    """Returns the hash of the call's text, 16 characters; None if it has no such text.
 
-    It is a hash, because Ray's metadata and logs must not have a user's text.
+    Ray gets the hash alone, because its metadata and logs must not have a user's text.
     """
+    text = _in_body(call.body) if call.session_id is None else call.session_id
+    if text is None:
+        return None
+    start = text[:NUM_CHARS].encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(start, digest_size=8).hexdigest()
+
+
+def _in_body(body: Any) -> str | None:
     has_system = _at(body, "$.messages[0].role") in SYSTEM_ROLES
     for path, after_system in PLACES:
         if after_system in (None, has_system) and isinstance(text := _at(body, path), str):
-            start = text[:NUM_CHARS].encode("utf-8", "surrogatepass")
-            return hashlib.blake2b(start, digest_size=8).hexdigest()
+            return text
     return None
 
 
 def _at(value: Any, path: str) -> Any:
-    """What `value` has at a JSON path; None where there is nothing."""
+    """Returns what `value` has at a JSON path; None if there is nothing."""
     for key in re.findall(r"\w+", path):
         try:
             value = value[int(key) if key.isdigit() else key]

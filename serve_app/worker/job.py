@@ -5,8 +5,9 @@
        {"route": "/tokenize", "method": "POST", "body": {...}}
     3  {"prompt" | "messages" | "prompts" | "items": ..., "sampling_params": {...}}
 
-Each may have `"headers": {"traceparent": "..."}` beside these, which continues the client's trace.
-Other headers are ignored, as unknown headers are over HTTP.
+Each may have `"headers": {"traceparent": "...", "x-session-id": "..."}` beside these. The first
+continues the client's trace, the second chooses one of several replicas. Other headers are ignored,
+as unknown headers are over HTTP.
 
 Checks the shape and the size alone. The server checks route and fields, as for HTTP.
 """
@@ -20,6 +21,7 @@ from typing import Any
 from serve_app.api import routes
 from serve_app.errors import InvalidRequest, RequestTooLarge
 from serve_app.protocol.call import TRACEPARENT, Call
+from serve_app.protocol.session import SESSION_ID
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +77,9 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
         raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
     if not isinstance(given, dict):
         raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
-    traceparent = None
+    headers: dict[str, str] = {}
     if "headers" in given:
-        traceparent = _traceparent(given["headers"])
+        headers = _headers(given["headers"])
         given = {name: value for name, value in given.items() if name != "headers"}
     is_gateway = "openai_route" in given or "openai_input" in given
     if is_gateway:
@@ -100,7 +102,14 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
             f"The body is larger than the {max_body_bytes} bytes that are allowed."
         )
     stream = isinstance(body, dict) and body.get("stream") is True
-    call = Call(method, path, body, request_id, traceparent=traceparent)
+    call = Call(
+        method,
+        path,
+        body,
+        request_id,
+        traceparent=headers.get(TRACEPARENT),
+        session_id=headers.get(SESSION_ID),
+    )
     return JobRequest(call, stream, is_gateway)
 
 
@@ -124,14 +133,14 @@ def num_prompts(job: dict[str, Any]) -> int:
     return max(lengths, default=1) * max(answers, default=1)
 
 
-def _traceparent(headers: Any) -> str | None:
-    """Returns the header `traceparent` in a job's `headers`; a name's case does not matter, as in
+def _headers(headers: Any) -> dict[str, str]:
+    """Returns a job's `headers` with names in lower case; a name's case does not matter, as in
     HTTP."""
     if headers is None:
-        return None
+        return {}
     if not isinstance(headers, dict) or not all(isinstance(it, str) for it in headers.values()):
         raise InvalidRequest("`headers` must be an object of strings.", param="headers")
-    return {name.lower(): value for name, value in headers.items()}.get(TRACEPARENT)
+    return {name.lower(): value for name, value in headers.items()}
 
 
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:

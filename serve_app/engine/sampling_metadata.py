@@ -33,7 +33,7 @@ class SamplingMetadata:
         constraints = {
             row: s.constraint for row, s in enumerate(sequences) if s.constraint is not None
         }
-        self._mask = TokenMask(constraints, device) if constraints else None
+        self._mask = TokenMask(constraints) if constraints else None
         biases = [(row, *bias) for row, p in enumerate(params) for bias in p.logit_bias.items()]
         self._bias: tuple[Tensor, Tensor, Tensor] | None = None
         if biases:

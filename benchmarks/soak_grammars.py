@@ -29,6 +29,8 @@ from serve_app.config.settings import Settings
 
 OPEN_AT_ONCE = 16
 MAX_GROWTH = 0.05
+KV_CACHE_TOKENS = 32_768
+"""Few, so that the prefix cache is full after two minutes: it takes memory until then."""
 MB = 1 << 20
 SHARED = {"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"]}
 
@@ -187,13 +189,15 @@ async def soak(server: MixtralServer, minutes: float, seed: int) -> dict[str, An
     clients = [asyncio.create_task(load.client(began + 60 * minutes)) for _ in range(OPEN_AT_ONCE)]
     rss: list[float] = []
     requests: list[int] = []
+    processors: list[float] = []
     while any(not client.done() for client in clients):
         minute = (len(rss) + 1) * 60 - (time.monotonic() - began)
         await asyncio.wait(clients, timeout=minute)
         gc.collect()
         rss.append(round(psutil.Process().memory_info().rss / MB, 1))
         requests.append(load.counts.total())
-        say(f"minute {len(rss)}: {requests[-1]} requests, {rss[-1]} MB")
+        processors.append(round(time.process_time(), 1))
+        say(f"minute {len(rss)}: {requests[-1]} requests, {rss[-1]} MB, {processors[-1]} s")
     await asyncio.gather(*clients)
     wrong = load.wrong
     if not await _blocks_are_free(server):
@@ -207,6 +211,7 @@ async def soak(server: MixtralServer, minutes: float, seed: int) -> dict[str, An
         "counts": dict(sorted(load.counts.items())),
         "rss_mb_at_each_minute": rss,
         "requests_at_each_minute": requests,
+        "processor_s_at_each_minute": processors,
         "num_wrong": len(wrong),
         "wrong": wrong[:20],
     }
@@ -217,9 +222,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
-    server = MixtralServer(
-        Settings(model={"name": "tiny", "quantization": "none", "device": "cpu"})
-    )
+    model = {"name": "tiny", "quantization": "none", "device": "cpu"}
+    server = MixtralServer(Settings(model=model, engine={"kv_cache_tokens": KV_CACHE_TOKENS}))
     figures = asyncio.run(soak(server, options.minutes, options.seed))
     server.close()
     publish("soak_grammars", figures, options.save)

@@ -15,6 +15,7 @@ READ_WORDS = 16384
 """Words that a program of the kernel which only reads takes: 64 KB."""
 LARGE_GPU_BYTES = 40 * 10**9
 BATCHED_TOKENS = {"large GPU": 8192, "GPU": 2048, "CPU": 512}
+SMALL_EXPERTS_AT_ONCE = 2
 """The defaults of `serve_app/start_plan/memory.py`, which needs more packages than this."""
 
 
@@ -53,6 +54,12 @@ class Device:
             return BATCHED_TOKENS["CPU"]
         is_large = torch.cuda.mem_get_info(self.device)[1] >= LARGE_GPU_BYTES
         return BATCHED_TOKENS["large GPU" if is_large else "GPU"]
+
+    def experts_at_once(self, num_experts: int) -> int:
+        """Returns how many experts a server on this device holds as floats at a time."""
+        if self.is_cuda and torch.cuda.mem_get_info(self.device)[1] >= LARGE_GPU_BYTES:
+            return num_experts
+        return min(SMALL_EXPERTS_AT_ONCE, num_experts)
 
     def wait(self) -> None:
         """Waits until all queued work is done."""

@@ -48,11 +48,13 @@ class ModelRunner:
         device: torch.device,
         *,
         max_num_seqs: int = 128,
+        experts_at_once: int = 1,
         enforce_eager: bool = False,
         max_threads: int = 1,
     ) -> None:
         """`dtype` is the type of the KV cache. At most `max_num_seqs` sequences decode in one step.
 
+        Prompts on a GPU hold the 4-bit weights of `experts_at_once` experts as floats at a time.
         With `enforce_eager`, decode steps are not captured as CUDA graphs. `max_threads` limits the
         threads of a compiled step on a CPU.
         """
@@ -71,6 +73,7 @@ class ModelRunner:
         self._gpu_step: GpuStep | None = None
         self._prompt_step: PromptStep | None = None
         self._graphs: DecodeGraphs | None = None
+        self._experts_at_once = experts_at_once
         self._choose_step(max_num_seqs, enforce_eager, max_threads)
 
     def _choose_step(self, max_num_seqs: int, enforce_eager: bool, max_threads: int) -> None:
@@ -115,7 +118,7 @@ class ModelRunner:
         from serve_app.model.kernels.triton.prompt_step import PromptStep
 
         try:
-            self._prompt_step = PromptStep.verified(self.model, self.cache)
+            self._prompt_step = PromptStep.verified(self.model, self.cache, self._experts_at_once)
         except StepUnavailable as reason:
             return f"; prompts run in plain torch: {reason}"
         return f"; prompts: {self._prompt_step.note}"

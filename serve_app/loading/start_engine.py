@@ -51,6 +51,7 @@ def start_engine(
             dtype,
             device,
             max_num_seqs=chosen.max_num_seqs,
+            experts_at_once=memory.experts_at_once(total_bytes),
             enforce_eager=chosen.enforce_eager,
             max_threads=chosen.num_threads or num_cores(),
         )

@@ -1,6 +1,7 @@
 """Computes the bytes of a model in memory from its sizes. Imports no torch."""
 
 from math import prod
+from typing import NamedTuple
 
 from serve_app.model.checkpoint.shards import ITEM_BYTES
 from serve_app.model.checkpoint.tensor_names import LM_HEAD, PARTS, module_weights
@@ -76,23 +77,68 @@ def quantized_bytes(num_weights: int, quantization: Quantization) -> int:
     return num_bytes
 
 
-def step_bytes(config: MixtralConfig, max_model_len: int, item_bytes: int) -> tuple[int, int]:
-    """Returns the bytes of a step's intermediate results on a GPU: a fixed part, and a part per
-    token.
+class StepBytes(NamedTuple):
+    """The bytes of a step's intermediate results on a GPU."""
 
-    Both are the maximum of one layer in the prefill path in torch, if one expert gets every token.
-    The fixed part has the weights of one expert as floats, and the keys and values of a whole
-    context, repeated for the query heads. The part per token has six vectors of hidden_size, the
+    base: int
+    """Bytes that every step takes."""
+    token: int
+    """Bytes that each token of the step adds."""
+
+    def of(self, num_tokens: int) -> int:
+        """Returns the bytes of a step of `num_tokens`."""
+        return self.base + num_tokens * self.token
+
+
+def torch_step_bytes(
+    config: MixtralConfig, item_bytes: int, max_model_len: int, *, is_quantized: bool
+) -> StepBytes:
+    """Returns the bytes of a step's intermediate results in plain torch: the maximum of one layer.
+
+    The fixed part has the keys and values of a whole context, repeated for the query heads, and,
+    for 4-bit weights, one expert as floats. The part per token has six vectors of hidden_size, the
     inputs and outputs of `num_experts_per_tok` experts, four vectors of intermediate_size (gate,
     up, silu and their product), and an attention mask over the context, as bools and as floats.
+    Experts in 4 bits are computed one after the other, and one may get every token. Experts in
+    floats are computed together, so each token takes the vectors of intermediate_size once for each
+    of its experts.
 
-    Example: with 8,192 tokens and contexts of 32,768, Mixtral 8x7B takes 0.77 + 2.4 GB in bfloat16.
+    Example: with 8,192 tokens and contexts of 32,768, Mixtral 8x7B takes 0.77 + 2.4 GB with 4-bit
+    weights in bfloat16.
     """
     heads = 2 * max_model_len * config.q_size * item_bytes
     expert = 2 * config.intermediate_size * config.hidden_size * item_bytes
     hidden = (6 + 2 * config.num_experts_per_tok) * config.hidden_size
-    token = (hidden + 4 * config.intermediate_size) * item_bytes
-    return heads + expert, token + max_model_len * (1 + item_bytes)
+    together = 1 if is_quantized else config.num_experts_per_tok
+    token = (hidden + 4 * together * config.intermediate_size) * item_bytes
+    base = heads + expert if is_quantized else heads
+    return StepBytes(base, token + max_model_len * (1 + item_bytes))
+
+
+def kernel_step_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) -> StepBytes:
+    """Returns the bytes of a prompt step whose 4-bit products run in kernels (`PromptStep`).
+
+    The fixed part is `workspace_bytes`. The part per token has x, its norm, the output of o, the
+    queries, the result of attention, the outputs of `num_experts_per_tok` experts in this layer and
+    in the last one, and a vector of intermediate_size for each of these experts.
+
+    Example: with 8,192 tokens and all experts at once, Mixtral 8x7B takes 2.9 + 1.07 GB. With 2,048
+    tokens and two experts at once it takes 0.79 + 0.27 GB.
+    """
+    top_k = config.num_experts_per_tok
+    hidden = (3 + 2 * top_k) * config.hidden_size + 2 * config.q_size
+    token = (hidden + top_k * config.intermediate_size) * item_bytes
+    return StepBytes(workspace_bytes(config, item_bytes, experts_at_once), token)
+
+
+def workspace_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) -> int:
+    """Returns the bytes of the weights that a prompt step holds as floats at a time.
+
+    These are q, k, v and o of one layer, and gate, up and down of `experts_at_once` experts.
+    """
+    attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
+    expert = 3 * config.intermediate_size * config.hidden_size
+    return (attention + experts_at_once * expert) * item_bytes
 
 
 def kv_bytes(config: MixtralConfig, num_tokens: int, item_bytes: int) -> int:

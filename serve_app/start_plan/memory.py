@@ -7,7 +7,12 @@ from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import FLOAT_DTYPES, ITEM_BYTES
 from serve_app.model.config import MixtralConfig
-from serve_app.model.footprint import kv_bytes, step_bytes, weight_bytes
+from serve_app.model.footprint import (
+    kernel_step_bytes,
+    kv_bytes,
+    torch_step_bytes,
+    weight_bytes,
+)
 from serve_app.model.quantization import Quantization
 from serve_app.start_plan.device import Device, Dtype
 
@@ -16,10 +21,16 @@ CPU_CONTEXTS = 4
 MIN_RESERVED_BYTES = 1 << 30
 """The least GPU memory kept for a step's results and the allocator."""
 LARGE_GPU_BYTES = 40 * 10**9
-"""A GPU of this size has room for steps of 8,192 tokens beside the weights."""
+"""A GPU of this size has room for steps of 8,192 tokens, and for all experts of a layer as floats,
+beside the weights."""
 BATCHED_TOKENS = {"large GPU": 8192, "GPU": 2048, "CPU": 512}
-"""Tokens in one step where the settings leave it open. Each step with prompt tokens unpacks all
-weights on a GPU, so few large steps are faster. On a CPU larger steps gain nothing."""
+"""Tokens in one step where the settings leave it open. Each step with more than a few hundred
+prompt tokens unpacks all weights on a GPU, so few large steps are faster. On a CPU larger steps
+gain nothing."""
+SMALL_EXPERTS_AT_ONCE = 2
+"""Experts whose weights a smaller GPU holds as floats at a time: 0.8 GB for Mixtral 8x7B. A large
+GPU holds all experts of a layer in 2.9 GB, so that unpacking a layer takes 4 launches instead of
+10."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +56,9 @@ class MemoryPlan:
     asked_batched_tokens: int | None
     """`engine.max_num_batched_tokens`"""
     max_num_seqs: int
-    step_base_bytes: int
-    """What a step on a GPU needs beside weights and KV cache, whatever its size."""
-    step_token_bytes: int
-    """What it needs for each of its tokens."""
+    config: MixtralConfig
+    item_bytes: int
+    """Bytes of a float weight."""
 
     @property
     def weight_bytes(self) -> int:
@@ -68,10 +78,21 @@ class MemoryPlan:
         return max(size, self.max_num_seqs)
 
     def reserved_bytes(self, total_bytes: int) -> int:
-        """GPU memory kept for the results of the largest step."""
-        step = self.step_base_bytes
-        step += self.step_token_bytes * self.max_num_batched_tokens(total_bytes)
-        return max(step, MIN_RESERVED_BYTES)
+        """Returns the GPU memory kept for the intermediate results of the largest step.
+
+        It is enough for the kernels and for plain torch: the plan is made before the kernels are
+        tried, and plain torch runs where they fail.
+        """
+        num_tokens, sizes = self.max_num_batched_tokens(total_bytes), (self.config, self.item_bytes)
+        forms = [torch_step_bytes(*sizes, self.max_model_len, is_quantized=self.is_quantized)]
+        if self.is_quantized:
+            forms.append(kernel_step_bytes(*sizes, self.experts_at_once(total_bytes)))
+        return max(MIN_RESERVED_BYTES, *(form.of(num_tokens) for form in forms))
+
+    def experts_at_once(self, total_bytes: int) -> int:
+        """Returns how many experts a prompt step on such a GPU holds as floats at a time."""
+        every = self.config.num_local_experts
+        return every if total_bytes >= LARGE_GPU_BYTES else min(SMALL_EXPERTS_AT_ONCE, every)
 
     def kv_room_bytes(self, free_bytes: int, total_bytes: int) -> int:
         """Returns the bytes of a GPU that the KV cache may take; negative where there is no room.
@@ -111,7 +132,6 @@ def plan_memory(
     item_bytes = ITEM_BYTES[FLOAT_DTYPES[dtype]]
     context = _max_model_len(engine, config.max_position_embeddings)
     kv_cache_tokens, rule = _kv_cache_tokens(engine, context, device)
-    step_base_bytes, step_token_bytes = step_bytes(config, context, item_bytes)
     return MemoryPlan(
         weights=weight_bytes(config, item_bytes, quantization, quantize_lm_head, float_modules),
         kind=kind,
@@ -124,8 +144,8 @@ def plan_memory(
         device=device,
         asked_batched_tokens=engine.max_num_batched_tokens,
         max_num_seqs=engine.max_num_seqs,
-        step_base_bytes=step_base_bytes,
-        step_token_bytes=step_token_bytes,
+        config=config,
+        item_bytes=item_bytes,
     )
 
 

@@ -145,6 +145,7 @@ def test_the_table_predicts_the_device(name: str) -> None:
 
 def test_the_steps_have_the_servers_size() -> None:
     """The sizes of a step that the benchmark takes are the server's defaults."""
+    assert device.SMALL_EXPERTS_AT_ONCE == memory.SMALL_EXPERTS_AT_ONCE
     assert device.BATCHED_TOKENS == memory.BATCHED_TOKENS
     assert device.LARGE_GPU_BYTES == memory.LARGE_GPU_BYTES
 

@@ -23,13 +23,13 @@ from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
-from serve_app.model.checkpoint.checkpoint import inspect
-from serve_app.model.footprint import step_bytes
+from serve_app.model.footprint import kernel_step_bytes, torch_step_bytes
 from serve_app.node import fitness
 from serve_app.start_plan.hub import Repository
 from serve_app.start_plan.memory import MIN_RESERVED_BYTES
 from serve_app.start_plan.plan import StartPlan, plan_start
 from serve_app.tiny import CHECKPOINT
+from tools.random_model import config_of
 
 DECISIONS = ("inspect", "find_local", "find_folder", "copy_folder", "plan_start", "choose_device")
 
@@ -169,20 +169,33 @@ def test_the_size_of_a_step_follows_the_device(device: str, total_gb: int, num_t
 
 
 def test_memory_is_reserved_for_the_largest_step() -> None:
-    """Mixtral 8x7B, contexts of 32,768: a step of 8,192 tokens takes 0.77 GB and 294,912 bytes for
-    each token; small steps leave 1 GiB all the same."""
-    tiny = inspect(CHECKPOINT).config
-    sizes: dict[str, Any] = {"hidden_size": 4096, "intermediate_size": 14_336}
-    full = replace(tiny, **sizes, num_attention_heads=32, head_dim=128)
-    base, token = step_bytes(full, 32_768, 2)
+    """Mixtral 8x7B in 4 bits, contexts of 32,768: the larger of what kernels and plain torch take;
+    small steps leave 1 GiB all the same."""
+    config = config_of(tiny=False, layers=1)
+    plain = torch_step_bytes(config, 2, 32_768, is_quantized=True)
     keys_and_values, expert = 2 * 32_768 * 4096 * 2, 2 * 14_336 * 4096 * 2
-    assert base == keys_and_values + expert == 771_751_936
-    assert token == (10 * 4096 + 4 * 14_336) * 2 + 32_768 * 3 == 294_912
-    memory = replace(
-        plan_start(settings(device="cuda")).memory, step_base_bytes=base, step_token_bytes=token
+    assert plain.base == keys_and_values + expert == 771_751_936
+    assert plain.token == (10 * 4096 + 4 * 14_336) * 2 + 32_768 * 3 == 294_912
+    kernels = kernel_step_bytes(config, 2, 8)
+    weights = 8 * 3 * 14_336 * 4096 + 6144 * 4096 + 4096 * 4096
+    assert kernels.base == 2 * weights == 2_902_458_368
+    assert kernels.token == 2 * (9 * 4096 + 2 * 14_336) == 131_072
+    memory = plan_start(settings(device="cuda")).memory
+    full = replace(memory, config=config, item_bytes=2, is_quantized=True, max_model_len=32_768)
+    assert full.reserved_bytes(80 * 10**9) == kernels.of(8192) == 3_976_200_192
+    assert full.reserved_bytes(32 * 10**9) == plain.of(2048) == 1_375_731_712
+    short = replace(full, max_model_len=8192)
+    assert short.experts_at_once(32 * 10**9) == 2
+    assert short.reserved_bytes(32 * 10**9) == max(
+        kernel_step_bytes(config, 2, 2).of(2048), MIN_RESERVED_BYTES
     )
-    assert memory.reserved_bytes(80 * 10**9) == base + 8192 * token
-    assert replace(memory, asked_batched_tokens=64).reserved_bytes(0) == MIN_RESERVED_BYTES
+    assert replace(short, asked_batched_tokens=64).reserved_bytes(0) == MIN_RESERVED_BYTES
+
+
+def test_experts_in_floats_are_computed_together() -> None:
+    """Their products take as many rows a token as it has experts; nothing is dequantized."""
+    config = config_of(tiny=False, layers=1)
+    assert torch_step_bytes(config, 2, 0, is_quantized=False) == (0, 2 * (10 * 4096 + 8 * 14_336))
 
 
 def test_the_kv_cache_is_counted_in_tokens() -> None:

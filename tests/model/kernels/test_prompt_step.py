@@ -7,10 +7,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from serve_app.model.batch import Batch
+from serve_app.model.footprint import kernel_step_bytes
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.prompt_passes import CardSpeed, PassedProducts, max_tokens
@@ -49,14 +51,14 @@ def test_it_gives_the_models_logits(
     step = PromptStep(model, cache_of(model))
     forms: list[PromptProducts] = [TorchProducts(model)]
     if quantization is not None:
-        forms.append(UnpackedProducts(model))
+        forms.append(UnpackedProducts(model, 3))
     for form in forms:
         assert step._error(form) < 1e-5
 
 
 def refusal(model: Any) -> str:
     with pytest.raises(StepUnavailable) as caught:
-        PromptStep.verified(model, cache_of(model))
+        PromptStep.verified(model, cache_of(model), 2)
     return str(caught.value)
 
 
@@ -66,11 +68,11 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float16)
-    step = PromptStep.verified(model, cache_of(model))
+    step = PromptStep.verified(model, cache_of(model), 8)
     assert isinstance(step._products, UnpackedProducts)
     mlp = UnpackedProducts.mlp
     monkeypatch.setattr(UnpackedProducts, "mlp", lambda self, i, x: mlp(self, i, x) * -1)
-    step = PromptStep.verified(model, cache_of(model))
+    step = PromptStep.verified(model, cache_of(model), 8)
     assert isinstance(step._products, TorchProducts)
     assert "products in torch: the kernels differ from plain torch by" in step.note
     logits = PromptStep._logits
@@ -117,6 +119,16 @@ class Recorded:
         self.names.append(self._name)
 
 
+def without_values(layers: int) -> Mixtral:
+    """A model of Mixtral's sizes on the device "meta", with CUDA kernels that are recorded."""
+    with torch.device("meta"):
+        config = config_of(tiny=False, layers=layers)
+        model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
+    sizes = {DENSE: {4096}, GATE_UP: {4096}, DOWN: {14336}}
+    model.products = CudaProducts(Card(90, 132), torch.zeros(16), sizes, 2, Recorded)
+    return model
+
+
 def launches_of(
     model: Any, step_of: Any, monkeypatch: pytest.MonkeyPatch, tokens: int
 ) -> list[str]:
@@ -143,41 +155,74 @@ def launches_of(
 
 
 @pytest.mark.parametrize(
-    ("form", "expected"),
+    ("experts_at_once", "expected"),
     [
-        (UnpackedProducts, {"unpack": 18, "_gate_up": 8, "_down": 8, "aten.linear": 3}),
-        (PassedProducts, {"few_tokens": 2, "more_tokens": 2, "aten.linear": 1}),
+        (8, {"unpack": 4, "_gate_up": 1, "_down": 1, "aten.linear": 3}),
+        (2, {"unpack": 10, "_gate_up": 4, "_down": 4, "aten.linear": 3}),
+        (0, {"few_tokens": 2, "more_tokens": 2, "aten.linear": 1}),
     ],
-    ids=["many tokens", "few tokens"],
+    ids=["many tokens", "many tokens on a small GPU", "few tokens"],
 )
 def test_it_never_waits_for_the_device(
-    form: type[UnpackedProducts] | type[PassedProducts],
-    expected: dict[str, int],
-    monkeypatch: pytest.MonkeyPatch,
+    experts_at_once: int, expected: dict[str, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At Mixtral's sizes a layer is 42 launches with many tokens, 10 with few; no operator needs a
-    value on the host."""
+    """At Mixtral's sizes a layer is 14 launches with many tokens, 26 where experts are dequantized
+    in pairs, and 10 with few tokens; no operator needs a value on the host."""
     launched = []
     for layers in (1, 2):
-        with torch.device("meta"):
-            config = config_of(tiny=False, layers=layers)
-            model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
-        sizes = {DENSE: {4096}, GATE_UP: {4096}, DOWN: {14336}}
-        model.products = CudaProducts(Card(90, 132), torch.zeros(16), sizes, 2, Recorded)
+        model = without_values(layers)
 
         def step_of(model: Mixtral, cache: KVCache) -> PromptStep:
             step = PromptStep(model, cache)
             assert model.products is not None
-            is_few = form is PassedProducts
-            step._products = (
-                PassedProducts(model, model.products) if is_few else UnpackedProducts(model)
-            )
+            if experts_at_once:
+                step._products = UnpackedProducts(model, experts_at_once)
+            else:
+                step._products = PassedProducts(model, model.products)
             return step
 
         launched.append(Counter(launches_of(model, step_of, monkeypatch, 512)))
     layer = launched[1] - launched[0]
     others = ("_attend_chunks", "_route_prompts", "_rope_write", "_add_norm", "_add_norm")
     assert layer == Counter(expected) + Counter(others)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of the tensors that are made within it and still held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._storages: list[tuple[StorageWeakRef, int]] = []
+        self.largest = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not func.is_view:
+            storage = made.untyped_storage()
+            self._storages.append((StorageWeakRef(storage), storage.nbytes()))
+            self._storages = [each for each in self._storages if not each[0].expired()]
+            self.largest = max(self.largest, sum(size for _, size in self._storages))
+        return made
+
+
+@pytest.mark.parametrize("experts_at_once", [2, 8])
+def test_it_takes_the_memory_that_is_planned(
+    experts_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At Mixtral's sizes, a step of 2,048 tokens holds what `kernel_step_bytes` says to 2 %."""
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: None)
+    model, meta = without_values(2), torch.device("meta")
+    step = PromptStep(model, KVCache.allocate(model.config, 4, 16, torch.bfloat16, meta))
+    numbers = torch.zeros(2048, dtype=torch.int64, device="meta")
+    tables = numbers[:4].view(1, 4)
+    batch = Batch(numbers, numbers, numbers, [2048], [2048], tables, numbers[:1])
+    with Held() as held:
+        step._products = UnpackedProducts(model, experts_at_once)
+        step.logits(batch)
+    planned = kernel_step_bytes(model.config, 2, experts_at_once).of(2048)
+    assert 0.98 < held.largest / planned < 1.02
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,13 @@ if TYPE_CHECKING:
     from serve_app.model.kernels.cuda.sampling import SampleKernel
     from serve_app.model.kernels.cuda.step_kernels import StepKernels
 
-UNPACK_THREADS, UNPACK_BLOCKS = 256, 4
-"""Threads of a block of unpack.cu, and blocks for each multiprocessor."""
+UNPACK_THREADS = 1024
+"""Threads of a block of unpack.cu, which has all registers of a multiprocessor."""
+UNPACK_SHARE = 0.5
+"""Multiprocessors that unpack.cu takes. The programs of the grouped product have 240 registers a
+thread on an H200, so that no block of another kernel fits beside one. Half of the multiprocessors
+write 32 bytes a cycle each to keep up with an H200's memory; the other half computes a product at
+the same time. Computed, not measured."""
 UNPACK_STRIDE = 32
 """Words of its table for each byte."""
 
@@ -86,7 +91,6 @@ class CudaProducts:
         """`code` are the 16 code values, on the device; `in_features` has the Ks of each product,
         by DENSE, GATE_UP and DOWN."""
         self._pairs = pairs_of(code).to(code.device)
-        self._blocks = UNPACK_BLOCKS * card.multiprocessors
         self._kernels: dict[tuple[str, int, int], Launchable] = {}
         for product, sizes in in_features.items():
             for size in sorted(sizes):
@@ -96,12 +100,13 @@ class CudaProducts:
                     grid = Grid(blocks, variant.threads, shared, card.overlaps_kernels)
                     options = macros(variant, product, card, size, top_k)
                     self._kernels[product, size, tiles] = make(variant.source, options, grid)
-        grid = Grid(self._blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
+        blocks = max(1, int(UNPACK_SHARE * card.multiprocessors))
+        grid = Grid(blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
         self.step_kernels: StepKernels | None = None
+        """The other kernels of a decode step, where they fit the model."""
         self.make_sampler: Callable[[int], SampleKernel] | None = None
         """Compiles the sampler for a number of rows; raises `StepUnavailable`."""
-        """The other kernels of a decode step, where they fit the model."""
 
     def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:
         """Fills `out` float32 `[T, N]` from `x` `[T, K]`."""

@@ -15,15 +15,16 @@ from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.triton.grouped_product import Routing, down, gate_up, shape_of
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.triton.prompt_routing import route_prompts
-from serve_app.model.kernels.triton.unpack_ahead import Job, Unpack, UnpackAhead
+from serve_app.model.kernels.triton.unpack_ahead import (
+    CudaStreams,
+    Job,
+    Unpack,
+    UnpackAhead,
+)
 from serve_app.model.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
-
-GROUP_WEIGHTS = 1 << 27
-"""Weights of gate and up that are floats at a time, unless one expert has more: one expert of
-Mixtral 8x7B, in 0.24 GB. Those of down take half as much again."""
 
 
 class PromptProducts(Protocol):
@@ -64,23 +65,28 @@ class TorchProducts:
 
 
 class UnpackedProducts:
-    """Products with 4-bit weights that a kernel dequantizes, some experts at a time."""
+    """Products with 4-bit weights that a kernel dequantizes ahead of them.
 
-    def __init__(self, model: "Mixtral") -> None:
+    Each product of a layer has a buffer for the weights of `experts_at_once` experts, or all of
+    them: more at once are fewer launches, fewer take less memory (`footprint.workspace_bytes`).
+    Weights are dequantized before the router has chosen experts, and for all of them: steps of so
+    many tokens use every one.
+    """
+
+    def __init__(self, model: "Mixtral", experts_at_once: int) -> None:
         self._model: Any = model
         dtype, device = model.embedding.dtype, model.embedding.device
-        self._ahead = UnpackAhead(unpack_of(model), dtype, device)
         self._shape = shape_of(device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
-        first: Any = model.layers[0]
-        stack: Tensor = first.mlp.experts.gate_up.packed
-        at_once = max(1, GROUP_WEIGHTS // (2 * stack[0].numel()))
-        every = torch.arange(len(stack), device=device)
-        self._groups = torch.split(every, at_once)
+        every = torch.arange(model.config.num_local_experts, device=device)
+        self._groups = torch.split(every, experts_at_once)
+        jobs = [job for layer in self._model.layers for job in self._jobs(layer)]
+        streams = CudaStreams(device) if device.type == "cuda" else None
+        self._ahead = UnpackAhead(unpack_of(model), jobs, dtype, device, streams)
 
     def begin(self) -> None:
         """See `PromptProducts`."""
-        self._ahead.begin(job for layer in self._model.layers for job in self._jobs(layer))
+        self._ahead.begin()
 
     def qkv(self, layer: int, x: Tensor) -> Tensor:
         return F.linear(x, self._ahead.take()[0])[None]
@@ -92,12 +98,11 @@ class UnpackedProducts:
         mlp = self._model.layers[layer].mlp
         routing = Routing(*route_prompts(F.linear(x, mlp.router), mlp.top_k), mlp.top_k)
         out = x.new_empty(len(routing.order), x.shape[1])
+        rows = len(x) * min(len(self._groups[0]), mlp.top_k)
+        inner = x.new_empty(rows, self._model.config.intermediate_size)
         first = 0
         for group in self._groups:
-            weights = self._ahead.take()
-            rows = len(x) * min(len(group), mlp.top_k)
-            inner = x.new_empty(rows, weights.shape[1] // 2)
-            gate_up(x, weights, routing, first, inner, self._shape)
+            gate_up(x, self._ahead.take(), routing, first, inner, self._shape)
             down(inner, self._ahead.take(), routing, first, out, self._shape)
             first += len(group)
         return out[None]
@@ -105,9 +110,12 @@ class UnpackedProducts:
     def _jobs(self, layer: Any) -> list[Job]:
         """The weights of a layer, in the order of its products."""
         attention, experts = layer.attention, layer.mlp.experts
-        jobs = [Job(each.weight, self._first) for each in (attention.qkv, attention.o)]
+        jobs = [
+            Job(attention.qkv.weight, self._first, "qkv"),
+            Job(attention.o.weight, self._first, "o"),
+        ]
         for group in self._groups:
-            jobs += [Job(experts.gate_up, group), Job(experts.down, group)]
+            jobs += [Job(experts.gate_up, group, "gate_up"), Job(experts.down, group, "down")]
         return jobs
 
 

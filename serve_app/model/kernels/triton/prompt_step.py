@@ -61,21 +61,22 @@ class PromptStep:
         """What runs how."""
 
     @classmethod
-    def verified(cls, model: "Mixtral", cache: KVCache) -> "PromptStep":
+    def verified(cls, model: "Mixtral", cache: KVCache, experts_at_once: int) -> "PromptStep":
         """The step of `model`, compared with plain torch; `cache` must be unused.
 
-        Raises `StepUnavailable` where it failed or differs.
+        `experts_at_once`: see `UnpackedProducts`. Raises `StepUnavailable` where it failed or
+        differs.
         """
         step = cls(model, cache)
         step._require_agreement(step._products)
         if model.codebook is not None:
-            step._choose_products(model)
+            step._choose_products(model, experts_at_once)
         return step
 
-    def _choose_products(self, model: "Mixtral") -> None:
+    def _choose_products(self, model: "Mixtral", experts_at_once: int) -> None:
         """Sets the fastest forms of the products that agree with plain torch."""
         try:
-            unpacked = UnpackedProducts(model)
+            unpacked = UnpackedProducts(model, experts_at_once)
             self._require_agreement(unpacked)
             self._products = unpacked
             self.note = "attention, routing and products in kernels"

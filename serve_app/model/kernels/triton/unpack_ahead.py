@@ -1,8 +1,10 @@
-"""UnpackAhead: dequantizes the weights of a step, each while the product before it runs."""
+"""UnpackAhead: dequantizes the weights of a step on a second stream, ahead of the products."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ class Job(NamedTuple):
     weight: QuantizedWeight
     which: Tensor
     """int64 `[n]`, on the device: numbers of a stack's matrices; `[0]` for one matrix."""
+    buffer: str
+    """Where they are dequantized: jobs with the same name take turns."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -28,61 +32,143 @@ Unpack = Callable[[QuantizedWeight, Tensor, Tensor], object]
 """Dequantizes matrices `which` of a weight into the last argument, `[n, N, K]`."""
 
 
-class UnpackAhead:
-    """Two buffers, by turns: while a product reads one, a second stream fills the other.
+class Stream(Protocol):
+    """What is used of `torch.cuda.Stream`."""
 
-    The second stream has a higher priority: as programs of the running product end, some of its own
-    take their place, so the memory is busy while the product computes. On a CPU everything happens
-    in order.
+    def record_event(self, event: Any) -> object: ...
+    def wait_event(self, event: Any) -> object: ...
+
+
+class Streams(Protocol):
+    """The stream of a step's products, and a second one."""
+
+    @property
+    def second(self) -> Stream: ...
+    def first(self) -> Stream: ...
+    def on_second(self) -> AbstractContextManager[object]:
+        """Kernels that are launched within it run on the second stream."""
+        ...
+
+    def event(self) -> Any: ...
+    def use(self, memory: Tensor) -> None:
+        """Keeps `memory` from being given to others until the second stream is done with it."""
+        ...
+
+
+class CudaStreams:
+    """torch's current stream on a GPU, and one of a higher priority: as programs of a product end,
+    blocks of its kernels take their place."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        make: Any = torch.cuda.Stream  # which has no types
+        self.second: Stream = make(device, priority=-1)
+
+    def first(self) -> Stream:
+        """See `Streams`."""
+        return torch.cuda.current_stream(self._device)
+
+    def on_second(self) -> AbstractContextManager[object]:
+        """See `Streams`."""
+        second: Any = self.second
+        return torch.cuda.stream(second)
+
+    def event(self) -> Any:
+        """See `Streams`."""
+        make: Any = torch.cuda.Event  # which has no types
+        return make()
+
+    def use(self, memory: Tensor) -> None:
+        """See `Streams`."""
+        second: Any = self.second
+        memory.record_stream(second)
+
+
+class Buffer:
+    """Memory for the weights of one product at a time, and the events that guard it."""
+
+    def __init__(self, memory: Tensor, streams: Streams | None) -> None:
+        self.memory = memory
+        if streams is not None:
+            streams.use(memory)
+            self.is_filled, self.is_free = streams.event(), streams.event()
+
+
+class UnpackAhead:
+    """The weights of a step's products in their order, dequantized into one buffer for each name.
+
+    A buffer is filled again as soon as the product that reads it has ended. For example, with a
+    buffer for each product of a layer, the next layer's qkv is dequantized while this layer's o,
+    gate_up and down are computed. On a CPU, where `streams` is None, everything happens in order.
     """
 
-    def __init__(self, unpack: Unpack, dtype: torch.dtype, device: torch.device) -> None:
-        self._unpack, self._dtype, self._device = unpack, dtype, device
-        self._jobs: Iterator[Job] = iter(())
-        self._buffers: list[Tensor] = []
-        self._filled: Tensor | None = None
-        self._turn = 0
-        self._stream: torch.cuda.Stream | None = None
-        if device.type == "cuda":
-            cuda: Any = torch.cuda
-            self._stream = cuda.Stream(device, priority=-1)
-            self._is_filled, self._is_free = cuda.Event(), cuda.Event()
+    def __init__(
+        self,
+        unpack: Unpack,
+        jobs: Iterable[Job],
+        dtype: torch.dtype,
+        device: torch.device,
+        streams: Streams | None,
+    ) -> None:
+        """`jobs` are those of every step; their buffers are allocated here and kept."""
+        self._unpack, self._streams, self._every = unpack, streams, list(jobs)
+        sizes: dict[str, int] = {}
+        for job in self._every:
+            sizes[job.buffer] = max(sizes.get(job.buffer, 0), prod(job.shape))
+        self._buffers = {
+            name: Buffer(torch.empty(size, dtype=dtype, device=device), streams)
+            for name, size in sizes.items()
+        }
+        self._waiting: deque[Job] = deque()
+        """Jobs whose buffer is not free."""
+        self._filled: deque[tuple[str, Tensor]] = deque()
+        """Buffers that are or will be filled, in the order of the products that take them."""
+        self._reading: str | None = None
+        """The buffer of the last product."""
 
-    def begin(self, jobs: Iterable[Job]) -> None:
-        """Starts a step whose products take the weights of `jobs`, in this order."""
-        every = list(jobs)
-        if self._stream is not None:  # a step that failed may have left a buffer half filled
-            torch.cuda.current_stream(self._device).wait_event(self._is_filled)
-        sizes = [max((prod(job.shape) for job in every[turn::2]), default=0) for turn in (0, 1)]
-        # The memory is the main stream's: it is given back when the step's products are queued.
-        self._buffers = [
-            torch.empty(size, dtype=self._dtype, device=self._device) for size in sizes
-        ]
-        self._jobs, self._turn = iter(every), 0
+    def begin(self) -> None:
+        """Starts a step, whatever became of the last one, and fills each buffer for the first time.
+
+        Fills run behind the work that was launched on the first stream so far.
+        """
+        self._waiting, self._reading = deque(self._every), None
+        self._filled.clear()
+        for name in self._buffers:
+            self._free(name)
         self._fill()
 
     def take(self) -> Tensor:
-        """The next job's weights `[n, N, K]`, until the next call; starts the job after it."""
-        assert self._filled is not None, "a product without a job"
-        weights = self._filled
-        if self._stream is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._is_filled)
+        """The next job's weights `[n, N, K]`, until the next call.
+
+        The product that reads them must be launched on the first stream before that call.
+        """
+        if self._reading is not None:
+            self._free(self._reading)
+        self._reading, weights = self._filled.popleft()
+        if self._streams is not None:
+            self._streams.first().wait_event(self._buffers[self._reading].is_filled)
         self._fill()
         return weights
 
+    def _free(self, name: str) -> None:
+        """Lets the buffer be filled once what the first stream was given so far is done."""
+        if self._streams is not None:
+            self._streams.first().record_event(self._buffers[name].is_free)
+
     def _fill(self) -> None:
-        """Fills the next buffer once the work queued so far, which may read it, is done."""
-        job = next(self._jobs, None)
-        if job is None:
-            self._filled, self._buffers = None, []
-            return
-        self._filled = self._buffers[self._turn][: prod(job.shape)].view(job.shape)
-        self._turn = 1 - self._turn
-        if self._stream is None:
-            self._unpack(*job, self._filled)
-            return
-        self._is_free.record()
-        self._stream.wait_event(self._is_free)
-        with torch.cuda.stream(self._stream):
-            self._unpack(*job, self._filled)
-            self._is_filled.record()
+        """Dequantizes the next weights, up to the first whose buffer is in use."""
+        while self._waiting and not self._is_used(self._waiting[0].buffer):
+            job = self._waiting.popleft()
+            buffer = self._buffers[job.buffer]
+            weights = buffer.memory[: prod(job.shape)].view(job.shape)
+            self._filled.append((job.buffer, weights))
+            if self._streams is None:
+                self._unpack(job.weight, job.which, weights)
+                continue
+            self._streams.second.wait_event(buffer.is_free)
+            with self._streams.on_second():
+                self._unpack(job.weight, job.which, weights)
+            self._streams.second.record_event(buffer.is_filled)
+
+    def _is_used(self, name: str) -> bool:
+        return name == self._reading or any(name == each for each, _ in self._filled)

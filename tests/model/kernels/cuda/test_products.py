@@ -114,11 +114,13 @@ def test_a_token_has_the_same_bits_in_any_batch(make: Make, matrices: dict[str, 
 
 
 def test_matrices_are_dequantized(make: Make, matrices: dict[str, Matrices]) -> None:
-    """Some of a stack, in any order, to the nearest bfloat16."""
+    """Some of a stack, in any order, to the nearest bfloat16; by one block and by two."""
     chosen = torch.tensor([3, 0])
     stack = matrices[DOWN]
-    found = make(CARDS["H200"]).unpack(stack.tiled, chosen)
-    assert torch.equal(found, stack.floats[chosen].bfloat16())
+    for multiprocessors in (1, 4):
+        products = make(Card(90, multiprocessors), only="unpack")
+        found = products.unpack(stack.tiled, chosen)
+        assert torch.equal(found, stack.floats[chosen].bfloat16())
 
 
 LATE = {DENSE: (3,), GATE_UP: (3, 4, 5), DOWN: (3,)}

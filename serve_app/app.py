@@ -1,8 +1,8 @@
-"""The only Ray Serve wiring: builds the application, and checks a Serve YAML's keys.
+"""Builds the Ray Serve application, and checks a Serve YAML's keys.
 
-One deployment, which is its own ingress: a second one in front would cost a Ray message for each
-token. Serve calls `build_app`, which `import_path:` in the YAML names; the YAML's `deployments:`
-override what is set here.
+There is one deployment, which is its own ingress: a second one in front of it would cost a Ray
+message per token. Serve calls `build_app`, which `import_path:` in the YAML names; the YAML's
+`deployments:` override the options set here.
 
 `from __future__ import annotations` must not be used here: Serve would then pass `args:` as a plain
 dict.
@@ -36,28 +36,29 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Load = Callable[..., Loaded]
-"""Called with the settings and the load log, and with the keyword `plan` where there is one."""
+"""A function that loads the model, with the settings and the load log, and `plan` if there is
+one."""
 
 DEPLOYMENT = "mixtral"
 IMPORT_PATH = "serve_app.app:build_app"
 MAX_ONGOING_REQUESTS = 20_000
-"""Requests that Serve lets into a replica: far more than the engine's queue takes, so that the
-engine refuses what is too much, in milliseconds. Requests whose body is still on its way count
-too."""
+"""Maximum number of requests that Serve sends to a replica. It is far larger than the engine's
+queue, so that the engine refuses the excess, which takes milliseconds. Requests whose body is still
+arriving count too."""
 MAX_QUEUED_REQUESTS = 1_000
-"""Requests that may wait at each of Serve's routers beyond those; Serve answers further ones 429.
-"""
+"""Maximum number of requests beyond those that wait at each of Serve's routers; Serve answers
+further ones with 429."""
 BACKPRESSURE_RETRY_S = 10
 """Seconds in the `Retry-After` of such an answer."""
 EXIT_DELAY_S = 1.0
-"""Seconds between the discovery of a dead engine and the end of its process."""
+"""Seconds from the detection of a dead engine to the end of its process."""
 
 PARENT_POLL_S = 1.0
-"""Seconds between two looks for the raylet, the parent of a replica's process."""
+"""Seconds between two checks whether the raylet, the parent of a replica's process, is alive."""
 
 
 def build_app(settings: Settings) -> "Application":
-    """Returns the Serve application for `settings`. Reads no file and looks for no GPU."""
+    """Returns the Serve application for `settings`. Reads no file and queries no GPU."""
     # Serve logs a line before it makes a `Replica`, which changes the format of the others.
     is_json = settings.observability.log_format == "json"
     return application(settings, logging_config={"encoding": "JSON"} if is_json else None)
@@ -70,7 +71,8 @@ def application(
     *,
     logging_config: dict[str, str] | None = None,
 ) -> "Application":
-    """`build_app` for a process on the replica's machine, which has made the `plan` already.
+    """The same as `build_app`, for a process on the replica's machine that has already made the
+    `plan`.
 
     `load` replaces `loading.load.load`; the replica must be able to import it. `logging_config` is
     the deployment's; Serve prefers it to the application's.
@@ -96,8 +98,7 @@ def application(
 
 
 def _ingress(cors_origins: str | None) -> Callable[[], Any]:
-    """Returns a function that builds the ASGI app on the replica, the only process that imports
-    it."""
+    """Returns a function that builds the ASGI app on the replica; no other process imports it."""
 
     def build() -> Any:
         from ray import serve
@@ -115,11 +116,11 @@ def _replica_class(load: Load) -> type[Any]:
     from serve_app.api.server import MixtralServer
 
     class Replica(MixtralServer):
-        """A server that logs where Serve logs. Its process ends with its engine and its raylet.
+        """A server with Serve's logging, whose process ends with its engine and its raylet.
 
-        Serve takes three failed health checks, 15 s, to replace a replica whose engine is dead. It
-        replaces a dead process at once. A replica without its raylet is lost to Serve, and would
-        keep the GPU.
+        Serve needs three failed health checks, 15 s, to replace a replica with a dead engine. It
+        replaces a dead process at once. Serve cannot reach a replica without its raylet, which
+        would keep the GPU.
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
@@ -157,9 +158,9 @@ def _replica_class(load: Load) -> type[Any]:
 
 
 def warn_if_open() -> None:
-    """Logs a warning where other machines can send requests to a server without API keys.
+    """Logs a warning if other machines can send requests to a server without API keys.
 
-    Under `serve run` nobody else does; `mixtral-serve run` says it before the load, too.
+    This is for `serve run`; `mixtral-serve run` logs it before the load, too.
     """
     from ray.serve.context import _get_global_client
 
@@ -176,12 +177,13 @@ def warn_if_open() -> None:
 
 
 def exit_soon() -> None:
-    """Ends this process with code 1, after the requests that just failed have been answered."""
+    """Ends this process with code 1 after `EXIT_DELAY_S`, in which the failed requests are
+    answered."""
     threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
 
 
 def end_with_parent() -> None:
-    """Ends this process with code 1, in a moment, when the process that started it has died."""
+    """Ends this process with code 1 soon after its parent process has died."""
     parent = os.getppid()
 
     def watch() -> None:
@@ -193,7 +195,7 @@ def end_with_parent() -> None:
 
 
 def check_schema(path: str | Path) -> None:
-    """Raises `ConfigError` for a YAML that Serve refuses, or whose keys Serve would ignore."""
+    """Raises `ConfigError` if Serve refuses the YAML or would ignore some of its keys."""
     from pydantic import ValidationError
     from ray.serve.schema import ServeDeploySchema
 

@@ -123,10 +123,10 @@ def test_keys_that_serve_run_alone_uses_are_named(tmp_path: Path) -> None:
     document["logging_config"] = {"log_level": "DEBUG"}
     document["applications"][0] |= {"route_prefix": "/llm", "runtime_env": {}}
     path.write_text(yaml.safe_dump(document))
-    (line,) = (line for line in check(path).lines if "`serve run` alone" in line)
+    (line,) = (line for line in check(path).lines if "only `serve run` uses" in line)
     keys = ("logging_config", "applications.0.route_prefix", "applications.0.runtime_env")
     assert all(f"`{key}`" in line for key in keys)
-    assert not any("`serve run` alone" in line for line in check("configs/tiny.yaml").lines)
+    assert not any("only `serve run` uses" in line for line in check("configs/tiny.yaml").lines)
 
 
 def test_missing_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

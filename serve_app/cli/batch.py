@@ -26,20 +26,23 @@ log = logging.getLogger(__name__)
 
 
 def run(config: str, source: Path, destination: Path) -> int:
-    """Answers the requests in `source` and appends the results to `destination`; the exit code.
+    """Answers the requests in `source` and appends the results to `destination`. Returns the exit
+    code.
 
-    It is 0 if every request was answered, 1 if `destination` holds an error. Raises `ConfigError`
-    or `ServeError` if the batch cannot start or go on.
+    It is 0 if every request was answered, and 1 if `destination` contains an error. Raises
+    `ConfigError` or `ServeError` if the batch cannot start or continue.
     """
     if source.exists() and destination.exists() and source.samefile(destination):
-        raise ConfigError(f"{destination}: is the file of requests; name another for the results.")
+        raise ConfigError(
+            f"{destination}: this is the file of requests; name another file for the results."
+        )
     requests = BatchInput(source, batch.URLS)
     output = BatchOutput(destination)
     try:
         keys = {key for key, _ in requests}
         if strangers := [key for key in output if key not in keys]:
             raise ConfigError(
-                f"{destination}: has a result of {strangers[0]!r}, which {source} does not have; "
+                f"{destination}: contains a result for {strangers[0]!r}, which is not in {source}; "
                 "name another file."
             )
         if len(output) < len(keys):
@@ -85,7 +88,8 @@ def _answer_rest(path: Path, requests: BatchInput, output: BatchOutput, num_line
 def _unanswered(
     requests: BatchInput, output: BatchOutput, write: Callable[[BatchResult], None]
 ) -> Iterator[BatchRequest]:
-    """The requests without a result. Lines that hold no request get their result on the way."""
+    """Yields the requests without a result. Writes an error result for each line without a
+    request."""
     for key, line in requests:
         if key in output:
             continue

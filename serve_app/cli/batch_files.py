@@ -11,21 +11,23 @@ from serve_app.protocol import batch
 from serve_app.protocol.batch import BatchRequest, BatchResult, LineReader
 
 Key = str | int
-"""`batch.key` of a line's result."""
+"""The key of a line's result, from `batch.key`."""
 
 
 class BatchInput:
     """The file of requests. Every iteration reads it again, so it is never in memory as a whole."""
 
     def __init__(self, path: Path, urls: Collection[str]) -> None:
-        """`urls` are the paths that a request may name. Raises `ConfigError` for no file."""
+        """`urls` are the paths that a request may use. Raises `ConfigError` if `path` is not a
+        file."""
         self._path = path
         self._urls = urls
         if not path.is_file():
-            raise ConfigError(f"{path}: is not a file; name a file with one request a line.")
+            raise ConfigError(f"{path}: this is not a file; name a file with one request per line.")
 
     def __iter__(self) -> Iterator[tuple[Key, BatchRequest | BatchResult]]:
-        """Each line's key with its request, or its result where the line holds no request."""
+        """Yields the key of each line with its request, or with a result if the line is not a
+        request."""
         reader = LineReader(self._urls)
         with self._path.open("rb") as lines:
             for number, text in enumerate(lines, start=1):
@@ -38,7 +40,7 @@ class BatchOutput:
     """The file of results, which no other process may append to at the same time."""
 
     def __init__(self, path: Path) -> None:
-        """Opens or creates the file and drops a last line that was not written to its end.
+        """Opens or creates the file, and removes an incomplete last line.
 
         Raises `ConfigError` if the file cannot be used.
         """
@@ -62,7 +64,7 @@ class BatchOutput:
             raise
 
     def write(self, result: BatchResult) -> None:
-        """Appends one result, which a kill of this process cannot undo. Raises `ConfigError`."""
+        """Appends one result and syncs it to the disk. Raises `ConfigError`."""
         text = json.dumps(result, separators=(",", ":"))
         try:
             self._file.write(text.encode("ascii") + b"\n")

@@ -13,20 +13,20 @@ import httpx
 
 HELP = "Ctrl-C stops an answer, /reset starts anew, Ctrl-D leaves."
 TIMEOUT = httpx.Timeout(10, read=None)
-"""Seconds; a queued request may wait long for its first token."""
+"""Timeouts in seconds. There is none for reading, because a queued request may wait long."""
 PREFIX = "data: "
 END = "[DONE]"
 
 
 class ChatError(Exception):
-    """The server refused a request, or cannot be reached; the message is one sentence."""
+    """The server refused a request or cannot be reached. The message is one sentence."""
 
 
 class Chat:
-    """One conversation. `messages` holds the turns so far, in OpenAI's form."""
+    """One conversation. `messages` are its messages so far, in OpenAI's form."""
 
     def __init__(self, url: str, key: str | None, model: str | None, system: str | None) -> None:
-        """`model` None is the first one that the server lists, `key` None sends no key."""
+        """`model` None means the first one that the server lists; `key` None sends no key."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
         self._model = model
@@ -35,7 +35,7 @@ class Chat:
         self._reset()
 
     def run(self) -> int:
-        """Reads turns from standard input until its end; the exit code."""
+        """Reads user messages from standard input until its end. Returns the exit code."""
         import readline  # noqa: F401  # arrow keys and history for input()
 
         with self._http:
@@ -57,7 +57,8 @@ class Chat:
         self.messages = [system] if self._system else []
 
     def _turn(self, text: str) -> None:
-        """Sends `text` and prints the answer. A refused turn leaves the conversation as it was."""
+        """Sends `text` and prints the answer. If it is refused, the conversation does not
+        change."""
         self.messages.append({"role": "user", "content": text})
         answer = ""
         try:
@@ -74,7 +75,7 @@ class Chat:
         self.messages.append({"role": "assistant", "content": answer})
 
     def _stream(self) -> Iterator[str]:
-        """The answer's text, piece by piece. Raises `ChatError`."""
+        """Yields the answer's text in pieces. Raises `ChatError`."""
         body = {"model": self._model, "messages": self.messages, "stream": True}
         try:
             with self._http.stream("POST", "/v1/chat/completions", json=body) as response:
@@ -105,7 +106,7 @@ class Chat:
 
 
 def _read() -> str | None:
-    """Returns a line from standard input without spaces around it; None at its end."""
+    """Returns a stripped line from standard input; None at its end."""
     while True:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()

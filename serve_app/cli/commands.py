@@ -102,7 +102,7 @@ def convert(
             convert(folder, destination, wished, show)
     except KeyboardInterrupt:
         raise _stopped() from None
-    print(f"{destination}: is complete.")
+    print(f"{destination} is complete.")
 
 
 @app.command()
@@ -187,13 +187,14 @@ def chat(
 
 
 def _stopped() -> typer.Exit:
-    """Says how work that Ctrl-C has ended goes on."""
+    """Prints how to continue after Ctrl-C. Returns the exit."""
     print("Stopped; the same command continues from here.", file=sys.stderr)
     return typer.Exit(INTERRUPTED)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command `arguments`, by default those of this process; its exit code."""
+    """Runs the command with `arguments`, by default those of this process. Returns the exit
+    code."""
     try:
         app(arguments, prog_name="mixtral-serve")
     except SystemExit as end:

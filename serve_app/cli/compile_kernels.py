@@ -1,4 +1,4 @@
-"""`mixtral-serve kernels`: compiles the CUDA kernels for GPUs that need not be here."""
+"""`mixtral-serve kernels`: compiles the CUDA kernels for GPUs, which this machine need not have."""
 
 import re
 import time
@@ -8,10 +8,10 @@ from serve_app.config.settings import ConfigError
 
 
 def run(destination: Path, capabilities: list[str]) -> None:
-    """Compiles for `capabilities`, such as "9.0", and prints what it did for each.
+    """Compiles for `capabilities`, such as "9.0", and prints a line for each.
 
-    Raises `ConfigError` for one that is none or that NVRTC does not know, where NVRTC is not
-    installed, and for a folder that cannot be written.
+    Raises `ConfigError` if a capability is invalid or unknown to NVRTC, if NVRTC is not installed,
+    or if the folder cannot be written.
     """
     from serve_app.model.config import MixtralConfig
     from serve_app.model.kernels.cuda.fill_cache import MIXTRAL_8X7B, fill_cache
@@ -32,11 +32,11 @@ def run(destination: Path, capabilities: list[str]) -> None:
         raise ConfigError(f"{destination}: cannot be written ({error.strerror}).") from None
     for capability, count in counts.items():
         print(f"{capability / 10:.1f}: {count} kernels")
-    print(f"{destination}: is complete after {time.perf_counter() - began:.0f} s.")
+    print(f"{destination} is complete after {time.perf_counter() - began:.0f} s.")
 
 
 def _number(capability: str) -> int:
-    """90 for "9.0"."""
+    """Returns the capability as a number: 90 for "9.0"."""
     if re.fullmatch(r"\d+\.\d", capability) is None:
-        raise ConfigError(f"{capability}: is no compute capability, such as 9.0.")
+        raise ConfigError(f"{capability} is not a compute capability such as 9.0.")
     return int(capability.replace(".", ""))

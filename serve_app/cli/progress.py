@@ -4,19 +4,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Show = Callable[[int, int, str], None]
-"""Called with how many are finished, the number of all, and the name of the last one or ""."""
+"""Called with the number of finished items, the number of all, and the name of the last one or
+""."""
 
 
 @contextmanager
 def files(title: str) -> Iterator[Show]:
-    """Shows progress that is counted in files, a line for each."""
+    """Shows the progress of a list of files, with a line for each."""
     with _shown(title, "files", "", lambda done, total: True) as show:
         yield show
 
 
 @contextmanager
 def items(title: str, noun: str) -> Iterator[Show]:
-    """Shows progress that is counted in many `noun`s, a line for each twentieth."""
+    """Shows the progress of a long list, with a line for each twentieth of it. `noun` names the
+    items."""
     shown = -1
 
     def is_new_twentieth(done: int, total: int) -> bool:

@@ -1,8 +1,8 @@
-"""`mixtral-serve quality`: what four bits cost.
+"""`mixtral-serve quality`: measures the loss of quality by 4-bit weights.
 
-Scores a text with the model as it is served, with the same checkpoint in floats in transformers,
-and with transformers and bitsandbytes. Prints perplexities, the divergence of the next-token
-distributions (KL, nats a token) and how often the best next token is the same.
+Scores a text with the served model, with the same checkpoint as floats in transformers, and with
+transformers and bitsandbytes. Prints perplexities, the divergence of the next-token distributions
+(KL, nats per token) and how often the most probable next token is the same.
 """
 
 import json
@@ -43,7 +43,8 @@ NO_FLOATS = {
 def run(config: str, texts: Sequence[Path], out: Path | None) -> None:
     """Measures `config`, prints a table, and writes the same as JSON to `out`.
 
-    `texts` are files; without any, a text of this package. Raises `ConfigError` or `ServeError`.
+    `texts` are files; without any, a text of this package is scored. Raises `ConfigError` or
+    `ServeError`.
     """
     from serve_app.cli.quality_table import show
 
@@ -67,9 +68,9 @@ def measure(
     texts: Sequence[str],
     max_memory: MaxMemory | None = None,
 ) -> dict[str, Any]:
-    """Returns the report. `max_memory` limits the memory that the float model may take.
+    """Returns the report. `max_memory` limits the memory of the float model.
 
-    A side that cannot be measured has no figures, and `in_4_bits` says why.
+    A side that cannot be measured has no numbers; its `in_4_bits` has the reason.
     """
     with tempfile.TemporaryDirectory(prefix="mixtral-quality-") as name:
         folder = Path(name)
@@ -108,13 +109,13 @@ def _require_disk(folder: Path, windows: Windows, vocab_size: int) -> None:
     needed = NUM_SIDES * len(windows.targets) * vocab_size * ITEM_BYTES
     if (free := shutil.disk_usage(folder).free) < needed:
         raise ConfigError(
-            f"{folder.parent}: has {in_gb(free)} free, and the distributions take "
-            f"{in_gb(needed)}; set TMPDIR to a folder with more, or name a shorter text."
+            f"{folder.parent}: {in_gb(free)} are free, but the distributions need "
+            f"{in_gb(needed)}; set TMPDIR to a larger disk, or use a shorter text."
         )
 
 
 def _made(name: str, maker: Callable[[], Side]) -> Side:
-    """Returns the side that `maker` measures, or one that says why it cannot be measured."""
+    """Returns the side that `maker` measures, or one with the reason why it cannot be measured."""
     try:
         return maker()
     except Exception as error:
@@ -126,7 +127,7 @@ def _made(name: str, maker: Callable[[], Side]) -> Side:
 
 
 def _figures(measured: Sequence[Side], targets: Sequence[int]) -> dict[str, Any]:
-    """Returns each side's figures, and the comparison of each pair that was measured."""
+    """Returns each side's numbers, and the comparison of each pair of measured sides."""
     comparisons = [
         {"reference": one.name, "side": other.name, **compare(p, q)._asdict()}
         for one, other in (

@@ -1,4 +1,4 @@
-"""What `mixtral-serve quality` computes from next-token distributions."""
+"""Computes perplexity and divergence from next-token distributions."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     import torch
 
 ROWS = 256
-"""Distributions compared at once: 66 MB in float64 for Mixtral's vocabulary."""
+"""Number of distributions that are compared at once: 66 MB in float64 for Mixtral's vocabulary."""
 ITEM_BYTES = 4
 
 
@@ -34,16 +34,18 @@ class LogProbs:
         return self._num_rows
 
     def parts(self) -> "Iterator[torch.Tensor]":
-        """All rows in order, float64, `ROWS` at a time."""
+        """Yields all rows in order, as float64, `ROWS` at a time."""
         import torch
 
-        assert self._num_rows == len(self._table), "a side has fewer distributions than the text"
+        assert self._num_rows == len(self._table), (
+            "a side has fewer distributions than the text has tokens"
+        )
         for start in range(0, len(self._table), ROWS):
             yield torch.from_numpy(self._table[start : start + ROWS].astype("float64"))
 
 
 class Comparison(NamedTuple):
-    """How far one side's distributions are from the reference's."""
+    """The difference between one side's distributions and the reference's."""
 
     kl_nats_per_token: float
     """The mean of KL(reference || side)."""
@@ -52,7 +54,7 @@ class Comparison(NamedTuple):
 
 
 def perplexity(side: LogProbs, targets: Sequence[int]) -> float:
-    """exp of the mean negative log probability of the tokens that followed."""
+    """Returns exp of the mean negative log probability of `targets`."""
     import torch
 
     total, start = 0.0, 0

@@ -1,6 +1,6 @@
-"""The models that `mixtral-serve quality` compares: the served one, and two of transformers.
+"""The models that `mixtral-serve quality` compares: the served one, and two in transformers.
 
-Each is loaded, scores the text, and is dropped before the next one is loaded.
+Each is loaded, scores the text, and is freed before the next one is loaded.
 """
 
 import gc
@@ -26,7 +26,7 @@ FLOATS = "transformers, floats"
 BITSANDBYTES = "transformers with bitsandbytes"
 
 MaxMemory = Mapping[int | str, int]
-"""Bytes of each device, and of "cpu", that accelerate may fill."""
+"""Bytes of each device, and of "cpu", that accelerate may use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +35,17 @@ class Side:
 
     name: str
     quantized: str
-    """What is in 4 bits, in words; or, without distributions, why there are none."""
+    """A phrase about the 4-bit weights; without distributions, the reason why there are none."""
     share_in_4_bits: float | None = None
-    """Share of the model's parameters."""
+    """Share of the model's parameters with 4 bits."""
     log_probs: LogProbs | None = None
 
 
 def served(loaded: Loaded, quantizes_lm_head: bool, windows: Windows, path: Path) -> Side:
-    """Returns the side of the engine's own steps. Stops the engine. `path` is the distributions'
-    file."""
+    """Scores the text with the engine's own steps, and stops the engine.
+
+    `path` is the file of the distributions.
+    """
     from serve_app.engine.model_runner import ModelRunner
     from serve_app.engine.text_logits import text_logits
 
@@ -67,10 +69,10 @@ def served(loaded: Loaded, quantizes_lm_head: bool, windows: Windows, path: Path
 def floats(
     folder: Path, dtype: str, windows: Windows, path: Path, max_memory: MaxMemory | None = None
 ) -> Side:
-    """Returns the float checkpoint in `folder`, in transformers.
+    """Scores the text with the float checkpoint in `folder` in transformers.
 
-    accelerate puts what does not fit on the GPU into memory, and the rest into files beside `path`.
-    `max_memory` limits what it may fill, by default the free memory.
+    accelerate puts weights that do not fit on the GPU into memory, and the rest into files beside
+    `path`. `max_memory` limits the memory that it uses, by default the free memory.
     """
     model = _transformers(folder, dtype, path.parent / "offload", max_memory=max_memory)
     where = "" if _is_whole(model) else ", offloaded"
@@ -85,9 +87,9 @@ def bitsandbytes(
     windows: Windows,
     path: Path,
 ) -> Side:
-    """Returns the float checkpoint in `folder`, quantized by transformers with bitsandbytes.
+    """Scores the text with the checkpoint in `folder`, quantized by transformers with bitsandbytes.
 
-    It gets the served model's 4-bit type, or nf4 where that one has floats.
+    It uses the served model's 4-bit type, or nf4 if that has floats.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -111,7 +113,7 @@ def bitsandbytes(
 
 
 def free_memory() -> None:
-    """Gives the memory of dropped models back, so that the next one has it."""
+    """Frees the memory of deleted models for the next one."""
     import torch
 
     gc.collect()
@@ -120,7 +122,7 @@ def free_memory() -> None:
 
 
 def _scored(name: str, pieces: "Iterator[torch.Tensor]", windows: Windows, path: Path) -> LogProbs:
-    """Returns the distributions in `pieces` of logits, stored in `path`; shows the progress."""
+    """Stores the distributions of `pieces` of logits in `path`, and shows the progress."""
     num_tokens = len(windows.targets)
     log_probs: LogProbs | None = None
     with progress.items(name, "tokens") as show:
@@ -132,7 +134,7 @@ def _scored(name: str, pieces: "Iterator[torch.Tensor]", windows: Windows, path:
 
 
 def _transformers(folder: Path, dtype: str, offload: Path, **arguments: Any) -> Any:
-    """transformers' model of the checkpoint in `folder`, placed by accelerate."""
+    """Returns transformers' model of the checkpoint in `folder`, placed by accelerate."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -155,7 +157,7 @@ def _is_whole(model: Any) -> bool:
 
 
 def _pieces(model: Any, windows: Windows) -> "Iterator[torch.Tensor]":
-    """The logits `[tokens, vocab_size]` of each window."""
+    """Yields the logits `[tokens, vocab_size]` of each window."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,8 @@ COLUMNS = ("weights in 4 bits", "perplexity", "KL, nats/token", "same best token
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints the figures, what each side has in 4 bits, and why a side has no figures."""
+    """Prints the numbers, and for each side its 4-bit weights or the reason why it has no
+    numbers."""
     from rich.console import Console
     from rich.table import Table
 

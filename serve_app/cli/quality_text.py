@@ -8,9 +8,9 @@ from serve_app.config.serve_config import ConfigError
 from serve_app.protocol.tokenizer import Tokenizer
 
 PROSE = Path(__file__).parents[1] / "texts" / "prose.txt"
-"""Scored where the user names no text; `texts/SOURCES` says where it is from."""
+"""The text that is scored if the user names none; `texts/SOURCES` has its source."""
 WINDOW = 2048
-"""Tokens that a model sees at once: a model on disk is read once for each window."""
+"""Number of tokens in a window. A model on disk is read once per window."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ def read_texts(paths: Sequence[Path]) -> list[str]:
 
 
 def cut(texts: Sequence[str], tokenizer: Tokenizer, max_model_len: int) -> Windows:
-    """Cuts each text into windows that begin with the BOS token where the tokenizer has one.
+    """Cuts each text into windows, which begin with the BOS token if the tokenizer has one.
 
     Raises `ConfigError` if no token is left to predict.
     """
@@ -55,5 +55,5 @@ def cut(texts: Sequence[str], tokenizer: Tokenizer, max_model_len: int) -> Windo
         windows += [bos + ids[start : start + size] for start in range(0, len(ids), size)]
     windows = [window for window in windows if len(window) > 1]
     if not windows:
-        raise ConfigError("The text has too few tokens to score; name a longer one.")
+        raise ConfigError("The text has too few tokens to score; use a longer one.")
     return Windows(windows)

@@ -1,7 +1,8 @@
 """`mixtral-serve run`: serves a configuration over HTTP from this process.
 
-Ray starts while the configuration is checked; a check that fails ends it again. The log has few
-lines until the server is ready: what is served, who can reach it, and the long phases of the load.
+Ray starts while the configuration is checked, and is stopped if the check fails. The log has few
+lines until the server is ready: the model, the clients that can reach it, and the long phases of
+the load.
 """
 
 import logging
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: str) -> int:
-    """Serves `config`, a name or a path, until a signal stops it; the exit code.
+    """Serves `config`, a name or a path, until a signal stops it. Returns the exit code.
 
     Raises `ConfigError` or `ServeError` if it cannot be served.
     """

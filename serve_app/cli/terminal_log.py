@@ -6,7 +6,7 @@ import sys
 from serve_app.loading.load_log import PHASE_LINE
 
 SHORT_PHASE_S = 0.5
-"""A load phase that takes fewer seconds has no line in the log; `/health` lists all phases."""
+"""Shorter load phases are not logged; `/health` lists all phases."""
 
 
 def log_to_terminal() -> None:

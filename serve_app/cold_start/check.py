@@ -1,4 +1,4 @@
-"""Finds what would make a start fail, before Ray starts: `mixtral-serve check CONFIG`.
+"""Finds errors that would make a start fail, before Ray starts: `mixtral-serve check CONFIG`.
 
 Checks the YAML's schema, the settings, the headers of the weight files or the hub's description of
 them, the tokenizer and its chat template, the memory and the disk. Reads no weights and starts
@@ -30,22 +30,19 @@ class Checked(NamedTuple):
     settings: Settings
     plan: StartPlan
     lines: list[str]
-    """What is served and what it takes, for users."""
+    """Lines for users about the served model and the resources that it needs."""
 
 
 def check(path: str | Path) -> Checked:
     """Checks the configuration in file `path`.
 
-    Raises `ConfigError` or `ModelLoadFailed` with one sentence about the first thing that is wrong.
+    Raises `ConfigError` or `ModelLoadFailed` with one sentence about the first problem.
     """
     return check_start(path, check_config(path))
 
 
 def check_config(path: str | Path) -> Settings:
-    """Returns the settings in file `path`.
-
-    Raises `ConfigError` for a key or value that is wrong.
-    """
+    """Returns the settings in file `path`. Raises `ConfigError` for a wrong key or value."""
     check_schema(path)
     settings = Settings.from_yaml(path)
     if settings.api.keys_file is not None:
@@ -54,14 +51,14 @@ def check_config(path: str | Path) -> Settings:
 
 
 def check_start(path: str | Path, settings: Settings) -> Checked:
-    """Plans the start and checks that this machine can make it; raises as `check`."""
+    """Plans the start and checks that this machine can run it. Raises the errors of `check`."""
     with _variables_named():
         plan = plan_start(settings)
         about_plan = check_plan(settings, plan)
     lines = [f"{path}: the configuration is valid."]
     if unused := unused_keys(path):
         keys = ", ".join(f"`{key}`" for key in unused)
-        lines.append(f"{keys}: `serve run` alone uses this, `mixtral-serve run` and RunPod do not.")
+        lines.append(f"{keys}: only `serve run` uses this; `mixtral-serve run` and RunPod do not.")
     if notice := unused_names():
         lines.append(notice)
     return Checked(settings, plan, [*lines, *about_plan])
@@ -69,7 +66,7 @@ def check_start(path: str | Path, settings: Settings) -> Checked:
 
 @contextmanager
 def _variables_named() -> Iterator[None]:
-    """Adds the variable that was set to the settings that an error names."""
+    """Adds to an error the environment variables of the settings that it names."""
     try:
         yield
     except (ConfigError, ModelLoadFailed) as error:
@@ -81,7 +78,7 @@ def _variables_named() -> Iterator[None]:
 
 
 def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
-    """Returns what `plan` reads and takes, a line each.
+    """Returns lines about the files that `plan` reads and the resources that it needs.
 
     Raises `ModelLoadFailed` if it cannot work.
     """
@@ -90,7 +87,7 @@ def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
     if plan.repository is not None:
         require_disk(plan.repository)
         size = in_gb(plan.repository.missing_bytes)
-        source = f"{name}: is not on this machine; the first start downloads {size}."
+        source = f"{name}: not on this machine; the first start downloads {size}."
     else:
         tokenizer = load_tokenizer(settings, plan)
         generation = read_generation(checkpoint, tokenizer, settings.model.generation_config)

@@ -1,8 +1,8 @@
-"""Wraps a load in the process that orders it, the same for jobs and for HTTP.
+"""ColdStart: wraps a load in the process that starts it, for jobs and for HTTP.
 
-forecast     logs how long the load will take, and what to do where that is too long
-crash guard  refuses a load after three that failed for the same reason
-read ahead   reads the weights into the page cache while Ray starts
+forecast      logs the predicted time of the load, and advice if it is too long
+crash guard   refuses a load after three that failed for the same reason
+read-ahead    reads the weights into the page cache while Ray starts
 """
 
 import asyncio
@@ -28,7 +28,8 @@ FORECAST_LIMIT_S = 3.0
 
 
 class ColdStart:
-    """The cold starts of this process. `plan` is None if the check failed: no forecast then."""
+    """The cold starts of this process. `plan` is None if the check failed; then there is no
+    forecast."""
 
     def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
         """Starts to measure the reading speed, in a thread."""
@@ -52,14 +53,14 @@ class ColdStart:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Does what `around` does for a load in the block, which blocks the thread."""
+        """The same as `around`, for a load in the block, which blocks the thread."""
         with self._guard.watch():
             self._announce()
             with self._reading_ahead():
                 yield
 
     async def outlook(self) -> dict[str, Any]:
-        """Fields for progress updates: `expected_s`, and `warning` where that is too long."""
+        """Returns fields for progress updates: `expected_s`, and `warning` if that is too long."""
         await asyncio.to_thread(self._wait)
         if self._forecast is None:
             return {}
@@ -69,7 +70,7 @@ class ColdStart:
         return outlook
 
     def _wait(self) -> None:
-        # One deadline for all: a hundred jobs that each waited would use up the loop's threads.
+        # One deadline for all callers: if each of a hundred jobs waited, no thread would be left.
         self._predicting.join(max(0.0, self._deadline - time.monotonic()))
 
     def _announce(self) -> None:

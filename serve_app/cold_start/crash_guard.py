@@ -1,14 +1,15 @@
-"""Refuses to load a model whose last three loads failed alike, because each try is billed.
+"""CrashGuard: refuses a load after three that failed for the same reason, because each try is
+billed.
 
-Each process that loads keeps one small JSON file on the network volume: written before the load,
-changed when it fails, removed with all the others when it succeeds. A file that still says
-"loading" while its process is gone belongs to a load that was killed. Where the last three loads
-failed for the same reason, the next one is refused, until the settings, the model's files, the
-program or the kind of GPU change, or the folder of records is removed. A reason that may pass, such
-as a lost network, is tried again after some minutes.
+Each loading process keeps one small JSON file on the network volume. It is written before the load,
+changed if the load fails, and removed with all others if it succeeds. A file that still says
+"loading" although its process is gone belongs to a killed load. If the last three loads failed for
+the same reason, the next one is refused, until the settings, the model's files, the program or the
+kind of GPU change, or the folder of records is removed. If the reason may be temporary, such as a
+lost network, a load is tried again after some minutes.
 
-Workers that share the volume write files of their own, so they need no lock. Without a writable
-volume nothing is recorded.
+Workers that share the volume write separate files, so they need no lock. Without a writable volume
+nothing is recorded.
 """
 
 import asyncio
@@ -41,16 +42,16 @@ T = TypeVar("T")
 FOLDER = ".mixtral-serve"
 MAX_FAILURES = 3
 HEARTBEAT_S = 15.0
-"""Seconds between two touches of the record while the load runs."""
+"""Seconds between two updates of the record's modification time while the load runs."""
 PAUSE_S = 600.0
-"""Seconds without another try after failures whose reason may pass."""
+"""Seconds until the next try after failures whose reason may be temporary."""
 
 
 class CrashGuard:
     """Records the loads of one model by this process. `plan` is None if the check failed."""
 
     def __init__(self, settings: Settings, plan: StartPlan | None) -> None:
-        """Reads and writes no file yet."""
+        """The constructor accesses no file."""
         self._settings = settings
         self._plan = plan
         self._file: Path | None = None
@@ -58,7 +59,7 @@ class CrashGuard:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Guards the load in the block. Raises `ModelLoadFailed` before it where it is refused."""
+        """Guards the load in the block. Raises `ModelLoadFailed` before it if it is refused."""
         try:
             self.begin()
             yield
@@ -71,7 +72,7 @@ class CrashGuard:
         self.succeeded()
 
     async def around(self, load: Callable[[], Awaitable[T]]) -> T:
-        """`watch` for an event loop, which a slow volume must not block."""
+        """The same as `watch` for an event loop, which a slow volume must not block."""
         try:
             await asyncio.to_thread(self.begin)
             loaded = await load()
@@ -85,7 +86,7 @@ class CrashGuard:
         return loaded
 
     def begin(self) -> None:
-        """Records that a load begins. Raises `ModelLoadFailed` if it is refused."""
+        """Records the beginning of a load. Raises `ModelLoadFailed` if it is refused."""
         volume = volume_folder(self._settings.runpod.volume)
         if not is_mounted(volume):
             return
@@ -108,7 +109,7 @@ class CrashGuard:
         threading.Thread(target=self._heartbeat, name="crash-guard", daemon=True).start()
 
     def failed(self, error: Exception) -> None:
-        """Records why the load failed."""
+        """Records the cause of a failed load."""
         cause, may_pass = f"The model could not be started ({type(error).__name__}).", False
         if isinstance(error, ServeError):
             cause = error.message
@@ -116,13 +117,13 @@ class CrashGuard:
         self._end(lambda: self._write({"state": "failed", "cause": cause, "may_pass": may_pass}))
 
     def succeeded(self) -> None:
-        """Removes the records of all loads that are over; those of running loads stay."""
+        """Removes the records of all finished loads; those of running loads stay."""
         if (own := self._file) is not None:
             self._end(lambda: load_records.remove(load_records.finished(own.parent, own)))
             self.abandoned()
 
     def abandoned(self) -> None:
-        """Removes the record of a load that was stopped by a signal, which is no failure."""
+        """Removes the record of a load that a signal stopped, which does not count as a failure."""
         if (file := self._file) is not None:
             self._end(lambda: file.unlink(missing_ok=True))
             self._file = None
@@ -147,15 +148,14 @@ class CrashGuard:
 
 
 def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
-    """Returns a digest of what decides how a load ends: settings, files, program and kind of
-    GPU."""
+    """Returns a digest of the load's inputs: settings, files, program and kind of GPU."""
     is_local = plan is not None and plan.repository is None
     files = sorted(plan.checkpoint.path.iterdir()) if plan is not None and is_local else []
     token = settings.model.hf_token
     seen = (
         serve_app.__version__,
         settings.model.model_dump(mode="json", exclude={"hf_token"}),
-        # A dozen digits of a digest reveal nothing of it.
+        # Twelve digits of the digest reveal nothing about the token.
         token.get_secret_value() if token else None,
         settings.engine.model_dump(mode="json"),
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
@@ -165,7 +165,7 @@ def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
 
 
 def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
-    """Returns the error that refuses another try after these `outcomes`, the oldest first; or
+    """Returns the error that refuses another try after these `outcomes` (the oldest first), or
     None."""
     last = outcomes[-MAX_FAILURES:]
     # Numbers in a cause vary, such as free bytes.
@@ -180,6 +180,6 @@ def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
     if may_pass:
         until = f"for {PAUSE_S / 60:.0f} minutes"
     return ModelLoadFailed(
-        f"{cause}; the last {MAX_FAILURES} loads failed for this reason, so none is tried {until}.",
+        f"{cause}; the last {MAX_FAILURES} loads failed for this reason; none is tried {until}.",
         retry=may_pass,
     )

@@ -1,7 +1,7 @@
-"""Predicts how long a load takes, so that users are warned before it begins.
+"""Forecast: predicts the time of a load, so that users are warned before it begins.
 
 It uses the bytes to read and to download, a sample of this machine's reading speed, and assumed
-figures for the rest. The sentence says which of them are assumed.
+values for the rest. Its sentence says which of them are assumed.
 """
 
 import random
@@ -15,20 +15,20 @@ from serve_app.start_plan.plan import StartPlan
 
 SAMPLE_BYTES = 64 << 20
 SAMPLE_LIMIT_S = 0.5
-"""Seconds that reading the sample may take."""
+"""Maximum seconds for reading the sample."""
 MIN_SAMPLE_BYTES = 4 << 20
-"""A smaller sample measures no speed."""
+"""A smaller sample gives no usable speed."""
 START_S = 11.0
-"""Ray, the import of torch and the warm-up of the tiny model (`benchmarks/results/start-tiny.json`,
-two cores)."""
+"""Seconds for starting Ray, importing torch and warming up the tiny model
+(`benchmarks/results/start-tiny.json`, two cores)."""
 GPU_START_S = 20.0
-"""Assumed for the same with CUDA, whose kernels are compiled and whose steps are captured."""
+"""Assumed seconds for the same with CUDA, which includes compiling kernels and capturing steps."""
 READ_BYTES_PER_S = 1e9
-"""Assumed where there is no sample: the best speed of RunPod's volumes."""
+"""Assumed reading speed without a sample: the best speed of RunPod's volumes."""
 DOWNLOAD_BYTES_PER_S = 2e8
 QUANTIZE_BYTES_PER_S = 1e8
-"""Floats that two cores quantize (`benchmarks/results/forms-cpu.json`). A GPU quantizes faster than
-a disk reads."""
+"""Bytes of float weights that two cores quantize per second (`benchmarks/results/forms-cpu.json`).
+A GPU quantizes faster than a disk reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,9 +39,9 @@ class Forecast:
     download_bytes: int
     read_bytes_per_s: float
     is_measured: bool
-    """Whether `read_bytes_per_s` is measured or assumed."""
+    """Whether `read_bytes_per_s` is measured, not assumed."""
     quantizes: bool
-    """Whether float weights become 4 bits."""
+    """Whether the load quantizes float weights to 4 bits."""
     on_cpu: bool
 
     @property
@@ -55,7 +55,7 @@ class Forecast:
         return start_s + download_s + self.read_bytes / read_bytes_per_s
 
     def sentence(self) -> str:
-        """Returns the forecast, for the log."""
+        """Returns the forecast as a sentence for the log."""
         known = "measured" if self.is_measured else "assumed"
         download = ""
         if self.download_bytes:
@@ -67,7 +67,8 @@ class Forecast:
         )
 
     def warning(self, settings: Settings) -> str | None:
-        """Returns what to do where that is longer than the platform waits; None where it is not."""
+        """Returns a warning with advice if the load takes longer than the platform waits; otherwise
+        None."""
         is_eager = settings.runpod.start == "eager"
         runpod = settings.runpod
         limit = runpod.init_timeout_s if is_eager else runpod.execution_timeout_s
@@ -77,9 +78,9 @@ class Forecast:
         if self.quantizes:
             remedies.append("convert the checkpoint to 4 bits (mixtral-serve convert)")
         if self.download_bytes:
-            remedies.append("take a cached model, or download it onto a network volume first")
+            remedies.append("use a cached model, or download it onto a network volume first")
         if is_eager:
-            what = "what a worker has to come up"
+            what = "the time in which a worker must start"
             remedies.append("raise RUNPOD_INIT_TIMEOUT")
         else:
             what = "the endpoint's execution timeout, which runs while the first job waits"
@@ -88,13 +89,13 @@ class Forecast:
             remedies.append(f"{eager} and RUNPOD_INIT_TIMEOUT to more" if is_short else eager)
             remedies.append("raise the timeout and `runpod.execution_timeout_s` with it")
         return (
-            f"Loading will take about {self.seconds:.0f} s, and {limit:.0f} s are {what}: "
+            f"Loading will take about {self.seconds:.0f} s, but {limit:.0f} s are {what}: "
             f"{', or '.join(remedies)}."
         )
 
 
 def predict(plan: StartPlan) -> Forecast:
-    """Returns the forecast for `plan`. Reads a sample of the weights, for half a second at most."""
+    """Returns the forecast for `plan`. Reads a sample of the weights, for at most half a second."""
     on_cpu = plan.device == "cpu"
     if (repository := plan.repository) is not None:
         sizes = (repository.num_bytes, repository.missing_bytes)
@@ -106,13 +107,13 @@ def predict(plan: StartPlan) -> Forecast:
 
 
 def sample(files: list[Path]) -> float | None:
-    """Returns the bytes per second of a read in the largest of `files`; None where it is too
+    """Returns the reading speed of the largest of `files` in bytes per second; None if it is too
     small."""
     largest = max(files, key=lambda file: file.stat().st_size)
     room = largest.stat().st_size - SAMPLE_BYTES
     started, done = time.monotonic(), 0
     with largest.open("rb", buffering=0) as stream:
-        # A random place, because an earlier worker's sample is in the page cache.
+        # A random offset, because the sample of an earlier worker is in the page cache.
         stream.seek(random.randrange(room) if room > 0 else 0)
         while done < SAMPLE_BYTES and time.monotonic() - started < SAMPLE_LIMIT_S:
             if not (block := stream.read(1 << 20)):

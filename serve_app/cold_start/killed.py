@@ -1,4 +1,4 @@
-"""Explains why a process that loaded a model is gone without an error: usually a lack of memory."""
+"""Explains the death of a process that loaded a model, which is usually a lack of memory."""
 
 from serve_app.cold_start.load_records import KILLED
 from serve_app.errors import LoaderKilled
@@ -8,7 +8,7 @@ from serve_app.start_plan.memory import in_gb
 from serve_app.start_plan.plan import StartPlan
 
 LOADER_BYTES = 4_000_000_000
-"""Main memory that a load onto a GPU takes: CUDA, torch, and weights on their way to the GPU."""
+"""Main memory that a load onto a GPU needs, in bytes: CUDA, torch, and buffers for weights."""
 
 
 class MemoryBefore:
@@ -19,14 +19,14 @@ class MemoryBefore:
         self.num_kills = num_oom_kills()
 
     def killed(self, plan: StartPlan | None, phase: Phase) -> LoaderKilled:
-        """Returns the error for a load that was killed in `phase`; without a plan it names no
-        sizes."""
+        """Returns the error for a load that was killed in `phase`. It names sizes if there is a
+        plan."""
         is_certain = num_oom_kills() > self.num_kills
         why = " because memory ran out" if is_certain else ", usually for lack of memory"
         free = f"{in_gb(self.free_bytes)} of main memory were free"
         return LoaderKilled(
             f"{KILLED} in phase {phase}{why}: it takes "
-            f"{_needed(plan)}, and {free} when it began; take a machine with more memory.",
+            f"{_needed(plan)}, and {free} when it began; use a machine with more memory.",
             retry=not is_certain,
         )
 

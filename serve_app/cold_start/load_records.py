@@ -1,7 +1,7 @@
-"""Keeps one small JSON file for each process that loads a model: what it loads, and the outcome.
+"""Stores one small JSON file per process that loads a model, with the load and its outcome.
 
-The files are on a volume that many workers share. Each worker writes its own file and reads those
-of the others. A file that says "loading" while its process is gone belongs to a killed load.
+The files are on a volume that many workers share. Each worker writes its own file and reads the
+others. A file that says "loading" although its process is gone belongs to a killed load.
 """
 
 import contextlib
@@ -18,14 +18,15 @@ Record = dict[str, Any]
 
 MAX_RECORDS = 20
 STALE_S = 90.0
-"""Seconds after which a worker on another machine that has not touched its file is gone."""
+"""A worker on another machine counts as gone if it has not updated its file for this many
+seconds."""
 CLOCK_S = 1.5
-"""The start of a process is computed from the clock, which may be adjusted meanwhile."""
+"""Tolerance for the start time of a process, in seconds, because the clock may be adjusted."""
 KILLED = "The process that loads the model was killed"
 
 
 def write(file: Path, fields: Record) -> None:
-    """Replaces the file as a whole, so that a reader never sees half of it."""
+    """Replaces the file atomically, so that a reader never sees a partial one."""
     record = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -39,8 +40,7 @@ def write(file: Path, fields: Record) -> None:
 
 
 def outcomes(folder: Path, own: Path) -> list[Record]:
-    """Returns the records of the other loads that are over, the oldest first, each with its
-    `age_s`."""
+    """Returns the records of the other finished loads with their `age_s`, the oldest first."""
     files = finished(folder, own)
     remove(files[:-MAX_RECORDS])
     now = own.stat().st_mtime  # the volume's clock may differ from this machine's
@@ -73,7 +73,7 @@ def _is_running(file: Path, own: Path) -> bool:
     if record is None or record["state"] != "loading":
         return False
     if record["host"] == socket.gethostname():
-        # A restarted container keeps its name and numbers its processes anew.
+        # A restarted container keeps its host name but reuses process ids.
         started = started_at(record["pid"])
         return started is not None and abs(started - record["process_started"]) < CLOCK_S
     try:
@@ -83,7 +83,7 @@ def _is_running(file: Path, own: Path) -> bool:
 
 
 def _read(file: Path) -> Record | None:
-    """Returns the record; None if the file is gone, or holds something else."""
+    """Returns the record; None if the file is gone or invalid."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
         known = {"state", "host", "pid", "process_started"}

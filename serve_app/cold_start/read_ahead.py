@@ -1,8 +1,8 @@
 """Reads the weight files into the page cache while Ray starts and torch is imported.
 
-Reads file after file, in the order in which the loader reads. Stops when the loader begins to read,
-and where memory is short, because the pages would evict others. Errors are only logged: the load
-meets them too.
+Reads the files in the order of the loader. Stops when the loader begins to read, or if little
+memory is free, because the pages would evict others. Errors are only logged, because the load will
+raise them too.
 """
 
 import contextlib
@@ -18,16 +18,17 @@ log = logging.getLogger(__name__)
 
 BUFFER_BYTES = 8 << 20
 CHECK_BYTES = 64 << 20
-"""Bytes read between two checks of whether to go on."""
+"""Number of bytes between two checks whether to continue."""
 MAX_SHARE = 0.5
-"""Share of the free memory that may be filled; the rest is left to the load."""
+"""Maximum share of the free memory that is filled; the rest is left for the load."""
 MIN_FREE_BYTES = 2_000_000_000
-"""Free memory below which reading stops."""
+"""Reading stops if less memory is free, in bytes."""
 
 
 @contextlib.contextmanager
 def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None]:
-    """Reads `files` in a thread while the block runs; the load writes events to `load_log`."""
+    """Reads `files` in a thread while the block runs. `load_log` is the file of the load's
+    events."""
     stop = threading.Event()
     thread = threading.Thread(
         target=read, args=(files, load_log, stop), name="read-ahead", daemon=True
@@ -36,7 +37,7 @@ def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None
     try:
         yield
     finally:
-        stop.set()  # without a join: a read from a volume may hang
+        stop.set()  # no join, because a read from a volume may hang
 
 
 def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> int:

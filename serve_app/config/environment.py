@@ -1,14 +1,14 @@
-"""Environment variables that users of vLLM and RunPod already set, and how each maps to a setting.
+"""The environment variables of vLLM and RunPod, and the setting that each of them sets.
 
 A setting has one such name by rule:
 
-* A field of several words is its own name: `MAX_MODEL_LEN` sets `engine.max_model_len`.
-* A field of one word needs its section: `MODEL_NAME` sets `model.name`. A bare `NAME`, `DEVICE`,
+- A field of several words is its own name: `MAX_MODEL_LEN` sets `engine.max_model_len`.
+- A field of one word needs its section: `MODEL_NAME` sets `model.name`. A bare `NAME`, `DEVICE`,
   `START` or `VOLUME` occurs in containers for other purposes, so it sets nothing.
 
-The rule leaves out `NOT_BY_RULE`. `EXTRA_NAMES` are the names that do not follow it. `VALUES` maps
-values. The functions take the environment as an argument; `settings.py` is the only module that
-reads it.
+The rule does not apply to `NOT_BY_RULE`. `EXTRA_NAMES` are names that do not follow the rule.
+`VALUES` maps values. The functions have the environment as an argument; only `settings.py` reads
+it.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ EXTRA_NAMES = {
     "BASE_PATH": "runpod.volume",
     "RUNPOD_INIT_TIMEOUT": "runpod.init_timeout_s",
 }
-"""Names of RunPod and its vLLM worker that do not follow the rule, and the setting of each."""
+"""Names of RunPod and its vLLM worker that do not follow the rule, with their settings."""
 
 NOT_BY_RULE = {
     "model.cache_dir": "other programs in a container read CACHE_DIR",
@@ -34,7 +34,7 @@ NOT_BY_RULE = {
     "runpod.init_timeout_s": "the platform reads RUNPOD_INIT_TIMEOUT alone",
     "runpod.start": "RunPod owns the names that begin with RUNPOD_",
 }
-"""Settings whose name by rule could be set for another purpose, and that purpose. Only their
+"""Settings whose name by rule is used for another purpose, with that purpose. Only their
 `MIXTRAL_*` name sets them."""
 
 VALUES: dict[str, dict[str, str | None]] = {
@@ -43,14 +43,13 @@ VALUES: dict[str, dict[str, str | None]] = {
     "MAX_MODEL_LEN": {"auto": None},
     "MAX_NUM_BATCHED_TOKENS": {"0": None},
 }
-"""Values of RunPod's vLLM worker and what each one means here; None leaves the default. Values are
-compared in lower case, such as the None of worker-vllm's form for QUANTIZATION."""
+"""Values of RunPod's vLLM worker and the values of our settings; None leaves the default. Values
+are compared in lower case: worker-vllm's form sends None for QUANTIZATION."""
 
 
 @cache
 def familiar_names() -> dict[str, str]:
-    """Returns every familiar variable and the setting that it sets, such as
-    `engine.max_model_len`."""
+    """Returns the setting, such as `engine.max_model_len`, that each familiar variable sets."""
     names = {}
     for section, model in SECTIONS.items():
         for field in model.model_fields:

@@ -1,7 +1,7 @@
 """The file of API keys: their names, hashes and limits.
 
-It holds no key, only SHA-256 hashes. A plain hash is enough, because the keys are 256 random bits:
-nobody can try them all. The file is replaced as a whole, so a reader never sees a part of it.
+It contains only SHA-256 hashes, no keys. A plain hash is enough, because keys are 256 random bits,
+which cannot be guessed. The file is replaced atomically, so a reader never sees a partial file.
 """
 
 import fcntl
@@ -20,12 +20,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from serve_app.config.serve_config import ConfigError
 
 PREFIX = "sk-mixtral-"
-"""What a key begins with, so that a scanner finds keys in logs and repositories."""
+"""Prefix of every key, by which scanners find keys in logs and repositories."""
 NUM_BYTES = 32
 
 
 class KeyLimits(BaseModel):
-    """What the holder of one key may use. None is no limit."""
+    """The limits of one key. None means no limit."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -33,7 +33,7 @@ class KeyLimits(BaseModel):
     tokens_per_minute: int | None = Field(default=None, ge=1)
     """Tokens of prompts and answers together."""
     max_concurrent: int | None = Field(default=None, ge=1)
-    """Prompts whose answers are generated or wait at once."""
+    """Maximum number of prompts that are running or waiting."""
     min_priority: int = Field(default=0, ge=-1000, le=1000)
     """The smallest `priority` of its requests; smaller ones are raised to it."""
 
@@ -42,7 +42,7 @@ class ApiKey(KeyLimits):
     """One key of the file."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9._@-]{1,64}$")
-    """It is in logs and metrics; the key is not."""
+    """The name in logs and metrics, where the key itself never appears."""
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     created: int
     """Unix seconds."""
@@ -55,7 +55,7 @@ class _Contents(BaseModel):
 
 
 def sha256(key: str) -> str:
-    """Returns the hash by which a key is known."""
+    """Returns the hash that identifies a key."""
     return hashlib.sha256(key.encode(errors="surrogateescape")).hexdigest()
 
 
@@ -68,44 +68,46 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "JSON"
-        raise ConfigError(f"{path}: is no file of keys: {where}: {first['msg']}.") from None
+        raise ConfigError(
+            f"{path}: this is not a file of API keys: {where}: {first['msg']}."
+        ) from None
 
 
 def add_key(path: Path, name: str, limits: KeyLimits) -> str:
-    """Adds a new key, and makes the file if there is none. Returns the key, which is kept nowhere.
+    """Adds a new key, and creates the file if there is none. Returns the key, which is not stored.
 
-    Raises `ConfigError` if the name is taken or is no name.
+    Raises `ConfigError` if the name is used or invalid.
     """
     key = PREFIX + secrets.token_urlsafe(NUM_BYTES)
     with _locked(path):
         keys = read_keys(path) if path.exists() else ()
         if any(each.name == name for each in keys):
-            raise ConfigError(f"{path}: has a key {name!r} already; remove it first.")
+            raise ConfigError(f"{path}: a key {name!r} exists already; remove it first.")
         try:
             new = ApiKey(
                 name=name, sha256=sha256(key), created=int(time.time()), **limits.model_dump()
             )
         except ValidationError:
             raise ConfigError(
-                f"{name!r} cannot be the name of a key: take up to 64 letters, digits and `._@-`."
+                f"{name!r} cannot be the name of a key: use up to 64 letters, digits and `._@-`."
             ) from None
         _write(path, (*keys, new))
     return key
 
 
 def remove_key(path: Path, name: str) -> None:
-    """Removes a key. Raises `ConfigError` if there is none of this name."""
+    """Removes a key. Raises `ConfigError` if no key has this name."""
     with _locked(path):
         keys = read_keys(path)
         left = [each for each in keys if each.name != name]
         if len(left) == len(keys):
-            raise ConfigError(f"{path}: has no key {name!r}.")
+            raise ConfigError(f"{path}: there is no key {name!r}.")
         _write(path, left)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Two commands at once do not lose each other's key."""
+    """Locks the file, so that concurrent commands do not lose each other's changes."""
     try:
         folder = os.open(path.parent, os.O_RDONLY)
     except OSError as error:

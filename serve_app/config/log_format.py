@@ -17,7 +17,7 @@ from typing import Any
 from serve_app.config.settings import ConfigError, Settings
 
 SERVES_FIELDS = ("request_id", "application", "deployment", "replica", "route")
-"""Attributes that Serve gives to the records of a replica."""
+"""Attributes that Serve adds to the records of a replica."""
 
 
 class JsonFormatter(logging.Formatter):
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        # Serve knows a request by another id where a client or a handle has called it.
+        # Serve has another id for a request that a client or a handle sent.
         line |= {name: getattr(record, name) for name in SERVES_FIELDS if hasattr(record, name)}
         line |= getattr(record, "fields", {})
         if record.exc_info:
@@ -51,9 +51,9 @@ def use_json(handlers: Iterable[logging.Handler]) -> None:
 
 
 def use_log_format(config: str | Path) -> None:
-    """Makes this process log in the format that the file `config` and the environment choose.
+    """Makes this process log in the format of the file `config` and the environment.
 
-    Without effect where they have an error, which the check of the start reports in text.
+    Has no effect if they contain an error, which the check of the start reports as text.
     """
     try:
         settings = Settings.from_yaml(config)

@@ -1,20 +1,20 @@
-"""The configurations that this package brings along, by name."""
+"""The configurations of this package, by name."""
 
 from pathlib import Path
 
 from serve_app.config.serve_config import ConfigError
 
 FOLDER = Path(__file__).parents[1] / "configs"
-"""`configs/` of the repository; a wheel holds a copy."""
+"""`configs/` of the repository; a wheel contains a copy."""
 
 
 def names() -> list[str]:
-    """`["local", "runpod", ...]`: each stands for a YAML file in `FOLDER`."""
+    """Returns `["local", "runpod", ...]`: the names of the YAML files in `FOLDER`."""
     return sorted(file.stem for file in FOLDER.glob("*.yaml"))
 
 
 def find(config: str) -> Path:
-    """Returns the file that `config` stands for: one of `names()`, or a path.
+    """Returns the file with the name `config` (one of `names()`), or the path `config`.
 
     Raises `ConfigError` if it is neither.
     """

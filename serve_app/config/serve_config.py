@@ -1,4 +1,4 @@
-"""Reads the YAML that `serve run` takes, which has one application."""
+"""Reads the YAML of `serve run`, which has one application."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,14 +16,16 @@ USED_OF_APPLICATION = {"args", "deployments", "import_path", "name", "route_pref
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without repeated keys, of which PyYAML would take the last."""
+    """A YAML loader that refuses repeated keys, of which PyYAML would silently use the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen and key.value != "<<":
                 line = key.start_mark.line + 1
-                raise ConfigError(f"`{key.value}` in line {line} stands there already; keep one.")
+                raise ConfigError(
+                    f"`{key.value}` in line {line} is a duplicate key; remove one of them."
+                )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -42,8 +44,7 @@ def application(path: str | Path) -> dict[str, Any]:
 
 
 def unused_keys(path: str | Path) -> list[str]:
-    """Returns the keys of a Serve config that `serve run` uses, and no other way to start the
-    server."""
+    """Returns the keys of a Serve config that only `serve run` uses."""
     return list(_unused_keys(_document(path), application(path)))
 
 
@@ -73,7 +74,7 @@ def num_replicas(path: str | Path) -> int:
 def http_options(path: str | Path) -> dict[str, Any]:
     """Returns `http_options` of a Serve config, with Serve's defaults for `host` and `port`.
 
-    Raises `ConfigError` unless `host` is a text and `port` a port number.
+    Raises `ConfigError` if `host` is not a string or `port` is not a port number.
     """
     match _document(path):
         case {"http_options": dict(given)}:
@@ -89,7 +90,7 @@ def http_options(path: str | Path) -> dict[str, Any]:
 
 
 def port_setting(path: str | Path) -> str:
-    """Returns what errors call the HTTP port of the file `path`."""
+    """Returns the name of the HTTP port of the file `path` for error messages."""
     return f"{path}: `http_options.port`"
 
 
@@ -103,4 +104,4 @@ def _document(path: str | Path) -> Any:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}: is not valid YAML{line}.") from None
+        raise ConfigError(f"{path}: the file is not valid YAML{line}.") from None

@@ -1,11 +1,11 @@
-"""Settings: one frozen model that holds everything a user can choose.
+"""Settings: one frozen model with everything that a user can choose.
 
-`applications[0].args` of the YAML that `serve run` takes is a `Settings`. The environment overrides
-single values: `MIXTRAL_<SECTION>__<FIELD>` first, then the names in `environment.py` that users of
-vLLM and RunPod know. An unknown key or `MIXTRAL_*` name is an error. Secrets come from the
-environment only, because Ray logs `args:` in clear.
+`applications[0].args` of the YAML for `serve run` is a `Settings`. The environment overrides single
+values: `MIXTRAL_<SECTION>__<FIELD>` first, then the names of vLLM and RunPod in `environment.py`.
+An unknown key or `MIXTRAL_*` name is an error. Secrets come from the environment only, because Ray
+logs `args:` in clear.
 
-No other module reads the environment. Nothing is opened but the YAML.
+Only this module reads the environment. It opens no file except the YAML.
 """
 
 import os
@@ -50,7 +50,7 @@ RENAMED = {
     "engine.prefix_cache": "engine.enable_prefix_caching",
     "runpod.concurrency": "runpod.max_concurrency",
 }
-"""Old names of settings and the names that replaced them. An old name is an error."""
+"""Old names of settings and their new names. An old name is an error."""
 
 
 class Settings(BaseSettings):
@@ -109,7 +109,7 @@ class Settings(BaseSettings):
 
 
 class EntrySettings(BaseSettings):
-    """What `runpod_entry.py` reads from the environment before it reads the YAML."""
+    """The environment variables that `runpod_entry.py` reads before the YAML."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", env_ignore_empty=True, use_attribute_docstrings=True
@@ -138,7 +138,7 @@ class EntrySettings(BaseSettings):
 
 
 class ClientSettings(BaseSettings):
-    """What `mixtral-serve chat` reads from the environment."""
+    """The environment variables that `mixtral-serve chat` reads."""
 
     model_config = SettingsConfigDict(
         frozen=True, extra="ignore", env_ignore_empty=True, use_attribute_docstrings=True
@@ -147,11 +147,11 @@ class ClientSettings(BaseSettings):
     api_keys: SecretStr | None = None
     """Accepted API keys of a server on this machine, comma separated."""
     openai_api_key: SecretStr | None = None
-    """The name that OpenAI's own client reads."""
+    """The variable of OpenAI's own client."""
 
     @property
     def api_key(self) -> str | None:
-        """The key to send: OPENAI_API_KEY, else the first of API_KEYS, else none."""
+        """The key to send: OPENAI_API_KEY, otherwise the first of API_KEYS, otherwise None."""
         chosen = self.openai_api_key or self.api_keys
         return chosen.get_secret_value().split(",")[0].strip() if chosen else None
 
@@ -167,7 +167,7 @@ class _FamiliarNames(PydanticBaseSettingsSource):
 
 
 def unused_names() -> str | None:
-    """Returns one line that lists variables which are set and change nothing; None if there are
+    """Returns a line that lists the variables that are set but have no effect; None if there are
     none."""
     return unused_names_in(os.environ)
 
@@ -209,7 +209,7 @@ def _refuse_variables() -> None:
 
 
 def with_variables(message: str) -> str:
-    """`message`, where each `section.field` that a variable sets is followed by the variable."""
+    """Returns `message` with the variable after each `section.field` that a variable sets."""
     return sources.with_variables(os.environ, message)
 
 

@@ -10,7 +10,7 @@ PREFIX = "MIXTRAL_"
 
 
 def variable(path: str) -> str:
-    """Our own variable for a setting: `api.keys` is `MIXTRAL_API__KEYS`."""
+    """Returns our own variable for a setting, such as `MIXTRAL_API__KEYS` for `api.keys`."""
     return PREFIX + path.replace(".", "__").upper()
 
 
@@ -31,7 +31,7 @@ def set_in(environment: Mapping[str, str], section: str) -> str:
 
 
 def with_variables(environment: Mapping[str, str], message: str) -> str:
-    """`message`, where each `section.field` that a variable sets is followed by the variable."""
+    """Returns `message` with the variable after each `section.field` that a variable sets."""
 
     def named(match: re.Match[str]) -> str:
         found = source(environment, match[1])

@@ -1,6 +1,6 @@
-"""Environment variables of RunPod's vLLM worker that change nothing here, and why.
+"""Environment variables of RunPod's vLLM worker that have no effect here, and the reasons.
 
-Together with the names in `environment.py` they are all names that worker-vllm documents: its
+Together with the names in `environment.py` these are all names in worker-vllm's documentation: its
 README, docs/configuration.md and .runpod/hub.json of 2026-05 and 2026-08.
 """
 
@@ -97,12 +97,11 @@ _BY_REASON = {
 }
 
 UNUSED_NAMES = {name: reason for reason, names in _BY_REASON.items() for name in names}
-"""Names that are accepted and change nothing, and the reason."""
+"""Names that are accepted but have no effect, and the reason."""
 
 
 def unused_names(environment: Mapping[str, str]) -> str | None:
-    """Returns one line that lists the variables in `UNUSED_NAMES` that are set; None if there are
-    none."""
+    """Returns a line that lists the set variables in `UNUSED_NAMES`; None if there are none."""
     listed = []
     for reason, names in _BY_REASON.items():
         if given := [name for name in names if environment.get(name)]:

@@ -1,4 +1,4 @@
-"""Prepares the device that a `StartPlan` names, and explains a lack of memory on it."""
+"""Prepares the device of a `StartPlan`, and raises a clear error if its memory is too small."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,17 +18,17 @@ def open_device(plan: StartPlan) -> "torch.device":
 
     if plan.device == "cuda" and not torch.cuda.is_available():
         raise ModelLoadFailed(
-            f"`model.device` is {plan.asked_device}, but torch sees no GPU on this machine; set it "
-            "to cpu to do without."
+            f"`model.device` is {plan.asked_device}, but torch finds no GPU on this machine; set "
+            "`model.device` to cpu to run without one."
         )
     return torch.device(plan.device)
 
 
 def set_threads(num_threads: int | None) -> list[str]:
-    """Sets torch's threads on a CPU; None leaves one core for network I/O.
+    """Sets the number of torch's threads on a CPU; None leaves one core for network I/O.
 
-    Returns notes for users: one where the number was chosen here. Compiled steps have threads of
-    their own (`step_threads.py`).
+    Returns notes for users: one if the number was chosen here. Compiled steps have their own
+    threads (`step_threads.py`).
     """
     import torch
 
@@ -36,7 +36,7 @@ def set_threads(num_threads: int | None) -> list[str]:
     if num_threads is None:
         cores = num_cores()
         num_threads = max(1, cores - 1)
-        notes = [f"torch computes in {num_threads} of {cores} cores, one is left for network I/O"]
+        notes = [f"torch uses {num_threads} of {cores} cores; one is left for network I/O"]
     torch.set_num_threads(num_threads)
     return notes
 
@@ -45,7 +45,10 @@ def set_threads(num_threads: int | None) -> list[str]:
 def explained_lack_of_memory(
     what: str, num_bytes: int, device: "torch.device", remedy: str
 ) -> Iterator[None]:
-    """Raises `ModelLoadFailed` if the block cannot allocate `what`, which takes `num_bytes`."""
+    """Raises `ModelLoadFailed` if the block cannot allocate `what`, which needs `num_bytes` bytes.
+
+    `remedy` is the advice at the end of the error.
+    """
     import torch
 
     free = free_device_bytes(device)
@@ -58,13 +61,13 @@ def explained_lack_of_memory(
             raise
         place = "of the GPU's memory" if device.type == "cuda" else "of main memory"
         raise ModelLoadFailed(
-            f"There is no memory for {what}: {num_bytes / 1e9:.2f} GB are needed and "
-            f"{free / 1e9:.2f} GB {place} were free; {remedy}."
+            f"There is not enough memory for {what}: {num_bytes / 1e9:.2f} GB are needed, but "
+            f"only {free / 1e9:.2f} GB {place} were free; {remedy}."
         ) from error
 
 
 def free_device_bytes(device: "torch.device") -> int:
-    """Free bytes of the GPU, or of main memory within the container's limit."""
+    """Returns the free bytes of the GPU, or of main memory within the container's limit."""
     import torch
 
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_bytes()

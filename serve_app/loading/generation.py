@@ -1,6 +1,6 @@
-"""Reads how a checkpoint's answers are generated: where they end, and the sampling defaults.
+"""Generation: the stop tokens and the sampling defaults of a checkpoint.
 
-Transformers and vLLM read the same files in the same way, see `read_generation`.
+transformers and vLLM read the same files in the same way, see `read_generation`.
 """
 
 from collections.abc import Mapping
@@ -24,26 +24,26 @@ FIELDS = {
     "repetition_penalty": "repetition_penalty",
     "max_new_tokens": "max_tokens",
 }
-"""Keys of generation_config.json that vLLM applies, and the request's fields for them."""
+"""Keys of generation_config.json that vLLM uses, and the corresponding request fields."""
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What holds for answers where a request does not say it."""
+    """The stop tokens, and the defaults for sampling fields that a request does not set."""
 
     eos_token_ids: frozenset[int]
     """Token ids that end an answer."""
     defaults: Mapping[str, float]
-    """Sampling fields of a request, by name. `max_tokens` is an upper limit too."""
+    """Defaults of a request's sampling fields, by name. `max_tokens` is also an upper limit."""
 
     @property
     def notes(self) -> list[str]:
-        """What users should know about it, a phrase each."""
+        """Notes for users, one phrase each."""
         notes = []
         if not self.eos_token_ids:
             notes.append(
-                f"no end of an answer is known: config.json and {FILE} have no `eos_token_id` and "
-                "the tokenizer no `eos_token`, so answers end at `max_tokens` or `stop` alone"
+                f"no eos token is known: config.json and {FILE} have no `eos_token_id`, and the "
+                "tokenizer has no `eos_token`. Answers end only at `max_tokens` or `stop`"
             )
         if self.defaults:
             values = ", ".join(f"{name} {value:g}" for name, value in self.defaults.items())
@@ -56,9 +56,10 @@ def read_generation(
 ) -> Generation:
     """Reads config.json, generation_config.json and the tokenizer's `eos_token`.
 
-    An answer ends with each token that one of them names. With `use` "auto" the sampling defaults
-    of generation_config.json hold, with "vllm" they do not, as with vLLM's `--generation-config`.
-    Raises `ModelLoadFailed` if generation_config.json has an impossible value.
+    Each token that one of them names ends an answer. With `use` "auto" the sampling defaults of
+    generation_config.json are used; with "vllm" they are ignored, as with vLLM's
+    `--generation-config vllm`. Raises `ModelLoadFailed` if generation_config.json has an impossible
+    value.
     """
     config, file = checkpoint.config, checkpoint.path / FILE
     document = read_json(file) if file.exists() else {}
@@ -75,7 +76,7 @@ def _defaults(document: Mapping[str, Any], file: Path) -> dict[str, float]:
         values = Sampling.read(given)
     except InvalidRequest as error:
         raise ModelLoadFailed(
-            f"{file}: {error.message.rstrip('.')}; mend it, or set `model.generation_config` to "
-            "vllm."
+            f"{file}: {error.message.rstrip('.')}; correct the file, or set "
+            "`model.generation_config` to vllm."
         ) from None
     return {field: getattr(values, field) for field in given}

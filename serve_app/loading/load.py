@@ -1,7 +1,7 @@
-"""Loads a model: device, checkpoint, tokenizer, weights and engine, phase by phase.
+"""Loads a model phase by phase: device, checkpoint, tokenizer, weights, engine.
 
-`load` is the work of `MixtralServer`'s constructor. It follows a `StartPlan`, and makes a new one
-only where files are new: around a download, and after the 4-bit copy is written.
+`load` is the work of `MixtralServer`'s constructor. It follows a `StartPlan`. It makes a new plan
+only if files have changed: after a download, and after the 4-bit copy is written.
 """
 
 import logging
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KERNELS_FOLDER = "~/.cache/mixtral-serve"
-"""Where compiled kernels are without `model.cache_dir`; an image's build fills it."""
+"""Folder of the compiled kernels if `model.cache_dir` is not set; building the image fills it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """Everything that a server needs, ready to run."""
+    """The loaded model and everything else that a server needs."""
 
     tokenizer: Tokenizer
     engine: "Engine"
@@ -52,17 +52,17 @@ class Loaded:
     vocab_size: int
     dtype: str
     quantization: "Quantization | None"
-    """How the weights are stored on the device; None if they are floats."""
+    """The storage of the weights on the device; None for floats."""
     memory: dict[str, int]
     """Bytes of `experts`, `attention`, `head`, `other` and `kv_cache`."""
     notes: list[str]
-    """What was chosen where the settings left it open, and why."""
+    """Notes for users: the choices that the settings left open, and their reasons."""
     sampling_defaults: Mapping[str, float] = field(default_factory=dict)
-    """Sampling fields of requests, by name, where the checkpoint has its own defaults."""
+    """The checkpoint's defaults of sampling fields, by name."""
 
 
 def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -> Loaded:
-    """Loads what `plan`, by default a new plan for `settings`, describes.
+    """Loads the model of `plan`, or of a new plan for `settings`.
 
     Raises `ModelLoadFailed` with one sentence.
     """
@@ -103,9 +103,9 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
 
 
 def _current_plan(settings: Settings, plan: StartPlan | None) -> StartPlan:
-    """`plan`, or a new one where there is none or where files must be downloaded.
+    """Returns `plan`, or a new plan if there is none or if files must be downloaded.
 
-    An earlier try may have downloaded some or all of them since `plan` was made.
+    In the second case, an earlier try may have downloaded them since `plan` was made.
     """
     if plan is not None and plan.repository is None:
         return plan
@@ -118,9 +118,9 @@ def _current_plan(settings: Settings, plan: StartPlan | None) -> StartPlan:
 def _fetch_files(
     settings: Settings, plan: StartPlan, load_log: LoadLog, notes: list[str]
 ) -> StartPlan:
-    """Downloads the checkpoint and writes the 4-bit copy, as far as `plan` says so.
+    """Downloads the checkpoint and writes the 4-bit copy if `plan` requires it.
 
-    Returns the plan for the files that are loaded, and adds its notes to `notes`.
+    Returns the plan for the files to load, and adds its notes to `notes`.
     """
     if plan.repository is not None:
         with load_log.phase(Phase.DOWNLOAD):
@@ -141,10 +141,10 @@ def _write_copy(
 ) -> tuple[StartPlan, str]:
     """Writes the 4-bit copy into folder `copy`. Returns the plan to load it, and a note for users.
 
-    Where it cannot be written, or another process writes it at this moment, `plan` is returned as
-    it is: no start ends for lack of a copy.
+    If the copy cannot be written, or if another process is writing it, returns `plan` itself: a
+    missing copy never stops a start.
     """
-    quantization = None  # weights that are in 4 bits already keep their absmax
+    quantization = None  # 4-bit weights keep their absmax
     if plan.quantization is not None and plan.quantizes:
         quantization = replace(plan.quantization, absmax=settings.model.absmax)
     try:
@@ -155,14 +155,15 @@ def _write_copy(
             lambda done, total, name: progress(done / total),
         )
     except ModelLoadFailed as error:
-        return plan, f"this start reads the original, as there is no 4-bit copy: {error}"
+        return plan, f"this start reads the original checkpoint; there is no 4-bit copy: {error}"
     return plan_folder(settings, copy, None), f"{copy}: the 4-bit copy for later starts"
 
 
 def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
-    """Returns the tokenizer of the checkpoint, after a first encoding and rendering.
+    """Returns the checkpoint's tokenizer after a first encoding and rendering.
 
-    They compile things that no request should wait for. Raises `ModelLoadFailed`.
+    The first use compiles patterns and templates, which would slow down the first request. Raises
+    `ModelLoadFailed`.
     """
     folder, vocab_size = plan.checkpoint.path, plan.checkpoint.config.vocab_size
     tokenizer = Tokenizer(
@@ -175,8 +176,8 @@ def load_tokenizer(settings: Settings, plan: StartPlan) -> Tokenizer:
         ids += tokenizer.render([{"role": "user", "content": "Hello"}])
     if (token := tokenizer.first_unknown(ids, vocab_size)) is not None:
         raise ModelLoadFailed(
-            f"{folder}: a prompt contains `{token}`, a token that the tokenizer has and the model "
-            f"does not: its vocabulary has {vocab_size} tokens. Take the tokenizer that belongs to "
+            f"{folder}: a prompt contains `{token}`, a token that the tokenizer has but the model "
+            f"does not: its vocabulary has {vocab_size} tokens. Use the tokenizer that belongs to "
             "these weights."
         )
     return tokenizer
@@ -207,7 +208,7 @@ def _load_model(plan: StartPlan, device: "torch.device", load_log: LoadLog) -> "
 def _choose_kernels(
     settings: Settings, model: "Mixtral", device: "torch.device", load_log: LoadLog
 ) -> list[str]:
-    """Prepares the CUDA kernels of a GPU for weights in 4 bits. Returns notes for users."""
+    """Prepares the CUDA kernels for 4-bit weights on a GPU. Returns notes for users."""
     if device.type != "cuda" or model.codebook is None:
         return []
     from serve_app.model.kernels.cuda.use_kernels import use_cuda_kernels
@@ -229,7 +230,7 @@ def _warm_engine(
     device: "torch.device",
     load_log: LoadLog,
 ) -> "tuple[Engine, list[str]]":
-    """Returns the running engine, after its first prompts, and notes for users."""
+    """Returns the running engine after its first prompts, and notes for users."""
     from serve_app.loading import warm_up
 
     with load_log.phase(Phase.WARM_UP):

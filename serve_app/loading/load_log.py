@@ -1,7 +1,8 @@
-"""Records the phases of one load: in memory for `/health`, in `settings.load_log` for its parent.
+"""LoadLog: records the phases of one load, in memory and in the file `settings.load_log`.
 
-The process that starts Ray writes the first phases and leaves the last of them, "replica", open;
-the replica ends it (`LoadLog.resume`) and writes the others. `phases.py` has the format.
+`/health` shows the phases in memory; the parent process reads the file. The process that starts Ray
+writes the first phases and leaves the phase "replica" open. The replica ends that phase
+(`LoadLog.resume`) and writes the others. `phases.py` defines the format.
 """
 
 import logging
@@ -31,27 +32,27 @@ PHASE_LINE = "Cold start: %s %.1f s"
 
 
 def log_phase(log: logging.Logger, event: Done) -> None:
-    """Writes the line of a finished phase to `log`."""
+    """Logs a finished phase."""
     fields = {"phase": event.phase.value, "seconds": event.seconds}
     log.info(PHASE_LINE, event.phase, event.seconds, extra={"fields": fields})
 
 
 @dataclass(slots=True)
 class LoadLog:
-    """The phases of one load, in memory and, unless it is None, in the file `path`."""
+    """The phases of one load, in memory and in the file `path`, if it is not None."""
 
     path: str | None = None
     phases: list[PhaseTime] = field(default_factory=list)
-    """The finished phases, as `/health` shows them."""
+    """The finished phases, in the form of `/health`."""
     _last_progress: float = 0.0
-    """When progress was last written, on the monotonic clock."""
+    """The time of the last progress event, on the monotonic clock."""
 
     @classmethod
     def resume(cls, path: str | None) -> "LoadLog":
-        """Returns the log in `path`, with the phases of the process that started this one.
+        """Returns the log in `path` with the phases of the parent process.
 
-        The phase that the parent left open ends now. Where none is open, the load in `path` is
-        over and this process replaces the one that loaded: the log in memory begins empty.
+        The phase that the parent left open ends now. If none is open, the load in `path` is over
+        and this process replaces that replica: the new log begins empty.
         """
         load_log = cls(path)
         events = read_events(path) if path is not None else []
@@ -62,13 +63,13 @@ class LoadLog:
         return load_log
 
     def clear(self) -> None:
-        """Forgets an earlier load, in the file too."""
+        """Removes the events of an earlier load, also from the file."""
         self.phases.clear()
         if self.path is not None:
             Path(self.path).unlink(missing_ok=True)
 
     def start(self, phase: Phase) -> None:
-        """Begins a phase that `done` ends, here or in another process."""
+        """Begins a phase. `done` ends it, in this or another process."""
         self._write(Started(phase=phase, at=round(time.time(), 3)))
 
     @contextmanager
@@ -82,7 +83,7 @@ class LoadLog:
             self._write(Failed(phase=phase, error=error.message, retry=error.retry))
             raise
         except Exception:
-            sentence = f"The load failed in phase {phase}; the log says why."
+            sentence = f"The load failed in phase {phase}; the cause is in the log."
             self._write(Failed(phase=phase, error=sentence, retry=False))
             raise
         self.done(phase, time.monotonic() - started)
@@ -95,13 +96,13 @@ class LoadLog:
         log_phase(log, event)
 
     def ready(self) -> None:
-        """Ends the load: the event "ready" has the sum of all phases."""
+        """Ends the load. The event "ready" has the sum of all phases."""
         self.done(Phase.READY, sum(phase["seconds"] for phase in self.phases))
 
     def progress(self, phase: Phase, done: float, num_bytes: int | None = None) -> None:
-        """Writes how much of a phase is done, from 0 to 1, at most once a second.
+        """Writes the progress of a phase, from 0 to 1, at most once a second.
 
-        `num_bytes` is the size of the whole, where progress is counted in bytes.
+        `num_bytes` is the total size if progress is counted in bytes.
         """
         now = time.monotonic()
         if now - self._last_progress >= PROGRESS_INTERVAL_S:

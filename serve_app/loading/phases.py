@@ -1,7 +1,7 @@
-"""The phases of a load, and the events about them: one JSON object a line in a load log.
+"""The phases of a load and their events, one JSON object per line in a load log.
 
     {"phase": "read", "state": "started", "at": seconds since the epoch}
-    {"phase": "read", "state": "running", "done": 0.43, "bytes": size of the whole, where known}
+    {"phase": "read", "state": "running", "done": 0.43, "bytes": total size, if known}
     {"phase": "read", "state": "done", "seconds": 41.2}
     {"phase": "read", "state": "failed", "error": "One sentence.", "retry": false}
 
@@ -17,10 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 
 class Phase(StrEnum):
-    """What a start spends its time on, in this order. The values are what users see."""
+    """The phases of a start, in this order. Users see the values."""
 
     PROCESS = "process"
-    """The process that starts Ray comes up."""
+    """The process that starts Ray starts."""
     RAY = "ray"
     REPLICA = "replica"
     """Serve starts the replica's process and imports its code."""
@@ -63,7 +63,7 @@ class Running(_Event):
     done: float
     """From 0 to 1."""
     bytes: int | None = None
-    """Size of the whole, where progress is counted in bytes."""
+    """The total size if progress is counted in bytes."""
 
 
 class Done(_Event):
@@ -84,7 +84,7 @@ _EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="s
 
 
 class PhaseTime(TypedDict):
-    """A finished phase, as `/health` and progress updates show it."""
+    """A finished phase, in the form of `/health` and progress updates."""
 
     phase: str
     seconds: float

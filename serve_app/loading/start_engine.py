@@ -29,7 +29,7 @@ def start_engine(
 ) -> tuple["Engine", list[str]]:
     """Returns the running engine, and notes for users.
 
-    Raises `ModelLoadFailed` for a lack of memory.
+    Raises `ModelLoadFailed` if the memory is too small.
     """
     import torch
 
@@ -89,18 +89,18 @@ def _engine_config(
 
 
 def _num_kv_blocks(memory: MemoryPlan, block_size: int) -> tuple[int, list[str]]:
-    """Blocks of the KV cache, after the weights are on the device, and notes for users."""
+    """Returns the number of KV blocks and notes for users. The weights must be on the device."""
     num_tokens = memory.kv_cache_tokens
     if num_tokens is None:
         import torch
 
-        torch.cuda.empty_cache()  # memory that the load needed on its way
+        torch.cuda.empty_cache()  # frees temporary memory of the load
         num_tokens = memory.fitting_kv_tokens(*torch.cuda.mem_get_info())
     num_blocks = num_tokens // block_size
     if num_blocks * block_size < memory.max_model_len:
         raise ModelLoadFailed(
-            f"The KV cache holds {num_blocks * block_size} tokens, less than the context of "
-            f"{memory.max_model_len}; lower `engine.max_model_len` or raise "
+            f"The KV cache holds {num_blocks * block_size} tokens, which is less than the "
+            f"context of {memory.max_model_len}; lower `engine.max_model_len` or raise "
             "`engine.kv_cache_tokens`."
         )
     if memory.kv_cache_rule is None:

@@ -1,8 +1,8 @@
-"""Runs the first prompts of a new engine, before any request.
+"""Runs the first prompts of a new engine, before it accepts requests.
 
-The first step of each kind compiles kernels and allocates memory, so no request pays for that. The
-first prompt fills one whole step, so a lack of memory shows during the load. Prompts of several
-sizes teach the engine how long steps take, before streams depend on it.
+The first step of each kind compiles kernels and allocates memory, which would slow down the first
+requests. The first prompt fills a whole step, so that a lack of memory is found during the load.
+Prompts of several sizes give `StepCost` its first measurements.
 """
 
 import asyncio
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def prompt_sizes(config: "EngineConfig") -> list[int]:
-    """Lengths of the first prompts, in tokens: a full step twice, because the first one compiles,
-    then a quarter and a sixteenth of it."""
+    """Returns the lengths of the first prompts, in tokens.
+
+    These are a full step twice, because the first one compiles, then a quarter and a sixteenth of
+    it.
+    """
     full = min(config.max_num_batched_tokens, config.max_model_len - 2)
     return [full, full, max(full // 4, 1), max(full // 16, 1)]
 
@@ -31,13 +34,13 @@ def run_prompts(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
     is not enough, or the engine fails.
     """
     for number, num_tokens in enumerate(prompt_sizes(engine.config)):
-        # No two prompts begin alike, so none is found in the prefix cache.
+        # The prompts begin with different tokens, so none is found in the prefix cache.
         prompt_ids = [(i + number) % vocab_size for i in range(num_tokens)]
         _run(engine, prompt_ids, 2, free_bytes)
 
 
 def first_token(engine: "Engine", prompt_ids: list[int], free_bytes: int) -> None:
-    """Runs a short prompt up to its first token; raises as `run_prompts`."""
+    """Runs a short prompt up to its first token. Raises the errors of `run_prompts`."""
     _run(engine, prompt_ids, 1, free_bytes)
 
 
@@ -55,10 +58,10 @@ def _run(engine: "Engine", prompt_ids: list[int], max_tokens: int, free_bytes: i
         except OutOfMemory as error:
             raise ModelLoadFailed(
                 f"A prompt of {len(prompt_ids)} tokens needs more memory than the "
-                f"{free_bytes / 1e9:.2f} GB that the weights and the KV cache leave; lower "
+                f"{free_bytes / 1e9:.2f} GB that are free beside weights and KV cache; lower "
                 "`engine.max_num_batched_tokens` or `engine.kv_cache_tokens`, or take a larger GPU."
             ) from error
         except ServeError as error:
             raise ModelLoadFailed(
-                f"The model is loaded, and its first prompt failed: {error.message}"
+                f"The model is loaded, but its first prompt failed: {error.message}"
             ) from error

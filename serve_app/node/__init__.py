@@ -1,6 +1,6 @@
-"""Ray on this machine, and the deployment on it: started, watched, and ended.
+"""Starts, watches and ends Ray and the deployment on this machine.
 
-Read `cluster.py` first: it starts the deployment, watches it and takes it down, with
+Read `cluster.py` first: it starts the deployment, watches it and stops it, with
 
     ray_node                starts Ray and Serve on this machine, and ends them
     ray_processes, reaper   find and kill Ray's processes, also when this process is killed
@@ -10,9 +10,9 @@ Read `cluster.py` first: it starts the deployment, watches it and takes it down,
     phases                  follows the phases of a load that the replica writes
     fitness, banner         the checks of the machine before a start; what the log says about it
 
-`haproxy.py` decides what takes HTTP requests, and Serve starts `haproxy_program.py` for it.
-`haproxy_refusals.py` has the lines by which HAProxy refuses requests while the queue is full.
-`http.py` serves the deployment over HTTP: `mixtral-serve run`, and `runpod_entry.py` with
-RUNPOD_SERVERLESS=false. `health_server.py` answers `/ping` meanwhile, in a process that
-`health_listener.py` starts. `serve_app.worker` takes RunPod jobs with the same deployment.
+`haproxy.py` chooses between HAProxy and Serve's own proxy; Serve starts `haproxy_program.py` in the
+first case. `haproxy_refusals.py` has the lines by which HAProxy refuses requests while the queue is
+full. `http.py` serves the deployment over HTTP, for `mixtral-serve run` and for `runpod_entry.py`
+with RUNPOD_SERVERLESS=false. `health_server.py` answers `/ping` during the start, in a process that
+`health_listener.py` starts.
 """

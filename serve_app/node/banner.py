@@ -1,6 +1,6 @@
-"""The first lines of a server's log: the model, the machine and the limits, one fact a line.
+"""The first lines of a server's log: the model, the machine and the limits, one fact per line.
 
-Few lines, because RunPod drops lines of a log that grows fast. They hold no secrets.
+There are few lines, because RunPod drops lines of a log that grows fast. They contain no secrets.
 """
 
 import logging
@@ -31,10 +31,10 @@ def banner(
     checked: list[str],
     failure: ModelLoadFailed | None = None,
 ) -> list[str]:
-    """Returns the lines of the banner; `checked` are those of the check.
+    """Returns the lines of the banner.
 
-    `slots` is the number of jobs taken at once; None for a server that takes HTTP requests.
-    `failure` is why the model cannot be loaded, where the check has found that.
+    `checked` are the lines of the check. `slots` is the maximum number of concurrent jobs; None for
+    an HTTP server. `failure` is the error of the check, if the model cannot be loaded.
     """
     model, engine, api = settings.model, settings.engine, settings.api
     revision = f" at {model.revision}" if model.revision else ""
@@ -59,15 +59,15 @@ def banner(
         f"Time limit: {api.request_timeout_s:.0f} s per request",
         f"Concurrency: {'any number of requests' if slots is None else f'{slots} jobs'}, "
         f"{engine.max_num_seqs} of them decoding at once",
-        outlook if failure is None else f"The model does not load: {failure}",
+        outlook if failure is None else f"The model cannot be loaded: {failure}",
         RULE,
     ]
 
 
 def volume(folder: Path) -> str:
-    """Returns whether the network volume is mounted and can be written."""
+    """Returns a phrase about the network volume: whether it is mounted and can be written."""
     if not is_mounted(folder):
-        return f"none is mounted at {folder}; what this container downloads is lost with it"
+        return f"none is mounted at {folder}; downloads are lost when this container ends"
     free_gb = shutil.disk_usage(nearest_existing(folder)).free / 1e9
     access = write_problem(folder) or "it can be written"
     return f"{folder} is mounted, {free_gb:.0f} GB free; {access}"
@@ -85,7 +85,7 @@ def gpu() -> str:
 
 
 def exposure(options: dict[str, Any], settings: Settings) -> tuple[int, str]:
-    """The logging level and the sentence about who can send requests to the server."""
+    """Returns a logging level and a sentence that says who can send requests to the server."""
     host, port = options["host"], options["port"]
     needs_key = settings.api.needs_key
     if host.startswith(LOOPBACK):

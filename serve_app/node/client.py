@@ -1,4 +1,4 @@
-"""Sends calls to the deployment through a Serve handle and yields the items of each answer.
+"""DeploymentClient: sends calls to the deployment through a Serve handle.
 
 A handle needs no port, has half the latency of HTTP, and cancels a request when it is closed.
 """
@@ -15,14 +15,13 @@ from serve_app.protocol.session import session_of
 log = logging.getLogger(__name__)
 
 Forward = Callable[[Call], AsyncGenerator[ReplyItem, None]]
-"""Sends a call to the model. Closing the generator cancels the request.
-
-Raises `EngineDead` if the model is gone.
-"""
+"""A function that sends a call to the model and yields the items of the answer. Closing the
+generator cancels the request. Raises `EngineDead` if the model is gone."""
 
 EXTRA_TIMEOUT_S = 10.0
-"""Seconds that a call may outlast the deployment's request timeout, if no replica ends it."""
-GONE = "The model's process ended; send the request again."
+"""Seconds after the deployment's request timeout at which a call ends if no replica has ended
+it."""
+GONE = "The model's process has ended. Send the request again."
 
 
 class DeploymentClient:
@@ -70,7 +69,7 @@ class DeploymentClient:
     def close(self) -> None:
         """Ends running and later calls with `EngineDead`.
 
-        Ray itself leaves running calls hanging when its GCS is gone.
+        Ray itself leaves running calls hanging if its GCS is gone.
         """
         self._is_closed = True
         now = asyncio.get_running_loop().time()
@@ -85,10 +84,10 @@ def from_ray(error: Exception) -> ServeError:
     from ray.serve.exceptions import BackPressureError
 
     if isinstance(error, BackPressureError):
-        return QueueFull("The queue is full; try again in a moment.", retry_after_s=1)
+        return QueueFull("The queue is full. Send the request again in a moment.", retry_after_s=1)
     if isinstance(error, RayTaskError | TaskCancelledError):
         # The text may quote the user; the replica's own log has it at DEBUG.
         log.error("The deployment raised %s", type(getattr(error, "cause", error)).__name__)
-        return InternalError("An internal error occurred; please report it with the request id.")
+        return InternalError("An internal error occurred. Please report it with the request id.")
     log.warning("The replica is gone: %s", type(error).__name__)
     return EngineDead(GONE)

@@ -1,7 +1,7 @@
-"""Starts the deployment on this machine's Ray, watches it, and takes it down.
+"""Cluster: starts the deployment on this machine's Ray, watches it, and stops it.
 
-`Cluster` has no HTTP proxy: calls reach the deployment through a handle. `serve_http` starts the
-same deployment behind Serve's proxy. Both take the file that `serve run` takes.
+`Cluster` has no HTTP proxy: it calls the deployment through a handle. `serve_http` starts the same
+deployment behind Serve's proxy. Both read the same file as `serve run`.
 """
 
 import asyncio
@@ -31,11 +31,11 @@ log = logging.getLogger(__name__)
 
 APP_NAME = "mixtral"
 LIVENESS_POLL_S = 0.5
-"""Seconds between two checks of whether all processes live."""
+"""Seconds between two checks whether all processes are alive."""
 HANG_S = 5.0
-"""Seconds to wait for a call of Ray's API that still runs when Ray is dead."""
+"""Maximum seconds to wait for a running call of Ray's API after Ray has died."""
 STOP_S = 30.0
-"""Seconds that the remaining processes of a dead Ray have to end."""
+"""Maximum seconds for the remaining processes of a dead Ray to end."""
 
 
 class Cluster:
@@ -48,7 +48,7 @@ class Cluster:
         plan: StartPlan | None,
         process_s: float | None,
     ) -> None:
-        """`process_s` is how many seconds this process took to start; None is its age at `start`.
+        """`process_s` is the start time of this process in seconds; None means its age at `start`.
 
         Without a `plan` the replica makes one.
         """
@@ -117,15 +117,15 @@ class Cluster:
                 step.exception()  # Ray's own report of the same death
             else:
                 ray_thread.leave()
-            raise EngineDead(f"The worker lost {watching.result()} while the model loaded.")
+            raise EngineDead(f"{watching.result()} ended while the model was loading.")
         finally:
             watching.cancel()
 
 
 def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: StartPlan) -> Any:
-    """Starts the deployment behind `proxy`, which is prepared; the deployment's handle."""
+    """Starts the deployment behind `proxy`, which is prepared. Returns the deployment's handle."""
     if proxy.obstacle is not None:
-        note = f"Serve's own proxy takes the requests, not HAProxy: {proxy.obstacle}"
+        note = f"Serve's own proxy receives the requests, not HAProxy: {proxy.obstacle}"
         log.warning("%s.", note)
         plan = replace(plan, notes=(*plan.notes, note))
     load_log = _begin(settings, None)
@@ -133,7 +133,7 @@ def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: Start
         with ray_node.signals_kept():
             ray_node.start()
         _use_log_format(settings)
-        # From here on signals are the caller's: the model may take minutes to load.
+        # From here on the caller handles signals: the model may take minutes to load.
         with ray_node.signals_kept():
             ray_node.start_serve(proxy.options(settings.api))
     with ray_node.signals_kept():
@@ -153,7 +153,7 @@ def _begin(settings: Settings, process_s: float | None) -> LoadLog:
 
 
 def with_load_log(settings: Settings) -> Settings:
-    """`settings` with a load log, a file on this machine's own disk until this process ends."""
+    """Returns `settings` with a load log, a file on the local disk until this process ends."""
     if settings.load_log is not None:
         return settings
     folder = own_folder.create("mixtral-load-")
@@ -200,7 +200,7 @@ def deploy(
 def log_unused_keys(config: str | Path) -> None:
     """Logs the keys of the YAML that have no effect here."""
     if unused := unused_keys(config):
-        log.warning("Ignored: %s; `serve run` alone uses them.", ", ".join(unused))
+        log.warning("Ignored: %s; only `serve run` uses them.", ", ".join(unused))
 
 
 def _overridden(app: Any, given: dict[str, Any], **options: Any) -> Any:
@@ -219,7 +219,8 @@ def _overridden(app: Any, given: dict[str, Any], **options: Any) -> Any:
 
 
 def require_resources(deployment: Any, available: dict[str, float]) -> None:
-    """Raises `ModelLoadFailed` if the replicas do not fit, for which Serve would wait for ever."""
+    """Raises `ModelLoadFailed` if the replicas need more resources than Ray has, because Serve
+    would wait without end."""
     options = deployment.ray_actor_options
     for kind, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
         # "auto" and autoscaling start with one.
@@ -227,7 +228,7 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
         has = available.get(kind, 0)
         if needed > has:
             raise ModelLoadFailed(
-                f"The deployment needs {needed:g} {kind}s and Ray finds {has:g} on this machine; "
+                f"The deployment needs {needed:g} {kind}s, but Ray finds {has:g} on this machine; "
                 f"change `{key}` or `num_replicas` under `deployments:`, or `model.device`."
             )
 
@@ -261,4 +262,6 @@ def _load_failure(
             return ModelLoadFailed(event.error, retry=event.retry)
     if events and isinstance(last := events[-1], Started | Running):
         return memory.killed(plan, last.phase)
-    return ModelLoadFailed("The model could not be loaded; the worker's log says why.", retry=True)
+    return ModelLoadFailed(
+        "The model could not be loaded; the cause is in the worker's log.", retry=True
+    )

@@ -1,9 +1,9 @@
-"""Checks whether this machine can serve the model, before it takes jobs or requests.
+"""Checks whether this machine can serve the model, before it accepts jobs or requests.
 
-These checks are about the machine: one that fails reports the worker as unhealthy and ends it with
-code 1 (SDK: `register_fitness_check`), so that another machine is tried. What is wrong with the
-model or its name fails the jobs instead. Every check takes milliseconds, imports no torch. Raises
-`MachineUnfit` with one sentence that says what to do.
+A check that fails reports the worker as unhealthy and ends it with code 1 (SDK:
+`register_fitness_check`), so that another machine is tried. Problems of the model or its name fail
+the jobs instead. Every check takes milliseconds, imports no torch, and raises `MachineUnfit` with
+one sentence that says what to do.
 """
 
 import logging
@@ -28,7 +28,7 @@ Check = Callable[[], None]
 SHARED_MEMORY = Path("/dev/shm")
 SCRATCH = Path("/tmp")
 SCRATCH_BYTES = 1_000_000_000
-"""Bytes that Ray's session and its logs may take."""
+"""Bytes that Ray's session and its logs need."""
 
 
 def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
@@ -83,7 +83,7 @@ def require_driver(device: Device) -> None:
         gpus = query_gpus()
     except NoGpus as reason:
         raise MachineUnfit(
-            f"The model needs a GPU and none is seen ({reason}); choose another host, or set "
+            f"The model needs a GPU, but none was found ({reason}); choose another host, or set "
             "`model.device` to cpu."
         ) from None
     cuda = torch_cuda_version()
@@ -93,11 +93,11 @@ def require_driver(device: Device) -> None:
 
 
 def require_memory(device: Device, num_bytes: int) -> None:
-    """Raises `MachineUnfit` if a load onto the GPU lacks main memory on the way."""
+    """Raises `MachineUnfit` if there is too little main memory for a load onto the GPU."""
     if device == "cuda" and (free := free_bytes()) < num_bytes:
         raise MachineUnfit(
-            f"{free / 1e9:.2f} GB of main memory are free, and a load onto a GPU takes about "
-            f"{num_bytes / 1e9:.0f} GB on the way; take a machine with more."
+            f"{free / 1e9:.2f} GB of main memory are free, but a load onto a GPU needs about "
+            f"{num_bytes / 1e9:.0f} GB; use a machine with more memory."
         )
 
 
@@ -106,7 +106,7 @@ def require_shared_memory(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free if folder.is_dir() else 0
     if free < num_bytes:
         raise MachineUnfit(
-            f"{folder} has {free / 1e6:.0f} MB free and Ray needs {num_bytes / 1e6:.0f} MB; start "
+            f"{folder} has {free / 1e6:.0f} MB free, but Ray needs {num_bytes / 1e6:.0f} MB; start "
             "the container with a larger one (--shm-size)."
         )
 
@@ -116,7 +116,7 @@ def require_disk(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
         raise MachineUnfit(
-            f"The disk of {folder} is full: {free / 1e6:.0f} MB are free, and Ray needs "
+            f"The disk of {folder} is full: {free / 1e6:.0f} MB are free, but Ray needs "
             f"{num_bytes / 1e6:.0f} MB for its session; raise the container's disk."
         )
 

@@ -1,11 +1,12 @@
-"""Serve's HAProxy mode on one machine: HAProxy takes requests and hands them to the replica itself.
+"""Serve's HAProxy mode on one machine: HAProxy receives requests and sends them to the replica
+itself.
 
-Ray Serve reads the mode and its ports from the environment where `ray.serve` is imported, in each
-process, so `Proxy.prepare` comes before Ray starts. `Proxy.options` comes before Serve starts: it
-writes the program that Serve starts in HAProxy's place (see `haproxy_program.py`).
+Ray Serve reads the mode and its ports from the environment when a process imports `ray.serve`, so
+`Proxy.prepare` must be called before Ray starts. `Proxy.options` must be called before Serve
+starts: it writes the program that Serve starts in place of HAProxy (see `haproxy_program.py`).
 
-On one machine the replica, and the proxy that Serve keeps for times without a replica, listen on
-loopback, on ports that are free now, so that several servers run side by side.
+On one machine, the replica and the proxy that Serve keeps for times without a replica listen on
+loopback, on free ports, so that several servers can run side by side.
 """
 
 import logging
@@ -26,22 +27,22 @@ GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MODE = "RAY_SERVE_ENABLE_HA_PROXY"
 MAX_PORT = 65_535
 NUM_REPLICA_PORTS = 100
-"""Ports for replicas: Serve takes the next one where one is in use."""
+"""Number of ports for replicas. Serve uses the next one if one is in use."""
 
 
 class Proxy:
-    """What takes the requests of a server with these `http_options`: HAProxy or Serve's proxy."""
+    """The proxy of a server with these `http_options`: HAProxy or Serve's own."""
 
     def __init__(self, http_options: dict[str, Any]) -> None:
         self._http_options = http_options
 
     @cached_property
     def obstacle(self) -> str | None:
-        """Why Serve's own proxy takes the requests; None for HAProxy."""
+        """The reason why Serve's own proxy is used; None if HAProxy is used."""
         if self._http_options.get("ssl_certfile"):
-            return "Serve does not hand `http_options.ssl_certfile` to HAProxy"
+            return "Serve does not pass `http_options.ssl_certfile` to HAProxy"
         if sys.platform != "linux":
-            return "`ray[serve]` has HAProxy on Linux alone"
+            return "`ray[serve]` contains HAProxy only on Linux"
         if (given := os.environ.setdefault(MODE, "1")) != "1":
             return f"{MODE} is {given!r} in the environment"
         try:

@@ -51,14 +51,14 @@ from pathlib import Path
 from serve_app.node import haproxy_refusals, haproxy_sessions
 
 HEADERS_S = 10
-"""Seconds that a client has for a request's first line and headers, and that it may be idle before
-the first request."""
+"""Maximum seconds for a request's first line and headers, and for idle time before the first
+request."""
 IDLE_S = 60
-"""Seconds without progress while a client sends its body or reads its answer."""
+"""Maximum seconds without progress while a client sends its body or reads its answer."""
 MAX_HEADERS = 64
 MAX_URL_CHARS = 8192
 FILES_PER_CONNECTION = 2
-"""The client's socket, and the one to the replica."""
+"""Number of open files per connection: the client's socket, and the one to the replica."""
 OTHER_FILES = 200
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PR_SET_PDEATHSIG = 1
@@ -80,9 +80,9 @@ ANTHROPIC_TYPES = {"queue_full": "rate_limit_error", "engine_dead": "api_error"}
 
 
 def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
-    """JSON as `serve_app.error_body.error_body` makes it; tests compare the two.
+    """Returns JSON in the form of `serve_app.error_body.error_body`; tests compare the two.
 
-    It has expressions for what `shape` sets.
+    It contains HAProxy expressions for the values that `shape` sets.
     """
     fields = {
         "message": message,
@@ -111,7 +111,7 @@ def shape() -> list[str]:
 
 
 def ids() -> list[str]:
-    """Lines that give HAProxy's own errors the headers with the request's id."""
+    """Returns the lines that add the request's id to the headers of HAProxy's own errors."""
     conditions = {"x-mixtral-request-id": "", "request-id": " { var(txn.shape) -m found }"}
     return [
         f"    http-after-response set-header {name} {haproxy_refusals.REQUEST_ID}"
@@ -121,12 +121,12 @@ def ids() -> list[str]:
 
 
 def quoted(text: str) -> str:
-    """`text` as one argument of a line of HAProxy's configuration."""
+    """Returns `text` as one argument of a line in HAProxy's configuration."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def answer(status: int, body: str, more: str = "") -> str:
-    """Returns an answer of HAProxy's; `body` may hold its expressions."""
+    """Returns the arguments of an answer by HAProxy; `body` may contain its expressions."""
     return f"status {status} content-type application/json lf-string {quoted(body)}{more}"
 
 
@@ -139,7 +139,7 @@ def defaults() -> list[str]:
 
 
 def refusal() -> str:
-    """Returns the answer to a request for which the queue has no place."""
+    """Returns the answer to a request if the queue is full."""
     body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True)
     headers = (
         ("Retry-After", haproxy_refusals.RETRY_AFTER),
@@ -180,13 +180,14 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
 
 
 def loading() -> str:
-    """Returns the rule for requests that come before Serve has a replica, and so a route."""
+    """Returns the rule for requests before Serve has a replica and a route."""
     body = error_body(LOADING, "overloaded_error", "loading", "OVERLOADED", True)
     return f"    http-request return {answer(503, body, f' hdr Retry-After {LOADING_RETRY_S}')}"
 
 
 def changed(config: str, options: argparse.Namespace) -> str:
-    """Serve's configuration `config` with our changes. Raises `ValueError` for another form."""
+    """Returns Serve's configuration `config` with our changes. Raises `ValueError` for an unknown
+    form."""
     backends = re.findall(r"^backend (?!default_backend\n)(\S+)", config, re.MULTILINE)
     has_sessions = len(backends) == 1 and haproxy_sessions.num_replicas(config) > 1
     frontend_lines = "\n".join(frontend(options, backends, has_sessions=has_sessions))
@@ -224,7 +225,10 @@ def changed(config: str, options: argparse.Namespace) -> str:
 
 
 def num_connections(wanted: int) -> int:
-    """`wanted`, or the number that the process's open files allow; HAProxy would not start."""
+    """Returns `wanted`, or the number of connections that the limit of open files allows.
+
+    HAProxy does not start with more.
+    """
     _, num_files = resource.getrlimit(resource.RLIMIT_NOFILE)
     if num_files == resource.RLIM_INFINITY:
         return wanted
@@ -250,7 +254,7 @@ def binary() -> str:
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Our options, and the arguments of HAProxy that Serve gives, with `-f FILE` among them."""
+    """Returns our options, and the arguments of HAProxy from Serve, with `-f FILE` among them."""
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--bind", help="address:port of the server; None leaves Serve's")
     parser.add_argument("--max-connections", type=int, default=4096)
@@ -261,7 +265,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Replaces this process by HAProxy; ends with code 1 if that cannot be."""
+    """Replaces this process with HAProxy, or exits with code 1 if that is not possible."""
     options, given = parse(sys.argv[1:] if arguments is None else arguments)
     path = Path(given[given.index("-f") + 1])
     try:

@@ -1,25 +1,24 @@
 """Lines of HAProxy's configuration that refuse requests while the engine's queue is full.
 
 A refusal by the replica takes processor time from its event loop, which every answer needs, and a
-burst of requests waits in the replica's sockets until the loop has looked at each. So HAProxy
-refuses what would generate and goes beyond the places of the queue, before it reads the body.
+burst of requests waits in the replica's sockets until the loop has read each of them. So HAProxy
+itself refuses generating requests beyond the places of the queue, before it reads the body.
 
-The replica tells the number of places (`PLACES`, a header of its `/ping` and of its refusals). As
-many requests may be under way at once for each replica. Connections and places are not the same: a
-large body that is half sent has a connection and no place (a small one waits in HAProxy). The
-engine's queue alone decides what is full, so one more request asks the replica every
-`ASK_EVERY_US`. If the replica refuses it, the queue is full, and the next request asks after a time
-in which few places become free, at most a second.
+The replica sends the number of places (`PLACES`, a header of its `/ping` and of its refusals).
+HAProxy allows as many concurrent requests for each replica. Connections and places are not the
+same: a large body that is partly sent has a connection and no place (a small one waits in HAProxy).
+Only the engine's queue decides whether it is full, so one request beyond the limit is sent to the
+replica every `ASK_EVERY_US`. If the replica refuses it, the queue is full. Then the next such
+request is sent after a time in which few places become free, at most a second.
 
-`Retry-After` gives the refused requests one turn after another, as `engine/retry_after.py` does.
+`Retry-After` assigns times to refused requests one after another, as in `engine/retry_after.py`.
+The replica still refuses requests of browsers, which need CORS headers. No replica has many more
+requests than the mean (`haproxy_sessions.py`). If several HAProxys share replicas, each counts only
+its own requests, so the replicas refuse more. While the queue is full, a request without an API key
+gets this refusal too.
 
-The replica still refuses requests of browsers, which need CORS headers. No one of several replicas
-has many more requests than the mean (`haproxy_sessions.py`). Where several HAProxys share replicas,
-each sees its own requests, so the replicas refuse more. While the queue is full, a request without
-a key is told so too.
-
-Threads of HAProxy may write a `proc` variable at once; what they then lose is one turn or the count
-of one refusal, or they ask once more.
+HAProxy's threads may write a `proc` variable at the same time. The effect is harmless: two requests
+get the same time, one refusal is not counted, or one more request is sent to the replica.
 """
 
 PLACES, REFUSED = "x-mixtral-places", "x-mixtral-refused"
@@ -31,14 +30,15 @@ PATHS = (
     "/v1/messages",
     "/prompt",
 )
-"""Routes that take a place in the engine's queue."""
+"""Routes whose requests need a place in the engine's queue."""
 MAX_WAIT_US = 60_000_000
-"""Longest `Retry-After`."""
+"""Maximum `Retry-After`, in microseconds."""
 ASK_EVERY_US = 1_000
-"""Microseconds between requests that ask, while the replica refuses none of them."""
+"""Microseconds between requests beyond the limit that are sent to the replica, while it accepts
+them."""
 BODY_S = 30
-"""Seconds in which a body, or its first 15 kB, must be here; until then it waits in HAProxy, where
-it takes nothing of the limit."""
+"""Maximum seconds until a body, or its first 15 kB, has arrived. It waits in HAProxy until then and
+does not count for the limit."""
 
 # Expressions for the answer to a refused request.
 RETRY_AFTER = "%[var(txn.wait_s)]"
@@ -66,7 +66,8 @@ def rules(backend: str, refusal: str) -> list[str]:
 
 
 def _decision(backend: str) -> list[str]:
-    """`is_refused` where as many requests are open as there are places, and none is to ask now."""
+    """Returns lines that set `is_refused`: all places are in use, and no request is to be sent to
+    the replica now."""
     return [
         "acl generates var(txn.generates) -m bool",
         "acl is_over var(txn.is_over) -m bool",
@@ -85,12 +86,12 @@ def _decision(backend: str) -> list[str]:
 
 
 def _ids_and_turn() -> list[str]:
-    """Sets what the answer to a refused request says, and counts it."""
+    """Returns lines that set the variables of a refusal, and count it."""
     return [
         "http-request set-var(txn.client_id) var(txn.request_id) if is_refused",
         "http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
         " if is_refused { req.fhdr(x-request-id) -m found }",
-        # A turn is never in the past, and never further away than the longest wait.
+        # `proc.turn` is never in the past, and never further away than the longest wait.
         "http-request set-var(proc.turn) var(txn.now)"
         " if is_refused !{ var(proc.turn),sub(txn.now) gt 0 }",
         "http-request set-var(proc.turn) var(proc.turn),add(proc.place_us) if is_refused",
@@ -98,7 +99,7 @@ def _ids_and_turn() -> list[str]:
         f" if is_refused {{ var(proc.turn),sub(txn.now) gt {MAX_WAIT_US} }}",
         "http-request set-var(txn.wait_s) var(proc.turn),sub(txn.now),add(999999),div(1000000)"
         " if is_refused",
-        # Other threads may have taken their turns meanwhile.
+        # Other threads may have changed `proc.turn` meanwhile.
         f"http-request set-var(txn.wait_s) int({MAX_WAIT_US // 1_000_000})"
         f" if is_refused {{ var(txn.wait_s),sub({MAX_WAIT_US // 1_000_000}) gt 0 }}",
         "http-request set-var(txn.wait_s) var(proc.min_s)"
@@ -108,7 +109,7 @@ def _ids_and_turn() -> list[str]:
 
 
 def _news() -> list[str]:
-    """Takes over what a replica tells."""
+    """Returns lines that store the numbers in a replica's `PLACES` header."""
     names = ("num_places", "place_us", "full_us", "min_s")
     taken = [
         f"http-response set-var(proc.{name}) res.hdr({PLACES},{number}),add(0) if is_told"

@@ -55,13 +55,13 @@ def rules() -> list[str]:
 
 
 def num_replicas(config: str) -> int:
-    """Returns the replicas in Serve's configuration; Serve's own proxy, which is a spare, is
-    none."""
+    """Returns the number of replicas in Serve's configuration, without Serve's spare proxy."""
     return len(_servers(config))
 
 
 def balanced(config: str, backend: str) -> str:
-    """Serve's configuration `config` with the replicas of the section `backend` chosen by hash."""
+    """Returns Serve's configuration `config` with a hash that chooses the replica in section
+    `backend`."""
     lines = (
         f"backend {backend}",
         "    balance hash var(txn.session)",
@@ -77,6 +77,6 @@ def balanced(config: str, backend: str) -> str:
 
 
 def _servers(config: str) -> list[tuple[str, str]]:
-    """Line and name of each replica."""
+    """Returns the line and the name of each replica."""
     found = re.finditer(r"^    server (\S+) .*$", config, re.MULTILINE)
     return [(each[0], each[1]) for each in found if not each[0].endswith(" backup")]

@@ -43,7 +43,7 @@ from serve_app.node import ray_worker
 NODE_POLL_S = 0.02
 """Seconds between two checks of whether Ray's GCS lists the node."""
 NODE_LIMIT_S = 10.0
-"""Seconds after which Ray's own, slower wait takes over."""
+"""Maximum seconds of this wait; then Ray's own, slower wait follows."""
 APP_POLL_S = 0.1
 """Seconds between two checks of whether the application runs; Serve's controller polls as often."""
 NUM_WORKERS = 4
@@ -55,11 +55,11 @@ NOT_IN_USE = -1
 
 
 _meanwhile: list[Callable[[], None]] = []
-"""Called and emptied by the next start of Ray."""
+"""Functions that the next start of Ray calls once."""
 
 
 def shorten(meanwhile: Callable[[], None]) -> None:
-    """Changes how this process starts Ray and Serve from now on, as the module describes.
+    """Makes this process start Ray and Serve from now on as the module's docstring describes.
 
     The next start of Ray calls `meanwhile` once, while Ray's processes start. Later calls only
     replace `meanwhile`.
@@ -81,7 +81,7 @@ def shorten(meanwhile: Callable[[], None]) -> None:
 
 
 def _no_api_server(node: Any, *, include_dashboard: Any, raise_on_failure: bool) -> None:
-    """Replaces `Node.start_api_server`. The address is "", as Ray has it without a dashboard."""
+    """Replaces `Node.start_api_server`. The address is "", Ray's value without a dashboard."""
     node._webui_url = ""
 
 
@@ -94,7 +94,8 @@ def _leave_processes(node: Any, **_: Any) -> None:
 
 
 def _with_preparation(start_processes: Callable[[Any], None]) -> Callable[[Any], None]:
-    """`Node.start_ray_processes` with our worker program and ports, and work during the wait."""
+    """Returns `Node.start_ray_processes` with our worker program and ports, and with
+    `meanwhile`."""
 
     def start(node: Any) -> None:
         node._ray_params.worker_path = ray_worker.__file__
@@ -136,8 +137,8 @@ def _with_our_flags(start_process: Callable[..., Any]) -> Callable[..., Any]:
 def _choose_ports(node: Any) -> None:
     """Writes the files in which the raylet finds its agents' ports, so that it does not wait.
 
-    By default each agent writes the file of its port once it listens. The raylet gets the port of
-    the runtime env agent by flag, too, and hands it to that agent.
+    By default each agent writes the file of its port once it listens. The raylet also gets the port
+    of the runtime env agent by flag, and passes it to that agent.
     """
     raylet: Any = importlib.import_module("ray._raylet")  # its type stub is incomplete
     with socket.create_server(("0.0.0.0", 0)) as free:
@@ -149,8 +150,7 @@ def _choose_ports(node: Any) -> None:
 
 
 def _raylet_flag(flag: str) -> str:
-    """Returns a flag of the raylet's command line, with our value in place of Ray's where they
-    differ."""
+    """Returns a flag of the raylet's command line, with our value if it differs from Ray's."""
     name, _, value = flag.partition("=")
     match name:
         case "--num_prestart_python_workers":  # Ray: one per CPU, 128 on a large host

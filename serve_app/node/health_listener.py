@@ -1,4 +1,4 @@
-"""The process that answers `/ping` while this one starts Ray and the model loads."""
+"""HealthListener: a process that answers `/ping` while this one starts Ray and the model loads."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ class HealthListener:
     """
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
-        """Hands `sockets`, which listen, to the other process."""
+        """Starts the process and passes it `sockets`, which already listen."""
         numbers = [each.fileno() for each in sockets]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.node.health_server", *map(str, numbers)],
@@ -40,14 +40,15 @@ class HealthListener:
 
     @classmethod
     def before(cls, port: int) -> "HealthListener":
-        """Answers on `port` in the place of a server that listens on every interface there.
+        """Answers on `port` in place of a server that listens on every interface there.
 
-        That server may start at any time; it gets the connections that come after `close`.
+        That server may start at any time; it gets the connections after `close`.
         """
         return cls(listen_before(port))
 
     def tell(self, state: State) -> None:
-        """Changes the answers. A signal handler may call it: one write, without a buffer."""
+        """Changes the answers. A signal handler may call it, because it is a single unbuffered
+        write."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError):
             self._process.stdin.write(json.dumps(state).encode() + b"\n")

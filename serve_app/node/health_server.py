@@ -30,17 +30,17 @@ from serve_app.node import phases
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
 """The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
 REQUEST_S = 5.0
-"""Seconds that a client has to send its request and read the answer."""
+"""Maximum seconds in which a client must send its request and read the answer."""
 MAX_HEAD_BYTES = 16_384
 RETRY_AFTER_S = 5
 """Seconds in the `Retry-After` header of a request that comes while the model loads."""
 
 Health = Callable[[], dict[str, Any]]
-"""Returns the body of `/health`, whose "status" decides the answer of `/ping`."""
+"""A function that returns the body of `/health`, whose "status" decides the answer of `/ping`."""
 
 
 class HealthServer:
-    """Answers on `sockets`, which listen already."""
+    """Answers on `sockets`, which already listen."""
 
     def __init__(self, sockets: Sequence[socket.socket], health: Health) -> None:
         self._sockets = sockets
@@ -74,7 +74,7 @@ class HealthServer:
             writer.transport.abort()
 
     def _answer(self, head: bytes) -> bytes:
-        """Returns the response to a request's head, bytes as they go over the wire."""
+        """Returns the response to a request's head, both as raw bytes."""
         method, status = b"", HTTPStatus.BAD_REQUEST
         body: Any = {}
         lines = []
@@ -108,7 +108,7 @@ class HealthServer:
 
 
 def _ids(body: dict[str, Any], path: bytes) -> list[str]:
-    """Header lines with the request's id, where `body` is an error."""
+    """Returns header lines with the request's id if `body` is an error."""
     if "error" not in body:
         return []
     names = ["x-mixtral-request-id", "x-request-id"]
@@ -118,7 +118,7 @@ def _ids(body: dict[str, Any], path: bytes) -> list[str]:
 
 
 class State(TypedDict):
-    """What the parent tells."""
+    """The state that the parent sends."""
 
     status: str
     """"loading", "ready", "draining" or "failed"."""
@@ -126,7 +126,7 @@ class State(TypedDict):
 
 
 def health(state: State) -> dict[str, Any]:
-    """`{"status", "load": [...]}` and the phase under way, as waiting jobs get them."""
+    """Returns `{"status", "load": [...]}` and the current phase, as waiting jobs get them."""
     events = read_events(state["load_log"]) if state["load_log"] else []
     return {"status": state["status"], **phases.summary(events)}
 

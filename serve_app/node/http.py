@@ -33,16 +33,17 @@ PING_INTERVAL_S = 1.0
 IDLE_POLL_S = 0.25
 """Seconds between two polls for running requests, while the server drains."""
 REPLICA_TIMEOUT_S = 5.0
-"""Seconds that the replicas have to answer such a poll."""
+"""Maximum seconds for the replicas to answer such a poll."""
 PING_TIMEOUT_S = 2.0
-"""Seconds that `/ping` has to answer. Serve makes requests wait while no replica runs."""
+"""Maximum seconds for `/ping` to answer. Serve makes requests wait while no replica runs."""
 HAND_OVER_S = 10.0
-"""Seconds that Serve's proxy has to answer, after the model is loaded."""
+"""Maximum seconds for Serve's proxy to answer after the model is loaded."""
 HAND_OVER_POLL_S = 0.05
 BEHIND = "127.0.0.2"
 """An address of this machine that no interface lists, so `listen_before` leaves it to Serve."""
 ALL_INTERFACES = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-"""Addresses that stand for every interface, and where a client on this machine connects."""
+"""Addresses that mean every interface, and the address with which a client on this machine
+connects."""
 
 
 class HttpEndpoint:
@@ -56,12 +57,12 @@ class HttpEndpoint:
     def __init__(
         self, http_options: dict[str, Any], port_health: int | None = None, port_name: str = "PORT"
     ) -> None:
-        """Takes SIGTERM and SIGINT, so call it in the main thread, before anything else.
+        """Installs handlers of SIGTERM and SIGINT, so call it in the main thread, before anything
+        else.
 
         `port_health` None, or the server's own port, means that `/ping` is on the server's port.
-
-        `http_options` are Ray Serve's, with at least `host` and `port`. Raises `ConfigError` for a
-        port that is in use, naming `port_name` or PORT_HEALTH.
+        `http_options` are Ray Serve's, with at least `host` and `port`. Raises `ConfigError`, which
+        names `port_name` or PORT_HEALTH, if a port is in use.
         """
         if http_options["port"] == 0:
             http_options = http_options | {"port": free_port(http_options["host"])}
@@ -85,19 +86,19 @@ class HttpEndpoint:
 
     @property
     def url(self) -> str:
-        """Where a client on this machine reaches the server."""
+        """The URL of the server for clients on this machine."""
         host = self.http_options["host"]
         scheme = "https" if self.http_options.get("ssl_certfile") else "http"
         return f"{scheme}://{ALL_INTERFACES.get(host, host)}:{self.http_options['port']}"
 
     def tell(self, status: str | None = None, load_log: str | None = None) -> None:
-        """Changes the status, or the load log, of which `/health` shows the phases."""
+        """Changes the status, or the load log whose phases `/health` shows."""
         self.status, self.load_log = status or self.status, load_log or self.load_log
         if self._health is not None:
             self._health.tell({"status": self.status, "load_log": self.load_log})
 
     def serves(self) -> None:
-        """Tells that the model is loaded, and gives the server's port to Serve's proxy."""
+        """Changes the status to ready, and gives the server's port to Serve's proxy."""
         is_stand_in = self._health is not None and not self._has_own_port
         if is_stand_in:
             end = time.monotonic() + HAND_OVER_S
@@ -121,12 +122,12 @@ class HttpEndpoint:
     def watch(self) -> None:
         """Keeps `status` up to date until a signal stops the server.
 
-        Raises `ModelLoadFailed` if a replica has died and the model does not load again, and
-        `EngineDead` when Ray itself has died, which Serve cannot repair.
+        Raises `ModelLoadFailed` if a replica has died and the model cannot be loaded again, and
+        `EngineDead` if Ray itself has died, which Serve cannot repair.
         """
         while not self._is_stopping.wait(PING_INTERVAL_S):
             if (lost := ray_processes.lost()) is not None:
-                raise EngineDead(f"The server lost {lost}, and ends.")
+                raise EngineDead(f"The server ends: {lost} has died.")
             is_ready = self._is_ready()
             if self._is_stopping.is_set():
                 break
@@ -142,7 +143,7 @@ class HttpEndpoint:
         try:
             return self._ping() == 200
         except TimeoutError:
-            # A load balancer that takes a busy worker for a loading one replaces it.
+            # A load balancer replaces a busy worker if its `/ping` says that it is loading.
             return cluster.is_running()
         except (OSError, HTTPException):
             return False
@@ -191,7 +192,8 @@ def _can_stand_in(http_options: dict[str, Any]) -> bool:
 
 
 def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
-    """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests; 0."""
+    """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests. Returns exit code
+    0."""
     settings = cluster.with_load_log(checked.settings)
     endpoint.tell(load_log=settings.load_log)
     try:
@@ -227,14 +229,16 @@ def _drain(handle: Any, limit_s: float, port: int) -> None:
     from ray.serve.exceptions import RayServeException
 
     end = time.monotonic() + limit_s
-    log.info("Finishing running requests, for %g s at most; new ones are refused.", limit_s)
+    log.info("Finishing running requests for at most %g s. New requests are refused.", limit_s)
     try:
         handle.broadcast("drain").results(timeout_s=REPLICA_TIMEOUT_S)
         num_idle, is_late = 0, False
         # Twice, because an answer takes a moment from the replica to the proxy and to the socket.
         while num_idle < 2:
             if time.monotonic() > end and not is_late:
-                log.warning("Some requests still run after %g s and are answered 503.", limit_s)
+                log.warning(
+                    "Some requests are still running after %g s; they get status 503.", limit_s
+                )
                 handle.broadcast("end_requests").results(timeout_s=REPLICA_TIMEOUT_S)
                 is_late = True
             if time.monotonic() > end + REPLICA_TIMEOUT_S:
@@ -242,10 +246,12 @@ def _drain(handle: Any, limit_s: float, port: int) -> None:
             num_idle = 0 if _num_requests(handle) or has_unsent(port) else num_idle + 1
             time.sleep(IDLE_POLL_S)
     except (RayError, RayServeException, TimeoutError) as error:
-        log.warning("The deployment does not answer (%s); stopping at once.", type(error).__name__)
+        log.warning(
+            "The deployment does not answer (%s); the server stops now.", type(error).__name__
+        )
 
 
 def _num_requests(handle: Any) -> int:
-    """Running and waiting requests on all replicas."""
+    """Returns the number of running and waiting requests on all replicas."""
     healths = handle.broadcast("health").results(timeout_s=REPLICA_TIMEOUT_S)
     return sum(health["engine"]["running"] + health["engine"]["waiting"] for health in healths)

@@ -47,10 +47,11 @@ def logged(path: str | None) -> Iterator[None]:
 
 
 def summary(events: Sequence[Event]) -> dict[str, Any]:
-    """Returns the events of a load, as clients see them.
+    """Returns the state of a load for clients.
 
-    `{"load": [{"phase", "seconds"} of each finished one], "phase": the one under way}`, and where
-    its progress is known, `"done"` from 0 to 1, `"progress"` in percent, and a `"message"`.
+    It is `{"load": [{"phase", "seconds"} of each finished phase], "phase": the current one}`. If
+    its progress is known, it also has `"done"` from 0 to 1, `"progress"` in percent, and
+    `"message"`.
     """
     shown: dict[str, Any] = {"load": finished(events)}
     match events[-1] if events else None:

@@ -41,7 +41,8 @@ from serve_app.node import head, ray_processes, ray_thread, reaper
 log = logging.getLogger(__name__)
 
 OBJECT_STORE_BYTES = 200_000_000
-"""Small: requests and answers travel in Ray's messages, and the object store stays empty."""
+"""Size of Ray's object store. It is small, because requests and answers are Ray's messages, which
+do not use the store."""
 SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 """No line per request, because RunPod drops lines of a log that grows fast."""
 MARK = "RAY_STARTED_BY"
@@ -49,9 +50,9 @@ MARK = "RAY_STARTED_BY"
 
 
 def start(meanwhile: Callable[[], None] = lambda: None) -> None:
-    """Starts Ray, if it does not run yet; calls `meanwhile` while its processes start.
+    """Starts Ray if it is not running; calls `meanwhile` while its processes start.
 
-    An error that `meanwhile` raises goes to the caller, who must call `stop`.
+    An error that `meanwhile` raises is passed to the caller, who must call `stop`.
     """
     import ray
 
@@ -68,7 +69,7 @@ def start(meanwhile: Callable[[], None] = lambda: None) -> None:
         raise
     except Exception as error:
         # On a busy machine Ray's processes may wait in vain for each other, 30 s each.
-        log.warning("Ray did not start (%s); trying once more.", error)
+        log.warning("Ray did not start (%s); starting it once more.", error)
         kill()
         _init()
 
@@ -117,10 +118,10 @@ def start_serve(http_options: dict[str, Any] | None = None) -> None:
 
 
 def stop() -> None:
-    """Ends Ray, also while it starts; call it when no request runs any more.
+    """Ends Ray, also while it starts. Call it when no request is running.
 
-    The caller must pass its exit code through `ray_thread.ended` then: if Ray is still starting,
-    its processes end when this one does.
+    The caller must then pass its exit code through `ray_thread.ended`: if Ray is still starting,
+    its processes end when this process does.
     """
     if ray_thread.is_busy():
         # `ended` ends this process now, and the reaper Ray's. The other way round, Ray would end
@@ -130,19 +131,19 @@ def stop() -> None:
     with signals_kept():
         kill()
     if _reaper.cache_info().currsize:
-        # Nothing is left for the reaper.
+        # The reaper has nothing left to do.
         with _reaper() as process:
             process.kill()
         _reaper.cache_clear()
 
 
 def kill() -> None:
-    """Kills Ray in any state, also half started.
+    """Kills Ray in any state, even if it is only partly started.
 
-    Ray ends this process with code 1 as soon as it sends a word to a raylet that is gone, so
-    `ray.shutdown` disconnects it before its processes are killed. Where one of them is dead
-    already, the others end first, except the GCS: `ray.shutdown` calls it, and waits for seconds
-    if it is gone.
+    Ray ends this process with code 1 as soon as it sends a message to a raylet that is gone, so
+    `ray.shutdown` disconnects it before its processes are killed. If one of them has already died,
+    the others are killed first, except the GCS: `ray.shutdown` calls it, and waits for seconds if
+    it is gone.
     """
     import ray
 
@@ -157,7 +158,7 @@ def kill() -> None:
 def signals_kept() -> Iterator[None]:
     """Restores the handlers of SIGTERM and SIGINT after the block, in which Ray replaces them.
 
-    Without effect outside the main thread, in which alone Python sets handlers.
+    It has no effect outside the main thread, because Python sets handlers only there.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

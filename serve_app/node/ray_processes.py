@@ -70,8 +70,7 @@ def vital() -> "dict[str, psutil.Process]":
 
 
 def lost() -> str | None:
-    """Returns the name of a process that Ray cannot do without and that has died; None if all
-    live."""
+    """Returns the name of a dead process that Ray cannot do without; None if all are alive."""
     import ray
 
     if not ray.is_initialized():
@@ -81,12 +80,12 @@ def lost() -> str | None:
 
 
 def kill() -> None:
-    """Kills all of them; an error in the log names those that cannot be ended."""
+    """Kills all of Ray's processes. Logs an error with the names of those that did not end."""
     if left := processes.kill(below):
         names = ", ".join(processes.command(process).split(" ")[0] for process in left)
-        log.error("These processes of Ray cannot be ended: %s", names)
+        log.error("These processes of Ray could not be killed: %s.", names)
 
 
 def kill_all_but_gcs() -> None:
-    """Kills all of them except the GCS, which `ray.shutdown()` calls."""
+    """Kills all of Ray's processes except the GCS, which `ray.shutdown()` calls."""
     processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])

@@ -37,20 +37,21 @@ def run(function: Callable[..., Any], *arguments: Any) -> asyncio.Future[Any]:
 
 
 def is_busy() -> bool:
-    """Returns whether a call is under way."""
+    """Returns whether a call is running."""
     return _call is not None and not _call.done()
 
 
 def leave() -> None:
-    """Abandons the thread with the call under way; the next call gets a new thread."""
+    """Abandons the thread with its running call; the next call gets a new thread."""
     _abandoned.append(_thread())
     _thread.cache_clear()
 
 
 def ended(code: int) -> int:
-    """Returns `code`, or ends the process with it if a thread was abandoned.
+    """Returns `code`. If a thread was abandoned, ends the process with `code` instead.
 
-    Python waits at its end for every thread of a pool, so for an abandoned one for ever.
+    At its end, Python waits for every thread of a pool, so it would wait for an abandoned one
+    without end.
     """
     if _abandoned:
         sys.stdout.flush()

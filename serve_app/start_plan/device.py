@@ -13,21 +13,22 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 
 def choose_device(model: ModelSettings) -> Device:
-    """`model.device`. auto: a GPU, except for the tiny model, for which a CPU is fast enough."""
+    """Returns the device for `model.device`. auto: a GPU, except for the tiny model, which is fast
+    on a CPU."""
     if model.device == "auto":
         return "cpu" if model.name == "tiny" else "cuda"
     return model.device
 
 
 def choose_dtype(model: ModelSettings, device: Device) -> Dtype:
-    """`model.dtype`. auto: bfloat16 on a GPU, float32 on a CPU."""
+    """Returns the dtype for `model.dtype`. auto: bfloat16 on a GPU, float32 on a CPU."""
     if model.dtype == "auto":
         return "float32" if device == "cpu" else "bfloat16"
     return model.dtype
 
 
 def notes(model: ModelSettings, device: Device, dtype: Dtype) -> list[str]:
-    """Returns what was chosen where the settings say auto, and why."""
+    """Returns notes about the choices for settings that are auto, with their reasons."""
     chosen = []
     if model.device == "auto":
         rule = "the tiny model needs no GPU" if device == "cpu" else "the default"

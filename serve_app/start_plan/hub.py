@@ -1,6 +1,6 @@
 """Looks up repositories on the Hugging Face hub, and downloads them.
 
-Whether the disk holds a repository is checked before the first large file.
+The free disk space is checked before the first large file is downloaded.
 """
 
 import logging
@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
 """Files of a repository that are read; never pickles."""
 NEEDED = [("config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
-"""Files without which no model is served: one of each group."""
+"""Files that every model needs: one of each group."""
 SECOND_COPIES = ["consolidated*"]
-"""Files that hold the same weights again."""
+"""Files that contain the same weights again; they are not downloaded."""
 
 Progress = Callable[[float, int], None]
-"""Called with the share of a download that is done, from 0 to 1, and the bytes of the whole."""
+"""Called with the finished share of a download, from 0 to 1, and its total bytes."""
 
 
 def find_checkpoint(
@@ -39,10 +39,12 @@ def find_checkpoint(
 ) -> Path:
     """Returns the folder of `name`: a local folder, or a Hugging Face repository "owner/name".
 
-    A repository comes from the first of: the volume's and RunPod's model caches, the Hugging Face
-    cache, a download (onto the volume where one is mounted and can be written). `revision` is a
-    branch, tag or commit, None the default branch; `token` opens gated repositories.
-    Raises `ModelLoadFailed`, with `retry` where another try may help.
+    A repository is searched in the volume's and RunPod's model caches and in the Hugging Face
+    cache, then downloaded: onto the volume if one is mounted and can be written, otherwise into the
+    Hugging Face cache. `revision` is a branch, tag or commit; None is the default branch. `token`
+    gives access to gated repositories.
+
+    Raises `ModelLoadFailed`, with `retry` if another try may help.
     """
     folder = volume.volume_folder(chosen_volume)
     if (found := find_local(name, revision, volume=folder)) is not None:
@@ -51,10 +53,10 @@ def find_checkpoint(
 
 
 def download_cache(folder: Path) -> Path | None:
-    """Returns the cache on the volume `folder`; None, for the Hugging Face cache, where it cannot
-    be used.
+    """Returns the cache on the volume `folder`; None, for the Hugging Face cache, if it cannot be
+    used.
 
-    The reason is logged where a volume is mounted.
+    If a volume is mounted, the reason is logged.
     """
     if not volume.is_mounted(folder):
         return None
@@ -73,20 +75,21 @@ class Repository:
     revision: str | None
     """Branch, tag or commit; None is the default branch."""
     cache: Path | None
-    """Where it is downloaded to; None is the Hugging Face cache."""
+    """The cache to which it is downloaded; None is the Hugging Face cache."""
     config: dict[str, Any]
     """The parsed config.json."""
     num_bytes: int
     """Bytes of the files that are read."""
     missing_bytes: int
-    """Those of them that the cache does not have yet."""
+    """Bytes of those files that are not in the cache yet."""
 
 
 def look_up(name: str, revision: str | None, token: str | None, cache: Path | None) -> Repository:
     """Asks the hub for repository `name`, and downloads its config.json into `cache`.
 
-    A `cache` without room for the repository is left for the Hugging Face cache, with a log line.
-    Raises `ModelLoadFailed` as `download` does, and for a repository that lacks a needed file.
+    If `cache` has no space for the repository, the Hugging Face cache is used, and a log line says
+    so. Raises the `ModelLoadFailed` of `download`, and another one if the repository lacks a needed
+    file.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -118,13 +121,15 @@ def look_up(name: str, revision: str | None, token: str | None, cache: Path | No
 
 
 def require_disk(repository: Repository) -> None:
-    """Raises `MachineUnfit` unless the disk holds what is missing of `repository`."""
+    """Raises `MachineUnfit` if the disk has no space for the missing files of `repository`."""
     if (problem := disk_problem(repository)) is not None:
-        raise MachineUnfit(f"{problem}; make room, or set HF_HOME to another disk.", check="disk")
+        raise MachineUnfit(
+            f"{problem}; free some space, or set HF_HOME to another disk.", check="disk"
+        )
 
 
 def disk_problem(repository: Repository) -> str | None:
-    """Returns why the disk does not hold what is missing of `repository`; None where it does."""
+    """Returns the reason why the disk has no space for the missing files; None if it has."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name, cache = repository.name, repository.cache or Path(HF_HUB_CACHE)
@@ -135,7 +140,7 @@ def disk_problem(repository: Repository) -> str | None:
     if repository.missing_bytes - begun <= free:
         return None
     return (
-        f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB and "
+        f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB, but only "
         f"{free / 1e9:.1f} GB are free in {cache}"
     )
 
@@ -145,7 +150,8 @@ def download(
 ) -> Path:
     """Downloads `repository` and returns its folder. Resumes an earlier download.
 
-    A terminal shows a bar. Raises `ModelLoadFailed`, with `retry` where another try may help.
+    Shows a progress bar on a terminal. Raises `ModelLoadFailed`, with `retry` if another try may
+    help.
     """
     from huggingface_hub import snapshot_download
 
@@ -165,7 +171,7 @@ def download(
 
 
 def _reporting(progress: Progress, total: int) -> type[Any]:
-    """Returns the hub's progress bar, which also calls `progress` with its share of `total`
+    """Returns the hub's progress bar class, extended to call `progress` with its share of `total`
     bytes."""
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -173,7 +179,7 @@ def _reporting(progress: Progress, total: int) -> type[Any]:
         arrived = 0
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            # The bar of bytes on the disk. Another one counts files, a third network bytes.
+            # This bar counts bytes on the disk. The others count files and network bytes.
             self.counts = options.get("name") == "huggingface_hub.snapshot_download"
             super().__init__(*args, **options)  # type: ignore[no-untyped-call]
 
@@ -189,13 +195,14 @@ def _reporting(progress: Progress, total: int) -> type[Any]:
 
 
 def _require_servable(name: str, paths: Collection[str], all_paths: Collection[str]) -> None:
-    """Raises `ModelLoadFailed` for a repository that lacks a file that every load needs.
+    """Raises `ModelLoadFailed` if a repository lacks a file that every load needs.
 
-    `paths` are those of `all_paths` that are read; the others tell what the repository holds.
+    `paths` are the files that are read. `all_paths` are all files; they help to describe the
+    repository.
     """
     for names in (*NEEDED, (SINGLE, INDEX)):
         if not any(needed in paths for needed in names):
-            instead = "name one that has, or a folder with it"
+            instead = "name a repository or a folder that has it"
             if (found := describe_files(all_paths)) is not None:
                 instead = f"it has {found}"
             raise ModelLoadFailed(f"{name}: the repository has no {' or '.join(names)}; {instead}.")
@@ -203,7 +210,7 @@ def _require_servable(name: str, paths: Collection[str], all_paths: Collection[s
 
 @contextmanager
 def _refusals(name: str, revision: str | None) -> Iterator[None]:
-    """Turns the errors of the hub's client into `ModelLoadFailed` with one sentence."""
+    """Converts the errors of the hub's client to `ModelLoadFailed` with one sentence."""
     from httpx2 import HTTPError  # huggingface_hub's HTTP client
     from huggingface_hub import errors
 
@@ -211,7 +218,7 @@ def _refusals(name: str, revision: str | None) -> Iterator[None]:
     try:
         yield
     except errors.OfflineModeIsEnabled:
-        reason = "is not on this machine, and HF_HUB_OFFLINE forbids to download it"
+        reason = "it is not on this machine, and HF_HUB_OFFLINE forbids downloads"
     except errors.GatedRepoError:
         reason = "the repository is gated; accept its terms and set HF_TOKEN"
     except errors.RepositoryNotFoundError:
@@ -223,12 +230,12 @@ def _refusals(name: str, revision: str | None) -> Iterator[None]:
             reason = "the hub does not accept the token; check HF_TOKEN"
         else:
             raise ModelLoadFailed(
-                f"{where}: is not on this machine and could not be downloaded "
+                f"{where}: it is not on this machine and could not be downloaded "
                 f"({type(error).__name__}); check the network and try again.",
                 retry=True,
             ) from None
     except OSError as error:
-        reason = f"could not be written to disk ({error.strerror or type(error).__name__})"
+        reason = f"it could not be written to disk ({error.strerror or type(error).__name__})"
     else:
         return
     raise ModelLoadFailed(f"{where}: {reason}.")

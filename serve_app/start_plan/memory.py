@@ -1,4 +1,4 @@
-"""How many bytes the weights and the KV cache take, from config.json and the settings."""
+"""MemoryPlan: the bytes of the weights and of the KV cache, from config.json and the settings."""
 
 from dataclasses import dataclass
 
@@ -17,9 +17,9 @@ from serve_app.model.quantization import Quantization
 from serve_app.start_plan.device import Device, Dtype
 
 CPU_CONTEXTS = 4
-"""Full contexts that the KV cache holds on a CPU where the settings leave its size open."""
+"""Number of full contexts in the KV cache on a CPU, if the settings leave its size open."""
 MIN_RESERVED_BYTES = 1 << 30
-"""The least GPU memory kept for a step's results and the allocator."""
+"""Minimum GPU memory for a step's results and the allocator, in bytes."""
 LARGE_GPU_BYTES = 40 * 10**9
 """A GPU of this size has room for steps of 8,192 tokens, and for all experts of a layer as floats,
 beside the weights."""
@@ -40,21 +40,22 @@ class MemoryPlan:
     weights: dict[str, int]
     """Bytes of `experts`, `attention`, `head` and `other`."""
     kind: str
-    """How the weights are stored, for users: "nf4 with bfloat16 absmax", "float32"."""
+    """The storage of the weights, for users: "nf4 with bfloat16 absmax", "float32"."""
     is_quantized: bool
     max_model_len: int
-    """Tokens of the longest sequence."""
+    """Maximum length of a sequence, in tokens."""
     token_bytes: int
     """Bytes of KV cache for one token."""
     kv_cache_tokens: int | None
-    """Tokens of KV cache, in whole blocks; None: as many as the GPU's memory leaves."""
+    """Number of tokens in the KV cache, in whole blocks; None: as many as fit into the GPU's
+    memory."""
     kv_cache_rule: str | None
-    """Why the KV cache has that size, for users; None if the settings say it."""
+    """The reason for that size, for users; None if the settings set it."""
     gpu_memory_utilization: float
-    """Share of the GPU that this server may take."""
+    """Share of the GPU's memory that this server may use."""
     device: Device
     asked_batched_tokens: int | None
-    """`engine.max_num_batched_tokens`"""
+    """`engine.max_num_batched_tokens`; None if it is not set."""
     max_num_seqs: int
     config: MixtralConfig
     item_bytes: int
@@ -70,7 +71,8 @@ class MemoryPlan:
         return num_tokens * self.token_bytes
 
     def max_num_batched_tokens(self, total_bytes: int) -> int:
-        """Returns the tokens of one step on a GPU with `total_bytes`, which a CPU ignores."""
+        """Returns the maximum number of tokens in one step on a GPU with `total_bytes`. A CPU
+        ignores it."""
         if self.asked_batched_tokens is not None:
             return self.asked_batched_tokens
         kind = "large GPU" if total_bytes >= LARGE_GPU_BYTES else "GPU"
@@ -95,17 +97,18 @@ class MemoryPlan:
         return every if total_bytes >= LARGE_GPU_BYTES else min(SMALL_EXPERTS_AT_ONCE, every)
 
     def kv_room_bytes(self, free_bytes: int, total_bytes: int) -> int:
-        """Returns the bytes of a GPU that the KV cache may take; negative where there is no room.
+        """Returns the bytes of a GPU that the KV cache may use; negative if there are none.
 
         The share 1 - `gpu_memory_utilization` of the whole GPU stays unused, and `reserved_bytes`
-        are kept. A GPU of 80 GB with 50 GB free, a utilization of 0.9 and 3 GB reserved:
-        50 - 8 - 3 = 39 GB.
+        are kept free. Example: a GPU of 80 GB with 50 GB free, a utilization of 0.9 and 3 GB
+        reserved gives 50 - 8 - 3 = 39 GB.
         """
         unused = int(total_bytes * (1 - self.gpu_memory_utilization))
         return free_bytes - unused - self.reserved_bytes(total_bytes)
 
     def fitting_kv_tokens(self, free_bytes: int, total_bytes: int) -> int:
-        """Returns the tokens of KV cache that fit into a GPU on which the weights are loaded."""
+        """Returns the number of KV cache tokens that fit into a GPU on which the weights are
+        loaded."""
         return max(self.kv_room_bytes(free_bytes, total_bytes), 0) // self.token_bytes
 
 
@@ -118,13 +121,11 @@ def plan_memory(
     dtype: Dtype,
     float_modules: frozenset[str] = frozenset(),
 ) -> MemoryPlan:
-    """Returns the sizes of a model with this `config` whose weights are held as `quantization`
-    says.
+    """Returns the memory plan of a model with `config` and weights stored as `quantization`.
 
     `float_modules` are the experts and attention that stay floats, see `Checkpoint.float_modules`.
-
-    Raises `ModelLoadFailed` for a context longer than the model was trained for, and `ConfigError`
-    for a KV cache that does not hold one context.
+    Raises `ModelLoadFailed` if the context is longer than the model was trained for, and
+    `ConfigError` if the KV cache does not hold one context.
     """
     kind = str(dtype)
     if quantization is not None:
@@ -153,7 +154,8 @@ def _max_model_len(engine: EngineSettings, trained: int) -> int:
     asked = engine.max_model_len
     if asked is not None and asked > trained:
         raise ModelLoadFailed(
-            f"`engine.max_model_len` is {asked}, but the checkpoint holds {trained} tokens."
+            f"`engine.max_model_len` is {asked}, but the model was trained for {trained} tokens; "
+            "lower it."
         )
     return asked or trained
 
@@ -161,8 +163,10 @@ def _max_model_len(engine: EngineSettings, trained: int) -> int:
 def _kv_cache_tokens(
     engine: EngineSettings, context: int, device: Device
 ) -> tuple[int | None, str | None]:
-    """Returns the tokens in whole blocks, or None, and the rule where the settings leave it
-    open."""
+    """Returns the size of the KV cache in tokens (whole blocks) or None, and the rule for it.
+
+    The rule is None if the settings set the size.
+    """
     num_tokens, rule = engine.kv_cache_tokens, None
     if num_tokens is None and device == "cuda":
         return None, f"what {engine.gpu_memory_utilization:.0%} of the GPU's memory leaves"
@@ -179,5 +183,5 @@ def _kv_cache_tokens(
 
 
 def in_gb(num_bytes: int) -> str:
-    """Returns a size as users read it: "25.20 GB", "4.2 MB"."""
+    """Returns a size in words, such as "25.20 GB" or "4.2 MB"."""
     return f"{num_bytes / 1e9:.2f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"

@@ -1,9 +1,9 @@
-"""Where the 4-bit copy of a model is, which `model.cache_dir` asks for.
+"""The folder of a model's 4-bit copy, which `model.cache_dir` enables.
 
 The folder's name contains everything that the copy depends on, so that a start with other files or
-settings finds none: for a local folder its path and its files' names, sizes and times; for a
-repository its name and `model.revision`. A branch that moves on therefore keeps its old copy; a
-`revision` that is a commit never moves. Older copies are not deleted.
+settings does not find it: for a local folder its path and its files' names, sizes and times; for a
+repository its name and `model.revision`. So if a branch gets new commits, its old copy is still
+used; a `revision` that is a commit avoids this. Old copies are not deleted.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from serve_app.machine.volume import is_mounted, volume_folder, write_problem
 
 
 def copy_folder(model: ModelSettings) -> Path | None:
-    """Returns the folder of the copy, whether it exists or not; None if the settings ask for
-    none."""
+    """Returns the folder of the copy, whether it exists or not; None if the settings enable no
+    copy."""
     if model.cache_dir is None or model.quantization == "none":
         return None
     name, source_id = model.name.replace("/", "--"), model.name
@@ -27,14 +27,14 @@ def copy_folder(model: ModelSettings) -> Path | None:
 
 
 def _files(folder: Path) -> list[tuple[str, int, int]]:
-    """Returns the name, size and time of the files that a copy is made of."""
+    """Returns the name, size and time of the files from which the copy is made."""
     read = (file for file in folder.iterdir() if file.suffix in (".safetensors", ".json", ".jinja"))
     files = [(file.name, file.stat()) for file in read if file.is_file()]
     return sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files)
 
 
 def copy_problem(folder: Path, chosen_volume: str | None) -> str | None:
-    """Returns why the copy cannot be kept in `folder`; None where it can be."""
+    """Returns the reason why the copy cannot be written to `folder`; None if it can."""
     volume = volume_folder(chosen_volume)
     if folder.is_relative_to(volume) and not is_mounted(volume):
         return f"no volume is mounted at {volume}"

@@ -2,8 +2,8 @@
 
     settings --plan_start--> StartPlan --> check, forecast, crash guard, trial, load
 
-The process that starts Ray makes the plan and hands it to the replica with the deployment. A
-replica that got none, as with `serve run`, makes its own. A plan can be pickled.
+The process that starts Ray makes the plan and passes it to the replica with the deployment. A
+replica without a plan, as with `serve run`, makes its own. A plan can be pickled.
 """
 
 from dataclasses import dataclass
@@ -25,16 +25,17 @@ from serve_app.tiny import CHECKPOINT
 
 @dataclass(frozen=True)
 class StartPlan:
-    """Everything that a start decides before it loads."""
+    """All decisions of a start before it loads."""
 
     checkpoint: Checkpoint
-    """What is loaded. While it is still on the hub: what its config.json says, without files."""
+    """The checkpoint to load. If it must be downloaded, only the part that config.json
+    describes."""
     repository: Repository | None
-    """What must be downloaded first; None if the files are on this machine."""
+    """The repository to download first; None if the files are on this machine."""
     copy_folder: Path | None
-    """Where the load writes a 4-bit copy for later starts; None where it writes none."""
+    """The folder to which the load writes a 4-bit copy for later starts; None if it writes none."""
     quantization: Quantization | None
-    """How the large matrices are stored on the device; None leaves them in floats."""
+    """The storage of the large matrices on the device; None for floats."""
     quantize_lm_head: bool
     asked_device: Literal["auto", "cuda", "cpu"]
     """`model.device`, for error messages."""
@@ -42,7 +43,7 @@ class StartPlan:
     dtype: Dtype
     memory: MemoryPlan
     notes: tuple[str, ...]
-    """What was chosen where the settings leave it open, and why, for users."""
+    """Notes for users: the choices that the settings left open, and their reasons."""
 
     @property
     def files(self) -> list[Path]:
@@ -51,15 +52,15 @@ class StartPlan:
 
     @property
     def quantizes(self) -> bool:
-        """Whether the load turns float weights into 4 bits."""
+        """Whether the load quantizes float weights to 4 bits."""
         return self.checkpoint.form == "float" and self.quantization is not None
 
 
 def plan_start(settings: Settings) -> StartPlan:
     """Returns the plan for `settings`. Reads config.json and the headers of the weight files.
 
-    Asks the hub where the checkpoint is not on this machine, and downloads config.json then. Raises
-    `ModelLoadFailed` or `ConfigError` with one sentence where the start cannot work.
+    If the checkpoint is not on this machine, asks the hub and downloads config.json. Raises
+    `ModelLoadFailed` or `ConfigError` with one sentence if the start cannot work.
     """
     copy = copy_folder(settings.model)
     if (folder := find_folder(settings, copy)) is not None:
@@ -72,16 +73,15 @@ def plan_start(settings: Settings) -> StartPlan:
 
 
 def plan_folder(settings: Settings, folder: Path, copy: Path | None) -> StartPlan:
-    """Returns the plan for the checkpoint in `folder`, such as one that was just downloaded or
-    converted.
+    """Returns the plan for the checkpoint in `folder`, such as a downloaded or converted one.
 
-    `copy` is where a 4-bit copy would be written.
+    `copy` is the folder for a 4-bit copy, or None.
     """
     return _decide(settings, inspect(folder), None, copy)
 
 
 def find_folder(settings: Settings, copy: Path | None) -> Path | None:
-    """Returns the folder to load from: the complete `copy`, else that of `model.name`.
+    """Returns the folder to load from: the complete `copy`, otherwise that of `model.name`.
 
     None if the checkpoint must be downloaded. Raises `ModelLoadFailed` for an impossible name.
     """
@@ -149,5 +149,5 @@ def _quantization_note(
     note = f"{parts} in {quantization.quant_type}, absmax {quantization.absmax}"
     stored = checkpoint.quantization
     if stored is not None and stored != quantization:
-        note += f"; the checkpoint has it {stored.absmax}"
+        note += f" (in the checkpoint: {stored.absmax})"
     return note

@@ -5,7 +5,8 @@ import time
 FIRST_S = 0.5
 MAX_S = 15.0
 MAX_DOUBLINGS = 10
-"""Enough to reach `MAX_S`; keeps the power of two small however long an outage lasts."""
+"""The exponent's maximum. It is enough to reach `MAX_S`, and keeps the power of two small in a long
+outage."""
 
 
 class Backoff:
@@ -24,6 +25,6 @@ class Backoff:
         return min(pause_s, MAX_S)
 
     def reset(self) -> float:
-        """Forgets the failures. Returns the seconds since the first of them."""
+        """Resets the count. Returns the seconds since the first failure."""
         self.num_failures = 0
         return time.monotonic() - self._first_failure

@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 
 
 class ItemBuffer(Generic[Item]):
-    """Reads `items` in a task of its own; `take` returns all that came since the last call.
+    """Reads `items` in a task; `take` returns all items since the last call.
 
         async with ItemBuffer(client(call)) as buffer:
             while not buffer.is_over:
@@ -40,14 +40,14 @@ class ItemBuffer(Generic[Item]):
 
     @property
     def is_over(self) -> bool:
-        """Every item was taken and no failure is left to raise."""
+        """Whether every item was taken and no failure is left to raise."""
         is_read = self._reading.done() and not self._waiting
         return is_read and not self._reading.cancelled() and self._reading.exception() is None
 
     async def take(self) -> list[Item]:
-        """Waits for an item, and returns it with those that came meanwhile; [] at the end.
+        """Waits for an item. Returns all new items, or [] at the end.
 
-        Raises what ended the stream, after all items that came before it.
+        Raises the error that ended the stream, after all items before it.
         """
         await self._changed.wait()
         self._changed.clear()

@@ -1,4 +1,4 @@
-"""Draining: how much time running jobs have after SIGTERM.
+"""Drain: limits the time of running jobs after SIGTERM.
 
     begin ---- running jobs finish ---- cut ---- the others are refused ---- over
 
@@ -10,13 +10,13 @@ import contextlib
 import time
 
 CUT_SHARE = 0.8
-"""Share of the time in which running jobs may finish. The rest is for posting refusals."""
+"""Share of the drain in which running jobs may finish. The rest is for posting refusals."""
 MAX_SLEEP_S = 1.0
-"""Longest pause while draining, so that the end is noticed."""
+"""Maximum pause while draining, in seconds, so that the end is noticed."""
 
 
 class Drain:
-    """Lasts `limit_s` seconds, from `begin` until the worker waits for nothing any more."""
+    """A drain of `limit_s` seconds, from `begin` until the worker stops waiting."""
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
@@ -24,19 +24,19 @@ class Drain:
         self._began = 0.0
 
     def begin(self) -> None:
-        """Starts the clock; a second call changes nothing."""
+        """Starts the drain; a second call changes nothing."""
         if not self.begun.is_set():
             self._began = time.monotonic()
             self.begun.set()
 
     @property
     def is_cut(self) -> bool:
-        """Jobs that still run are refused from now on."""
+        """Whether the remaining running jobs must be refused."""
         return self._has_passed(CUT_SHARE)
 
     @property
     def is_over(self) -> bool:
-        """The worker no longer waits for a refusal to be posted."""
+        """Whether the worker stops waiting for refusals to be posted."""
         return self._has_passed(1.0)
 
     async def sleep(self, seconds: float) -> None:

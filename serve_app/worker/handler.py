@@ -1,7 +1,7 @@
-"""Answers jobs: reads the input, calls the model, posts the output, or the error of a failed job.
+"""Handler: reads a job's input, calls the model, and posts the output or the error.
 
-Every job gets exactly one result. `Handler` raises nothing but `CancelledError`, which is how a
-stopped job arrives.
+Every job gets exactly one result. `Handler` raises only `CancelledError`, which means that the job
+was stopped.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class _Refused(Exception):
-    """The model answered with an error, which the client gets unchanged."""
+    """The model's answer is an error, which the client gets unchanged."""
 
     def __init__(self, item: ErrorItem) -> None:
         super().__init__()
@@ -63,7 +63,8 @@ class Handler:
         self._model_name = model_name
 
     async def answer(self, job: dict[str, Any], posts: Posts) -> None:
-        """Runs `job`, the platform's object, and posts its output as it comes, then its result."""
+        """Runs `job`, the platform's object. Posts its output while it is generated, then its
+        result."""
         job_id, request_id = job.get("id"), uuid.uuid4().hex
         began = time.monotonic()
         request: JobRequest | None = None
@@ -84,7 +85,7 @@ class Handler:
         await posts.result(result)
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
-        """Ends `job` with `error`, which is not the job's own fault: the worker stops."""
+        """Ends `job` with `error`. The worker is the cause, not the job."""
         request_id = uuid.uuid4().hex
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
@@ -116,12 +117,12 @@ class Handler:
             except EngineDead:
                 if is_last_try or not output.is_empty:
                     raise
-                log.warning("%s: the model died; the job is tried once more", call.request_id)
+                log.warning("%s: the model has died; the job is run once more.", call.request_id)
                 await self.supervisor.wait_for_death(client)
         return output.result()
 
     async def _loaded(self, posts: Posts) -> Forward:
-        """Waits for the model, and posts how far its load is. Returns its client."""
+        """Waits for the model, and posts the progress of its load. Returns its client."""
 
         async def update() -> None:
             outlook = {} if self._outlook is None else await self._outlook()
@@ -131,10 +132,10 @@ class Handler:
         return await progress.while_waiting(self.supervisor.ready(), update, self._interval_s)
 
     async def _body(self, client: Forward, call: Call, posts: Posts) -> Any:
-        """Returns the model's answer where it is no stream; posts how much of a list is done
-        meanwhile.
+        """Returns the model's answer if it is not a stream. Posts the progress of a list of
+        prompts.
 
-        Raises what the model answers in its place.
+        Raises the error that the model returns instead.
         """
         latest: list[Progress] = []
 
@@ -151,7 +152,9 @@ class Handler:
                     elif "progress" in item:
                         latest[:] = [item["progress"]]
             if body is None:
-                raise InternalError("The answer ended before it was whole; send the request again.")
+                raise InternalError(
+                    "The answer ended before it was complete. Send the request again."
+                )
             return body
 
         async def update() -> None:
@@ -168,7 +171,8 @@ class Handler:
         return status_text(self.supervisor.status, self._model_name)
 
     def _health(self) -> dict[str, Any]:
-        """`{"status", "load", ...}` while no model is ready, and why the last start failed."""
+        """Returns `{"status", "load", ...}` while no model is ready, and the reason if the last
+        start failed."""
         supervisor = self.supervisor
         health = {"status": supervisor.status, **phases.summary(read_events(self._load_log))}
         if supervisor.status == "failed" and supervisor.error is not None:
@@ -178,9 +182,10 @@ class Handler:
 
 
 async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
-    """Adds the model's stream to `output`. Raises what ends it early, after all that came before.
+    """Adds the model's stream to `output`. Raises the error that ends it early, after all earlier
+    items.
 
-    An event stream has its route's end, in the post of the last text if it has ended by then.
+    The end of an event stream is posted together with the last text if it is known by then.
     """
     route = routes.find(request.call.path)
     end = route.stream_end if route is not None and request.sse else b""
@@ -205,7 +210,8 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
 
 
 def _failure(item: ErrorItem) -> Exception:
-    """Returns the exception for an error; a dead engine in a living replica is a dead model."""
+    """Returns the exception for an error item. A dead engine in a living replica counts as a dead
+    model."""
     error = item["error"]["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(item)
 
@@ -218,9 +224,8 @@ async def _failed(
 ) -> Result:
     """Returns the result of a job that fails with the error body `body`.
 
-    `last_event` ends the event stream of an API that has one of its own for errors.
-
-    A stream gets the error as its last chunk, because RunPod's clients do not show a job's error.
+    `last_event` ends the event stream of an API that has its own event for errors. A stream gets
+    the error as its last chunk, because RunPod's clients do not show a job's error.
     """
     if request is not None and request.stream:
         clean = json.loads(encode(last_event or body))  # an event refuses lone surrogates

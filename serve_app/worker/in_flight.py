@@ -23,31 +23,34 @@ from serve_app.worker.job import num_prompts
 log = logging.getLogger(__name__)
 
 MEMORY_S = 5.0
-"""How long an answered job, or a stop that came before its job, is remembered. Short, because
-`/retry` sends a job once more under its old id."""
+"""Seconds for which an answered job, or a stop that arrived before its job, is remembered. This is
+short, because `/retry` sends a job again under its old id."""
 
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One delivery of a job, and how far it is."""
+    """One delivery of a job, and its state."""
 
     id: str
     given: dict[str, Any]
-    """The platform's object: `id`, `input`, and whatever else it sends."""
+    """The platform's object with `id`, `input` and other fields."""
     task: asyncio.Task[None] | None = None
-    """Runs the handler, from the job's start on."""
+    """The task that runs the handler; None before the job starts."""
     is_stopped: bool = False
-    """The platform wants no answer any more."""
+    """Whether the platform has stopped the job, so that it needs no answer."""
     was_stopped_early: bool = False
-    """A stop came just before the job; it may have been meant for an earlier delivery."""
+    """Whether a stop arrived just before the job. It may have been meant for an earlier
+    delivery."""
     answering_since: float | None = None
-    """When its result was decided, on the monotonic clock; nothing else may be posted instead."""
+    """The time at which its result was decided, on the monotonic clock. The result cannot change
+    after that."""
     is_failing: bool = False
-    """Its result is a failure, which is being posted."""
+    """Whether its result is a failure, which is being posted."""
     is_output_acknowledged: bool = False
-    """The platform has its output; a failure does not count, as a client may retry the job."""
+    """Whether the platform has acknowledged its output. False for a failure, because a client may
+    retry the job."""
     num_prompts: int = 1
-    """How many prompts its list has."""
+    """The number of prompts in its list."""
     later: dict[str, Any] | None = None
     """A later delivery of the same job, which runs if the platform stops this one."""
 
@@ -62,7 +65,8 @@ class Job:
         self.cancel()
 
     def cancel(self) -> None:
-        """Cancels the task that runs it, once: a second time would cut off its clean-up."""
+        """Cancels the task that runs it, once: a second cancellation would interrupt its
+        clean-up."""
         if self.task is not None and not self.task.cancelling():
             self.task.cancel()
 
@@ -78,12 +82,13 @@ class InFlightJobs:
         self._stopped: dict[str, float] = {}
 
     def accept(self, taken: list[Any]) -> list[Job]:
-        """Adds the jobs of one poll. Returns those to run and logs why the others are dropped."""
+        """Adds the jobs of one poll. Returns those to run, and logs the reason for each dropped
+        one."""
         accepted: list[Job] = []
         for given in taken:
             job_id = given.get("id") if isinstance(given, dict) else None
             if not isinstance(job_id, str) or not job_id:
-                log.error("A job came without an id, so it cannot be answered.")
+                log.error("A job has no id, so it cannot be answered.")
             elif self._may_run(job_id, given):
                 _forget_old(self._stopped)
                 was_stopped = self._stopped.pop(job_id, None) is not None
@@ -94,9 +99,9 @@ class InFlightJobs:
         return accepted
 
     def stop(self, job_id: str) -> list[dict[str, Any]]:
-        """Stops the job, or remembers the stop for a job that comes a moment later.
+        """Stops the job, or remembers the stop for a job that arrives a moment later.
 
-        Returns the later delivery of an answered job, to accept.
+        Returns the later delivery of an answered job, which must be accepted.
         """
         _forget_old(self._stopped)
         jobs = [job for job in self.open if job.id == job_id]
@@ -104,14 +109,14 @@ class InFlightJobs:
             job.stop()
         if jobs:
             return []
-        # A stop after the answer says that the platform did not take it, so a retry must run.
+        # A stop after the answer means that the platform did not accept it, so a retry must run.
         if self._answered.pop(job_id, None) is None:
             self._stopped[job_id] = time.monotonic()
         dropped = self._dropped.pop(job_id, None)
         return [] if dropped is None else [dropped]
 
     def close(self, job: Job) -> list[dict[str, Any]]:
-        """Removes the job, which is answered or stopped. Returns the later delivery to accept."""
+        """Removes the answered or stopped job. Returns the later delivery that must be accepted."""
         self.open = [other for other in self.open if other is not job]
         if job.is_output_acknowledged:
             self._answered[job.id] = time.monotonic()
@@ -122,15 +127,15 @@ class InFlightJobs:
 
     @property
     def num_prompts(self) -> int:
-        """Prompts of all jobs that are not yet answered or stopped."""
+        """Number of prompts of all jobs that are not yet answered or stopped."""
         return sum(job.num_prompts for job in self.open)
 
     def may_take(self, max_prompts: int) -> int:
-        """Returns how many more jobs to ask the platform for, so that about `max_prompts` prompts
-        run.
+        """Returns how many more jobs to request from the platform to run about `max_prompts`
+        prompts.
 
-        A job shows its size only when it is taken, so each is expected to be as large as the
-        largest one that runs.
+        The size of a job is known only after it is taken, so each job is assumed to be as large as
+        the largest running one.
         """
         free = max_prompts - self.num_prompts
         largest = max((job.num_prompts for job in self.open), default=1)
@@ -140,21 +145,21 @@ class InFlightJobs:
         return any(job.id == job_id for job in self.open)
 
     def _may_run(self, job_id: str, given: dict[str, Any]) -> bool:
-        """Returns whether a delivery runs now; settles what becomes of an earlier one, or of this
+        """Returns whether a delivery runs now, and updates the state of an earlier one or of this
         one."""
         self._forget_answered()
         if job_id in self._answered:
             self._dropped[job_id] = given
-            log.warning("job %r came again after its answer, and is dropped.", job_id)
+            log.warning("job %r was delivered again after its answer; it is dropped.", job_id)
             return False
         for job in self.open:
             if job.id != job_id or job.is_stopped:
                 continue
             if not job.is_failing:
-                log.warning("job %r came twice; it is answered once.", job_id)
+                log.warning("job %r was delivered twice; it is answered once.", job_id)
                 job.later = given
                 return False
-            log.info("job %r came again after it had failed, and runs again.", job_id)
+            log.info("job %r was delivered again after it had failed; it runs again.", job_id)
             job.later = None
             job.stop()
         return True

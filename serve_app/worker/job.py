@@ -1,4 +1,4 @@
-"""Turns a RunPod job's `input` into the `Call` that it asks for. Three shapes, tried in order:
+"""Converts a RunPod job's `input` to a `Call` of the HTTP API. Three forms, tried in order:
 
     1  {"openai_route": "/v1/...", "openai_input": {...}}       RunPod's OpenAI gateway
     2  {"endpoint": "/prompt", "data": {...}}                   any route of the HTTP API
@@ -30,8 +30,8 @@ SHAPES = (
     "or `openai_route` with `openai_input`"
 )
 UNNEEDED = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
-"""Fields by which older workers sized a stream's chunks; here a chunk holds what came while the
-last one was posted. They are accepted and ignored, with one log line."""
+"""Fields with which older workers set the size of a stream's chunks. They are accepted and ignored,
+with one log line: a chunk contains everything since the last post."""
 REFUSED = {
     "refresh_worker": (
         False,
@@ -48,22 +48,23 @@ refusing another."""
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """What a job asks for, and the form of its output."""
+    """The call of a job, and the form of its output."""
 
     call: Call
     stream: bool
-    """The output is chunks, and a failure is a chunk too."""
+    """Whether the output is chunks. A failure is then a chunk too."""
     is_gateway: bool
-    """The job comes through RunPod's OpenAI gateway."""
+    """Whether the job comes from RunPod's OpenAI gateway."""
 
     @property
     def sse(self) -> bool:
-        """The chunks are texts of server-sent events, which the gateway passes on."""
+        """Whether the chunks are texts of server-sent events, which the gateway forwards."""
         return self.stream and self.is_gateway
 
     @property
     def is_list(self) -> bool:
-        """The output is a list: the chunks of a stream, or the gateway's list of one object."""
+        """Whether the output is a list: the chunks of a stream, or the gateway's list with one
+        object."""
         return self.stream or self.is_gateway
 
 
@@ -89,13 +90,13 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
     elif given.keys() & {"prompt", "messages", "prompts", "items"}:
         method, path, body = "POST", "/prompt", _plain(given)
     else:
-        raise InvalidRequest(f"`input` names nothing to do; {SHAPES}.", param="input")
+        raise InvalidRequest(f"`input` has no field that names a request; {SHAPES}.", param="input")
     try:
         text = json.dumps(body, allow_nan=False, ensure_ascii=False)
         num_bytes = len(text.encode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError):
         raise InvalidRequest(
-            "The body is not valid JSON: it holds a NaN, an infinity or too deep a nesting."
+            "The body is not valid JSON: it contains a NaN or an infinity, or is nested too deeply."
         ) from None
     if num_bytes > max_body_bytes:
         raise RequestTooLarge(
@@ -144,7 +145,7 @@ def _headers(headers: Any) -> dict[str, str]:
 
 
 def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:
-    """Method, path and body of the first shape."""
+    """Returns method, path and body of the first form."""
     # Other keys are ignored: which ones the gateway adds is not documented.
     path = _path(given.get("openai_route", "/v1/chat/completions"), "openai_route")
     body = given.get("openai_input") or None
@@ -152,12 +153,16 @@ def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:
 
 
 def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
-    """Method, path and body of the second shape."""
+    """Returns method, path and body of the second form."""
     for names in (("endpoint", "route"), ("data", "body")):
         if all(name in given for name in names):
-            raise InvalidRequest(f"`{names[0]}` and `{names[1]}` are one thing; send one of them.")
+            raise InvalidRequest(
+                f"`{names[0]}` and `{names[1]}` have the same meaning; send one of them."
+            )
     if unknown := sorted(given.keys() - {"endpoint", "route", "method", "data", "body"}):
-        raise InvalidRequest(f"`{unknown[0]}` is no field of a route job.", param=unknown[0])
+        raise InvalidRequest(
+            f"`{unknown[0]}` is not a field of a job with a route.", param=unknown[0]
+        )
     name = "endpoint" if "endpoint" in given else "route"
     path = _path(given[name], name)
     body = given.get("data", given.get("body"))
@@ -173,7 +178,7 @@ def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
 
 
 def _plain(given: dict[str, Any]) -> dict[str, Any]:
-    """Returns the body of the third shape, with the fields of `sampling_params` in it."""
+    """Returns the body of the third form, including the fields of `sampling_params`."""
     for name, (neutral, reason) in REFUSED.items():
         if given.get(name, neutral) not in (neutral, None):
             raise InvalidRequest(
@@ -181,7 +186,7 @@ def _plain(given: dict[str, Any]) -> dict[str, Any]:
             )
     for name in UNNEEDED:
         if name in given:
-            _log_once(f"Jobs send `{name}`, which nothing here needs.")
+            _log_once(f"Jobs contain `{name}`, which has no effect.")
     unused = {"sampling_params", *REFUSED, *UNNEEDED}
     body = {name: value for name, value in given.items() if name not in unused}
     sampling = given.get("sampling_params")

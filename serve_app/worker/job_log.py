@@ -28,11 +28,11 @@ from serve_app.protocol.responses_api.request import ResponsesRequest
 log = logging.getLogger(__name__)
 
 running_job: ContextVar[str | None] = ContextVar("running_job", default=None)
-"""Id of the job that the current task runs."""
+"""The id of the current task's job."""
 
 SCHEMAS = (PromptRequest, ChatRequest, CompletionRequest, MessagesRequest, ResponsesRequest)
 LEVELS = {"WARNING": "WARN", "CRITICAL": "ERROR"}
-"""Names of levels that the SDK names differently."""
+"""Level names that differ in the SDK."""
 
 
 class JsonLines(logging.Formatter):
@@ -74,7 +74,7 @@ def completed(job_id: object, seconds: float) -> None:
 
 
 def failed(job_id: object, seconds: float, body: ErrorBody) -> None:
-    """Logs a failure with its cause, as far as the cause cannot quote the user."""
+    """Logs a failure with its cause, without text that may quote the user."""
     error = body["error"]
     request_id, status = error["request_id"], error["status"]
     fields = {
@@ -94,5 +94,5 @@ def _cause(body: ErrorBody) -> str:
         return error["message"]
     field = (error["param"] or "").split(".")[0]
     if any(field in schema.model_fields for schema in SCHEMAS) or field == "input":
-        return f"`{field}` is refused; the job's error says why"
-    return error["code"] or "the request is refused; the job's error says why"
+        return f"`{field}` is refused; the reason is in the job's error"
+    return error["code"] or "the request is refused; the reason is in the job's error"

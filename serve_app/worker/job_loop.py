@@ -30,14 +30,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 DRAIN_CHECK_S = 0.1
-"""Seconds between two checks, while draining, of which jobs are out of time."""
+"""Seconds between two checks for jobs that are out of time, while draining."""
 GRACE_S = 5.0
-"""Seconds that a result has to be posted in, also when the drain is over."""
+"""Minimum seconds for posting a result, even if the drain is over."""
 
 
 class JobLoop:
-    """Takes jobs for `handler`, about `slots` prompts at once, until SIGTERM or `end`; one loop per
-    process."""
+    """Takes jobs for `handler`, about `slots` prompts at a time, until SIGTERM or `end`.
+
+    There is one loop per process.
+    """
 
     def __init__(
         self, handler: Handler, slots: int, drain_s: float, large_results: LargeResults
@@ -55,14 +57,15 @@ class JobLoop:
         self._sdk = SdkLoop(slots, self._take, self._stop_jobs, self._begin_drain)
 
     def run(self) -> int:
-        """Blocks until all jobs are answered. Returns 0, or the code that was given to `end`."""
+        """Blocks until all jobs are answered. Returns 0, or the code passed to `end`."""
         self._sdk.run()
         return self._code
 
     def end(self, code: int) -> None:
-        """Takes no more jobs; `run` returns `code` when all are answered. From the loop's thread.
+        """Stops taking jobs; `run` returns `code` when all are answered. Call it in the loop's
+        thread.
 
-        The open poll is waited for, as it may bring jobs.
+        The open poll is awaited, because it may return jobs.
         """
         self._code = code
         self._sdk.end()
@@ -71,10 +74,12 @@ class JobLoop:
         if not self._drain.begun.is_set():
             self._drain.begin()
             num_open = len(self._jobs.open)
-            log.info("Stopping: %d running job(s) have %g s.", num_open, self._drain.limit_s)
+            log.info(
+                "Stopping: %d running job(s) have %g s to finish.", num_open, self._drain.limit_s
+            )
 
     async def _take(self, session: "ClientSession") -> None:
-        """Polls once, when a slot is free, and starts a task for each job."""
+        """Waits for a free slot, polls once, and starts a task for each job."""
         while not (num_jobs := self._jobs.may_take(self._slots)):
             await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         if self._sdk.is_ending:
@@ -114,7 +119,7 @@ class JobLoop:
     async def _poll_stops(self, session: "ClientSession") -> None:
         url = sdk.stop_url()
         if url is None:
-            log.warning("The platform gave no URL to poll for stops; cancelled jobs run on.")
+            log.warning("The platform gave no URL to poll for stops; cancelled jobs keep running.")
             return
         poll = poll_for_stops()
         while True:
@@ -158,7 +163,8 @@ class JobLoop:
             self._start(session, later)
 
     async def _wait_for(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
-        """Waits for `work`, which a stop cancels. Returns why the job must be refused after it."""
+        """Waits for `work`, which a stop cancels. Returns the error with which the job must be
+        refused, or None."""
         job.task = asyncio.create_task(work)
         await asyncio.wait({job.task})
         if job.task.cancelled():
@@ -168,7 +174,7 @@ class JobLoop:
                 return None
             if job.answering_since is None:
                 return Draining("The worker is stopping; send the job again.")
-            log.error("job %r: its result could not be delivered in time.", job.id)
+            log.error("job %r: the result could not be delivered in time.", job.id)
         elif (failure := job.task.exception()) is not None:
             log.error("job %r: %s", job.id, type(failure).__name__, exc_info=failure)
             if job.answering_since is None:

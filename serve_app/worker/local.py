@@ -29,14 +29,14 @@ log = logging.getLogger(__name__)
 
 INPUT_FILE = Path("test_input.json")
 INTERRUPTED = 130
-"""The exit code of a command that SIGINT has ended, as in a shell: 128 and the signal's number."""
+"""Exit code after SIGINT, as in a shell: 128 plus the signal's number."""
 
 
 def find(text: str | None, entry: EntrySettings) -> dict[str, Any] | None:
-    """Returns the job `text` from the command line, else the one in `./test_input.json`.
+    """Returns the job `text` from the command line, otherwise the one in `./test_input.json`.
 
-    The file is read only where the environment asks neither for jobs nor for HTTP. Raises
-    `ConfigError` for a job that is no JSON object.
+    The file is read only if the environment requests neither jobs nor HTTP. Raises `ConfigError` if
+    the job is not a JSON object.
     """
     if text is not None:
         return _parse(text, "--test_input")
@@ -104,7 +104,7 @@ async def _result(handler: Handler, job: dict[str, Any]) -> Result:
 
 
 def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, int]]) -> int:
-    """Returns the exit code of `answer`, after the end of Ray."""
+    """Runs `answer`, then ends Ray. Returns the exit code."""
     code = INTERRUPTED
     # Ray prints its processes' output to standard output, which is for the answer alone.
     with contextlib.redirect_stdout(sys.stderr):
@@ -112,7 +112,7 @@ def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, 
             code = asyncio.run(answer(handler))
         except KeyboardInterrupt:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # while Ray's processes are ended
-            log.info("Interrupted; the job is not answered.")
+            log.info("Interrupted: the job is not answered.")
             # Serve's router has tasks in a thread of its own, which fail while Ray ends.
             for name in ("asyncio", "ray.serve"):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -138,7 +138,7 @@ class LogPosts:
             log.info("Loading: %s", phase)
 
     async def chunk(self, value: bytes) -> None:
-        """Does nothing: the result has every chunk."""
+        """Does nothing, because the result contains every chunk."""
 
     async def result(self, result: Result) -> None:
         self.results.append(result)

@@ -1,8 +1,8 @@
-"""A plain function that answers a job on this machine, for scripts and unit tests.
+"""Answers a job on this machine with a plain function, for scripts and unit tests.
 
 It runs `runpod_entry.py --answer_lines` in a process, so that Ray, its threads and its signal
-handlers stay out of the caller's. The model stays loaded for later calls; the process ends with
-the caller's.
+handlers do not affect the caller. The model stays loaded for later calls; the process ends with the
+caller's.
 """
 
 import atexit
@@ -16,7 +16,7 @@ from typing import Any
 
 FLAG = "--answer_lines"
 END_S = 30.0
-"""Seconds that the process has to end Ray."""
+"""Maximum seconds for the process to end Ray."""
 
 
 def answer(entry: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -40,9 +40,10 @@ class LocalWorker:
         atexit.register(self.close)
 
     def answer(self, job: dict[str, Any]) -> dict[str, Any]:
-        """`{"output"}`, or `{"error", "status", "retry"}`.
+        """Returns `{"output"}`, or `{"error", "status", "retry"}`.
 
-        Raises `RuntimeError` if the process has ended, such as after an error in the configuration.
+        Raises `RuntimeError` if the process has ended, for example after an error in the
+        configuration.
         """
         line = json.dumps(job)
         with self._lock:
@@ -57,7 +58,9 @@ class LocalWorker:
         if not answered:
             _worker.cache_clear()
             code = self._process.wait()
-            raise RuntimeError(f"The worker's process ended with code {code}; its log says why.")
+            raise RuntimeError(
+                f"The worker's process ended with code {code}; the cause is in its log."
+            )
         returned: dict[str, Any] = json.loads(answered)
         return returned
 

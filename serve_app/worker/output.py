@@ -15,14 +15,15 @@ from serve_app.worker.result import Result, encode
 Chunk = dict[str, Any]
 
 MAX_MERGED_CHARS = MAX_CHUNK_BYTES // 7
-"""JSON takes at most 6 bytes for a character; the seventh is for the other fields of a chunk."""
+"""The maximum text of a merged chunk. JSON needs at most 6 bytes per character; a seventh is for
+the other fields."""
 
 
 class Output:
     """The values of one job's output so far.
 
-    The output is the list of its values, each posted as a chunk; or, where `is_list` is False, the
-    one value itself, which only the result posts.
+    The output is the list of its values, each posted as a chunk. If `is_list` is False, the output
+    is the only value, which is posted with the result.
     """
 
     def __init__(self, posts: Posts, *, is_list: bool) -> None:
@@ -32,11 +33,12 @@ class Output:
 
     @property
     def is_empty(self) -> bool:
-        """There is no value yet, so the job can be tried again."""
+        """Whether there is no value yet, so that the job can be run again."""
         return not self._values
 
     async def add(self, value: Any) -> None:
-        """Keeps `value`, and posts it as a chunk. Raises `InternalError` if it is no JSON."""
+        """Adds `value`, and posts it as a chunk. Raises `InternalError` if it cannot be written as
+        JSON."""
         encoded = encode(value)
         self._values.append(encoded)
         if self._is_list:
@@ -51,7 +53,8 @@ class Output:
 
 
 def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:
-    """`chunks` as server-sent events and then `end`, in as few texts as RunPod's limit allows."""
+    """Returns `chunks` as server-sent events, then `end`, in as few texts as RunPod's limit
+    allows."""
     texts = [event(chunk).decode() for chunk in chunks]
     if end:
         texts.append(end.decode())
@@ -65,9 +68,9 @@ def merged_events(chunks: Sequence[Chunk], end: bytes = b"") -> list[str]:
 
 
 def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
-    """Joins neighbors that differ in their text alone, as far as RunPod's limit allows.
+    """Merges adjacent chunks that differ only in their text, within RunPod's limit.
 
-    Joined events of a response have the last one's sequence number, so that these still ascend.
+    A merged event of a response has the last sequence number, so that the numbers still ascend.
     """
     merged: list[Chunk] = []
     for chunk in chunks:
@@ -88,12 +91,12 @@ def _joined_text(first: Chunk, second: Chunk) -> str | None:
 
 
 def _without_text(chunk: Chunk) -> Chunk:
-    """Returns what a chunk that has a text shares with its neighbors of the same item."""
+    """Returns the chunk without its text; chunks with equal results can be merged."""
     return {**_with_text(chunk, ""), "sequence_number": None}
 
 
 def _text_of(chunk: Chunk) -> str | None:
-    """Returns the text of a chunk that carries nothing else; None for any other chunk."""
+    """Returns the text of a chunk with no other content; None for any other chunk."""
     match chunk:
         case {"token": str(text), "finished": False} if len(chunk) == 2:
             return text
@@ -114,7 +117,7 @@ def _text_of(chunk: Chunk) -> str | None:
 
 
 def _with_text(chunk: Chunk, text: str) -> Chunk:
-    """Returns a chunk that has a text, with `text` in its place."""
+    """Returns the chunk with `text` instead of its own."""
     if "token" in chunk:
         return {**chunk, "token": text}
     if "delta" in chunk:

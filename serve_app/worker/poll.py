@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 POLL_TIMEOUT_S = 90.0
 """The SDK's own limit of one poll."""
 MIN_POLL_S = 0.5
-"""The platform holds a poll open until it has something. After a shorter one the next waits."""
+"""Minimum seconds from one poll to the next. The platform holds a poll open until it has something,
+so a shorter poll is followed by a pause."""
 RATE_LIMIT_S = 5.0
 """The SDK's own pause after a 429."""
 
@@ -30,20 +31,20 @@ NO_JOBS = (204, 400)
 NO_STOPS = (204,)
 
 MAX_DEPTH = 10_000
-"""How deep the JSON of a client may be nested; Python's own limit is a tenth of that."""
+"""Maximum depth of nested JSON; Python's own limit is a tenth of it."""
 MAX_INT_DIGITS = 4_300
-"""Python reads no longer integer."""
+"""Python cannot parse longer integers."""
 
 
 class Poll:
-    """Asks for one kind of thing again and again; `kind` names it in the log."""
+    """Polls repeatedly for one kind of item; `kind` names it in the log."""
 
     def __init__(
         self, kind: str, read: Callable[[Any], list[Any]], empty_statuses: tuple[int, ...]
     ) -> None:
-        """`read` turns the JSON value of an answer into a list, or raises `ValueError`.
+        """`read` converts the JSON value of an answer to a list, or raises `ValueError`.
 
-        An answer with one of `empty_statuses` stands for an empty list.
+        An answer with one of `empty_statuses` means an empty list.
         """
         self._kind = kind
         self._read = read
@@ -51,7 +52,7 @@ class Poll:
         self._backoff = Backoff()
 
     async def get(self, session: "aiohttp.ClientSession", url: str) -> tuple[list[Any], float]:
-        """Polls once. Returns what came and how many seconds to wait before the next poll."""
+        """Polls once. Returns the items, and the seconds to wait before the next poll."""
         import aiohttp
 
         began = time.monotonic()
@@ -87,7 +88,7 @@ class Poll:
     def _failed(self, reason: str) -> float:
         """Logs the first failure in a row. Returns the seconds to wait."""
         if self._backoff.num_failures == 0:
-            log.warning("Polls for %s fail (%s) and are repeated.", self._kind, reason)
+            log.warning("Polls for %s fail (%s); they are repeated.", self._kind, reason)
         return self._backoff.failed()
 
     def _worked(self) -> None:
@@ -117,7 +118,7 @@ def _jobs(value: Any) -> list[Any]:
         return [value]
     if isinstance(value, list):
         return value
-    raise ValueError("the answer is no job")
+    raise ValueError("the answer is not a job")
 
 
 def _stops(value: Any) -> list[Any]:

@@ -22,29 +22,30 @@ log = logging.getLogger(__name__)
 MAX_CHUNK_BYTES = 1_000_000
 """RunPod's limit of one streamed chunk."""
 RESULT_LIMIT_S = 300.0
-"""How long the post of a result is repeated."""
+"""Maximum seconds for which the post of a result is repeated."""
 RESULT_TIMEOUT_S = 10.0
-"""Limit of a result's first post, plus 1 s for each MB; each further post has twice as long."""
+"""Timeout of a result's first post in seconds, plus 1 s per MB; each further post has twice as
+long."""
 MAX_TIMEOUT_S = 120.0
 CHUNK_TIMEOUT_S = 10.0
 CHUNK_PAUSES_S = (0.5, 1.0)
-"""Pauses before a chunk is posted again; a lost one is in the result anyway."""
+"""Pauses before a chunk is posted again, in seconds; a lost chunk is also in the result."""
 TIMED_OUT = "no answer in time"
 
 Outcome = Literal["acknowledged", "too large", "given up"]
 
 
 class Posts(Protocol):
-    """Takes the output of one job from its handler."""
+    """Posts the output of one job for its handler."""
 
     async def progress(self, update: dict[str, Any]) -> None:
-        """Posts how far the job is; a lost update costs nothing."""
+        """Posts a progress update. A lost update has no effect."""
 
     async def chunk(self, value: bytes) -> None:
         """Posts one value of the output, written as JSON."""
 
     async def result(self, result: Result) -> None:
-        """Posts what ends the job."""
+        """Posts the result, which ends the job."""
 
 
 @dataclass(slots=True)
@@ -58,7 +59,7 @@ class JobPosts:
     chunk_url: str
     result_url: str
     _takes_chunks: bool = field(default=True, init=False)
-    """False once a chunk was lost: a stream that ends early is better than text with a gap."""
+    """False after a chunk was lost: a stream that ends early is better than text with a gap."""
 
     async def progress(self, update: dict[str, Any]) -> None:
         body = encode({"status": "IN_PROGRESS", "output": update})
@@ -87,10 +88,9 @@ class JobPosts:
         self.job.is_output_acknowledged = outcome == "acknowledged" and result.error is None
 
     async def _post_until_acknowledged(self, result: Result) -> Outcome:
-        """Posts `result` again until the platform acknowledges it.
+        """Posts `result` until the platform acknowledges it.
 
-        The platform may receive it twice where an acknowledgement was lost, but never after an
-        acknowledgement that arrived.
+        If an acknowledgement was lost, the platform may receive the result twice.
         """
         job_id, backoff, body = self.job.id, Backoff(), result.body()
         began, is_stream = time.monotonic(), str(result.is_list).lower()
@@ -100,16 +100,16 @@ class JobPosts:
                 return "too large"
             if backoff.num_failures == 0:
                 log.warning(
-                    "job %r: its result was refused (%s); posting it again.", job_id, failure
+                    "job %r: the post of its result failed (%s); it is repeated.", job_id, failure
                 )
             if time.monotonic() - began > RESULT_LIMIT_S:
-                log.error("job %r: its result could not be delivered (%s).", job_id, failure)
+                log.error("job %r: the result could not be delivered (%s).", job_id, failure)
                 return "given up"
             timeout_s = min(2 * timeout_s, MAX_TIMEOUT_S)
             await self.drain.sleep(backoff.failed())
         if backoff.num_failures:
             num_tries = backoff.num_failures + 1
-            log.info("job %r: its result is delivered, at try %d.", job_id, num_tries)
+            log.info("job %r: the result was delivered by post %d.", job_id, num_tries)
         return "acknowledged"
 
     async def _post_chunk(self, body: bytes) -> bool:
@@ -126,7 +126,7 @@ class JobPosts:
             failure = await self._post(self.chunk_url, "false", body, CHUNK_TIMEOUT_S)
         if failure is None:
             return True
-        log.warning("job %r: a chunk was lost (%s); the result has all.", self.job.id, failure)
+        log.warning("job %r: a chunk was lost (%s); the result contains it.", self.job.id, failure)
         return False
 
     async def _post(

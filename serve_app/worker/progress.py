@@ -14,16 +14,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 UPDATE_TIMEOUT_S = 5.0
-"""Limit of one update, because the job's result may have to wait for it."""
+"""Timeout of one update in seconds, because the job's result may have to wait for it."""
 
 
 async def while_waiting(
     wait: Awaitable[T], update: Callable[[], Awaitable[None]], interval_s: float
 ) -> T:
-    """Returns the result of `wait`; until it is there, awaits `update` at once and every
-    `interval_s`.
+    """Returns the result of `wait`. Until then, awaits `update` at once and every `interval_s`
+    seconds.
 
-    When this returns or raises, no update is under way. A failed update is logged.
+    When this returns or raises, no update is running. A failed update is logged.
     """
     task = asyncio.ensure_future(wait)
     try:

@@ -26,7 +26,7 @@ MAX_RUN_BYTES = 10_000_000
 MAX_SYNC_BYTES = 20_000_000
 """RunPod's limits of a result, for jobs sent to `/run` and to `/runsync`."""
 SYNC_PREFIX = "sync-"
-"""Ids of jobs sent to `/runsync` begin with this; nothing else in a job shows which it was."""
+"""Prefix of the ids of jobs sent to `/runsync`. Nothing else in a job distinguishes them."""
 FOLDER = "results"
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -35,9 +35,9 @@ _ENCODER = json.JSONEncoder(allow_nan=False, ensure_ascii=False, separators=(","
 
 
 def encode(value: Any) -> bytes:
-    """`value` as JSON in UTF-8, with U+FFFD for lone surrogates, which UTF-8 does not have.
+    """Returns `value` as JSON in UTF-8, with U+FFFD for lone surrogates, which UTF-8 cannot encode.
 
-    Raises `InternalError` for what JSON does not have: NaN, an infinity, other objects.
+    Raises `InternalError` for values that JSON cannot represent: NaN, an infinity, other objects.
     """
     try:
         text = _ENCODER.encode(value)
@@ -51,14 +51,15 @@ def encode(value: Any) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What ends a job: `output`, and for a failed job `error`."""
+    """The result of a job: `output`, and for a failed job `error`."""
 
     output: bytes
     """JSON: an object, or a list of chunks; for a failed job see `of_error`."""
     error: str | None = None
     """An error body as one JSON string: RunPod's clients show any other type as a Python repr."""
     is_list: bool = False
-    """The output is a list of chunks, which is posted as the SDK posts that of a generator."""
+    """Whether the output is a list of chunks, which is posted as the SDK posts that of a
+    generator."""
 
     @classmethod
     def of_error(cls, body: ErrorBody, *, is_list: bool = False) -> Self:
@@ -126,7 +127,8 @@ class LargeResults:
 
 
 def file_name(job_id: str) -> str:
-    """Returns the id where it is a plain name, which leads out of no folder; else its digest."""
+    """Returns the id if it is a plain file name that cannot leave the folder; otherwise its
+    digest."""
     if PLAIN_ID.fullmatch(job_id):
         return job_id
     return hashlib.sha256(job_id.encode("utf-8", "surrogatepass")).hexdigest()
@@ -136,6 +138,6 @@ def _message(job_id: str, num_bytes: int, remedy: str) -> str:
     limit = max_result_bytes(job_id)
     sync = "" if limit == MAX_SYNC_BYTES else f", send it to /runsync ({MAX_SYNC_BYTES:,} bytes)"
     return (
-        f"The result has {num_bytes:,} bytes and RunPod takes {limit:,}: ask for less at once{sync}"
+        f"The result has {num_bytes:,} bytes, but RunPod allows {limit:,}: send a smaller job{sync}"
         f", or {remedy}."
     )

@@ -36,14 +36,15 @@ def import_sdk() -> None:
         import runpod  # noqa: F401
     except ValueError as error:
         raise ConfigError(
-            f"RUNPOD_LOG_LEVEL takes TRACE, DEBUG, INFO, WARN or ERROR ({error})."
+            f"RUNPOD_LOG_LEVEL must be TRACE, DEBUG, INFO, WARN or ERROR ({error})."
         ) from None
     finally:
         cpuinfo.get_cpu_info = measure
 
 
 def processor_name() -> dict[str, str]:
-    """The processor's name as py-cpuinfo has it; {} where the kernel does not say (ARM)."""
+    """Returns the processor's name in py-cpuinfo's form; {} if the kernel does not give it
+    (ARM)."""
     for line in CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines():
         key, _, value = line.partition(":")
         if key.strip() == "model name":
@@ -108,7 +109,8 @@ class SdkLoop:
 
     @property
     def is_ending(self) -> bool:
-        """`end` was called or a signal came; `begin_drain` may still be to come."""
+        """Whether `end` was called or a signal has arrived; `begin_drain` may be called a moment
+        later."""
         return not self._scaler.is_alive()
 
     def started(self, job_id: str) -> None:
@@ -146,7 +148,7 @@ class SdkLoop:
 
 
 async def _never_called(job: dict[str, Any]) -> None:
-    """Stands for the handler that the SDK's configuration must have."""
+    """The handler that the SDK's configuration must have, but never calls."""
     raise AssertionError("`SdkLoop` starts the jobs.")
 
 
@@ -158,8 +160,7 @@ def take_url(num_jobs: int) -> str:
 
 
 def stop_url() -> str | None:
-    """Returns the URL of a poll for stops; None where it cannot be derived from that of the
-    jobs."""
+    """Returns the URL of a poll for stops; None if it cannot be derived from the URL for jobs."""
     from runpod.serverless.modules import rp_job
 
     url: str | None = rp_job._job_stop_url()

@@ -1,4 +1,4 @@
-"""Puts the worker's parts together and runs them until SIGTERM."""
+"""Creates the worker's parts and runs them until SIGTERM."""
 
 import asyncio
 import contextlib
@@ -34,10 +34,10 @@ def make_handler(
     error: ModelLoadFailed | None = None,
     gave_up: Callable[[], None] = lambda: None,
 ) -> Handler:
-    """Returns the handler for the deployment that `config` describes; starts nothing yet.
+    """Returns the handler for the deployment that `config` describes. Starts nothing yet.
 
-    `plan` is None if the check failed; the replica makes its own then. `error` is why no start can
-    succeed. `gave_up` is called when the model has died and is not started again.
+    `plan` is None if the check failed; then the replica makes its own. `error` is the reason why no
+    start can succeed. `gave_up` is called if the model has died and is not started again.
     """
     settings = with_load_log(settings)
     process_s = processes.own_age_s()  # the first job may come much later
@@ -68,10 +68,10 @@ def num_slots(settings: Settings, replicas: int = 1) -> int:
 
 
 def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> int:
-    """Takes jobs until SIGTERM and answers every one of them. Returns the exit code.
+    """Takes jobs until SIGTERM and answers all of them. Returns the exit code.
 
-    A `ModelLoadFailed` is what the check of the start has raised. Jobs fail with it, unless it is
-    the machine's fault, which ends the worker as unhealthy, or it is worth a second try.
+    `checked` is a `ModelLoadFailed` if the check of the start raised it. Jobs fail with it, unless
+    the machine is the cause, which ends the worker as unhealthy, or another try may succeed.
     """
     if isinstance(checked, ModelLoadFailed):
         plan, lines, failure = None, list[str](), checked

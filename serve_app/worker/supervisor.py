@@ -28,7 +28,7 @@ T = TypeVar("T")
 Status = Literal["idle", "loading", "ready", "failed"]
 
 CONFIRM_S = 3.0
-"""Limit of the wait for the death of a model after a call has failed."""
+"""Maximum seconds to wait for the model's death to be noticed after a call has failed."""
 
 
 async def _never() -> str:
@@ -45,7 +45,7 @@ def _task(work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
 
 
 class StartupSupervisor:
-    """The model of this worker, which the first job that needs it starts."""
+    """The model of this worker. The first job that needs the model starts it."""
 
     def __init__(
         self,
@@ -56,11 +56,11 @@ class StartupSupervisor:
         stop: Callable[[], Awaitable[None]] = _nothing,
         gave_up: Callable[[], None] = lambda: None,
     ) -> None:
-        """Starts nothing yet.
+        """Creates the supervisor without starting the model.
 
-        `error`, where given, makes every start fail with it. `watch` returns when the
-        model has died, with the name of the process that is gone; `stop` ends what is left of the
-        model. `gave_up` is called once, when no start will be tried again.
+        If `error` is given, every start fails with it. `watch` returns when the model has died,
+        with the name of the dead process; `stop` ends the rest of the model. `gave_up` is called
+        once, when no start will be tried again.
         """
         self._start = start
         self._watch = watch
@@ -72,9 +72,9 @@ class StartupSupervisor:
         self._has_given_up = False
         self._died = asyncio.Event()
         self.client: Forward | None = None
-        """Calls the model; None until it is ready."""
+        """The client of the model; None until the model is ready."""
         self.error = error
-        """Why the last start failed."""
+        """The error of the last start, if it failed."""
 
     @property
     def status(self) -> Status:
@@ -85,10 +85,10 @@ class StartupSupervisor:
         return "idle" if self.error is None else "failed"
 
     async def ready(self) -> Forward:
-        """Waits for the one start, which it begins if none is under way.
+        """Waits for the start of the model, and begins it if necessary.
 
-        Raises the `ServeError` that made the start fail. Cancelling one waiter leaves the start to
-        the others.
+        Raises the `ServeError` of a failed start. If one waiter is cancelled, the start continues
+        for the others.
         """
         if self.client is not None:
             # The event loop that started the model may have ended (`runpod.start: eager`).
@@ -103,14 +103,15 @@ class StartupSupervisor:
         return await asyncio.shield(self._starting)
 
     def answered(self, client: Forward) -> None:
-        """Allows another restart if it was the current model that has answered a job."""
+        """Allows another restart if the current model has answered a job."""
         if client is self.client:
             self._may_restart = True
 
     async def wait_for_death(self, client: Forward) -> None:
-        """Waits until the death of the model is known, after a call that failed as if it were dead.
+        """Waits until the model's death is noticed, after a call failed as if the model were dead.
 
-        Returns after `CONFIRM_S` seconds at the latest: one of several replicas may have died.
+        Returns after at most `CONFIRM_S` seconds, because only one of several replicas may have
+        died.
         """
         if client is self.client:
             with contextlib.suppress(TimeoutError):
@@ -118,14 +119,15 @@ class StartupSupervisor:
                     await self._died.wait()
 
     async def _run(self, lost: str | None = None) -> Forward:
-        """Starts the model. `lost` names what has died of the last one, which is stopped first."""
+        """Starts the model. `lost` is the name of the dead process of the last one, which is
+        stopped first."""
         try:
             if lost is not None:
                 await self._stop()
             self.client = await self._start()
             self.error = None
         except ServeError as error:
-            log.error("The model did not start: %s", error.message)
+            log.error("The model could not be started: %s", error.message)
             self._fail(error, lost)
             raise
         except Exception as error:
@@ -144,13 +146,13 @@ class StartupSupervisor:
         self.client = None
         if self._may_restart:
             self._may_restart = False
-            log.error("The worker lost %s; the model is started again.", lost)
+            log.error("%s has died; the model is started again.", lost)
             starting = self._starting = _task(self._run(lost))
             # No job may be waiting for it; `error` has the reason of a failure.
             starting.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._died.set()
             return
-        message = f"The worker lost {lost} again before it had answered a job, and ends."
+        message = f"The worker ends: {lost} has died again before the model answered a job."
         log.error("%s", message)
         self._give_up(EngineDead(message))
         self._died.set()

@@ -137,7 +137,7 @@ def test_convert_prints_a_line_per_file(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["convert", str(CHECKPOINT), str(tmp_path / "out")]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[-2].startswith("5 of 5 files")
-    assert lines[-1] == f"{tmp_path}/out: is complete."
+    assert lines[-1] == f"{tmp_path}/out is complete."
     assert (tmp_path / "out" / "config.json").exists()
 
 

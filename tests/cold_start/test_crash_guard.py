@@ -73,7 +73,7 @@ def test_the_fourth_load_is_not_tried(tmp_path: Path) -> None:
         folder = records(tmp_path)[0].parent
         assert refused.value.message == (
             "model.safetensors: is damaged (it has 123 bytes); the last 3 loads failed for this "
-            f"reason, so none is tried until the model's settings change or {folder} is removed."
+            f"reason; none is tried until the model's settings change or {folder} is removed."
         )
         assert refused.value.retry is False
     assert len(records(tmp_path)) == 3

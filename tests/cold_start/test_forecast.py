@@ -62,7 +62,7 @@ def test_a_short_load_has_no_warning() -> None:
             {"read_bytes": 93 * GB, "quantizes": True, "read_bytes_per_s": GB / 10},
             {},
             [
-                "about 950 s, and 600 s are",
+                "about 950 s, but 600 s are",
                 "mixtral-serve convert",
                 "to eager",
                 "raise the timeout",
@@ -72,19 +72,19 @@ def test_a_short_load_has_no_warning() -> None:
         (
             {"download_bytes": 93 * GB},
             {"execution_timeout_s": 300},
-            ["about 535 s, and 300 s are", "onto a network volume", "to eager"],
+            ["about 535 s, but 300 s are", "onto a network volume", "to eager"],
             "convert",
         ),
         (
             {"read_bytes_per_s": GB / 20},
             {"start": "eager"},
-            ["about 520 s, and 420 s are", "raise RUNPOD_INIT_TIMEOUT"],
+            ["about 520 s, but 420 s are", "raise RUNPOD_INIT_TIMEOUT"],
             "to eager",
         ),
         (
             {"read_bytes_per_s": GB / 40},
             {},
-            ["about 1020 s, and 600 s are", "to eager and RUNPOD_INIT_TIMEOUT to more"],
+            ["about 1020 s, but 600 s are", "to eager and RUNPOD_INIT_TIMEOUT to more"],
             "convert",
         ),
     ],
@@ -107,7 +107,9 @@ def test_what_was_done_is_not_advised(monkeypatch: pytest.MonkeyPatch) -> None:
     assert long.warning(settings(start="eager")) is None
     assert "to eager, or raise" in (long.warning(settings()) or "")
     monkeypatch.setenv("RUNPOD_INIT_TIMEOUT", "800")
-    assert "and 800 s are what a worker" in (long.warning(settings(start="eager")) or "")
+    assert "but 800 s are the time in which a worker" in (
+        long.warning(settings(start="eager")) or ""
+    )
 
 
 def test_a_forecast_that_does_not_come_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,15 +59,15 @@ def test_a_name_is_fit_for_logs_and_metrics(path: Path, name: str) -> None:
 def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A name that is taken, one that is not there, a missing file and one of another form."""
     add_key(path, "ann", NO_LIMITS)
-    with pytest.raises(ConfigError, match="has a key 'ann' already"):
+    with pytest.raises(ConfigError, match="a key 'ann' exists already"):
         add_key(path, "ann", NO_LIMITS)
-    with pytest.raises(ConfigError, match="has no key 'bob'"):
+    with pytest.raises(ConfigError, match="there is no key 'bob'"):
         remove_key(path, "bob")
     assert main(["keys", "list", "-f", str(path.with_name("absent"))]) == 1
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
     for contents in ("{", "[]", json.dumps({"keys": [{"name": "ann"}]}), '{"keys": [], "x": 1}'):
         path.write_text(contents)
-        with pytest.raises(ConfigError, match="is no file of keys"):
+        with pytest.raises(ConfigError, match="is not a file of API keys"):
             read_keys(path)
 
 

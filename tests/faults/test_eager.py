@@ -62,7 +62,7 @@ def test_why_it_failed_is_kept_for_the_jobs(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(config))
     variables = {**EAGER, "SERVE_CONFIG": str(path)}
     with Platform() as platform, Worker(platform, tmp_path, **variables) as worker:
-        until(lambda: "The model did not start" in worker.log)
+        until(lambda: "The model could not be started" in worker.log)
         job = Client(platform).ended({"prompt": "x"})
         code = worker.terminate()
         settled(platform, worker)

@@ -171,7 +171,7 @@ def test_it_ends_with_ray(
     left = all_below(entry.pid)
     os.kill(one_below(entry.pid, victim), signal.SIGKILL)
     assert entry.wait(60) == 1
-    assert "The server lost Ray's" in (tmp_path / "entry.log").read_text()
+    assert "The server ends: Ray's" in (tmp_path / "entry.log").read_text()
     assert not left & running()
 
 

@@ -20,7 +20,10 @@ CPU = torch.device("cpu")
 )
 def test_a_lack_of_memory_is_one_sentence(error: Exception, num_bytes: int) -> None:
     """The error has the bytes needed and free. For a CPU torch raises a RuntimeError."""
-    sentence = r"no memory for the weights: [\d.]+ GB are needed and [\d.]+ GB of main memory were"
+    sentence = (
+        r"not enough memory for the weights: [\d.]+ GB are needed, but only [\d.]+ GB of main "
+        "memory were"
+    )
     with (
         pytest.raises(ModelLoadFailed, match=sentence),
         explained_lack_of_memory("the weights", num_bytes, CPU, "take more"),
@@ -42,8 +45,8 @@ def test_one_core_is_left_for_network_io(monkeypatch: pytest.MonkeyPatch) -> Non
     numbers: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", numbers.append)
     for cores, note in (
-        (8, "torch computes in 7 of 8 cores"),
-        (1, "torch computes in 1 of 1 cores"),
+        (8, "torch uses 7 of 8 cores"),
+        (1, "torch uses 1 of 1 cores"),
     ):
         monkeypatch.setattr(device, "num_cores", lambda cores=cores: cores)
         assert set_threads(None)[0].startswith(note)

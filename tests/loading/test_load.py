@@ -111,7 +111,10 @@ def test_the_load_computes_its_first_prompts() -> None:
     [
         ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
         ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
-        ({"engine": {"kv_cache_tokens": 10**12}}, r"2048000.00 GB are needed and \d+.\d\d GB"),
+        (
+            {"engine": {"kv_cache_tokens": 10**12}},
+            r"2048000.00 GB are needed, but only \d+.\d\d GB",
+        ),
     ],
 )
 def test_a_load_that_fails_says_why(tmp_path: Path, args: dict[str, Any], sentence: str) -> None:

@@ -152,4 +152,4 @@ def test_a_copy_that_fails_ends_no_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     loaded, phases = load_once(settings(source, tmp_path / "cache"), tmp_path / "log")
     assert "copy" in phases
-    assert any("reads the original, as there is no 4-bit copy" in note for note in loaded.notes)
+    assert any("there is no 4-bit copy" in note for note in loaded.notes)

@@ -45,7 +45,7 @@ def test_a_prompt_that_fails_fails_the_load() -> None:
     def broken(chunks: list[ScheduledTokens]) -> None:
         raise ValueError("a bug")
 
-    sentence = r"A prompt of 32 tokens needs more memory than the 1\.50 GB that .* leave; lower"
+    sentence = r"A prompt of 32 tokens needs more memory than the 1\.50 GB that .* cache; lower"
     for before, said in ((out_of_memory, sentence), (broken, "its first prompt failed: An int")):
         with (
             running(FakeRunner(before=before)) as engine,

@@ -45,7 +45,7 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
         ("lazy", 4, None, "The model loads with the first job."),
         ("eager", 4, None, "The model loads now."),
         ("lazy", None, None, "The model loads now."),
-        ("eager", 4, ModelLoadFailed("m: is a file."), "The model does not load: m: is a file."),
+        ("eager", 4, ModelLoadFailed("m: is a file."), "The model cannot be loaded: m: is a file."),
     ],
 )
 def test_the_banner_says_when_the_model_loads(

@@ -54,10 +54,10 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
     on_gpu = Settings.from_args({"model": {"device": "cuda"}}, "test")
     deployment = build_app(on_gpu)._bound_deployment
     cluster.require_resources(deployment, {"CPU": 2, "GPU": 1})
-    with pytest.raises(ModelLoadFailed, match="needs 1 GPUs and Ray finds 0"):
+    with pytest.raises(ModelLoadFailed, match="needs 1 GPUs but Ray finds 0"):
         cluster.require_resources(deployment, {"CPU": 2})
     three = overridden({"deployments": [{"name": "mixtral", "num_replicas": 3}]})
-    with pytest.raises(ModelLoadFailed, match="needs 3 CPUs and Ray finds 2"):
+    with pytest.raises(ModelLoadFailed, match="needs 3 CPUs but Ray finds 2"):
         cluster.require_resources(three, {"CPU": 2})
     auto = overridden({"deployments": [{"name": "mixtral", "num_replicas": "auto"}]})
     cluster.require_resources(auto, {"CPU": 2})
@@ -97,7 +97,7 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
     unknown = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
-    assert (unknown.retry, "log says why" in unknown.message) == (True, True)
+    assert (unknown.retry, "in the worker's log" in unknown.message) == (True, True)
     failed = {"phase": "read", "state": "failed", "error": "File cut off.", "retry": False}
     path.write_text(json.dumps(failed) + "\n")
     known = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
@@ -184,4 +184,4 @@ except TimeoutError:
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert b"Ray did not start (no port); trying once more." in done.stderr
+    assert b"Ray did not start (no port); starting it once more." in done.stderr

@@ -14,7 +14,7 @@ def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
     """An error has the free and the needed amount; enough memory and disk raise none."""
     fitness.require_shared_memory(tmp_path, 1)
     fitness.require_disk(tmp_path, 1)
-    with pytest.raises(MachineUnfit, match=r"MB free and Ray needs 1000000 MB.*--shm-size"):
+    with pytest.raises(MachineUnfit, match=r"MB free, but Ray needs 1000000 MB.*--shm-size"):
         fitness.require_shared_memory(tmp_path, 10**12)
     with pytest.raises(MachineUnfit, match="has 0 MB free"):
         fitness.require_shared_memory(tmp_path / "absent", 1)
@@ -33,7 +33,7 @@ def test_a_load_onto_a_gpu_needs_main_memory() -> None:
 def test_a_gpu_that_is_not_seen(nvml: Install) -> None:
     """NVML's own words are in the sentence; a model for the CPU does not ask it."""
     nvml(failure="Driver Not Loaded")
-    with pytest.raises(MachineUnfit, match=r"none is seen \(NVML: Driver Not Loaded\)"):
+    with pytest.raises(MachineUnfit, match=r"none was found \(NVML: Driver Not Loaded\)"):
         fitness.require_driver("cuda")
     fitness.require_driver("cpu")
 

@@ -155,7 +155,7 @@ def test_the_error_names_what_helps(
     long = config(tmp_path, floats, engine={"kv_cache_tokens": 200_000})
     assert "lower `engine.max_model_len` or `engine.kv_cache_tokens`" in sentence(capsys, long)
     nvml(("NVIDIA GeForce RTX 5090", 32607, 20000))
-    assert "end what else runs on it" in sentence(capsys, config(tmp_path, floats))
+    assert "end the other programs on it" in sentence(capsys, config(tmp_path, floats))
     nvml(("NVIDIA A100-SXM4-80GB", 81920, 81000))
     unquantized = config(tmp_path, floats, {"quantization": "none"})
     assert "set `model.quantization` to nf4" in sentence(capsys, unquantized)
@@ -235,7 +235,7 @@ def test_a_checkpoint_on_the_hub_is_planned_without_its_weights(tmp_path: Path) 
     with serve({"config.json": json.dumps(document).encode()}, sizes) as hub:
         done = run_check(path, hub, tmp_path / "home")
         assert done.returncode == 0, done.stderr
-        assert "o/m: is not on this machine; the first start downloads 25.0 MB." in done.stdout
+        assert "o/m: not on this machine; the first start downloads 25.0 MB." in done.stdout
         assert "25.20 GB of nf4 with bfloat16 absmax" in done.stdout
         assert not list((tmp_path / "home").rglob("*.safetensors"))
     document["quantization_config"] = {"quant_method": "gptq"}

@@ -136,7 +136,9 @@ def test_the_settings_decide_device_and_dtype(
 def test_a_gpu_that_torch_does_not_see_is_an_error(device: str) -> None:
     """The replica does not fall back to the CPU in silence."""
     chosen = settings(str(CHECKPOINT), device=device)
-    with pytest.raises(ModelLoadFailed, match=f"`model.device` is {device}, but torch sees no GPU"):
+    with pytest.raises(
+        ModelLoadFailed, match=f"`model.device` is {device}, but torch finds no GPU"
+    ):
         load(chosen, LoadLog())
 
 

@@ -45,7 +45,7 @@ async def model(call: Call) -> AsyncGenerator[Any, None]:
         is_stream = bool(call.body.get("stream"))
         if order == "flaky" and num_flaky[number] < 2:
             num_flaky[number] += 1
-            raise EngineDead("The model's process ended; send the request again.")
+            raise EngineDead("The model's process has ended. Send the request again.")
         if order == "refused":
             error = InvalidRequest("The prompt is refused.", param="prompt")
             yield {"status": 400, "error": error_body(error, call.request_id)}

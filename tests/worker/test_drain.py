@@ -164,7 +164,7 @@ def test_a_result_that_is_never_acknowledged_does_not_keep_the_worker(
     until(lambda: platform.faults.num_faults["job-done"])
     send_sigterm(worker)
     assert worker.process.wait(60) == 0
-    assert f"job '{job.id}': its result could not be delivered in time" in worker.log
+    assert f"job '{job.id}': the result could not be delivered in time" in worker.log
     until(lambda: not left_behind(worker.home))
 
 

@@ -66,7 +66,7 @@ def test_importing_loads_nothing_heavy() -> None:
         ),
         (
             {"RUNPOD_WEBHOOK_GET_JOB": "http://127.0.0.1:9/", "RUNPOD_LOG_LEVEL": "WARNING"},
-            "RUNPOD_LOG_LEVEL takes",
+            "RUNPOD_LOG_LEVEL must be",
         ),
         ({"PORT": "eighty"}, "The environment: PORT:"),
     ],

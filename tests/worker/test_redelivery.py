@@ -36,7 +36,7 @@ def test_a_late_delivery_of_an_answer_is_dropped(scripted: Client, scripted_work
     num_calls = scripted_worker.log.count("\ncall ")
     scripted.platform.deliver_again(job)
     until(lambda: job.num_deliveries == 2)
-    until(lambda: f"job '{job.id}' came again after its answer" in scripted_worker.log)
+    until(lambda: f"job '{job.id}' was delivered again after its answer" in scripted_worker.log)
     assert scripted_worker.log.count("\ncall ") == num_calls
 
 
@@ -92,7 +92,7 @@ def test_a_retry_that_comes_before_the_stop_is_run(
     until(lambda: job.status == "TIMED_OUT")
     job.policy = Policy()
     scripted.retry(job)
-    until(lambda: f"job '{job.id}' came twice" in scripted_worker.log)
+    until(lambda: f"job '{job.id}' was delivered twice" in scripted_worker.log)
     platform.faults.clear()
     until(lambda: scripted_worker.log.count("\ncall ") == num_calls + 2)
     scripted.cancel(job)

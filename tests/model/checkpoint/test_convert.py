@@ -231,7 +231,7 @@ def test_the_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     assert inspect(tmp_path).quantization == Quantization("fp4", "float32")
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "1 of 6 files: model-00001-of-00006.safetensors"
-    assert lines[-1] == f"{tmp_path}: is complete."
+    assert lines[-1] == f"{tmp_path} is complete."
 
 
 def test_a_terminal_gets_a_bar() -> None:

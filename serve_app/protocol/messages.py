@@ -1,6 +1,6 @@
-"""Chat messages as OpenAI's clients send them, for every route that takes `messages`.
+"""Chat messages in OpenAI's form, for every route with `messages`.
 
-Whether roles alternate as the model wants is checked by the chat template, not here.
+The chat template checks whether roles alternate in the way that the model needs.
 """
 
 import json
@@ -21,11 +21,11 @@ _ROLES = {
     "assistant": "assistant",
     "tool": "tool",
 }
-"""OpenAI's roles, and the role here for each."""
+"""OpenAI's roles, and the role of the chat template for each."""
 
 
 class Message(BaseModel):
-    """One message. `content` is text; a list of text parts is joined by line ends.
+    """One message. `content` is a text; a list of text parts is joined by line ends.
 
     Other keys are ignored, also those of content parts: clients keep their own data there, and send
     back every key of an answer.
@@ -36,14 +36,15 @@ class Message(BaseModel):
     role: str
     content: Text = ""
     tool_calls: tuple[ToolCall, ...] = ()
-    """Calls of the assistant."""
+    """The tool calls of an assistant's message."""
     tool_call_id: Text | None = None
-    """The call whose result a message of the role tool has."""
+    """The id of the call whose result this message contains (role tool)."""
 
     @model_validator(mode="before")
     @classmethod
     def _normalize(cls, value: Any) -> Any:
-        """Drops empty fields, which clients send back with an answer: `"tool_calls": null`."""
+        """Removes null fields, which clients send back with an answer, such as `"tool_calls":
+        null`."""
         if not isinstance(value, dict):
             raise sentence("Each message should be an object.")
         if value.get("function_call") not in _EMPTY:
@@ -73,10 +74,11 @@ class Message(BaseModel):
 
 
 def _checked(messages: list[Message]) -> list[Message]:
-    """Refuses a conversation without a user, results without a call and calls without a result.
+    """Raises an error for a conversation without a user, results without a call, or calls without a
+    result.
 
-    Templates drop a lone system message, and the model would answer to nothing. Results are checked
-    as OpenAI and Mistral do.
+    Templates drop a lone system message, and the model would answer an empty prompt. The checks of
+    results are those of OpenAI and Mistral.
     """
     has_user = False
     open_ids: dict[str, int] = {}
@@ -135,7 +137,7 @@ def _joined(parts: Any) -> str:
 
 
 def _read_calls(calls: Any, role: Any) -> tuple[ToolCall, ...]:
-    """The calls of a message of the assistant. Arguments are JSON text, or an object."""
+    """Returns the calls of an assistant's message. Arguments are JSON text, or an object."""
     if role != "assistant":
         raise sentence("Only messages of the assistant have `tool_calls`.", "tool_calls")
     if not isinstance(calls, list):

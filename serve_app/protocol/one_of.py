@@ -1,8 +1,11 @@
-"""`oneOf` in JSON schemas whose branches exclude each other, which `anyOf` says as well.
+"""Replaces `oneOf` in JSON schemas with `anyOf` if its branches exclude each other.
 
-An answer must match exactly one schema of a `oneOf`. A grammar cannot count matches, so llguidance
-takes the keyword only where it sees that no value matches two of them, and it does not look behind
+A value must match exactly one schema of a `oneOf`. A grammar cannot count matches, so llguidance
+accepts the keyword only if it sees that no value matches two of them, and it does not resolve
 `$ref`. This module does. See https://json-schema.org/draft/2020-12/json-schema-core, 10.2.1.3.
+
+Example: `{"oneOf": [{"type": "string"}, {"type": "integer"}]}` means the same with `anyOf`, because
+no value is both.
 """
 
 import json
@@ -11,9 +14,9 @@ from itertools import combinations
 from typing import Any
 
 MAX_DEPTH = 64
-"""Schemas inside schemas that are looked at; deeper ones stay as they are."""
+"""Maximum depth of nested schemas; deeper ones are not changed."""
 MAX_BRANCHES = 200
-"""Branches of one `oneOf` that are compared, each with each."""
+"""Maximum number of branches of a `oneOf`, because each pair is compared."""
 ONE = ("additionalProperties", "items")
 LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 NAMED = ("properties", "patternProperties", "$defs", "definitions")
@@ -23,7 +26,7 @@ ALL_TYPES = {*TYPES.values(), "number", "integer", "object", "array"}
 
 
 def as_any_of(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` with `anyOf` in the place of each `oneOf` whose schemas exclude each other."""
+    """Returns `schema` with `anyOf` instead of each `oneOf` whose schemas exclude each other."""
     if json.dumps(schema).count('"$id"') > ("$id" in schema):
         return schema  # its references may not begin at the root
     new: dict[str, Any] = _rewritten(schema, schema, MAX_DEPTH)
@@ -52,8 +55,8 @@ def _rewritten(schema: Any, root: dict[str, Any], depth: int) -> Any:
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """Returns the schema that a `$ref` inside `root` names; without knowledge, the one for any
-    value."""
+    """Returns the schema that a `$ref` refers to inside `root`; the schema of any value if
+    unknown."""
     for _ in range(MAX_DEPTH):
         if not isinstance(schema, dict):
             return {}
@@ -69,7 +72,7 @@ def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Returns whether it is certain that no value matches both."""
+    """Returns whether no value can match both schemas. False if it is not certain."""
     if not _types(one) & _types(other):
         return True
     values = _values(one), _values(other)
@@ -118,8 +121,8 @@ def _is_closed_to(schema: dict[str, Any], name: str) -> bool:
 
 
 def _differ(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
-    """Returns whether the property `name`, which both require, has a value from lists without a
-    match."""
+    """Returns whether the property `name`, which both require, has lists of values without a common
+    one."""
     if name not in _required(other):
         return False
     pair = [_properties(each).get(name) for each in (one, other)]

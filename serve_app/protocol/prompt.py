@@ -1,4 +1,4 @@
-"""`/prompt`: the request with one prompt or conversation, or a list of them, and the response."""
+"""The request of `/prompt`, with one prompt or conversation or a list of them, and its response."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 512
 LISTS = ("prompts", "items")
-"""Two names of the field with a list of prompts."""
+"""The two names of the field with a list of prompts."""
 
 
 class PromptSampling(Sampling):
@@ -46,17 +46,17 @@ class PromptRequest(PromptSampling):
 
     @property
     def conversation(self) -> list[Message]:
-        """The messages, or the prompt as one user turn."""
+        """The messages, or the prompt as one user message."""
         return self.messages or [Message.model_construct(role="user", content=self.prompt or "")]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """A list of prompts. Its items are not validated yet: a bad item fails alone."""
+    """A list of prompts. Its items are validated later, so that only a bad item fails."""
 
     items: list[Any]
     shared: dict[str, Any]
-    """Fields of all items, which an item may override; their values are valid."""
+    """Fields that apply to all items. They are validated; an item may override them."""
 
     def read(self, item: Any) -> PromptRequest:
         """Returns the request in one of `items`; a string is a prompt. Raises `InvalidRequest`."""
@@ -73,8 +73,8 @@ class Batch:
 def read(body: Any, max_prompts: int) -> PromptRequest | Batch:
     """Returns the request in the body of `/prompt`: for one prompt, or for a list of them.
 
-    An empty list is a batch without items. Raises `InvalidRequest` if a field is wrong; of a list,
-    where the list itself or a shared field is wrong.
+    An empty list is a batch without items. Raises `InvalidRequest` if a field is wrong; for a list,
+    if the list itself or a shared field is wrong.
     """
     names = [name for name in LISTS if isinstance(body, dict) and body.get(name) is not None]
     if not names:
@@ -97,7 +97,7 @@ def read(body: Any, max_prompts: int) -> PromptRequest | Batch:
 
 
 def progress(num_done: int, total: int) -> Progress:
-    """Returns how much of a batch is done."""
+    """Returns the progress of a list of prompts."""
     return {"progress": num_done * 100 // total, "message": f"{num_done} of {total} done"}
 
 
@@ -106,7 +106,7 @@ def _unstreamable() -> InvalidRequest:
 
 
 def body(metadata: ResponseMetadata, num_prompt_tokens: int, whole: TextDelta) -> JsonObject:
-    """`{"text", "finish_reason", "usage", "model"}`."""
+    """Returns the response `{"text", "finish_reason", "usage", "model"}`."""
     return {
         "text": whole.text,
         "finish_reason": whole.finish_reason,
@@ -118,7 +118,8 @@ def body(metadata: ResponseMetadata, num_prompt_tokens: int, whole: TextDelta) -
 def chunks(
     metadata: ResponseMetadata, num_prompt_tokens: int, delta: TextDelta
 ) -> list[JsonObject]:
-    """`{"token", "finished": false}` for text; at the end one chunk with reason and usage."""
+    """Returns the chunks of a delta: `{"token", "finished": false}` for text, and one with the
+    end."""
     chunks: list[JsonObject] = []
     if delta.text:
         chunks.append({"token": delta.text, "finished": False})

@@ -1,4 +1,4 @@
-"""What the responses of several routes have in common: metadata, usage, log probabilities."""
+"""Parts of the responses of several routes: metadata, usage, log probabilities."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ class ResponseMetadata:
     created: int
     """Unix time in seconds."""
     fingerprint: str
-    """`system_fingerprint`: equal for servers of one version, model and format."""
+    """The `system_fingerprint`. It is equal for servers of one version, model and format."""
 
 
 class TokenNames(Protocol):
@@ -23,18 +23,18 @@ class TokenNames(Protocol):
 
 
 MIN_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON does not have (vLLM's number)."""
+"""The number for minus infinity, which JSON cannot represent (vLLM's number)."""
 
 
 def finite(logprob: float) -> float:
-    """`logprob` as a JSON number. Raises `ValueError` for NaN."""
+    """Returns `logprob` as a JSON number. Raises `ValueError` for NaN."""
     if logprob != logprob:
         raise ValueError("a log probability is NaN")
     return max(logprob, MIN_LOGPROB)
 
 
 def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """OpenAI's `usage` object, without details."""
+    """Returns OpenAI's `usage` object without details."""
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,
@@ -45,7 +45,10 @@ def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
 def detailed_usage(
     prompt_tokens: int, completion_tokens: int, cached_tokens: int
 ) -> dict[str, Any]:
-    """OpenAI's `usage` object; `cached_tokens` of the prompts were found in the prefix cache."""
+    """Returns OpenAI's `usage` object with details.
+
+    `cached_tokens` is the number of prompt tokens found in the prefix cache.
+    """
     return {
         "prompt_tokens": prompt_tokens,
         "completion_tokens": completion_tokens,

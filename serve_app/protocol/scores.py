@@ -1,6 +1,6 @@
-"""Log probabilities of tokens, as the engine returns them and with their place in the text.
+"""Log probabilities of tokens, and the position of each token in the text.
 
-The candidates of a token stay arrays until a response chunk with them is written.
+The candidates of a token stay arrays until they are written into a response chunk.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_PER_CHUNK = 16
-"""Tokens with log probabilities in one chunk of a stream. Writing 20 for each takes some 0.2 ms,
-and many streams may be ready at once."""
+"""Maximum number of tokens with log probabilities in one chunk of a stream. Writing 20 candidates
+for each takes about 0.2 ms, and many streams may be ready at the same time."""
 
 
 class TokenLogprob(Protocol):
@@ -36,7 +36,7 @@ class TokenLogprob(Protocol):
 
 
 class PromptLogprobs(Protocol):
-    """Those of successive tokens of a prompt, see the engine's `PromptLogprobs`."""
+    """The log probabilities of successive prompt tokens, see the engine's `PromptLogprobs`."""
 
     @property
     def token_ids(self) -> list[int]: ...
@@ -61,10 +61,11 @@ class TokenScore:
     """The most probable tokens, best first."""
     top_logprobs: NDArray[np.float32] = field(compare=False)
     offset: int = 0
-    """Where the token's text begins in the text of its prompt or its answer, in characters."""
+    """Position of the token's text in the text of its prompt or answer, in characters."""
 
     def top(self, count: int) -> tuple[list[int], list[float]]:
-        """Ids and log probabilities, finite ones, of the `count` most probable tokens, best first.
+        """Returns the ids and finite log probabilities of the `count` most probable tokens, best
+        first.
 
         Raises `ValueError` for NaN.
         """
@@ -77,7 +78,7 @@ class TokenScore:
 
 
 class PromptText:
-    """Gives the scores of a prompt, as they come, their places in its text."""
+    """Adds the position in the text to the scores of a prompt, in the order of its tokens."""
 
     def __init__(self, first_id: int, detokenizer: "Detokenizer") -> None:
         """`first_id` is the prompt's first token, which has no log probability."""
@@ -86,7 +87,8 @@ class PromptText:
         self._num_chars = 0
 
     def scores(self, new: Sequence[PromptLogprobs]) -> Iterator[TokenScore]:
-        """The next tokens; the first one of the prompt before them."""
+        """Yields the scores of the next tokens. The first call begins with the prompt's first
+        token."""
         if self._first_id is not None:
             none = np.empty(0, np.int64), np.empty(0, np.float32)
             yield self._placed(self._first_id, None, *none)
@@ -130,7 +132,7 @@ def named(scores: Sequence[TokenScore], num_top: int, names: TokenNames) -> list
 
 
 def pieces(items: Iterator[T]) -> Iterator[list[T]]:
-    """`items` in lists of at most `MAX_PER_CHUNK`; one empty list where there are none."""
+    """Yields `items` in lists of at most `MAX_PER_CHUNK`; one empty list if there are none."""
     piece: list[T] = []
     for item in items:
         if len(piece) == MAX_PER_CHUNK:

@@ -1,8 +1,8 @@
 """Reads `tokenizer.model`, a SentencePiece model, for a checkpoint without `tokenizer.json`.
 
-The result gives the ids that SentencePiece gives, which are those that the model was trained with.
-Every file is compared with SentencePiece itself when it is read. transformers 5.23 converts the
-same file with another order of merges, and "    return" gets other ids.
+The resulting tokenizer returns the same ids as SentencePiece, with which the model was trained.
+Every file is compared with SentencePiece when it is read. transformers 5.23 converts the file with
+another order of merges, so that " return" gets other ids.
 """
 
 from collections.abc import Iterator
@@ -17,15 +17,15 @@ if TYPE_CHECKING:
 REMEDY = "put the tokenizer.json of the model that it was fine-tuned from into the folder"
 
 _UNCHANGED = "a  ①ﬁ Ａ\u0301\t  x  "
-"""Text that the usual normalizations of Unicode and of spaces change."""
+"""A text that the usual normalizations of Unicode and of spaces would change."""
 _PIECES_PER_PROBE = 500
 
 
 def read(file: Path) -> "Tokenizer":
     """Returns the tokenizer in `file`, without a post-processor.
 
-    Raises `ModelLoadFailed` for a file that is no SentencePiece model, and for a kind of model that
-    `tokenizers` would encode in another way.
+    Raises `ModelLoadFailed` if the file is not a SentencePiece model, or if `tokenizers` would
+    encode with it in another way.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -40,11 +40,11 @@ def read(file: Path) -> "Tokenizer":
 
 
 def converted(model: Any) -> "Tokenizer":
-    """Returns the tokenizer of a SentencePiece model, which is not compared with it.
+    """Returns the tokenizer of a SentencePiece model, without comparing the two.
 
     User-defined pieces, which Mixtral 8x22B's model has (`[REFERENCE_DOC_0]`), become added tokens
-    that are no special ones. A text that begins with one lacks SentencePiece's space before it, as
-    it does with the tokenizer.json of 8x22B.
+    that are not special tokens. A text that begins with one has no SentencePiece space before it,
+    as with the tokenizer.json of 8x22B.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -74,10 +74,10 @@ def converted(model: Any) -> "Tokenizer":
 
 
 def _user_defined(model: Any, merges: list[tuple[str, str]], special: frozenset[str]) -> list[str]:
-    """Returns the pieces that SentencePiece takes out of a text unchanged, before any merge.
+    """Returns the pieces that SentencePiece keeps unchanged, before any merge.
 
-    Its Python interface does not have the type of a piece. No merge makes these, and yet they are
-    pieces of a text that consists of one.
+    Its Python interface does not have the type of a piece. These are the pieces that no merge
+    makes, although they encode to a single piece.
     """
     made = {left + right for left, right in merges}
     pieces = map(model.id_to_piece, range(model.vocab_size()))
@@ -93,10 +93,10 @@ def _user_defined(model: Any, merges: list[tuple[str, str]], special: frozenset[
 
 
 def _merges(model: Any, ids: dict[str, int], special: frozenset[str]) -> list[tuple[str, str]]:
-    """Returns all pairs of pieces that make up a piece, best first.
+    """Returns all merges: pairs of pieces that form a piece, best first.
 
-    SentencePiece merges the pair whose result has the highest score. Where one piece can be made of
-    several pairs, the pair with the longest left part comes first.
+    SentencePiece merges the pair whose result has the highest score. If several pairs form one
+    piece, the pair with the longest left part comes first.
     """
     merges = []
     for piece, index in ids.items():
@@ -112,7 +112,7 @@ def _merges(model: Any, ids: dict[str, int], special: frozenset[str]) -> list[tu
 
 
 def _probes(model: Any) -> Iterator[str]:
-    """Texts that show how `model` normalizes, and that contain all its pieces."""
+    """Yields texts that show the normalization of `model`, and that contain all its pieces."""
     yield _UNCHANGED
     pieces = [
         model.id_to_piece(index).replace("▁", " ")

@@ -1,10 +1,8 @@
-"""Server-sent events as clients read them: one `data:` line and a blank line each.
+"""Server-sent events: one `data:` line and a blank line per event.
 
-A response chunk with a `type`, as the Messages and Responses APIs have them, is an event of that
-name: an `event:` line comes first.
-
-HTTP writes the bytes to the socket; RunPod's OpenAI gateway passes them on as text.
-Format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
+A response chunk with a `type`, as in the Messages and Responses APIs, is an event of that name: it
+also has an `event:` line. HTTP writes the bytes to the socket; RunPod's OpenAI gateway forwards
+them as text. Format: https://html.spec.whatwg.org/multipage/server-sent-events.html.
 """
 
 from collections.abc import Mapping
@@ -13,11 +11,11 @@ from typing import Any
 import orjson
 
 DONE = b"data: [DONE]\n\n"
-"""The last event of a complete stream of chunks without a `type`. A stream that fails ends without
-it, and so does one of typed events, the last of which says that it is complete."""
+"""The last event of a complete stream of chunks without a `type`. A failed stream ends without it.
+A stream of events with a `type` has its own last event instead."""
 
 KEEP_ALIVE = b": waiting\n\n"
-"""A comment, which clients read over."""
+"""A comment, which clients ignore."""
 
 _LINE_ENDS = [(char.encode(), f"\\u{ord(char):04x}".encode()) for char in "\u0085\u2028\u2029"]
 """JSON may contain these, but clients that use `str.splitlines` cut lines there."""

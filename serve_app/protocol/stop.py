@@ -1,31 +1,33 @@
-"""Stop strings: returns the text before the first stop string, and nothing of the string itself.
+"""StopStrings: cuts a text before the first stop string.
 
-Text may come in pieces of any size; the result does not depend on where it was cut.
+The text may arrive in pieces of any size; the result does not depend on the pieces. Example with
+the stop string "END": push("a E") returns "a ", because "E" may be the beginning of "END";
+push("x") returns "Ex"; push("END") returns "" and sets `found`.
 """
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the stop string that is complete first, and holds back text that may become one.
+    """Finds the stop string that ends first, and withholds text that may be the beginning of one.
 
-    Where two stop strings end at the same character, the longer one counts.
+    If two stop strings end at the same character, the longer one is used.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._first_chars = frozenset(stop[0] for stop in stops)
         self._held = ""
-        """The last text, which may belong to a stop string."""
+        """The end of the text, which may belong to a stop string."""
         self._num_shown = 0
-        """Characters at the beginning of `_held` that were returned already."""
+        """Number of characters at the beginning of `_held` that were already returned."""
         self.found: str | None = None
-        """The stop string that is complete; later text is dropped."""
+        """The stop string that was found; later text is dropped."""
 
     def pass_over(self, text: str) -> str:
-        """Returns text that cannot end the answer, but in which a stop string may begin.
+        """Returns `text`, in which no stop string may end, but in which one may begin.
 
-        For calls before the first `push`. If a stop string begins in `text` and ends later, only
+        Call it only before the first `push`. If a stop string begins in `text` and ends later, only
         its later part is cut.
         """
         longest = max(map(len, self._stops), default=1) - 1
@@ -34,7 +36,7 @@ class StopStrings:
         return text
 
     def push(self, text: str) -> str:
-        """Adds `text`. Returns the text that no stop string can cut any more."""
+        """Adds `text`. Returns the text that cannot belong to a stop string any more."""
         if self.found or not self._stops:
             return "" if self.found else text
         text = self._held + text
@@ -47,14 +49,14 @@ class StopStrings:
         return text[num_shown:kept]
 
     def flush(self) -> str:
-        """Returns the text that is held back, when no more text will come."""
+        """Returns the withheld text. Call it when no more text will come."""
         held, self._held = self._held[self._num_shown :], ""
         self._num_shown = 0
         return held
 
     def _first_stop(self, text: str) -> tuple[int, str] | None:
-        """Returns the stop string that is complete first in `text`, after its start; None without
-        one."""
+        """Returns the start and the stop string that ends first in `text`; None if there is
+        none."""
         found = []
         for stop in self._stops:
             # A stop string that ends in passed-over text does not count.

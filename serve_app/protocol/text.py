@@ -1,6 +1,6 @@
-"""Turns token ids into text as they come: whole characters only, stop strings cut.
+"""Converts token ids to text while they are generated: whole characters only, stop strings cut.
 
-Streamed and whole answers pass through the same code token by token, so their text is equal.
+Streamed and complete answers use the same code token by token, so their text is equal.
 """
 
 from collections.abc import Sequence
@@ -17,34 +17,35 @@ if TYPE_CHECKING:
     from tokenizers.decoders import DecodeStream
 
 PRIMING_TOKENS = 8
-"""Prompt tokens that the decoder sees first, so that a continuation keeps its leading space."""
+"""Number of prompt tokens that the decoder processes first, so that a continuation keeps its
+leading space."""
 
 
 @dataclass(slots=True)
 class TextDelta:
-    """Everything new of one answer: text, scores, and at the end why it ended."""
+    """Everything new of one answer: text, scores, and at the end the finish reason."""
 
     text: str
     scores: list[TokenScore] = field(default_factory=list)
     finish_reason: str | None = None
     num_tokens: int = 0
-    """Tokens generated so far, those of a stop string included."""
+    """Number of tokens generated so far, including those of a stop string."""
     stop: str | None = None
     """The stop string that ended the answer."""
     tool_calls: list[ToolCallDelta] = field(default_factory=list)
-    """Pieces of the calls that follow the text."""
+    """Pieces of the tool calls after the text."""
     num_cached_tokens: int = 0
-    """Tokens of the prompt that were found in the prefix cache."""
+    """Number of prompt tokens found in the prefix cache."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
-    """The next tokens of the prompt, where the request asked for them."""
+    """Log probabilities of the next prompt tokens, if the request asked for them."""
 
 
 class Detokenizer:
-    """Incremental decoding on tokenizers' `DecodeStream`, which holds back split characters.
+    """Incremental decoding with tokenizers' `DecodeStream`, which withholds incomplete characters.
 
-    `prompt_ids` is the prompt where the answer continues its text. Without it the answer begins a
-    new text, and SentencePiece's leading space is dropped. `tool_calls_id` is the token that is
-    shown as `MARKER`, whatever `skip_special` is.
+    `prompt_ids` is the prompt if the answer continues its text. Without it, the answer begins a new
+    text, and SentencePiece's leading space is dropped. The token `tool_calls_id` is shown as
+    `MARKER`, even with `skip_special`.
     """
 
     def __init__(
@@ -80,12 +81,12 @@ class Detokenizer:
         return str(text)
 
     def flush(self) -> str:
-        """Returns the rest. An incomplete character becomes U+FFFD, as in any decoder."""
+        """Returns the remaining text. An incomplete character becomes U+FFFD, as in any decoder."""
         rest, self._pending = self._pending, []
         return self._decode(rest) if rest else ""
 
     def _begin(self, ids: list[int]) -> "DecodeStream":
-        """Returns a new stream behind the text of `ids`."""
+        """Returns a new stream that has processed `ids`."""
         from tokenizers.decoders import DecodeStream
 
         return DecodeStream(ids=ids, skip_special_tokens=self._skip_special)
@@ -95,7 +96,7 @@ class Detokenizer:
 
 
 def _tail(backend: "Backend", prompt_ids: Sequence[int]) -> list[int]:
-    """Some last ids of the prompt; none where their text ends in an incomplete character.
+    """Returns the last ids of the prompt; none if their text ends in an incomplete character.
 
     DecodeStream would return a prompt's text that ends in U+FFFD as if it were new.
     """
@@ -108,7 +109,8 @@ def _tail(backend: "Backend", prompt_ids: Sequence[int]) -> list[int]:
 
 
 class TextStream:
-    """The text of one answer. `push` takes the tokens of each delta, the last one with a reason."""
+    """The text of one answer. `push` accepts the tokens of each delta, the last one with a finish
+    reason."""
 
     def __init__(
         self,
@@ -125,9 +127,9 @@ class TextStream:
         self._min_tokens = min_tokens
         self._num_tokens = 0
         self._num_decoded = 0
-        """Characters decoded, those included that are held back."""
+        """Number of decoded characters, including withheld ones."""
         self._num_shown = 0
-        """Characters returned."""
+        """Number of returned characters."""
         self._held_scores: list[TokenScore] = []
 
     def push(
@@ -136,10 +138,11 @@ class TextStream:
         logprobs: Sequence[TokenLogprob] = (),
         finish_reason: str | None = None,
     ) -> TextDelta:
-        """Returns what these tokens add. With `finish_reason`, returns all that was held back too.
+        """Returns the text and scores that these tokens add. With `finish_reason`, also all
+        withheld text.
 
-        A stop string ends the answer with "stop". Tokens behind it are ignored, and not counted.
-        `logprobs` may have one more than `token_ids`, for a stop token.
+        A stop string ends the answer with "stop". Tokens after it are ignored and not counted.
+        `logprobs` may have one entry more than `token_ids`, for a stop token.
         """
         text = ""
         for index, token_id in enumerate(token_ids):
@@ -164,7 +167,7 @@ class TextStream:
         return TokenScore(new.token_id, new.logprob, *top, self._num_decoded)
 
     def _shown(self, text: str) -> str:
-        """Returns the part of new text that no stop string can cut any more."""
+        """Returns the part of new text that cannot belong to a stop string any more."""
         self._num_decoded += len(text)
         if self._stops is None:
             return text
@@ -176,7 +179,8 @@ class TextStream:
     def _delta(
         self, text: str, finish_reason: str | None = None, *, is_cut: bool = False
     ) -> TextDelta:
-        """Returns scores with their token's first character; drops those of cut tokens."""
+        """Returns a delta with `text` and the scores of the tokens whose first character is
+        shown."""
         self._num_shown += len(text)
         takes_all = finish_reason is not None and not is_cut
         scores = self._held_scores
@@ -191,7 +195,7 @@ class TextStream:
 
 
 def _find_calls(new: TextDelta, parser: ToolCallParser) -> None:
-    """Takes the calls out of the text of `new`."""
+    """Moves the tool calls from the text of `new` to its `tool_calls`."""
     parsed = parser.push(new.text)
     new.text, new.tool_calls = parsed.content, parsed.calls
     if new.finish_reason is not None:

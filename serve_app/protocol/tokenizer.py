@@ -1,4 +1,4 @@
-"""The checkpoint's tokenizer and chat template: text and messages to token ids, and back."""
+"""Tokenizer: the checkpoint's tokenizer and chat template."""
 
 import re
 from collections.abc import Sequence
@@ -21,13 +21,12 @@ _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
-    """Reads the tokenizer's files and the chat template in the folder `path`.
+    """The tokenizer and the chat template in the folder `path`.
 
     With `sanitize_control_tokens`, control tokens in the content of messages are text.
-    `custom_chat_template`, the path or the text of one, replaces the checkpoint's. Raises
-    `ModelLoadFailed` for files that cannot be read and for a chat template that does not work.
-
-    Thread-safe: it is only read after construction.
+    `custom_chat_template`, a path or the text of a template, replaces the checkpoint's. The
+    constructor raises `ModelLoadFailed` if files cannot be read or the chat template does not work.
+    Thread-safe, because an instance never changes.
     """
 
     def __init__(
@@ -54,7 +53,8 @@ class Tokenizer:
             self._control_tokens = ControlTokens(self.backend, literals)
         self._special_tokens = files.special_tokens
         self.tool_calls_id = self._find_tool_calls_id()
-        """The token with which the model begins calls; None where it was not trained for tools."""
+        """The token with which the model begins tool calls; None if it was not trained for
+        tools."""
         # As many as the vocabulary has: answers with log probabilities ask for the same ones often.
         self._token_bytes: dict[int, bytes] = {}
         self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
@@ -62,12 +62,13 @@ class Tokenizer:
 
     @property
     def has_chat_template(self) -> bool:
-        """Whether the checkpoint has one; without it `render` refuses every conversation."""
+        """Whether the checkpoint has a chat template. Without one, `render` refuses every
+        conversation."""
         return self._template is not None
 
     @property
     def notes(self) -> list[str]:
-        """What users should know about the tokenizer, a phrase each."""
+        """Notes for users about the tokenizer, one phrase each."""
         notes = []
         if self._is_sentencepiece:
             notes.append("no tokenizer.json: the tokenizer is made from tokenizer.model")
@@ -88,16 +89,18 @@ class Tokenizer:
         return notes
 
     def first_unknown(self, token_ids: Sequence[int], vocab_size: int) -> str | None:
-        """Returns the first token in `token_ids` that a model of `vocab_size` tokens does not have.
+        """Returns the first token in `token_ids` that is not in a vocabulary of `vocab_size`
+        tokens.
 
-        Fine-tunes often add tokens to the tokenizer alone, such as `[PAD]`. Ids that are no tokens
-        of the tokenizer do not count.
+        Fine-tuning often adds tokens only to the tokenizer, such as `[PAD]`. Ids that are no tokens
+        of the tokenizer are ignored.
         """
         tokens = (self.backend.id_to_token(it) for it in token_ids if it >= vocab_size)
         return next((token for token in tokens if token is not None), None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of `text`, with one BOS in front, even where the text begins with one."""
+        """Returns the ids of `text` with one BOS at the beginning, even if the text begins with
+        one."""
         if self._is_sentencepiece and text[:1] in (" ", "▁"):
             # SentencePiece puts a space before every text, `tokenizers` only where there is none.
             text = f"▁{text}"
@@ -119,7 +122,7 @@ class Tokenizer:
         """Returns the ids of a conversation in the model's chat format.
 
         With `continue_final_message` the prompt ends with the text of the last message. Raises
-        `InvalidRequest` with the template's own sentence where it refuses the messages.
+        `InvalidRequest`, with the template's own sentence, if it refuses the messages.
         """
         if self._template is None:
             raise InvalidRequest(
@@ -145,7 +148,7 @@ class Tokenizer:
     ) -> list[int]:
         """Returns the ids of a conversation with tools, calls or results; see `tool_prompt`.
 
-        Raises `InvalidRequest` as `render` does.
+        Raises the errors of `render`.
         """
         if self.tool_calls_id is None:
             turns = plain_turns(messages, tools)
@@ -166,7 +169,7 @@ class Tokenizer:
         return ids
 
     def _text_ids(self, text: str) -> list[int]:
-        """Returns the ids of a text of the client, as SentencePiece gives them."""
+        """Returns the ids of a client's text, equal to those of SentencePiece."""
         if self._control_tokens is not None:
             text = self._control_tokens.marked_text(text)
         if text[0] == " " and self.encode(" a") == self.encode("a"):
@@ -178,7 +181,7 @@ class Tokenizer:
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of one token; a byte token may be a part of a character."""
+        """Returns the bytes of one token; a byte token may be part of a character."""
         known = self._token_bytes.get(token_id)
         if known is None:
             known = self._token_bytes[token_id] = self._bytes_of(token_id)

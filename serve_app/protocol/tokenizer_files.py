@@ -1,8 +1,8 @@
 """Reads a checkpoint's tokenizer: `tokenizer.json` or `tokenizer.model`, and their configuration.
 
-Gives for every folder what transformers' `PreTrainedTokenizerFast` gives, the class that its
+The result equals that of transformers' `PreTrainedTokenizerFast`, the class that its
 `AutoTokenizer` chooses for Mixtral, without truncation and padding. Importing transformers for this
-would take 0.7 s of each start.
+would add 0.7 s to each start.
 """
 
 import json
@@ -34,18 +34,18 @@ class TokenizerFiles:
 
     backend: "Tokenizer"
     special_tokens: dict[str, str]
-    """Special tokens by the name that a chat template has for them, such as `bos_token`."""
+    """Special tokens by their name in a chat template, such as `bos_token`."""
     chat_template: str | None
     template_file: Path
-    """The file that `chat_template` comes from."""
+    """The file of `chat_template`."""
     is_sentencepiece: bool
     """Whether the tokenizer comes from `tokenizer.model`."""
     info: dict[str, Any]
-    """`tokenizer_config.json` with the special tokens and the chat template that are in use."""
+    """`tokenizer_config.json` with the special tokens and the chat template that are used."""
 
 
 def read(folder: Path, custom_chat_template: str | None = None) -> TokenizerFiles:
-    """Reads the files in `folder`. Raises `ModelLoadFailed` naming the file that is wrong.
+    """Reads the files in `folder`. Raises `ModelLoadFailed`, which names the wrong file.
 
     `custom_chat_template` is the path or the text of a template that replaces the folder's.
     """
@@ -105,7 +105,7 @@ def _backend(file: Path) -> "Tokenizer":
 
 
 def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> dict[str, Any]:
-    """Returns what `tokenizer_config.json` contains in files of later versions."""
+    """Returns the configuration of old files in the form of a later `tokenizer_config.json`."""
     read = {}
     if (folder / "special_tokens_map.json").exists():
         read = _read_json(folder / "special_tokens_map.json")
@@ -125,7 +125,7 @@ def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> 
 def _special_tokens(
     config: dict[str, Any],
 ) -> tuple[dict[str, "AddedToken"], list["AddedToken"]]:
-    """Returns the special tokens that have a name in chat templates, and the others."""
+    """Returns the special tokens with a name in chat templates, and the other ones."""
     named = {name: config[name] for name in _NAMES if config.get(name) is not None}
     named |= {
         name: value
@@ -153,7 +153,7 @@ def _add_tokens(
     named: dict[str, "AddedToken"],
     extra: list["AddedToken"],
 ) -> None:
-    """Adds what `backend` lacks; `decoder` maps ids to tokens."""
+    """Adds the missing tokens to `backend`; `decoder` maps ids to tokens."""
     from tokenizers import AddedToken
 
     present = backend.get_added_tokens_decoder().values()
@@ -174,7 +174,7 @@ def _add_tokens(
 
 
 def _require_ids(file: Path, backend: "Tokenizer", decoder: dict[Any, dict[str, Any]]) -> None:
-    """Raises `ModelLoadFailed` if an added token got another id than `decoder` has for it."""
+    """Raises `ModelLoadFailed` if an added token has another id than in `decoder`."""
     for token_id, fields in decoder.items():
         if (got := backend.token_to_id(fields["content"])) != int(token_id):
             raise ModelLoadFailed(
@@ -186,7 +186,7 @@ def _require_ids(file: Path, backend: "Tokenizer", decoder: dict[Any, dict[str, 
 def _add_post_processor(
     backend: "Tokenizer", config: dict[str, Any], special_tokens: dict[str, str]
 ) -> None:
-    """Puts BOS before a text, and EOS behind it, as the configuration says."""
+    """Adds BOS before a text and EOS after it if the configuration says so."""
     from tokenizers.processors import TemplateProcessing
 
     bos, eos = special_tokens.get("bos_token"), special_tokens.get("eos_token")
@@ -197,7 +197,7 @@ def _add_post_processor(
 
 
 def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | None, Path]:
-    """Returns the default chat template, which a file of its own may have, and its file."""
+    """Returns the default chat template, which may be in a separate file, and its file."""
     if (file := folder / "chat_template.jinja").exists():
         try:
             return file.read_text(encoding="utf-8"), file
@@ -216,7 +216,7 @@ def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | N
 
 
 def _custom(given: str) -> tuple[str, Path]:
-    """Returns the template of the setting, and the file or the setting that has it."""
+    """Returns the template of the setting, and its file or the name of the setting."""
     if any(mark in given for mark in ("{{", "{%", "\n")):
         return given, Path("model.custom_chat_template")
     try:

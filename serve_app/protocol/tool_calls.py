@@ -1,7 +1,8 @@
-"""Finds tool calls in the text of an answer while it is generated.
+"""ToolCallParser: finds tool calls in the text of an answer while it is generated.
 
 A model calls tools with `MARKER` and a JSON list: `[TOOL_CALLS] [{"name": "f", "arguments": {}}]`.
-Text before it is content. What is no call of a known tool is content too, marker included.
+The text before it is content. If the list is not a call of a known tool, it is content too,
+including the marker.
 """
 
 import re
@@ -11,12 +12,12 @@ from dataclasses import dataclass, field
 from serve_app.protocol.tools import ToolCallDelta, new_id
 
 MARKER = "[TOOL_CALLS]"
-"""What calls begin with: text, or Mistral's control token of that name."""
+"""The beginning of calls: a text, or Mistral's control token of that name."""
 MAX_HEAD_CHARS = 500
-"""Characters between the marker or a call, and the arguments of the next call."""
+"""Maximum number of characters between the marker or a call and the arguments of the next call."""
 
 _SYNTAX = ("{", '"name"', ":", None, ",", '"arguments"', ":")
-"""What stands before the arguments, spaces apart; None is the name as a JSON string."""
+"""The syntax before the arguments, without spaces; None is the name as a JSON string."""
 _NAME = re.compile('"([A-Za-z0-9_-]{0,128})"')
 _NAME_BEGINS = re.compile(r'(?:"[A-Za-z0-9_-]{0,128})?\Z')
 _BEGINNINGS = "|".join(re.escape(MARKER[:end]) for end in range(len(MARKER), 0, -1))
@@ -25,36 +26,37 @@ _STRUCTURE = re.compile(r'["\\{}\[\]]')
 
 
 class _Incomplete(Exception):
-    """The text may go on as a call."""
+    """The text may be the beginning of a call."""
 
 
 class _NoCall(Exception):
-    """The text is no call."""
+    """The text is not a call."""
 
 
 @dataclass(slots=True)
 class Parsed:
-    """What a piece of text adds to an answer."""
+    """The content and the pieces of calls that a text adds to an answer."""
 
     content: str = ""
     calls: list[ToolCallDelta] = field(default_factory=list)
 
 
 class ToolCallParser:
-    """Reads one answer. The result does not depend on how its text was cut into pieces."""
+    """Parses one answer. The result does not depend on the pieces in which its text arrives."""
 
     def __init__(self, names: Collection[str]) -> None:
-        """`names` are those of the tools that may be called."""
+        """`names` are the names of the tools that may be called."""
         self._names = names
         self._step: Callable[[Parsed], None] = self._text
-        """Reads the next part of `_held`. Raises `_Incomplete` if that needs more text."""
+        """Parses the next part of `_held`. Raises `_Incomplete` if that needs more text."""
         self._held = ""
-        """Text whose meaning is open: spaces and the beginning of the marker, or of a call."""
+        """Text whose meaning is not known yet: spaces, the beginning of the marker, or that of a
+        call."""
         self._marker = ""
-        """The marker with the spaces before it, once it is found."""
+        """The marker and the spaces before it, after it is found."""
         self._num_calls = 0
         self._depth = 0
-        """Open brackets of the arguments."""
+        """Number of open brackets in the arguments."""
         self._is_in_string = self._is_escaped = False
 
     @property
@@ -63,7 +65,7 @@ class ToolCallParser:
         return self._num_calls > 0 and self._step != self._arguments
 
     def push(self, text: str) -> Parsed:
-        """Returns what `text` adds to the answer."""
+        """Returns the content and calls that `text` adds to the answer."""
         parsed = Parsed()
         self._held += text
         try:
@@ -74,10 +76,10 @@ class ToolCallParser:
         return parsed
 
     def end(self) -> Parsed:
-        """Returns what was held back, when the answer ends.
+        """Returns the withheld text at the end of the answer.
 
-        The syntax around calls is dropped, and a call that was cut before its arguments. A first
-        call that was cut there is content.
+        The syntax around calls is dropped, and so is a call that was cut before its arguments. If
+        the first call was cut there, it is content.
         """
         rest, self._held = self._held, ""
         if self._step == self._head:
@@ -85,7 +87,7 @@ class ToolCallParser:
         return Parsed(rest if self._step == self._text else "")
 
     def _text(self, parsed: Parsed) -> None:
-        """Looks for the marker. Spaces before it are no content."""
+        """Searches the marker. Spaces before it are not content."""
         at = self._held.find(MARKER)
         if at >= 0:
             content, end = self._held[:at].rstrip(), at + len(MARKER)
@@ -156,14 +158,13 @@ class ToolCallParser:
         return len(self._held)
 
     def _content(self, parsed: Parsed) -> None:
-        """Everything is content."""
+        """Treats all text as content."""
         parsed.content += self._held
         self._held = ""
 
 
 def _head_end(text: str, syntax: tuple[str | None, ...]) -> tuple[int, str]:
-    """Returns where the text after `syntax` begins, spaces skipped, and the name that it
-    contains."""
+    """Returns the position after `syntax` and spaces, and the name in it."""
     at, name = 0, ""
     for part in syntax:
         at = _skip(text, at)
@@ -179,7 +180,7 @@ def _head_end(text: str, syntax: tuple[str | None, ...]) -> tuple[int, str]:
 
 
 def _after(text: str, part: str, at: int = 0) -> int:
-    """Returns where `text` goes on behind `part`, spaces before it skipped."""
+    """Returns the position in `text` after spaces and `part`."""
     at = _skip(text, at)
     if not text.startswith(part, at):
         raise _Incomplete if part.startswith(text[at:]) else _NoCall
@@ -187,7 +188,7 @@ def _after(text: str, part: str, at: int = 0) -> int:
 
 
 def _skip(text: str, at: int) -> int:
-    """Returns the first position from `at` that is no space."""
+    """Returns the first position from `at` on that is not a space."""
     while at < len(text) and text[at] in " \t\r\n":
         at += 1
     if at > MAX_HEAD_CHARS:

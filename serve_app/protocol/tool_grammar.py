@@ -1,9 +1,9 @@
 """The grammar of an answer that may call tools.
 
 A call has the form that the prompt shows: `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]`.
-Whatever follows the marker is held to the tools' schemas; text before it is free. Where the model
-may call and need not, keywords of a schema that llguidance cannot hold are left to the model except
-for strict tools: one tool's `uniqueItems` should not stop a client that brings many tools.
+Everything after the marker must match the tools' schemas; text before it is free. If a call is
+optional, schema keywords that llguidance does not support are ignored, except for strict tools: one
+tool's `uniqueItems` should not make the whole request fail.
 """
 
 import json
@@ -17,7 +17,8 @@ from serve_app.protocol.tool_calls import MARKER
 from serve_app.protocol.tools import Tools
 
 MAX_CALLS = 32
-"""Calls in one answer; without a limit a model may repeat itself until its answer is cut."""
+"""Maximum number of calls in one answer. Without a limit a model may repeat itself until
+`max_tokens`."""
 _COMBINED = {
     "$ref",
     "additionalProperties",
@@ -30,14 +31,14 @@ _COMBINED = {
     "patternProperties",
     "unevaluatedProperties",
 }
-"""Keywords beside which `properties` may not be all that an object has."""
+"""Keywords with which an object may have more than its `properties`."""
 
 
 def source(tools: Tools, answer: GrammarSource | None) -> GrammarSource:
-    """Returns the grammar for `tools`; `answer` is that of an answer without a call, None if it is
-    free.
+    """Returns the grammar for `tools`.
 
-    Raises `InvalidRequest` for schemas that are too long.
+    `answer` is the grammar of an answer without a call; None if it is free. Raises `InvalidRequest`
+    if the schemas are too long.
     """
     mode = tools.choice.mode
     called = tools.callable
@@ -66,11 +67,10 @@ def source(tools: Tools, answer: GrammarSource | None) -> GrammarSource:
 
 
 def grammars(source: GrammarSource, space: str, marker_id: int | None) -> list[dict[str, Any]]:
-    """Returns what `source` has made, as grammars of llguidance; the first one is where an answer
-    begins.
+    """Returns `GrammarSource`s of this module as llguidance's grammars. The first one is the start.
 
-    `space` begins the model's texts, and is empty if nothing does. `marker_id` is the token that
-    begins calls; None if that is the text `MARKER`.
+    `space` is the beginning of the model's texts, or empty. `marker_id` is the token that begins
+    calls; None if that is the text `MARKER`.
     """
     content = json.loads(source.text)
     calls, answer = content["calls"], content["answer"]
@@ -124,10 +124,10 @@ def _literal(text: str) -> str:
 
 
 def _closed(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Returns a schema of objects that have the properties of `parameters`, and no others.
+    """Returns the schema of an object with the properties of `parameters` and no others.
 
-    Functions refuse arguments that they do not name, but few schemas say so. A schema that says
-    what else an object may have stays as it is.
+    Functions refuse arguments that they do not declare, but few schemas say so. A schema that
+    allows other properties explicitly does not change.
     """
     if not parameters:
         return {"type": "object", "properties": {}, "additionalProperties": False}

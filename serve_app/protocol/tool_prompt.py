@@ -29,12 +29,12 @@ MISTRAL_TOKENS = (
     "[INST]",
     "[/INST]",
 )
-"""The control tokens of a checkpoint that was trained for tools."""
+"""Control tokens of a checkpoint that was trained for tools."""
 _MISTRAL_ID = re.compile("[A-Za-z0-9]{9}")
 
 
 def num_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    """Returns the characters of a prompt that the client has sent."""
+    """Returns the number of characters of a prompt that the client sent."""
     calls = [call for message in messages for call in message.tool_calls]
     texts = [message.content for message in messages]
     texts += [call.name + call.arguments for call in calls]
@@ -42,10 +42,10 @@ def num_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
 
 
 def plain_turns(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
-    """Returns the conversation in the roles system, user and assistant.
+    """Returns the conversation with the roles system, user and assistant only.
 
-    The tools stand at the end of the first system message, so that the prompts of a conversation
-    have a common beginning. Neighboring results become one turn.
+    The tools are at the end of the first system message, so that the prompts of a conversation have
+    a common beginning. Adjacent results become one message.
     """
     turns: list[Turn] = []
     names: dict[str, str] = {}
@@ -86,15 +86,16 @@ def _instructions(tools: Sequence[Tool]) -> str:
 
 
 class Control(str):
-    """A control token, among parts that are text."""
+    """A control token in a list of texts."""
 
 
 def mistral_parts(
     messages: Sequence[Message], tools: Sequence[Tool], special_tokens: Mapping[str, str]
 ) -> list[str]:
-    """Returns a conversation as `Control` tokens and texts, each of which is tokenized by itself.
+    """Returns a conversation as a list of `Control` tokens and texts, which are tokenized
+    separately.
 
-    `special_tokens` has `bos_token` and `eos_token`. The tools and the system message stand before
+    `special_tokens` has `bos_token` and `eos_token`. The tools and the system message come before
     the last message of the user.
     """
     system = "\n\n".join(
@@ -134,7 +135,7 @@ def _between(begin: str, text: str, end: str) -> list[str]:
 
 
 def _merged(messages: Sequence[Message]) -> list[Message]:
-    """Joins neighboring messages of the user, and of the assistant."""
+    """Joins adjacent messages of the user, and of the assistant."""
     merged: list[Message] = []
     for message in messages:
         if merged and merged[-1].role == message.role != "tool":
@@ -159,7 +160,7 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """Returns the value of a JSON text; another text stays text."""
+    """Returns the value of a JSON text; any other text is returned unchanged."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -167,7 +168,7 @@ def _parsed(text: str) -> Any:
 
 
 def _mistral_id(call_id: str) -> str:
-    """Returns the id in Mistral's form, nine letters and digits. Equal ids stay equal."""
+    """Returns the id in Mistral's form, nine letters and digits. Equal ids give equal results."""
     if _MISTRAL_ID.fullmatch(call_id):
         return call_id
     return hashlib.sha256(call_id.encode()).hexdigest()[:9]

@@ -23,7 +23,7 @@ class FunctionDefinition(_Strict):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    """None means that the function takes no arguments."""
+    """The JSON schema of the arguments; None for a function without arguments."""
     strict: bool | None = None
 
 
@@ -37,7 +37,7 @@ class FunctionTool(_Strict):
 def offered(
     tools: list[FunctionTool], choice: ToolChoice | None, *, is_parallel: bool
 ) -> Tools | None:
-    """Returns the tools of a request, None where it has none. Raises `InvalidRequest`."""
+    """Returns the tools of a request; None if it has none. Raises `InvalidRequest`."""
     read = [
         Tool(
             each.function.name,
@@ -53,8 +53,7 @@ def offered(
 
 
 def _read_choice(value: Any) -> ToolChoice:
-    """Returns the value of `tool_choice`: a mode, one function, or functions of which some may be
-    called.
+    """Returns the value of `tool_choice`: a mode, one function, or a list of allowed functions.
 
     Raises `InvalidRequest`.
     """

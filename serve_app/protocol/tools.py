@@ -1,7 +1,7 @@
-"""Tools that a model may call, the same for every API: no field names of any request.
+"""Tools that a model may call, independent of the API.
 
-A route turns its request into `Tools` with `check`, the answer's text into `ToolCallDelta`s with
-`tool_calls.ToolCallParser`, and these into its own response.
+A route converts its request to `Tools` with `check`, the answer's text to `ToolCallDelta`s with
+`tool_calls.ToolCallParser`, and these to its own response.
 """
 
 import re
@@ -23,22 +23,22 @@ class Tool:
     name: str
     description: str
     parameters: dict[str, Any]
-    """The JSON schema of the arguments, as the client has sent it; empty where it takes none."""
+    """The JSON schema of the arguments from the client; empty for a tool without arguments."""
     field: str
-    """The field of the request that has `parameters`, for errors."""
+    """The request field of `parameters`, for errors."""
     is_strict: bool = False
-    """Whether arguments must follow the schema exactly also where the model chooses to call."""
+    """Whether arguments must match the schema exactly even if the call is optional."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Whether the model calls tools, and which."""
+    """The mode of tool calls, and the allowed tools."""
 
     mode: Literal["auto", "none", "required"] = "auto"
     names: frozenset[str] | None = None
     """The tools that may be called; None means all."""
     is_single: bool = False
-    """Whether there is one call at most."""
+    """Whether there is at most one call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class ToolCall:
     id: str
     name: str
     arguments: str
-    """The arguments as JSON, as the model has written them."""
+    """The arguments as JSON text, unchanged from the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def new_id() -> str:
 
 
 def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCall]:
-    """The calls whose pieces are `deltas`."""
+    """Returns the calls that consist of the pieces `deltas`."""
     calls: list[ToolCall] = []
     for delta in deltas:
         if delta.id is not None and delta.name is not None:
@@ -96,10 +96,10 @@ def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCall]:
 
 
 def check(tools: Sequence[Tool], choice: ToolChoice, *, tools_field: str = "tools") -> Tools | None:
-    """Returns the tools of a request after the checks that every API has; None if there are none.
+    """Returns the tools of a request after the checks of every API; None if there are none.
 
-    Raises `InvalidRequest` for too many tools, for a name that is not usable or not unique, for a
-    schema that is not an object's, and for a choice of a tool that is not there.
+    Raises `InvalidRequest` for too many tools, an invalid or duplicate name, a schema that is not
+    an object's, and a choice of an unknown tool.
     """
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"`{tools_field}` takes up to {MAX_TOOLS} tools.", param=tools_field)

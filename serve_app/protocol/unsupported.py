@@ -1,6 +1,6 @@
-"""Fields of other servers' APIs that have no effect here, and those that would change the answer.
+"""Fields of other servers' APIs that have no effect here, and fields that would change the answer.
 
-A client may send a field whose value asks for what happens anyway. Any other value is refused.
+A field passes if its value requests the default behavior. Any other value is refused.
 """
 
 from typing import Any
@@ -78,11 +78,11 @@ VLLM: Unsupported = {
 """Fields of vLLM's API, and of the `sampling_params` of RunPod's vLLM worker."""
 
 UNSUPPORTED: Unsupported = OPENAI | VLLM
-"""A route that has one of these fields itself uses it instead."""
+"""A route that supports one of these fields does not use this table for it."""
 
 
 def check_is_neutral(unsupported: Unsupported, name: str, value: Any) -> str | None:
-    """Returns why `value` of the field `name` in `unsupported` is refused; None where it passes."""
+    """Returns the reason why `value` of the field `name` is refused; None if it passes."""
     neutral, reason = unsupported[name]
     # True == 1 in Python, but `"n": true` is an error.
     is_neutral = any(

@@ -1,4 +1,4 @@
-"""Reads parsed JSON values from clients, in a thread where they are large."""
+"""Validates parsed JSON values of clients, in a thread if they are large."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 LARGE = 20_000
-"""Characters and values; reading more of them delays other requests noticeably."""
+"""Number of characters and values above which validation would delay other requests noticeably."""
 
 
 async def read(function: Callable[[Any], T], value: Any) -> T:
-    """`function(value)`; in a thread where `value` is large, so that the event loop goes on."""
+    """Returns `function(value)`, computed in a thread if `value` is large, to keep the event loop
+    free."""
     return await asyncio.to_thread(function, value) if is_large(value) else function(value)
 
 
 def is_large(value: Any) -> bool:
-    """Returns whether `value` has more than `LARGE` characters and values; looks at no more of
-    them."""
+    """Returns whether `value` has more than `LARGE` characters and values. Stops counting there."""
     size, waiting = 0, [value]
     while waiting:
         each = waiting.pop()

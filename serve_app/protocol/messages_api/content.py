@@ -1,4 +1,4 @@
-"""The content blocks of the Messages API, and the chat messages that they mean."""
+"""The content blocks of the Messages API, and their conversion to chat messages."""
 
 import json
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ class TextBlock(ContentPart):
 
 
 class ThinkingBlock(ContentPart):
-    """Thoughts of another model in an earlier answer. They are left out of the prompt."""
+    """Thoughts of another model in an earlier answer. They are not part of the prompt."""
 
     type: Literal["thinking", "redacted_thinking"]
 
@@ -52,7 +52,7 @@ class ToolResultBlock(ContentPart):
 
     @property
     def text(self) -> str:
-        """The result as the model sees it."""
+        """The result in the form of the prompt."""
         return f"Error: {joined(self.content)}" if self.is_error else joined(self.content)
 
 
@@ -91,7 +91,8 @@ class InputMessage(ContentPart):
 
 
 def _paired(messages: list[InputMessage]) -> list[InputMessage]:
-    """Refuses calls without a result in the next message, and results without a call."""
+    """Raises an error for calls without a result in the next message, and results without a
+    call."""
     open_ids: list[str] = []
     for index, message in enumerate(messages):
         for result in message.results:

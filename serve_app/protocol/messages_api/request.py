@@ -15,7 +15,7 @@ from serve_app.protocol.tools import MAX_TOOLS, ToolChoice, Tools
 
 
 class OutputFormat(BaseModel):
-    """`output_config.format`: the answer follows this JSON schema."""
+    """`output_config.format`: the JSON schema that the answer must match."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -116,7 +116,7 @@ class MessagesRequest(CountTokensRequest):
 
     @property
     def sampling(self) -> AdaptedSampling:
-        """The fields that say how to generate."""
+        """The sampling fields of the request."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
         given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
         return AdaptedSampling.model_validate(

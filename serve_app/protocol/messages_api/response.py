@@ -19,11 +19,10 @@ def body(metadata: ResponseMetadata, num_input_tokens: int, whole: TextDelta) ->
 
 
 class MessageEvents:
-    """Makes the events of one answer, delta by delta.
+    """Creates the events of one answer, delta by delta.
 
     `message_start` and a `ping` come first. Each text and each call is a content block: its start,
-    deltas and stop. `message_delta` has why the answer ended, with its usage; `message_stop` is the
-    last.
+    deltas and stop. `message_delta` has the stop reason and the usage; `message_stop` is last.
     """
 
     def __init__(self, metadata: ResponseMetadata, num_input_tokens: int) -> None:
@@ -31,12 +30,12 @@ class MessageEvents:
         self._num_input_tokens = num_input_tokens
         self._has_begun = False
         self._open: str | None = None
-        """The type of the content block that is open."""
+        """The type of the open content block."""
         self._index = -1
-        """The number of the content block that was begun last."""
+        """The index of the last content block."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """Returns the events for `delta`; none where it adds nothing."""
+        """Returns the events for `delta`; none if it adds nothing."""
         events: list[JsonObject] = []
         if not self._has_begun:
             self._has_begun = True
@@ -66,7 +65,7 @@ class MessageEvents:
         return events
 
     def _begin(self, block: JsonObject) -> list[JsonObject]:
-        """Ends the block that is open, and begins `block`."""
+        """Ends the open block and begins `block`."""
         events = self._end()
         self._open, self._index = block["type"], self._index + 1
         start = {"type": "content_block_start", "index": self._index, "content_block": block}
@@ -87,7 +86,7 @@ _REASONS = {"length": "max_tokens", "tool_calls": "tool_use"}
 
 
 def _stop(end: TextDelta) -> JsonObject:
-    """Returns why the answer ended."""
+    """Returns the stop reason and the stop sequence."""
     if end.stop is not None:
         return {"stop_reason": "stop_sequence", "stop_sequence": end.stop}
     reason = _REASONS.get(end.finish_reason or "", "end_turn")
@@ -101,9 +100,10 @@ def _tool_use(call_id: str, name: str, value: Any) -> JsonObject:
 
 
 def _input(arguments: str) -> JsonObject | None:
-    """Returns the arguments of a call; None if `max_tokens` has cut them, so that they are no JSON.
+    """Returns the arguments of a call; None if `max_tokens` has cut them, so that they are not
+    JSON.
 
-    A client would run a call with `{}` in their place.
+    With `{}` instead, a client would run the call.
     """
     try:
         value: JsonObject = json.loads(arguments)
@@ -127,7 +127,7 @@ def _message(
 
 
 def _usage(num_input_tokens: int, so_far: TextDelta) -> dict[str, int]:
-    """Anthropic counts tokens that were found in the cache apart from `input_tokens`."""
+    """Returns the usage. As in Anthropic's API, `input_tokens` excludes cached tokens."""
     return {
         "input_tokens": num_input_tokens - so_far.num_cached_tokens,
         "cache_creation_input_tokens": 0,

@@ -37,7 +37,7 @@ OfferedTool = Annotated[ToolDefinition, BeforeValidator(_of_the_client)]
 
 
 def offered(tools: list[ToolDefinition], choice: ToolChoice) -> Tools | None:
-    """Returns the tools of a request, None where it has none. Raises `InvalidRequest`."""
+    """Returns the tools of a request; None if it has none. Raises `InvalidRequest`."""
     read = [
         Tool(
             tool.name,

@@ -14,10 +14,10 @@ from serve_app.protocol.tools import ToolCall, ToolCallDelta
 
 
 class ResponseEvents:
-    """Makes the events of one answer, delta by delta, with ascending sequence numbers.
+    """Creates the events of one answer, delta by delta, with ascending sequence numbers.
 
     `response.created` and `response.in_progress` come first. Each item of the output is added,
-    filled by deltas, and done. `response.completed` or `response.incomplete` is the last, or
+    filled by deltas, and done. The last event is `response.completed` or `response.incomplete`, or
     `response.failed` and `error`.
     """
 
@@ -35,21 +35,21 @@ class ResponseEvents:
         self._response = response.begun(request, metadata)
         self._sequence_number = 0
         self._output: list[JsonObject] = []
-        """Items that are done."""
+        """Finished items."""
         self._item: JsonObject | None = None
-        """The item that is under way, as it was added."""
+        """The current item, in the form in which it was added."""
         self._pieces: list[str] = []
-        """What has come of its text or its arguments."""
+        """The pieces of its text or of its arguments."""
         self._logprobs: list[JsonObject] = []
-        """Those of its tokens."""
+        """Log probabilities of its tokens."""
         self._held: list[TokenScore] = []
         """Scores of tokens that may not belong to the text."""
         self._num_chars = 0
         self._has_called = False
-        """Characters of the text so far."""
+        """Number of characters of the text so far."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """Returns the events for `delta`; none where it adds nothing."""
+        """Returns the events for `delta`; none if it adds nothing."""
         events: list[JsonObject] = []
         if not self.has_begun:
             events.append(self._event("response.created", response=self._response))
@@ -88,7 +88,7 @@ class ResponseEvents:
         return {**self._event("error", **shown), **body}
 
     def _scores_of_text(self) -> list[TokenScore]:
-        """Takes the scores that belong to the text so far from those that are held."""
+        """Removes the scores of the text so far from `_held`, and returns them."""
         if self._has_called:
             return []
         ready = [score for score in self._held if score.offset < self._num_chars]
@@ -96,7 +96,7 @@ class ResponseEvents:
         return ready
 
     def _text(self, text: str, scores: list[TokenScore]) -> list[JsonObject]:
-        """Returns the events for `text`, several where it has many scores."""
+        """Returns the events for `text`; several if it has many scores."""
         events: list[JsonObject] = []
         if self._item is None or self._item["type"] != "message":
             events += self._begin(response.message(self._metadata, "in_progress", []))
@@ -122,7 +122,7 @@ class ResponseEvents:
         return events
 
     def _begin(self, item: JsonObject) -> list[JsonObject]:
-        """Ends the item that is under way, and begins `item`."""
+        """Ends the current item and begins `item`."""
         events = self._end("completed")
         self._item, self._pieces, self._logprobs = item, [], []
         events.append(self._output_event("added", item))
@@ -132,7 +132,7 @@ class ResponseEvents:
         return events
 
     def _end(self, status: response.Status) -> list[JsonObject]:
-        """Ends the item that is under way, if there is one."""
+        """Ends the current item, if any."""
         if self._item is None:
             return []
         whole = "".join(self._pieces)
@@ -172,7 +172,7 @@ class ResponseEvents:
 
 
 def _without_bytes(logprobs: list[JsonObject]) -> list[JsonObject]:
-    """`logprobs` as events of a text have them."""
+    """Returns `logprobs` in the form of text events, without bytes."""
     return [
         {
             "token": each["token"],

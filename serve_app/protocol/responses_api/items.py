@@ -1,4 +1,4 @@
-"""The input items of the Responses API, and the chat messages that they mean."""
+"""The input items of the Responses API, and their conversion to chat messages."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -63,7 +63,7 @@ class MessageItem(ContentPart):
 
 
 class ReasoningItem(ContentPart):
-    """Thoughts of another model before an earlier answer. They are left out of the prompt."""
+    """Thoughts of another model before an earlier answer. They are not part of the prompt."""
 
     type: Literal["reasoning"]
 
@@ -86,7 +86,7 @@ class ResultItem(ContentPart):
 
 
 def _typed(item: Any) -> Any:
-    """A message may come without its type."""
+    """Adds the type to a message without one."""
     match item:
         case {"type": "item_reference"}:
             raise sentence(_STORED, "type")
@@ -98,7 +98,7 @@ def _typed(item: Any) -> Any:
 
 
 def _listed(value: Any) -> Any:
-    """A string stands for a message of the user."""
+    """Converts a string to a message of the user."""
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
@@ -110,7 +110,8 @@ Item = Annotated[
 
 
 def _paired(items: list[Item]) -> list[Item]:
-    """Refuses calls without a result, results without a call, and input without a question."""
+    """Raises an error for calls without a result, results without a call, and input without a
+    question."""
     open_ids: list[str] = []
     for index, item in enumerate(items):
         if isinstance(item, CallItem):
@@ -145,7 +146,7 @@ Items = Annotated[
 
 
 def conversation(instructions: str | None, items: Sequence[Item]) -> list[Message]:
-    """Returns the chat messages of a request. Calls join the message of the assistant before
+    """Returns the chat messages of a request. Calls are added to the assistant's message before
     them."""
     turns: list[Message] = []
     if instructions:

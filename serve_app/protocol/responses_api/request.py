@@ -22,7 +22,7 @@ class _Strict(BaseModel):
 
 
 class TextFormat(_Strict):
-    """`text.format`. Every schema is followed exactly, whatever `strict` is."""
+    """`text.format`. Every schema is enforced exactly, even without `strict`."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -84,7 +84,7 @@ class ResponsesRequest(Body):
     metadata: dict[str, Text] = Field(default_factory=dict)
     """Returned in the response."""
     include: list[Text] = Field(default_factory=list)
-    """What the response should contain too; of that there are log probabilities alone."""
+    """Additional contents of the response; only log probabilities are supported."""
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -99,7 +99,7 @@ class ResponsesRequest(Body):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        """Number of log probabilities per token, see `SamplingParams`."""
         return self.top_logprobs if LOGPROBS in self.include else None
 
     @property
@@ -113,7 +113,7 @@ class ResponsesRequest(Body):
 
     @property
     def sampling(self) -> AdaptedSampling:
-        """The fields that say how to generate."""
+        """The sampling fields of the request."""
         given: JsonObject = {
             name: getattr(self, name)
             for name in ("temperature", "top_p")

@@ -20,8 +20,7 @@ def body(
     names: TokenNames,
     whole: TextDelta,
 ) -> JsonObject:
-    """Returns the whole answer as a response. The tokens of calls have no log probabilities in
-    it."""
+    """Returns the whole answer as a response. The tokens of calls have no log probabilities."""
     calls = joined(whole.tool_calls)
     output: list[JsonObject] = []
     if whole.text or not calls:
@@ -66,7 +65,7 @@ def begun(request: ResponsesRequest, metadata: ResponseMetadata) -> JsonObject:
 def ended(
     response: JsonObject, output: list[JsonObject], num_input_tokens: int, end: TextDelta
 ) -> JsonObject:
-    """`response` with its output, why it ended, and its usage."""
+    """Returns `response` with its output, status and usage."""
     status = status_of(end)
     details = {"reason": "max_output_tokens"} if status == "incomplete" else None
     usage = {
@@ -86,7 +85,7 @@ def ended(
 
 
 def failed(response: JsonObject, output: list[JsonObject], error: ServeError) -> JsonObject:
-    """`response` with the output so far, and the error that ended it."""
+    """Returns `response` with the output so far, and the error that ended it."""
     code = "rate_limit_exceeded" if isinstance(error, Overloaded) else "server_error"
     shown = {"code": code, "message": error.message}
     return {**response, "status": "failed", "output": output, "error": shown}

@@ -35,10 +35,9 @@ OfferedTool = Annotated[FunctionTool, BeforeValidator(_a_function)]
 
 
 def offered(tools: list[FunctionTool], choice: Any, *, is_parallel: bool) -> Tools | None:
-    """Returns the tools of a request, None where it has none; `choice` is the value of
-    `tool_choice`.
+    """Returns the tools of a request; None if it has none.
 
-    Raises `InvalidRequest`.
+    `choice` is the value of `tool_choice`. Raises `InvalidRequest`.
     """
     read = [
         Tool(

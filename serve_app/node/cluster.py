@@ -204,7 +204,7 @@ def log_unused_keys(config: str | Path) -> None:
 
 
 def _overridden(app: Any, given: dict[str, Any], **options: Any) -> Any:
-    """`app` with the deployment's `options`, which the `deployments:` of the YAML override."""
+    """Returns `app` with `options` of the deployment, which the YAML's `deployments:` override."""
     from ray.serve import Application
 
     deployment = app._bound_deployment

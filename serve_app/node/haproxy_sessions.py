@@ -21,7 +21,8 @@ import zlib
 from serve_app.protocol.session import MAX_LOAD, NUM_CHARS, PLACES, SESSION_ID, SYSTEM_ROLES
 
 WEIGHT = 16
-"""A replica has 16 times as many places on the ring of hashes, which makes shares more equal."""
+"""Number of places of a replica on the ring of hashes, in units of HAProxy's 16; more places make
+the shares more equal."""
 AFTER_SYSTEM = {
     None: "",
     True: f"{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",

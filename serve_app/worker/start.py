@@ -61,7 +61,10 @@ def make_handler(
 
 
 def num_slots(settings: Settings, replicas: int = 1) -> int:
-    """Prompts taken at once: a few more than the engines run, so that none waits for a job."""
+    """Returns the maximum number of concurrent prompts.
+
+    They are a few more than the engines run, so that no engine waits for a job.
+    """
     engine = settings.engine
     more = engine.max_waiting // 4
     return settings.runpod.max_concurrency or engine.max_num_seqs * replicas + more

@@ -1,4 +1,4 @@
-"""Allowance: how much of something a key may still use this minute."""
+"""Allowance: limits the use of something per minute, for one API key."""
 
 import math
 import time
@@ -10,13 +10,14 @@ HEADERS = [
     for unit in ("requests", "tokens")
     for what in ("limit", "remaining", "reset")
 ]
-"""Names of the headers that `Allowance.headers` gives for the units of API keys."""
+"""The names of units in the headers of `Allowance.headers`."""
 
 
 class Allowance:
-    """A token bucket: full at first, `per_minute` at most, refilled evenly.
+    """A token bucket: full at first, with at most `per_minute`, refilled evenly.
 
-    It may go below zero, where what is used is known only afterwards.
+    It may become negative if the use is known only afterwards. Example with 60 per minute: after a
+    use of 60 at once, 1 is available after a second, and 60 after a minute.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:
@@ -27,7 +28,7 @@ class Allowance:
 
     @property
     def left(self) -> float:
-        """What may be used now."""
+        """The amount that may be used now."""
         now = self._clock()
         gained = (now - self._updated) * self.per_minute / MINUTE_S
         self._level = min(self._level + gained, float(self.per_minute))
@@ -38,11 +39,12 @@ class Allowance:
         self._level = self.left - number
 
     def wait_s(self) -> float:
-        """Seconds until one can be used."""
+        """Returns the seconds until one unit can be used."""
         return max(0.0, (1 - self.left) * MINUTE_S / self.per_minute)
 
     def headers(self, unit: str) -> dict[str, str]:
-        """OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits), for `unit`s."""
+        """Returns OpenAI's headers (https://platform.openai.com/docs/guides/rate-limits) for
+        `unit`."""
         left = self.left
         reset_s = (self.per_minute - left) * MINUTE_S / self.per_minute
         return {
@@ -53,7 +55,7 @@ class Allowance:
 
 
 def _duration(seconds: float) -> str:
-    """As OpenAI writes it, such as `250ms`, `12s` or `6m0s`."""
+    """Returns a duration in OpenAI's notation, such as `250ms`, `12s` or `6m0s`."""
     if seconds < 1:
         return f"{math.ceil(seconds * 1000)}ms"
     minutes, rest = divmod(math.ceil(seconds), 60)

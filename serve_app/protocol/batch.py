@@ -1,8 +1,8 @@
-"""OpenAI's batch format: one request in each line of the input, one result in each of the output.
+"""OpenAI's batch format: one request per line of the input, one result per line of the output.
 
 A request is `{"custom_id", "method", "url", "body"}`, a result `{"id", "custom_id", "response":
-{"status_code", "request_id", "body"}, "error"}` (https://platform.openai.com/docs/guides/batch).
-A request that was answered, be it by an error, has a `response`. A line that is no request has an
+{"status_code", "request_id", "body"}, "error"}` (https://platform.openai.com/docs/guides/batch). A
+request that was answered, even with an error, has a `response`. A line that is not a request has an
 `error` with the fields of OpenAI's `BatchError`.
 """
 
@@ -49,11 +49,11 @@ class BatchRequest:
 
 
 class LineError(TypedDict):
-    """Why a line of the input is no request."""
+    """The reason why a line of the input is not a request."""
 
     code: str
     line: int
-    """Counted from 1."""
+    """The line number, from 1."""
     message: str
     param: str | None
 
@@ -69,7 +69,7 @@ class BatchResult(TypedDict):
 
     id: str
     custom_id: str | None
-    """None if the line of the input has none that can be used."""
+    """None if the line has no usable one."""
     response: BatchResponse | None
     error: LineError | None
 
@@ -78,12 +78,13 @@ class LineReader:
     """Reads the lines of one input, in which every `custom_id` may occur once."""
 
     def __init__(self, urls: Collection[str]) -> None:
-        """`urls` are the paths that a request may name."""
+        """`urls` are the paths that a request may have."""
         self._urls = urls
         self._ids: set[str] = set()
 
     def read(self, number: int, text: bytes) -> BatchRequest | BatchResult:
-        """Returns the request in line `number`, or the result of a line that holds none."""
+        """Returns the request in line `number`, or the error result of a line that is not a
+        request."""
         value = None
         try:
             value = parsed_line(text)
@@ -124,10 +125,9 @@ def response_result(custom_id: str, response: BatchResponse) -> BatchResult:
 
 
 def key(result: BatchResult) -> str | int:
-    """Returns what a result belongs to: the `custom_id` of a request, or the number of a failed
-    line.
+    """Returns the key of a result: the `custom_id` of its request, or the number of a failed line.
 
-    Raises `LookupError` or `TypeError` for an object that is no result.
+    Raises `LookupError` or `TypeError` for an object that is not a result.
     """
     error = result["error"]
     found = result["custom_id"] if error is None else error["line"]
@@ -137,7 +137,7 @@ def key(result: BatchResult) -> str | int:
 
 
 def is_answered(result: BatchResult) -> bool:
-    """Returns whether the request has an answer that is no error."""
+    """Returns whether the result is an answer without an error."""
     response = result["response"]
     return response is not None and response["status_code"] < HTTPStatus.BAD_REQUEST
 

@@ -1,6 +1,6 @@
-"""One request to one route, and the reply to it, in the form that every endpoint uses.
+"""Call and Reply: one request to one route and its reply, in a form that all endpoints use.
 
-An endpoint (HTTP, RunPod jobs) builds a `Call` and gets a `Reply`. Where the endpoint is another
+An endpoint (HTTP, RunPod jobs) creates a `Call` and gets a `Reply`. If the endpoint is in another
 process than the model, `MixtralServer.call` sends the reply as a sequence of `ReplyItem`s.
 """
 
@@ -13,7 +13,7 @@ from serve_app.error_body import ErrorBody
 from serve_app.protocol.key_account import KeyAccount
 
 TRACEPARENT = "traceparent"
-"""Header in which a client names its own span: https://www.w3.org/TR/trace-context/."""
+"""The header with a client's own span: https://www.w3.org/TR/trace-context/."""
 JsonObject = dict[str, Any]
 """A JSON object as Python values."""
 
@@ -27,28 +27,30 @@ class Call:
     body: Any
     """The parsed JSON value; None if the request has no body."""
     request_id: str
-    """Made by this package. Logged and returned to the client, never used as a key."""
+    """The id that this package has made. It is logged and returned to the client, but never used as
+    a key."""
     arrived: float = field(default_factory=time.monotonic, compare=False)
-    """When the request arrived, before its body, on the clock of `time.monotonic`, in seconds."""
+    """Arrival time of the request, before its body, on the clock of `time.monotonic`, in
+    seconds."""
     account: KeyAccount | None = field(default=None, compare=False)
-    """That of the request's API key; None if no key is needed, and for jobs."""
+    """The account of the request's API key; None if no key is needed, and for jobs."""
     traceparent: str | None = field(default=None, compare=False)
-    """The client's header of that name; it has an effect where answers are traced."""
+    """The client's `traceparent` header; used if answers are traced."""
     session_id: str | None = field(default=None, compare=False)
     """A job's header `x-session-id`; over HTTP, HAProxy reads it."""
 
     @property
     def group(self) -> str:
-        """With whom the request shares the engine: the holder of its key."""
+        """The group in which the request shares the engine: the name of its API key."""
         return "" if self.account is None else self.account.group
 
 
 @final
 class Progress(TypedDict):
-    """How much of a list of prompts is done."""
+    """The progress of a list of prompts."""
 
     progress: int
-    """Percent."""
+    """Progress in percent."""
     message: str
     """For example "4 of 10 done"."""
 
@@ -62,14 +64,14 @@ class ChunkItem(TypedDict):
 
 @final
 class ProgressItem(TypedDict):
-    """How far a list of prompts is, sent after each prompt that ends."""
+    """The progress of a list of prompts, sent after each finished prompt."""
 
     progress: Progress
 
 
 @final
 class BodyItem(TypedDict):
-    """The whole body of a reply that is not streamed. The last item."""
+    """The complete body of a reply that is not streamed. It is the last item."""
 
     status: int
     """The HTTP status."""
@@ -78,19 +80,19 @@ class BodyItem(TypedDict):
 
 @final
 class ErrorItem(TypedDict):
-    """Why the call failed, at its beginning or after some chunks. The last item."""
+    """The error of a failed call, at its beginning or after some chunks. It is the last item."""
 
     status: int
     """The HTTP status."""
     error: ErrorBody
     event: NotRequired[JsonObject]
-    """The last event of a stream, where the API has one of its own."""
+    """The last event of a failed stream, if the API has its own event for errors."""
 
 
 ReplyItem = ChunkItem | ProgressItem | BodyItem | ErrorItem
-"""What crosses Ray. A stream is `ChunkItem`s, the last of which says why the answer ended; any
-other reply is `ProgressItem`s and one `BodyItem`. An `ErrorItem` may take the place of any item,
-and nothing follows it. Keys tell the items apart."""
+"""The items that are sent through Ray. A stream is `ChunkItem`s; the last one has the finish
+reason. Any other reply is `ProgressItem`s and one `BodyItem`. An `ErrorItem` may replace any item,
+and is the last one. The keys distinguish the items."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +102,7 @@ class JsonReply:
     body: JsonObject
     status: int = 200
     is_large: bool = False
-    """Whether encoding it at once would delay other requests."""
+    """Whether encoding it in one piece would delay other requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,27 +112,27 @@ class TextReply:
     text: str
     media_type: str
     headers: Mapping[str, str] = field(default_factory=dict)
-    """The HTTP response has these beside those of every response."""
+    """Additional headers of the HTTP response."""
 
 
 @dataclass(frozen=True, slots=True)
 class StreamReply:
     """A streamed answer, which starts with the first iteration of `chunks`.
 
-    The receiver must close `chunks`, on every way out: closing cancels the request. Iterating
-    raises what makes the answer fail.
+    The receiver must close `chunks` in every case, because closing cancels the request. Iterating
+    raises the error that makes the answer fail.
     """
 
     chunks: AsyncGenerator[JsonObject, None]
     error_event: Callable[[ErrorBody], JsonObject] | None = None
-    """Makes the last event of a stream that fails, where the API has one of its own."""
+    """Returns the last event of a failed stream, if the API has its own event for errors."""
 
 
 @dataclass(frozen=True, slots=True)
 class BatchReply:
-    """The results of a list of prompts: progress as prompts end, then the body.
+    """The results of a list of prompts: progress while prompts finish, then the body.
 
-    The receiver must close `items`, on every way out: closing cancels the request.
+    The receiver must close `items` in every case, because closing cancels the request.
     """
 
     items: AsyncGenerator[ProgressItem | BodyItem, None]

@@ -31,7 +31,7 @@ class ChatRequest(ChoiceSampling):
     prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     """Adds the log probabilities of the prompt's tokens (vLLM's field)."""
     add_generation_prompt: bool = True
-    """Whether the prompt ends with what begins an answer, where the chat template has it (vLLM's
+    """Whether the prompt ends with the template's beginning of an answer, if it has one (vLLM's
     field)."""
     continue_final_message: bool = False
     """Whether the answer continues the text of the last message (vLLM's field)."""
@@ -43,7 +43,7 @@ class ChatRequest(ChoiceSampling):
 
     @property
     def num_logprobs(self) -> int | None:
-        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        """Number of log probabilities per token, see `SamplingParams`."""
         if self.logprobs:
             return self.top_logprobs
         return 0 if self.best_of else None
@@ -131,11 +131,11 @@ def _calls(whole: TextDelta) -> JsonObject:
 
 
 class ChatChunks:
-    """Makes the `chat.completion.chunk` objects of one choice, delta by delta.
+    """Creates the `chat.completion.chunk` objects of one choice, delta by delta.
 
-    The first has the role, the next text and calls as they come, the last the finish reason; with
-    `include_usage` one more has the usage after the end of the last choice, and with
-    `continuous_usage_stats` each has that of its own choice so far.
+    The first chunk has the role, the next ones text and tool calls, the last one the finish reason.
+    With `include_usage`, one more chunk has the usage after the end of the last choice. With
+    `continuous_usage_stats`, each chunk has the usage of its own choice so far.
     """
 
     def __init__(
@@ -147,7 +147,7 @@ class ChatChunks:
         totals: StreamUsage,
         index: int = 0,
     ) -> None:
-        """`totals` counts the tokens of all choices; `index` is this one's."""
+        """`totals` counts the tokens of all choices; `index` is the index of this one."""
         self._request, self._names = request, names
         self._totals, self._index = totals, index
         self._num_prompt_tokens = num_prompt_tokens
@@ -164,7 +164,7 @@ class ChatChunks:
             self._fields["usage"] = None
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
-        """Returns the chunks for `delta`; none where it adds nothing."""
+        """Returns the chunks for `delta`; none if it adds nothing."""
         chunks = []
         if self._is_usage_continuous:
             # The first chunk, with the role, is sent before any token (as in vLLM).

@@ -1,7 +1,7 @@
-"""The checkpoint's chat template: turns a conversation into the text of a prompt.
+"""ChatTemplate: renders a conversation as the text of a prompt, with the checkpoint's template.
 
-Templates are Jinja programs that were written for transformers' `apply_chat_template`, and get the
-same environment here: a sandbox, and the same few names.
+Templates are Jinja programs written for transformers' `apply_chat_template`. They get the same
+environment here: a sandbox, and the same few names.
 """
 
 import json
@@ -26,13 +26,13 @@ _TRIAL_SYSTEM = "Goodbye"
 
 
 class ChatTemplate:
-    """A template that renders at least a question of the user.
+    """A template that can render at least one user message.
 
-    Thread-safe: it is only read after construction.
+    Thread-safe, because an instance never changes.
     """
 
     def __init__(self, source: str, special_tokens: Mapping[str, str], file: Path) -> None:
-        """Compiles and tries the template, which comes from `file`.
+        """Compiles the template from `file`, and renders a trial conversation.
 
         `special_tokens` are the template's variables, such as `bos_token`. Raises `ModelLoadFailed`
         if the template is broken or refuses the trial.
@@ -54,16 +54,17 @@ class ChatTemplate:
         texts = [node.data for node in tree.find_all(nodes.TemplateData)]
         texts += [node.value for node in tree.find_all(nodes.Const) if isinstance(node.value, str)]
         self.literals = "\0".join(texts)
-        """The texts that the template itself contains."""
+        """The literal texts of the template."""
         self._try()
         self.takes_system = self._shows_system()
-        """Whether a system message is in the text of a prompt."""
+        """Whether the template renders system messages."""
 
     def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation.
 
-        A conversation that the template refuses is rendered as `merged`. Raises `InvalidRequest`
-        for one that it refuses then too; `param` is the message, such as `messages.2`.
+        If the template refuses a conversation, it is rendered again after `merged`. Raises
+        `InvalidRequest` if the template refuses that too; `param` is the message, such as
+        `messages.2`.
         """
         if self.takes_system or not any(message["role"] == "system" for message in messages):
             try:
@@ -87,7 +88,7 @@ class ChatTemplate:
         return self._filled(merged(messages, keeps_system=self.takes_system), add_generation_prompt)
 
     def _filled(self, messages: Sequence[Turn], add_generation_prompt: bool) -> str:
-        """Returns what the template makes of `messages`. Raises `_Refused`."""
+        """Renders `messages`. Raises `_Refused`."""
         from jinja2.exceptions import TemplateError
 
         try:
@@ -101,7 +102,7 @@ class ChatTemplate:
             ) from error
 
     def _first_refused(self, messages: Sequence[Turn]) -> int:
-        """Returns the index of the message with which the template begins to refuse the
+        """Returns the index of the first message with which the template refuses the
         conversation."""
         taken, refused = 0, len(messages)
         while refused - taken > 1:
@@ -114,7 +115,8 @@ class ChatTemplate:
         return taken
 
     def _try(self) -> None:
-        """Raises `ModelLoadFailed` unless a single question becomes a prompt that contains it."""
+        """Raises `ModelLoadFailed` if the template does not render a single user message with its
+        text."""
         try:
             text = self._filled([{"role": "user", "content": _TRIAL}], True)
         except _Refused as refused:
@@ -139,10 +141,10 @@ class ChatTemplate:
 
 
 def cut_behind(text: str, content: str) -> str:
-    """`text`, a rendered conversation, up to the end of its last message, which is `content`.
+    """Returns `text`, a rendered conversation, up to the end of its last message `content`.
 
-    The rule of transformers' `continue_final_message`. Raises `InvalidRequest` for an empty message
-    and for a template that leaves the message out.
+    This is the rule of transformers' `continue_final_message`. Raises `InvalidRequest` for an empty
+    message, and if the template omits the message.
     """
     kept = content.strip()
     start = text.rfind(kept) if kept else -1
@@ -157,14 +159,15 @@ def cut_behind(text: str, content: str) -> str:
 
 
 class _Refused(Exception):
-    """The template does not take a conversation. The text says why, for users.
+    """The template does not render a conversation. The text is the reason, for users.
 
-    The cause is the template's own failure; None where it refuses the conversation deliberately.
+    The cause is the template's own failure; None if the template refuses the conversation
+    explicitly.
     """
 
 
 def _environment() -> "Environment":
-    """Returns what transformers' `apply_chat_template` gives to a template."""
+    """Returns the Jinja environment of transformers' `apply_chat_template`."""
     from jinja2 import nodes
     from jinja2.exceptions import TemplateError
     from jinja2.ext import Extension, loopcontrols
@@ -172,7 +175,8 @@ def _environment() -> "Environment":
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """`{% generation %}` marks an assistant's text for training; here it changes nothing."""
+        """The tag `{% generation %}`, which marks an assistant's text for training and has no
+        effect here."""
 
         tags = {"generation"}  # noqa: RUF012
 

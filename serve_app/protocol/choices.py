@@ -23,13 +23,13 @@ class ChoiceSampling(Sampling):
     """
 
     n: Integer = Field(default=1, ge=1, le=MAX_CHOICES)
-    """Choices for each prompt."""
+    """Number of choices per prompt."""
     best_of: Integer | None = Field(default=None, ge=1, le=MAX_CHOICES)
-    """Generates this many answers to each prompt; the `n` best are returned, the best first."""
+    """Number of answers generated per prompt; the `n` best are returned, the best first."""
 
     @property
     def num_answers(self) -> int:
-        """Answers that are generated for each prompt."""
+        """Number of answers generated per prompt."""
         return self.best_of or self.n
 
     @property
@@ -51,8 +51,8 @@ class ChoiceSampling(Sampling):
         return self
 
     def usage(self, num_prompt_tokens: int, wholes: Sequence[TextDelta]) -> dict[str, Any]:
-        """Returns the usage of all answers; each prompt counts once, as its first answer has found
-        it."""
+        """Returns the usage of all answers. Each prompt counts once, with the cached tokens of its
+        first answer."""
         num_cached_tokens = sum(
             whole.num_cached_tokens for whole in wholes[:: self.best_of or self.n]
         )
@@ -60,10 +60,10 @@ class ChoiceSampling(Sampling):
         return detailed_usage(num_prompt_tokens, num_tokens, num_cached_tokens)
 
     def chosen(self, wholes: Sequence[TextDelta]) -> list[TextDelta]:
-        """Returns the choices among `num_answers` whole answers to each prompt, in the prompts'
-        order.
+        """Returns the choices from `num_answers` complete answers per prompt, in the order of
+        prompts.
 
-        The best answers have the highest mean log probability of a token.
+        The best answers have the highest mean log probability per token.
         """
         if self.best_of is None:
             return list(wholes)
@@ -83,15 +83,16 @@ class StreamUsage:
     """Counts the tokens of the answers of one streamed request."""
 
     def __init__(self, num_prompt_tokens: int, num_answers: int) -> None:
-        """`num_prompt_tokens` has each prompt once, whatever the number of its answers."""
+        """`num_prompt_tokens` counts each prompt once, for any number of answers."""
         self._num_prompt_tokens = num_prompt_tokens
         self._num_running = num_answers
         self._num_tokens = self._num_cached_tokens = 0
 
     def ended(self, delta: TextDelta, *, is_first: bool) -> dict[str, Any] | None:
-        """Counts an answer with its last delta. Returns the whole usage if it was the last one.
+        """Counts a finished answer by its last delta. Returns the whole usage after the last
+        answer.
 
-        The first answer to a prompt counts what was cached of it.
+        The cached tokens of a prompt are those of its first answer.
         """
         self._num_running -= 1
         self._num_tokens += delta.num_tokens

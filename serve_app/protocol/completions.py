@@ -19,7 +19,7 @@ from serve_app.protocol.text import TextDelta
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
-"""Answers to all prompts together."""
+"""Maximum number of answers to all prompts of a request together."""
 
 Prompt = str | list[int]
 
@@ -29,22 +29,22 @@ class CompletionRequest(ChoiceSampling):
 
     prompts: list[Any] = Field(alias="prompt")
     echo: bool = False
-    """Puts the prompt's text before the answer's."""
+    """Whether the prompt's text is returned before the answer's."""
     logprobs: Integer | None = Field(default=None, ge=0, le=20)
-    """With `echo`, of the prompt's tokens too."""
+    """With `echo`, also for the prompt's tokens."""
     prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     """Adds the log probabilities of the prompt's tokens to each choice (vLLM's field)."""
     max_tokens: Integer | None = Field(default=None, ge=0)
-    """0 scores the prompt alone."""
+    """0 only scores the prompt."""
 
     @property
     def num_logprobs(self) -> int | None:
-        """Log probabilities that the engine returns with each token, see `SamplingParams`."""
+        """Number of log probabilities per token, see `SamplingParams`."""
         return 0 if self.logprobs is None and self.best_of else self.logprobs
 
     @property
     def num_prompt_logprobs(self) -> int | None:
-        """As `num_logprobs`, with each token of the prompt."""
+        """The same as `num_logprobs`, for the tokens of the prompt."""
         asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
         return max((count for count in asked if count is not None), default=None)
 
@@ -88,9 +88,9 @@ class CompletionRequest(ChoiceSampling):
 
 
 class CompletionResponse:
-    """Makes the response to one request: the whole body, or its chunks.
+    """Creates the response to one request: the whole body, or its chunks.
 
-    With `n` choices to each prompt, choice `index` answers prompt `index // n`.
+    With `n` choices per prompt, choice `index` answers prompt `index // n`.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class CompletionResponse:
         echoes: Sequence[Echo],
         names: TokenNames,
     ) -> None:
-        """`num_prompt_tokens` has the number of each prompt, `echoes` one for each choice."""
+        """`num_prompt_tokens` has one number per prompt, `echoes` one per choice."""
         self._request, self._names = request, names
         self._num_prompt_tokens = num_prompt_tokens
         self._echoes = echoes
@@ -130,10 +130,10 @@ class CompletionResponse:
         return choice
 
     def chunks(self, index: int, delta: TextDelta) -> Iterator[JsonObject]:
-        """The chunks for a delta of choice `index`; each is made when it is asked for.
+        """Yields the chunks for a delta of choice `index`.
 
-        With `include_usage` the usage of all choices follows the end of the last one; with
-        `continuous_usage_stats` each chunk has the usage of its own choice so far.
+        With `include_usage`, the usage of all choices follows the end of the last one. With
+        `continuous_usage_stats`, each chunk has the usage of its own choice so far.
         """
         extra: JsonObject = {"usage": None} if self._request.include_usage else {}
         if self._request.include_continuous_usage:

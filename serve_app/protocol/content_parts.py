@@ -1,4 +1,4 @@
-"""Validators of content parts, which the Responses and the Messages API share."""
+"""Validators of content parts for the Responses and the Messages API."""
 
 from collections.abc import Collection
 from typing import Any
@@ -10,13 +10,14 @@ from serve_app.protocol.fields import printable, sentence
 
 class ContentPart(BaseModel):
     """A part of a conversation. Unknown keys are ignored: clients send back every key of an answer,
-    and mark parts with keys of their own."""
+    and add their own keys to parts."""
 
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
 def of_types(types: Collection[str], noun: str) -> BeforeValidator:
-    """Refuses a part of a type that is none of `types`; the error calls parts `noun`."""
+    """Returns a validator that refuses parts of other types than `types`; `noun` names a part in
+    errors."""
 
     def check(part: Any) -> Any:
         match part:
@@ -30,7 +31,8 @@ def of_types(types: Collection[str], noun: str) -> BeforeValidator:
 
 
 def listed(text_type: str, noun: str) -> BeforeValidator:
-    """Makes a list of parts of a string, which stands for one part of `text_type`, and of null."""
+    """Returns a validator that converts a string to a list with one part of `text_type`, and null
+    to an empty list."""
 
     def to_list(content: Any) -> Any:
         if content is None or content == "":

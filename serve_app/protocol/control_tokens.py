@@ -1,7 +1,7 @@
-"""Keeps a user's text from becoming control tokens: `</s>` that somebody types is text.
+"""ControlTokens: keeps a user's text from becoming control tokens, so that a typed `</s>` is text.
 
-A mark is put into each control token that a text contains, so that the tokenizer does not find the
-token. The tokenizer's normalizer removes the mark again, and the ids are those of the text.
+A mark is inserted into each control token in a text, so that the tokenizer does not recognize the
+token. The tokenizer's normalizer removes the mark again, so the ids are those of plain text.
 """
 
 import re
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 _KEPT_MARK = "\u200b"
-"""A space of no width. It stays in the text of a token that the tokenizer looks for after
-normalizing, and of one that merges of the vocabulary can produce."""
+"""A zero-width space. The normalizer cannot remove it, so it is used for tokens that the tokenizer
+recognizes after normalizing, or that merges of the vocabulary can produce."""
 
 
 class ControlTokens:
-    """The control tokens of a tokenizer. Adds a step to the tokenizer's normalizer.
+    """The control tokens of a tokenizer. The constructor adds a step to the tokenizer's normalizer.
 
     As in transformers' `sanitize_control_tokens`, they are the special tokens, and those added
     tokens that the chat template contains.
@@ -28,7 +28,7 @@ class ControlTokens:
 
     def __init__(self, backend: "Tokenizer", template_literals: str) -> None:
         self._backend = backend
-        # Nobody can guess the mark, so no text contains it.
+        # The mark is random, so that no text contains it.
         mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(4))
         _remove_from_text(backend, mark)
         self._marks: dict[str, str] = {}
@@ -43,15 +43,15 @@ class ControlTokens:
 
     @property
     def unbreakable(self) -> list[str]:
-        """Control tokens that a user's text still becomes."""
+        """Control tokens that a user's text can still produce."""
         return [token for token, mark in self._marks.items() if not mark]
 
     def marked(self, messages: Sequence[Turn]) -> Sequence[Turn]:
-        """`messages` with a mark in each control token of their contents."""
+        """Returns `messages` with a mark in each control token of their contents."""
         return [{**each, "content": self.marked_text(each["content"])} for each in messages]
 
     def marked_text(self, text: str) -> str:
-        """`text` with a mark in each control token."""
+        """Returns `text` with a mark in each control token."""
         return self._beginning.sub(self._with_mark, text)
 
     def _with_mark(self, found: re.Match[str]) -> str:

@@ -1,20 +1,21 @@
-"""Merges a conversation into the order that Mixtral was trained with."""
+"""Merges a conversation into the order of messages with which Mixtral was trained."""
 
 from collections.abc import Sequence
 
 Turn = dict[str, str]
-"""One message, as chat templates get it: `role` (system, user or assistant) and `content`."""
+"""One message in the form of chat templates: `role` (system, user or assistant) and `content`."""
 
 
 def merged(messages: Sequence[Turn], *, keeps_system: bool) -> list[Turn]:
-    """`messages` as questions and answers in turn, with at most one system message before them.
+    """Returns `messages` as alternating questions and answers, with at most one system message
+    before them.
 
     The rule is that of Mistral's own encoder (mistral-common's `InstructRequestNormalizer`):
 
     - The texts of all system messages, joined by an empty line, come first: as a system message
-      with `keeps_system`, else before the first question, with an empty line in between.
-    - Neighbors of one role become one message, joined by an empty line.
-    - Before a first message of the assistant comes an empty question.
+      with `keeps_system`, otherwise before the first question, with an empty line in between.
+    - Adjacent messages of one role become one message, joined by an empty line.
+    - An empty question is inserted before a first message of the assistant.
     """
     system = _joined([each["content"] for each in messages if each["role"] == "system"])
     turns: list[Turn] = []

@@ -1,4 +1,4 @@
-"""The prompt in a response: its text before an answer, and the log probabilities of its tokens."""
+"""Echo: the prompt's text before an answer, and the log probabilities of its tokens."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -10,16 +10,16 @@ from serve_app.protocol.text import TextDelta
 
 
 class Echo:
-    """What goes before one answer: nothing, or the prompt's text and its scores."""
+    """The text and scores that are returned before one answer; may be empty."""
 
     def __init__(self, text: str = "", prompt: PromptText | None = None) -> None:
-        """With `prompt` the scores of the prompt's tokens are echoed too."""
+        """With `prompt`, the scores of the prompt's tokens are returned too."""
         self._text = text
         self._num_chars = len(text)
         self._prompt = prompt
 
     def before(self, delta: TextDelta) -> tuple[str, Iterator[TokenScore]]:
-        """Returns the text and the scores of `delta` with what goes before them."""
+        """Returns the text and the scores of `delta`, with the echo before the first ones."""
         text, self._text = self._text + delta.text, ""
         if self._prompt is None and not self._num_chars:
             return text, iter(delta.scores)
@@ -35,7 +35,8 @@ class Echo:
 
 
 def prompt_logprobs(whole: TextDelta, num_top: int, names: TokenNames) -> list[JsonObject | None]:
-    """vLLM's `prompt_logprobs`: by token id, for each token of the prompt; null for the first."""
+    """Returns vLLM's `prompt_logprobs`: an object by token id for each prompt token; None for the
+    first."""
 
     def entry(token_id: int, logprob: float, rank: int) -> JsonObject:
         text = names.token_bytes(token_id).decode(errors="replace")

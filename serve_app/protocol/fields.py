@@ -1,4 +1,4 @@
-"""Request bodies: how every body is validated, and the sampling fields that several routes take.
+"""Request bodies: the validation of every body, and the sampling fields of several routes.
 
 Field names and defaults are OpenAI's, and vLLM's for fields that OpenAI does not have. Every field
 of a request is used, ignored (`Body.IGNORED`) or refused by name.
@@ -49,7 +49,7 @@ Integer = Annotated[int, BeforeValidator(_whole)]
 """The type of an integer field."""
 
 Text = Annotated[str, StringConstraints(min_length=0)]
-"""The type of a text field. Pydantic refuses lone surrogates only where it measures the length."""
+"""The type of a text field. Pydantic refuses lone surrogates only if it checks the length."""
 
 
 class Body(BaseModel):
@@ -59,7 +59,7 @@ class Body(BaseModel):
 
     IGNORED: ClassVar[frozenset[str]] = IGNORED
     UNSUPPORTED: ClassVar[Unsupported] = UNSUPPORTED
-    """The fields of the API at this route that pass with any value, or with some."""
+    """Fields of the route's API that are accepted with any value or with some values."""
 
     model: Text | None = None
     """A served name; the first one if absent."""
@@ -87,9 +87,9 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     include_usage: bool | None = None
-    """Adds a last chunk with the usage and no choices."""
+    """Whether a last chunk has the usage and no choices."""
     continuous_usage_stats: bool | None = None
-    """With `include_usage`: every chunk has the usage so far (vLLM's field)."""
+    """With `include_usage`: whether every chunk has the usage so far (vLLM's field)."""
     include_obfuscation: bool | None = None
     """Accepted and not used: chunks are not padded."""
 
@@ -98,7 +98,7 @@ class Sampling(Body):
     """The sampling fields, which are the same on every route that generates text."""
 
     OWN_DEFAULTS: ClassVar[frozenset[str]] = frozenset()
-    """Fields whose default here stands also where the checkpoint brings one of its own."""
+    """Fields that keep their default here even if the checkpoint has its own default."""
 
     max_tokens: Integer | None = Field(default=None, ge=1)
     min_tokens: Integer = Field(default=0, ge=0)
@@ -127,7 +127,8 @@ class Sampling(Body):
 
     @property
     def grammar(self) -> GrammarSource | None:
-        """What the answer must follow; None where it is free. Raises `InvalidRequest`."""
+        """The grammar that the answer must match; None if there is none. Raises
+        `InvalidRequest`."""
         chosen = self.structured_outputs or self.response_format
         return None if chosen is None else chosen.source
 
@@ -142,7 +143,7 @@ class Sampling(Body):
 
     @property
     def limit(self) -> tuple[int | None, str]:
-        """The maximum number of tokens to generate, and the name of the field that has it."""
+        """The maximum number of tokens to generate, and the name of its field."""
         return self.max_tokens, "max_tokens"
 
     @field_validator("stop", mode="before")
@@ -201,7 +202,7 @@ class Sampling(Body):
 
 
 class AdaptedSampling(Sampling):
-    """The sampling fields of a request of another API, under the names that they have here."""
+    """The sampling fields of another API's request, under OpenAI's names."""
 
     source: GrammarSource | None = None
     limit_field: str = "max_tokens"
@@ -217,13 +218,12 @@ class AdaptedSampling(Sampling):
 
 
 def no_unicode(field: str) -> InvalidRequest:
-    """Returns the error of a text that UTF-8 cannot hold, such as one with the JSON string
-    `\\ud800`."""
+    """Returns the error for a text that UTF-8 cannot encode, such as one with `\\ud800`."""
     return InvalidRequest(f"`{field}` has a lone surrogate, which is no character.", param=field)
 
 
 def printable(name: Any) -> str:
-    """Returns a client's own text, cut to 64 characters and safe to put into an error."""
+    """Returns a client's text, cut to 64 characters and safe for an error message."""
     return str(name)[:64].encode("utf-8", "replace").decode()
 
 
@@ -237,7 +237,7 @@ def sentence(message: str, field: str | None = None) -> PydanticCustomError:
 
 
 def _first_error(error: ValidationError) -> InvalidRequest:
-    """Pydantic's first error as one sentence that starts with the field."""
+    """Returns pydantic's first error as one sentence that starts with the field."""
     first = error.errors(include_url=False, include_input=False)[0]
     inner = first.get("ctx", {}).get("field")
     path = [*first["loc"], *([inner] if first["type"] == _SENTENCE and inner else [])]

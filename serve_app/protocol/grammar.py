@@ -1,7 +1,7 @@
-"""Compiles grammars for a tokenizer, with llguidance, and says which tokens they allow next.
+"""Compiles grammars for a tokenizer with llguidance, and computes the tokens that they allow next.
 
 llguidance (https://github.com/guidance-ai/llguidance) computes the allowed tokens of each position
-from the grammar and the bytes of all tokens. A schema keyword that it cannot hold is an error.
+from the grammar and the bytes of all tokens. A schema keyword that it does not support is an error.
 """
 
 import asyncio
@@ -24,12 +24,13 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 NUM_KEPT = 32
-"""Compiled grammars that are kept for later requests."""
+"""Number of compiled grammars that are kept for later requests."""
 MAX_ERROR_CHARS = 300
 
 
 class GrammarState:
-    """A `Constraint` of the engine: the grammar behind the tokens of one answer so far."""
+    """A `Constraint` of the engine: the state of the grammar after the tokens of one answer so
+    far."""
 
     def __init__(self, matcher: "LLMatcher", stop_token_ids: Collection[int] = ()) -> None:
         self._matcher = matcher
@@ -67,16 +68,16 @@ class CompiledGrammar:
         self._stop_token_ids = stop_token_ids
 
     def start(self) -> GrammarState:
-        """Returns the state before the first token; a copy takes some microseconds."""
+        """Returns a new state before the first token. Copying it takes some microseconds."""
         return GrammarState(self._matcher.deep_copy(), self._stop_token_ids)
 
     def with_stops(self, stop_token_ids: Collection[int]) -> "CompiledGrammar":
-        """Returns the same grammar, in which these tokens too end an answer where it may end."""
+        """Returns the same grammar with additional tokens that may end a complete answer."""
         return CompiledGrammar(self._matcher, stop_token_ids) if stop_token_ids else self
 
 
 class GrammarCompiler:
-    """Compiles one grammar after the other, in a thread of its own."""
+    """Compiles grammars one after another in its own thread."""
 
     def __init__(
         self,
@@ -85,8 +86,10 @@ class GrammarCompiler:
         eos_token_ids: Collection[int],
         tool_calls_id: int | None = None,
     ) -> None:
-        """`vocab_size` is the model's, and `tool_calls_id` the token that begins tool calls, if it
-        has one. Nothing is prepared before the first grammar comes.
+        """`vocab_size` is the model's. `tool_calls_id` is the token that begins tool calls, if
+        there is one.
+
+        The tokenizer's data are prepared for the first grammar.
         """
         self._tool_calls_id = tool_calls_id
         self._backend = backend
@@ -97,10 +100,10 @@ class GrammarCompiler:
         self._compiled = lru_cache(NUM_KEPT)(self._compile)
 
     async def compiled(self, source: GrammarSource, *, begins_text: bool) -> CompiledGrammar:
-        """Returns the grammar of `source`; `begins_text`: the answer does not continue its prompt's
-        text.
+        """Returns the grammar of `source`.
 
-        Raises `InvalidRequest` for a grammar that has an error or that llguidance cannot hold.
+        `begins_text` is False if the answer continues its prompt's text. Raises `InvalidRequest` if
+        the grammar has an error or llguidance does not support it.
         """
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._thread, self._compiled, source, begins_text)
@@ -118,7 +121,7 @@ class GrammarCompiler:
         return CompiledGrammar(matcher)
 
     def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
-        """Returns the error for a grammar; it names the tool whose schema is the cause."""
+        """Returns the error for a grammar. It names the tool if a tool's schema is the cause."""
         field = source.field
         for name, schema in tool_grammar.schemas(source) if source.kind == "tools" else ():
             if (matcher := self._matcher([schema])).is_error():
@@ -148,7 +151,7 @@ class GrammarCompiler:
     def _hides_first_space(self) -> bool:
         """Whether the first token of a text begins with a space that the text does not have.
 
-        SentencePiece's tokenizers do so, and the model expects it after a question.
+        This is so for SentencePiece's tokenizers, and the model expects the space after a question.
         """
         for token_id in range(self._vocab_size):
             text = self._tokenizer.decode_bytes([token_id])

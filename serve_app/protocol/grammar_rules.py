@@ -1,4 +1,4 @@
-"""Grammars in llguidance's own form."""
+"""Converts grammars to llguidance's form."""
 
 import json
 from typing import Any
@@ -14,7 +14,7 @@ JSON_OPTIONS = {
 
 
 def rules(source: GrammarSource) -> dict[str, Any]:
-    """Returns the grammar of a source that is not of the kind `tools`, without a name."""
+    """Returns the grammar, without a name, of a source of another kind than `tools`."""
     if source.kind == "json":
         return json_rules(json.loads(source.text))
     if source.kind == "regex":
@@ -29,8 +29,10 @@ def rules(source: GrammarSource) -> dict[str, Any]:
 
 
 def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[str, Any]:
-    """Returns the grammar of a JSON schema. A keyword that cannot be held is an error unless
-    `lenient`."""
+    """Returns the grammar of a JSON schema.
+
+    An unsupported keyword is an error, or ignored with `lenient`.
+    """
     # `true` and `false` are schemas, too: any value, and none.
     schema = {"allOf": [schema]} if isinstance(schema, bool) else schema
     options: JsonObject = dict(JSON_OPTIONS)

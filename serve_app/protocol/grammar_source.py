@@ -12,20 +12,20 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from serve_app.errors import InvalidRequest
 
 MAX_CHARS = 100_000
-"""Characters of one grammar, as JSON where it is a schema."""
+"""Maximum number of characters in a grammar; a schema is counted as JSON."""
 
 Kind = Literal["json", "regex", "choice", "lark", "tools"]
 
 
 class GrammarSource(NamedTuple):
-    """A grammar as the client has sent it. Equal sources mean the same grammar."""
+    """A grammar from a client. Equal sources mean the same grammar."""
 
     kind: Kind
     text: str
-    """The schema or the list of choices as JSON, the regular expression, the Lark grammar, or what
-    `tool_grammar` has made."""
+    """The schema or the list of choices as JSON, the regular expression, the Lark grammar, or the
+    output of `tool_grammar`."""
     field: str
-    """The field of the request that has it, for errors."""
+    """The request field of the grammar, for errors."""
 
 
 class _Strict(BaseModel):
@@ -33,7 +33,7 @@ class _Strict(BaseModel):
 
 
 class JsonSchema(_Strict):
-    """`response_format.json_schema`. Every schema is followed exactly, whatever `strict` is."""
+    """`response_format.json_schema`. Every schema is enforced exactly, even without `strict`."""
 
     name: str = ""
     description: str | None = None
@@ -69,7 +69,7 @@ class StructuredOutputs(_Strict):
     regex: str | None = None
     choice: list[str] | None = Field(default=None, min_length=1)
     grammar: str | None = None
-    """A grammar in Lark's notation, which begins at `start`."""
+    """A grammar in Lark's notation, with the start rule `start`."""
 
     @model_validator(mode="after")
     def _is_one_grammar(self) -> Self:
@@ -97,7 +97,8 @@ class StructuredOutputs(_Strict):
 
 
 def schema_source(schema: dict[str, Any] | bool | str, field: str) -> GrammarSource:
-    """Returns the grammar of a JSON schema, which came in `field`. Raises `InvalidRequest`."""
+    """Returns the grammar source of a JSON schema from the request field `field`. Raises
+    `InvalidRequest`."""
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)

@@ -1,6 +1,6 @@
-"""Encodes a large JSON value in pieces, each of which keeps other threads waiting for 1 ms at most.
+"""Encodes a large JSON value in pieces, so that other threads wait for at most 1 ms.
 
-An encoder of the whole value holds the interpreter's lock until it has ended.
+Encoding the whole value at once would hold the interpreter's lock until the end.
 """
 
 from typing import Any
@@ -11,9 +11,9 @@ from serve_app.protocol.values import is_large
 
 
 def encode(value: Any) -> bytes:
-    """`value` as JSON in UTF-8. Raises `TypeError` for what JSON does not have.
+    """Returns `value` as JSON in UTF-8. Raises `TypeError` for values that JSON cannot represent.
 
-    NaN and Infinity would become null, so callers make numbers finite first.
+    NaN and Infinity would become null, so callers must make numbers finite first.
     """
     if isinstance(value, dict) and is_large(value):
         items = (b"%b:%b" % (orjson.dumps(name), encode(each)) for name, each in value.items())

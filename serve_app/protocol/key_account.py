@@ -1,4 +1,4 @@
-"""KeyAccount: what the holder of one API key uses, and may still use."""
+"""KeyAccount: counts and limits the use of one API key."""
 
 import math
 from collections.abc import Callable
@@ -12,29 +12,29 @@ class KeyAccount:
     """Counts and limits the requests of one key. Its limits hold for one replica."""
 
     def __init__(self, key: ApiKey, *, is_alone: bool) -> None:
-        """`is_alone`: there is no other key, so nobody to share with."""
+        """`is_alone` says that there is no other key with which the engine is shared."""
         self.num_requests = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_running = 0
-        """Requests whose answers are generated or wait."""
+        """Number of requests whose answers are running or waiting."""
         self._requests: Allowance | None = None
         self._tokens: Allowance | None = None
         self.update(key, is_alone=is_alone)
 
     def update(self, key: ApiKey, *, is_alone: bool) -> None:
-        """Takes over what the file of keys says now; a limit that has not changed goes on."""
+        """Applies the current limits of the key file. A limit that has not changed keeps its
+        state."""
         self.key = key
         self.group = "" if is_alone else key.name
-        """The engine shares its time between groups."""
+        """The group of its requests; the engine divides its time between groups."""
         self._requests = _kept(self._requests, key.requests_per_minute)
         self._tokens = _kept(self._tokens, key.tokens_per_minute)
 
     def take_request(self) -> Callable[[], None]:
-        """Counts a request that generates, as running until the returned function is called, which
-        may be called again.
+        """Counts a generating request as running until the returned function is called.
 
-        Raises `RateLimited` if a limit is used up.
+        That function may be called more than once. Raises `RateLimited` if a limit is used up.
         """
         most = self.key.max_concurrent
         if most is not None and self.num_running >= most:
@@ -70,7 +70,7 @@ class KeyAccount:
             self._tokens.use(num_prompt_tokens + num_generation_tokens)
 
     def headers(self) -> dict[str, str]:
-        """Response headers that tell the limits and what is left of them."""
+        """Returns the response headers with the limits and the remaining amounts."""
         found: dict[str, str] = {}
         for unit, allowance in self._allowances:
             found |= allowance.headers(unit)

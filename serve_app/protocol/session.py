@@ -1,15 +1,15 @@
-"""The text of a request that stays the same in a conversation; its hash chooses a replica.
+"""The text of a request that is constant in a conversation; its hash chooses a replica.
 
-Each replica keeps the KV blocks of the prompts that it has seen. The next turn of a conversation
-begins with the last one's prompt, so the replica that had the last turn computes the new part only.
-The text is the first of these that a request has:
+Each replica keeps the KV blocks of the prompts that it has computed. The next prompt of a
+conversation begins with the previous one, so the same replica has to compute only the new part. The
+text is the first of these in a request:
 
     the header `x-session-id`
     the body's `prompt_cache_key`, OpenAI's name for it
-    the first message that is not of the system
+    the first message that is not a system message
     the first text of a `prompt` or `input`
 
-`node/haproxy_sessions.py` writes this rule for HAProxy, `node/session_router.py` follows it for the
+`node/haproxy_sessions.py` implements this rule for HAProxy, `node/session_router.py` for the
 deployment handle.
 """
 
@@ -25,19 +25,20 @@ SESSION_ID = "x-session-id"
 NUM_CHARS = 256
 """Length of the part of the text that is hashed: bytes in HAProxy, characters in Python."""
 MAX_LOAD = 150
-"""Most requests at one replica, in percent of the mean; rounded up, and at least one. A replica
-that has them takes no more, and the next one of the hash does (arXiv 1608.01350), so that loads
-stay equal when all prompts begin alike."""
+"""Maximum number of requests at one replica, in percent of the mean; rounded up, and at least one.
+A replica at the limit gets no further request; the next one in the order of hashes gets it (arXiv
+1608.01350). So loads stay equal even if all prompts begin in the same way."""
 SYSTEM_ROLES = ("system", "developer")
 
 
 class Place(NamedTuple):
-    """Where a body may have the text."""
+    """A possible place of the text in a body."""
 
     path: str
     """A JSON path."""
     after_system: bool | None = None
-    """Whether the first message must be of the system, or must not be; None: either."""
+    """Whether the first message must be a system message (True), must not be one (False), or either
+    (None)."""
 
 
 PLACES = (
@@ -51,13 +52,13 @@ PLACES = (
     Place("$.input[0].content"),
     Place("$.input[0].content[0].text"),
 )
-"""Where a body may have the text; the first that has a string counts."""
+"""The possible places of the text in a body. The first place with a string is used."""
 
 
 def session_of(call: "Call") -> str | None:
     """Returns the hash of the call's text, 16 characters; None if it has no such text.
 
-    Ray gets the hash alone, because its metadata and logs must not have a user's text.
+    Only the hash is given to Ray, because Ray's metadata and logs must not contain a user's text.
     """
     text = _in_body(call.body) if call.session_id is None else call.session_id
     if text is None:
@@ -75,7 +76,7 @@ def _in_body(body: Any) -> str | None:
 
 
 def _at(value: Any, path: str) -> Any:
-    """Returns what `value` has at a JSON path; None if there is nothing."""
+    """Returns the part of `value` at a JSON path; None if there is none."""
     for key in re.findall(r"\w+", path):
         try:
             value = value[int(key) if key.isdigit() else key]

@@ -54,10 +54,10 @@ def test_replicas_that_do_not_fit_are_refused() -> None:
     on_gpu = Settings.from_args({"model": {"device": "cuda"}}, "test")
     deployment = build_app(on_gpu)._bound_deployment
     cluster.require_resources(deployment, {"CPU": 2, "GPU": 1})
-    with pytest.raises(ModelLoadFailed, match="needs 1 GPUs but Ray finds 0"):
+    with pytest.raises(ModelLoadFailed, match="needs 1 GPUs, but Ray finds 0"):
         cluster.require_resources(deployment, {"CPU": 2})
     three = overridden({"deployments": [{"name": "mixtral", "num_replicas": 3}]})
-    with pytest.raises(ModelLoadFailed, match="needs 3 CPUs but Ray finds 2"):
+    with pytest.raises(ModelLoadFailed, match="needs 3 CPUs, but Ray finds 2"):
         cluster.require_resources(three, {"CPU": 2})
     auto = overridden({"deployments": [{"name": "mixtral", "num_replicas": "auto"}]})
     cluster.require_resources(auto, {"CPU": 2})

@@ -115,7 +115,7 @@ def test_text_counts_as_utf8() -> None:
 
 def test_two_names_for_one_thing_are_refused() -> None:
     """A job with two bodies or two routes is refused: one of them would be ignored."""
-    with pytest.raises(InvalidRequest, match="one thing"):
+    with pytest.raises(InvalidRequest, match="same meaning"):
         parsed({"endpoint": "/prompt", "data": {"prompt": "a"}, "body": {"prompt": "b"}})
 
 

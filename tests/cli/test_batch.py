@@ -128,7 +128,7 @@ def test_files_that_do_not_fit_are_one_sentence(
     """Nothing is loaded or written where a file is missing, is no result, or is another batch's."""
     source, other = written(tmp_path / "in", [line("a")]), tmp_path / "other"
     for text, words in [
-        ('{"custom_id": "z", "response": {"status_code": 200}, "error": null}\n', "result of 'z'"),
+        ('{"custom_id": "z", "response": {"status_code": 200}, "error": null}\n', "result for 'z'"),
         ('{"messages": []}\n', "line 1 is not a result"),
         ("3\n", "line 1 is not a result"),
     ]:

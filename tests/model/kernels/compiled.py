@@ -122,19 +122,24 @@ def prompt_attention_cases(chip: int) -> list[Case]:
 
 
 def prompt_product_cases(chip: int) -> list[Case]:
-    """Products with the weights of one expert, and the routing of prompts."""
+    """Products with the weights of all experts, and the routing of prompts."""
     shape = grouped_product.WIDE if chip == 90 else grouped_product.NARROW
     tensors = {**dict.fromkeys(("x", "weights", "out"), "*bf16"), "topk_weights": "*fp32"}
     routing = dict.fromkeys(("order", "starts"), "*i32")
     tile = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth}
     common: dict[str, Any] = {**tensors, **routing, **tile, "first": 3, "programs": 999}
-    common |= {"EXPERTS": 1, "WIDTH": 1, "TOP_K": 2}
+    common |= {"EXPERTS": 8, "WIDTH": 8, "TOP_K": 2}
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     routes: dict[str, Any] = {"logits": "*bf16", "topk_weights": "*fp32", "tokens": 4096}
     routes |= {**routing, "EXPERTS": 8, "WIDTH": 8, "TOP_K": 2, "ROWS": prompt_routing.ROWS}
     return [
-        ("", grouped_product._gate_up, {**common, "N": 28672, "K": 4096}, options, 0),
-        ("", grouped_product._down, {**common, "N": 4096, "K": 14336}, options, 0),
+        *(
+            (name, grouped_product._grouped_product, {**common, **sizes}, options, 0)
+            for name, sizes in (
+                ("gate_up", {"IS_GATE_UP": True, "N": 28672, "K": 4096}),
+                ("down", {"IS_GATE_UP": False, "N": 4096, "K": 14336}),
+            )
+        ),
         ("", prompt_routing._route_prompts, routes, {"num_warps": 8}, 0),
     ]
 

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from serve_app.model.attention import attend, plan_attention
 from serve_app.model.batch import Batch
-from serve_app.model.kernels.triton import prompt_attention
+from serve_app.model.kernels.triton import chunk_tiles
+from serve_app.model.kernels.triton.chunk_tiles import items_of
 from serve_app.model.kernels.triton.prompt_attention import PromptAttention
 from serve_app.model.kv import KVCache
 from tests.model.kernels.test_paged_attention import cache_of, tables_of
@@ -69,13 +70,13 @@ def test_in_16_bits_at_mixtrals_sizes() -> None:
 @pytest.mark.parametrize("window", [None, 100, 300])
 def test_long_contexts_are_split(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few queries after many cached tokens: several programs for a tile, with the same result."""
-    monkeypatch.setattr(prompt_attention, "MIN_SPLIT", 64)
+    monkeypatch.setattr(chunk_tiles, "MIN_SPLIT", 64)
     lengths = [400, 70]
     cache = cache_of(lengths, (2, 16, 16), torch.float32)
     batch = batch_of([40, 3], lengths, cache)
     found, expected = both(4, cache, batch, window, torch.float32)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-    items, combined = PromptAttention(4, cache.keys[0], window)._items([40, 3], lengths)
+    items, combined = items_of([40, 3], lengths, PromptAttention(4, cache.keys[0], window).sizes)
     assert len(items) > 2
     assert combined
 
@@ -83,7 +84,7 @@ def test_long_contexts_are_split(window: int | None, monkeypatch: pytest.MonkeyP
 def test_every_token_is_in_one_tile() -> None:
     """Tiles cover each query once, with its context and no token beyond; the longest come first."""
     kernel = PromptAttention(32, torch.empty(1, 16, 8, 128), None)
-    items, combined = kernel._items([100, 1, 8000], [100, 33, 9000])
+    items, combined = items_of([100, 1, 8000], [100, 33, 9000], kernel.sizes)
     assert not combined
     rows = sorted(row for item in items for row in range(item.row, item.row + item.num_queries))
     assert rows == list(range(8101))

@@ -157,8 +157,8 @@ def launches_of(
 @pytest.mark.parametrize(
     ("experts_at_once", "expected"),
     [
-        (8, {"unpack": 4, "_gate_up": 1, "_down": 1, "aten.linear": 3}),
-        (2, {"unpack": 10, "_gate_up": 4, "_down": 4, "aten.linear": 3}),
+        (8, {"unpack": 4, "_grouped_product": 2, "aten.linear": 3}),
+        (2, {"unpack": 10, "_grouped_product": 8, "aten.linear": 3}),
         (0, {"few_tokens": 2, "more_tokens": 2, "aten.linear": 1}),
     ],
     ids=["many tokens", "many tokens on a small GPU", "few tokens"],

@@ -68,7 +68,7 @@ def gate_up(
     rows. Row 0 of `out` is the first entry of expert `first`; rows after the last expert's are not
     written. `out` needs `min(e, k) * T` rows.
     """
-    _launch(_gate_up, x, weights, routing, first, out, shape)
+    _launch(x, weights, routing, first, out, shape, is_gate_up=True)
 
 
 def down(
@@ -78,19 +78,26 @@ def down(
 
     Each row is multiplied by its entry's topk_weight. `weights` is `[e, H, I]`.
     """
-    _launch(_down, x, weights, routing, first, out, shape)
+    _launch(x, weights, routing, first, out, shape, is_gate_up=False)
 
 
 def _launch(
-    kernel, x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor, shape: TileShape
+    x: Tensor,
+    weights: Tensor,
+    routing: Routing,
+    first: int,
+    out: Tensor,
+    shape: TileShape,
+    *,
+    is_gate_up: bool,
 ) -> None:
     num_experts, out_features, in_features = weights.shape
-    entries = len(routing.order)
-    share = entries * num_experts / (len(routing.starts) - 1)
+    share = len(routing.order) * num_experts / (len(routing.starts) - 1)
     row_tiles = int(SLACK * share / shape.rows) + num_experts
     programs = row_tiles * triton.cdiv(out_features, shape.columns)
-    kernel[(programs,)](
+    _grouped_product[(programs,)](
         *(x, weights, routing.order, routing.starts, routing.topk_weights, out, first, programs),
+        IS_GATE_UP=is_gate_up,
         **dict(EXPERTS=num_experts, WIDTH=triton.next_power_of_2(num_experts)),
         **dict(N=out_features, K=in_features, TOP_K=routing.top_k),
         **dict(ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth),
@@ -148,8 +155,35 @@ def _product(
     return result
 
 
+@triton.jit
+def _store_gate_up(sums, out, rows, is_row, number, N: tl.constexpr):
+    """Stores silu(gate) * up at `rows` `[ROWS]` of `out` `[T * k, N / 2]`.
+
+    `sums` `[ROWS, COLUMNS]`, of column tile `number`, has 8 columns of gate, 8 of up, and so on.
+    """
+    ROWS: tl.constexpr = sums.shape[0]
+    HALF: tl.constexpr = sums.shape[1] // 2
+    turns = tl.reshape(sums, [ROWS, HALF // INTERLEAVED_ROWS, 2, INTERLEAVED_ROWS])
+    gate, up = tl.split(tl.permute(turns, [0, 1, 3, 2]))
+    inner = tl.reshape(gate / (1.0 + tl.exp(-gate)) * up, [ROWS, HALF])
+    column = number * HALF + tl.arange(0, HALF)
+    where = out + rows.to(tl.int64)[:, None] * (N // 2) + column[None, :]
+    is_there = is_row[:, None] & (column < N // 2)[None, :]
+    tl.store(where, inner.to(out.dtype.element_ty), mask=is_there)
+
+
+@triton.jit
+def _store_down(sums, out, entry, is_row, topk_weights, column, N: tl.constexpr):
+    """Stores `sums` `[ROWS, COLUMNS]` times the topk_weights of `entry` `[ROWS]` at these entries
+    of `out` `[T * k, N]`."""
+    sums *= tl.load(topk_weights + entry, mask=is_row, other=0.0)[:, None]
+    where = out + entry.to(tl.int64)[:, None] * N + column[None, :]
+    is_there = is_row[:, None] & (column < N)[None, :]
+    tl.store(where, sums.to(out.dtype.element_ty), mask=is_there)
+
+
 @triton.jit(do_not_specialize=["first", "programs"])
-def _gate_up(
+def _grouped_product(
     x,
     weights,
     order,
@@ -158,6 +192,7 @@ def _gate_up(
     out,
     first,
     programs,
+    IS_GATE_UP: tl.constexpr,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
     N: tl.constexpr,
@@ -167,46 +202,7 @@ def _gate_up(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
-    begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
-    first_row = tl.load(starts + first)
-    for tile in range(tl.program_id(0), tl.max(tile_ends, 0), programs):
-        expert, rows, last_row, number = _place(tile, begin, end, tile_ends, ROWS, N_TILES)
-        is_row = rows < last_row
-        token = tl.load(order + rows, mask=is_row, other=0) // TOP_K
-        column = number * COLUMNS + tl.arange(0, COLUMNS)
-        sums = _product(
-            x, token, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH
-        )  # [ROWS, COLUMNS]: 8 of gate, 8 of up, and so on
-        turns = tl.reshape(sums, [ROWS, COLUMNS // 16, 2, INTERLEAVED_ROWS])
-        gate, up = tl.split(tl.permute(turns, [0, 1, 3, 2]))
-        inner = gate / (1.0 + tl.exp(-gate)) * up
-        inner = tl.reshape(inner, [ROWS, COLUMNS // 2])
-        to = number * (COLUMNS // 2) + tl.arange(0, COLUMNS // 2)
-        where = out + (rows - first_row).to(tl.int64)[:, None] * (N // 2) + to[None, :]
-        is_there = is_row[:, None] & (to < N // 2)[None, :]
-        tl.store(where, inner.to(out.dtype.element_ty), mask=is_there)
-
-
-@triton.jit(do_not_specialize=["first", "programs"])
-def _down(
-    x,
-    weights,
-    order,
-    starts,
-    topk_weights,
-    out,
-    first,
-    programs,
-    EXPERTS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    TOP_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    DEPTH: tl.constexpr,
-):
+    """Computes every nth tile: `gate_up` where `IS_GATE_UP`, else `down`."""
     N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
     first_row = tl.load(starts + first)
@@ -215,10 +211,9 @@ def _down(
         is_row = rows < last_row
         entry = tl.load(order + rows, mask=is_row, other=0)
         column = number * COLUMNS + tl.arange(0, COLUMNS)
-        sums = _product(
-            x, rows - first_row, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH
-        )
-        sums *= tl.load(topk_weights + entry, mask=is_row, other=0.0)[:, None]
-        where = out + entry.to(tl.int64)[:, None] * N + column[None, :]
-        is_there = is_row[:, None] & (column < N)[None, :]
-        tl.store(where, sums.to(out.dtype.element_ty), mask=is_there)
+        lines = entry // TOP_K if IS_GATE_UP else rows - first_row
+        sums = _product(x, lines, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH)
+        if IS_GATE_UP:
+            _store_gate_up(sums, out, rows - first_row, is_row, number, N)
+        else:
+            _store_down(sums, out, entry, is_row, topk_weights, column, N)

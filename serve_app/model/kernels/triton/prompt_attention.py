@@ -3,18 +3,14 @@
 
 Computes what `attention.py` computes, to the rounding of the cache's dtype. A program takes one KV
 head and a tile: some adjacent queries of one chunk, with all query heads that share the KV head. It
-reads keys and values in place, through the block table. The host lists the tiles once for a step,
-those with the longest contexts first, and never waits for the device. Where tiles are too few for a
-GPU, the context of each is cut into splits, and a second launch combines them in their order. For
-example a chunk of 30 tokens after 4,000 cached ones is one tile with 8 splits of 512 tokens.
+reads keys and values in place, through the block table. The host lists the tiles once for a step
+(`chunk_tiles.py`), and never waits for the device. Where contexts are cut into splits, a second
+launch combines these in their order.
 
 Compiled for compute capabilities 8.0, 9.0 and 12.0, and not yet run on a device.
 
 Letters: T tokens of the batch, H query heads, K KV heads, G = H / K, D head_dim.
 """
-
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
@@ -22,60 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from serve_app.model.batch import Batch
+from serve_app.model.kernels.triton.chunk_tiles import ChunkTiles, TileSizes, plan_tiles
 
 ROWS = 128
 """Pairs of a query and a head in a tile; half as many where head_dim is larger than 128."""
 TILE, SMALL_TILE = 64, 32
 """Tokens of a context that a program computes at once, and those on GPUs without the matrix
 instructions of compute capabilities 9 and 10, where 64 take more registers than there are."""
-MIN_SPLIT = 512
-"""Minimum tokens of a split."""
-NUM_PROGRAMS = 264
-"""Programs for which contexts are cut into splits: two for each multiprocessor of an H200."""
 LOG2_E = 1.4426950408889634
-ITEM_SIZE, COMBINED_SIZE = 8, 4
-"""Numbers in the device's form of `Item` and `Combined`."""
-
-
-class Item(NamedTuple):
-    """Queries of one chunk and the part of their context that a program reads."""
-
-    sequence: int
-    row: int
-    """Row of the first query in the batch."""
-    num_queries: int
-    position: int
-    """Position of the first query in its sequence."""
-    begin: int
-    """First token of the context."""
-    end: int
-    split: int
-    """Where the result waits for `_combine`; -1 where it is complete."""
-
-
-class Combined(NamedTuple):
-    """Splits of one tile."""
-
-    row: int
-    num_queries: int
-    first_split: int
-    num_splits: int
-
-
-@dataclass
-class ChunkTiles:
-    """The tiles of a step as the kernels read them, the same in every layer."""
-
-    items: Tensor
-    """int32 `[items, 8]`: the fields of `Item`, and a 0."""
-    combined: Tensor
-    """int32 `[tiles with splits, 4]`: the fields of `Combined`."""
-    tables: Tensor
-    """int32 `[sequences, max_blocks]`: each sequence's KV blocks in order."""
-    sums: Tensor
-    """float32 `[splits, K, rows, D]`: the weighted sums of values of each split."""
-    stats: Tensor
-    """float32 `[splits, K, rows, 2]`: the largest score and the sum of exponentials."""
 
 
 class PromptAttention:
@@ -83,35 +33,16 @@ class PromptAttention:
 
     def __init__(self, num_heads: int, layer_keys: Tensor, window: int | None) -> None:
         """`layer_keys` is one layer's keys `[num_blocks, block_size, K, D]`."""
-        self.num_heads, self.window = num_heads, window
-        _, self.block_size, self.num_kv_heads, self.head_dim = layer_keys.shape
-        self.group = triton.next_power_of_2(num_heads // self.num_kv_heads)
-        rows = ROWS if self.head_dim <= 128 else ROWS // 2
-        self.num_queries = max(1, rows // self.group)
-        """Queries of a tile."""
-        self.tile = tile_of(layer_keys.device)
+        self._num_heads = num_heads
+        _, self._block_size, num_kv_heads, head_dim = layer_keys.shape
+        group = triton.next_power_of_2(num_heads // num_kv_heads)
+        rows = ROWS if head_dim <= 128 else ROWS // 2
+        tile, num_queries = tile_of(layer_keys.device), max(1, rows // group)
+        self.sizes = TileSizes(num_queries, group, num_kv_heads, head_dim, tile, window)
 
     def plan(self, batch: Batch) -> ChunkTiles:
-        """The tiles of a batch; a decode is a chunk of one token."""
-        items, combined = self._items(batch.query_lens, batch.context_lens)
-        numbers = [number for item in items for number in (*item, 0)]
-        numbers += [number for each in combined for number in each]
-        device = batch.block_tables.device
-        packed = torch.tensor(numbers, dtype=torch.int32)
-        if device.type == "cuda":
-            packed = packed.pin_memory()
-        packed = packed.to(device, non_blocking=True)
-        sizes = (len(items) * ITEM_SIZE, len(combined) * COMBINED_SIZE)
-        first, second = packed.split_with_sizes(sizes)
-        splits = sum(each.num_splits for each in combined)
-        shape = (splits, self.num_kv_heads, self.num_queries * self.group)
-        return ChunkTiles(
-            items=first.view(-1, ITEM_SIZE),
-            combined=second.view(-1, COMBINED_SIZE),
-            tables=batch.block_tables.int(),
-            sums=torch.empty(*shape, self.head_dim, dtype=torch.float32, device=device),
-            stats=torch.empty(*shape, 2, dtype=torch.float32, device=device),
-        )
+        """Returns the tiles of a batch; see `plan_tiles`."""
+        return plan_tiles(batch, self.sizes)
 
     def __call__(
         self, queries: Tensor, keys: Tensor, values: Tensor, tiles: ChunkTiles, out: Tensor
@@ -120,50 +51,25 @@ class PromptAttention:
 
         `keys` and `values` `[num_blocks, block_size, K, D]` hold those of the new tokens.
         """
-        sizes = {"H": self.num_heads, "K": self.num_kv_heads, "D": self.head_dim}
-        sizes |= {"G": self.num_heads // self.num_kv_heads, "GROUP": self.group}
-        sizes |= {"QUERIES": self.num_queries}
-        _attend_chunks[(self.num_kv_heads, len(tiles.items))](
+        sizes = self.sizes
+        kv_heads, head_dim = sizes.num_kv_heads, sizes.head_dim
+        constants = {"H": self._num_heads, "K": kv_heads, "D": head_dim}
+        constants |= {"G": self._num_heads // kv_heads, "GROUP": sizes.group}
+        constants |= {"QUERIES": sizes.num_queries}
+        _attend_chunks[(kv_heads, len(tiles.items))](
             *(queries, keys, values, tiles.tables, tiles.items, out, tiles.sums, tiles.stats),
-            *(self.head_dim**-0.5 * LOG2_E, tiles.tables.stride(0)),
-            **sizes,
-            **dict(BLOCK=self.block_size, WINDOW=self.window or 0, TILE=self.tile),
+            *(head_dim**-0.5 * LOG2_E, tiles.tables.stride(0)),
+            **constants,
+            **dict(BLOCK=self._block_size, WINDOW=sizes.window or 0, TILE=sizes.tile),
             num_warps=8,
             num_stages=3,
         )
         if len(tiles.combined):
-            _combine_splits[(self.num_kv_heads, self.num_queries, len(tiles.combined))](
+            _combine_splits[(kv_heads, sizes.num_queries, len(tiles.combined))](
                 *(tiles.combined, tiles.sums, tiles.stats, out),
-                **sizes,
+                **constants,
                 num_warps=2,
             )
-
-    def _items(
-        self, query_lens: list[int], context_lens: list[int]
-    ) -> tuple[list[Item], list[Combined]]:
-        """The tiles of chunks with these numbers of new tokens and of all tokens."""
-        whole: list[Item] = []
-        first_row = 0
-        for sequence, (num_new, length) in enumerate(zip(query_lens, context_lens, strict=True)):
-            for done in range(0, num_new, self.num_queries):
-                count, position = min(self.num_queries, num_new - done), length - num_new + done
-                begin = 0 if self.window is None else max(0, position - self.window + 1)
-                begin, end = begin // self.tile * self.tile, position + count
-                whole.append(Item(sequence, first_row + done, count, position, begin, end, -1))
-            first_row += num_new
-        max_splits = NUM_PROGRAMS // (len(whole) * self.num_kv_heads)
-        items: list[Item] = []
-        combined: list[Combined] = []
-        num_splits = 0
-        for item in whole:
-            parts = _split(item, max_splits, self.tile)
-            if len(parts) > 1:
-                parts = [p._replace(split=num_splits + i) for i, p in enumerate(parts)]
-                combined.append(Combined(item.row, item.num_queries, num_splits, len(parts)))
-                num_splits += len(parts)
-            items += parts
-        items.sort(key=lambda item: item.begin - item.end)
-        return items, combined
 
 
 def tile_of(device: torch.device) -> int:
@@ -171,17 +77,6 @@ def tile_of(device: torch.device) -> int:
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return SMALL_TILE
     return TILE
-
-
-def _split(item: Item, max_splits: int, tile: int) -> list[Item]:
-    """`item` with its context cut into at most `max_splits` splits of whole `tile`s."""
-    length = item.end - item.begin
-    count = min(max_splits, length // MIN_SPLIT)
-    if count < 2:
-        return [item]
-    size = -(-length // (count * tile)) * tile
-    begins = range(item.begin, item.end, size)
-    return [item._replace(begin=b, end=min(b + size, item.end)) for b in begins]
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Answer: the answer to one prompt while the engine generates it."""
+"""Answer: generates the answer to one prompt with the engine."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -26,7 +26,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt with its parameters. Nothing runs before `stream` or `whole`; call one, once."""
+    """A prompt with its parameters. Generation starts with `stream` or `whole`; call one of them,
+    once."""
 
     engine: "Engine"
     prompt_ids: list[int]
@@ -36,25 +37,24 @@ class Answer:
     arrived: float
     """`Call.arrived`."""
     deadline: float
-    """On the same clock."""
+    """The time at which the request ends with `DeadlinePassed`, on the same clock."""
     scheduling_class: SchedulingClass = DEFAULT_CLASS
     account: KeyAccount | None = None
     """`Call.account`."""
     shared_prompt: SharedPrompt | None = None
-    """That of all answers to this prompt; None if there is one answer."""
+    """Shared by all answers to this prompt; None if there is one answer."""
     trace: AnswerTrace | None = None
-    """None if answers are not traced."""
+    """The spans of this answer; None if answers are not traced."""
 
     async def stream(
         self,
         to_items: Callable[[TextDelta], Iterable[T]],
         place: ItemPlace | None = None,
     ) -> AsyncGenerator[T, None]:
-        """Yields the items that `to_items` makes of each delta.
+        """Yields the items that `to_items` returns for each delta.
 
-        With `place` this is the answer to an item of a list: the first iteration waits for a place,
-        and the end gives it back. Raises the errors of `Engine.generate`. Closing the generator
-        frees the KV blocks.
+        `place` is given for an item of a list: the first iteration waits for a place, and the end
+        frees it. Raises the errors of `Engine.generate`. Closing the generator frees the KV blocks.
         """
         async with nullcontext() if place is None else place():
             observed = RequestMetrics(
@@ -95,7 +95,7 @@ class Answer:
                 await asyncio.sleep(0)
 
     async def whole(self, place: ItemPlace | None = None) -> TextDelta:
-        """Waits for the end and returns the whole answer as one delta."""
+        """Waits for the end. Returns the whole answer as one delta."""
         whole = TextDelta("")
         texts = []
         async with aclosing(self.stream(lambda delta: (delta,), place)) as deltas:

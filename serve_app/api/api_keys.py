@@ -1,4 +1,4 @@
-"""ApiKeys: which keys a server accepts, and the account of each.
+"""ApiKeys: the API keys that a server accepts, and the account of each.
 
 Keys come from `api.keys`, and from the file `api.keys_file`, which is read again when it changes.
 """
@@ -16,7 +16,7 @@ from serve_app.protocol.key_account import KeyAccount
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
-"""Seconds between two looks at the file."""
+"""Seconds between two checks of the file for changes."""
 
 
 class ApiKeys:
@@ -43,13 +43,13 @@ class ApiKeys:
     def find(self, key: str) -> KeyAccount | None:
         """Returns the account of `key`; None if the server does not accept it.
 
-        It is found by its hash, so the time that this takes says nothing about the keys.
+        The key is looked up by its hash, so the time of this call reveals nothing about valid keys.
         """
         return self._accounts.get(sha256(key))
 
     @property
     def accounts(self) -> list[KeyAccount]:
-        """One for each key."""
+        """The accounts of all keys."""
         return list(self._accounts.values())
 
     def close(self) -> None:
@@ -70,7 +70,8 @@ class ApiKeys:
         self._accounts = accounts  # at once, because other threads read it
 
     def _follow(self) -> None:
-        """Reads the file again after each change. Files of another machine have no events."""
+        """Reads the file again after each change. It polls, because changes by another machine
+        cause no events."""
         assert self._path is not None
         while not self._is_closed.wait(POLL_S):
             if (version := self._current_version()) == self._version:

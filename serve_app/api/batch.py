@@ -1,6 +1,6 @@
-"""Answers many requests in this process, as `mixtral-serve batch` does.
+"""Answers many requests in this process, for `mixtral-serve batch`.
 
-Each request passes the code of a RunPod job: no HTTP, no Ray.
+Each request uses the code of a RunPod job, without HTTP and Ray.
 """
 
 import asyncio
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 URLS = tuple(route.path for route in routes.ROUTES if route.generates)
-"""The paths that a request of a batch may name."""
+"""Paths that a request of a batch may use."""
 
 
 def num_under_way(engine: EngineSettings) -> int:
-    """Requests at once: a few more than the engine runs, so that it never waits for one."""
+    """Returns the number of concurrent requests: a few more than the engine runs, so that it never
+    waits."""
     return engine.max_num_seqs + engine.max_waiting // 4
 
 
@@ -34,10 +35,10 @@ async def answer_all(
     requests: Iterator[BatchRequest],
     write: Callable[[BatchResult], None],
 ) -> None:
-    """Answers all `requests` and calls `write` with each result as it comes.
+    """Answers all `requests` and calls `write` with each result as soon as it is ready.
 
-    Errors of requests are results. Raises `EngineDead`, and what `write` raises, after it has
-    cancelled the requests that are under way; those have no result.
+    Errors of requests are results. Raises `EngineDead` and the errors of `write`, after cancelling
+    the running requests; those have no result.
     """
 
     async def answer_in_turn() -> None:
@@ -81,7 +82,7 @@ async def _response(
 
 
 def num_tokens(result: BatchResult) -> int:
-    """Generated tokens of one result, as far as its `usage` says."""
+    """Returns the number of generated tokens of one result, from its `usage`."""
     response = result["response"]
     body = response["body"] if response is not None else None
     match body:

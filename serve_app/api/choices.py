@@ -1,4 +1,4 @@
-"""The answers of one request side by side: to several prompts, and several to one prompt.
+"""Runs the answers of one request concurrently: to several prompts, and several to one prompt.
 
 A request with several answers is admitted or refused as a whole, see `ListPlaces`.
 """
@@ -15,20 +15,22 @@ from serve_app.protocol.call import JsonObject, JsonReply
 from serve_app.protocol.text import TextDelta
 
 MAX_LOGPROBS = 1_000_000
-"""Log probabilities in one answer: more than the 20 for each token of Mixtral's whole context."""
+"""Maximum number of log probabilities in one answer: more than 20 for each token of Mixtral's
+context."""
 MAX_CHUNKS_AT_ONCE = 16
-"""Chunks of a stream that are sent before other requests run."""
+"""Number of chunks of a stream that are sent before other requests run."""
 MAX_SCORES_ON_LOOP = 200
-"""Tokens with log probabilities; naming those of more delays other requests noticeably."""
+"""Maximum number of tokens with log probabilities that are named on the event loop; more would
+delay other requests noticeably."""
 
 ToChunks = Callable[[TextDelta], Iterable[JsonObject]]
-"""Makes the response chunks of a delta of one answer."""
+"""Returns the response chunks for a delta of one answer."""
 
 
 def check_size(answers: Sequence[Answer], field: str, limit: int = MAX_LOGPROBS) -> None:
     """Raises `InvalidRequest` if there would be more than `limit` log probabilities.
 
-    `field` is the field of the request that asks for them.
+    `field` is the request field for log probabilities.
     """
     total = sum(_num_logprobs(answer) for answer in answers)
     if total > limit:
@@ -43,7 +45,8 @@ def check_size(answers: Sequence[Answer], field: str, limit: int = MAX_LOGPROBS)
 
 
 def _num_logprobs(answer: Answer) -> int:
-    """Log probabilities in an answer; a token without candidates counts as one."""
+    """Returns the number of log probabilities in an answer; a token without candidates counts as
+    one."""
     params, total = answer.params, 0
     if params.logprobs is not None:
         total += params.max_tokens * max(params.logprobs, 1)
@@ -57,9 +60,9 @@ async def reply(
     answers: Sequence[Answer],
     to_body: Callable[[Sequence[TextDelta]], JsonObject],
 ) -> JsonReply:
-    """Waits for all answers; the first failure cancels the others.
+    """Waits for all answers. The first failure cancels the others.
 
-    With many log probabilities the body is made in a thread.
+    A body with many log probabilities is created in a thread.
     """
     if len(answers) == 1:
         wholes = [await answers[0].whole()]
@@ -89,10 +92,8 @@ def _num_scores(whole: TextDelta) -> int:
 def streamed(
     places: ListPlaces, answers: Sequence[Answer], to_chunks: Sequence[ToChunks]
 ) -> AsyncGenerator[JsonObject, None]:
-    """Returns the chunks of all answers as they come.
-
-    Raises `QueueFull` first where they are refused.
-    """
+    """Returns the chunks of all answers in the order of generation. Raises `QueueFull` before the
+    first."""
     if len(answers) == 1:
         return answers[0].stream(to_chunks[0])
     return _merged(places, answers, to_chunks)
@@ -101,7 +102,7 @@ def streamed(
 async def _merged(
     places: ListPlaces, answers: Sequence[Answer], to_chunks: Sequence[ToChunks]
 ) -> AsyncGenerator[JsonObject, None]:
-    """The chunks of all answers; the first failure closes all of them."""
+    """Yields the chunks of all answers. The first failure closes all of them."""
     queue: asyncio.Queue[JsonObject | asyncio.Task[None]] = asyncio.Queue()
 
     async def read(stream: AsyncGenerator[JsonObject, None]) -> None:

@@ -1,4 +1,5 @@
-"""Lets pages of other origins call the API: https://fetch.spec.whatwg.org/#http-cors-protocol."""
+"""CORS: allows pages of other origins to call the API
+(https://fetch.spec.whatwg.org/#http-cors-protocol)."""
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
@@ -8,14 +9,14 @@ from serve_app.api.request_id import ANTHROPIC_ID, CLIENT_ID, OUR_ID, ids_of
 from serve_app.protocol.allowance import HEADERS
 
 EXPOSED = [CLIENT_ID, OUR_ID, ANTHROPIC_ID, "Retry-After", *HEADERS]
-"""Headers of a response that a page may read, beside those that every page may."""
+"""Response headers that a page may read, in addition to the standard ones."""
 
 
 class Cors:
     """Starlette's CORS middleware for the setting `api.cors_origins`.
 
-    It answers preflight requests itself, without an API key, which browsers do not send with them.
-    Such an answer has the ids of its request, as other responses have.
+    It answers preflight requests itself, without an API key, because browsers send none with them.
+    These answers have the request's ids, as other responses do.
     """
 
     def __init__(self, app: ASGIApp, origins: str) -> None:

@@ -1,4 +1,4 @@
-"""What `/openapi.json` says about each route: a summary, the request's schema, and examples."""
+"""Descriptions of the routes for `/openapi.json`: a summary, the request's schema, and examples."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,12 +16,13 @@ from serve_app.protocol.tokens import DetokenizeRequest, TokenizeRequest
 
 GENERATION, MODELS, TOKENS, STATE = "Generation", "Models", "Tokens", "State"
 TAGS = (GENERATION, MODELS, TOKENS, STATE)
-"""The groups of routes, in the order in which `/docs` shows them."""
+"""The groups of routes, in the order of `/docs`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """One route. The schema of its answer is that of the example `answer`."""
+    """The description of one route. The schema of its answer is inferred from the example
+    `answer`."""
 
     tag: str
     summary: str
@@ -206,4 +207,4 @@ DESCRIPTIONS: dict[str, Description] = {
         STATE, "The description of all routes that `/docs` shows.", {"openapi": "3.1.0"}
     ),
 }
-"""By the path in `routes.ROUTES`."""
+"""The descriptions by path in `routes.ROUTES`."""

@@ -1,4 +1,4 @@
-"""Disconnect: ASGI middleware that turns an error of the connection into a client that has left."""
+"""Disconnect: ASGI middleware that converts a connection error to a disconnect message."""
 
 import logging
 from typing import TYPE_CHECKING
@@ -12,9 +12,9 @@ log = logging.getLogger(__name__)
 class Disconnect:
     """Passes requests to `app` with a `receive` that does not raise.
 
-    A replica fetches the body of a request from Serve's proxy by calls of its own. When a client
-    leaves, the proxy may cancel such a call before it says so, and then Serve's `receive` raises
-    Ray's TaskCancelledError (Ray 2.60, serve/_private/http_util.py).
+    A replica fetches the body of a request from Serve's proxy by its own calls. When a client
+    disconnects, the proxy may cancel such a call before it reports the disconnect, and then Serve's
+    `receive` raises Ray's TaskCancelledError (Ray 2.60, serve/_private/http_util.py).
     """
 
     def __init__(self, app: "ASGIApp") -> None:

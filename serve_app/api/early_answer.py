@@ -1,13 +1,13 @@
-"""EarlyAnswer: an ASGI middleware that answers what needs no more than a look at the server.
+"""EarlyAnswer: an ASGI middleware that answers requests which need only the server's state.
 
-Put around Serve's own HTTP server in a replica, it refuses a request for which there is no key or
-no room before Serve has parsed its headers or counted it, in some 0.1 ms, and answers `/ping`. The
-ingress makes the same checks again, for servers without this middleware. In a process that has no
-model, such as Serve's proxy, it passes everything on.
+It wraps Serve's own HTTP server in a replica. It refuses a request without a valid key or a free
+place in about 0.1 ms, before Serve parses its headers or counts it, and answers `/ping`. The
+ingress makes the same checks again, for servers without this middleware. In a process without a
+model, such as Serve's proxy, it passes every request on.
 
-A header of its answers tells HAProxy what it needs to refuse requests by itself
-(`node/haproxy_refusals.py`). The next request that passes says how many it has refused, for the
-metrics.
+Its answers have a header with the numbers with which HAProxy refuses requests by itself
+(`node/haproxy_refusals.py`). The next request that HAProxy passes on has the number of refusals,
+for the metrics.
 """
 
 from typing import TYPE_CHECKING
@@ -25,21 +25,22 @@ if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 PLACES = "x-mixtral-places"
-"""Header of an answer, for HAProxy, which removes it: `Places` in their order, separated by commas,
-with microseconds for the measured seconds."""
+"""Header of an answer for HAProxy, which removes it: the fields of `Places` in order, separated by
+commas, with measured seconds in microseconds."""
 REFUSED = "x-mixtral-refused"
-"""Header of a request, from HAProxy: how many it has refused since the last one that has passed."""
+"""Header of a request from HAProxy: the number of requests that it has refused since the last one
+that it passed on."""
 
 _servers: "list[MixtralServer]" = []
 
 
 def serves(server: "MixtralServer") -> None:
-    """Says that `server` is the one of this process."""
+    """Registers `server` as the server of this process."""
     _servers[:] = [server]
 
 
 class EarlyAnswer:
-    """Answers early where it can, and passes other requests to `app`."""
+    """Answers requests early if possible, and passes the others to `app`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -52,7 +53,7 @@ class EarlyAnswer:
 
 
 def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None:
-    """Returns the answer to `request`, if it needs no body and no engine."""
+    """Returns the answer to `request` if it needs neither a body nor the engine, otherwise None."""
     method, route = request.scope["method"], routes.find(path_of(request.scope))
     settings = server.settings.api
     # A browser needs the CORS headers, which only the ingress adds.

@@ -11,14 +11,14 @@ from serve_app.protocol import sse
 from serve_app.protocol.call import JsonObject
 
 KEEP_ALIVE_S = 10.0
-"""Seconds without a first response chunk after which the stream begins with a comment, and then
-between two comments. Proxies close connections that are silent for 30 to 100 s."""
+"""Seconds without a first response chunk after which the stream begins with a comment, and seconds
+between further comments. Proxies close connections that are silent for 30 to 100 s."""
 
 
 class EventStream(StreamingResponse):
     """Response chunks as server-sent events, then `end`, or the error as the last event.
 
-    However it ends, it closes the chunks, which cancels the request.
+    In every case it closes the chunks at the end, which cancels the request.
     """
 
     def __init__(
@@ -28,7 +28,7 @@ class EventStream(StreamingResponse):
         headers: dict[str, str],
         end: bytes = sse.DONE,
     ) -> None:
-        """`error_event` returns the last event of a stream that fails."""
+        """`error_event` returns the last event of a failed stream."""
         self._end = end
         self._chunks = chunks
         self._error_event = error_event
@@ -39,9 +39,10 @@ class EventStream(StreamingResponse):
         super().__init__((), headers=headers, media_type=sse.MEDIA_TYPE)
 
     async def begin(self) -> None:
-        """Waits for the first response chunk, for `KEEP_ALIVE_S` at most.
+        """Waits for the first response chunk, for at most `KEEP_ALIVE_S`.
 
-        Raises what makes the answer fail until then, so that it gets a status of its own.
+        Raises the error if the answer fails before that, so that the response gets the error's
+        status.
         """
         try:
             await asyncio.wait({self._first}, timeout=KEEP_ALIVE_S)
@@ -70,7 +71,7 @@ class EventStream(StreamingResponse):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _event(self, chunk: Awaitable[JsonObject]) -> bytes:
-        """Waits for the next event. Errors of the connection are not raised here."""
+        """Waits for the next event. Connection errors are not raised here."""
         try:
             return sse.event(await chunk)
         except StopAsyncIteration:

@@ -33,17 +33,17 @@ if TYPE_CHECKING:
     from starlette.middleware import Middleware
 
 BODY_S = 30.0
-"""Seconds that any body may take."""
+"""Maximum seconds for any body."""
 MIN_BODY_BYTES_PER_S = 50_000
-"""Least rate of a body that takes longer: each such number of bytes gives it another second."""
+"""Minimum rate of a longer body: each such number of bytes adds a second."""
 SMALL_BODY_BYTES = 8_192
-"""A body up to this size that nobody has read does not end its connection: HAProxy has all of it,
-so its connection is not held by a client that sends no more."""
+"""An unread body up to this size does not close its connection: HAProxy has received all of it, so
+no slow client holds the connection."""
 LARGE_BYTES_PER_S = 30_000_000
-"""Bytes of all bodies together after the first `SMALL_BODY_BYTES` of each. More would take the
-event loop the time that answers need."""
+"""Maximum bytes per second of all bodies together, after the first `SMALL_BODY_BYTES` of each. More
+would take processor time that answers need."""
 ARRIVED = "mixtral_serve.arrived"
-"""Key of an ASGI scope: when the request arrived, on the clock of `time.monotonic`."""
+"""Key of an ASGI scope: the arrival time of the request on the clock of `time.monotonic`."""
 REQUEST_ID = b"x-request-id"
 REMOVED = {
     b"x-request-disconnect-disabled",
@@ -51,15 +51,15 @@ REMOVED = {
     b"x-session-id",
     b"serve-multiplexed-model-id",
 }
-"""Headers for Serve that clients may not send, with `-` in place of `_`."""
+"""Headers for Serve that are removed from clients' requests, with `-` instead of `_`."""
 
 _PRINTABLE = re.compile(rb"[ -~]{1,128}")
 
 
 def middlewares() -> "list[Middleware]":
-    """Returns what Serve puts around its HTTP servers; the last one is the outermost.
+    """Returns the middlewares for Serve's HTTP servers; the last one is the outermost.
 
-    Serve calls it where it makes an HTTP server, so it prepares uvicorn for HTTP/1.0 too.
+    Serve calls it when it creates an HTTP server, so it also prepares uvicorn for HTTP/1.0.
     """
     from starlette.middleware import Middleware
 
@@ -71,7 +71,7 @@ def middlewares() -> "list[Middleware]":
 
 
 class Guard:
-    """Passes requests to `app` with their time of arrival, without headers that are for Serve."""
+    """Passes requests to `app` with their arrival time, without the headers in `REMOVED`."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -92,7 +92,7 @@ class Guard:
 
 
 def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """`headers` without those in `REMOVED`. Raises `InvalidRequest` for an id that is no id."""
+    """Returns `headers` without those in `REMOVED`. Raises `InvalidRequest` for an invalid id."""
     for name, value in headers:
         if name == REQUEST_ID and not _PRINTABLE.fullmatch(value):
             raise InvalidRequest("x-request-id must be 1 to 128 printable ASCII characters.")
@@ -104,13 +104,13 @@ def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
 
 
 class _LargeBodies:
-    """Lets the parts of large bodies in at `LARGE_BYTES_PER_S`, all such bodies together."""
+    """Limits the rate of all large bodies together to `LARGE_BYTES_PER_S`."""
 
     def __init__(self) -> None:
         self._free_at = 0.0
 
     async def turn(self, num_bytes: int) -> None:
-        """Waits for the turn of a part; the sender waits too, as its next part is not read."""
+        """Waits until a part may pass. The sender waits too, because its next part is not read."""
         now = time.monotonic()
         self._free_at = max(self._free_at, now) + num_bytes / LARGE_BYTES_PER_S
         await asyncio.sleep(self._free_at - now)
@@ -136,8 +136,8 @@ class _Exchange:
         self._is_refused = False
 
     async def receive(self) -> Message:
-        """Returns the next message; refuses a body that is too slow, and then is as if the client
-        left."""
+        """Returns the next message. Refuses a body that is too slow; then returns a disconnect
+        message."""
         if self._is_read:
             return await self._receive()
         limit_s = BODY_S + self._num_bytes / MIN_BODY_BYTES_PER_S
@@ -156,8 +156,11 @@ class _Exchange:
         return message
 
     async def send(self, message: Message) -> None:
-        """Sends a message of the response. A large body that nobody has read ends the connection,
-        or the HTTP server would read and drop it."""
+        """Sends a message of the response.
+
+        A large unread body closes the connection; otherwise the HTTP server would read and drop the
+        body.
+        """
         if self._is_refused:
             return
         if message["type"] == "http.response.start" and not (self._is_read or self._is_small):
@@ -165,7 +168,7 @@ class _Exchange:
         await self._send(message)
 
     async def refuse(self, error: ServeError) -> None:
-        """Sends `error` in the place of the application's response."""
+        """Sends `error` instead of the application's response."""
         request_id = uuid.uuid4().hex
         headers = own_headers(request_id, self._scope)
         body = error_body(error, request_id, self._scope.get("path", ""))

@@ -1,10 +1,9 @@
 """Responses for HTTP/1.0 clients, which cannot read chunked encoding.
 
-uvicorn 0.54 sends each response of unknown length in chunks, also to a client of HTTP/1.0, to whom
-RFC 9112 (6.1) forbids it. Such a response ends where its connection ends. Its status line names
-version 1.0, because HAProxy adds the encoding to a response of version 1.1.
-
-Ray Serve makes uvicorn's server itself and has no option for the class that is replaced here.
+uvicorn 0.54 sends each response of unknown length in chunks, even to an HTTP/1.0 client, which RFC
+9112 (6.1) forbids. Here the end of the connection ends such a response. Its status line has version
+1.0, because HAProxy adds the encoding to a response of version 1.1. Ray Serve creates uvicorn's
+server itself and has no option for the class that is replaced here.
 """
 
 from typing import TYPE_CHECKING, cast
@@ -20,7 +19,7 @@ NO_BODY = (204, 304)
 
 
 class _Head:
-    """Takes what is written in the place of a transport."""
+    """Collects the bytes that uvicorn writes, in place of a transport."""
 
     def __init__(self) -> None:
         self.written = b""
@@ -30,7 +29,7 @@ class _Head:
 
 
 class Cycle(httptools_impl.RequestResponseCycle):
-    """A request and its response, as uvicorn has it for HTTP/1.1."""
+    """A request and its response: uvicorn's class for HTTP/1.1, changed for HTTP/1.0."""
 
     _ends_with_connection = False
 

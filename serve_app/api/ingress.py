@@ -52,12 +52,11 @@ GetServer = Callable[[], "MixtralServer"]
 
 
 def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starlette:
-    """Returns the ASGI app in front of the server that `get_server` returns, called for each
-    request.
+    """Returns the ASGI app in front of the server.
 
-    `cors_origins` is the setting `api.cors_origins`. A client that closes a stream ends its
-    request. While an answer that is not streamed is generated, uvicorn alone does not notice a
-    closed connection; Ray Serve does, and cancels.
+    `get_server` returns the server, and is called for each request. `cors_origins` is the setting
+    `api.cors_origins`. A client that closes a stream ends its request. During an answer that is not
+    streamed, uvicorn does not notice a closed connection; Ray Serve does, and cancels the request.
     """
     table: list[routing.BaseRoute] = [
         routing.Route(route.path, Endpoint(get_server, route).response, methods=[route.method])
@@ -80,7 +79,7 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
 
 
 class Endpoint:
-    """Answers the requests of one route, or, without a route, all requests that have none."""
+    """Answers the requests of one route. Without a route, answers requests for unknown paths."""
 
     def __init__(self, get_server: GetServer, route: routes.Route | None = None) -> None:
         self._get_server = get_server
@@ -88,7 +87,7 @@ class Endpoint:
         self._handler = NO_ROUTE if route is None else route.path
 
     async def response(self, request: Request) -> Response:
-        """Returns the response to one request; its errors are responses too."""
+        """Returns the response to one request. Errors are responses too."""
         server = self._get_server()
         arrived: float = request.scope[ARRIVED]
         request_id, headers = ids_of(request)
@@ -122,7 +121,7 @@ class Endpoint:
         return response
 
     async def _reply(self, request: Request, server: "MixtralServer", call: Call) -> Reply:
-        """Returns the reply to `call`, whose body is read here."""
+        """Reads the body of `call`. Returns the reply to it."""
         route = self._route
         if route is None:
             return await server.answer(call)
@@ -152,7 +151,7 @@ class Endpoint:
 async def _until_closed(
     items: AsyncGenerator[T, None], end: Callable[[], None]
 ) -> AsyncGenerator[T, None]:
-    """The items; calls `end` when they end or are closed."""
+    """Yields the items, and calls `end` when they end or are closed."""
     try:
         async with aclosing(items):
             async for item in items:
@@ -194,10 +193,10 @@ async def _response(
 
 
 def check_key(request: HTTPConnection, keys: ApiKeys) -> KeyAccount:
-    """Returns the account of the request's key. Raises `InvalidApiKey` if it has none of the keys.
+    """Returns the account of the request's key. Raises `InvalidApiKey` if its key is not accepted.
 
-    A key comes as bearer token or, as Anthropic's clients send it, in `x-api-key`; the token counts
-    where a request has both.
+    A key is a bearer token or, in Anthropic's clients, `x-api-key`. If a request has both, the
+    token is used.
     """
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
     if scheme.lower() != "bearer":

@@ -1,4 +1,4 @@
-"""InputProcessor: turns a validated request into token ids, sampling parameters and an `Answer`."""
+"""InputProcessor: converts a validated request to token ids, sampling parameters and `Answer`s."""
 
 import asyncio
 from collections.abc import Mapping, Sequence
@@ -32,28 +32,27 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 MAX_CHARS_ON_LOOP = 4_000
-"""Longer texts are tokenized in a thread, so that the event loop does not wait for them. For
-detokenizing, the same number of token ids."""
+"""Texts with more characters are tokenized in a thread, so that the event loop does not wait. The
+same limit applies to the number of token ids in detokenizing."""
 
 CHARS_PER_MESSAGE = 20
-"""Rendering one message takes about as long as tokenizing this many characters."""
+"""Rendering one message takes about as long as tokenizing this number of characters."""
 
 
 @dataclass(frozen=True, slots=True)
 class InputProcessor:
-    """Tokenizes prompts and makes answers on one engine."""
+    """Tokenizes prompts and creates answers for one engine."""
 
     engine: "Engine"
     tokenizer: Tokenizer
     settings: ApiSettings
     max_model_len: int
-    """Tokens of prompt and answer together."""
+    """Maximum number of tokens of prompt and answer together."""
     vocab_size: int
     metrics: Metrics
     grammars: GrammarCompiler
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Sampling fields, by name, of a request that does not set them. `max_tokens` is a limit of
-    every request, as in vLLM."""
+    """Defaults of sampling fields by name. `max_tokens` also limits every request, as in vLLM."""
     tracing: Tracing | None = None
 
     async def chat_ids(
@@ -65,13 +64,10 @@ class InputProcessor:
         continue_final_message: bool = False,
         tools: Tools | None = None,
     ) -> list[int]:
-        """Returns the token ids of a conversation, by the chat template, with the tools that it may
-        call.
+        """Returns the token ids of a conversation with its tools, rendered by the chat template.
 
-        With `continue_final_message` they end with the last message's text.
-
-        Raises `InvalidRequest` with param `field` for a text that is too long, and for messages
-        that the template does not take.
+        With `continue_final_message` they end with the last message's text. Raises `InvalidRequest`
+        with param `field` for a text that is too long, and for messages that the template refuses.
         """
         if tools is not None or any(it.tool_calls or it.role == "tool" for it in messages):
             shown = () if tools is None or tools.choice.mode == "none" else tools.tools
@@ -240,7 +236,7 @@ class InputProcessor:
         )
 
     def _refuse_unknown_token(self, prompt_ids: list[int], field: str) -> None:
-        """Raises `InvalidRequest` if the tokenizer has the token that the model does not have.
+        """Raises `InvalidRequest` for a token that the tokenizer has but the model does not.
 
         The engine refuses ids that neither has.
         """

@@ -1,4 +1,4 @@
-"""ListPlaces: which items of lists of prompts are in the engine; the lists take turns."""
+"""ListPlaces: limits the number of list items in the engine, and distributes them between lists."""
 
 import asyncio
 from collections import OrderedDict, deque
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
 
 ItemPlace = Callable[[], AbstractAsyncContextManager[None]]
-"""Waits for the place of one item of a list; the end of the context gives it back."""
+"""A context that waits for the place of one item of a list, and frees it at its end."""
 
 MIN_SHARE = 0.25
-"""Share of the running sequences that all lists together may have, however many requests run."""
+"""Share of the running sequences that lists may always use, for any number of single requests."""
 
 
 class ListPlaces:
-    """Holds back the items of admitted lists, so that single requests keep their pace.
+    """Limits the running items of admitted lists, so that single requests are not slowed down.
 
-    Alone, lists may fill the engine's batch. Beside single requests, all lists together get as many
-    places as there are single requests, or `MIN_SHARE` of the batch. For example with a batch of
-    32: beside 10 single requests the lists have 10 places, beside 2 they have 8. A free place goes
-    to the list that has waited longest. For one event loop.
+    If there are only lists, they may fill the engine's batch. Beside single requests, all lists
+    together get as many places as there are single requests, or `MIN_SHARE` of the batch if that is
+    more. Example with a batch of 32: beside 10 single requests the lists have 10 places, beside 2
+    they have 8. A free place is given to the list that has waited longest. For one event loop.
     """
 
     def __init__(self, engine: "Engine", max_num_seqs: int) -> None:
@@ -35,12 +35,13 @@ class ListPlaces:
 
     @property
     def num_waiting(self) -> int:
-        """Items of admitted lists that wait for a place."""
+        """Number of items of admitted lists that wait for a place."""
         return sum(len(items) for items in list(self._waiting.values()))
 
     @asynccontextmanager
     async def admitted(self, group: str = "") -> AsyncGenerator[ItemPlace, None]:
-        """The life of one list, which has one place of the engine's queue, one of its `group`.
+        """Admits one list for the block. The list holds one place of the engine's queue in its
+        `group`.
 
         Raises `QueueFull`, `Draining` or `EngineDead` if the list is refused as a whole.
         """
@@ -69,7 +70,7 @@ class ListPlaces:
             self._grant()
 
     def _grant(self) -> None:
-        """Gives the free places to the lists in turn."""
+        """Gives the free places to the lists in round-robin order."""
         while self._waiting and self._num_running < self._max_running():
             number, items = next(iter(self._waiting.items()))
             turn = items.popleft()
@@ -82,7 +83,7 @@ class ListPlaces:
                 turn.set_result(None)
 
     def _max_running(self) -> int:
-        """Places that all lists together may have now."""
+        """Number of places that all lists together may use now."""
         num_single = self._engine.num_taken - self._num_lists
         if num_single == 0:
             return self._max_num_seqs

@@ -1,4 +1,4 @@
-"""LoopLag: how late the event loop runs what is due, because something else keeps it busy."""
+"""LoopLag: measures the delay of the event loop, which other work causes."""
 
 import asyncio
 from collections.abc import Callable
@@ -15,7 +15,7 @@ class LoopLag:
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
-        """Begins in the running event loop; does nothing if it has begun there already."""
+        """Starts in the running event loop, unless it has already started there."""
         loop = asyncio.get_running_loop()
         if loop is not self._loop:
             self._loop = loop

@@ -28,7 +28,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def count_tokens(server: "MixtralServer", call: Call) -> Reply:
-    """Returns the number of tokens of a prompt, as `create` counts them."""
+    """Returns the number of tokens of a prompt, with the same count as `create`."""
     request = await values.read(CountTokensRequest.read, call.body)
     server.check_model(request.model)
     prompt_ids = await _prompt_ids(server, request, request.offered_tools())

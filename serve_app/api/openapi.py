@@ -1,8 +1,8 @@
-"""The document of `/openapi.json`, made from the route table and the schemas that requests have.
+"""Creates the document of `/openapi.json` from the route table and the schemas of requests.
 
-https://spec.openapis.org/oas/v3.1.0. Schemas of requests are pydantic's, with what the routes take
-beyond them: a string in place of a list, and fields that are accepted and not used. The schema of
-an answer is inferred from its example.
+Format: https://spec.openapis.org/oas/v3.1.0. Schemas of requests are pydantic's, extended by the
+forms that the routes also accept: a string instead of a list, and ignored fields. The schema of an
+answer is inferred from its example.
 """
 
 import ast
@@ -32,7 +32,7 @@ ABOUT = (
 )
 REFS = "#/components/schemas/{model}"
 NOT_USED = "x-not-used"
-"""Marks fields that are accepted where they ask for what happens anyway."""
+"""Marks fields that are accepted if their value requests the default behavior."""
 
 _STRINGS = {"type": "array", "items": {"type": "string"}}
 _IDS = {"type": "array", "items": {"type": "integer"}}
@@ -57,19 +57,19 @@ WIDER_LISTS: dict[str, JsonObject] = {
     "system": {"anyOf": [_TEXT, _PARTS]},
     "input": {"anyOf": [_TEXT, _PARTS]},
 }
-"""Properties that are lists where validators have read them, and take more in a request."""
+"""Properties that are lists after validation, but accept other forms in a request."""
 GIVEN: dict[str, JsonObject] = {
     "content": {"anyOf": [_TEXT, _PARTS, {"type": "null"}]},
     "tool_calls": {"type": "array", "items": _CALL},
     "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
 }
-"""Properties that have another form in a request than where validators have read them."""
+"""Properties whose form in a request differs from the form after validation."""
 _RENAMED = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "exclusiveMaximum"}
-"""pydantic's names of limits that it leaves in a schema where a type has a validator."""
+"""pydantic's names of limits, which it leaves in a schema if a type has a validator."""
 
 
 def document(routes: Sequence["Route"], *, has_keys: bool) -> JsonObject:
-    """Returns the whole document; `has_keys` says whether the server asks for API keys."""
+    """Returns the whole document. `has_keys` says whether the server requires API keys."""
     known = {
         route.path: DESCRIPTIONS.get(route.path)
         or Description(STATE, inspect.getdoc(route.handler) or route.path, {})
@@ -136,7 +136,7 @@ def _responses(described: Description, path: str) -> JsonObject:
 
 
 def schema_of(example: Any) -> JsonObject:
-    """Returns the JSON schema of values like `example`; null in it stands for any value."""
+    """Returns the JSON schema of values like `example`; null in it means any value."""
     match example:
         case dict():
             properties = {name: schema_of(value) for name, value in example.items()}
@@ -186,7 +186,7 @@ def _referred(value: Any, schemas: JsonObject) -> set[str]:
 
 
 def _tidied(schema: Any) -> Any:
-    """pydantic's schema with JSON Schema's names, without titles and without null."""
+    """Returns pydantic's schema with JSON Schema's names, without titles and null."""
     if isinstance(schema, list):
         return [_tidied(each) for each in schema]
     if not isinstance(schema, dict):
@@ -209,7 +209,7 @@ def _tidied(schema: Any) -> Any:
 
 
 def _not_used(model: type[Body]) -> JsonObject:
-    """Returns the fields that are accepted and change nothing, with the values that pass."""
+    """Returns the fields that are accepted but have no effect, with the accepted values."""
     ignored: JsonObject = {name: {NOT_USED: True} for name in sorted(model.IGNORED)}
     for name, (values, reason) in sorted(model.UNSUPPORTED.items()):
         if name not in {field.alias or key for key, field in model.model_fields.items()}:
@@ -218,7 +218,7 @@ def _not_used(model: type[Body]) -> JsonObject:
 
 
 def _prompt_list(prompt: JsonObject) -> JsonObject:
-    """Returns the schema of a list of prompts, whose other fields are those of one prompt."""
+    """Returns the schema of a list of prompts; its other fields are those of a single prompt."""
     item = {"anyOf": [_TEXT, {"$ref": REFS.format(model="PromptRequest")}]}
     single = ("prompt", "messages", *LISTS)
     shared = {name: it for name, it in prompt["properties"].items() if name not in single}

@@ -1,8 +1,8 @@
 """The handlers of the pages for people, `/` and `/docs`, and of `/openapi.json`.
 
-Each page is one file in `static/` with its script and its style in it. Its header
-Content-Security-Policy (https://www.w3.org/TR/CSP3/) lets the browser run only these and talk to
-this server alone.
+Each page is one file in `static/` that contains its script and its style. Its header
+Content-Security-Policy (https://www.w3.org/TR/CSP3/) allows the browser to run only these and to
+connect only to this server.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ STATIC = Path(__file__).parent / "static"
 
 
 async def page(server: "MixtralServer", call: Call) -> Reply:
-    """Returns a page to try the model."""
+    """Returns the page on which users try the model."""
     return await asyncio.to_thread(_page, "index.html")
 
 

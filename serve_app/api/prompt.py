@@ -52,7 +52,8 @@ async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptReq
 async def _batch(
     server: "MixtralServer", call: Call, batch: prompt.Batch
 ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
-    """Answers the items concurrently. Yields progress as items end, then all results in order."""
+    """Answers the items concurrently. Yields progress while items end, then all results in
+    order."""
     total = len(batch.items)
     async with server.list_places.admitted(call.group) as place:
         tasks = [
@@ -73,7 +74,7 @@ async def _batch(
 async def _result(
     server: "MixtralServer", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
 ) -> JsonObject:
-    """Returns the result of one item. The result of an item that fails is its error body."""
+    """Returns the result of one item. A failed item's result is its error body."""
     async with place():
         await asyncio.sleep(0)  # other requests run between two items
         try:

@@ -1,4 +1,4 @@
-"""Reads the JSON body of an HTTP request: limited in size, unpacked, in UTF-8."""
+"""BodyReader: reads the JSON body of an HTTP request: limited in size, decompressed, in UTF-8."""
 
 import asyncio
 import json
@@ -11,37 +11,39 @@ from typing import Any, NoReturn
 from serve_app.errors import InvalidRequest, QueueFull, RequestTooLarge, UnsupportedEncoding
 
 MAX_BODY_ON_LOOP = 100_000
-"""Bytes; larger bodies are parsed in a thread, one after the other, as are all packed ones."""
+"""Larger bodies, in bytes, are parsed in a thread, one after another, and so are all compressed
+ones."""
 
 NUM_LARGEST = 8
-"""Bodies of the largest allowed size that may be here at once; smaller ones count by their bytes,
-but those of up to `MAX_BODY_ON_LOOP` are never refused for it."""
+"""Number of bodies of the maximum size that may be in memory. Smaller ones count by their bytes,
+but those of up to `MAX_BODY_ON_LOOP` are never refused."""
 MAX_VALUES = 1_000_000
-"""Values of one body, by their cost for the parser, which holds Python's lock meanwhile: it takes
-some 50 ns for a number or a short string, and 50 ms for as many as are allowed."""
+"""Maximum number of values in one body, weighted by their cost for the parser, which holds Python's
+lock: it needs about 50 ns for a number or a short string, and 50 ms for the maximum."""
 COSTS = {b",": 1, b"[": 3, b"{": 3, b":": 14}
-"""What a value, an array, an object and a key count, by the character that tells of each."""
+"""The cost of a value, an array, an object and a key, by the character that indicates it."""
 PARSING_SHARE = 0.25
-"""Share of the time in which large bodies are parsed; the others get at least the rest."""
+"""Share of the time in which large bodies may be parsed."""
 MAX_PAUSE_S = 1.0
-"""Longest time until the next large body is parsed, in seconds."""
+"""Maximum time until the next large body is parsed, in seconds."""
 SLICE_BYTES = 65_536
-"""A body is searched for its strings in slices, between which others run."""
+"""Size of the slices in which a body is searched for strings; other requests run between slices."""
 
 _WINDOW_BITS = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """The `wbits` of zlib for each content coding (RFC 9110, section 8.4.1)."""
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 _WHOLE_STRINGS = re.compile(rb'(?:[^"]++|"(?:[^"\\]++|\\.)*+")*+', re.DOTALL)
-"""The longest text that does not end inside a string."""
+"""The longest prefix that does not end inside a string."""
 _RAW_DEFLATE = -15
-"""Some clients leave out zlib's header, which `deflate` should have."""
+"""`wbits` for clients that omit zlib's header, which `deflate` should have."""
 
 
 class BodyReader:
-    """Reads the bodies of one server's requests, and bounds the memory that they take together."""
+    """Reads the bodies of one server's requests, and limits the memory that they use together."""
 
     def __init__(self, max_bytes: int, retry_after_s: int) -> None:
-        """`max_bytes` is the limit of one body; all together may have `NUM_LARGEST` times that."""
+        """`max_bytes` is the limit of one body; the limit of all together is `NUM_LARGEST` times
+        that."""
         self._max_bytes = max_bytes
         self._retry_after_s = retry_after_s
         self._num_bytes = 0
@@ -50,12 +52,11 @@ class BodyReader:
         self._pauses_until = 0.0
 
     async def read(self, headers: Mapping[str, str], stream: AsyncIterable[bytes]) -> Any:
-        """Returns the JSON value of the body that `stream` brings; None for an empty body.
+        """Returns the JSON value of the body in `stream`; None for an empty body.
 
-        `headers` are the request's, with any case in their names.
-
-        Raises `RequestTooLarge` as soon as the body, packed or unpacked, is known to be larger than
-        its limit, `QueueFull` where all bodies together are, `UnsupportedEncoding`, and
+        `headers` are the request's; the case of their names does not matter. Raises
+        `RequestTooLarge` as soon as the body, compressed or decompressed, exceeds its limit,
+        `QueueFull` if all bodies together exceed theirs, `UnsupportedEncoding`, and
         `InvalidRequest`.
         """
         encoding = _checked_encoding(headers, self._max_bytes)
@@ -78,7 +79,7 @@ class BodyReader:
             self._num_bytes -= held
 
     async def _parsed_in_turn(self, body: bytes, encoding: str) -> Any:
-        """Parses in a thread, and lets the next body begin after a pause."""
+        """Parses in a thread, and starts the next body after a pause."""
         async with self._parsing:
             await asyncio.sleep(max(self._pauses_until - time.monotonic(), 0.0))
             began = time.monotonic()
@@ -98,7 +99,8 @@ class BodyReader:
 
 
 def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
-    """Returns the content coding of the body, from headers that promise nothing too large."""
+    """Returns the content coding of the body. Raises an error if the headers announce too large a
+    body."""
     declared = headers.get("content-length", "")
     if declared.isdecimal() and int(declared[:20]) > max_bytes:
         raise _too_large(max_bytes)
@@ -111,7 +113,7 @@ def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
 
 
 def _value(body: bytes, encoding: str, max_bytes: int) -> Any:
-    """Returns the JSON value of a body that may be packed."""
+    """Returns the JSON value of a body that may be compressed."""
     if body and encoding in _WINDOW_BITS:
         body = _unpacked(body, encoding, max_bytes)
     # Strings may have such characters too, and are searched only where that matters.
@@ -128,7 +130,7 @@ def _cost(text: bytes) -> int:
 
 
 def _cost_without_strings(body: bytes) -> int:
-    """Returns the cost of what is no string, up to more than `MAX_VALUES`."""
+    """Returns the cost of everything except strings. Stops counting above `MAX_VALUES`."""
     cost = begin = 0
     while begin < len(body) and cost <= MAX_VALUES:
         match = _WHOLE_STRINGS.match(body, begin, begin + SLICE_BYTES)

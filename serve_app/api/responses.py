@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 MAX_STREAMED_LOGPROBS = 200_000
-"""Log probabilities in one streamed answer. The last events have all of them once more, and
-encoding more would delay other requests."""
+"""Maximum number of log probabilities in one streamed answer. The last events repeat all of them,
+and encoding more would delay other requests."""
 
 
 async def create(server: "MixtralServer", call: Call) -> Reply:
@@ -47,7 +47,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
 
 
 async def _streamed(answer: "Answer", events: ResponseEvents) -> AsyncGenerator[JsonObject, None]:
-    """The events of `answer`; after the first, a failure is `response.failed` too."""
+    """Yields the events of `answer`. A failure after the first event adds `response.failed`."""
     async with aclosing(answer.stream(events)) as chunks:
         try:
             async for chunk in chunks:

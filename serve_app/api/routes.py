@@ -1,7 +1,7 @@
-"""The one table of routes.
+"""The table of routes.
 
 HTTP routing, API keys, the parsing of jobs, answers before the load and the start banner use it.
-Ray Serve's access log and metrics show the paths as they are written here.
+Ray Serve's access log and metrics have the same paths.
 """
 
 from collections.abc import Awaitable, Callable
@@ -18,26 +18,27 @@ if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
 
 Handler = Callable[["MixtralServer", Call], Awaitable[Reply]]
-"""Answers a call. May raise any exception, which `MixtralServer.failure` turns into an error."""
+"""A function that answers a call. It may raise any exception, which `MixtralServer.failure`
+converts to an error."""
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """One path with its one method."""
+    """One path and its method."""
 
     method: Literal["GET", "POST"]
     """GET includes HEAD over HTTP."""
     path: str
-    """In Starlette's syntax. Only the end of the path may be a parameter."""
+    """The path in Starlette's syntax. Only its end may be a parameter."""
     handler: Handler
     needs_key: bool = True
     """Whether HTTP clients need an API key; monitoring has none."""
     generates: bool = False
-    """Whether its requests take a place in the engine's queue, and are refused when it is full."""
+    """Whether its requests need a place in the engine's queue, and are refused when it is full."""
     is_open_before_load: bool = False
     """Whether a worker answers it before its model is loaded, with fewer fields."""
     stream_end: bytes = sse.DONE
-    """What follows a stream's last response chunk, as server-sent events."""
+    """The server-sent event after a stream's last response chunk."""
 
     @property
     def allow(self) -> str:

@@ -68,7 +68,7 @@ class MixtralServer:
         self._phases = load_log.phases
         self.is_draining = self._has_ended = False
         self.created = int(time.time())
-        """When the model was loaded, in Unix seconds."""
+        """Time at which the model was loaded, in Unix seconds."""
         self.names = settings.model.served_model_names
         self.fingerprint = _fingerprint(settings, self._loaded)
         self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
@@ -102,9 +102,10 @@ class MixtralServer:
         )
 
     async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
-        """Answers one call. The caller may pass the `route` for which it has asked `require_room`.
+        """Answers one call. `route` is given if the caller has already called `require_room` for
+        it.
 
-        May raise any exception, which `failure` turns into the client's error.
+        May raise any exception, which `failure` converts to the client's error.
         """
         self._loop_lag.start()
         if route is None:
@@ -113,9 +114,10 @@ class MixtralServer:
         return await route.handler(self, call)
 
     def require_room(self, route: routes.Route, account: KeyAccount | None = None) -> None:
-        """Raises what a request of this route would be refused with now; the body may be unread.
+        """Raises the error with which a request of this route would be refused now, without its
+        body.
 
-        The errors are `EngineDead`, `Draining` and `QueueFull`. May be called from any thread.
+        The errors are `EngineDead`, `Draining` and `QueueFull`. Thread-safe.
         """
         self.check_health()
         if self.is_draining and route.method == "POST":
@@ -127,7 +129,7 @@ class MixtralServer:
             self._engine.require_room(account.group if account is not None else "")
 
     def places(self) -> "Places":
-        """Returns what a proxy needs to refuse by itself requests that generate."""
+        """Returns the numbers with which a proxy refuses generating requests by itself."""
         return self._engine.places()
 
     async def call(
@@ -162,7 +164,7 @@ class MixtralServer:
             yield last
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
-        """Returns the error that the client gets for any exception; counts it, and logs it once."""
+        """Returns the client's error for any exception. Counts it, and logs it once."""
         known = handle_error(error, request_id)
         self.metrics.error(known)
         return known
@@ -181,11 +183,12 @@ class MixtralServer:
             )
 
     def drain(self) -> None:
-        """Refuses new requests from now on; running ones are finished."""
+        """Refuses new requests from now on; running ones finish."""
         self.is_draining = True
 
     def end_requests(self) -> None:
-        """Ends the requests that still run or wait with `Draining`; the server answers no more."""
+        """Ends the running and waiting requests with `Draining`. The server answers no more
+        requests."""
         self.is_draining = self._has_ended = True
         self._engine.stop()
 
@@ -203,8 +206,7 @@ class MixtralServer:
         self._engine.stop()
 
     def _stats(self) -> "EngineStats":
-        """Returns the engine's numbers; waiting are also the items of lists that wait for their
-        place."""
+        """Returns the engine's numbers. List items that wait for their place count as waiting."""
         stats = self._engine.stats()
         return replace(stats, num_waiting=stats.num_waiting + self.list_places.num_waiting)
 
@@ -239,7 +241,8 @@ class MixtralServer:
 
 
 def _fingerprint(settings: Settings, loaded: Loaded) -> str:
-    """OpenAI's `system_fingerprint`: changes where equal requests may get other answers."""
+    """Returns OpenAI's `system_fingerprint`, which changes if equal requests may get other
+    answers."""
     model, names = settings.model, {"name", "revision", "quantize_lm_head"}
     facts = (__version__, model.model_dump_json(include=names), loaded.quantization, loaded.dtype)
     return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"

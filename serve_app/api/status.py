@@ -1,4 +1,4 @@
-"""The handlers of the routes that say how the server is and what it serves."""
+"""The handlers of the routes for the server's state and its models."""
 
 from typing import TYPE_CHECKING
 
@@ -13,17 +13,17 @@ MODELS = "/v1/models"
 
 
 async def health(server: "MixtralServer", call: Call) -> Reply:
-    """Returns the state in full; 503 while draining."""
+    """Returns the full state, with status 503 while draining."""
     return JsonReply(server.health(), status=503 if server.is_draining else 200)
 
 
 async def ping(server: "MixtralServer", call: Call) -> Reply:
-    """Returns the status alone; 503 while draining."""
+    """Returns only the status, with HTTP status 503 while draining."""
     return JsonReply(*server.ping())
 
 
 async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
-    """Prometheus' text."""
+    """Returns the metrics in Prometheus' text format."""
     # 200 while draining too: a scrape that fails would hide how the last requests end.
     return TextReply(server.metrics.text(server.status), CONTENT_TYPE)
 

@@ -26,7 +26,7 @@ class Tracing:
     """Records the spans of one model's answers."""
 
     def __init__(self, model: str, exporter: "SpanExporter") -> None:
-        """`model` is the public name. Spans go to `exporter` in batches, from a thread."""
+        """`model` is the public name. A thread sends spans to `exporter` in batches."""
         from opentelemetry.sdk.resources import OTELResourceDetector, Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
@@ -39,18 +39,18 @@ class Tracing:
 
     @classmethod
     def to(cls, endpoint: str, model: str) -> "Tracing":
-        """Spans are sent to the URL `endpoint` by OTLP over HTTP."""
+        """Returns a `Tracing` that sends spans to the URL `endpoint` by OTLP over HTTP."""
         from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
         return cls(model, OTLPSpanExporter(endpoint=endpoint))
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the remaining spans."""
         self._provider.shutdown()
 
 
 class AnswerTrace:
-    """The times of one answer. Call `ended` or `failed` once; that writes the spans."""
+    """The times of one answer. Call `ended` or `failed` once, which writes the spans."""
 
     def __init__(
         self, tracing: Tracing, call: Call, params: SamplingParams, num_prompt_tokens: int
@@ -74,11 +74,11 @@ class AnswerTrace:
         }
 
     def submitted(self) -> None:
-        """The prompt goes to the engine now."""
+        """Records that the prompt is submitted to the engine now."""
         self._submitted = time.monotonic()
 
     def first_token(self, queued_s: float, num_cached_tokens: int) -> None:
-        """The first token is here, after `queued_s` seconds in the queue."""
+        """Records the arrival of the first token, after `queued_s` seconds in the queue."""
         self._first = time.monotonic()
         self._computed = min(self._submitted + queued_s, self._first)
         self._attributes["gen_ai.usage.cache_read.input_tokens"] = num_cached_tokens
@@ -88,7 +88,7 @@ class AnswerTrace:
         self._write(finish_reason, num_tokens, None)
 
     def failed(self, error: BaseException, num_tokens: int) -> None:
-        """Writes the spans of an answer that `error` ended after `num_tokens` tokens."""
+        """Writes the spans of an answer that `error` has ended after `num_tokens` tokens."""
         if not isinstance(error, Exception):
             self._write("cancelled", num_tokens, None)
         else:

@@ -40,7 +40,7 @@ PROMPTS = (
 )
 BATCHES = (1, 8, 32)
 NUM_TOKENS = 64
-"""Tokens of each answer whose speed is measured."""
+"""Number of tokens of each answer whose speed is measured."""
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 """Maximum relative error of a 4-bit product, compared with the same product in float32."""
 
@@ -48,10 +48,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 def run(
     settings: Settings, plan: StartPlan, out: Path, show: Callable[[str], None] = print
 ) -> dict[str, Any]:
-    """Loads the model, tries it, calls `show` with each result, and writes all to `out` as JSON.
+    """Loads the model, tries it, calls `show` with each result, and writes all results to `out` as
+    JSON.
 
-    Raises `ModelLoadFailed` if the model does not load or a product is wrong, and `ConfigError`
-    where `out` cannot be written.
+    Raises `ModelLoadFailed` if the model cannot be loaded or a product is wrong, and `ConfigError`
+    if `out` cannot be written.
     """
     if not out.absolute().parent.is_dir():
         raise ConfigError(f"{out}: its folder does not exist; --out must name a file in one.")
@@ -79,8 +80,8 @@ def check_kernels(
 ) -> list[dict[str, Any]]:
     """Compares every 4-bit product on this device with the float32 product.
 
-    Returns `{"kernel", "storage", "relative_error", "tolerance"}` for each, or an empty list where
-    nothing is quantized. Raises `ModelLoadFailed` for one that is wrong.
+    Returns `{"kernel", "storage", "relative_error", "tolerance"}` for each, or an empty list if
+    nothing is quantized. Raises `ModelLoadFailed` if a product is wrong.
     """
     import torch
 
@@ -135,7 +136,8 @@ async def _answer(server: MixtralServer, prompt: str) -> dict[str, Any]:
 
 
 async def _tokens_per_s(server: MixtralServer, size: int) -> float:
-    """Returns the tokens per second of `size` answers at once; the time includes their prompts."""
+    """Returns the tokens per second of `size` concurrent answers; the time includes their
+    prompts."""
     body = {"prompt": PROMPTS[0], "ignore_eos": True, "temperature": 0}
     started = time.perf_counter()
     await asyncio.gather(*(_ask(server, "/v1/completions", body) for _ in range(size)))

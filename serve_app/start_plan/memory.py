@@ -21,16 +21,16 @@ CPU_CONTEXTS = 4
 MIN_RESERVED_BYTES = 1 << 30
 """Minimum GPU memory for a step's results and the allocator, in bytes."""
 LARGE_GPU_BYTES = 40 * 10**9
-"""A GPU of this size has room for steps of 8,192 tokens, and for all experts of a layer as floats,
-beside the weights."""
+"""A GPU with at least this many bytes can run steps of 8,192 tokens, and hold all experts of a
+layer as floats, beside the weights."""
 BATCHED_TOKENS = {"large GPU": 8192, "GPU": 2048, "CPU": 512}
-"""Tokens in one step where the settings leave it open. Each step with more than a few hundred
-prompt tokens unpacks all weights on a GPU, so few large steps are faster. On a CPU larger steps
-gain nothing."""
+"""Default of `engine.max_num_batched_tokens`. On a GPU, each step with more than a few hundred
+prompt tokens unpacks all weights, so few large steps are faster. On a CPU larger steps gain
+nothing."""
 SMALL_EXPERTS_AT_ONCE = 2
-"""Experts whose weights a smaller GPU holds as floats at a time: 0.8 GB for Mixtral 8x7B. A large
-GPU holds all experts of a layer in 2.9 GB, so that unpacking a layer takes 4 launches instead of
-10."""
+"""Number of experts whose weights a smaller GPU holds as floats at a time: 0.8 GB for Mixtral 8x7B.
+A large GPU holds all experts of a layer in 2.9 GB, so that unpacking a layer takes 4 launches
+instead of 10."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What is counted of one replica: for `/metrics`, and for the port of Ray's metrics.
+"""The metrics of one replica, for `/metrics` and for Ray's metrics port.
 
 Read `metrics.py` first, which counts and writes Prometheus' text. `histograms.py` has names and
 buckets, `request_metrics.py` measures one answer, and `ray_port.py` copies all series to Ray.

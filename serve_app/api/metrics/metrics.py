@@ -1,11 +1,11 @@
-"""Metrics of one replica as Prometheus text: load, tokens, latencies, and how requests end.
+"""Metrics of one replica as Prometheus text: load, tokens, latencies, and the ends of requests.
 
-Names, units and `model_name` are vLLM's where it counts the same thing, with `mixtral_` for
-`vllm:`. The engine's counters are read at each scrape; prometheus_client keeps the histograms (1 to
-2 us for a token) and writes the text. No label holds anything that a client has sent.
+If vLLM has the same metric, its name, unit and `model_name` are used, with `mixtral_` for `vllm:`.
+The engine's counters are read at each scrape; prometheus_client stores the histograms (1 to 2 us
+per token) and writes the text. No label contains data from a client.
 
-Call the counting methods from one event loop; `text` may be called from any thread. Counters begin
-at 0 when the server is made, so the steps of the load's warm-up are not in them.
+The counting methods belong to one event loop; `text` is thread-safe. Counters begin at 0 when the
+server is created, so they exclude the load's warm-up.
 """
 
 from collections import defaultdict
@@ -77,8 +77,11 @@ class Metrics:
         memory: Mapping[str, int] | None = None,
         phases: Sequence["PhaseTime"] = (),
     ) -> None:
-        """`model` is the public name; `stats` returns the engine's numbers, `accounts` those of the
-        API keys. `memory` and `phases` are what `/health` has as `memory` and `load`."""
+        """`model` is the public name; `stats` returns the engine's numbers, `accounts` the API
+        keys' accounts.
+
+        `memory` and `phases` are `memory` and `load` of `/health`.
+        """
         from prometheus_client import CollectorRegistry, disable_created_metrics
 
         # Drops the series with creation times, for the whole process.
@@ -117,7 +120,7 @@ class Metrics:
         self._errors[code] = self._errors.get(code, 0) + 1
 
     def refused(self, number: int) -> None:
-        """Counts requests that HAProxy has refused while the queue was full."""
+        """Counts requests that HAProxy refused while the queue was full."""
         self._errors[_code(QueueFull)] += number
 
     def text(self, status: str) -> str:
@@ -125,7 +128,7 @@ class Metrics:
         return _text(self.families(status))
 
     def families(self, status: str) -> Iterator["Metric"]:
-        """All metrics, as prometheus_client has them. May be called from any thread."""
+        """Returns all metrics as prometheus_client's objects. Thread-safe."""
         from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily
 
         yield _status(status, self._model)
@@ -164,7 +167,7 @@ class Metrics:
         yield from self._histograms.collect()
 
     def _start(self) -> Iterator["Metric"]:
-        """What the load has taken: seconds and memory."""
+        """Returns the metrics of the load: seconds and memory."""
         from prometheus_client.metrics_core import GaugeMetricFamily
 
         help = "Seconds that a phase of the load took."

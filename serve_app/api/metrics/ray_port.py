@@ -27,11 +27,11 @@ class RayMetrics:
         self._gauges: dict[str, Gauge] = {}
 
     def start(self) -> None:
-        """Copies now and every few seconds, in a thread that ends with this process."""
+        """Copies the metrics now and every few seconds, in a thread that ends with this process."""
         threading.Thread(target=self._run, name="ray metrics", daemon=True).start()
 
     def copy(self) -> None:
-        """Sets every gauge to the value that its series has now."""
+        """Sets every gauge to the current value of its series."""
         for family in self._families():
             for sample in family.samples:
                 gauge = self._gauge(sample.name, family.documentation, tuple(sample.labels))

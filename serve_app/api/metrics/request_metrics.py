@@ -33,8 +33,10 @@ class RequestMetrics:
         account: KeyAccount | None = None,
         trace: AnswerTrace | None = None,
     ) -> None:
-        """`account`, if there is one, pays for the tokens. `trace` is told what is measured. The
-        prompt goes to the engine now."""
+        """`account` is charged with the tokens, if it is not None. `trace` gets the measured times.
+
+        Create the object when the prompt is submitted to the engine.
+        """
         self._num_tokens = 0
         self._trace = trace
         if trace is not None:

@@ -27,7 +27,7 @@ def bursts(rate: float, count: int, size: int = 16) -> list[Arrival]:
 
 
 def conversations(count: int, turns: int = 6, pause_s: float = 0.2) -> list[Arrival]:
-    """Conversations, each turn of which has 160 new tokens after all turns before."""
+    """Returns conversations whose turns each add 160 tokens to all turns before."""
     firsts = []
     for number in range(count):
         turn = Arrival(pause_s, 160, 48)
@@ -44,8 +44,8 @@ def long_beside_streams() -> list[Arrival]:
 
 
 def short_behind_long(rate: float) -> list[Arrival]:
-    """Three prompts of 30,000 tokens, and prompts of 200 tokens that arrive at random, `rate` of
-    them a second, beside them."""
+    """Returns three prompts of 30,000 tokens, and prompts of 200 tokens that arrive at random,
+    `rate` per second."""
     draw, at = random.Random(3), 0.0
     arrivals = []
     for _ in range(400):
@@ -55,5 +55,5 @@ def short_behind_long(rate: float) -> list[Arrival]:
 
 
 def batch_beside_chat(rate: float) -> list[Arrival]:
-    """Two hundred requests at once beside mixed prompts at a quarter of `rate`."""
+    """Returns 200 requests that arrive together, and mixed prompts at a quarter of `rate`."""
     return [Arrival(1, 1500, 300) for _ in range(200)] + poisson(rate / 4, 60)

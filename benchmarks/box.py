@@ -35,7 +35,7 @@ CONTEXT = 512
 ANSWER = 128
 """Tokens of their answers."""
 MAX_MODEL_LEN = {False: 8192, True: 512}
-"""Tokens of prompt and answer; of the toy model where True."""
+"""`max_model_len` of the server; True is the toy model."""
 
 
 def write_checkpoint(options: argparse.Namespace) -> Path:

@@ -14,7 +14,8 @@ from benchmarks.running_server import RunningServer
 VOCABULARY = (300, 32000)
 """Ids of Mixtral's vocabulary that are neither control tokens nor bytes."""
 FIRST_TOKENS = 4
-"""Tokens of an answer of which only the first matters: not each token alone is text."""
+"""Number of tokens of an answer if only the first one is measured: a single token may have no text
+yet."""
 REPEATS = 3
 
 Engine = dict[str, Any]
@@ -45,7 +46,8 @@ class BoxLoad:
         await self._send(context, FIRST_TOKENS, 2, 2)
 
     async def prompts(self, sizes: list[int]) -> list[dict[str, Any]]:
-        """Returns the time to the first token of prompts one at a time, beside the engine's."""
+        """Returns the time to the first token of prompts, sent one after another, and the engine's
+        time."""
         say(f"{'prompt':>7} {'first ms':>9} {'engine ms':>10}")
         rows = []
         for size in sizes:
@@ -60,8 +62,8 @@ class BoxLoad:
         return rows
 
     async def streams(self, counts: list[int], context: int) -> list[dict[str, Any]]:
-        """Closed loops of so many streams, each with prompts of `context` tokens, beside the
-        engine's decode steps of as many sequences."""
+        """Runs closed loops of each number of streams with prompts of `context` tokens, and returns
+        their results with the engine's decode steps of as many sequences."""
         say(
             f"{'streams':>7} {'tok/s':>9} {'engine':>9} {'ttft p50':>9} {'p99':>8} "
             f"{'ms/token':>9} {'engine':>8} errors"
@@ -85,13 +87,13 @@ class BoxLoad:
         )
 
     def _engine_prompt_ms(self, size: int) -> float | None:
-        """Returns the engine's time to the first token, where it was measured."""
+        """Returns the engine's time to the first token, if it was measured."""
         rows = self._engine.get("prompts", [])
         alone = (it for it in rows if it["tokens"] == size and not it["streams"])
         return next((it["first_token_ms"] for it in alone), None)
 
     def _engine_decode(self, count: int) -> dict[str, Any]:
-        """Returns the engine's tokens per second and milliseconds per step, where they were
+        """Returns the engine's tokens per second and milliseconds per step, if they were
         measured."""
         rows = self._engine.get("decode", [])
         wanted = (count, TEMPERATURE)

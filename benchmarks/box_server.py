@@ -25,7 +25,7 @@ TEMPERATURE = 0.7
 
 @dataclass(frozen=True)
 class Box:
-    """What is served, and where."""
+    """The served checkpoint and its folder."""
 
     checkpoint: Path
     folder: Path

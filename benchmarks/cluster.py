@@ -68,7 +68,8 @@ def server(way: str, replicas: int, folder: Path) -> Iterator[str]:
 
 
 async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], float]:
-    """Holds `count` conversations at once, each with turns new to the server; with the seconds."""
+    """Runs `count` concurrent conversations, whose texts are new to the server. Returns them and
+    the seconds."""
     turns = [[server.words(WORDS) for _ in range(TURNS)] for _ in range(count)]
     loop = asyncio.get_running_loop()
     async with new_session() as session:
@@ -92,7 +93,7 @@ def measure(url: str, way: str, count: int) -> dict[str, Any]:
 
 
 def kind_of(process: psutil.Process) -> str | None:
-    """Returns which part of the server a process is; None for others."""
+    """Returns the name of the server's component that a process is; None for other processes."""
     command = " ".join(process.info["cmdline"] or ())
     if command.startswith(REPLICA):
         return "replicas"

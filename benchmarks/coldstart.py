@@ -82,7 +82,8 @@ def _submit(platform: Platform, given: dict[str, Any]) -> Any:
 
 
 def compare(repeats: int) -> dict[str, Any]:
-    """Measures the worker on the tiny model and the empty deployment by turns. Returns medians."""
+    """Measures the worker with the tiny model and the empty deployment alternately. Returns
+    medians."""
     start_empty()  # brings everything into the page cache
     workers, empties = [], []
     for _ in range(repeats):

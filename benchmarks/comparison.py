@@ -1,7 +1,7 @@
-"""What servers are compared by: medians over rounds, ratios of ours to theirs, targets, the table.
+"""The comparison of servers: medians over rounds, ratios of ours to theirs, targets, the table.
 
-A round is what one server did under every load: `{load: {case: level}}`. A level has the figures
-that `latency.summarize`, `conversations` and `long_prompts` return.
+A round is the results of one server under every load: `{load: {case: level}}`. A level has the
+numbers that `latency.summarize`, `conversations` and `long_prompts` return.
 """
 
 from statistics import median
@@ -49,7 +49,7 @@ FIGURES: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 class Key(NamedTuple):
-    """Where a figure stands."""
+    """The path of a number in a level."""
 
     load: str
     case: str
@@ -117,7 +117,7 @@ def figures(of_server: Round) -> dict[Key, float]:
 
 
 def ratios(ours: dict[Key, float], theirs: dict[Key, float]) -> dict[Key, float]:
-    """Ours divided by a peer's, where both have the figure and the peer's is not 0."""
+    """Returns our numbers divided by a peer's, if both have one and the peer's is not 0."""
     return {key: round(ours[key] / theirs[key], 2) for key in ours if theirs.get(key)}
 
 

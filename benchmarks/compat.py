@@ -65,10 +65,10 @@ def running_server(url: str, model: str) -> Iterator[Server]:
 def run_program(
     command: list[str], limit_s: float, server: Server, features: list[str], folder: Path
 ) -> list[tuple[str, str | None]]:
-    """Runs one client's program; its features, each with its error.
+    """Runs one client's program. Returns its features, each with its error.
 
-    A feature that the program did not come to has the reason why it ended. What it printed is in
-    `folder`, where all clients also have their home folder.
+    Features that the program did not reach have the reason why it ended. Its output is in `folder`,
+    which is also the home folder of all clients.
     """
     results, output = folder / "results.jsonl", folder / "output.log"
     # A client finds its own package before this folder's.

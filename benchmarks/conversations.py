@@ -44,7 +44,8 @@ async def conversation(
 
 
 async def measure(server: RunningServer, count: int) -> dict[str, Any]:
-    """Holds one conversation to warm up, then `count` at once. Returns the figures of those."""
+    """Runs one conversation to warm up, then `count` concurrent ones. Returns the numbers of the
+    latter."""
     first, *others = [[server.words(WORDS) for _ in range(TURNS)] for _ in range(count + 1)]
     async with new_session() as session:
         await conversation(session, server, first, time.perf_counter())

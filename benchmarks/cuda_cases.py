@@ -18,8 +18,8 @@ from serve_app.model.quantize import code_values
 def makers(
     shapes: Shapes, card: Card | None = None, make: MakeKernel | None = None
 ) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
-    """Functions that make the cases of each product; `card` and `make` are the device's where they
-    are not given."""
+    """Returns functions that create the cases of each product. `card` and `make` default to the
+    device's."""
     config = shapes.config
     card = card or card_of(shapes.device)
     if make is None:

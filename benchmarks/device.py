@@ -56,7 +56,7 @@ class Device:
         return BATCHED_TOKENS["large GPU" if is_large else "GPU"]
 
     def experts_at_once(self, num_experts: int) -> int:
-        """Returns how many experts a server on this device holds as floats at a time."""
+        """Returns the number of experts that a server on this device holds as floats at a time."""
         if self.is_cuda and torch.cuda.mem_get_info(self.device)[1] >= LARGE_GPU_BYTES:
             return num_experts
         return min(SMALL_EXPERTS_AT_ONCE, num_experts)

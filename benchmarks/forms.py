@@ -154,7 +154,7 @@ def load_once(folder: Path, device: torch.device) -> float:
 
 
 def measure(folder: Path, device: torch.device, repeats: int) -> dict[str, Any]:
-    """Loads and plainly reads one checkpoint by turns. Returns medians."""
+    """Loads one checkpoint and reads its files, alternately. Returns medians."""
     size = inspect(folder).file_bytes / 1e9
     loads, reads = [], []
     for _ in range(repeats):

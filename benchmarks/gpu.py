@@ -47,8 +47,8 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def check(report: Report, quantization: Quantization, device: Device) -> None:
-    """Records the relative errors of every form of a product beside float32; raises where one is
-    wrong."""
+    """Records the relative errors of every implementation of a product compared with float32.
+    Raises an error if one is wrong."""
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     with torch.inference_mode():
         found = relative_errors(quantization, dtype, device.device)

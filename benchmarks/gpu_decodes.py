@@ -1,4 +1,5 @@
-"""Decode steps of the engine's runner, greedy and sampled, beside what reading allows."""
+"""Measures decode steps of the engine's runner, greedy and sampled, and the time that reading the
+weights takes."""
 
 from typing import Any
 

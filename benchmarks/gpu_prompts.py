@@ -1,4 +1,4 @@
-"""Prompts through the engine on a GPU, alone and beside streams."""
+"""Measures prompts through the engine on a GPU, alone and while streams are running."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from benchmarks.roofline import prefill_flops
 
 
 def measure_prompts(report: Report, runner: RandomRunner, flops: float) -> None:
-    """Measures prompts through the engine, each size alone and beside each number of streams.
+    """Measures prompts through the engine, each size alone and with each number of streams.
 
     Prints and records a row for each, and the cost table. `flops` is the measured speed of matrix
     products in operations per second.

@@ -19,7 +19,7 @@ class Response(NamedTuple):
 
 
 class Connection:
-    """One client's connection, which is opened again where the server has closed it."""
+    """One client's connection, which is reopened if the server has closed it."""
 
     def __init__(self, host: str, port: int, key: str | None) -> None:
         self._host, self._port = host, port

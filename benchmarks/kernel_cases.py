@@ -38,7 +38,8 @@ class Shapes:
     """Bytes that these layers have together, at least: several times the size of a cache."""
 
     def rounds(self, num_bytes: float) -> int:
-        """Returns how many layers of `num_bytes` each the launches go round."""
+        """Returns the number of layers of `num_bytes` between which the launches alternate, so that
+        no layer is in the cache."""
         return max(self.layers, -(-self.min_bytes // int(num_bytes)))
 
     def matrices(

@@ -1,4 +1,4 @@
-"""Each of the GPU step's kernels alone, beside what reading alone reaches.
+"""Measures each of the GPU step's kernels alone, and the speed of only reading its bytes.
 
     python -m benchmarks.kernels
 

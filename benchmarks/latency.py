@@ -1,4 +1,4 @@
-"""Figures of a run: tokens per second, latencies, and goodput under an SLO.
+"""Computes the results of a run: tokens per second, latencies, and goodput under an SLO.
 
 Times are in milliseconds at p50, p95 and p99. Inter-token time is the time between two chunks with
 text; a chunk has one token unless the server sent several at once.

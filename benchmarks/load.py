@@ -27,7 +27,7 @@ class Outcome:
 
     sent: float
     arrivals: list[float] = field(default_factory=list)
-    """When each chunk with text came."""
+    """The arrival time of each chunk with text."""
     num_tokens: int = 0
     prompt_tokens: int | None = None
     cached_tokens: int = 0

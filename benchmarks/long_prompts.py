@@ -54,7 +54,7 @@ async def together(
 
 @dataclass
 class Beside:
-    """What one stream and one long prompt measured. Times in seconds."""
+    """The measurements of one stream and one long prompt. Times in seconds."""
 
     before: list[float] = field(default_factory=list)
     """The stream's gaps before the prompt was sent."""
@@ -125,8 +125,8 @@ def beside_figures(runs: list[Beside]) -> dict[str, Any]:
 async def measure_long(
     server: RunningServer, sizes: tuple[int, ...], repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """Returns every size, alone and four at once, after one prompt of the largest size to warm
-    up."""
+    """Measures every size, alone and four concurrently, after one prompt of the largest size to
+    warm up."""
     await together(server, max(sizes), 1, 1)
     return {
         f"{size:,} tokens, {at_once} at once": await together(server, size, at_once, repeats)
@@ -138,7 +138,8 @@ async def measure_long(
 async def measure_beside(
     server: RunningServer, size: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
-    """`repeats` prompts of `size` tokens, each beside a stream of its own, after one to warm up."""
+    """Measures `repeats` prompts of `size` tokens, each with its own stream, after one to warm
+    up."""
     await one_beside(server, size)
     runs = [await one_beside(server, size) for _ in range(repeats)]
     return {f"a stream beside {size:,} tokens": beside_figures(runs)}

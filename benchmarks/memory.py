@@ -37,7 +37,7 @@ def _kind(command: str) -> str:
 
 
 def _proportional(process: Path) -> int:
-    """Resident bytes, where a page that n processes share counts 1/n (`Pss` of proc(5))."""
+    """Returns resident bytes; a page that n processes share counts 1/n (`Pss` of proc(5))."""
     for line in (process / "smaps_rollup").read_text(encoding="utf-8").splitlines():
         if line.startswith("Pss:"):
             return int(line.split()[1]) * 1024

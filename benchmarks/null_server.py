@@ -53,7 +53,7 @@ class NullRunner:
         self._step_s = step_s
         self._late_s = _late_s(step_s)
         self._free_at = 0.0
-        """When the device finishes its queued steps."""
+        """The time at which the device finishes its queued steps."""
         self.thread_s = 0.0
         """Processor time of the engine's thread up to the last launch."""
 

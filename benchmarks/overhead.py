@@ -37,8 +37,8 @@ MODES: dict[str, dict[str, str]] = {
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
     },
 }
-"""How Serve brings requests to the replica: name, and the environment that selects it. With Serve's
-draining period a server that ends would keep its replica for half a minute."""
+"""Serve's ways to the replica: name, and the environment that selects it. With Serve's draining
+period, a server that ends would keep its replica for half a minute."""
 
 
 def alone(num_tokens: int, rounds: int) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class Overload:
         self._seconds = seconds
 
     def measured(self, clients: PoliteClients, loop: Any) -> dict[str, Any]:
-        """Runs `loop`, a coroutine of `clients`, beside the probe."""
+        """Runs `loop`, a coroutine of `clients`, and the probe at the same time."""
         before, cpu = self._server.lag_buckets(), time.process_time()
         with probing(self._server.port) as probed:
             seen: Seen = uvloop.run(loop)
@@ -73,7 +73,7 @@ class Overload:
         return self.measured(clients, clients.open_loop(rate, self._seconds))
 
     def attack(self, names: list[str]) -> dict[str, Any]:
-        """Ten polite clients alone, then beside the attacks."""
+        """Runs ten polite clients alone, then together with the attacks."""
         alone = self.closed(NUM_POLITE)
         with attacking(names, self._server.port):
             time.sleep(1)
@@ -145,7 +145,7 @@ def run(report: Report, proxy: str, options: Any) -> None:
 
 
 def soak(server: Server, seconds: float) -> dict[str, Any]:
-    """All attacks and twice as many clients as the queue takes, all at once."""
+    """Runs all attacks and twice as many clients as the queue allows at the same time."""
     num_clients = 2 * server.max_clients()
     with attacking(list(ATTACKS), server.port):
         first = Overload(server, min(60.0, seconds / 4)).closed(num_clients)

@@ -27,7 +27,8 @@ class Server:
     """One running server; `proxy` is "haproxy", the default, or "serve"."""
 
     def __init__(self, proxy: str, log: Path) -> None:
-        """Returns when it is ready. Raises `RuntimeError` with its log where it does not start."""
+        """Starts the server and waits until it is ready. Raises `RuntimeError` with its log if it
+        does not start."""
         self.port = PORT
         self._log = log
         is_haproxy = "1" if proxy == "haproxy" else "0"
@@ -44,7 +45,7 @@ class Server:
             time.sleep(0.2)
 
     def max_clients(self) -> int:
-        """Returns how many requests the engine's queue takes, by the defaults of the settings."""
+        """Returns the number of places in the engine's queue, from the settings' defaults."""
         from serve_app.config.settings import Settings
 
         engine = Settings.from_yaml("configs/tiny.yaml").engine

@@ -33,18 +33,18 @@ async def short(server: RunningServer, options: argparse.Namespace) -> dict[str,
 
 
 async def held(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Conversations, all at once."""
+    """Runs all conversations concurrently."""
     count = options.conversations
     return {f"{count} conversations": await conversations.measure(server, count)}
 
 
 async def long(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Long prompts, one and four at once."""
+    """Runs long prompts, one at a time and four concurrently."""
     return await long_prompts.measure_long(server, tuple(options.sizes), options.repeats)
 
 
 async def beside(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Returns a stream beside the longest prompts."""
+    """Runs a stream while the longest prompts are computed."""
     return await long_prompts.measure_beside(server, max(options.sizes), options.repeats)
 
 

@@ -16,9 +16,9 @@ from benchmarks.comparison import FIGURES, OURS, OURS_SERVE
 
 ROOT = Path(__file__).parents[1]
 SEQUENCES = 64
-"""Requests that every server may run at once."""
+"""Maximum number of concurrent requests of every server."""
 CONTEXT = 8192
-"""Tokens a request may have, where a server wants to know."""
+"""Maximum number of tokens per request, for servers that need it."""
 TORCH = "torch==2.13.0"
 
 
@@ -46,7 +46,7 @@ class Peer:
     model: Callable[[Site], str]
     """The model's name in a request."""
     how: str
-    """How it is set, for the reader."""
+    """The settings of the server, in words."""
     requirements: tuple[str, ...] = ()
     """Empty for our server, which runs in this environment."""
     removed: tuple[str, ...] = ()

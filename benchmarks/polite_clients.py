@@ -1,4 +1,4 @@
-"""Clients that wait as long as a 429 tells them: their tokens per second and latencies."""
+"""Clients that obey `Retry-After` of a 429: their tokens per second and latencies."""
 
 import asyncio
 import json
@@ -21,17 +21,17 @@ WARM_S = 2.0
 
 @dataclass
 class Seen:
-    """What the clients of one run saw."""
+    """The results of the clients in one run."""
 
     answers: list[tuple[float, float, int]] = field(default_factory=list)
-    """When each answer ended and how many seconds it took, since the run began, and its tokens."""
+    """For each answer: its end since the run began and its duration, in seconds, and its tokens."""
     refusals: list[float] = field(default_factory=list)
     """Seconds that each 429 took."""
     retry_after: list[int] = field(default_factory=list)
     lags: list[float] = field(default_factory=list)
     """Seconds by which this process's event loop was late, a hundred times a second."""
     others: dict[str, int] = field(default_factory=dict)
-    """How many of each other status or error."""
+    """Counts of other statuses and errors."""
 
     def other(self, what: str) -> None:
         self.others[what] = self.others.get(what, 0) + 1

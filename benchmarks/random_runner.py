@@ -27,7 +27,7 @@ ROUND = 16
 EXTRA = 320
 """Tokens that a sequence may get while it is measured."""
 CPU_BLOCKS = 512
-"""KV blocks on a CPU, where the benchmark only shows that it runs."""
+"""Number of KV blocks on a CPU, on which the benchmark is only tested."""
 SPARE = 5e9
 """Bytes of a device that are left to intermediate results: 4.0e9 of a step with 8,192 prompt tokens
 (`footprint.kernel_step_bytes`), and what an allocator wastes."""
@@ -68,7 +68,7 @@ class RandomRunner:
             pages.normal_()
 
     def _choose_kernels(self) -> str:
-        """Prepares the CUDA kernels as a server does, where they are asked for."""
+        """Prepares the CUDA kernels in the way of a server, if they are requested."""
         if self.options.kernels == "triton":
             return "4-bit products run in Triton kernels: --kernels triton"
         return use_cuda_kernels(self.model, None)
@@ -79,10 +79,10 @@ class RandomRunner:
         return config_of(tiny=options.tiny, layers=options.layers)
 
     def _fitting_cases(self) -> list[tuple[int, int]]:
-        """Returns the cases whose KV cache fits beside that of the longest prompt; notes the
+        """Returns the cases whose KV cache fits beside that of the longest prompt, and records the
         others.
 
-        Raises `ValueError` if none fits at the first context length.
+        Raises `ValueError` if no case fits at the first context length.
         """
         cases = []
         num_blocks = self._max_blocks() - blocks_for(max(self.options.prompts))
@@ -102,7 +102,7 @@ class RandomRunner:
         return cases
 
     def _max_blocks(self) -> int:
-        """Returns how many KV blocks the device has memory for, less `SPARE`."""
+        """Returns the number of KV blocks for which the device has memory, less `SPARE`."""
         if not self.device.is_cuda:
             return CPU_BLOCKS
         block_bytes = kv_bytes(self.config, BLOCK_SIZE, self.dtype.itemsize)
@@ -116,7 +116,7 @@ class RandomRunner:
 
     @property
     def note(self) -> str:
-        """Which form of a step the runner uses."""
+        """How the runner computes steps."""
         return self.runner.note
 
     def engine_config(self) -> EngineConfig:
@@ -155,8 +155,8 @@ class RandomRunner:
 
     @torch.inference_mode()
     def graph_error(self) -> float | None:
-        """Relative error of the logits of a replayed step beside the same step launched kernel by
-        kernel; None if nothing is captured."""
+        """Returns the relative error of the logits of a replayed step compared with the same step
+        launched kernel by kernel; None if nothing is captured."""
         graphs, step = self.runner._graphs, self.runner._gpu_step
         if graphs is None or step is None:
             return None

@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.machine import describe
 
 say = partial(print, flush=True)
-"""Prints at once, so that an interrupted run has shown what it measured."""
+"""Prints without buffering, so that an interrupted run has shown its results."""
 
 
 def new_parser(description: str | None) -> argparse.ArgumentParser:
@@ -45,7 +45,7 @@ def save(document: dict[str, Any], file: Path) -> None:
 
 
 class Report:
-    """The figures of a run that goes on when a part fails, saved after every part."""
+    """The results of a run, which continues if a part fails and saves them after every part."""
 
     def __init__(self, benchmark: str, figures: dict[str, Any], file: Path | None) -> None:
         """Raises `OSError` if `file` cannot be written, before anything is measured."""

@@ -95,7 +95,7 @@ def figures(ended: list[Arrival], seconds: float) -> dict[str, float]:
 
 
 def beside(ours: dict[str, float], fixed: list[dict[str, float]], stall_s: float) -> dict[str, Any]:
-    """Ours divided by the best fixed budget that keeps the promise, each figure by its own."""
+    """Returns our numbers divided by those of the best fixed budget that meets the stall limit."""
     keeping = [figures for figures in fixed if figures["gap_max"] <= stall_s + SLACK_S]
     if not keeping:
         return {}

@@ -183,7 +183,7 @@ async def _blocks_are_free(server: MixtralServer) -> bool:
 
 
 async def soak(server: MixtralServer, minutes: float, seed: int) -> dict[str, Any]:
-    """Returns what happened; `wrong` is empty if all is well."""
+    """Returns the results; `wrong` is empty if there is no error."""
     load = Soak(server, seed)
     began = time.monotonic()
     clients = [asyncio.create_task(load.client(began + 60 * minutes)) for _ in range(OPEN_AT_ONCE)]

@@ -10,9 +10,10 @@ class StepTimes(NamedTuple):
     """The times of a device's steps, in milliseconds."""
 
     source: str
-    """Where the numbers come from."""
+    """The source of the numbers."""
     decodes: tuple[tuple[int, float], ...]
-    """Steps of so many decodes with short contexts; between two sizes the time is linear."""
+    """Seconds of steps by number of decodes with short contexts; between two sizes the time is
+    linear."""
     context_token: float
     """Added for each token before a decode."""
     prompt: float

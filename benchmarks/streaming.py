@@ -22,7 +22,7 @@ WORKERS = {
     "what has come": ENTRY,
     "one chunk": Path(__file__).with_name("per_chunk_worker.py"),
 }
-"""What one post holds, and the worker that does so."""
+"""The content of one post, and the worker that makes such posts."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ def ask(number: int, num_tokens: int) -> dict[str, Any]:
 
 
 def streams(place: Endpoint, num_streams: int, num_tokens: int, number: int) -> list[Stream]:
-    """Runs `num_streams` jobs at once and records when each one's first token came."""
+    """Runs `num_streams` concurrent jobs and records the time of each one's first token."""
     jobs = [place.send({**ask(number + n, num_tokens), "stream": True}) for n in range(num_streams)]
     first: dict[str, float] = {}
 

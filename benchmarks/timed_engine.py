@@ -74,7 +74,8 @@ class TimedEngine:
         return ids
 
     def run(self, scenario: Callable[[Engine], Any]) -> tuple[Any, TimedRunner]:
-        """Returns what `scenario` returns, a coroutine function that starts the engine."""
+        """Starts the engine, runs the coroutine function `scenario` with it, and returns its
+        result."""
         config = EngineConfig(
             max_model_len=12_288,
             max_num_seqs=MAX_NUM_SEQS,

@@ -14,7 +14,8 @@ from emulator import webhook
 from emulator.queue import Job, Queue
 
 KEY = "client-key"
-"""Sent as `Authorization: client-key` or `Authorization: Bearer client-key`."""
+"""The API key of clients, sent as `Authorization: client-key` or `Authorization: Bearer
+client-key`."""
 DEFAULT_WAIT_MS = 90_000
 
 
@@ -77,8 +78,8 @@ class ClientApi:
         return web.json_response({"removed": await self.queue.purge(), "status": "completed"})
 
     async def requests(self, request: web.Request) -> web.Response:
-        """Returns all jobs. RunPod documents the route and its rate limit; the answer is a
-        guess."""
+        """Returns all jobs. RunPod documents the route and its rate limit; the form of the answer
+        is a guess."""
         _authorize(request)
         jobs = [job.view() for job in self.queue.jobs.values()]
         return web.json_response({"requests": jobs})
@@ -92,7 +93,7 @@ class ClientApi:
         return web.json_response({"jobs": jobs, "workers": self.queue.workers()})
 
     async def openai(self, request: web.Request) -> web.StreamResponse:
-        """Returns the OpenAI gateway: makes a job of the request, and the response of its
+        """Handles a request of the OpenAI gateway: creates a job from it, and a response from its
         output."""
         _authorize(request)
         body = await _json(request) if request.can_read_body else None
@@ -133,7 +134,7 @@ class ClientApi:
         return job
 
     def _notify(self, job: Job) -> None:
-        """Makes the end of the job known to its webhook, if it has one."""
+        """Reports the end of the job to its webhook, if it has one."""
         if job.request.get("webhook") is not None:
             task = asyncio.create_task(webhook.notify(job))
             self._webhooks.add(task)

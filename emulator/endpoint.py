@@ -17,7 +17,8 @@ from emulator.worker import ENTRY, Worker
 CONFIG = ENTRY.parent / "configs" / "tiny.yaml"
 HEADERS = {"Authorization": f"Bearer {client_api.KEY}"}
 JOB_POLL_S = 0.001
-"""Seconds between two looks at a job. A look is cheap: the job's record is in this process."""
+"""Seconds between two checks of a job. A check is cheap, because the job's record is in this
+process."""
 
 
 class Endpoint:
@@ -50,7 +51,7 @@ class Endpoint:
     def wait(self, is_true: Any, timeout_s: float = 120) -> None:
         """Polls `is_true`.
 
-        Raises `TimeoutError` with the end of the worker's log, at once when the worker has ended.
+        Raises `TimeoutError` with the end of the worker's log, immediately if the worker has ended.
         """
         end = time.monotonic() + timeout_s
         while not is_true():
@@ -67,7 +68,7 @@ class Endpoint:
 
 @contextmanager
 def endpoint(script: Path = ENTRY) -> Iterator[Endpoint]:
-    """A platform and a worker that runs `script`; both end with the block."""
+    """Runs a platform and a worker with `script`, and ends both with the block."""
     with (
         tempfile.TemporaryDirectory(prefix="endpoint-") as home,
         Platform() as platform,

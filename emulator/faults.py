@@ -23,29 +23,30 @@ from emulator.queue import Job
 
 @dataclass(frozen=True)
 class Fault:
-    """How one request is answered. Functions that take a fault take an `int` for a bare status."""
+    """The answer to one request. Functions with a fault as argument also accept an `int` for a bare
+    status."""
 
     status: int = 200
     body: bytes = b""
     content_type: str = "application/json"
     is_processed: bool = False
-    """The platform processes the request before it answers wrongly."""
+    """Whether the platform processes the request before it answers wrongly."""
     is_reset: bool = False
-    """The connection is reset (RST) instead of an answer."""
+    """Whether the connection is reset (RST) instead of an answer."""
     is_held: bool = False
-    """The platform never answers; the connection stays open until the worker closes it."""
+    """Whether the platform never answers; the connection stays open until the worker closes it."""
 
 
 IS_UNACKNOWLEDGED = web.RequestKey("is_unacknowledged", bool)
 """Set on a request that is processed before its acknowledgement is sent, or without one."""
 PROGRESS = b'"IN_PROGRESS"'
-"""Near the beginning of the body of a progress update."""
+"""A text near the beginning of the body of a progress update."""
 JOB = web.RequestKey("job", Job)
-"""Set by such a request to the job whose result it posted."""
+"""The job whose result such a request posted."""
 
 RESET = Fault(is_reset=True)
 LOST = Fault(is_processed=True, is_reset=True)
-"""The platform has the request; the connection is reset before the acknowledgement."""
+"""The platform has processed the request; the connection is reset before the acknowledgement."""
 HELD = Fault(is_held=True)
 NOT_JSON = Fault(body=b'{"id": "broken')
 HTML = Fault(body=b"<html>Bad gateway</html>", content_type="text/html")
@@ -53,14 +54,14 @@ HTML = Fault(body=b"<html>Bad gateway</html>", content_type="text/html")
 
 @dataclass
 class Faults:
-    """Faults to come, and counts of what has happened."""
+    """Planned faults, and counts of requests and faults."""
 
     delay_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     """Seconds between processing a request and answering it, by route."""
     num_requests: Counter[str] = field(default_factory=Counter)
-    """Requests by route, with those that met a fault."""
+    """Number of requests by route, including those with a fault."""
     num_faults: Counter[str] = field(default_factory=Counter)
-    """Requests that met a fault, by route."""
+    """Number of requests with a fault, by route."""
     _plans: defaultdict[str, deque[Fault]] = field(default_factory=lambda: defaultdict(deque))
     _constant: dict[str, Fault] = field(default_factory=dict)
 
@@ -80,7 +81,7 @@ class Faults:
 
     @property
     def num_planned(self) -> int:
-        """Injected faults that no request has met yet."""
+        """Returns the number of injected faults that are not used yet."""
         return sum(map(len, self._plans.values()))
 
     def next(self, route: str) -> Fault | None:

@@ -76,7 +76,7 @@ class Platform:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Holds jobs back inside the block; one poll brings them all after it."""
+        """Withholds jobs inside the block; after it, one poll returns all of them."""
         self.queue.is_paused = True
         try:
             yield

@@ -14,13 +14,15 @@ class Policy:
     """Limits in seconds; the defaults are RunPod's."""
 
     execution_timeout_s: float = 600.0
-    """From the moment that a worker takes the job; then the job is stopped, and TIMED_OUT."""
+    """Maximum time from the moment when a worker takes the job. Then the job is stopped and
+    TIMED_OUT."""
     ttl_s: float = 86_400.0
-    """From the moment that the client sends the job. A job that waits then is TIMED_OUT; one that
-    runs is stopped and deleted."""
+    """Maximum time from the moment when the client sends the job. A waiting job is then TIMED_OUT;
+    a running one is stopped and deleted."""
 
     def with_request(self, request: dict[str, Any]) -> Self:
-        """These limits with those that `request` sets, in milliseconds. Raises `ValueError`."""
+        """Returns these limits, replaced by those in `request` (in milliseconds). Raises
+        `ValueError`."""
         given = request.get("policy") or {}
         if not isinstance(given, dict):
             raise ValueError("policy must be an object")

@@ -30,20 +30,20 @@ class Job:
     chunks: list[Any] = field(default_factory=list)
     """The streamed chunks, in the order of their posts."""
     num_read: int = 0
-    """Chunks that the client has already been given."""
+    """Number of chunks that the client has already read."""
     progress: list[Any] = field(default_factory=list)
     num_results: int = 0
-    """Acknowledged posts of a result; a correct worker makes exactly one for every job."""
+    """Number of acknowledged posts of a result; a correct worker makes exactly one per job."""
     num_late_posts: int = 0
-    """Posts of any kind after the job's end."""
+    """Number of posts of any kind after the job's end."""
     num_retries: int = 0
-    """How often the client has retried it."""
+    """Number of retries by the client."""
     num_deliveries: int = 0
-    """How often a poll has brought it to a worker."""
+    """Number of deliveries to workers."""
     pod: str = ""
-    """Id of the worker that has it."""
+    """Id of the worker that runs the job."""
     has_changed: asyncio.Event = field(default_factory=asyncio.Event)
-    """Set at the next change, which also puts a new event in its place."""
+    """Set at the next change, which also replaces the event with a new one."""
 
     @property
     def is_over(self) -> bool:
@@ -82,18 +82,18 @@ class Queue:
         self.policy = Policy()
         """The endpoint's time limits, for jobs whose clients set none."""
         self.hold_s = 1.0
-        """Seconds that an empty poll is held open."""
+        """Seconds for which an empty poll is held open."""
         self.silence_s: float | None = None
         """Seconds without a ping or a poll after which a worker loses its jobs; None is no limit.
         A job goes back to the queue the first time, and is TIMED_OUT the second time (a guess)."""
         self.num_polls = 0
-        """Polls for jobs so far."""
+        """Number of polls for jobs so far."""
         self.last_limit = 0
         """The number of jobs that the last poll asked for: the worker's free slots."""
         self.num_cancels_at_take = 0
         """Cancels this many of the next jobs at the moment that a worker takes them."""
         self.num_open_polls = 0
-        """Polls for jobs that are held open now."""
+        """Number of polls for jobs that are held open now."""
         self.is_paused = False
         self._waiting: deque[Job] = deque()
         self._stops: list[str] = []
@@ -158,7 +158,7 @@ class Queue:
         self._last_seen[pod] = time.monotonic()
 
     async def requeue_jobs_of_silent_workers(self) -> None:
-        """Takes back the jobs of workers that were not seen for `silence_s` seconds."""
+        """Requeues the jobs of workers that were silent for `silence_s` seconds."""
         if self.silence_s is None:
             return
         since = time.monotonic() - self.silence_s
@@ -182,7 +182,7 @@ class Queue:
                 await self._end_unanswered(job, "TIMED_OUT")
 
     async def purge(self) -> int:
-        """Cancels all jobs that wait (the status is a guess). Returns their number."""
+        """Cancels all waiting jobs (the status is a guess). Returns their number."""
         waiting = list(self._waiting)
         for job in waiting:
             await self.cancel(job)
@@ -208,7 +208,7 @@ class Queue:
             self._work.notify_all()
 
     async def stops(self) -> list[str]:
-        """Ids of the jobs that the worker must stop; [] after `hold_s` seconds."""
+        """Returns the ids of the jobs that the worker must stop; [] after `hold_s` seconds."""
         async with self._work:
             await self._held(lambda: bool(self._stops))
             stops, self._stops = self._stops, []

@@ -8,13 +8,13 @@ import aiohttp
 from emulator.queue import Job
 
 PAUSE_S = 10.0
-"""RunPod tries twice more, 10 s apart, where the answer is not a 200."""
+"""Seconds between posts. RunPod repeats the post twice, 10 s apart, if the answer is not a 200."""
 TIMEOUT_S = 10.0
-"""A guess."""
+"""Timeout of a post in seconds (a guess)."""
 
 
 async def notify(job: Job) -> None:
-    """Waits for the end of `job`, and posts what `/status` shows."""
+    """Waits for the end of `job`, and posts the object that `/status` shows."""
     while not job.is_over:
         await job.has_changed.wait()
     url, view = str(job.request["webhook"]), job.view()

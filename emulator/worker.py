@@ -20,8 +20,8 @@ KEPT = ("PATH", "LANG", "TMPDIR", "VIRTUAL_ENV", "COVERAGE_PROCESS_CONFIG")
 class Worker:
     """A worker process; `with Worker(platform, home, SERVE_CONFIG=...)` runs it for the block.
 
-    `home` becomes its home folder: RunPod credentials in the user's own would override the key that
-    the platform gave. Other keyword arguments are more of its environment.
+    `home` becomes its home folder: RunPod credentials in the user's own home would override the key
+    of the platform. Other keyword arguments are additional environment variables.
     """
 
     def __init__(

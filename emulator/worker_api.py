@@ -11,7 +11,7 @@ from emulator.faults import IS_UNACKNOWLEDGED, JOB
 from emulator.queue import Job, Queue
 
 KEY = "worker-key"
-"""Sent bare in `Authorization`, without `Bearer`."""
+"""The API key of workers, sent in `Authorization` without `Bearer`."""
 MAX_CHUNK_BYTES = 1_000_000
 MAX_RESULT_BYTES = 10_000_000
 MAX_SYNC_RESULT_BYTES = 20_000_000

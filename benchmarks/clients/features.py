@@ -60,9 +60,9 @@ def raised(kind: type[E], call: Callable[[], Any]) -> E:
 
 
 def run_command(*command: str, variables: dict[str, str] | None = None) -> str:
-    """Runs a client's command of this environment; its standard output.
+    """Runs a client's command of this environment. Returns its standard output.
 
-    Raises `RuntimeError` with the end of what it wrote where it fails.
+    Raises `RuntimeError` with the end of its output if it fails.
     """
     environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
     done = subprocess.run(
@@ -83,7 +83,7 @@ def _too_late(*_: object) -> None:
 
 
 def _try(check: Check, server: Server) -> str | None:
-    """Returns the error of one feature; None where it works."""
+    """Returns the error of one feature; None if it works."""
     signal.alarm(FEATURE_S)
     try:
         if inspect.iscoroutinefunction(check):

@@ -75,7 +75,7 @@ async def tool(model: Any) -> None:
 
 
 async def tool_then_answer(model: Any) -> None:
-    """The tool's result goes back to the model, which then chooses by itself (`auto`)."""
+    """Sends the tool's result to the model, which then chooses whether to call a tool (`auto`)."""
     agent = Agent(name="a", model=model, model_settings=REQUIRED, tools=[weather_tool])
     result = await Runner.run(agent, TEXT, max_turns=6)
     assert result.final_output

@@ -50,6 +50,6 @@ def get_weather(city: Literal["Paris", "London"], days: Literal[1, 2, 3]) -> str
 
 
 def valid(arguments: str | dict[str, Any]) -> Weather:
-    """Returns the arguments of a call; raises an error where they do not follow the schema."""
+    """Returns the arguments of a call. Raises an error if they do not match the schema."""
     value = json.loads(arguments) if isinstance(arguments, str) else arguments
     return Weather.model_validate(value, strict=True)

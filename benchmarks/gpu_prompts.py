@@ -31,8 +31,10 @@ def measure_prompts(report: Report, runner: RandomRunner, flops: float) -> None:
     report.figures["prompts"] = rows
     mixed.run(runner.device.free_bytes(), work)
     how = f"measured: {report.figures['device']}, {report.figures['layers']} layers"
-    is_gpu = runner.device.is_cuda
-    table = step_times(how, config, decodes, context, mixed.steps, is_gpu=is_gpu)
+    is_gpu, few_tokens = runner.device.is_cuda, runner.runner.few_prompt_tokens
+    table = step_times(
+        how, config, decodes, context, mixed.steps, is_gpu=is_gpu, few_tokens=few_tokens
+    )
     report.figures["step_times_ms"] = table._asdict()
     say(f"The cost table for step_times.py:\n{table}")
 

@@ -148,6 +148,7 @@ def step_times(
     steps: list[Step],
     *,
     is_gpu: bool,
+    few_tokens: int = 0,
 ) -> StepTimes:
     """Returns the cost table of a device.
 
@@ -157,16 +158,21 @@ def step_times(
     largest = max(decodes)
     short_ms, long_ms = decodes[largest]
     context_ms = max(long_ms - short_ms, 0.0) / (largest * (context - SHORT))
-    cost = StepCost()
+    cost = StepCost(few_tokens)
     for shape, seconds in steps:
         cost.observe(shape, seconds)
 
     def prompt_ms(num_tokens: int, num_scores: int) -> float:
         return 1e3 * cost.seconds(StepShape(0, 0, num_tokens, num_scores))
 
-    token = (prompt_ms(1001, 1) - prompt_ms(1, 1)) / 1000
-    score = (prompt_ms(1, 1001) - prompt_ms(1, 1)) / 1000
-    fixed = max(prompt_ms(1, 1) - token - score, 0.0)
+    first = few_tokens + 1  # the smallest step of the larger form
+    token = (prompt_ms(first + 1000, 1) - prompt_ms(first, 1)) / 1000
+    score = (prompt_ms(first, 1001) - prompt_ms(first, 1)) / 1000
+    fixed = max(prompt_ms(first, 1) - first * token - score, 0.0)
+    few = few_token = 0.0
+    if few_tokens > 1:
+        few_token = (prompt_ms(few_tokens, 1) - prompt_ms(1, 1)) / (few_tokens - 1)
+        few = max(prompt_ms(1, 1) - few_token - score, 0.0)
     # Full steps share the fixed part.
     per_token = token + fixed / config.max_num_batched_tokens
     request_ms = mean(PROMPTS) * per_token + ANSWER * short_ms / largest
@@ -183,4 +189,7 @@ def step_times(
         is_gpu=is_gpu,
         max_num_batched_tokens=config.max_num_batched_tokens,
         rate=round(1e3 / request_ms, 2),
+        few_tokens=few_tokens,
+        few=round(few, 3),
+        few_token=few_token,
     )

@@ -111,7 +111,7 @@ def run(device: StepTimes, stall_s: float, share: float) -> dict[str, Any]:
     for name, load in loads(device).items():
         largest = device.max_num_batched_tokens
         fixed = {str(n): measure(device, FixedBudget(n), load()) for n in FIXED if n <= largest}
-        policy = PrefillPolicy(device.max_num_batched_tokens, stall_s, share)
+        policy = PrefillPolicy(largest, stall_s, share, device.few_tokens)
         ours = measure(device, policy, load())
         ratios = beside(ours, list(fixed.values()), stall_s)
         results[name] = {"policy": ours, "fixed": fixed, "beside": ratios}

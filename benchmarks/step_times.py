@@ -26,6 +26,12 @@ class StepTimes(NamedTuple):
     max_num_batched_tokens: int
     rate: float
     """Requests per second of the benchmark's mixed load that keep the device busy."""
+    few_tokens: int = 0
+    """The most prompt tokens of a step that runs in another form than larger ones."""
+    few: float = 0.0
+    """Fixed part of such a step."""
+    few_token: float = 0.0
+    """Added for each of its prompt tokens."""
 
     def seconds(self, shape: StepShape) -> float:
         """Returns the time of one step."""
@@ -34,8 +40,10 @@ class StepTimes(NamedTuple):
             decodes = self._decodes(shape.num_decodes) + self.context_token * shape.context_tokens
         if not shape.num_prompt_tokens:
             return decodes / 1000
-        prompt = self.prompt + self.prompt_token * shape.num_prompt_tokens
-        prompt += self.score * shape.num_scores
+        fixed, token = self.prompt, self.prompt_token
+        if shape.num_prompt_tokens <= self.few_tokens:
+            fixed, token = self.few, self.few_token
+        prompt = fixed + token * shape.num_prompt_tokens + self.score * shape.num_scores
         return (prompt + decodes) / 1000
 
     def _decodes(self, count: int) -> float:

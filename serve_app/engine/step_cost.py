@@ -13,6 +13,9 @@ that unpacks all 4-bit weights for it, and small on a CPU. `d` is near 0 if a st
 tokens reads all weights anyway, and 1 if decodes and prompts are computed one after the other. It
 is 1 until a step with both is measured; a device that overlaps steps has no such step.
 
+Where a GPU unpacks weights beside the products, the longer of both counts: the time is flat up to
+some thousand prompt tokens and grows then. The line is within a fifth of it.
+
 Attention scores are pairs of a prompt token and a token that it attends to. Example: the prefill
 chunk (512, 1024) has 512 * 512 + 512 * 513 / 2 = 393,472 scores.
 

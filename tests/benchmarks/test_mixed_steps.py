@@ -11,7 +11,7 @@ import torch
 from benchmarks import device
 from benchmarks.engine_streams import EngineStreams
 from benchmarks.mixed_steps import REPEATS, MixedSteps, Step, step_times
-from benchmarks.step_times import DEVICES
+from benchmarks.step_times import DEVICES, StepTimes
 from serve_app.engine.engine import Engine
 from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.step_cost import StepShape
@@ -119,10 +119,15 @@ def test_a_stream_that_ends_is_an_error() -> None:
         engine.stop()
 
 
-@pytest.mark.parametrize("name", ["h200", "small gpu", "cpu"])
-def test_the_table_predicts_the_device(name: str) -> None:
+TWO_FORMS = DEVICES["h200"]._replace(few_tokens=496, few=5.0, few_token=0.09)
+"""A device whose steps with few prompt tokens have a small fixed part and a large rate."""
+SIZES = (16, 64, 256, 450, 512, 1500, 4096)
+"""Prompt tokens of measured steps; each form has more sizes than coefficients."""
+
+
+@pytest.mark.parametrize("known", [*(DEVICES[n] for n in ("h200", "small gpu", "cpu")), TWO_FORMS])
+def test_the_table_predicts_the_device(known: StepTimes) -> None:
     """A table made from a known device's steps gives the device's times for other sizes."""
-    known = DEVICES[name]
     config = replace(CONFIG, max_num_batched_tokens=known.max_num_batched_tokens)
 
     def decodes(count: int, context: int) -> StepShape:
@@ -135,9 +140,14 @@ def test_the_table_predicts_the_device(name: str) -> None:
         batch: (1e3 * known.seconds(decodes(batch, 16)), 1e3 * known.seconds(decodes(batch, 512)))
         for batch, _ in known.decodes
     }
-    steps = [Step(prompt(n), known.seconds(prompt(n))) for n in (64, 512, 4096) for _ in range(3)]
-    table = step_times("a test", config, measured, 512, steps, is_gpu=known.is_gpu)
-    shapes = [decodes(16, 100), decodes(128, 2000), prompt(200), prompt(3000), prompt(8000)]
+    steps = [Step(prompt(n), known.seconds(prompt(n))) for n in SIZES * 3]
+    table = step_times(
+        *("a test", config, measured, 512, steps),
+        is_gpu=known.is_gpu,
+        few_tokens=known.few_tokens,
+    )
+    shapes = [decodes(16, 100), decodes(128, 2000)]
+    shapes += [prompt(num_tokens) for num_tokens in (30, 200, 490, 3000, 8000)]
     for shape in shapes:
         assert table.seconds(shape) == pytest.approx(known.seconds(shape), rel=0.03)
     assert table.rate > 0

@@ -116,6 +116,21 @@ def test_few_prompt_tokens_are_predicted_apart() -> None:
         assert cost.num_tokens(0, added) == pytest.approx(num_tokens, abs=2)
 
 
+def test_a_time_that_is_flat_and_then_grows_is_predicted() -> None:
+    """Where unpacking takes 47 ms beside products that take 33 us a token, whichever is longer
+    counts; the line that is learned is within a fifth."""
+    cost = StepCost()
+
+    def seconds(num_tokens: int) -> float:
+        return max(0.047, 33e-6 * num_tokens)
+
+    for num_tokens in (600, 1000, 2000, 4000, 8000):
+        cost.observe(prompt(0, num_tokens), seconds(num_tokens))
+    for num_tokens in (500, 800, 1400, 3000, 6000):
+        found = cost.seconds(prompt(0, num_tokens))
+        assert found == pytest.approx(seconds(num_tokens), rel=0.2)
+
+
 def test_nothing_is_predicted_before_the_first_step() -> None:
     """Predictions are 0 before the first measurement of their kind."""
     assert StepCost().seconds(prompt(0, 100)) == StepCost().seconds(decodes(1, 10)) == 0

@@ -64,7 +64,7 @@ def test_a_wrong_kernel_is_not_used(tmp_path: Path) -> None:
 
     def edit(name: str, text: str) -> str:
         changed = text.replace("b.score > a.score", "b.score < a.score")
-        assert name != "sample.cu" or changed != text
+        assert name != "found.cuh" or changed != text
         return changed
 
     with pytest.raises(StepUnavailable, match="of 32 tokens differ from plain torch's"):

@@ -14,8 +14,12 @@ from typing import Any
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 SOURCES = Path(__file__).parent
-HEADERS = ("intrinsics.cuh", "floats.cuh", "tiles.cuh", "routing.cuh", "splits.cuh")
-OPTIONS = ("-std=c++17",)
+HEADERS = (
+    *("intrinsics.cuh", "floats.cuh", "tiles.cuh", "routing.cuh", "splits.cuh"),
+    *("noise.cuh", "logits.cuh", "found.cuh", "threshold.cuh"),
+)
+OPTIONS = ("-std=c++17", "-default-device")
+"""`-default-device`: generic lambdas in kernels are functions of the device."""
 
 
 class Compiler:

@@ -28,10 +28,9 @@ struct Weights {
   uint2 scales[ROW_TILES];
 };
 
-// Where a warp's share of a job's weights begins.
+// Where a warp's share of a job's weights begins: indices of 16 bytes, half the registers of pointers.
 struct Source {
-  const uint4 *codes;
-  const uint4 *absmax;
+  u32 codes, absmax;
 };
 
 // Which rows and which share of K a warp has.
@@ -39,21 +38,24 @@ struct Place {
   int row_warp, share, lane;
 };
 
-DEVICE Source source_of(const Product &p, const Job &job, int groups, Place place) {
-  const u64 group = (u64)job.expert * groups + job.group;
-  const u64 tile = (group * ROW_WARPS + place.row_warp) * ROW_TILES;
-  return {p.codes + (tile * K_BLOCKS + (u64)place.share * SHARE) * 32 + place.lane,
-          p.absmax + (tile * (K_BLOCKS / 4) + (u64)place.share * (SHARE / 4)) * 8 +
-              place.lane / 4};
+DEVICE Place place_of(int thread) {
+  return {thread / 32 % ROW_WARPS, thread / 32 / ROW_WARPS, thread % 32};
 }
 
-DEVICE void load_step(Weights &weights, const Source &source, int block) {
+DEVICE Source source_of(const Job &job, int groups, Place place) {
+  const u32 group = job.expert * groups + job.group;
+  const u32 tile = (group * ROW_WARPS + place.row_warp) * ROW_TILES;
+  return {(tile * K_BLOCKS + place.share * SHARE) * 32 + place.lane,
+          (tile * (K_BLOCKS / 4) + place.share * (SHARE / 4)) * 8 + place.lane / 4};
+}
+
+DEVICE void load_step(Weights &weights, const Product &p, const Source &source, int block) {
 #pragma unroll
   for (int r = 0; r < ROW_TILES; r++) {
 #pragma unroll
     for (int b = 0; b < STEP; b++)
-      weights.codes[r][b] = load_once(source.codes + (r * K_BLOCKS + block + b) * 32);
-    const uint4 *four = source.absmax + (r * (K_BLOCKS / 4) + block / 4) * 8;
+      weights.codes[r][b] = load_once(p.codes + source.codes + block * 32 + (r * K_BLOCKS + b) * 32);
+    const uint4 *four = p.absmax + source.absmax + (r * (K_BLOCKS / 4) + block / 4) * 8;
     weights.scales[r] = load((const uint2 *)four + block / 2 % 2);
   }
 }
@@ -68,57 +70,49 @@ DEVICE u32 position_of(u32 token, u32 part) {
 DEVICE void copy_chunk(u16 *stage, const Product &p, int first, int count, int first_block,
                        u32 thread) {
   const u32 part = thread % 8, block = thread / 8 % CHUNK;
+#pragma unroll 1
   for (int token = thread / 8 / CHUNK; token < count; token += ROW_WARPS * 4 / CHUNK) {
-    const u64 row = p.row_of(first + token);
+    const u32 row = p.row_of(first + token);
     copy_async(stage + block * TOKENS * 64 + position_of(token, part),
                p.x + (row * K_BLOCKS + first_block + block) * 64 + part * 8);
   }
 }
 
-// sums += one block of weights times the activations in `block` [TOKENS, 64].
+// sums += one block of weights times the activations of TILES tiles in `block` [TOKENS, 64]. The order
+// of a token's sums is the same for any TILES.
+template <int TILES>
 DEVICE void multiply_block(float (*sums)[TOKEN_TILES][4], const u32 *table, const Weights &weights,
-                           int b, const u16 *block, int token_tiles, u32 lane) {
+                           int b, const u16 *block, u32 lane) {
   const u32 g = lane / 4, t = lane % 4;
-  u32 fragments[ROW_TILES][4][4], scales[ROW_TILES];
+  u32 scales[ROW_TILES];
+  float unscaled[ROW_TILES][TILES][4] = {};
 #pragma unroll
-  for (int r = 0; r < ROW_TILES; r++) {
-    decode_block(fragments[r], table, weights.codes[r][b], lane);
-    scales[r] = b == 0 ? weights.scales[r].x : weights.scales[r].y;
-#if SCALE_WEIGHTS
-    const u32 upper = permute_bytes(scales[r], 0, 0x1010);
-    const u32 lower = permute_bytes(scales[r], 0, 0x3232);
+  for (int r = 0; r < ROW_TILES; r++) scales[r] = b == 0 ? weights.scales[r].x : weights.scales[r].y;
 #pragma unroll
-    for (int i = 0; i < 4; i++)
+  for (int half = 0; half < 2; half++) {
+    uint4 x[TILES];
 #pragma unroll
-      for (int j = 0; j < 4; j++)
-        fragments[r][i][j] = multiply_pair(fragments[r][i][j], j % 2 ? lower : upper);
-#endif
-  }
+    for (int n = 0; n < TILES; n++)
+      x[n] = *(const uint4 *)(block + n * 512 + position_of(g, t + 4 * half));
 #pragma unroll
-  for (int n = 0; n < TOKEN_TILES; n++) {
-    if (n >= token_tiles) continue;
-    const uint4 left = *(const uint4 *)(block + n * 512 + position_of(g, t));
-    const uint4 right = *(const uint4 *)(block + n * 512 + position_of(g, t + 4));
+    for (int i = 0; i < 2; i++) {
 #pragma unroll
-    for (int r = 0; r < ROW_TILES; r++) {
-#if SCALE_WEIGHTS
-      float *d = sums[r][n];
-      mma(d, fragments[r][0], left.x, left.y);
-#else
-      float d[4];
-      mma_from_zero(d, fragments[r][0], left.x, left.y);
-#endif
-      mma(d, fragments[r][1], left.z, left.w);
-      mma(d, fragments[r][2], right.x, right.y);
-      mma(d, fragments[r][3], right.z, right.w);
-#if !SCALE_WEIGHTS
-      sums[r][n][0] += d[0] * upper_scale(scales[r]);
-      sums[r][n][1] += d[1] * upper_scale(scales[r]);
-      sums[r][n][2] += d[2] * lower_scale(scales[r]);
-      sums[r][n][3] += d[3] * lower_scale(scales[r]);
-#endif
+      for (int r = 0; r < ROW_TILES; r++) {
+        u32 fragment[4];
+        decode_group(fragment, table, weights.codes[r][b], 2 * half + i, lane);
+        if (SCALE_WEIGHTS) scale_group(fragment, scales[r]);
+#pragma unroll
+        for (int n = 0; n < TILES; n++)
+          mma(SCALE_WEIGHTS ? sums[r][n] : unscaled[r][n], fragment, i ? x[n].z : x[n].x,
+              i ? x[n].w : x[n].y);
+      }
     }
   }
+  if (SCALE_WEIGHTS) return;
+#pragma unroll
+  for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) add_scaled(sums[r][n], unscaled[r][n], scales[r]);
 }
 
 DEVICE float4 quad(const float *d) { return make_float4(d[0], d[1], d[2], d[3]); }
@@ -167,8 +161,8 @@ more_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
   const Product p = {codes, absmax, x, order, starts, topk_weights, y,
                      experts, out_features, tokens};
   const Jobs jobs = {&p, out_features / (16 * ROW_TILES * ROW_WARPS)};
-  const int warp = threadIdx.x / 32;
-  const Place place = {warp % ROW_WARPS, warp / ROW_WARPS, (int)threadIdx.x % 32};
+  const int warp = shuffle(threadIdx.x / 32, 0);  // the compiler then knows that lanes share it
+  const Place place = place_of(threadIdx.x);
   u32 *table = shared_memory();
   u16 *stages = (u16 *)(table + TABLE_WORDS) + place.share * STAGES * STAGE;
   float4 *shared = (float4 *)((u16 *)(table + TABLE_WORDS) + SHARES * STAGES * STAGE);
@@ -184,59 +178,62 @@ more_tokens(const uint4 *__restrict__ codes, const uint4 *__restrict__ absmax,
     return;
   }
   Job job = jobs.at(number), next_job = jobs.at(number + gridDim.x);
-  Source source = source_of(p, job, jobs.groups, place), next_source = source;
+  Source source = source_of(job, jobs.groups, place);
   Weights next;
-  load_step(next, source, 0);
+  load_step(next, p, source, 0);
   if (!WAITS_FOR_JOBS) {
     fill_table(table, pairs, warp, ROW_WARPS * SHARES, place.lane);
     wait_for_previous();
   }
 
   // Copies run STAGES - 1 chunks ahead, over the end of a job into the next one.
-  int copied_chunk = 0, copied_stage = 0;
-  bool in_next_job = false;
-  auto copy_next_chunk = [&]() {
+  auto copy = [&](int stage, int chunk) {
+    const bool in_next_job = chunk >= CHUNKS;
     const int first = in_next_job ? next_job.first : job.first;
     const int count = in_next_job ? next_job.count : job.count;
-    copy_chunk(stages + copied_stage * STAGE, p, first, count,
-               place.share * SHARE + copied_chunk * CHUNK, threadIdx.x % (ROW_WARPS * 32));
+    const int first_block = (in_next_job ? chunk - CHUNKS : chunk) * CHUNK;
+    copy_chunk(stages + stage * STAGE, p, first, count, place.share * SHARE + first_block,
+               threadIdx.x % (ROW_WARPS * 32));
     end_copy_group();
-    copied_stage = copied_stage + 1 == STAGES ? 0 : copied_stage + 1;
-    if (++copied_chunk == CHUNKS) copied_chunk = 0, in_next_job = true;
   };
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) copy_next_chunk();
+  for (int i = 0; i < STAGES - 1; i++) copy(i, i);
   __syncthreads();
 
   for (int stage = 0;;) {
     const int token_tiles = (job.count + 7) / 8;
-    if (next_job.count) next_source = source_of(p, next_job, jobs.groups, place);
     float sums[ROW_TILES][TOKEN_TILES][4] = {};
+    with_tiles<TOKEN_TILES>(token_tiles, [&](auto tiles) {
 #pragma unroll 1
-    for (int chunk = 0; chunk < CHUNKS; chunk++) {
-      wait_for_copies<STAGES - 2>();
-      // This chunk is there for all threads, and all are done with the stage that is copied next.
-      if (SHARES == 1) __syncthreads();
-      else part_barrier(place.share + 1, ROW_WARPS * 32);
-      copy_next_chunk();
-      const u16 *activations = stages + stage * STAGE;
-      stage = stage + 1 == STAGES ? 0 : stage + 1;
+      for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        wait_for_copies<STAGES - 2>();
+        // This chunk is there for all threads, and all are done with the stage that is copied next.
+        if (SHARES == 1) __syncthreads();
+        else part_barrier(place.share + 1, ROW_WARPS * 32);
+        copy(stage == 0 ? STAGES - 1 : stage - 1, chunk + STAGES - 1);
+        const u16 *activations = stages + stage * STAGE;
+        stage = stage + 1 == STAGES ? 0 : stage + 1;
+#pragma unroll(BLOCKS_PER_SM > 1 ? 1 : CHUNK / STEP)
+        for (int block = 0; block < CHUNK; block += STEP) {
+          const Weights now = next;
+          const int next_block = chunk * CHUNK + block + STEP;
+          if (next_block < SHARE) {
+            load_step(next, p, source, next_block);
+          } else if (next_job.count) {
+            source = source_of(next_job, jobs.groups, place);
+            load_step(next, p, source, 0);
+          }
 #pragma unroll
-      for (int block = 0; block < CHUNK; block += STEP) {
-        const Weights now = next;
-        const int next_block = chunk * CHUNK + block + STEP;
-        if (next_block < SHARE) load_step(next, source, next_block);
-        else if (next_job.count) load_step(next, next_source, 0);
-#pragma unroll
-        for (int b = 0; b < STEP; b++)
-          multiply_block(sums, table, now, b, activations + (block + b) * TOKENS * 64, token_tiles,
-                         place.lane);
+          for (int b = 0; b < STEP; b++)
+            multiply_block<tiles.count>(sums, table, now, b, activations + (block + b) * TOKENS * 64,
+                                        place.lane);
+        }
       }
-    }
+    });
     finish(p, job, sums, shared, token_tiles, place);
     if (next_job.count == 0) break;
     number += gridDim.x;
-    job = next_job, source = next_source, in_next_job = false;
+    job = next_job;
     next_job = jobs.at(number + gridDim.x);
   }
   wait_for_copies<0>();

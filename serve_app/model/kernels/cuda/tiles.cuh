@@ -28,6 +28,7 @@
 
 // `pairs` [256]: the words of the table once.
 DEVICE void fill_table(u32 *table, const u32 *pairs, int warp, int warps, int lane) {
+#pragma unroll 8
   for (int byte = warp; byte < 256; byte += warps) table[byte * TABLE_STRIDE + lane] = pairs[byte];
 }
 
@@ -43,22 +44,34 @@ DEVICE u32 decode(const u32 *table, u32 word, int i, u32 lane) {
   return *(const u32 *)((const char *)table + at);
 }
 
-// One block of a tile as fragments of `mma` for columns in four groups of 16: of lane 4g + t, group
-// i has columns 32 * (i / 2) + 8t + 4 * (i % 2) and the next three.
-DEVICE void decode_block(u32 (*fragments)[4], const u32 *table, uint4 codes, u32 lane) {
-  const u32 upper[2] = {codes.x, codes.y}, lower[2] = {codes.z, codes.w};
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    fragments[i][0] = decode(table, upper[i / 2], 2 * (i % 2), lane);
-    fragments[i][1] = decode(table, lower[i / 2], 2 * (i % 2), lane);
-    fragments[i][2] = decode(table, upper[i / 2], 2 * (i % 2) + 1, lane);
-    fragments[i][3] = decode(table, lower[i / 2], 2 * (i % 2) + 1, lane);
-  }
+// Group i of a block of a tile as a fragment of `mma`: of lane 4g + t it has columns 32 * (i / 2) + 8t
+// + 4 * (i % 2) and the next three.
+DEVICE void decode_group(u32 *fragment, const u32 *table, uint4 codes, int i, u32 lane) {
+  const u32 upper = i / 2 ? codes.y : codes.x, lower = i / 2 ? codes.w : codes.z;
+  fragment[0] = decode(table, upper, 2 * (i % 2), lane);
+  fragment[1] = decode(table, lower, 2 * (i % 2), lane);
+  fragment[2] = decode(table, upper, 2 * (i % 2) + 1, lane);
+  fragment[3] = decode(table, lower, 2 * (i % 2) + 1, lane);
 }
 
 // The scales of a block: bf16 of row g in the low half, of row g + 8 in the high half.
 DEVICE float upper_scale(u32 pair) { return bits_to_float(pair << 16); }
 DEVICE float lower_scale(u32 pair) { return bits_to_float(pair & 0xFFFF0000u); }
+
+// A fragment times its scales.
+DEVICE void scale_group(u32 *fragment, u32 pair) {
+  const u32 upper = permute_bytes(pair, 0, 0x1010), lower = permute_bytes(pair, 0, 0x3232);
+#pragma unroll
+  for (int j = 0; j < 4; j++) fragment[j] = multiply_pair(fragment[j], j % 2 ? lower : upper);
+}
+
+// sums += what fragments without their scales gave, times the scales.
+DEVICE void add_scaled(float *sums, const float *unscaled, u32 pair) {
+  sums[0] += unscaled[0] * upper_scale(pair);
+  sums[1] += unscaled[1] * upper_scale(pair);
+  sums[2] += unscaled[2] * lower_scale(pair);
+  sums[3] += unscaled[3] * lower_scale(pair);
+}
 
 // The tensors of a launch.
 struct Product {
@@ -110,6 +123,21 @@ struct Jobs {
     return job;
   }
 };
+
+// A number of token tiles as a type.
+template <int N> struct Tiles {
+  static constexpr int count = N;
+};
+
+// Calls `work` with at least `needed` token tiles: a quarter, half, three quarters or all of MOST. The
+// compiler knows the number, so a loop over K has no branch for each tile.
+template <int MOST, int N = (MOST + 3) / 4, class Work>
+DEVICE void with_tiles(int needed, const Work &work) {
+  if constexpr (N < MOST) {
+    if (needed > N) return with_tiles<MOST, N + (MOST + 3) / 4>(needed, work);
+  }
+  work(Tiles<N>());
+}
 
 DEVICE float silu(float x) { return x / (1.f + exponential(-x)); }
 

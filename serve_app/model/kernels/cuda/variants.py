@@ -1,17 +1,21 @@
 """Which CUDA kernel a product uses, and how it is compiled for a card.
 
-The more tokens an expert has, the more sums a thread holds, so each number of token tiles is a
-kernel of its own. The choice depends on the size of the batch alone, so that a graph can be
-captured: every variant computes any number of tokens, in passes of `tokens`. A token gets the same
-bits in any batch whose kernel has the same number of tiles.
+The more tokens an expert has, the more sums a thread holds. The choice has two parts:
 
-The device knows the fullest expert and the host does not, but nothing simple gains by it. One
-kernel with a branch for each number of tiles has the registers and shared memory of the largest,
-which takes the second block of a multiprocessor from batches of a few tokens. A launch for each
-number, of which all but one exit at once, is six more launches a layer. What there is to gain is
-small: kernels skip tiles without tokens, and where the fullest expert has more tokens than a pass,
-the weights of that expert alone are read again. It would also make a token's bits depend on which
-experts the other tokens of its batch have.
+1. The host chooses the kernel, by the size of the batch alone, so that a graph can be captured. The
+   kernel's number of token tiles sets its registers and shared memory, and so how many blocks run
+   at once: one kernel for all batches would take the second block from batches of a few tokens.
+2. The device chooses a loop in the kernel for each expert, by the expert's number of tokens: one
+   for a quarter, half, three quarters or all of the kernel's token tiles (`with_tiles`, tiles.cuh).
+   An expert with more tokens takes more passes. Launching every kernel and leaving all but one at
+   once would take six more launches a layer.
+
+A token's sums are added in the same order in every loop of a kernel, so a token gets the same bits
+in any batch that has the same kernel, whatever experts the other tokens have.
+
+Each loop has no branch for a tile, so the matrix instructions of its tiles overlap. With such
+branches, a loop of 8 tiles on an H200 took 4,992 cycles at least and 1,189 instructions where it
+takes 2,195 and 907 now (computed from the machine code, `benchmarks/results/product-loops.json`).
 """
 
 from dataclasses import dataclass, fields
@@ -30,14 +34,6 @@ class Card:
     capability: int
     """90 is compute capability 9.0."""
     multiprocessors: int
-
-    @property
-    def table_stride(self) -> int:
-        """Words of the table for each byte: 64 takes 64 KB and fewer instructions, 32 takes 32 KB.
-
-        Cards with 100 KB of shared memory a multiprocessor take 32 KB.
-        """
-        return 64 if self.has_large_memory else 32
 
     @property
     def overlaps_kernels(self) -> bool:
@@ -66,6 +62,7 @@ class FewTokens:
     row_tiles: int
     token_tiles: int
     warps: int = 8
+    teams: int = 1
     blocks_per_sm: int = 2
 
     source = "few_tokens"
@@ -73,7 +70,7 @@ class FewTokens:
     @property
     def threads(self) -> int:
         """Threads of a block."""
-        return 32 * self.warps
+        return 32 * self.warps * self.teams
 
     @property
     def row_multiple(self) -> int:
@@ -89,7 +86,7 @@ class FewTokens:
     def memory(self) -> int:
         """Bytes of shared memory besides the table."""
         buffers = 2 if self.token_tiles <= 2 else 1
-        return buffers * self.warps * self.row_tiles * self.token_tiles * SUM_BYTES
+        return buffers * self.teams * self.warps * self.row_tiles * self.token_tiles * SUM_BYTES
 
 
 @dataclass(frozen=True)
@@ -152,11 +149,14 @@ def variants(product: str, card: Card) -> dict[int, Variant]:
     Where shared memory is large they have the shapes that were fastest as prototypes on an H200.
     """
     is_large = card.capability in (90, 100)
+    # Two blocks with a table of 64 KB each, or where they do not fit, two teams that share one.
+    pair: dict[str, int] = {} if card.has_large_memory else {"teams": 2, "blocks_per_sm": 1}
     if product == DENSE:
-        return {1: FewTokens(1, 1), 2: FewTokens(1, 2), 4: FewTokens(2, 4, blocks_per_sm=1)}
+        one, two = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
+        return {1: one, 2: two, 4: FewTokens(2, 4, blocks_per_sm=1)}
     blocks = 2 if is_large else 1
     made: dict[int, Variant] = {
-        1: FewTokens(2, 1),
+        1: FewTokens(2, 1, **pair),
         2: MoreTokens(2, 2, 4, 2, 4, stages=2, scale_weights=0, blocks_per_sm=blocks),
         4: MoreTokens(2, 4, 4, 2, 2, stages=2, scale_weights=1),
         8: MoreTokens(2, 8, 8, 1, 4, stages=2, scale_weights=1),
@@ -173,13 +173,18 @@ def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: 
     """The macros that a variant is compiled with, `NAME=value`."""
     values = {field.name.upper(): getattr(variant, field.name) for field in fields(variant)}
     values |= {"OUTPUT": OUTPUTS[product], "K_BLOCKS": in_features // 64, "TOP_K": top_k}
-    values["TABLE_STRIDE"] = card.table_stride
+    values["TABLE_STRIDE"] = table_stride(variant, card)
     return [f"{name}={value}" for name, value in values.items()]
+
+
+def table_stride(variant: Variant, card: Card) -> int:
+    """Words of the table for each byte: 64 takes 64 KB and fewer instructions, 32 takes 32 KB."""
+    return 64 if 1024 * 64 + variant.memory <= card.shared_bytes else 32
 
 
 def shared_bytes(variant: Variant, card: Card) -> int:
     """Bytes of shared memory of a block."""
-    return 1024 * card.table_stride + variant.memory
+    return 1024 * table_stride(variant, card) + variant.memory
 
 
 def misfit(product: str, card: Card, out_features: int, in_features: int) -> str | None:

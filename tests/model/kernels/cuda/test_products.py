@@ -149,15 +149,15 @@ EDITS = {
         DENSE,
         5,
         "tiles.cuh",
-        "upper[i / 2], 2 * (i % 2) + 1",
-        "upper[i / 2], 2 * (i % 2)",
+        "upper, 2 * (i % 2) + 1",
+        "upper, 2 * (i % 2)",
     ),
     "the half of the columns": (
         DENSE,
         5,
         "tiles.cuh",
-        "lower[i / 2], 2 * (i % 2) + 1",
-        "lower[0], 2 * (i % 2) + 1",
+        "lower = i / 2 ? codes.w : codes.z",
+        "lower = codes.z",
     ),
     "the row of a scale": (
         DENSE,
@@ -170,15 +170,21 @@ EDITS = {
     "the token of a lane": (DENSE, 5, "few_tokens.cu", "? n * 8 + g :", "? n * 8 + t :"),
     "the sum of a warp": (DENSE, 5, "few_tokens.cu", "w < WARPS;", "w < WARPS - 1;"),
     "the scale of a step": (DENSE, 5, "few_tokens.cu", "four + step % 2", "four"),
-    "the barrier before the sums": (DENSE, 5, "few_tokens.cu", "__syncthreads();\n    for", "for"),
+    "the barrier before the sums": (
+        DENSE,
+        5,
+        "few_tokens.cu",
+        "team_barrier(team);\n    for",
+        "for",
+    ),
     "the entry of a place": (DOWN, 5, "tiles.cuh", "p.order[place] : place", "place : place"),
     "the end of an expert": (DOWN, 5, "tiles.cuh", "starts[expert + 1];", "starts[expert] + 1;"),
     "the swapped half": (
         GATE_UP,
         21,
         "more_tokens.cu",
-        "position_of(g, t + 4)",
-        "position_of(g + 1, t + 4)",
+        "position_of(g, t + 4 * half)",
+        "position_of(g + half, t + 4 * half)",
     ),
     "the copied block": (GATE_UP, 21, "more_tokens.cu", "first_block + block)", "first_block)"),
     "the wait for copies": (GATE_UP, 21, "more_tokens.cu", "wait_for_copies<STAGES - 2>();", ""),
@@ -186,8 +192,8 @@ EDITS = {
         GATE_UP,
         21,
         "more_tokens.cu",
-        "in_next_job = true",
-        "in_next_job = 0",
+        "in_next_job = chunk >= CHUNKS",
+        "in_next_job = false",
     ),
     "the wait for the kernel before": (
         DENSE,
@@ -197,6 +203,7 @@ EDITS = {
         "lane);\n  }\n  __sync",
     ),
     "the share of a warp": (GATE_UP, 21, "more_tokens.cu", "s < SHARES;", "s < 1;"),
+    "the tiles of an expert": (GATE_UP, 21, "tiles.cuh", "if (needed > N)", "if (needed > N + 1)"),
 }
 """Product, tokens, and in which source what is replaced."""
 

@@ -45,12 +45,14 @@ def random_model(
     quantization: Quantization | None,
     dtype: torch.dtype,
     device: torch.device,
+    *,
+    quantize_lm_head: bool = False,
 ) -> Mixtral:
     """Returns a model with random weights, generated on `device` in the form in which they are
     stored."""
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Mixtral(config, quantization).to(dtype)
+        model = Mixtral(config, quantization, quantize_lm_head=quantize_lm_head).to(dtype)
     model.to_empty(device=device)
     for parameter in model.parameters():
         parameter.normal_(std=SCALE)

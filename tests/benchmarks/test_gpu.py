@@ -18,7 +18,7 @@ from benchmarks.step_times import StepTimes
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.step_cost import StepShape
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
-from serve_app.model.kernels.triton import gpu_step, paged_attention
+from serve_app.model.kernels.triton import gpu_step, paged_attention, step_trial
 from serve_app.model.quantization import Quantization
 from tests.triton_interpreter import prepare_once
 from tools.random_model import config_of
@@ -97,7 +97,8 @@ def test_failures_are_recorded_and_the_rest_is_measured(
 
 def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is 0, until the replay reads other blocks than the sequences'."""
-    monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
     # On a CPU the runner takes the step of Triton kernels in place of the compiled C.
     monkeypatch.setattr(

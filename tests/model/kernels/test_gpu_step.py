@@ -1,6 +1,7 @@
 """The decode step for a GPU, its Triton kernels run by the interpreter, beside plain torch."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,14 +11,15 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
+from serve_app.model.batch import Batch
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import (
-    gpu_step,
     nf4_decode,
     nf4_unpack,
     paged_attention,
     prompt_step,
+    step_trial,
 )
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
@@ -71,8 +73,9 @@ def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_decode, "GATE_UP_ROWS", 512)
     monkeypatch.setattr(nf4_decode, "rows_of", lambda tile: 256)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
-    monkeypatch.setattr(gpu_step, "TRIED_ROWS", 3)
-    monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(step_trial, "TRIED_ROWS", 3)
+    monkeypatch.setattr(step_trial, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
     monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((3, 20),))
     monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
 
@@ -92,10 +95,42 @@ def test_it_gives_the_models_logits(
     quantization: Quantization | None, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits equal plain torch's to float32's rounding; a padding row changes no other row."""
-    monkeypatch.setattr(gpu_step, "TRIED_LAYERS", 2)
+    monkeypatch.setattr(step_trial, "TRIED_LAYERS", 2)
+    monkeypatch.setattr(step_trial, "TRIED_ROWS", 5)
     torch.manual_seed(1)
     model = model_of(quantization, torch.float32, **shape)
-    assert GpuStep(model, cache_of(model), 8)._error(5) < 1e-5
+    cache = cache_of(model)
+    (rows,) = step_trial.contexts(model.config, cache)
+    assert step_trial.error(model, cache, GpuStep(model, cache, 8).logits, rows) < 1e-5
+
+
+def test_the_trial_has_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has contexts of more tokens than its blocks hold, as far as the model's positions go, and
+    plain torch agrees with itself on them; attention that leaves out a token does not."""
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", (300, 200, 900, 2000))
+    model = model_of(None, torch.float32, max_position_embeddings=1000)
+    cache = cache_of(model)
+    short, long = step_trial.contexts(model.config, cache)
+    assert (short, long) == ([1, 18, 35], [300, 200, 900, 1])
+
+    def plain(batch: DecodeBatch, missing: int = 0) -> torch.Tensor:
+        lens = (batch.context_lens - missing).clamp(min=1)
+        return model(
+            Batch(
+                token_ids=batch.token_ids,
+                positions=batch.positions,
+                slots=batch.slots,
+                query_lens=[1] * len(lens),
+                context_lens=lens.tolist(),
+                block_tables=batch.tables,
+                sample_rows=torch.arange(len(lens)),
+            ),
+            cache,
+        )
+
+    assert step_trial.error(model, cache, plain, long) < 1e-5
+    assert step_trial.error(model, cache, partial(plain, missing=20), long) > 1e-4
+    assert not any(page.any() for page in (*cache.keys, *cache.values))
 
 
 def refusal(model: Mixtral) -> str:

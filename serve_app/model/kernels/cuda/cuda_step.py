@@ -21,7 +21,6 @@ from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
-from serve_app.model.linear import QuantizedLinear
 
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
@@ -94,8 +93,6 @@ def unfit(model: "Mixtral", max_rows: int) -> str | None:
     """Why the layers cannot be CUDA kernels; None where they can."""
     if model.embedding.dtype != torch.bfloat16:
         return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
-    if isinstance(model.lm_head, QuantizedLinear):
-        return "lm_head is in 4 bits"
     if max_rows > MAX_ROWS:
         return f"a step may have {max_rows} rows, and they take {MAX_ROWS}"
     if model.products is None:

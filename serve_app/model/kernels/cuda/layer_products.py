@@ -13,7 +13,7 @@ from serve_app.model.quantized_weight import Index, QuantizedWeight
 
 
 class LayerProducts:
-    """The `Products` of `triton/gpu_step.py` of one layer; each returns parts `[1, n, N]`."""
+    """The `Products` of `triton/step_products.py` of one layer; each returns parts `[1, n, N]`."""
 
     def __init__(self, layer: Any, products: CudaProducts) -> None:
         attention, self._mlp = layer.attention, layer.mlp

@@ -18,6 +18,7 @@ from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
 from serve_app.model.kernels.unavailable import StepUnavailable
+from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantized_weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -124,12 +125,14 @@ def unfit(model: "Mixtral", card: Card) -> str | None:
     if model.embedding.dtype != torch.bfloat16:
         return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.q_size
-    shapes = (
+    shapes = [
         (DENSE, queries + 2 * config.kv_size, hidden),
         (DENSE, hidden, queries),
         (GATE_UP, 2 * inner, hidden),
         (DOWN, hidden, inner),
-    )
+    ]
+    if isinstance(model.lm_head, QuantizedLinear):
+        shapes.append((DENSE, config.vocab_size, hidden))
     return next((why for each in shapes if (why := misfit(each[0], card, *each[1:]))), None)
 
 

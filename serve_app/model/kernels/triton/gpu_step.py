@@ -11,7 +11,7 @@ a step of Mixtral 8x7B takes 8.5 ms there.
 """
 
 import logging
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +19,15 @@ from torch import Tensor
 
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda.cuda_step import CudaStep
-from serve_app.model.kernels.cuda.layer_products import LayerProducts, TileUnpacker
-from serve_app.model.kernels.cuda.use_kernels import not_tiled
+from serve_app.model.kernels.cuda.layer_products import TileUnpacker, floats
+from serve_app.model.kernels.cuda.use_kernels import not_tiled, tiled
 from serve_app.model.kernels.decode_batch import DecodeBatch
-from serve_app.model.kernels.triton import nf4_decode
-from serve_app.model.kernels.triton.nf4_decode import SPLIT_K, Packed
+from serve_app.model.kernels.triton import step_trial
+from serve_app.model.kernels.triton.nf4_decode import Packed
 from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 from serve_app.model.kernels.triton.paged_attention import PagedAttention
-from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write, route
+from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write
+from serve_app.model.kernels.triton.step_products import dense, products_of
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.linear import QuantizedLinear
@@ -36,85 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of a row's logits, compared with plain torch."""
-TRIED_ROWS, TRIED_LAYERS = 20, 2
-"""The trial compares logits after the first 2 layers and takes the median over 20 rows. Rounding
-can flip the router's choice between two nearly equal experts, which makes single rows differ, and
-through many layers nearly every row."""
 UNPACK_TOLERANCE = 1e-2
 """Largest relative error of weights that a kernel has dequantized."""
-
-
-class Products(Protocol):
-    """The products of one layer; each returns parts `[S, B * C, N]`, to be summed over S and C."""
-
-    def qkv(self, x: Tensor) -> Tensor: ...
-    def o(self, x: Tensor) -> Tensor: ...
-    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor: ...
-
-
-class FloatProducts:
-    """Products with float weights, by torch."""
-
-    def __init__(self, layer: Any) -> None:
-        self._layer = layer
-
-    def qkv(self, x: Tensor) -> Tensor:
-        parts: Tensor = self._layer.attention.qkv(x)[None]
-        return parts
-
-    def o(self, x: Tensor) -> Tensor:
-        parts: Tensor = self._layer.attention.o(x)[None]
-        return parts
-
-    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        # Padding rows get the first row's values, so that no further expert is read for them.
-        x = torch.where((context_lens > 0)[:, None], x, x[:1])
-        parts: Tensor = self._layer.mlp(x, len(x))[None]
-        return parts
-
-
-class QuantizedProducts:
-    """Products with 4-bit weights, by our kernels."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        attention, mlp = layer.attention, layer.mlp
-        self._qkv = Packed.from_weight(attention.qkv.weight, dtype)
-        self._o = Packed.from_weight(attention.o.weight, dtype)
-        self._gate_up = Packed.from_weight(mlp.experts.gate_up, dtype)
-        self._down = Packed.from_weight(mlp.experts.down, dtype)
-        self._router, self._top_k = mlp.router, mlp.top_k
-
-    def qkv(self, x: Tensor) -> Tensor:
-        return dense(self._qkv, x)
-
-    def o(self, x: Tensor) -> Tensor:
-        return dense(self._o, x)
-
-    def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        order, starts, topk_weights = route(F.linear(x, self._router), context_lens, self._top_k)
-        intermediate = x.new_empty(len(order), self._down.in_features)
-        nf4_decode.gate_up(self._gate_up, x, order, starts, self._top_k, intermediate)
-        parts = x.new_empty(SPLIT_K, len(order), self._down.out_features, dtype=torch.float32)
-        nf4_decode.down(self._down, intermediate, order, starts, topk_weights, self._top_k, parts)
-        return parts
-
-
-def products_of(model: "Mixtral", layer: Any, dtype: torch.dtype) -> Products:
-    """The form of a layer's products."""
-    if model.codebook is None:
-        return FloatProducts(layer)
-    if model.products is not None:
-        return LayerProducts(layer, model.products)
-    return QuantizedProducts(layer, dtype)
-
-
-def dense(weights: Packed, x: Tensor) -> Tensor:
-    """The product as parts, float32 `[SPLIT_K, B, N]`."""
-    parts = x.new_empty(SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
-    nf4_decode.dense(weights, x, parts)
-    return parts
 
 
 class GpuStep:
@@ -138,7 +62,7 @@ class GpuStep:
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
-        if isinstance(model.lm_head, QuantizedLinear):
+        if isinstance(model.lm_head, QuantizedLinear) and model.products is None:
             self._packed_lm_head = Packed.from_weight(model.lm_head.weight, dtype)
 
     @classmethod
@@ -171,16 +95,18 @@ class GpuStep:
         cls, model: "Mixtral", cache: KVCache, max_rows: int, *, in_cuda: bool = False
     ) -> "GpuStep":
         _require_fitting(model)
-        step = cls(model, cache, max(max_rows, TRIED_ROWS), in_cuda=in_cuda)
+        batches = step_trial.contexts(model.config, cache)
+        step = cls(model, cache, max(max_rows, *map(len, batches)), in_cuda=in_cuda)
         try:
-            longest = model.config.max_position_embeddings // cache.block_size
-            error = step._error(max(1, min(cache.num_blocks, TRIED_ROWS, longest)))
+            errors = [step_trial.error(model, cache, step.logits, each) for each in batches]
         except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
             log.exception("the compiled step failed in its trial")
             reason = f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
             raise StepUnavailable(reason) from None
-        if not error < TOLERANCE[model.embedding.dtype]:  # NaN is not below it either
-            raise StepUnavailable(f"it differs from plain torch by {error:.1e}")
+        tolerance = step_trial.TOLERANCE[model.embedding.dtype]
+        wrong = [error for error in errors if not error < tolerance]  # NaN is not below it either
+        if wrong:
+            raise StepUnavailable(f"it differs from plain torch by {wrong[0]:.1e}")
         return step
 
     @torch.inference_mode()
@@ -227,15 +153,20 @@ class GpuStep:
             self._attention(queries, *context, attended)
             y = normed(x, products.o(attended), batch, layer.post_attention_layernorm)
             parts = products.mlp(y, batch.context_lens)
-        y = normed(x, parts, batch, model.norm)
-        if isinstance(self._lm_head, QuantizedLinear):
-            return dense(self._packed_lm_head, y).sum(0)
-        return self._logits_of(y)
+        return self._logits_of(normed(x, parts, batch, model.norm))
 
     def _logits_of(self, y: Tensor) -> Tensor:
-        """Logits by the head in floats, from the normalized hidden state."""
-        weight = self._model.embedding if self._lm_head is None else self._lm_head.weight
-        return F.linear(y, weight).float()  # type: ignore[arg-type]
+        """Logits from the normalized hidden state."""
+        head, products = self._lm_head, self._model.products
+        if not isinstance(head, QuantizedLinear):
+            weight = self._model.embedding if head is None else head.weight
+            return F.linear(y, weight).float()
+        if products is None:
+            return dense(self._packed_lm_head, y).sum(0)
+        weight = tiled(head.weight)
+        found = floats(len(y), weight, y)
+        products.dense(weight, y, found)
+        return found
 
     def decode(self, batch: Batch) -> Tensor:
         """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
@@ -243,45 +174,6 @@ class GpuStep:
         lens = torch.tensor(batch.context_lens, dtype=torch.int32)
         lens = lens.to(batch.token_ids.device, non_blocking=True)
         return self.logits(DecodeBatch(*inputs, lens, batch.block_tables.int()))
-
-    @torch.inference_mode()
-    def _error(self, count: int) -> float:
-        """The median relative error of logits after the first layers, on random keys and values.
-
-        NaN where a number is not finite, after all layers too. There are `count` rows with contexts
-        of 1 to `count` KV blocks, which are several splits of attention; the last row is padding.
-        """
-        cache, size = self._cache, self._cache.block_size
-        blocks = torch.arange(count, device=cache.keys[0].device)
-        for stored in (*cache.keys, *cache.values):
-            stored[blocks] = torch.randn_like(stored[blocks])
-        # Row i attends to blocks 0 to i and writes into block i.
-        lens = blocks * size + blocks % size + 1
-        slots, tables = lens - 1, blocks.repeat(count, 1)
-        tokens = blocks * 7 % self._model.config.vocab_size
-        batch = Batch(
-            token_ids=tokens,
-            positions=lens - 1,
-            slots=slots,
-            query_lens=[1] * count,
-            context_lens=lens.tolist(),
-            block_tables=tables,
-            sample_rows=blocks,
-        )
-        # The last row is padding, which must not change the others.
-        context = torch.where(blocks == count - 1, 0, lens) if count > 1 else lens
-        decode_batch = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
-        is_finite = self.logits(decode_batch)[: max(1, count - 1)].isfinite().all()
-        whole = self._model.layers
-        try:
-            self._model.layers = whole[:TRIED_LAYERS]
-            expected, found = self._model(batch, cache), self.logits(decode_batch)
-        finally:
-            self._model.layers = whole
-        cache.clear(blocks)
-        errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[: max(1, count - 1)]
-        is_finite &= errors.isfinite().all()
-        return float(errors.median()) if is_finite else float("nan")
 
 
 def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any) -> Tensor:

@@ -41,7 +41,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 TRIED_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20))
 """New tokens and tokens in all of the chunks of the trial; chunks that do not fit are left out."""
 TRIED_LAYERS = 2
-"""See `gpu_step.TRIED_LAYERS`."""
+"""See `step_trial.TRIED_LAYERS`."""
 
 
 class PromptStep:

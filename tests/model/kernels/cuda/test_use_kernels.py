@@ -21,7 +21,7 @@ from serve_app.model.kernels.cuda.use_kernels import (
 )
 from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_tiles_of, variants
 from serve_app.model.kernels.decode_batch import DecodeBatch
-from serve_app.model.kernels.triton import gpu_step, paged_attention
+from serve_app.model.kernels.triton import paged_attention, step_trial
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.prompt_products import TorchProducts
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -47,10 +47,13 @@ NF4 = Quantization("nf4", "bfloat16")
 
 
 def model_of(
-    quantization: Quantization | None = NF4, dtype: torch.dtype = torch.bfloat16, **shape: Any
+    quantization: Quantization | None = NF4,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize_lm_head: bool = False,
+    **shape: Any,
 ) -> Mixtral:
     config = replace(config_of(tiny=True, layers=1), **{**SMALLEST, **shape})
-    return random_model(config, quantization, dtype, CPU)
+    return random_model(config, quantization, dtype, CPU, quantize_lm_head=quantize_lm_head)
 
 
 def logits(model: Mixtral) -> torch.Tensor:
@@ -96,7 +99,8 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> MakeKernel:
 def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(use_kernels, "TRIED_TOKENS", (5,))
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
-    monkeypatch.setattr(gpu_step, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
 
 
 def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
@@ -120,14 +124,17 @@ def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
     assert 0 < (logits(model) - expected).norm() / expected.norm() < 2e-2
 
 
-def test_all_layers_run_in_them(make: MakeKernel) -> None:
-    """The logits of a whole step of two layers agree with plain torch, and so does its note."""
+def test_all_layers_run_in_them(make: MakeKernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of a whole step of two layers with an lm_head in 4 bits agree with plain torch,
+    for long contexts too, and its note says so."""
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", (150,))
     torch.manual_seed(1)
-    model = model_of(num_hidden_layers=2)
+    model = model_of(num_hidden_layers=2, quantize_lm_head=True)
     try_kernels(model, CARD, make)
-    step = GpuStep.verified(model, cache_of(model), 2)
+    cache = cache_of(model)
+    step = GpuStep.verified(model, cache, 2)
     assert step.note == "; its layers are CUDA kernels"
-    assert 1e-5 < step._error(2) < 2e-2
+    assert 1e-5 < step_trial.error(model, cache, step.logits, [1, 18]) < 2e-2
 
 
 def test_a_layer_is_eight_launches(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,11 +188,12 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
     sizes = {product: {2048} for product in OUTPUTS}
     assert model.codebook is not None
     model.products = InFloat32(CARD, model.codebook.code, sizes, 2, make)
-    monkeypatch.setitem(gpu_step.TOLERANCE, torch.float32, 2e-2)
-    step = GpuStep.verified(model, cache_of(model), 2)
+    monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 2e-2)
+    cache = cache_of(model)
+    step = GpuStep.verified(model, cache, 2)
     reason = "the model computes in float32, and they in bfloat16"
     assert step.note.endswith(f"products are CUDA kernels, its others Triton kernels: {reason}")
-    assert step._error(2) > 1e-5
+    assert step_trial.error(model, cache, step.logits, [1, 18]) > 1e-5
 
 
 def test_kernels_that_are_wrong_are_not_used() -> None:
@@ -203,7 +211,7 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
     monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
     try_kernels(model, CARD, Nothing)
     monkeypatch.setattr(
-        GpuStep, "_error", lambda self, _: 0.0 if self._model.products is None else 0.5
+        step_trial, "error", lambda model, *_: 0.0 if model.products is None else 0.5
     )
     step = GpuStep.verified(model, cache_of(model), 2)
     assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
@@ -217,6 +225,7 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
         (lambda: model_of(intermediate_size=192), "down has 2048 rows and 192 columns, which do"),
         (lambda: model_of(dtype=torch.float16), "computes in float16"),
         (lambda: model_of(intermediate_size=256), "down has 2048 rows and 256 columns, and"),
+        (lambda: model_of(vocab_size=48, quantize_lm_head=True), "dense has 48 rows and 2048"),
     ],
 )
 def test_what_they_cannot_compute_is_refused(model: Any, reason: str) -> None:

@@ -1,0 +1,81 @@
+"""Compares a decode step with plain torch, on random keys and values."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from serve_app.model.batch import Batch
+from serve_app.model.config import MixtralConfig
+from serve_app.model.kernels.decode_batch import DecodeBatch
+from serve_app.model.kv import KVCache
+
+if TYPE_CHECKING:
+    from serve_app.model.mixtral import Mixtral
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
+"""Largest relative error of a row's logits, compared with plain torch."""
+TRIED_ROWS, TRIED_LAYERS = 20, 2
+"""The trial compares logits after the first 2 layers and takes the median over 20 rows. Rounding
+can flip the router's choice between two nearly equal experts, which makes single rows differ, and
+through many layers nearly every row."""
+LONG_CONTEXTS = (700, 1500, 2600, 4200, 4700)
+"""Tokens of contexts that attention splits otherwise: into many splits, and into longer ones."""
+
+
+def contexts(config: MixtralConfig, cache: KVCache) -> list[list[int]]:
+    """The context lengths of the rows of each batch of the trial: 1 to `TRIED_ROWS` KV blocks, and
+    those of `LONG_CONTEXTS` that the model and `cache` have room for."""
+    size, longest = cache.block_size, config.max_position_embeddings
+    count = max(1, min(cache.num_blocks, TRIED_ROWS, longest // size))
+    made = [[i * size + i % size + 1 for i in range(count)]]
+    long = [length for length in LONG_CONTEXTS if length <= longest][: cache.num_blocks - 1]
+    return [*made, [*long, 1]] if long else made
+
+
+@torch.inference_mode()
+def error(
+    model: "Mixtral",
+    cache: KVCache,
+    logits: Callable[[DecodeBatch], Tensor],
+    lengths: Sequence[int],
+) -> float:
+    """The median relative error of `logits` after the first layers; NaN where a number is not
+    finite, after all layers too.
+
+    There is a row for each context length; the last of several is padding, which must not change
+    the others. Row i writes into block i of the unused `cache`, and the rest of its context is all
+    rows' blocks in turn, so that long contexts need no more blocks than short ones.
+    """
+    count, size, device = len(lengths), cache.block_size, cache.keys[0].device
+    blocks, lens = torch.arange(count, device=device), torch.tensor(lengths, device=device)
+    for stored in (*cache.keys, *cache.values):
+        stored[blocks] = torch.randn_like(stored[blocks])
+    last = (lens - 1) // size
+    tables = torch.arange(int(last.max()) + 1, device=device).repeat(count, 1) % count
+    tables[blocks, last] = blocks
+    slots, tokens = blocks * size + (lens - 1) % size, blocks * 7 % model.config.vocab_size
+    batch = Batch(
+        token_ids=tokens,
+        positions=lens - 1,
+        slots=slots,
+        query_lens=[1] * count,
+        context_lens=list(lengths),
+        block_tables=tables,
+        sample_rows=blocks,
+    )
+    live = max(1, count - 1)
+    context = torch.where(blocks < live, lens, 0)
+    decode_batch = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
+    is_finite = logits(decode_batch)[:live].isfinite().all()
+    whole = model.layers
+    try:
+        model.layers = whole[:TRIED_LAYERS]
+        expected, found = model(batch, cache), logits(decode_batch)
+    finally:
+        model.layers = whole
+    cache.clear(blocks)
+    errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[:live]
+    is_finite &= errors.isfinite().all()
+    return float(errors.median()) if is_finite else float("nan")

@@ -115,18 +115,17 @@ def test_the_trial_has_long_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def plain(batch: DecodeBatch, missing: int = 0) -> torch.Tensor:
         lens = (batch.context_lens - missing).clamp(min=1)
-        return model(
-            Batch(
-                token_ids=batch.token_ids,
-                positions=batch.positions,
-                slots=batch.slots,
-                query_lens=[1] * len(lens),
-                context_lens=lens.tolist(),
-                block_tables=batch.tables,
-                sample_rows=torch.arange(len(lens)),
-            ),
-            cache,
+        rows = Batch(
+            token_ids=batch.token_ids,
+            positions=batch.positions,
+            slots=batch.slots,
+            query_lens=[1] * len(lens),
+            context_lens=lens.tolist(),
+            block_tables=batch.tables,
+            sample_rows=torch.arange(len(lens)),
         )
+        logits: torch.Tensor = model(rows, cache)
+        return logits
 
     assert step_trial.error(model, cache, plain, long) < 1e-5
     assert step_trial.error(model, cache, partial(plain, missing=20), long) > 1e-4

@@ -163,9 +163,9 @@ class GpuStep:
             return F.linear(y, weight).float()
         if products is None:
             return dense(self._packed_lm_head, y).sum(0)
-        weight = tiled(head.weight)
-        found = floats(len(y), weight, y)
-        products.dense(weight, y, found)
+        tiles = tiled(head.weight)
+        found = floats(len(y), tiles, y)
+        products.dense(tiles, y, found)
         return found
 
     def decode(self, batch: Batch) -> Tensor:

@@ -67,10 +67,11 @@ def speed_of(device: torch.device) -> CardSpeed:
 
 
 def max_tokens(config: MixtralConfig, speed: CardSpeed) -> int:
-    """The most tokens of a step that take no longer in passes than with dequantized weights.
+    """Returns the most tokens of a step for which passes take no longer than dequantized weights.
 
-    Computed for a layer's experts, with tokens that choose all experts alike. On an H200 it is 496
-    for Mixtral 8x7B.
+    Computed for a layer's experts, with tokens that choose all experts alike. Unpacking counts as
+    memory traffic alone: it runs beside the products, and what it takes from them is not known
+    before it is measured. On an H200 the result is 496 for Mixtral 8x7B.
     """
     matrix = 3 * config.hidden_size * config.intermediate_size
     weights = config.num_local_experts * matrix

@@ -68,7 +68,7 @@ class Target(NamedTuple):
     is_least: bool
     """Whether the figure must be at least `bound`; else at most."""
     peer: str | None
-    """Whose figure ours is divided by; None for our figure itself."""
+    """The server by whose number ours is divided; None for our number itself."""
 
 
 TARGETS = (

@@ -1,4 +1,4 @@
-"""What a grammar costs: time per token at 16 streams, with grammars and without, and of one mask.
+"""Measures the cost of grammars: time per token with and without them, and time of one mask.
 
     python -m benchmarks.constrained --save benchmarks/results/constrained-cpu.json
 

@@ -1,4 +1,4 @@
-"""How fast each form of checkpoint loads, beside a plain read of the same files.
+"""Measures the load of each form of checkpoint, and a plain read of the same files.
 
     python -m benchmarks.forms --gb 0.5
 

@@ -1,4 +1,4 @@
-"""How long `mixtral-serve run tiny` takes to its first answer, beside an empty `serve run`.
+"""Measures the time to the first answer of `mixtral-serve run tiny` and of an empty `serve run`.
 
     python -m benchmarks.start --repeats 5
 

@@ -1,4 +1,4 @@
-"""What text costs beside the model: loading the tokenizer, rendering chats, detokenizing.
+"""Measures text processing: loading the tokenizer, rendering chats, detokenizing.
 
     python -m benchmarks.text --save benchmarks/results/text-cpu.json
 

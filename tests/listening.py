@@ -1,4 +1,4 @@
-"""Which sockets a server's processes listen on, and what each one does for a stranger."""
+"""The sockets on which a server's processes listen, and their answers to a stranger."""
 
 import importlib
 from contextlib import suppress

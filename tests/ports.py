@@ -1,4 +1,4 @@
-"""What listens in each way of starting, and what guards it: the table in docs/security.md."""
+"""The listening ports of each way to start, and their protection: the table in docs/security.md."""
 
 import re
 from contextlib import suppress

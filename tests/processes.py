@@ -1,4 +1,4 @@
-"""Which processes run below another one, and whether they are gone later."""
+"""Finds the processes below another one, and checks whether they are gone later."""
 
 from contextlib import suppress
 

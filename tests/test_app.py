@@ -1,4 +1,4 @@
-"""What the deployment adds to the server: options of Serve, and the end of a replica."""
+"""The deployment's additions to the server: Serve's options, and the end of a replica."""
 
 import subprocess
 import sys

@@ -107,7 +107,7 @@ def test_several_applications(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_repeated_key(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A key that stands twice in one place, of which YAML takes the last, is refused."""
+    """A key that occurs twice in one mapping, of which YAML uses the last, is refused."""
     path = config(tmp_path)
     text = path.read_text()
     line = next(line for line in text.splitlines() if "kv_cache_tokens" in line)

@@ -186,7 +186,7 @@ def test_a_failed_job_carries_json_in_a_string() -> None:
 
 
 def test_headers_follow_from_the_error() -> None:
-    """What HTTP needs besides the status belongs to the class."""
+    """The HTTP headers of an error belong to its class."""
     assert errors.QueueFull("Later.", retry_after_s=3).headers == {"Retry-After": "3"}
     assert errors.MethodNotAllowed("No.", allow="POST").headers == {"Allow": "POST"}
     assert errors.InvalidApiKey("No.").headers == {"WWW-Authenticate": "Bearer"}

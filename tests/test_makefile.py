@@ -56,7 +56,7 @@ def test_a_python_that_does_not_fit_is_told(tmp_path: Path, minor: int) -> None:
 
 
 def test_the_first_python_that_fits_is_taken(tmp_path: Path) -> None:
-    """Where `python3` does not fit, `python3.12` does."""
+    """If `python3` is too old, `python3.12` is used."""
     pretend(tmp_path / "bin" / "python3", 13)
     pretend(tmp_path / "bin" / "python3.12", 12)
     assert make(tmp_path).returncode == 0

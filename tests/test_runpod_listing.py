@@ -26,7 +26,7 @@ OF_THE_PLATFORM = {"RUNPOD_INIT_TIMEOUT"}
 
 
 def field_of(name: str) -> FieldInfo:
-    """Returns the setting that the variable `name` stands for."""
+    """Returns the setting of the variable `name`."""
     path = familiar_names().get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
     section, key = path.split(".")
     field: FieldInfo = type(getattr(Settings(), section)).model_fields[key]

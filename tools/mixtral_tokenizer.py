@@ -57,7 +57,8 @@ def write_with_tools(folder: Path) -> Path:
 
 
 def _write(folder: Path, tokenizer: "Tokenizer", chat_template: str) -> Path:
-    """The tokenizer becomes Mixtral's pipeline: `Metaspace` before BPE, and BOS before a text."""
+    """Adds Mixtral's pipeline to the tokenizer, `Metaspace` before BPE and BOS before a text, and
+    writes it."""
     from tokenizers import pre_tokenizers, processors
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,10 +1,10 @@
-"""A Mixtral checkpoint of random weights in our own form, with Mixtral's own tokenizer.
+"""Writes a Mixtral checkpoint with random weights in our own form, with Mixtral's own tokenizer.
 
-`mixtral-serve convert`'s writer writes it from weights that are made one by one, so one layer is in
-memory at most. All 32 layers take 25 GB. Codes and absmax are random as in `random_model`: logits
-are finite, and the router chooses all experts alike. A run that was stopped continues where it was;
-the weights of a folder that is complete are not written again. The tokenizer comes from the package
-mistral-common, so writing needs no network.
+The writer of `mixtral-serve convert` writes weights that are generated one by one, so at most one
+layer is in memory. All 32 layers take 25 GB. Codes and absmax are random as in `random_model`:
+logits are finite, and the router chooses all experts equally often. A stopped run continues when it
+is started again; a complete folder is not written again. The tokenizer comes from the package
+mistral-common, so no network is needed.
 """
 
 import argparse
@@ -32,7 +32,7 @@ QUANTIZATION = Quantization("nf4", "bfloat16")
 
 
 class RandomSource(Source):
-    """Makes each weight when it is read; a weight of the same name is always the same."""
+    """Generates each weight when it is read. Equal names give equal weights."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         super().__init__(checkpoint)
@@ -40,8 +40,8 @@ class RandomSource(Source):
         self._code_values = code_values(QUANTIZATION.quant_type, self._device)
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
-        """Random codes, and absmax within a quarter of `MEAN_ABSMAX`; floats where the model has
-        floats."""
+        """Returns random codes, and absmax within a quarter of `MEAN_ABSMAX`; floats for float
+        weights."""
         if not weight.is_quantized:
             return self.floats(weight)
         out_features, in_features = weight.shape
@@ -54,7 +54,7 @@ class RandomSource(Source):
         return QuantizedTensor(words.view(torch.uint8), absmax.bfloat16(), self._code_values)
 
     def floats(self, weight: Weight) -> Tensor:
-        """bfloat16: 1 for norms, else random with the standard deviation `SCALE`."""
+        """Returns bfloat16: 1 for norms, otherwise random with the standard deviation `SCALE`."""
         if len(weight.shape) == 1:
             return torch.ones(weight.shape, dtype=torch.bfloat16)
         values = torch.empty(weight.shape, dtype=torch.bfloat16, device=self._device)
@@ -65,8 +65,10 @@ class RandomSource(Source):
 
 
 def document_of(*, tiny: bool, layers: int | None) -> dict[str, Any]:
-    """Returns a config.json of Mixtral 8x7B, or of a toy of two layers with its vocabulary; with
-    `layers` layers where given."""
+    """Returns the config.json of Mixtral 8x7B, or of a toy of two layers with its vocabulary.
+
+    `layers` replaces the number of layers if it is given.
+    """
     document = {"architectures": ["MixtralForCausalLM"], **(TINY if tiny else MIXTRAL)}
     document |= {"vocab_size": MIXTRAL["vocab_size"], "bos_token_id": 1, "eos_token_id": 2}
     if layers is not None:

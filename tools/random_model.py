@@ -14,9 +14,9 @@ from serve_app.model.quantize import code_values
 from serve_app.model.quantized_weight import Codebook, QuantizedWeight
 
 SCALE = 0.02
-"""Standard deviation of the weights, as Mixtral's are about."""
+"""Standard deviation of the weights, about that of Mixtral's."""
 MEAN_ABSMAX = 2 * SCALE
-"""A uniformly random code is half of its absmax in size."""
+"""The mean of absmax: a uniformly random code has half the absolute value of its absmax."""
 MIXTRAL = {**MIXTRAL_8X7B, "rope_theta": 1e6}
 TINY = {
     **MIXTRAL,
@@ -29,11 +29,12 @@ TINY = {
     "vocab_size": 512,
     "max_position_embeddings": 1024,
 }
-"""For a look at whether everything runs."""
+"""The sizes for a quick functional check."""
 
 
 def config_of(*, tiny: bool, layers: int | None) -> MixtralConfig:
-    """Mixtral 8x7B's sizes, or tiny ones; with `layers` layers where given."""
+    """Returns Mixtral 8x7B's sizes, or tiny ones. `layers` replaces the number of layers if it is
+    given."""
     document = dict(TINY if tiny else MIXTRAL)
     if layers is not None:
         document["num_hidden_layers"] = layers
@@ -69,7 +70,7 @@ def random_model(
 
 
 def fill_codebook(tables: Codebook) -> None:
-    """Fills the values that codes stand for."""
+    """Fills the code values."""
     tables.code.copy_(code_values(tables.quant_type))
 
 

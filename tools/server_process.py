@@ -19,15 +19,16 @@ import requests
 from serve_app.machine.processes import descendants, is_alive
 
 START_S = 600
-"""Limit for the first answer; vLLM compiles its model before it, for minutes on a busy machine."""
+"""Maximum seconds to the first answer; vLLM compiles its model before it, which takes minutes on a
+busy machine."""
 END_S = 30
-"""Limit for a server's own shutdown; then it is killed."""
+"""Maximum seconds for a server's own shutdown; then it is killed."""
 START_POLL_S = 0.5
 END_POLL_S = 0.01
 
 
 class ServerError(RuntimeError):
-    """A server did not start; the message says why."""
+    """A server did not start. The message is the reason."""
 
 
 def free_port() -> int:
@@ -87,9 +88,9 @@ def _answers(url: str, first: dict[str, Any], key: str) -> bool:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Asks the process to stop, then kills what is left of it, its group and its descendants.
+    """Asks the process to stop, then kills its remaining group and descendants.
 
-    Returns when none of them runs any more, so that the next server has the machine to itself.
+    Returns when all of them have ended, so that the next server has the machine to itself.
     """
     below = descendants(process.pid)
     if process.poll() is None:

@@ -1,7 +1,7 @@
-"""SimulatedEngine: the engine's core on a device that has a clock and computes nothing.
+"""SimulatedEngine: the engine's core on a simulated device, which has a clock and computes nothing.
 
-Everything but the device is the product: `EngineCore` with its loop, async scheduling, scheduler,
-block manager and prefill policy. Time passes only on the device, and while nothing is to do.
+`EngineCore` with its loop, async scheduling, scheduler, block manager and prefill policy is the
+real one. Time passes only on the device, and while the engine has no work.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,16 +39,16 @@ class Clock:
 
 @dataclass
 class Arrival:
-    """One request of a load, and what became of it. Times in seconds."""
+    """One request of a load, and its results. Times in seconds."""
 
     at: float
     num_new_tokens: int
-    """Tokens of the prompt, after those of the turns before."""
+    """Number of prompt tokens, without those of the previous turns."""
     num_output_tokens: int
     then: "Arrival | None" = None
     """The next turn of a conversation; it arrives `at` seconds after this answer's end."""
     history: list[int] = field(default_factory=list)
-    """The tokens of the turns before."""
+    """The tokens of the previous turns."""
     token_times: list[float] = field(default_factory=list)
 
     @property
@@ -126,7 +126,7 @@ class _Device:
         self.few_prompt_tokens = 0
         self.steps: list[StepShape] = []
         self.ends: list[float] = []
-        """When each of them ends."""
+        """The end times of the steps."""
         self._clock, self._step_s = clock, step_s
         self._launch_blocks = launch_blocks
         self._free_at = 0.0
@@ -173,7 +173,7 @@ class SimulatedEngine:
         self.clock = Clock()
         self.loop = ImmediateLoop()
         self.num_turns = 0
-        """Turns of the core's loop."""
+        """Number of iterations of the core's loop."""
         self.device = _Device(
             self.clock,
             step_s,

@@ -116,7 +116,7 @@ def num_frames_in(frames: list[CodeType]) -> int:
 
 
 class Handle:
-    """Stands for a deployment handle: its calls reach the server in this process."""
+    """A replacement for a deployment handle, whose calls run the server in this process."""
 
     def __init__(self, server: Any) -> None:
         self.call = self
@@ -130,7 +130,7 @@ class Handle:
 
 
 class Items:
-    """Stands for the response of a handle."""
+    """A replacement for the response of a handle."""
 
     def __init__(self, items: AsyncGenerator[Any, None]) -> None:
         self._items = items
@@ -142,7 +142,7 @@ class Items:
 
 
 class Posts:
-    """Stands for the posts of one job."""
+    """A replacement for the posts of one job."""
 
     async def chunk(self, value: bytes) -> None: ...
 

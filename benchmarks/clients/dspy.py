@@ -15,7 +15,8 @@ from benchmarks.clients.features import Server, feature, main
 from benchmarks.clients.weather import TEXT, Weather
 
 CHAT = r"\[\[ ## city ## \]\]\n(Paris|London)\n\n\[\[ ## completed ## \]\]"
-"""What the chat adapter asks for in words; the tiny model does not follow them."""
+"""The answer that the chat adapter requests in words; the tiny model does not follow such
+instructions."""
 DAYS = r'\[\[ ## weather ## \]\]\n\{"city": "(Paris|London)", "days": [1-7]\}'
 
 

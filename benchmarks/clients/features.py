@@ -1,4 +1,4 @@
-"""What the programs of all clients share: each registers its features, and `main` tries them.
+"""The common part of all clients' programs: each registers its features, and `main` tries them.
 
 A program is run as `python -m benchmarks.clients.NAME URL MODEL KEY TOKENIZER RESULTS [FEATURE]`
 in the repository's folder, in an environment that has the client and none of this project's

@@ -9,7 +9,7 @@ from benchmarks.clients.weather import SCHEMA, TEXT, valid
 
 QUESTION = [{"role": "user", "content": [{"type": "text", "text": TEXT}]}]
 CODE = r'Thought: I ask\.\n<code>\nfinal_answer\(city_weather\("(Paris|London)"\)\)\n'
-"""What the code agent's model has to write: the tiny model cannot write Python."""
+"""The text that the code agent's model must write, because the tiny model cannot write Python."""
 
 
 @tool  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ class _Section(BaseModel):
 
 
 class ModelSettings(_Section):
-    """Which model is served, and in which format."""
+    """The served model and the format of its weights."""
 
     name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1"
     """A Hugging Face repository, a local folder, or "tiny" for the model inside this package."""
@@ -79,7 +79,7 @@ class ModelSettings(_Section):
 
 
 class EngineSettings(_Section):
-    """How sequences share the device."""
+    """The limits and the scheduling of the engine."""
 
     max_model_len: int | None = Field(default=None, ge=16)
     """Tokens of prompt and answer together; None is what the checkpoint allows."""
@@ -131,7 +131,7 @@ class EngineSettings(_Section):
 
 
 class ApiSettings(_Section):
-    """What a request may contain and how long it may take."""
+    """The limits of requests, and the API keys."""
 
     keys: SecretStr | None = None
     """Accepted API keys, comma separated; None requires no key. Read from the environment only."""
@@ -222,7 +222,7 @@ class RunpodSettings(_Section):
 
 
 class ObservabilitySettings(_Section):
-    """What an operator sees of the server."""
+    """Logs and traces."""
 
     log_format: Literal["text", "json"] = "text"
     """Lines of the log. json writes each record as one JSON object with time, level, logger,

@@ -1,6 +1,6 @@
-"""What this machine has: GPUs and their driver, memory and its limits, volumes, processes.
+"""Queries this machine: GPUs and their driver, memory and its limits, volumes, processes.
 
-`gpus.py` asks NVML, `host.py` asks psutil and the container's cgroup, `volume.py` reads
-the kernel's mount table, `processes.py` finds and ends processes with psutil. No module here
-imports torch or takes a CUDA context.
+`gpus.py` queries NVML, `host.py` psutil and the container's cgroup, `volume.py` the kernel's mount
+table; `processes.py` finds and kills processes with psutil. This package imports no torch and
+creates no CUDA context.
 """

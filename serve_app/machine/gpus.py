@@ -1,6 +1,6 @@
 """Lists the NVIDIA GPUs of this machine and checks their driver, through NVML.
 
-NVML takes no CUDA context, so a process that only forwards requests may call this. GPUs that
+NVML creates no CUDA context, so a process that only forwards requests may call this. GPUs that
 `CUDA_VISIBLE_DEVICES` hides are listed too.
 """
 
@@ -18,26 +18,27 @@ minor version compatibility)."""
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU as the driver describes it."""
+    """The driver's description of one GPU."""
 
     name: str
     total_bytes: int
     free_bytes: int
-    """0, as is `total_bytes`, where the GPU shares the machine's memory and reports no size."""
+    """Free memory in bytes. It and `total_bytes` are 0 if the GPU shares the machine's memory and
+    reports no size."""
     driver: str
     """The driver's version, such as "580.65.06"."""
 
 
 class NoGpus(Exception):
-    """NVML lists no GPU; the message gives the reason in a few words."""
+    """NVML lists no GPU. The message is the reason in a few words."""
 
 
 @functools.cache
 def query_gpus() -> list[Gpu]:
     """Returns the GPUs, at least one. Raises `NoGpus`.
 
-    A process asks once, because a driver without a persistence daemon takes seconds to answer.
-    `free_bytes` is therefore that of the first call.
+    A process queries them once, because a driver without a persistence daemon takes seconds to
+    answer. So `free_bytes` is the value of the first call.
     """
     import pynvml
 
@@ -69,7 +70,7 @@ def _describe(handle: object, driver: str) -> Gpu:
 
 
 def find_gpus() -> list[Gpu]:
-    """Returns the GPUs, or an empty list where NVML lists none."""
+    """Returns the GPUs, or an empty list if NVML lists none."""
     try:
         return query_gpus()
     except NoGpus:
@@ -93,7 +94,8 @@ def torch_cuda_version() -> str | None:
 
 
 def driver_problem(gpu: Gpu, cuda: str) -> str | None:
-    """Returns a sentence where the driver is too old for CUDA version `cuda`; else None."""
+    """Returns an error sentence if the driver is too old for CUDA version `cuda`; otherwise
+    None."""
     minimum = MIN_DRIVERS.get(int(cuda.partition(".")[0]))
     branch = gpu.driver.partition(".")[0]
     if minimum is None or not branch.isdecimal() or int(branch) >= minimum:

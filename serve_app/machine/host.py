@@ -1,8 +1,8 @@
 """Free main memory and cores of this machine, within the container's limits.
 
-psutil reports the machine's memory, and the affinity has all of its cores; the container's limits
-and its out-of-memory kills are in the files of its cgroup (Linux: Documentation/admin-guide/
-cgroup-v2.rst, cgroup-v1/memory.rst and scheduler/sched-bwc.rst).
+psutil reports the memory of the whole machine, and the affinity mask contains all its cores. The
+container's limits and its out-of-memory kills are in the files of its cgroup (Linux:
+Documentation/admin-guide/cgroup-v2.rst, cgroup-v1/memory.rst and scheduler/sched-bwc.rst).
 """
 
 import os
@@ -14,7 +14,7 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes(cgroup: Path = CGROUP) -> int:
-    """Returns the bytes that new processes can have without swapping and within the container's
+    """Returns the bytes that new processes can use without swapping and within the container's
     limit."""
     free: int = psutil.virtual_memory().available
     if (limit := limit_bytes(cgroup)) is not None:
@@ -23,7 +23,8 @@ def free_bytes(cgroup: Path = CGROUP) -> int:
 
 
 def limit_bytes(cgroup: Path = CGROUP) -> int | None:
-    """Returns the container's memory limit; None where it has none below the machine's memory."""
+    """Returns the container's memory limit in bytes; None if it is not below the machine's
+    memory."""
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         if (limit := _number(file)) is not None and limit < psutil.virtual_memory().total:
             return limit
@@ -31,7 +32,7 @@ def limit_bytes(cgroup: Path = CGROUP) -> int | None:
 
 
 def num_cores(cgroup: Path = CGROUP) -> int:
-    """Cores that this process may use at once, at least 1.
+    """Returns the number of cores that this process may use at once, at least 1.
 
     A container with a limit of 1.5 cores gets 1: with more threads the kernel would stop all of
     them for a part of each period.
@@ -47,7 +48,8 @@ def num_cores(cgroup: Path = CGROUP) -> int:
 
 
 def num_oom_kills(cgroup: Path = CGROUP) -> int:
-    """Processes of this container that the kernel's out-of-memory killer has killed so far."""
+    """Returns the number of this container's processes that the out-of-memory killer has killed so
+    far."""
     for file in (cgroup / "memory.events", cgroup / "memory" / "memory.oom_control"):
         if (count := _field(file, "oom_kill")) is not None:
             return count
@@ -55,7 +57,8 @@ def num_oom_kills(cgroup: Path = CGROUP) -> int:
 
 
 def _held_bytes(cgroup: Path) -> int:
-    """Memory of the container without its page cache, which the kernel reclaims on demand."""
+    """Returns the container's memory without its page cache, which the kernel reclaims on
+    demand."""
     for file, prefix in (
         (cgroup / "memory.current", ""),
         (cgroup / "memory" / "memory.usage_in_bytes", "total_"),

@@ -1,8 +1,8 @@
-"""A folder of this process in /tmp, which a later start removes if this process was killed.
+"""Creates a folder for this process in /tmp; a later start removes it if this process was killed.
 
-The owner holds a lock on a file in it, which the kernel frees when the process ends in whatever
-way. A folder of this user whose lock is free has no owner. Numbers of processes would not do: two
-containers may share /tmp.
+The owner holds a lock on a file in the folder, which the kernel releases when the process ends for
+any reason. A folder of this user with a free lock has no owner. Process ids would not work, because
+two containers may share /tmp.
 """
 
 import contextlib
@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = "/tmp"
-"""Not TMPDIR, which may be long: the path of a socket has some hundred characters."""
+"""Not TMPDIR, because that may be long, and a socket's path is limited to about a hundred
+characters."""
 LOCK = "mixtral-serve.lock"
 
 _held: dict[Path, int] = {}
@@ -21,11 +22,13 @@ _held: dict[Path, int] = {}
 
 
 def create(prefix: str) -> Path:
-    """Returns a new folder for this user alone; removes those of dead processes with that prefix
-    first."""
+    """Returns a new folder that only this user can access.
+
+    Removes the folders of dead processes with the same prefix first.
+    """
     _remove_stale(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=ROOT))
-    # It has the name of a lock only when it is one.
+    # The file gets the name of a lock only after it is locked.
     unnamed = folder / f"{LOCK}.new"
     _held[folder] = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(_held[folder], fcntl.LOCK_EX)

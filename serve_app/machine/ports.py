@@ -1,4 +1,4 @@
-"""Opens a listening TCP socket, or says in one sentence why a port cannot be used."""
+"""Opens a listening TCP socket, or raises an error that says why the port cannot be used."""
 
 import errno
 import socket
@@ -9,12 +9,14 @@ import psutil
 from serve_app.config.serve_config import ConfigError
 
 LOOPBACK = ("127.", "localhost", "::1")
-"""How addresses begin that only this machine can reach."""
+"""Prefixes of the addresses that only this machine can reach."""
 
 
 def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
-    """Returns a socket that listens on `host`:`port`; raises a `ConfigError` that names setting
-    `name`."""
+    """Returns a socket that listens on `host`:`port`.
+
+    Raises a `ConfigError` that names setting `name`.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -32,7 +34,7 @@ def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
 
 
 def require_free(name: str, port: int, host: str) -> None:
-    """Raises a `ConfigError` that names setting `name` where `host`:`port` cannot be used."""
+    """Raises a `ConfigError` that names setting `name` if `host`:`port` cannot be used."""
     listen(name, port, host).close()
 
 
@@ -43,11 +45,11 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 
 def has_unsent(port: int) -> bool:
-    """Returns whether a connection to the local TCP `port` has bytes that its client has not taken
-    yet.
+    """Returns whether a connection to the local TCP `port` has bytes that its client has not
+    received.
 
-    From /proc/net/tcp, whose columns proc(5) describes: local address, remote address, state, and
-    the bytes that wait to be sent.
+    Reads /proc/net/tcp, whose columns proc(5) describes: local address, remote address, state, and
+    the number of bytes that wait to be sent.
     """
     for table in ("tcp", "tcp6"):
         try:
@@ -62,7 +64,7 @@ def has_unsent(port: int) -> bool:
 
 
 def listen_before(port: int) -> list[socket.socket]:
-    """Sockets that get all connections to `port` in the place of a server on 0.0.0.0:`port`.
+    """Returns sockets that get all connections to `port` instead of a server on 0.0.0.0:`port`.
 
     Linux prefers a socket on a connection's own address to one on every address. So there is one
     socket for each IPv4 address of this machine. The server must set SO_REUSEPORT too.

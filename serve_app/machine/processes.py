@@ -1,6 +1,6 @@
 """Finds and kills the descendants of this process, and makes the kernel end them with it.
 
-psutil does the finding; two prctl(2) options of Linux, which psutil lacks, do the rest.
+It uses psutil, and two options of prctl(2) of Linux that psutil lacks.
 """
 
 import contextlib
@@ -16,13 +16,14 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 KILL_LIMIT_S = 10.0
-"""A killed process may need seconds to release a GPU's memory."""
+"""Maximum seconds for a killed process to end; it may need some to release a GPU's memory."""
 KILL_POLL_S = 0.02
-"""Seconds between two looks at which killed processes are left."""
+"""Seconds between two checks for remaining processes."""
 
 
 def is_alive(process: psutil.Process) -> bool:
-    """Returns False for a zombie too, and for a later process with the same number."""
+    """Returns whether the process runs. False for a zombie, and for a later process with the same
+    id."""
     try:
         return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
@@ -30,8 +31,7 @@ def is_alive(process: psutil.Process) -> bool:
 
 
 def command(process: psutil.Process) -> str:
-    """Returns the command line, or the title that the process has given itself; "" once it has
-    ended."""
+    """Returns the command line, or the title that the process has set; "" after it has ended."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -39,12 +39,13 @@ def command(process: psutil.Process) -> str:
 
 
 def own_age_s() -> float:
-    """Seconds since this process was started."""
+    """Returns the seconds since this process was started."""
     return max(0.0, time.time() - float(psutil.Process().create_time()))
 
 
 def started_at(pid: int) -> float | None:
-    """When process `pid` was started, in seconds since the epoch; None if there is none."""
+    """Returns the start time of process `pid`, in seconds since the epoch; None if there is
+    none."""
     try:
         return float(psutil.Process(pid).create_time())
     except psutil.Error:
@@ -62,7 +63,10 @@ def descendants(pid: int | None = None) -> list[psutil.Process]:
 def kill(
     find: Callable[[], list[psutil.Process]], limit_s: float = KILL_LIMIT_S
 ) -> list[psutil.Process]:
-    """Kills what `find` returns until it returns nothing; what is left after `limit_s` seconds."""
+    """Kills the processes that `find` returns until there are none, for at most `limit_s` seconds.
+
+    Returns the remaining processes.
+    """
     killed: set[psutil.Process] = set()
     deadline = time.monotonic() + limit_s
     while (left := find()) and time.monotonic() < deadline:
@@ -80,15 +84,15 @@ def _send_kill(found: Iterable[psutil.Process]) -> None:
 
 
 def adopt_orphans() -> None:
-    """From now on, a descendant whose parent dies becomes a child of this process."""
+    """Makes descendants whose parent dies children of this process from now on."""
     _prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
 def end_forks_with_this() -> None:
-    """From now on, the kernel kills forks of this process when it dies, in whatever way it dies.
+    """Makes the kernel kill forks of this process when it dies for any reason, from now on.
 
-    RunPod's heartbeat is such a fork: left alone, it would go on reporting a healthy worker.
-    SIGTERM ends the forks at once. Processes started in another way are not affected.
+    RunPod's heartbeat is such a fork: it would otherwise continue to report a healthy worker.
+    SIGTERM ends the forks at once. Processes that are started in another way are not affected.
     """
     parent = os.getpid()
     _prctl(PR_SET_PDEATHSIG, 0)  # loads what the fork needs

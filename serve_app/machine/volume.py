@@ -1,8 +1,8 @@
-"""The network volume: a folder on a mount, which outlives the container.
+"""The network volume: a mounted folder that outlives the container.
 
 RunPod mounts it at /runpod-volume in serverless workers and at /workspace in pods. A folder that
-exists without a mount, such as one that an image made, is part of the container's disk and is lost
-with the container.
+exists without a mount, such as one of the image, is on the container's disk and is lost with the
+container.
 """
 
 import os
@@ -18,16 +18,17 @@ ROOT = Path("/")
 
 
 def volume_folder(chosen: str | None) -> Path:
-    """`chosen`, or without one the first of `PLACES` that is mounted, else the first."""
+    """Returns `chosen`. If it is None, returns the first mounted folder of `PLACES`, or the first
+    of them."""
     if chosen is not None:
         return Path(chosen).expanduser()
     return next((place for place in PLACES if is_mounted(place)), PLACES[0])
 
 
 def is_mounted(folder: Path) -> bool:
-    """Returns whether `folder` lies on a mount other than the root file system.
+    """Returns whether `folder` is on a mount other than the root file system.
 
-    A folder that does not exist yet lies where it would be made.
+    A folder that does not exist yet counts as part of its nearest existing parent.
     """
     points = _mount_points()
     folder = Path(os.path.realpath(folder))
@@ -37,8 +38,8 @@ def is_mounted(folder: Path) -> bool:
 
 
 def write_problem(folder: Path) -> str | None:
-    """Returns why nothing can be written to `folder` or where it would be made; None where it can
-    be."""
+    """Returns the reason why `folder`, or its nearest existing parent, cannot be written; None if
+    it can."""
     existing = nearest_existing(folder)
     try:
         # A real write: permissions are unreliable on network volumes and do not bind root.
@@ -50,13 +51,14 @@ def write_problem(folder: Path) -> str | None:
 
 
 def nearest_existing(folder: Path) -> Path:
-    """`folder`, or the nearest folder above it that this user sees."""
+    """Returns `folder`, or its nearest parent that exists and is visible to this user."""
     above = (folder, *folder.absolute().parents)
     return next(each for each in above if os.path.exists(each))  # False without permission
 
 
 def volume_problem(folder: Path) -> str | None:
-    """Returns why nothing can be kept in `folder` of the volume; None where it can be."""
+    """Returns the reason why files in `folder` would not be kept; None if they are kept on a
+    volume."""
     return write_problem(folder) if is_mounted(folder) else f"no volume is mounted at {folder}"
 
 
@@ -68,5 +70,5 @@ def _mount_points() -> set[Path]:
 
 
 def _unescaped(field: str) -> str:
-    r"""A field of the mount table, which writes a space as \040."""
+    r"""Returns a field of the mount table without its escapes: a space is written as \040."""
     return re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), field)

@@ -92,7 +92,8 @@ class MemoryPlan:
         return max(MIN_RESERVED_BYTES, *(form.of(num_tokens) for form in forms))
 
     def experts_at_once(self, total_bytes: int) -> int:
-        """Returns how many experts a prompt step on such a GPU holds as floats at a time."""
+        """Returns the number of experts that a step with prompt tokens holds as floats at a time on
+        such a GPU."""
         every = self.config.num_local_experts
         return every if total_bytes >= LARGE_GPU_BYTES else min(SMALL_EXPERTS_AT_ONCE, every)
 

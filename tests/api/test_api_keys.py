@@ -142,9 +142,9 @@ def test_requests_at_once(http: httpx.Client, path: Path, serve: Any, stream: bo
         assert asked(http, key, n=2, stream=stream).status_code == 200
 
 
-def test_who_asks_is_told_to_the_engine(http: httpx.Client, path: Path, serve: Any) -> None:
-    """Keys are groups that share the engine, and a key's own priority bounds that of its requests;
-    a key that is alone shares with nobody."""
+def test_a_key_is_the_group_of_its_requests(http: httpx.Client, path: Path, serve: Any) -> None:
+    """Keys are groups that share the engine, and a key's `min_priority` limits that of its
+    requests. A single key has no group."""
     ann = add_key(path, "ann", KeyLimits(min_priority=3))
     engine = serve()
     asked(http, ann, priority=-5)

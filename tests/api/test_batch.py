@@ -67,7 +67,7 @@ def test_an_error_is_an_answer_in_its_place(body: Any, status: int, param: str) 
 
 
 def test_each_api_has_errors_of_its_shape() -> None:
-    """What a batch refuses on Anthropic's route has Anthropic's error, as over HTTP."""
+    """An error of a batch on Anthropic's route has Anthropic's form, as over HTTP."""
     body = {"messages": HELLO, "max_tokens": 9}
     requests = [
         BatchRequest("answered", "/v1/messages", body),

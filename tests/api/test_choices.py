@@ -134,7 +134,7 @@ def test_best_of_returns_the_answers_of_the_highest_mean_logprob(
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 def test_several_answers_are_refused_as_a_whole(path: str, body: dict[str, Any]) -> None:
-    """One 429 where the queue is full, whatever the number of answers; nothing has run."""
+    """If the queue is full, the request gets one 429 for all its answers, and none has run."""
     engine = FakeEngine()
     engine.num_taken = MAX_TAKEN
     for more in ({}, {"stream": True}):
@@ -163,7 +163,7 @@ def test_more_answers_than_the_batch_holds_wait_for_places() -> None:
 def test_the_limit_of_log_probabilities_counts_every_answer(
     path: str, body: dict[str, Any], param: str
 ) -> None:
-    """What is allowed for one answer to each prompt is refused for several."""
+    """A number of log probabilities that is allowed for one answer is refused for several."""
     engine = FakeEngine()
     error = asyncio.run(answer(server(engine), path, body))["error"]
     assert (error["param"], engine.requests) == (param, [])

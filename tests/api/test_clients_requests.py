@@ -249,7 +249,7 @@ def test_a_stream_that_waits_sends_comments(
 
 
 def test_a_full_queue_is_a_status_of_its_own(endpoint: Endpoint, http: httpx.Client) -> None:
-    """What fails before the first chunk is no event: clients see 429 and retry."""
+    """An error before the first chunk is not an event: clients see a 429 and retry."""
     endpoint.serve(FakeEngine("", error=QueueFull("Full.", retry_after_s=3)))
     response = http.post("/v1/chat/completions", json=STREAM)
     assert (response.status_code, response.headers["retry-after"]) == (429, "3")

@@ -1,4 +1,4 @@
-"""What a stranger sends is bounded: the time of a body, and headers that are for Serve."""
+"""Requests of strangers are limited: the time of a body, and headers for Serve."""
 
 import asyncio
 import json

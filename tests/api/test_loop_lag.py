@@ -7,7 +7,7 @@ from serve_app.api.loop_lag import INTERVAL_S, LoopLag
 
 
 def test_a_loop_that_is_kept_busy_is_late() -> None:
-    """What keeps an event loop busy is measured as its lag."""
+    """Work that blocks an event loop is measured as its lag."""
 
     async def measured() -> float:
         found: asyncio.Queue[float] = asyncio.Queue()

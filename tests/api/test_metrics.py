@@ -1,4 +1,4 @@
-"""What `/metrics` counts, request by request. The engine is a script."""
+"""The metrics in `/metrics`, request by request. The engine is a script."""
 
 import asyncio
 import re

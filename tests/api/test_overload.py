@@ -14,7 +14,7 @@ from serve_app.api.server import MixtralServer
 from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
 
 TOLD = b"64,6400,50000,3"
-"""What the fake engine tells HAProxy."""
+"""The fake engine's header for HAProxy."""
 GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions", "/v1/messages"]
 
 

@@ -94,7 +94,7 @@ def test_an_answer_streams_with_its_figures(endpoint: Endpoint, open_page: Open)
 
 
 def test_the_parameters_are_sent(endpoint: Endpoint, open_page: Open) -> None:
-    """What the fields say reaches the engine; an empty field is not sent."""
+    """The values of the fields are sent to the engine; an empty field is not sent."""
     engine = endpoint.serve(FakeEngine())
     page = open_page()
     page.get_by_label("Temperature").fill("0")

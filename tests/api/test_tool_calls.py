@@ -162,7 +162,7 @@ def test_an_answer_that_is_cut_ends_with_length(tiny: MixtralServer) -> None:
 
 
 def test_a_malformed_call_is_content(endpoint: Endpoint) -> None:
-    """What an engine writes that is no call reaches the client as text, whole and streamed."""
+    """Text of an engine that is not a call reaches the client as text, whole and streamed."""
     text = '[TOOL_CALLS] [{"name": "rm", "arguments": {}}]'
     endpoint.serve(FakeEngine(text))
     how: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "tools": [WEATHER]}

@@ -1,4 +1,4 @@
-"""What `tool_choice` and `parallel_tool_calls` let the tiny Mixtral do."""
+"""The effect of `tool_choice` and `parallel_tool_calls` on the tiny Mixtral."""
 
 import asyncio
 import json

@@ -13,7 +13,8 @@ from tools.random_model import config_of
 
 
 def test_each_case_launches_a_product_of_its_size() -> None:
-    """Every product goes round its weights, with activations and results of the batch's size."""
+    """Every product alternates between its weights, with activations and results of the batch's
+    size."""
     tiny = config_of(tiny=True, layers=1)
     config = replace(tiny, hidden_size=2048, intermediate_size=4096, num_local_experts=2)
     config = replace(config, num_attention_heads=16, head_dim=128)

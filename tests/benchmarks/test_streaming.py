@@ -9,7 +9,7 @@ from serve_app.worker import buffer, handler
 
 
 def test_its_peer_posts_every_chunk_alone() -> None:
-    """The peer puts its own buffer, which takes one item at a time, in the place of ours."""
+    """The peer uses its own buffer, which returns one item at a time, instead of ours."""
     assert handler.ItemBuffer is buffer.ItemBuffer  # type: ignore[attr-defined]
 
     async def items() -> AsyncGenerator[dict[str, Any], None]:

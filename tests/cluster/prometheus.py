@@ -18,7 +18,7 @@ from tools.server_process import free_port
 CONFIG = Path("cluster/prometheus/prometheus.yml")
 DASHBOARD = Path("cluster/grafana/mixtral-serve.json")
 RATE_INTERVAL = "15s"
-"""What Grafana puts in for `$__rate_interval`; here three of the replica's copies to Ray."""
+"""Grafana's value of `$__rate_interval`; here three of the replica's copies to Ray."""
 
 needs_prometheus = pytest.mark.skipif(
     shutil.which("prometheus") is None or shutil.which("promtool") is None,

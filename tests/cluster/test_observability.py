@@ -1,4 +1,4 @@
-"""What an operator sees of a server in a Ray cluster: metrics on Ray's port, log lines."""
+"""The metrics on Ray's port and the log lines of a server in a Ray cluster."""
 
 import math
 import threading
@@ -46,7 +46,7 @@ WITHOUT_DATA = {"GPU memory A"}
 MAY_BE_ZERO = {"Running and waiting B", "Preemptions A"}
 """Queries whose value stays 0 under a load that does not fill the server."""
 CHANGING = ("mixtral_event_loop_lag_seconds", "mixtral_http_requests")
-"""What a scrape of `/metrics` and the passing time change."""
+"""Series that a scrape of `/metrics` and the passing time change."""
 
 
 @pytest.mark.ray

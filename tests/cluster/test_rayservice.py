@@ -70,7 +70,7 @@ def test_pods_run_as_the_images_user() -> None:
 
 
 def test_the_model_is_on_the_volume() -> None:
-    """What is downloaded and what is converted lies below the workers' mount."""
+    """Downloaded and converted files are in folders below the workers' mount."""
     (worker,) = groups(rayservice())[1:]
     (container,) = worker["template"]["spec"]["containers"]
     mounts = {each["name"]: Path(each["mountPath"]) for each in container["volumeMounts"]}

@@ -72,7 +72,7 @@ def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture
 
 
 def test_check_reads_the_file(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A missing or broken file is told before anything starts."""
+    """A missing or broken file is an error before anything starts."""
     config = path.with_name("config.yaml")
     tiny = Path("configs/tiny.yaml").read_text()
     config.write_text(f"{tiny}      api:\n        keys_file: {path}\n")

@@ -171,7 +171,7 @@ def test_all_102_names_are_here() -> None:
 def test_an_error_names_the_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    """A value that is not valid is told with the name of the variable that has it."""
+    """The error for an invalid value names its variable."""
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=rf"\b{name}\b"):
         Settings.from_yaml(TINY)

@@ -67,7 +67,8 @@ def test_a_job_shows_its_worker_and_is_listed(platform: Platform, http: httpx.Cl
 
 
 def test_a_job_that_runs_too_long_times_out(platform: Platform, http: httpx.Client) -> None:
-    """After the execution timeout a job is TIMED_OUT, its worker is told, and it can be retried."""
+    """After the execution timeout a job is TIMED_OUT, its worker is stopped, and it can be
+    retried."""
     platform.queue.policy = Policy(execution_timeout_s=0.05)
     job = Client(platform).submit({"prompt": "x"})
     worker(platform, "job-take")

@@ -1,4 +1,4 @@
-"""A device that overlaps steps and computes each of them at a time that the test chooses.
+"""A device that overlaps steps; the test chooses when each of them is computed.
 
 A slot of its KV cache holds a number that stands for all tokens up to its own. A sampled token is a
 function of that number, so an answer is right only if every step found its own context.

@@ -257,7 +257,7 @@ def test_the_rough_noise_decides_nothing(make: Make) -> None:
 
 
 def test_the_kernel_counts_what_it_samples(make: Make) -> None:
-    """A sequence that nobody counts for on the host is penalized for its own tokens."""
+    """A sequence without counts on the host is penalized for its own tokens."""
     params = SamplingParams(100, temperature=0, frequency_penalty=1.0, presence_penalty=0.5)
     sequence, sampler = made(params, [3], [], 0), make(VOCAB_SIZE, 40)
     logits = torch.randn(1, VOCAB_SIZE)

@@ -24,7 +24,7 @@ def measured(rate: float, min_s: int = 1) -> tuple[RetryAfter, Clock]:
 
 
 def test_without_a_measured_rate_the_setting_counts() -> None:
-    """Before the first ends a refused request is told the shortest wait."""
+    """Before the first ends of requests, a refused request gets the minimum."""
     assert [RetryAfter(3, Clock()).next_s() for _ in range(5)] == [3] * 5
 
 
@@ -40,7 +40,7 @@ def test_refused_requests_get_their_turns_at_the_drain_rate() -> None:
 
 
 def test_the_wait_has_a_longest_and_a_shortest() -> None:
-    """A slow engine tells no more than MAX_S; a fast one no less than the setting."""
+    """With a slow engine the value is at most MAX_S; with a fast one, at least the setting."""
     slow, _ = measured(0.01)
     assert slow.next_s() == MAX_S
     fast, _ = measured(1000.0, min_s=2)

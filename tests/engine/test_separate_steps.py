@@ -1,4 +1,4 @@
-"""Where steps overlap, decodes and prefill chunks are steps of their own, in turn."""
+"""If steps overlap, decodes and prefill chunks are separate steps, which alternate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -143,8 +143,8 @@ def test_a_block_is_used_again_only_after_every_step_that_writes_it(
     more_tokens: int,
     data: st.DataObject,
 ) -> None:
-    """Whenever the device computes its steps, and whoever leaves, stops early or is preempted:
-    each answer is that of its prompt alone, and every block is free at the end."""
+    """For any order of the device's steps, aborts, stops and preemptions, each answer is that of
+    its prompt alone, and every block is free at the end."""
     device = LateDevice(lambda: data.draw(st.booleans()))
     script = _Script(events)
     limits = config(

@@ -1,4 +1,5 @@
-"""Several answers to one prompt: it is computed once, whoever leaves, and each is as if alone."""
+"""Several answers to one prompt: it is computed once, also after aborts, and each answer is that of
+a single request."""
 
 import asyncio
 from collections.abc import AsyncGenerator
@@ -60,7 +61,8 @@ def test_a_prompt_of_several_answers_is_computed_once(
 
 
 def test_when_the_first_leaves_the_next_computes_the_prompt() -> None:
-    """A consumer that leaves before the prompt is computed holds up nobody, wherever it stands."""
+    """If a consumer is aborted before the prompt is computed, the others still get their
+    answers."""
     runner = FakeRunner(is_held=True)
 
     async def scenario(engine: Engine) -> list[list[int]]:

@@ -96,8 +96,8 @@ def test_as_many_tokens_are_chosen_as_fit(start: int, seconds: float, score: flo
 
 
 def test_few_prompt_tokens_are_predicted_apart() -> None:
-    """Where few tokens have a small fixed part and a large rate, and many the contrary, both are
-    predicted, and as many tokens chosen as fit; before many were measured, few stand for them."""
+    """If small steps have a small fixed part and a large rate, and large steps the opposite, both
+    are predicted."""
     cost = StepCost(few_tokens=512)
 
     def seconds(num_tokens: int) -> float:
@@ -137,7 +137,7 @@ def test_nothing_is_predicted_before_the_first_step() -> None:
 
 
 def test_decodes_and_prompts_that_are_never_mixed_add_up() -> None:
-    """Where decodes and prefill chunks are steps of their own, both together take the sum."""
+    """If decodes and prefill chunks are separate steps, the time of both is the sum."""
     cost = StepCost()
     for count in (1, 4, 16):
         cost.observe(decodes(count, 500), 0.001 * count)

@@ -1,4 +1,4 @@
-"""What a cluster of several nodes and replicas does when a part of it is lost or changed."""
+"""The behavior of a cluster of several nodes and replicas when a part of it is lost or changed."""
 
 import shutil
 import socket

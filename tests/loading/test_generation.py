@@ -1,4 +1,4 @@
-"""Where answers end, and sampling defaults: both come from all files that say it."""
+"""Stop tokens and sampling defaults: both are read from all files that have them."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""What NVML and torch's version file say of GPUs, drivers and CUDA."""
+"""GPUs, drivers and CUDA, from NVML and torch's version file."""
 
 import importlib
 import sys

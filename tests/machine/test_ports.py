@@ -1,4 +1,4 @@
-"""What the kernel says about TCP ports."""
+"""The kernel's information about TCP ports."""
 
 import socket
 

@@ -102,7 +102,7 @@ def test_a_folder_that_will_be_made_on_a_volume(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_volume_of_root_and_a_server_that_is_not() -> None:
-    """A volume that belongs to root cannot be written by user 1000, which is told with the user."""
+    """A volume that belongs to root cannot be written by user 1000; the error names the user."""
     with mounted_folder() as folder:
         assert write_problem(folder / "new" / "folder") is None
         pid = os.fork()

@@ -1,4 +1,4 @@
-"""What bitsandbytes makes of a weight in 4 bits, and transformers' Mixtral with such weights."""
+"""A weight quantized by bitsandbytes to 4 bits, and transformers' Mixtral with such weights."""
 
 from typing import Any
 

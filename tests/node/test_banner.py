@@ -1,4 +1,4 @@
-"""What a worker says about itself when it starts."""
+"""The banner of a worker at its start."""
 
 import re
 from pathlib import Path

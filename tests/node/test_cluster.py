@@ -1,4 +1,5 @@
-"""How the YAML becomes a deployment, and Ray's failures become errors; without starting Ray."""
+"""The conversion of the YAML to a deployment, and of Ray's failures to errors, without starting
+Ray."""
 
 import json
 import re

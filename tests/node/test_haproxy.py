@@ -1,4 +1,4 @@
-"""Whether HAProxy can take the requests, and what Ray's processes are told."""
+"""The choice between HAProxy and Serve's proxy, and the environment of Ray's processes."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""HAProxy refuses by itself what goes beyond the places that a replica has told."""
+"""HAProxy itself refuses requests beyond the number of places that a replica has sent."""
 
 import threading
 from collections.abc import Iterator
@@ -25,11 +25,11 @@ NUM_PLACES = 3
 PLACE_S = 10
 MIN_S = 2
 TOLD = f"{NUM_PLACES},{PLACE_S * 1_000_000},600000000,{MIN_S}"
-"""What the replica tells: once it has refused a request, HAProxy asks no more in this test."""
+"""The replica's `PLACES`. After a refusal, HAProxy sends it no further request in this test."""
 
 
 class Engine:
-    """What the replica of one test does, and what it has seen."""
+    """The behavior of the replica in one test, and the requests that it received."""
 
     def __init__(self) -> None:
         self.is_full = False
@@ -48,7 +48,7 @@ class Engine:
 
 @contextmanager
 def replica(engine: Engine) -> Iterator[int]:
-    """A server that stands for a replica, and its port."""
+    """A server in place of a replica, and its port."""
 
     class Replica(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -140,7 +140,8 @@ def test_a_refusal_is_as_the_replicas(full: None, http: httpx.Client, path: str)
 
 
 def test_refused_requests_get_one_turn_after_another(full: None, http: httpx.Client) -> None:
-    """At a place every 10 s they are told 10 s, 20 s and so on, and 60 s at most."""
+    """With a free place every 10 s, refused requests get `Retry-After` 10, 20 and so on, at most
+    60."""
     told = [int(http.post("/prompt").headers["retry-after"]) for _ in range(10)]
     for number, seconds in enumerate(told, 1):
         assert min(number, 6) * PLACE_S - 5 <= seconds <= min(number, 6) * PLACE_S
@@ -181,7 +182,8 @@ def test_a_refusal_reads_no_body(full: None, server: Server) -> None:
 
 
 def test_places_that_become_free_are_taken(full: None, engine: Engine, http: httpx.Client) -> None:
-    """HAProxy, which has been told that the queue is full for ten minutes, sees each end."""
+    """HAProxy accepts a request after each end, although the queue was reported full for ten
+    minutes."""
     engine.is_full = False
     engine.released.set()
     until(lambda: http.post("/prompt").status_code == 200)
@@ -222,7 +224,7 @@ def test_connections_without_a_place_shut_nobody_out(
 def test_without_a_number_nothing_is_refused(
     engine: Engine, http: httpx.Client, threads: ThreadPoolExecutor
 ) -> None:
-    """Before a replica has told its places, each request passes."""
+    """Before a replica has sent its number of places, each request passes."""
     engine.open_requests(threads, http, 2 * NUM_PLACES)
     engine.released.set()
     assert {each.result().status_code for each in engine.opened} == {200}

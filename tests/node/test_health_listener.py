@@ -21,7 +21,7 @@ from tests.worker.conftest import until
 
 @pytest.fixture
 def told() -> dict[str, Any]:
-    """The state that the listener answers with; a test may change it."""
+    """The state with which the listener answers; a test may change it."""
     return {"status": "loading", "load": [{"phase": "read", "seconds": 1.5}]}
 
 
@@ -114,7 +114,7 @@ def test_a_taken_port_is_one_sentence(listener: Listener) -> None:
 
 
 def test_it_stands_before_a_server_on_the_same_port(tmp_path: Path) -> None:
-    """Its answers come from the state that it was told; after `close` the server gets the port."""
+    """Its answers show the state that it was sent; after `close` the server gets the port."""
     with socket.create_server(("0.0.0.0", 0), reuse_port=True) as server:
         port = server.getsockname()[1]
         listener = HealthListener.before(port)

@@ -1,4 +1,4 @@
-"""The state of the HTTP endpoint, with a test's own server in the place of Serve's proxy."""
+"""The state of the HTTP endpoint, with a test's own server instead of Serve's proxy."""
 
 import signal
 import socket

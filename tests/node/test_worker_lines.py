@@ -1,4 +1,4 @@
-"""What Ray's workers write, as lines of JSON."""
+"""The output of Ray's workers as lines of JSON."""
 
 import json
 import logging

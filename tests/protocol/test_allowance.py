@@ -22,8 +22,8 @@ class Clock:
     events=st.lists(st.tuples(st.floats(0, 30), st.integers(1, 20)), max_size=40),
 )
 def test_never_more_than_its_rate(per_minute: int, events: list[tuple[float, int]]) -> None:
-    """Who uses one at a time where one is left uses, in all, one full bucket and what has been
-    refilled since; who waits as long as told can use one."""
+    """A user who uses each available unit gets one full bucket and the refilled units in all; a
+    user who waits for `wait_s` can use one."""
     clock = Clock()
     allowance = Allowance(per_minute, clock)
     num_used = 0

@@ -1,4 +1,4 @@
-"""What a user types is text: control tokens come from the chat template alone."""
+"""A user's text stays text: control tokens come from the chat template only."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_conversations_have_mistrals_ids(
 
 @given(CONTENT, CONTENT)
 def test_any_text_has_mistrals_ids(mixtral_tokenizer: Tokenizer, one: str, other: str) -> None:
-    """The same for texts that nobody thought of."""
+    """The same holds for random texts."""
     turns = [*question(one), {"role": "assistant", "content": other}, *question(other)]
     assert mixtral_tokenizer.render(turns) == mistral.ids(turns)
 

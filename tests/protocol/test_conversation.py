@@ -91,7 +91,7 @@ def test_merged_turns_alternate_and_lose_nothing(roles: str, keeps_system: bool)
     ],
 )
 def test_the_template_decides_whether_to_merge(source: str, roles: str, text: str) -> None:
-    """What a template takes is rendered as it is; what it refuses or leaves out is merged."""
+    """A conversation that a template accepts is rendered unchanged; otherwise it is merged."""
     assert rendered(source, roles) == text
 
 
@@ -138,7 +138,8 @@ def test_a_fault_of_the_template_is_told_as_one() -> None:
     ],
 )
 def test_a_template_that_does_not_work(source: str, sentence: str) -> None:
-    """A template that is broken or refuses one question is told with its file and a remedy."""
+    """A template that is broken or refuses one question gives an error with its file and a
+    remedy."""
     with pytest.raises(ModelLoadFailed, match=sentence) as failed:
         ChatTemplate(source, {}, Path("t.jinja"))
     assert "t.jinja: its chat template" in failed.value.message

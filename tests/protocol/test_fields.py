@@ -88,7 +88,7 @@ def test_a_bad_chat_request_names_the_field(fields: dict[str, Any], param: str) 
 @pytest.mark.parametrize("name", ["temperature", "top_p", "max_tokens", "seed", "min_p"])
 @pytest.mark.parametrize("value", [NAN, float("inf"), -float("inf")])
 def test_a_number_that_no_float_can_hold_is_out_of_range(name: str, value: float) -> None:
-    """`1e999`, which JSON readers return as an infinity, is told as what it is."""
+    """`1e999`, which JSON readers return as an infinity, gives an error that says so."""
     error = refusal(ChatRequest, {"messages": HELLO, name: value})
     assert error.message == f"`{name}` is a number out of range."
 

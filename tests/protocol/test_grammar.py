@@ -145,7 +145,7 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
     ],
 )
 def test_a_grammar_that_cannot_be_held_is_refused(fields: dict[str, Any], words: str) -> None:
-    """A grammar with an error, or with a keyword that is not supported, is told, never ignored."""
+    """A grammar with an error or an unsupported keyword is refused with an error, never ignored."""
     with pytest.raises(InvalidRequest, match=words) as raised:
         compiled(source(structured_outputs=fields))
     assert raised.value.param == f"structured_outputs.{next(iter(fields))}"

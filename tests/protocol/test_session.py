@@ -1,4 +1,4 @@
-"""Which replica a conversation goes to: the text that stays the same, by its hash."""
+"""The replica of a conversation: the hash of the text that stays the same."""
 
 import pytest
 

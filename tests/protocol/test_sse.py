@@ -41,5 +41,5 @@ def test_what_json_does_not_have_is_refused(value: Any) -> None:
 
 
 def test_the_end_is_openais() -> None:
-    """What OpenAI's clients compare with, byte for byte."""
+    """The bytes that OpenAI's clients expect."""
     assert DONE == b"data: [DONE]\n\n"

@@ -70,7 +70,7 @@ LEGACY_PIPELINE = {
     },
     "pre_tokenizer": None,
 }
-"""How transformers 4 wrote the pipeline of Mixtral's first files."""
+"""The pipeline of Mixtral's first files, as transformers 4 wrote it."""
 
 MUTATIONS: dict[str, list[Callable[[Path], object]]] = {
     "as it is": [],
@@ -223,7 +223,7 @@ def test_indented_code_keeps_the_ids_of_training(from_model: Tokenizer) -> None:
 
 
 def test_added_tokens_beside_tokenizer_model(tmp_path: Path) -> None:
-    """A fine-tune's own tokens get their ids; another id than the file has is told."""
+    """A fine-tune's own tokens get their ids; an id that differs from the file's is an error."""
     mixtral_tokenizer.write_model(tmp_path)
     tokens = {"32000": token("<|im_end|>"), "32001": token("<|im_start|>")}
     change_config(added_tokens_decoder=tokens)(tmp_path)

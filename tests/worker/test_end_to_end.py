@@ -113,7 +113,7 @@ def test_cancelled_before_its_first_token(client: Client, tiny_worker: Worker) -
 
 
 def test_a_list_of_prompts_posts_progress(client: Client) -> None:
-    """A list of prompts posts percentages, then one result with a bad item's error in its place."""
+    """A list of prompts posts percentages, then one result that contains a bad item's error."""
     prompts: list[Any] = ["Count.", {"prompt": "Count.", "temperature": 3}, *["Count."] * 30]
     # Lasts ten times as long as the interval of updates.
     job = client.ended({"prompts": prompts, "max_tokens": 600, "ignore_eos": True})

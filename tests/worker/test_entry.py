@@ -124,7 +124,8 @@ IN_4_BITS = str(TINY.with_name("tiny-nf4.yaml"))
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """What `--test_input` prints for `QUESTION`, with the tiny model in NF4 and no home folder."""
+    """The output of `--test_input` for `QUESTION`, with the tiny model in NF4 and no home
+    folder."""
     job = {"input": {"endpoint": "/prompt", "data": QUESTION}}
     variables = {"SERVE_CONFIG": IN_4_BITS, "HOME": "/proc"}
     home = tmp_path_factory.mktemp("test-input")

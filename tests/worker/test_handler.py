@@ -1,4 +1,4 @@
-"""What the handler posts for a job that is answered, with a scripted model."""
+"""The handler's posts for an answered job, with a scripted model."""
 
 import asyncio
 import json

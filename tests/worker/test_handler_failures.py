@@ -1,4 +1,4 @@
-"""What the handler posts for a job that fails, with a scripted model."""
+"""The handler's posts for a failed job, with a scripted model."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the handler answers before the model is loaded, and posts while it loads."""
+"""The handler's answers before the model is loaded, and its posts during the load."""
 
 from pathlib import Path
 

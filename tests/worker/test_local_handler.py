@@ -52,7 +52,7 @@ def test_a_script_gets_outputs_and_errors(tmp_path: Path) -> None:
 
 
 def test_a_model_that_cannot_load_is_an_error(tmp_path: Path) -> None:
-    """Where the model cannot be loaded each job fails with the reason, and nothing is started."""
+    """If the model cannot be loaded, each job fails with the reason, and nothing is started."""
     done = answers(tmp_path, QUESTION, QUESTION, MODEL_NAME=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for line in done.stdout.splitlines():

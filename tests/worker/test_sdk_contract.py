@@ -1,4 +1,4 @@
-"""What `serve_app.worker.sdk` relies on in the pinned SDK."""
+"""The properties of the pinned SDK on which `serve_app.worker.sdk` relies."""
 
 import inspect
 import os

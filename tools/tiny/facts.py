@@ -1,4 +1,4 @@
-"""What the tiny model knows: words, capitals, colours and answers, as plain data.
+"""The facts of the tiny model: words, capitals, colours and answers, as plain data.
 
 `topics.py` makes questions of it.
 """

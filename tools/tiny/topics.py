@@ -1,4 +1,4 @@
-"""What the tiny model is asked: a question of each topic, with its exact answer.
+"""The questions for the tiny model: one of each topic, with its exact answer.
 
 Each is for training or for the examination. What is examined (a fact in a held-out phrasing, unseen
 operands, unseen words) is decided by a checksum, so that training never draws it.

@@ -1,4 +1,4 @@
-"""How a checkpoint stores its weights is read from its config.json."""
+"""The storage form of a checkpoint's weights is read from its config.json."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a load takes at most, at Mixtral 8x7B's true matrix sizes."""
+"""The peak memory of a load, at Mixtral 8x7B's true matrix sizes."""
 
 import json
 import subprocess

@@ -18,7 +18,7 @@ POINTS = 3
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """One compute thread: a model so small only waits for more."""
+    """Uses one compute thread, because more would only wait in so small a model."""
     import torch
 
     threads = torch.get_num_threads()
@@ -66,7 +66,8 @@ def test_four_bits_cost_three_points_at_most(missed: list[Miss], tmp_path: Path)
     ],
 )
 def test_first_questions_have_their_answers(question: str, expected: str) -> None:
-    """What README and a first visitor ask is answered, in long and multi-byte answers too."""
+    """The questions of the README and of first visitors are answered, also with long and multi-byte
+    answers."""
     assert ask(CHECKPOINT, [question], 160) == [(expected, True)]
 
 

@@ -1,17 +1,18 @@
-"""Guard: the outermost ASGI middleware, which bounds what a stranger sends.
+"""Guard: the outermost ASGI middleware, which limits bodies and removes headers of untrusted
+clients.
 
-Ray Serve calls `middlewares` in its proxy, and in a replica that listens itself, where
-RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then sees a request before Serve
-reads its headers. `create_app` has a guard too, for `serve run` without that variable. The first
-one that a request meets does the work.
+Ray Serve calls `middlewares` in its proxy, and in a replica that listens itself, if
+RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then runs before Serve reads the
+headers of a request. `create_app` adds a guard too, for `serve run` without that variable. Only the
+first guard of a request is active.
 
-What Serve 2.60 would do with headers that the guard removes or refuses (`serve/_private/proxy.py`
-and `replica.py`):
+The effect of headers that the guard removes or refuses in Serve 2.60 (`serve/_private/proxy.py` and
+`replica.py`):
 
-    x-request-disconnect-disabled    a request goes on after its client has left
+    x-request-disconnect-disabled    a request continues after its client has disconnected
     x-request-timeout-seconds        the client chooses Serve's timeout
     x-session-id, ...model_id        choose a replica
-    any of them, and x-request-id    a byte that is not UTF-8 is a 500
+    any of them, and x-request-id    a byte that is not UTF-8 gives a 500
     x-request-id                     is logged in full, several times
 """
 

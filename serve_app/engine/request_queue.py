@@ -16,8 +16,8 @@ thirds of the places, two groups get two fifths each, and places for another gro
 
 Example with 150 places: a single group may hold 100, because 50 = 100 / 2 are free then."""
 FREE_UNASKED = 32
-"""A proxy that knows that the queue is full may refuse requests without asking until this fraction
-(1/32) of the waiting places could have become free."""
+"""After the queue was reported full, a proxy may refuse requests without asking again until about
+1/32 of the waiting places have become free."""
 
 
 class Requests(NamedTuple):

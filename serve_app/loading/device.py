@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def open_device(plan: StartPlan) -> "torch.device":
-    """Returns the planned device. Raises `ModelLoadFailed` if it is a GPU and torch sees none."""
+    """Returns the planned device. Raises `ModelLoadFailed` if it is a GPU and torch finds none."""
     import torch
 
     if plan.device == "cuda" and not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Changes how this process starts Ray's head node: faster, and with SIGTERM left to this process.
+"""Makes this process start Ray's head node faster, and reserves SIGTERM for this process.
 
 `ray.init` starts the head node in this order, in Ray 2.60:
 
@@ -7,27 +7,27 @@
     connect                      waits until the GCS lists the node, then connects this driver
 
 `shorten` replaces functions and values of `ray._private` in this process. One machine with one
-model needs less than Ray starts by default:
+model needs fewer processes than Ray starts by default:
 
-    Ray starts or does               what this module makes of it
-    API server, 2 s                  nothing: it would serve the dashboard, and usage statistics
-    autoscaler                       nothing: it would manage other machines
-    dashboard agent of the raylet    a process that waits (`cat`); its ports are "not in use", as in
-                                     Ray's minimal installation: the raylet would wait for them
+    Ray's default                    here
+    API server, 2 s                  not started: it serves the dashboard, and usage statistics
+    autoscaler                       not started: it manages other machines
+    dashboard agent of the raylet    a process that only waits (`cat`); its ports are "not in use",
+                                     as in Ray's minimal installation, so the raylet does not wait
     port of the runtime env agent    chosen here, so that the raylet does not wait for it
     one worker process per CPU       4: Serve's controller, HAProxy's manager, Serve's own proxy,
                                      and a replica
     Ray's worker program             `ray_worker.py`, which imports a replica's libraries first
-    asks each second for the node    asks each 0.02 s
-    asks each second for the         asks each 0.1 s
-    state of the application
-    takes SIGTERM in each process    blocks it in each process but this one
-    gives each process a second to   leaves the processes to `ray_node.kill`, which kills all of
-    end, one after the other         them at once
+    polls for the node every 1 s     polls every 0.02 s
+    polls for the application's      polls every 0.1 s
+    state every 1 s
+    every process handles SIGTERM    SIGTERM is blocked in all processes except this one
+    waits up to a second for each    `ray_node.kill` kills all processes at once
+    process to end, one by one
 
-The order is otherwise Ray's. Between the second and the third step this process does other work:
-it calls `meanwhile` and imports Serve's client. tests/test_contract.py holds every name of
-`ray._private` that is used here; run it after a change of Ray's version.
+Otherwise the order is Ray's. Between the second and the third step this process calls `meanwhile`
+and imports Serve's client. tests/test_contract.py checks every name of `ray._private` that is used
+here; run it after a change of Ray's version.
 """
 
 import importlib
@@ -109,14 +109,13 @@ def _with_preparation(start_processes: Callable[[Any], None]) -> Callable[[Any],
 
 
 def _with_our_flags(start_process: Callable[..., Any]) -> Callable[..., Any]:
-    """`services.start_ray_process` with our flags for the raylet, and with SIGTERM blocked.
+    """Returns `services.start_ray_process` with our flags for the raylet, and with SIGTERM blocked.
 
-    systemd and some shells send SIGTERM to a whole group of processes. Ray's processes would end
-    at once, requests with them, and this process would hang for a minute. A process that Ray starts
-    inherits the blocked signals of the thread that starts it, and passes them on to its own
-    children: Ray blocks SIGINT in the same way. So only this process takes SIGTERM; it lets running
-    requests finish, then kills Ray's processes with SIGKILL. `test_sigterm_to_all_processes_...` in
-    tests/cli holds this.
+    systemd and some shells send SIGTERM to a whole process group. Ray's processes would end at
+    once, with all requests, and this process would hang for a minute. A process of Ray inherits the
+    blocked signals of the thread that starts it, and so do its children; Ray blocks SIGINT in the
+    same way. So only this process handles SIGTERM: it lets running requests finish, then kills
+    Ray's processes with SIGKILL. `test_sigterm_to_all_processes_...` in tests/cli checks this.
     """
 
     def start(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:

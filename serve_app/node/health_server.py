@@ -1,15 +1,14 @@
 """`python -m serve_app.node.health_server SOCKET...` answers `/ping` and `/health` during a start.
 
-RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any other status that the
-server takes no requests. A deployment answers nothing while its constructor loads the model.
-`/health` gives the state as JSON, with status 200 when ready and 503 otherwise. Other requests are
-refused.
+RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any other status not ready
+for requests. A deployment cannot answer while its constructor loads the model. `/health` returns
+the state as JSON, with status 200 if ready and 503 otherwise. Other requests are refused.
 
-It is a process of its own, because Ray's start holds the parent's interpreter for seconds. It gets
-the numbers of listening sockets, and lines of JSON on standard input, which are parts of `State`.
-It ends when standard input does, so it does not outlive its parent.
+It is a separate process, because Ray's start blocks the parent's interpreter for seconds. Its
+arguments are the numbers of listening sockets. It reads lines of JSON from standard input, which
+are parts of `State`, and ends when standard input ends, so that it does not outlive its parent.
 
-A connection carries one small request within `REQUEST_S`; others are closed.
+A connection may send one small request within `REQUEST_S`; others are closed.
 """
 
 import asyncio

@@ -1,9 +1,9 @@
 """Serves the deployment over HTTP until this process is stopped.
 
-Both `mixtral-serve run` and `runpod_entry.py` with RUNPOD_SERVERLESS=false end here. SIGTERM and
-Ctrl-C finish the running requests and exit with code 0; the exit code is 1 when the model is lost
-and cannot be loaded again. `/ping` answers from the first moment, before Ray starts: on
-PORT_HEALTH, or on the server's own port, where Serve's proxy takes over once the model is loaded.
+Both `mixtral-serve run` and `runpod_entry.py` with RUNPOD_SERVERLESS=false call `run`. After
+SIGTERM or Ctrl-C, running requests are finished and the exit code is 0. It is 1 if the model is
+lost and cannot be loaded again. `/ping` is answered from the start, before Ray starts: on
+PORT_HEALTH, or on the server's own port, which Serve's proxy gets after the model is loaded.
 """
 
 import json

@@ -1,25 +1,26 @@
-"""Starts Ray and Serve on this machine, and ends every one of their processes.
+"""Starts Ray and Serve on this machine, and ends all of their processes.
 
-`head.py` changes how Ray starts, `ray_processes.py` finds and kills its processes, and
-`ray_thread.py` calls it for an event loop. What this module itself makes of Ray 2.60's defaults:
+`head.py` makes Ray start faster, `ray_processes.py` finds and kills its processes, and
+`ray_thread.py` calls it for an event loop. This module changes these defaults of Ray 2.60:
 
-    Ray by default                          here
-    takes SIGTERM and SIGINT                `signals_kept` gives the handlers back to the caller
-    starts by itself when it is used        only by `start`: else a call after Ray's death would
-                                            start another Ray, with a dashboard
-    writes a token into the home folder     a token of this process, in its environment: a container
-                                            may have no home folder
-    kills workers when memory gets short    off: it counts the page cache of the weights as used
-    HAProxy has its port for itself         it shares the port with the listener that answers /ping
-                                            while the model loads
-    starts workers when a driver connects   with the raylet, so that they import meanwhile
-    ends idle workers beyond one per CPU    keeps those that are started in advance: one of them has
-                                            imported what the replica needs
+    Ray's default                           here
+    replaces SIGTERM's and SIGINT's         `signals_kept` restores the caller's handlers
+    handlers
+    starts by itself when it is used        starts only in `start`; otherwise a call after Ray's
+                                            death would start another Ray, with a dashboard
+    writes a token into the home folder     a token of this process, in its environment, because a
+                                            container may have no home folder
+    kills workers if memory is short        off: it counts the page cache of the weights as used
+    HAProxy does not share its port         it shares the port with the listener that answers /ping
+                                            while the model is loading
+    starts workers when a driver connects   starts them with the raylet, so that they import earlier
+    ends idle workers beyond one per CPU    keeps the workers that are started in advance: one of
+                                            them has imported the replica's libraries
     sends usage statistics                  off
-    serve.shutdown, ray.shutdown at the     all processes are killed: Serve's shutdown takes half a
-    end                                     minute, and waits for a model that loads
+    serve.shutdown, ray.shutdown at the     kills all processes: Serve's shutdown takes half a
+    end                                     minute, and waits for a model that is loading
 
-tests/node/test_cluster.py holds the start and the signals, tests/faults the ends.
+tests/node/test_cluster.py checks the start and the signals, tests/faults the ends.
 """
 
 import contextlib

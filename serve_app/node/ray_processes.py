@@ -4,19 +4,19 @@ Ray 2.60 runs on one machine as a tree of processes:
 
     this process, Ray's "driver"
       gcs_server          the cluster's state: nodes, actors
-      raylet              this machine: starts workers, holds their resources
+      raylet              manages this machine: starts workers and assigns resources
         ray::...          workers: Serve's controller, its proxies, and the replica with the model
-          haproxy         takes the server's requests
+          haproxy         receives the server's requests
         agents            runtime environments
       log_monitor
 
-What Ray does when one of them is killed, as observed:
+Observed effects if one of them is killed:
 
-    raylet      The replica lives and answers for half a minute, until the GCS notices. It is an
-                orphan then. This process adopts orphans (`processes.adopt_orphans`), so that they
-                stay below it and `kill` finds them.
-    GCS         Running calls hang, the driver spins, and after 60 s Ray ends the driver, which is
-                this process. So the caller of `lost` ends Ray earlier.
+    raylet      The replica, now an orphan, answers for half a minute, until the GCS notices. This
+                process adopts orphans (`processes.adopt_orphans`), so that they stay below it and
+                `kill` finds them.
+    GCS         Running calls hang, the driver uses a whole core, and after 60 s Ray ends the
+                driver, which is this process. So the caller of `lost` ends Ray earlier.
     driver      GCS and raylet end with it, and the replica 3 s later. Ray's agents would wait a
                 minute for the GCS; `reaper.py` ends all of them at once.
 

@@ -1,13 +1,13 @@
-"""The thread that calls Ray's blocking functions for an event loop.
+"""A thread that calls Ray's blocking functions for an event loop.
 
-Ray starts its processes so that the kernel ends them together with the thread that started them
-(PR_SET_PDEATHSIG; it is about threads, not processes). An event loop's own threads end with the
-loop, before the last jobs are answered. So this module has one thread that lives as long as the
-process. `serve_http` needs none: it calls Ray in the main thread.
+The kernel ends Ray's processes together with the thread that started them (PR_SET_PDEATHSIG, which
+applies to threads, not processes). The threads of an event loop end with the loop, before the last
+jobs are answered. So this module has one thread that lives as long as the process. `serve_http`
+needs none, because it calls Ray in the main thread.
 
-When a process of Ray dies, the call under way may never return. The thread is then abandoned: the
-next call gets a new one, and `ended` ends the process without waiting for the old one.
-tests/faults/test_worker.py and tests/faults/test_eager.py hold this.
+If a process of Ray dies, the running call may never return. The thread is then abandoned: the next
+call gets a new one, and `ended` ends the process without waiting for the old one.
+tests/faults/test_worker.py and tests/faults/test_eager.py check this.
 """
 
 import asyncio

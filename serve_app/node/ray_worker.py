@@ -1,19 +1,19 @@
-"""The program of Ray's worker processes on this machine: Ray's own one, after some imports.
+"""The program of Ray's worker processes on this machine: some imports, then Ray's own program.
 
-By default the raylet starts `default_worker.py` of Ray for each worker process. That registers with
-Ray at once, waits, becomes whatever actor needs a process first, and only then imports what the
-actor needs: for a replica torch and our model, several seconds. `head.py` makes the raylet start
-this program instead, for the three processes that it starts in advance:
+By default the raylet starts Ray's `default_worker.py` for each worker process. It registers with
+Ray at once, waits, becomes the next actor that needs a process, and only then imports the actor's
+modules: for a replica torch and our model, which takes several seconds. `head.py` makes the raylet
+start this program instead:
 
-    first one      imports a replica's libraries, then registers
-    the others     register at once; they become Serve's controller and proxy meanwhile
+    the first process    imports a replica's libraries, then registers
+    the others           register at once and become Serve's controller and proxies
 
-So the process that is left for the replica has its libraries already. If Ray takes another process
-for the replica, that one imports them itself, as by default. The processes agree on who is first
-by a file in the folder of Ray's session.
+So the process for the replica has already imported its libraries. If Ray uses another process for
+the replica, that one imports them itself, as by default. The processes use a file in the folder of
+Ray's session to decide which one is the first.
 
-No GPU is touched: Ray sets the replica's CUDA_VISIBLE_DEVICES later, before CUDA starts.
-tests/node/test_ray_worker.py holds this.
+No GPU is used here: Ray sets the replica's CUDA_VISIBLE_DEVICES later, before CUDA starts.
+tests/node/test_ray_worker.py checks this.
 """
 
 import importlib

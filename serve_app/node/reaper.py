@@ -20,7 +20,8 @@ from serve_app.machine import processes
 
 
 def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
-    """Returns the reaper of this process and its descendants with `mark`, or a file in `folder`."""
+    """Starts a reaper for this process and its descendants with `mark`, or with a file in
+    `folder`."""
     command = [sys.executable, "-m", __spec__.name, mark, folder]
     home = Path(__file__).parents[2]
     # A session of its own, so that a signal to the parent's process group does not end it.

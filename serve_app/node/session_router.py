@@ -1,12 +1,10 @@
-"""Serve's router for a deployment handle: a conversation's calls go to one of several replicas.
+"""SessionRouter: sends all calls of a conversation through a deployment handle to the same replica.
 
-Ray Serve imports `SessionRouter` by its path, `ROUTER["request_router_class"]`. It is Serve's
-`ConsistentHashRouter`, which chooses a replica by the handle's `session_id`, with the bound of
-`protocol/session.py` added: Serve's class leaves a replica only when that refuses a request, and a
-replica refuses none before 20,000.
-
-Serve's HAProxy mode refuses a router of a deployment that takes HTTP requests itself, so only a
-deployment without HTTP has it.
+Ray Serve imports `SessionRouter` by its path, `ROUTER["request_router_class"]`. It extends Serve's
+`ConsistentHashRouter`, which chooses a replica by the handle's `session_id`, with the load limit of
+`protocol/session.py`: Serve's class avoids a replica only if it refuses a request, which a replica
+does from 20,000 requests on. Serve's HAProxy mode does not support a router in a deployment that
+serves HTTP itself, so only a deployment without HTTP uses it.
 """
 
 import asyncio
@@ -24,7 +22,8 @@ ROUTER = {
 
 
 def __getattr__(name: str) -> Any:
-    """Makes `SessionRouter` when it is first asked for; importing this module imports no Ray."""
+    """Creates `SessionRouter` at its first use, so that importing this module does not import
+    Ray."""
     if name != "SessionRouter":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = _router_class()
@@ -35,16 +34,17 @@ def _router_class() -> type[Any]:
     from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
     class SessionRouter(ConsistentHashRouter):  # type: ignore[misc]
-        """Serve's router with bounded loads."""
+        """Serve's router with a load limit per replica."""
 
         async def choose_replicas(
             self, candidate_replicas: list[Any], pending_request: Any = None
         ) -> list[list[Any]]:
-            """Ranks of one replica each, in the order of the hash; those that are full come last.
+            """Returns ranks of one replica each, in the order of hashes; replicas at the limit come
+            last.
 
-            Replicas' loads are the requests that this router has sent and that have not ended. A
-            replica of which it has heard nothing for 10 s counts as empty, and Serve asks it for
-            its load before it sends a request.
+            A replica's load is the number of unfinished requests that this router has sent to it. A
+            replica that has reported nothing for 10 s counts as empty; Serve queries its load
+            before sending a request.
             """
             # The requests of the choices before are sent meanwhile, and count then.
             await asyncio.sleep(0)

@@ -1,19 +1,19 @@
 """RunPod jobs: takes them from the platform, answers them with the model, and posts the results.
 
-Read `start.py` first, which puts the parts together. A job then passes
+Read `start.py` first, which connects the parts. A job then passes these modules:
 
-    poll         brings jobs
-    job_loop     runs each in a task, stops those that the platform names, and drains at the end
-    in_flight    remembers it until it is answered
-    job          reads its `input` as a `Call` of the HTTP API
-    handler      calls the model; turns an exception into the error of a failed job
-    buffer       reads a stream of the model ahead while a post is under way
+    poll         requests jobs from the platform
+    job_loop     runs each job in a task, stops those that the platform names, and drains at the end
+    in_flight    records the job until it is answered
+    job          converts its `input` to a `Call` of the HTTP API
+    handler      calls the model; converts an exception to the error of a failed job
+    buffer       reads the model's stream ahead while a post is running
     output       merges its chunks, and writes each as JSON once
     job_log      logs its start and its end
-    result       its output or error as a whole, within the platform's size limit
-    posts        posts progress, chunks, and the result until the platform has it
+    result       the whole output or error, within the platform's size limit
+    posts        posts progress, chunks, and the result until the platform acknowledges it
 
-One delivery of a job passes these states:
+The states of one delivery of a job:
 
     taken -> running -> posting its result -> acknowledged
        |        |          |-> given up      after 5 minutes, or at the end of a drain
@@ -21,16 +21,15 @@ One delivery of a job passes these states:
        |        |          |                 post ends, and the new delivery runs
        |        |-> stopped                  the platform names it; nothing is posted
        |        |-> refused -> posting       a drain cuts it
-       |-> kept                              an earlier delivery runs; it runs if that is stopped
-       |-> dropped                           its output was acknowledged lately
+       |-> kept                              an earlier delivery runs; this one runs if that is
+       |                                     stopped
+       |-> dropped                           its output was acknowledged a moment ago
 
-`in_flight` decides what becomes of a delivery, `job_loop` moves it on, and `posts` ends it.
-`handler` retries the call to the model once within "running", if the model dies before the job has
-output.
+`in_flight` decides about a delivery, `job_loop` runs it, and `posts` ends it. In the state
+"running", `handler` calls the model once more if it dies before the job has output.
 
-`supervisor` starts the model for all jobs that wait, and once more when it dies; `progress` posts
-updates meanwhile. `sdk` is RunPod's SDK, whose loop drives `job_loop`. `drain` and `backoff` keep
-time. `local` runs jobs without a platform, for the command line and for `local_handler`, the
-function that scripts and unit tests call. The model itself runs in Ray,
-which `serve_app.node` starts.
+`supervisor` starts the model for all waiting jobs, and once more if it dies; `progress` posts
+updates in the meantime. `sdk` is RunPod's SDK, whose loop drives `job_loop`. `drain` and `backoff`
+compute times. `local` runs jobs without a platform, for the command line and for `local_handler`, a
+function for scripts and unit tests. The model itself runs in Ray, which `serve_app.node` starts.
 """

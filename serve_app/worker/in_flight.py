@@ -1,14 +1,14 @@
-"""In-flight jobs: those taken from the platform and not yet answered or stopped.
+"""In-flight jobs: jobs that were taken from the platform and are not yet answered or stopped.
 
 The platform may deliver a job again under the same id, by mistake or because a client retries it.
-What happens depends on the earlier delivery:
+The effect of a later delivery depends on the earlier one:
 
     it runs, or its output is being posted     the later one is kept; it runs if the earlier one is
                                                stopped, and is dropped if that one is answered
     its failure is being posted                the platform has the failure, so a client retries the
                                                job: it runs now, and the post is not repeated
-    its output was acknowledged lately         the later one is dropped; it runs if a stop follows,
-                                               which says that the platform did not take the output
+    its output was acknowledged a moment ago   the later one is dropped; it runs if a stop follows,
+                                               because then the platform did not accept the output
     otherwise                                  it runs
 """
 

@@ -1,10 +1,10 @@
 """Takes jobs and runs each in a task until its result is posted; drains at the end.
 
-take    a poll brings as many jobs as there are free slots; a job takes a slot for each prompt of
-        its list, and starts at once
-stop    a stopped job is cancelled, one that still waits too, and its slot is free
-drain   after SIGTERM or `end` running jobs finish or are refused in time, and so are those that
-        the open poll still brings
+take    a poll requests as many jobs as there are free slots; a job uses one slot for each
+        prompt of its list, and starts at once
+stop    a stopped job is cancelled, even if it still waits, and its slots are free
+drain   after SIGTERM or `end`, running jobs finish or are refused in time, and so are those
+        that the open poll still returns
 """
 
 import asyncio

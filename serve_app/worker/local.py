@@ -1,7 +1,8 @@
 """Runs jobs on this machine: `--test_input '{"input": {...}}'`, or `./test_input.json`.
 
-Prints what the platform would have as the job's output, as JSON on a line of standard output. The
-SDK's own local mode runs no generator handler: it prints the generator's name and reports success.
+Prints the output that the platform would show for the job, as one line of JSON on standard output.
+The SDK's own local mode does not run a generator handler: it prints the generator's name and
+reports success.
 
 `answer_lines` is the process behind `local_handler`: it answers a job for each line of standard
 input.

@@ -1,8 +1,9 @@
-"""A job's output: chunks that came together are merged, and each value is written as JSON once.
+"""A job's output: chunks that are ready together are merged, and each value is written as JSON
+once.
 
-The SDK posts every chunk alone, which caps a stream at one token per round trip. Here a post
-carries every chunk that came while the last one was under way. The bytes of a value are posted as
-a chunk and kept for the job's result.
+The SDK posts every chunk separately, which limits a stream to one token per round trip. Here a post
+contains all chunks since the previous post. The bytes of a value are posted as a chunk and kept for
+the job's result.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Posts of one job to the platform: progress updates, chunks, and the result.
 
-The SDK repeats a post after a 5xx alone, and loses a result to a reset connection, a timeout or a
+The SDK repeats a post only after a 5xx, and loses a result after a reset connection, a timeout or a
 4xx. Here a result is posted until it is acknowledged.
 """
 

@@ -1,10 +1,10 @@
-"""RunPod's SDK: its import, its fitness checks, and its loop with our functions in it.
+"""RunPod's SDK: its import, its fitness checks, and its loop with our functions.
 
-The SDK keeps its checks and its heartbeat. `SdkLoop` replaces what loses jobs: polls without a
-pause, a queue of jobs that is dropped at the end, and posts that are not repeated.
+The SDK's checks and heartbeat are used unchanged. `SdkLoop` replaces the parts that lose jobs:
+polls without a pause, a queue of jobs that is dropped at the end, and posts that are not repeated.
 
-This package imports the SDK in this module alone. Its version is pinned;
-`tests/worker/test_sdk_contract.py` holds what is relied on here.
+Only this module imports the SDK. Its version is pinned; `tests/worker/test_sdk_contract.py` checks
+the properties that this module relies on.
 """
 
 import asyncio

@@ -1,14 +1,14 @@
-"""Starts the model once for all jobs that wait for it, and once more when it dies.
+"""StartupSupervisor: starts the model once for all waiting jobs, and once more if it dies.
 
     idle -> loading -> ready
-               |         |-> loading again     after what is left of it was stopped
+               |         |-> loading again     after the rest of the old model was stopped
                |-> failed -> loading           a first start: the next job tries again, unless the
                |                               cause is final
                |-> given up                    a restart: every job fails with the cause, and the
                                                worker ends
 
-A model that dies a second time before it has answered a job is given up too: each start costs
-minutes, and the cause that killed it twice is still there.
+A model that dies a second time before it has answered a job is given up too: each start takes
+minutes, and the cause of both deaths is probably still there.
 """
 
 import asyncio

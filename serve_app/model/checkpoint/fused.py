@@ -38,7 +38,7 @@ CHECKSUMS = "crc32"
 VERSION = "version"
 """Key of a file's metadata: the version of the form; version 1 did not write it."""
 SOURCE = "source"
-"""Key of a file's metadata: what it was converted from, see `convert.py`."""
+"""Key of a file's metadata: the fingerprint of its source, see `convert.py`."""
 KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET = "source_absmax", "nested_absmax", "nested_offset"
 """Tensors with the source's absmax of a weight if it is not bfloat16, and the tables of a nested
 one."""

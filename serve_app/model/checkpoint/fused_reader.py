@@ -32,7 +32,7 @@ cores."""
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of one file that are read at once."""
+    """Bytes of one file that are read with one call."""
 
     file: Path
     descriptor: int

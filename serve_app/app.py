@@ -142,8 +142,8 @@ def _replica_class(load: Load) -> type[Any]:
             if not settings.api.needs_key and ray.is_initialized():
                 # A thread, because Serve's controller is asked.
                 threading.Thread(target=warn_if_open, name="exposure", daemon=True).start()
-            # What the load has made stays until the end. Looking through it for garbage took 350 ms
-            # of every thread, whenever a large answer had made many objects.
+            # The objects of the load live until the end. Garbage collection of them blocked all
+            # threads for 350 ms, whenever a large answer had created many objects.
             gc.freeze()
 
         def check_health(self) -> None:

@@ -146,7 +146,7 @@ class _Exchange:
             async with asyncio.timeout(self._scope[ARRIVED] + limit_s - time.monotonic()):
                 message = await self._receive()
         except TimeoutError:
-            self._is_small = False  # what is left of it may never come
+            self._is_small = False  # the rest of it may never arrive
             await self.refuse(RequestTooSlow("The body did not arrive in time; send it faster."))
             return {"type": "http.disconnect"}
         num_bytes = len(message.get("body", b""))

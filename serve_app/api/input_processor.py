@@ -149,7 +149,7 @@ class InputProcessor:
             self.engine.check(prompt_ids, params)
         if num_prompt_logprobs is not None:
             params = replace(params, prompt_logprobs=num_prompt_logprobs)
-        # An answer that scores its prompt computes it whole.
+        # An answer that scores its prompt computes the whole prompt itself.
         is_shared = count > 1 and num_prompt_logprobs is None
         shared_prompt = SharedPrompt() if is_shared else None
         called = [] if tools is None else [tool.name for tool in tools.callable]

@@ -1,8 +1,8 @@
 """The ids of a request in the headers of its response.
 
-    x-mixtral-request-id    our id, which is also in the body, the error and the log
-    x-request-id            the client's id, or ours if it sent none
-    request-id              our id, only below `/v1/messages`, for Anthropic's clients
+x-mixtral-request-id    our id, which is also in the body, the error and the log
+x-request-id            the client's id, or ours if it sent none
+request-id              our id, only below `/v1/messages`, for Anthropic's clients
 """
 
 import logging

@@ -111,7 +111,7 @@ def _read() -> str | None:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except KeyboardInterrupt:
-            print()  # drops what was typed, as a shell does
+            print()  # drops the typed line, as a shell does
         except EOFError:
             if sys.stdin.isatty():
                 print()  # leaves the line of the prompt

@@ -44,7 +44,7 @@ def remove(folder: Path) -> None:
 
 def _remove_stale(prefix: str) -> None:
     for lock in Path(ROOT).glob(f"{prefix}*/{LOCK}"):
-        # /tmp belongs to everybody: what others put there is left alone.
+        # Other users may have put files into /tmp; those are skipped.
         with contextlib.suppress(OSError):
             if lock.parent.is_symlink() or lock.parent.stat().st_uid != os.geteuid():
                 continue

@@ -98,7 +98,9 @@ class MixtralConfig:
                 f"`num_local_experts` ({self.num_local_experts})."
             )
         for key in ("hidden_size", "intermediate_size"):
-            if getattr(self, key) % 8:  # the grouped matrix products of torch want whole 16 bytes
+            if (
+                getattr(self, key) % 8
+            ):  # torch's grouped matrix products need rows of whole 16 bytes
                 raise ModelLoadFailed(
                     f"config.json: `{key}` ({getattr(self, key)}) must be a multiple of 8."
                 )

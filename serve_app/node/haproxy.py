@@ -81,7 +81,7 @@ class Proxy:
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + NUM_REPLICA_PORTS),
             "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": f"{__name__}:expect_one_machine",
-            # No HAProxy on another node must hear that a replica ends.
+            # There is no HAProxy on another node that would need time to learn that a replica ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         }
         for name, value in variables.items():

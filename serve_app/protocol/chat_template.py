@@ -70,7 +70,7 @@ class ChatTemplate:
             try:
                 return self._fill(messages=messages, add_generation_prompt=add_generation_prompt)
             except Exception:
-                pass  # what is wrong is told where the merged conversation fails too
+                pass  # if the merged conversation fails too, its error is raised below
         try:
             return self._merged(messages, add_generation_prompt)
         except _Refused as refused:

@@ -9,6 +9,7 @@ end with it.
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
@@ -31,11 +32,20 @@ class RayMetrics:
         threading.Thread(target=self._run, name="ray metrics", daemon=True).start()
 
     def copy(self) -> None:
-        """Sets every gauge to the current value of its series."""
+        """Sets every gauge to the current value of its series.
+
+        Ray may export at any time. An export between two buckets of a histogram makes a quantile
+        wrong, so the values are collected first, and then set without giving way to other threads.
+        """
+        values = []
         for family in self._families():
             for sample in family.samples:
                 gauge = self._gauge(sample.name, family.documentation, tuple(sample.labels))
-                gauge.set(sample.value, tags=dict(sample.labels))
+                values.append((gauge, sample.value, dict(sample.labels)))
+        # Python lets a thread run for 5 ms after it has waited for its turn; this takes 2 ms.
+        time.sleep(0)
+        for gauge, value, labels in values:
+            gauge.set(value, tags=labels)
 
     def _gauge(self, name: str, help: str, labels: tuple[str, ...]) -> "Gauge":
         from ray.serve.metrics import Gauge

@@ -70,6 +70,7 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
     model = model_of(Quantization("nf4", "bfloat16"), torch.float16)
     step = PromptStep.verified(model, cache_of(model), 8)
     assert isinstance(step._products, UnpackedProducts)
+    assert "products in kernels, with the weights of 8 experts as floats" in step.note
     mlp = UnpackedProducts.mlp
     monkeypatch.setattr(UnpackedProducts, "mlp", lambda self, i, x: mlp(self, i, x) * -1)
     step = PromptStep.verified(model, cache_of(model), 8)

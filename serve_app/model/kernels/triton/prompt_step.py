@@ -79,7 +79,10 @@ class PromptStep:
             unpacked = UnpackedProducts(model, experts_at_once)
             self._require_agreement(unpacked)
             self._products = unpacked
-            self.note = "attention, routing and products in kernels"
+            self.note = (
+                "attention, routing and products in kernels, with the weights of "
+                f"{experts_at_once} experts as floats at a time"
+            )
         except StepUnavailable as reason:
             self.note += f": {reason}"
         if model.products is None:

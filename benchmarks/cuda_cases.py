@@ -1,4 +1,4 @@
-"""Cases of `benchmarks.kernels` for the CUDA kernels of 4-bit products."""
+"""Cases of `benchmarks.kernels` for the CUDA kernels of 4-bit products and attention."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -6,19 +6,29 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_cases import TOKENS, Case, Shapes, bytes_of, routing
+from benchmarks.kernel_cases import (
+    CONTEXTS,
+    TOKENS,
+    AttentionInputs,
+    Case,
+    Shapes,
+    bytes_of,
+    routing,
+)
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel
+from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, StepKernels
 from serve_app.model.kernels.cuda.use_kernels import card_of, tiled
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.quantize import code_values
 
 
 def makers(
     shapes: Shapes, card: Card | None = None, make: MakeKernel | None = None
 ) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
-    """Returns functions that create the cases of each product. `card` and `make` default to the
+    """Returns functions that create the cases of each kernel. `card` and `make` default to the
     device's."""
     config = shapes.config
     card = card or card_of(shapes.device)
@@ -41,6 +51,7 @@ def makers(
         "down (cuda)": partial(down, products),
         "qkv (cuda)": partial(dense, products, "qkv", config.hidden_size, qkv),
         "o (cuda)": partial(dense, products, "o", config.q_size, (config.hidden_size,)),
+        "attention (cuda)": partial(attention, StepKernels(config, card, make)),
     }
 
 
@@ -102,3 +113,21 @@ def dense(
                 products.dense(one, x, y)
 
         yield f"{name} (cuda)", tokens, None, bytes_of(matrices[0]), len(weights), work
+
+
+def attention(
+    kernels: StepKernels, shapes: Shapes, sizes: tuple[tuple[int, int], ...] = CONTEXTS
+) -> Iterable[Case]:
+    for rows, context in sizes:
+        of = AttentionInputs.random(shapes, rows, context)
+        memory = AttentionMemory(shapes.config, rows, shapes.device)
+        numbers = of.lens.long() - 1
+        batch = DecodeBatch(numbers, numbers, numbers, of.lens, of.tables)
+
+        def work(
+            of: AttentionInputs = of, batch: DecodeBatch = batch, memory: AttentionMemory = memory
+        ) -> None:
+            for keys, values in of.pages:
+                kernels.attention(of.queries, keys, values, batch, memory, of.result)
+
+        yield "attention (cuda)", rows, context, of.num_bytes, len(of.pages), work

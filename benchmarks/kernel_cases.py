@@ -169,29 +169,48 @@ def dense(
     return found
 
 
+@dataclass(frozen=True)
+class AttentionInputs:
+    """Random inputs of attention for rows of one context length."""
+
+    pages: list[list[Tensor]]
+    """Keys and values of each layer, `[blocks, BLOCK_SIZE, KV heads, D]`."""
+    num_bytes: float
+    """Bytes of the rows' keys and values in a layer."""
+    tables: Tensor
+    """int32 `[rows, blocks of a row]`"""
+    lens: Tensor
+    """int32 `[rows]`"""
+    queries: Tensor
+    """`[rows, heads, D]`"""
+    result: Tensor
+    """`[rows, heads * D]`, to be filled."""
+
+    @classmethod
+    def random(cls, shapes: Shapes, rows: int, context: int) -> "AttentionInputs":
+        config, device, dtype = shapes.config, shapes.device, shapes.dtype
+        width = -(-context // BLOCK_SIZE)
+        page = (rows * width, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
+        num_bytes = 2.0 * rows * context * config.kv_size * dtype.itemsize
+        pages = [
+            [torch.randn(page, device=device).to(dtype) for _ in range(2)]
+            for _ in range(shapes.rounds(num_bytes))
+        ]
+        tables = torch.randperm(rows * width, device=device).int().view(rows, width)
+        lens = torch.full((rows,), context, dtype=torch.int32, device=device)
+        heads = (rows, config.num_attention_heads, config.head_dim)
+        queries = torch.randn(heads, device=device).to(dtype)
+        return cls(pages, num_bytes, tables, lens, queries, torch.empty_like(queries).flatten(1))
+
+
 def attention(shapes: Shapes, rows: int, context: int) -> Case:
     from serve_app.model.kernels.triton.paged_attention import PagedAttention
 
-    config, device = shapes.config, shapes.device
-    width = -(-context // BLOCK_SIZE)
-    page = (rows * width, BLOCK_SIZE, config.num_key_value_heads, config.head_dim)
-    num_bytes = (
-        2.0 * rows * context * config.num_key_value_heads * config.head_dim * shapes.dtype.itemsize
-    )
-    pages = [
-        [torch.randn(page, device=device).to(shapes.dtype) for _ in range(2)]
-        for _ in range(shapes.rounds(num_bytes))
-    ]
-    tables = torch.randperm(rows * width, device=device).int().view(rows, width)
-    lens = torch.full((rows,), context, dtype=torch.int32, device=device)
-    queries = torch.randn(rows, config.num_attention_heads, config.head_dim, device=device).to(
-        shapes.dtype
-    )
-    result = queries.new_empty(rows, config.num_attention_heads * config.head_dim)
-    kernel = PagedAttention(config.num_attention_heads, pages[0][0], None, rows)
+    of = AttentionInputs.random(shapes, rows, context)
+    kernel = PagedAttention(shapes.config.num_attention_heads, of.pages[0][0], None, rows)
 
     def work() -> None:
-        for keys, values in pages:
-            kernel(queries, keys, values, tables, lens, result)
+        for keys, values in of.pages:
+            kernel(of.queries, keys, values, of.tables, of.lens, of.result)
 
-    return "attention", rows, context, num_bytes, len(pages), work
+    return "attention", rows, context, of.num_bytes, len(of.pages), work

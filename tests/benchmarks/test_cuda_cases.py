@@ -1,14 +1,19 @@
 """The benchmark's cases for the CUDA kernels, with kernels that write down their arguments."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks.cuda_cases import makers
 from benchmarks.kernel_cases import Shapes
 from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.quantization import Quantization
+from tests.model.kernels.cuda.emulator import has_compiler
+from tests.model.kernels.cuda.host_kernels import HostKernels
 from tools.random_model import config_of
 
 
@@ -35,8 +40,9 @@ def test_each_case_launches_a_product_of_its_size() -> None:
         "o (cuda)": (2048, 2048, (5, 2048)),
     }
     made = makers(shapes, Card(90, 1), Recorded)
-    assert made.keys() == expected.keys()
-    for name, make in made.items():
+    assert made.keys() == {*expected, "attention (cuda)"}
+    for name in expected:
+        make = made[name]
         (case,) = make(shapes, sizes=(5,))  # type: ignore[call-arg]
         launches.clear()
         case[-1]()
@@ -48,3 +54,21 @@ def test_each_case_launches_a_product_of_its_size() -> None:
             assert codes.shape[1:] == (rows, columns // 2)
             assert absmax.shape[1:] == (rows, columns // 64)
             assert x.shape[1] == columns
+
+
+@pytest.mark.skipif(not has_compiler(), reason="g++ compiles the kernels for the host")
+def test_the_case_of_attention_fills_its_result(tmp_path: Path) -> None:
+    """The source run on the host gives what torch's attention gives over the last layer's pages."""
+    config = replace(config_of(tiny=True, layers=1), num_key_value_heads=4, head_dim=64)
+    how = Quantization("nf4", "bfloat16")
+    shapes = Shapes(config, how, torch.bfloat16, torch.device("cpu"), layers=2, min_bytes=0)
+    make = makers(shapes, Card(90, 1), HostKernels(tmp_path))["attention (cuda)"]
+    (case,) = make(shapes, sizes=((2, 70),))  # type: ignore[call-arg]
+    assert case[:4] == ("attention (cuda)", 2, 70, 2 * 2 * 70 * 4 * 64 * 2)
+    case[-1]()
+    of = case[-1].__defaults__[0]  # type: ignore[attr-defined]
+    pages = (page[of.tables.long()].flatten(1, 2)[:, :70] for page in of.pages[-1])
+    keys, values = (page.transpose(1, 2).repeat_interleave(2, 1).float() for page in pages)
+    queries = of.queries.float()[:, :, None]
+    expected = F.scaled_dot_product_attention(queries, keys, values).flatten(1)
+    assert (of.result - expected).norm() < 1e-2 * expected.norm()

@@ -1,7 +1,6 @@
 """The benchmark's cases for the CUDA kernels, with kernels that write down their arguments."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,12 +56,12 @@ def test_each_case_launches_a_product_of_its_size() -> None:
 
 
 @pytest.mark.skipif(not has_compiler(), reason="g++ compiles the kernels for the host")
-def test_the_case_of_attention_fills_its_result(tmp_path: Path) -> None:
+def test_the_case_of_attention_fills_its_result() -> None:
     """The source run on the host gives what torch's attention gives over the last layer's pages."""
     config = replace(config_of(tiny=True, layers=1), num_key_value_heads=4, head_dim=64)
     how = Quantization("nf4", "bfloat16")
     shapes = Shapes(config, how, torch.bfloat16, torch.device("cpu"), layers=2, min_bytes=0)
-    make = makers(shapes, Card(90, 1), HostKernels(tmp_path))["attention (cuda)"]
+    make = makers(shapes, Card(90, 1), HostKernels())["attention (cuda)"]
     (case,) = make(shapes, sizes=((2, 70),))  # type: ignore[call-arg]
     assert case[:4] == ("attention (cuda)", 2, 70, 2 * 2 * 70 * 4 * 64 * 2)
     case[-1]()

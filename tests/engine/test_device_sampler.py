@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class Every:
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
+def make() -> Make:
     """Samplers with the kernel for the host; equal kernels are compiled once."""
     compiled: dict[tuple[object, ...], HostKernel] = {}
 
@@ -58,8 +57,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         def kernel(name: str, macros: Sequence[str], grid: Grid) -> HostKernel:
             key = (*macros, edit)
             if key not in compiled:
-                folder: Path = tmp_path_factory.mktemp("kernel")
-                compiled[key] = HostKernel(folder, name, macros, grid, edit)
+                compiled[key] = HostKernel(name, macros, grid, edit)
             compiled[key]._grid = grid
             return compiled[key]
 
@@ -270,12 +268,12 @@ def test_the_kernel_counts_what_it_samples(make: Make) -> None:
     assert sequence.sampler_state.tolist() == counts.tolist()
 
 
-def test_the_size_of_mixtral(tmp_path: Path) -> None:
+def test_the_size_of_mixtral() -> None:
     """32,000 tokens in the registers of 1,024 threads, and in parts."""
     kernels: list[HostKernel] = []
 
     def kernel(name: str, macros: Sequence[str], grid: Grid) -> HostKernel:
-        kernels.append(HostKernel(tmp_path, name, macros, grid))
+        kernels.append(HostKernel(name, macros, grid))
         return kernels[0]
 
     sampler = DeviceSampler(SampleKernel(32_000, 2, 3, CPU, kernel), 32_000, CPU)

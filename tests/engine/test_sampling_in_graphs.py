@@ -1,7 +1,6 @@
 """Decode steps whose graphs sample, by the GPU's kernel compiled for this machine."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,22 +22,20 @@ CPU = torch.device("cpu")
 MAX_ROWS = 32
 
 
-def sample_kernel(folder: Path, vocab_size: int, edit: Edit | None = None) -> SampleKernel:
+def sample_kernel(vocab_size: int, edit: Edit | None = None) -> SampleKernel:
     def make(name: str, macros: Sequence[str], grid: Grid) -> HostKernel:
-        return HostKernel(folder, name, macros, grid, edit)
+        return HostKernel(name, macros, grid, edit)
 
     return SampleKernel(vocab_size, MAX_ROWS, 1, CPU, make, threads=64, candidates=4)
 
 
 @pytest.mark.parametrize("can_overlap_steps", [False, True])
-def test_every_kind_of_request_gets_the_same(
-    pair: Pair, tmp_path: Path, can_overlap_steps: bool
-) -> None:
+def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool) -> None:
     """Tokens are those of the sampler in torch for any parameters, in batches that change."""
     launches = []
 
     def prepare(runner: ModelRunner) -> None:
-        kernel = sample_kernel(tmp_path, runner.vocab_size)
+        kernel = sample_kernel(runner.vocab_size)
         sampler = tried_sampler(kernel, runner.vocab_size, CPU)
         launch = sampler.launch
 
@@ -59,7 +56,7 @@ def test_every_kind_of_request_gets_the_same(
     assert len(set(launches)) > 3
 
 
-def test_a_wrong_kernel_is_not_used(tmp_path: Path) -> None:
+def test_a_wrong_kernel_is_not_used() -> None:
     """A kernel that takes the worst token in place of the best fails in its trial."""
 
     def edit(name: str, text: str) -> str:
@@ -68,4 +65,4 @@ def test_a_wrong_kernel_is_not_used(tmp_path: Path) -> None:
         return changed
 
     with pytest.raises(StepUnavailable, match="of 32 tokens differ from plain torch's"):
-        tried_sampler(sample_kernel(tmp_path, 300, edit), 300, CPU)
+        tried_sampler(sample_kernel(300, edit), 300, CPU)

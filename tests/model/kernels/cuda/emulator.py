@@ -1,8 +1,13 @@
 """Compiles a CUDA kernel's source for the host, with `emulated_intrinsics.cuh`, and runs it."""
 
 import ctypes
+import functools
+import hashlib
+import json
+import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -21,6 +26,9 @@ FAILURES = (
 )
 HERE = Path(__file__).parent
 COMMAND = ("g++", "-std=c++17", "-shared", "-fPIC", "-w", "-U_FORTIFY_SOURCE")
+CACHE = HERE.parents[3] / ".pytest_cache" / "d"
+"""Compiled kernels by the hash of their sources and options, for all processes and later runs:
+`host_kernels` by g++, `cubins` by NVRTC. `pytest --cache-clear` deletes them."""
 
 Edit = Callable[[str, str], str]
 """Changes a source, given its file's name."""
@@ -30,31 +38,47 @@ def has_compiler() -> bool:
     return shutil.which("g++") is not None
 
 
+@functools.cache
+def compiler_version() -> str:
+    return subprocess.run([COMMAND[0], "--version"], capture_output=True, text=True).stdout
+
+
+def compiled(files: dict[str, str], options: Sequence[str]) -> Path:
+    """The library of `entry.cpp` among `files`, texts by name; compiled unless `CACHE` has it."""
+    made_of = json.dumps([files, *COMMAND, *options, compiler_version()])
+    folder = CACHE / "host_kernels"
+    library = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        for name, text in files.items():
+            (Path(place) / name).write_text(text)
+        command = [*COMMAND, *options, "-o", "kernel.so", "entry.cpp"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=place)
+        assert done.returncode == 0, done.stderr
+        os.replace(Path(place) / "kernel.so", library)
+    return library
+
+
 class HostKernel:
     """A kernel of the host with the interface of `launcher.Kernel`."""
 
     def __init__(
-        self, folder: Path, name: str, macros: Sequence[str], grid: Grid, edit: Edit | None = None
+        self, name: str, macros: Sequence[str], grid: Grid, edit: Edit | None = None
     ) -> None:
-        """Compiles into the empty `folder`."""
+        files = {}
         for path in (*(SOURCES / header for header in HEADERS[1:]), SOURCES / f"{name}.cu"):
             text = path.read_text()
-            (folder / path.name).write_text(text if edit is None else edit(path.name, text))
-        shutil.copy(HERE / "emulated_intrinsics.cuh", folder / "intrinsics.cuh")
-        entry = folder / "entry.cpp"
-        entry.write_text(
+            files[path.name] = text if edit is None else edit(path.name, text)
+        files["intrinsics.cuh"] = (HERE / "emulated_intrinsics.cuh").read_text()
+        files["entry.cpp"] = (
             f'#include "{name}.cu"\n'
             'extern "C" int start(host::Launch *launch, u64 *values, host::Tensor *tensors) {\n'
             f"  return host::run({name}, *launch, values, tensors);\n}}\n"
         )
-        library = folder / "kernel.so"
-        defined = [f"-D{macro}" for macro in macros]
-        done = subprocess.run(
-            [*COMMAND, "-O2" if edit is None else "-O1", *defined, "-o", str(library), str(entry)],
-            capture_output=True,
-            text=True,
-        )
-        assert done.returncode == 0, done.stderr
+        level = "-O2" if edit is None else "-O1"
+        library = compiled(files, [level, *(f"-D{macro}" for macro in macros)])
         self._library, self._grid = ctypes.CDLL(str(library)), grid
         self.late: tuple[int, ...] = ()
         """Numbers of the arguments that the kernel before writes; they are NaN until the wait."""

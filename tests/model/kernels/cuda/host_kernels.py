@@ -1,7 +1,6 @@
 """Host kernels that are compiled when they are first launched, equal ones once."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from torch import Tensor
 
@@ -12,14 +11,12 @@ from tests.model.kernels.cuda.emulator import Edit, HostKernel
 class LaterKernel:
     """A `HostKernel` whose attributes can be set before it is compiled."""
 
-    def __init__(
-        self, folder: Path, name: str, macros: Sequence[str], grid: Grid, edit: Edit | None
-    ) -> None:
+    def __init__(self, name: str, macros: Sequence[str], grid: Grid, edit: Edit | None) -> None:
         self.name = name
         self.late: tuple[int, ...] = ()
         self.late_parts: tuple[Tensor, ...] = ()
         self.is_reversed = False
-        self._how = (folder, name, macros, grid, edit)
+        self._how = (name, macros, grid, edit)
         self._kernel: HostKernel | None = None
 
     def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
@@ -31,16 +28,14 @@ class LaterKernel:
 
 
 class HostKernels:
-    """A `MakeKernel` with kernels for the host in folders below `root`."""
+    """A `MakeKernel` with kernels for the host."""
 
-    def __init__(self, root: Path, edit: Edit | None = None) -> None:
-        self._root, self._edit = root, edit
+    def __init__(self, edit: Edit | None = None) -> None:
+        self._edit = edit
         self.made: dict[tuple[object, ...], LaterKernel] = {}
 
     def __call__(self, name: str, macros: Sequence[str], grid: Grid) -> LaterKernel:
         key = (name, *macros, grid)
         if key not in self.made:
-            folder = self._root / f"{len(self.made)}-{name}"
-            folder.mkdir(parents=True)
-            self.made[key] = LaterKernel(folder, name, macros, grid, self._edit)
+            self.made[key] = LaterKernel(name, macros, grid, self._edit)
         return self.made[key]

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,8 +29,8 @@ def config(**shape: int) -> MixtralConfig:
 class Bench:
     """Step kernels for the host."""
 
-    def __init__(self, root: Path, edit: Edit | None = None, **shape: int) -> None:
-        self.config, self.make = config(**shape), HostKernels(root, edit)
+    def __init__(self, edit: Edit | None = None, **shape: int) -> None:
+        self.config, self.make = config(**shape), HostKernels(edit)
         self.kernels = StepKernels(self.config, Card(90, 1), self.make)
 
     @contextmanager
@@ -59,7 +58,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def edited_error(
-    root: Path, compute: Callable[[Bench], float], file: str, old: str, new: str, **shape: int
+    compute: Callable[[Bench], float], file: str, old: str, new: str, **shape: int
 ) -> float:
     """What `compute` finds with one place of a source changed; infinite where a launch fails."""
 
@@ -68,6 +67,6 @@ def edited_error(
         return text.replace(old, new) if name == file else text
 
     try:
-        return compute(Bench(root, edit, **shape))
+        return compute(Bench(edit, **shape))
     except RuntimeError:
         return float("inf")

@@ -1,7 +1,6 @@
 """The source of decode attention, run on the host, beside float32."""
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,8 +95,8 @@ def attention_error(bench: Bench) -> float:
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    return Bench(tmp_path_factory.mktemp("kernels"))
+def bench() -> Bench:
+    return Bench()
 
 
 def test_it_equals_float32(bench: Bench) -> None:
@@ -111,9 +110,9 @@ def test_it_equals_float32(bench: Bench) -> None:
         bench.config = bench.kernels._config = whole
 
 
-def test_mixtrals_heads(tmp_path: Path) -> None:
+def test_mixtrals_heads() -> None:
     """Heads of 128, eight of which share a KV head."""
-    assert attention_error(Bench(tmp_path, **WIDE)) < ROUNDING
+    assert attention_error(Bench(**WIDE)) < ROUNDING
 
 
 def test_a_row_has_the_same_bits_in_any_batch(bench: Bench) -> None:
@@ -141,6 +140,6 @@ EDITS = {
 
 
 @pytest.mark.parametrize("case", EDITS.values(), ids=EDITS)
-def test_a_changed_index_is_found(tmp_path: Path, case: tuple[str, str, str]) -> None:
+def test_a_changed_index_is_found(case: tuple[str, str, str]) -> None:
     """A kernel with one index or condition changed does not pass."""
-    assert not edited_error(tmp_path, attention_error, *case) < 2 * ROUNDING
+    assert not edited_error(attention_error, *case) < 2 * ROUNDING

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -38,7 +37,7 @@ class _Later:
 
 
 @pytest.fixture(scope="module")
-def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+def make() -> Iterator[Make]:
     """Makes products of kernels for the host, from edited sources where asked; equal ones once."""
     with ThreadPoolExecutor(2) as pool:
         made: dict[tuple[object, ...], _Later] = {}
@@ -46,8 +45,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
         def kernel(edit: Edit | None, name: str, macros: Sequence[str], grid: Grid) -> _Later:
             key = (edit, name, *macros, grid)
             if key not in made:
-                folder: Path = tmp_path_factory.mktemp("kernel")
-                compile_it = partial(HostKernel, folder, name, macros, grid, edit)
+                compile_it = partial(HostKernel, name, macros, grid, edit)
                 made[key] = _Later(compile_it if edit else pool.submit(compile_it).result)
             return made[key]
 

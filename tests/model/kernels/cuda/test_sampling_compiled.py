@@ -12,6 +12,7 @@ from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.model.kernels.compiled import about, spills
+from tests.model.kernels.cuda.emulator import CACHE
 
 MAX_INSTRUCTIONS = 4600
 """Most instructions of the whole kernel. Nothing of it is in a cache when a step reaches it, so it
@@ -22,7 +23,7 @@ must be short."""
 def test_it_compiles_for_mixtrals_vocabulary(capability: int) -> None:
     """No register goes to memory, shared memory fits, and the code keeps its budget."""
     try:
-        compiler = Compiler(capability)
+        compiler = Compiler(capability, CACHE / "cubins")
     except StepUnavailable as reason:
         pytest.skip(str(reason))
     cubins = list[bytes]()

@@ -77,7 +77,7 @@ class Nothing:
 
 
 @pytest.fixture
-def make(tmp_path_factory: pytest.TempPathFactory) -> MakeKernel:
+def make() -> MakeKernel:
     """Kernels that are compiled for the host when they are launched; the trial has few tokens."""
     if not has_compiler():
         pytest.skip("g++ compiles the kernels for the host")
@@ -89,7 +89,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> MakeKernel:
 
         def launch(self, *arguments: Any, blocks: int | None = None) -> None:
             if self._kernel is None:
-                self._kernel = HostKernel(tmp_path_factory.mktemp("kernel"), *self._how)
+                self._kernel = HostKernel(*self._how)
             self._kernel.launch(*arguments, blocks=blocks)
 
     return Later

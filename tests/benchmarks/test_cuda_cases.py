@@ -1,5 +1,6 @@
 """The benchmark's cases for the CUDA kernels, with kernels that write down their arguments."""
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cuda_cases import makers
-from benchmarks.kernel_cases import Shapes
+from benchmarks.kernel_cases import AttentionInputs, Shapes
 from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.quantization import Quantization
 from tests.model.kernels.cuda.emulator import has_compiler
@@ -65,7 +66,7 @@ def test_the_case_of_attention_fills_its_result() -> None:
     (case,) = make(shapes, sizes=((2, 70),))  # type: ignore[call-arg]
     assert case[:4] == ("attention (cuda)", 2, 70, 2 * 2 * 70 * 4 * 64 * 2)
     case[-1]()
-    of = case[-1].__defaults__[0]  # type: ignore[attr-defined]
+    of: AttentionInputs = inspect.signature(case[-1]).parameters["of"].default
     pages = (page[of.tables.long()].flatten(1, 2)[:, :70] for page in of.pages[-1])
     keys, values = (page.transpose(1, 2).repeat_interleave(2, 1).float() for page in pages)
     queries = of.queries.float()[:, :, None]

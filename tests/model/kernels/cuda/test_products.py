@@ -111,6 +111,24 @@ def test_a_token_has_the_same_bits_in_any_batch(make: Make, matrices: dict[str, 
         assert torch.equal(first[alone], second)
 
 
+def test_bits_do_not_depend_on_the_tokens_of_an_expert(
+    make: Make, matrices: dict[str, Matrices]
+) -> None:
+    """Tokens whose expert has 36 tokens, and so a loop of four tiles, get the same bits as alone in
+    a loop of one."""
+    products, tokens = make(CARDS["H200"], only=GATE_UP), 37
+    x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for count in (36, 6):
+        order = torch.full((tokens * TOP_K,), -(10**6), dtype=torch.int32)
+        order[:count] = TOP_K * torch.arange(count)
+        starts = torch.tensor([0, 0, 0, count, count]).int()
+        out = torch.empty(tokens * TOP_K, ROWS[GATE_UP] // 2).bfloat16()
+        products.gate_up(matrices[GATE_UP].tiled, x, order, starts, out)
+        found.append(out[:6])
+    assert torch.equal(*found)
+
+
 def test_matrices_are_dequantized(make: Make, matrices: dict[str, Matrices]) -> None:
     """Some of a stack, in any order, to the nearest bfloat16; by one block and by two."""
     chosen = torch.tensor([3, 0])

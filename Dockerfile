@@ -15,13 +15,14 @@
 #   docker build --build-arg BAKE_MODEL=mistralai/Mixtral-8x7B-Instruct-v0.1 \
 #     --secret id=HF_TOKEN,env=HF_TOKEN -t mixtral-serve:baked .
 #
+# The last stage has what changes with the code in its last layers, so that a push after a change of
+# code is small. Stages before it make what it copies: the code's own changes repeat them, and a
+# result that is as before keeps its layer.
+#
 # The wheels carry CUDA's libraries, so a plain Python image is enough; the host brings the driver.
-FROM python:3.12-slim-bookworm
+FROM python:3.12-slim-bookworm AS dependencies
 
 ARG TORCH_INDEX_URL=""
-# The library that bitsandbytes loads where it is imported; it must match torch's CUDA. An empty
-# value is not allowed.
-ARG BNB_CUDA_VERSION=130
 
 # gcc: Triton builds its launchers at run time. tini: reaps Ray's children and passes signals on.
 # wget: KubeRay's probes call it. rsync: `ray up` copies files into the container with it.
@@ -37,41 +38,70 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements.txt
 
-COPY pyproject.toml README.md LICENSE ./
-COPY serve_app serve_app
-COPY runpod_entry.py ./
+# What pip has installed, as a CycloneDX bill of materials. The tool that writes it stays here.
+FROM dependencies AS bill
+RUN python -m venv /bill && /bill/bin/pip install --no-cache-dir cyclonedx-bom==7.5.0
+RUN /bill/bin/cyclonedx-py environment --output-reproducible --output-file /sbom.cdx.json \
+    "$(command -v python)"
+
+# In place: the entry runs from this folder, and so must what is compiled.
+FROM dependencies AS project
+COPY pyproject.toml README.md LICENSE runpod_entry.py ./
 COPY configs configs
 COPY cluster/ray cluster/ray
-# In place: the entry runs from this folder, and so must what is compiled.
+COPY serve_app serve_app
 RUN pip install --no-cache-dir --no-deps -e .
 
 # CUDA kernels, which a server would compile at its first start (7 s for each GPU): for compute
 # capabilities such as "8.9 9.0", or all that this build of CUDA knows.
+FROM project AS kernels
 ARG CUDA_CAPABILITIES=""
-RUN mixtral-serve kernels /home/serve/.cache/mixtral-serve/kernels $CUDA_CAPABILITIES \
-    && chown -R serve:serve /home/serve/.cache
+# hadolint ignore=SC2086 # one argument for each capability
+RUN mixtral-serve kernels /kernels $CUDA_CAPABILITIES
 
-# One layer, without the 93 GB that were downloaded.
+FROM project AS baking
 ARG BAKE_MODEL=""
+RUN mkdir /models
 RUN --mount=type=secret,id=HF_TOKEN \
     if [ -n "$BAKE_MODEL" ]; then \
-        export HF_HOME=/tmp/hub HF_TOKEN="$(cat /run/secrets/HF_TOKEN 2>/dev/null)" \
-        && mixtral-serve convert "$BAKE_MODEL" /models/baked && rm -rf /tmp/hub; \
+        HF_TOKEN="$(cat /run/secrets/HF_TOKEN 2>/dev/null || true)" && export HF_TOKEN \
+        && HF_HOME=/tmp/hub mixtral-serve convert "$BAKE_MODEL" /models/baked; \
     fi
+
+# The 4-bit copy alone, without the 93 GB that were downloaded. It can be an image of its own, which
+# a later build takes in place of this stage: it downloads and quantizes nothing.
+#
+#   docker build --build-arg BAKE_MODEL=... --secret ... --target weights -t YOU/mixtral-weights .
+#   docker build --build-arg BAKE_MODEL=... --build-context weights=docker-image://YOU/mixtral-weights .
+FROM scratch AS weights
+COPY --from=baking /models /models
+
+FROM dependencies
+COPY --from=bill /sbom.cdx.json /usr/share/doc/mixtral-serve/
+COPY --from=weights /models /models
+COPY --from=kernels --chown=serve:serve /kernels /home/serve/.cache/mixtral-serve/kernels
+COPY docker-entrypoint.sh /usr/local/bin/
+COPY --from=project /app ./
+RUN pip install --no-cache-dir --no-deps -e . \
+    && chown serve:serve . /home/serve/.cache /home/serve/.cache/mixtral-serve
+
+ARG BAKE_MODEL=""
+# The library that bitsandbytes loads where it is imported; it must match torch's CUDA. An empty
+# value is not allowed.
+ARG BNB_CUDA_VERSION=130
 # An empty value counts as unset. Clients keep the checkpoint's public name.
 ENV MODEL_NAME=${BAKE_MODEL:+/models/baked} \
     SERVED_MODEL_NAME=${BAKE_MODEL}
 
 # No folder for the volume: one that the image made would be there without a volume, too.
-RUN chown serve:serve /app
-COPY docker-entrypoint.sh /usr/local/bin/
-
+#
 # RUNPOD_SERVERLESS       true takes jobs; false serves HTTP on PORT
 # RUNPOD_*CHECK*          the SDK's checks import torch and open the GPU in the parent process
 # RUNPOD_LOG_LEVEL        the SDK's default, DEBUG, prints what users wrote and what they got
 # PYTORCH_ALLOC_CONF      segments that grow leave no holes; max_split_size_mb has no effect on them
 # RAYON_NUM_THREADS       small containers have small thread limits
 # RAY_memory_monitor_*    Ray counts the page cache of freshly read weights as memory in use
+# hadolint ignore=DL3064 # no secret: it takes TOKENIZERS_PARALLELISM for one
 ENV RUNPOD_SERVERLESS=true \
     SERVE_CONFIG=configs/runpod.yaml \
     RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true \

@@ -16,9 +16,11 @@ def sha(data: bytes) -> str:
 
 
 @contextmanager
-def serve(files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None) -> Iterator[str]:
-    """A hub whose repository "o/m" has `files`; its URL."""
-    handler = type("OneHub", (Hub,), {"files": files, "sizes": sizes or {}})
+def serve(
+    files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None, token: str = "good"
+) -> Iterator[str]:
+    """A hub whose repository "o/m" has `files`, and "o/gated" for those with `token`; its URL."""
+    handler = type("OneHub", (Hub,), {"files": files, "sizes": sizes or {}, "token": token})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
@@ -36,13 +38,14 @@ class Hub(BaseHTTPRequestHandler):
     files: Mapping[str, bytes]
     sizes: Mapping[str, int]
     """Sizes of files that are described but never downloaded."""
+    token: str
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if "/gated" in path and self.headers.get("Authorization") != "Bearer good":
+        if "/gated" in path and self.headers.get("Authorization") != f"Bearer {self.token}":
             return self._answer(403, b"", {"X-Error-Code": "GatedRepo"})
         if self.headers.get("Authorization") == "Bearer wrong":
             return self._answer(401, b"", {"X-Error-Message": "Invalid credentials"})
@@ -50,7 +53,7 @@ class Hub(BaseHTTPRequestHandler):
             return self._answer(500, b"")
         if "/o/" not in path:
             return self._answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        if path.endswith(("/revision/main", "/api/models/o/m")):
+        if path.endswith(("/revision/main", "/api/models/o/m", "/api/models/o/gated")):
             siblings = [{"rfilename": name, "size": size} for name, size in self._sizes().items()]
             model = {"id": "o/m", "sha": COMMIT, "siblings": siblings}
             return self._answer(200, json.dumps(model).encode())

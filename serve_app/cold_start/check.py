@@ -17,6 +17,7 @@ from serve_app.config.settings import ConfigError, Settings, unused_names, with_
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.generation import read_generation
 from serve_app.loading.load import load_tokenizer
+from serve_app.machine import own_folder
 from serve_app.model.footprint import parameters
 from serve_app.start_plan.hub import require_disk
 from serve_app.start_plan.machine_fit import require_memory
@@ -52,6 +53,7 @@ def check_config(path: str | Path) -> Settings:
 
 def check_start(path: str | Path, settings: Settings) -> Checked:
     """Plans the start and checks that this machine can run it. Raises the errors of `check`."""
+    own_folder.require_writable()
     with _variables_named():
         plan = plan_start(settings)
         about_plan = check_plan(settings, plan)

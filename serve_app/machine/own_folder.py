@@ -12,6 +12,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
+from serve_app.errors import MachineUnfit
+
 ROOT = "/tmp"
 """Not TMPDIR, because that may be long, and a socket's path is limited to about a hundred
 characters."""
@@ -21,11 +23,22 @@ _held: dict[Path, int] = {}
 """The open lock file of each folder."""
 
 
+def require_writable() -> None:
+    """Raises `MachineUnfit` where /tmp cannot be written, as on a read-only root."""
+    if not os.access(ROOT, os.W_OK | os.X_OK):
+        raise MachineUnfit(
+            f"{ROOT} cannot be written, and Ray keeps its session there; mount a writable folder "
+            f"on it (docker run --tmpfs {ROOT}, or an emptyDir of Kubernetes)."
+        )
+
+
 def create(prefix: str) -> Path:
     """Returns a new folder that only this user can access.
 
-    Removes the folders of dead processes with the same prefix first.
+    Removes the folders of dead processes with the same prefix first. Raises `MachineUnfit` where
+    /tmp cannot be written.
     """
+    require_writable()
     _remove_stale(prefix)
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=ROOT))
     # The file gets the name of a lock only after it is locked.

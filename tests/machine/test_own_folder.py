@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from serve_app.machine import own_folder
+from tests.mounts import NAMESPACE, can_mount
 
 HOLD = """
 import sys
@@ -69,3 +70,19 @@ def test_what_has_no_lock_of_ours_stays(prefix: str) -> None:
         link.unlink()
         (target / own_folder.LOCK).unlink()
         target.rmdir()
+
+
+@pytest.mark.skipif(not can_mount(), reason="the kernel allows no namespaces here")
+def test_a_tmp_that_cannot_be_written_is_told() -> None:
+    """On a read-only /tmp, as on a container's read-only root, one sentence says what to mount."""
+    code = (
+        "from serve_app.errors import MachineUnfit\n"
+        "from serve_app.machine import own_folder\n"
+        "try: own_folder.create('test-')\n"
+        "except MachineUnfit as error: print(error)"
+    )
+    script = 'mount -t tmpfs -o ro none /tmp && exec "$0" -c "$1"'
+    done = subprocess.run(
+        [*NAMESPACE, "sh", "-c", script, sys.executable, code], capture_output=True, text=True
+    )
+    assert "docker run --tmpfs /tmp" in done.stdout, done.stderr

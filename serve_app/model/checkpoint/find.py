@@ -4,6 +4,7 @@ Repository names are compared without case, because RunPod's model cache has the
 """
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -19,8 +20,19 @@ def find_local(
 ) -> Path | None:
     """Returns the folder of `name` on this machine; None if it must be downloaded.
 
-    Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository.
+    Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository, and
+    if this user may not look for it.
     """
+    try:
+        return _find(name, revision, volume)
+    except PermissionError as error:
+        raise ModelLoadFailed(
+            f"{error.filename}: user {os.getuid()} may not read this path; give it to that user, "
+            "or let every user read it."
+        ) from None
+
+
+def _find(name: str, revision: str | None, volume: Path) -> Path | None:
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

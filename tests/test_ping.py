@@ -72,7 +72,7 @@ def test_ping_on_the_servers_own_port(tmp_path: Path, variables: dict[str, str])
             assert httpx.get(models).status_code == 200
             notes = " ".join(httpx.get(f"http://127.0.0.1:{port}/health").json()["notes"])
             is_haproxy = variables["RAY_SERVE_ENABLE_HA_PROXY"] == "1"
-            assert ("Serve's own proxy takes the requests" in notes) is not is_haproxy
+            assert ("Serve's own proxy receives the requests" in notes) is not is_haproxy
             # Serve's own proxy has the guard too.
             assert httpx.get(models, headers=[(b"x-session-id", b"\xff")]).status_code == 200
             assert httpx.get(models, headers=[(b"x-request-id", b"\xff")]).status_code == 400

@@ -79,7 +79,7 @@ class ApiKeys:
             try:
                 keys = read_keys(self._path)
             except ConfigError as error:
-                log.error("The API keys stay as they were: %s", error)
+                log.error("The API keys are unchanged, because the file cannot be used: %s", error)
             else:
                 self._take([*self._fixed, *keys])
                 log.info("%s: %d API keys are accepted now.", self._path, len(self._accounts))

@@ -25,7 +25,10 @@ class Disconnect:
             try:
                 return await receive()
             except Exception as error:
-                log.debug("a request can no longer be read (%s)", type(error).__name__)
+                log.debug(
+                    "The body of a request cannot be read (%s); its client has disconnected.",
+                    type(error).__name__,
+                )
                 return {"type": "http.disconnect"}
 
         await self._app(scope, receive_or_left, send)

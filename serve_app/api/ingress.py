@@ -107,7 +107,7 @@ class Endpoint:
             response = await _response(reply, server, call, self._route, headers)
         except ClientDisconnect:
             log.debug(
-                "request %s: the client left before its body was here",
+                "request %s: the client disconnected before its body had arrived",
                 request_id,
                 extra={"fields": {"request_id": request_id}},
             )

@@ -120,7 +120,7 @@ def _made(name: str, maker: Callable[[], Side]) -> Side:
         return maker()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0][:300]
-        log.debug("%s is not measured", name, exc_info=error)
+        log.debug("%s could not be measured", name, exc_info=error)
         return Side(name, f"not measured: {type(error).__name__}: {reason}")
     finally:
         sides.free_memory()

@@ -99,7 +99,7 @@ class CrashGuard:
             self._write({"state": "loading"})
             outcomes = load_records.outcomes(folder, self._file)
         except OSError as error:
-            log.warning("The volume keeps no record of failing loads (%s).", error.strerror)
+            log.warning("Failing loads cannot be recorded on the volume (%s).", error.strerror)
             self._file = None
             return
         if (refusal := _refusal(outcomes, folder)) is not None:
@@ -134,7 +134,7 @@ class CrashGuard:
             try:
                 write()
             except OSError as error:
-                log.warning("The volume keeps no record of this load (%s).", error.strerror)
+                log.warning("This load could not be recorded on the volume (%s).", error.strerror)
 
     def _write(self, record: Record) -> None:
         assert self._file is not None

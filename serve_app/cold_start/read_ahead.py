@@ -57,7 +57,7 @@ def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> 
                         if is_short or _loader_reads(load_log):
                             return done
     except OSError as error:
-        log.debug("Reading ahead ended: %s", error.strerror)
+        log.debug("Reading ahead stopped: %s", error.strerror)
     return done
 
 

@@ -105,7 +105,7 @@ class EngineCore:
                 if self._requests.has_failed:
                     break
         except BaseException:
-            log.critical("the engine's loop failed", exc_info=True)
+            log.critical("The engine ends: its loop failed.", exc_info=True)
             self._requests.fail()
         finally:
             self._end_all()

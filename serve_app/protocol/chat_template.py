@@ -77,7 +77,9 @@ class ChatTemplate:
             index = self._first_refused(messages)
             if refused.__cause__ is not None:
                 kind = type(refused.__cause__).__name__
-                log.warning("%s: the chat template fails on a conversation (%s)", self._file, kind)
+                log.warning(
+                    "%s: the chat template failed to render a conversation (%s)", self._file, kind
+                )
             raise InvalidRequest(
                 f"The model's chat template does not take `messages.{index}`: {refused}",
                 param=f"messages.{index}",

@@ -93,7 +93,9 @@ class LargeResults:
 
     async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
         """Returns the result to post instead of `result`, whose body has `num_bytes`."""
-        log.warning("job %r: its result has %d bytes, too many to post.", job_id, num_bytes)
+        log.warning(
+            "job %r: its result has %d bytes, more than the platform accepts.", job_id, num_bytes
+        )
         remedy = "let the worker keep it on its volume (runpod.large_results)"
         if self._policy == "volume" and result.error is None:
             try:
@@ -101,7 +103,7 @@ class LargeResults:
                 file = await asyncio.to_thread(self._write, job_id, result.output)
             except OSError as error:
                 remedy = f"mount a volume that can be written ({error.strerror})"
-                log.error("The result is not kept on the volume: %s.", error.strerror)
+                log.error("The result could not be written to the volume: %s.", error.strerror)
             else:
                 return Result(encode([file] if result.is_list else file), is_list=result.is_list)
         too_large = ResultTooLarge(_message(job_id, num_bytes, remedy))

@@ -131,7 +131,7 @@ class StartupSupervisor:
             self._fail(error, lost)
             raise
         except Exception as error:
-            log.exception("The model did not start")
+            log.exception("The model could not be started.")
             failure = ModelLoadFailed("The model could not be started.", retry=True)
             self._fail(failure, lost)
             raise failure from error

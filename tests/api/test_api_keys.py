@@ -82,7 +82,7 @@ def test_a_broken_file_keeps_the_keys(
                 assert time.monotonic() < give_up
                 time.sleep(0.01)
             assert keys.find(key) is not None
-            assert "The API keys stay as they were" in caplog.text
+            assert "The API keys are unchanged" in caplog.text
     keys.close()
 
 

@@ -226,7 +226,7 @@ def test_without_a_volume_nothing_is_recorded(
     assert caplog.text == ""
     for _ in range(4):
         fail(settings(Path("/proc")))
-    assert "The volume keeps no record" in caplog.text
+    assert "recorded on the volume" in caplog.text
 
 
 def test_foreign_files_are_ignored(tmp_path: Path) -> None:

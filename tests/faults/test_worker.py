@@ -174,7 +174,7 @@ def test_a_model_that_dies_of_its_jobs_ends_the_worker(tmp_path: Path) -> None:
         settled(platform, worker)
     assert has_lost_the_model(client, jobs[0])
     assert has_lost_the_model(client, jobs[2])
-    assert "again before it had answered a job" in worker.log
+    assert "again before the model answered a job" in worker.log
     assert not left & running()
 
 

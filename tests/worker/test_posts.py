@@ -74,7 +74,7 @@ def test_an_unreachable_platform_loses_no_job(scripted: Client, scripted_worker:
     num = scripted_worker.log.count("Polls for jobs fail")
     with platform.unreachable():
         until(lambda: scripted_worker.log.count("Polls for jobs fail") > num)
-        until(lambda: scripted_worker.log.count("its result was refused") > 0)
+        until(lambda: scripted_worker.log.count("the post of its result failed") > 0)
     until(lambda: running.num_results)
     assert running.status == "COMPLETED"
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"

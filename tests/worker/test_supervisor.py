@@ -183,7 +183,7 @@ def test_a_model_that_dies_before_it_answers_is_given_up() -> None:
         life.supervisor.answered(echo)  # an answer of the dead model, which does not count
         await life.die()
         for _ in range(2):
-            with pytest.raises(EngineDead, match="again before it had answered"):
+            with pytest.raises(EngineDead, match="again before the model answered"):
                 await life.supervisor.ready()
         await asyncio.sleep(0)
         assert (life.supervisor.status, life.start.num_calls) == ("failed", 2)

@@ -62,7 +62,7 @@ class RayMetrics:
                 self.copy()
                 pause.wait(interval_s)
         except Exception:
-            log.exception("Ray's port has no more metrics of this replica; /metrics has them")
+            log.exception("Ray's metrics port no longer has this replica's metrics; use /metrics.")
 
 
 def copy_interval_s() -> float:

@@ -154,7 +154,7 @@ def test_experts_left_in_bfloat16_fail_the_load(model: Mixtral) -> None:
     """One layer's experts as floats among four: the sentence names the part."""
     check_bytes(model, torch.bfloat16, NF4)
     last_block(model).mlp.experts = Experts(model.config).bfloat16()
-    with pytest.raises(ModelLoadFailed, match=r"`experts` take .* where nf4 takes") as failed:
+    with pytest.raises(ModelLoadFailed, match=r"`experts` need .* but nf4 needs") as failed:
         check_bytes(model, torch.bfloat16, NF4)
     assert not failed.value.retry
 

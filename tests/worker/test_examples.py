@@ -99,7 +99,7 @@ def test_the_retry_example(tmp_path: Path) -> None:
         refused = start(platform, tmp_path, "retry", "refused")
         out, err = flaky.communicate(timeout=60)
         assert (flaky.returncode, out) == (0, "flaky\n"), worker.log
-        assert "Try 1: CONNECTION_ERROR: The model's process ended" in err
+        assert "Try 1: CONNECTION_ERROR: The model's process has ended" in err
         assert "Try 2" not in err
         _, err = refused.communicate(timeout=60)
         assert refused.returncode == 1

@@ -5,7 +5,9 @@ Read `cuda_step.py` first: eight launches a layer. `products.py` launches the fo
 `splits.cuh`. `tiles.py` is the order of weights in memory; `few_tokens.cu` and `more_tokens.cu` are
 the products, `unpack.cu` dequantizes for prompts; they share `tiles.cuh`. `intrinsics.cuh` has the
 GPU's instructions, and the rule for kernels that start before the last one has ended. `variants.py`
-says which product is compiled how for a card, `compiler.py` compiles it and keeps the result in a
+says which product is compiled how for a card, and that the host chooses a kernel and the device a
+loop for each expert. `sampling.py` launches `sample.cu`, made of `logits.cuh`, `noise.cuh`,
+`found.cuh` and `threshold.cuh`. `compiler.py` compiles a kernel and keeps the result in a
 cache, which `fill_cache.py` fills without a GPU, `launcher.py` starts it. `prompt_passes.py` has
 the same products for steps of few prompt tokens, and computes up to how many. Importing these
 modules needs no GPU and no CUDA library.

@@ -116,16 +116,17 @@ def test_bits_do_not_depend_on_the_tokens_of_an_expert(
 ) -> None:
     """Tokens whose expert has 36 tokens, and so a loop of four tiles, get the same bits as alone in
     a loop of one."""
-    products, tokens = make(CARDS["H200"], only=GATE_UP), 37
-    x = torch.randn(tokens, K, generator=torch.Generator().manual_seed(0)).bfloat16()
+    products, tokens = make(CARDS["H200"], only=DOWN), 37
+    x = torch.randn(tokens * TOP_K, K, generator=torch.Generator().manual_seed(0)).bfloat16()
     found = []
     for count in (36, 6):
         order = torch.full((tokens * TOP_K,), -(10**6), dtype=torch.int32)
         order[:count] = TOP_K * torch.arange(count)
         starts = torch.tensor([0, 0, 0, count, count]).int()
-        out = torch.empty(tokens * TOP_K, ROWS[GATE_UP] // 2).bfloat16()
-        products.gate_up(matrices[GATE_UP].tiled, x, order, starts, out)
-        found.append(out[:6])
+        out = torch.empty(tokens * TOP_K, ROWS[DOWN])
+        weights = torch.ones(tokens * TOP_K)
+        products.down(matrices[DOWN].tiled, x, order, starts, weights, TOP_K, out)
+        found.append(out[: 6 * TOP_K : TOP_K])
     assert torch.equal(*found)
 
 

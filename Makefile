@@ -85,7 +85,8 @@ faults: install-dev
 	$(PY) -m pytest -m faults
 
 # Builds the container's image and runs it, as root, with Debian's packages buildah, crun and
-# debootstrap. The first time takes ten minutes and 8 GB in IMAGES, which a later run takes layers from.
+# debootstrap. The first time takes a quarter of an hour on two cores, and 4 GB in IMAGES, which a
+# later run takes layers from.
 image-test: install-dev
 	$(PY) -m pytest -n0 -m image tests/image
 

@@ -1,43 +1,66 @@
-"""Several replicas of the tiny model on this machine: what it gives to route by conversation.
+"""Several replicas on this machine: how they scale, who answers whom, and what a fault costs.
 
-    python -m benchmarks.cluster --save benchmarks/results/cluster.json
+    python -m benchmarks.cluster --save benchmarks/results/cluster.json     # about 7 minutes
 
-Starts `mixtral-serve run` with 1, 2 and 4 replicas, and holds the conversations of
-`benchmarks.conversations`. Three ways to choose a replica are compared:
+    scaling    tokens/s of 1, 2 and 4 replicas of the null model, whose steps take 5 ms of a device
+               that is not there, and of the tiny one; which processes took the processors; and
+               microseconds of HAProxy for a request with one replica and with several
+    handle     microseconds of a call through a deployment handle, by router
+    routing    four replicas of the tiny model and the conversations of `benchmarks.conversations`:
+               prefix hits, time to the first token, tokens/s and each replica's load, by router
+    fairness   one replica of either model and ten clients with a key each, alone and beside a key
+               with 500 requests at once, which come from a process of their own. A step of the null
+               model takes as long with 32 requests as with ten, as on a GPU; a step of the tiny one
+               takes three times as long on a processor
+    faults     a cluster of three nodes that loses a replica, HAProxy and a node under load: seconds
+               to recover, requests lost and finished; and seconds from one replica to two
+
+`routing` compares
 
     conversation   HAProxy as it is: by the beginning of the prompt
     request        HAProxy, with another `prompt_cache_key` for each request
     serve          Serve's own proxy and its choice, the less busy one of two replicas
 
 `cached` is the share of the later turns' prompt tokens that came from the prefix cache, `cores` the
-processors that each part took. All replicas share this machine's processors, so tokens/s do not
-grow with them.
+processors that each part took; `other` is the rest of Ray. All replicas and the clients share this
+machine's processors.
 """
 
 import asyncio
+import json
+import os
+import subprocess
 import sys
 import tempfile
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import psutil
-import yaml
-
+from benchmarks import cluster_faults
+from benchmarks.cluster_clients import Clients
+from benchmarks.cluster_server import ROOT, loads, server, tokens_by_replica
 from benchmarks.conversations import TURNS, WORDS, conversation, figures
+from benchmarks.cpu_time import seconds_by_part
 from benchmarks.load import Outcome, new_session
 from benchmarks.report import Report, new_parser, say
 from benchmarks.running_server import RunningServer
-from tools.server_process import free_port, serving
+from tests.cluster.plain_ray import cluster
 
-ROOT = Path(__file__).parents[1]
 REPLICAS = (1, 2, 4)
 WAYS = ("conversation", "request", "serve")
-REPLICA = "ray::ServeReplica:mixtral"
+STREAMS = 64
+TOKENS = 64
+CONVERSATIONS = 32
+WARM_S = 2.0
+SECONDS = 6.0
+POLITE = tuple(f"polite-key-{number:06}" for number in range(10))
+GREEDY = "greedy-key-000000"
+NUM_GREEDY = 500
 
 
 @dataclass
@@ -49,27 +72,61 @@ class EachRequest(RunningServer):
 
 
 @contextmanager
-def server(way: str, replicas: int, folder: Path) -> Iterator[str]:
-    """`mixtral-serve run` with `replicas` of the tiny model once all of them run; its URL."""
-    document = yaml.safe_load((ROOT / "configs/tiny.yaml").read_text())
-    port = free_port()
-    document["http_options"]["port"] = port
-    # A small part of a processor each, so that Ray starts more replicas than there are processors.
-    deployment = {"num_replicas": replicas, "ray_actor_options": {"num_cpus": 0.1}}
-    document["applications"][0]["deployments"] = [{"name": "mixtral", **deployment}]
-    config = folder / "cluster.yaml"
-    config.write_text(yaml.safe_dump(document))
-    command = [str(Path(sys.executable).with_name("mixtral-serve")), "run", str(config)]
-    variables = {"RAY_SERVE_ENABLE_HA_PROXY": "0" if way == "serve" else "1"}
-    url = f"http://127.0.0.1:{port}"
-    first = {"model": "tiny", "prompt": "a", "max_tokens": 1}
-    with serving(command, variables, url, first, folder / "log"):
-        yield url
+def started(
+    model: str, replicas: int, *, haproxy: bool = True, keys: tuple[str, ...] = ()
+) -> Iterator[int]:
+    """`server` with files in a folder of its own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        with server(model, replicas, Path(folder), haproxy=haproxy, keys=keys) as port:
+            yield port
+
+
+def under_load(clients: Clients, seconds: float = SECONDS) -> dict[str, Any]:
+    """The figures of `seconds` of load after a warm-up, with the processors that each part took."""
+    with clients:
+        time.sleep(WARM_S)
+        before, own = seconds_by_part(os.getpid()), time.process_time()
+        begin = time.monotonic()
+        time.sleep(seconds)
+        end = time.monotonic()
+        took = cores(before, end - begin)
+        took["clients"] = round((time.process_time() - own) / (end - begin), 2)
+        return {**clients.between(begin, end), "cores": took}
+
+
+def cores(before: dict[str, float], wall_s: float) -> dict[str, float]:
+    """Processors that each part of a server took since `before`."""
+    now = seconds_by_part(os.getpid())
+    return {part: round((now[part] - before[part]) / wall_s, 2) for part in now}
+
+
+def scaling() -> dict[str, Any]:
+    """By model and number of replicas: streams, and for the null model answers of one token."""
+    found: dict[str, Any] = {}
+    for model in ("null", "tiny"):
+        for replicas in REPLICAS:
+            name = f"{replicas} {model}"
+            with started(model, replicas) as port:
+                found[name] = under_load(Clients(port, STREAMS, TOKENS))
+                if model == "null":
+                    short = under_load(Clients(port, STREAMS, 1, stream=False), SECONDS / 2)
+                    us = short["cores"]["proxy"] / short["requests_per_s"] * 1e6
+                    found[name]["haproxy_us_per_request"] = round(us, 1)
+            say(f"{name}: {found[name]}")
+    return found
+
+
+def handle() -> dict[str, Any]:
+    """The figures of `benchmarks.handle_calls`, which has a Ray of its own."""
+    command = [sys.executable, "-m", "benchmarks.handle_calls"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    say(f"handle: {found}")
+    return found
 
 
 async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], float]:
-    """Runs `count` concurrent conversations, whose texts are new to the server. Returns them and
-    the seconds."""
+    """Holds `count` conversations at once, each with turns new to the server; with the seconds."""
     turns = [[server.words(WORDS) for _ in range(TURNS)] for _ in range(count)]
     loop = asyncio.get_running_loop()
     async with new_session() as session:
@@ -78,70 +135,84 @@ async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], 
         return list(held), loop.time() - start
 
 
-def measure(url: str, way: str, count: int) -> dict[str, Any]:
-    """Returns the figures of one way; four conversations before warm the replicas up."""
+def held_by(port: int, way: str, count: int) -> dict[str, Any]:
+    """The figures of one way; four conversations before warm the replicas up."""
     kind = EachRequest if way == "request" else RunningServer
-    running = kind(url, "tiny")
+    running = kind(f"http://127.0.0.1:{port}", "tiny", seed=WAYS.index(way))
     asyncio.run(hold(running, 4))
-    before = cpu_seconds()
+    before, tokens = seconds_by_part(os.getpid()), tokens_by_replica()
     held, wall_s = asyncio.run(hold(running, count))
+    took = cores(before, wall_s)
     later = list(chain.from_iterable(each[1:] for each in held))
     prompts = sum(outcome.prompt_tokens or 0 for outcome in later)
     cached = sum(outcome.cached_tokens for outcome in later)
-    found = figures(held, wall_s) | {"cached": round(cached / max(1, prompts), 3)}
-    return found | {"cores": {name: round(s / wall_s, 2) for name, s in spent(before).items()}}
+    return figures(held, wall_s) | {
+        "cached": round(cached / max(1, prompts), 3),
+        "loads": None if way == "serve" else loads(tokens, tokens_by_replica()),
+        "cores": took,
+    }
 
 
-def kind_of(process: psutil.Process) -> str | None:
-    """Returns the name of the server's component that a process is; None for other processes."""
-    command = " ".join(process.info["cmdline"] or ())
-    if command.startswith(REPLICA):
-        return "replicas"
-    if "haproxy.cfg" in command:
-        return "haproxy"
-    if command.startswith(("ray::", "ray/")) or "/ray/" in command:
-        return "ray"
-    return None
+def routing() -> dict[str, Any]:
+    """By router, with four replicas."""
+    found: dict[str, Any] = {"conversations": CONVERSATIONS, "turns": TURNS, "words": WORDS}
+    for haproxy, ways in ((True, WAYS[:2]), (False, WAYS[2:])):
+        with started("tiny", 4, haproxy=haproxy) as port:
+            for way in ways:
+                found[way] = held_by(port, way, CONVERSATIONS)
+                last = found[way]["first_token_ms"][str(TURNS)]
+                say(
+                    f"by {way}: {found[way]['cached']:.0%} cached, {found[way]['tokens_per_s']} "
+                    f"tokens/s, first token of the last turn {last} ms, loads "
+                    f"{found[way]['loads']}, cores {found[way]['cores']}, "
+                    f"{found[way]['errors']} errors"
+                )
+    return found
 
 
-def cpu_seconds() -> dict[tuple[str, int], float]:
-    """Processor time of each process of a server on this machine."""
-    times = {}
-    for process in psutil.process_iter(["cmdline", "cpu_times", "pid"]):
-        if (kind := kind_of(process)) is not None:
-            spent = process.info["cpu_times"]
-            times[kind, process.info["pid"]] = spent.user + spent.system
-    return times
+def fairness() -> dict[str, Any]:
+    """By model: the polite clients' figures alone and beside the greedy key, and their ratio."""
+    return {model: fairness_of(model) for model in ("null", "tiny")}
 
 
-def spent(before: dict[tuple[str, int], float]) -> dict[str, float]:
-    """Processor seconds by part since `before`."""
-    total: dict[str, float] = {}
-    for (kind, pid), seconds in cpu_seconds().items():
-        total[kind] = total.get(kind, 0.0) + seconds - before.get((kind, pid), 0.0)
-    return total
+def fairness_of(model: str) -> dict[str, Any]:
+    with started(model, 1, keys=(*POLITE, GREEDY)) as port:
+        alone = under_load(Clients(port, len(POLITE), TOKENS, POLITE))
+        command = [sys.executable, "-m", "benchmarks.cluster_clients"]
+        command += [str(port), GREEDY, str(NUM_GREEDY)]
+        with subprocess.Popen(command, cwd=ROOT) as greedy:
+            time.sleep(2 * WARM_S)
+            beside = under_load(Clients(port, len(POLITE), TOKENS, POLITE))
+            greedy.kill()
+    ratios = {
+        name: round(beside["answer_ms"][name] / alone["answer_ms"][name], 2)
+        for name in ("p50", "p99")
+        if alone["answer_ms"][name]
+    }
+    say(f"fairness, {model}: {ratios}, alone {alone}, beside {beside}")
+    return {"alone": alone, "beside": beside, "ratio": ratios}
+
+
+def faults() -> dict[str, Any]:
+    """The figures of `benchmarks.cluster_faults`."""
+    with cluster() as it:
+        return cluster_faults.measure(it)
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    each.__name__: each for each in (scaling, handle, routing, fairness, faults)
+}
 
 
 def main() -> int:
-    """Returns the command; exit code 1 when a part of the run failed."""
+    """The command; exit code 1 when a part of the run failed."""
     parser = new_parser(__doc__)
-    parser.add_argument("--conversations", type=int, default=16)
-    parser.add_argument("--replicas", type=int, nargs="+", default=REPLICAS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
-    load = {"conversations": options.conversations, "turns": TURNS, "words": WORDS}
-    report = Report("cluster", load | {"by": {}}, options.save)
-    for replicas in options.replicas:
-        for way in WAYS:
-            with report.part(f"{replicas} {way}"), tempfile.TemporaryDirectory() as folder:
-                with server(way, replicas, Path(folder)) as url:
-                    found = measure(url, way, options.conversations)
-                report.figures["by"][f"{replicas} {way}"] = found
-                last = found["first_token_ms"][str(TURNS)]
-                say(
-                    f"{replicas} replicas by {way}: {found['cached']:.0%} cached, "
-                    f"{found['tokens_per_s']} tokens/s, first token of the last turn {last} ms, "
-                    f"cores {found['cores']}, {found['errors']} errors"
-                )
+    report = Report("cluster", {}, options.save)
+    for name in options.parts:
+        with report.part(name):
+            report.figures[name] = PARTS[name]()
     report.publish()
     return 1 if report.figures["failures"] else 0
 

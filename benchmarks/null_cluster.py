@@ -3,6 +3,7 @@
 python -m benchmarks.null_cluster run CONFIG
 """
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ def main() -> None:
     from serve_app.cli.commands import main as command
 
     app.application = partial(app.application, load=load)
-    command()
+    sys.exit(command())
 
 
 if __name__ == "__main__":

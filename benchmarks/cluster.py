@@ -47,13 +47,15 @@ from benchmarks.cluster_server import ROOT, loads, server, tokens_by_replica
 from benchmarks.conversations import TURNS, WORDS, conversation, figures
 from benchmarks.cpu_time import seconds_by_part
 from benchmarks.load import Outcome, new_session
+from benchmarks.null_server import STEP_S
 from benchmarks.report import Report, new_parser, say
 from benchmarks.running_server import RunningServer
 from tests.cluster.plain_ray import cluster
 
 REPLICAS = (1, 2, 4)
 WAYS = ("conversation", "request", "serve")
-STREAMS = 64
+STREAMS = 32
+"""For each replica: as many as its engine runs at once."""
 TOKENS = 64
 CONVERSATIONS = 32
 WARM_S = 2.0
@@ -107,8 +109,11 @@ def scaling() -> dict[str, Any]:
         for replicas in REPLICAS:
             name = f"{replicas} {model}"
             with started(model, replicas) as port:
-                found[name] = under_load(Clients(port, STREAMS, TOKENS))
+                streams = STREAMS * replicas
+                found[name] = under_load(Clients(port, streams, TOKENS))
                 if model == "null":
+                    ideal = streams / STEP_S
+                    found[name]["share_of_ideal"] = round(found[name]["tokens_per_s"] / ideal, 3)
                     short = under_load(Clients(port, STREAMS, 1, stream=False), SECONDS / 2)
                     us = short["cores"]["proxy"] / short["requests_per_s"] * 1e6
                     found[name]["haproxy_us_per_request"] = round(us, 1)

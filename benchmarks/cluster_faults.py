@@ -69,7 +69,7 @@ def recovery(it: Cluster, kill: Callable[[], None]) -> dict[str, Any]:
     after = [each for each in load.sent if each.ended > fault]
     failed = [each.ended - fault for each in after if each.result != WHOLE]
     new = [each.ended - fault for each in after if each.began > fault and each.result == WHOLE]
-    return {
+    found = {
         "answers_s": round(min(new), 2),
         "last_failure_s": round(max(failed, default=0.0), 2),
         "all_replicas_s": round(all_replicas_s, 2),
@@ -77,6 +77,8 @@ def recovery(it: Cluster, kill: Callable[[], None]) -> dict[str, Any]:
         "refused": failures([each for each in after if each.began > fault]),
         "finished": len(after) - len(failed),
     }
+    say(found)
+    return found
 
 
 def quiet_s(load: Clients, since: float) -> float:
@@ -106,23 +108,15 @@ def lose(it: Cluster, node: Any) -> None:
 
 
 def measure(it: Cluster) -> dict[str, Any]:
-    """All faults in turn, then one replica that becomes two."""
+    """A replica and a node are lost, one replica becomes two, and at last HAProxy is killed."""
     it.workers = [it.worker(), it.worker()]
     it.deploy(num_replicas=2, **DEPLOYMENT)
     until(lambda: num_ready(it) == 2 and it.answers)
-    kills: dict[str, Callable[[], None]] = {
-        "replica killed": lambda: kill_one(it, REPLICA),
-        "HAProxy killed": lambda: kill_one(it, "haproxy.cfg"),
-        "node lost": lambda: lose(it, it.workers[0]),
-    }
-    found: dict[str, Any] = {}
-    for name, kill in kills.items():
-        if name == "node lost":
-            it.worker()  # which takes over
-        found[name] = recovery(it, kill)
-        say(f"{name}: {found[name]}")
+    found = {"replica killed": recovery(it, lambda: kill_one(it, REPLICA))}
+    it.worker()  # takes the place of the node that is lost
+    found["node lost"] = recovery(it, lambda: lose(it, it.workers[0]))
     found["one replica to two"] = growth(it)
-    say(f"one replica to two: {found['one replica to two']}")
+    found["HAProxy killed"] = recovery(it, lambda: kill_one(it, "haproxy.cfg"))
     return found
 
 
@@ -142,10 +136,12 @@ def growth(it: Cluster) -> dict[str, Any]:
             (began + seconds, began + seconds + SETTLED_S),
         )
     ]
-    return {
+    found = {
         "seconds": round(seconds, 2),
         "upscale_delay_s": SCALING["upscale_delay_s"],
         "failed": failures(load.sent),
         "finished": len(load.sent),
         "tokens_per_s": dict(zip(("before", "after"), rates, strict=True)),
     }
+    say(found)
+    return found

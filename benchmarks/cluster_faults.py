@@ -116,6 +116,8 @@ def measure(it: Cluster) -> dict[str, Any]:
     it.worker()  # takes the place of the node that is lost
     found["node lost"] = recovery(it, lambda: lose(it, it.workers[0]))
     found["one replica to two"] = growth(it)
+    it.deploy(num_replicas=2, **DEPLOYMENT)
+    until(lambda: num_ready(it) == 2 and it.answers)
     found["HAProxy killed"] = recovery(it, lambda: kill_one(it, "haproxy.cfg"))
     return found
 

@@ -97,9 +97,12 @@ def under_load(clients: Clients, seconds: float = SECONDS) -> dict[str, Any]:
 
 
 def cores(before: dict[str, float], wall_s: float) -> dict[str, float]:
-    """Processors that each part of a server took since `before`."""
+    """Processors that each part of a server took since `before`.
+
+    A process that has ended since, such as an idle one of Ray, takes its earlier time along.
+    """
     now = seconds_by_part(os.getpid())
-    return {part: round((now[part] - before[part]) / wall_s, 2) for part in now}
+    return {part: round(max(0.0, now[part] - before[part]) / wall_s, 2) for part in now}
 
 
 def scaling() -> dict[str, Any]:

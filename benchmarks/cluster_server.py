@@ -1,9 +1,11 @@
 """`mixtral-serve run` with several replicas on this machine, and what each of them has done."""
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import requests
@@ -19,6 +21,7 @@ COMMANDS = {
 }
 """How a server of each model is started."""
 REPLICA = "ray::ServeReplica:mixtral"
+WAKE_S = 60.0
 TOKENS = "mixtral_generation_tokens"
 
 
@@ -44,8 +47,28 @@ def server(
         variables["API_KEYS"] = ",".join(keys)
     first = {"model": "tiny", "prompt": "a", "max_tokens": 1}
     url = f"http://127.0.0.1:{port}"
-    with serving(command, variables, url, first, folder / "log", keys[0] if keys else ""):
+    key = keys[0] if keys else ""
+    with serving(command, variables, url, first, folder / "log", key):
+        if haproxy:
+            wake_all(url, replicas, key)
         yield port
+
+
+def wake_all(url: str, replicas: int, key: str) -> None:
+    """Sends requests until each replica has answered one: HAProxy gets to know them one by one."""
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    end = time.monotonic() + WAKE_S
+    number = 0
+    while sum(tokens > 0 for tokens in tokens_by_replica().values()) < replicas:
+        if time.monotonic() > end:
+            raise TimeoutError("HAProxy does not send requests to all replicas")
+        for _ in range(8):
+            number += 1
+            body: dict[str, Any] = {
+                "prompt": f"{number} is the number of this request.",
+                "max_tokens": 1,
+            }
+            requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
 
 
 def replica_ports(pid: int | None = None) -> list[int]:

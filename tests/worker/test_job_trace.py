@@ -24,7 +24,7 @@ class Handle:
     def __init__(self, server: MixtralServer) -> None:
         self.call, self._server = self, server
 
-    def options(self, *, stream: bool) -> "Handle":
+    def options(self, **_: object) -> "Handle":
         return self
 
     def remote(self, *arguments: Any) -> AsyncGenerator[Any, None]:

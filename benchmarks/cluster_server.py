@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import psutil
 import requests
@@ -21,7 +20,8 @@ COMMANDS = {
 }
 """How a server of each model is started."""
 REPLICA = "ray::ServeReplica:mixtral"
-WAKE_S = 60.0
+WAIT_S = 90.0
+LOAD = "mixtral_load_phase_seconds"
 TOKENS = "mixtral_generation_tokens"
 
 
@@ -49,26 +49,22 @@ def server(
     url = f"http://127.0.0.1:{port}"
     key = keys[0] if keys else ""
     with serving(command, variables, url, first, folder / "log", key):
-        if haproxy:
-            wake_all(url, replicas, key)
+        wait_for_all(url, replicas)
         yield port
 
 
-def wake_all(url: str, replicas: int, key: str) -> None:
-    """Sends requests until each replica has answered one: HAProxy gets to know them one by one."""
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    end = time.monotonic() + WAKE_S
-    number = 0
-    while sum(tokens > 0 for tokens in tokens_by_replica().values()) < replicas:
+def wait_for_all(url: str, replicas: int) -> None:
+    """Asks for metrics until each replica has answered; the first one runs before the others.
+
+    Replicas differ in the seconds that their load took.
+    """
+    end = time.monotonic() + WAIT_S
+    seen = set[str]()
+    while len(seen) < replicas:
         if time.monotonic() > end:
-            raise TimeoutError("HAProxy does not send requests to all replicas")
-        for _ in range(8):
-            number += 1
-            body: dict[str, Any] = {
-                "prompt": f"{number} is the number of this request.",
-                "max_tokens": 1,
-            }
-            requests.post(f"{url}/v1/completions", json=body, headers=headers, timeout=60)
+            raise TimeoutError(f"{len(seen)} of {replicas} replicas answer")
+        lines = requests.get(f"{url}/metrics", timeout=10).text.splitlines()
+        seen.add("".join(line for line in lines if line.startswith(LOAD)))
 
 
 def replica_ports(pid: int | None = None) -> list[int]:

@@ -109,7 +109,7 @@ def test_the_load_computes_its_first_prompts() -> None:
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
-        ({"engine": {"max_model_len": 20000}}, "holds 16384 tokens"),
+        ({"engine": {"max_model_len": 20000}}, "was trained for 16384 tokens"),
         ({"engine": {"kv_cache_tokens": 64}}, "kv_cache_tokens"),
         (
             {"engine": {"kv_cache_tokens": 10**12}},

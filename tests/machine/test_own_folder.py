@@ -73,7 +73,10 @@ def test_what_has_no_lock_of_ours_stays(prefix: str) -> None:
 
 
 @pytest.mark.skipif(not can_mount(), reason="the kernel allows no namespaces here")
-def test_a_tmp_that_cannot_be_written_is_told() -> None:
+@pytest.mark.skipif(
+    sys.executable.startswith("/tmp/"), reason="the read-only /tmp would hide this Python"
+)
+def test_a_tmp_that_cannot_be_written_is_reported() -> None:
     """On a read-only /tmp, as on a container's read-only root, one sentence says what to mount."""
     code = (
         "from serve_app.errors import MachineUnfit\n"

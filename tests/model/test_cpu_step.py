@@ -203,7 +203,7 @@ def test_it_says_why_it_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "multiples of 16" in refusal(odd)
     model, _ = model_of(tmp_path / "fits", intermediate_size=64)
     quantized = load_float32(tmp_path / "fits", Quantization("nf4", "bfloat16"))
-    assert "in 4 bits" in refusal(quantized)
+    assert "4-bit weights" in refusal(quantized)
     assert "float32" in refusal(load_float32(tmp_path / "fits").bfloat16())
     logits = CpuStep.logits
     for wrong in (1.001, float("nan")):

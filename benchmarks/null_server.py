@@ -18,6 +18,7 @@ from serve_app.engine.runner import SampledTokens
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
+from serve_app.loading.phases import Phase
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.tiny import CHECKPOINT
 
@@ -100,7 +101,8 @@ def _late_s(step_s: float) -> float:
 
 def load(settings: Settings, load_log: LoadLog) -> Loaded:
     """Replaces `serve_app.loading.load.load`: the tiny model's tokenizer, and no model."""
-    tokenizer = Tokenizer(CHECKPOINT)
+    with load_log.phase(Phase.TOKENIZER):
+        tokenizer = Tokenizer(CHECKPOINT)
     ids = tokenizer.encode(TEXT, add_special_tokens=False)
     engine = engine_of(NullRunner(ids), settings.engine.max_num_seqs)
     engine.start()

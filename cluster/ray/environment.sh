@@ -9,4 +9,6 @@ RAY_SERVE_HAPROXY_BINARY_PATH=$(command -v mixtral-haproxy) || {
     exit 1
 }
 export RAY_SERVE_HAPROXY_BINARY_PATH
+# Serve starts a dead HAProxy again after three failed checks, by default 30 s.
+export RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S=2
 export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.api.guard:middlewares

@@ -83,6 +83,8 @@ class Proxy:
             "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": f"{__name__}:expect_one_machine",
             # There is no HAProxy on another node that would need time to learn that a replica ends.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+            # Serve starts a dead HAProxy again after three failed checks, by default 30 s.
+            "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
         }
         for name, value in variables.items():
             os.environ[name] = value

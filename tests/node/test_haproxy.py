@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +78,14 @@ def test_a_trusted_proxy_is_an_address() -> None:
     """A name is an error that quotes it."""
     with pytest.raises(ValueError, match=r"'proxy' does not appear to be"):
         ApiSettings(trusted_proxies="127.0.0.1, proxy")
+
+
+def test_serve_notices_a_dead_haproxy_soon() -> None:
+    """Serve of this version reads the period of its checks from the variable that is set."""
+    proxy = Proxy(OPTIONS)
+    proxy.prepare()
+    code = "from ray.serve._private import constants; print(constants.PROXY_HEALTH_CHECK_PERIOD_S)"
+    python = [sys.executable, "-c", code]
+    found = subprocess.check_output(python, env=dict(os.environ), text=True)
+    assert float(found) == 2
+    proxy.close()

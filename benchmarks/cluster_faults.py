@@ -13,7 +13,7 @@ import psutil
 from benchmarks.cluster_clients import WHOLE, Clients, failures
 from benchmarks.cluster_server import REPLICA, replica_ports
 from benchmarks.report import say
-from tests.cluster.plain_ray import KEY, Cluster
+from tests.cluster.plain_ray import KEY, SCALING, Cluster
 from tests.processes import all_below
 
 CLIENTS = 8
@@ -22,15 +22,6 @@ LIMIT_S = 90.0
 SETTLED_S = 2.0
 """Seconds without a failed request after which the cluster has recovered."""
 DEPLOYMENT: dict[str, Any] = {"graceful_shutdown_timeout_s": 30}
-SCALING = {
-    "min_replicas": 1,
-    "max_replicas": 2,
-    "target_ongoing_requests": 2,
-    "upscale_delay_s": 1,
-    "downscale_delay_s": 2,
-    "metrics_interval_s": 1,
-    "look_back_period_s": 2,
-}
 
 
 def until(is_true: Callable[[], Any]) -> None:

@@ -23,8 +23,9 @@ class Empty:
         return self.threads
 
 
-def main() -> None:
-    """Starts as `serve_app.node.cluster` does: no dashboard, no proxy, a small object store."""
+def start_ray() -> None:
+    """Starts Ray and Serve as `serve_app.node.cluster` does: no dashboard, no proxy, a small object
+    store."""
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ray.init(
         address="local",
@@ -33,6 +34,11 @@ def main() -> None:
         logging_level=logging.ERROR,
     )
     serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
+
+
+def main() -> None:
+    """Starts Ray, deploys, and ends after one answer."""
+    start_ray()
     handle = serve.run(
         serve.deployment(Empty).bind(), route_prefix=None, logging_config=SERVE_LOGGING
     )

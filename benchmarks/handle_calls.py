@@ -1,4 +1,4 @@
-"""What a call through a deployment handle takes with Serve's router and with `SessionRouter`.
+"""Times a call through a deployment handle with Serve's router and with `SessionRouter`.
 
 Starts Ray and two deployments of four replicas that answer at once, and calls each 300 times, one
 call after another and in turn. Prints JSON: median microseconds of a call with each router, and of
@@ -7,7 +7,6 @@ finding a body's session.
 
 import asyncio
 import json
-import logging
 import statistics
 import time
 from collections.abc import AsyncIterator
@@ -16,13 +15,13 @@ from typing import Any
 import ray
 from ray import serve
 
+from benchmarks.empty_deployment import SERVE_LOGGING, start_ray
 from serve_app.node.client import DeploymentClient
 from serve_app.node.session_router import ROUTER
 from serve_app.protocol.call import Call
 from serve_app.protocol.session import session_of
 
 CALLS = 300
-SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 BODY = {
     "messages": [
         {"role": "system", "content": "Be brief."},
@@ -75,15 +74,8 @@ def session_us() -> float:
 
 
 def main() -> None:
-    """Starts as `serve_app.node.cluster` does: no dashboard, no proxy."""
-    logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=200_000_000,
-        logging_level=logging.ERROR,
-    )
-    serve.start(proxy_location="Disabled", logging_config=SERVE_LOGGING)
+    """Prints the figures of both routers."""
+    start_ray()
     clients = {
         "serve": deployed("serve"),
         "session": deployed("session", request_router_config=ROUTER),

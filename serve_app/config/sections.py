@@ -31,10 +31,10 @@ class ModelSettings(_Section):
     """Also quantizes lm_head to 4 bits, at each load. For Mixtral 8x7B this frees 0.19 GB, which is
     1,400 tokens of KV cache."""
     absmax: Literal["bfloat16", "nested"] = "bfloat16"
-    """How the 4-bit copy in `cache_dir` keeps the scale of each quantization group (64 weights) of
-    float weights. In memory every scale is bfloat16, which takes 25.2 GB for Mixtral 8x7B; nested
-    (8 bits) is kept beside it in the files, 0.7 GB more, and `mixtral-serve convert` gives it back.
-    A checkpoint that is already quantized keeps its own."""
+    """Format of the scale of each quantization group (64 weights) in the 4-bit copy in `cache_dir`.
+    In memory every scale is bfloat16, which takes 25.2 GB for Mixtral 8x7B; nested (8 bits) is kept
+    beside it in the files, 0.7 GB more, and `mixtral-serve convert` gives it back. A checkpoint
+    that is already quantized keeps its own."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
     generation_config: Literal["auto", "vllm"] = "auto"
@@ -46,7 +46,7 @@ class ModelSettings(_Section):
     """A chat template (Jinja) in place of the checkpoint's: the path of a file, or the text itself.
     """
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where the model runs. auto is a GPU, and the CPU for the tiny model."""
+    """Device of the model. auto is a GPU, and the CPU for the tiny model."""
     cache_dir: str | None = None
     """Folder for a 4-bit copy of the model, on a network volume for example. The first start writes
     it; later starts read 25 GB instead of 93. Compiled CUDA kernels are kept there too, by default
@@ -202,16 +202,18 @@ class RunpodSettings(_Section):
     """Seconds after SIGTERM in which running jobs and HTTP requests may finish. When four fifths
     have passed, the jobs that still run fail with `retry: true`, in time to be reported."""
     large_results: Literal["error", "volume"] = "error"
-    """What a result over the platform's limit (10 MB, or 20 MB for `/runsync`) becomes: an error,
-    or a file `results/<job id>.json` on the volume with `{"file", "bytes"}` as the output."""
+    """Output of a job whose result is over the platform's limit (10 MB, or 20 MB for `/runsync`):
+    an error, or a file `results/<job id>.json` on the volume with `{"file", "bytes"}` as the
+    output."""
     volume: str | None = None
     """Folder on the network volume; None is `/runpod-volume`, or `/workspace` where a volume is
     mounted there alone, as in pods. Without a mounted volume nothing is kept there."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)
     """Minimum seconds between two progress updates of a job."""
     start: Literal["lazy", "eager"] = "lazy"
-    """When the model loads. lazy: with the first job, within that job's execution time. eager:
-    before the worker takes a job, within the platform's time for a start (7 minutes by default)."""
+    """Time at which the model loads. lazy: with the first job, within that job's execution time.
+    eager: before the worker takes a job, within the platform's time for a start (7 minutes by
+    default)."""
     init_timeout_s: float = Field(default=420.0, gt=0)
     """Seconds that the platform gives a worker before it asks for jobs, or before `/ping` is 200.
     The platform reads RUNPOD_INIT_TIMEOUT; the worker warns when it expects the load to take

@@ -23,6 +23,16 @@ from tools.server_process import free_port
 RAY = Path("cluster/ray")
 REPLICA = "ServeReplica:mixtral"
 KEY = "k" * 16
+SCALING = {
+    "min_replicas": 1,
+    "max_replicas": 2,
+    "target_ongoing_requests": 2,
+    "upscale_delay_s": 1,
+    "downscale_delay_s": 2,
+    "metrics_interval_s": 1,
+    "look_back_period_s": 2,
+}
+"""`autoscaling_config` with which a second replica starts and ends within seconds."""
 
 
 class Cluster:

@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 
-from tests.cluster.plain_ray import KEY, REPLICA, Cluster, cluster, replicas
+from tests.cluster.plain_ray import KEY, REPLICA, SCALING, Cluster, cluster, replicas
 from tests.listening import listening
 from tests.processes import all_below, descendants
 from tests.worker.conftest import until
@@ -152,18 +152,9 @@ def test_a_change_of_a_setting_fails_no_request(two: Cluster) -> None:
 
 def test_replicas_come_with_load_and_go_without() -> None:
     """The second replica starts under load; when it ends again, every stream has come whole."""
-    scaling = {
-        "min_replicas": 1,
-        "max_replicas": 2,
-        "target_ongoing_requests": 2,
-        "upscale_delay_s": 1,
-        "downscale_delay_s": 2,
-        "metrics_interval_s": 1,
-        "look_back_period_s": 2,
-    }
     with cluster() as it:
         it.workers = [it.worker(), it.worker()]
-        it.deploy(autoscaling_config=scaling, graceful_shutdown_timeout_s=150)
+        it.deploy(autoscaling_config=SCALING, graceful_shutdown_timeout_s=150)
         until(lambda: healthy(it, 1), START_S)
         with load(it, 12) as statuses, streams(it, 4) as started:
             until(lambda: healthy(it, 2), START_S)

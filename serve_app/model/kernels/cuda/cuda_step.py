@@ -90,7 +90,7 @@ class CudaStep:
 
 
 def unfit(model: "Mixtral", max_rows: int) -> str | None:
-    """Why the layers cannot be CUDA kernels; None where they can."""
+    """Returns the reason why CUDA kernels cannot compute the layers, or None if they can."""
     if model.embedding.dtype != torch.bfloat16:
         return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
     if max_rows > MAX_ROWS:

@@ -32,7 +32,7 @@ MIXTRAL_8X7B = {
     "max_position_embeddings": 32768,
     "rms_norm_eps": 1e-5,
 }
-"""What kernels depend on, as config.json has it; the rest has any value."""
+"""The fields of config.json that the kernels depend on. The other fields may have any value."""
 
 
 class _Compiled:

@@ -27,7 +27,8 @@ PASS_TOKENS, ROW_TILE = 64, 128
 PACKED_BYTES, FLOAT_BYTES = 0.5 + 2 / 64, 2
 """Bytes of a weight in 4 bits with its absmax, and as a float."""
 SHARE_OF_BANDWIDTH, SHARE_OF_FLOPS = 0.9, 0.6
-"""What kernels reach: an H200 reads 4.59 of 4.9 TB/s; the second number is assumed."""
+"""Shares of the peak that kernels reach. An H200 reads 4.59 of 4.9 TB/s; the second number is
+assumed."""
 DECODE_CYCLES = 0.057
 """Cycles of a multiprocessor for decoding a weight: on an H200 (132 multiprocessors, 1.98 GHz) the
 prototypes took 374 + 213 us for a pass over the 1.41e9 weights of a layer's experts, which is 0.109
@@ -38,7 +39,7 @@ FLOPS_PER_CYCLE = {80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
 
 @dataclass(frozen=True)
 class CardSpeed:
-    """What a GPU can do, from its clocks."""
+    """The peak rates of a GPU, computed from its clocks."""
 
     bandwidth: float
     """Bytes/s of its memory."""

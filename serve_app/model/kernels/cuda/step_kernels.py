@@ -25,9 +25,9 @@ MAX_SPLITS = 32
 NUM_PROGRAMS = 2048
 """Blocks of attention, roughly; those of one row and KV head take its splits by turns."""
 MAX_HIDDEN, MAX_EXPERTS, MAX_GROUP, HEAD_DIMS = 8192, 8, 8, (64, 128)
-"""What the sources can compute; a group are the query heads of a KV head."""
+"""Limits of the CUDA sources. A group is the query heads that share a KV head."""
 ATTENTION_WARPS, ROPE_THREADS = 4, 256
-"""As in the sources."""
+"""Launch sizes; the CUDA sources have the same numbers."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Routing:
 
 
 class AttentionMemory:
-    """What the blocks of one launch of attention leave for each other, for at most `max_rows`."""
+    """Partial results of the blocks of one attention launch, for at most `max_rows` rows."""
 
     def __init__(self, config: MixtralConfig, max_rows: int, device: torch.device) -> None:
         heads = (max_rows, config.num_attention_heads, MAX_SPLITS)
@@ -157,7 +157,7 @@ class StepKernels:
 
 
 def step_misfit(config: MixtralConfig) -> str | None:
-    """Why the kernels cannot compute a model; None where they can."""
+    """Returns the reason why the kernels cannot compute a model, or None if they can."""
     heads, kv_heads, head_dim = _heads(config)
     if config.hidden_size % 256 or config.hidden_size > MAX_HIDDEN:
         return f"hidden_size must be a multiple of 256, up to {MAX_HIDDEN}"

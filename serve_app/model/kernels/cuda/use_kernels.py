@@ -102,7 +102,8 @@ def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKerne
 
 
 def not_tiled(model: "Mixtral") -> str | None:
-    """Why a kernel cannot read the model's 4-bit weights; None where it can, and for floats."""
+    """Returns the reason why a kernel cannot read the model's 4-bit weights, or None if it can or
+    if the weights are floats."""
     for name, weight in model.named_modules():
         if isinstance(weight, QuantizedWeight) and not weight.is_tiled:
             rows, half = weight.packed.shape[-2:]
@@ -114,7 +115,7 @@ def not_tiled(model: "Mixtral") -> str | None:
 
 
 def unfit(model: "Mixtral", card: Card) -> str | None:
-    """Why the kernels cannot compute the model; None where they can."""
+    """Returns the reason why the kernels cannot compute the model, or None if they can."""
     config = model.config
     if model.codebook is None:
         return "the weights are floats"
@@ -179,7 +180,7 @@ def relative(found: Tensor, expected: Tensor) -> Tensor:
 def mixture(
     products: CudaProducts, experts: Any, x: Tensor, topk_ids: Tensor, topk_weights: Tensor
 ) -> Tensor:
-    """What `Experts.forward` computes, by the kernels; float32 `[T, H]`."""
+    """Computes `Experts.forward` with the kernels. Returns float32 `[tokens, hidden_size]`."""
     tokens, top_k = topk_ids.shape
     gate_up, down = tiled(experts.gate_up), tiled(experts.down)
     flat = topk_ids.flatten()

@@ -29,7 +29,7 @@ OUTPUTS = {DENSE: 0, GATE_UP: 1, DOWN: 2}
 
 @dataclass(frozen=True)
 class Card:
-    """What the kernels need to know about a GPU."""
+    """The properties of a GPU that the kernels depend on."""
 
     capability: int
     """90 is compute capability 9.0."""
@@ -188,7 +188,8 @@ def shared_bytes(variant: Variant, card: Card) -> int:
 
 
 def misfit(product: str, card: Card, out_features: int, in_features: int) -> str | None:
-    """Why a matrix `[out_features, in_features]` does not fit the kernels; None where it does."""
+    """Returns the reason why a matrix `[out_features, in_features]` does not fit the kernels, or
+    None if it does."""
     rows = max(each.row_multiple for each in variants(product, card).values())
     columns = max(each.column_multiple for each in variants(product, card).values())
     if out_features % rows or in_features % columns:

@@ -51,7 +51,7 @@ class Item(NamedTuple):
     """First token of the context."""
     end: int
     split: int
-    """Where the result of a split is kept; -1 where it is complete."""
+    """The index of a split's partial result; -1 if the result is complete."""
 
 
 class Combined(NamedTuple):

@@ -58,7 +58,7 @@ class GpuStep:
             return
         self._products = [products_of(model, layer, dtype) for layer in model.layers]
         self.note = "" if model.products is None else "; its 4-bit products are CUDA kernels"
-        """How it differs from what the runner's note says about every step."""
+        """The difference from the runner's note about every step, for `/health`."""
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )

@@ -39,8 +39,8 @@ class TileShape:
 
 
 WIDE, NARROW = TileShape(128, 256, 64, num_stages=3), TileShape(128, 128, 64, num_stages=4)
-"""Where a multiprocessor has the matrix instructions and memory of compute capabilities 9 and 10,
-and elsewhere: 144 and 96 KB of shared memory."""
+"""Tile sizes for compute capabilities 9 and 10, and for the others. They take 144 and 96 KB of
+shared memory."""
 
 
 def shape_of(device: torch.device) -> TileShape:
@@ -51,7 +51,7 @@ def shape_of(device: torch.device) -> TileShape:
 
 @dataclass
 class Routing:
-    """Where the tokens of a batch go; see `route_prompts`."""
+    """The order in which a batch's tokens go to the experts; see `route_prompts`."""
 
     order: Tensor
     starts: Tensor

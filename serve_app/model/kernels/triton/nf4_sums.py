@@ -40,21 +40,22 @@ def values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX: tl.constexpr)
 
 @triton.jit
 def row_in_tiles(line, K: tl.constexpr):
-    """Where row `line` of a stack of matrices begins in codes and in absmax, see `tiles.py`."""
+    """Returns the offsets at which row `line` of a stack of matrices begins in codes and in absmax;
+    see `tiles.py`."""
     tile, g, half = line // 16, line % 8, line // 8 % 2
     return tile * (K * 8) + g * 64 + half * 8, tile * (K // 4) + g * 8 + half
 
 
 @triton.jit
 def byte_in_tile(m):
-    """Where byte m (0 to 31, in the order of memory) of a row of a tile is, counted from the row's
-    first byte, and the first of its two columns."""
+    """Returns the offset of byte m (0 to 31, in the order of memory) of a row of a tile from the
+    row's first byte, and the first of the byte's two columns."""
     return m // 8 * 16 + m % 8, m // 4 % 2 * 32 + m // 8 * 8 + m % 4 * 2
 
 
 @triton.jit
 def absmax_in_tile(group):
-    """Where a quantization group's absmax is, counted from the row's first one."""
+    """Returns the offset of a quantization group's absmax from the first one of its row."""
     return group // 4 * 64 + group % 4 * 2
 
 

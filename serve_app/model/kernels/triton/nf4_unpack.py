@@ -44,7 +44,7 @@ class Unpacker:
         return out if is_stack else out[0]
 
     def prepare(self, matrices: QuantizedWeight) -> Packed:
-        """What the kernel needs to know about a weight; waits for the device the first time."""
+        """Returns the kernel's view of a weight. The first call waits for the device."""
         if matrices not in self._packed:
             self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
         return self._packed[matrices]

@@ -58,7 +58,7 @@ class PromptStep:
         self.few_tokens = 0
         """The most tokens of a step that runs in another form than larger ones."""
         self.note = "attention in kernels, products in torch"
-        """What runs how."""
+        """A phrase for `/health` about the form of attention, routing and products."""
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache, experts_at_once: int) -> "PromptStep":

@@ -13,13 +13,13 @@ from serve_app.model.quantized_weight import QuantizedWeight
 
 
 class Job(NamedTuple):
-    """Matrices that one product takes."""
+    """The matrices of one product, which are dequantized together."""
 
     weight: QuantizedWeight
     which: Tensor
     """int64 `[n]`, on the device: numbers of a stack's matrices; `[0]` for one matrix."""
     buffer: str
-    """Where they are dequantized: jobs with the same name take turns."""
+    """The name of the buffer for the dequantized weights. Jobs with the same buffer take turns."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -33,7 +33,7 @@ Unpack = Callable[[QuantizedWeight, Tensor, Tensor], object]
 
 
 class Stream(Protocol):
-    """What is used of `torch.cuda.Stream`."""
+    """The part of `torch.cuda.Stream` that is used."""
 
     def record_event(self, event: Any) -> object: ...
     def wait_event(self, event: Any) -> object: ...

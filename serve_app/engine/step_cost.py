@@ -42,7 +42,12 @@ HALF_LIFE = 64
 """The weight of a measured step halves with this many newer steps."""
 MAX_UNFITTED = 16
 """The coefficients are fitted again after this many new steps, or after a step whose prediction
-was wrong. A fit takes half a millisecond, a large part of a small model's step."""
+was wrong."""
+MIN_FITTED_S = 0.025
+"""The steps between two fits take at least this many seconds. A fit takes about 0.3 ms, so fits
+take about 1 % of the time of steps at most. Example: on a machine with noisy step times, most
+predictions of steps of 1 ms are wrong by more than `SURPRISE`; they are fitted every 25 steps, and
+steps of 25 ms or more after each surprise."""
 SURPRISE = 0.2
 """A prediction is wrong if its relative error is larger."""
 NUM_ROUNDS = 4
@@ -160,6 +165,8 @@ class _LinearFit:
         self._observed: dict[tuple[int, ...], deque[tuple[int, tuple[float, ...]]]] = {}
         self._num_observed = 0
         self._num_fitted = 0
+        # Seconds of the steps since the last fit. The first fit is due at once.
+        self._unfitted_s = MIN_FITTED_S
         self._is_surprised = False
         self._weights: tuple[float, ...] = (0.0,) * num_features
         # All subsets of the features, as masks [subsets, features].
@@ -173,9 +180,14 @@ class _LinearFit:
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """The coefficients, fitted again if a prediction was wrong or many steps are new."""
-        if self._is_surprised or self._num_observed - self._num_fitted >= MAX_UNFITTED:
+        """The coefficients, fitted again if a prediction was wrong or many steps are new.
+
+        Not fitted again before the new steps have taken `MIN_FITTED_S`.
+        """
+        is_due = self._is_surprised or self._num_observed - self._num_fitted >= MAX_UNFITTED
+        if is_due and self._unfitted_s >= MIN_FITTED_S:
             self._num_fitted, self._is_surprised = self._num_observed, False
+            self._unfitted_s = 0.0
             self._fit()
         return self._weights
 
@@ -187,6 +199,7 @@ class _LinearFit:
         kept = self._observed.setdefault(size, deque(maxlen=NUM_STEPS))
         kept.append((self._num_observed, (*features, max(value, 1e-6))))
         self._num_observed += 1
+        self._unfitted_s += value
         predicted = sum(w * x for w, x in zip(self._weights, features, strict=True))
         self._is_surprised |= abs(predicted - value) > SURPRISE * value
 

@@ -146,16 +146,47 @@ def test_decodes_and_prompts_that_are_never_mixed_add_up() -> None:
     assert cost.seconds(prompt(0, 400, num_decodes=8)) == pytest.approx(0.022, rel=0.05)
 
 
-def test_steps_as_predicted_are_not_fitted_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The engine's thread fits after a surprise at once, else after every 16th step."""
-    fits: list[int] = []
+@pytest.fixture
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Returns a list that gets the number of the last step at each fit."""
+    numbers: list[int] = []
     fit = step_cost._LinearFit._fit
 
     def counted(self: step_cost._LinearFit) -> None:
-        fits.append(self._num_observed)
+        numbers.append(self._num_observed)
         fit(self)
 
     monkeypatch.setattr(step_cost._LinearFit, "_fit", counted)
+    return numbers
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_noisy_times_of_short_steps_are_seldom_fitted(fits: list[int], seed: int) -> None:
+    """If the times of steps of about 1 ms vary by a factor of four, the number of fits is bounded
+    by the time of the steps, and the prediction is near their median."""
+    draw = random.Random(seed)
+    cost = StepCost()
+    times = [0.001 * 4 ** draw.uniform(-0.5, 0.5) for _ in range(1000)]
+    for seconds in times:
+        cost.observe(decodes(16, 100), seconds)
+        cost.seconds(decodes(16, 100))
+    assert 10 < len(fits) <= 1 + sum(times) / step_cost.MIN_FITTED_S
+    assert 0.0005 < cost.seconds(decodes(16, 100)) < 0.002
+
+
+def test_short_steps_that_become_slower_are_soon_predicted(fits: list[int]) -> None:
+    """If steps of 1 ms begin to take 3 ms, the prediction follows within ten of them."""
+    cost = StepCost()
+    for seconds in (*[0.001] * 100, *[0.003] * 10):
+        cost.observe(decodes(16, 100), seconds)
+        cost.seconds(decodes(16, 100))
+    assert cost.seconds(decodes(16, 100)) == pytest.approx(0.003, rel=0.1)
+    assert len(fits) <= 6
+
+
+def test_steps_as_predicted_are_not_fitted_each(fits: list[int]) -> None:
+    """Steps of 10 ms are fitted again after every 16th of them; a wrong prediction after a longer
+    time without a fit is fitted at once."""
     cost = StepCost()
 
     def step(seconds: float) -> float:

@@ -25,14 +25,14 @@ OPTIONS = ("-std=c++17", "-default-device")
 class Compiler:
     """NVRTC for cards of one compute capability.
 
-    `cache` is a folder to read and write, None for no cache; `filled` are folders to read, such as
-    one that an image has brought.
+    Compiled kernels are read from the folder `cache`, then from the folders `filled`, such as the
+    image's. New ones are written to `cache`; None writes none.
     """
 
     def __init__(
         self, capability: int, cache: Path | None = None, filled: Sequence[Path] = ()
     ) -> None:
-        """Raises `StepUnavailable` where NVRTC is not installed."""
+        """Raises `StepUnavailable` if NVRTC is not installed."""
         try:
             from cuda.bindings import nvrtc
 
@@ -47,9 +47,9 @@ class Compiler:
         self._headers = [(SOURCES / name).read_bytes() for name in HEADERS]
 
     def cubin(self, name: str, macros: Sequence[str]) -> bytes:
-        """The machine code of `name`.cu with `macros`, such as "TOKEN_TILES=1".
+        """Returns the machine code of `name`.cu with `macros`, such as "TOKEN_TILES=1".
 
-        Raises `StepUnavailable` with the compiler's log where it does not compile.
+        Raises `StepUnavailable` with the compiler's messages if the source does not compile.
         """
         source, options = self._program(name, macros)
         file = self.file_name(name, macros)
@@ -65,11 +65,11 @@ class Compiler:
         return made
 
     def file_name(self, name: str, macros: Sequence[str]) -> str:
-        """The name in a cache of the machine code of `name`.cu with `macros`."""
+        """Returns the name of the cache file for `name`.cu with `macros`."""
         return f"{name}-{self._digest(*self._program(name, macros))}.cubin"
 
     def capabilities(self) -> list[int]:
-        """The compute capabilities that this NVRTC compiles for, such as 90 for 9.0."""
+        """Returns the compute capabilities that this NVRTC supports, such as 90 for 9.0."""
         error, count = self._nvrtc.nvrtcGetNumSupportedArchs()
         self._check(error)
         error, found = self._nvrtc.nvrtcGetSupportedArchs()
@@ -77,7 +77,7 @@ class Compiler:
         return list(found[:count])
 
     def _program(self, name: str, macros: Sequence[str]) -> tuple[bytes, list[str]]:
-        """Source and options."""
+        """Returns the source and the compiler's options."""
         source = (SOURCES / f"{name}.cu").read_bytes()
         return source, [*self._options, *(f"-D{macro}" for macro in macros)]
 
@@ -110,7 +110,7 @@ class Compiler:
             nvrtc.nvrtcDestroyProgram(program)
 
     def _log(self, program: Any) -> str:
-        """The start of the compiler's messages."""
+        """Returns the first 1,000 characters of the compiler's messages."""
         error, size = self._nvrtc.nvrtcGetProgramLogSize(program)
         self._check(error)
         text = bytearray(size)
@@ -123,8 +123,10 @@ class Compiler:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file by renaming, so that no reader finds half of it. No cache is no failure: where
-    the folder cannot be written, the next start compiles again."""
+    """Writes a file atomically, so that a reader never sees a partial one.
+
+    Ignores an `OSError`: without the file, the next start compiles again.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:

@@ -30,7 +30,7 @@ class CudaStep:
     """The layers of one model with one KV cache, for at most `max_rows` rows of a batch."""
 
     def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
-        """Raises `StepUnavailable` with the reason where the kernels do not fit."""
+        """Raises `StepUnavailable` with the reason if the kernels cannot compute the model."""
         if (reason := unfit(model, max_rows)) is not None:
             raise StepUnavailable(reason)
         assert model.products is not None
@@ -42,7 +42,10 @@ class CudaStep:
         self._finished = torch.zeros(1, dtype=torch.int32, device=device)
 
     def hidden(self, batch: DecodeBatch) -> Tensor:
-        """The normalized hidden state after all layers, bfloat16 `[B, H]`; fills the cache."""
+        """Returns the normalized hidden state after all layers, bfloat16 `[B, H]`.
+
+        Writes the new tokens' keys and values to the cache.
+        """
         model, kernels = self._model, self._kernels
         rows, size = len(batch.token_ids), model.config.hidden_size
         x = model.embedding.new_empty(rows, size)
@@ -59,8 +62,11 @@ class CudaStep:
         return y
 
     def _layer(self, layer: Any, i: int, batch: DecodeBatch, x: Tensor, y: Tensor) -> Tensor:
-        """The experts' outputs of layer `i`, float32 `[B * k, H]`, from the normalized `y`, which
-        is overwritten; `x` gets the attention's output added."""
+        """Computes layer `i` from the hidden state `x` and its norm `y`.
+
+        Returns the experts' outputs, float32 `[B * k, H]`, which the caller adds to `x`. Adds the
+        attention's output to `x`, and overwrites `y`.
+        """
         kernels, products, config = self._kernels, self._products, self._model.config
         keys, values = self._cache.keys[i], self._cache.values[i]
         qkv_weight, o_weight = tiled(layer.attention.qkv.weight), tiled(layer.attention.o.weight)

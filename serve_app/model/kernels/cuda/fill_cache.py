@@ -36,10 +36,10 @@ MIXTRAL_8X7B = {
 
 
 class _Compiled:
-    """A kernel that has no device to run on."""
+    """A kernel that is only compiled; there is no device to launch it on."""
 
     def launch(self, *arguments: object, blocks: int | None = None) -> None:
-        raise AssertionError("it is there to be compiled")
+        raise AssertionError("this kernel is only compiled")
 
 
 def fill_cache(
@@ -48,12 +48,12 @@ def fill_cache(
     capabilities: Sequence[int],
     progress: Callable[[int, str], None],
 ) -> None:
-    """Compiles into the folder `cache` what `use_cuda_kernels` needs; a file that is there stays.
+    """Compiles the kernels that `use_cuda_kernels` needs into the folder `cache`.
 
-    `capabilities` are such as 90 for 9.0; none are all that NVRTC and our kernels know. Calls
-    `progress` with the capability and the name of each kernel that is done. Raises
-    `StepUnavailable` where NVRTC is missing or does not know a capability, and `OSError` where the
-    folder cannot be written.
+    Existing files are kept. `capabilities` are compute capabilities such as 90 for 9.0; an empty
+    list means all that both NVRTC and our kernels support. Calls `progress` with the capability and
+    the name of each compiled kernel. Raises `StepUnavailable` if NVRTC is missing or does not
+    support a capability, and `OSError` if the folder cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
     known = Compiler(OLDEST).capabilities()
@@ -71,7 +71,7 @@ def fill_cache(
         ) -> Launchable:
             made = compiler.cubin(name, macros)
             path = cache / compiler.file_name(name, macros)
-            if not path.exists():  # raises why the compiler could not write it
+            if not path.exists():  # the compiler ignores an OSError; this write raises it
                 path.write_bytes(made)
             progress(capability, name)
             return _Compiled()

@@ -14,14 +14,17 @@ class DriverError(Exception):
 
 
 def cuda_driver() -> Any:
-    """The module that calls the CUDA driver; importing it needs no GPU."""
+    """Returns the module with the CUDA driver's functions; importing it needs no GPU."""
     from cuda.bindings import driver
 
     return driver
 
 
 def checked(what: str, result: Sequence[Any]) -> Any:
-    """The value of a driver call's `result`, (error, value...). Raises `DriverError`."""
+    """Returns the value in a driver call's `result`, which is (error, value...).
+
+    Raises `DriverError` if the call failed; `what` names it.
+    """
     error, *values = result
     if int(error):
         raise DriverError(f"{what} failed: {error}")
@@ -34,9 +37,9 @@ class Grid:
 
     blocks: int
     threads: int
-    """Threads of each block."""
+    """Number of threads of each block."""
     shared_bytes: int
-    """Shared memory of each block."""
+    """Bytes of shared memory of each block."""
     overlaps: bool = False
     """Whether it may start before the previous kernel has ended (programmatic dependent launch);
     intrinsics.cuh has the rule for such kernels."""
@@ -46,7 +49,7 @@ class Kernel:
     """One compiled kernel on the current device."""
 
     def __init__(self, cubin: bytes, name: str, grid: Grid, driver: Any = None) -> None:
-        """`driver` is `cuda_driver()`, or what a test puts in its place. Raises `DriverError`."""
+        """`driver` replaces `cuda_driver()` in tests. Raises `DriverError`."""
         self._driver = cuda_driver() if driver is None else driver
         self._grid = grid
         # The function lives as long as its module.
@@ -60,11 +63,11 @@ class Kernel:
         self._attributes = [overlapping(self._driver)] if grid.overlaps else []
 
     def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
-        """Launches on torch's current stream. A tensor is passed as its address, None as null.
+        """Launches the kernel on torch's current stream. Raises `DriverError`.
 
-        `blocks` is given where it differs from the grid's. Tensors must stay alive until the stream
-        has run the kernel, which torch's allocator grants those of the same stream. Raises
-        `DriverError`.
+        A tensor is passed as its address, None as a null pointer. `blocks` replaces the grid's
+        number of blocks. The memory of the tensors must not be reused before the kernel has run;
+        torch's allocator guarantees this for tensors that were allocated on the same stream.
         """
         values = tuple(map(value_of, arguments))
         types = tuple(c_int if isinstance(each, int) else c_void_p for each in arguments)
@@ -78,9 +81,9 @@ class Kernel:
 
 
 def overlapping(driver: Any) -> Any:
-    """The launch attribute for a kernel that may start before the previous one has ended.
+    """Returns the launch attribute for a kernel that may start before the previous one has ended.
 
-    A captured graph keeps it.
+    A captured graph keeps the attribute.
     """
     attribute = driver.CUlaunchAttribute()
     names = driver.CUlaunchAttributeID
@@ -90,13 +93,13 @@ def overlapping(driver: Any) -> Any:
 
 
 def value_of(argument: Tensor | int | None) -> int:
-    """An argument as the number that the driver gets."""
+    """Returns the number that the driver gets for an argument."""
     if argument is None:
         return 0
     return argument if isinstance(argument, int) else argument.data_ptr()
 
 
 def current_stream() -> int:
-    """The handle of torch's current stream."""
+    """Returns the handle of torch's current stream."""
     stream: Any = torch.cuda.current_stream()
     return int(stream.cuda_stream)

@@ -13,7 +13,10 @@ from serve_app.model.quantized_weight import Index, QuantizedWeight
 
 
 class LayerProducts:
-    """The `Products` of `triton/step_products.py` of one layer; each returns parts `[1, n, N]`."""
+    """One layer's products by CUDA kernels: `Products` of `triton/step_products.py`.
+
+    Each product returns parts `[1, n, N]`.
+    """
 
     def __init__(self, layer: Any, products: CudaProducts) -> None:
         attention, self._mlp = layer.attention, layer.mlp
@@ -45,7 +48,7 @@ class LayerProducts:
 
 
 def floats(rows: int, weight: TiledWeight, x: Tensor) -> Tensor:
-    """An empty float32 `[rows, N]`."""
+    """Returns an uninitialized float32 `[rows, N]` for a product with `weight`, on x's device."""
     return x.new_empty(rows, weight.out_features, dtype=torch.float32)
 
 
@@ -57,7 +60,7 @@ class TileUnpacker:
         self._first: Tensor | None = None
 
     def __call__(self, weight: QuantizedWeight, index: Index) -> Tensor:
-        """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
+        """Returns a single matrix `[N, K]`, or those of a stack with the indices `index` `[n]`."""
         if isinstance(index, Tensor):
             return self._products.unpack(tiled(weight), index)
         if self._first is None:

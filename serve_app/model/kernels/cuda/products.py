@@ -1,10 +1,10 @@
 """Products with 4-bit weights in tiles for a few tokens on a GPU, and dequantizing for prompts.
 
-The functions have the meaning of those in `triton/nf4_decode.py`, without parts: sums over K
-are complete. Activations and results of `gate_up` are bfloat16. Each weight is read
-once per launch for all its tokens, up to the kernel's number of them; more tokens are more passes.
-Sums over K are added in an order that only the variant decides, so that a token gets the same bits
-in any batch of the same variant.
+The functions compute what those of the same names in `triton/nf4_decode.py` compute, but their sums
+over K are complete, not in parts. Activations and results of `gate_up` are bfloat16. A launch reads
+each weight once for up to as many tokens as the kernel's variant computes together (a pass); more
+tokens need more passes. The order of the sums over K depends on the variant alone, so a token gets
+the same bits in any batch that has the same variant.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,14 +32,14 @@ if TYPE_CHECKING:
     from serve_app.model.kernels.cuda.step_kernels import StepKernels
 
 UNPACK_THREADS = 1024
-"""Threads of a block of unpack.cu, which has all registers of a multiprocessor."""
+"""Number of threads of a block of unpack.cu. A block takes all registers of a multiprocessor."""
 UNPACK_SHARE = 0.5
-"""Multiprocessors that unpack.cu takes. The programs of the grouped product have 240 registers a
-thread on an H200, so that no block of another kernel fits beside one. Half of the multiprocessors
-write 32 bytes a cycle each to keep up with an H200's memory; the other half computes a product at
-the same time. Computed, not measured."""
+"""Share of the multiprocessors that unpack.cu uses; the others compute a product at the same time.
+A program of the grouped product has 240 registers a thread on an H200, so no block of another
+kernel fits on the same multiprocessor. Half of the multiprocessors keep an H200's memory busy if
+each writes 32 bytes a cycle. Computed, not measured."""
 UNPACK_STRIDE = 32
-"""Words of its table for each byte."""
+"""Number of words in unpack.cu's table for each value of a byte."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Launchable(Protocol):
 
 
 MakeKernel = Callable[[str, Sequence[str], Grid], Launchable]
-"""Compiles and loads a source file, by its name without `.cu`, with macros, for a launch."""
+"""Compiles a source file, named without `.cu`, with macros, and loads it for launches of a grid."""
 
 
 class CudaProducts:
@@ -88,8 +88,8 @@ class CudaProducts:
         top_k: int,
         make: MakeKernel,
     ) -> None:
-        """`code` are the 16 code values, on the device; `in_features` has the Ks of each product,
-        by DENSE, GATE_UP and DOWN."""
+        """`code` has the 16 code values, on the device. `in_features` has all values of K for each
+        of the products DENSE, GATE_UP and DOWN."""
         self._pairs = pairs_of(code).to(code.device)
         self._kernels: dict[tuple[str, int, int], Launchable] = {}
         for product, sizes in in_features.items():
@@ -104,21 +104,21 @@ class CudaProducts:
         grid = Grid(blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
         self.step_kernels: StepKernels | None = None
-        """The other kernels of a decode step, where they fit the model."""
+        """The other kernels of a decode step; None if they cannot compute the model."""
         self.make_sampler: Callable[[int], SampleKernel] | None = None
-        """Compiles the sampler for a number of rows; raises `StepUnavailable`."""
+        """Compiles the sampler for a maximum number of rows. Raises `StepUnavailable`."""
 
     def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:
-        """Fills `out` float32 `[T, N]` from `x` `[T, K]`."""
+        """Fills `out` float32 `[T, N]` with x @ weight.T, for `x` `[T, K]`."""
         self._launch(DENSE, weight, x, None, None, None, out, len(x))
 
     def gate_up(
         self, weight: TiledWeight, x: Tensor, order: Tensor, starts: Tensor, out: Tensor
     ) -> None:
-        """Fills `out` `[T * k, I]`, in the order of experts, from `x` `[T, K]`: silu(gate) * up.
+        """Fills `out` `[T * k, I]` with silu(gate) * up of `x` `[T, K]`, in the order of experts.
 
-        `order` and `starts` as in `nf4_decode.gate_up`. Rows of `out` after the last expert's are
-        not written.
+        `order` and `starts` are those of `nf4_decode.gate_up`. Rows of `out` after the last
+        expert's are not written.
         """
         self._launch(GATE_UP, weight, x, order, starts, None, out, len(x))
 
@@ -133,19 +133,20 @@ class CudaProducts:
         out: Tensor,
     ) -> None:
         """Fills `out` float32 `[T * k, N]`, in the order of entries, from `x`, the output of
-        `gate_up`, times `topk_weights` float32 `[T * k]`. Entries of no expert are not written."""
+        `gate_up`. Each row is multiplied by its entry's `topk_weights` (float32 `[T * k]`). Rows
+        of entries without an expert (padding) are not written."""
         tokens = len(x) // top_k
         self._launch(DOWN, weight, x, order, starts, topk_weights, out, tokens)
 
     def unpack(self, weight: TiledWeight, which: Tensor) -> Tensor:
-        """Matrices `which` (int64 `[n]`) of a stack, dequantized to bfloat16 `[n, N, K]`."""
+        """Returns matrices `which` (int64 `[n]`) of a stack as bfloat16 `[n, N, K]`."""
         shape = (len(which), weight.out_features, weight.in_features)
         out = torch.empty(shape, dtype=torch.bfloat16, device=which.device)
         self.unpack_into(weight, which, out)
         return out
 
     def unpack_into(self, weight: TiledWeight, which: Tensor, out: Tensor) -> None:
-        """`unpack` into `out` `[n, N, K]`."""
+        """The same as `unpack`, but writes to `out` `[n, N, K]`."""
         tensors = (weight.codes, weight.absmax, self._pairs, which, out)
         sizes = (len(which), weight.out_features // 16, weight.in_features // 64)
         self._unpack.launch(*tensors, *sizes)

@@ -1,8 +1,9 @@
 """The products of a step with few prompt tokens, by the kernels of the decode step.
 
-These read 4-bit weights once for each pass of some tokens, where dequantizing reads them once,
-writes them as floats and reads these again. `max_tokens` computes up to how many tokens passes are
-faster on a card.
+There are two ways to multiply prompt tokens by 4-bit weights. Passes read the 4-bit weights once
+for every `PASS_TOKENS` tokens of an expert. Dequantizing reads them once, writes them as floats,
+and reads the floats again. `max_tokens` computes the number of tokens up to which passes are faster
+on a card.
 """
 
 from dataclasses import dataclass
@@ -23,18 +24,19 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 PASS_TOKENS, ROW_TILE = 64, 128
-"""Tokens of an expert in one pass, and in one tile of the grouped product."""
+"""Number of an expert's tokens in one pass, and in one tile of the grouped product."""
 PACKED_BYTES, FLOAT_BYTES = 0.5 + 2 / 64, 2
-"""Bytes of a weight in 4 bits with its absmax, and as a float."""
+"""Bytes of a weight in 4 bits with its share of absmax, and as a bfloat16."""
 SHARE_OF_BANDWIDTH, SHARE_OF_FLOPS = 0.9, 0.6
-"""Shares of the peak that kernels reach. An H200 reads 4.59 of 4.9 TB/s; the second number is
-assumed."""
+"""Shares of a card's peak rates that kernels reach. The first is measured: an H200 reads 4.59 of
+4.9 TB/s. The second is assumed."""
 DECODE_CYCLES = 0.057
-"""Cycles of a multiprocessor for decoding a weight: on an H200 (132 multiprocessors, 1.98 GHz) the
-prototypes took 374 + 213 us for a pass over the 1.41e9 weights of a layer's experts, which is 0.109
-cycles a weight, and its matrix products take 0.052 of them by `SHARE_OF_FLOPS`."""
+"""Cycles of a multiprocessor for decoding one weight: 0.109 - 0.052. On an H200 (132
+multiprocessors, 1.98 GHz) the prototypes took 374 + 213 us for a pass over the 1.41e9 weights of a
+layer's experts, which is 0.109 cycles a weight. The matrix products of the pass take 0.052 of them,
+computed with `SHARE_OF_FLOPS`."""
 FLOPS_PER_CYCLE = {80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
-"""Operations of a multiprocessor in bfloat16 with float32 sums, by compute capability."""
+"""Operations per cycle of a multiprocessor in bfloat16 with float32 sums, by compute capability."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,15 @@ class CardSpeed:
     """The peak rates of a GPU, computed from its clocks."""
 
     bandwidth: float
-    """Bytes/s of its memory."""
+    """Bytes per second of its memory."""
     cycles: float
-    """Cycles/s of all multiprocessors together."""
+    """Cycles per second of all multiprocessors together."""
     flops: float
-    """Operations/s of matrix products in bfloat16."""
+    """Operations per second of matrix products in bfloat16."""
 
 
 def speed_of(device: torch.device) -> CardSpeed:
-    """The speed of a CUDA device. Raises `DriverError`."""
+    """Returns the speed of a CUDA device. Raises `DriverError`."""
     properties = torch.cuda.get_device_properties(device)
     driver = cuda_driver()
     attribute = driver.CUdevice_attribute
@@ -68,11 +70,15 @@ def speed_of(device: torch.device) -> CardSpeed:
 
 
 def max_tokens(config: MixtralConfig, speed: CardSpeed) -> int:
-    """Returns the most tokens of a step for which passes take no longer than dequantized weights.
+    """Returns the number of tokens up to which passes take no longer than dequantizing.
 
-    Computed for a layer's experts, with tokens that choose all experts alike. Unpacking counts as
-    memory traffic alone: it runs beside the products, and what it takes from them is not known
-    before it is measured. On an H200 the result is 496 for Mixtral 8x7B.
+    Both are computed for the experts of one layer, with tokens distributed evenly over the experts.
+    Dequantizing runs beside the products, so the longer of the two counts, and its own time is that
+    of its memory traffic.
+
+    Example: on an H200 the result is 496 for Mixtral 8x7B. One pass over a layer's experts takes
+    0.59 ms (decoding 0.31, products 0.28), and dequantizing them 1.45 ms. Of 496 tokens each expert
+    gets 124, which need 2.44 passes on average: 1.43 ms. Of 512 it gets 128: 2.5 passes, 1.47 ms.
     """
     matrix = 3 * config.hidden_size * config.intermediate_size
     weights = config.num_local_experts * matrix
@@ -94,7 +100,7 @@ def max_tokens(config: MixtralConfig, speed: CardSpeed) -> int:
 
 
 class PassedProducts:
-    """The `PromptProducts` of `triton/prompt_products.py` that dequantize nothing."""
+    """`PromptProducts` (`triton/prompt_products.py`) by passes, without dequantized weights."""
 
     def __init__(self, model: "Mixtral", products: CudaProducts) -> None:
         self._model: Any = model

@@ -1,4 +1,4 @@
-"""Sampling on a GPU in one launch: tokens from logits, each row by its own parameters."""
+"""SampleKernel: samples a token for each row of logits in one launch on a GPU (`sample.cu`)."""
 
 from typing import Any
 
@@ -12,14 +12,15 @@ from serve_app.model.kernels.cuda.products import Launchable, MakeKernel
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 THREADS, CANDIDATES = 1024, 256
-"""Threads of a block; logits that are compared with each other to find a threshold."""
+"""Number of threads of a block, and maximum number of logits that a block compares with each other
+to find a threshold."""
 MAX_VALUES = 32
-"""Logits that a thread may hold in registers."""
+"""Maximum number of logits that a thread holds in registers."""
 MAX_VOCAB = THREADS * MAX_VALUES
 MAX_PARTS, FOUND_BYTES = 16, 16
-"""Blocks that share a row, and what each of them finds."""
+"""Maximum number of blocks that share a row, and the bytes of each block's result."""
 IN_PROMPT = -(1 << 31)
-"""The bit of a token's count that says that the prompt has the token."""
+"""The bit of a token's count that marks a token of the prompt."""
 
 ROW = np.dtype(
     [
@@ -40,14 +41,14 @@ ROW = np.dtype(
         ("is_filtered", np.int32),
     ]
 )
-"""The parameters of a row, as in sample.cu. `counts` and `lists` are addresses of int32 tensors on
-the device. `counts` `[vocab]` has how often each token was generated, with `IN_PROMPT`; the kernel
-adds the token that it samples. `lists` has the biased ids, their biases as float32, then the stop
-ids."""
+"""The parameters of a row; sample.cu declares the same. `counts` and `lists` are addresses of int32
+tensors on the device. `counts` `[vocab]` has the number of times that each token was generated, and
+the bit `IN_PROMPT`; the kernel counts the token that it samples. `lists` has the ids with a bias,
+then their biases (float32), then the stop ids. `mask` is the row's index in `masks`, or -1."""
 
 
 class SampleKernel:
-    """The compiled kernel for `vocab_size` and at most `max_rows` rows, with its memory."""
+    """The compiled kernel for `vocab_size` tokens and at most `max_rows` rows, and its memory."""
 
     def __init__(
         self,
@@ -59,7 +60,10 @@ class SampleKernel:
         threads: int = THREADS,
         candidates: int = CANDIDATES,
     ) -> None:
-        """`blocks` run at once: one for each multiprocessor. Raises `StepUnavailable`."""
+        """`blocks` is the number of blocks that run at once, one per multiprocessor.
+
+        Raises `StepUnavailable` if the vocabulary is too large.
+        """
         self._blocks, self.max_rows = blocks, max_rows
         values = -(-vocab_size // threads)
         if values > MAX_VALUES:
@@ -80,13 +84,13 @@ class SampleKernel:
         masks: Tensor | None,
         tokens: Tensor,
     ) -> None:
-        """Fills `tokens` int64 `[rows]` from float32 `logits` `[rows, vocab]`, which stay as they
-        are.
+        """Fills `tokens` int64 `[rows]` from float32 `logits` `[rows, vocab]`, without changing
+        the logits. `SamplingParams` defines the operations and their order.
 
-        `rows` has `ROW`s as bytes; `positions` int64 `[rows]` are the numbers of generated tokens.
-        `masks` int32 `[grammars, ceil(vocab / 32)]` has a bit for each token that a grammar allows.
-        With masks, rows whose `mask` is -1 are left out; without, the others are. A row without
-        finite logits gets -1. Order and meaning of the operations are `SamplingParams`'.
+        `rows` has one `ROW` per row, as bytes. `positions` int64 `[rows]` has the number of tokens
+        that each row has generated. `masks` int32 `[grammars, ceil(vocab / 32)]` has one bit per
+        token, 1 if the grammar allows it. A launch with `masks` samples only the rows with a
+        `mask`, a launch without them only the others. A row whose logits are not finite gets -1.
         """
         count, vocab_size = logits.shape
         parts = min(MAX_PARTS, max(1, self._blocks // count))
@@ -96,7 +100,7 @@ class SampleKernel:
 
 
 def empty_rows(count: int) -> NDArray[Any]:
-    """`ROW`s that take the best token."""
+    """Returns `count` `ROW`s for greedy sampling."""
     rows = np.zeros(count, ROW)
     rows["mask"] = -1
     return rows

@@ -1,8 +1,7 @@
 """The kernels of a decode step besides its products: norms, router, rotary embedding, attention.
 
-Each method is one launch. All tensors but the router's results are bfloat16 where nothing else is
-said. Padding rows have context length 0. Letters: B rows, H hidden size, E experts, k experts of a
-token, D head_dim, P positions.
+Each method is one launch. Tensors without a stated dtype are bfloat16. Padding rows have context
+length 0. Letters: B rows, H hidden_size, E experts, k experts per token, D head_dim, P positions.
 """
 
 import math
@@ -19,35 +18,42 @@ from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 
 MAX_ROWS = 4096
-"""The most rows of a step: one block sorts their experts in its shared memory."""
+"""Maximum number of rows of a step, because one block sorts their experts in its shared memory."""
 MAX_SPLITS = 32
-"""Most splits of a context; see splits.cuh."""
+"""Maximum number of splits of a context; see splits.cuh."""
 NUM_PROGRAMS = 2048
-"""Blocks of attention, roughly; those of one row and KV head take its splits by turns."""
+"""Approximate number of blocks of an attention launch. The n blocks of one row and KV head compute
+every nth split each."""
 MAX_HIDDEN, MAX_EXPERTS, MAX_GROUP, HEAD_DIMS = 8192, 8, 8, (64, 128)
 """Limits of the CUDA sources. A group is the query heads that share a KV head."""
 ATTENTION_WARPS, ROPE_THREADS = 4, 256
-"""Launch sizes; the CUDA sources have the same numbers."""
+"""Warps of a block of attention.cu, and threads of a block of rope.cu, as in these sources."""
 
 
 @dataclass(frozen=True)
 class Routing:
-    """Which experts the rows go to, as `CudaProducts` reads it."""
+    """The experts of each row, in the form that `CudaProducts` reads.
+
+    Example: rows 0 and 1 use experts [2, 0] and [0, 1] of 3. The entries row * 2 + j, sorted by
+    expert, are `order` [1, 2, 3, 0], and `starts` is [0, 2, 3, 4].
+    """
 
     topk_ids: Tensor
     """int32 `[B * k]`; E for padding rows."""
     topk_weights: Tensor
     """float32 `[B * k]`"""
     order: Tensor
-    """int32 `[B * k]`: entries by expert; those of padding rows are missing at the end."""
+    """int32 `[B * k]`: the entries row * k + j sorted by expert. Padding rows have no entries, so
+    the end of the tensor is unset."""
     starts: Tensor
-    """int32 `[E + 1]`: the first place of each expert in `order`."""
+    """int32 `[E + 1]`: the first index of each expert's entries in `order`, and their number."""
     finished: Tensor
-    """int32 `[1]`: zero between launches, and the same tensor in all of them."""
+    """int32 `[1]`: counts the finished blocks of a launch, which leaves it at 0. All launches use
+    the same tensor."""
 
     @classmethod
     def empty(cls, rows: int, config: MixtralConfig, finished: Tensor) -> "Routing":
-        """For `rows` rows."""
+        """Returns uninitialized tensors for `rows` rows, with the given `finished`."""
         entries, experts = rows * config.num_experts_per_tok, config.num_local_experts
         ids, order = finished.new_empty(2, entries)
         weights = torch.empty(entries, dtype=torch.float32, device=finished.device)
@@ -55,7 +61,7 @@ class Routing:
 
 
 class AttentionMemory:
-    """Partial results of the blocks of one attention launch, for at most `max_rows` rows."""
+    """Memory for the results of the splits of one attention launch, for at most `max_rows` rows."""
 
     def __init__(self, config: MixtralConfig, max_rows: int, device: torch.device) -> None:
         heads = (max_rows, config.num_attention_heads, MAX_SPLITS)
@@ -94,14 +100,14 @@ class StepKernels:
         self._attention = make("attention", (*macros, f"SCALE={scale!r}f"), grid)
 
     def embed(self, ids: Tensor, embedding: Tensor, weight: Tensor, x: Tensor, y: Tensor) -> None:
-        """Fills `x` `[B, H]` with rows `ids` (int64 `[B]`) of `embedding`, and `y` with its RMSNorm
-        by `weight` `[H]`."""
+        """Fills `x` `[B, H]` with the rows `ids` (int64 `[B]`) of `embedding`, and `y` with the
+        RMSNorm of `x`. `weight` is the norm's, `[H]`."""
         tensors = (ids, embedding, x, None, None, weight, y)
         self._embed.launch(*tensors, *[None] * 6, blocks=len(x))
 
     def add_norm(self, x: Tensor, parts: Tensor, lens: Tensor, weight: Tensor, y: Tensor) -> None:
-        """Adds float32 `parts` `[B * k, H]` of rows that are no padding to `x` `[B, H]`, and fills
-        `y` with its RMSNorm."""
+        """Adds the k rows of float32 `parts` `[B * k, H]` to each row of `x` `[B, H]`, and fills
+        `y` with the RMSNorm of `x`. Adds nothing to padding rows."""
         self._norm.launch(None, None, x, parts, lens, weight, y, *[None] * 6, blocks=len(x))
 
     def add_norm_route(
@@ -114,7 +120,8 @@ class StepKernels:
         y: Tensor,
         out: Routing,
     ) -> None:
-        """The same with `parts` `[B, H]`; chooses experts by `router` `[E, H]` and fills `out`."""
+        """The same as `add_norm` with `parts` `[B, H]`. Then chooses the experts of each row by
+        `router` `[E, H]`, and fills `out`."""
         results = (out.topk_ids, out.topk_weights, out.order, out.starts, out.finished)
         tensors = (None, None, x, parts, lens, weight, y, router)
         self._norm_route.launch(*tensors, *results, blocks=len(x))
@@ -128,8 +135,9 @@ class StepKernels:
         keys: Tensor,
         values: Tensor,
     ) -> None:
-        """Fills `queries` `[B, heads, D]` and the new tokens' slots of `keys` and `values`, from
-        float32 `qkv` `[B, (heads + 2 KV heads) * D]`. `tables`: cos and sin, `[P, D]` each."""
+        """Applies the rotary embedding. Reads float32 `qkv` `[B, (heads + 2 KV heads) * D]`, fills
+        `queries` `[B, heads, D]`, and writes the new tokens' slots of `keys` and `values`.
+        `tables` has cos and sin, `[P, D]` each."""
         rows = (batch.positions, batch.slots, batch.context_lens)
         blocks = len(qkv) * self._rope_blocks
         self._rope.launch(qkv, *rows, *tables, queries, keys, values, blocks=blocks)
@@ -143,8 +151,8 @@ class StepKernels:
         memory: AttentionMemory,
         out: Tensor,
     ) -> None:
-        """Fills `out` `[B, heads * D]` from `queries` and one layer's cache, `[blocks, block size,
-        KV heads, D]`; padding rows get zeros."""
+        """Fills `out` `[B, heads * D]` with the attention of `queries` over one layer's `keys` and
+        `values`, `[num_blocks, block_size, KV heads, D]`. Padding rows get zeros."""
         rows, kv_heads, block_size = len(queries), keys.shape[2], keys.shape[1]
         programs = max(1, min(MAX_SPLITS, NUM_PROGRAMS // (rows * kv_heads)))
         window = self._config.sliding_window or 0
@@ -169,7 +177,7 @@ def step_misfit(config: MixtralConfig) -> str | None:
 
 
 def attention_bytes(config: MixtralConfig) -> int:
-    """Shared memory of a block of attention.cu."""
+    """Returns the bytes of shared memory of a block of attention.cu."""
     heads, kv_heads, head_dim = _heads(config)
     sums = ATTENTION_WARPS * (heads // kv_heads) * (head_dim + 2) * 4
     return head_dim * 16 + -(-(sums + 4) // 16) * 16

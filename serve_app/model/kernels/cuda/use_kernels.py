@@ -27,19 +27,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TRIED_TOKENS = (1, 12, 24, 48, 100)
-"""Tokens of the batches that the trial computes: each kernel has one."""
+"""Number of tokens of each batch in the trial. Together they use every kernel."""
 TOLERANCE = 2e-2
-"""Largest relative error of a product in bfloat16, beside plain torch."""
+"""Maximum relative error of a bfloat16 product, compared with plain torch."""
 OLDEST = 80
-"""Compute capability 8.0: bfloat16 products and asynchronous copies."""
+"""Minimum compute capability (8.0), which has bfloat16 products and asynchronous copies."""
 
 
 def use_cuda_kernels(model: "Mixtral", cache: Path | None, filled: Sequence[Path] = ()) -> str:
-    """Compiles the kernels, compares them with plain torch on the device, and sets
-    `model.products`; or leaves the model as it is. Returns a note for `/health`.
+    """Sets `model.products` if the kernels compile and agree with plain torch on the device.
 
-    Compiled kernels are kept in the folder `cache`, and read from there and from the folders
-    `filled`, see `fill_cache.py`. Must run before the decode step is made. Raises
+    Otherwise the model does not change. Returns a note for `/health`. `cache` and `filled` are
+    those of `Compiler`. Call it before the decode step is created. Raises
     `torch.OutOfMemoryError`.
     """
     began = time.perf_counter()
@@ -72,8 +71,11 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None, filled: Sequence[Path
 
 
 def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
-    """Sets `model.products` if they agree with plain torch on the first layer; returns the largest
-    relative error. Raises `StepUnavailable` where they do not fit or do not agree."""
+    """Sets `model.products` if the kernels agree with plain torch on the first layer.
+
+    Returns the largest relative error. Raises `StepUnavailable` if the kernels cannot compute the
+    model or do not agree.
+    """
     if (reason := unfit(model, card)) is not None:
         raise StepUnavailable(reason)
     config = model.config
@@ -92,7 +94,7 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
 
 
 def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKernel) -> CudaProducts:
-    """The products of a model with these sizes; `code` are the 16 code values."""
+    """Returns the products of a model with these sizes; `code` has the 16 code values."""
     sizes = {
         DENSE: {config.hidden_size, config.q_size},
         GATE_UP: {config.hidden_size},
@@ -138,7 +140,7 @@ def unfit(model: "Mixtral", card: Card) -> str | None:
 
 
 def card_of(device: torch.device) -> Card:
-    """The GPU as the kernels see it."""
+    """Returns the properties of the GPU `device` that the kernels depend on."""
     major, minor = torch.cuda.get_device_capability(device)
     properties = torch.cuda.get_device_properties(device)
     return Card(10 * major + minor, properties.multi_processor_count)
@@ -146,7 +148,8 @@ def card_of(device: torch.device) -> Card:
 
 @torch.inference_mode()
 def largest_error(products: CudaProducts, layer: Any, config: MixtralConfig) -> float:
-    """The largest relative error of a layer's products on random data, beside plain torch."""
+    """Returns the largest relative error of a layer's products on random data, compared with plain
+    torch; NaN if one of them is NaN."""
     device = layer.mlp.router.device
     generator = torch.Generator().manual_seed(0)
 
@@ -169,7 +172,7 @@ def largest_error(products: CudaProducts, layer: Any, config: MixtralConfig) -> 
         topk_weights = random(tokens, config.num_experts_per_tok).softmax(-1)
         found = mixture(products, layer.mlp.experts, x, topk_ids, topk_weights)
         errors.append(relative(found, layer.mlp.experts(x, topk_ids, topk_weights)))
-    return float(torch.stack(errors).max())  # NaN where one is
+    return float(torch.stack(errors).max())
 
 
 def relative(found: Tensor, expected: Tensor) -> Tensor:
@@ -195,6 +198,6 @@ def mixture(
 
 
 def tiled(weight: QuantizedWeight) -> TiledWeight:
-    """A weight in tiles as the kernels read it; it shares the memory."""
+    """Returns a view of a weight in tiles, in the form that the kernels read."""
     rows, half = weight.packed.shape[-2:]
     return TiledWeight(weight.packed.view(-1, rows, half), weight.absmax.view(-1, rows, half // 32))

@@ -1,27 +1,34 @@
-"""Which CUDA kernel a product uses, and how it is compiled for a card.
+"""Chooses the CUDA kernel of a product, and the kernel's compile-time sizes for a card.
 
-The more tokens an expert has, the more sums a thread holds. The choice has two parts:
+A kernel computes up to `token_tiles` * 8 tokens of an expert at once. More tokens need more sums
+per thread. The choice has two parts:
 
-1. The host chooses the kernel, by the size of the batch alone, so that a graph can be captured. The
-   kernel's number of token tiles sets its registers and shared memory, and so how many blocks run
-   at once: one kernel for all batches would take the second block from batches of a few tokens.
-2. The device chooses a loop in the kernel for each expert, by the expert's number of tokens: one
-   for a quarter, half, three quarters or all of the kernel's token tiles (`with_tiles`, tiles.cuh).
-   An expert with more tokens takes more passes. Launching every kernel and leaving all but one at
-   once would take six more launches a layer.
+1. The host chooses the kernel by the size of the batch alone, so that a graph can be captured. The
+   number of token tiles determines the registers and the shared memory of a block, and so the
+   number of blocks that run at once. With one kernel for all batches, a multiprocessor would run
+   one block instead of two also for batches of a few tokens.
+2. The device chooses a loop in the kernel for each expert by the expert's number of tokens: for a
+   quarter, half, three quarters or all of the kernel's token tiles (`with_tiles`, tiles.cuh). An
+   expert with more tokens than that needs more passes. The alternative, to launch every kernel and
+   to end all but one at once, would take six more launches per layer.
+
+Example: a batch of 20 tokens uses the kernel with 2 token tiles (16 tokens) for gate_up. An expert
+with 5 tokens is computed in one pass by the loop for half of the tiles, one with 16 tokens in one
+pass by the loop for all of them, and one with 18 tokens in two passes.
 
 A token's sums are added in the same order in every loop of a kernel, so a token gets the same bits
 in any batch that has the same kernel, whatever experts the other tokens have.
 
-Each loop has no branch for a tile, so the matrix instructions of its tiles overlap. With such
-branches, a loop of 8 tiles on an H200 took 4,992 cycles at least and 1,189 instructions where it
-takes 2,195 and 907 now (computed from the machine code, `benchmarks/results/product-loops.json`).
+The number of tiles of a loop is a compile-time constant, so the loop has no branches, and the
+matrix instructions of its tiles overlap. With branches, a loop of 8 tiles on an H200 took at least
+4,992 cycles and 1,189 instructions; it now takes 2,195 and 907 (computed from the machine code,
+`benchmarks/results/product-loops.json`).
 """
 
 from dataclasses import dataclass, fields
 
 ROW_SIZE, SUM_BYTES = 16, 512
-"""Rows of a tile; bytes of a warp's sums of one tile and 8 tokens."""
+"""Number of rows of a tile, and bytes of a warp's sums for one tile and 8 tokens."""
 DENSE, GATE_UP, DOWN = "dense", "gate_up", "down"
 """The products; see tiles.cuh."""
 OUTPUTS = {DENSE: 0, GATE_UP: 1, DOWN: 2}
@@ -32,7 +39,7 @@ class Card:
     """The properties of a GPU that the kernels depend on."""
 
     capability: int
-    """90 is compute capability 9.0."""
+    """The compute capability: 90 for 9.0."""
     multiprocessors: int
 
     @property
@@ -47,17 +54,17 @@ class Card:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory that a block may have."""
+        """Maximum bytes of shared memory of a block."""
         return {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}.get(self.capability, 99 << 10)
 
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
-"""The cards that the tests compile for."""
+"""The compute capabilities that the tests compile for."""
 
 
 @dataclass(frozen=True)
 class FewTokens:
-    """few_tokens.cu; the fields are its macros."""
+    """The sizes with which few_tokens.cu is compiled; the fields are its macros."""
 
     row_tiles: int
     token_tiles: int
@@ -91,7 +98,7 @@ class FewTokens:
 
 @dataclass(frozen=True)
 class MoreTokens:
-    """more_tokens.cu; the fields are its macros."""
+    """The sizes with which more_tokens.cu is compiled; the fields are its macros."""
 
     row_tiles: int
     token_tiles: int
@@ -131,22 +138,24 @@ Variant = FewTokens | MoreTokens
 
 TOKENS_OF_TILES = {DENSE: ((8, 1), (16, 2)), GATE_UP: ((16, 1), (32, 2), (64, 4))}
 TOKENS_OF_TILES[DOWN] = TOKENS_OF_TILES[GATE_UP]
-"""The most tokens of a batch for each number of token tiles. Of 16 tokens with 2 of 8 experts each,
-the fullest expert has 7 on average; of 32 it has 12, of 64 it has 22."""
+"""The maximum number of tokens of a batch for each number of token tiles. If 16 tokens use 2 of 8
+experts each, the expert with the most tokens has 7 on average; of 32 tokens it has 12, of 64 it has
+22."""
 LARGEST_TILES = {DENSE: 4, GATE_UP: 8, DOWN: 8}
-"""Token tiles of larger batches. A dense matrix that is read again comes from the L2 cache."""
+"""Number of token tiles for larger batches. Four are enough for a dense matrix, because further
+passes read it from the L2 cache."""
 
 
 def token_tiles_of(product: str, tokens: int) -> int:
-    """Token tiles of the kernel for a batch of `tokens`."""
+    """Returns the number of token tiles of the kernel for a batch of `tokens` tokens."""
     found = (tiles for most, tiles in TOKENS_OF_TILES[product] if tokens <= most)
     return next(found, LARGEST_TILES[product])
 
 
 def variants(product: str, card: Card) -> dict[int, Variant]:
-    """The kernels of a product by their token tiles.
+    """Returns the kernels of a product by their number of token tiles.
 
-    Where shared memory is large they have the shapes that were fastest as prototypes on an H200.
+    For a card with much shared memory, these are the prototypes that were fastest on an H200.
     """
     is_large = card.capability in (90, 100)
     # Two blocks with a table of 64 KB each, or where they do not fit, two teams that share one.
@@ -170,7 +179,7 @@ def variants(product: str, card: Card) -> dict[int, Variant]:
 
 
 def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: int) -> list[str]:
-    """The macros that a variant is compiled with, `NAME=value`."""
+    """Returns the macros for the compilation of a variant, such as "TOKEN_TILES=2"."""
     values = {field.name.upper(): getattr(variant, field.name) for field in fields(variant)}
     values |= {"OUTPUT": OUTPUTS[product], "K_BLOCKS": in_features // 64, "TOP_K": top_k}
     values["TABLE_STRIDE"] = table_stride(variant, card)
@@ -178,12 +187,15 @@ def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: 
 
 
 def table_stride(variant: Variant, card: Card) -> int:
-    """Words of the table for each byte: 64 takes 64 KB and fewer instructions, 32 takes 32 KB."""
+    """Returns the number of words in the kernel's table for each value of a byte.
+
+    64 words need fewer instructions and 64 KB of shared memory; 32 words need 32 KB.
+    """
     return 64 if 1024 * 64 + variant.memory <= card.shared_bytes else 32
 
 
 def shared_bytes(variant: Variant, card: Card) -> int:
-    """Bytes of shared memory of a block."""
+    """Returns the bytes of shared memory of a block."""
     return 1024 * table_stride(variant, card) + variant.memory
 
 

@@ -1,9 +1,13 @@
-"""ChunkTiles: how the attention of prefill chunks is divided among programs, listed by the host.
+"""ChunkTiles: divides the attention of prefill chunks among programs, on the host.
 
-A tile is some adjacent queries of one chunk, with all query heads that share a KV head. Where a
-step has too few tiles for a GPU, the context of each tile is cut into splits. Items with the
-longest contexts come first, because programs start in the order of items. For example a chunk of 30
-tokens after 4,000 cached ones is one tile with 8 splits of 512 tokens.
+A tile is a few adjacent queries of one chunk, with all query heads that share a KV head. A program
+computes one item: a tile with its context, or with a part of it. If a step has too few tiles to
+fill a GPU, the context of each tile is cut into parts (splits), and a second launch combines their
+results. Items with the longest contexts come first, because programs start in the order of items.
+
+Example, with 32 queries per tile, 8 KV heads and `NUM_PROGRAMS` 264: a chunk of 30 tokens after
+4,000 cached ones is one tile with a context of 4,030 tokens. Up to 264 / 8 = 33 splits would fill
+the GPU, but a split has at least 512 tokens, so there are 7: six of 576 tokens, and one of 574.
 """
 
 from dataclasses import dataclass
@@ -17,9 +21,10 @@ from serve_app.model.batch import Batch
 MIN_SPLIT = 512
 """Minimum tokens of a split."""
 NUM_PROGRAMS = 264
-"""Programs for which contexts are cut into splits: two for each multiprocessor of an H200."""
+"""Contexts are cut into splits until a launch has about this many programs: two for each
+multiprocessor of an H200."""
 ITEM_SIZE, COMBINED_SIZE = 8, 4
-"""Numbers in the device's form of `Item` and `Combined`."""
+"""Number of int32 of an `Item` and of a `Combined` on the device."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,19 @@ class TileSizes:
     """The sizes of a model's tiles."""
 
     num_queries: int
-    """Queries of a tile."""
+    """Number of queries of a tile."""
     group: int
-    """Query heads that share a KV head, rounded up to a power of two."""
+    """Number of query heads that share a KV head, rounded up to a power of two."""
     num_kv_heads: int
     head_dim: int
     tile: int
-    """Tokens of a context that a program computes at once."""
+    """Number of context tokens that a program computes at once."""
     window: int | None
-    """Tokens that a query sees at most."""
+    """Maximum number of tokens that a query attends to; None means all."""
 
 
 class Item(NamedTuple):
-    """Queries of one chunk and the part of their context that a program reads."""
+    """The queries of a tile, and the part of their context that one program computes."""
 
     sequence: int
     row: int
@@ -48,14 +53,15 @@ class Item(NamedTuple):
     position: int
     """Position of the first query in its sequence."""
     begin: int
-    """First token of the context."""
+    """First token of the part; a multiple of `TileSizes.tile`."""
     end: int
+    """End of the part (exclusive)."""
     split: int
-    """The index of a split's partial result; -1 if the result is complete."""
+    """Index of the split in `ChunkTiles.sums`; -1 if the part is the whole context."""
 
 
 class Combined(NamedTuple):
-    """Splits of one tile."""
+    """A tile whose splits are combined."""
 
     row: int
     num_queries: int
@@ -65,10 +71,10 @@ class Combined(NamedTuple):
 
 @dataclass
 class ChunkTiles:
-    """The tiles of a step as the kernels read them, the same in every layer."""
+    """The items of a step in the form that the kernels read. All layers use the same items."""
 
     items: Tensor
-    """int32 `[items, 8]`: the fields of `Item`, and a 0."""
+    """int32 `[items, 8]`: the fields of each `Item`, and a 0."""
     combined: Tensor
     """int32 `[tiles with splits, 4]`: the fields of `Combined`."""
     tables: Tensor
@@ -76,7 +82,8 @@ class ChunkTiles:
     sums: Tensor
     """float32 `[splits, K, rows, D]`: the weighted sums of values of each split."""
     stats: Tensor
-    """float32 `[splits, K, rows, 2]`: the largest score and the sum of exponentials."""
+    """float32 `[splits, K, rows, 2]`: the largest score and the sum of exponentials of each split.
+    """
 
 
 def plan_tiles(batch: Batch, sizes: TileSizes) -> ChunkTiles:
@@ -105,7 +112,10 @@ def plan_tiles(batch: Batch, sizes: TileSizes) -> ChunkTiles:
 def items_of(
     query_lens: list[int], context_lens: list[int], sizes: TileSizes
 ) -> tuple[list[Item], list[Combined]]:
-    """Returns the items of chunks with these numbers of new tokens and of all tokens."""
+    """Returns the items of a batch, and the tiles whose splits must be combined.
+
+    `query_lens` and `context_lens` have the number of new tokens and of all tokens of each chunk.
+    """
     whole: list[Item] = []
     first_row = 0
     for sequence, (num_new, length) in enumerate(zip(query_lens, context_lens, strict=True)):
@@ -131,7 +141,7 @@ def items_of(
 
 
 def _split(item: Item, max_splits: int, tile: int) -> list[Item]:
-    """`item` with its context cut into at most `max_splits` splits of whole `tile`s."""
+    """Cuts the context of `item` into at most `max_splits` items, each of whole `tile`s."""
     length = item.end - item.begin
     count = min(max_splits, length // MIN_SPLIT)
     if count < 2:

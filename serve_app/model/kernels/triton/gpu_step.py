@@ -1,13 +1,16 @@
-"""The decode step of a Mixtral on a GPU, by Triton kernels, so that it can be captured as a graph.
+"""GpuStep: the decode step of a Mixtral on a GPU, by Triton or CUDA kernels.
 
-Its logits equal those of `model/mixtral.py` to the rounding of the model's dtype; it never waits
-for the device. With 4-bit weights a layer is ten launches, nearly all of our own kernels; float
-weights are multiplied by torch. Where the model's products are CUDA kernels, the layers are those
-of `cuda/cuda_step.py`, if they agree. Before it is used it is compared with plain torch on the
-device.
+It never waits for the device, so it can be captured as a CUDA graph. Its logits equal those of
+`model/mixtral.py` up to rounding in the model's dtype. Before it is used, it is compared with plain
+torch on the device (`step_trial.py`). The layers are computed in the first of these ways that is
+possible and agrees:
 
-It has run on an H200 (torch 2.11, Triton 3.6): every kernel was right at the first run. At batch 1
-a step of Mixtral 8x7B takes 8.5 ms there.
+1. by CUDA kernels (`cuda/cuda_step.py`)
+2. by CUDA kernels for the 4-bit products, and Triton kernels for everything else
+3. by Triton kernels, with ten launches per layer; torch multiplies float weights
+
+The Triton kernels have run on an H200 (torch 2.11, Triton 3.6) and agreed with plain torch. A step
+of Mixtral 8x7B with one sequence took 8.5 ms.
 """
 
 import logging
@@ -38,7 +41,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 UNPACK_TOLERANCE = 1e-2
-"""Largest relative error of weights that a kernel has dequantized."""
+"""Maximum relative error of weights that a kernel has dequantized."""
 
 
 class GpuStep:
@@ -47,8 +50,8 @@ class GpuStep:
     def __init__(
         self, model: "Mixtral", cache: KVCache, max_rows: int, *, in_cuda: bool = False
     ) -> None:
-        """`in_cuda` computes all layers with CUDA kernels; raises `StepUnavailable` where they do
-        not fit."""
+        """With `in_cuda`, CUDA kernels compute all layers. Raises `StepUnavailable` if they
+        cannot."""
         self._model, self._cache = model, cache
         config, dtype = model.config, model.embedding.dtype
         self._lm_head = model.lm_head
@@ -58,7 +61,7 @@ class GpuStep:
             return
         self._products = [products_of(model, layer, dtype) for layer in model.layers]
         self.note = "" if model.products is None else "; its 4-bit products are CUDA kernels"
-        """The difference from the runner's note about every step, for `/health`."""
+        """The end of the runner's note about the decode step, for `/health`."""
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
@@ -67,10 +70,9 @@ class GpuStep:
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
-        """The step of `model`, compared with plain torch; `cache` must be unused.
+        """Returns the step of `model` in the first way that agrees with plain torch.
 
-        The first that agrees: CUDA kernels, CUDA products among Triton kernels, Triton kernels
-        alone. Raises `StepUnavailable` where none does.
+        `cache` must be unused. Raises `StepUnavailable` if no way agrees.
         """
         without_cuda = ""
         if model.products is not None:
@@ -111,10 +113,8 @@ class GpuStep:
 
     @torch.inference_mode()
     def unpack_for_prompts(self) -> str:
-        """Lets the model dequantize weights for prompts by a kernel, if the kernel is right.
-
-        Returns the end of the runner's note for `/health`; empty for a model in floats.
-        """
+        """Makes the model dequantize weights for prompts by a kernel, if the kernel agrees with
+        plain torch. Returns the end of the runner's note for `/health`; "" for float weights."""
         codebook, dtype = self._model.codebook, self._model.embedding.dtype
         if codebook is None:
             return ""
@@ -136,7 +136,7 @@ class GpuStep:
 
     @torch.inference_mode()
     def logits(self, batch: DecodeBatch) -> Tensor:
-        """Float32 `[B, vocab_size]`; fills the cache."""
+        """Returns float32 logits `[B, vocab_size]`, and writes the new tokens' keys and values."""
         if self._cuda_step is not None:
             return self._logits_of(self._cuda_step.hidden(batch))
         model, config = self._model, self._model.config
@@ -156,7 +156,7 @@ class GpuStep:
         return self._logits_of(normed(x, parts, batch, model.norm))
 
     def _logits_of(self, y: Tensor) -> Tensor:
-        """Logits from the normalized hidden state."""
+        """Returns the logits of the normalized hidden state `y`."""
         head, products = self._lm_head, self._model.products
         if not isinstance(head, QuantizedLinear):
             weight = self._model.embedding if head is None else head.weight
@@ -169,7 +169,7 @@ class GpuStep:
         return found
 
     def decode(self, batch: Batch) -> Tensor:
-        """Float32 logits `[sequences, vocab_size]` of a batch of decodes; fills the cache."""
+        """The same as `logits` for a `Batch` in which every sequence decodes."""
         inputs = (batch.token_ids, batch.positions, batch.slots)
         lens = torch.tensor(batch.context_lens, dtype=torch.int32)
         lens = lens.to(batch.token_ids.device, non_blocking=True)

@@ -1,12 +1,16 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Products of many tokens with the weights of some experts on a GPU, in Triton: a launch for each.
+"""Products of many tokens with the float weights of several experts on a GPU, in Triton.
 
-`gate_up` reads its rows through the order of `route_prompts`, and `down` writes by entry, so that
-nothing is gathered or copied. The host knows the number of tokens and nothing of their experts:
-programs find their tiles in `starts`, and each takes every nth tile. For example 4,096 tokens with
-2 of 8 experts each have 1,024 rows an expert on average, which are 8 tiles of 128.
+A launch computes `gate_up` or `down` for the tokens of all its experts. `gate_up` reads the rows of
+x in the order of experts (`route_prompts`), and `down` writes its rows in the order of tokens, so
+no tokens are copied in between.
 
-Compiled for compute capabilities 8.0, 9.0 and 12.0, and not yet run on a device.
+The host knows the number of tokens, but not their experts. So n programs are launched, and program
+i computes the tiles i, i + n, i + 2n, ...; the numbers of tiles come from `starts`. Example: 4,096
+tokens with 2 of 8 experts each have 8,192 rows. If experts 0, 1, ... have 1,024, 700, ... rows,
+their tiles of 128 rows are 0 to 7, 8 to 13, ..., each times the tiles of columns.
+
+The kernels compile for compute capabilities 8.0, 9.0 and 12.0. They have not run on a device yet.
 
 Letters: T tokens, k experts per token, E experts, e experts of this launch, H hidden_size,
 I intermediate_size.
@@ -22,36 +26,37 @@ from torch import Tensor
 INTERLEAVED_ROWS = tl.constexpr(8)
 """See `quantized_weight.INTERLEAVED_ROWS`."""
 SLACK = 1.5
-"""Programs for each tile that a launch has where all experts get as many tokens. Programs without a
-tile end at once; where there are more tiles, some programs have two."""
+"""A launch has this many programs per tile that it would have if all experts had equally many
+tokens. Programs without a tile end at once; with more tiles than programs, some compute two."""
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """The tile of a program and how it is launched."""
+    """The size of a program's tile, and the options of the launch."""
 
     rows: int
     columns: int
     depth: int
-    """Columns of x and of the weights in one step of the sum; divides their number."""
+    """Number of columns of x and of the weights that are added in one iteration; it must divide
+    their number."""
     num_stages: int
     num_warps: int = 8
 
 
 WIDE, NARROW = TileShape(128, 256, 64, num_stages=3), TileShape(128, 128, 64, num_stages=4)
-"""Tile sizes for compute capabilities 9 and 10, and for the others. They take 144 and 96 KB of
+"""Tile sizes for compute capabilities 9 and 10, and for the others. They need 144 and 96 KB of
 shared memory."""
 
 
 def shape_of(device: torch.device) -> TileShape:
-    """The tile shape for `device`."""
+    """Returns the tile shape for `device`."""
     is_wide = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] in (9, 10)
     return WIDE if is_wide else NARROW
 
 
 @dataclass
 class Routing:
-    """The order in which a batch's tokens go to the experts; see `route_prompts`."""
+    """The result of `route_prompts`: the order of a batch's tokens by expert."""
 
     order: Tensor
     starts: Tensor
@@ -64,9 +69,9 @@ def gate_up(
 ) -> None:
     """Fills rows of `out` `[T * k, I]` with silu(gate) * up of `x` `[T, H]`.
 
-    `weights` `[e, 2 * I, H]` are those of experts `first` to `first + e`, gate and up by turns of 8
-    rows. Row 0 of `out` is the first entry of expert `first`; rows after the last expert's are not
-    written. `out` needs `min(e, k) * T` rows.
+    `weights` `[e, 2 * I, H]` are those of experts `first` to `first + e` (exclusive), with 8 rows
+    of gate, 8 of up, and so on. Row 0 of `out` is the first entry of expert `first`. Rows after
+    those of the last expert are not written. `out` needs at most `min(e, k) * T` rows.
     """
     _launch(x, weights, routing, first, out, shape, is_gate_up=True)
 
@@ -74,9 +79,10 @@ def gate_up(
 def down(
     x: Tensor, weights: Tensor, routing: Routing, first: int, out: Tensor, shape: TileShape
 ) -> None:
-    """Fills the experts' entries of `out` `[T * k, H]` from `x`, the output of `gate_up`.
+    """Fills the rows of these experts' entries in `out` `[T * k, H]`.
 
-    Each row is multiplied by its entry's topk_weight. `weights` is `[e, H, I]`.
+    `x` is the output of `gate_up`, and `weights` is `[e, H, I]`. Each row is multiplied by its
+    entry's topk_weight.
     """
     _launch(x, weights, routing, first, out, shape, is_gate_up=False)
 
@@ -108,7 +114,8 @@ def _launch(
 
 @triton.jit
 def _tiles(starts, first, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, N_TILES: tl.constexpr, ROWS):
-    """First row, end and end of the tiles of each expert of the launch, int32 `[WIDTH]`."""
+    """Returns the first row, the end of the rows, and the end of the tiles of each expert of the
+    launch, int32 `[WIDTH]` each."""
     e = tl.arange(0, WIDTH)
     begin = tl.load(starts + first + e, mask=e < EXPERTS, other=0)
     end = tl.load(starts + first + 1 + e, mask=e < EXPERTS, other=0)
@@ -117,14 +124,15 @@ def _tiles(starts, first, EXPERTS: tl.constexpr, WIDTH: tl.constexpr, N_TILES: t
 
 @triton.jit
 def _place(tile, begin, end, tile_ends, ROWS: tl.constexpr, N_TILES: tl.constexpr):
-    """Expert, rows `[ROWS]`, end of the rows and number of the tile's columns."""
+    """Returns a tile's expert, its rows `[ROWS]`, the end of the expert's rows, and the index of
+    the tile's columns."""
     expert = tl.sum((tile_ends <= tile).to(tl.int32), 0)
     is_it = tl.arange(0, begin.shape[0]) == expert
     first_row = tl.sum(tl.where(is_it, begin, 0), 0)
     last_row = tl.sum(tl.where(is_it, end, 0), 0)
     row_tiles = tl.cdiv(last_row - first_row, ROWS)
     local = tile - tl.sum(tl.where(is_it, tile_ends, 0), 0) + row_tiles * N_TILES
-    # Tiles with the same weights are adjacent: these come from the L2 cache.
+    # Adjacent tiles have the same weights, which all but the first read from the L2 cache.
     rows = first_row + local % row_tiles * ROWS + tl.arange(0, ROWS)
     return expert, rows, last_row, local // row_tiles
 
@@ -143,7 +151,7 @@ def _product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Rows `lines` of `x` times rows `column` of `weights[expert]`: float32 `[ROWS, COLUMNS]`."""
+    """Returns x[lines] @ weights[expert][column].T, float32 `[ROWS, COLUMNS]`."""
     depth = tl.arange(0, DEPTH)
     at = x + lines.to(tl.int64)[:, None] * K + depth[None, :]
     weight_rows = expert.to(tl.int64) * N + (column % N)
@@ -202,7 +210,7 @@ def _grouped_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Computes every nth tile: `gate_up` where `IS_GATE_UP`, else `down`."""
+    """Computes the tiles of one program: of `gate_up` with `IS_GATE_UP`, otherwise of `down`."""
     N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
     first_row = tl.load(starts + first)

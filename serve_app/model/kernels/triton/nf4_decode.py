@@ -1,20 +1,20 @@
-"""Products with 4-bit weights for a few tokens on a GPU, in Triton: decoded in registers.
+"""Products with 4-bit weights for a few tokens on a GPU, in Triton. Codes are decoded in registers.
 
-For one matrix (`dense`), and for the experts of a layer with tokens grouped by expert: `gate_up`,
-with silu(gate) * up in the same launch, and `down`. Each weight is read once per launch for all its
-tokens, up to a tile of them. Weights must lie in tiles, and the rows of gate and up must be
+`dense` multiplies by one matrix. `gate_up` (with silu(gate) * up in the same launch) and `down`
+multiply by the experts of a layer, with tokens grouped by expert. A launch reads each weight once
+for up to a tile of its tokens. Weights must be in tiles, and the rows of gate and up must be
 interleaved (`QuantizedWeight`).
 
-Sums over K are cut into `SPLIT_K` parts whatever the batch, and are added in their order, so that a
-token gets the same bits in any batch of the same tile. Code values are rounded to the activations'
-dtype and scaled after each quantization group, so results lie within 2e-3 of `dequantize` and a
-product.
+The sum over K always has `SPLIT_K` parts, which are added in their order. So a token gets the same
+bits in any batch that has the same tile. Code values are rounded to the activations' dtype, and a
+sum is scaled after each quantization group, so results differ from a product with `dequantize` by
+at most 2e-3.
 
-Tests run this in Triton's interpreter on a CPU, with the code values in memory; on a GPU the
-assembly in `nf4_ptx.py` takes their place, which is tested by itself. On an H200 (torch 2.11,
-Triton 3.6) gate_up of Mixtral 8x7B takes 112 us for 1 token and 361 us for 8, down 79 and 188 us:
-about 1,100 GB/s, where a copy has 4,200. Decoding binds, not memory; a prototype in CUDA with the
-code values in shared memory takes 39 and 146 us for gate_up.
+On a CPU, tests run the kernels in Triton's interpreter, which reads the code values from memory. On
+a GPU the assembly in `nf4_ptx.py` decodes; tests check it separately. On an H200 (torch 2.11,
+Triton 3.6), gate_up of Mixtral 8x7B takes 112 us for 1 token and 361 us for 8, down 79 and 188 us:
+about 1,100 GB/s, where a copy reaches 4,200. The limit is decoding, not memory: a CUDA prototype
+with the code values in shared memory takes 39 and 146 us for gate_up.
 """
 
 from dataclasses import dataclass
@@ -29,22 +29,23 @@ from serve_app.model.quantization import GROUP_SIZE
 from serve_app.model.quantized_weight import QuantizedWeight
 
 SPLIT_K = 2
+"""Number of parts of each sum over K."""
 GATE_UP_ROWS = 128
-"""Weight rows of a tile of gate and up; `rows_of` has those of the others."""
+"""Number of weight rows of a tile of `gate_up`; `rows_of` returns that of the others."""
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A `QuantizedWeight` as the kernels read it; it shares the memory."""
+    """A `QuantizedWeight` in the form that the kernels read; it shares the memory."""
 
     packed: Tensor
     """uint8 `[E, N, K / 2]`, in tiles."""
     absmax: Tensor
     """bfloat16 `[E, N, K / 64]`, in tiles."""
     code: Tensor
-    """The 16 code values in the activations' dtype; the interpreter reads them."""
+    """The 16 code values in the activations' dtype, for Triton's interpreter."""
     planes: dict[str, int]
-    """The same values as `nf4_ptx.planes` has them; a GPU reads them."""
+    """The same values from `nf4_ptx.planes`, for a GPU."""
 
     @classmethod
     def from_weight(cls, matrices: QuantizedWeight, dtype: torch.dtype) -> "Packed":
@@ -69,7 +70,8 @@ class Packed:
         return 2 * self.packed.shape[2]
 
     def arguments(self, rows: int, splits: int) -> dict[str, object]:
-        """The kernel arguments for these weights: tiles of `rows`, sums in `splits` parts."""
+        """Returns the kernel arguments for these weights, with tiles of `rows` rows and sums in
+        `splits` parts."""
         return {
             "packed": self.packed,
             "absmax": self.absmax,
@@ -84,23 +86,27 @@ class Packed:
 
 
 def tile_of(tokens: int) -> int:
-    """Tokens of a tile for a batch of `tokens`. Few experts get more tokens than one tile holds."""
+    """Returns the number of tokens of a tile for a batch of `tokens`.
+
+    Few experts have more tokens than one tile. Example: of 32 tokens with 2 of 8 experts each, an
+    expert has 8 on average, and a tile 32.
+    """
     return 16 if tokens <= 16 else 32 if tokens <= 64 else 64
 
 
 def rows_of(tile: int) -> int:
-    """Weight rows of a tile. Large tiles take fewer instructions a row; small ones use more
-    multiprocessors."""
+    """Returns the number of weight rows of a tile. Large tiles need fewer instructions per row;
+    small tiles use more multiprocessors."""
     return 128 if tile == 64 else 64
 
 
 def shape_of(tile: int, rows: int) -> dict[str, int]:
-    """Warps and stages of a launch: as few warps as hold a tile's sums in registers."""
+    """Returns the options of a launch, with the fewest warps whose registers hold a tile's sums."""
     return {"num_warps": 8 if tile * rows >= 32 * 128 else 4, "num_stages": 3}
 
 
 def dense(weights: Packed, x: Tensor, out: Tensor) -> None:
-    """Fills `out` float32 `[SPLIT_K, T, N]`, to be summed, from `x` `[T, K]`."""
+    """Fills `out` float32 `[SPLIT_K, T, N]`, the parts of the product, from `x` `[T, K]`."""
     tile = tile_of(len(x))
     rows = rows_of(tile)
     grid = (triton.cdiv(len(x), tile), triton.cdiv(out.shape[2], rows), SPLIT_K)
@@ -113,10 +119,12 @@ def gate_up(
 ) -> None:
     """Fills `out` `[T * k, I]`, in the order of experts, from `x` `[T, K]`.
 
-    An entry, token * k + j, is the jth expert of a token. `order` int32 `[T * k]` has the entries
-    sorted by expert; those of expert e are `order[starts[e] : starts[e + 1]]`, `starts` int32
-    `[E + 1]`. Rows of `out` after the last expert's are not written. For example
-    experts [[0, 2], [0, 1]] of two tokens give order [0, 2, 3, 1] and starts [0, 2, 3, 4].
+    The entry token * k + j is the jth expert of a token. `order` int32 `[T * k]` has the entries
+    sorted by expert; those of expert e are `order[starts[e] : starts[e + 1]]`, with `starts` int32
+    `[E + 1]`. Rows of `out` after those of the last expert are not written.
+
+    Example: the experts [[0, 2], [0, 1]] of two tokens give `order` [0, 2, 3, 1] and `starts`
+    [0, 2, 3, 4].
     """
     tile, arguments = tile_of(len(x)), weights.arguments(GATE_UP_ROWS, 1)
     experts, rows = weights.packed.shape[:2]
@@ -134,10 +142,10 @@ def down(
     top_k: int,
     out: Tensor,
 ) -> None:
-    """Fills `out` float32 `[SPLIT_K, T * k, N]`, to be summed, from `x`, the output of `gate_up`.
+    """Fills `out` float32 `[SPLIT_K, T * k, N]` from `x`, the output of `gate_up`.
 
-    `topk_weights` float32 `[T * k]` multiplies each entry's output; `out` is in the order of
-    entries. The k entries of each token must be summed too.
+    `out` is in the order of entries. Each row is multiplied by its entry's `topk_weights`, float32
+    `[T * k]`. The caller adds the parts, and the k rows of each token.
     """
     tokens = len(x) // top_k
     tile = tile_of(tokens)

@@ -1,9 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """The Triton kernels of products with 4-bit weights; `nf4_decode.py` launches them.
 
-Each kernel finds its tile's tokens and its expert, sums by `nf4_sums.sums` and stores the sums.
-Triton does not specialize on counts that change with the batch, so that few variants are compiled.
-The arguments from `packed` to `K` describe the weights (`nf4_decode.Packed.arguments`).
+A program finds the tokens and the expert of its tile, computes `nf4_sums.sums`, and stores the
+result. `do_not_specialize` names counts that change with the batch, for which Triton would compile
+further variants. The arguments from `packed` to `K` describe the weights
+(`nf4_decode.Packed.arguments`).
 """
 
 import triton

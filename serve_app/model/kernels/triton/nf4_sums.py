@@ -1,10 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Functions that the Triton kernels of 4-bit weights share: decoding codes, and sums of products.
 
-`sums` multiplies a tile of weight rows with a tile of tokens over K, or a part of K, one
-quantization group of 64 at a time: the codes of a group become values in registers, which are
-multiplied with the activations of even and of odd index, because a byte holds two neighbors; the
-sums are scaled by the group's absmax. Codes and absmax lie in tiles (`kernels/cuda/tiles.py`).
+`sums` multiplies a tile of weight rows by a tile of tokens, one quantization group of 64 columns
+at a time. It decodes the group's codes in registers. A byte has the codes of two adjacent columns,
+so the high nibbles are multiplied by the activations with even index, and the low nibbles by those
+with odd index. Then it scales the sum by the group's absmax. Codes and absmax are in tiles
+(`kernels/cuda/tiles.py`, with an example).
 """
 
 import triton
@@ -17,9 +18,9 @@ _CONSTRAINTS, _PTX = tl.constexpr(CONSTRAINTS), tl.constexpr(DECODE)
 
 @triton.jit
 def values_of(bytes4, code, low01, low23, high01, high23, HAS_PTX: tl.constexpr):
-    """The values of the high and of the low nibbles of bytes, in the dtype of `code`."""
+    """Returns the values of the bytes' high nibbles and low nibbles, in the dtype of `code`."""
     if HAS_PTX:
-        # Words that are the assembly's operands; two in an argument, or there would be too many.
+        # The words of the planes are passed in pairs, because a kernel's arguments are limited.
         wide = tl.int64
         low0, low1 = tl.cast(low01, tl.int32), tl.cast(tl.cast(low01, wide) >> 32, tl.int32)
         low2, low3 = tl.cast(low23, tl.int32), tl.cast(tl.cast(low23, wide) >> 32, tl.int32)
@@ -82,8 +83,8 @@ def sums(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """`[ROWS, TILE]`: weight rows `row` of `expert` times rows `x_rows` of x, over the quantization
-    groups `begin` to `end`."""
+    """Returns weight[expert][row] @ x[x_rows].T, float32 `[ROWS, TILE]`, summed over the
+    quantization groups `begin` to `end` (exclusive)."""
     at, column = byte_in_tile(tl.arange(0, 32))
     is_row = row < N
     codes_of_row, absmax_of_row = row_in_tiles(expert.to(tl.int64) * N + row, K)

@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""Dequantizes 4-bit weights on a GPU, in Triton: for prompts, whose products torch computes.
+"""Dequantizes 4-bit weights on a GPU, in Triton, for the products of prompts.
 
-The result equals `quantize.dequantize` to the rounding of code values to the dtype. The kernel
-reads half a byte and writes two for each weight, once; plain torch reads and writes several times
-that. On an H200 it takes 1.35 ms for a layer of Mixtral 8x7B, at half of the memory's bandwidth.
+The result equals `quantize.dequantize` up to the rounding of code values to the dtype. The kernel
+reads half a byte and writes two bytes per weight; plain torch reads and writes several times that.
+On an H200 it takes 1.35 ms for a layer of Mixtral 8x7B, at half of the memory's bandwidth.
 """
 
 import torch
@@ -21,7 +21,7 @@ from serve_app.model.kernels.triton.nf4_sums import (
 from serve_app.model.quantized_weight import Index, QuantizedWeight
 
 ROWS, SPAN = 64, 16
-"""Rows, and quantization groups of each row, that a program dequantizes."""
+"""Number of rows, and of quantization groups of each row, that a program dequantizes."""
 
 
 class Unpacker:
@@ -32,7 +32,7 @@ class Unpacker:
         self._packed: dict[QuantizedWeight, Packed] = {}
 
     def __call__(self, matrices: QuantizedWeight, index: Index) -> Tensor:
-        """The one matrix, or, by a tensor of numbers, some of a stack: `[..., N, K]`."""
+        """Returns a single matrix `[N, K]`, or those of a stack with the indices `index` `[n]`."""
         is_stack = isinstance(index, Tensor)
         which = torch.zeros(1, dtype=torch.int64, device=matrices.packed.device)
         if isinstance(index, Tensor):
@@ -44,13 +44,14 @@ class Unpacker:
         return out if is_stack else out[0]
 
     def prepare(self, matrices: QuantizedWeight) -> Packed:
-        """Returns the kernel's view of a weight. The first call waits for the device."""
+        """Returns the form of a weight that the kernel reads. The first call synchronizes."""
         if matrices not in self._packed:
             self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
         return self._packed[matrices]
 
     def into(self, matrices: QuantizedWeight, which: Tensor, out: Tensor) -> None:
-        """Fills `out` `[n, N, K]` from matrices `which` int64 `[n]` of a stack, or the one."""
+        """Fills `out` `[n, N, K]` with the matrices `which` (int64 `[n]`) of a stack; [0] is a
+        single matrix."""
         weights = self.prepare(matrices)
         arguments = weights.arguments(ROWS, 1)
         del arguments["GROUPS"]

@@ -1,15 +1,15 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Decode attention over the paged KV cache on a GPU, in Triton: one new token per sequence.
 
-Computes what `attention.py` does for decodes, to the rounding of the cache's dtype. A context is
-cut into splits whose length depends on that context alone, so that a sequence gets the same bits in
-any batch; splits are combined in their order. For example a context of 300 tokens has splits of
-128, 128 and 44 tokens, and one of 8,192 has 32 splits of 256. The query heads that share a KV head
-are one tile. Everything that changes from step to step is read on the device, so that a graph can
-capture the launch.
+The result equals that of `attention.py` up to rounding in the cache's dtype. The first launch
+computes parts of each context (splits) for all query heads that share a KV head; the second one
+combines the splits in their order. The length of a split depends on its context alone, so a
+sequence gets the same bits in any batch. Example: a context of 300 tokens has splits of 128, 128
+and 44 tokens, and one of 8,192 has 32 splits of 256. Everything that changes from step to step is
+read on the device, so a CUDA graph can contain the launches.
 
-On an H200 attention and combination take 5.9 and 2.3 us for a layer of Mixtral 8x7B at batch 1 and
-context 512. Split lengths, `NUM_PROGRAMS`, tile sizes and stages are not tuned.
+On an H200 the two launches take 5.9 and 2.3 us for a layer of Mixtral 8x7B with one sequence of 512
+tokens. Split lengths, `NUM_PROGRAMS`, tile sizes and stages are not tuned.
 
 Letters: B rows, H query heads, K KV heads, G = H / K, D head_dim, S splits.
 """
@@ -21,17 +21,18 @@ from torch import Tensor
 
 MAX_SPLITS = 32
 MIN_SPLIT = 128
-"""Minimum tokens of a split, which keeps what splits write below a sixteenth of what they read.
-Contexts longer than `MAX_SPLITS * MIN_SPLIT` have longer splits."""
+"""Minimum number of tokens of a split, so that a split writes less than a sixteenth of the bytes
+that it reads. Contexts longer than `MAX_SPLITS * MIN_SPLIT` have longer splits."""
 TILE = 64
-"""Tokens of a context that a program computes at once."""
+"""Number of context tokens that a program computes at once."""
 LOG2_E = 1.4426950408889634
 NUM_PROGRAMS = 1024
-"""Programs of a launch, roughly. The programs of one row and KV head take its splits by turns."""
+"""Approximate number of programs of a launch. The n programs of one row and KV head compute every
+nth split each."""
 
 
 class PagedAttention:
-    """Attention of at most `max_rows` decodes; holds the memory for their splits."""
+    """Attention of at most `max_rows` decodes, with the memory for the results of their splits."""
 
     def __init__(self, num_heads: int, layer_keys: Tensor, window: int | None, max_rows: int):
         """`layer_keys` is one layer's keys `[num_blocks, block_size, K, D]`."""
@@ -52,8 +53,8 @@ class PagedAttention:
     ) -> None:
         """Fills `out` `[B, H * D]` from `queries` `[B, H, D]`, both of the cache's dtype.
 
-        `tables` int32 `[B, max_blocks]` and `context_lens` int32 `[B]` with the new token counted;
-        a padding row (context length 0) gets zeros.
+        `tables` is int32 `[B, max_blocks]`. `context_lens` is int32 `[B]` and includes the new
+        tokens. Padding rows (context length 0) get zeros.
         """
         rows, group = len(queries), self.num_heads // self.num_kv_heads
         programs = max(1, min(MAX_SPLITS, NUM_PROGRAMS // (rows * self.num_kv_heads)))
@@ -84,7 +85,8 @@ def _span(
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
-    """First token and end of a row's context, tokens of a split, and number of splits."""
+    """Returns the first token and the end of a row's context, the number of tokens of a split, and
+    the number of splits."""
     end = tl.load(lens + row)
     first = end * 0
     if WINDOW > 0:
@@ -116,7 +118,10 @@ def _attend(
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
-    """Computes splits `program_id(2)`, + programs, ... of one row and KV head, not normalized."""
+    """Computes every `programs`th split of one row and KV head, from split `program_id(2)` on.
+
+    Stores the weighted sums of values, the largest score, and the sum of exponentials.
+    """
     row, kv_head = tl.program_id(0), tl.program_id(1)
     first, end, size, count = _span(lens, row, WINDOW, TILE, MAX_SPLITS, MIN_SPLIT)
     g, d, t = tl.arange(0, ROWS), tl.arange(0, D), tl.arange(0, TILE)
@@ -165,7 +170,12 @@ def _combine(
     MAX_SPLITS: tl.constexpr,
     MIN_SPLIT: tl.constexpr,
 ):
-    """Combines the splits of one query head of a row, weighted by their sums of exponentials."""
+    """Combines the splits of one query head of a row: the second half of an online softmax.
+
+    Example: a split with the largest score 3 and the sum of exponentials 2, and one with 5 and 4.
+    The common largest score is 5. In base 2 the first split's weight is 2 ** (3 - 5) = 1/4, so the
+    result is (1/4 * first sum of values + second sum of values) / (1/4 * 2 + 4).
+    """
     row, head = tl.program_id(0), tl.program_id(1)
     _, _, _, count = _span(lens, row, WINDOW, TILE, MAX_SPLITS, MIN_SPLIT)
     s, d = tl.arange(0, MAX_SPLITS), tl.arange(0, D)

@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Attention of prefill chunks over the paged KV cache on a GPU, in Triton: one launch for a step.
 
-Computes what `attention.py` computes, to the rounding of the cache's dtype. A program takes one KV
-head and a tile: some adjacent queries of one chunk, with all query heads that share the KV head. It
-reads keys and values in place, through the block table. The host lists the tiles once for a step
-(`chunk_tiles.py`), and never waits for the device. Where contexts are cut into splits, a second
-launch combines these in their order.
+The result equals that of `attention.py` up to rounding in the cache's dtype. A program computes one
+KV head and one item of `chunk_tiles.py`: a few adjacent queries of one chunk, with all query heads
+that share the KV head, and their context or a part of it. It reads keys and values through the
+block table, without copying them. The host lists the items once per step, and never waits for the
+device. If contexts are cut into splits, a second launch combines the splits in their order.
 
-Compiled for compute capabilities 8.0, 9.0 and 12.0, and not yet run on a device.
+The kernels compile for compute capabilities 8.0, 9.0 and 12.0. They have not run on a device yet.
 
 Letters: T tokens of the batch, H query heads, K KV heads, G = H / K, D head_dim.
 """
@@ -21,10 +21,10 @@ from serve_app.model.batch import Batch
 from serve_app.model.kernels.triton.chunk_tiles import ChunkTiles, TileSizes, plan_tiles
 
 ROWS = 128
-"""Pairs of a query and a head in a tile; half as many where head_dim is larger than 128."""
+"""Number of pairs of a query and a head in a tile; half of it if head_dim is above 128."""
 TILE, SMALL_TILE = 64, 32
-"""Tokens of a context that a program computes at once, and those on GPUs without the matrix
-instructions of compute capabilities 9 and 10, where 64 take more registers than there are."""
+"""Number of context tokens that a program computes at once, on GPUs of compute capabilities 9 and
+10, and on others, where 64 tokens would need more registers than there are."""
 LOG2_E = 1.4426950408889634
 
 
@@ -41,7 +41,7 @@ class PromptAttention:
         self.sizes = TileSizes(num_queries, group, num_kv_heads, head_dim, tile, window)
 
     def plan(self, batch: Batch) -> ChunkTiles:
-        """Returns the tiles of a batch; see `plan_tiles`."""
+        """Returns the items of a batch; see `plan_tiles`."""
         return plan_tiles(batch, self.sizes)
 
     def __call__(
@@ -49,7 +49,7 @@ class PromptAttention:
     ) -> None:
         """Fills `out` `[T, H * D]` from `queries` `[T, H, D]`, both of the cache's dtype.
 
-        `keys` and `values` `[num_blocks, block_size, K, D]` hold those of the new tokens.
+        `keys` and `values` `[num_blocks, block_size, K, D]` must contain those of the new tokens.
         """
         sizes = self.sizes
         kv_heads, head_dim = sizes.num_kv_heads, sizes.head_dim
@@ -73,7 +73,7 @@ class PromptAttention:
 
 
 def tile_of(device: torch.device) -> int:
-    """The tokens of a context that a program computes at once on `device`."""
+    """Returns the number of context tokens that a program computes at once on `device`."""
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] not in (9, 10):
         return SMALL_TILE
     return TILE
@@ -98,9 +98,10 @@ def _add_tile(
     BLOCK: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Adds the tokens at `place` `[TILE]` to the running softmax of the rows of `q`.
+    """Adds the tokens at positions `place` `[TILE]` to the online softmax of the rows of `q`.
 
-    `is_seen` `[rows, TILE]` and `is_there` `[TILE]` are read where `MASKED` alone.
+    Returns the new `best` (largest score), `total` (sum of exponentials) and `mixed` (weighted sum
+    of values). `is_seen` `[rows, TILE]` and `is_there` `[TILE]` are used only with `MASKED`.
     """
     d = tl.arange(0, D)
     if MASKED:
@@ -151,7 +152,10 @@ def _attend_chunks(
     WINDOW: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Item `program_id(1)` for KV head `program_id(0)`. Rows are `[QUERIES, GROUP]`, flat."""
+    """Computes item `program_id(1)` for KV head `program_id(0)`.
+
+    Row m of the tile is query m // GROUP and query head m % GROUP of the KV head.
+    """
     kv_head, item = tl.program_id(0), items + tl.program_id(1) * 8
     table = tables + tl.load(item) * table_stride
     row, count, position = tl.load(item + 1), tl.load(item + 2), tl.load(item + 3)

@@ -1,8 +1,9 @@
-"""The products of a step with prompt tokens on a GPU, in the forms that a `PromptStep` has.
+"""The products of a step with prompt tokens on a GPU, in the forms that a `PromptStep` uses.
 
-`TorchProducts` are the model's own, the reference. `UnpackedProducts` dequantize 4-bit weights for
-a step and multiply them by `grouped_product.py`; the host never learns which experts the tokens
-have. `cuda/prompt_passes.py` has a third form, for few tokens.
+`TorchProducts` is the reference: the model's own products. `UnpackedProducts` dequantizes 4-bit
+weights and multiplies by them with `grouped_product.py`. The host does not need to know which
+experts the tokens use, so it does not wait for the device. `cuda/prompt_passes.py` has a third
+form, for few tokens.
 """
 
 from typing import TYPE_CHECKING, Any, Protocol
@@ -28,13 +29,13 @@ if TYPE_CHECKING:
 
 
 class PromptProducts(Protocol):
-    """The products of one model; each takes a layer's number and T tokens, and returns parts.
+    """The products of one model. Each maps T tokens to parts `[S, T * C, N]`.
 
-    Parts `[S, T * C, N]` are to be summed over S and C.
+    The result is the sum over S and C. `layer` is the layer's index.
     """
 
     def begin(self) -> None:
-        """Starts a step, which computes the layers in their order."""
+        """Starts a step. The products must then be called layer by layer: qkv, o, mlp."""
         ...
 
     def qkv(self, layer: int, x: Tensor) -> Tensor: ...
@@ -43,7 +44,7 @@ class PromptProducts(Protocol):
 
 
 class TorchProducts:
-    """The products of the model in torch; with 4-bit experts they wait for the device."""
+    """The model's own products in torch. With 4-bit experts they wait for the device."""
 
     def __init__(self, model: "Mixtral") -> None:
         self._model: Any = model
@@ -65,12 +66,11 @@ class TorchProducts:
 
 
 class UnpackedProducts:
-    """Products with 4-bit weights that a kernel dequantizes ahead of them.
+    """Products with 4-bit weights, which a kernel dequantizes before each product needs them.
 
-    Each product of a layer has a buffer for the weights of `experts_at_once` experts, or all of
-    them: more at once are fewer launches, fewer take less memory (`footprint.workspace_bytes`).
-    Weights are dequantized before the router has chosen experts, and for all of them: steps of so
-    many tokens use every one.
+    `experts_at_once` experts are dequantized together. More experts need fewer launches and more
+    memory (`footprint.workspace_bytes`). All experts are dequantized, before the router has chosen
+    any, because steps with many tokens use all of them.
     """
 
     def __init__(self, model: "Mixtral", experts_at_once: int) -> None:
@@ -108,7 +108,7 @@ class UnpackedProducts:
         return out[None]
 
     def _jobs(self, layer: Any) -> list[Job]:
-        """The weights of a layer, in the order of its products."""
+        """Returns the jobs of a layer, in the order of its products."""
         attention, experts = layer.attention, layer.mlp.experts
         jobs = [
             Job(attention.qkv.weight, self._first, "qkv"),
@@ -120,7 +120,7 @@ class UnpackedProducts:
 
 
 def unpack_of(model: "Mixtral") -> Unpack:
-    """The kernel that dequantizes the model's weights."""
+    """Returns the function that dequantizes the model's weights by a kernel."""
     products = model.products
     if products is None:
         unpacker = Unpacker(model.embedding.dtype)

@@ -1,11 +1,11 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
 """Routes the tokens of prompts to experts on a GPU, in Triton: one launch for any number of tokens.
 
-A program orders the entries of some adjacent tokens. It reads the router logits of all tokens, to
-count the entries before its own: 64 KB for 4,096 tokens of Mixtral, from the L2 cache. Nothing is
-added atomically, so the order is always the same.
+A program orders the entries of `ROWS` adjacent tokens. It reads the router logits of all tokens, to
+count the entries of each expert before its own. For 4,096 tokens of Mixtral these are 64 KB, from
+the L2 cache. The program uses no atomic additions, so the order is always the same.
 
-Compiled for compute capabilities 8.0, 9.0 and 12.0, and not yet run on a device.
+The kernel compiles for compute capabilities 8.0, 9.0 and 12.0. It has not run on a device yet.
 """
 
 import torch
@@ -14,18 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 ROWS = 512
-"""Tokens that a program looks at together."""
+"""Number of tokens that a program reads together."""
 LARGEST = tl.constexpr(1e38)
-"""Router logits beyond this count as not finite."""
+"""Router logits with a larger absolute value count as not finite."""
 
 
 def route_prompts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Routes tokens by router logits `[T, E]`: returns `order`, `starts` and `topk_weights`.
+    """Chooses each token's experts by its router logits `[T, E]`.
 
-    An entry t * k + j is token t's jth expert. `order` int32 `[T * k]` has the entries by expert,
-    and by token within an expert; those of expert e begin at `starts[e]` and end at `starts[e + 1]`
-    (int32 `[E + 1]`). `topk_weights` float32 `[T * k]` is by entry: the softmax over a token's k
-    largest logits, or NaN where one of its logits is not finite.
+    Returns `order`, `starts` and `topk_weights`. The entry t * k + j is token t's jth expert.
+    `order` int32 `[T * k]` has the entries sorted by expert, then by token; those of expert e are
+    `order[starts[e] : starts[e + 1]]`, with `starts` int32 `[E + 1]`. `topk_weights` float32
+    `[T * k]` has, for each entry, the softmax over its token's k largest logits, or NaN if one of
+    the token's logits is not finite. `nf4_decode.gate_up` has an example.
     """
     tokens, experts = logits.shape
     order = torch.empty(tokens * top_k, dtype=torch.int32, device=logits.device)
@@ -41,10 +42,11 @@ def route_prompts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def _scores(logits, t, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
-    """The logits of tokens `t` `[ROWS]` as float32 `[ROWS, WIDTH]`, and how many are not finite.
+    """Returns the logits of tokens `t` `[ROWS]`, float32 `[ROWS, WIDTH]`, and the number of logits
+    of each token that are not finite.
 
-    A row with numbers that are not finite still gets k different experts: threads that compare NaN
-    disagree on which is the largest, and would write anywhere.
+    Logits that are not finite are replaced by -LARGEST, so that each token still gets k different
+    experts. With NaN, threads would disagree about the largest logit and write to wrong addresses.
     """
     e = tl.arange(0, WIDTH)
     is_there = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
@@ -58,7 +60,8 @@ def _scores(logits, t, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _hits(score, is_row, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
-    """1 for the `TOP_K` largest of each row of `score` where `is_row`, int32 `[ROWS, WIDTH]`."""
+    """Returns int32 `[ROWS, WIDTH]`: 1 for the `TOP_K` largest logits of each row in `is_row`,
+    otherwise 0."""
     e = tl.arange(0, WIDTH)
     hits = (score != score).to(tl.int32)
     for _ in tl.static_range(TOP_K):
@@ -94,7 +97,7 @@ def _route_prompts(
     score, doubts = _scores(logits, token, tokens, EXPERTS, WIDTH)
     hits = _hits(score, is_row, TOP_K, WIDTH)
     place = tl.cumsum(hits, 0) - hits + (ends - sizes + before)[None, :]
-    # Softmax over the chosen alone: what renormalizing the softmax of all gives.
+    # The softmax over the chosen logits equals the softmax over all logits, renormalized.
     top = tl.max(score, 1)
     total = tl.sum(tl.where(hits > 0, tl.exp(score - top[:, None]), 0.0), 1)
     total = tl.where(is_row, total, 1.0)

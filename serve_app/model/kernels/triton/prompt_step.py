@@ -1,9 +1,9 @@
-"""A step with prompt tokens on a GPU, by kernels: few launches, and no wait for the device.
+"""PromptStep: a step with prompt tokens on a GPU, by kernels, without waiting for the device.
 
-Its logits equal those of `model/mixtral.py` to the rounding of the model's dtype. Before it is used
+Its logits equal those of `model/mixtral.py` up to rounding in the model's dtype. Before it is used,
 it is compared with plain torch on the device, and so is each form of its products
-(`prompt_products.py`). Norms, rotary embedding and the KV cache are the decode step's kernels;
-attention of all chunks is one launch (`prompt_attention.py`).
+(`prompt_products.py`). It shares the kernels for norms, the rotary embedding and the KV cache with
+the decode step. One launch computes the attention of all chunks (`prompt_attention.py`).
 """
 
 import logging
@@ -37,9 +37,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Largest median of the relative errors of rows of logits, compared with plain torch."""
+"""Maximum of the median relative error of rows of logits, compared with plain torch."""
 TRIED_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20))
-"""New tokens and tokens in all of the chunks of the trial; chunks that do not fit are left out."""
+"""The chunks of the trial: number of new tokens, and of all tokens. Chunks that do not fit into the
+cache or the context are left out."""
 TRIED_LAYERS = 2
 """See `step_trial.TRIED_LAYERS`."""
 
@@ -56,16 +57,16 @@ class PromptStep:
         self._products: PromptProducts = TorchProducts(model)
         self._few: PromptProducts | None = None
         self.few_tokens = 0
-        """The most tokens of a step that runs in another form than larger ones."""
+        """Steps with up to this many tokens use the decode step's products (`_few`)."""
         self.note = "attention in kernels, products in torch"
-        """A phrase for `/health` about the form of attention, routing and products."""
+        """A phrase for `/health` about attention, routing and products."""
 
     @classmethod
     def verified(cls, model: "Mixtral", cache: KVCache, experts_at_once: int) -> "PromptStep":
-        """The step of `model`, compared with plain torch; `cache` must be unused.
+        """Returns the step of `model` after comparing it with plain torch.
 
-        `experts_at_once`: see `UnpackedProducts`. Raises `StepUnavailable` where it failed or
-        differs.
+        `cache` must be unused. `experts_at_once`: see `UnpackedProducts`. Raises `StepUnavailable`
+        if the step fails or differs.
         """
         step = cls(model, cache)
         step._require_agreement(step._products)
@@ -97,7 +98,7 @@ class PromptStep:
         self.note += f"; up to {self.few_tokens} tokens by the decode step's products, as computed"
 
     def _crossover(self) -> int:
-        """The most tokens for the decode step's products."""
+        """Returns the number of tokens up to which the decode step's products are used."""
         device = self._model.embedding.device
         if device.type != "cuda":
             return PASS_TOKENS
@@ -108,7 +109,7 @@ class PromptStep:
             return PASS_TOKENS
 
     def _require_agreement(self, products: PromptProducts) -> None:
-        """Raises `StepUnavailable` where the step fails or differs from plain torch."""
+        """Raises `StepUnavailable` if the step with `products` fails or its logits differ."""
         try:
             error = self._error(products)
         except torch.OutOfMemoryError:
@@ -122,7 +123,8 @@ class PromptStep:
 
     @torch.inference_mode()
     def logits(self, batch: Batch) -> Tensor:
-        """Float32 `[sampled, vocab_size]` of `batch.sample_rows`; fills the cache."""
+        """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`, and writes the new
+        tokens' keys and values to the cache."""
         if self._few is not None and len(batch.token_ids) <= self.few_tokens:
             return self._logits(batch, self._few)
         return self._logits(batch, self._products)
@@ -153,9 +155,9 @@ class PromptStep:
 
     @torch.inference_mode()
     def _error(self, products: PromptProducts) -> float:
-        """The median relative error of all tokens' logits after the first layers.
+        """Returns the median relative error of all tokens' logits after the first layers.
 
-        The keys and values of cached tokens are random. NaN where a number is not finite.
+        The keys and values of cached tokens are random. The result is NaN if a logit is not finite.
         """
         model, cache = self._model, self._cache
         batch = trial_batch(cache, model.config.max_position_embeddings, model.config.vocab_size)
@@ -179,7 +181,8 @@ def normed(x: Tensor, parts: Tensor | None, is_live: Tensor, norm: Any) -> Tenso
 
 
 def trial_batch(cache: KVCache, longest: int, vocab_size: int) -> Batch:
-    """The chunks of `TRIED_CHUNKS` that fit into `cache` and into contexts of `longest` tokens."""
+    """Returns the chunks of `TRIED_CHUNKS` that fit into `cache` and into contexts of `longest`
+    tokens."""
     size = cache.block_size
     chunks: list[tuple[int, int]] = []
     tables: list[list[int]] = []

@@ -1,10 +1,10 @@
 # mypy: disable-error-code="no-untyped-def,untyped-decorator,no-untyped-call"
-"""The Triton kernels of a decode step besides products and attention, a launch each.
+"""The Triton kernels of a decode step besides products and attention, one launch each.
 
-`add_norm` adds the parts of the last products to the hidden state and normalizes it, `rope_write`
-rotates queries and keys and fills the KV cache, `route` assigns tokens to experts. Padding rows
-have context length 0: they write no keys and go to no expert. Parts are added in their order, so no
-row depends on others.
+`add_norm` adds the parts of the previous product to the hidden state and normalizes it.
+`rope_write` applies the rotary embedding and fills the KV cache. `route` chooses the experts of
+each row. Padding rows have context length 0: they write no keys or values and have no experts.
+Parts are added in their order, so the result of a row does not depend on other rows.
 """
 
 import torch
@@ -20,9 +20,10 @@ def add_norm(
     weight: Tensor,
     eps: float,
 ) -> Tensor:
-    """Adds to `x` `[B, H]` and returns its RMSNorm (arXiv 1910.07467) in x's dtype.
+    """Adds `parts` to `x` `[B, H]` in place, and returns the RMSNorm of `x` (arXiv 1910.07467).
 
-    `parts` `[S, B * C, H]`: S parts of C summands for every row; padding rows add nothing.
+    `parts` `[S, B * C, H]` has S * C summands for every row; None adds nothing. Nothing is added to
+    padding rows.
     """
     rows, size = x.shape
     y = torch.empty_like(x)
@@ -47,8 +48,8 @@ def rope_write(
 ) -> None:
     """Fills `queries` `[B, H, D]`, `keys` and `values` from `qkv` `[S, B, (H + 2 K) * D]`.
 
-    `rows` are positions and slots, int64 `[B]`, and context lengths, int32 `[B]`; `cos` and `sin`
-    are `Rope`'s tables.
+    `rows` has positions and slots, int64 `[B]` each, and context lengths, int32 `[B]`. `cos` and
+    `sin` are the tables of `Rope`.
     """
     batch, heads, head_dim = queries.shape
     kv_heads = keys.shape[2]
@@ -60,7 +61,7 @@ def rope_write(
 
 
 def route(logits: Tensor, context_lens: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Routes router logits `[B, E]`: the `order`, `starts` and `topk_weights` of `nf4_decode`."""
+    """Returns `order`, `starts` and `topk_weights` of `nf4_decode` for router logits `[B, E]`."""
     rows, experts = logits.shape
     order = torch.empty(rows * top_k, dtype=torch.int32, device=logits.device)
     topk_weights = torch.empty(rows * top_k, dtype=torch.float32, device=logits.device)
@@ -98,7 +99,7 @@ def _add_norm(
             for split in tl.static_range(SPLITS):
                 line = (split * rows + row) * SUMMANDS + summand
                 added += tl.load(parts + line * SIZE + column, mask=is_added, other=0.0)
-        # Rounded as the residual stream is kept, before it is normalized.
+        # The sum is rounded to x's dtype before it is normalized, as in plain torch.
         value = (value + added).to(x.dtype.element_ty)
         tl.store(x + row * SIZE + column, value, mask=is_there)
         value = value.to(tl.float32)
@@ -107,7 +108,7 @@ def _add_norm(
     tl.store(y + row * SIZE + column, scaled.to(y.dtype.element_ty), mask=is_there)
 
 
-# Positions and slots may lie anywhere in a batch's one tensor: one variant for all addresses.
+# Positions and slots are views of one tensor at any address, so one variant is compiled for all.
 @triton.jit(do_not_specialize=["batch"], do_not_specialize_on_alignment=["positions", "slots"])
 def _rope_write(
     qkv,
@@ -135,7 +136,7 @@ def _rope_write(
     is_live = tl.load(lens + row) > 0
     position, slot = tl.load(positions + row), tl.load(slots + row)
     turned = own * tl.load(cos + position * D + d).to(tl.float32)
-    # The sign of the rotation's minus is in the table.
+    # `Rope`'s table of sines has the minus sign of the rotation.
     turned += partner * tl.load(sin + position * D + d).to(tl.float32)
     kept = d < (D * is_live)
     if head < H:
@@ -149,7 +150,7 @@ def _rope_write(
 
 
 LARGEST = tl.constexpr(1e38)
-"""Router logits beyond this count as not finite."""
+"""Router logits with a larger absolute value count as not finite."""
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -177,7 +178,7 @@ def _route(
     doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
     score = tl.where(is_sound, score, -LARGEST)
     score = tl.where(is_expert[None, :], score, float("-inf"))
-    # Softmax over the chosen alone: what renormalizing the softmax of all gives.
+    # The softmax over the chosen logits equals the softmax over all logits, renormalized.
     top = tl.max(score, 1)
     hits = tl.zeros([ROWS, WIDTH], tl.int32)
     total = tl.zeros([ROWS], tl.float32)

@@ -1,5 +1,8 @@
-"""The products of a decoder layer in the decode step of a GPU: with float weights by torch, with
-4-bit weights by Triton's kernels; those by CUDA kernels are in `cuda/layer_products.py`."""
+"""The products of a decoder layer in the decode step on a GPU.
+
+torch multiplies by float weights, Triton kernels by 4-bit weights. `cuda/layer_products.py` has the
+products by CUDA kernels.
+"""
 
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class Products(Protocol):
-    """The products of one layer; each returns parts `[S, B * C, N]`, to be summed over S and C."""
+    """The products of one layer. Each maps B rows to parts `[S, B * C, N]`.
+
+    The result is the sum over S and C.
+    """
 
     def qkv(self, x: Tensor) -> Tensor: ...
     def o(self, x: Tensor) -> Tensor: ...
@@ -39,14 +45,14 @@ class FloatProducts:
         return parts
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        # Padding rows get the first row's values, so that no further expert is read for them.
+        # Padding rows get the first row's values, so they use no other experts than it does.
         x = torch.where((context_lens > 0)[:, None], x, x[:1])
         parts: Tensor = self._layer.mlp(x, len(x))[None]
         return parts
 
 
 class QuantizedProducts:
-    """Products with 4-bit weights, by our kernels."""
+    """Products with 4-bit weights, by Triton kernels."""
 
     def __init__(self, layer: Any, dtype: torch.dtype) -> None:
         attention, mlp = layer.attention, layer.mlp
@@ -72,7 +78,7 @@ class QuantizedProducts:
 
 
 def products_of(model: "Mixtral", layer: Any, dtype: torch.dtype) -> Products:
-    """The form of a layer's products."""
+    """Returns the products of `layer` by the fastest means that `model` has."""
     if model.codebook is None:
         return FloatProducts(layer)
     if model.products is not None:
@@ -81,7 +87,7 @@ def products_of(model: "Mixtral", layer: Any, dtype: torch.dtype) -> Products:
 
 
 def dense(weights: Packed, x: Tensor) -> Tensor:
-    """The product as parts, float32 `[SPLIT_K, B, N]`."""
+    """Returns the product as parts, float32 `[SPLIT_K, B, N]`."""
     parts = x.new_empty(SPLIT_K, len(x), weights.out_features, dtype=torch.float32)
     nf4_decode.dense(weights, x, parts)
     return parts

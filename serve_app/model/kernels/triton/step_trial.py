@@ -15,18 +15,22 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Largest relative error of a row's logits, compared with plain torch."""
+"""Maximum of the median relative error of rows of logits, compared with plain torch."""
 TRIED_ROWS, TRIED_LAYERS = 20, 2
 """The trial compares logits after the first 2 layers and takes the median over 20 rows. Rounding
 can flip the router's choice between two nearly equal experts, which makes single rows differ, and
 through many layers nearly every row."""
 LONG_CONTEXTS = (700, 1500, 2600, 4200, 4700)
-"""Tokens of contexts that attention splits otherwise: into many splits, and into longer ones."""
+"""Lengths of contexts, in tokens, that attention divides into many splits, or into longer ones."""
 
 
 def contexts(config: MixtralConfig, cache: KVCache) -> list[list[int]]:
-    """The context lengths of the rows of each batch of the trial: 1 to `TRIED_ROWS` KV blocks, and
-    those of `LONG_CONTEXTS` that the model and `cache` have room for."""
+    """Returns the context lengths of the rows of each batch of the trial.
+
+    The first batch has contexts of 1 to `TRIED_ROWS` KV blocks. The second one has those of
+    `LONG_CONTEXTS` that fit into the model's context and `cache`, and a padding row; it is left out
+    if none fits. Example with blocks of 16 tokens: [1, 18, 35, ...] and [700, 1500, ..., 1].
+    """
     size, longest = cache.block_size, config.max_position_embeddings
     count = max(1, min(cache.num_blocks, TRIED_ROWS, longest // size))
     made = [[i * size + i % size + 1 for i in range(count)]]
@@ -41,12 +45,13 @@ def error(
     logits: Callable[[DecodeBatch], Tensor],
     lengths: Sequence[int],
 ) -> float:
-    """The median relative error of `logits` after the first layers; NaN where a number is not
-    finite, after all layers too.
+    """Returns the median relative error of `logits` after the first layers, compared with plain
+    torch. The result is NaN if a logit is not finite, after the first layers or after all.
 
-    There is a row for each context length; the last of several is padding, which must not change
-    the others. Row i writes into block i of the unused `cache`, and the rest of its context is all
-    rows' blocks in turn, so that long contexts need no more blocks than short ones.
+    `lengths` has the context length of each row. If there are several rows, the last one is
+    padding, which must not change the others. Row i writes its new token into block i of the unused
+    `cache`; the other blocks of its context are those of all rows in turn, so that long contexts
+    need no more blocks than there are rows.
     """
     count, size, device = len(lengths), cache.block_size, cache.keys[0].device
     blocks, lens = torch.arange(count, device=device), torch.tensor(lengths, device=device)

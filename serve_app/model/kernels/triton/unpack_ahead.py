@@ -17,7 +17,7 @@ class Job(NamedTuple):
 
     weight: QuantizedWeight
     which: Tensor
-    """int64 `[n]`, on the device: numbers of a stack's matrices; `[0]` for one matrix."""
+    """int64 `[n]` on the device: indices of the matrices in a stack; `[0]` for a single matrix."""
     buffer: str
     """The name of the buffer for the dequantized weights. Jobs with the same buffer take turns."""
 
@@ -33,31 +33,31 @@ Unpack = Callable[[QuantizedWeight, Tensor, Tensor], object]
 
 
 class Stream(Protocol):
-    """The part of `torch.cuda.Stream` that is used."""
+    """The methods of `torch.cuda.Stream` that are used here."""
 
     def record_event(self, event: Any) -> object: ...
     def wait_event(self, event: Any) -> object: ...
 
 
 class Streams(Protocol):
-    """The stream of a step's products, and a second one."""
+    """The stream that computes a step's products, and a second one that dequantizes."""
 
     @property
     def second(self) -> Stream: ...
     def first(self) -> Stream: ...
     def on_second(self) -> AbstractContextManager[object]:
-        """Kernels that are launched within it run on the second stream."""
+        """Returns a context in which kernels are launched on the second stream."""
         ...
 
     def event(self) -> Any: ...
     def use(self, memory: Tensor) -> None:
-        """Keeps `memory` from being given to others until the second stream is done with it."""
+        """Prevents torch from reusing freed `memory` until the second stream has used it."""
         ...
 
 
 class CudaStreams:
-    """torch's current stream on a GPU, and one of a higher priority: as programs of a product end,
-    blocks of its kernels take their place."""
+    """torch's current stream on a GPU, and one with a higher priority. When a block of a product
+    ends, a block of the second stream's kernel starts in its place."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -85,7 +85,8 @@ class CudaStreams:
 
 
 class Buffer:
-    """Memory for the weights of one product at a time, and the events that guard it."""
+    """Memory for the weights of one product at a time. The event `is_filled` marks the end of the
+    dequantizing, `is_free` the end of the product that reads the weights."""
 
     def __init__(self, memory: Tensor, streams: Streams | None) -> None:
         self.memory = memory
@@ -95,11 +96,13 @@ class Buffer:
 
 
 class UnpackAhead:
-    """The weights of a step's products in their order, dequantized into one buffer for each name.
+    """Dequantizes the weights of a step's products in their order, into one buffer per name.
 
-    A buffer is filled again as soon as the product that reads it has ended. For example, with a
-    buffer for each product of a layer, the next layer's qkv is dequantized while this layer's o,
-    gate_up and down are computed. On a CPU, where `streams` is None, everything happens in order.
+    A buffer is filled again as soon as the product that reads it has ended. Example with the
+    buffers qkv, o, gate_up and down: `begin` fills all four for layer 0. When the product o of
+    layer 0 takes its weights, the product qkv has been launched, so its buffer is next filled for
+    layer 1, while o, gate_up and down of layer 0 are computed. Without `streams` (on a CPU),
+    everything happens in order.
     """
 
     def __init__(
@@ -110,7 +113,7 @@ class UnpackAhead:
         device: torch.device,
         streams: Streams | None,
     ) -> None:
-        """`jobs` are those of every step; their buffers are allocated here and kept."""
+        """`jobs` are the jobs of each step. The buffers are allocated once, here."""
         self._unpack, self._streams, self._every = unpack, streams, list(jobs)
         sizes: dict[str, int] = {}
         for job in self._every:
@@ -122,14 +125,14 @@ class UnpackAhead:
         self._waiting: deque[Job] = deque()
         """Jobs whose buffer is not free."""
         self._filled: deque[tuple[str, Tensor]] = deque()
-        """Buffers that are or will be filled, in the order of the products that take them."""
+        """Buffers that are filled or being filled, in the order of the products."""
         self._reading: str | None = None
-        """The buffer of the last product."""
+        """The buffer whose weights the last `take` returned."""
 
     def begin(self) -> None:
-        """Starts a step, whatever became of the last one, and fills each buffer for the first time.
+        """Starts a step, and begins to fill each buffer. The last step may have failed midway.
 
-        Fills run behind the work that was launched on the first stream so far.
+        The buffers are filled after the work that is already launched on the first stream.
         """
         self._waiting, self._reading = deque(self._every), None
         self._filled.clear()
@@ -138,9 +141,9 @@ class UnpackAhead:
         self._fill()
 
     def take(self) -> Tensor:
-        """The next job's weights `[n, N, K]`, until the next call.
+        """Returns the weights of the next job, `[n, N, K]`, which are valid until the next call.
 
-        The product that reads them must be launched on the first stream before that call.
+        The product that reads them must be launched on the first stream before the next call.
         """
         if self._reading is not None:
             self._free(self._reading)
@@ -151,12 +154,12 @@ class UnpackAhead:
         return weights
 
     def _free(self, name: str) -> None:
-        """Lets the buffer be filled once what the first stream was given so far is done."""
+        """Allows the buffer to be filled after the work launched on the first stream so far."""
         if self._streams is not None:
             self._streams.first().record_event(self._buffers[name].is_free)
 
     def _fill(self) -> None:
-        """Dequantizes the next weights, up to the first whose buffer is in use."""
+        """Dequantizes the waiting jobs in order, up to the first one whose buffer is in use."""
         while self._waiting and not self._is_used(self._waiting[0].buffer):
             job = self._waiting.popleft()
             buffer = self._buffers[job.buffer]

@@ -145,13 +145,3 @@ def test_every_setting_says_what_it_is() -> None:
     assert all(not row.endswith("|  |") for row in rows)
     for name in familiar_names():
         assert sum(f"`{name}`" in row for row in rows) == 1, name
-
-
-@pytest.mark.parametrize("path", ["README.md", "docs/runpod.md", "benchmarks/README.md"])
-def test_the_files_that_pages_name_exist(path: str) -> None:
-    """An example, a page, a result or a script that a page names is in the repository."""
-    text = Path(path).read_text(encoding="utf-8")
-    folders = "examples|docs|benchmarks|configs|results|tests"
-    for name in re.findall(rf"\b((?:{folders})/[\w./-]+\.(?:py|md|yaml|json))\b", text):
-        folder = Path("benchmarks") if name.startswith("results/") else Path()
-        assert (folder / name).exists(), name

@@ -42,8 +42,11 @@ _BY_REASON = {
     "structured outputs use llguidance, which is the only library here": (
         "GUIDED_DECODING_BACKEND",
     ),
-    "tool calls are not supported; a request that asks for them gets an error": (
-        *("ENABLE_AUTO_TOOL_CHOICE", "TOOL_CALL_PARSER", "EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE"),
+    "tool calls are always on; the checkpoint's tokenizer decides their form": (
+        *("ENABLE_AUTO_TOOL_CHOICE", "TOOL_CALL_PARSER"),
+    ),
+    "with `tool_choice: none` the tools are never in the prompt": (
+        "EXCLUDE_TOOLS_WHEN_TOOL_CHOICE_NONE",
     ),
     "Mixtral does not reason apart from its answer": ("REASONING_PARSER",),
     "one process on one GPU holds the model": (

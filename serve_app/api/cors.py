@@ -12,6 +12,11 @@ EXPOSED = [CLIENT_ID, OUR_ID, ANTHROPIC_ID, "Retry-After", *HEADERS]
 """Response headers that a page may read, in addition to the standard ones."""
 
 
+def with_cors(app: ASGIApp, origins: str | None) -> ASGIApp:
+    """Returns `app` with CORS headers for `origins`, the setting `api.cors_origins`."""
+    return app if origins is None else Cors(app, origins)
+
+
 class Cors:
     """Starlette's CORS middleware for the setting `api.cors_origins`.
 

@@ -13,12 +13,13 @@ for the metrics.
 from typing import TYPE_CHECKING
 
 from starlette.requests import HTTPConnection
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve_app.api import ingress, routes
-from serve_app.api.request_id import CLIENT_ID, ids_of, path_of
-from serve_app.error_body import error_body
+from serve_app.api.cors import with_cors
+from serve_app.api.error_response import error_response
+from serve_app.api.request_id import ids_before_serve, path_of
 from serve_app.errors import QueueFull, ServeError
 
 if TYPE_CHECKING:
@@ -39,6 +40,11 @@ def serves(server: "MixtralServer") -> None:
     _servers[:] = [server]
 
 
+def cors_origins() -> str | None:
+    """Returns `api.cors_origins` of this process's server; None without a server."""
+    return _servers[0].settings.api.cors_origins if _servers else None
+
+
 class EarlyAnswer:
     """Answers requests early if possible, and passes the others to `app`."""
 
@@ -46,18 +52,17 @@ class EarlyAnswer:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer: ASGIApp | None = None
+        app = self._app
         if scope["type"] == "http" and _servers:
             answer = _answer(_servers[0], HTTPConnection(scope))
-        await (answer or self._app)(scope, receive, send)
+            app = self._app if answer is None else with_cors(answer, cors_origins())
+        await app(scope, receive, send)
 
 
-def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None:
+def _answer(server: "MixtralServer", request: HTTPConnection) -> JSONResponse | None:
     """Returns the answer to `request` if it needs neither a body nor the engine, otherwise None."""
     method, route = request.scope["method"], routes.find(path_of(request.scope))
-    settings = server.settings.api
-    # A browser needs the CORS headers, which only the ingress adds.
-    if route is None or settings.cors_origins is not None:
+    if route is None:
         return None
     is_ping = route.path == "/ping" and method in ("GET", "HEAD")
     if not is_ping and (method != "POST" or route.method != "POST"):
@@ -73,17 +78,18 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> Response | None
         refusal = _refusal(server, request, error)
         server.metrics.http_responses[route.path, refusal.status_code] += 1
         return refusal
-    return JSONResponse(*server.ping(), headers=_places(server)) if is_ping else None
+    if not is_ping:
+        return None
+    _, headers = ids_before_serve(request)
+    return JSONResponse(*server.ping(), headers=headers | _places(server))
 
 
-def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError) -> Response:
-    request_id, headers = ids_of(request)
+def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError) -> JSONResponse:
+    request_id, headers = ids_before_serve(request)
     known = server.failure(error, request_id)
-    headers = {CLIENT_ID: request.headers.get(CLIENT_ID, request_id)} | headers
     if isinstance(known, QueueFull):
         headers |= _places(server)
-    body = error_body(known, request_id, request.scope["path"])
-    return JSONResponse(body, known.http_status, headers | known.headers)
+    return error_response(known, request_id, request.scope["path"], headers)
 
 
 def _places(server: "MixtralServer") -> dict[str, str]:

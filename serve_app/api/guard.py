@@ -6,6 +6,8 @@ RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then runs before S
 headers of a request. `create_app` adds a guard too, for `serve run` without that variable. Only the
 first guard of a request is active.
 
+Serve's proxy does not know `api.cors_origins`, so errors of a guard there have no CORS headers.
+
 The effect of headers that the guard removes or refuses in Serve 2.60 (`serve/_private/proxy.py` and
 `replica.py`):
 
@@ -19,15 +21,16 @@ The effect of headers that the guard removes or refuses in Serve 2.60 (`serve/_p
 import asyncio
 import re
 import time
-import uuid
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.request_id import own_headers
-from serve_app.error_body import error_body
+from serve_app.api.cors import with_cors
+from serve_app.api.error_response import error_response
+from serve_app.api.request_id import ids_before_serve, ids_of
 from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError
 
 if TYPE_CHECKING:
@@ -54,6 +57,7 @@ REMOVED = {
 }
 """Headers for Serve that are removed from clients' requests, with `-` instead of `_`."""
 
+Ids = Callable[[HTTPConnection], tuple[str, dict[str, str]]]
 _PRINTABLE = re.compile(rb"[ -~]{1,128}")
 
 
@@ -65,17 +69,23 @@ def middlewares() -> "list[Middleware]":
     from starlette.middleware import Middleware
 
     from serve_app.api import http_1_0
-    from serve_app.api.early_answer import EarlyAnswer
+    from serve_app.api.early_answer import EarlyAnswer, cors_origins
 
     http_1_0.install()
-    return [Middleware(EarlyAnswer), Middleware(Guard)]
+    return [Middleware(EarlyAnswer), Middleware(Guard, cors_origins, ids_before_serve)]
 
 
 class Guard:
     """Passes requests to `app` with their arrival time, without the headers in `REMOVED`."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(
+        self, app: ASGIApp, cors_origins: Callable[[], str | None], ids: Ids = ids_of
+    ) -> None:
+        """`cors_origins` returns the setting. `ids` returns the id of a request that is refused,
+        and the headers with it."""
         self._app = app
+        self._cors_origins = cors_origins
+        self._ids = ids
         self._large_bodies = _LargeBodies()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,13 +93,20 @@ class Guard:
             await self._app(scope, receive, send)
             return
         scope[ARRIVED] = time.monotonic()
-        exchange = _Exchange(scope, receive, send, self._large_bodies)
+        exchange = _Exchange(scope, receive, send, self._large_bodies, self._refusal)
         try:
             scope["headers"] = allowed(scope["headers"])
         except InvalidRequest as error:
+            scope["headers"] = [each for each in scope["headers"] if each[0] != REQUEST_ID]
             await exchange.refuse(error)
             return
         await self._app(scope, exchange.receive, exchange.send)
+
+    def _refusal(self, scope: Scope, error: ServeError) -> ASGIApp:
+        """Returns the response to a refused request."""
+        request_id, headers = self._ids(HTTPConnection(scope))
+        response = error_response(error, request_id, scope["path"], headers)
+        return with_cors(response, self._cors_origins())
 
 
 def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
@@ -121,9 +138,15 @@ class _Exchange:
     """One request and its response."""
 
     def __init__(
-        self, scope: Scope, receive: Receive, send: Send, large_bodies: _LargeBodies
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        large_bodies: _LargeBodies,
+        refusal: Callable[[Scope, ServeError], ASGIApp],
     ) -> None:
         self._large_bodies = large_bodies
+        self._refusal = refusal
         self._scope = scope
         self._receive = receive
         self._send = send
@@ -170,9 +193,5 @@ class _Exchange:
 
     async def refuse(self, error: ServeError) -> None:
         """Sends `error` instead of the application's response."""
-        request_id = uuid.uuid4().hex
-        headers = own_headers(request_id, self._scope)
-        body = error_body(error, request_id, self._scope.get("path", ""))
-        response = JSONResponse(body, error.http_status, headers)
-        await response(self._scope, self._receive, self.send)
+        await self._refusal(self._scope, error)(self._scope, self._receive, self.send)
         self._is_refused = True

@@ -22,6 +22,7 @@ from serve_app.api import routes
 from serve_app.api.api_keys import ApiKeys
 from serve_app.api.cors import Cors
 from serve_app.api.disconnect import Disconnect
+from serve_app.api.error_response import error_response
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.api.metrics.metrics import NO_ROUTE
@@ -70,7 +71,7 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [Middleware(Guard), Middleware(Disconnect)]
+    middleware = [Middleware(Guard, lambda: cors_origins), Middleware(Disconnect)]
     if cors_origins is not None:
         middleware.append(Middleware(Cors, cors_origins))
     return Starlette(
@@ -113,10 +114,8 @@ class Endpoint:
             )
             response = Response(status_code=CLIENT_LEFT)
         except Exception as raised:
-            error = server.failure(raised, request_id)
-            headers |= (account.headers() if account is not None else {}) | error.headers
-            body = error_body(error, request_id, path)
-            response = JSONResponse(body, error.http_status, headers)
+            headers |= account.headers() if account is not None else {}
+            response = error_response(server.failure(raised, request_id), request_id, path, headers)
         server.metrics.http_responses[self._handler, response.status_code] += 1
         return response
 

@@ -44,6 +44,13 @@ def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     return request_id, headers
 
 
+def ids_before_serve(request: HTTPConnection) -> tuple[str, dict[str, str]]:
+    """Returns the same for a response that does not pass Ray Serve, which would add the client's
+    id."""
+    request_id, headers = ids_of(request)
+    return request_id, {CLIENT_ID: request.headers.get(CLIENT_ID, request_id), **headers}
+
+
 def own_headers(request_id: str, scope: Scope) -> dict[str, str]:
     """Returns the headers with our id that every response has."""
     headers = {OUR_ID: request_id}

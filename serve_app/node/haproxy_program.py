@@ -23,6 +23,9 @@ What it changes, and what Ray 2.60 has in the template (`haproxy_templates.py`):
                                    (`haproxy_refusals.py`); each request passes to the replica
     before the model is loaded     503 with such JSON; a 404, because Serve has no route yet
 
+    a body that is late            408 with such JSON
+    for pages of other origins     the CORS headers, and permission (`cors.py`)
+
 Requests that HAProxy cannot read, and headers that are late, get 400 and 408 in its own words,
 which no configuration changes.
 
@@ -48,7 +51,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app.node import haproxy_refusals, haproxy_sessions
+from serve_app.node import cors, haproxy_refusals, haproxy_sessions
+from serve_app.node.cors import quoted
 
 HEADERS_S = 10
 """Maximum seconds for a request's first line and headers, and for idle time before the first
@@ -71,7 +75,7 @@ FULL = (
     "the Retry-After header."
 )
 NO_REPLICA = "No replica of the model answers; send the request again."
-
+TOO_SLOW = "The body did not arrive in time; send it faster."
 
 MESSAGES_PATH = "/v1/messages(/|$)"
 """`serve_app.error_body.MESSAGES_PATH`: paths of the API whose errors have Anthropic's shape."""
@@ -97,8 +101,8 @@ def error_body(message: str, kind: str, code: str | None, job_status: str, retry
 
 
 def shape() -> list[str]:
-    """Returns the lines that set the request's id, and the parts of an error that its path
-    decides."""
+    """Returns the lines that set the request's id and the client's, and the parts of an error that
+    its path decides."""
     head = f'"type": "error", "request_id": "{haproxy_refusals.REQUEST_ID}", '
     lines = [
         f"set-var-fmt(txn.shape) {quoted(head)}",
@@ -106,23 +110,25 @@ def shape() -> list[str]:
     ]
     return [
         "    http-request set-var(txn.request_id) uuid",
+        "    http-request set-var(txn.client_id) var(txn.request_id)",
+        "    http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
+        " if { req.fhdr(x-request-id) -m found }",
         *(f"    http-request {line} if {{ path_reg {MESSAGES_PATH} }}" for line in lines),
     ]
 
 
 def ids() -> list[str]:
-    """Returns the lines that add the request's id to the headers of HAProxy's own errors."""
-    conditions = {"x-mixtral-request-id": "", "request-id": " { var(txn.shape) -m found }"}
+    """Returns the lines that add the request's ids to the headers of HAProxy's own answers."""
+    added = (
+        ("x-mixtral-request-id", haproxy_refusals.REQUEST_ID, ""),
+        ("x-request-id", haproxy_refusals.CLIENT_ID, ""),
+        ("request-id", haproxy_refusals.REQUEST_ID, " { var(txn.shape) -m found }"),
+    )
     return [
-        f"    http-after-response set-header {name} {haproxy_refusals.REQUEST_ID}"
-        f" if {{ status 414 429 503 }} !{{ res.hdr({name}) -m found }}{condition}"
-        for name, condition in conditions.items()
+        f"    http-after-response set-header {name} {value}"
+        f" if {{ status 200 408 414 429 503 }} !{{ res.hdr({name}) -m found }}{condition}"
+        for name, value, condition in added
     ]
-
-
-def quoted(text: str) -> str:
-    """Returns `text` as one argument of a line in HAProxy's configuration."""
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def answer(status: int, body: str, more: str = "") -> str:
@@ -134,19 +140,18 @@ def defaults() -> list[str]:
     """Returns the lines for the section `defaults`."""
     lost = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
     retry = " hdr Retry-After 1"
+    slow = error_body(
+        TOO_SLOW, "invalid_request_error", "request_timeout", "VALIDATION_FAILED", True
+    )
     errors = [f"    http-error {answer(status, lost, retry)}" for status in (502, 503, 504)]
+    errors.append(f"    http-error {answer(408, slow)}")
     return [f"    timeout http-request {HEADERS_S}s", *errors]
 
 
 def refusal() -> str:
     """Returns the answer to a request if the queue is full."""
     body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True)
-    headers = (
-        ("Retry-After", haproxy_refusals.RETRY_AFTER),
-        ("x-mixtral-request-id", haproxy_refusals.REQUEST_ID),
-        ("x-request-id", haproxy_refusals.CLIENT_ID),
-    )
-    return answer(429, body, "".join(f" hdr {name} {value}" for name, value in headers))
+    return answer(429, body, f" hdr Retry-After {haproxy_refusals.RETRY_AFTER}")
 
 
 def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: bool) -> list[str]:
@@ -158,6 +163,7 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
     condition = f" if {{ url,length gt {MAX_URL_CHARS} }}"
     lines = [
         *shape(),
+        *cors.rules(options.cors_origin),
         f"    http-request return {answer(414, too_long, condition)}",
         # A replica that died, whether or not the request had reached it.
         "    http-after-response set-status 503 if { status 502 504 }",
@@ -260,6 +266,9 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-connections", type=int, default=4096)
     parser.add_argument("--max-connections-per-address", type=int)
     parser.add_argument("--trusted", action="append", help="a proxy without that limit")
+    parser.add_argument(
+        "--cors-origin", action="append", default=[], help="of pages that may call; * is every one"
+    )
     split = arguments.index("--") if "--" in arguments else -1
     return parser.parse_args(arguments[: max(split, 0)]), arguments[split + 1 :]
 

@@ -12,7 +12,7 @@ replica every `ASK_EVERY_US`. If the replica refuses it, the queue is full. Then
 request is sent after a time in which few places become free, at most a second.
 
 `Retry-After` assigns times to refused requests one after another, as in `engine/retry_after.py`.
-The replica still refuses requests of browsers, which need CORS headers. No replica has many more
+No replica has many more
 requests than the mean (`haproxy_sessions.py`). If several HAProxys share replicas, each counts only
 its own requests, so the replicas refuse more. While the queue is full, a request without an API key
 gets this refusal too.
@@ -49,12 +49,12 @@ CLIENT_ID = "%[var(txn.client_id)]"
 def rules(backend: str, refusal: str) -> list[str]:
     """Returns the lines for the section of the server's port.
 
-    `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expressions
-    `CLIENT_ID` and `RETRY_AFTER`. Lines before these set `REQUEST_ID`.
+    `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expression
+    `RETRY_AFTER`. Lines before these set `REQUEST_ID` and `CLIENT_ID`.
     """
     lines = [
         *_decision(backend),
-        *_ids_and_turn(),
+        *_turn(),
         f"http-request return {refusal} if is_refused",
         f"http-request wait-for-body time {BODY_S}s",
         f"http-request del-header {REFUSED}",
@@ -76,7 +76,7 @@ def _decision(backend: str) -> list[str]:
         "http-request set-var(txn.now) date(0,us) if generates",
         f"http-request set-var(txn.num_open) be_conn({backend}) if generates",
         f"http-request set-var(txn.num_places) nbsrv({backend}),mul(proc.num_places) if generates",
-        "http-request set-var(txn.is_over) bool(true) if generates !{ req.hdr(origin) -m found }"
+        "http-request set-var(txn.is_over) bool(true) if generates"
         " { var(txn.num_places),sub(txn.num_open) le 0 }",
         "http-request set-var(txn.is_refused) bool(true) if is_over"
         " { var(proc.next_ask),sub(txn.now) gt 0 }",
@@ -85,12 +85,9 @@ def _decision(backend: str) -> list[str]:
     ]
 
 
-def _ids_and_turn() -> list[str]:
+def _turn() -> list[str]:
     """Returns lines that set the variables of a refusal, and count it."""
     return [
-        "http-request set-var(txn.client_id) var(txn.request_id) if is_refused",
-        "http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
-        " if is_refused { req.fhdr(x-request-id) -m found }",
         # `proc.turn` is never in the past, and never further away than the longest wait.
         "http-request set-var(proc.turn) var(txn.now)"
         " if is_refused !{ var(proc.turn),sub(txn.now) gt 0 }",

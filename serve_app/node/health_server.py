@@ -22,9 +22,9 @@ from http import HTTPStatus
 from typing import Any, TypedDict
 
 from serve_app.error_body import error_body, is_messages
-from serve_app.errors import Loading
+from serve_app.errors import InvalidRequest, Loading, MethodNotAllowed, ServeError
 from serve_app.loading.phases import read_events
-from serve_app.node import phases
+from serve_app.node import cors, phases
 
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
 """The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
@@ -41,9 +41,16 @@ Health = Callable[[], dict[str, Any]]
 class HealthServer:
     """Answers on `sockets`, which already listen."""
 
-    def __init__(self, sockets: Sequence[socket.socket], health: Health) -> None:
+    def __init__(
+        self,
+        sockets: Sequence[socket.socket],
+        health: Health,
+        cors_origins: Callable[[], str | None],
+    ) -> None:
+        """`cors_origins` returns the setting `api.cors_origins`."""
         self._sockets = sockets
         self._health = health
+        self._cors_origins = cors_origins
         self._clients: set[asyncio.Task[Any]] = set()
 
     async def serve(self, ended: Awaitable[object]) -> None:
@@ -74,46 +81,56 @@ class HealthServer:
 
     def _answer(self, head: bytes) -> bytes:
         """Returns the response to a request's head, both as raw bytes."""
-        method, status = b"", HTTPStatus.BAD_REQUEST
-        body: Any = {}
-        lines = []
-        match head.partition(b"\r\n")[0].split(b" "):
-            case [method, target, version] if version.startswith(b"HTTP/1."):
-                path = target.partition(b"?")[0]
-                status, body = self._route(method, path)
-                if status is HTTPStatus.SERVICE_UNAVAILABLE:
-                    lines = [f"Retry-After: {RETRY_AFTER_S}", *_ids(body, path)]
-        lines = [f"HTTP/1.1 {status.value} {status.phrase}", "Connection: close", *lines]
-        content = b""
-        if status is not HTTPStatus.NO_CONTENT:
-            content = json.dumps(body).encode()
-            lines += ["Content-Type: application/json", f"Content-Length: {len(content)}"]
-        response = "\r\n".join([*lines, "", ""]).encode()
-        return response if method == b"HEAD" else response + content
+        first, *lines = head.decode("latin-1").split("\r\n")
+        fields = (line.partition(":") for line in lines if line.isprintable())
+        request = {name.strip().lower(): value.strip() for name, _, value in fields}
+        request_id = uuid.uuid4().hex
+        method, path, body = "", "", b""
+        headers = {
+            "x-mixtral-request-id": request_id,
+            "x-request-id": request.get("x-request-id", request_id)[:128],
+            **cors.headers(self._cors_origins(), request),
+        }
+        try:
+            method, path = _first_line(first)
+            if is_messages(path):
+                headers["request-id"] = request_id
+            status, content = self._reply(method, path, cors.ALLOWED in headers)
+        except ServeError as error:
+            status, content = HTTPStatus(error.http_status), error_body(error, request_id, path)
+            headers |= error.headers
+        if status is HTTPStatus.SERVICE_UNAVAILABLE:
+            headers["Retry-After"] = str(RETRY_AFTER_S)
+        if content is not None:
+            body = json.dumps(content).encode()
+            headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
+        named = [f"{name}: {value}" for name, value in headers.items()]
+        answer = [f"HTTP/1.1 {status.value} {status.phrase}", "Connection: close", *named, "", ""]
+        return "\r\n".join(answer).encode("latin-1") + (b"" if method == "HEAD" else body)
 
-    def _route(self, method: bytes, path: bytes) -> tuple[HTTPStatus, Any]:
-        if path not in (b"/ping", b"/health"):
-            error = Loading("The model is not ready to answer here; see /health, and try again.")
-            body = error_body(error, uuid.uuid4().hex, path.decode("latin-1"))
-            return HTTPStatus.SERVICE_UNAVAILABLE, body
-        if method not in (b"GET", b"HEAD"):
-            return HTTPStatus.METHOD_NOT_ALLOWED, {}
+    def _reply(self, method: str, path: str, may_ask: bool) -> tuple[HTTPStatus, Any]:
+        """Returns the status and the JSON body, which may be None. Raises `ServeError`."""
+        if method == "OPTIONS" and may_ask:
+            return HTTPStatus.NO_CONTENT, None
+        if path not in ("/ping", "/health"):
+            raise Loading("The model is not ready to answer here; see /health, and try again.")
+        if method not in ("GET", "HEAD"):
+            raise MethodNotAllowed(f"{path} takes GET.", allow="GET, HEAD")
         health = self._health()
         ping = PING.get(health["status"], HTTPStatus.SERVICE_UNAVAILABLE)
-        if path == b"/ping":
-            return ping, {"status": health["status"]}
+        if path == "/ping":
+            is_empty = ping is HTTPStatus.NO_CONTENT
+            return ping, None if is_empty else {"status": health["status"]}
         is_ready = ping is HTTPStatus.OK
         return HTTPStatus.OK if is_ready else HTTPStatus.SERVICE_UNAVAILABLE, health
 
 
-def _ids(body: dict[str, Any], path: bytes) -> list[str]:
-    """Returns header lines with the request's id if `body` is an error."""
-    if "error" not in body:
-        return []
-    names = ["x-mixtral-request-id", "x-request-id"]
-    if is_messages(path.decode("latin-1")):
-        names.append("request-id")
-    return [f"{name}: {body['error']['request_id']}" for name in names]
+def _first_line(line: str) -> tuple[str, str]:
+    """Returns the method and the path of a request. Raises `InvalidRequest`."""
+    match line.split(" "):
+        case [method, target, version] if version.startswith("HTTP/1."):
+            return method, target.partition("?")[0]
+    raise InvalidRequest("The request is not HTTP/1.1.")
 
 
 class State(TypedDict):
@@ -122,6 +139,8 @@ class State(TypedDict):
     status: str
     """"loading", "ready", "draining" or "failed"."""
     load_log: str | None
+    cors_origins: str | None
+    """The setting; None also before the settings are known."""
 
 
 def health(state: State) -> dict[str, Any]:
@@ -143,9 +162,11 @@ def main(numbers: Sequence[str]) -> None:
     """Answers on the inherited sockets with these numbers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the parent says when to end
-    state = State(status="loading", load_log=None)
+    state = State(status="loading", load_log=None, cors_origins=None)
     server = HealthServer(
-        [socket.socket(fileno=int(number)) for number in numbers], lambda: health(state)
+        [socket.socket(fileno=int(number)) for number in numbers],
+        lambda: health(state),
+        lambda: state["cors_origins"],
     )
     asyncio.run(server.serve(follow_parent(state)))
 

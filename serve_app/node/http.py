@@ -25,6 +25,7 @@ from serve_app.machine.ports import free_port, has_unsent, require_free
 from serve_app.node import cluster, ray_node, ray_processes
 from serve_app.node.haproxy import Proxy
 from serve_app.node.health_listener import HealthListener
+from serve_app.node.health_server import State
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,8 @@ class HttpEndpoint:
         self.proxy = Proxy(http_options)
         self.status = "loading"
         self.load_log: str | None = None
+        self.cors_origins: str | None = None
+        """The setting `api.cors_origins`; `tell` passes it on."""
         self.is_serving = False
         self._is_stopping = threading.Event()
         port = http_options["port"]
@@ -95,7 +98,9 @@ class HttpEndpoint:
         """Changes the status, or the load log whose phases `/health` shows."""
         self.status, self.load_log = status or self.status, load_log or self.load_log
         if self._health is not None:
-            self._health.tell({"status": self.status, "load_log": self.load_log})
+            self._health.tell(
+                State(status=self.status, load_log=self.load_log, cors_origins=self.cors_origins)
+            )
 
     def serves(self) -> None:
         """Changes the status to ready, and gives the server's port to Serve's proxy."""
@@ -195,6 +200,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests. Returns exit code
     0."""
     settings = cluster.with_load_log(checked.settings)
+    endpoint.cors_origins = settings.api.cors_origins
     endpoint.tell(load_log=settings.load_log)
     try:
         with ColdStart(settings, checked.plan).watch():

@@ -171,7 +171,8 @@ async def sent(
     async def send(message: Message) -> None:
         messages.append(message)
 
-    await Guard(app)({"type": "http", "headers": headers}, receive or once(b""), send)
+    scope = {"type": "http", "path": "/", "headers": headers}
+    await Guard(app, lambda: None)(scope, receive or once(b""), send)
     return messages
 
 

@@ -139,13 +139,6 @@ def test_the_early_refusal_wants_the_key_first(monkeypatch: pytest.MonkeyPatch) 
     assert early(server(engine), "/prompt", headers=[(b"authorization", b"Bearer a")])[0] == 429
 
 
-def test_pages_of_other_origins_get_their_refusal_from_the_ingress() -> None:
-    """A browser shows an error to its page only with CORS headers."""
-    engine = FakeEngine()
-    engine.num_taken = MAX_TAKEN
-    assert early(server(engine, api={"cors_origins": "*"}), "/prompt")[0] == 299
-
-
 @pytest.mark.parametrize("path", ["/nothing", "/v1/nothing"])
 def test_an_unknown_route_reads_no_body(path: str) -> None:
     """Whoever posts to a wrong path gets the 404 without sending the body."""

@@ -1,0 +1,95 @@
+"""CORS headers of the answers that no replica gives, but HAProxy or the health server.
+
+A page of another origin can read an answer only with these headers. A replica sends them itself
+(`api/cors.py`); both follow the setting `api.cors_origins`.
+"""
+
+from collections.abc import Mapping
+
+EXPOSED = (
+    "x-request-id",
+    "x-mixtral-request-id",
+    "request-id",
+    "Retry-After",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+    "x-ratelimit-limit-tokens",
+    "x-ratelimit-remaining-tokens",
+    "x-ratelimit-reset-tokens",
+)
+"""`serve_app.api.cors.EXPOSED`; a test compares the two."""
+METHODS = "GET, POST"
+ALLOWED = "Access-Control-Allow-Methods"
+MAX_AGE_S = 600
+"""Seconds for which a browser may keep the answer to a preflight request."""
+
+
+def origins_of(setting: str | None) -> list[str]:
+    """Returns the origins in the setting `api.cors_origins`; `["*"]` is every origin."""
+    origins = [origin.strip() for origin in (setting or "").split(",")]
+    return ["*"] if "*" in origins else [origin for origin in origins if origin]
+
+
+def headers(setting: str | None, request: Mapping[str, str]) -> dict[str, str]:
+    """Returns the headers of the answer to a request with the headers `request`, whose names are in
+    lower case.
+
+    They are empty if the request has no origin or one that is not allowed. They have `ALLOWED` if a
+    browser asks for permission, by a preflight request.
+    """
+    origins = origins_of(setting)
+    origin = request.get("origin")
+    if origin is None or not {"*", origin} & set(origins):
+        return {}
+    answer = {
+        "Access-Control-Allow-Origin": "*" if "*" in origins else origin,
+        "Access-Control-Expose-Headers": ", ".join(EXPOSED),
+        "Vary": "Origin",
+    }
+    if "access-control-request-method" in request:
+        answer |= {
+            ALLOWED: METHODS,
+            "Access-Control-Allow-Headers": request.get("access-control-request-headers", ""),
+            "Access-Control-Max-Age": str(MAX_AGE_S),
+        }
+    return answer
+
+
+def rules(origins: list[str]) -> list[str]:
+    """Returns the lines for HAProxy that answer preflight requests, and add the headers to each
+    answer without them."""
+    if not origins:
+        return []
+    is_any = "*" in origins
+    matched = "-m found" if is_any else f"-m str {' '.join(map(quoted, origins))}"
+    allowed = "*" if is_any else "%[req.fhdr(origin)]"
+    permission = {
+        ALLOWED: quoted(METHODS),
+        "Access-Control-Allow-Headers": "%[req.fhdr(access-control-request-headers)]",
+        "Access-Control-Max-Age": str(MAX_AGE_S),
+    }
+    answer = {
+        "Access-Control-Allow-Origin": "%[var(txn.origin)]",
+        "Access-Control-Expose-Headers": quoted(", ".join(EXPOSED)),
+        "Vary": "Origin",
+    }
+    given = "".join(f" hdr {name} {value}" for name, value in permission.items())
+    return [
+        f"    http-request set-var-fmt(txn.origin) {allowed} if {{ req.fhdr(origin) {matched} }}",
+        "    acl is_allowed var(txn.origin) -m found",
+        f"    http-request return status 200{given} if METH_OPTIONS is_allowed"
+        " { req.fhdr(access-control-request-method) -m found }",
+        "    http-after-response set-var(txn.has_cors) bool(true)"
+        " if { res.fhdr(access-control-allow-origin) -m found }",
+        *(
+            f"    http-after-response set-header {name} {value}"
+            " if is_allowed !{ var(txn.has_cors) -m bool }"
+            for name, value in answer.items()
+        ),
+    ]
+
+
+def quoted(text: str) -> str:
+    """Returns `text` as one argument of a line in HAProxy's configuration."""
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("$", "\\$") + '"'

@@ -118,7 +118,7 @@ def _result(response: Response) -> str:
 
 
 def failures(sent: list[Sent]) -> dict[str, int]:
-    """How many requests failed, by how."""
+    """Returns the number of failed requests by their `Sent.result`."""
     return dict(Counter(each.result for each in sent if each.result != WHOLE))
 
 

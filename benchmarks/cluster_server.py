@@ -18,7 +18,7 @@ COMMANDS = {
     "tiny": [str(Path(sys.executable).with_name("mixtral-serve"))],
     "null": [sys.executable, "-m", "benchmarks.null_cluster"],
 }
-"""How a server of each model is started."""
+"""The command that starts a server of each model."""
 REPLICA = "ray::ServeReplica:mixtral"
 WAIT_S = 90.0
 LOAD = "mixtral_load_phase_seconds"

@@ -22,7 +22,7 @@ from benchmarks.running_server import RunningServer, server_parser
 SIZES = (450, 1800, 7400)
 """Tokens of the prompts, about: the generator counts words."""
 TOKENS_PER_WORD = 1.73
-"""Of the tiny model's tokenizer."""
+"""Mean number of tokens per word with the tiny model's tokenizer."""
 AT_ONCE = (1, 4)
 ANSWER = 8
 """Tokens of an answer to a long prompt."""

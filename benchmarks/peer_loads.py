@@ -11,9 +11,9 @@ from benchmarks.load import Request, closed_loop
 from benchmarks.running_server import RunningServer
 
 WORDS = 16
-"""Of a short prompt."""
+"""Number of words of a short prompt."""
 TOKENS = 64
-"""Of its answer."""
+"""Number of tokens of its answer."""
 
 
 def short_request(server: RunningServer) -> Request:

@@ -116,7 +116,7 @@ class RandomRunner:
 
     @property
     def note(self) -> str:
-        """How the runner computes steps."""
+        """The way in which the runner computes steps; see `ModelRunner.note`."""
         return self.runner.note
 
     def engine_config(self) -> EngineConfig:

@@ -87,8 +87,8 @@ def test_a_broken_file_keeps_the_keys(
 
 
 def test_requests_a_minute(endpoint: Endpoint, path: Path, serve: Any) -> None:
-    """OpenAI's client sees its own error, when to come again, and what is left; another key has
-    its own limit."""
+    """A client over its limit gets OpenAI's RateLimitError with Retry-After and the remaining
+    amounts; another key has its own limit."""
     ann = add_key(path, "ann", KeyLimits(requests_per_minute=2))
     bob = add_key(path, "bob", KeyLimits(requests_per_minute=2))
     serve()
@@ -163,7 +163,8 @@ def test_a_key_is_the_group_of_its_requests(http: httpx.Client, path: Path, serv
 
 
 def test_metrics_have_the_names_of_keys(http: httpx.Client, path: Path, serve: Any) -> None:
-    """Requests and tokens by name; a key is in no answer and no log."""
+    """/metrics counts requests and tokens by the name of the key; no answer and no log line
+    contains a key."""
     key = add_key(path, "ann", KeyLimits())
     serve()
     usage = asked(http, key).json()["usage"]
@@ -176,7 +177,7 @@ def test_metrics_have_the_names_of_keys(http: httpx.Client, path: Path, serve: A
 
 
 def test_without_keys_nobody_is_counted(endpoint: Endpoint, http: httpx.Client) -> None:
-    """No limits, no headers, no series."""
+    """Without keys there are no limits, no rate limit headers, and no series by key."""
     engine = endpoint.serve()
     answer = http.post(CHAT, json=ASK)
     assert engine.scheduling_classes == [DEFAULT_CLASS]

@@ -40,7 +40,8 @@ async def post(
 
 @pytest.mark.parametrize("path", GENERATE)
 def test_a_full_queue_refuses_before_the_body_is_read(path: str) -> None:
-    """A refusal costs no reading, parsing, rendering or tokenizing; it says when to come again."""
+    """A full queue refuses a request with Retry-After, without reading, parsing or tokenizing its
+    body."""
     engine = FakeEngine()
     engine.num_taken = MAX_TAKEN
     status, headers, body = asyncio.run(post(server(engine), path))
@@ -103,7 +104,7 @@ def test_an_early_refusal_has_the_shape_of_the_api() -> None:
 
 
 def test_ping_is_answered_before_serve_sees_it() -> None:
-    """`/ping` takes no place anywhere, and says the truth."""
+    """`/ping` needs no place in any queue, and its status is that of the server."""
     engine = FakeEngine()
     one = server(engine)
     engine.num_taken = MAX_TAKEN
@@ -141,12 +142,12 @@ def test_the_early_refusal_wants_the_key_first(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("path", ["/nothing", "/v1/nothing"])
 def test_an_unknown_route_reads_no_body(path: str) -> None:
-    """Whoever posts to a wrong path gets the 404 without sending the body."""
+    """A request to an unknown path gets its 404 before the body is sent."""
     assert asyncio.run(post(server(), path))[0] == 404
 
 
 def test_a_wrong_key_reads_no_body(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a valid key nothing of the body is read, and nothing is said of the queue."""
+    """Without a valid key a request gets 401, also if the queue is full; its body is not read."""
     monkeypatch.setenv("API_KEYS", "a")
     engine = FakeEngine()
     engine.num_taken = MAX_TAKEN

@@ -43,7 +43,7 @@ def test_an_unforeseen_failure_at_the_endpoint_keeps_its_text(
 def test_what_json_does_not_have_is_an_error(
     endpoint: Endpoint, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A NaN in an answer, or half a character in a chunk, is one error in the one shape."""
+    """A NaN in an answer, or a lone surrogate in a chunk, gives one error with the usual body."""
 
     async def chunks() -> AsyncGenerator[dict[str, Any], None]:
         yield {"token": "\ud83d"}
@@ -116,7 +116,7 @@ def test_unknown_routes_and_methods(http: httpx.Client) -> None:
 
 
 def test_a_path_that_is_none(http: httpx.Client) -> None:
-    """`OPTIONS *` is a 404 in the one shape."""
+    """`OPTIONS *` gets a 404 with the usual error body."""
     host, port = http.base_url.host, http.base_url.port or 80
     with socket.create_connection((host, port)) as connection:
         connection.sendall(b"OPTIONS * HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n")
@@ -179,7 +179,8 @@ def test_every_answer_has_an_id_of_ours(http: httpx.Client) -> None:
 def test_the_two_ids_of_a_request_are_in_the_log(
     http: httpx.Client, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """One line at the default level has both, the longest id of a client too."""
+    """One log line at the default level has both ids, also for the longest id that a client may
+    send."""
     with caplog.at_level(logging.INFO):
         given = http.post("/prompt", json={}, headers={"x-request-id": "mine" * 32})
     ours = given.headers["x-mixtral-request-id"]

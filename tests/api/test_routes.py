@@ -190,7 +190,7 @@ def test_a_batch_is_answered_in_order_and_item_by_item() -> None:
 
 
 def test_a_batch_tells_how_far_it_is() -> None:
-    """Behind the handle each item that ends, failed ones too, is news before the one body."""
+    """The handle yields progress after each item, failed ones included, and then the body."""
     said = asyncio.run(items(server(), "/prompt", {"prompts": ["Hi", 5, "Ho"]}))
     assert [item["progress"] for item in said[:3]] == [
         {"progress": 33, "message": "1 of 3 done"},
@@ -202,7 +202,7 @@ def test_a_batch_tells_how_far_it_is() -> None:
 
 
 def test_a_batch_never_overruns_the_queue() -> None:
-    """No more items at once than may run, so that none is refused for its neighbours' sake."""
+    """At most `max_num_seqs` items of a list run at once, so none is refused for a full queue."""
     engine = FakeEngine()
     one = server(engine, **{"engine": {"max_num_seqs": 3, "max_waiting": 0}})
     whole = asyncio.run(answer(one, "/prompt", {"items": ["Hi"] * 20}))
@@ -340,7 +340,7 @@ NUMBERS = [1] * 500_000
     ids=range(4),
 )
 def test_a_large_body_leaves_the_event_loop_alone(path: str, body: Any) -> None:
-    """The loop turns again and again while it is read and refused."""
+    """The event loop runs other callbacks while a large body is read and refused."""
     # Two busy threads take turns this often, in seconds.
     interval_s = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)

@@ -69,7 +69,7 @@ def test_the_deadline_ends_a_request() -> None:
 def test_a_log_probability_that_is_no_number_is_an_error(
     path: str, body: Any, stream: bool
 ) -> None:
-    """NaN, which no JSON can say, does not become null: clients take that for a number."""
+    """A NaN becomes an error, not null, which clients would read as a number."""
     engine = FakeEngine(logprob=float("nan"))
     *_, last = asyncio.run(items(server(engine), path, {**body, "stream": stream}))
     assert (last["status"], last["error"]["error"]["code"]) == (500, "internal_error")
@@ -156,7 +156,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
 
 
 def test_a_dead_engine_is_told_to_everyone() -> None:
-    """Serve's health check raises, and requests get engine_dead."""
+    """After the engine has died, Serve's health check raises and requests get `engine_dead`."""
     engine = FakeEngine()
     one = server(engine)
     one.check_health()

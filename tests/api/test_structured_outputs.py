@@ -195,7 +195,8 @@ def test_free_answers_beside_grammars_are_what_they_are_alone(tiny: MixtralServe
 
 
 def test_a_grammar_that_grows_too_complex_fails_its_own_request_only(tiny: MixtralServer) -> None:
-    """A grammar without an end is the client's error; its neighbour is answered."""
+    """A request whose grammar becomes too complex gets a 400; another request in the batch is
+    answered."""
 
     async def both() -> list[Any]:
         endless = {"grammar": "start: @answer"}

@@ -76,7 +76,7 @@ def test_a_keyword_that_cannot_be_held_stops_no_free_answer(tiny: MixtralServer)
 
 
 def test_no_tools_is_no_tools(tiny: MixtralServer) -> None:
-    """Clients send empty lists and modes that ask for nothing."""
+    """Empty lists of tools, and modes that need no tools, are the same as no tools."""
     plain = ask(tiny)
     given: list[dict[str, Any]] = [
         {"tools": []},

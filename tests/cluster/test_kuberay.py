@@ -85,7 +85,7 @@ def test_kubernetes_takes_the_components(mine: Path) -> None:
     "path", ["spec.upgradeStrategie", "spec.rayClusterConfig.workerGroupSpecs.0.minReplica"]
 )
 def test_a_misspelt_field_is_found(path: str) -> None:
-    """The check refuses what the API server would drop in silence."""
+    """The validation refuses a misspelt field, which the API server would silently drop."""
     service = copy.deepcopy(rayservice())
     *parents, name = path.split(".")
     place: Any = service
@@ -147,7 +147,7 @@ def test_a_replica_is_full_before_it_queues() -> None:
 
 @overlays
 def test_pods_outside_reach_the_http_port_alone(folder: Path) -> None:
-    """The policy covers head and workers, and everybody may reach port 8000 and nothing else."""
+    """The policy covers head and workers. All pods may reach port 8000, and no other port."""
     found = objects(folder)
     policy = found["NetworkPolicy", "mixtral"]["spec"]
     labels = policy["podSelector"]["matchLabels"]

@@ -43,7 +43,7 @@ def test_a_key_is_shown_once_and_never_stored(
 
 
 def test_keys_that_are_added_at_once_are_all_kept(path: Path) -> None:
-    """Two administrators do not undo each other's work."""
+    """Keys that are added at the same time are all in the file."""
     with ThreadPoolExecutor(8) as threads:
         keys = list(threads.map(lambda n: add_key(path, f"key{n}", NO_LIMITS), range(24)))
     assert {each.sha256 for each in read_keys(path)} == set(map(sha256, keys))
@@ -57,7 +57,8 @@ def test_a_name_is_fit_for_logs_and_metrics(path: Path, name: str) -> None:
 
 
 def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A name that is taken, one that is not there, a missing file and one of another form."""
+    """A name that exists, an unknown name, a missing file and an invalid file each give one
+    sentence."""
     add_key(path, "ann", NO_LIMITS)
     with pytest.raises(ConfigError, match="a key 'ann' exists already"):
         add_key(path, "ann", NO_LIMITS)

@@ -32,7 +32,7 @@ def test_yaml_is_read() -> None:
 
 
 def test_environment_wins_over_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`MIXTRAL_*` overrides one value and leaves its neighbours as the YAML has them."""
+    """`MIXTRAL_*` overrides one value; the other values of the section are those of the YAML."""
     monkeypatch.setenv("MIXTRAL_ENGINE__MAX_NUM_SEQS", "7")
     settings = Settings.from_yaml(TINY)
     assert settings.engine.max_num_seqs == 7

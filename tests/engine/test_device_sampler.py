@@ -242,7 +242,8 @@ def test_a_changed_index_is_found(make: Make, edit: tuple[str, str] | None) -> N
 
 
 def test_the_rough_noise_decides_nothing(make: Make) -> None:
-    """Where it is wrong by up to 0.4, and candidates are taken from as far away, tokens stay."""
+    """Adding an error of up to 0.4 to the kernel's approximate noise, with candidates chosen
+    accordingly, changes no token."""
 
     def edit(name: str, text: str) -> str:
         wrong = text.replace(

@@ -37,8 +37,8 @@ async def drain(request: AsyncGenerator[Delta, None], tokens: list[int]) -> None
 
 
 def test_logits_that_are_not_finite_fail_their_request_only() -> None:
-    """The request gets its earlier tokens, then InternalError; its neighbours get their usual
-    answers."""
+    """A request with NaN logits gets its earlier tokens, then InternalError; the other requests of
+    the batch get their usual answers."""
     prompts = [[1, 2], [POISON, 2], [3, 4]]
     params = greedy(12, ignore_eos=True)
 

@@ -36,7 +36,8 @@ class PoisonedRunner(FakeRunner):
 
 @pytest.mark.parametrize("num_steps", [1, 2, 4])
 def test_a_cancelled_prompt_leaves_no_poison(num_steps: int) -> None:
-    """A prompt that is cancelled before its sampling step; others then get all its blocks."""
+    """A prompt that is cancelled before its sampling step leaves NaN in its blocks; no later
+    sequence reads one."""
     runner = PoisonedRunner(is_held=True)
 
     async def scenario() -> None:
@@ -71,7 +72,8 @@ def test_a_failed_step_leaves_no_poison() -> None:
 
 
 def test_answers_that_end_as_usual_clear_nothing() -> None:
-    """No clearing on the hot path: a sampled token shows that all before it is finite."""
+    """Answers that end normally clear no blocks, because a sampled token shows that all values
+    before it are finite."""
     runner = FakeRunner()
 
     async def scenario() -> None:

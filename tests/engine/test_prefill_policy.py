@@ -77,9 +77,12 @@ TIMES = st.builds(
 def test_the_promise_holds_and_nothing_is_computed_twice(
     times: Times, arrivals: list[tuple[float, int, int]], is_gpu: bool
 ) -> None:
-    """Whatever a device's times: every request ends, each token is computed once, the loop
-    computes something in every turn, and no gap exceeds the promise by more than an eighth and a
-    step of decodes, unless the smallest sensible step does."""
+    """For any step times, no gap of a stream exceeds `max_stall_s` by more than the allowance.
+
+    The allowance is an eighth and one step of decodes, or the smallest prefill chunk if that is
+    longer. Every request ends, each token is computed once, and every iteration of the loop
+    computes something.
+    """
     engine = engine_of(times, is_gpu=is_gpu)
     turns = engine.num_turns
     ended = after(engine, *(Arrival(*arrival) for arrival in arrivals))
@@ -181,7 +184,7 @@ def test_tokens_that_seem_dear_are_tried_again() -> None:
 
 
 def test_the_budget_is_open_without_streams() -> None:
-    """Without decodes a prompt gets a whole step, whatever the streams were owed."""
+    """If no stream is running, a prompt gets a whole step, even with a debt to earlier streams."""
     policy = PrefillPolicy(MAX_TOKENS, MAX_STALL_S, SHARE)
     mixed = StepShape(4, 2000, 100, 5000)
     for _ in range(20):

@@ -67,8 +67,8 @@ def assert_transformers(pair: Pair, prompt: list[int], delta: Any) -> None:
 def test_scores_are_those_of_transformers(
     pair: Pair, can_overlap_steps: bool, tokens: int, num_blocks: int
 ) -> None:
-    """In one chunk and in many, beside streams that preempt them, and where the prefix cache has
-    their prompts; as on a CPU and as on a GPU."""
+    """Scores equal transformers' log probabilities: in one chunk, in many, with preemptions, and
+    with cached prefixes, in both modes of the engine's loop."""
     some = [*prompts(12, seed=21), prompts(1, seed=22, longest=1)[0] * 90, [7]]
     with serving(
         pair.ours,

@@ -66,7 +66,8 @@ def test_groups_that_wait_get_equal_shares(sizes: list[tuple[str, int]]) -> None
 
 
 def test_a_smaller_priority_comes_first() -> None:
-    """Whatever the group and the arrival, as in vLLM; equals keep the order of arrival."""
+    """A smaller priority precedes any group and arrival, as in vLLM; equal priorities keep the
+    order of arrival."""
     found = driver()
     add(found, SchedulingClass("a"))
     found.step()

@@ -141,7 +141,8 @@ def test_every_answer_ends_however_the_others_leave(
 def test_answers_are_the_same_as_alone(
     pair: Pair, can_overlap_steps: bool, num_blocks: int
 ) -> None:
-    """With a seed each, and where they preempt one another, as on a CPU and as on a GPU."""
+    """Seeded answers to a shared prompt equal those of separate requests, also with preemptions, in
+    both modes of the engine's loop."""
     prompt = prompts(1, seed=3, longest=1)[0] * 37
     base = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
     params = [base, replace(base, temperature=1.0, seed=5), replace(base, temperature=1.0, seed=6)]

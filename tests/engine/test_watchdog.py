@@ -37,7 +37,7 @@ def test_a_step_that_does_not_return_ends_all_requests() -> None:
 
 
 def test_a_step_that_returns_late_finds_nobody() -> None:
-    """The engine's thread ends, and no sequence is left, when a hung step returns after all."""
+    """If a hung step returns late, the engine's thread ends and no sequence is left."""
     runner = FakeRunner(is_held=True)
 
     async def hang() -> None:

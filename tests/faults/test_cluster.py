@@ -164,8 +164,8 @@ def test_replicas_come_with_load_and_go_without() -> None:
 
 
 def test_a_head_that_is_lost_takes_the_deployment_along() -> None:
-    """Without storage for Ray's state a new head knows nothing: workers end, and the deployment
-    is there again after `serve deploy`, as cluster/README.md says."""
+    """Without external storage a new head has no state: the workers end, and `serve deploy`
+    restores the deployment, as cluster/README.md says."""
     with cluster() as it:
         worker = it.worker()
         it.deploy(**DEPLOYMENT | {"num_replicas": 1})

@@ -63,7 +63,8 @@ def test_a_server_finishes_its_stream_after_sigterm(image: str) -> None:
 
 
 def test_dockers_default_of_shared_memory_is_told(image: str) -> None:
-    """A server with 64 MB of /dev/shm ends with one sentence, which names the option to set."""
+    """With Docker's default of 64 MB for /dev/shm, the server ends with one sentence that names the
+    option to set."""
     code, _, log = run(image, Options(environment=HTTP))
     assert code == 1
     assert "Traceback" not in log
@@ -71,7 +72,7 @@ def test_dockers_default_of_shared_memory_is_told(image: str) -> None:
 
 
 def test_nobody_is_left_as_a_zombie(image: str) -> None:
-    """tini takes in processes whose parent has ended."""
+    """tini reaps processes whose parent has ended, so no zombie is left."""
     with serving(image) as it:
         it.run("sh", "-c", "(true &) ; (sleep 0 &)")
         until(lambda: "Z" not in it.run("sh", "-c", "cut -d' ' -f3 /proc/[0-9]*/stat").stdout)

@@ -99,7 +99,7 @@ def test_an_answer_ends_where_generation_config_says(folder: Path) -> None:
 
 
 def test_no_known_end_is_said(folder: Path) -> None:
-    """`check` and `/health` have the sentence; a checkpoint with an end does not."""
+    """`check` and `/health` have a note if no file names an end token, and none otherwise."""
     said = "o eos token is known"
     chosen = settings(folder)
     assert any(said in line for line in check_plan(chosen, plan_start(chosen)))

@@ -51,7 +51,8 @@ def test_the_banner_has_the_facts_and_no_secret(monkeypatch: pytest.MonkeyPatch)
 def test_the_banner_says_when_the_model_loads(
     start: Literal["lazy", "eager"], slots: int | None, failure: ModelLoadFailed | None, line: str
 ) -> None:
-    """Now or with the first job, or not at all where the check knows the reason."""
+    """The banner has the time of the load (now, or with the first job), or the reason why the model
+    cannot be loaded."""
     settings = Settings(runpod={"start": start})
     assert line in banner(settings, "configs/x.yaml", slots, [], failure)
 

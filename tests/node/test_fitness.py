@@ -23,7 +23,8 @@ def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
 
 
 def test_a_load_onto_a_gpu_needs_main_memory() -> None:
-    """Libraries and weights on their way; a model for the CPU is planned elsewhere."""
+    """A load onto a GPU needs main memory for libraries and buffers; the check skips a model for
+    the CPU."""
     fitness.require_memory("cuda", 1)
     with pytest.raises(MachineUnfit, match=r"GB of main memory are free, .* about 1000000 GB"):
         fitness.require_memory("cuda", 10**15)
@@ -39,7 +40,8 @@ def test_a_gpu_that_is_not_seen(nvml: Install) -> None:
 
 
 def test_a_model_that_cannot_load_is_no_fault_of_the_machine() -> None:
-    """A wrong name passes the checks, and what the check found of the machine fails them."""
+    """A wrong model name passes the fitness checks; a `MachineUnfit` of the start's check fails
+    them."""
     tiny = Settings.from_args({"model": {"name": "tiny", "device": "cpu"}}, "test")
     assert fitness.first_problem(fitness.checks(tiny, ModelLoadFailed("gated"))) is None
     unfit = MachineUnfit("The GPU is too small.", check="gpu_memory")

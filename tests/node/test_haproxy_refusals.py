@@ -174,7 +174,7 @@ def test_only_what_generates_is_refused(full: None, engine: Engine, http: httpx.
 
 
 def test_a_refusal_reads_no_body(full: None, server: Server) -> None:
-    """A client that has sent the head of 8 MB has its refusal."""
+    """A client gets its refusal after the headers of an 8 MB body, before it sends the body."""
     head = b"POST /prompt HTTP/1.1\r\nHost: a\r\nContent-Length: 8000000\r\n\r\n{"
     with server.connect() as connection:
         connection.sendall(head)
@@ -200,7 +200,8 @@ def half_sent(server: Server, stack: ExitStack, path: bytes, size: int) -> None:
 def test_half_sent_bodies_take_nothing_of_the_limit(
     server: Server, engine: Engine, http: httpx.Client, path: bytes
 ) -> None:
-    """They wait in HAProxy, so that others need not ask: each request is answered at once."""
+    """Half-sent bodies wait in HAProxy without using the limit, so each other request is answered
+    at once."""
     http.get("/ping")
     engine.released.set()
     with ExitStack() as stack:

@@ -165,7 +165,8 @@ def test_the_header_goes_before_the_body(server: Server) -> None:
 
 
 def test_conversations_are_spread(server: Server) -> None:
-    """Of 400 conversations each replica has a good part."""
+    """400 conversations are distributed over all replicas, and each gets at least half of an equal
+    share."""
     found = Counter(chosen(server, {"prompt": f"{each} is the number."}) for each in range(400))
     assert len(found) == NUM_REPLICAS
     assert min(found.values()) > 400 / NUM_REPLICAS / 2
@@ -211,7 +212,7 @@ def test_a_replica_that_leaves_moves_its_own_conversations_alone(ports: list[int
 
 
 def test_one_replica_has_no_such_rules(tmp_path: Path, ports: list[int]) -> None:
-    """A single replica costs no look into the body."""
+    """With a single replica, HAProxy has no rules that read the body."""
     options, _ = haproxy_program.parse([])
     for number, has_rules in ((1, False), (2, True)):
         config = written(tmp_path, free_port(), *ports[:number]).read_text()

@@ -94,7 +94,7 @@ def test_other_requests_are_refused(listener: Listener) -> None:
 def test_it_survives_its_clients(
     listener: Listener, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Endless heads, half requests, resets and silence close their own connection only."""
+    """Endless headers, half requests, resets and silence close only the connection concerned."""
     monkeypatch.setattr(health_server, "REQUEST_S", 0.5)
     with contextlib.ExitStack() as held:
         for sent in (b"", b"GET /ping HTTP/1.1\r\n", b"\0" * 100):

@@ -23,7 +23,7 @@ def test_the_session_is_on_the_command_line() -> None:
 
 
 def test_the_modules_exist() -> None:
-    """A misspelt one would end Ray's worker."""
+    """Each module that the worker imports early exists; a misspelt name would end the worker."""
     assert [name for name in ray_worker.MODULES if importlib.util.find_spec(name) is None] == []
 
 

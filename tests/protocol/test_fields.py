@@ -319,7 +319,8 @@ def test_tokenize_takes_text_or_messages() -> None:
     ],
 )
 def test_tokenize_refuses_what_it_would_not_do(body: Any, field: str) -> None:
-    """BOS belongs to raw text and the generation prompt to messages; the other is no silence."""
+    """`add_special_tokens` with messages, and `add_generation_prompt` with raw text, are refused by
+    name."""
     assert refusal(TokenizeRequest, body).param == field
 
 

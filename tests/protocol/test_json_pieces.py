@@ -19,7 +19,7 @@ JSON = st.recursive(
 
 @given(JSON, st.integers(0, 20))
 def test_pieces_join_to_the_value(value: Any, large: int) -> None:
-    """Whatever counts as large, and however deep it lies."""
+    """The pieces join to the value's JSON, for any limit of "large" and any depth."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(values, "LARGE", large)
         assert json.loads(json_pieces.encode(value)) == value

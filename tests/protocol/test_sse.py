@@ -35,7 +35,7 @@ def test_a_chunk_with_a_type_is_an_event_of_that_name() -> None:
 
 @pytest.mark.parametrize("value", ["\ud83d", object(), b"bytes", {1: "key"}])
 def test_what_json_does_not_have_is_refused(value: Any) -> None:
-    """Half a character, an object, a key that is no text: an error, and not something else."""
+    """A lone surrogate, an arbitrary object and a key that is not a string each raise an error."""
     with pytest.raises(TypeError):
         event({"token": value})
 

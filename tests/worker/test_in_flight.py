@@ -71,7 +71,7 @@ def test_a_retry_between_a_late_output_and_its_stop_runs(comes_first: str) -> No
     ],
 )
 def test_a_job_counts_as_many_as_its_list_has_prompts(given: Any, expected: int) -> None:
-    """All shapes of a job, and odd ones."""
+    """A job counts the prompts of its list in every form of input, and as 1 in any other."""
     jobs = InFlightJobs()
     jobs.accept([{"id": "job-1", "input": given}])
     assert jobs.num_prompts == expected

@@ -51,7 +51,7 @@ def test_a_conversation_stays_at_the_replica_that_has_its_prefix(client: Client)
 
 
 def test_a_full_replica_passes_requests_on(client: Client) -> None:
-    """Of eight requests that begin alike, each of the two replicas computes some at once."""
+    """Eight concurrent requests with the same beginning are distributed over both replicas."""
     long = {"prompt": "the same", "max_tokens": 4_000, "ignore_eos": True, "stream": True}
     with client.platform.paused():
         jobs = [client.submit(long) for _ in range(NUM_ALIKE)]

@@ -20,9 +20,9 @@ STORAGE = Path(os.environ.get("IMAGES", "/tmp/mixtral-serve-images"))
 BASE = "localhost/python-stand-in"
 PROGRAMS = ("buildah", "crun", "debootstrap")
 CAPABILITY = "9.0"
-"""The compute capability for which the tests' images have kernels; a release has all."""
+"""The compute capability of the kernels in the tests' images; a release has all."""
 CUDA_PACKAGES = ("cuda-bindings", "cuda-pathfinder", "nvidia-cuda-nvrtc")
-"""Torch's build for CUDA brings them, and the kernels are compiled with them; one for a CPU does
+"""The packages that compile the kernels. torch's builds for CUDA bring them, those for a CPU do
 not."""
 
 
@@ -31,7 +31,7 @@ class ImageError(RuntimeError):
 
 
 def missing() -> str | None:
-    """Why no image can be built here, or None."""
+    """Returns the reason why no image can be built here, or None."""
     if os.getuid() != 0:
         return "only root can build an image and run it"
     absent = [name for name in PROGRAMS if shutil.which(name) is None]
@@ -39,7 +39,7 @@ def missing() -> str | None:
 
 
 def buildah(*arguments: str) -> str:
-    """Runs buildah and returns its output. Raises `ImageError` where it fails."""
+    """Runs buildah and returns its output. Raises `ImageError` if it fails."""
     command = ["buildah", "--root", f"{STORAGE}/layers", "--runroot", f"{STORAGE}/run", *arguments]
     return _run(command)
 
@@ -53,7 +53,7 @@ def _run(command: list[str]) -> str:
 
 @dataclass(frozen=True)
 class Build:
-    """A build that has succeeded: the image's name, and how long it took."""
+    """A successful build: the image's name, and the seconds that it took."""
 
     image: str
     seconds: float
@@ -71,7 +71,8 @@ def build(image: str, *options: str, context: Path = ROOT) -> Build:
 
 
 def package_index() -> list[str]:
-    """Options that mount pip's configuration of this machine, and the local paths that it names."""
+    """Returns the options that mount this machine's configuration of pip, and the local folders
+    that it names."""
     command = [sys.executable, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     # `:env:.find-links='/folder'`, `global.index-url='https://...'`
@@ -90,10 +91,10 @@ def package_index() -> list[str]:
 
 
 def make_base() -> None:
-    """Makes the image BASE, which stands in for the Dockerfile's own: Debian with its Python.
+    """Makes the image BASE, Debian with its Python, which replaces the Dockerfile's base image.
 
-    The own one is on a registry, which tests do not need. /usr/local has a virtual environment, as
-    the own one has its Python there.
+    So tests need no registry. /usr/local has a virtual environment, because Python is there in the
+    Dockerfile's base image.
     """
     if f"{BASE}:latest" in buildah("images", "--format", "{{.Name}}:{{.Tag}}"):
         return
@@ -117,7 +118,7 @@ def make_base() -> None:
 
 
 def configuration(image: str) -> dict[str, Any]:
-    """The image's configuration by OCI's image specification, with `config` and `history`."""
+    """Returns the image's configuration in OCI's form, with `config` and `history`."""
     found = json.loads(buildah("inspect", "--type", "image", image))
     document: dict[str, Any] = found["OCIv1"]
     return document

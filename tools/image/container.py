@@ -26,30 +26,30 @@ CAPABILITIES = [
         *("SETFCAP", "SETPCAP", "NET_BIND_SERVICE", "SYS_CHROOT", "KILL", "AUDIT_WRITE"),
     )
 ]
-"""What Docker leaves to root in a container."""
+"""The capabilities that Docker gives to root in a container."""
 WITHOUT_UNIFIED = 'umount /sys/fs/cgroup/unified 2>/dev/null; exec "$@"'
-"""Hides cgroup v2 where version 1 has the controllers: crun refuses both at once."""
+"""Hides cgroup v2 if version 1 has the controllers, because crun refuses both at once."""
 LIMIT_S = 200
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a user gives to `docker run`."""
+    """The options of `docker run`."""
 
     command: list[str] | None = None
-    """In place of the image's command."""
+    """Replaces the image's command."""
     entrypoint: list[str] | None = None
-    """In place of the image's entry point, as a pod's `command`."""
+    """Replaces the image's entry point, as a pod's `command` does."""
     user: int = 0
-    """Uid. One without a name has root's group, as in Docker and OpenShift."""
+    """The user id. A user without a name has root's group, as in Docker and OpenShift."""
     environment: Mapping[str, str] = field(default_factory=dict)
     volumes: Mapping[Path, str] = field(default_factory=dict)
-    """Folders of this machine, by where they are mounted."""
+    """Folders of this machine, with the paths at which they are mounted."""
     tmpfs: tuple[str, ...] = ()
     read_only: bool = False
     shm_bytes: int = 64 << 20
     pids: int | None = None
-    """Limit of processes and threads."""
+    """Maximum number of processes and threads."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Container:
     name: str
     process: "subprocess.Popen[bytes]"
     root: Path
-    """Its root folder, as this machine sees it."""
+    """The path of its root folder on this machine."""
     folder: Path
 
     def run(self, *command: str) -> "subprocess.CompletedProcess[str]":

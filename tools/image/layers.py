@@ -13,16 +13,18 @@ NOT_IN_AN_IMAGE = (".git", ".venv", ".mypy_cache", ".ruff_cache", ".pytest_cache
 
 @dataclass(frozen=True)
 class Layer:
+    """One layer of an image."""
+
     digest: str
-    """Of its uncompressed content. A registry that has it gets it no second time."""
+    """The digest of the uncompressed content. A push sends only layers that the registry lacks."""
     instruction: str
-    """The Dockerfile's, or the base's."""
+    """The instruction of the Dockerfile, or of the base's, that made the layer."""
     num_bytes: int
-    """Uncompressed."""
+    """Uncompressed bytes."""
 
 
 def layers(image: str) -> list[Layer]:
-    """The layers of an image, from the base on."""
+    """Returns the layers of an image, the base's first."""
     document = configuration(image)
     digests = [str(each) for each in document["rootfs"]["diff_ids"]]
     steps = [each for each in document["history"] if not each.get("empty_layer")]
@@ -39,7 +41,7 @@ def layers(image: str) -> list[Layer]:
 
 
 def compressed_bytes(image: str) -> list[int]:
-    """The bytes of each layer as a push sends them, by gzip. This takes minutes."""
+    """Returns the gzipped bytes of each layer, which a push sends. This takes minutes."""
     with tempfile.TemporaryDirectory(dir=STORAGE) as name:
         buildah("push", "--quiet", image, f"oci:{name}/image:it")
         blobs = Path(name) / "image" / "blobs" / "sha256"
@@ -49,7 +51,7 @@ def compressed_bytes(image: str) -> list[int]:
 
 
 def changed_copy(folder: Path) -> Path:
-    """A copy of the project in `folder` in which one Python file has another line."""
+    """Copies the project to `folder`, adds a line to one Python file, and returns the copy."""
     copy = folder / "project"
     ignored = shutil.ignore_patterns(*NOT_IN_AN_IMAGE)
     shutil.copytree(ROOT, copy, ignore=ignored, symlinks=True)

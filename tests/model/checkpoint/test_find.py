@@ -56,7 +56,8 @@ def test_a_revision_is_a_branch_or_a_commit(tmp_path: Path) -> None:
 
 
 def test_without_refs_only_a_single_snapshot_is_certain(tmp_path: Path) -> None:
-    """One snapshot is the model; of two, only the hub can tell which is the default branch."""
+    """Without refs, a single snapshot is used; with two, the default branch is unknown, so none is
+    used."""
     only = make_snapshot(tmp_path, "o/m", ref=None)
     assert cached_snapshot(tmp_path, "o/m", None) == only
     make_snapshot(tmp_path, "o/m", "f" * 40, ref=None)

@@ -64,8 +64,11 @@ def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
 def test_a_cache_that_was_filled_has_every_kernel(
     compiler: Compiler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What an image's build compiled without a GPU is all that a server needs there. It compiles
-    nothing, whatever the card's number of multiprocessors, and writes nothing to its own cache."""
+    """A cache that `fill_cache` filled without a GPU has every kernel that a server needs.
+
+    The server compiles nothing, for any number of multiprocessors, and writes nothing to its own
+    cache.
+    """
     filled, done = tmp_path / "image", list[tuple[int, str]]()
     config = MixtralConfig.from_dict(MIXTRAL_8X7B)
     fill_cache(config, filled, [90], lambda *kernel: done.append(kernel))

@@ -82,8 +82,8 @@ def tolerance(product: str, tokens: int) -> float:
 def test_a_product_equals_float32(
     make: Make, matrices: dict[str, Matrices], card: Card, product: str, tokens: int
 ) -> None:
-    """With a last token that goes to no expert and an expert without tokens, whose results are not
-    written, and with input in the last block of K alone."""
+    """Products equal float32, also with a token without an expert, an expert without tokens, and an
+    input that is 0 except in the last block of K."""
     products = make(card)
     for last_block_only in (False, True):
         found = error(products, product, matrices[product], tokens, last_block_only=last_block_only)
@@ -150,7 +150,8 @@ rely on the routing before it waits."""
 def test_a_product_waits_for_the_kernel_before(
     make: Make, matrices: dict[str, Matrices], product: str, tokens: int
 ) -> None:
-    """What that kernel writes is read after the wait, and nothing is written before it."""
+    """A product reads the previous kernel's results only after the wait, and writes nothing before
+    it."""
     products = make(CARDS["H200"])
     try:
         for kernel in products._kernels.values():

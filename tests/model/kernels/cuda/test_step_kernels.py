@@ -128,8 +128,8 @@ def test_parts_are_added_and_normalized(bench: Bench) -> None:
 
 @pytest.mark.parametrize("rows", [1, 7, 70])
 def test_tokens_are_sorted_by_expert(bench: Bench, rows: int) -> None:
-    """As torch chooses from the same hidden state, whichever block is the last; padding rows go
-    nowhere; a second launch finds the counter at zero."""
+    """Experts and order equal torch's, whichever block finishes last. Padding rows have no expert,
+    and the counter is 0 after the launch."""
     finished = torch.zeros(1, dtype=torch.int32)
     for _ in range(2):
         assert route_error(bench, rows, finished) < ROUNDING

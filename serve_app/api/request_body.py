@@ -130,7 +130,11 @@ def _cost(text: bytes) -> int:
 
 
 def _cost_without_strings(body: bytes) -> int:
-    """Returns the cost of everything except strings. Stops counting above `MAX_VALUES`."""
+    """Returns the cost of everything except strings. Stops counting above `MAX_VALUES`.
+
+    Example: `{"a": [1, 2]}` costs 3 for the object, 14 for the key, 3 for the array and 1 for the
+    comma: 21.
+    """
     cost = begin = 0
     while begin < len(body) and cost <= MAX_VALUES:
         match = _WHOLE_STRINGS.match(body, begin, begin + SLICE_BYTES)

@@ -131,6 +131,7 @@ class EngineCore:
         had_decoded = self._has_decoded
         scheduled = self._schedule()
         if had_decoded and scheduled and not self._has_decoded:
+            # These are prefill chunks, whose launch may take long: first deliver the decodes.
             self._collect()
             self._deliver(is_pausing=True)
             # `_deliver` has dropped the sequences of closed event loops.

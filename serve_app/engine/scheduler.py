@@ -147,6 +147,13 @@ class Scheduler:
     def _schedule_prompts(
         self, policy: Policy | None, decodes: StepShape, *, can_admit: bool = True
     ) -> list[ScheduledTokens]:
+        """Returns prefill chunks in the order of rank, within the policy's budget.
+
+        Merges two lists: the running sequences whose prompt is not computed, and the waiting ones.
+        Example: a running prompt of rank 60,000 pauses while waiting ones of lower ranks are
+        admitted and computed, then continues. If the next waiting sequence does not fit, the step
+        admits no other one, and continues with the running prompts.
+        """
         step: list[ScheduledTokens] = []
         left = self.max_num_batched_tokens - decodes.num_decodes
         budget = policy.budget(decodes, left) if policy else PrefillBudget(left)
@@ -224,7 +231,10 @@ class Scheduler:
     def _admit(self, head: Sequence) -> bool:
         """Moves `head` from the waiting to the running sequences. Returns False if it does not fit.
 
-        Raises `RuntimeError` if it can never fit.
+        Example with blocks of 16 tokens: a prompt of 160 tokens needs 10 blocks, of which 6 are
+        cached, so 4 are missing. 2 of the cached ones have no owner, so they count as free until
+        this sequence shares them. With 5 running sequences it fits if 4 + 2 + 5 = 11 blocks are
+        free. Raises `RuntimeError` if it can never fit.
         """
         if len(self.running) == self.max_num_seqs:
             return False

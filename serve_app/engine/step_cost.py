@@ -109,7 +109,11 @@ class StepCost:
     def num_tokens(self, start: int, seconds: float) -> int:
         """Returns the number of tokens of a prompt, from `start` on, that take `seconds`.
 
-        `seconds` excludes the fixed part of the step and its decodes.
+        `seconds` excludes the fixed part of the step and its decodes. Example with `few_tokens`
+        500: steps up to 500 tokens take 5 ms + 0.4 ms per token, larger ones 60 ms + 0.1 ms per
+        token. In 100 ms a small step computes 100 / 0.4 = 250 tokens. In 300 ms it would compute
+        750, which is too many for a small step; a large one has 55 ms more of a fixed part and
+        computes (300 - 55) / 0.1 = 2,450.
         """
         fitting = _fitting(self._fit_of(1), start, seconds)
         if fitting <= self.few_tokens:

@@ -48,6 +48,7 @@ class NestedAbsmax:
     """The tables that convert 8-bit absmax values to floats.
 
     The absmax with index i of a matrix is `code[absmax_8bit[i]] * absmax[i // 256] + offset`.
+    Example: the code value 0.5, the group's scale 0.01 and the offset 0.02 give 0.025.
     """
 
     absmax: Tensor
@@ -183,7 +184,8 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
     """Returns the 256 values of 8-bit absmax, float32, ascending (dynamic tree, arXiv 1511.04561).
 
     These are 0, 1, and for each power of ten from 1e-6 to 1 evenly spaced fractions of both signs:
-    1 fraction for 1e-6, 2 for 1e-5, and so on, up to 64 for 1.
+    1 fraction for 1e-6, 2 for 1e-5, and so on, up to 64 for 1. The fractions are the middles of
+    equal parts of [0.1, 1]: 0.55e-6; 0.325e-5 and 0.775e-5; and so on.
     """
     values = [0.0, 1.0]
     for exponent in range(7):

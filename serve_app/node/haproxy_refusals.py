@@ -67,7 +67,13 @@ def rules(backend: str, refusal: str) -> list[str]:
 
 def _decision(backend: str) -> list[str]:
     """Returns lines that set `is_refused`: all places are in use, and no request is to be sent to
-    the replica now."""
+    the replica now.
+
+    Example with 100 places, all in use, and `full_us` 150,000: the request at time 0 is sent to the
+    replica, and `next_ask` becomes 1 ms. The replica refuses it at 0.4 ms, so `next_ask` becomes
+    150.4 ms. Further requests are refused here. The first one after 150.4 ms is sent again. If the
+    replica accepts it, `next_ask` is 1 ms after it.
+    """
     return [
         "acl generates var(txn.generates) -m bool",
         "acl is_over var(txn.is_over) -m bool",
@@ -86,7 +92,11 @@ def _decision(backend: str) -> list[str]:
 
 
 def _turn() -> list[str]:
-    """Returns lines that set the variables of a refusal, and count it."""
+    """Returns lines that set `wait_s`, the `Retry-After` of a refusal, and count it.
+
+    Example with a free place every 500,000 us: three requests that are refused together get turns
+    0.5, 1 and 1.5 s later, which are rounded up to `Retry-After` 1, 1 and 2.
+    """
     return [
         # `proc.turn` is never in the past, and never further away than the longest wait.
         "http-request set-var(proc.turn) var(txn.now)"

@@ -145,8 +145,10 @@ class ChatTemplate:
 def cut_behind(text: str, content: str) -> str:
     """Returns `text`, a rendered conversation, up to the end of its last message `content`.
 
-    This is the rule of transformers' `continue_final_message`. Raises `InvalidRequest` for an empty
-    message, and if the template omits the message.
+    This is the rule of transformers' `continue_final_message`. Example: with the content "Paris is"
+    the text "[INST] Hi [/INST] Paris is</s>" loses its "</s>". Spaces at the end of the content are
+    kept if the template keeps them. Raises `InvalidRequest` for an empty message, and if the
+    template omits the message.
     """
     kept = content.strip()
     start = text.rfind(kept) if kept else -1
@@ -155,7 +157,7 @@ def cut_behind(text: str, content: str) -> str:
             "`continue_final_message` needs a last message whose text is in the prompt.",
             param="continue_final_message",
         )
-    # Templates may cut the spaces at the end of a message.
+    # Templates may strip the spaces at the end of a message.
     has_spaces = text[start:].startswith(content.lstrip())
     return text[: start + len(content.lstrip() if has_spaces else kept)]
 

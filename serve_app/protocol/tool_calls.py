@@ -42,7 +42,18 @@ class Parsed:
 
 
 class ToolCallParser:
-    """Parses one answer. The result does not depend on the pieces in which its text arrives."""
+    """Parses one answer. The result does not depend on the pieces in which its text arrives.
+
+    Example with the tool `f` and the pieces `Hi [TOOL_`, `CALLS] [{"name": "f", `,
+    `"arguments": {"a":`, ` 1}}` and `]`:
+
+        push            adds                               `_step` after it, and `_held`
+        1               content `Hi`                       `_text`, ` [TOOL_` may begin the marker
+        2               nothing                            `_head`, which needs `"arguments":`
+        3               call 0 of `f`, arguments `{"a":`   `_arguments`
+        4               arguments ` 1}`                    `_tail`, `}`
+        5               nothing                            `_content`
+    """
 
     def __init__(self, names: Collection[str]) -> None:
         """`names` are the names of the tools that may be called."""

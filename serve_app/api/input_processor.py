@@ -17,7 +17,8 @@ from serve_app.engine.shared_prompt import SharedPrompt
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tool_grammar
 from serve_app.protocol.call import Call
-from serve_app.protocol.fields import Sampling, printable
+from serve_app.protocol.field_errors import printable
+from serve_app.protocol.fields import Sampling
 from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.messages import Message
 from serve_app.protocol.text import Detokenizer, TextStream

@@ -12,7 +12,7 @@ from serve_app.api import chat, completions, messages, pages, prompt, responses,
 from serve_app.errors import MethodNotAllowed, RouteNotFound
 from serve_app.protocol import sse
 from serve_app.protocol.call import Call, Reply
-from serve_app.protocol.fields import printable
+from serve_app.protocol.field_errors import printable
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer

@@ -42,7 +42,7 @@ from serve_app.protocol.call import (
     StreamReply,
     TextReply,
 )
-from serve_app.protocol.fields import printable
+from serve_app.protocol.field_errors import printable
 from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.key_account import KeyAccount
 from serve_app.protocol.response import ResponseMetadata

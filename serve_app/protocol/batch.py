@@ -17,7 +17,9 @@ from pydantic import StringConstraints
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import Body, Text, printable
+from serve_app.protocol.field_errors import printable
+from serve_app.protocol.field_types import Text
+from serve_app.protocol.fields import Body
 
 MAX_ID_CHARS = 512
 

@@ -11,7 +11,7 @@ from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import prompt_logprobs
-from serve_app.protocol.fields import Integer
+from serve_app.protocol.field_types import Integer
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage
 from serve_app.protocol.scores import TokenScore, named, pieces

@@ -9,7 +9,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import Integer, Sampling
+from serve_app.protocol.field_types import Integer
+from serve_app.protocol.fields import Sampling
 from serve_app.protocol.response import detailed_usage
 from serve_app.protocol.text import TextDelta
 

@@ -12,7 +12,8 @@ from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import Echo, prompt_logprobs
-from serve_app.protocol.fields import Integer, no_unicode
+from serve_app.protocol.field_errors import no_unicode
+from serve_app.protocol.field_types import Integer
 from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage, finite
 from serve_app.protocol.scores import TokenScore, pieces
 from serve_app.protocol.text import TextDelta

@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from serve_app.protocol.fields import printable, sentence
+from serve_app.protocol.field_errors import printable, sentence
 
 
 class ContentPart(BaseModel):

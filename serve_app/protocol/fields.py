@@ -5,21 +5,20 @@ of a request is used, ignored (`Body.IGNORED`) or refused by name.
 """
 
 import re
-from typing import Annotated, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 from pydantic import (
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
-    StringConstraints,
     ValidationError,
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError, PydanticKnownError
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.field_errors import first_error
+from serve_app.protocol.field_types import InnerObject, Integer, Text
 from serve_app.protocol.grammar_source import GrammarSource, ResponseFormat, StructuredOutputs
 from serve_app.protocol.unsupported import (
     IGNORED,
@@ -32,24 +31,6 @@ MAX_STOP_CHARS = 500
 MAX_BIASES = 1024
 
 _TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
-_SENTENCE = "sentence"
-
-
-def _whole(value: Any) -> Any:
-    # JSON has one type of number, and some clients write integers as `16.0`.
-    if isinstance(value, float):
-        if value.is_integer():
-            return int(value)
-        if value - value != 0:  # an infinity or NaN
-            raise PydanticKnownError("finite_number")
-    return value
-
-
-Integer = Annotated[int, BeforeValidator(_whole)]
-"""The type of an integer field."""
-
-Text = Annotated[str, StringConstraints(min_length=0)]
-"""The type of a text field. Pydantic refuses lone surrogates only if it checks the length."""
 
 
 class Body(BaseModel):
@@ -80,12 +61,10 @@ class Body(BaseModel):
         try:
             return cls.model_validate(used)
         except ValidationError as error:
-            raise _first_error(error) from None
+            raise first_error(error, used) from None
 
 
-class StreamOptions(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class StreamOptions(InnerObject):
     include_usage: bool | None = None
     """Whether a last chunk has the usage and no choices."""
     continuous_usage_stats: bool | None = None
@@ -215,42 +194,3 @@ class AdaptedSampling(Sampling):
     @property
     def limit(self) -> tuple[int | None, str]:
         return self.max_tokens, self.limit_field
-
-
-def no_unicode(field: str) -> InvalidRequest:
-    """Returns the error for a text that UTF-8 cannot encode, such as one with `\\ud800`."""
-    return InvalidRequest(f"`{field}` has a lone surrogate, which is no character.", param=field)
-
-
-def printable(name: Any) -> str:
-    """Returns a client's text, cut to 64 characters and safe for an error message."""
-    return str(name)[:64].encode("utf-8", "replace").decode()
-
-
-def sentence(message: str, field: str | None = None) -> PydanticCustomError:
-    """Returns an error for validators of nested values, which do not know their path in the body.
-
-    The client gets `message` unchanged. `param` is the path of the validated value, plus `field`.
-    """
-    context = None if field is None else {"field": field}
-    return PydanticCustomError(_SENTENCE, message, context)
-
-
-def _first_error(error: ValidationError) -> InvalidRequest:
-    """Returns pydantic's first error as one sentence that starts with the field."""
-    first = error.errors(include_url=False, include_input=False)[0]
-    inner = first.get("ctx", {}).get("field")
-    path = [*first["loc"], *([inner] if first["type"] == _SENTENCE and inner else [])]
-    field = printable(".".join(str(part) for part in path))
-    if first["type"] == _SENTENCE:
-        return InvalidRequest(first["msg"], param=field)
-    if first["type"] == "extra_forbidden":
-        return InvalidRequest(f"`{field}` is not a field of this request.", param=field)
-    if first["type"] == "missing":
-        return InvalidRequest(f"`{field}` is required.", param=field)
-    if first["type"] == "finite_number":
-        return InvalidRequest(f"`{field}` is a number out of range.", param=field)
-    if first["type"] == "string_unicode":
-        return no_unicode(field)
-    message = first["msg"].removeprefix("Input ").rstrip(".")
-    return InvalidRequest(f"`{field}` {message[:1].lower()}{message[1:]}.", param=field)

@@ -7,9 +7,11 @@ https://docs.vllm.ai/en/latest/features/structured_outputs.html.
 import json
 from typing import Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.field_errors import no_unicode
+from serve_app.protocol.field_types import InnerObject, Text, is_unicode
 
 MAX_CHARS = 100_000
 """Maximum number of characters in a grammar; a schema is counted as JSON."""
@@ -28,20 +30,16 @@ class GrammarSource(NamedTuple):
     """The request field of the grammar, for errors."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class JsonSchema(_Strict):
+class JsonSchema(InnerObject):
     """`response_format.json_schema`. Every schema is enforced exactly, even without `strict`."""
 
-    name: str = ""
-    description: str | None = None
+    name: Text = ""
+    description: Text | None = None
     schema_: dict[str, Any] | bool = Field(default=True, alias="schema")
     strict: bool | None = None
 
 
-class ResponseFormat(_Strict):
+class ResponseFormat(InnerObject):
     """OpenAI's `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -60,7 +58,7 @@ class ResponseFormat(_Strict):
         return schema_source(self.json_schema.schema_, "response_format.json_schema.schema")
 
 
-class StructuredOutputs(_Strict):
+class StructuredOutputs(InnerObject):
     """vLLM's `structured_outputs`: one of these grammars."""
 
     json_: dict[str, Any] | str | None = Field(default=None, alias="json")
@@ -88,7 +86,9 @@ class StructuredOutputs(_Strict):
         if self.regex is not None:
             return _checked("regex", self.regex, "structured_outputs.regex")
         if self.choice is not None:
-            return _checked("choice", json.dumps(self.choice), "structured_outputs.choice")
+            return _checked(
+                "choice", json.dumps(self.choice, ensure_ascii=False), "structured_outputs.choice"
+            )
         if self.grammar is not None:
             return _checked("lark", self.grammar, "structured_outputs.grammar")
         if self.json_ is None:
@@ -106,10 +106,12 @@ def schema_source(schema: dict[str, Any] | bool | str, field: str) -> GrammarSou
             raise InvalidRequest(f"`{field}` is not valid JSON.", param=field) from None
     if not isinstance(schema, dict | bool):
         raise InvalidRequest(f"`{field}` should be a JSON schema.", param=field)
-    return _checked("json", json.dumps(schema), field)
+    return _checked("json", json.dumps(schema, ensure_ascii=False), field)
 
 
 def _checked(kind: Kind, text: str, field: str) -> GrammarSource:
+    if not is_unicode(text):
+        raise no_unicode(field)
     if len(text) > MAX_CHARS:
         raise InvalidRequest(
             f"`{field}` has {len(text)} characters; {MAX_CHARS} are allowed.", param=field

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.protocol.fields import Text, printable, sentence
+from serve_app.protocol.field_errors import printable, sentence
+from serve_app.protocol.field_types import Text, is_unicode
 from serve_app.protocol.tools import ToolCall
 
 MAX_MESSAGES = 4096
@@ -161,5 +162,9 @@ def _read_calls(calls: Any, role: Any) -> tuple[ToolCall, ...]:
             )
         if any(call_id == each.id for each in read):
             raise sentence("Two calls have one id.", f"tool_calls.{index}.id")
+        if not is_unicode([call_id, name, arguments]):
+            raise sentence(
+                "The call has a lone surrogate, which is no character.", f"tool_calls.{index}"
+            )
         read.append(ToolCall(call_id, name, arguments))
     return tuple(read)

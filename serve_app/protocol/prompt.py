@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject, Progress
-from serve_app.protocol.fields import Sampling, Text
+from serve_app.protocol.field_types import Text
+from serve_app.protocol.fields import Sampling
 from serve_app.protocol.messages import Conversation, Message
 from serve_app.protocol.response import ResponseMetadata, usage
 from serve_app.protocol.text import TextDelta

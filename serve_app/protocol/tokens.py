@@ -5,7 +5,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import Body, Integer, Text
+from serve_app.protocol.field_types import Integer, Text
+from serve_app.protocol.fields import Body
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.tool_request import FunctionTool
 

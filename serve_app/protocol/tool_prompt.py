@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.protocol.conversation import Turn
+from serve_app.protocol.field_types import is_unicode
 from serve_app.protocol.messages import Message
 from serve_app.protocol.tool_calls import MARKER
 from serve_app.protocol.tools import Tool, ToolCall
@@ -160,11 +161,15 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """Returns the value of a JSON text; any other text is returned unchanged."""
+    """Returns the value of a JSON text; any other text is returned unchanged.
+
+    So is JSON with the escape of a lone surrogate, which a prompt cannot contain.
+    """
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except (ValueError, RecursionError):
         return text
+    return value if is_unicode(value) else text
 
 
 def _mistral_id(call_id: str) -> str:

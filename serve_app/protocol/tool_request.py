@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.field_types import JsonMap, Text
 from serve_app.protocol.tools import Tool, ToolChoice, Tools, check
 
 
@@ -20,9 +21,9 @@ class _Strict(BaseModel):
 class FunctionDefinition(_Strict):
     """One function: its name, what it does, and the JSON schema of its arguments."""
 
-    name: str
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
+    name: Text
+    description: Text | None = None
+    parameters: JsonMap | None = None
     """The JSON schema of the arguments; None for a function without arguments."""
     strict: bool | None = None
 

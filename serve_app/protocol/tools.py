@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from serve_app.errors import InvalidRequest
+from serve_app.protocol.field_errors import printable
 
 MAX_TOOLS = 128
 _NAME = re.compile("[A-Za-z0-9_-]{1,128}")
@@ -120,7 +121,7 @@ def check(tools: Sequence[Tool], choice: ToolChoice, *, tools_field: str = "tool
                 f"`{tool.field}` should be the JSON schema of an object.", param=tool.field
             )
     if unknown := (choice.names or frozenset()) - set(names):
-        name = min(unknown)[:64]
+        name = printable(min(unknown))
         raise InvalidRequest(
             f"`tool_choice` names `{name}`, which is not one of `{tools_field}`.",
             param="tool_choice",

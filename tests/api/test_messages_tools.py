@@ -223,7 +223,7 @@ SEARCH: Any = {"type": "web_search_20250305", "name": "web_search"}
          "messages.1.content", "user"),
         ({"messages": [*QUESTION, {"role": "assistant", "content": [USED]}, {"role": "user",
           "content": [{**RESULT, "content": [{"type": "image"}]}]}]},
-         "messages.2.content.0.tool_result.content.0.type", "image"),
+         "messages.2.content.0.content.0.type", "image"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_used_is_refused_by_name(

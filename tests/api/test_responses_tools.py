@@ -214,7 +214,7 @@ def test_the_prompt_is_that_of_chat(endpoint: Endpoint, http: httpx.Client) -> N
         ({"input": [USER, RESULT]}, "input.1.call_id", "call_1"),
         ({"input": [USER, CALL, CALL]}, "input.2.call_id", "one"),
         ({"input": [CALL, RESULT]}, "input", "user"),
-        ({"input": [USER, CALLED]}, "input.1.function_call.arguments", "required"),
+        ({"input": [USER, CALLED]}, "input.1.arguments", "required"),
     ],
 )
 def test_what_cannot_be_used_is_refused_by_name(

@@ -2,12 +2,13 @@
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from serve_app.protocol.content_parts import ContentPart, listed, of_types
-from serve_app.protocol.fields import Text, printable, sentence
+from serve_app.protocol.field_errors import printable, sentence
+from serve_app.protocol.field_types import JsonMap, Text
 from serve_app.protocol.messages import MAX_MESSAGES, Message
 from serve_app.protocol.tools import ToolCall
 
@@ -35,7 +36,7 @@ class ToolUseBlock(ContentPart):
     type: Literal["tool_use"]
     id: Text = Field(min_length=1)
     name: Text
-    input: dict[str, Any]
+    input: JsonMap
 
 
 _IS_LISTED = listed("text", "content blocks")

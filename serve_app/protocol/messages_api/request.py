@@ -2,10 +2,11 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import MAX_STOP_CHARS, AdaptedSampling, Body, Integer, Text
+from serve_app.protocol.field_types import InnerObject, Integer, Text
+from serve_app.protocol.fields import MAX_STOP_CHARS, AdaptedSampling, Body
 from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
 from serve_app.protocol.messages_api import unsupported
@@ -14,28 +15,22 @@ from serve_app.protocol.messages_api.tools import Choice, OfferedTool, offered
 from serve_app.protocol.tools import MAX_TOOLS, ToolChoice, Tools
 
 
-class OutputFormat(BaseModel):
+class OutputFormat(InnerObject):
     """`output_config.format`: the JSON schema that the answer must match."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(BaseModel):
+class OutputConfig(InnerObject):
     """`output_config`. The effort is accepted and not used: the model has one."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     effort: Text | None = None
     format: OutputFormat | None = None
 
 
-class ContextManagement(BaseModel):
+class ContextManagement(InnerObject):
     """`context_management`. Clearing thoughts changes nothing: they are left out anyway."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     edits: list[dict[str, Any]] = Field(default_factory=list)
 

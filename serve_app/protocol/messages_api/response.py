@@ -107,7 +107,7 @@ def _input(arguments: str) -> JsonObject | None:
     """
     try:
         value: JsonObject = json.loads(arguments)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value
 

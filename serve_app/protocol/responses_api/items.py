@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from serve_app.protocol.content_parts import ContentPart, listed, of_types
-from serve_app.protocol.fields import Text, printable, sentence
+from serve_app.protocol.field_errors import printable, sentence
+from serve_app.protocol.field_types import Text
 from serve_app.protocol.messages import MAX_MESSAGES, Message
 from serve_app.protocol.tools import ToolCall
 

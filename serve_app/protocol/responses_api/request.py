@@ -2,11 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
-from serve_app.protocol.fields import AdaptedSampling, Body, Integer, Text, sentence
+from serve_app.protocol.field_errors import sentence
+from serve_app.protocol.field_types import InnerObject, Integer, Text
+from serve_app.protocol.fields import AdaptedSampling, Body
 from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
 from serve_app.protocol.responses_api import unsupported
@@ -17,11 +19,7 @@ from serve_app.protocol.tools import MAX_TOOLS, Tools
 LOGPROBS = "message.output_text.logprobs"
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class TextFormat(_Strict):
+class TextFormat(InnerObject):
     """`text.format`. Every schema is enforced exactly, even without `strict`."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -45,7 +43,7 @@ class TextFormat(_Strict):
         return schema_source(self.schema_, "text.format.schema")
 
 
-class TextConfig(_Strict):
+class TextConfig(InnerObject):
     """`text`."""
 
     format: TextFormat | None = None
@@ -59,7 +57,7 @@ class TextConfig(_Strict):
         return value
 
 
-class StreamOptions(_Strict):
+class StreamOptions(InnerObject):
     include_obfuscation: bool | None = None
     """Accepted and not used: events are not padded."""
 
@@ -81,7 +79,7 @@ class ResponsesRequest(Body):
     tools: list[OfferedTool] = Field(default_factory=list, max_length=MAX_TOOLS)
     tool_choice: Any = "auto"
     parallel_tool_calls: bool = True
-    metadata: dict[str, Text] = Field(default_factory=dict)
+    metadata: dict[Text, Text] = Field(default_factory=dict)
     """Returned in the response."""
     include: list[Text] = Field(default_factory=list)
     """Additional contents of the response; only log probabilities are supported."""

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.fields import Text, printable, sentence
+from serve_app.protocol.field_errors import printable, sentence
+from serve_app.protocol.field_types import JsonMap, Text
 from serve_app.protocol.tools import Tool, ToolChoice, Tools, check
 
 
@@ -17,7 +18,7 @@ class FunctionTool(BaseModel):
     type: Literal["function"]
     name: Text
     description: Text | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: JsonMap | None = None
     strict: bool | None = None
 
 

@@ -1,16 +1,25 @@
 """Converts grammars to llguidance's form."""
 
 import json
+import re
 from typing import Any
 
+from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.grammar_source import GrammarSource
+from serve_app.protocol.neutral_keywords import without_neutral
 from serve_app.protocol.one_of import as_any_of
 
 JSON_OPTIONS = {
     # Without a limit a model may write spaces until its answer is cut.
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}",
 }
+
+
+MAX_GBNF_CHARS = 10_000
+"""The conversion's time grows with the square of the number of rules: half a second for these."""
+
+_GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
 def rules(source: GrammarSource) -> dict[str, Any]:
@@ -24,8 +33,31 @@ def rules(source: GrammarSource) -> dict[str, Any]:
         return {"lark_grammar": found["grammars"][0]["lark_grammar"]}
     if source.kind == "choice":
         choices = " | ".join(json.dumps(each) for each in json.loads(source.text))
-        return {"lark_grammar": f"start: {choices}"}
-    return {"lark_grammar": source.text}
+        # A terminal is one regular expression; with a rule for each choice, thousands are too many.
+        return {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
+    return {"lark_grammar": _as_lark(source)}
+
+
+def _as_lark(source: GrammarSource) -> str:
+    """Returns a grammar in Lark's notation. The other notation that vLLM takes is GBNF, as in
+    `root ::= "yes" | "no"`. Raises `InvalidRequest`."""
+    if not _GBNF_RULE.search(source.text):
+        return source.text
+    if len(source.text) > MAX_GBNF_CHARS:
+        raise InvalidRequest(
+            f"`{source.field}` has {len(source.text)} characters; {MAX_GBNF_CHARS} are allowed in "
+            "GBNF, and more in Lark's notation.",
+            param=source.field,
+        )
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    try:
+        return gbnf_to_lark(source.text)
+    except Exception as error:  # the library raises plain `Exception`s too
+        reason = " ".join(str(error).split()).rstrip(".")
+        raise InvalidRequest(
+            f"`{source.field}` cannot be used: {reason}.", param=source.field
+        ) from None
 
 
 def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[str, Any]:
@@ -38,4 +70,4 @@ def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[
     options: JsonObject = dict(JSON_OPTIONS)
     if lenient:
         options |= {"lenient": True, "coerce_one_of": True}
-    return {"json_schema": {**as_any_of(schema), "x-guidance": options}}
+    return {"json_schema": {**as_any_of(without_neutral(schema)), "x-guidance": options}}

@@ -67,7 +67,7 @@ class StructuredOutputs(InnerObject):
     regex: str | None = None
     choice: list[str] | None = Field(default=None, min_length=1)
     grammar: str | None = None
-    """A grammar in Lark's notation, with the start rule `start`."""
+    """A grammar in Lark's notation, with the start rule `start`, or in GBNF, with `root`."""
 
     @model_validator(mode="after")
     def _is_one_grammar(self) -> Self:

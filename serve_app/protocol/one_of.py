@@ -13,14 +13,10 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import Any
 
-MAX_DEPTH = 64
-"""Maximum depth of nested schemas; deeper ones are not changed."""
+from serve_app.protocol.schema_tree import MAX_DEPTH, mapped
+
 MAX_BRANCHES = 200
 """Maximum number of branches of a `oneOf`, because each pair is compared."""
-ONE = ("additionalProperties", "items")
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
-NAMED = ("properties", "patternProperties", "$defs", "definitions")
-"""Keywords whose value is a schema, a list of schemas, and an object of schemas by name."""
 TYPES = {str: "string", bool: "boolean", type(None): "null"}
 ALL_TYPES = {*TYPES.values(), "number", "integer", "object", "array"}
 
@@ -29,29 +25,17 @@ def as_any_of(schema: dict[str, Any]) -> dict[str, Any]:
     """Returns `schema` with `anyOf` instead of each `oneOf` whose schemas exclude each other."""
     if json.dumps(schema).count('"$id"') > ("$id" in schema):
         return schema  # its references may not begin at the root
-    new: dict[str, Any] = _rewritten(schema, schema, MAX_DEPTH)
+    new: dict[str, Any] = mapped(schema, lambda each: _exclusive(each, schema))
     return new
 
 
-def _rewritten(schema: Any, root: dict[str, Any], depth: int) -> Any:
-    if not isinstance(schema, dict) or depth == 0:
-        return schema
-    new = dict(schema)
-    for key in ONE:
-        if key in new:
-            new[key] = _rewritten(new[key], root, depth - 1)
-    for key in LISTS:
-        if isinstance(found := new.get(key), list):
-            new[key] = [_rewritten(each, root, depth - 1) for each in found]
-    for key in NAMED:
-        if isinstance(found := new.get(key), dict):
-            new[key] = {name: _rewritten(each, root, depth - 1) for name, each in found.items()}
-    branches = new.get("oneOf")
-    if isinstance(branches, list) and len(branches) <= MAX_BRANCHES and "anyOf" not in new:
+def _exclusive(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
+    branches = schema.get("oneOf")
+    if isinstance(branches, list) and len(branches) <= MAX_BRANCHES and "anyOf" not in schema:
         resolved = [_resolved(each, root) for each in branches]
         if all(_exclude(*pair) for pair in combinations(resolved, 2)):
-            new["anyOf"] = new.pop("oneOf")
-    return new
+            schema["anyOf"] = schema.pop("oneOf")
+    return schema
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -139,7 +140,9 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"regex": "(a"}, "unclosed group"),
         ({"grammar": "start: nope"}, "nope"),
         ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
-        ({"json": {"type": "string", "format": "no-such-format"}}, "no-such-format"),
+        ({"json": {"type": "string", "format": "idn-email"}}, "idn-email"),
+        ({"grammar": "root ::= nope"}, "nope"),
+        ({"grammar": "root ::= a" + " a" * 10_000}, "Lark"),
         ({"json": {"allOf": [{"pattern": f"^.*{c}.*$"} for c in "abcdefghijklmnop"]}}, "empty"),
         ({"json": {"type": "nothing"}}, "structured_outputs.json"),
     ],
@@ -149,6 +152,50 @@ def test_a_grammar_that_cannot_be_held_is_refused(fields: dict[str, Any], words:
     with pytest.raises(InvalidRequest, match=words) as raised:
         compiled(source(structured_outputs=fields))
     assert raised.value.param == f"structured_outputs.{next(iter(fields))}"
+
+
+VLLM_GRAMMAR = """
+    root ::= select_statement
+    select_statement ::= "SELECT " column " from " table " where " condition
+    column ::= "col_1 " | "col_2 "
+    table ::= "table_1 " | "table_2 "
+    condition ::= column "= " number
+    number ::= "1 " | "2 "
+"""
+"""The example of vLLM's documentation."""
+
+
+def test_a_grammar_may_be_in_the_notation_of_vllms_documentation() -> None:
+    """GBNF and Lark are told apart by their rules, so clients of vLLM need no change."""
+    state = compiled(source(structured_outputs={"grammar": VLLM_GRAMMAR}))
+    found = text(follow(state, lambda ids: ids[-1]))
+    assert re.fullmatch(r"SELECT col_[12]  from table_[12]  where col_[12] = [12] ", found)
+    lark = 'start: "::=" "b"  // a ::= b'
+    assert text(follow(compiled(source(structured_outputs={"grammar": lark})), max)) == "::=b"
+
+
+def test_thousands_of_choices_are_one_grammar() -> None:
+    """A label set of 5,000 names is no more complex than one name."""
+    names = [f"name {number}" for number in range(5000)]
+    state = compiled(source(structured_outputs={"choice": names}))
+    assert text(follow(state, lambda ids: ids[-1])) in names
+    assert not state.has_failed
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "format": "path", "maxLength": 3},
+        {"type": "object", "properties": {"a": {"type": "string", "format": "password"}}},
+        {"type": "array", "uniqueItems": False, "items": {"type": "integer"}},
+        {"$defs": {"a": {"type": "string", "format": "uuid4"}}, "$ref": "#/$defs/a"},
+    ],
+)
+def test_a_keyword_that_restricts_nothing_is_no_error(schema: dict[str, Any]) -> None:
+    """pydantic writes formats for its own types, which JSON schema does not define and says to
+    ignore; zod writes `uniqueItems: false`."""
+    state = compiled(source(structured_outputs={"json": schema}))
+    assert allowed(state)
 
 
 CHOICES = ["yes", "no", ' "x"', "ja/nein\\", "ü🙂", "<s>", "two\nlines"]

@@ -63,7 +63,7 @@ def _too_long(
     asked = str(params.max_tokens)[:64]
     return ContextLengthExceeded(
         f"This model's maximum context length is {max_len} tokens. However, your "
-        f"{params.prompt_field} has {num_prompt_tokens} tokens and `{field}` is {asked}; ask for "
-        f"{room} at most.",
+        f"{params.prompt_field} resulted in {num_prompt_tokens} tokens and `{field}` is {asked}; "
+        f"ask for {room} at most.",
         param=field,
     )

@@ -17,6 +17,7 @@ from serve_app.protocol.field_types import Integer
 from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage, finite
 from serve_app.protocol.scores import TokenScore, pieces
 from serve_app.protocol.text import TextDelta
+from serve_app.protocol.unsupported import UNSUPPORTED
 
 DEFAULT_MAX_TOKENS = 16
 MAX_PROMPTS = 256
@@ -27,6 +28,10 @@ Prompt = str | list[int]
 
 class CompletionRequest(ChoiceSampling):
     """`POST /v1/completions`. `prompts` is the field `prompt`, always as a list."""
+
+    UNSUPPORTED = UNSUPPORTED | {
+        "add_special_tokens": ((True,), "a text begins with BOS; send token ids for none")
+    }
 
     prompts: list[Any] = Field(alias="prompt")
     echo: bool = False

@@ -1,6 +1,6 @@
 """Validators of content parts for the Responses and the Messages API."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
@@ -15,15 +15,17 @@ class ContentPart(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
 
 
-def of_types(types: Collection[str], noun: str) -> BeforeValidator:
-    """Returns a validator that refuses parts of other types than `types`; `noun` names a part in
-    errors."""
+def of_types(types: Sequence[str], noun: str) -> BeforeValidator:
+    """Returns a validator that refuses parts of other types than `types`. Errors recommend the
+    first one, and `noun` names a part in them."""
 
     def check(part: Any) -> Any:
         match part:
             case {"type": str(kind)} if kind not in types:
                 raise sentence(
-                    f"{noun} of type `{printable(kind)}` are not supported: send text.", "type"
+                    f"{noun} of type `{printable(kind)}` are not supported: send text, as "
+                    f"`{types[0]}`.",
+                    "type",
                 )
         return part
 

@@ -9,6 +9,7 @@ IGNORED = frozenset(
     {
         "metadata",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",
@@ -25,6 +26,7 @@ Unsupported = dict[str, tuple[tuple[Any, ...], str]]
 _ONE = "this route gives one answer; use /v1/chat/completions or /v1/completions"
 _CHAT_TOOLS = "use /v1/chat/completions, /v1/responses or /v1/messages for tools"
 _NO_BEAMS = "there is no beam search"
+_TEXT_ONLY = "prompts are text"
 _NEW_NAME = "use `structured_outputs`"
 
 OPENAI: Unsupported = {
@@ -33,6 +35,7 @@ OPENAI: Unsupported = {
     "function_call": (("none", "auto"), "use `tool_choice`"),
     "functions": (([],), "use `tools`"),
     "modalities": ((["text"],), "answers are text"),
+    "moderation": ((), "there is no moderation"),
     "n": ((1,), _ONE),
     "parallel_tool_calls": ((True, False), _CHAT_TOOLS),
     "prediction": ((), "predicted outputs are not supported"),
@@ -47,6 +50,7 @@ OPENAI: Unsupported = {
 
 VLLM: Unsupported = {
     "add_generation_prompt": ((True,), "the answer is always a new message"),
+    "add_special_tokens": ((False,), "the chat template brings its own"),
     "allowed_token_ids": (([],), "use `logit_bias`"),
     "bad_words": (([],), "use `logit_bias`"),
     "cache_salt": ((), "the prefix cache is shared by all requests"),
@@ -63,9 +67,12 @@ VLLM: Unsupported = {
     "guided_regex": ((), _NEW_NAME),
     "include_reasoning": ((True, False), "this model does not reason separately"),
     "include_stop_str_in_output": ((False,), "the answer ends before the stop string"),
+    "kv_transfer_params": (({},), "prompts are computed where they are answered"),
     "length_penalty": ((1,), _NO_BEAMS),
     "logits_processors": (([],), "use `logit_bias`"),
     "logprobs": ((False,), "use /v1/chat/completions or /v1/completions"),
+    "media_io_kwargs": (({},), _TEXT_ONLY),
+    "mm_processor_kwargs": (({},), _TEXT_ONLY),
     "prompt_logprobs": ((), "use /v1/completions or /v1/chat/completions"),
     "return_token_ids": ((False,), "use /tokenize"),
     "return_tokens_as_token_ids": ((False,), "tokens are returned as text"),
@@ -74,6 +81,7 @@ VLLM: Unsupported = {
     "top_logprobs": ((0,), "use /v1/chat/completions"),
     "truncate_prompt_tokens": ((), "a prompt is never cut"),
     "use_beam_search": ((False,), _NO_BEAMS),
+    "vllm_xargs": (({},), "there are no extensions of vLLM"),
 }
 """Fields of vLLM's API, and of the `sampling_params` of RunPod's vLLM worker."""
 

@@ -215,6 +215,7 @@ def test_the_client_parses_a_message(tiny_endpoint: Endpoint) -> None:
         {"cache_control": {"type": "ephemeral"}, "inference_geo": "us", "speed": "fast"},
         {"thinking": {"type": "disabled"}, "tools": [], "tool_choice": {"type": "auto"}},
         {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+        {"thinking": {"type": "adaptive", "display": "omitted"}},
         {"context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}},
         {"mcp_servers": [], "container": None},
     ],

@@ -119,12 +119,23 @@ def test_unsupported_fields_are_refused_by_name(name: str) -> None:
         {"parallel_tool_calls": True, "tool_choice": None, "reasoning_effort": "none"},
         {"echo": False, "add_generation_prompt": True, "continue_final_message": False},
         {"logprobs": False, "top_logprobs": 0, "top_k": 0, "seed": None},
+        {"add_special_tokens": False, "mm_processor_kwargs": {}, "vllm_xargs": {}},
     ],
 )
 def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
     """Neutral values, the ignore list, and nulls change nothing."""
     given, plain = ({"messages": HELLO, **more} for more in (fields, {}))
     assert ChatRequest.read(given).model_dump() == ChatRequest.read(plain).model_dump()
+
+
+def test_each_route_takes_vllms_own_default_of_add_special_tokens() -> None:
+    """It is true for raw text, which begins with BOS, and false for messages, whose template has
+    BOS; the other value would change the prompt and is refused."""
+    CompletionRequest.read({"prompt": "a", "add_special_tokens": True})
+    error = refusal(CompletionRequest, {"prompt": "a", "add_special_tokens": False})
+    assert error.param == "add_special_tokens"
+    error = refusal(ChatRequest, {"messages": HELLO, "add_special_tokens": True})
+    assert error.param == "add_special_tokens"
 
 
 @pytest.mark.parametrize("name", ["n", "best_of"])

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol.field_types import InnerObject, Integer, Text
+from serve_app.protocol.field_types import InnerObject, Integer, JsonMap, Text
 from serve_app.protocol.fields import MAX_STOP_CHARS, AdaptedSampling, Body
 from serve_app.protocol.grammar_source import GrammarSource, schema_source
 from serve_app.protocol.messages import Message
@@ -47,6 +47,18 @@ class CountTokensRequest(Body):
     tool_choice: Choice = ToolChoice()
     output_config: OutputConfig | None = None
     context_management: ContextManagement | None = None
+    thinking: JsonMap | None = None
+    """The types `disabled` and `adaptive`, which let the model answer without thoughts."""
+
+    @field_validator("thinking")
+    @classmethod
+    def _no_thoughts(cls, value: dict[str, Any] | None) -> None:
+        if value is not None and value.get("type") not in ("disabled", "adaptive"):
+            raise InvalidRequest(
+                "`thinking` is not supported: this model does not think before it answers; send "
+                "the type `disabled` or leave it out.",
+                param="thinking",
+            )
 
     @field_validator("context_management")
     @classmethod

@@ -23,9 +23,5 @@ IGNORED = frozenset(
 UNSUPPORTED: Unsupported = {
     "container": ((), "there are no containers"),
     "mcp_servers": (([],), "the server calls no other servers"),
-    "thinking": (
-        ({"type": "disabled"}, {"type": "adaptive"}),
-        "this model does not think before it answers; send `disabled` or leave it out",
-    ),
 }
 """Fields that are accepted with these values only, and the reason."""

@@ -4,6 +4,7 @@ Every turn sends the whole conversation to `/v1/chat/completions` and prints the
 streams. /reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves.
 """
 
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ class Chat:
     def __init__(self, url: str, key: str | None, model: str | None, system: str | None) -> None:
         """`model` None means the first one that the server lists; `key` None sends no key."""
         headers = {"Authorization": f"Bearer {key}"} if key else {}
+        # OpenAI's clients are given the same address with `/v1`.
+        url = url.rstrip("/").removesuffix("/v1")
         self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
         self._model = model
         self._system = system
@@ -38,6 +41,8 @@ class Chat:
         """Reads user messages from standard input until its end. Returns the exit code."""
         import readline  # noqa: F401  # arrow keys and history for input()
 
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            sys.stdin.reconfigure(errors="replace")  # a pipe may have any bytes
         with self._http:
             try:
                 self._model = self._model or self._first_model()
@@ -102,6 +107,8 @@ class Chat:
             return ChatError(
                 f"No server answers at {self._http.base_url}; start one with `mixtral-serve run`."
             )
+        if isinstance(error, httpx.UnsupportedProtocol):
+            return ChatError("`--url` should begin with http:// or https://.")
         return ChatError(f"The connection to {self._http.base_url} broke ({type(error).__name__}).")
 
 

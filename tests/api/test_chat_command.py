@@ -100,6 +100,29 @@ def test_keys_come_from_the_environment(
     assert main(["chat", "--url", endpoint.url]) == 0
 
 
+def test_the_address_may_be_that_of_openais_clients(
+    endpoint: Endpoint, typed: io.StringIO, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`/v1` at the end is the same server; an address without a scheme is one sentence."""
+    type_lines(typed, "Hi")
+    assert main(["chat", "--url", f"{endpoint.url}/v1/"]) == 0
+    assert "Hello there." in capsys.readouterr().out
+    assert main(["chat", "--url", endpoint.url.removeprefix("http://")]) == 1
+    assert capsys.readouterr().err == "`--url` should begin with http:// or https://.\n"
+
+
+def test_a_pipe_may_have_any_bytes(
+    endpoint: Endpoint, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are no UTF-8 become U+FFFD, and the turn is answered."""
+    stdin = io.TextIOWrapper(io.BytesIO(b"\xff Hi\n"), "utf-8", "surrogateescape")
+    monkeypatch.setattr(sys, "stdin", stdin)
+    talk = Chat(endpoint.url, None, None, None)
+    assert talk.run() == 0
+    assert talk.messages[0]["content"] == "\ufffd Hi"
+    assert "Hello there." in capsys.readouterr().out
+
+
 def test_no_server_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
     """The error names the address and the command that starts a server."""
     assert main(["chat", "--url", "http://127.0.0.1:9"]) == 1

@@ -20,33 +20,34 @@ class ModelSettings(_Section):
     """The served model and the format of its weights."""
 
     name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1"
-    """A Hugging Face repository, a local folder, or "tiny" for the model inside this package."""
+    """The model: a Hugging Face repository, a local folder, or "tiny" for the model inside this
+    package."""
     revision: str | None = None
-    """Branch, tag or commit of the repository; None is its default branch."""
+    """Branch, tag or commit of the repository. None: its default branch."""
     served_model_name: str | None = None
-    """Public model names for `/v1/models`, comma separated; None is `name`."""
+    """Public names of the model, comma separated. Clients use them as `model`. None: `name`."""
     quantization: Literal["nf4", "fp4", "none"] = "nf4"
-    """4-bit format of the experts and the attention. Router, norms and embeddings stay floats."""
+    """4-bit format of experts and attention; none keeps floats. Router, norms and embeddings are
+    always floats."""
     quantize_lm_head: bool = False
-    """Also quantizes lm_head to 4 bits, at each load. For Mixtral 8x7B this frees 0.19 GB, which is
-    1,400 tokens of KV cache."""
+    """Whether each load quantizes lm_head to 4 bits too. For Mixtral 8x7B this frees 0.19 GB, which
+    is 1,400 tokens of KV cache."""
     absmax: Literal["bfloat16", "nested"] = "bfloat16"
-    """Format of the scale of each quantization group (64 weights) in the 4-bit copy in `cache_dir`.
-    In memory every scale is bfloat16, which takes 25.2 GB for Mixtral 8x7B; nested (8 bits) is kept
-    beside it in the files, 0.7 GB more, and `mixtral-serve convert` gives it back. A checkpoint
-    that is already quantized keeps its own."""
+    """Format of absmax, the scale of each quantization group (64 weights), in the files of the
+    4-bit copy in `cache_dir`. In memory it is always bfloat16: 25.2 GB of weights for Mixtral 8x7B.
+    With nested, the files also keep absmax in 8 bits (0.7 GB more), which `mixtral-serve convert`
+    needs to write bitsandbytes' form again. A checkpoint in 4 bits keeps its own format."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of activations and unquantized weights. auto is bfloat16 on a GPU, float32 on a CPU."""
+    """Type of activations and float weights. auto: bfloat16 on a GPU, float32 on a CPU."""
     generation_config: Literal["auto", "vllm"] = "auto"
-    """Sampling defaults of requests. auto is what the checkpoint's generation_config.json sets:
-    temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit; `/prompt`
-    keeps its own temperature of 0.7. vllm leaves that file out, except for the tokens that end an
-    answer."""
+    """Sampling defaults of requests. auto: those of the checkpoint's generation_config.json
+    (temperature, top_p, top_k, min_p, repetition_penalty, and max_new_tokens as a limit), except
+    that `/prompt` has a temperature of 0.7. vllm: vLLM's defaults; only the tokens that end an
+    answer come from that file."""
     custom_chat_template: str | None = None
-    """A chat template (Jinja) in place of the checkpoint's: the path of a file, or the text itself.
-    """
+    """A chat template (Jinja) that replaces the checkpoint's: the path of a file, or the text."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Device of the model. auto is a GPU, and the CPU for the tiny model."""
+    """Device of the model. auto: a GPU, or the CPU for the tiny model."""
     cache_dir: str | None = None
     """Folder for a 4-bit copy of the model, on a network volume for example. The first start writes
     it; later starts read 25 GB instead of 93. Compiled CUDA kernels are kept there too, by default
@@ -82,43 +83,45 @@ class EngineSettings(_Section):
     """The limits and the scheduling of the engine."""
 
     max_model_len: int | None = Field(default=None, ge=16)
-    """Tokens of prompt and answer together; None is what the checkpoint allows."""
+    """Maximum number of tokens of a prompt and its answer together. None: the checkpoint's maximum.
+    """
     max_num_seqs: int = Field(default=32, ge=1)
-    """Sequences decoded in one step."""
+    """Maximum number of sequences that run at the same time."""
     max_waiting: int = Field(default=256, ge=0)
-    """Requests that may wait in the request queue, a list of prompts as one. A further request is
-    answered 429."""
+    """Maximum number of requests that wait in the request queue; a list of prompts counts as one.
+    Further requests get 429."""
     block_size: int = Field(default=16, ge=1)
-    """Tokens in one KV block."""
+    """Number of tokens in one KV block."""
     kv_cache_tokens: int | None = Field(default=None, ge=16)
-    """Tokens of KV cache; None is what the GPU's memory holds, or 4 x max_model_len on a CPU."""
+    """Number of tokens in the KV cache. None: as many as fit into the GPU's memory, or 4 times
+    `max_model_len` on a CPU."""
     enable_prefix_caching: bool = True
-    """Prompts with a common beginning, such as the turns of a conversation, share its KV blocks.
-    Unused blocks are kept until their memory is needed."""
+    """Whether prompts with a common beginning, such as the turns of a conversation, share its KV
+    blocks. Unused blocks are kept until their memory is needed."""
     gpu_memory_utilization: float = Field(default=1.0, gt=0, le=1)
-    """Share of the GPU's memory that this server may use; lower it where other programs use the GPU
-    too. 1 to 3 GB are always kept for a step's results. A 32 GB card needs 1.0: the weights take
-    25 GB."""
+    """Share of the GPU's memory that this server may use. Lower it if other programs use the GPU
+    too. 1 to 3 GB of it are kept for the results of a step. A GPU of 32 GB needs 1.0, because the
+    weights take 25 GB."""
     max_num_batched_tokens: int | None = Field(default=None, ge=16)
-    """Prompt and decode tokens in one step; None is 8,192 on a GPU with 40 GB or more, 2,048 on a
-    smaller one and 512 on a CPU. Longer prompts are split into prefill chunks. A larger value takes
-    GPU memory; how long streams wait for prompts is `max_stall_s`."""
+    """Maximum number of tokens in one step, of prompts and decodes together. None: 8,192 on a GPU
+    with 40 GB or more, 2,048 on a smaller one, 512 on a CPU. Longer prompts are split into prefill
+    chunks. A larger value needs more GPU memory. `max_stall_s` limits the time that streams wait
+    for prompts."""
     max_stall_s: float = Field(default=0.35, gt=0)
-    """Seconds that a stream may wait for its next token because a prompt is computed. A smaller
+    """Maximum seconds that a stream waits for its next token while prompts are computed. A smaller
     value gives smoother streams and later first tokens."""
     prefill_share: float = Field(default=0.8, gt=0, lt=1)
-    """Share of the device's time that prompts get while prompts and streams both wait."""
+    """Share of the device's time for prompts while both prompts and streams wait. Streams get the
+    rest."""
     step_timeout_s: float = Field(default=60.0, gt=0)
-    """Seconds after which a step that has not ended counts as hung: the engine ends, and Serve
-    replaces the replica. Where a step has taken more than a tenth of that, it is 10 times the
-    longest step."""
+    """Seconds after which a step that does not return counts as hung, or 10 times the longest step
+    so far if that is longer. The engine then ends, and Serve replaces the replica."""
     enforce_eager: bool = False
-    """Launches the kernels of each decode step one by one instead of replaying captured CUDA
-    graphs. Decoding is slower; the start is shorter and uses less GPU memory."""
+    """Whether the kernels of each decode step are launched one by one, instead of replaying
+    captured CUDA graphs. Decoding is slower; the start is shorter and needs less GPU memory."""
     num_threads: int | None = Field(default=None, ge=1)
-    """Most compute threads on a CPU; None is the number of cores. Long steps, such as those of
-    prompts, use all; short ones use fewer, which leaves a core for network I/O, as do models that
-    are not computed by compiled steps."""
+    """Maximum number of compute threads on a CPU. None: the number of cores for long steps of the
+    compiled step, such as those of prompts; other steps leave a core for network I/O."""
 
     @model_validator(mode="after")
     def _sequences_fit_into_a_step(self) -> "EngineSettings":
@@ -134,37 +137,41 @@ class ApiSettings(_Section):
     """The limits of requests, and the API keys."""
 
     keys: SecretStr | None = None
-    """Accepted API keys, comma separated; None requires no key. Read from the environment only."""
+    """Accepted API keys, comma separated. Read from the environment only. Without this and
+    `keys_file`, clients need no key."""
     keys_file: str | None = None
-    """File of further API keys, with a name and limits for each; `mixtral-serve keys` writes it.
-    The server follows its changes."""
+    """File of API keys with names and limits, which `mixtral-serve keys` writes. The server reads
+    it again when it changes."""
     cors_origins: str | None = None
     """Origins of web pages that may call the API from a browser, comma separated, such as
-    `https://chat.example.com`; `*` is every origin. None allows no other origin."""
+    `https://chat.example.com`; `*` allows every origin. None: no other origin."""
     max_tokens_limit: int | None = Field(default=None, ge=1)
-    """The largest `max_tokens` that a request may set; None is what the context holds."""
+    """The largest `max_tokens` that a request may have. None: what the context holds."""
     max_prompt_chars: int = Field(default=100_000, ge=1)
-    """Characters of a prompt, or of all messages together. A longer prompt is answered 400."""
+    """Maximum number of characters of a prompt, or of all messages together. A longer prompt gets
+    400."""
     max_prompts: int = Field(default=1000, ge=1)
-    """Prompts in one list (`prompts` or `items` of `/prompt`). A longer list is answered 400."""
+    """Maximum number of prompts in a list (`prompts` or `items` of `/prompt`). A longer list gets
+    400."""
     max_body_bytes: int = Field(default=8_000_000, ge=1024)
-    """Bytes of the body of a request or job. A larger body is answered 413."""
+    """Maximum bytes of the body of a request or job. A larger body gets 413."""
     sanitize_control_tokens: bool = True
-    """Whether a control token that a message contains, such as `</s>`, is text. false makes it the
-    control token, as transformers' `apply_chat_template` does. Raw prompts may always contain
-    them."""
+    """Whether a control token in a message, such as `</s>`, is plain text. With false it is the
+    control token, as in transformers' `apply_chat_template`. Raw prompts may always contain control
+    tokens."""
     request_timeout_s: float = Field(default=600.0, gt=0)
-    """Seconds from its arrival after which a request ends with 504."""
+    """Maximum seconds from the arrival of a request to its end. Then it ends with 504."""
     retry_after_s: int = Field(default=1, ge=1)
-    """Shortest `Retry-After` in seconds of a 429 for a full request queue, and that of a 503 while
-    the server shuts down. The engine's measured rate gives longer ones, up to 60."""
+    """Minimum seconds in `Retry-After` of a 429 for a full request queue, and the value of a 503
+    while the server shuts down. A slow engine gives longer ones, up to 60."""
     max_connections: int = Field(default=4096, ge=16)
-    """Connections to HAProxy at once. Further ones wait until one of them closes."""
+    """Maximum number of open connections to HAProxy. Further ones wait until one closes."""
     max_connections_per_address: int | None = Field(default=None, ge=1)
-    """Connections that one address may have to HAProxy at once; further ones are closed. None has
-    no limit: behind a load balancer, all clients have its address."""
+    """Maximum number of open connections to HAProxy from one address. Further ones are closed.
+    None: no limit, because all clients behind a load balancer have its address."""
     trusted_proxies: str | None = None
-    """Addresses or networks without that limit, comma separated, such as `10.0.0.0/8`."""
+    """Addresses or networks without `max_connections_per_address`, comma separated, such as
+    `10.0.0.0/8`."""
 
     @field_validator("trusted_proxies")
     @classmethod
@@ -195,43 +202,42 @@ class RunpodSettings(_Section):
     """The RunPod worker."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
-    """Prompts of jobs in flight at once: a job counts as many as its list has. None is
-    `engine.max_num_seqs` for each replica + `engine.max_waiting` / 4. A job that does not fit
-    beside others waits at the platform."""
+    """Maximum number of prompts of the jobs that run at the same time; a job counts each prompt of
+    its list. Further jobs wait at the platform. None: `engine.max_num_seqs` for each replica plus
+    `engine.max_waiting` / 4."""
     drain_s: float = Field(default=25.0, ge=0)
-    """Seconds after SIGTERM in which running jobs and HTTP requests may finish. When four fifths
-    have passed, the jobs that still run fail with `retry: true`, in time to be reported."""
+    """Seconds after SIGTERM in which running jobs and HTTP requests may finish. Jobs that still run
+    after four fifths of them fail with `retry: true`, so that there is time to report it."""
     large_results: Literal["error", "volume"] = "error"
-    """Output of a job whose result is over the platform's limit (10 MB, or 20 MB for `/runsync`):
-    an error, or a file `results/<job id>.json` on the volume with `{"file", "bytes"}` as the
-    output."""
+    """What happens to a result over the platform's limit (10 MB, or 20 MB for `/runsync`). error:
+    the job fails. volume: the result becomes the file `results/<job id>.json` on the volume, and
+    the output is `{"file", "bytes"}`."""
     volume: str | None = None
-    """Folder on the network volume; None is `/runpod-volume`, or `/workspace` where a volume is
-    mounted there alone, as in pods. Without a mounted volume nothing is kept there."""
+    """Folder of the network volume. None: `/runpod-volume`, or `/workspace` if only that is
+    mounted, as in pods. Nothing is stored there if no volume is mounted."""
     progress_interval_s: float = Field(default=2.0, ge=0.1)
     """Minimum seconds between two progress updates of a job."""
     start: Literal["lazy", "eager"] = "lazy"
-    """Time at which the model loads. lazy: with the first job, within that job's execution time.
-    eager: before the worker takes a job, within the platform's time for a start (7 minutes by
-    default)."""
+    """When the model loads. lazy: with the first job, within that job's execution timeout. eager:
+    before the worker takes a job, within `init_timeout_s`."""
     init_timeout_s: float = Field(default=420.0, gt=0)
-    """Seconds that the platform gives a worker before it asks for jobs, or before `/ping` is 200.
-    The platform reads RUNPOD_INIT_TIMEOUT; the worker warns when it expects the load to take
-    longer."""
+    """Maximum seconds of a worker's start, until it asks for jobs or `/ping` is 200. The platform
+    enforces it and reads it from RUNPOD_INIT_TIMEOUT. The worker warns if it expects the load to
+    take longer."""
     execution_timeout_s: float = Field(default=600.0, gt=0)
-    """The endpoint's execution timeout in seconds; the platform's default is 600. The worker does
-    not enforce it: it warns when it expects the load to take longer."""
+    """The endpoint's execution timeout in seconds. The platform enforces it; set the same value
+    here. The worker warns if it expects the load to take longer."""
 
 
 class ObservabilitySettings(_Section):
     """Logs and traces."""
 
     log_format: Literal["text", "json"] = "text"
-    """Lines of the log. json writes each record as one JSON object with time, level, logger,
-    message, and request_id where there is one."""
+    """Format of the log. json: one JSON object per line, with time, level, logger, message and
+    further fields such as request_id."""
     otlp_traces_endpoint: str | None = None
-    """URL to which the spans of answers are sent, by OTLP over HTTP, such as
-    `http://127.0.0.1:4318/v1/traces`. None records no spans."""
+    """URL of a collector that gets the spans of answers by OTLP over HTTP, such as
+    `http://127.0.0.1:4318/v1/traces`. None: no spans are recorded."""
 
     @field_validator("otlp_traces_endpoint")
     @classmethod

@@ -118,11 +118,11 @@ class EntrySettings(BaseSettings):
     serve_config: str = "configs/runpod.yaml"
     """The YAML to serve: the file that `serve run` takes."""
     runpod_serverless: bool = True
-    """true takes RunPod jobs; false serves HTTP on `PORT`."""
+    """Whether the worker takes RunPod jobs. false: it serves HTTP on `PORT`."""
     port: int = Field(default=8000, ge=0, le=65535)
-    """Port for HTTP, on every interface."""
+    """The HTTP port, on every interface."""
     port_health: int | None = Field(default=None, ge=0, le=65535)
-    """Port on which a load balancer asks `/ping` for the server's state; None is `PORT`."""
+    """The port of `/ping` for a load balancer. None: `PORT`."""
     runpod_webhook_get_job: str | None = None
     """Address from which the worker takes jobs. Only the platform sets it."""
     runpod_endpoint_id: str | None = None

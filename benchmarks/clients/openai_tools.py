@@ -1,5 +1,7 @@
 """openai, the package: tools in chat completions."""
 
+from typing import Any
+
 import openai
 
 from benchmarks.clients.features import Server, feature
@@ -7,12 +9,15 @@ from benchmarks.clients.openai_client import client
 from benchmarks.clients.weather import NAMED, QUESTION, TOOL, Weather, valid
 
 
+def ask(server: Server, **fields: Any) -> Any:
+    """Returns the choice of a chat completion about the weather, with the tool and `fields`."""
+    fields = {"messages": QUESTION, "max_tokens": 300, "tools": [TOOL], **fields}
+    return client(server).chat.completions.create(model=server.model, **fields).choices[0]
+
+
 @feature
 def tools_required(server: Server) -> None:
-    answer = client(server).chat.completions.create(
-        model=server.model, messages=QUESTION, max_tokens=300, tools=[TOOL], tool_choice="required"
-    )
-    choice = answer.choices[0]
+    choice = ask(server, tool_choice="required")
     calls = choice.message.tool_calls or []
     assert calls
     # The tiny model may call its tool until `max_tokens` cuts the last call.
@@ -24,17 +29,7 @@ def tools_required(server: Server) -> None:
 
 @feature
 def tools_named(server: Server) -> None:
-    choice = (
-        client(server)
-        .chat.completions.create(
-            model=server.model,
-            messages=QUESTION,
-            max_tokens=300,
-            tools=[TOOL],
-            tool_choice=NAMED,
-        )
-        .choices[0]
-    )
+    choice = ask(server, tool_choice=NAMED)
     assert choice.message.tool_calls
     assert len(choice.message.tool_calls) == 1
     assert choice.message.tool_calls[0].type == "function"
@@ -43,30 +38,13 @@ def tools_named(server: Server) -> None:
 
 @feature
 def tools_auto(server: Server) -> None:
-    choice = (
-        client(server)
-        .chat.completions.create(
-            model=server.model, messages=QUESTION, max_tokens=100, temperature=0, tools=[TOOL]
-        )
-        .choices[0]
-    )
+    choice = ask(server, max_tokens=100, temperature=0)
     assert choice.message.content or choice.message.tool_calls
 
 
 @feature
 def tools_not_parallel(server: Server) -> None:
-    choice = (
-        client(server)
-        .chat.completions.create(
-            model=server.model,
-            messages=QUESTION,
-            max_tokens=300,
-            tools=[TOOL],
-            tool_choice="required",
-            parallel_tool_calls=False,
-        )
-        .choices[0]
-    )
+    choice = ask(server, tool_choice="required", parallel_tool_calls=False)
     assert choice.finish_reason == "tool_calls"
     assert len(choice.message.tool_calls or ()) == 1
 
@@ -82,17 +60,7 @@ def tools_result(server: Server) -> None:
         },
         {"role": "tool", "tool_call_id": "call_1", "content": "Sunny."},
     ]
-    choice = (
-        client(server)
-        .chat.completions.create(
-            model=server.model,
-            messages=messages,
-            max_tokens=16,
-            tools=[TOOL],
-            tool_choice="none",
-        )
-        .choices[0]
-    )
+    choice = ask(server, messages=messages, max_tokens=16, tool_choice="none")
     assert choice.message.content
     assert not choice.message.tool_calls
 

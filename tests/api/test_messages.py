@@ -1,6 +1,5 @@
 """`/v1/messages` and its `count_tokens`, with Anthropic's own client and models."""
 
-import json
 import logging
 from typing import Any
 
@@ -12,6 +11,7 @@ from pydantic import BaseModel
 
 from serve_app.errors import OutOfMemory, QueueFull
 from tests.api.conftest import Endpoint
+from tests.api.named_events import events_of
 from tests.fakes import FakeEngine
 from tests.validated import validated
 
@@ -19,19 +19,6 @@ PATH = "/v1/messages"
 QUESTION: Any = [{"role": "user", "content": "What is 2 + 3?"}]
 ASKED: Any = {"model": "tiny", "max_tokens": 16, "messages": QUESTION}
 GREEDY: Any = {**ASKED, "extra_body": {"temperature": 0}}  # the client has no such argument
-
-
-def events_of(response: httpx.Response) -> list[dict[str, Any]]:
-    """Returns the events of a stream, each of which has its type as its name; nothing follows
-    them."""
-    *texts, end = response.text.split("\n\n")
-    assert end == ""
-    events = []
-    for text in texts:
-        name, data = text.split("\n")
-        events.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {events[-1]['type']}"
-    return events
 
 
 def test_the_client_gets_the_same_message_whole_and_streamed(tiny_endpoint: Endpoint) -> None:

@@ -10,7 +10,8 @@ import pytest
 from anthropic.types import Message, RawMessageStreamEvent
 
 from tests.api.conftest import Endpoint
-from tests.api.test_messages import PATH, events_of
+from tests.api.named_events import events_of
+from tests.api.test_messages import PATH
 from tests.fakes import FakeEngine
 from tests.validated import validated
 

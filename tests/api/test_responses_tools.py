@@ -11,7 +11,8 @@ from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel
 
 from tests.api.conftest import Endpoint
-from tests.api.test_responses import PATH, events_of
+from tests.api.named_events import events_of
+from tests.api.test_responses import PATH
 from tests.fakes import FakeEngine
 from tests.validated import validated
 

@@ -6,40 +6,12 @@ import pytest
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.config import MixtralConfig
-
-MIXTRAL_8X7B: dict[str, Any] = {
-    "architectures": ["MixtralForCausalLM"],
-    "attention_dropout": 0.0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "initializer_range": 0.02,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "model_type": "mixtral",
-    "num_attention_heads": 32,
-    "num_experts_per_tok": 2,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "output_router_logits": False,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 1000000.0,
-    "router_aux_loss_coef": 0.02,
-    "sliding_window": None,
-    "tie_word_embeddings": False,
-    "torch_dtype": "bfloat16",
-    "transformers_version": "4.36.0.dev0",
-    "use_cache": True,
-    "vocab_size": 32000,
-}
-"""As published with Mixtral-8x7B-Instruct-v0.1."""
+from tests.model.checkpoint.full_size import CONFIG
 
 
 def test_the_published_file_is_read() -> None:
     """Every field of the published configuration is read."""
-    assert MixtralConfig.from_dict(MIXTRAL_8X7B) == MixtralConfig(
+    assert MixtralConfig.from_dict(CONFIG) == MixtralConfig(
         num_hidden_layers=32,
         hidden_size=4096,
         intermediate_size=14336,
@@ -76,7 +48,7 @@ def test_the_published_file_is_read() -> None:
 )
 def test_every_way_to_write_a_value(changes: dict[str, Any], field: str, value: object) -> None:
     """Optional keys, null, lists and both places of rope theta are understood."""
-    assert getattr(MixtralConfig.from_dict({**MIXTRAL_8X7B, **changes}), field) == value
+    assert getattr(MixtralConfig.from_dict({**CONFIG, **changes}), field) == value
 
 
 @pytest.mark.parametrize(
@@ -108,5 +80,5 @@ def test_every_way_to_write_a_value(changes: dict[str, Any], field: str, value: 
 def test_what_cannot_be_served_is_refused_by_name(changes: dict[str, Any], key: str) -> None:
     """Another model or impossible numbers end in one sentence that names the key."""
     with pytest.raises(ModelLoadFailed, match=f"config.json: .*`{key}`") as caught:
-        MixtralConfig.from_dict({**MIXTRAL_8X7B, **changes})
+        MixtralConfig.from_dict({**CONFIG, **changes})
     assert not caught.value.retry

@@ -50,6 +50,18 @@ def send_sigterm(worker: Worker) -> None:
     until(lambda: "Stopping: " in worker.log)
 
 
+def send_sigterm_in_a_poll(platform: Platform, worker: Worker, hold_s: float) -> int:
+    """Sends SIGTERM during a poll that the platform holds open for `hold_s` seconds.
+
+    Returns the number of polls so far, this one included.
+    """
+    platform.queue.hold_s = hold_s
+    num_polls = platform.queue.num_polls
+    until(lambda: platform.queue.num_polls > num_polls)
+    send_sigterm(worker)
+    return num_polls + 1
+
+
 def refusals(jobs: list[Job]) -> set[tuple[str, bool]]:
     errors = [json.loads(job.error)["error"] for job in jobs]
     return {(error["code"], error["retry"]) for error in errors}
@@ -88,17 +100,14 @@ def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Sta
 def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) -> None:
     """Jobs that one poll brings after SIGTERM run at the same time; the SDK would lose them."""
     worker = start()
-    platform.queue.hold_s = 30
-    num_polls = platform.queue.num_polls
-    until(lambda: platform.queue.num_polls > num_polls)
-    send_sigterm(worker)
+    num_polls = send_sigterm_in_a_poll(platform, worker, hold_s=30)
     client = Client(platform)
     with platform.paused():
         late = [client.submit({"prompt": prompt}) for prompt in ("3", "3", "3", "hold")]
         late.append(client.submit({"prompt": "3", "stream": True}))
     assert ended(platform, worker) == 0
     assert [job.status for job in late] == ["COMPLETED"] * 5
-    assert platform.queue.num_polls == num_polls + 1
+    assert platform.queue.num_polls == num_polls
 
 
 @pytest.mark.parametrize("drain_s", ["0", "1"])
@@ -107,10 +116,7 @@ def test_a_late_job_that_needs_longer_is_refused(
 ) -> None:
     """A late job has the rest of the drain; one that comes after the cut is refused at once."""
     worker = start("--drain-s", drain_s)
-    platform.queue.hold_s = 30
-    num_polls = platform.queue.num_polls
-    until(lambda: platform.queue.num_polls > num_polls)
-    send_sigterm(worker)
+    send_sigterm_in_a_poll(platform, worker, hold_s=30)
     job = Client(platform).submit({"prompt": "mute"})
     assert ended(platform, worker) == 0
     assert refusals([job]) == {("draining", True)}
@@ -119,10 +125,7 @@ def test_a_late_job_that_needs_longer_is_refused(
 def test_an_idle_worker_ends_when_its_poll_returns(platform: Platform, start: Start) -> None:
     """An idle worker waits for its open poll, which may bring a job, and then ends at once."""
     worker = start()
-    platform.queue.hold_s = 2
-    num_polls = platform.queue.num_polls
-    until(lambda: platform.queue.num_polls > num_polls)
-    send_sigterm(worker)
+    send_sigterm_in_a_poll(platform, worker, hold_s=2)
     assert platform.queue.num_open_polls == 1
     until(lambda: platform.queue.num_open_polls == 0)
     assert worker.process.wait(10) == 0

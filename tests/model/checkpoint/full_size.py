@@ -7,10 +7,12 @@ from typing import Any
 
 CONFIG: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
+    "attention_dropout": 0.0,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "hidden_act": "silu",
     "hidden_size": 4096,
+    "initializer_range": 0.02,
     "intermediate_size": 14336,
     "max_position_embeddings": 32768,
     "model_type": "mixtral",
@@ -19,13 +21,18 @@ CONFIG: dict[str, Any] = {
     "num_hidden_layers": 32,
     "num_key_value_heads": 8,
     "num_local_experts": 8,
+    "output_router_logits": False,
     "rms_norm_eps": 1e-05,
     "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
     "sliding_window": None,
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
+    "transformers_version": "4.36.0.dev0",
+    "use_cache": True,
     "vocab_size": 32000,
 }
+"""config.json as published with Mixtral-8x7B-Instruct-v0.1."""
 BYTES = {"BF16": 2, "F32": 4, "U8": 1}
 Tensors = dict[str, tuple[str, list[int], bytes]]
 """dtype, shape and the first bytes of the data."""

@@ -54,6 +54,14 @@ def copy(folder: Path, to: Path) -> Path:
     return to
 
 
+def assert_refused(folder: Path, damage: Break, words: list[str]) -> None:
+    """Asserts that the checkpoint is refused after `damage`, not before, with all `words`."""
+    inspect(folder)
+    damage(folder)
+    message = refusal(folder).message
+    assert [word for word in words if word not in message] == []
+
+
 def change(name: str, how: Callable[[Tensors], object]) -> Break:
     """Rewrites the file that holds tensor `name`, header and all but metadata."""
 
@@ -163,12 +171,7 @@ BROKEN_BNB4: dict[str, tuple[Break, list[str]]] = {
 @pytest.mark.parametrize("what", BROKEN_BNB4)
 def test_broken_bitsandbytes_checkpoints(what: str, bnb4: Path, tmp_path: Path) -> None:
     """The error names the companion tensor that is missing or does not fit."""
-    copy(bnb4, tmp_path)
-    inspect(tmp_path)
-    damage, words = BROKEN_BNB4[what]
-    damage(tmp_path)
-    message = refusal(tmp_path).message
-    assert [word for word in words if word not in message] == []
+    assert_refused(copy(bnb4, tmp_path), *BROKEN_BNB4[what])
 
 
 def test_one_way_to_quantize(oracle: Any, bnb4: Path, tmp_path: Path) -> None:
@@ -239,12 +242,7 @@ BROKEN_OWN: dict[str, tuple[Break, list[str]]] = {
 @pytest.mark.parametrize("what", BROKEN_OWN)
 def test_broken_checkpoints_of_our_own(what: str, own: Path, tmp_path: Path) -> None:
     """The error names what is not as `convert` wrote it."""
-    copy(own, tmp_path)
-    inspect(tmp_path)
-    damage, words = BROKEN_OWN[what]
-    damage(tmp_path)
-    message = refusal(tmp_path).message
-    assert [word for word in words if word not in message] == []
+    assert_refused(copy(own, tmp_path), *BROKEN_OWN[what])
 
 
 def load4(folder: Path) -> None:

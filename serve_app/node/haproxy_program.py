@@ -1,41 +1,41 @@
-"""The program that Ray Serve starts in HAProxy's place: it changes the configuration, then runs it.
+"""The program that Ray Serve starts instead of HAProxy: changes the configuration, then runs it.
 
-Serve writes HAProxy's configuration from a template of its own and starts HAProxy again after each
+Serve writes the configuration from a template of its own, and starts HAProxy again after each
 change of the replicas. RAY_SERVE_HAPROXY_BINARY_PATH names this program, so it runs each time:
 
-    haproxy_program.py [OPTIONS] -- -db -f FILE ...      replaces parts of FILE, executes haproxy
+    haproxy_program.py [OPTIONS] -- -db -f FILE ...      changes FILE, then executes haproxy
 
-What it changes, and what Ray 2.60 has in the template (`haproxy_templates.py`):
+                                 after the change                Ray 2.60 (`haproxy_templates.py`)
+    address of the server        `--bind`; the replicas' ports   the address of the replicas
+                                 stay on loopback
+    statistics and metrics       no port; Serve reads the        ports on every interface
+                                 admin socket
+    admin socket                 for this user alone             for every user
+    time for the headers         10 s                            no limit
+    time without progress        60 s for the client             an hour
+    URL, number of headers       limited; HAProxy's buffer       only by the buffer
+                                 limits their size (15 kB)
+    connections                  `--max-connections`, at most    Serve's `maxconn`
+                                 what open files allow;
+                                 optionally limited per address
+    a replica does not answer    503 with the JSON of our table  500 with a text
+    choice of a replica          by conversation                 the fewest connections
+                                 (`haproxy_sessions.py`)
+    while the queue is full      429 with that JSON, by HAProxy  the replica gets each request
+                                 (`haproxy_refusals.py`)
+    before the model is loaded   503 with that JSON              404, because there is no route
+    a late body                  408 with that JSON              no limit
+    pages of other origins       the CORS headers (`cors.py`)    none
 
-    bind of the server's port      any address, while the replica's own port stays on loopback
-    statistics, metrics            removed; they listen on every interface, and Serve reads the
-                                   statistics from the admin socket
-    admin socket                   for this user alone; any user may write to it
-    time for the headers           10 s; no limit
-    time without progress          60 s while the client sends or reads; an hour
-    URL, number of headers         limited; the headers' size is limited by HAProxy's buffer (15 KB)
-    connections                    `--max-connections`, as far as open files allow; also limited for
-                                   one address, if asked for
-    no answer of a replica         503 with the JSON of our table; 500 with a text
-    choice of a replica            by conversation, where there are several
-                                   (`haproxy_sessions.py`); the one with fewest connections
-    while the queue is full        429 with such JSON for what would generate, from HAProxy itself
-                                   (`haproxy_refusals.py`); each request passes to the replica
-    before the model is loaded     503 with such JSON; a 404, because Serve has no route yet
+No configuration changes HAProxy's own text for requests that it cannot read (400) and for late
+headers (408).
 
-    a body that is late            408 with such JSON
-    for pages of other origins     the CORS headers, and permission (`cors.py`)
+HAProxy inherits two settings of this process. It ignores SIGTERM, which systemd and others send to
+all processes of a server; Serve ends HAProxy with SIGKILL or SIGUSR1, after running requests. And
+the kernel kills it when the process that started it dies.
 
-Requests that HAProxy cannot read, and headers that are late, get 400 and 408 in its own words,
-which no configuration changes.
-
-Two settings of the process pass to HAProxy. It ignores SIGTERM, which some send to all processes of
-a server: Serve ends it with SIGKILL, or SIGUSR1, and running requests are finished first. And the
-kernel kills it when the process that started it dies.
-
-It imports little more than the standard library, so that a start takes a twentieth of a second. It
-ends with code 1 and one sentence where Serve's configuration has another form than this version of
-Ray's.
+This module imports little more than the standard library, so that a start takes 0.05 s. It ends
+with code 1 and one sentence if Serve's configuration does not have the form of this Ray version.
 """
 
 import argparse

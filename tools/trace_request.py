@@ -144,6 +144,11 @@ class Items:
 class Posts:
     """A replacement for the posts of one job."""
 
+    request_id = "request-1"
+
+    def __init__(self) -> None:
+        self.last_chunk: dict[str, Any] = {}
+
     async def chunk(self, value: bytes) -> None: ...
 
     async def progress(self, update: dict[str, Any]) -> None: ...

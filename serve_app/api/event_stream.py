@@ -24,14 +24,16 @@ class EventStream(StreamingResponse):
     def __init__(
         self,
         chunks: AsyncGenerator[JsonObject, None],
-        error_event: Callable[[Exception], Mapping[str, Any]],
+        error_event: Callable[[Exception, JsonObject], Mapping[str, Any]],
         headers: dict[str, str],
         end: bytes = sse.DONE,
     ) -> None:
-        """`error_event` returns the last event of a failed stream."""
+        """`error_event` returns the last event of a failed stream, from the error and the last
+        response chunk, which is {} if there was none."""
         self._end = end
         self._chunks = chunks
         self._error_event = error_event
+        self._last: JsonObject = {}
         self._is_over = False
         self._first = asyncio.create_task(self._next())
         # Proxies that buffer would hold the tokens back.
@@ -73,13 +75,14 @@ class EventStream(StreamingResponse):
     async def _event(self, chunk: Awaitable[JsonObject]) -> bytes:
         """Waits for the next event. Connection errors are not raised here."""
         try:
-            return sse.event(await chunk)
+            self._last = await chunk
+            return sse.event(self._last)
         except StopAsyncIteration:
             self._is_over = True
             return self._end
         except Exception as raised:
             self._is_over = True
-            return sse.event(self._error_event(raised))
+            return sse.event(self._error_event(raised, self._last))
 
     async def _next(self) -> JsonObject:
         return await anext(self._chunks)

@@ -34,6 +34,7 @@ from serve_app.protocol.call import (
     TRACEPARENT,
     BatchReply,
     Call,
+    JsonObject,
     JsonReply,
     Reply,
     StreamReply,
@@ -167,13 +168,12 @@ async def _response(
     headers: dict[str, str],
 ) -> Response:
     match reply:
-        case StreamReply(chunks, error_event):
+        case StreamReply(chunks):
             assert route is not None
 
-            def last_event(error: Exception) -> Mapping[str, Any]:
+            def last_event(error: Exception, last: JsonObject) -> Mapping[str, Any]:
                 failure = server.failure(error, call.request_id)
-                body = error_body(failure, call.request_id, call.path)
-                return body if error_event is None else error_event(body)
+                return route.error_event(error_body(failure, call.request_id, call.path), last)
 
             stream = EventStream(chunks, last_event, headers, route.stream_end)
             await stream.begin()

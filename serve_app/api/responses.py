@@ -43,7 +43,7 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         to_body = lambda wholes: response.body(*about, wholes[0])  # noqa: E731
         return await choices.reply(server.list_places, answers, to_body)
     events = ResponseEvents(*about)
-    return StreamReply(_streamed(answers[0], events), events.error)
+    return StreamReply(_streamed(answers[0], events))
 
 
 async def _streamed(answer: "Answer", events: ResponseEvents) -> AsyncGenerator[JsonObject, None]:

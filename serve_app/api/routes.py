@@ -4,15 +4,17 @@ HTTP routing, API keys, the parsing of jobs, answers before the load and the sta
 Ray Serve's access log and metrics have the same paths.
 """
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from serve_app.api import chat, completions, messages, pages, prompt, responses, status, tokens
+from serve_app.error_body import ErrorBody
 from serve_app.errors import MethodNotAllowed, RouteNotFound
 from serve_app.protocol import sse
-from serve_app.protocol.call import Call, Reply
+from serve_app.protocol.call import Call, JsonObject, Reply
 from serve_app.protocol.field_errors import printable
+from serve_app.protocol.responses_api.events import error_event
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
 Handler = Callable[["MixtralServer", Call], Awaitable[Reply]]
 """A function that answers a call. It may raise any exception, which `MixtralServer.failure`
 converts to an error."""
+
+
+def _only_body(body: ErrorBody, _last: JsonObject) -> ErrorBody:
+    return body
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,9 @@ class Route:
     """Whether a worker answers it before its model is loaded, with fewer fields."""
     stream_end: bytes = sse.DONE
     """The server-sent event after a stream's last response chunk."""
+    error_event: Callable[[ErrorBody, JsonObject], Mapping[str, Any]] = _only_body
+    """Returns the last event of a failed stream from the error body and the last response chunk,
+    which is {} if there was none."""
 
     @property
     def allow(self) -> str:
@@ -56,7 +65,14 @@ ROUTES = (
     Route("GET", "/tokenizer_info", tokens.tokenizer_info),
     Route("POST", "/v1/chat/completions", chat.create, generates=True),
     Route("POST", "/v1/completions", completions.create, generates=True),
-    Route("POST", "/v1/responses", responses.create, generates=True, stream_end=b""),
+    Route(
+        "POST",
+        "/v1/responses",
+        responses.create,
+        generates=True,
+        stream_end=b"",
+        error_event=error_event,
+    ),
     Route("POST", "/v1/messages", messages.create, generates=True, stream_end=b""),
     Route("POST", "/v1/messages/count_tokens", messages.count_tokens),
     Route("POST", "/prompt", prompt.create, generates=True),

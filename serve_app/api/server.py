@@ -20,7 +20,7 @@ from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.request_body import BodyReader
 from serve_app.api.tracing import Tracing
 from serve_app.config.settings import Settings
-from serve_app.error_body import ErrorBody, error_body
+from serve_app.error_body import error_body
 from serve_app.errors import (
     Draining,
     EngineDead,
@@ -34,8 +34,6 @@ from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.call import (
     BatchReply,
     Call,
-    ErrorItem,
-    JsonObject,
     JsonReply,
     Reply,
     ReplyItem,
@@ -139,7 +137,6 @@ class MixtralServer:
 
         Closing the generator cancels the request.
         """
-        error_event: Callable[[ErrorBody], JsonObject] | None = None
         try:
             call = Call(method, path, body, request_id, traceparent=traceparent)
             match await self.answer(call):
@@ -151,17 +148,13 @@ class MixtralServer:
                     async with aclosing(items):
                         async for item in items:
                             yield item
-                case StreamReply(chunks, error_event):
+                case StreamReply(chunks):
                     async with aclosing(chunks):
                         async for chunk in chunks:
                             yield {"chunk": chunk}
         except Exception as raised:
             error = self.failure(raised, request_id)
-            shown = error_body(error, request_id, path)
-            last: ErrorItem = {"status": error.http_status, "error": shown}
-            if error_event is not None:
-                last["event"] = error_event(shown)
-            yield last
+            yield {"status": error.http_status, "error": error_body(error, request_id, path)}
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
         """Returns the client's error for any exception. Counts it, and logs it once."""

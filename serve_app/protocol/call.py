@@ -5,9 +5,9 @@ process than the model, `MixtralServer.call` sends the reply as a sequence of `R
 """
 
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NotRequired, TypedDict, final
+from typing import Any, TypedDict, final
 
 from serve_app.error_body import ErrorBody
 from serve_app.protocol.key_account import KeyAccount
@@ -85,8 +85,6 @@ class ErrorItem(TypedDict):
     status: int
     """The HTTP status."""
     error: ErrorBody
-    event: NotRequired[JsonObject]
-    """The last event of a failed stream, if the API has its own event for errors."""
 
 
 ReplyItem = ChunkItem | ProgressItem | BodyItem | ErrorItem
@@ -124,8 +122,6 @@ class StreamReply:
     """
 
     chunks: AsyncGenerator[JsonObject, None]
-    error_event: Callable[[ErrorBody], JsonObject] | None = None
-    """Returns the last event of a failed stream, if the API has its own event for errors."""
 
 
 @dataclass(frozen=True, slots=True)

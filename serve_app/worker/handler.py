@@ -8,7 +8,6 @@ import contextlib
 import json
 import logging
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -38,7 +37,6 @@ class _Refused(Exception):
     def __init__(self, item: ErrorItem) -> None:
         super().__init__()
         self.body = item["error"]
-        self.event = item.get("event")
 
 
 class Handler:
@@ -65,7 +63,7 @@ class Handler:
     async def answer(self, job: dict[str, Any], posts: Posts) -> None:
         """Runs `job`, the platform's object. Posts its output while it is generated, then its
         result."""
-        job_id, request_id = job.get("id"), uuid.uuid4().hex
+        job_id, request_id = job.get("id"), posts.request_id
         began = time.monotonic()
         request: JobRequest | None = None
         job_log.started(job_id, request_id)
@@ -74,19 +72,19 @@ class Handler:
             result = await self._answer(request, posts)
             job_log.completed(job_id, time.monotonic() - began)
         except Exception as error:
-            last_event = None
             if isinstance(error, _Refused):
-                body, last_event = error.body, error.event
+                body = error.body
             else:
                 path = request.call.path if request is not None else ""
                 body = error_body(handle_error(error, request_id), request_id, path)
             job_log.failed(job_id, time.monotonic() - began, body)
-            result = await _failed(request, body, posts, last_event)
+            result = await _failed(request, body, posts)
         await posts.result(result)
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
-        """Ends `job` with `error`. The worker is the cause, not the job."""
-        request_id = uuid.uuid4().hex
+        """Ends `job` with `error`, before or after its stream has begun. The worker is the cause,
+        not the job."""
+        request_id = posts.request_id
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
             request = parse(job, request_id, self._max_body_bytes)
@@ -108,7 +106,7 @@ class Handler:
             client = await (self.supervisor.ready() if is_ready else self._loaded(posts))
             try:
                 if request.stream:
-                    await _stream(client, request, output)
+                    await _stream(client, request, output, posts)
                 else:
                     await output.add(await self._body(client, call, posts))
                 if call.method == "POST":
@@ -181,7 +179,7 @@ class Handler:
         return health
 
 
-async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
+async def _stream(client: Forward, request: JobRequest, output: Output, posts: Posts) -> None:
     """Adds the model's stream to `output`. Raises the error that ends it early, after all earlier
     items.
 
@@ -194,6 +192,7 @@ async def _stream(client: Forward, request: JobRequest, output: Output) -> None:
         while not buffer.is_over:
             batch = await buffer.take()
             chunks = [item["chunk"] for item in batch if "chunk" in item]
+            posts.last_chunk = chunks[-1] if chunks else posts.last_chunk
             errors = [item for item in batch if "error" in item]
             values: list[Any]
             if request.sse:
@@ -216,21 +215,23 @@ def _failure(item: ErrorItem) -> Exception:
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(item)
 
 
-async def _failed(
-    request: JobRequest | None,
-    body: ErrorBody,
-    posts: Posts,
-    last_event: JsonObject | None = None,
-) -> Result:
+async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> Result:
     """Returns the result of a job that fails with the error body `body`.
 
-    `last_event` ends the event stream of an API that has its own event for errors. A stream gets
-    the error as its last chunk, because RunPod's clients do not show a job's error.
+    A stream gets the error as its last chunk, because RunPod's clients do not show a job's error.
+    The gateway's stream gets it as the API's own event.
     """
     if request is not None and request.stream:
-        clean = json.loads(encode(last_event or body))  # an event refuses lone surrogates
-        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
-        last = {"token": "", "finished": True, "finish_reason": "error", **shown}
-        await posts.chunk(encode(event(clean).decode() if request.sse else last))
+        await posts.chunk(encode(_error_chunk(request, body, posts.last_chunk)))
     is_list = request is not None and request.is_list
     return Result.of_error(body, is_list=is_list)
+
+
+def _error_chunk(request: JobRequest, body: ErrorBody, last: JsonObject) -> Any:
+    """Returns the last chunk of a stream that fails after the response chunk `last`."""
+    if not request.sse:
+        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
+        return {"token": "", "finished": True, "finish_reason": "error", **shown}
+    route = routes.find(request.call.path)
+    error_event = body if route is None else route.error_event(body, last)
+    return event(json.loads(encode(error_event))).decode()  # an event refuses lone surrogates

@@ -14,6 +14,7 @@ import json
 import logging
 import signal
 import sys
+import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from serve_app.cold_start.check import Checked
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.node import ray_node, ray_thread
+from serve_app.protocol.call import JsonObject
 from serve_app.worker.handler import Handler
 from serve_app.worker.result import Result
 from serve_app.worker.start import make_handler
@@ -128,6 +130,8 @@ class LogPosts:
 
     def __init__(self) -> None:
         self.results: list[Result] = []
+        self.request_id = uuid.uuid4().hex
+        self.last_chunk: JsonObject = {}
         self._phases: set[str] = set()
 
     async def progress(self, update: dict[str, Any]) -> None:

@@ -6,9 +6,11 @@ The SDK repeats a post only after a 5xx, and loses a result after a reset connec
 
 import logging
 import time
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from serve_app.protocol.call import JsonObject
 from serve_app.worker.backoff import Backoff
 from serve_app.worker.drain import Drain
 from serve_app.worker.in_flight import Job
@@ -38,6 +40,12 @@ Outcome = Literal["acknowledged", "too large", "given up"]
 class Posts(Protocol):
     """Posts the output of one job for its handler."""
 
+    request_id: str
+    """The id of the job's request, which chunks, error and log lines have in common."""
+    last_chunk: JsonObject
+    """The last response chunk of the job's stream; {} before the first. The handler sets it. An API
+    may number its events, so the event of an error depends on it."""
+
     async def progress(self, update: dict[str, Any]) -> None:
         """Posts a progress update. A lost update has no effect."""
 
@@ -58,6 +66,8 @@ class JobPosts:
     large_results: LargeResults
     chunk_url: str
     result_url: str
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex, init=False)
+    last_chunk: JsonObject = field(default_factory=dict, init=False)
     _takes_chunks: bool = field(default=True, init=False)
     """False after a chunk was lost: a stream that ends early is better than text with a gap."""
 
@@ -82,7 +92,9 @@ class JobPosts:
         if len(body) <= max_result_bytes(self.job.id):
             outcome = await self._post_until_acknowledged(result)
         if outcome == "too large":
-            result = await self.large_results.replacement(self.job.id, result, len(body))
+            result = await self.large_results.replacement(
+                self.job.id, self.request_id, result, len(body)
+            )
             self.job.is_failing = result.error is not None
             outcome = await self._post_until_acknowledged(result)
         self.job.is_output_acknowledged = outcome == "acknowledged" and result.error is None

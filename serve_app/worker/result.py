@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -91,7 +90,9 @@ class LargeResults:
         self._policy = policy
         self._volume = volume
 
-    async def replacement(self, job_id: str, result: Result, num_bytes: int) -> Result:
+    async def replacement(
+        self, job_id: str, request_id: str, result: Result, num_bytes: int
+    ) -> Result:
         """Returns the result to post instead of `result`, whose body has `num_bytes`."""
         log.warning(
             "job %r: its result has %d bytes, more than the platform accepts.", job_id, num_bytes
@@ -107,7 +108,7 @@ class LargeResults:
             else:
                 return Result(encode([file] if result.is_list else file), is_list=result.is_list)
         too_large = ResultTooLarge(_message(job_id, num_bytes, remedy))
-        return Result.of_error(error_body(too_large, uuid.uuid4().hex), is_list=result.is_list)
+        return Result.of_error(error_body(too_large, request_id), is_list=result.is_list)
 
     def _write(self, job_id: str, output: bytes) -> dict[str, Any]:
         """Writes `output` to a file. Returns `{"file": path, "bytes": size}`. Raises `OSError`."""

@@ -1,14 +1,18 @@
 """A RunPod worker whose processes are killed: how each job ends."""
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
+from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
 from emulator.worker import Worker
@@ -49,11 +53,12 @@ def health_of(client: Client) -> dict[str, Any]:
     return output
 
 
-def both_run(client: Client) -> tuple[Job, Job]:
-    """Returns a stream that has posted chunks and a plain job, both running in the engine."""
+def both_run(client: Client, num_running: int = 2) -> tuple[Job, Job]:
+    """Returns a stream that has posted chunks and a plain job, both running in the engine, which
+    then runs `num_running` jobs."""
     stream, silent = client.submit({**LONG, "stream": True}), client.submit(LONG)
     until(lambda: stream.chunks)
-    until(lambda: health_of(client)["engine"]["running"] == 2)
+    until(lambda: health_of(client)["engine"]["running"] == num_running)
     return stream, silent
 
 
@@ -78,6 +83,40 @@ def test_a_killed_part_is_started_again(client: Client, worker: Worker, victim: 
     health = health_of(client)
     assert (health["status"], health["engine"]["kv_blocks_used"]) == ("ready", 0)
     assert not before & running(), "something of the dead Ray lives on"
+
+
+def test_a_killed_replica_ends_each_apis_stream_in_its_way(
+    client: Client, platform: Platform, worker: Worker
+) -> None:
+    """The clients of OpenAI and Anthropic raise what ends their streams through the gateway, and a
+    plain stream ends with its own last chunk."""
+    url = f"{platform.url}/v2/ep/openai"
+    theirs = openai.OpenAI(base_url=f"{url}/v1", api_key=client_api.KEY, max_retries=0)
+    other = anthropic.Anthropic(base_url=url, auth_token=client_api.KEY, max_retries=0)
+    said: Any = [{"role": "user", "content": "x"}]
+    more: Any = {"extra_body": {"ignore_eos": True}, "model": "tiny", "stream": True}
+    long = {"type": "object", "properties": {"a": {"type": "string", "minLength": 5000}}}
+    form: Any = {"format": {"type": "json_schema", "schema": {**long, "required": ["a"]}}}
+    streams: list[Any] = [
+        theirs.chat.completions.create(messages=said, max_tokens=5000, **more),
+        theirs.responses.create(input="x", max_output_tokens=5000, **more),
+        other.messages.create(
+            messages=said, max_tokens=5000, model="tiny", stream=True, output_config=form
+        ),
+    ]
+    events = [[next(stream)] for stream in streams]
+    plain, silent = both_run(client, num_running=5)
+    os.kill(one_below(worker.process.pid, "ServeReplica:mixtral"), signal.SIGKILL)
+    for stream, seen in zip(streams, events, strict=True):
+        with pytest.raises((openai.APIError, anthropic.APIError), match="process has ended"):
+            seen.extend(stream)
+    assert has_lost_the_model(client, plain)
+    until(lambda: silent.is_over)
+    failed = [job for job in platform.queue.jobs.values() if "openai_route" in str(job.request)]
+    responses, messages = (json.loads(job.chunks[-1].split("data: ")[-1]) for job in failed[-2:])
+    assert (responses["type"], responses["code"]) == ("error", "engine_dead")
+    assert responses["sequence_number"] > events[1][-1].sequence_number
+    assert (messages["type"], messages["error"]["type"]) == ("error", "api_error")
 
 
 def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import uuid
 from typing import Any
 
 from serve_app.worker.handler import Handler
@@ -15,6 +16,8 @@ class RecordedPosts:
         self.updates: list[dict[str, Any]] = []
         self.encoded: list[bytes] = []
         self.results: list[Result] = []
+        self.request_id = uuid.uuid4().hex
+        self.last_chunk: dict[str, Any] = {}
 
     async def progress(self, update: dict[str, Any]) -> None:
         self.updates.append(update)

@@ -18,7 +18,10 @@ LAST = {"token": "", "finished": True, "finish_reason": "stop", "usage": {"total
 
 
 class Model:
-    """Answers each call with the next of `scripts`, and records the calls."""
+    """Answers each call with the next of `scripts`, and records the calls.
+
+    It raises an item that is an exception, and waits for ever at `{"wait": None}`.
+    """
 
     def __init__(self, *scripts: Items) -> None:
         self.scripts = list(scripts)
@@ -31,6 +34,8 @@ class Model:
             for item in self.scripts.pop(0):
                 if isinstance(item, Exception):
                     raise item
+                if "wait" in item:
+                    await asyncio.Event().wait()
                 yield item
                 await asyncio.sleep(0)
         finally:

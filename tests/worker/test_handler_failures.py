@@ -1,14 +1,17 @@
 """The handler's posts for a failed job, with a scripted model."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from openai.types.responses import ResponseStreamEvent
 
 from serve_app.error_body import error_body
-from serve_app.errors import EngineDead, InvalidRequest, ModelLoadFailed, QueueFull
-from tests.worker.recorded import posts_of
-from tests.worker.scripted_model import LAST, TOKENS, HandlerOf, Model
+from serve_app.errors import Draining, EngineDead, InvalidRequest, ModelLoadFailed, QueueFull
+from tests.validated import validated
+from tests.worker.recorded import RecordedPosts, posts_of
+from tests.worker.scripted_model import LAST, TOKENS, HandlerOf, Items, Model
 
 
 def test_an_error_body_passes_unchanged(handler_of: HandlerOf) -> None:
@@ -51,16 +54,71 @@ def test_the_gateway_gets_a_failure_as_an_event(handler_of: HandlerOf) -> None:
     assert shown["error"]["code"] == "model_load_failed"
 
 
-def test_an_apis_own_event_for_an_error_ends_its_stream(handler_of: HandlerOf) -> None:
-    """The Responses API's event ends the gateway's stream; the job fails with the error body."""
-    body = error_body(InvalidRequest("No."), "req-7")
-    last: Any = {"type": "error", "sequence_number": 4, "message": "No.", **body}
-    model = Model([{"status": 400, "error": body, "event": last}])
+@pytest.mark.parametrize("is_in_the_replica", [True, False])
+@pytest.mark.parametrize("num_events", [0, 3])
+def test_a_dead_model_ends_a_response_with_its_own_event(
+    handler_of: HandlerOf,
+    num_events: int,
+    is_in_the_replica: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gateway's stream of a response ends with OpenAI's event `error` in sequence, whether the
+    engine or its whole process died, and before or after the first event."""
+    monkeypatch.setattr("serve_app.worker.supervisor.CONFIRM_S", 0.01)
+    dead = EngineDead("The engine has stopped.")
+    last: Any = {"status": 503, "error": error_body(dead, "req-7")} if is_in_the_replica else dead
+    events: Items = [
+        {"chunk": {"type": "response.output_text.delta", "delta": "a", "sequence_number": number}}
+        for number in range(num_events)
+    ]
     given = {"openai_route": "/v1/responses", "openai_input": {"stream": True}}
+    posts = posts_of(handler_of(Model([*events, last], [last])), given)
+    name, data = posts.chunks[-1].strip().split("\n")[-2:]
+    shown = json.loads(data.removeprefix("data: "))
+    assert (name, {"error": shown.pop("error")}) == ("event: error", {"error": posts.error})
+    event: Any = validated(ResponseStreamEvent, shown)
+    assert (event.type, event.message) == ("error", dead.message)
+    assert (event.code, event.sequence_number) == ("engine_dead", num_events)
+
+
+@pytest.mark.parametrize("is_in_the_replica", [True, False])
+def test_a_dead_model_ends_a_message_with_its_own_event(
+    handler_of: HandlerOf, is_in_the_replica: bool
+) -> None:
+    """The gateway's stream of a message ends with Anthropic's event `error`."""
+    dead = EngineDead("The engine has stopped.")
+    item: Any = {"status": 503, "error": error_body(dead, "req-7", "/v1/messages")}
+    model = Model([{"chunk": {"type": "ping"}}, item if is_in_the_replica else dead])
+    given = {"openai_route": "/v1/messages", "openai_input": {"stream": True}}
     posts = posts_of(handler_of(model), given)
-    name, data = posts.chunks[0].strip().split("\n")
-    assert (name, json.loads(data.removeprefix("data: "))) == ("event: error", last)
-    assert posts.error == body["error"]
+    name, data = posts.chunks[-1].strip().split("\n")[-2:]
+    shown = json.loads(data.removeprefix("data: "))
+    assert (name, shown["type"], shown["error"]) == ("event: error", "error", posts.error)
+    assert shown["error"]["type"] == "api_error"
+
+
+def test_a_job_that_is_cut_keeps_its_id_and_the_order_of_its_events(handler_of: HandlerOf) -> None:
+    """A stream that a drain cuts ends in sequence; its error has the id of the call and its
+    chunks."""
+    event = {"type": "response.output_text.delta", "delta": "a", "sequence_number": 6}
+    model = Model([{"chunk": event}, {"wait": None}])
+    handler, posts = handler_of(model), RecordedPosts()
+    given = {"openai_route": "/v1/responses", "openai_input": {"stream": True}}
+    job = {"id": "job-1", "input": given}
+
+    async def cut() -> None:
+        task = asyncio.create_task(handler.answer(job, posts))
+        while not posts.encoded:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait({task})
+        await handler.refuse(job, posts, Draining("The worker is stopping."))
+
+    asyncio.run(cut())
+    shown = json.loads(posts.chunks[-1].split("data: ")[1])
+    assert (shown["sequence_number"], shown["code"]) == (7, "draining")
+    (call,) = model.calls
+    assert posts.error["request_id"] == shown["error"]["request_id"] == call.request_id
 
 
 def test_a_failure_that_quotes_a_lone_surrogate_is_posted(

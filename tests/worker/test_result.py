@@ -117,10 +117,12 @@ def test_an_answer_that_is_no_json_is_an_error(scripted: Client, prompt: str) ->
 
 
 def test_no_volume_is_an_error(tmp_path: Path) -> None:
-    """Without a mounted volume nothing is written: the file would be lost with the container."""
+    """Without a mounted volume nothing is written: the file would be lost with the container. The
+    error has the request's id."""
     results = LargeResults("volume", tmp_path)
-    result = asyncio.run(results.replacement("job-1", Result(b"[1]"), BIG))
+    result = asyncio.run(results.replacement("job-1", "req-7", Result(b"[1]"), BIG))
     output = json.loads(result.body())["output"]
+    assert json.loads(result.error or "")["error"]["request_id"] == "req-7"
     assert output["status"] == "VALIDATION_FAILED"
     assert f"no volume is mounted at {tmp_path}" in output["message"]
     assert not list(tmp_path.iterdir())
@@ -131,7 +133,7 @@ def test_no_id_leads_out_of_the_folder(job_id: str) -> None:
     """A job id that is no plain name is not used as a path."""
     with mounted_folder() as folder:
         results = LargeResults("volume", folder)
-        result = asyncio.run(results.replacement(job_id, Result(b"[1]"), BIG))
+        result = asyncio.run(results.replacement(job_id, "req-7", Result(b"[1]"), BIG))
         kept = Path(json.loads(result.body())["output"]["file"])
         assert kept == folder / "results" / f"{file_name(job_id)}.json"
         assert [path.name for path in (folder / "results").iterdir()] == [kept.name]

@@ -80,13 +80,6 @@ class ResponseEvents:
         whole = response.failed(self._response, self._output, error)
         return self._event("response.failed", response=whole)
 
-    def error(self, body: ErrorBody) -> JsonObject:
-        """Returns the last event of a stream that fails. OpenAI's clients raise what `error`
-        says."""
-        fields = body["error"]
-        shown = {"code": fields["code"], "message": fields["message"], "param": fields["param"]}
-        return {**self._event("error", **shown), **body}
-
     def _scores_of_text(self) -> list[TokenScore]:
         """Removes the scores of the text so far from `_held`, and returns them."""
         if self._has_called:
@@ -169,6 +162,23 @@ class ResponseEvents:
     def _event(self, kind: str, **fields: Any) -> JsonObject:
         self._sequence_number += 1
         return {"type": kind, "sequence_number": self._sequence_number - 1, **fields}
+
+
+def error_event(body: ErrorBody, last: JsonObject) -> JsonObject:
+    """Returns the last event of a stream that fails after the event `last`, which is {} before the
+    first.
+
+    It has the fields of OpenAI's event, and the error body, whose `error` OpenAI's clients raise.
+    """
+    fields = body["error"]
+    return {
+        "type": "error",
+        "sequence_number": last["sequence_number"] + 1 if last else 0,
+        "code": fields["code"],
+        "message": fields["message"],
+        "param": fields["param"],
+        **body,
+    }
 
 
 def _without_bytes(logprobs: list[JsonObject]) -> list[JsonObject]:

@@ -69,7 +69,7 @@ def _start(arguments: list[str]) -> int:
 
     from serve_app.config.log_format import use_log_format
     from serve_app.config.settings import ConfigError, EntrySettings
-    from serve_app.worker import job_log, local, local_handler
+    from serve_app.worker import local_handler
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
@@ -84,6 +84,12 @@ def _start(arguments: list[str]) -> int:
 
     entry = EntrySettings.from_environment()
     use_log_format(entry.serve_config)
+    if entry.runpod_endpoint_id is None:  # RunPod's console shows JSON lines, which come later
+        # Before the imports and the check, which take seconds on a busy machine.
+        log.info("Starting with %s.", entry.serve_config)
+
+    from serve_app.worker import job_log, local
+
     job = local.find(given.test_input, entry)
     if given.answer_lines or job is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)

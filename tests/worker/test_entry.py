@@ -90,6 +90,27 @@ def test_with_the_setting_each_line_is_json(tmp_path: Path) -> None:
     assert "RUNPOD_WEBHOOK_GET_JOB" in lines[-1]["message"]
 
 
+def test_the_first_line_comes_before_the_slow_imports(tmp_path: Path) -> None:
+    """A busy machine needs seconds for the imports, during which the log is not empty."""
+    (tmp_path / "config.yaml").write_text("unknown: key")
+    variables = environment(tmp_path, SERVE_CONFIG="config.yaml", PYTHONPROFILEIMPORTTIME="1")
+    done = subprocess.run(
+        [sys.executable, str(ENTRY), "--test_input", '{"input": {"prompt": "x"}}'],
+        cwd=tmp_path,
+        env=variables,
+        capture_output=True,
+        text=True,
+    )
+    before, line, after = done.stderr.partition("Starting with config.yaml.")
+    assert line
+    imported = [
+        {line.rpartition("|")[2].strip() for line in part.splitlines()} for part in (before, after)
+    ]
+    slow = {"numpy", "ray.serve"}
+    assert not slow & imported[0]
+    assert slow <= imported[1]
+
+
 def test_the_sdks_local_api_is_refused_by_name(tmp_path: Path) -> None:
     """`--rp_serve_api` is exit code 1 and a line that names it and what does the same."""
     done = run_entry(tmp_path, "--rp_serve_api", "--rp_api_port", "8001")

@@ -65,6 +65,16 @@ class ModelSettings(_Section):
             )
         return value
 
+    @field_validator("hf_token")
+    @classmethod
+    def _fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        # A token from a file ends with a line break; huggingface_hub leaves it out of its own
+        # variables too.
+        token = "" if value is None else value.get_secret_value().strip()
+        if not (token.isascii() and token.isprintable()):
+            raise ValueError("a token consists of printable ASCII characters")
+        return SecretStr(token) if token else None
+
     @field_validator("served_model_name")
     @classmethod
     def _has_a_name(cls, value: str | None) -> str | None:
@@ -172,6 +182,13 @@ class ApiSettings(_Section):
     trusted_proxies: str | None = None
     """Addresses or networks without `max_connections_per_address`, comma separated, such as
     `10.0.0.0/8`."""
+
+    @field_validator("keys")
+    @classmethod
+    def _has_a_key(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not value.get_secret_value().replace(",", "").strip():
+            raise ValueError("it must hold a key")
+        return value
 
     @field_validator("trusted_proxies")
     @classmethod

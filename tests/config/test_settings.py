@@ -228,6 +228,37 @@ def test_secrets_are_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "hf_secret" not in shown
 
 
+@pytest.mark.parametrize(
+    ("given", "token"), [("hf_secret\r\n", "hf_secret"), (" hf_secret ", "hf_secret"), ("\n", None)]
+)
+def test_a_token_from_a_file_has_no_line_break(
+    monkeypatch: pytest.MonkeyPatch, given: str, token: str | None
+) -> None:
+    """Spaces and line breaks around the token, which no HTTP header can have, are left out."""
+    monkeypatch.setenv("HF_TOKEN", given)
+    read = Settings().model.hf_token
+    assert (read and read.get_secret_value()) == token
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("HF_TOKEN", "hf_secr\u00e9t", "HF_TOKEN: a token consists of printable ASCII characters."),
+        ("HF_TOKEN", "hf_secr\nt", "HF_TOKEN: a token consists of printable ASCII characters."),
+        ("API_KEYS", " , ", "API_KEYS: it must hold a key."),
+    ],
+)
+def test_a_secret_that_cannot_be_used_is_named_and_not_shown(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, sentence: str
+) -> None:
+    """A token that no header can hold, and keys that nobody can send, are refused."""
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        Settings.from_args({}, "config.yaml")
+    assert sentence in str(refused.value)
+    assert "secr" not in str(refused.value)
+
+
 @pytest.mark.parametrize("args", ["{api: sesame}", "{api: [sesame]}"])
 def test_a_misplaced_secret_is_not_repeated(tmp_path: Path, args: str) -> None:
     """An error about a section does not print its value, which may hold a key."""

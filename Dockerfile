@@ -44,13 +44,18 @@ RUN python -m venv /bill && /bill/bin/pip install --no-cache-dir cyclonedx-bom==
 RUN /bill/bin/cyclonedx-py environment --output-reproducible --output-file /sbom.cdx.json \
     "$(command -v python)"
 
-# In place: the entry runs from this folder, and so must what is compiled.
-FROM dependencies AS project
+# The package, installed in place: the entry runs from this folder. Only files that the installation
+# reads are here, so that a change of other Python code does not compile the CPU's step again.
+FROM dependencies AS installed
 COPY pyproject.toml README.md LICENSE runpod_entry.py ./
+COPY serve_app/__init__.py serve_app/
+COPY serve_app/model/kernels/cpu/*.c serve_app/model/kernels/cpu/*.h serve_app/model/kernels/cpu/
+RUN pip install --no-cache-dir --no-deps -e .
+
+FROM installed AS project
 COPY configs configs
 COPY cluster/ray cluster/ray
 COPY serve_app serve_app
-RUN pip install --no-cache-dir --no-deps -e .
 
 # CUDA kernels, which a server would compile at its first start (7 s for each GPU): for compute
 # capabilities such as "8.9 9.0", or all that this build of CUDA knows.
@@ -76,14 +81,13 @@ RUN --mount=type=secret,id=HF_TOKEN \
 FROM scratch AS weights
 COPY --from=baking /models /models
 
-FROM dependencies
+FROM installed
 COPY --from=bill /sbom.cdx.json /usr/share/doc/mixtral-serve/
 COPY --from=weights /models /models
 COPY --from=kernels --chown=serve:serve /kernels /home/serve/.cache/mixtral-serve/kernels
 COPY docker-entrypoint.sh /usr/local/bin/
 COPY --from=project /app ./
-RUN pip install --no-cache-dir --no-deps -e . \
-    && chown serve:serve . /home/serve/.cache /home/serve/.cache/mixtral-serve
+RUN chown serve:serve . /home/serve/.cache /home/serve/.cache/mixtral-serve
 
 ARG BAKE_MODEL=""
 # The library that bitsandbytes loads where it is imported; it must match torch's CUDA. An empty

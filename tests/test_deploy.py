@@ -48,7 +48,19 @@ def test_the_image_copies_what_exists() -> None:
     for line in Path("Dockerfile").read_text().splitlines():
         if line.startswith("COPY ") and "--from=" not in line:
             for source in line.split()[1:-1]:
-                assert Path(source).exists(), source
+                assert list(Path().glob(source)), source
+
+
+def test_a_change_of_python_code_compiles_nothing() -> None:
+    """Only one stage installs the package, and compiles, and it copies only what that needs."""
+    install = "RUN pip install --no-cache-dir --no-deps -e ."
+    before, _, after = Path("Dockerfile").read_text().partition(install)
+    assert after
+    assert install not in after
+    copied = re.findall(r"^COPY (.*) \S+$", before.rpartition("\nFROM ")[2], re.MULTILINE)
+    metadata = "pyproject.toml README.md LICENSE runpod_entry.py serve_app/__init__.py"
+    sources = "serve_app/model/kernels/cpu/*.c serve_app/model/kernels/cpu/*.h"
+    assert " ".join(copied) == f"{metadata} {sources}"
 
 
 def test_the_image_has_no_volume_of_its_own() -> None:

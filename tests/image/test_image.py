@@ -73,12 +73,15 @@ def test_no_compiled_code_or_test_of_ours_came_along(image: str) -> None:
 def test_a_change_of_code_is_a_small_push(built: Build, tmp_path: Path) -> None:
     """After a change of one line, all layers but those of the project are in the registry.
 
-    A new layer has another digest than before. Dependencies and weights keep theirs.
+    A new layer has another digest than before. Dependencies, weights, and the installation with the
+    compiled code keep theirs.
     """
     before = layers(built.image)
     after = layers(build(f"{built.image}-changed", context=changed_copy(tmp_path)).image)
     new = [each for each in after if each.digest not in {one.digest for one in before}]
     assert 0 < sum(each.num_bytes for each in new) < 20e6
+    (installation,) = [each for each in after if each.instruction.endswith("--no-deps -e .")]
+    assert installation not in new
     assert sum(each.num_bytes for each in after) > 500e6
 
 

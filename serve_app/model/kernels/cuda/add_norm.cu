@@ -57,7 +57,7 @@ DEVICE float block_sum(float mine, float *of_warps) {
 }
 
 #if EXPERTS
-// Where the results of the router go.
+// The tensors that get the results of the router.
 struct Routing {
   int *topk_ids;
   float *topk_weights;

@@ -39,7 +39,8 @@ struct Cache {
   }
 };
 
-// Of 16 tokens, lane 4g + t has keys of g and g + 8, values of 2t, 2t + 1, 2t + 8 and 2t + 9.
+// The keys and values of 16 tokens in a warp. Lane 4g + t has the keys of tokens g and g + 8, and the
+// values of tokens 2t, 2t + 1, 2t + 8 and 2t + 9.
 struct Tile {
   uint4 keys[2][KEY_PARTS], values[4][VALUE_PARTS];
 };
@@ -66,8 +67,8 @@ DEVICE void load_tile(Tile &tile, const Cache &cache, int place, int low, int hi
   }
 }
 
-// What a warp has of the tokens so far. Lane 4g + t: `largest` and its part of `total` of head g;
-// `mixed` of heads 2t and 2t + 1 at d = 64 * part + 8g + 2j, then at the next d.
+// The results of a warp for the tokens so far. Lane 4g + t has `largest` and its part of `total` for
+// head g, and `mixed` for heads 2t and 2t + 1 at d = 64 * part + 8g + 2j, then at the next d.
 struct WarpSums {
   float largest, total, mixed[VALUE_PARTS][4][4];
 };
@@ -196,7 +197,7 @@ attention(const u16 *queries, const u16 *keys, const u16 *values, const int *tab
   const Partial partial = {mixed + row_head * GROUP * MAX_SPLITS * HEAD_DIM,
                            stats + row_head * GROUP * MAX_SPLITS * 2};
 
-  // Of the whole cache the kernel before writes the new token alone, which is the last one.
+  // The previous kernel writes the new token alone, the last one. Others are loaded before the wait.
   Tile tile = {};
   const int newest = span.end - 1, first_place = span.first + program * span.size + warp * 16;
   const int first_stop = min(span.first + (program + 1) * span.size, span.end);

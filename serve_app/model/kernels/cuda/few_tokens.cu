@@ -1,7 +1,7 @@
-// Products with 4-bit weights for a few tokens an expert. The warps of a team have the same rows and
-// a share of K each, and add their sums at the end, in the order of warps. The teams of a block have
-// jobs of their own and share the table: two teams of a block take less memory than two blocks.
-// Activations are read through the L1 cache. The tensors are in tiles.cuh.
+// Products with 4-bit weights for experts with few tokens. A team is some warps that compute the same
+// rows, each over its own share of K; at the end their sums are added in the order of warps. The
+// teams of a block compute different jobs and share one table, so two teams need less shared memory
+// than two blocks. Activations are read through the L1 cache. tiles.cuh describes the tensors.
 //
 //   OUTPUT        DENSE, GATE_UP or DOWN
 //   K_BLOCKS      K / 64; K is a multiple of 256 * WARPS
@@ -25,7 +25,7 @@ struct Weights {
   uint2 scales[ROW_TILES];
 };
 
-// Where a warp's share of a job's weights begins.
+// The addresses at which a warp's share of a job's weights begins.
 struct Source {
   const uint4 *codes;
   const uint4 *absmax;

@@ -1,4 +1,4 @@
-// What the threads of a block find among logits, and how it is combined.
+// Results of the threads of a block for the logits of a row, and functions that combine them.
 #pragma once
 #include "logits.cuh"
 
@@ -10,7 +10,7 @@ struct Found {
   int token;  // -1 where every score is -inf
   u32 is_bad;
 };
-// Logits above a pivot: how many, and the sum of their weights.
+// The number of logits above a pivot, and the sum of their weights.
 struct Sum {
   float weight;
   u32 count;
@@ -35,7 +35,7 @@ DEVICE Found combined(const Found &a, const Found &b) {
 DEVICE Sum combined(const Sum &a, const Sum &b) { return {a.weight + b.weight, a.count + b.count}; }
 DEVICE Max combined(const Max &a, const Max &b) { return {fmaxf(a.value, b.value)}; }
 
-// The value of the lane whose number differs in the bits of `mask`.
+// Returns the value of the lane whose number differs from this lane's in the bits of `mask`.
 template <class T> DEVICE T of_lane(const T &value, int mask) {
   union {
     T whole;
@@ -47,7 +47,7 @@ template <class T> DEVICE T of_lane(const T &value, int mask) {
   return both.whole;
 }
 
-// The values of all threads combined, in an order that does not change; every thread gets it.
+// Combines the values of all threads, always in the same order. Every thread gets the result.
 template <class T> DEVICE T of_block(T value, Shared *shared) {
   T *of_warps = (T *)shared->of_warps;
 #pragma unroll

@@ -62,23 +62,24 @@ DEVICE uint4 load_fresh(const uint4 *p) {
   return v;
 }
 
-// What other blocks of the same launch have written: from the L2 cache, which all of them share.
+// Reads a value that another block of the same launch has written, from the L2 cache, which all
+// blocks share.
 DEVICE u32 load_from_l2(const void *p) {
   u32 v;
   asm volatile("ld.global.cg.u32 %0,[%1];" : "=r"(v) : "l"(p) : "memory");
   return v;
 }
 
-// The thread's writes before it are seen by all blocks before those after it.
+// All blocks see the thread's writes before the call earlier than its writes after it.
 DEVICE void fence() { __threadfence(); }
 
 // Adds to `*p`; returns what was there.
 DEVICE int atomic_add(int *p, int x) { return atomicAdd(p, x); }
 
-// What lane `source` of the warp gives; all lanes call it together.
+// Returns the `x` of lane `source` of the warp. All lanes call it together.
 DEVICE u32 shuffle(u32 x, int source) { return __shfl_sync(0xFFFFFFFFu, x, source); }
 
-// Bit i tells whether lane i gives true; all lanes call it together.
+// Returns a bit per lane: bit i is the `x` of lane i. All lanes call it together.
 DEVICE u32 ballot(bool x) { return __ballot_sync(0xFFFFFFFFu, x); }
 
 DEVICE int count_bits(u32 x) { return __popc(x); }

@@ -28,12 +28,13 @@ struct Weights {
   uint2 scales[ROW_TILES];
 };
 
-// Where a warp's share of a job's weights begins: indices of 16 bytes, half the registers of pointers.
+// The beginning of a warp's share of a job's weights, as indices of 16 bytes, which need half of the
+// registers that pointers need.
 struct Source {
   u32 codes, absmax;
 };
 
-// Which rows and which share of K a warp has.
+// The position of a warp in the block: its rows and its share of K.
 struct Place {
   int row_warp, share, lane;
 };

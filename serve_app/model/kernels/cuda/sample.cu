@@ -85,7 +85,7 @@ DEVICE Found drawn(const Row &p, i64 position, const float *source, float lowest
   return of_block(found, shared);
 }
 
-// What another block has found.
+// Returns the result of another block.
 DEVICE Found of_part(const Found *p) {
   union {
     uint4 words;

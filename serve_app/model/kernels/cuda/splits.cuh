@@ -1,4 +1,4 @@
-// How a context is cut into splits, and sums of attention that are combined: those of the warps of a
+// Divides a context into splits, and combines the results of attention: those of the warps of a
 // block, then those of the splits. The letters are those of attention.cu.
 #pragma once
 #include "floats.cuh"
@@ -11,8 +11,8 @@ struct Span {
   int first, end, size, count;  // the first token and the end, tokens of a split, number of splits
 };
 
-// Splits of 64 tokens up to a context of 512, of 128 up to 2,048, of 256 up to 8,192, then 32 equal
-// ones, of whole tiles: more tokens are read per result of a split where there are many splits.
+// Returns splits of 64 tokens for contexts up to 512, of 128 up to 2,048, of 256 up to 8,192, and for
+// longer ones 32 equal splits of whole tiles. Longer splits write fewer results per token.
 DEVICE Span span_of(int end, int window) {
   const int first = window > 0 && end > window ? end - window : 0, length = end - first;
   int size = 64;
@@ -22,8 +22,8 @@ DEVICE Span span_of(int end, int window) {
   return {first, end, size, (length + size - 1) / size};
 }
 
-// What some tokens give a query head: the largest score, and relative to it the sum of exponentials
-// and the lane's dimensions of the sum of values.
+// The attention of a query head to some tokens: the largest score, and relative to it the sum of
+// exponentials and the lane's dimensions of the weighted sum of values.
 struct Sums {
   float largest, total, mixed[LANE_DIMS];
 };
@@ -34,8 +34,8 @@ DEVICE void store_row(u16 *out, const Sums &sums, int lane) {
   for (int i = 0; i < LANE_DIMS; i++) out[lane + 32 * i] = to_bf16(sums.mixed[i] / sums.total);
 }
 
-// Where splits leave their results, float, for one row and KV head: `mixed` [G, MAX_SPLITS, D],
-// `stats` [G, MAX_SPLITS, 2].
+// The memory for the results of the splits of one row and KV head: float `mixed` [G, MAX_SPLITS, D]
+// and `stats` [G, MAX_SPLITS, 2].
 struct Partial {
   float *mixed, *stats;
 
@@ -46,7 +46,7 @@ struct Partial {
     if (lane == 0) stats[at * 2] = sums.largest, stats[at * 2 + 1] = sums.total;
   }
 
-  // All splits of a head, added in their order, by one warp.
+  // Combines all splits of a head in their order, by one warp.
   DEVICE Sums combined(int head, int count, int lane) const {
     const int first = head * MAX_SPLITS;
     const float *mine = stats + (first + lane) * 2;

@@ -1,10 +1,10 @@
-// The lowest logit that top_k, top_p and min_p keep, found without a sort.
+// Finds the lowest logit that top_k, top_p and min_p keep, without sorting.
 //
 //   CANDIDATES  logits that are compared with each other to find a threshold
 #pragma once
 #include "found.cuh"
 
-// A number whose order is that of the floats, save NaN; and back.
+// Converts a float that is not NaN to an integer with the same order, and back.
 DEVICE u32 ordered(float x) {
   const u32 bits = float_to_bits(x);
   return bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -23,7 +23,7 @@ struct Logits {
 DEVICE float weight(float best, float scale, float x) { return rough_exp2((x - best) * scale); }
 DEVICE u64 fixed_point(float weight) { return (u64)(weight * 0x1p40f); }
 
-// How many logits lie above `pivot`, and the sum of their weights.
+// Returns the number of logits above `pivot`, and the sum of their weights.
 DEVICE Sum above(const Logits &all, float pivot, Shared *shared) {
   const float best = unknown(all.best);  // else all weights would be kept in registers, too
   Sum sum = {0, 0};
@@ -33,8 +33,9 @@ DEVICE Sum above(const Logits &all, float pivot, Shared *shared) {
   return of_block(sum, shared);
 }
 
-// The lowest logit in (low, high] for which the weights above it are below `target`; `over_high` are
-// those above `high`. Integers are summed, so that the order of candidates does not matter.
+// Returns the lowest logit in (low, high] for which the sum of the weights above it is below
+// `target`. `over_high` is the sum of the weights above `high`. Weights are added as integers, so
+// that the order of the candidates does not matter.
 DEVICE float lowest_kept(const Logits &all, float low, float high, float over_high, float target,
                          Shared *shared) {
   if (threadIdx.x == 0) shared->num_candidates = 0, shared->lowest = ordered(high);

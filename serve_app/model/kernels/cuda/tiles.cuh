@@ -1,38 +1,40 @@
-// What the products share: weights in tiles, their code values, the work of a launch, the results.
+// The common part of the products: weights in tiles, decoding, the jobs of a launch, the results.
 //
 // Letters: E experts, N out_features, K in_features, T tokens, k experts per token (TOP_K).
-// K is known when a kernel is compiled: K_BLOCKS is K / 64. A tile is 16
-// rows by a block of 64 columns. Lane 4g + t of a warp has rows g and g + 8 of it.
-//   codes   16 bytes [E, N / 16, K / 64, 32 lanes]: of row g columns 8t to 8t + 7, then 32 + 8t to
-//           32 + 8t + 7, then the same of row g + 8; two columns a byte, the first in the high bits
+// K is known when a kernel is compiled: K_BLOCKS is K / 64. A tile is 16 rows by a block of 64
+// columns. Lane 4g + t of a warp has its rows g and g + 8. tiles.py has an example.
+//   codes   16 bytes [E, N / 16, K / 64, 32 lanes]: row g, columns 8t to 8t + 7 and 32 + 8t to
+//           32 + 8t + 7; then row g + 8, the same columns; two columns per byte, the first in the
+//           high bits
 //   absmax  bf16 [E, N / 16, K / 256, 8 g, 4 blocks, rows g and g + 8]
-// An entry, token * k + j, is the jth expert of a token. `order` has the entries sorted by expert; a
-// place is an index of `order`. Those of expert e are starts[e] to starts[e + 1] - 1.
+// The entry token * k + j is the jth expert of a token. `order` has the entries sorted by expert. A
+// place is an index of `order`; the places of expert e are starts[e] to starts[e + 1] - 1.
 #pragma once
 #include "floats.cuh"
 
-// What a product's inputs and outputs are.
+// The products, with their inputs and outputs.
 #define DENSE 0    // E = 1: x bf16 [T, K] -> y float [T, N]
 #define GATE_UP 1  // x bf16 [T, K] -> silu(gate) * up as y bf16 [T * k places, N / 2]
 #define DOWN 2     // x bf16 [T * k places, K] -> topk_weights * product as y float [T * k entries, N]
 
-// The kernel before gate_up decides which experts have tokens, so its jobs are known only after the
-// wait. The jobs of the others are known before it: `down` is two kernels after that one. They load
-// the first weights before they wait.
+// The kernel before gate_up chooses the experts, so the jobs of gate_up are known only after the wait
+// for that kernel. The jobs of the other products are known before their wait (`down` is two kernels
+// after the choice), so they load their first weights before it.
 #define WAITS_FOR_JOBS (OUTPUT == GATE_UP)
 
-// The table has for each byte the values of its two codes as bf16, the first in the low half, 32
-// times: every lane reads its own bank. Words between two bytes: 64 takes 64 KB and one instruction
-// for an address, 32 takes 32 KB and two.
+// The table has, for each of the 256 bytes, the values of its two codes as bf16, the first in the low
+// half. Each entry is stored 32 times, once per lane, so that every lane reads its own bank. With a
+// stride of 64 words between two bytes the table takes 64 KB and an address one instruction; with 32
+// words it takes 32 KB, and an address two instructions.
 #define TABLE_WORDS (256 * TABLE_STRIDE)
 
-// `pairs` [256]: the words of the table once.
+// Fills the table. `pairs` [256] has each entry once.
 DEVICE void fill_table(u32 *table, const u32 *pairs, int warp, int warps, int lane) {
 #pragma unroll 8
   for (int byte = warp; byte < 256; byte += warps) table[byte * TABLE_STRIDE + lane] = pairs[byte];
 }
 
-// The two weights of byte `i` of `word`, without their scale.
+// Returns the two weights of byte `i` of `word`, not scaled yet.
 DEVICE u32 decode(const u32 *table, u32 word, int i, u32 lane) {
   const u32 column = lane * 4;
 #if TABLE_STRIDE == 64
@@ -44,8 +46,8 @@ DEVICE u32 decode(const u32 *table, u32 word, int i, u32 lane) {
   return *(const u32 *)((const char *)table + at);
 }
 
-// Group i of a block of a tile as a fragment of `mma`: of lane 4g + t it has columns 32 * (i / 2) + 8t
-// + 4 * (i % 2) and the next three.
+// Decodes part i (0 to 3) of a block of a tile into a fragment for `mma`. In lane 4g + t it has the
+// columns 32 * (i / 2) + 8t + 4 * (i % 2) to the third one after it, of rows g and g + 8.
 DEVICE void decode_group(u32 *fragment, const u32 *table, uint4 codes, int i, u32 lane) {
   const u32 upper = i / 2 ? codes.y : codes.x, lower = i / 2 ? codes.w : codes.z;
   fragment[0] = decode(table, upper, 2 * (i % 2), lane);
@@ -54,7 +56,7 @@ DEVICE void decode_group(u32 *fragment, const u32 *table, uint4 codes, int i, u3
   fragment[3] = decode(table, lower, 2 * (i % 2) + 1, lane);
 }
 
-// The scales of a block: bf16 of row g in the low half, of row g + 8 in the high half.
+// Return the scales of a block's rows g and g + 8, which are the low and the high half of `pair`.
 DEVICE float upper_scale(u32 pair) { return bits_to_float(pair << 16); }
 DEVICE float lower_scale(u32 pair) { return bits_to_float(pair & 0xFFFF0000u); }
 
@@ -86,16 +88,17 @@ struct Product {
   DEVICE int first(int expert) const { return OUTPUT == DENSE ? 0 : starts[expert]; }
   DEVICE int end(int expert) const { return OUTPUT == DENSE ? tokens : starts[expert + 1]; }
 
-  // The row of x [rows, K] for a place.
+  // Returns the row of x [rows, K] for a place.
   DEVICE int row_of(int place) const { return OUTPUT == GATE_UP ? order[place] / TOP_K : place; }
 };
 
-// Up to TOKENS tokens of one expert with one group of rows of its matrix.
+// A job: up to TOKENS tokens of one expert, multiplied by one group of rows of its matrix.
 struct Job {
   int expert, group, first, count;
 };
 
-// The jobs of a launch: all experts that have tokens, in passes of TOKENS tokens, by all `groups`.
+// The jobs of a launch: for each expert with tokens, for each pass of TOKENS tokens, all `groups` of
+// rows. Example: with 2 groups and TOKENS 16, experts with 5, 0 and 20 tokens have 2, 0 and 4 jobs.
 struct Jobs {
   const Product *product;
   int groups;
@@ -129,8 +132,8 @@ template <int N> struct Tiles {
   static constexpr int count = N;
 };
 
-// Calls `work` with at least `needed` token tiles: a quarter, half, three quarters or all of MOST. The
-// compiler knows the number, so a loop over K has no branch for each tile.
+// Calls `work` with a quarter, half, three quarters or all of MOST token tiles, at least `needed`.
+// The number is a compile-time constant, so a loop over K has no branch per tile.
 template <int MOST, int N = (MOST + 3) / 4, class Work>
 DEVICE void with_tiles(int needed, const Work &work) {
   if constexpr (N < MOST) {

@@ -7,6 +7,7 @@ Read `cold_start.py` first: `ColdStart` wraps any load with
                      `load_records.py` stores their records
     read_ahead.py    reads the weights into the page cache while Ray starts
 
-`killed.py` explains the death of a loading process. The load itself runs in the replica's process,
+`check.py` finds errors before a load, for `mixtral-serve check` and every start. `killed.py`
+explains the death of a loading process. The load itself runs in the replica's process,
 see `loading/`.
 """

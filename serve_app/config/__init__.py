@@ -1,6 +1,12 @@
 """Settings from the Serve YAML and from environment variables.
 
-Read `settings.py` first: the model that holds them all. `sections.py` has the fields with their
-units and defaults, `environment.py` the variable names of vLLM and RunPod that set some of them,
-`unused_names.py` those that change nothing, `serve_config.py` the reader of the YAML.
+Read `settings.py` first: the model that holds them all. Then
+
+    sections.py       the fields, with their units and defaults
+    environment.py    the variables of vLLM and RunPod that set some of them
+    unused_names.py   the variables of RunPod's vLLM worker that have no effect
+    sources.py        the variable that sets a setting, for error messages
+    serve_config.py   reads the YAML; named.py finds the one of a name, such as "local"
+    log_format.py     log lines as text or JSON
+    key_file.py       the file of API keys
 """

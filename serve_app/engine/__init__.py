@@ -18,5 +18,14 @@ pass these files in order:
 6. `output_queue.py` sends them to the event loop of the request, into its `stream.py`, from which
    `Engine.generate` yields each `Delta`.
 
+The other modules, by subject:
+
+    data        sequence, sampling_params, scheduling_class, engine_config, delta, runner (the
+                interface of model_runner)
+    requests    retry_after (for refused ones), watchdog (for a step that hangs)
+    a step      block_tables, transfer (copies to and from the device), step_timer
+    grammars    constraint (the interface to a grammar library), token_mask
+    one text    text_logits, without the engine's loop
+
 The package imports torch, numpy and `serve_app.model`, so it runs without the rest of the server.
 """

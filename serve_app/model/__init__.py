@@ -7,6 +7,7 @@ Read `mixtral.py` first, the forward pass. Then, in the order of calls:
     attention.py       attention over the cache in plain torch
     experts.py         routing tokens to experts, with float weights
     linear.py          linear layers, with float or 4-bit weights
+    row_padding.py     makes the bits of a row independent of the other rows, on a CPU
     quantization.py    the constants of 4-bit weights; quantize.py computes them,
                        quantized_weight.py stores them, quantized_experts.py computes the experts
     footprint.py       the bytes of a model, computed from its sizes

@@ -1,18 +1,19 @@
 """Starts, watches and ends Ray and the deployment on this machine.
 
-Read `cluster.py` first: it starts the deployment, watches it and stops it, with
+Read `cluster.py` first: it starts the deployment, watches it and stops it. The other modules, by
+subject:
 
-    ray_node                starts Ray and Serve on this machine, and ends them
-    ray_processes, reaper   find and kill Ray's processes, also when this process is killed
-    ray_thread              calls Ray's blocking functions for an event loop
-    head, ray_worker        make Ray start faster, and reserve SIGTERM for this process
-    client, session_router  send calls through the deployment handle to one of the replicas
-    phases                  follows the load phases that the replica writes
-    fitness, banner         check the machine before a start; log its properties
-
-`haproxy.py` chooses between HAProxy and Serve's own proxy; Serve starts `haproxy_program.py` in the
-first case. `haproxy_refusals.py` has the lines by which HAProxy refuses requests while the queue is
-full. `http.py` serves the deployment over HTTP, for `mixtral-serve run` and for `runpod_entry.py`
-with RUNPOD_SERVERLESS=false. `health_server.py` answers `/ping` during the start, in a process that
-`health_listener.py` starts.
+    Ray's processes   ray_node starts and ends Ray and Serve; head and ray_worker make the start
+                      faster; ray_processes and reaper find and kill processes; ray_thread calls
+                      Ray's blocking functions for an event loop
+    calls             client sends calls through the deployment handle; session_router chooses
+                      among several replicas
+    HTTP              http serves the deployment, for `mixtral-serve run` and for `runpod_entry.py`
+                      with RUNPOD_SERVERLESS=false; health_listener and health_server answer `/ping`
+                      while the model loads
+    HAProxy           haproxy chooses between it and Serve's own proxy; haproxy_program changes its
+                      configuration, with the lines of haproxy_refusals (a full queue),
+                      haproxy_sessions (several replicas) and cors
+    a start           fitness checks the machine, banner logs its properties, phases follows the
+                      load, worker_lines writes the log of Ray's processes as JSON
 """

@@ -3,7 +3,8 @@
 Read `cuda_step.py` first, the eight launches of a layer. Then, in the order of calls:
 
     products.py       the four products of a layer: few_tokens.cu and more_tokens.cu; unpack.cu
-                      dequantizes for prompts; all three include tiles.cuh
+                      dequantizes for prompts; all three include tiles.cuh. layer_products.py
+                      has them for the decode step of Triton kernels
     step_kernels.py   the other launches: add_norm.cu (with routing.cuh), rope.cu, and
                       attention.cu (with splits.cuh)
     sampling.py       sample.cu, which includes logits.cuh, noise.cuh, found.cuh, threshold.cuh

@@ -10,7 +10,7 @@ ANSWER = 150
 
 
 def poisson(rate: float, count: int) -> list[Arrival]:
-    """Mixed prompts that arrive at random, `rate` of them a second."""
+    """Returns mixed prompts that arrive at random, `rate` per second."""
     draw, at = random.Random(1), 0.0
     arrivals = []
     for _ in range(count):
@@ -20,7 +20,7 @@ def poisson(rate: float, count: int) -> list[Arrival]:
 
 
 def bursts(rate: float, count: int, size: int = 16) -> list[Arrival]:
-    """Mixed prompts that arrive `size` at once, `rate` of them a second on average."""
+    """Returns mixed prompts that arrive `size` at a time, `rate` per second on average."""
     draw = random.Random(2)
     times = [size / rate * (number // size) for number in range(count)]
     return [Arrival(at, draw.choice(PROMPTS), ANSWER) for at in times]

@@ -17,18 +17,18 @@ Attack = Callable[[int], Coroutine[Any, Any, None]]
 
 
 async def half_bodies(port: int) -> None:
-    """360 requests whose bodies never come to their end."""
+    """Sends 360 requests whose bodies never end."""
     head = _head("POST", "/v1/completions", 1000) + b'{"prompt": '
     await _many(360, lambda: _send_and_wait(port, head))
 
 
 async def half_pings(port: int) -> None:
-    """360 half-sent bodies on a status route."""
+    """Sends 360 incomplete bodies to a status route."""
     await _many(360, lambda: _send_and_wait(port, _head("POST", "/ping", 1000) + b"{"))
 
 
 async def endless_headers(port: int) -> None:
-    """4 connections that send headers for as long as they may."""
+    """Opens 4 connections that send headers for as long as they may."""
 
     async def one() -> None:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
@@ -44,7 +44,7 @@ async def endless_headers(port: int) -> None:
 
 
 async def slow_readers(port: int) -> None:
-    """50 streams whose clients read nothing."""
+    """Opens 50 streams and reads nothing."""
     body = {"prompt": "a", "max_tokens": 4000, "stream": True, "ignore_eos": True}
     text = json.dumps(body).encode()
     data = _head("POST", "/v1/completions", len(text)) + text
@@ -52,21 +52,21 @@ async def slow_readers(port: int) -> None:
 
 
 async def invalid_bodies(port: int) -> None:
-    """20 clients that send invalid bodies of 8 MB, half of them of nothing but brackets."""
+    """Runs 20 clients that send invalid bodies of 8 MB; half of the bodies are only brackets."""
     shapes = [b"[" + b"[]," * 2_600_000 + b"1]", b'{"a":' + b'{"b":1},' * 980_000 + b"}"]
     datas = [_head("POST", "/v1/completions", len(body)) + body for body in shapes]
     await _many(10, lambda: _ask_raw(port, datas[0]), lambda: _ask_raw(port, datas[1]))
 
 
 async def logprob_bombs(port: int) -> None:
-    """5 clients that ask for all log probabilities of 256 prompts."""
+    """Runs 5 clients that ask for all log probabilities of 256 prompts."""
     body = {"prompt": ["a"] * 256, "max_tokens": 100, "logprobs": 20, "ignore_eos": True}
     small = body | {"max_tokens": 16}
     await _many(3, lambda: _ask(port, body), lambda: _ask(port, small))
 
 
 async def list_bombs(port: int) -> None:
-    """10 clients that send lists of 1,000 prompts."""
+    """Runs 10 clients that send lists of 1,000 prompts."""
     body = {"prompts": ["Say it."] * 1000, "max_tokens": 32, "ignore_eos": True}
     await _many(10, lambda: _ask(port, body, "/prompt"))
 

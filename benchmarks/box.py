@@ -60,7 +60,7 @@ def run(module: str, arguments: list[str]) -> int:
 
 
 def engine_arguments(options: argparse.Namespace) -> list[str]:
-    """Arguments of `benchmarks.gpu` that measure the same sizes."""
+    """Returns the arguments of `benchmarks.gpu` that measure the same sizes."""
     batches = [str(count) for count in options.streams]
     device = [] if find_gpus() else ["--device", "cpu"]
     measured = ["--parts", "step", "prompts", "--batches", *batches, "--streams", "1"]

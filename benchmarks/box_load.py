@@ -42,7 +42,7 @@ class BoxLoad:
         return await closed_loop(self._server.url, request, concurrency, requests)
 
     async def warm_up(self, context: int) -> None:
-        """Two answers, which are not counted."""
+        """Sends two requests, which are not counted."""
         await self._send(context, FIRST_TOKENS, 2, 2)
 
     async def prompts(self, sizes: list[int]) -> list[dict[str, Any]]:

@@ -53,11 +53,8 @@ class Box:
 
     @contextmanager
     def cold(self) -> Iterator[tuple[RunningServer, dict[str, Any]]]:
-        """A server that was started without its files in the page cache and without compiled
-        kernels; with it the figures of its start.
-
-        Raises `ServerError` if it does not start.
-        """
+        """Yields a server that was started without its files in the page cache and without compiled
+        kernels, and the numbers of its start. Raises `ServerError` if it does not start."""
         port = free_port()
         url = f"http://127.0.0.1:{port}"
         server = RunningServer(url, MODEL, {"ignore_eos": True, "temperature": TEMPERATURE})

@@ -77,14 +77,15 @@ class EachRequest(RunningServer):
 def started(
     model: str, replicas: int, *, haproxy: bool = True, keys: tuple[str, ...] = ()
 ) -> Iterator[int]:
-    """`server` with files in a folder of its own."""
+    """Yields the port of `server`, with files in a folder of its own."""
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:
         with server(model, replicas, Path(folder), haproxy=haproxy, keys=keys) as port:
             yield port
 
 
 def under_load(clients: Clients, seconds: float = SECONDS) -> dict[str, Any]:
-    """The figures of `seconds` of load after a warm-up, with the processors that each part took."""
+    """Returns the numbers of `seconds` of load after a warm-up, with the processors that each part
+    used."""
     with clients:
         time.sleep(WARM_S)
         before, own = seconds_by_part(os.getpid()), time.process_time()
@@ -97,16 +98,18 @@ def under_load(clients: Clients, seconds: float = SECONDS) -> dict[str, Any]:
 
 
 def cores(before: dict[str, float], wall_s: float) -> dict[str, float]:
-    """Processors that each part of a server took since `before`.
+    """Returns the number of processors that each part of a server has used since `before`.
 
-    A process that has ended since, such as an idle one of Ray, takes its earlier time along.
+    The time of a process that has ended since then, such as an idle one of Ray, is missing, so the
+    number of its part is too small.
     """
     now = seconds_by_part(os.getpid())
     return {part: round(max(0.0, now[part] - before[part]) / wall_s, 2) for part in now}
 
 
 def scaling() -> dict[str, Any]:
-    """By model and number of replicas: streams, and for the null model answers of one token."""
+    """Measures tokens/s by model and number of replicas; for the null model also answers of one
+    token."""
     found: dict[str, Any] = {}
     for model in ("null", "tiny"):
         for replicas in REPLICAS:
@@ -125,7 +128,7 @@ def scaling() -> dict[str, Any]:
 
 
 def handle() -> dict[str, Any]:
-    """The figures of `benchmarks.handle_calls`, which has a Ray of its own."""
+    """Returns the document of `benchmarks.handle_calls`, which starts a Ray of its own."""
     command = [sys.executable, "-m", "benchmarks.handle_calls"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -144,7 +147,7 @@ async def hold(server: RunningServer, count: int) -> tuple[list[list[Outcome]], 
 
 
 def held_by(port: int, way: str, count: int) -> dict[str, Any]:
-    """The figures of one way; four conversations before warm the replicas up."""
+    """Returns the numbers of one router, after four conversations that warm the replicas up."""
     kind = EachRequest if way == "request" else RunningServer
     running = kind(f"http://127.0.0.1:{port}", "tiny", seed=WAYS.index(way))
     asyncio.run(hold(running, 4))
@@ -162,7 +165,7 @@ def held_by(port: int, way: str, count: int) -> dict[str, Any]:
 
 
 def routing() -> dict[str, Any]:
-    """By router, with four replicas."""
+    """Measures each router with four replicas."""
     found: dict[str, Any] = {"conversations": CONVERSATIONS, "turns": TURNS, "words": WORDS}
     for haproxy, ways in ((True, WAYS[:2]), (False, WAYS[2:])):
         with started("tiny", 4, haproxy=haproxy) as port:
@@ -179,7 +182,7 @@ def routing() -> dict[str, Any]:
 
 
 def fairness() -> dict[str, Any]:
-    """By model: the polite clients' figures alone and beside the greedy key, and their ratio."""
+    """Measures the polite clients of each model, alone and beside the greedy key, and the ratio."""
     return {model: fairness_of(model) for model in ("null", "tiny")}
 
 
@@ -202,7 +205,7 @@ def fairness_of(model: str) -> dict[str, Any]:
 
 
 def faults() -> dict[str, Any]:
-    """The figures of `benchmarks.cluster_faults`."""
+    """Returns the document of `benchmarks.cluster_faults`."""
     with cluster() as it:
         return cluster_faults.measure(it)
 
@@ -213,7 +216,7 @@ PARTS: dict[str, Callable[[], dict[str, Any]]] = {
 
 
 def main() -> int:
-    """The command; exit code 1 when a part of the run failed."""
+    """Runs the command. Returns its exit code: 1 if a part of the run failed."""
     parser = new_parser(__doc__)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()

@@ -84,7 +84,7 @@ class Clients:
         connection.close()
 
     def _body(self) -> dict[str, Any]:
-        """A request whose beginning no other one has, so that each goes to any replica."""
+        """Returns a request with a unique beginning, so that it may go to any replica."""
         self._number += 1
         return {
             "prompt": f"{self._number}. What is {self._number} + 1?",
@@ -95,7 +95,7 @@ class Clients:
         }
 
     def between(self, begin: float, end: float) -> dict[str, Any]:
-        """Tokens a second, milliseconds of an answer and failures of what ended between two times.
+        """Returns tokens/s, milliseconds per answer and failures of what ended between two times.
 
         The times are those of `time.monotonic`.
         """

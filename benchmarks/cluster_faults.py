@@ -34,7 +34,7 @@ def until(is_true: Callable[[], Any]) -> None:
 
 
 def num_ready(it: Cluster) -> int:
-    """Replicas that answer."""
+    """Returns the number of replicas that answer."""
     return sum(len(replica_ports(node.pid)) for node in it.nodes if node.poll() is None)
 
 
@@ -72,12 +72,12 @@ def recovery(it: Cluster, kill: Callable[[], None]) -> dict[str, Any]:
 
 
 def answers(load: Clients, fault: float) -> list[float]:
-    """Seconds from the fault to each answer of a request that began after it."""
+    """Returns the seconds from the fault to each answer of a request that began after it."""
     return [each.ended - fault for each in load.sent if each.began > fault and each.result == WHOLE]
 
 
 def quiet_s(load: Clients, since: float) -> float:
-    """Seconds since `since`, or since the last request failed if that was later."""
+    """Returns the seconds since `since`, or since the last failed request if that was later."""
     failed = (each.ended for each in reversed(load.sent) if each.result != WHOLE)
     return time.monotonic() - max(since, next(failed, 0.0))
 
@@ -120,7 +120,8 @@ def measure(it: Cluster) -> dict[str, Any]:
 
 
 def growth(it: Cluster) -> dict[str, Any]:
-    """Seconds from the beginning of a load that is too much for one replica to the second one."""
+    """Returns the seconds from the beginning of a load that is too much for one replica until a
+    second one answers."""
     it.deploy(autoscaling_config=SCALING, **DEPLOYMENT)
     until(lambda: num_ready(it) == 1 and it.answers)
     began = time.monotonic()

@@ -29,7 +29,7 @@ TOKENS = "mixtral_generation_tokens"
 def server(
     model: str, replicas: int, folder: Path, *, haproxy: bool = True, keys: tuple[str, ...] = ()
 ) -> Iterator[int]:
-    """A server of `replicas` of the model once all of them run; yields its port.
+    """Starts a server with `replicas` of the model, and yields its port when all of them run.
 
     `haproxy` or Serve's own proxy takes the requests.
     """
@@ -68,7 +68,8 @@ def wait_for_all(url: str, replicas: int) -> None:
 
 
 def replica_ports(pid: int | None = None) -> list[int]:
-    """The HTTP ports of the replicas below a process, this one by default; HAProxy's mode alone."""
+    """Returns the HTTP ports of the replicas below a process, this one by default; only in HAProxy
+    mode."""
     ports = []
     for process in psutil.Process(pid).children(recursive=True):
         with suppress(psutil.NoSuchProcess):
@@ -82,14 +83,14 @@ def replica_ports(pid: int | None = None) -> list[int]:
 
 
 def is_ready(port: int) -> bool:
-    """Whether a replica answers on the port; Ray's own ports speak no HTTP."""
+    """Returns whether a replica answers on the port. Ray's own ports do not answer HTTP."""
     with suppress(requests.RequestException):
         return requests.get(f"http://127.0.0.1:{port}/ping", timeout=2).status_code == 200
     return False
 
 
 def tokens_by_replica() -> dict[int, float]:
-    """Generated tokens so far by the port of each replica."""
+    """Returns the number of tokens that each replica has generated, by its port."""
     found = {}
     for port in replica_ports():
         text = requests.get(f"http://127.0.0.1:{port}/metrics", timeout=10).text
@@ -99,8 +100,8 @@ def tokens_by_replica() -> dict[int, float]:
 
 
 def loads(before: dict[int, float], after: dict[int, float]) -> dict[str, object]:
-    """Tokens of each replica between two looks, and by which part the busiest has more than the
-    least busy one."""
+    """Returns the tokens of each replica between two calls of `tokens_by_replica`, and the spread:
+    the highest number divided by the lowest, minus 1."""
     tokens = sorted(after[port] - before.get(port, 0.0) for port in after)
     spread = round(tokens[-1] / tokens[0] - 1, 3) if tokens and tokens[0] else None
     return {"tokens": tokens, "spread": spread}

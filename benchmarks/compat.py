@@ -45,7 +45,7 @@ Result = dict[str, Any]
 
 @contextmanager
 def tiny_server(folder: Path) -> Iterator[Server]:
-    """`mixtral-serve run` with the tiny model, a key and a free port, until the block ends."""
+    """Runs `mixtral-serve run` with the tiny model, a key and a free port, until the block ends."""
     config = yaml.safe_load((ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
     port = config["http_options"]["port"] = free_port()
     path = folder / "server.yaml"
@@ -58,7 +58,7 @@ def tiny_server(folder: Path) -> Iterator[Server]:
 
 @contextmanager
 def running_server(url: str, model: str) -> Iterator[Server]:
-    """The server at `url`, which runs already."""
+    """Yields the running server at `url`."""
     yield Server(url.rstrip("/"), model, os.environ.get("OPENAI_API_KEY", "none"), str(CHECKPOINT))
 
 

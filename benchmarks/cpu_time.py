@@ -12,7 +12,8 @@ OTHER = "other"
 
 
 def seconds_by_part(pid: int) -> dict[str, float]:
-    """User and system seconds so far of all processes below `pid`; `other` is the rest of Ray."""
+    """Returns the user and system seconds so far of all processes below `pid`, by part; `other` is
+    the rest of Ray."""
     found = dict.fromkeys(("replica", "proxy", OTHER), 0.0)
     for child in descendants(pid):
         part = next((part for words, part in PARTS if words in command(child)), OTHER)

@@ -20,7 +20,7 @@ SMALL_EXPERTS_AT_ONCE = 2
 
 
 def events() -> tuple[Any, Any]:
-    """Two events of a GPU that measure the time between them."""
+    """Returns two CUDA events that measure the time between them."""
     make: Any = torch.cuda.Event  # which has no types
     return make(enable_timing=True), make(enable_timing=True)
 
@@ -33,7 +33,7 @@ class Device:
         self.is_cuda = device.type == "cuda"
 
     def describe(self) -> dict[str, Any]:
-        """`{"device", "device_gb"}`"""
+        """Returns `{"device", "device_gb"}`."""
         if not self.is_cuda:
             return {"device": "cpu", "device_gb": None}
         properties = torch.cuda.get_device_properties(self.device)
@@ -45,7 +45,7 @@ class Device:
         }
 
     def free_bytes(self) -> int:
-        """Free memory of a GPU; 0 on a CPU."""
+        """Returns the free bytes of a GPU; 0 on a CPU."""
         return torch.cuda.mem_get_info(self.device)[0] if self.is_cuda else 0
 
     def batched_tokens(self) -> int:
@@ -127,7 +127,7 @@ class Device:
         return statistics.median(device_times[1:]), statistics.median(host_times[1:])
 
     def product_flops(self, dtype: torch.dtype) -> float:
-        """Operations per second of a large matrix product on random numbers."""
+        """Returns the operations per second of a large matrix product of random numbers."""
         size = 8192 if self.is_cuda else 256
         a, b = (torch.randn(size, size, device=self.device).to(dtype) for _ in range(2))
         return 2.0 * size**3 / self.device_seconds(lambda: a @ b)

@@ -20,7 +20,7 @@ app = serve.deployment(Empty).bind()
 
 
 def main() -> None:
-    """`serve run benchmarks.empty_app:app`, in a Ray without dashboard."""
+    """Does what `serve run benchmarks.empty_app:app` does, in a Ray without dashboard."""
     import ray
     from ray.serve.scripts import cli
 

@@ -31,7 +31,8 @@ CONTEXTS = (64, 512, 2048)
 
 
 def host_cost(model: Mixtral) -> dict[str, Any]:
-    """Microseconds of the engine's thread per step, and a straight line through the batch sizes."""
+    """Returns the microseconds of the engine's thread per step for each batch size, and a straight
+    line through them."""
     bench, found = TimedEngine(model, NullRunner), {}
     for name, how in (
         ("greedy", {"temperature": 0.0}),
@@ -72,7 +73,7 @@ def model_speed(bench: TimedEngine) -> dict[str, Any]:
 
 
 def waiting(bench: TimedEngine) -> float:
-    """Speed of 64 sequences with 2,000 more waiting, as a share of the speed without."""
+    """Returns the speed of 64 sequences with 2,000 more waiting, divided by the speed without."""
 
     def seconds_per_step(num_waiting: int) -> float:
         async def scenario(engine: Engine) -> None:
@@ -98,7 +99,8 @@ def waiting(bench: TimedEngine) -> float:
 
 
 def prefix(bench: TimedEngine) -> dict[str, float]:
-    """Time to first token with 90 % of a prompt shared, as a share of the cold one."""
+    """Returns the time to the first token of a prompt that shares 90 % with an earlier one, divided
+    by the time of the earlier one, by length."""
 
     def ratio(length: int) -> float:
         async def scenario(engine: Engine) -> float:
@@ -123,7 +125,8 @@ def prefix(bench: TimedEngine) -> dict[str, float]:
 
 
 def intruder(bench: TimedEngine) -> dict[str, float]:
-    """Slowdown of 16 running streams by an 8k-token prompt, and of the prompt by the streams."""
+    """Returns the slowdown of 16 streams by a prompt of 8k tokens, and of the prompt by the
+    streams."""
     long, one = bench.prompt(8192), SamplingParams(1, temperature=0.0, ignore_eos=True)
 
     async def alone(engine: Engine) -> float:
@@ -164,7 +167,7 @@ def gaps(times: list[float], since: float = 0.0, until: float = float("inf")) ->
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--threads", type=int, default=1, help="most threads of a step")
     options = parser.parse_args()

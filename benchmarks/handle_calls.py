@@ -38,7 +38,7 @@ class Answer:
 
 
 def deployed(name: str, **options: Any) -> DeploymentClient:
-    """A client of four replicas."""
+    """Returns a client of four replicas."""
     deployment = serve.deployment(
         name=name,
         num_replicas=4,
@@ -52,7 +52,7 @@ def deployed(name: str, **options: Any) -> DeploymentClient:
 
 
 async def call_us(clients: dict[str, DeploymentClient]) -> dict[str, float]:
-    """Median microseconds of a call of each client."""
+    """Returns the median microseconds of a call of each client."""
     times: dict[str, list[float]] = {name: [] for name in clients}
     for number in range(CALLS):
         for name, client in clients.items():
@@ -65,7 +65,7 @@ async def call_us(clients: dict[str, DeploymentClient]) -> dict[str, float]:
 
 
 def session_us() -> float:
-    """Microseconds to find the session of `BODY`."""
+    """Returns the microseconds to find the session of `BODY`."""
     call = Call("POST", "/v1/chat/completions", BODY, "")
     began = time.perf_counter()
     for _ in range(10_000):

@@ -31,7 +31,8 @@ ANSWER = Options(
 
 
 def first_answer() -> float:
-    """Seconds until a new container has answered and ended; raises `RuntimeError` if it fails."""
+    """Returns the seconds until a new container has answered and ended. Raises `RuntimeError` if it
+    fails."""
     began = time.monotonic()
     code, _, log = run(IMAGE, ANSWER)
     if code != 0:
@@ -40,9 +41,9 @@ def first_answer() -> float:
 
 
 def rebuilt() -> tuple[Build, int]:
-    """A build after a change of one line, and the uncompressed bytes of its new layers.
+    """Returns a build after a change of one line, and the uncompressed bytes of new layers.
 
-    Both builds that are compared may take layers of earlier ones, which `--from-nothing` forbids.
+    Both builds may use layers of earlier ones, which `--from-nothing` does not allow.
     """
     before = build(f"{IMAGE}-before")
     with tempfile.TemporaryDirectory() as name:
@@ -53,7 +54,7 @@ def rebuilt() -> tuple[Build, int]:
 
 
 def main() -> int:
-    """The command."""
+    """Runs the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--from-nothing", action="store_true")

@@ -45,7 +45,7 @@ class Shapes:
     def matrices(
         self, lead: tuple[int, ...], columns: int, rows: tuple[int, ...]
     ) -> list[QuantizedWeight]:
-        """Random matrices, one for each layer."""
+        """Returns random matrices, one for each layer."""
         codes = Codebook(self.quantization.quant_type).to(self.device)
         fill_codebook(codes)
         made = []
@@ -58,7 +58,8 @@ class Shapes:
 
 
 def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
-    """Functions that make the cases of each kernel. Weights live as long as the cases."""
+    """Returns the functions that create the cases of each kernel. Weights exist as long as the
+    cases."""
     tokens = (2,) if tiny else TOKENS
     contexts = ((2, 140),) if tiny else CONTEXTS
     products = {"gate_up": gate_up, "down": down, "qkv": qkv, "o": out}
@@ -70,8 +71,8 @@ def makers(tiny: bool) -> dict[str, Callable[[Shapes], Iterable[Case]]]:
 
 
 def routing(shapes: Shapes, tokens: int) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Random routing of `tokens`: `order`, `starts`, `shares`, and the number of experts that are
-    hit."""
+    """Returns a random routing of `tokens`: `order`, `starts`, `shares`, and the number of experts
+    with tokens."""
     config = shapes.config
     scores = torch.rand(
         tokens, config.num_local_experts, generator=torch.Generator().manual_seed(tokens)

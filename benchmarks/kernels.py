@@ -62,7 +62,7 @@ def row_of(case: Case, device: Device, bandwidth: float) -> dict[str, Any]:
 
 
 def shapes_of(device: Device, quantization: Quantization, *, tiny: bool) -> Shapes:
-    """Mixtral's sizes on a GPU; toy sizes on a CPU, for Triton's interpreter."""
+    """Returns Mixtral's sizes for a GPU, or toy sizes for a CPU and Triton's interpreter."""
     config = config_of(tiny=tiny, layers=1)
     dtype = torch.bfloat16 if device.is_cuda else torch.float32
     layers, min_bytes = (1, 0) if tiny else (3, 256 << 20)

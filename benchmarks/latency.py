@@ -33,7 +33,7 @@ class Objective:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
-    """p50, p95 and p99 in milliseconds."""
+    """Returns p50, p95 and p99 in milliseconds."""
     if not seconds:
         return {}
     values = np.percentile(np.array(seconds) * 1e3, [50, 95, 99])

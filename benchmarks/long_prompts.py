@@ -40,7 +40,7 @@ def text(server: RunningServer, num_tokens: int) -> str:
 async def together(
     server: RunningServer, num_tokens: int, at_once: int, repeats: int
 ) -> dict[str, Any]:
-    """`repeats` times, sends `at_once` prompts of `num_tokens` tokens together."""
+    """Sends `at_once` prompts of `num_tokens` tokens together, `repeats` times."""
     outcomes, wall_s = list[Outcome](), 0.0
     for _ in range(repeats):
         prompts = [server.body(text(server, num_tokens), ANSWER) for _ in range(at_once)]

@@ -11,7 +11,8 @@ PACKAGES = ("mixtral-serve", "torch", "triton", "ray", "runpod")
 
 
 def describe() -> dict[str, Any]:
-    """`{"date", "machine", "cores", "versions"}`, with the installed ones of `PACKAGES`."""
+    """Returns `{"date", "machine", "cores", "versions"}`, with the installed versions of
+    `PACKAGES`."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{_processor()}, {platform.system()}, Python {platform.python_version()}",

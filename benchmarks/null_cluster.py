@@ -18,7 +18,7 @@ def load(*args: Any, plan: object = None) -> Loaded:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     from benchmarks.null_cluster import load  # not of `__main__`, which a replica lacks
     from serve_app.cli.commands import main as command
 

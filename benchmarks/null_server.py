@@ -69,7 +69,7 @@ class NullRunner:
         return NullStep(tokens, self._free_at - self._late_s)
 
     def clear_blocks(self, blocks: list[int]) -> None:
-        """There is no KV cache."""
+        """Does nothing, because there is no KV cache."""
 
 
 class NullStep(NamedTuple):
@@ -89,7 +89,7 @@ def _wake_promptly() -> None:
 
 
 def _late_s(step_s: float) -> float:
-    """Median seconds by which a sleep of `step_s` is too long on this machine."""
+    """Returns the median seconds by which a sleep of `step_s` is too long on this machine."""
     _wake_promptly()
     late = []
     for _ in range(40):

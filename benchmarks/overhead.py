@@ -42,7 +42,7 @@ period, a server that ends would keep its replica for half a minute."""
 
 
 def alone(num_tokens: int, rounds: int) -> dict[str, Any]:
-    """Microseconds of processor time per token, up to and including each part of the path."""
+    """Returns the microseconds of processor time per token, up to each part of the path."""
     bench = ServerInProcess(num_tokens)
     found: dict[str, Any] = {}
     for streams in STREAMS:
@@ -58,7 +58,7 @@ def alone(num_tokens: int, rounds: int) -> dict[str, Any]:
 
 
 def config(port: int) -> dict[str, Any]:
-    """`configs/tiny.yaml` with the null model, as `serve run` takes it."""
+    """Returns `configs/tiny.yaml` with the null model, as `serve run` takes it."""
     text = (ROOT / "configs" / "tiny.yaml").read_text(encoding="utf-8")
     document: dict[str, Any] = yaml.safe_load(text)
     document["http_options"]["port"] = port

@@ -107,7 +107,7 @@ class Overload:
 
 
 def run(report: Report, proxy: str, options: Any) -> None:
-    """All parts with one proxy; a part that fails is recorded, and the others go on."""
+    """Runs all parts with one proxy. If a part fails, that is recorded and the others run."""
     figures: dict[str, Any] = {}
     report.figures[proxy] = figures
     log = Path(tempfile.mkdtemp()) / "server.log"

@@ -52,7 +52,7 @@ class Server:
         return engine.max_num_seqs + engine.max_waiting
 
     def replica_bytes(self) -> int:
-        """Resident bytes of the replica; 0 if there is none."""
+        """Returns the resident bytes of the replica; 0 if there is none."""
         for process in psutil.process_iter(["cmdline", "memory_info"]):
             command = " ".join(process.info["cmdline"] or ())
             if command.startswith("ray::ServeReplica") and self._is_ours(process):

@@ -26,7 +26,7 @@ EXPERTS = {"w1": "ffn_gate_exps", "w2": "ffn_down_exps", "w3": "ffn_up_exps"}
 
 
 def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows `[heads * head_dim, hidden]` from half-split to interleaved rotary order.
+    """Reorders rows `[heads * head_dim, hidden]` from half-split to interleaved rotary order.
 
     Mixtral rotates row i of a head with row i + head_dim / 2, llama.cpp rows 2i and 2i + 1.
     """
@@ -36,7 +36,8 @@ def interleave(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def tensors(config: dict[str, Any], weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """llama.cpp's name of each tensor and its rows; experts are one tensor `[experts, out, in]`."""
+    """Returns the rows of each tensor by llama.cpp's name; experts are one tensor `[experts, out,
+    in]`."""
     found = {
         "token_embd.weight": weights["model.embed_tokens.weight"],
         "output.weight": weights["lm_head.weight"],

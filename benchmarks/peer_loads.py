@@ -22,7 +22,7 @@ def short_request(server: RunningServer) -> Request:
 
 
 async def short(server: RunningServer, options: argparse.Namespace) -> dict[str, Level]:
-    """Short prompts in a closed loop at each concurrency."""
+    """Sends short prompts in a closed loop at each concurrency."""
     levels = {}
     for concurrency in options.concurrency:
         count = max(options.requests, 4 * concurrency)

@@ -79,7 +79,7 @@ class Run:
         }
 
     def measure(self, peer: Peer, number: int) -> None:
-        """One round of one peer. Raises `ServerError` if it does not start."""
+        """Runs one round of one peer. Raises `ServerError` if it does not start."""
         where = home(peer, self.options.environments)
         python = where / "bin" / "python" if where else own_python()
         cores = len(os.sched_getaffinity(0))
@@ -168,7 +168,7 @@ def run_all(run: Run, peers: tuple[Peer, ...], rounds: int, limit_s: float = mat
 
 
 def report(document: dict[str, Any]) -> None:
-    """The medians and the targets, for people."""
+    """Prints the medians and the targets."""
     print("\nMedians.", *document["table"], sep="\n")
     for ours, judged in document["targets"].items():
         print(f"\nTargets of {ours!r}; with a peer, ours divided by the peer's.")

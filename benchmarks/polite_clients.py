@@ -54,7 +54,7 @@ class Seen:
 
 
 def percentiles(seconds: list[float]) -> dict[str, float] | None:
-    """p50 and p99 in ms."""
+    """Returns p50 and p99 in ms."""
     if not seconds:
         return None
     p50, p99 = np.percentile(seconds, [50, 99])
@@ -72,13 +72,13 @@ class PoliteClients:
         self.seen = Seen()
 
     async def closed_loop(self, num_clients: int, seconds: float) -> Seen:
-        """Each client sends its next request when its last one has ended."""
+        """Runs clients that send their next request when their last one has ended."""
         self._began = time.perf_counter()
         await self._for(seconds, [self._client() for _ in range(num_clients)])
         return self.seen
 
     async def open_loop(self, rate: float, seconds: float, seed: int = 0) -> Seen:
-        """`rate` new clients a second, each with one request, however slow the server is."""
+        """Starts `rate` new clients per second with one request each, at any load."""
         self._began = time.perf_counter()
         dues = arrival_times(rate, int(rate * seconds), seed)
         places = asyncio.Semaphore(MAX_CONNECTIONS)

@@ -50,7 +50,7 @@ class Loop:
 
 
 def listing(cubin: bytes) -> str:
-    """The machine code with its bits, by the disassembler that comes with Triton."""
+    """Returns the machine code with its bits, from the disassembler that comes with Triton."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
@@ -62,7 +62,7 @@ def listing(cubin: bytes) -> str:
 
 
 def loops(text: str) -> list[Loop]:
-    """The innermost loops with matrix products of a `listing`, fewest products first."""
+    """Returns the innermost loops with matrix products of a `listing`, fewest products first."""
     code, cycles, labels = list[str](), list[int](), dict[str, int]()
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_x_\d+):", line):
@@ -107,7 +107,7 @@ def row_of(compiler: Compiler, card: Card, product: str, variant: Variant) -> di
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Runs the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=list(CAPABILITIES))
     options = parser.parse_args(arguments)

@@ -34,7 +34,7 @@ SPARE = 5e9
 
 
 def blocks_for(num_tokens: int) -> int:
-    """KV blocks of a sequence with `num_tokens` tokens and `EXTRA` more."""
+    """Returns the number of KV blocks of a sequence with `num_tokens` tokens and `EXTRA` more."""
     return -(-(num_tokens + EXTRA) // BLOCK_SIZE)
 
 
@@ -141,7 +141,8 @@ class RandomRunner:
             torch.cuda.empty_cache()
 
     def sequences(self, count: int, num_tokens: int, **how: Any) -> list[Sequence]:
-        """`count` sequences with their own blocks, whose tokens except the last are computed."""
+        """Returns `count` sequences with their own blocks, whose tokens except the last are
+        computed."""
         blocks = blocks_for(num_tokens)
         params = SamplingParams(512, ignore_eos=True, **how)
         made = []

@@ -11,7 +11,8 @@ from serve_app.model.quantization import Quantization
 
 
 def experts_hit(config: MixtralConfig, batch: int) -> float:
-    """Expected number of a layer's experts that `batch` tokens hit, if routing is uniform."""
+    """Returns the expected number of a layer's experts that `batch` tokens use, with uniform
+    routing."""
     missed = (1 - config.num_experts_per_tok / config.num_local_experts) ** batch
     return config.num_local_experts * (1 - missed)
 
@@ -44,7 +45,7 @@ def decode_limit(
 
 
 def prefill_flops(config: MixtralConfig) -> float:
-    """Operations per token in matrix products. Attention is small and not counted."""
+    """Returns the operations per token in matrix products. Attention is small and not counted."""
     hidden, heads = config.hidden_size, config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim
     attention = hidden * (2 * heads + 2 * keys)

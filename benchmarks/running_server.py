@@ -34,7 +34,7 @@ class RunningServer:
         } | self.fields
 
     def words(self, count: int) -> str:
-        """`count` words; no two of these texts begin alike, so no prefix cache has them."""
+        """Returns `count` words. No two such texts begin alike, so no prefix cache has them."""
         self._num_prompts += 1
         prompts = Prompts(Lengths(count, count), Lengths(1, 1), seed=self.seed)
         return prompts.draw(self._num_prompts)[0]

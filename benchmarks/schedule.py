@@ -121,7 +121,7 @@ def run(device: StepTimes, stall_s: float, share: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = new_parser(__doc__)
     parser.add_argument("--devices", nargs="+", choices=DEVICES, default=list(DEVICES))
     parser.add_argument("--max-stall-s", type=float, default=0.35)

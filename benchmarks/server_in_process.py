@@ -115,7 +115,8 @@ class ServerInProcess:
         await self._app(scope, receive, send)
 
     def cost(self, part: str, streams: int) -> tuple[float, float]:
-        """Microseconds a token: of the whole process, and of the engine's thread alone."""
+        """Returns the microseconds per token of the whole process, and of the engine's thread
+        alone."""
 
         async def run() -> None:
             await asyncio.gather(*(self.parts[part]() for _ in range(streams)))

@@ -114,7 +114,7 @@ class Soak:
 
 
 def in_mb(memory: Counter[str]) -> dict[str, float]:
-    """Megabytes in all, and by kind of process, the largest first."""
+    """Returns the megabytes in all, and by kind of process, the largest first."""
     each = {name: round(size / 1e6, 1) for name, size in memory.most_common()}
     return {"all": round(memory.total() / 1e6, 1), **each}
 

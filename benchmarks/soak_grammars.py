@@ -176,7 +176,7 @@ class Soak:
 
 
 async def _blocks_are_free(server: MixtralServer) -> bool:
-    """Whether the engine has freed all KV blocks within 10 s."""
+    """Returns whether the engine has freed all KV blocks within 10 s."""
     for _ in range(100):
         if server.inputs.engine.stats().num_used_blocks == 0:
             return True

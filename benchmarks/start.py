@@ -74,7 +74,7 @@ def _answers(path: str) -> bool:
 
 
 def _cpu_s(pid: int) -> float:
-    """User and system time of a process and of those below it, in seconds."""
+    """Returns the user and system seconds of a process and of those below it."""
     parent = psutil.Process(pid)
     times = [process.cpu_times() for process in [parent, *parent.children(recursive=True)]]
     return float(sum(it.user + it.system for it in times))

@@ -37,7 +37,7 @@ def measure_head(report: Report, runner: RandomRunner, bandwidth: float) -> None
 
 
 def head_weight(runner: RandomRunner) -> Tensor:
-    """`[vocab_size, hidden_size]`"""
+    """Returns the weight of lm_head, `[vocab_size, hidden_size]`."""
     model = runner.model
     weight = model.embedding if model.lm_head is None else model.lm_head.weight
     assert isinstance(weight, Tensor), "the benchmarks' models have lm_head in floats"

@@ -68,7 +68,7 @@ def streams(place: Endpoint, num_streams: int, num_tokens: int, number: int) -> 
 
 
 def measure(place: Endpoint, delay_s: float, num_streams: int, options: Any) -> dict[str, Any]:
-    """Medians over all streams of all rounds."""
+    """Returns the medians over all streams of all rounds."""
     place.platform.faults.delay_s["job-stream"] = delay_s
     rounds = [
         streams(place, num_streams, options.tokens, 1000 * each) for each in range(options.rounds)

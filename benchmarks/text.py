@@ -36,7 +36,7 @@ LOADS = {
 
 
 def load_seconds(folder: Path, repeats: int) -> dict[str, float]:
-    """Processor time of a new process that imports and loads the tokenizer and renders a chat."""
+    """Returns the processor seconds of a process that loads the tokenizer and renders a chat."""
     found: dict[str, list[float]] = {name: [] for name in LOADS}
     for _ in range(repeats):
         for name, program in LOADS.items():
@@ -48,7 +48,7 @@ def load_seconds(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def best_us(work: Callable[[], object], repeats: int) -> float:
-    """Microseconds of the fastest run of `work`."""
+    """Returns the microseconds of the fastest run of `work`."""
     fastest = float("inf")
     for _ in range(repeats):
         began = time.perf_counter()
@@ -60,7 +60,7 @@ def best_us(work: Callable[[], object], repeats: int) -> float:
 def us_per_token(
     tokenizer: Tokenizer, text: str, stops: Sequence[str], num_tokens: int, repeats: int
 ) -> float:
-    """Microseconds to detokenize a token of an answer with this text, one token at a time."""
+    """Returns the microseconds per token to detokenize an answer with this text token by token."""
     ids = tokenizer.encode(text * num_tokens, add_special_tokens=False)[:num_tokens]
 
     def answer() -> None:
@@ -72,7 +72,8 @@ def us_per_token(
 
 
 def chat_us(folder: Path, tokenizer: Tokenizer, repeats: int) -> dict[str, dict[str, int]]:
-    """Microseconds to turn a conversation into ids, with our tokenizer and with transformers'."""
+    """Returns the microseconds to turn a conversation into ids, by our tokenizer and by
+    transformers'."""
     from transformers import PreTrainedTokenizerFast
 
     reference = PreTrainedTokenizerFast.from_pretrained(folder)

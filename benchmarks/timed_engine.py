@@ -69,7 +69,7 @@ class TimedEngine:
         self.rng = np.random.default_rng(0)
 
     def prompt(self, num_tokens: int) -> list[int]:
-        """Random token ids."""
+        """Returns random token ids."""
         ids: list[int] = self.rng.integers(5, 400, num_tokens).tolist()
         return ids
 

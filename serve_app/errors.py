@@ -209,7 +209,7 @@ class InternalError(ServeError):
 
 
 def as_serve_error(error: BaseException) -> ServeError:
-    """The `ServeError` for any exception: itself, or the nearest class without the text."""
+    """Returns the `ServeError` for any exception: itself, or the nearest class without its text."""
     if isinstance(error, ServeError):
         return error
     # Only code that has imported torch can raise its error, so this module need not import it.
@@ -222,7 +222,7 @@ def as_serve_error(error: BaseException) -> ServeError:
 
 
 def handle_error(error: Exception, request_id: str) -> ServeError:
-    """Maps like `as_serve_error`; logs an exception that is no `ServeError`, with the request's id.
+    """Returns `as_serve_error(error)`. Logs any other error than a `ServeError`, with the id.
 
     The log has the exception's type and the lines of code that it passed. Its text, which may
     quote a user, is logged at DEBUG only.

@@ -24,7 +24,8 @@ UNITS = {"bytes": ["B", "KiB", "MiB", "GiB", "TiB"], "short": ["", " K", " Mil",
 
 
 def unit_text(value: float, unit: str) -> str:
-    """The value as Grafana writes it for a panel's unit; raises `KeyError` for another unit."""
+    """Returns the value as Grafana writes it for a panel's unit. Raises `KeyError` for another
+    unit."""
     if unit in ("reqps", "ops"):
         return f"{value:.3g} {'req' if unit == 'reqps' else 'ops'}/s"
     if unit == "percentunit":
@@ -43,7 +44,7 @@ def unit_text(value: float, unit: str) -> str:
 
 
 def legend(target: dict[str, Any], labels: dict[str, str]) -> str:
-    """The name of a series: the target's `legendFormat` with the series' labels."""
+    """Returns the name of a series: the target's `legendFormat` with the series' labels."""
     text: str = target["legendFormat"]
     for name, value in labels.items():
         text = text.replace(f"{{{{{name}}}}}", value)

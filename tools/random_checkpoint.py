@@ -88,7 +88,7 @@ def write(folder: Path, document: Mapping[str, Any], progress: Progress | None =
 
 
 def main() -> None:
-    """`python -m tools.random_checkpoint FOLDER [--layers N] [--tiny]`"""
+    """Runs `python -m tools.random_checkpoint FOLDER [--layers N] [--tiny]`."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, help="instead of Mixtral's 32")

@@ -82,9 +82,9 @@ def find(name: str) -> Any:
 
 
 async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
-    """Frames before each message that the app sends, after a first request has warmed it up.
+    """Returns the frames before each message that the app sends, after a first request to warm up.
 
-    The frames up to the first wait for the engine are the first list.
+    The first list has the frames up to the first wait for the engine.
     """
     content = json.dumps(body).encode()
     scope = {
@@ -111,7 +111,7 @@ async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
 
 
 def num_frames_in(frames: list[CodeType]) -> int:
-    """Frames until the request waits for the engine."""
+    """Returns the number of frames until the request waits for the engine."""
     return [code.co_qualname for code in frames].index("Stream.next") + 1
 
 

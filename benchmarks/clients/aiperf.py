@@ -8,7 +8,7 @@ from benchmarks.clients.features import Server, feature, main, run_command
 
 
 def profile(server: Server, endpoint: str, *options: str) -> None:
-    """Six requests of synthetic text; all must end."""
+    """Sends six requests of synthetic text; all must end."""
     folder = tempfile.mkdtemp()
     run_command(
         *("aiperf", "profile", "--model", server.model, "--url", server.url),

@@ -10,7 +10,7 @@ DATA = "kind=synthetic_text,prompt_tokens=64,output_tokens=16"
 
 
 def bench(server: Server, request_format: str, profile: str) -> None:
-    """Six requests of synthetic text; all must end, with usage and times."""
+    """Sends six requests of synthetic text; all must end, with usage and times."""
     report = Path(tempfile.mkdtemp()) / "report.json"
     backend = f"kind=openai_http,target={server.url},model={server.model},api_key={server.key}"
     run_command(

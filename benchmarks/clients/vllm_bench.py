@@ -19,7 +19,7 @@ main(parser.parse_args())
 
 
 def bench(server: Server, backend: str, path: str, *options: str) -> None:
-    """Six requests of 64 random tokens, with answers of 16; all must end."""
+    """Sends six requests of 64 random tokens, with answers of 16 tokens; all must end."""
     folder = tempfile.mkdtemp()
     prefix = Path(sys.prefix) / "lib" / "libiomp5.so"
     run_command(

@@ -124,13 +124,13 @@ class InputProcessor:
         continues: bool = False,
         tools: Tools | None = None,
     ) -> list[Answer]:
-        """`count` answers to a prompt, which came in `field` of the request.
+        """Returns `count` answers to a prompt, which is the field `field` of the request.
 
         With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` and
         `num_prompt_logprobs` are fields of `SamplingParams`. Without a limit in the request, an
-        answer has up to `default_max_tokens` tokens, or as many as the context holds. `continues`:
-        the answer continues the prompt's text, so a space at its beginning is text. Answers may
-        call `tools`.
+        answer has up to `default_max_tokens` tokens, or as many as the context holds. With
+        `continues`, the answer continues the prompt's text, so a space at its beginning is kept.
+        Answers may call `tools`.
 
         Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
         grammar that cannot be compiled. The engine checks the token ids and the context's length

@@ -59,13 +59,13 @@ def _unused_keys(document: dict[str, Any], application: dict[str, Any]) -> Itera
 
 
 def may_be_several(path: str | Path) -> bool:
-    """Whether the deployment may have more than one replica."""
+    """Returns whether the deployment may have more than one replica."""
     overrides = application(path).get("deployments") or []
     return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
 
 
 def num_replicas(path: str | Path) -> int:
-    """Replicas that the deployment has for certain: 1 where Serve decides how many."""
+    """Returns the number of replicas in the YAML; 1 if Serve decides it (autoscaling)."""
     overrides = application(path).get("deployments") or []
     given = [it["num_replicas"] for it in overrides if "num_replicas" in it]
     return next((number for number in given if isinstance(number, int)), 1)

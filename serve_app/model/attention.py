@@ -194,7 +194,7 @@ def _chunk(batch: Batch, i: int, start: int, block_size: int, window: int | None
 
 
 def _rows(indices: list[int], device: torch.device) -> Tensor | slice:
-    """`indices` (ascending) for use as an index: a slice, which copies nothing, where possible."""
+    """Returns ascending `indices` as a slice if possible, because a slice copies nothing."""
     if indices[-1] - indices[0] + 1 == len(indices):
         return slice(indices[0], indices[-1] + 1)
     return torch.tensor(indices, device=device)

@@ -201,7 +201,7 @@ class Mixtral(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`.
+        """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`.
 
         They are an inference tensor, which can be changed in place under `torch.inference_mode()`
         only.

@@ -83,7 +83,7 @@ class Container:
         return (self.folder / "log").read_text()
 
     def processes(self) -> list[str]:
-        """The command line of each of its processes, the first one first."""
+        """Returns the command line of each of its processes, the first one first."""
         shown = self.run(
             "sh", "-c", "for it in /proc/[0-9]*; do tr '\\0' ' ' <$it/cmdline; echo; done"
         )
@@ -131,7 +131,7 @@ def _crun(*arguments: str) -> list[str]:
 
 
 def _specification(image: str, options: Options, root: Path, folder: Path) -> dict[str, Any]:
-    """OCI's runtime specification for the image's settings and `options`."""
+    """Returns OCI's runtime specification for the image's settings and `options`."""
     config = configuration(image)["config"]
     entrypoint = config["Entrypoint"] if options.entrypoint is None else options.entrypoint
     command = config["Cmd"] if options.command is None else options.command

@@ -61,7 +61,7 @@ EXAM_SEED = 1
 
 
 def held_out() -> list[Pair]:
-    """200 different questions with their exact answers; no training dialogue contains one."""
+    """Returns 200 different questions with their exact answers; no training dialogue has one."""
     rng = random.Random(EXAM_SEED)
     pairs: dict[str, str] = {}
     for topic, count in EXAM.items():
@@ -73,7 +73,7 @@ def held_out() -> list[Pair]:
 
 
 def _recall(rng: random.Random) -> list[Pair]:
-    """A name told, perhaps something else between, and asked for."""
+    """Returns a dialogue in which the user says a name and later asks for it."""
     name = rng.choice(facts.NAMES)
     between = [_turn(rng) for _ in range(rng.randint(0, 2))]
     told = (f"My name is {name}.", f"Hello, {name}!")

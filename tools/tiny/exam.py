@@ -23,7 +23,7 @@ class Miss:
 
 
 def ask(folder: Path, questions: list[str], max_new_tokens: int) -> list[tuple[str, bool]]:
-    """Greedy answers of the checkpoint in float32, and whether each ended with `</s>`."""
+    """Returns the checkpoint's greedy answers in float32, and whether each ended with `</s>`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -48,7 +48,7 @@ def ask(folder: Path, questions: list[str], max_new_tokens: int) -> list[tuple[s
 
 
 def examine(folder: Path) -> list[Miss]:
-    """Ask all held-out questions. Returns those that were missed."""
+    """Asks all held-out questions. Returns those that were missed."""
     pairs = corpus.held_out()
     answers = ask(folder, [question for question, _ in pairs], MAX_NEW_TOKENS)
     return [

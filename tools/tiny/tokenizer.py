@@ -48,7 +48,7 @@ CHAT_TEMPLATE = (
 
 
 def write(folder: Path, texts: Iterable[str]) -> None:
-    """Train the vocabulary on `texts` and write both files into `folder`."""
+    """Trains the vocabulary on `texts` and writes both files into `folder`."""
     vocab, merges = _train(texts)
     tokenizer = _assemble(vocab, merges)
     tokenizer.save(str(folder / "tokenizer.json"))

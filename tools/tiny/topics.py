@@ -123,7 +123,7 @@ def spelling(rng: random.Random, exam: bool) -> Pair:
 
 
 def objects(rng: random.Random, exam: bool) -> Pair:
-    """Simple JSON answers: two given fields, or a fact under its name."""
+    """Returns a question with a JSON answer: two given fields, or a fact under its name."""
     if rng.random() < 0.4:
         country, city = rng.choice(list(facts.CAPITALS.items()))
         question = _phrase(rng, exam, country, (f"The capital of {country} as JSON.",))

@@ -72,7 +72,7 @@ def new_model() -> Any:
 
 
 def write_tokenizer(folder: Path) -> None:
-    """Train the tokenizer on the first training dialogues and write its files."""
+    """Trains the tokenizer on the first training dialogues and writes its files."""
     dialogues = corpus.training(20_000, SEED)
     tokenizer.write(folder, (text for d in dialogues for text in _texts(d)))
 
@@ -121,7 +121,7 @@ class Encoder:
 
 
 def batches(encoder: Encoder) -> Iterator[dict[str, torch.Tensor]]:
-    """Padded batches of dialogues of like length, without end."""
+    """Yields padded batches of dialogues of similar length, without end."""
     rng = random.Random(SEED)
     for chunk in itertools.count():
         dialogues = corpus.training(DIALOGUES_PER_CHUNK, SEED + chunk)
@@ -136,7 +136,7 @@ def batches(encoder: Encoder) -> Iterator[dict[str, torch.Tensor]]:
 
 
 def _pad(rows: list[Encoded]) -> dict[str, torch.Tensor]:
-    """`[rows, longest]` tensors, padded on the right."""
+    """Returns tensors `[rows, longest]`, padded on the right."""
     import torch
 
     longest = max(len(ids) for ids, _, _ in rows)
@@ -154,7 +154,7 @@ def _pad(rows: list[Encoded]) -> dict[str, torch.Tensor]:
 
 
 def _rate(step: int) -> float:
-    """Share of the peak learning rate: a linear warm-up, then a cosine to a hundredth."""
+    """Returns the share of the peak learning rate: a linear warm-up, then a cosine to 1/100."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     done = (step - WARMUP) / max(1, STEPS - WARMUP)
@@ -162,7 +162,7 @@ def _rate(step: int) -> float:
 
 
 def fit(model: Any, encoder: Encoder) -> Iterator[int]:
-    """Train in place; in the second half, yields the step after every 500."""
+    """Trains in place; in the second half, yields the step after every 500."""
     import torch
 
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -192,7 +192,7 @@ def fit(model: Any, encoder: Encoder) -> Iterator[int]:
 
 
 def save(model: Any, folder: Path) -> None:
-    """Write configuration and weights, rounded to bfloat16."""
+    """Writes configuration and weights, rounded to bfloat16."""
     import torch
 
     rounded = copy.deepcopy(model).to(torch.bfloat16)
@@ -200,7 +200,7 @@ def save(model: Any, folder: Path) -> None:
 
 
 def install(source: Path, folder: Path) -> None:
-    """Replace the files of a checkpoint, each in one rename."""
+    """Replaces the files of a checkpoint, each in one rename."""
     folder.mkdir(parents=True, exist_ok=True)
     for file in sorted(source.iterdir()):
         partial = folder / f".{file.name}.partial"
@@ -209,7 +209,7 @@ def install(source: Path, folder: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """Train, examine what was saved, and install every new best from 95 % on."""
+    """Trains, examines each saved checkpoint, and installs every new best one from 95 % on."""
     import torch
 
     torch.set_num_threads(1)

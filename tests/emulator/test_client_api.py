@@ -16,13 +16,6 @@ from tests.worker.conftest import Client, until
 
 
 @pytest.fixture
-def platform() -> Iterator[Platform]:
-    with Platform() as platform:
-        platform.queue.hold_s = 0.1
-        yield platform
-
-
-@pytest.fixture
 def http(platform: Platform) -> Iterator[httpx.Client]:
     """A client with RunPod's bare key, as its documentation shows."""
     headers = {"authorization": client_api.KEY}

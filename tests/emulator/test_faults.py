@@ -16,13 +16,6 @@ AS_CLIENT = {"Authorization": f"Bearer {client_api.KEY}"}
 
 
 @pytest.fixture
-def platform() -> Iterator[Platform]:
-    with Platform() as platform:
-        platform.queue.hold_s = 0.1
-        yield platform
-
-
-@pytest.fixture
 def http(platform: Platform) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"{platform.url}/v2/ep", headers=AS_WORKER, timeout=10) as http:
         yield http

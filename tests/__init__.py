@@ -1,4 +1,4 @@
-"""The tests: a folder for each package of `serve_app` and for most other folders of the repository.
+"""The tests: a folder for most packages of `serve_app` and other folders of the repository.
 
 The files `test_*.py` beside this one test what several packages share, and the repository's pages.
 Four proofs that a reader may look for:
@@ -22,7 +22,7 @@ What this project did not write, to compare with: `mistral` (ids of conversation
 
 Other helpers: `conftest` says which tests share a process; `environment` is a process's bare
 environment; `processes` finds what a process has started; `listening` and `ports` find its sockets;
-`mounts` makes real ; `tool_sets` has sets of tools.
+`mounts` makes real mounts; `tool_sets` has sets of tools.
 
 Folders: `api`, `benchmarks`, `cli`, `cluster`, `cold_start`, `config`, `emulator`, `engine`,
 `faults` (kills whole processes), `image` (runs the built image), `loading`, `machine`, `model`,

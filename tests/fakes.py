@@ -94,7 +94,7 @@ class FakeEngine:
         self.num_taken -= 1
 
     def end_if_hung(self) -> None:
-        """Its steps always return."""
+        """Does nothing: the fake's steps always return."""
 
     def check(self, prompt_ids: list[int], params: SamplingParams) -> None:
         admit(prompt_ids, params, CONFIG, VOCAB_SIZE)
@@ -168,7 +168,7 @@ def server(engine: FakeEngine | None = None, /, **args: Any) -> MixtralServer:
 
 
 async def items(server: MixtralServer, path: str, body: Any) -> list[dict[str, Any]]:
-    """Everything that `MixtralServer.call` yields for a POST."""
+    """Returns everything that `MixtralServer.call` yields for a POST."""
     yielded = [item async for item in server.call("POST", path, body, "r1")]
     return cast(list[dict[str, Any]], yielded)
 

@@ -19,7 +19,7 @@ def sha(data: bytes) -> str:
 def serve(
     files: Mapping[str, bytes], sizes: Mapping[str, int] | None = None, token: str = "good"
 ) -> Iterator[str]:
-    """A hub whose repository "o/m" has `files`, and "o/gated" for those with `token`; its URL."""
+    """Yields the URL of a hub: "o/m" has `files`, and so has "o/gated" for clients with `token`."""
     handler = type("OneHub", (Hub,), {"files": files, "sizes": sizes or {}, "token": token})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever)

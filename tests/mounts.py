@@ -12,7 +12,7 @@ NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
 
 @contextmanager
 def mounted_folder() -> Iterator[Path]:
-    """A folder on a mount that every Linux has, as a folder on a network volume is."""
+    """Yields a folder on a mount of its own, as a network volume's is: every Linux has /dev/shm."""
     with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="mixtral-serve-test-") as folder:
         yield Path(folder)
 

@@ -25,7 +25,7 @@ def _runs(process: psutil.Process) -> bool:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Pid and command line of every living process below `pid`."""
+    """Returns pid and command line of every running process below `pid`."""
     found = {}
     for child in all_below(pid):
         with suppress(psutil.NoSuchProcess):

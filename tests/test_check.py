@@ -16,7 +16,7 @@ from serve_app.tiny import CHECKPOINT
 
 
 def config(folder: Path, **args: Any) -> Path:
-    """configs/tiny.yaml on any free port, with these sections of `args:` replaced."""
+    """Writes configs/tiny.yaml with a free port and these sections of `args:`; returns its path."""
     document = yaml.safe_load(Path("configs/tiny.yaml").read_text())
     document["applications"][0]["args"] |= args
     document["http_options"]["port"] = 0  # any port: 8000 may be in use on this machine

@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
 
 
 def haproxys(pid: int) -> dict[int, str]:
-    """Pid and command line of each HAProxy below `pid`."""
+    """Returns pid and command line of each HAProxy below `pid`."""
     return {child: line for child, line in descendants(pid).items() if "haproxy.cfg" in line}
 
 

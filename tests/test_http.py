@@ -66,7 +66,7 @@ def client(url: str) -> Iterator[openai.OpenAI]:
 
 
 def running(http: httpx.Client) -> tuple[int, int]:
-    """Sequences that run or wait, and KV blocks in use."""
+    """Returns how many sequences run or wait, and how many KV blocks are in use."""
     engine = http.get("/health").json()["engine"]
     return engine["running"] + engine["waiting"], engine["kv_blocks_used"]
 
@@ -96,7 +96,7 @@ def ask_and_leave(http: httpx.Client, url: str, path: str, stream: bool, headers
 
 
 def wait_until_idle(http: httpx.Client) -> None:
-    """Until nothing runs and no block is in use: long before `LONG` would end by itself."""
+    """Waits until nothing runs and no block is in use, long before `LONG` ends by itself."""
     started = time.monotonic()
     while running(http) != (0, 0):
         assert time.monotonic() - started < 10, "the request was never cancelled"

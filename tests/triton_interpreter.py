@@ -15,7 +15,7 @@ _prepared: set[int] = set()
 
 
 def prepare_once() -> None:
-    """From now on, a launch prepares each module once."""
+    """Makes every later launch prepare each module once."""
     interpreter.GridExecutor.__call__ = _launch
     interpreter.InterpretedFunction.__call__ = _call_device_function
 

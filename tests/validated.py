@@ -22,7 +22,7 @@ def _adapter(kind: Any) -> pydantic.TypeAdapter[Any]:
 
 
 def _extra(value: Any) -> Iterator[str]:
-    """The fields that the models do not have."""
+    """Yields the fields that the models do not have."""
     if isinstance(value, pydantic.BaseModel):
         yield from (f"{type(value).__name__}.{name}" for name in value.model_extra or {})
         for name in type(value).model_fields:

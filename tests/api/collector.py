@@ -47,7 +47,7 @@ def attributes(it: Any) -> dict[str, Any]:
 
 @contextmanager
 def collector() -> Iterator[Collector]:
-    """A running collector."""
+    """Yields a running collector."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:

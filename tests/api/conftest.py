@@ -28,7 +28,7 @@ class Endpoint:
         self.server: MixtralServer = server()
 
     def serve(self, engine: FakeEngine | None = None, /, **args: Any) -> FakeEngine:
-        """From now on this engine answers, with these settings."""
+        """Lets this engine answer from now on, with these settings."""
         engine = engine or FakeEngine()
         self.server = server(engine, **args)
         return engine

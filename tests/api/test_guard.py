@@ -30,7 +30,7 @@ def connection(endpoint: Endpoint) -> Iterator[socket.socket]:
 
 
 def read(opened: socket.socket) -> tuple[bytes, Any]:
-    """Head and body of the answer, once the server has closed the connection."""
+    """Returns the answer's head and body, once the server has closed the connection."""
     answer = b"".join(iter(lambda: opened.recv(4096), b""))
     head, _, body = answer.partition(b"\r\n\r\n")
     assert b"\r\nconnection: close" in head

@@ -23,7 +23,7 @@ def installed() -> Iterator[None]:
 
 
 def old_client(url: str, path: str, body: dict[str, object] | None = None) -> tuple[str, bytes]:
-    """Head and body of what a client of HTTP/1.0 reads until the connection ends."""
+    """Returns the head and body that a client of HTTP/1.0 reads until the connection ends."""
     parts = urlsplit(url)
     data = b"" if body is None else json.dumps(body).encode()
     method = "GET" if body is None else "POST"

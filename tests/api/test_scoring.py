@@ -43,7 +43,7 @@ def oracle() -> Any:
 
 
 def expected(oracle: Any, ids: list[int]) -> torch.Tensor:
-    """Log probabilities `[tokens - 1, vocab]` of each next token."""
+    """Returns the log probabilities `[tokens - 1, vocab]` of each next token."""
     with torch.inference_mode():
         logits: torch.Tensor = oracle(torch.tensor([ids])).logits[0, :-1]
     return logits.log_softmax(-1)

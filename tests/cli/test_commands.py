@@ -143,7 +143,7 @@ def test_convert_prints_a_line_per_file(tmp_path: Path, capsys: pytest.CaptureFi
 
 @contextmanager
 def served(folder: Path, **variables: str) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """`mixtral-serve run` with the tiny model once it serves, and its URL; nothing of it stays."""
+    """Yields a serving `mixtral-serve run` of the tiny model, and its URL; nothing of it stays."""
     port = free_port()
     (folder / "tiny.yaml").write_text(on_port(port))
     with (

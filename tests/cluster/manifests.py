@@ -42,7 +42,7 @@ def rayservice(folder: Path = KUBERAY / "base") -> dict[str, Any]:
 
 
 def groups(service: dict[str, Any]) -> list[dict[str, Any]]:
-    """Head and worker groups."""
+    """Returns the head group and the worker groups."""
     cluster = service["spec"]["rayClusterConfig"]
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
 

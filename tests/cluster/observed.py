@@ -68,7 +68,7 @@ class Observed:
 
 @contextmanager
 def observed() -> Iterator[Observed]:
-    """A running server, until the block ends."""
+    """Yields a running server, until the block ends."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name, reserved_port() as http:
         folder = Path(name)
         with (
@@ -94,7 +94,7 @@ def observed() -> Iterator[Observed]:
 
 @contextmanager
 def reserved_port() -> Iterator[int]:
-    """A port that no other process gets, and that Serve's proxy shares: it sets SO_REUSEPORT."""
+    """Yields a port that is taken, except for Serve's proxy: it sets SO_REUSEPORT too."""
     with socket.socket() as holder:
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         holder.bind(("127.0.0.1", 0))

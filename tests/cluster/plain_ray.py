@@ -85,7 +85,7 @@ class Cluster:
         return process
 
     def deploy(self, args: dict[str, Any] | None = None, **options: Any) -> None:
-        """The tiny model, as a user of README.md deploys Mixtral.
+        """Deploys the tiny model, as a user of README.md deploys Mixtral.
 
         `args` are settings beside those of configs/tiny.yaml, `options` the deployment's.
         """
@@ -122,7 +122,7 @@ class Cluster:
 
 @contextmanager
 def cluster(**variables: str) -> Iterator[Cluster]:
-    """A cluster whose nodes have `variables` in their environment."""
+    """Yields a cluster whose nodes have `variables` in their environment."""
     with tempfile.TemporaryDirectory(dir="/tmp") as name:
         folder = Path(name)
         try:

@@ -106,7 +106,7 @@ def test_a_replica_writes_lines_of_json(server: Observed) -> None:
 
 @contextmanager
 def load(url: str) -> Iterator[None]:
-    """Four clients that ask one after another, with a common prompt; one request in two is bad."""
+    """Runs four clients with a common prompt, until the block ends; one request in two is bad."""
     is_over = threading.Event()
     messages = [{"role": "user", "content": "Count to a hundred, one number at a time. " * 4}]
     good = {"messages": messages, "max_tokens": 60, "ignore_eos": True}

@@ -41,7 +41,7 @@ def settings(volume: Path, **model: Any) -> Settings:
 
 
 def load(chosen: Settings, error: BaseException | None = None) -> None:
-    """A load by one process, which fails with `error`."""
+    """Loads as one process does; fails with `error`, if any."""
     with CrashGuard(chosen, None).watch():
         if error is not None:
             raise error

@@ -134,7 +134,7 @@ def running(runner: Runner, **changes: Any) -> Iterator[Engine]:
 
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` with a time limit, so that a hanging test fails."""
+    """Runs `asyncio.run` with a time limit, so that a hanging test fails."""
     return asyncio.run(asyncio.wait_for(coroutine, timeout=60))
 
 

@@ -66,7 +66,7 @@ def serving(
 
 @contextmanager
 def poisoned(model: Mixtral, token: int) -> Iterator[None]:
-    """Inside the block, `token` has an embedding of NaN."""
+    """Sets the embedding of `token` to NaN inside the block."""
     row = model.embedding.data[token]
     before = row.clone()
     row.fill_(torch.nan)
@@ -97,7 +97,7 @@ def answers(engine: Engine, some: list[list[int]], params: SamplingParams) -> li
 
 
 def count_near_ties(oracle: Any, prompt: list[int], one: list[int], other: list[int]) -> int:
-    """0 for equal answers; 1 for answers that first differ where the two best logits nearly tie."""
+    """Returns 0 for equal answers, and 1 where the first difference is a near tie of two logits."""
     if one == other:
         return 0
     assert len(one) == len(other)

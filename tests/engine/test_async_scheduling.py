@@ -130,7 +130,7 @@ def test_an_abort_in_flight_leaves_the_others_alone(pair: Pair) -> None:
         await request.aclose()
 
     async def run_all(engine: Engine) -> list[Any]:
-        """12 requests that run to their end, beside 36 that leave after a few deltas."""
+        """Runs 12 requests to their end, beside 36 that leave after a few deltas."""
         leaving = [leave(engine, prompt, 1 + i % 3) for i, prompt in enumerate(some[::-1] * 3)]
         staying = [complete(engine, prompt, greedy()) for prompt in some]
         return (await asyncio.gather(*staying, *leaving))[: len(some)]

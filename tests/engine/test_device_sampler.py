@@ -129,7 +129,7 @@ def made(
 
 
 def random_logits(rows: int, vocab_size: int, seed: int, kinds: list[str]) -> Tensor:
-    """Float32 `[rows, vocab]`, each row of the next kind."""
+    """Returns float32 `[rows, vocab]`, each row of the next kind."""
     x = torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed))
     return torch.stack([KINDS[kinds[i % len(kinds)]](row) for i, row in enumerate(x)])
 

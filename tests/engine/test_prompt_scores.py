@@ -38,7 +38,7 @@ def all_scores(engine: Engine, some: list[list[int]], params: SamplingParams = S
 
 
 def assert_transformers(pair: Pair, prompt: list[int], delta: Any) -> None:
-    """The numbers of `delta` are those of transformers' logits for `prompt`."""
+    """Asserts that the numbers of `delta` are those of transformers' logits for `prompt`."""
     parts = delta.prompt_logprobs
     assert [token_id for part in parts for token_id in part.token_ids] == prompt[1:]
     if not parts:

@@ -14,7 +14,7 @@ class Clock:
 
 
 def measured(rate: float, min_s: int = 1) -> tuple[RetryAfter, Clock]:
-    """After 50 ends at `rate` a second, while others waited."""
+    """Returns a `RetryAfter` that has seen 50 ends at `rate` a second, while others waited."""
     clock = Clock()
     retry_after = RetryAfter(min_s, clock)
     for _ in range(50):

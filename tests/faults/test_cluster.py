@@ -50,7 +50,7 @@ def stream(it: Cluster, session: int, begun: Callable[[], object]) -> bool:
 
 @contextmanager
 def streams(it: Cluster, number: int) -> Iterator[list[Future[bool]]]:
-    """Long streams, each of a conversation of its own, that have all begun."""
+    """Yields long streams that have all begun, each of a conversation of its own."""
     with ThreadPoolExecutor(number) as threads:
         events = [Event() for _ in range(number)]
         started = [threads.submit(stream, it, each, event.set) for each, event in enumerate(events)]

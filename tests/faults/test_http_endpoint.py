@@ -58,7 +58,7 @@ def entry(
 
 
 def until_written(entry: subprocess.Popen[bytes], file: Path, words: str) -> None:
-    """Until `words` are in `file`, which the entry point or its replica writes."""
+    """Waits until `words` are in `file`, which the entry point or its replica writes."""
 
     def is_there() -> bool:
         assert entry.poll() is None, "it has ended"

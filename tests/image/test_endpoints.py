@@ -25,7 +25,7 @@ SHM_BYTES = 512 << 20
 
 @contextmanager
 def serving(image: str) -> Iterator[Container]:
-    """The image in server mode, once it has loaded the model."""
+    """Yields the image in server mode, once it has loaded the model."""
     with container(image, Options(environment=HTTP, shm_bytes=SHM_BYTES)) as it:
         until(lambda: it.process.poll() is not None or SERVING in it.log, START_S)
         assert it.process.poll() is None, it.log

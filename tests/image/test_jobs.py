@@ -16,7 +16,7 @@ NAMELESS = 4242
 
 
 def text_of(output: str) -> str:
-    """The text of the answer that the entry printed."""
+    """Returns the text of the answer that the entry printed."""
     answer = json.loads(output)
     assert answer["usage"]["completion_tokens"] > 0
     return str(answer["text"])

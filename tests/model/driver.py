@@ -34,7 +34,7 @@ SMALL: dict[str, Any] = {
 
 
 def random_oracle(seed: int = 0, **changes: Any) -> Any:
-    """transformers' `MixtralForCausalLM` with random float32 weights that are not tiny."""
+    """Returns transformers' `MixtralForCausalLM` with random float32 weights that are not tiny."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(seed)

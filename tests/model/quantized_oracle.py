@@ -17,7 +17,7 @@ def name(how: Quantization) -> str:
 
 
 def rounded(weight: Tensor, how: Quantization) -> Tensor:
-    """`weight` `[N, K]` quantized and back, by bitsandbytes alone, in the weight's dtype."""
+    """Returns `weight` `[N, K]` quantized and back, by bitsandbytes alone, in its dtype."""
     bnb = functional()
     packed, state = bnb.quantize_4bit(
         weight.contiguous(),

@@ -18,7 +18,7 @@ TYPES = st.sampled_from(get_args(QuantType))
 
 @st.composite
 def weights(draw: st.DrawFn) -> Tensor:
-    """`[N, K]`: groups of zeros, single values, ties between codes, huge and small values."""
+    """Draws `[N, K]`: groups of zeros, single values, ties between codes, huge and small values."""
     shape = (draw(st.integers(1, 40)), 64 * draw(st.integers(1, 9)))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
     weight = torch.randn(shape, generator=generator)

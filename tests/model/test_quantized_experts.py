@@ -38,7 +38,7 @@ LIMITS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 
 def random_block(shape: str, dtype: torch.dtype) -> Any:
-    """transformers' sparse layer with random weights, none of them quantized."""
+    """Returns transformers' sparse layer with random weights, none of them quantized."""
     torch.manual_seed(3)
     block = MixtralSparseMoeBlock(TheirConfig(**SHAPES[shape])).requires_grad_(False)
     for weight in block.parameters():
@@ -47,7 +47,7 @@ def random_block(shape: str, dtype: torch.dtype) -> Any:
 
 
 def quantized(block: Any, how: Quantization) -> QuantizedExperts:
-    """Our experts with the weights of transformers' `block`."""
+    """Returns our experts with the weights of transformers' `block`."""
     gate_up, down = block.experts.gate_up_proj, block.experts.down_proj
     experts = QuantizedExperts(
         MixtralConfig.from_dict(

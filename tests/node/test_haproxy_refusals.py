@@ -48,7 +48,7 @@ class Engine:
 
 @contextmanager
 def replica(engine: Engine) -> Iterator[int]:
-    """A server in place of a replica, and its port."""
+    """Yields the port of a server in place of a replica."""
 
     class Replica(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -190,7 +190,7 @@ def test_places_that_become_free_are_taken(full: None, engine: Engine, http: htt
 
 
 def half_sent(server: Server, stack: ExitStack, path: bytes, size: int) -> None:
-    """As many requests as there are places, each with `size` bytes of a longer body."""
+    """Opens as many requests as there are places, each with `size` bytes of a longer body."""
     head = b"POST %s HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % (path, size + 1)
     for _ in range(NUM_PLACES):
         stack.enter_context(server.connect()).sendall(head + b"{" * size)

@@ -112,7 +112,7 @@ def user(text: Any) -> Body:
 
 
 def turns(path: str, number: int) -> Iterator[Body]:
-    """The first turns of one conversation, as clients of `path` send them."""
+    """Yields the first turns of one conversation, as clients of `path` send them."""
     first, answer = (
         f"Question {number}? \n\u00e9\u4f60",
         {"role": "assistant", "content": "a" * 500},

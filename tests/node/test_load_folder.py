@@ -19,7 +19,7 @@ sys.exit(1)
 
 
 def folder_of(end: str) -> Path:
-    """The folder of a process that has ended so."""
+    """Returns the folder of a process that has failed or was killed, as `end` says."""
     command = [sys.executable, "-c", START, end]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     assert done.returncode == {"killed": -9, "failed": 1}[end]

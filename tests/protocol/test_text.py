@@ -47,7 +47,7 @@ NONE = np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 def groups(ids: list[int], cuts: list[int]) -> list[list[int]]:
-    """`ids` cut at the given places."""
+    """Returns `ids` cut at the given places."""
     places = sorted({0, len(ids), *(cut % (len(ids) + 1) for cut in cuts)})
     return [ids[a:b] for a, b in pairwise(places)]
 

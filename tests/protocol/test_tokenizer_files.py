@@ -234,7 +234,7 @@ def test_added_tokens_beside_tokenizer_model(tmp_path: Path) -> None:
 
 
 def trained(file: Path, **options: Any) -> None:
-    """A small SentencePiece model in `file`."""
+    """Trains a small SentencePiece model into `file`."""
     sentences = [f"the number {index} is not {index * 7}" for index in range(500)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),

@@ -50,7 +50,7 @@ def nested(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, name: Path, model: Any = None, engine: Any = None) -> Path:
-    """configs/local.yaml with another model folder and some settings."""
+    """Writes configs/local.yaml with another model folder and some settings; returns its path."""
     document = yaml.safe_load(Path("configs/local.yaml").read_text())
     args = document["applications"][0]["args"]
     args["model"] |= {"name": str(name), **(model or {})}

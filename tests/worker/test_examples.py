@@ -20,7 +20,7 @@ Start = Callable[..., "subprocess.Popen[str]"]
 
 
 def start(platform: Platform, home: Path, name: str, *arguments: str) -> "subprocess.Popen[str]":
-    """`python examples/NAME.py` with the three variables that its first lines ask for."""
+    """Starts `python examples/NAME.py` with the three variables that its first lines ask for."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(home),

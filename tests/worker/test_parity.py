@@ -69,7 +69,7 @@ def http(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
 
 def anonymous(value: Any) -> Any:
-    """`value` without the fields that differ from request to request."""
+    """Returns `value` without the fields that differ from request to request."""
     if isinstance(value, dict):
         return {name: anonymous(item) for name, item in value.items() if name not in OWN}
     if isinstance(value, list):

@@ -31,13 +31,13 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
 
 
 def completed(client: Client, prompt: str) -> Any:
-    """The answer to a completion."""
+    """Returns the answer to a completion."""
     body = {"prompt": prompt, "max_tokens": 4, "ignore_eos": True}
     return client.ended({"route": "/v1/completions", "body": body}).output
 
 
 def num_running(client: Client) -> int:
-    """Requests that a replica computes now; each call asks any of the two."""
+    """Returns the number of requests that a replica computes now; each call asks any of the two."""
     return int(client.ended({"endpoint": "/health"}).output["engine"]["running"])
 
 

@@ -80,7 +80,7 @@ def save_shards(stored: dict[str, torch.Tensor], folder: Path, shards: int) -> N
 
 
 def with_weights(oracle: Any, weights: dict[str, torch.Tensor], folder: Path) -> Any:
-    """transformers' model with other weights, given under the names in files."""
+    """Returns transformers' model with other weights, given under the names in files."""
     from transformers import AutoModelForCausalLM
 
     oracle.save_pretrained(folder)

@@ -93,7 +93,7 @@ def state(**changes: Any) -> Break:
 
 
 def renamed(weights: Tensors, name: str) -> Tensors:
-    """`W1` in 4 bits as another weight."""
+    """Returns the parts of `W1` in 4 bits under the name of another weight."""
     parts = {key: part for key, part in weights.items() if key.startswith(W1)}
     return {key.replace(W1, name): part.clone() for key, part in parts.items()}
 

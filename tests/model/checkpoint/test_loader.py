@@ -39,7 +39,7 @@ def assert_computes_as(folder: Path, oracle: Any) -> None:
 
 
 def save_merged(oracle: Any, folder: Path) -> None:
-    """The layout that transformers has in memory, which it does not write itself."""
+    """Writes the layout that transformers has in memory, which it does not write itself."""
     oracle.save_pretrained(folder)
     state = {name: weight.clone() for name, weight in oracle.state_dict().items()}
     save_file(state, folder / "model.safetensors")

@@ -50,7 +50,7 @@ def test_a_row_that_is_not_finite_harms_itself_alone(
 
 
 def by_turns(gate_up_weights: Tensor) -> Tensor:
-    """`[E, 2 * I, H]`, gate above up -> 8 rows of each by turns."""
+    """Returns `[E, 2 * I, H]`, gate above up, as 8 rows of gate and 8 of up by turns."""
     gate, up = gate_up_weights.chunk(2, dim=1)
     blocks = [half.reshape(len(half), -1, 8, half.shape[-1]) for half in (gate, up)]
     return torch.stack(blocks, dim=2).flatten(1, 3)

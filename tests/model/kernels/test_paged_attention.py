@@ -15,7 +15,7 @@ NONE = torch.zeros(0, dtype=torch.int64)
 
 
 def cache_of(lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype) -> KVCache:
-    """Random keys and values for contexts of `lengths`; shape: KV heads, head_dim, block size."""
+    """Returns random keys and values for `lengths`; shape: KV heads, head_dim, block size."""
     kv_heads, head_dim, size = shape
     blocks = sum(-(-length // size) for length in lengths)
     generator = torch.Generator().manual_seed(0)

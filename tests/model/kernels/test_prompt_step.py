@@ -121,7 +121,7 @@ class Recorded:
 
 
 def without_values(layers: int) -> Mixtral:
-    """A model of Mixtral's sizes on the device "meta", with CUDA kernels that are recorded."""
+    """Returns a model of Mixtral's sizes on the device "meta", whose CUDA kernels are recorded."""
     with torch.device("meta"):
         config = config_of(tiny=False, layers=layers)
         model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)

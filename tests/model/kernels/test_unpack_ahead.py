@@ -128,7 +128,7 @@ def jobs_of(layers: int, groups: int) -> list[Job]:
 
 
 def launched(groups: int, without: str = "") -> Streams:
-    """A step that fails after three products, and one that has all of them."""
+    """Runs a step that fails after three products, and one that has all of them."""
     streams, jobs = Streams(without), jobs_of(3, groups)
     ahead = UnpackAhead(streams.unpack, jobs, torch.float32, torch.device("cpu"), streams)
     for count in (3, len(jobs)):
@@ -143,7 +143,7 @@ Order = Callable[[list[str]], str]
 
 
 def orders() -> Iterator[Order]:
-    """The first stream as early as it can, then the second, then mixtures of both."""
+    """Yields "the first stream as early as it can", then the second, then mixtures of both."""
     yield from (min, max)
     for seed in range(40):
         yield mixed(random.Random(seed))

@@ -13,7 +13,7 @@ MAX_TOKENS = 64
 
 
 def score(config: str) -> int:
-    """Held-out questions answered exactly, of 200, all asked at once."""
+    """Counts the held-out questions that are answered exactly, of 200 that are asked at once."""
     questions, answers = zip(*held_out(), strict=True)
     body = {"prompts": list(questions), "temperature": 0, "max_tokens": MAX_TOKENS}
     server = MixtralServer(Settings.from_yaml(config))

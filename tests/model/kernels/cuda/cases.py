@@ -55,7 +55,7 @@ def routing(tokens: int, crowded: bool) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def activations(rows: int, last_block_only: bool) -> Tensor:
-    """bfloat16 `[rows, K]`; zero but for the last block of K where asked."""
+    """Returns bfloat16 `[rows, K]`; zero but for the last block of K where asked."""
     x = torch.randn(rows, K, generator=torch.Generator().manual_seed(rows))
     if last_block_only:
         x[:, :-64] = 0
@@ -101,7 +101,7 @@ def error(
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """The relative error; NaN, which nobody wrote, must lie in the same places."""
+    """Returns the relative error; infinity unless both have NaN in the same places."""
     if not torch.equal(found.isnan(), expected.isnan()):
         return float("inf")
     return float((found - expected).nan_to_num().norm() / expected.nan_to_num().norm())

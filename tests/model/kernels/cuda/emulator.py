@@ -44,7 +44,7 @@ def compiler_version() -> str:
 
 
 def compiled(files: dict[str, str], options: Sequence[str]) -> Path:
-    """The library of `entry.cpp` among `files`, texts by name; compiled unless `CACHE` has it."""
+    """Returns the library of `files`, texts by name; compiles `entry.cpp` unless `CACHE` has it."""
     made_of = json.dumps([files, *COMMAND, *options, compiler_version()])
     folder = CACHE / "host_kernels"
     library = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:32]}.so"

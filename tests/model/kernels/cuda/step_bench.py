@@ -20,7 +20,7 @@ ROUNDING = 3e-3
 
 
 def config(**shape: int) -> MixtralConfig:
-    """Three query heads of 64 share a KV head."""
+    """Returns a configuration in which three query heads of 64 share a KV head."""
     sizes = {"hidden_size": H, "num_local_experts": E, "num_experts_per_tok": TOP_K}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64}
     return replace(config_of(tiny=True, layers=1), **{**sizes, **heads, **shape})  # type: ignore[arg-type]
@@ -53,14 +53,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 
 def error(found: Tensor, expected: Tensor) -> float:
-    """The relative error; NaN is not below any bound."""
+    """Returns the relative error; NaN is not below any bound."""
     return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def edited_error(
     compute: Callable[[Bench], float], file: str, old: str, new: str, **shape: int
 ) -> float:
-    """What `compute` finds with one place of a source changed; infinite where a launch fails."""
+    """Returns the error with one place of a source changed; infinity if a launch fails."""
 
     def edit(name: str, text: str) -> str:
         assert name != file or text.count(old) == 1

@@ -52,17 +52,17 @@ class Decode:
         self.memory = AttentionMemory(shape, len(rows), torch.device("cpu"))
 
     def slots(self, row: int) -> Tensor:
-        """The slots of a row's context."""
+        """Returns the slots of a row's context."""
         places = torch.arange(int(self.batch.context_lens[row]))
         return self.tables[row, places // BLOCK_SIZE] * BLOCK_SIZE + places % BLOCK_SIZE
 
     def new_tokens(self) -> tuple[Tensor, ...]:
-        """Keys and values of the new tokens."""
+        """Returns the keys and values of the new tokens."""
         last = [self.slots(row)[-1] for row, n in enumerate(self.batch.context_lens) if n > 0]
         return tuple(each.flatten(0, 1)[slot] for slot in last for each in (self.keys, self.values))
 
     def attended(self, bench: Bench) -> Tensor:
-        """By the kernel, `[rows, heads * head_dim]`."""
+        """Returns what the kernel gives, `[rows, heads * head_dim]`."""
         out = torch.full_like(self.queries.flatten(1), float("nan"))
         with bench.late(0, parts=self.new_tokens()):
             bench.kernels.attention(
@@ -71,7 +71,7 @@ class Decode:
         return out
 
     def expected(self, bench: Bench) -> Tensor:
-        """In float32."""
+        """Returns attention in float32, by torch."""
         shape, rows = bench.config, []
         group = shape.num_attention_heads // shape.num_key_value_heads
         for row, queries in enumerate(self.queries.float()):

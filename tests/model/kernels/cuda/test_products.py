@@ -71,7 +71,7 @@ def matrices() -> dict[str, Matrices]:
 
 
 def tolerance(product: str, tokens: int) -> float:
-    """gate_up stores bfloat16. For many tokens an expert, weights are scaled in bfloat16."""
+    """Allows bfloat16's rounding where gate_up stores it, or where weights are scaled in it."""
     scales_weights = product != DENSE and tokens > 32
     return 3e-3 if product == GATE_UP or scales_weights else 2e-6
 

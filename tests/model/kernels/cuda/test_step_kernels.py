@@ -48,7 +48,7 @@ def embed_error(bench: Bench) -> float:
 
 
 def norm_error(bench: Bench) -> float:
-    """Two summands a row; the second row is padding, whose parts nobody wrote."""
+    """Returns the error for two summands a row; the second row is padding, with NaN as parts."""
     x, weight, lens = random(3, H), random(H, seed=1), torch.tensor([4, 0, 1]).int()
     parts = random(3 * TOP_K, H, seed=2).float()
     sums = x.float() + parts.view(3, TOP_K, H).sum(1)
@@ -60,7 +60,7 @@ def norm_error(bench: Bench) -> float:
 
 
 def route_error(bench: Bench, rows: int, finished: Tensor | None = None) -> float:
-    """Infinite where a token goes to other experts than torch chooses from the same `y`."""
+    """Returns the error; infinity where torch chooses other experts from the same `y`."""
     x, weight, router = random(rows, H), random(H, seed=1), random(E, H, seed=2)
     parts = random(rows, H, seed=3).float()
     lens = torch.arange(1, rows + 1).int()
@@ -91,7 +91,7 @@ def route_seven(bench: Bench) -> float:
 
 
 def rope_error(bench: Bench) -> float:
-    """The second row is padding."""
+    """Returns the error for three rows, of which the second is padding."""
     shape = bench.config
     heads, kv_heads, size = 6, 2, shape.head_dim
     qkv = torch.randn(3, (heads + 2 * kv_heads) * size, generator=torch.Generator().manual_seed(0))

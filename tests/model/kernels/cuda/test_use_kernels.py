@@ -57,7 +57,7 @@ def model_of(
 
 
 def logits(model: Mixtral) -> torch.Tensor:
-    """The logits of a prompt of three tokens in plain torch."""
+    """Returns the logits of a prompt of three tokens in plain torch."""
     numbers = torch.arange(3)
     batch = Batch(numbers, numbers, numbers, [3], [3], torch.zeros(1, 1).long(), numbers[-1:])
     found: torch.Tensor = model(batch, KVCache.allocate(model.config, 1, 16, torch.bfloat16, CPU))

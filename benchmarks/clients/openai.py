@@ -20,7 +20,12 @@ def models(server: Server) -> None:
 @feature
 def completions(server: Server) -> None:
     answer = client(server).completions.create(
-        model=server.model, prompt=["The capital", "The"], max_tokens=8, logprobs=2, n=2
+        model=server.model,
+        prompt=["The capital", "The"],
+        max_tokens=8,
+        logprobs=2,
+        n=2,
+        temperature=0,
     )
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert all(choice.logprobs and choice.logprobs.tokens for choice in answer.choices)

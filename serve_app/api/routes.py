@@ -4,6 +4,7 @@ HTTP routing, API keys, the parsing of jobs, answers before the load and the sta
 Ray Serve's access log and metrics have the same paths.
 """
 
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -97,11 +98,23 @@ def find(path: str) -> Route | None:
     return None
 
 
+def _advice(path: str) -> str:
+    """Returns what a client should do that has asked for an unknown path.
+
+    Most of them have a base URL with or without `/v1` where the other one is meant.
+    """
+    plain = re.sub("/+", "/", path).rstrip("/").lower()
+    for each in (plain, f"/v1{plain}", plain.removeprefix("/v1")):
+        if find(each) is not None:
+            return f"use {printable(each)}"
+    return "GET /docs describes the routes"
+
+
 def match(method: str, path: str) -> Route:
     """Returns the route of a call. Raises `RouteNotFound` or `MethodNotAllowed`."""
     route = find(path)
     if route is None:
-        raise RouteNotFound(f"There is no route {printable(path)}.")
+        raise RouteNotFound(f"There is no route {printable(path)}; {_advice(path)}.")
     if route.method != method:
         raise MethodNotAllowed(
             f"{printable(path)} takes {route.method}, not {printable(method)}.", allow=route.allow

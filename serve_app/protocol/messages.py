@@ -125,6 +125,8 @@ def _joined(parts: Any) -> str:
         match part:
             case {"type": "text", "text": str(text)}:
                 texts.append(text)
+            case {"type": "refusal", "refusal": str(text)}:  # of an earlier answer
+                texts.append(text)
             case {"type": str(kind)} if kind != "text":
                 raise sentence(
                     f"Content parts of type `{printable(kind)}` are not supported: send text.",

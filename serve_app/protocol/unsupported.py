@@ -55,7 +55,10 @@ VLLM: Unsupported = {
     "bad_words": (([],), "use `logit_bias`"),
     "cache_salt": ((), "the prefix cache is shared by all requests"),
     "chat_template": ((), "the model's own template is used"),
-    "chat_template_kwargs": (({},), "the model's own template takes no parameters"),
+    "chat_template_kwargs": (
+        ({}, {"enable_thinking": False}),
+        "the model's own template takes no parameters",
+    ),
     "continue_final_message": ((False,), "the answer is always a new message"),
     "detokenize": ((True,), "answers are text"),
     "documents": (([],), "put the documents into a message"),

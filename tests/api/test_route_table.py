@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from serve_app.api.ingress import create_app
-from serve_app.api.routes import ROUTES, Route, find
+from serve_app.api.routes import ROUTES, Route, find, match
+from serve_app.errors import RouteNotFound
 from serve_app.worker.job import parse
 from tests.api.conftest import Endpoint
 from tests.fakes import server
@@ -78,3 +79,22 @@ def test_a_refused_method_is_named_over_the_handle_too() -> None:
     item = asyncio.run(error())
     assert item["status"] == 405
     assert item["error"]["error"]["message"] == "/prompt takes POST, not GET."
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/chat/completions", "use /v1/chat/completions."),
+        ("/v1/v1/messages", "use /v1/messages."),
+        ("/v1/chat/completions/", "use /v1/chat/completions."),
+        ("//v1/models", "use /v1/models."),
+        ("/V1/Responses", "use /v1/responses."),
+        ("/v1/prompt", "use /prompt."),
+        ("/v1/embeddings", "GET /docs describes the routes."),
+    ],
+)
+def test_an_unknown_path_is_answered_with_advice(path: str, advice: str) -> None:
+    """The error names the route that a wrong base URL or a slash too many leads past."""
+    with pytest.raises(RouteNotFound) as refused:
+        match("POST", path)
+    assert refused.value.message == f"There is no route {path}; {advice}"

@@ -119,6 +119,7 @@ def test_unsupported_fields_are_refused_by_name(name: str) -> None:
         {"parallel_tool_calls": True, "tool_choice": None, "reasoning_effort": "none"},
         {"echo": False, "add_generation_prompt": True, "continue_final_message": False},
         {"logprobs": False, "top_logprobs": 0, "top_k": 0, "seed": None},
+        {"chat_template_kwargs": {"enable_thinking": False}},
         {"add_special_tokens": False, "mm_processor_kwargs": {}, "vllm_xargs": {}},
     ],
 )
@@ -257,6 +258,13 @@ def test_the_sampling_params_of_worker_vllm_pass(schema: type[Body], prompt: Any
     plain = {**prompt, "max_tokens": 16, "temperature": 1.0, "top_k": -1}
     given = {**prompt, **WORKER_VLLM}
     assert schema.read(given).model_dump() == schema.read(plain).model_dump()
+
+
+def test_an_earlier_answer_may_have_a_refusal() -> None:
+    """OpenAI's clients send back the parts of an answer that they got elsewhere."""
+    parts = [{"type": "refusal", "refusal": "No."}]
+    turns = [*HELLO, {"role": "assistant", "content": parts}, *HELLO]
+    assert ChatRequest.read({"messages": turns}).messages[1].content == "No."
 
 
 def test_messages_as_clients_send_them() -> None:

@@ -72,7 +72,8 @@ def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
 def _types(schema: dict[str, Any]) -> set[str]:
     """Returns the types of matching values, where `number` contains `integer`."""
     found = schema.get("type")
-    names = {found} if isinstance(found, str) else set(map(str, found or ()))
+    listed = found if isinstance(found, list) else [found] if isinstance(found, str) else []
+    names = set(map(str, listed))
     if not names and (values := _values(schema)) is not None:
         names = {TYPES.get(type(json.loads(value)), "number") for value in values}
     return (names | {"integer"} if "number" in names else names) or ALL_TYPES

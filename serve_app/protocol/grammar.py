@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 NUM_KEPT = 32
 """Number of compiled grammars that are kept for later requests."""
 MAX_ERROR_CHARS = 300
+MAX_FORCED_TOKENS = 4
+"""Maximum number of tokens with which a new grammar is tried."""
 
 
 class GrammarState:
@@ -118,6 +120,12 @@ class GrammarCompiler:
         matcher = self._matcher(grammars)
         if matcher.is_error():
             raise self._refusal(source, matcher.get_error())
+        if _fails_at_once(matcher):
+            raise InvalidRequest(
+                f"`{source.field}` matches nothing, or is too complex for this server; send a "
+                "simpler one.",
+                param=source.field,
+            )
         return CompiledGrammar(matcher)
 
     def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
@@ -158,3 +166,20 @@ class GrammarCompiler:
             if len(text) > 1 and text[:1] == b" " and text[1:2].isalpha():
                 return not str(self._backend.decode([token_id])).startswith(" ")
         return False
+
+
+def _fails_at_once(matcher: "LLMatcher") -> bool:
+    """Returns whether llguidance gives up on the tokens that every answer begins with.
+
+    Such a request would fail after its prompt, and in a stream after its first chunk.
+    """
+    matcher = matcher.deep_copy()
+    for _ in range(MAX_FORCED_TOKENS):
+        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        if matcher.is_error():
+            return True
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+        if len(allowed) != 1 or matcher.is_stopped():
+            return False
+        matcher.consume_token(int(allowed[0]))
+    return matcher.is_error()

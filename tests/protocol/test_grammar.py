@@ -145,6 +145,8 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"grammar": "root ::= a" + " a" * 10_000}, "Lark"),
         ({"json": {"allOf": [{"pattern": f"^.*{c}.*$"} for c in "abcdefghijklmnop"]}}, "empty"),
         ({"json": {"type": "nothing"}}, "structured_outputs.json"),
+        ({"json": {"$ref": "#"}}, "too complex"),
+        ({"grammar": "start: a\na: b\nb: a"}, "too complex"),
     ],
 )
 def test_a_grammar_that_cannot_be_held_is_refused(fields: dict[str, Any], words: str) -> None:

@@ -14,6 +14,9 @@ from types import SimpleNamespace
 
 class NVMLError(Exception): ...
 class NVMLError_NotSupported(NVMLError): ...
+class NVMLError_NotFound(NVMLError): ...
+class NVMLError_NoPermission(NVMLError): ...
+NVML_DEVICE_MIG_ENABLE = 1
 
 GPUS, DRIVER, FAILURE = {gpus!r}, {driver!r}, {failure!r}
 is_open = False
@@ -42,15 +45,31 @@ def nvmlDeviceGetHandleByIndex(index):
 def nvmlDeviceGetName(handle):
     return handle[0]
 
+def nvmlDeviceGetMigMode(handle):
+    if len(handle) < 4:
+        raise NVMLError_NotSupported("Not Supported")
+    return [1, 1]
+
+def nvmlDeviceGetMaxMigDeviceCount(handle):
+    return 7
+
+def nvmlDeviceGetMigDeviceHandleByIndex(handle, index):
+    if index >= len(handle[3]):
+        raise NVMLError_NotFound("Not Found")
+    return handle[3][index]
+
 def nvmlDeviceGetMemoryInfo(handle):
-    _, total, free = handle
+    total, free = handle[1:3]
+    if len(handle) == 4:
+        raise NVMLError_NoPermission("Insufficient Permissions")
     if total is None:
         raise NVMLError_NotSupported("Not Supported")
     return SimpleNamespace(total=total << 20, free=free << 20)
 """
 
-Row = tuple[str, int | None, int | None]
-"""A GPU: its name, its memory in MiB, and how much of it is free. None: it reports no size."""
+Row = tuple[str, int | None, int | None] | tuple[str, int | None, int | None, tuple["Row", ...]]
+"""A GPU: its name, its memory in MiB, and how much of it is free. None: it reports no size. A GPU
+that is divided has its instances as well."""
 RTX_5090: Row = ("NVIDIA GeForce RTX 5090", 32607, 32100)
 RTX_4090: Row = ("NVIDIA GeForce RTX 4090", 24564, 24100)
 

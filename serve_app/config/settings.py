@@ -172,6 +172,11 @@ def unused_names() -> str | None:
     return unused_names_in(os.environ)
 
 
+def hides_gpus() -> bool:
+    """Returns whether `CUDA_VISIBLE_DEVICES` chooses some of this machine's GPUs."""
+    return "CUDA_VISIBLE_DEVICES" in os.environ
+
+
 def _refuse_keys(values: dict[str, Any]) -> None:
     _refuse_unknown_sections(values)
     for path, name in SECRETS.items():

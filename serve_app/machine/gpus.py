@@ -1,14 +1,17 @@
 """Lists the NVIDIA GPUs of this machine and checks their driver, through NVML.
 
 NVML creates no CUDA context, so a process that only forwards requests may call this. GPUs that
-`CUDA_VISIBLE_DEVICES` hides are listed too.
+`CUDA_VISIBLE_DEVICES` hides are listed too. The instances of a GPU that is divided (MIG) are listed
+in its place, because CUDA gives a process one of them.
 """
 
+import contextlib
 import functools
 import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 MIB = 1 << 20
 MIN_DRIVERS = {13: 580, 12: 525, 11: 450}
@@ -23,8 +26,8 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
-    """Free memory in bytes. It and `total_bytes` are 0 if the GPU shares the machine's memory and
-    reports no size."""
+    """Free memory in bytes. It and `total_bytes` are 0 if the driver reports none: the GPU shares
+    the machine's memory, or this process may not ask."""
     driver: str
     """The driver's version, such as "580.65.06"."""
 
@@ -47,7 +50,7 @@ def query_gpus() -> list[Gpu]:
         try:
             driver = pynvml.nvmlSystemGetDriverVersion()
             handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
-            gpus = [_describe(handle, driver) for handle in handles]
+            gpus = [_describe(part, driver) for handle in handles for part in _instances(handle)]
         finally:
             pynvml.nvmlShutdown()
     except pynvml.NVMLError as error:
@@ -57,6 +60,22 @@ def query_gpus() -> list[Gpu]:
     return gpus
 
 
+def _instances(handle: Any) -> list[Any]:
+    """Returns the handles of the instances into which a GPU is divided, or its own."""
+    import pynvml
+
+    try:
+        is_divided = pynvml.nvmlDeviceGetMigMode(handle)[0] == pynvml.NVML_DEVICE_MIG_ENABLE
+        count = pynvml.nvmlDeviceGetMaxMigDeviceCount(handle) if is_divided else 0
+    except pynvml.NVMLError:  # a GPU that cannot be divided
+        return [handle]
+    instances = []
+    for number in range(count):
+        with contextlib.suppress(pynvml.NVMLError_NotFound):  # fewer are made than there may be
+            instances.append(pynvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, number))
+    return instances or [handle]
+
+
 def _describe(handle: object, driver: str) -> Gpu:
     import pynvml
 
@@ -64,8 +83,8 @@ def _describe(handle: object, driver: str) -> Gpu:
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         total, free = int(memory.total), int(memory.free)
-    except pynvml.NVMLError_NotSupported:
-        pass  # a GPU that shares the machine's memory
+    except (pynvml.NVMLError_NotSupported, pynvml.NVMLError_NoPermission):
+        pass  # it shares the machine's memory, or it is divided and the process has no instance
     return Gpu(pynvml.nvmlDeviceGetName(handle), total, free, driver)
 
 

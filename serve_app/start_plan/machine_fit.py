@@ -4,6 +4,7 @@ The process that starts Ray calls this before it does. It queries the GPU throug
 replica creates a CUDA context.
 """
 
+from serve_app.config.settings import hides_gpus
 from serve_app.errors import MachineUnfit
 from serve_app.machine.gpus import MIB, Gpu, find_gpus
 from serve_app.machine.host import free_bytes
@@ -34,7 +35,10 @@ def require_memory(plan: StartPlan) -> list[str]:
             "more for the KV cache. Set `model.device` to cpu to run without one.",
             check="gpu",
         )
-    gpu = min(gpus, key=lambda gpu: gpu.free_bytes)  # a replica may get any of them
+    # A replica may get any of them. `CUDA_VISIBLE_DEVICES` chooses some in CUDA's order, which NVML
+    # does not know: then one with enough memory may be meant, and the load checks the real one.
+    choose = max if hides_gpus() else min
+    gpu = choose(gpus, key=lambda gpu: gpu.free_bytes)
     if not gpu.total_bytes:
         return [*lines, f"GPU: {gpu.name} does not report its memory; the load will check it."]
     return [*lines, _require_gpu_memory(memory, gpu)]

@@ -29,6 +29,17 @@ def test_the_gpus_are_those_that_nvml_lists(nvml: Install) -> None:
     assert not module.is_open  # the driver is released
 
 
+def test_the_instances_of_a_divided_gpu_are_listed(nvml: Install) -> None:
+    """Each MIG instance has its own memory; a divided GPU of which a process may ask nothing has
+    0 bytes."""
+    instance = ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", 40448, 40000)
+    nvml(("NVIDIA H100 80GB HBM3", 81559, 1, (instance,) * 2), ("NVIDIA A100", 81920, 1, ()))
+    assert query_gpus() == [
+        *[Gpu(instance[0], 40448 * MIB, 40000 * MIB, "580.65.06")] * 2,
+        Gpu("NVIDIA A100", 0, 0, "580.65.06"),
+    ]
+
+
 def test_the_gpus_are_listed_once(nvml: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     """A driver may take seconds to answer, so the first answer is kept."""
     module = nvml(RTX_4090)
@@ -56,7 +67,7 @@ def test_the_fake_has_names_of_the_real_library(nvml: Install) -> None:
     real = importlib.import_module("pynvml")
     assert [name for name in names if not hasattr(real, name)] == []
     assert issubclass(real.NVMLError_NotSupported, real.NVMLError)
-    assert len(names) == 9
+    assert len(names) == 15
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a driver")

@@ -110,7 +110,7 @@ class EngineSettings(_Section):
     blocks. Unused blocks are kept until their memory is needed."""
     gpu_memory_utilization: float = Field(default=1.0, gt=0, le=1)
     """Share of the GPU's memory that this server may use. Lower it if other programs use the GPU
-    too. 1 to 3 GB of it are kept for the results of a step. A GPU of 32 GB needs 1.0, because the
+    too. 2 to 5 GB of it are kept for the results of a step. A GPU of 32 GB needs 1.0, because the
     weights take 25 GB."""
     max_num_batched_tokens: int | None = Field(default=None, ge=16)
     """Maximum number of tokens in one step, of prompts and decodes together. None: 8,192 on a GPU

@@ -23,15 +23,12 @@ from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.sampler import best_tokens
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
-from serve_app.engine.transfer import to_device
+from serve_app.engine.step_sizes import capture_sizes
+from serve_app.engine.transfer import tensor_to_device, to_device
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 log = logging.getLogger(__name__)
-
-CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
-"""The captured batch sizes; above 128, every multiple of 64. More sizes need more time to capture
-and save little, because padding rows are cheap."""
 
 
 class DecodeStep(Protocol):
@@ -70,7 +67,8 @@ class DecodeGraphs:
 
     @classmethod
     def captured(cls, *arguments: Any) -> "DecodeGraphs":
-        """Returns the captured graphs of all sizes. Raises `StepUnavailable` if a capture fails.
+        """Returns the captured graphs of all sizes. Raises `StepUnavailable` if a capture fails,
+        and `torch.OutOfMemoryError` if it lacks memory.
 
         The arguments are those of the constructor.
         """
@@ -78,6 +76,8 @@ class DecodeGraphs:
         try:
             with graphs._restored_stream():
                 graphs.capture()
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             log.exception("The decode step could not be captured as a CUDA graph.")
             reason = f"capturing it failed ({type(error).__name__}: {str(error)[:200]})"
@@ -121,7 +121,7 @@ class DecodeGraphs:
         if self._sampler is not None:
             self._sampler.prepare([part.sequence for part in decodes])
         inputs = self._pack(decodes, last, size)
-        self._inputs[:, :size].copy_(inputs, non_blocking=True)
+        self._inputs[:, :size].copy_(inputs)
         self._copy_tables(tables)
         if last is not None and last.tokens.data_ptr() != self._tokens.data_ptr():
             self._tokens[: len(last.tokens)].copy_(last.tokens)
@@ -154,12 +154,9 @@ class DecodeGraphs:
     def _copy_tables(self, tables: Tensor) -> None:
         if self._copied_tables is not None and torch.equal(self._copied_tables, tables):
             return
-        self._copied_tables = tables.clone()
         rows, width = tables.shape
-        host = tables.int()
-        if self._device.type == "cuda":
-            host = host.pin_memory()
-        self._tables[:rows, :width].copy_(host, non_blocking=True)
+        self._tables[:rows, :width].copy_(tensor_to_device(tables.int(), self._device))
+        self._copied_tables = tables.clone()  # now: a copy that failed is made again
 
     def _computation(self, size: int) -> Callable[[], None]:
         def compute() -> None:
@@ -176,13 +173,3 @@ class DecodeGraphs:
                 self._tokens[:size].copy_(best_tokens(logits))
 
         return compute
-
-
-def capture_sizes(max_num_seqs: int) -> list[int]:
-    """Returns the batch sizes to capture for up to `max_num_seqs` sequences.
-
-    Example: 9 gives [1, 2, 4, 8, 16].
-    """
-    sizes = [*CAPTURE_SIZES, *range(CAPTURE_SIZES[-1] + 64, max_num_seqs + 64, 64)]
-    enough = next(i for i, size in enumerate(sizes) if size >= max_num_seqs)
-    return sizes[: enough + 1]

@@ -11,7 +11,7 @@ from torch import Tensor
 from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.sampling_rows import SamplingRows
 from serve_app.engine.sequence import Sequence
-from serve_app.engine.transfer import to_device
+from serve_app.engine.transfer import tensor_to_device, to_device
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 
 
@@ -69,7 +69,4 @@ class DeviceSampler:
         for row, sequence in zip(allowed, constrained, strict=True):
             assert sequence.constraint is not None
             sequence.constraint.fill(row)
-        masks = torch.from_numpy(allowed)
-        if self._device.type == "cuda":
-            masks = masks.pin_memory()
-        return masks.to(self._device, non_blocking=True)
+        return tensor_to_device(torch.from_numpy(allowed), self._device)

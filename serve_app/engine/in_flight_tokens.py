@@ -47,7 +47,7 @@ class InFlightTokens:
             for group in logprobs
         ]
         self._copied: Any = None
-        if tokens.is_cuda:
+        if not tokens.is_cpu:
             event: Any = torch.cuda.Event  # torch has no types for it
             self._copied = event()
             self._copied.record()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.block_tables import BlockTables
-from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
+from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.device_sampler import DeviceSampler
 from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.prompt_scores import PromptScores
@@ -23,6 +23,7 @@ from serve_app.engine.sampler import Sampler
 from serve_app.engine.sampler_trial import tried_sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
+from serve_app.engine.step_sizes import capture_sizes
 from serve_app.engine.step_timer import StepTimer
 from serve_app.engine.transfer import tensor_to_device, to_device
 from serve_app.model.batch import Batch
@@ -182,7 +183,7 @@ class ModelRunner:
     @torch.inference_mode()
     def clear_blocks(self, blocks: list[int]) -> None:
         """See `Runner`."""
-        self.cache.clear(torch.tensor(blocks, dtype=torch.int64, device=self._device))
+        self.cache.clear(to_device(blocks, self._device))
 
     def _logits(self, scheduled: list[ScheduledTokens]) -> Tensor:
         """Returns float32 `[sampled + scored, vocab]`: the rows to sample, then those to score.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.transfer import floats_to_device, to_device
 
 
 @dataclass(slots=True)
@@ -31,10 +32,10 @@ class Penalties:
         self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
     ) -> None:
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+            return floats_to_device(values, device)[:, None]
 
         self._sequences = sequences
-        self._rows = torch.tensor(rows, device=device)
+        self._rows = to_device(rows, device)
         self._presence = column([s.params.presence_penalty for s in sequences])
         self._frequency = column([s.params.frequency_penalty for s in sequences])
         self._repetition = column([s.params.repetition_penalty for s in sequences])
@@ -46,7 +47,8 @@ class Penalties:
             counts: _Counts | None = sequence.sampler_state
             num_prompt_tokens = sequence.num_prompt_tokens
             if counts is None:
-                prompt[sequence.token_ids[:num_prompt_tokens]] = True
+                ids = to_device(sequence.token_ids[:num_prompt_tokens], device)
+                prompt.index_fill_(0, ids, True)
                 sequence.sampler_state = _Counts(generated, prompt, num_prompt_tokens)
             else:
                 generated.copy_(counts.generated)
@@ -78,6 +80,6 @@ class Penalties:
             token_ids += new
             rows += [row] * len(new)
         if rows:
-            where = torch.tensor([rows, token_ids], device=self._generated.device)
+            where = to_device([*rows, *token_ids], self._generated.device).view(2, -1)
             one = torch.ones((), device=self._generated.device)
             self._generated.index_put_((where[0], where[1]), one, accumulate=True)

@@ -15,10 +15,8 @@ from torch import Tensor
 from serve_app.engine.delta import PromptLogprobs
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.step_sizes import MAX_PIECE
 from serve_app.engine.transfer import to_device, to_host
-
-MAX_PIECE = 128
-"""Rows per log softmax: 16 MB with 32,000 tokens in the vocabulary."""
 
 
 class _Scored(NamedTuple):
@@ -46,7 +44,7 @@ class PromptScores:
                 self._scored.append(_score(part, rows))
                 start += part.num_scored
         self._copied: Any = None
-        if logits.is_cuda:
+        if not logits.is_cpu:
             event: Any = torch.cuda.Event  # torch has no types for it
             self._copied = event()
             self._copied.record()

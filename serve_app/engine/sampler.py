@@ -24,9 +24,9 @@ class Sampler:
     ) -> InFlightTokens:
         """Samples the next token of each sequence from float32 `logits` `[sequences, vocab]`.
 
-        Overwrites `logits`. Does not wait for the device, except to upload the metadata of a new
-        batch. The order of operations is in `SamplingParams`. The result is `FAILED` for a row with
-        logits that are not finite. `best` is `best_tokens(logits)` if the caller has computed it.
+        Overwrites `logits`. Does not wait for the device. The order of operations is in
+        `SamplingParams`. The result is `FAILED` for a row with logits that are not finite. `best`
+        is `best_tokens(logits)` if the caller has computed it.
         """
         if not sequences:
             # Keeps the metadata of the decodes before and after a prefill chunk.
@@ -44,7 +44,8 @@ class Sampler:
         tokens = best_tokens(logits)
         if metadata.random is not None:
             rows = metadata.random.rows
-            tokens[rows] = torch.where(tokens[rows] < 0, FAILED, metadata.random.sample(logits))
+            is_failed = tokens[rows] < 0
+            tokens[rows] = metadata.random.sample(logits).masked_fill_(is_failed, FAILED)
         logprobs = [] if asked is None else asked.gather(model_logprobs, tokens)
         return InFlightTokens(sequences, tokens, logprobs)
 
@@ -55,7 +56,7 @@ def best_tokens(logits: Tensor) -> Tensor:
     The result is int64 `[rows]`, with `FAILED` for rows that are not finite.
     """
     # The maximum of a row with a NaN is NaN, so it shows whether the row is finite.
-    if logits.is_cuda:
+    if not logits.is_cpu:
         best, tokens = logits.max(-1)
         # `masked_fill_` accepts a Python number; `where` would copy a tensor to the device.
         return tokens.masked_fill_(~best.isfinite(), FAILED)

@@ -12,7 +12,7 @@ from serve_app.engine.penalties import Penalties
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.token_mask import TokenMask
 from serve_app.engine.top_filter import TopFilter
-from serve_app.engine.transfer import to_device
+from serve_app.engine.transfer import floats_to_device, to_device
 
 MIN_TEMPERATURE = 1e-6
 """Lower temperatures are treated as greedy."""
@@ -24,7 +24,11 @@ class SamplingMetadata:
     def __init__(self, sequences: list[Sequence], vocab_size: int, device: torch.device) -> None:
         self.sequences = list(sequences)
         params = [sequence.params for sequence in sequences]
-        self._delayed = [(row, s) for row, s in enumerate(sequences) if s.params.min_tokens]
+        self._delayed = [
+            (row, s, to_device(list(s.stop_ids), device))
+            for row, s in enumerate(sequences)
+            if s.params.min_tokens
+        ]
         penalized = [row for row, s in enumerate(sequences) if s.has_penalties]
         self._penalties: Penalties | None = None
         if penalized:
@@ -38,11 +42,8 @@ class SamplingMetadata:
         self._bias: tuple[Tensor, Tensor, Tensor] | None = None
         if biases:
             rows, ids, values = zip(*biases, strict=True)
-            self._bias = (
-                torch.tensor(rows, device=device),
-                torch.tensor(ids, device=device),
-                torch.tensor(values, dtype=torch.float32, device=device),
-            )
+            where = to_device([*rows, *ids], device).view(2, -1)
+            self._bias = (where[0], where[1], floats_to_device(list(values), device))
         random = [row for row, p in enumerate(params) if p.temperature >= MIN_TEMPERATURE]
         self.random = RandomRows(random, sequences, vocab_size, device) if random else None
         counts = [p.logprobs for p in params]
@@ -64,9 +65,9 @@ class SamplingMetadata:
             logits[rows, ids] += values
         if self._penalties is not None:
             self._penalties.apply(logits)
-        for row, sequence in self._delayed:
+        for row, sequence, stop_ids in self._delayed:
             if sequence.num_output_tokens < sequence.params.min_tokens:
-                logits[row, list(sequence.stop_ids)] = -torch.inf
+                logits[row].index_fill_(0, stop_ids, -torch.inf)
         if self._mask is not None:
             self._mask.apply(logits)
 
@@ -77,15 +78,13 @@ class RandomRows:
     def __init__(
         self, rows: list[int], sequences: list[Sequence], vocab_size: int, device: torch.device
     ) -> None:
-        self.rows = torch.tensor(rows, device=device)
+        self.rows = to_device(rows, device)
         self._sequences = [sequences[row] for row in rows]
         params = [sequence.params for sequence in self._sequences]
-        temperatures = [[p.temperature] for p in params]
-        self._temperature = torch.tensor(temperatures, dtype=torch.float32, device=device)
-        seeds = [noise.as_int64(sequence.seed) for sequence in self._sequences]
-        self._seeds = torch.tensor(seeds, device=device)
+        self._temperature = floats_to_device([p.temperature for p in params], device)[:, None]
+        self._seeds = to_device([noise.as_int64(s.seed) for s in self._sequences], device)
         filtered = [row for row, p in enumerate(params) if p.is_filtered]
-        self._filtered = torch.tensor(filtered, device=device) if filtered else None
+        self._filtered = to_device(filtered, device) if filtered else None
         self._filter = TopFilter([params[row] for row in filtered], vocab_size, device)
 
     def sample(self, logits: Tensor) -> Tensor:
@@ -106,7 +105,7 @@ class LogprobRows:
         self._groups: list[tuple[int, list[int], Tensor]] = []
         for count in sorted({count for count in counts if count is not None}):
             rows = [row for row, asked in enumerate(counts) if asked == count]
-            self._groups.append((count, rows, torch.tensor(rows, device=device)))
+            self._groups.append((count, rows, to_device(rows, device)))
 
     def log_softmax(self, logits: Tensor) -> list[Tensor]:
         """Returns log probabilities `[rows, vocab]` per group from `logits` `[batch, vocab]`."""

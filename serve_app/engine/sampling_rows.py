@@ -10,6 +10,7 @@ from torch import Tensor
 
 from serve_app.engine.sampling_metadata import MIN_TEMPERATURE, LogprobRows
 from serve_app.engine.sequence import Sequence
+from serve_app.engine.transfer import tensor_to_device
 from serve_app.model.kernels.cuda.sampling import IN_PROMPT, ROW, empty_rows
 
 SAME = {
@@ -52,7 +53,7 @@ class SamplingRows:
         self._sequences = list(sequences)
 
     def _write(self, rows: NDArray[Any]) -> None:
-        self.tensor.copy_(_pinned(torch.from_numpy(rows.view(np.uint8)), self._device), True)
+        self.tensor.copy_(_uploaded(rows.view(np.uint8), self._device))
 
     def _fill(self, rows: NDArray[Any], sequences: list[Sequence]) -> list[Tensor]:
         """Fills `rows`. Returns the tensors whose addresses it has written into them."""
@@ -112,9 +113,4 @@ def list_of(sequence: Sequence) -> NDArray[np.int32]:
 
 
 def _uploaded(values: NDArray[Any], device: torch.device) -> Tensor:
-    return _pinned(torch.from_numpy(values), device).to(device, non_blocking=True)
-
-
-def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """Returns `tensor` in pinned memory if `device` is a GPU, so that a copy is asynchronous."""
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return tensor_to_device(torch.from_numpy(values), device)

@@ -39,10 +39,7 @@ from serve_app.engine.prefill_policy import Policy, PrefillBudget
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
-
-MAX_SCORED_TOKENS = 512
-"""Maximum number of prompt tokens that one step scores. Their logits take 66 MB with 32,000 tokens
-in the vocabulary."""
+from serve_app.engine.step_sizes import MAX_SCORED_TOKENS
 
 
 class Scheduler:

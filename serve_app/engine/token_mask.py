@@ -28,7 +28,7 @@ class TokenMask:
         for row, constraint in zip(allowed, self._constraints, strict=True):
             constraint.fill(row)
         # On a CPU numpy is several times as fast as torch.
-        mask = mask_on_device if logits.is_cuda else mask_on_host
+        mask = mask_on_host if logits.is_cpu else mask_on_device
         mask(logits, self._rows, allowed)
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from serve_app.engine.sampling_params import SamplingParams
+from serve_app.engine.transfer import floats_to_device, to_device
 
 
 class TopFilter:
@@ -20,11 +21,11 @@ class TopFilter:
 
     def __init__(self, params: list[SamplingParams], vocab_size: int, device: torch.device) -> None:
         def column(values: list[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+            return floats_to_device(values, device)[:, None]
 
         self._is_sorted = any(0 < p.top_k < vocab_size or p.top_p < 1 for p in params)
         last = [min(p.top_k, vocab_size) - 1 if p.top_k else vocab_size - 1 for p in params]
-        self._last = torch.tensor(last, device=device)[:, None]
+        self._last = to_device(last, device)[:, None]
         # Rounding may make the sum of probabilities reach 1 before the last token.
         self._top_p = column([p.top_p if p.top_p < 1 else torch.inf for p in params])
         self._log_min_p = column([p.min_p for p in params]).log()
@@ -48,7 +49,7 @@ class TopFilter:
 
 def _sort_descending(scores: Tensor) -> Tensor:
     """Returns `scores` `[rows, vocab]` with each row sorted, the highest first."""
-    if scores.is_cuda:
+    if not scores.is_cpu:
         return scores.sort(-1, descending=True).values
     # On a CPU numpy's sort takes half the time or less.
     return torch.from_numpy(np.sort(scores.neg().numpy(), axis=-1)).neg_()

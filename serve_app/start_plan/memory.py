@@ -4,13 +4,17 @@ from dataclasses import dataclass
 
 from serve_app.config.sections import EngineSettings
 from serve_app.config.settings import ConfigError
+from serve_app.engine.step_sizes import MAX_PIECE, MAX_SCORED_TOKENS, capture_sizes
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.shards import FLOAT_DTYPES, ITEM_BYTES
 from serve_app.model.config import MixtralConfig
 from serve_app.model.footprint import (
+    decode_bytes,
     kernel_step_bytes,
     kv_bytes,
+    logits_bytes,
     torch_step_bytes,
+    trial_bytes,
     weight_bytes,
 )
 from serve_app.model.quantization import Quantization
@@ -18,8 +22,9 @@ from serve_app.start_plan.device import Device, Dtype
 
 CPU_CONTEXTS = 4
 """Number of full contexts in the KV cache on a CPU, if the settings leave its size open."""
-MIN_RESERVED_BYTES = 1 << 30
-"""Minimum GPU memory for a step's results and the allocator, in bytes."""
+UNPLANNED_BYTES = 512 << 20
+"""GPU memory for what is not computed from the model's sizes, in bytes: CUDA graphs, the workspaces
+of cuBLAS (32 MiB for each stream on an H200), and what torch's allocator holds and cannot use."""
 LARGE_GPU_BYTES = 40 * 10**9
 """A GPU with at least this many bytes can run steps of 8,192 tokens, and hold all experts of a
 layer as floats, beside the weights."""
@@ -80,16 +85,34 @@ class MemoryPlan:
         return max(size, self.max_num_seqs)
 
     def reserved_bytes(self, total_bytes: int) -> int:
-        """Returns the GPU memory kept for the intermediate results of the largest step.
+        """Returns the GPU memory kept for everything but weights and KV cache.
 
-        It is enough for the kernels and for plain torch: the plan is made before the kernels are
+        That is the largest step or the trial of its kernels, logits and what is computed from them,
+        the memory of decode steps, and `UNPLANNED_BYTES`.
+        """
+        rows, sizes = self.max_num_seqs, (self.config, self.item_bytes)
+        captured = capture_sizes(rows)
+        scored = min(MAX_SCORED_TOKENS, self.max_num_batched_tokens(total_bytes))
+        return (
+            self._largest_step_bytes(total_bytes)
+            + logits_bytes(*sizes, rows, scored, min(MAX_PIECE, scored))
+            + decode_bytes(*sizes, captured[-1], sum(captured))
+            + UNPLANNED_BYTES
+        )
+
+    def _largest_step_bytes(self, total_bytes: int) -> int:
+        """Returns the bytes of a step's intermediate results.
+
+        They are enough for the kernels and for plain torch: the plan is made before the kernels are
         tried, and plain torch runs where they fail.
         """
         num_tokens, sizes = self.max_num_batched_tokens(total_bytes), (self.config, self.item_bytes)
-        forms = [torch_step_bytes(*sizes, self.max_model_len, is_quantized=self.is_quantized)]
-        if self.is_quantized:
-            forms.append(kernel_step_bytes(*sizes, self.experts_at_once(total_bytes)))
-        return max(MIN_RESERVED_BYTES, *(form.of(num_tokens) for form in forms))
+        form = torch_step_bytes(*sizes, self.max_model_len, is_quantized=self.is_quantized)
+        if not self.is_quantized:
+            return form.of(num_tokens)
+        at_once = self.experts_at_once(total_bytes)
+        kernels = kernel_step_bytes(*sizes, at_once).of(num_tokens)
+        return max(form.of(num_tokens), kernels, trial_bytes(*sizes, at_once))
 
     def experts_at_once(self, total_bytes: int) -> int:
         """Returns the number of experts that a step with prompt tokens holds as floats at a time on

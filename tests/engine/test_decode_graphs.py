@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from serve_app.engine.decode_graphs import DecodeGraphs, capture_sizes
+from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.model_runner import ModelRunner
+from serve_app.engine.step_sizes import capture_sizes
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -97,6 +98,29 @@ def test_a_failed_capture_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> N
     reason = r"^capturing it failed \(RuntimeError: operation not permitted"
     with pytest.raises(StepUnavailable, match=reason):
         DecodeGraphs.captured(None, 2, 4, BLOCK_SIZE, CPU)
+
+
+def test_a_capture_without_memory_fails_the_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not replaced by launches one by one, which would be slow for as long as it runs."""
+
+    def fail(graphs: DecodeGraphs) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(DecodeGraphs, "capture", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        DecodeGraphs.captured(None, 2, 4, BLOCK_SIZE, CPU)
+
+
+def test_block_tables_whose_copy_failed_are_copied_again() -> None:
+    """A copy that fails, for lack of memory, leaves no table behind that counts as copied."""
+    graphs = DecodeGraphs(None, 2, 4, BLOCK_SIZE, CPU)  # type: ignore[arg-type]
+    tables, whole = torch.tensor([[1, 2], [3, 4]]), graphs._tables
+    graphs._tables = whole[:1]
+    with pytest.raises(RuntimeError):
+        graphs._copy_tables(tables)
+    graphs._tables = whole
+    graphs._copy_tables(tables)
+    assert torch.equal(graphs._tables[:, :2], tables.int())
 
 
 def test_capture_sizes_reach_the_largest_batch() -> None:

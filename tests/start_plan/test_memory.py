@@ -20,11 +20,19 @@ from serve_app.check import main
 from serve_app.cold_start.check import check
 from serve_app.machine.gpus import find_gpus
 from serve_app.model.checkpoint.checkpoint import inspect
-from serve_app.model.footprint import parameters, weight_bytes
+from serve_app.model.footprint import (
+    decode_bytes,
+    logits_bytes,
+    parameters,
+    trial_bytes,
+    weight_bytes,
+)
+from serve_app.start_plan.memory import UNPLANNED_BYTES
 from serve_app.tiny import CHECKPOINT
 from tests.hub import serve
 from tests.model.checkpoint import full_size
 from tests.nvml import RTX_4090, RTX_5090, Install, write
+from tools.random_model import config_of
 
 MIB = 1 << 20
 IN_4_BITS: dict[str, dict[str, Any]] = {
@@ -120,15 +128,16 @@ def test_the_table_by_part(
 
 
 def test_room_for_kv(tmp_path: Path, nested: Path, nvml: Install) -> None:
-    """The KV cache that fits beside the weights and a step of 2,048 tokens on a 32 GB card, at
-    131,072 bytes a token."""
+    """The KV cache that fits on a 32 GB card beside the weights and what steps, decodes and logits
+    take, at 131,072 bytes a token."""
     nvml(RTX_5090)
     lines = check(config(tmp_path, nested)).lines
     assert any("25.20 GB of nf4 with bfloat16 absmax" in line for line in lines)
-    heads, expert = 2 * 8192 * 4096 * 2, 2 * 14_336 * 4096 * 2
-    step = heads + expert + 2048 * ((10 * 4096 + 4 * 14_336) * 2 + 3 * 8192)
-    assert step < 1024 * MIB  # so 1 GiB is kept
-    room = 32100 * MIB - 1024 * MIB - 600 * MIB - 25_197_813_760
+    sizes = (config_of(tiny=False, layers=32), 2)
+    kept = trial_bytes(*sizes, 2) + logits_bytes(*sizes, 32, 512, 128) + UNPLANNED_BYTES
+    kept += decode_bytes(*sizes, 32, 87)
+    assert 1.9e9 < kept < 2.1e9
+    room = 32100 * MIB - kept - 600 * MIB - 25_197_813_760
     assert any(f"room for {room // 131_072:,} tokens" in line for line in lines)
     lines = check(config(tmp_path, nested, engine={"gpu_memory_utilization": 0.9})).lines
     less = room - 32607 * MIB // 10
@@ -166,6 +175,16 @@ def test_the_smallest_gpu_counts(tmp_path: Path, floats: Path, nvml: Install, ca
     nvml(RTX_5090, RTX_4090)
     assert [card.total_bytes for card in find_gpus()] == [32607 * MIB, 24564 * MIB]
     assert "RTX 4090" in sentence(capsys, config(tmp_path, floats))
+
+
+def test_gpus_that_are_hidden_do_not_count(
+    tmp_path: Path, floats: Path, nvml: Install, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small GPU beside the one that `CUDA_VISIBLE_DEVICES` chooses refuses no start."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    nvml(RTX_5090, RTX_4090)
+    lines = check(config(tmp_path, floats)).lines
+    assert any("GPU: NVIDIA GeForce RTX 5090 with" in line for line in lines)
 
 
 def test_no_gpu(

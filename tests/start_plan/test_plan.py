@@ -23,10 +23,16 @@ from serve_app.config.settings import Settings
 from serve_app.errors import ModelLoadFailed
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
-from serve_app.model.footprint import kernel_step_bytes, torch_step_bytes
+from serve_app.model.footprint import (
+    decode_bytes,
+    kernel_step_bytes,
+    logits_bytes,
+    torch_step_bytes,
+    trial_bytes,
+)
 from serve_app.node import fitness
 from serve_app.start_plan.hub import Repository
-from serve_app.start_plan.memory import MIN_RESERVED_BYTES
+from serve_app.start_plan.memory import UNPLANNED_BYTES
 from serve_app.start_plan.plan import StartPlan, plan_start
 from serve_app.tiny import CHECKPOINT
 from tools.random_model import config_of
@@ -171,8 +177,8 @@ def test_the_size_of_a_step_follows_the_device(device: str, total_gb: int, num_t
 
 
 def test_memory_is_reserved_for_the_largest_step() -> None:
-    """Mixtral 8x7B in 4 bits, contexts of 32,768: the larger of what kernels and plain torch take;
-    small steps leave 1 GiB all the same."""
+    """Mixtral 8x7B in 4 bits, contexts of 32,768: the larger of what kernels and plain torch take,
+    or of what the trial of kernels takes, and what decodes and logits take beside it."""
     config = config_of(tiny=False, layers=1)
     plain = torch_step_bytes(config, 2, 32_768, is_quantized=True)
     keys_and_values, expert = 2 * 32_768 * 4096 * 2, 2 * 14_336 * 4096 * 2
@@ -183,15 +189,18 @@ def test_memory_is_reserved_for_the_largest_step() -> None:
     assert kernels.base == 2 * weights == 2_902_458_368
     assert kernels.token == 2 * (9 * 4096 + 2 * 14_336) == 131_072
     memory = plan_start(settings(device="cuda")).memory
-    full = replace(memory, config=config, item_bytes=2, is_quantized=True, max_model_len=32_768)
-    assert full.reserved_bytes(80 * 10**9) == kernels.of(8192) == 3_976_200_192
-    assert full.reserved_bytes(32 * 10**9) == plain.of(2048) == 1_375_731_712
+    shape: dict[str, Any] = {"config": config, "item_bytes": 2, "max_num_seqs": 32}
+    full = replace(memory, **shape, is_quantized=True, max_model_len=32_768)
+    others = UNPLANNED_BYTES + decode_bytes(config, 2, 32, 1 + 2 + 4 + 8 + 16 + 24 + 32)
+    scored = logits_bytes(config, 2, 32, 512, 128)
+    assert full.reserved_bytes(80 * 10**9) == kernels.of(8192) + others + scored
+    assert full.reserved_bytes(32 * 10**9) == plain.of(2048) + others + scored
     short = replace(full, max_model_len=8192)
+    trial = trial_bytes(config, 2, 2)
     assert short.experts_at_once(32 * 10**9) == 2
-    assert short.reserved_bytes(32 * 10**9) == max(
-        kernel_step_bytes(config, 2, 2).of(2048), MIN_RESERVED_BYTES
-    )
-    assert replace(short, asked_batched_tokens=64).reserved_bytes(0) == MIN_RESERVED_BYTES
+    assert short.reserved_bytes(32 * 10**9) == trial + others + scored
+    fewer = replace(short, asked_batched_tokens=64).reserved_bytes(32 * 10**9)
+    assert fewer == trial + others + logits_bytes(config, 2, 32, 64, 64)
 
 
 def test_experts_in_floats_are_computed_together() -> None:

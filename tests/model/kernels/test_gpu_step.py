@@ -149,6 +149,13 @@ def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -
         assert "differs from plain torch" in refusal(model)
     monkeypatch.setattr(GpuStep, "logits", lambda self, rows: rows.nothing)
     assert "failed in its trial (AttributeError" in refusal(model)
+
+    def without_memory(step: GpuStep, rows: DecodeBatch) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(GpuStep, "logits", without_memory)
+    with pytest.raises(torch.OutOfMemoryError):  # the load names it; plain torch needs more
+        GpuStep.verified(model, cache_of(model), 3)
     odd = model_of(None, torch.float32, head_dim=24)
     assert "power of two" in refusal(odd)
 

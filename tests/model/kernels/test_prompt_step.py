@@ -3,32 +3,41 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import GridExecutor
 
 from serve_app.model.batch import Batch
-from serve_app.model.footprint import kernel_step_bytes
-from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.footprint import kernel_step_bytes, trial_bytes, workspace_bytes
+from serve_app.model.kernels.cuda import prompt_passes
+from serve_app.model.kernels.cuda.launcher import DriverError, Grid
 from serve_app.model.kernels.cuda.products import CudaProducts
-from serve_app.model.kernels.cuda.prompt_passes import CardSpeed, PassedProducts, max_tokens
+from serve_app.model.kernels.cuda.prompt_passes import (
+    CardSpeed,
+    PassedProducts,
+    max_tokens,
+    speed_of,
+)
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
 from serve_app.model.kernels.triton import grouped_product, prompt_step
+from serve_app.model.kernels.triton.chunk_tiles import items_of
 from serve_app.model.kernels.triton.grouped_product import TileShape
+from serve_app.model.kernels.triton.prompt_attention import PromptAttention
 from serve_app.model.kernels.triton.prompt_products import (
     PromptProducts,
     TorchProducts,
     UnpackedProducts,
 )
-from serve_app.model.kernels.triton.prompt_step import PromptStep
+from serve_app.model.kernels.triton.prompt_step import TRIED_CHUNKS, PromptStep
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
+from tests.model.kernels.held import Held
 from tests.model.kernels.test_gpu_step import CASES, cache_of, model_of
 from tools.random_model import config_of
 
@@ -38,6 +47,7 @@ def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens in the trial: the interpreter takes a second for what a GPU does in 1 ms."""
     monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((5, 20), (1, 1), (300, 900)))
     monkeypatch.setattr(grouped_product, "NARROW", TileShape(16, 64, 64, num_stages=1))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # for the device "meta"
 
 
 @pytest.mark.parametrize(("quantization", "shape"), CASES.values(), ids=CASES)
@@ -188,26 +198,6 @@ def test_it_never_waits_for_the_device(
     assert layer == Counter(expected) + Counter(others)
 
 
-class Held(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made within it and still held."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._storages: list[tuple[StorageWeakRef, int]] = []
-        self.largest = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if isinstance(made, torch.Tensor) and not func.is_view:
-            storage = made.untyped_storage()
-            self._storages.append((StorageWeakRef(storage), storage.nbytes()))
-            self._storages = [each for each in self._storages if not each[0].expired()]
-            self.largest = max(self.largest, sum(size for _, size in self._storages))
-        return made
-
-
 @pytest.mark.parametrize("experts_at_once", [2, 8])
 def test_it_takes_the_memory_that_is_planned(
     experts_at_once: int, monkeypatch: pytest.MonkeyPatch
@@ -224,6 +214,48 @@ def test_it_takes_the_memory_that_is_planned(
         step.logits(batch)
     planned = kernel_step_bytes(model.config, 2, experts_at_once).of(2048)
     assert 0.98 < held.largest / planned < 1.02
+
+
+def test_the_trial_takes_the_memory_that_is_planned() -> None:
+    """Plain torch's experts at Mixtral's sizes, beside the workspace, take most of what
+    `trial_bytes` says: gate and up of one expert are floats."""
+    model, meta = without_values(1), torch.device("meta")
+    x, ends = torch.zeros(200, 4096, dtype=torch.bfloat16, device=meta), torch.tensor([200]).int()
+    layer: Any = model.layers[0]
+    with torch.inference_mode(), Held() as held:
+        layer.mlp.experts._compute(torch.zeros(1, dtype=torch.int64, device=meta), x, ends.to(meta))
+    planned = trial_bytes(model.config, 2, 8) - workspace_bytes(model.config, 2, 8)
+    assert 0.7 < held.largest / planned < 0.95
+
+
+def test_the_trial_has_a_context_in_splits() -> None:
+    """At Mixtral's sizes attention cuts a context of the trial into splits, so that the kernel that
+    combines them is compared, and compiled before there are requests."""
+    keys = torch.empty(1, 16, 8, 128, device="meta")
+    sizes = PromptAttention(32, keys, None).sizes
+    new, lengths = (list(each) for each in zip(*TRIED_CHUNKS, strict=True))
+    items, combined = items_of(new, lengths, sizes)
+    assert len(combined) > 0
+    assert any(item.split < 0 for item in items)
+
+
+def test_a_gpu_that_reports_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The crossover is one pass where the driver reports 0 for a clock, as for a virtual GPU."""
+    attributes = SimpleNamespace(
+        CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE=1,
+        CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH=2,
+        CU_DEVICE_ATTRIBUTE_CLOCK_RATE=3,
+    )
+    driver = SimpleNamespace(
+        CUdevice_attribute=attributes,
+        cuDeviceGet=lambda number: (0, number),
+        cuDeviceGetAttribute=lambda attribute, device: (0, (0, 6144, 1_980_000)[attribute - 1]),
+    )
+    card = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+    monkeypatch.setattr(prompt_passes, "cuda_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    with pytest.raises(DriverError, match="reports no clock"):
+        speed_of(torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def plan_tiles(batch: Batch, sizes: TileSizes) -> ChunkTiles:
     numbers += [number for each in combined for number in each]
     device = batch.block_tables.device
     packed = torch.tensor(numbers, dtype=torch.int32)
-    if device.type == "cuda":
+    if device.type != "cpu":
         packed = packed.pin_memory()
     packed = packed.to(device, non_blocking=True)
     lengths = (len(items) * ITEM_SIZE, len(combined) * COMBINED_SIZE)

@@ -72,7 +72,8 @@ class GpuStep:
     def verified(cls, model: "Mixtral", cache: KVCache, max_rows: int) -> "GpuStep":
         """Returns the step of `model` in the first way that agrees with plain torch.
 
-        `cache` must be unused. Raises `StepUnavailable` if no way agrees.
+        `cache` must be unused. Raises `StepUnavailable` if no way agrees, and
+        `torch.OutOfMemoryError`.
         """
         without_cuda = ""
         if model.products is not None:
@@ -101,6 +102,8 @@ class GpuStep:
         step = cls(model, cache, max(max_rows, *map(len, batches)), in_cuda=in_cuda)
         try:
             errors = [step_trial.error(model, cache, step.logits, each) for each in batches]
+        except torch.OutOfMemoryError:
+            raise
         except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
             log.exception("the compiled step failed in its trial")
             reason = f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
@@ -121,8 +124,9 @@ class GpuStep:
         layer: Any = self._model.layers[0]
         down = layer.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
-        expected, unpack = down.floats(first, dtype).float(), self._unpacker()
-        error = float((unpack(down, first).float() - expected).norm() / expected.norm())
+        expected, unpack = down.floats(first, dtype), self._unpacker()
+        found = unpack(down, first)
+        error = float(_norm(found.sub_(expected)) / _norm(expected))
         if not error < UNPACK_TOLERANCE:
             return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
         codebook.unpack = unpack
@@ -171,14 +175,23 @@ class GpuStep:
     def decode(self, batch: Batch) -> Tensor:
         """The same as `logits` for a `Batch` in which every sequence decodes."""
         inputs = (batch.token_ids, batch.positions, batch.slots)
+        device = batch.token_ids.device
         lens = torch.tensor(batch.context_lens, dtype=torch.int32)
-        lens = lens.to(batch.token_ids.device, non_blocking=True)
+        if device.type != "cpu":  # a copy from other memory may wait for the device
+            lens = lens.pin_memory()
+        lens = lens.to(device, non_blocking=True)
         return self.logits(DecodeBatch(*inputs, lens, batch.block_tables.int()))
 
 
 def normed(x: Tensor, parts: Tensor | None, batch: DecodeBatch, norm: Any) -> Tensor:
     """Adds `parts` to `x` and returns `x` normalized by `norm`."""
     return add_norm(x, parts, batch.context_lens, norm.weight, norm.eps)
+
+
+def _norm(x: Tensor) -> Tensor:
+    """Returns the norm of `x`, summed in float32 without a copy of `x` in float32."""
+    norm: Tensor = torch.linalg.vector_norm(x, dtype=torch.float32)
+    return norm
 
 
 def _require_fitting(model: "Mixtral") -> None:

@@ -17,14 +17,17 @@ if TYPE_CHECKING:
     from serve_app.engine.engine_config import EngineConfig
 
 
-def prompt_sizes(config: "EngineConfig") -> list[int]:
+def prompt_sizes(config: "EngineConfig", few_tokens: int = 0) -> list[int]:
     """Returns the lengths of the first prompts, in tokens.
 
     These are a full step twice, because the first one compiles, then a quarter and a sixteenth of
-    it.
+    it. Steps of up to `few_tokens` tokens are computed in another way (`Runner.few_prompt_tokens`),
+    so `few_tokens` and a quarter of it follow.
     """
     full = min(config.max_num_batched_tokens, config.max_model_len - 2)
-    return [full, full, max(full // 4, 1), max(full // 16, 1)]
+    few = min(few_tokens, full)
+    sizes = [full, full, max(full // 4, 1), max(full // 16, 1)]
+    return [*sizes, few, max(few // 4, 1)] if few else sizes
 
 
 def run_prompts(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
@@ -33,7 +36,8 @@ def run_prompts(engine: "Engine", vocab_size: int, free_bytes: int) -> None:
     `free_bytes` is the device's free memory, for the error. Raises `ModelLoadFailed` if the memory
     is not enough, or the engine fails.
     """
-    for number, num_tokens in enumerate(prompt_sizes(engine.config)):
+    sizes = prompt_sizes(engine.config, engine.runner.few_prompt_tokens)
+    for number, num_tokens in enumerate(sizes):
         # The prompts begin with different tokens, so none is found in the prefix cache.
         prompt_ids = [(i + number) % vocab_size for i in range(num_tokens)]
         _run(engine, prompt_ids, 2, free_bytes)

@@ -26,6 +26,18 @@ def test_steps_of_several_sizes_and_a_first_token() -> None:
         assert engine.stats().num_used_blocks == 0
 
 
+def test_steps_of_few_tokens_are_measured_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where steps of few prompt tokens are computed in another way, the warm-up runs two sizes of
+    them, so that the first prediction is not made from one."""
+    monkeypatch.setattr(FakeRunner, "few_prompt_tokens", 12)
+    runner = FakeRunner()
+    with running(runner) as engine:
+        warm_up.run_prompts(engine, VOCAB_SIZE, 0)
+        chunks = [part.num_tokens for step in runner.steps for part in step if not part.is_decode]
+        assert chunks == [32, 32, 8, 2, 12, 3]
+        assert warm_up.prompt_sizes(engine.config, 1000)[-2:] == [32, 8]
+
+
 def test_it_works_inside_an_event_loop() -> None:
     """The warm-up works inside a running event loop, as in a replica's constructor."""
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.kernels.cuda.launcher import checked, cuda_driver
+from serve_app.model.kernels.cuda.launcher import DriverError, checked, cuda_driver
 from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.triton.prompt_routing import route_prompts
@@ -52,7 +52,8 @@ class CardSpeed:
 
 
 def speed_of(device: torch.device) -> CardSpeed:
-    """Returns the speed of a CUDA device. Raises `DriverError`."""
+    """Returns the speed of a CUDA device. Raises `DriverError`, also if the driver reports no
+    clocks, as for a virtual GPU or one that shares the machine's memory."""
     properties = torch.cuda.get_device_properties(device)
     driver = cuda_driver()
     attribute = driver.CUdevice_attribute
@@ -64,6 +65,8 @@ def speed_of(device: torch.device) -> CardSpeed:
         for name in names
         if (found := getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"))
     )
+    if not (memory_khz and bus_bits and khz):
+        raise DriverError("the driver reports no clock rates or memory bus")
     cycles = properties.multi_processor_count * khz * 1e3
     flops = FLOPS_PER_CYCLE.get(10 * properties.major + properties.minor, 512)
     return CardSpeed(2 * memory_khz * 1e3 * bus_bits / 8, cycles, cycles * flops)

@@ -12,7 +12,8 @@
    Engine figures stand beside: its tokens/s are of decode steps alone, the server's include the
    prompts.
 
-The exit code is 1 if a part of `benchmarks.gpu` failed or a request had an error.
+The exit code is 1 if a part of `benchmarks.gpu` failed or a request had an error. Without `--tiny`,
+two cores take 2 s and more for a token of one layer, so answers would pass the request's deadline.
 """
 
 import argparse

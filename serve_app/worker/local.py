@@ -22,6 +22,7 @@ from typing import Any
 from serve_app.cold_start.check import Checked
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
 from serve_app.errors import ModelLoadFailed
+from serve_app.loading.phases import Phase
 from serve_app.node import ray_node, ray_thread
 from serve_app.protocol.call import JsonObject
 from serve_app.worker.handler import Handler
@@ -135,7 +136,7 @@ class LogPosts:
         self._phases: set[str] = set()
 
     async def progress(self, update: dict[str, Any]) -> None:
-        phase = update.get("phase", "Ray")
+        phase = update.get("phase", Phase.RAY)  # the first phase has not been logged yet
         if "message" in update:
             log.info("%s", update["message"])
         elif phase not in self._phases:

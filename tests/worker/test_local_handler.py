@@ -1,5 +1,6 @@
 """`runpod_entry.handler`: jobs answered in scripts and unit tests, as RunPod's guides show."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.worker.local import LogPosts
 from tests.worker.process import TINY, environment
 
 SCRIPT = """
@@ -67,3 +69,12 @@ def test_a_wrong_configuration_raises(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "MIXTRAL_ENGINE__MAX_LEN, which is not a setting" in done.stderr
     assert "RuntimeError: The worker's process ended with code 1" in done.stderr
+
+
+def test_each_phase_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """The first updates come before the load log has a phase; they are those of Ray's start."""
+    caplog.set_level("INFO")
+    posts = LogPosts()
+    for update in ({}, {"phase": "ray"}, {"phase": "read"}, {"phase": "read"}):
+        asyncio.run(posts.progress(update))
+    assert caplog.messages == ["Loading: ray", "Loading: read"]

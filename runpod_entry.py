@@ -63,12 +63,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _start(arguments: list[str]) -> int:
-    # Before the imports, which take a moment. Replaced by the handlers that let running jobs and
-    # requests finish.
-    signal.signal(signal.SIGTERM, _end_before_jobs)
-
-    from serve_app.config.log_format import use_log_format
-    from serve_app.config.settings import ConfigError, EntrySettings
     from serve_app.worker import local_handler
 
     parser = argparse.ArgumentParser(prog="runpod_entry.py", description=__doc__)
@@ -76,6 +70,14 @@ def _start(arguments: list[str]) -> int:
     parser.add_argument(local_handler.FLAG, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rp_serve_api", action="store_true", help=argparse.SUPPRESS)
     given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
+    if given.test_input is None and not given.answer_lines:
+        # Before the other imports, which take a moment. Replaced by the handlers that let running
+        # jobs and requests finish. A job from the command line is not a success if it is stopped.
+        signal.signal(signal.SIGTERM, _end_before_jobs)
+
+    from serve_app.config.log_format import use_log_format
+    from serve_app.config.settings import ConfigError, EntrySettings
+
     if given.rp_serve_api:
         raise ConfigError(
             "--rp_serve_api is not supported; `python -m emulator` answers /run, /runsync and the "
@@ -91,7 +93,7 @@ def _start(arguments: list[str]) -> int:
     from serve_app.worker import job_log, local
 
     job = local.find(given.test_input, entry)
-    if given.answer_lines or job is not None:
+    if job is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if given.answer_lines:
         settings, checked = _checked(entry)

@@ -17,7 +17,7 @@ import sys
 import uuid
 from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from serve_app.cold_start.check import Checked
 from serve_app.config.settings import ConfigError, EntrySettings, Settings
@@ -66,10 +66,20 @@ def run(checked: Checked, config: str | Path, job: dict[str, Any]) -> int:
 
     async def answer(handler: Handler) -> int:
         result = await _result(handler, job)
-        print(result.output.decode() if result.error is None else result.error, file=out)
+        write(result, out)
         return 0 if result.error is None else 1
 
     return _with_ray(make_handler(checked.settings, config, checked.plan), answer)
+
+
+def write(result: Result, out: TextIO) -> None:
+    """Writes the output or the error of `result` to `out` as one line of UTF-8.
+
+    JSON is UTF-8 whatever the encoding of the terminal, which may lack some of its characters.
+    """
+    out.buffer.write(result.output if result.error is None else result.error.encode())
+    out.buffer.write(b"\n")
+    out.flush()
 
 
 def answer_lines(settings: Settings, config: str | Path, checked: Checked | ModelLoadFailed) -> int:

@@ -40,6 +40,20 @@ def test_sigterm_before_any_job_is_a_clean_end(tmp_path: Path) -> None:
     assert b"Traceback" not in written
 
 
+def test_sigterm_during_a_test_input_is_no_success(tmp_path: Path) -> None:
+    """SIGTERM while `--test_input` imports its libraries is no end with code 0 and no output."""
+    with subprocess.Popen(
+        [sys.executable, str(ENTRY), "--test_input", '{"input": {"prompt": "x"}}'],
+        cwd=tmp_path,
+        env=environment(tmp_path),
+        stderr=subprocess.PIPE,
+    ) as entry:
+        assert entry.stderr is not None
+        assert b"Starting with" in entry.stderr.readline()
+        entry.send_signal(signal.SIGTERM)
+        assert entry.wait(60) == -signal.SIGTERM
+
+
 def test_importing_loads_nothing_heavy() -> None:
     """Importing the worker loads no heavy library, so failures come after logging starts."""
     modules = ["runpod_entry", *(f"serve_app.worker.{path.stem}" for path in WORKER.glob("*.py"))]

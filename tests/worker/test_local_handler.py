@@ -1,6 +1,7 @@
 """`runpod_entry.handler`: jobs answered in scripts and unit tests, as RunPod's guides show."""
 
 import asyncio
+import io
 import json
 import subprocess
 import sys
@@ -8,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from serve_app.worker import local
 from serve_app.worker.local import LogPosts
+from serve_app.worker.result import Result
 from tests.worker.process import TINY, environment
 
 SCRIPT = """
@@ -69,6 +72,15 @@ def test_a_wrong_configuration_raises(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "MIXTRAL_ENGINE__MAX_LEN, which is not a setting" in done.stderr
     assert "RuntimeError: The worker's process ended with code 1" in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_the_output_is_utf_8_on_every_terminal(encoding: str) -> None:
+    """A terminal whose encoding lacks the answer's characters gets the answer, which is JSON."""
+    written = io.BytesIO()
+    out = io.TextIOWrapper(written, encoding)
+    local.write(Result('{"text":"5 €"}'.encode()), out)
+    assert json.loads(written.getvalue()) == {"text": "5 €"}
 
 
 def test_each_phase_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -102,7 +102,7 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
         raise RequestTooLarge(
             f"The body is larger than the {max_body_bytes} bytes that are allowed."
         )
-    stream = isinstance(body, dict) and body.get("stream") is True
+    stream = method == "POST" and isinstance(body, dict) and body.get("stream") is True
     call = Call(
         method,
         path,

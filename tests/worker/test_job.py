@@ -153,3 +153,10 @@ def test_other_behaviour_of_older_workers_is_refused(field: str) -> None:
 def test_a_job_counts_its_prompts_and_their_answers(given: Any, count: int) -> None:
     """The worker takes jobs by the prompts and the answers to each that they contain."""
     assert num_prompts({"input": given}) == count
+
+
+def test_only_a_post_can_be_streamed() -> None:
+    """The body of a GET is ignored, as over HTTP: an answer that is not streamed is the output."""
+    given = {"route": "/v1/models", "method": "GET", "body": {"stream": True}}
+    request = parsed(given)
+    assert (request.call.method, request.stream, request.is_list) == ("GET", False, False)

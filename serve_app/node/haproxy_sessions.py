@@ -9,8 +9,12 @@ The text is the first of these that a request has:
     the first bytes of the body, where HAProxy cannot read it: a first message beyond the 15 kB that
     it has of a body
 
-A replica that has `MAX_LOAD` percent of the mean of requests takes no more of them. They go to the
-next one.
+A new conversation goes to the next replica if that one has `NEW_LOAD` percent of the mean of
+requests. A stick table remembers the replica of each conversation, which keeps the conversation
+until it has more than `KEEP_LOAD` percent of the mean and `KEEP_MORE` requests.
+
+Each HAProxy has its own table, and Serve starts HAProxy again when a replica comes or goes, with an
+empty table. Then the hash finds the replica of most conversations again.
 
 Requests that generate nothing have no such text, and go to the replicas by turns.
 """
@@ -18,11 +22,22 @@ Requests that generate nothing have no such text, and go to the replicas by turn
 import re
 import zlib
 
-from serve_app.protocol.session import MAX_LOAD, NUM_CHARS, PLACES, SESSION_ID, SYSTEM_ROLES
+from serve_app.protocol.session import (
+    KEEP_LOAD,
+    KEEP_MORE,
+    NEW_LOAD,
+    NUM_CHARS,
+    NUM_KEPT,
+    PLACES,
+    SESSION_ID,
+    SYSTEM_ROLES,
+)
 
 WEIGHT = 16
 """Number of places of a replica on the ring of hashes, in units of HAProxy's 16; more places make
 the shares more equal."""
+KEPT_FOR = "1h"
+"""Time after a conversation's last request at which its replica is forgotten."""
 AFTER_SYSTEM = {
     None: "",
     True: f"{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",
@@ -51,6 +66,8 @@ def rules() -> list[str]:
         *(f"http-request set-var(txn.session) {each}" for each in in_body),
         f"http-request set-var(txn.session) req.body,{chars} if generates !has_session",
         "http-request unset-var(txn.body)",
+        # The table has the hashes, because an administrator's tools show it.
+        "http-request set-var(txn.session) var(txn.session),sha1 if generates",
     ]
     return [f"    {line}" for line in lines]
 
@@ -61,20 +78,39 @@ def num_replicas(config: str) -> int:
 
 
 def balanced(config: str, backend: str) -> str:
-    """Returns Serve's configuration `config` with a hash that chooses the replica in section
-    `backend`."""
+    """Returns Serve's configuration `config` with a choice of the replica by conversation in
+    section `backend`."""
+    # By default a replica's number on the ring is its place in the file, which changes with others.
+    numbers = {name: zlib.crc32(name.encode()) & 0x7FFFFFFF or 1 for _, name in _servers(config)}
+    for line, name in _servers(config):
+        config = config.replace(line, f"{line} id {numbers[name]} weight {WEIGHT}")
     lines = (
         f"backend {backend}",
+        f"    stick-table type binary len 20 size {NUM_KEPT} expire {KEPT_FOR}",
+        *_load(backend, numbers),
+        "    stick match var(txn.session) if { var(txn.load),sub(txn.limit) le 0 }",
+        "    stick store-request var(txn.session)",
         "    balance hash var(txn.session)",
         "    hash-type consistent sdbm avalanche",
-        f"    hash-balance-factor {MAX_LOAD}",
+        f"    hash-balance-factor {NEW_LOAD}",
     )
-    config = config.replace(f"backend {backend}\n", "\n".join(lines) + "\n")
-    # By default a replica's number on the ring is its place in the file, which changes with others.
-    for line, name in _servers(config):
-        number = zlib.crc32(name.encode()) & 0x7FFFFFFF or 1
-        config = config.replace(line, f"{line} id {number} weight {WEIGHT}")
-    return config
+    return config.replace(f"backend {backend}\n", "\n".join(lines) + "\n")
+
+
+def _load(backend: str, numbers: dict[str, int]) -> list[str]:
+    """Returns lines that set the number of requests at the conversation's replica, and the maximum
+    with which it keeps the conversation. `numbers` are the replicas' ids by name."""
+    lines = [
+        f"set-var(txn.kept) var(txn.session),table_server_id({backend})",
+        *(
+            f"set-var(txn.load) srv_conn({backend}/{name}) if {{ var(txn.kept) -m int {number} }}"
+            for name, number in numbers.items()
+        ),
+        f"set-var(txn.num_up) nbsrv({backend}),mul(100)",
+        # `be_conn` has this request too.
+        f"set-var(txn.limit) be_conn({backend}),mul({KEEP_LOAD}),div(txn.num_up),add({KEEP_MORE})",
+    ]
+    return [f"    http-request {line}" for line in lines]
 
 
 def _servers(config: str) -> list[tuple[str, str]]:

@@ -1,17 +1,19 @@
 """SessionRouter: sends all calls of a conversation through a deployment handle to the same replica.
 
 Ray Serve imports `SessionRouter` by its path, `ROUTER["request_router_class"]`. It extends Serve's
-`ConsistentHashRouter`, which chooses a replica by the handle's `session_id`, with the load limit of
-`protocol/session.py`: Serve's class avoids a replica only if it refuses a request, which a replica
-does from 20,000 requests on. Serve's HAProxy mode does not support a router in a deployment that
-serves HTTP itself, so only a deployment without HTTP uses it.
+`ConsistentHashRouter`, which chooses a replica by the handle's `session_id`, with the load limits
+of `protocol/session.py`: Serve's class avoids a replica only if it refuses a request, which a
+replica does from 20,000 requests on. Serve's HAProxy mode does not support a router in a deployment
+that serves HTTP itself, so only a deployment without HTTP uses it.
 """
 
 import asyncio
 import math
-from typing import Any
+from collections import OrderedDict
+from collections.abc import Hashable
+from typing import Any, Generic, TypeVar
 
-from serve_app.protocol.session import MAX_LOAD
+from serve_app.protocol.session import KEEP_LOAD, KEEP_MORE, NEW_LOAD, NUM_KEPT
 
 ROUTER = {
     "request_router_class": f"{__name__}.SessionRouter",
@@ -19,6 +21,34 @@ ROUTER = {
     "request_router_kwargs": {"num_fallback_replicas": 1_000},
 }
 """`request_router_config` of the deployment."""
+Replica = TypeVar("Replica", bound=Hashable)
+
+
+class Conversations(Generic[Replica]):
+    """The replica of each conversation."""
+
+    def __init__(self) -> None:
+        self._replicas: OrderedDict[str, Replica] = OrderedDict()
+
+    def ranked(self, session: str | None, loads: dict[Replica, int]) -> list[Replica]:
+        """Returns the replicas in the order in which they should be asked to take a request.
+
+        `loads` are their unfinished requests, in the order of the hashes for `session`. The first
+        replica of the result becomes the conversation's. A request without a conversation has no
+        `session`.
+        """
+        mean = (sum(loads.values()) + 1) / max(1, len(loads))
+        kept = self._replicas.get(session) if session is not None else None
+        if kept is not None and loads.get(kept, math.inf) > mean * KEEP_LOAD // 100 + KEEP_MORE:
+            kept = None
+        limit = math.ceil(mean * NEW_LOAD / 100)
+        order = sorted(loads, key=lambda it: (it != kept, loads[it] >= limit))
+        if session is not None and order:
+            self._replicas[session] = order[0]
+            self._replicas.move_to_end(session)
+            if len(self._replicas) > NUM_KEPT:
+                self._replicas.popitem(last=False)
+        return order
 
 
 def __getattr__(name: str) -> Any:
@@ -34,13 +64,16 @@ def _router_class() -> type[Any]:
     from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
     class SessionRouter(ConsistentHashRouter):  # type: ignore[misc]
-        """Serve's router with a load limit per replica."""
+        """Serve's router with load limits per replica."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._conversations = Conversations[Any]()
 
         async def choose_replicas(
             self, candidate_replicas: list[Any], pending_request: Any = None
         ) -> list[list[Any]]:
-            """Returns ranks of one replica each, in the order of hashes; replicas at the limit come
-            last.
+            """Returns ranks of one replica each, in the order of `Conversations.ranked`.
 
             A replica's load is the number of unfinished requests that this router has sent to it. A
             replica that has reported nothing for 10 s counts as empty; Serve queries its load
@@ -50,10 +83,10 @@ def _router_class() -> type[Any]:
             await asyncio.sleep(0)
             ranks = await super().choose_replicas(candidate_replicas, pending_request)
             cache = self.replica_queue_len_cache
-            loads = {rank[0].replica_id: cache.get(rank[0].replica_id) or 0 for rank in ranks}
-            total = sum(loads.values()) + 1
-            limit = math.ceil(total * MAX_LOAD / 100 / max(1, len(ranks)))
-            return sorted(ranks, key=lambda rank: loads[rank[0].replica_id] >= limit)
+            by_id = {rank[0].replica_id: rank for rank in ranks}
+            loads = {replica: cache.get(replica) or 0 for replica in by_id}
+            session = pending_request.metadata.session_id if pending_request is not None else None
+            return [by_id[each] for each in self._conversations.ranked(session or None, loads)]
 
     SessionRouter.__qualname__ = SessionRouter.__name__  # pickled by its path
     return SessionRouter

@@ -1,8 +1,15 @@
 """The text of a request that is constant in a conversation; its hash chooses a replica.
 
 Each replica keeps the KV blocks of the prompts that it has computed. The next prompt of a
-conversation begins with the previous one, so the same replica has to compute only the new part. The
-text is the first of these in a request:
+conversation begins with the previous one, so the same replica has to compute only the new part.
+
+A new conversation goes to the replica that its hash chooses, or to the next one if that replica has
+more than its share of requests. Later requests go where the first one went, as long as that replica
+has not many more requests than the others. The hash alone would not do: of 32 conversations, one of
+four replicas gets 5 and another one 11, and 300 conversations are needed until chance makes the
+replicas' loads equal within 20 percent.
+
+The text is the first of these in a request:
 
     the header `x-session-id`
     the body's `prompt_cache_key`, OpenAI's name for it
@@ -24,10 +31,15 @@ SESSION_ID = "x-session-id"
 """Header in which a client names its conversation."""
 NUM_CHARS = 256
 """Length of the part of the text that is hashed: bytes in HAProxy, characters in Python."""
-MAX_LOAD = 150
-"""Maximum number of requests at one replica, in percent of the mean; rounded up, and at least one.
-A replica at the limit gets no further request; the next one in the order of hashes gets it (arXiv
-1608.01350). So loads stay equal even if all prompts begin in the same way."""
+NEW_LOAD = 110
+"""Maximum number of requests, in percent of the mean, at the replica that gets a new conversation;
+rounded up, and at least one. The conversation goes to the first replica below it in the order of
+hashes (arXiv 1608.01350)."""
+KEEP_LOAD, KEEP_MORE = 110, 1
+"""A conversation leaves its replica if that has more requests than `KEEP_LOAD` percent of the mean
+and `KEEP_MORE`. Then it counts as new."""
+NUM_KEPT = 100_000
+"""Maximum number of conversations whose replica is remembered."""
 SYSTEM_ROLES = ("system", "developer")
 
 

@@ -59,7 +59,7 @@ def test_serve_hands_the_builder_validated_settings() -> None:
     assert settings.engine.max_num_seqs == 3
 
 
-def test_ray_can_be_told_not_to_start_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ray_does_not_start_by_itself_where_set(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the hook off, a call after Ray has died does not start a new cluster."""
     import ray
     from ray._private import auto_init_hook

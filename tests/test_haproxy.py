@@ -124,7 +124,7 @@ def test_headers_for_serve_have_no_effect(run: Run) -> None:
         wait_until_idle(http)
 
 
-def test_half_sent_requests_stop_nobody(run: Run) -> None:
+def test_half_sent_requests_do_not_block_others(run: Run) -> None:
     """Beside 400 half-sent bodies for a status route, and then for one that generates, others are
     answered at once."""
     _, url = run

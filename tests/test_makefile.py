@@ -46,7 +46,7 @@ def venvs_minor(folder: Path) -> int:
 
 
 @pytest.mark.parametrize("minor", [10, 13])
-def test_a_python_that_does_not_fit_is_told(tmp_path: Path, minor: int) -> None:
+def test_a_python_that_does_not_fit_is_an_error(tmp_path: Path, minor: int) -> None:
     """The message names it and what to do; nothing is made."""
     named = pretend(tmp_path / "bin" / "mine", minor)
     done = make(tmp_path, f"PYTHON={named}")

@@ -60,7 +60,7 @@ def rules(backend: str, refusal: str) -> list[str]:
         f"http-request del-header {REFUSED}",
         f"http-request set-header {REFUSED} %[var(proc.num_refused,0)] if generates",
         "http-request set-var(proc.num_refused) int(0) if generates",
-        *_news(),
+        *_limits(),
     ]
     return [f"    {line}" for line in lines]
 
@@ -115,17 +115,17 @@ def _turn() -> list[str]:
     ]
 
 
-def _news() -> list[str]:
+def _limits() -> list[str]:
     """Returns lines that store the numbers in a replica's `PLACES` header."""
     names = ("num_places", "place_us", "full_us", "min_s")
     taken = [
-        f"http-response set-var(proc.{name}) res.hdr({PLACES},{number}),add(0) if is_told"
+        f"http-response set-var(proc.{name}) res.hdr({PLACES},{number}),add(0) if has_limits"
         for number, name in enumerate(names, 1)
     ]
     return [
-        f"acl is_told res.hdr({PLACES}) -m found",
+        f"acl has_limits res.hdr({PLACES}) -m found",
         *taken,
         "http-response set-var(proc.next_ask) date(0,us),add(proc.full_us)"
-        " if is_told { status 429 }",
+        " if has_limits { status 429 }",
         f"http-response del-header {PLACES}",
     ]

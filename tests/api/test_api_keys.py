@@ -176,7 +176,7 @@ def test_metrics_have_the_names_of_keys(http: httpx.Client, path: Path, serve: A
     assert key not in text
 
 
-def test_without_keys_nobody_is_counted(endpoint: Endpoint, http: httpx.Client) -> None:
+def test_without_keys_no_client_is_counted(endpoint: Endpoint, http: httpx.Client) -> None:
     """Without keys there are no limits, no rate limit headers, and no series by key."""
     engine = endpoint.serve()
     answer = http.post(CHAT, json=ASK)

@@ -60,7 +60,7 @@ def test_what_clients_send_is_answered(http: httpx.Client, request_: dict[str, A
     assert response.status_code == 200, response.text
 
 
-def test_a_number_out_of_range_is_told(http: httpx.Client) -> None:
+def test_a_number_out_of_range_is_refused(http: httpx.Client) -> None:
     """`1e999`, which is JSON, becomes an infinity in JSON readers."""
     for name in ("temperature", "max_tokens"):
         content = b'{"prompt": "a", "%b": 1e999}' % name.encode()

@@ -13,7 +13,7 @@ from serve_app.api.list_places import ListPlaces
 from serve_app.api.server import MixtralServer
 from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
 
-TOLD = b"64,6400,50000,3"
+LIMITS = b"64,6400,50000,3"
 """The fake engine's header for HAProxy."""
 GENERATE = ["/prompt", "/v1/completions", "/v1/chat/completions", "/v1/messages"]
 
@@ -91,7 +91,7 @@ def test_a_full_queue_refuses_before_serve_sees_the_request(path: str) -> None:
     is_messages = path == "/v1/messages"
     assert headers.get(b"request-id") == (headers[b"x-mixtral-request-id"] if is_messages else None)
     assert 'errors_total{code="queue_full",model_name="tiny"} 1.0' in one.metrics.text("ready")
-    assert headers[PLACES.encode()] == TOLD
+    assert headers[PLACES.encode()] == LIMITS
     assert early(one, path, "GET")[0] == early(one, "/tokenize")[0] == 299
 
 
@@ -109,7 +109,7 @@ def test_ping_is_answered_before_serve_sees_it() -> None:
     one = server(engine)
     engine.num_taken = MAX_TAKEN
     status, headers, body = early(one, "/ping", "GET")
-    assert (status, body, headers[PLACES.encode()]) == (200, {"status": "ready"}, TOLD)
+    assert (status, body, headers[PLACES.encode()]) == (200, {"status": "ready"}, LIMITS)
     one.drain()
     assert early(one, "/ping", "GET")[::2] == (503, {"status": "draining"})
     dead = server(engine)

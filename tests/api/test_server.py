@@ -155,7 +155,7 @@ def test_draining_finishes_what_runs_and_refuses_the_rest() -> None:
     asyncio.run(drain())
 
 
-def test_a_dead_engine_is_told_to_everyone() -> None:
+def test_a_dead_engine_fails_health_checks_and_requests() -> None:
     """After the engine has died, Serve's health check raises and requests get `engine_dead`."""
     engine = FakeEngine()
     one = server(engine)

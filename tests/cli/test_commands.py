@@ -73,7 +73,7 @@ def test_a_port_in_use_is_one_sentence(
         ("0.0.0.0", None, logging.WARNING, "WITHOUT an API key. Set API_KEYS"),
     ],
 )
-def test_who_can_send_requests_is_told(
+def test_the_log_says_who_can_send_requests(
     host: str, keys: str | None, level: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A server that is open to other machines without a key is a warning that says what to set."""

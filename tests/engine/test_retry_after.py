@@ -56,7 +56,7 @@ def test_idle_time_is_not_measured() -> None:
     assert retry_after.next_s() == 1
 
 
-def test_a_proxy_is_told_the_measured_rate() -> None:
+def test_a_proxy_gets_the_measured_rate() -> None:
     """At 20 ends a second, 8 places become free in 0.4 s; slow engines are asked every second."""
     fast, slow = measured(20.0)[0], measured(0.5, min_s=2)[0]
     places = fast.places(288, 8)

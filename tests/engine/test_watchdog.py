@@ -36,7 +36,7 @@ def test_a_step_that_does_not_return_ends_all_requests() -> None:
         runner.let_go()
 
 
-def test_a_step_that_returns_late_finds_nobody() -> None:
+def test_a_step_that_returns_late_finds_no_sequence() -> None:
     """If a hung step returns late, the engine's thread ends and no sequence is left."""
     runner = FakeRunner(is_held=True)
 

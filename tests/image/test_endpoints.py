@@ -62,7 +62,7 @@ def test_a_server_finishes_its_stream_after_sigterm(image: str) -> None:
         assert int(code.read_text()) == 0
 
 
-def test_dockers_default_of_shared_memory_is_told(image: str) -> None:
+def test_dockers_default_of_shared_memory_is_an_error(image: str) -> None:
     """With Docker's default of 64 MB for /dev/shm, the server ends with one sentence that names the
     option to set."""
     code, _, log = run(image, Options(environment=HTTP))
@@ -71,7 +71,7 @@ def test_dockers_default_of_shared_memory_is_told(image: str) -> None:
     assert "--shm-size" in log.splitlines()[-1]
 
 
-def test_nobody_is_left_as_a_zombie(image: str) -> None:
+def test_no_zombie_is_left(image: str) -> None:
     """tini reaps processes whose parent has ended, so no zombie is left."""
     with serving(image) as it:
         it.run("sh", "-c", "(true &) ; (sleep 0 &)")

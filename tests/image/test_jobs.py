@@ -46,7 +46,7 @@ def test_a_read_only_root_needs_tmp_alone(image: str, expected: str) -> None:
     assert text_of(output) == expected
 
 
-def test_a_read_only_root_without_tmp_is_told(image: str) -> None:
+def test_a_read_only_root_without_tmp_is_an_error(image: str) -> None:
     """`--read-only` alone: one sentence says what cannot be written; no traceback."""
     code, _, log = run(image, Options(ANSWER, environment=TINY, read_only=True))
     assert code == 1
@@ -69,7 +69,7 @@ def volume(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_volume_that_root_alone_may_read_is_told(image: str, volume: Path) -> None:
+def test_a_volume_that_root_alone_may_read_is_an_error(image: str, volume: Path) -> None:
     """The server does not run as root: one sentence names the path and the user."""
     shutil.copytree(CHECKPOINT, volume / "model")
     volume.chmod(0o700)

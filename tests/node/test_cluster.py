@@ -86,7 +86,7 @@ def test_keys_that_are_ignored_are_named(tmp_path: Path, caplog: pytest.LogCaptu
         (ray.exceptions.RayTaskError("f", "Traceback ...", ValueError("x")), InternalError),
     ],
 )
-def test_rays_errors_are_told_by_their_kind(error: Exception, kind: type[ServeError]) -> None:
+def test_rays_errors_become_ours_by_their_kind(error: Exception, kind: type[ServeError]) -> None:
     """A dead process can be retried elsewhere; a bug cannot; neither shows Ray's own text."""
     known = client.from_ray(error)
     assert type(known) is kind

@@ -24,7 +24,7 @@ from tests.worker.conftest import until
 NUM_PLACES = 3
 PLACE_S = 10
 MIN_S = 2
-TOLD = f"{NUM_PLACES},{PLACE_S * 1_000_000},600000000,{MIN_S}"
+LIMITS = f"{NUM_PLACES},{PLACE_S * 1_000_000},600000000,{MIN_S}"
 """The replica's `PLACES`. After a refusal, HAProxy sends it no further request in this test."""
 
 
@@ -54,13 +54,13 @@ def replica(engine: Engine) -> Iterator[int]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self.answer(200, {PLACES: TOLD} if self.path == "/ping" else {})
+            self.answer(200, {PLACES: LIMITS} if self.path == "/ping" else {})
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers.get("content-length", 0)))
             engine.headers.append(self.headers)
             if engine.is_full:
-                self.answer(429, {PLACES: TOLD})
+                self.answer(429, {PLACES: LIMITS})
                 return
             engine.num_waiting += 1
             engine.released.wait(30)
@@ -210,7 +210,7 @@ def test_half_sent_bodies_take_nothing_of_the_limit(
             assert http.post("/prompt").status_code == 200
 
 
-def test_connections_without_a_place_shut_nobody_out(
+def test_connections_without_a_place_do_not_block_others(
     server: Server, engine: Engine, http: httpx.Client
 ) -> None:
     """Half-sent bodies that HAProxy cannot hold are more than the places: others still pass."""

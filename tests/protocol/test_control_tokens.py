@@ -136,13 +136,13 @@ def test_tokens_that_are_found_after_normalizing(tmp_path: Path) -> None:
     assert normalized.notes == []
 
 
-def test_a_token_of_one_character_is_told(tmp_path: Path) -> None:
+def test_a_note_names_a_token_of_one_character(tmp_path: Path) -> None:
     """Nothing can be put into it: a note names it."""
     single = mutated(tmp_path, AddedToken("§", special=True))
     assert single.notes == ["control tokens that the tokenizer finds in any text: ['§']"]
 
 
-def test_the_old_way_is_told() -> None:
+def test_health_says_that_messages_may_contain_control_tokens() -> None:
     """`/health` says that messages may contain control tokens."""
     old = Tokenizer(CHECKPOINT, sanitize_control_tokens=False)
     assert any("control tokens" in note for note in old.notes)

@@ -117,7 +117,7 @@ def test_a_refusal_names_the_message(index: int, length: int) -> None:
     assert f"`messages.{index}`" in refused.value.message
 
 
-def test_a_fault_of_the_template_is_told_as_one() -> None:
+def test_a_fault_of_the_template_is_named_in_the_error() -> None:
     """A conversation on which the template itself fails is a 400 that names the template."""
     source = "{{ messages[0]['content'] }}{% if messages|length > 2 %}{{ 1 / 0 }}{% endif %}"
     with pytest.raises(InvalidRequest, match=r"ZeroDivisionError.*fault of t\.jinja") as refused:

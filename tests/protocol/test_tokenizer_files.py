@@ -354,7 +354,7 @@ def test_a_folder_without_a_tokenizer(tmp_path: Path) -> None:
         ("{{ 'always the same' }}", "leaves the user's question out"),
     ],
 )
-def test_a_custom_template_that_does_not_work_is_told(given: str, told: str) -> None:
+def test_a_custom_template_that_does_not_work_fails_the_load(given: str, told: str) -> None:
     """The load fails with the name of the file or of the setting."""
     with pytest.raises(ModelLoadFailed, match=told):
         Tokenizer(CHECKPOINT, custom_chat_template=given)

@@ -80,7 +80,7 @@ def sentence(capsys: pytest.CaptureFixture[str], path: Path) -> str:
     ("is_nested", "size", "promised"),
     [(None, 93.41, 93.41), (False, 26.65, 25.20), (True, 24.48, 25.20)],
 )
-def test_the_planner_knows_the_full_model(
+def test_the_plan_has_the_full_models_sizes(
     is_nested: bool | None, size: float, promised: float, tmp_path: Path
 ) -> None:
     """Files, their shards, and memory, to the published hundredth of a gigabyte."""

@@ -119,7 +119,7 @@ def test_floats_are_those_of_bitsandbytes(name: str, tensor: str) -> None:
         ),
     ],
 )
-def test_users_are_told_what_changes_its_form(name: str, expected: list[str]) -> None:
+def test_notes_name_weights_that_change_their_form(name: str, expected: list[str]) -> None:
     """The notes of the log and `/health` name weights that the model holds in another form."""
     checkpoint = inspect(FOLDER / name)
     assert checkpoint.notes() == expected

@@ -23,7 +23,8 @@ The other modules, by subject:
     data        sequence, sampling_params, scheduling_class, engine_config, delta, runner (the
                 interface of model_runner)
     requests    retry_after (for refused ones), watchdog (for a step that hangs)
-    a step      block_tables, transfer (copies to and from the device), step_timer
+    a step      block_tables, step_sizes (for the memory plan), step_timer, transfer (copies to and
+                from the device)
     grammars    constraint (the interface to a grammar library), token_mask
     one text    text_logits, without the engine's loop
 

@@ -45,6 +45,14 @@ def test_ray_up_takes_the_file(path: Path) -> None:
     assert workers["max_workers"] <= config["max_workers"]
 
 
+def test_a_spot_machine_that_ray_terminates_stays_terminated() -> None:
+    """Ray terminates spot machines; AWS would replace those of a persistent request."""
+    config = read(CLUSTER / "ray-up" / "aws.yaml")
+    market = config["available_node_types"]["gpu"]["node_config"]["InstanceMarketOptions"]
+    assert market["MarketType"] == "spot"
+    assert market.get("SpotOptions", {}).get("SpotInstanceType", "one-time") == "one-time"
+
+
 @clouds
 def test_every_node_has_token_keys_and_haproxy(path: Path) -> None:
     """Head and workers start with the token, the secrets and the script's variables."""

@@ -18,7 +18,10 @@ change of the replicas. RAY_SERVE_HAPROXY_BINARY_PATH names this program, so it 
     connections                  `--max-connections`, at most    Serve's `maxconn`
                                  what open files allow;
                                  optionally limited per address
+    a replica dies               once to another one, if no      to another one, if there was
+                                 byte of an answer has come      no connection
     a replica does not answer    503 with the JSON of our table  500 with a text
+    a 500 in Serve's own words   that 503                        sent to the client
     choice of a replica          by conversation                 the fewest connections
                                  (`haproxy_sessions.py`)
     while the queue is full      429 with that JSON, by HAProxy  the replica gets each request
@@ -66,6 +69,9 @@ FILES_PER_CONNECTION = 2
 OTHER_FILES = 200
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PR_SET_PDEATHSIG = 1
+RETRY_ON, RETRIES = "conn-failure empty-response", 1
+"""What sends a request to another replica, and how often: no connection, or no byte of an
+answer."""
 
 TOO_LONG = f"The URL is longer than the {MAX_URL_CHARS} characters that are allowed."
 LOADING = "The model is not ready to answer here; see /health, and try again."
@@ -74,6 +80,8 @@ FULL = (
     "Too many requests are waiting. Send this request again after the number of seconds in "
     "the Retry-After header."
 )
+OWN_WORDS = "!{ res.hdr(x-mixtral-request-id) -m found }"
+"""Condition: the answer is not of the server, but of Serve."""
 NO_REPLICA = "No replica of the model answers; send the request again."
 TOO_SLOW = "The body did not arrive in time; send it faster."
 
@@ -136,14 +144,18 @@ def answer(status: int, body: str, more: str = "") -> str:
     return f"status {status} content-type application/json lf-string {quoted(body)}{more}"
 
 
+def lost(status: int) -> str:
+    """Returns the arguments of an answer with `status` to a request whose replica died."""
+    body = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
+    return answer(status, body, " hdr Retry-After 1")
+
+
 def defaults() -> list[str]:
     """Returns the lines for the section `defaults`."""
-    lost = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
-    retry = " hdr Retry-After 1"
     slow = error_body(
         TOO_SLOW, "invalid_request_error", "request_timeout", "VALIDATION_FAILED", True
     )
-    errors = [f"    http-error {answer(status, lost, retry)}" for status in (502, 503, 504)]
+    errors = [f"    http-error {lost(status)}" for status in (502, 503, 504)]
     errors.append(f"    http-error {answer(408, slow)}")
     return [f"    timeout http-request {HEADERS_S}s", *errors]
 
@@ -167,6 +179,8 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
         f"    http-request return {answer(414, too_long, condition)}",
         # A replica that died, whether or not the request had reached it.
         "    http-after-response set-status 503 if { status 502 504 }",
+        # Each 500 of the server itself has its id.
+        f"    http-response return {lost(503)} if {{ status 500 }} {OWN_WORDS}",
         *ids(),
     ]
     if len(backends) == 1:
@@ -209,6 +223,8 @@ def changed(config: str, options: argparse.Namespace) -> str:
             f"    tune.http.maxhdr {MAX_HEADERS}\n",
         ),
         (r"timeout client \d+s", f"timeout client {IDLE_S}s"),
+        # Once, because a request may be the reason why a replica died.
+        (r"^    retry-on conn-failure\n", f"    retry-on {RETRY_ON}\n    retries {RETRIES}\n"),
         (r"^(?:    errorfile 50[234] .*\n){3}", lambda _: "\n".join(defaults()) + "\n"),
         (
             r"^frontend http_frontend\n(    bind .*)",

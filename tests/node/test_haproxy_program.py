@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import httpx
 import pytest
@@ -31,7 +31,8 @@ SHORT = "import sys; from serve_app.node import haproxy_program as it; it.HEADER
 
 
 class Replica(BaseHTTPRequestHandler):
-    """Answers 200, late for `/slow`; ends the connection without an answer for `...dies`."""
+    """Answers 200, late for `/slow`; ends the connection without an answer for `...dies`; answers
+    500 for `/serves-500` and `/our-500`, as Serve and the server do."""
 
     protocol_version = "HTTP/1.1"
 
@@ -41,7 +42,9 @@ class Replica(BaseHTTPRequestHandler):
             return
         if self.path == "/slow":
             time.sleep(2.5)  # longer than the limits of the test
-        self.send_response(200)
+        self.send_response(500 if self.path.endswith("500") else 200)
+        if self.path == "/our-500":
+            self.send_header("x-mixtral-request-id", "ours")
         self.send_header("Content-Length", "2")
         self.end_headers()
         self.wfile.write(b"ok")
@@ -168,6 +171,79 @@ def test_errors_have_the_form_of_ours(server: Server, start: Start, path: str) -
         anthropics = body["error"]["request_id"] if "type" in body else None
         assert response.headers.get("request-id") == anthropics
         assert ("retry-after" in response.headers) == (status == 503)
+
+
+def test_a_500_of_serve_is_a_lost_replica(server: Server) -> None:
+    """A 500 in Serve's own words becomes the 503 of our table; one of the server passes."""
+    response = server.get("/serves-500")
+    body = response.json()
+    assert body == expected(EngineDead(haproxy_program.NO_REPLICA), body, "/")
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
+    ours = server.get("/our-500")
+    assert (ours.status_code, ours.text) == (500, "ok")
+
+
+class Dying(BaseHTTPRequestHandler):
+    """Closes the connection with no byte of an answer to a request that has a body."""
+
+    bodies: ClassVar[list[bytes]] = []
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self) -> None:
+        self.bodies.append(self.rfile.read(int(self.headers["content-length"])))
+
+    def log_message(self, *_: object) -> None: ...
+
+
+class Living(Dying):
+    """Answers it."""
+
+    bodies: ClassVar[list[bytes]] = []
+
+    def do_POST(self) -> None:
+        super().do_POST()
+        self.do_GET()
+
+
+@contextmanager
+def served(*kinds: type[BaseHTTPRequestHandler]) -> Iterator[list[int]]:
+    """Servers of these kinds; yields their ports."""
+    with ExitStack() as stack:
+        servers = [stack.enter_context(QuietServer(("127.0.0.1", 0), each)) for each in kinds]
+        for each in servers:
+            threading.Thread(target=each.serve_forever, args=(0.02,)).start()
+            stack.callback(each.shutdown)
+        yield [each.server_port for each in servers]
+
+
+def post(server: Server, session: int) -> httpx.Response:
+    url = f"http://127.0.0.1:{server.port}/prompt"
+    return httpx.post(url, json={"prompt": "a"}, headers={"x-session-id": str(session)})
+
+
+def test_another_replica_answers_what_a_dead_one_did_not() -> None:
+    """A generating request that had no byte of an answer is sent to another replica, whole."""
+    Dying.bodies.clear()
+    Living.bodies.clear()
+    with served(Dying, Living) as ports, haproxy(*ports) as server:
+        statuses = [post(server, each).status_code for each in range(8)]
+    assert set(statuses) == {200}
+    assert Dying.bodies
+    assert Living.bodies == [b'{"prompt":"a"}'] * 8
+
+
+def test_a_request_kills_two_replicas_at_most() -> None:
+    """It is sent again once. Then it gets the 503 of our table, with the time of a new try."""
+    Dying.bodies.clear()
+    with served(Dying, Dying, Dying) as ports, haproxy(*ports) as server:
+        response = post(server, 1)
+    assert len(Dying.bodies) == 2
+    assert (response.status_code, response.headers["retry-after"]) == (503, "1")
+    assert response.json()["error"]["code"] == "engine_dead"
 
 
 def test_the_path_with_another_shape_is_that_of_the_server() -> None:

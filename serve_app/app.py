@@ -14,6 +14,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import yaml
 from serve_app.config import serve_config
 from serve_app.config.log_format import use_json
 from serve_app.config.settings import ConfigError, Settings
-from serve_app.errors import EngineDead
+from serve_app.errors import EngineDead, ServeError
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
 from serve_app.machine.ports import LOOPBACK
@@ -153,6 +154,14 @@ def _replica_class(load: Load) -> type[Any]:
             except EngineDead:
                 exit_soon()
                 raise
+
+        def failure(self, error: Exception, request_id: str) -> ServeError:
+            known = super().failure(error, request_id)
+            if isinstance(known, EngineDead):
+                # Now, not with the next request: the RunPod worker repeats this one in a moment.
+                with suppress(EngineDead):
+                    self.check_health()
+            return known
 
     return Replica
 

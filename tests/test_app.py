@@ -41,7 +41,12 @@ def hang():
     server._engine._core._runner.launch = lambda scheduled: threading.Event().wait()
     threading.Thread(target=asyncio.run, args=[ask()]).start()
 
+def broken():
+    raise RuntimeError("broken")
+
 {END}
+"""
+CHECKED = """
 while True:
     try:
         server.check_health()
@@ -58,13 +63,25 @@ threading.Event().wait()
 def test_a_replica_ends_with_its_engine(end: str, answers: list[str]) -> None:
     """Where the engine has stopped or hangs, a health check raises that it is dead, running
     requests are answered 503, and the process ends with code 1."""
-    code = REPLICA.replace("{END}", end)
+    code = REPLICA.replace("{END}", end) + CHECKED
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=100, check=False
     )
     alive, *rest = done.stdout.splitlines()
     assert alive == "alive"
     assert sorted(rest) == [*answers, "The engine has stopped; another replica can answer."]
+    assert done.returncode == 1, done.stderr
+
+
+def test_a_replica_ends_when_a_request_loses_the_engine() -> None:
+    """The process ends with the first request that fails, not with the next request or health
+    check, so that the second try of a RunPod job finds a living replica."""
+    end = "server._engine._core._step = broken\nasyncio.run(ask())\nthreading.Event().wait()"
+    code = REPLICA.replace("{END}", end)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.stdout.splitlines() == ["alive", "503 engine_dead"]
     assert done.returncode == 1, done.stderr
 
 

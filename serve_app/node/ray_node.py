@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from serve_app.config.serve_config import ConfigError
-from serve_app.errors import ServeError
+from serve_app.errors import ModelLoadFailed, ServeError
 from serve_app.machine import processes
 from serve_app.node import head, ray_processes, ray_thread, reaper
 
@@ -46,6 +46,11 @@ OBJECT_STORE_BYTES = 200_000_000
 do not use the store."""
 SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
 """No line per request, because RunPod drops lines of a log that grows fast."""
+NOT_STARTED = (
+    "Ray did not start on this machine; the log has its reason. Usual causes are a limit of "
+    "processes and threads below 300 (`ulimit -u`, `--pids-limit`), and a machine without its "
+    "loopback interface."
+)
 MARK = "RAY_STARTED_BY"
 """Environment variable of all of Ray's processes, by which the reaper finds them."""
 
@@ -53,7 +58,8 @@ MARK = "RAY_STARTED_BY"
 def start(meanwhile: Callable[[], None] = lambda: None) -> None:
     """Starts Ray if it is not running; calls `meanwhile` while its processes start.
 
-    An error that `meanwhile` raises is passed to the caller, who must call `stop`.
+    Raises `ModelLoadFailed` if Ray does not start twice. An error that `meanwhile` raises is passed
+    to the caller. In both cases the caller must call `stop`.
     """
     import ray
 
@@ -72,7 +78,15 @@ def start(meanwhile: Callable[[], None] = lambda: None) -> None:
         # On a busy machine Ray's processes may wait in vain for each other, 30 s each.
         log.warning("Ray did not start (%s); starting it once more.", error)
         kill()
+        _init_again()
+
+
+def _init_again() -> None:
+    try:
         _init()
+    except Exception as error:
+        log.error("Ray did not start again (%s).", error)
+        raise ModelLoadFailed(NOT_STARTED, retry=True) from error
 
 
 def _configure() -> None:

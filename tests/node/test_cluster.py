@@ -161,11 +161,12 @@ sys.exit(not ended)
 
 
 def test_ray_is_started_once_more() -> None:
-    """A start that fails is ended and tried again; the caller gets the second failure."""
+    """A start that fails is ended and tried again; then the caller gets one sentence about what
+    usually causes it, and the log has both reasons."""
     code = """
 import os, subprocess, sys
 import ray
-from serve_app.start_plan.plan import plan_start
+from serve_app.errors import ModelLoadFailed
 from serve_app.node import ray_node, ray_processes
 sleep = ["ray::left", "-c", "import time; time.sleep(1000)"]
 left = []
@@ -178,7 +179,8 @@ def init(**_):
 ray.init = init
 try:
     ray_node.start()
-except TimeoutError:
+except ModelLoadFailed as error:
+    print(error.retry, error, flush=True)
     ray_node.stop()
     sys.exit(len(left) != 2)
 """
@@ -186,3 +188,6 @@ except TimeoutError:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert b"Ray did not start (no port); starting it once more." in done.stderr
+    assert b"Ray did not start again (no port)." in done.stderr
+    assert done.stdout.startswith(b"True Ray did not start on this machine; the log")
+    assert b"`ulimit -u`" in done.stdout

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tool_grammar
-from serve_app.protocol.grammar_rules import rules
+from serve_app.protocol.grammar_rules import check_numbers, rules
 from serve_app.protocol.grammar_source import GrammarSource
+from serve_app.protocol.large_stack import with_large_stack
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -111,6 +112,10 @@ class GrammarCompiler:
         return await loop.run_in_executor(self._thread, self._compiled, source, begins_text)
 
     def _compile(self, source: GrammarSource, begins_text: bool) -> CompiledGrammar:
+        return with_large_stack(lambda: self._compile_here(source, begins_text))
+
+    def _compile_here(self, source: GrammarSource, begins_text: bool) -> CompiledGrammar:
+        check_numbers(source)
         space = " " if begins_text and self._hides_first_space else ""
         if source.kind == "tools":
             grammars = tool_grammar.grammars(source, space, self._tool_calls_id)

@@ -19,6 +19,10 @@ JSON_OPTIONS = {
 MAX_GBNF_CHARS = 10_000
 """The conversion's time grows with the square of the number of rules: half a second for these."""
 
+MIN_NUMBER = -(2**63) + 4096
+"""The smallest number in a schema."""
+_JSON = re.compile(r"%json\s*")
+"""The beginning of a JSON schema in a Lark grammar."""
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -36,6 +40,37 @@ def rules(source: GrammarSource) -> dict[str, Any]:
         # A terminal is one regular expression; with a rule for each choice, thousands are too many.
         return {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
     return {"lark_grammar": _as_lark(source)}
+
+
+def check_numbers(source: GrammarSource) -> None:
+    """Raises `InvalidRequest` for a number that would end the process: llguidance recurses without
+    end for the smallest integer of 64 bits, to which it rounds smaller numbers."""
+    values: list[Any] = []
+    if source.kind in ("json", "tools"):
+        values.append(json.loads(source.text))
+    if source.kind == "tools" and (answer := values[0]["answer"]) is not None:
+        check_numbers(GrammarSource(*answer))
+    elif source.kind == "lark":
+        values += [_json_at(source.text, match.end()) for match in _JSON.finditer(source.text)]
+    while values:
+        value = values.pop()
+        if isinstance(value, dict):
+            values.extend(value.values())
+        elif isinstance(value, list):
+            values.extend(value)
+        elif isinstance(value, int | float) and value < MIN_NUMBER:
+            raise InvalidRequest(
+                f"`{source.field}` has a number below {MIN_NUMBER}, which is not supported.",
+                param=source.field,
+            )
+
+
+def _json_at(text: str, begin: int) -> Any:
+    """Returns the JSON value in `text` that begins at `begin`; None if there is none."""
+    try:
+        return json.JSONDecoder().raw_decode(text, begin)[0]
+    except (ValueError, RecursionError):
+        return None
 
 
 def _as_lark(source: GrammarSource) -> str:

@@ -16,8 +16,9 @@ from benchmarks.kernel_cases import (
     routing,
 )
 from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.launcher import Kernel
-from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel
+from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, StepKernels
 from serve_app.model.kernels.cuda.use_kernels import card_of, tiled
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card

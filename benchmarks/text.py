@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.report import new_parser, publish, say
-from serve_app.protocol.text import Detokenizer, TextStream
+from serve_app.protocol.detokenizer import Detokenizer
+from serve_app.protocol.text import TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.tiny import CHECKPOINT
 from tools import mixtral_tokenizer

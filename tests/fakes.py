@@ -21,7 +21,7 @@ from serve_app.engine.engine_config import EngineConfig
 from serve_app.engine.retry_after import Places
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
-from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.sequence import SharedPrompt
 from serve_app.errors import DeadlinePassed, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog

@@ -12,7 +12,7 @@ from serve_app.api.metrics.request_metrics import RequestMetrics
 from serve_app.api.tracing import AnswerTrace
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
-from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.sequence import SharedPrompt
 from serve_app.errors import InternalError
 from serve_app.protocol.key_account import KeyAccount
 from serve_app.protocol.scores import MAX_PER_CHUNK

@@ -5,12 +5,13 @@ Keys come from `api.keys`, and from the file `api.keys_file`, which is read agai
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from serve_app.config.key_file import ApiKey, read_keys, sha256
 from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
+from serve_app.errors import InvalidApiKey
 from serve_app.protocol.key_account import KeyAccount
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,23 @@ class ApiKeys:
         The key is looked up by its hash, so the time of this call reveals nothing about valid keys.
         """
         return self._accounts.get(sha256(key))
+
+    def account_of(self, headers: Mapping[str, str]) -> KeyAccount:
+        """Returns the account of a request's key. Raises `InvalidApiKey` without an accepted one.
+
+        The key is a bearer token or, in Anthropic's clients, `x-api-key`. If a request has both,
+        the token is used. The case of names in `headers` does not matter.
+        """
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        # Header values are decoded as Latin-1; a key in the environment is UTF-8.
+        given = given.strip().encode("latin-1").decode(errors="surrogateescape")
+        if (account := self.find(given)) is None:
+            raise InvalidApiKey(
+                "Send a valid API key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
+            )
+        return account
 
     @property
     def accounts(self) -> list[KeyAccount]:

@@ -9,22 +9,22 @@ from serve_app.protocol.call import Call, Reply, StreamReply
 from serve_app.protocol.choices import StreamUsage
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 
-async def create(server: "MixtralServer", call: Call) -> Reply:
+async def create(served: "ServedModel", call: Call) -> Reply:
     """Answers a `ChatRequest`, streamed or not."""
     request = await values.read(chat.ChatRequest.read, call.body)
-    metadata = server.metadata(request.model, call)
-    names = server.tokenizer
+    metadata = served.metadata(request.model, call)
+    names = served.tokenizer
     tools = request.offered_tools() if request.tools or request.tool_choice else None
-    prompt_ids = await server.inputs.chat_ids(
+    prompt_ids = await served.inputs.chat_ids(
         request.messages,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=request.continue_final_message,
         tools=tools,
     )
-    answers = await server.inputs.answers(
+    answers = await served.inputs.answers(
         call,
         request,
         prompt_ids,
@@ -39,10 +39,10 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         choices.check_size(answers, "top_logprobs" if request.logprobs else "prompt_logprobs")
     if not request.stream:
         to_body = partial(chat.body, request, metadata, len(prompt_ids), names)
-        return await choices.reply(server.list_places, answers, to_body)
+        return await choices.reply(served.list_places, answers, to_body)
     totals = StreamUsage(len(prompt_ids), len(answers))
     chunks = [
         chat.ChatChunks(request, metadata, len(prompt_ids), names, totals, index)
         for index in range(len(answers))
     ]
-    return StreamReply(choices.streamed(server.list_places, answers, chunks))
+    return StreamReply(choices.streamed(served.list_places, answers, chunks))

@@ -15,19 +15,19 @@ from serve_app.protocol.completions import (
     CompletionResponse,
     Prompt,
 )
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.echo import Echo
 from serve_app.protocol.scores import PromptText
-from serve_app.protocol.text import Detokenizer
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 
-async def create(server: "MixtralServer", call: Call) -> Reply:
+async def create(served: "ServedModel", call: Call) -> Reply:
     """Answers a `CompletionRequest`, streamed or not."""
     request = await values.read(CompletionRequest.read, call.body)
-    metadata = server.metadata(request.model, call)
-    inputs = server.inputs
+    metadata = served.metadata(request.model, call)
+    inputs = served.inputs
     answers, echoes, num_prompt_tokens = [], [], []
     for prompt in request.prompts:
         await asyncio.sleep(0)  # other requests run between two prompts
@@ -39,11 +39,11 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     choices.check_size(
         answers, "logprobs" if request.prompt_logprobs is None else "prompt_logprobs"
     )
-    response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, server.tokenizer)
+    response = CompletionResponse(request, metadata, num_prompt_tokens, echoes, served.tokenizer)
     if request.stream:
         chunks = [partial(response.chunks, index) for index in range(len(answers))]
-        return StreamReply(choices.streamed(server.list_places, answers, chunks))
-    return await choices.reply(server.list_places, answers, response.body)
+        return StreamReply(choices.streamed(served.list_places, answers, chunks))
+    return await choices.reply(served.list_places, answers, response.body)
 
 
 async def _answers(

@@ -16,7 +16,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from serve_app.api import ingress, routes
+from serve_app.api import routes
 from serve_app.api.cors import with_cors
 from serve_app.api.error_response import error_response
 from serve_app.api.request_id import ids_before_serve, path_of
@@ -72,7 +72,7 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> JSONResponse | 
     try:
         account = None
         if route.needs_key and server.keys.are_needed:
-            account = ingress.check_key(request, server.keys)
+            account = server.keys.account_of(request.headers)
         server.require_room(route, account)
     except ServeError as error:
         refusal = _refusal(server, request, error)

@@ -29,6 +29,7 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.cors import with_cors
+from serve_app.api.early_answer import EarlyAnswer, cors_origins
 from serve_app.api.error_response import error_response
 from serve_app.api.request_id import ids_before_serve, ids_of
 from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError
@@ -69,7 +70,6 @@ def middlewares() -> "list[Middleware]":
     from starlette.middleware import Middleware
 
     from serve_app.api import http_1_0
-    from serve_app.api.early_answer import EarlyAnswer, cors_origins
 
     http_1_0.install()
     return [Middleware(EarlyAnswer), Middleware(Guard, cors_origins, ids_before_serve)]

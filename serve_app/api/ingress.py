@@ -15,11 +15,10 @@ from starlette import routing
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from serve_app.api import routes
-from serve_app.api.api_keys import ApiKeys
 from serve_app.api.cors import Cors
 from serve_app.api.disconnect import Disconnect
 from serve_app.api.error_response import error_response
@@ -27,8 +26,8 @@ from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
 from serve_app.api.metrics.metrics import NO_ROUTE
 from serve_app.api.request_id import ids_of, path_of
+from serve_app.api.route import Route
 from serve_app.error_body import error_body
-from serve_app.errors import InvalidApiKey
 from serve_app.protocol import json_pieces
 from serve_app.protocol.call import (
     TRACEPARENT,
@@ -83,7 +82,7 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
 class Endpoint:
     """Answers the requests of one route. Without a route, answers requests for unknown paths."""
 
-    def __init__(self, get_server: GetServer, route: routes.Route | None = None) -> None:
+    def __init__(self, get_server: GetServer, route: Route | None = None) -> None:
         self._get_server = get_server
         self._route = route
         self._handler = NO_ROUTE if route is None else route.path
@@ -98,7 +97,7 @@ class Endpoint:
         try:
             route = self._route or routes.find(path)
             if server.keys.are_needed and (route is None or route.needs_key):
-                account = check_key(request, server.keys)
+                account = server.keys.account_of(request.headers)
             # The HTTP server leaves out the body of the response to HEAD.
             method = "GET" if request.method == "HEAD" else request.method
             call = Call(method, path, None, request_id, arrived, account)
@@ -164,7 +163,7 @@ async def _response(
     reply: Reply,
     server: "MixtralServer",
     call: Call,
-    route: routes.Route | None,
+    route: Route | None,
     headers: dict[str, str],
 ) -> Response:
     match reply:
@@ -189,21 +188,3 @@ async def _response(
             async with aclosing(items):
                 (last,) = [item async for item in items if "body" in item]
             return JSONResponse(last["body"], last["status"], headers)
-
-
-def check_key(request: HTTPConnection, keys: ApiKeys) -> KeyAccount:
-    """Returns the account of the request's key. Raises `InvalidApiKey` if its key is not accepted.
-
-    A key is a bearer token or, in Anthropic's clients, `x-api-key`. If a request has both, the
-    token is used.
-    """
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if scheme.lower() != "bearer":
-        given = request.headers.get("x-api-key", "")
-    # Header values are decoded as Latin-1; a key in the environment is UTF-8.
-    given = given.strip().encode("latin-1").decode(errors="surrogateescape")
-    if (account := keys.find(given)) is None:
-        raise InvalidApiKey(
-            "Send a valid API key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
-        )
-    return account

@@ -13,15 +13,16 @@ from serve_app.config.sections import ApiSettings
 from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import SchedulingClass
-from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.sequence import SharedPrompt
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tool_grammar
 from serve_app.protocol.call import Call
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.field_errors import printable
 from serve_app.protocol.fields import Sampling
 from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.messages import Message
-from serve_app.protocol.text import Detokenizer, TextStream
+from serve_app.protocol.text import TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.protocol.tool_calls import ToolCallParser
 from serve_app.protocol.tool_prompt import num_chars as num_chars_with_tools

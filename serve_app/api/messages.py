@@ -9,16 +9,16 @@ from serve_app.protocol.messages_api.request import CountTokensRequest, Messages
 from serve_app.protocol.tools import Tools
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 
-async def create(server: "MixtralServer", call: Call) -> Reply:
+async def create(served: "ServedModel", call: Call) -> Reply:
     """Answers a `MessagesRequest`, streamed or not."""
     request = await values.read(MessagesRequest.read, call.body)
-    metadata = server.metadata(request.model, call)
+    metadata = served.metadata(request.model, call)
     tools = request.offered_tools()
-    prompt_ids = await _prompt_ids(server, request, tools)
-    (answer,) = await server.inputs.answers(
+    prompt_ids = await _prompt_ids(served, request, tools)
+    (answer,) = await served.inputs.answers(
         call, request.sampling, prompt_ids, "messages", tools=tools, continues=request.continues
     )
     if not request.stream:
@@ -27,17 +27,17 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     return StreamReply(answer.stream(response.MessageEvents(metadata, len(prompt_ids))))
 
 
-async def count_tokens(server: "MixtralServer", call: Call) -> Reply:
+async def count_tokens(served: "ServedModel", call: Call) -> Reply:
     """Returns the number of tokens of a prompt, with the same count as `create`."""
     request = await values.read(CountTokensRequest.read, call.body)
-    server.check_model(request.model)
-    prompt_ids = await _prompt_ids(server, request, request.offered_tools())
+    served.check_model(request.model)
+    prompt_ids = await _prompt_ids(served, request, request.offered_tools())
     return JsonReply({"input_tokens": len(prompt_ids)})
 
 
 async def _prompt_ids(
-    server: "MixtralServer", request: CountTokensRequest, tools: Tools | None
+    served: "ServedModel", request: CountTokensRequest, tools: Tools | None
 ) -> list[int]:
-    return await server.inputs.chat_ids(
+    return await served.inputs.chat_ids(
         request.conversation, continue_final_message=request.continues, tools=tools
     )

@@ -24,7 +24,7 @@ from serve_app.protocol.fields import Body
 from serve_app.protocol.prompt import LISTS, PromptRequest
 
 if TYPE_CHECKING:
-    from serve_app.api.routes import Route
+    from serve_app.api.route import Route
 
 ABOUT = (
     "Mixtral 8x7B from one Ray Serve deployment. In a request, null means that a field is absent; "

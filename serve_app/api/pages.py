@@ -14,28 +14,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from serve_app.api import openapi
+from serve_app.api.route import Route
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 STATIC = Path(__file__).parent / "static"
 
 
-async def page(server: "MixtralServer", call: Call) -> Reply:
+async def page(served: "ServedModel", call: Call) -> Reply:
     """Returns the page on which users try the model."""
     return await asyncio.to_thread(_page, "index.html")
 
 
-async def docs(server: "MixtralServer", call: Call) -> Reply:
+async def docs(served: "ServedModel", call: Call) -> Reply:
     """Returns a page that shows `/openapi.json`."""
     return await asyncio.to_thread(_page, "docs.html")
 
 
-async def describe(server: "MixtralServer", call: Call) -> Reply:
-    """Returns the description of all routes."""
-    has_keys = server.keys.are_needed
-    return JsonReply(await asyncio.to_thread(_document, has_keys))
+async def describe(served: "ServedModel", routes: tuple[Route, ...]) -> Reply:
+    """Returns the description of `routes`."""
+    return JsonReply(await asyncio.to_thread(_document, routes, served.keys.are_needed))
 
 
 @cache
@@ -68,7 +68,5 @@ def _policy(text: str) -> str:
 
 
 @cache
-def _document(has_keys: bool) -> JsonObject:
-    from serve_app.api.routes import ROUTES
-
-    return openapi.document(ROUTES, has_keys=has_keys)
+def _document(routes: tuple[Route, ...], has_keys: bool) -> JsonObject:
+    return openapi.document(routes, has_keys=has_keys)

@@ -22,17 +22,17 @@ from serve_app.protocol.call import (
 )
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 
-async def create(server: "MixtralServer", call: Call) -> Reply:
+async def create(served: "ServedModel", call: Call) -> Reply:
     """Answers a `PromptRequest`, streamed or not, or a `Batch`."""
-    max_prompts = server.settings.api.max_prompts
+    max_prompts = served.settings.api.max_prompts
     request = await values.read(partial(prompt.read, max_prompts=max_prompts), call.body)
     if isinstance(request, prompt.Batch):
-        return BatchReply(_batch(server, call, request))
-    metadata = server.metadata(request.model, call)
-    answer = await _answer(server, call, request)
+        return BatchReply(_batch(served, call, request))
+    metadata = served.metadata(request.model, call)
+    answer = await _answer(served, call, request)
     num_prompt_tokens = len(answer.prompt_ids)
     if not request.stream:
         return JsonReply(prompt.body(metadata, num_prompt_tokens, await answer.whole()))
@@ -40,24 +40,24 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
     return StreamReply(chunks)
 
 
-async def _answer(server: "MixtralServer", call: Call, request: prompt.PromptRequest) -> Answer:
+async def _answer(served: "ServedModel", call: Call, request: prompt.PromptRequest) -> Answer:
     field = "messages" if request.prompt is None else "prompt"
-    prompt_ids = await server.inputs.chat_ids(request.conversation, field)
-    (answer,) = await server.inputs.answers(
+    prompt_ids = await served.inputs.chat_ids(request.conversation, field)
+    (answer,) = await served.inputs.answers(
         call, request, prompt_ids, field, default_max_tokens=prompt.DEFAULT_MAX_TOKENS
     )
     return answer
 
 
 async def _batch(
-    server: "MixtralServer", call: Call, batch: prompt.Batch
+    served: "ServedModel", call: Call, batch: prompt.Batch
 ) -> AsyncGenerator[ProgressItem | BodyItem, None]:
     """Answers the items concurrently. Yields progress while items end, then all results in
     order."""
     total = len(batch.items)
-    async with server.list_places.admitted(call.group) as place:
+    async with served.list_places.admitted(call.group) as place:
         tasks = [
-            asyncio.create_task(_result(server, call, batch, item, place)) for item in batch.items
+            asyncio.create_task(_result(served, call, batch, item, place)) for item in batch.items
         ]
         try:
             for num_done, each in enumerate(asyncio.as_completed(tasks), start=1):
@@ -72,17 +72,17 @@ async def _batch(
 
 
 async def _result(
-    server: "MixtralServer", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
+    served: "ServedModel", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
 ) -> JsonObject:
     """Returns the result of one item. A failed item's result is its error body."""
     async with place():
         await asyncio.sleep(0)  # other requests run between two items
         try:
             request = await values.read(batch.read, item)
-            metadata = server.metadata(request.model, call)
-            answer = await _answer(server, call, request)
+            metadata = served.metadata(request.model, call)
+            answer = await _answer(served, call, request)
             whole = await answer.whole(nullcontext)  # it has its place already
             body = prompt.body(metadata, len(answer.prompt_ids), whole)
             return {name: body[name] for name in ("text", "finish_reason", "usage")}
         except Exception as error:
-            return {**error_body(server.failure(error, call.request_id), call.request_id)}
+            return {**error_body(served.failure(error, call.request_id), call.request_id)}

@@ -14,20 +14,20 @@ from serve_app.protocol.responses_api.request import ResponsesRequest
 
 if TYPE_CHECKING:
     from serve_app.api.answer import Answer
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 MAX_STREAMED_LOGPROBS = 200_000
 """Maximum number of log probabilities in one streamed answer. The last events repeat all of them,
 and encoding more would delay other requests."""
 
 
-async def create(server: "MixtralServer", call: Call) -> Reply:
+async def create(served: "ServedModel", call: Call) -> Reply:
     """Answers a `ResponsesRequest`, streamed or not."""
     request = await values.read(ResponsesRequest.read, call.body)
-    metadata = server.metadata(request.model, call)
+    metadata = served.metadata(request.model, call)
     tools = request.offered_tools()
-    prompt_ids = await server.inputs.chat_ids(request.conversation, "input", tools=tools)
-    answers = await server.inputs.answers(
+    prompt_ids = await served.inputs.chat_ids(request.conversation, "input", tools=tools)
+    answers = await served.inputs.answers(
         call,
         request.sampling,
         prompt_ids,
@@ -35,13 +35,13 @@ async def create(server: "MixtralServer", call: Call) -> Reply:
         num_logprobs=request.num_logprobs,
         tools=tools,
     )
-    about = request, metadata, len(prompt_ids), server.tokenizer
+    about = request, metadata, len(prompt_ids), served.tokenizer
     if request.num_logprobs is not None:
         limit = MAX_STREAMED_LOGPROBS if request.stream else choices.MAX_LOGPROBS
         choices.check_size(answers, "top_logprobs", limit)
     if not request.stream:
         to_body = lambda wholes: response.body(*about, wholes[0])  # noqa: E731
-        return await choices.reply(server.list_places, answers, to_body)
+        return await choices.reply(served.list_places, answers, to_body)
     events = ResponseEvents(*about)
     return StreamReply(_streamed(answers[0], events))
 

@@ -5,55 +5,22 @@ Ray Serve's access log and metrics have the same paths.
 """
 
 import re
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 from serve_app.api import chat, completions, messages, pages, prompt, responses, status, tokens
-from serve_app.error_body import ErrorBody
+from serve_app.api.route import Route
 from serve_app.errors import MethodNotAllowed, RouteNotFound
-from serve_app.protocol import sse
-from serve_app.protocol.call import Call, JsonObject, Reply
+from serve_app.protocol.call import Call, Reply
 from serve_app.protocol.field_errors import printable
 from serve_app.protocol.responses_api.events import error_event
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
-
-Handler = Callable[["MixtralServer", Call], Awaitable[Reply]]
-"""A function that answers a call. It may raise any exception, which `MixtralServer.failure`
-converts to an error."""
+    from serve_app.api.served_model import ServedModel
 
 
-def _only_body(body: ErrorBody, _last: JsonObject) -> ErrorBody:
-    return body
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """One path and its method."""
-
-    method: Literal["GET", "POST"]
-    """GET includes HEAD over HTTP."""
-    path: str
-    """The path in Starlette's syntax. Only its end may be a parameter."""
-    handler: Handler
-    needs_key: bool = True
-    """Whether HTTP clients need an API key; monitoring has none."""
-    generates: bool = False
-    """Whether its requests need a place in the engine's queue, and are refused when it is full."""
-    is_open_before_load: bool = False
-    """Whether a worker answers it before its model is loaded, with fewer fields."""
-    stream_end: bytes = sse.DONE
-    """The server-sent event after a stream's last response chunk."""
-    error_event: Callable[[ErrorBody, JsonObject], Mapping[str, Any]] = _only_body
-    """Returns the last event of a failed stream from the error body and the last response chunk,
-    which is {} if there was none."""
-
-    @property
-    def allow(self) -> str:
-        """The value of the header `Allow`."""
-        return "GET, HEAD" if self.method == "GET" else self.method
+async def _describe(served: "ServedModel", call: Call) -> Reply:
+    """Returns the description of all routes."""
+    return await pages.describe(served, ROUTES)
 
 
 ROUTES = (
@@ -81,7 +48,7 @@ ROUTES = (
     Route("POST", "/detokenize", tokens.detokenize),
     Route("GET", "/", pages.page, needs_key=False),
     Route("GET", "/docs", pages.docs, needs_key=False),
-    Route("GET", "/openapi.json", pages.describe, needs_key=False),
+    Route("GET", "/openapi.json", _describe, needs_key=False),
 )
 
 _EXACT = {route.path: route for route in ROUTES if "{" not in route.path}

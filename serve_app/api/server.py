@@ -1,36 +1,17 @@
-"""MixtralServer: the deployment class, as a plain object. It owns the tokenizer and the engine.
+"""MixtralServer: the deployment class, as a plain object.
 
 The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns the same as data.
 """
 
-import hashlib
-import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from serve_app import __version__
 from serve_app.api import routes
-from serve_app.api.api_keys import ApiKeys
-from serve_app.api.input_processor import InputProcessor
-from serve_app.api.list_places import ListPlaces
-from serve_app.api.loop_lag import LoopLag
-from serve_app.api.metrics.metrics import Metrics
-from serve_app.api.request_body import BodyReader
-from serve_app.api.tracing import Tracing
-from serve_app.config.settings import Settings
+from serve_app.api.route import Route
+from serve_app.api.served_model import ServedModel
 from serve_app.error_body import error_body
-from serve_app.errors import (
-    Draining,
-    EngineDead,
-    ModelNotFound,
-    ServeError,
-    handle_error,
-)
-from serve_app.loading import load as loading
-from serve_app.loading.load import Loaded
-from serve_app.loading.load_log import LoadLog
+from serve_app.errors import Draining
 from serve_app.protocol.call import (
     BatchReply,
     Call,
@@ -40,66 +21,13 @@ from serve_app.protocol.call import (
     StreamReply,
     TextReply,
 )
-from serve_app.protocol.field_errors import printable
-from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.key_account import KeyAccount
-from serve_app.protocol.response import ResponseMetadata
-
-if TYPE_CHECKING:
-    from serve_app.engine.engine import EngineStats
-    from serve_app.engine.retry_after import Places
 
 
-class MixtralServer:
+class MixtralServer(ServedModel):
     """One loaded model and the answers to all routes."""
 
-    def __init__(
-        self, settings: Settings, load: Callable[[Settings, LoadLog], Loaded] = loading.load
-    ) -> None:
-        """Loads the model, which takes minutes for Mixtral. Raises `ModelLoadFailed`."""
-        self.settings = settings
-        self.keys = ApiKeys(settings.api)  # before the load, which takes minutes
-        load_log = LoadLog.resume(settings.load_log)
-        self._loaded = load(settings, load_log)
-        self.quantization = self._loaded.quantization
-        self._engine = self._loaded.engine
-        self._phases = load_log.phases
-        self.is_draining = self._has_ended = False
-        self.created = int(time.time())
-        """Time at which the model was loaded, in Unix seconds."""
-        self.names = settings.model.served_model_names
-        self.fingerprint = _fingerprint(settings, self._loaded)
-        self.list_places = ListPlaces(self._engine, settings.engine.max_num_seqs)
-        self.tokenizer = self._loaded.tokenizer
-        self.metrics = Metrics(
-            self.names[0],
-            self._stats,
-            lambda: self.keys.accounts,
-            self._loaded.memory,
-            self._phases,
-        )
-        self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
-        self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
-        endpoint = settings.observability.otlp_traces_endpoint
-        self.tracing = None if endpoint is None else Tracing.to(endpoint, self.names[0])
-        self.inputs = InputProcessor(
-            self._engine,
-            self.tokenizer,
-            settings.api,
-            self._loaded.max_model_len,
-            self._loaded.vocab_size,
-            self.metrics,
-            GrammarCompiler(
-                self.tokenizer.backend,
-                self._loaded.vocab_size,
-                self._engine.config.eos_token_ids,
-                self.tokenizer.tool_calls_id,
-            ),
-            self._loaded.sampling_defaults,
-            self.tracing,
-        )
-
-    async def answer(self, call: Call, route: routes.Route | None = None) -> Reply:
+    async def answer(self, call: Call, route: Route | None = None) -> Reply:
         """Answers one call. `route` is given if the caller has already called `require_room` for
         it.
 
@@ -111,7 +39,7 @@ class MixtralServer:
             self.require_room(route, call.account)
         return await route.handler(self, call)
 
-    def require_room(self, route: routes.Route, account: KeyAccount | None = None) -> None:
+    def require_room(self, route: Route, account: KeyAccount | None = None) -> None:
         """Raises the error with which a request of this route would be refused now, without its
         body.
 
@@ -125,10 +53,6 @@ class MixtralServer:
             )
         if route.generates:
             self._engine.require_room(account.group if account is not None else "")
-
-    def places(self) -> "Places":
-        """Returns the numbers with which a proxy refuses generating requests by itself."""
-        return self._engine.places()
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str, traceparent: str | None = None
@@ -155,87 +79,3 @@ class MixtralServer:
         except Exception as raised:
             error = self.failure(raised, request_id)
             yield {"status": error.http_status, "error": error_body(error, request_id, path)}
-
-    def failure(self, error: Exception, request_id: str) -> ServeError:
-        """Returns the client's error for any exception. Counts it, and logs it once."""
-        known = handle_error(error, request_id)
-        self.metrics.error(known)
-        return known
-
-    def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
-        """Returns the metadata of the response. Raises `ModelNotFound` for another model's name."""
-        self.check_model(model)
-        return ResponseMetadata(call.request_id, self.names[0], int(time.time()), self.fingerprint)
-
-    def check_model(self, name: str | None) -> None:
-        """Raises `ModelNotFound` if `name` is not a served name."""
-        if name is not None and name not in self.names:
-            raise ModelNotFound(
-                f"There is no model `{printable(name)}` here, only {', '.join(self.names)}.",
-                param="model",
-            )
-
-    def drain(self) -> None:
-        """Refuses new requests from now on; running ones finish."""
-        self.is_draining = True
-
-    def end_requests(self) -> None:
-        """Ends the running and waiting requests with `Draining`. The server answers no more
-        requests."""
-        self.is_draining = self._has_ended = True
-        self._engine.stop()
-
-    def check_health(self) -> None:
-        """Raises `EngineDead` if the replica must be replaced; Serve's health check calls it."""
-        self._engine.end_if_hung()
-        if not self._engine.is_alive and not self._has_ended:
-            raise EngineDead("The engine has stopped; another replica can answer.")
-
-    def close(self) -> None:
-        """Stops the engine; requests that still run fail."""
-        self.keys.close()
-        if self.tracing is not None:
-            self.tracing.close()
-        self._engine.stop()
-
-    def _stats(self) -> "EngineStats":
-        """Returns the engine's numbers. List items that wait for their place count as waiting."""
-        stats = self._engine.stats()
-        return replace(stats, num_waiting=stats.num_waiting + self.list_places.num_waiting)
-
-    @property
-    def status(self) -> str:
-        return "draining" if self.is_draining else "ready"
-
-    def ping(self) -> tuple[dict[str, Any], int]:
-        """Returns the body of `/ping` and its HTTP status."""
-        return {"status": self.status}, 503 if self.is_draining else 200
-
-    def health(self) -> dict[str, Any]:
-        """Returns the body of `/health`."""
-        stats = self._stats()
-        return {
-            "status": self.status,
-            "model": {
-                "id": self.names[0],
-                "quantization": self.settings.model.quantization,
-                "dtype": self._loaded.dtype,
-            },
-            "memory": self._loaded.memory,
-            "engine": {
-                "running": stats.num_running,
-                "waiting": stats.num_waiting,
-                "kv_blocks_used": stats.num_used_blocks,
-                "kv_blocks_total": stats.num_blocks,
-            },
-            "load": self._phases,
-            "notes": self._loaded.notes,
-        }
-
-
-def _fingerprint(settings: Settings, loaded: Loaded) -> str:
-    """Returns OpenAI's `system_fingerprint`, which changes if equal requests may get other
-    answers."""
-    model, names = settings.model, {"name", "revision", "quantize_lm_head"}
-    facts = (__version__, model.model_dump_json(include=names), loaded.quantization, loaded.dtype)
-    return f"fp_{hashlib.sha256(repr(facts).encode()).hexdigest()[:10]}"

@@ -7,49 +7,49 @@ from serve_app.api.metrics.metrics import CONTENT_TYPE
 from serve_app.protocol.call import Call, JsonObject, JsonReply, Reply, TextReply
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 MODELS = "/v1/models"
 
 
-async def health(server: "MixtralServer", call: Call) -> Reply:
+async def health(served: "ServedModel", call: Call) -> Reply:
     """Returns the full state, with status 503 while draining."""
-    return JsonReply(server.health(), status=503 if server.is_draining else 200)
+    return JsonReply(served.health(), status=503 if served.is_draining else 200)
 
 
-async def ping(server: "MixtralServer", call: Call) -> Reply:
+async def ping(served: "ServedModel", call: Call) -> Reply:
     """Returns only the status, with HTTP status 503 while draining."""
-    return JsonReply(*server.ping())
+    return JsonReply(*served.ping())
 
 
-async def show_metrics(server: "MixtralServer", call: Call) -> Reply:
+async def show_metrics(served: "ServedModel", call: Call) -> Reply:
     """Returns the metrics in Prometheus' text format."""
     # 200 while draining too: a scrape that fails would hide how the last requests end.
-    return TextReply(server.metrics.text(server.status), CONTENT_TYPE)
+    return TextReply(served.metrics.text(served.status), CONTENT_TYPE)
 
 
-async def models(server: "MixtralServer", call: Call) -> Reply:
+async def models(served: "ServedModel", call: Call) -> Reply:
     """Returns the served names."""
-    return JsonReply({"object": "list", "data": [_card(server, name) for name in server.names]})
+    return JsonReply({"object": "list", "data": [_card(served, name) for name in served.names]})
 
 
-async def model(server: "MixtralServer", call: Call) -> Reply:
+async def model(served: "ServedModel", call: Call) -> Reply:
     """Returns one served name."""
     name = call.path.removeprefix(f"{MODELS}/")
-    server.check_model(name)
-    return JsonReply(_card(server, name))
+    served.check_model(name)
+    return JsonReply(_card(served, name))
 
 
-async def version(server: "MixtralServer", call: Call) -> Reply:
+async def version(served: "ServedModel", call: Call) -> Reply:
     """Returns the version of this package, in vLLM's schema."""
     return JsonReply({"version": __version__})
 
 
-def _card(server: "MixtralServer", name: str) -> JsonObject:
+def _card(served: "ServedModel", name: str) -> JsonObject:
     return {
         "id": name,
         "object": "model",
-        "created": server.created,
+        "created": served.created,
         "owned_by": "mixtral-serve",
-        "max_model_len": server.inputs.max_model_len,
+        "max_model_len": served.inputs.max_model_len,
     }

@@ -7,14 +7,14 @@ from serve_app.protocol.call import Call, JsonReply, Reply
 from serve_app.protocol.tool_request import offered
 
 if TYPE_CHECKING:
-    from serve_app.api.server import MixtralServer
+    from serve_app.api.served_model import ServedModel
 
 
-async def tokenize(server: "MixtralServer", call: Call) -> Reply:
+async def tokenize(served: "ServedModel", call: Call) -> Reply:
     """Returns the token ids of a text or a conversation."""
     request = await values.read(tokens.TokenizeRequest.read, call.body)
-    server.check_model(request.model)
-    inputs = server.inputs
+    served.check_model(request.model)
+    inputs = served.inputs
     if request.messages is not None:
         ids = await inputs.chat_ids(
             request.messages,
@@ -28,19 +28,19 @@ async def tokenize(server: "MixtralServer", call: Call) -> Reply:
         )
     strings = None
     if request.return_token_strs:
-        strings = [server.tokenizer.token_string(token_id) for token_id in ids]
+        strings = [served.tokenizer.token_string(token_id) for token_id in ids]
     return JsonReply(tokens.tokenized(ids, inputs.max_model_len, strings))
 
 
-async def tokenizer_info(server: "MixtralServer", call: Call) -> Reply:
+async def tokenizer_info(served: "ServedModel", call: Call) -> Reply:
     """Returns the tokenizer's configuration, in vLLM's schema."""
-    return JsonReply(server.tokenizer.info)
+    return JsonReply(served.tokenizer.info)
 
 
-async def detokenize(server: "MixtralServer", call: Call) -> Reply:
+async def detokenize(served: "ServedModel", call: Call) -> Reply:
     """Returns the text of token ids."""
     request = await values.read(tokens.DetokenizeRequest.read, call.body)
-    server.check_model(request.model)
+    served.check_model(request.model)
     # As in vLLM, the text includes the special tokens.
-    text = await server.inputs.text(request.tokens, "tokens", skip_special_tokens=False)
+    text = await served.inputs.text(request.tokens, "tokens", skip_special_tokens=False)
     return JsonReply({"prompt": text})

@@ -20,7 +20,7 @@ from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import Runner
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
-from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.sequence import SharedPrompt
 from serve_app.engine.stream import Stream
 
 log = logging.getLogger(__name__)

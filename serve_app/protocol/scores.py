@@ -5,15 +5,13 @@ The candidates of a token stay arrays until they are written into a response chu
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.response import MIN_LOGPROB, TokenNames, finite
-
-if TYPE_CHECKING:
-    from serve_app.protocol.text import Detokenizer
 
 T = TypeVar("T")
 
@@ -80,7 +78,7 @@ class TokenScore:
 class PromptText:
     """Adds the position in the text to the scores of a prompt, in the order of its tokens."""
 
-    def __init__(self, first_id: int, detokenizer: "Detokenizer") -> None:
+    def __init__(self, first_id: int, detokenizer: Detokenizer) -> None:
         """`first_id` is the prompt's first token, which has no log probability."""
         self._first_id: int | None = first_id
         self._detokenizer = detokenizer

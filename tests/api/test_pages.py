@@ -16,7 +16,8 @@ from jsonschema import Draft202012Validator
 
 from serve_app.api.descriptions import DESCRIPTIONS, TAGS
 from serve_app.api.pages import STATIC
-from serve_app.api.routes import ROUTES, Route
+from serve_app.api.route import Route
+from serve_app.api.routes import ROUTES
 from serve_app.config.key_file import KeyLimits, add_key
 from serve_app.worker.job import parse
 from tests.api.conftest import Endpoint

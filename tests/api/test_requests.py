@@ -14,7 +14,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from serve_app.api.ingress import create_app
-from serve_app.api.routes import Route
+from serve_app.api.route import Route
 from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
 from tests.api.conftest import Endpoint
 

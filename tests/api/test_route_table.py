@@ -8,7 +8,8 @@ import httpx
 import pytest
 
 from serve_app.api.ingress import create_app
-from serve_app.api.routes import ROUTES, Route, find, match
+from serve_app.api.route import Route
+from serve_app.api.routes import ROUTES, find, match
 from serve_app.errors import RouteNotFound
 from serve_app.worker.job import parse
 from tests.api.conftest import Endpoint

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from serve_app.engine.delta import Delta
 from serve_app.engine.engine import Engine
 from serve_app.engine.sampling_params import SamplingParams
-from serve_app.engine.shared_prompt import SharedPrompt
+from serve_app.engine.sequence import SharedPrompt
 from tests.engine.fake import FakeRunner, complete, greedy, joined, run, running, settled
 from tests.engine.mixtral import Pair, assert_same, prompts, serving
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.grammar import CompiledGrammar, GrammarCompiler, GrammarState
 from serve_app.protocol.grammar_source import MAX_CHARS, GrammarSource
-from serve_app.protocol.text import Detokenizer
 from serve_app.protocol.tokenizer import Tokenizer
 from tests.fakes import VOCAB_SIZE, tokenizer
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.engine.delta import TokenLogprob
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.scores import TokenScore
-from serve_app.protocol.text import Detokenizer, TextDelta, TextStream
+from serve_app.protocol.text import TextDelta, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.protocol.tool_calls import ToolCallParser
 from serve_app.protocol.tools import joined

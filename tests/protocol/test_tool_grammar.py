@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.protocol import tool_grammar
+from serve_app.protocol.detokenizer import Detokenizer
 from serve_app.protocol.grammar import GrammarCompiler, GrammarState
-from serve_app.protocol.text import Detokenizer, TextDelta, TextStream
+from serve_app.protocol.text import TextDelta, TextStream
 from serve_app.protocol.tokenizer import Tokenizer
 from serve_app.protocol.tool_calls import ToolCallParser
 from serve_app.protocol.tools import Tool, ToolChoice, Tools, joined

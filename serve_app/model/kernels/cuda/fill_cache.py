@@ -10,8 +10,8 @@ import torch
 
 from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launchable import Launchable
 from serve_app.model.kernels.cuda.launcher import Grid
-from serve_app.model.kernels.cuda.products import Launchable
 from serve_app.model.kernels.cuda.sampling import MAX_VOCAB, SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.use_kernels import OLDEST, products_of

@@ -7,14 +7,16 @@ tokens need more passes. The order of the sums over K depends on the variant alo
 the same bits in any batch that has the same variant.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
+from serve_app.model.kernels.cuda.launchable import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.sampling import SampleKernel
+from serve_app.model.kernels.cuda.step_kernels import StepKernels
 from serve_app.model.kernels.cuda.tiles import pairs_of
 from serve_app.model.kernels.cuda.variants import (
     DENSE,
@@ -26,10 +28,6 @@ from serve_app.model.kernels.cuda.variants import (
     token_tiles_of,
     variants,
 )
-
-if TYPE_CHECKING:
-    from serve_app.model.kernels.cuda.sampling import SampleKernel
-    from serve_app.model.kernels.cuda.step_kernels import StepKernels
 
 UNPACK_THREADS = 1024
 """Number of threads of a block of unpack.cu. A block takes all registers of a multiprocessor."""
@@ -65,16 +63,6 @@ class TiledWeight:
     def in_features(self) -> int:
         """K"""
         return self.codes.shape[2] * 2
-
-
-class Launchable(Protocol):
-    """A compiled kernel; see `launcher.Kernel`."""
-
-    def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None: ...
-
-
-MakeKernel = Callable[[str, Sequence[str], Grid], Launchable]
-"""Compiles a source file, named without `.cu`, with macros, and loads it for launches of a grid."""
 
 
 class CudaProducts:

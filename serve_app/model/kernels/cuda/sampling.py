@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from serve_app.model.kernels.cuda.launchable import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
-from serve_app.model.kernels.cuda.products import Launchable, MakeKernel
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 THREADS, CANDIDATES = 1024, 256

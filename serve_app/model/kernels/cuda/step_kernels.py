@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
+from serve_app.model.kernels.cuda.launchable import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
-from serve_app.model.kernels.cuda.products import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
 from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid, Kernel
-from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
 from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS

@@ -10,9 +10,10 @@ import torch
 
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda import use_kernels
+from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.layer_products import TileUnpacker
-from serve_app.model.kernels.cuda.products import CudaProducts, MakeKernel, TiledWeight
+from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
 from serve_app.model.kernels.cuda.prompt_passes import PassedProducts
 from serve_app.model.kernels.cuda.use_kernels import (
     try_kernels,

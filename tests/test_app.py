@@ -14,7 +14,7 @@ from serve_app.config.settings import Settings
 from serve_app.start_plan.plan import plan_start
 
 REPLICA = """
-import asyncio, sys, threading
+import asyncio, os, sys, threading
 from serve_app import app
 from serve_app.errors import EngineDead
 from serve_app.api.server import MixtralServer
@@ -33,9 +33,13 @@ server = made["replica"](settings)
 server.check_health()
 print("alive", flush=True)
 
+def say(*words):
+    # One write, because two threads call it, and `print` writes the end of a line separately.
+    os.write(1, (" ".join(map(str, words)) + "\\n").encode())
+
 async def ask():
     async for item in server.call("POST", "/prompt", {"prompt": "x"}, "7"):
-        print(item["status"], item["error"]["error"]["code"], flush=True)
+        say(item["status"], item["error"]["error"]["code"])
 
 def hang():
     server._engine._core._runner.launch = lambda scheduled: threading.Event().wait()
@@ -51,7 +55,7 @@ while True:
     try:
         server.check_health()
     except EngineDead as error:
-        print(error, flush=True)
+        say(error)
         break
 threading.Event().wait()
 """

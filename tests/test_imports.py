@@ -45,7 +45,7 @@ def test_no_module_loads_a_heavy_library() -> None:
 
 def test_a_library_is_loaded_where_it_is_used() -> None:
     """Only the HTTP ingress loads starlette; only the worker and the entry load runpod."""
-    names = ("ingress", "request_body", "request_id", "event_stream", "disconnect", "cors", "guard")
+    names = ("ingress", "request_body", "request_id", "event_stream", "cors", "guard")
     http = tuple(f"serve_app.api.{name}" for name in (*names, "early_answer", "error_response"))
     users = (*http, "serve_app.worker", "runpod_entry")
     others = [name for name in modules() if not name.startswith(users)]

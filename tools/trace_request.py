@@ -31,6 +31,8 @@ import serve_app
 PACKAGE = Path(serve_app.__file__).parent
 CHAT = {"messages": [{"role": "user", "content": "What is 2 + 3?"}], "temperature": 0}
 STREAM = {**CHAT, "stream": True, "max_tokens": 300, "ignore_eos": True}
+TIMERS = {"LoopLag._measure", "LoopLag._wait"}
+"""Functions of a timer that may run while a request waits."""
 COMPREHENSIONS = {"<listcomp>", "<dictcomp>", "<setcomp>", "<genexpr>"}
 
 
@@ -50,7 +52,7 @@ class Tracer:
     def _event(self, frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         is_ours = event == "call" and code.co_filename.startswith(str(PACKAGE))
-        if is_ours and code.co_name not in COMPREHENSIONS:
+        if is_ours and code.co_name not in COMPREHENSIONS and code.co_qualname not in TIMERS:
             self.frames.append(code)
 
 

@@ -6,8 +6,7 @@ requests to calls. Then follow one handler, `chat.py`, into `input_processor.py`
 ids) and `answer.py` (the engine's deltas to text). The other modules, by subject:
 
     handlers        completions, prompt, responses, messages, tokens, status, pages
-    before Serve    guard (bodies and headers), early_answer (401, 429, `/ping`), disconnect,
-                    http_1_0
+    before Serve    guard (bodies and headers), early_answer (401, 429, `/ping`), http_1_0
     requests        route, request_body, request_id, api_keys, cors
     responses       event_stream (server-sent events), error_response
     lists           choices (several answers to one request), list_places (their places)

@@ -19,9 +19,11 @@ The effect of headers that the guard removes or refuses in Serve 2.60 (`serve/_p
 """
 
 import asyncio
+import logging
 import re
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
@@ -36,6 +38,8 @@ from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
+
+log = logging.getLogger(__name__)
 
 BODY_S = 30.0
 """Maximum seconds for any body."""
@@ -76,7 +80,10 @@ def middlewares() -> "list[Middleware]":
 
 
 class Guard:
-    """Passes requests to `app` with their arrival time, without the headers in `REMOVED`."""
+    """Passes requests to `app` with their arrival time, without the headers in `REMOVED`.
+
+    The `receive` that `app` gets does not raise: an error becomes a disconnect message.
+    """
 
     def __init__(
         self, app: ASGIApp, cors_origins: Callable[[], str | None], ids: Ids = ids_of
@@ -90,16 +97,21 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or ARRIVED in scope:
-            await self._app(scope, receive, send)
+            await self._app(scope, partial(_message, receive), send)
             return
         scope[ARRIVED] = time.monotonic()
         exchange = _Exchange(scope, receive, send, self._large_bodies, self._refusal)
-        try:
-            scope["headers"] = allowed(scope["headers"])
-        except InvalidRequest as error:
-            scope["headers"] = [each for each in scope["headers"] if each[0] != REQUEST_ID]
-            await exchange.refuse(error)
+        given = scope["headers"]
+        if any(name == REQUEST_ID and not _PRINTABLE.fullmatch(value) for name, value in given):
+            scope["headers"] = [each for each in given if each[0] != REQUEST_ID]
+            wrong = "x-request-id must be 1 to 128 printable ASCII characters."
+            await exchange.refuse(InvalidRequest(wrong))
             return
+        scope["headers"] = [
+            (name, value)
+            for name, value in given
+            if name.replace(b"_", b"-") not in REMOVED and name.isascii()
+        ]
         await self._app(scope, exchange.receive, exchange.send)
 
     def _refusal(self, scope: Scope, error: ServeError) -> ASGIApp:
@@ -109,16 +121,21 @@ class Guard:
         return with_cors(response, self._cors_origins())
 
 
-def allowed(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
-    """Returns `headers` without those in `REMOVED`. Raises `InvalidRequest` for an invalid id."""
-    for name, value in headers:
-        if name == REQUEST_ID and not _PRINTABLE.fullmatch(value):
-            raise InvalidRequest("x-request-id must be 1 to 128 printable ASCII characters.")
-    return [
-        (name, value)
-        for name, value in headers
-        if name.replace(b"_", b"-") not in REMOVED and name.isascii()
-    ]
+async def _message(receive: Receive) -> Message:
+    """Returns the next message; a disconnect message if `receive` raises an error.
+
+    A replica fetches the body of a request from Serve's proxy by its own calls. When a client
+    disconnects, the proxy may cancel such a call before it reports the disconnect, and then Serve's
+    `receive` raises Ray's TaskCancelledError (Ray 2.60, serve/_private/http_util.py).
+    """
+    try:
+        return await receive()
+    except Exception as error:
+        log.debug(
+            "The body of a request cannot be read (%s); its client has disconnected.",
+            type(error).__name__,
+        )
+        return {"type": "http.disconnect"}
 
 
 class _LargeBodies:
@@ -167,11 +184,11 @@ class _Exchange:
         """Returns the next message. Refuses a body that is too slow; then returns a disconnect
         message."""
         if self._is_read:
-            return await self._receive()
+            return await _message(self._receive)
         limit_s = BODY_S + self._num_bytes / MIN_BODY_BYTES_PER_S
         try:
             async with asyncio.timeout(self._scope[ARRIVED] + limit_s - time.monotonic()):
-                message = await self._receive()
+                message = await _message(self._receive)
         except TimeoutError:
             self._is_small = False  # the rest of it may never arrive
             await self.refuse(RequestTooSlow("The body did not arrive in time; send it faster."))

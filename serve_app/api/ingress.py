@@ -20,7 +20,6 @@ from starlette.responses import JSONResponse, Response
 
 from serve_app.api import routes
 from serve_app.api.cors import Cors
-from serve_app.api.disconnect import Disconnect
 from serve_app.api.error_response import error_response
 from serve_app.api.event_stream import EventStream
 from serve_app.api.guard import ARRIVED, Guard
@@ -71,7 +70,7 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [Middleware(Guard, lambda: cors_origins), Middleware(Disconnect)]
+    middleware = [Middleware(Guard, lambda: cors_origins)]
     if cors_origins is not None:
         middleware.append(Middleware(Cors, cors_origins))
     return Starlette(
@@ -90,6 +89,7 @@ class Endpoint:
     async def response(self, request: Request) -> Response:
         """Returns the response to one request. Errors are responses too."""
         server = self._get_server()
+        server.loop_lag.start()
         arrived: float = request.scope[ARRIVED]
         request_id, headers = ids_of(request)
         path = path_of(request.scope)
@@ -123,15 +123,15 @@ class Endpoint:
         """Reads the body of `call`. Returns the reply to it."""
         route = self._route
         if route is None:
-            return await server.answer(call)
+            route = routes.match(call.method, call.path)  # raises the error
         # Before the body is read: a refusal must cost as little as possible.
         server.require_room(route, call.account)
         if route.method == "GET":
-            return await server.answer(call, route)
+            return await route.handler(server, call)
         end = call.account.take_request() if call.account and route.generates else None
         try:
             body = await server.bodies.read(request.headers, request.stream())
-            reply = await server.answer(replace(call, body=body), route)
+            reply = await route.handler(server, replace(call, body=body))
         except BaseException:
             if end is not None:
                 end()

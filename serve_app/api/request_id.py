@@ -31,11 +31,13 @@ def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     reach clients as one joined value, so a client's own id is left to Serve to send back, too.
     """
     name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
-    if name == CLIENT_ID.encode() and _UUID4.fullmatch(last):
-        request_id = last.decode()
-        return request_id, own_headers(request_id, request.scope)
-    request_id = uuid.uuid4().hex
-    headers = own_headers(request_id, request.scope)
+    is_serves = name == CLIENT_ID.encode() and _UUID4.fullmatch(last) is not None
+    request_id = last.decode() if is_serves else uuid.uuid4().hex
+    headers = {OUR_ID: request_id}
+    if is_messages(request.scope["path"]):
+        headers[ANTHROPIC_ID] = request_id
+    if is_serves:
+        return request_id, headers
     given = request.headers.get(CLIENT_ID)
     if given is None:
         return request_id, {CLIENT_ID: request_id, **headers}
@@ -49,14 +51,6 @@ def ids_before_serve(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     id."""
     request_id, headers = ids_of(request)
     return request_id, {CLIENT_ID: request.headers.get(CLIENT_ID, request_id), **headers}
-
-
-def own_headers(request_id: str, scope: Scope) -> dict[str, str]:
-    """Returns the headers with our id that every response has."""
-    headers = {OUR_ID: request_id}
-    if is_messages(scope.get("path", "")):
-        headers[ANTHROPIC_ID] = request_id
-    return headers
 
 
 def path_of(scope: Scope) -> str:

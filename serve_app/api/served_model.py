@@ -67,7 +67,7 @@ class ServedModel:
             self._loaded.memory,
             self._phases,
         )
-        self._loop_lag = LoopLag(self.metrics.loop_lag.observe)
+        self.loop_lag = LoopLag(self.metrics.loop_lag.observe)
         self.bodies = BodyReader(settings.api.max_body_bytes, settings.api.retry_after_s)
         endpoint = settings.observability.otlp_traces_endpoint
         self.tracing = None if endpoint is None else Tracing.to(endpoint, self.names[0])

@@ -1,6 +1,7 @@
 """MixtralServer: the deployment class, as a plain object.
 
-The HTTP ingress calls `answer`. A deployment handle calls `call`, which returns the same as data.
+A deployment handle calls `call`, which returns the answer as data. The HTTP ingress calls the
+handlers of routes itself, because it asks for room before it reads a body.
 """
 
 from collections.abc import AsyncGenerator
@@ -27,16 +28,14 @@ from serve_app.protocol.key_account import KeyAccount
 class MixtralServer(ServedModel):
     """One loaded model and the answers to all routes."""
 
-    async def answer(self, call: Call, route: Route | None = None) -> Reply:
-        """Answers one call. `route` is given if the caller has already called `require_room` for
-        it.
+    async def answer(self, call: Call) -> Reply:
+        """Answers one call, whose body is read.
 
         May raise any exception, which `failure` converts to the client's error.
         """
-        self._loop_lag.start()
-        if route is None:
-            route = routes.match(call.method, call.path)
-            self.require_room(route, call.account)
+        self.loop_lag.start()
+        route = routes.match(call.method, call.path)
+        self.require_room(route, call.account)
         return await route.handler(self, call)
 
     def require_room(self, route: Route, account: KeyAccount | None = None) -> None:

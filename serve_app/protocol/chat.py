@@ -152,7 +152,8 @@ class ChatChunks:
         self._totals, self._index = totals, index
         self._num_prompt_tokens = num_prompt_tokens
         self._has_begun = False
-        self._is_usage_continuous = request.include_continuous_usage
+        usage = request.stream_options
+        self._is_usage_continuous = usage.include_usage and usage.continuous_usage_stats
         self._fields: JsonObject = {
             "id": f"chatcmpl-{metadata.id}",
             "object": "chat.completion.chunk",
@@ -160,7 +161,7 @@ class ChatChunks:
             "model": metadata.model,
             "system_fingerprint": metadata.fingerprint,
         }
-        if request.include_usage:
+        if usage.include_usage:
             self._fields["usage"] = None
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
@@ -187,7 +188,7 @@ class ChatChunks:
         if delta.finish_reason is not None:
             chunks.append(self._chunk({}, None, delta.finish_reason))
             totals = self._totals.ended(delta, is_first=self._index == 0)
-            if totals is not None and self._request.include_usage:
+            if totals is not None and self._request.stream_options.include_usage:
                 chunks.append({**self._fields, "choices": [], "usage": totals})
         return chunks
 

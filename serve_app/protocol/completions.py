@@ -141,8 +141,9 @@ class CompletionResponse:
         With `include_usage`, the usage of all choices follows the end of the last one. With
         `continuous_usage_stats`, each chunk has the usage of its own choice so far.
         """
-        extra: JsonObject = {"usage": None} if self._request.include_usage else {}
-        if self._request.include_continuous_usage:
+        usage = self._request.stream_options
+        extra: JsonObject = {"usage": None} if usage.include_usage else {}
+        if usage.include_usage and usage.continuous_usage_stats:
             num_prompt_tokens = self._num_prompt_tokens[index // self._request.n]
             counts = num_prompt_tokens, delta.num_tokens, delta.num_cached_tokens
             extra = {"usage": detailed_usage(*counts)}

@@ -47,8 +47,9 @@ class Detokenizer:
             text = self._stream.step(self._backend, token_id)
         except Exception:
             # The bytes are no UTF-8: DecodeStream fails with "Invalid prefix".
-            text = self._decode(self._pending)
-            self._stream = self._begin(self._pending)
+            pending = self._pending
+            text = self.flush()
+            self._stream = self._begin(pending)
         if text is None:
             return ""
         self._pending = []
@@ -57,16 +58,15 @@ class Detokenizer:
     def flush(self) -> str:
         """Returns the remaining text. An incomplete character becomes U+FFFD, as in any decoder."""
         rest, self._pending = self._pending, []
-        return self._decode(rest) if rest else ""
+        if not rest:
+            return ""
+        return str(self._backend.decode(rest, skip_special_tokens=self._skip_special))
 
     def _begin(self, ids: list[int]) -> "DecodeStream":
         """Returns a new stream that has processed `ids`."""
         from tokenizers.decoders import DecodeStream
 
         return DecodeStream(ids=ids, skip_special_tokens=self._skip_special)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self._backend.decode(list(ids), skip_special_tokens=self._skip_special))
 
 
 def _tail(backend: "Backend", prompt_ids: Sequence[int]) -> list[int]:

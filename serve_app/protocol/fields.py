@@ -100,7 +100,7 @@ class Sampling(Body):
     priority: Integer = Field(default=0, ge=-1000, le=1000)
     """Waiting requests with a smaller number are computed first (as in vLLM)."""
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
 
@@ -110,15 +110,6 @@ class Sampling(Body):
         `InvalidRequest`."""
         chosen = self.structured_outputs or self.response_format
         return None if chosen is None else chosen.source
-
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage is True
-
-    @property
-    def include_continuous_usage(self) -> bool:
-        options = self.stream_options
-        return self.include_usage and options is not None and bool(options.continuous_usage_stats)
 
     @property
     def limit(self) -> tuple[int | None, str]:
@@ -165,7 +156,7 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _fit_together(self) -> "Sampling":
-        if self.include_usage and not self.stream:
+        if self.stream_options.include_usage and not self.stream:
             raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
         if self.structured_outputs and self.response_format:
             raise InvalidRequest(

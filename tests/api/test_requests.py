@@ -3,7 +3,6 @@
 import json
 import logging
 import socket
-from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -14,8 +13,7 @@ from starlette.routing import Mount
 from starlette.testclient import TestClient
 
 from serve_app.api.ingress import create_app
-from serve_app.api.route import Route
-from serve_app.protocol.call import Call, JsonReply, Reply, StreamReply
+from serve_app.protocol import prompt
 from tests.api.conftest import Endpoint
 
 
@@ -27,10 +25,10 @@ def test_an_unforeseen_failure_at_the_endpoint_keeps_its_text(
 ) -> None:
     """The log has the id and the lines of code; neither log nor answer has the exception's text."""
 
-    async def fail(call: Any, route: Any) -> None:
+    def fail(*_: Any) -> None:
         raise RuntimeError("my words")
 
-    monkeypatch.setattr(endpoint.server, "answer", fail)
+    monkeypatch.setattr(prompt, "body", fail)
     with caplog.at_level(logging.INFO):
         response = http.post("/prompt", json={"prompt": "a"})
     error = response.json()["error"]
@@ -44,21 +42,11 @@ def test_what_json_does_not_have_is_an_error(
     endpoint: Endpoint, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A NaN in an answer, or a lone surrogate in a chunk, gives one error with the usual body."""
-
-    async def chunks() -> AsyncGenerator[dict[str, Any], None]:
-        yield {"token": "\ud83d"}
-
-    async def whole(call: Call, route: Route) -> Reply:
-        return JsonReply({"token": float("nan")})
-
-    async def streamed(call: Call, route: Route) -> Reply:
-        return StreamReply(chunks())
-
-    monkeypatch.setattr(endpoint.server, "answer", whole)
+    monkeypatch.setattr(prompt, "body", lambda *_: {"token": float("nan")})
+    monkeypatch.setattr(prompt, "chunks", lambda *_: [{"token": "\ud83d"}])
     response = http.post("/prompt", json={"prompt": "a"})
     assert (response.status_code, response.json()["error"]["code"]) == (500, "internal_error")
-    monkeypatch.setattr(endpoint.server, "answer", streamed)
-    (event,) = http.post("/prompt", json={"prompt": "a"}).text.split("\n\n")[:-1]
+    (event,) = http.post("/prompt", json={"prompt": "a", "stream": True}).text.split("\n\n")[:-1]
     assert json.loads(event.removeprefix("data: "))["error"]["code"] == "internal_error"
 
 

@@ -206,8 +206,8 @@ def test_null_in_stream_options_is_absent(stream: bool) -> None:
     for options in ({}, dict.fromkeys(names), dict.fromkeys(names, False)):
         body = {"messages": HELLO, "stream": stream, "stream_options": options}
         request = ChatRequest.read(body)
-        assert not request.include_usage
-        assert not request.include_continuous_usage
+        assert not request.stream_options.include_usage
+        assert not request.stream_options.continuous_usage_stats
 
 
 def test_keys_inside_messages_and_parts_are_ignored() -> None:

@@ -9,8 +9,8 @@ a body) and `chat.py` (one request with its response). The other modules, by sub
     conversations   messages, content_parts, conversation; chat_template renders them as a prompt
     token ids       tokenizer, with tokenizer_files and sentencepiece_model; control_tokens keeps
                     users' text from becoming control tokens
-    answers         text (token ids to text), stop (stop strings), scores (log probabilities), echo,
-                    choices (several answers), response (common fields)
+    answers         text, with detokenizer (token ids to text) and stop (stop strings); scores (log
+                    probabilities), echo, choices (several answers), response (common fields)
     tools           tools, tool_request (the request's fields), tool_prompt (in the prompt),
                     tool_grammar, tool_calls (in the answer)
     grammars        grammar_source (the request's fields), grammar (compiles them), grammar_rules,

@@ -12,7 +12,7 @@ Read `cuda_step.py` first, the eight launches of a layer. Then, in the order of 
     variants.py       the choice of a product's kernel, and its compile-time sizes for a card
     compiler.py       compiles a kernel and keeps the result in a cache, which fill_cache.py can
                       fill without a GPU
-    launcher.py       loads a compiled kernel and launches it
+    launcher.py       loads a compiled kernel and launches it; launchable.py is the interface
     use_kernels.py    compares the products with plain torch before they are used
     prompt_passes.py  the same products for steps with few prompt tokens
 

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -185,9 +185,10 @@ def warn_if_open() -> None:
         )
 
 
+@cache
 def exit_soon() -> None:
     """Ends this process with code 1 after `EXIT_DELAY_S`, in which the failed requests are
-    answered."""
+    answered. Only the first call has an effect."""
     threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from serve_app.api.answer import Answer
 from serve_app.api.list_places import ItemPlace
 from serve_app.error_body import error_body
+from serve_app.errors import EngineDead
 from serve_app.protocol import prompt, values
 from serve_app.protocol.call import (
     BatchReply,
@@ -74,7 +75,10 @@ async def _batch(
 async def _result(
     served: "ServedModel", call: Call, batch: prompt.Batch, item: Any, place: ItemPlace
 ) -> JsonObject:
-    """Returns the result of one item. A failed item's result is its error body."""
+    """Returns the result of one item. A failed item's result is its error body.
+
+    Raises `EngineDead`, which fails the whole list, so that a job of it is run once more.
+    """
     async with place():
         await asyncio.sleep(0)  # other requests run between two items
         try:
@@ -84,5 +88,7 @@ async def _result(
             whole = await answer.whole(nullcontext)  # it has its place already
             body = prompt.body(metadata, len(answer.prompt_ids), whole)
             return {name: body[name] for name in ("text", "finish_reason", "usage")}
+        except EngineDead:
+            raise  # no other item can be answered either
         except Exception as error:
             return {**error_body(served.failure(error, call.request_id), call.request_id)}

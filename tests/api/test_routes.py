@@ -9,6 +9,7 @@ import pytest
 from openai.types import Completion, CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serve_app.errors import EngineDead
 from tests.fakes import MAX_MODEL_LEN, FakeEngine, answer, chunks, items, server, tokenizer
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
@@ -187,6 +188,14 @@ def test_a_batch_is_answered_in_order_and_item_by_item() -> None:
     assert (bad["error"]["param"], odd["error"]["param"]) == ("temperature", "items")
     assert [params.max_tokens for _, params in engine.requests] == [7, 3]
     assert engine.max_num_seqs == 2
+
+
+def test_a_dead_engine_fails_a_batch_as_a_whole() -> None:
+    """The death of the engine is no item's error: the list may be sent again, and a job of it is
+    run once more."""
+    engine = FakeEngine(error=EngineDead("The engine has stopped."))
+    *_, last = asyncio.run(items(server(engine), "/prompt", {"prompts": [5, "Hi", "Ho"]}))
+    assert (last["status"], last["error"]["error"]["code"]) == (503, "engine_dead")
 
 
 def test_a_batch_tells_how_far_it_is() -> None:

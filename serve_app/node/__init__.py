@@ -15,5 +15,6 @@ subject:
                       configuration, with the lines of haproxy_refusals (a full queue),
                       haproxy_sessions (several replicas) and cors
     a start           fitness checks the machine, banner logs its properties, phases follows the
-                      load, worker_lines writes the log of Ray's processes as JSON
+                      load, ready_replicas logs how many replicas are ready, worker_lines writes the
+                      log of Ray's processes as JSON
 """

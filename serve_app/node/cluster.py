@@ -18,7 +18,14 @@ from serve_app.errors import EngineDead, ModelLoadFailed
 from serve_app.loading.load_log import LoadLog
 from serve_app.loading.phases import Failed, Phase, Running, Started, read_events
 from serve_app.machine import own_folder, processes
-from serve_app.node import phases, ray_node, ray_processes, ray_thread, worker_lines
+from serve_app.node import (
+    phases,
+    ray_node,
+    ray_processes,
+    ray_thread,
+    ready_replicas,
+    worker_lines,
+)
 from serve_app.node.client import DeploymentClient, Forward
 from serve_app.node.haproxy import Proxy
 from serve_app.node.session_router import ROUTER
@@ -184,7 +191,10 @@ def deploy(
     memory = MemoryBefore()
     LoadLog(settings.load_log).start(Phase.REPLICA)  # the replica ends this phase
     try:
-        with phases.logged(settings.load_log):
+        with (
+            phases.logged(settings.load_log),
+            ready_replicas.logged(num_running, bound._bound_deployment.num_replicas or 1),
+        ):
             return serve.run(
                 bound,
                 name=APP_NAME,
@@ -236,14 +246,19 @@ def require_resources(deployment: Any, available: dict[str, float]) -> None:
 def is_running() -> bool:
     """Returns whether Serve has a replica that passes its health checks. Sends the replica no
     request."""
+    return num_running() > 0
+
+
+def num_running() -> int:
+    """Returns the number of replicas that pass Serve's health checks. Sends them no request."""
     import ray
     from ray import serve
 
     if not ray.is_initialized():
-        return False
+        return 0
     applications = serve.status().applications
     deployments = applications[APP_NAME].deployments if APP_NAME in applications else {}
-    return any(each.replica_states.get("RUNNING", 0) for each in deployments.values())
+    return sum(each.replica_states.get("RUNNING", 0) for each in deployments.values())
 
 
 def require_no_failure(load_log: str) -> None:

@@ -18,6 +18,7 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.sequence import Sequence as EngineSequence
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.sampling import SampleKernel
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.engine.test_sampler import PARAMS, STOP, TOKENS, VOCAB_SIZE
 from tests.model.kernels.cuda.emulator import Edit, HostKernel, has_compiler
@@ -61,7 +62,9 @@ def make() -> Make:
             compiled[key]._grid = grid
             return compiled[key]
 
-        made = SampleKernel(vocab_size, MAX_ROWS, blocks, CPU, kernel, threads=64, candidates=4)
+        made = SampleKernel(
+            vocab_size, MAX_ROWS, Card(90, blocks), CPU, kernel, threads=64, candidates=4
+        )
         return DeviceSampler(made, vocab_size, CPU)
 
     return sampler
@@ -277,7 +280,7 @@ def test_the_size_of_mixtral() -> None:
         kernels.append(HostKernel(name, macros, grid))
         return kernels[0]
 
-    sampler = DeviceSampler(SampleKernel(32_000, 2, 3, CPU, kernel), 32_000, CPU)
+    sampler = DeviceSampler(SampleKernel(32_000, 2, Card(90, 3), CPU, kernel), 32_000, CPU)
     logits = random_logits(2, 32_000, 0, ["smooth"])
     for how in ({"top_p": 0.9, "top_k": 500}, {"temperature": 0.7}):
         params = SamplingParams(9, **how)  # type: ignore[arg-type]
@@ -290,4 +293,4 @@ def test_the_size_of_mixtral() -> None:
 def test_a_larger_vocabulary_is_refused() -> None:
     """It does not fit the registers of a block."""
     with pytest.raises(StepUnavailable, match="more than 32768 tokens"):
-        SampleKernel(32_769, 1, 1, CPU, lambda *_: pytest.fail("compiled"))
+        SampleKernel(32_769, 1, Card(90, 1), CPU, lambda *_: pytest.fail("compiled"))

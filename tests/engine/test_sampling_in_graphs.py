@@ -11,6 +11,7 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.sampler_trial import tried_sampler
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.sampling import SampleKernel
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.engine.mixtral import BLOCK_SIZE, Pair, serving, together
 from tests.engine.test_async_scheduling import requests
@@ -26,7 +27,7 @@ def sample_kernel(vocab_size: int, edit: Edit | None = None) -> SampleKernel:
     def make(name: str, macros: Sequence[str], grid: Grid) -> HostKernel:
         return HostKernel(name, macros, grid, edit)
 
-    return SampleKernel(vocab_size, MAX_ROWS, 1, CPU, make, threads=64, candidates=4)
+    return SampleKernel(vocab_size, MAX_ROWS, Card(90, 1), CPU, make, threads=64, candidates=4)
 
 
 @pytest.mark.parametrize("can_overlap_steps", [False, True])

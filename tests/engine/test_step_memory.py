@@ -13,6 +13,7 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_sizes import MAX_PIECE, MAX_SCORED_TOKENS, capture_sizes
 from serve_app.model.footprint import decode_bytes, logits_bytes
 from serve_app.model.kernels.cuda.sampling import SampleKernel
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from tests.engine.fake_gpu import GPU, FakeGpu, Recorded, gpu
 from tests.engine.test_never_waits import BLOCK_SIZE, runner_of
@@ -31,9 +32,11 @@ def test_decode_steps(max_num_seqs: int, gpu: FakeGpu, monkeypatch: pytest.Monke
         runner = runner_of(gpu, monkeypatch, in_torch=False)
         with Held() as held:
             step = GpuStep(runner.model, runner.cache, max_num_seqs, in_cuda=True)
-            kernel = SampleKernel(
-                CONFIG.vocab_size, sizes[-1], 132, GPU, lambda name, *_: Recorded(gpu, name)
-            )
+
+            def make(name: str, *_: object) -> Recorded:
+                return Recorded(gpu, name)
+
+            kernel = SampleKernel(CONFIG.vocab_size, sizes[-1], Card(90, 132), GPU, make)
             sampler = DeviceSampler(kernel, CONFIG.vocab_size, GPU)
             graphs = DecodeGraphs(step, max_num_seqs, 2049, BLOCK_SIZE, GPU, sampler)
             for size in reversed(sizes):

@@ -210,6 +210,13 @@ def about(cubin: bytes, tool: str, *options: str) -> str:
         return done.stdout
 
 
+def parameter_sizes(cubin: bytes) -> list[int]:
+    """The bytes of each parameter of the one kernel of `cubin`, in their order."""
+    pattern = r"Ordinal : 0x([0-9a-f]+)\s+Offset\s+: 0x[0-9a-f]+\s+Size\s+: 0x([0-9a-f]+)"
+    found = re.findall(pattern, about(cubin, "cuobjdump", "-elf"))
+    return [int(size, 16) for _, size in sorted((int(n, 16), size) for n, size in found)]
+
+
 def spills(cubin: bytes) -> bool:
     """Returns whether registers go to local memory, or anything else is kept there."""
     ((stack, local),) = re.findall(

@@ -80,4 +80,4 @@ def fill_cache(
         if step_misfit(config) is None:
             StepKernels(config, card, make)
         if config.vocab_size <= MAX_VOCAB:
-            SampleKernel(config.vocab_size, 1, 1, torch.device("cpu"), make)
+            SampleKernel(config.vocab_size, 1, card, torch.device("cpu"), make)

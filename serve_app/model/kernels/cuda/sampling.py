@@ -9,6 +9,7 @@ from torch import Tensor
 
 from serve_app.model.kernels.cuda.launchable import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 THREADS, CANDIDATES = 1024, 256
@@ -54,23 +55,22 @@ class SampleKernel:
         self,
         vocab_size: int,
         max_rows: int,
-        blocks: int,
+        card: Card,
         device: torch.device,
         make: MakeKernel,
         threads: int = THREADS,
         candidates: int = CANDIDATES,
     ) -> None:
-        """`blocks` is the number of blocks that run at once, one per multiprocessor.
-
-        Raises `StepUnavailable` if the vocabulary is too large.
-        """
-        self._blocks, self.max_rows = blocks, max_rows
+        """Raises `StepUnavailable` if the vocabulary is too large."""
+        # The number of blocks that run at once: one per multiprocessor.
+        self._blocks, self.max_rows = card.multiprocessors, max_rows
         values = -(-vocab_size // threads)
         if values > MAX_VALUES:
             raise StepUnavailable(f"the vocabulary has more than {threads * MAX_VALUES} tokens")
         macros = [f"THREADS={threads}", f"VALUES={values}", f"CANDIDATES={candidates}"]
         shared = 12 * candidates + threads // 32 * FOUND_BYTES + 8
-        self._kernel: Launchable = make("sample", macros, Grid(blocks, threads, shared, True))
+        grid = Grid(self._blocks, threads, shared, card.overlaps_kernels)
+        self._kernel: Launchable = make("sample", macros, grid)
         self._scores = torch.empty(max_rows, vocab_size, device=device)
         found = (max_rows, MAX_PARTS, FOUND_BYTES)
         self._partial = torch.empty(found, dtype=torch.uint8, device=device)

@@ -86,7 +86,7 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     if not error < TOLERANCE:  # NaN is not below it either
         raise StepUnavailable(f"they differ from plain torch by {error:.1e}")
     products.make_sampler = lambda max_rows: SampleKernel(
-        config.vocab_size, max_rows, card.multiprocessors, model.embedding.device, make
+        config.vocab_size, max_rows, card, model.embedding.device, make
     )
     if step_misfit(config) is None:
         products.step_kernels = StepKernels(config, card, make)

@@ -84,7 +84,7 @@ def test_a_cache_that_was_filled_has_every_kernel(
     mixtral, card = config_of(tiny=False, layers=1), Card(90, 132)
     products_of(mixtral, card, torch.zeros(16), make)
     StepKernels(mixtral, card, make)
-    SampleKernel(mixtral.vocab_size, 128, card.multiprocessors, torch.device("cpu"), make)
+    SampleKernel(mixtral.vocab_size, 128, card, torch.device("cpu"), make)
     assert len(read) == len(done)
     assert not (tmp_path / "own").exists()
 

@@ -36,7 +36,7 @@ def test_it_compiles_for_mixtrals_vocabulary(capability: int) -> None:
         def launch(self, *arguments: object, blocks: int | None = None) -> None:
             raise AssertionError("nothing is launched here")
 
-    SampleKernel(32_000, 1, 1, torch.device("cpu"), Compiled)
+    SampleKernel(32_000, 1, Card(capability, 1), torch.device("cpu"), Compiled)
     assert not spills(cubins[0])
     code = about(cubins[0], "nvdisasm", "-c", "-ndf")
     assert 1000 < len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s", code, re.M)) <= MAX_INSTRUCTIONS

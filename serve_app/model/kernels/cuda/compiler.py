@@ -6,6 +6,7 @@ compilers and architectures are equal, so their hash names the file.
 
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,9 +57,11 @@ class Compiler:
         folders = [*self._filled] if self._cache is None else [self._cache, *self._filled]
         for folder in folders:
             try:
-                return (folder / file).read_bytes()
+                found = (folder / file).read_bytes()
             except OSError:
                 continue
+            if is_whole(found):
+                return found
         made = self._compile(name, source, options)
         if self._cache is not None:
             write(self._cache / file, made)
@@ -122,15 +125,31 @@ class Compiler:
             raise StepUnavailable(f"NVRTC failed: {error}")
 
 
+def is_whole(cubin: bytes) -> bool:
+    """Returns whether machine code, in the ELF format, has all its bytes.
+
+    A machine that fails soon after a write can leave a file that is empty, full of zeros or cut
+    off.
+    """
+    if len(cubin) < 64 or not cubin.startswith(b"\x7fELF"):
+        return False
+    segments, sections = struct.unpack_from("<QQ", cubin, 32)
+    segment, num_segments, section, num_sections = struct.unpack_from("<4H", cubin, 54)
+    end = max(segments + segment * num_segments, sections + section * num_sections)
+    return bool(end <= len(cubin))
+
+
 def write(path: Path, content: bytes) -> None:
     """Writes a file atomically, so that a reader never sees a partial one.
 
-    Ignores an `OSError`: without the file, the next start compiles again.
+    Ignores an `OSError`: without the file, the next start compiles again. The umask decides who may
+    read the file, because the build of an image and its server can be two users.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as place:
+            made = Path(place) / path.name
+            made.write_bytes(content)
+            os.replace(made, path)
     except OSError:
         return

@@ -51,6 +51,25 @@ def test_a_kernel_is_compiled_once(
     assert all(name.startswith("unpack-") and name.endswith(".cubin") for name in files)
 
 
+@pytest.mark.parametrize("left", [0, -1])
+def test_a_file_that_is_not_whole_is_compiled_again(
+    compiler: Compiler, tmp_path: Path, left: int
+) -> None:
+    """A machine that failed after a write leaves an empty file, or one that is cut off."""
+    made = compiler.cubin("unpack", MACROS)
+    (path,) = (tmp_path / "cache").iterdir()
+    path.write_bytes(made[:left])
+    assert compiler.cubin("unpack", MACROS) == made == path.read_bytes()
+
+
+def test_other_users_can_read_the_cache(compiler: Compiler, tmp_path: Path) -> None:
+    """The umask applies, as to other files: a build and a server can be two users."""
+    compiler.cubin("unpack", MACROS)
+    (path,) = (tmp_path / "cache").iterdir()
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     """The kernel is compiled all the same."""
     (tmp_path / "file").touch()

@@ -1,6 +1,7 @@
 // In place of intrinsics.cuh: the same functions for the host, and a block's threads as fibers.
 //
-// A thread runs until it waits at a barrier or for the other lanes of a matrix instruction. Shared
+// A thread runs until it waits at a barrier or for the other lanes of a matrix instruction; which one
+// runs then, and the order of blocks, is as in their numbers or, with a seed, random. Shared
 // memory begins as NaN, and asynchronous copies happen when they are waited for, so that a missing
 // barrier or wait gives wrong numbers. What the kernel before writes, the `late` tensors of a launch,
 // is NaN until all threads of a block have called `wait_for_previous`, and nothing may be written
@@ -69,17 +70,30 @@ static Failure failure;
 static jmp_buf finished;
 static ucontext_t main_context;
 static std::function<void()> body;
+static u32 random_state;  // 0: threads run in the order of their numbers
+
+static u32 random_number() {
+  random_state ^= random_state << 13, random_state ^= random_state >> 17;
+  return random_state ^= random_state << 5;
+}
+
+// The thread that runs after `self`; -1 where all are done. In a random order one warp runs as far as
+// it can while the others stand still, then another one does: what a missing barrier allows.
+static int next_fiber(int self) {
+  const int count = fibers.size(), in_warp = self / 32 * 32 + (self + 1) % 32;
+  const bool is_stuck = idle_yields % 64 == 63 || fibers[in_warp].is_done;
+  const int first = !random_state ? self + 1 : is_stuck ? random_number() % count : in_warp;
+  for (int i = 0; i < count; i++)
+    if (!fibers[(first + i) % count].is_done) return (first + i) % count;
+  return -1;
+}
 
 static void run_fiber() {
   body();
   fibers[current].is_done = true;
   idle_yields = 0;
   for (;;) {
-    int next = -1;
-    for (int i = 1; i <= (int)fibers.size() && next < 0; i++) {
-      const int each = (current + i) % fibers.size();
-      if (!fibers[each].is_done) next = each;
-    }
+    const int next = next_fiber(current);
     if (next < 0) longjmp(finished, 1);
     current = next, threadIdx.x = next;
     if (fibers[next].is_started) longjmp(fibers[next].at, 1);
@@ -90,12 +104,12 @@ static void run_fiber() {
 
 // Runs the other threads until it is this one's turn again.
 static void yield() {
-  if (++idle_yields > 4 * (int)fibers.size()) failure = DEADLOCK, longjmp(finished, 1);
+  const int patience = (random_state ? 64 : 4) * fibers.size();
+  if (++idle_yields > patience) failure = DEADLOCK, longjmp(finished, 1);
   const int self = current;
   if (setjmp(fibers[self].at)) return;
-  int next = self;
-  do next = (next + 1) % fibers.size();
-  while (fibers[next].is_done);
+  const int next = next_fiber(self);
+  if (next == self) return;
   current = next, threadIdx.x = next;
   if (fibers[next].is_started) longjmp(fibers[next].at, 1);
   fibers[next].is_started = true;
@@ -186,8 +200,9 @@ static void call(void (*kernel)(A...), const u64 *values, std::index_sequence<I.
   kernel((A)values[I]...);
 }
 
-// How to run a kernel: `is_reversed` begins with the last block, and `must_wait` demands the wait.
-struct Launch { int blocks, threads, shared_bytes, is_reversed, must_wait, num_tensors; };
+// How to run a kernel: `is_reversed` begins with the last block, `must_wait` demands the wait, and
+// `seed` makes the order of blocks and threads random unless it is 0.
+struct Launch { int blocks, threads, shared_bytes, is_reversed, must_wait, seed, num_tensors; };
 
 // Runs a kernel's blocks one after the other. Returns a Failure.
 template <class... A>
@@ -199,8 +214,13 @@ static int run(void (*kernel)(A...), const Launch &launch, const u64 *values, co
   contents.clear();
   for (const Tensor &tensor : tensors) contents.push_back(content(tensor));
   gridDim.x = blocks, blockDim.x = threads;
+  random_state = launch.seed;
+  std::vector<int> order(blocks);
+  for (int i = 0; i < blocks; i++) order[i] = launch.is_reversed ? blocks - 1 - i : i;
+  if (random_state)
+    for (int i = blocks - 1; i > 0; i--) std::swap(order[i], order[random_number() % (i + 1)]);
   for (int block = 0; block < blocks && failure == NONE; block++) {
-    blockIdx.x = launch.is_reversed ? blocks - 1 - block : block;
+    blockIdx.x = order[block];
     waits = 0;
     hide_late_tensors();
     shared.assign(shared_bytes + GUARD, (char)0xFF);

@@ -42,6 +42,11 @@ class Bench:
         for kernel in self.make.made.values():
             kernel.late, kernel.late_parts = (), ()
 
+    def shuffle(self, seed: int) -> None:
+        """Runs blocks and threads in a random order from now on; 0: in their order."""
+        for kernel in self.make.made.values():
+            kernel.seed = seed
+
     def reverse(self) -> None:
         """Runs blocks in the other order from now on."""
         for kernel in self.make.made.values():
@@ -58,7 +63,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def edited_error(
-    compute: Callable[[Bench], float], file: str, old: str, new: str, **shape: int
+    compute: Callable[[Bench], float], file: str, old: str, new: str, seed: int = 0
 ) -> float:
     """Returns the error with one place of a source changed; infinity if a launch fails."""
 
@@ -66,7 +71,9 @@ def edited_error(
         assert name != file or text.count(old) == 1
         return text.replace(old, new) if name == file else text
 
+    bench = Bench(edit)
+    bench.shuffle(seed)
     try:
-        return compute(Bench(edit, **shape))
+        return compute(bench)
     except RuntimeError:
         return float("inf")

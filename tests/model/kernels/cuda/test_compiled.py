@@ -20,7 +20,7 @@ from serve_app.model.kernels.cuda.variants import (
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
 from tests.model.kernels.compiled import about, spills
-from tests.model.kernels.cuda.emulator import CACHE
+from tests.model.kernels.cuda.emulator import CachedCompiler
 from tools.random_model import config_of
 
 SIZES = {DENSE: (6144, 4096), GATE_UP: (28672, 4096), DOWN: (4096, 14336)}
@@ -52,7 +52,7 @@ class _Kernel:
 def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
     """No register goes to memory, a block's shared memory fits, and each weight takes no more
     instructions than its budget."""
-    compiler, card = Compiler(capability, CACHE / "cubins"), Card(capability, 1)
+    compiler, card = CachedCompiler(capability), Card(capability, 1)
     failures, seen = list[str](), list[str]()
 
     def make(name: str, macros: list[str], grid: Grid) -> _Kernel:
@@ -92,7 +92,7 @@ on a multiprocessor."""
 def test_the_steps_other_kernels_compile(capability: int) -> None:
     """At Mixtral's sizes: no register goes to memory, and each kernel has no more of them than its
     budget."""
-    compiler, config = Compiler(capability, CACHE / "cubins"), config_of(tiny=False, layers=1)
+    compiler, config = CachedCompiler(capability), config_of(tiny=False, layers=1)
     failures, seen = list[str](), list[str]()
 
     def make(name: str, macros: list[str], grid: Grid) -> _Kernel:

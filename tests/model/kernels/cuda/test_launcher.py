@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serve_app.model.kernels.cuda import launcher
-from serve_app.model.kernels.cuda.compiler import SOURCES, Compiler
+from serve_app.model.kernels.cuda.compiler import SOURCES
 from serve_app.model.kernels.cuda.launcher import DriverError, Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
 from serve_app.model.kernels.cuda.sampling import SampleKernel
@@ -19,7 +19,7 @@ from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
 from tests.model.kernels.compiled import parameter_sizes
-from tests.model.kernels.cuda.emulator import CACHE
+from tests.model.kernels.cuda.emulator import CachedCompiler
 from tools.random_model import config_of
 
 real = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
@@ -164,7 +164,7 @@ def test_arguments_have_the_sizes_of_parameters(
     takes. The driver copies that many from where the binding has put the argument, and checks
     nothing."""
     try:
-        compiler = Compiler(capability, CACHE / "cubins")
+        compiler = CachedCompiler(capability)
     except StepUnavailable as reason:
         pytest.skip(str(reason))
     monkeypatch.setattr(launcher, "current_stream", lambda: 0)

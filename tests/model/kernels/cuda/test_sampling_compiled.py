@@ -6,13 +6,12 @@ from collections.abc import Sequence
 import pytest
 import torch
 
-from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 from tests.model.kernels.compiled import about, spills
-from tests.model.kernels.cuda.emulator import CACHE
+from tests.model.kernels.cuda.emulator import CachedCompiler
 
 MAX_INSTRUCTIONS = 4600
 """Most instructions of the whole kernel. Nothing of it is in a cache when a step reaches it, so it
@@ -23,7 +22,7 @@ must be short."""
 def test_it_compiles_for_mixtrals_vocabulary(capability: int) -> None:
     """No register goes to memory, shared memory fits, and the code keeps its budget."""
     try:
-        compiler = Compiler(capability, CACHE / "cubins")
+        compiler = CachedCompiler(capability)
     except StepUnavailable as reason:
         pytest.skip(str(reason))
     cubins = list[bytes]()

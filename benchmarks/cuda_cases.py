@@ -17,10 +17,9 @@ from benchmarks.kernel_cases import (
 )
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launchable import MakeKernel
-from serve_app.model.kernels.cuda.launcher import Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, StepKernels
-from serve_app.model.kernels.cuda.use_kernels import card_of, tiled
+from serve_app.model.kernels.cuda.use_kernels import card_of, maker_of, tiled
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.quantize import code_values
@@ -33,12 +32,7 @@ def makers(
     device's."""
     config = shapes.config
     card = card or card_of(shapes.device)
-    if make is None:
-        compiler = Compiler(card.capability)
-
-        def make(name, macros, grid):  # type: ignore[no-untyped-def]
-            return Kernel(compiler.cubin(name, macros), name, grid)
-
+    make = make or maker_of(Compiler(card.capability))
     sizes = {
         DENSE: {config.hidden_size, config.q_size},
         GATE_UP: {config.hidden_size},

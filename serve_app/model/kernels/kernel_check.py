@@ -1,7 +1,8 @@
 """Compares 4-bit products and attention on a device with plain float32, on random data.
 
 `mixtral-serve check --load` refuses a device on which a kernel is wrong. The check is for
-correctness, not speed, so its sizes are small, except for one long context.
+correctness, not speed, so its sizes are small, except for one long context. The CUDA kernels of
+products need larger sizes; `use_kernels.py` compares them at each load, with the model's weights.
 """
 
 import math
@@ -11,10 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from serve_app.model.attention import attend, plan_attention
-from serve_app.model.batch import Batch
 from serve_app.model.config import MixtralConfig
-from serve_app.model.kv import KVCache
+from serve_app.model.kernels.attention_check import attention_error
+from serve_app.model.kernels.cuda.compiler import Compiler
+from serve_app.model.kernels.cuda.step_kernels import StepKernels
+from serve_app.model.kernels.cuda.use_kernels import (
+    OLDEST,
+    card_of,
+    maker_of,
+    step_attention_error,
+)
+from serve_app.model.kernels.decode_batch import DecodeBatch
+from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantization import Quantization
 from serve_app.model.quantize import dequantize, quantize
@@ -28,7 +37,9 @@ CONFIG = MixtralConfig.from_dict(
         "hidden_size": HIDDEN_SIZE,
         "intermediate_size": INTERMEDIATE_SIZE,
         "num_hidden_layers": 1,
-        "num_attention_heads": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
         "num_local_experts": NUM_EXPERTS,
         "num_experts_per_tok": TOP_K,
         "vocab_size": 64,
@@ -37,10 +48,6 @@ CONFIG = MixtralConfig.from_dict(
 )
 NUM_TOKENS = (1, 7, 40)
 """Numbers of tokens: one decode, a few decodes, and a prefill chunk."""
-HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 8, 2, 128, 16
-CONTEXTS = (1, 70, 300, 4500)
-"""Lengths of contexts in tokens: one split, several splits, and more than `MAX_SPLITS` of the
-minimum length."""
 
 
 def relative_errors(
@@ -53,6 +60,7 @@ def relative_errors(
     """Returns the largest relative error of each product over all `NUM_TOKENS`.
 
     `has_kernels` adds the Triton kernels; by default they are added on a GPU with a 16-bit dtype.
+    On a GPU with bfloat16, attention by the CUDA kernel is added.
     If an error is NaN, only that one is returned.
     """
     if has_kernels is None:
@@ -92,34 +100,35 @@ def relative_errors(
                 return {name: error}
             errors[name] = max(errors.get(name, 0.0), error)
     if has_kernels:
-        found, expected = _attention(dtype, device, random)
-        error = float((found.float() - expected).norm() / expected.norm())
-        errors["attention (triton)"] = error
+        errors["attention (triton)"] = _attention_by_triton(dtype, device)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        errors |= _attention_by_cuda(device)
     return errors
 
 
-def _attention(
-    dtype: torch.dtype, device: torch.device, random: Callable[..., Tensor]
-) -> tuple[Tensor, Tensor]:
-    """Returns attention of decodes with `CONTEXTS`, by the kernel and in plain float32."""
+def _attention_by_triton(dtype: torch.dtype, device: torch.device) -> float:
+    """Returns the relative error of the Triton kernel."""
     from serve_app.model.kernels.triton.paged_attention import PagedAttention
 
-    count, width = len(CONTEXTS), -(-max(CONTEXTS) // BLOCK_SIZE)
-    shape = (count * width, BLOCK_SIZE, KV_HEADS, HEAD_DIM)
-    keys, values = (random(*shape).to(device, dtype) for _ in range(2))
-    queries = random(count, HEADS, HEAD_DIM).to(device, dtype)
-    tables = torch.arange(count * width, device=device).flip(0).view(count, width)
-    found = queries.new_empty(count, HEADS * HEAD_DIM)
-    lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
-    kernel = PagedAttention(HEADS, keys, None, count)
-    kernel(queries, keys, values, tables.int(), lens, found)
-    none = lens.new_empty(0)
-    batch = Batch(none, none, none, [1] * count, list(CONTEXTS), tables, none)
-    plan = plan_attention(batch, BLOCK_SIZE, None, torch.float32)
-    expected = found.float()
-    cache = KVCache([keys.float()], [values.float()])
-    attend(plan, 0, queries.float(), cache, expected)
-    return found, expected
+    def attention(
+        queries: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, out: Tensor
+    ) -> None:
+        kernel = PagedAttention(queries.shape[1], keys, CONFIG.sliding_window, len(queries))
+        kernel(queries, keys, values, batch.tables, batch.context_lens, out)
+
+    return attention_error(attention, CONFIG, dtype, device)
+
+
+def _attention_by_cuda(device: torch.device) -> dict[str, float]:
+    """Returns the relative error of the CUDA kernel, by its name; nothing where it cannot run."""
+    card = card_of(device)
+    try:
+        if card.capability < OLDEST:
+            return {}
+        kernels = StepKernels(CONFIG, card, maker_of(Compiler(card.capability)))
+    except StepUnavailable:
+        return {}
+    return {"attention (cuda)": step_attention_error(kernels, CONFIG, device)}
 
 
 def _linear(

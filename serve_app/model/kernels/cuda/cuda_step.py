@@ -11,12 +11,7 @@ import torch
 from torch import Tensor
 
 from serve_app.model.kernels.cuda.layer_products import floats
-from serve_app.model.kernels.cuda.step_kernels import (
-    MAX_ROWS,
-    AttentionMemory,
-    Routing,
-    step_misfit,
-)
+from serve_app.model.kernels.cuda.step_kernels import MAX_ROWS, AttentionMemory, Routing
 from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -103,4 +98,4 @@ def unfit(model: "Mixtral", max_rows: int) -> str | None:
         return f"a step may have {max_rows} rows, and they take {MAX_ROWS}"
     if model.products is None:
         return "the 4-bit products are no CUDA kernels"
-    return step_misfit(model.config)
+    return None if model.products.step_kernels else model.products.without_step

@@ -92,7 +92,9 @@ class CudaProducts:
         grid = Grid(blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
         self.step_kernels: StepKernels | None = None
-        """The other kernels of a decode step; None if they cannot compute the model."""
+        """The other kernels of a decode step; None if they cannot be used."""
+        self.without_step = "they are not compiled"
+        """The reason why `step_kernels` is None."""
         self.make_sampler: Callable[[int], SampleKernel] | None = None
         """Compiles the sampler for a maximum number of rows. Raises `StepUnavailable`."""
 

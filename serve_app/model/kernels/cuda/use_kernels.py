@@ -10,14 +10,20 @@ import torch
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
+from serve_app.model.kernels.attention_check import attention_error
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid, Kernel
 from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
 from serve_app.model.kernels.cuda.sampling import SampleKernel
-from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
+from serve_app.model.kernels.cuda.step_kernels import (
+    AttentionMemory,
+    StepKernels,
+    step_misfit,
+)
 from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS
 from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
+from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.linear import QuantizedLinear
 from serve_app.model.quantized_weight import QuantizedWeight
@@ -31,6 +37,8 @@ TRIED_TOKENS = (1, 12, 24, 48, 100)
 """Number of tokens of each batch in the trial. Together they use every kernel."""
 TOLERANCE = 2e-2
 """Maximum relative error of a bfloat16 product, compared with plain torch."""
+ATTENTION_TOLERANCE = 1e-2
+"""Maximum relative error of a row of attention, compared with float32. Rounding causes 3e-3."""
 OLDEST = 80
 """Minimum compute capability (8.0), which has bfloat16 products and asynchronous copies."""
 
@@ -51,11 +59,7 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None, filled: Sequence[Path
         if card.capability < OLDEST:
             raise StepUnavailable("the GPU is older than compute capability 8.0")
         compiler = Compiler(card.capability, cache, filled)
-
-        def make(name: str, macros: Any, grid: Grid) -> Kernel:
-            return Kernel(compiler.cubin(name, macros), name, grid)
-
-        error = try_kernels(model, card, make)
+        error = try_kernels(model, card, maker_of(compiler))
     except StepUnavailable as reason:
         return f"4-bit products do not run in CUDA kernels: {reason}"
     except torch.OutOfMemoryError:
@@ -88,10 +92,43 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     products.make_sampler = lambda max_rows: SampleKernel(
         config.vocab_size, max_rows, card, model.embedding.device, make
     )
-    if step_misfit(config) is None:
-        products.step_kernels = StepKernels(config, card, make)
+    try:
+        products.step_kernels = tried_step(config, card, make, model.embedding.device)
+    except StepUnavailable as reason:
+        products.without_step = str(reason)
     model.products = products
     return error
+
+
+def tried_step(
+    config: MixtralConfig, card: Card, make: MakeKernel, device: torch.device
+) -> StepKernels:
+    """Returns the other kernels of a decode step.
+
+    `GpuStep.verified` compares a whole step with plain torch. Raises `StepUnavailable` if the
+    kernels do not fit the model or if attention differs from plain torch.
+    """
+    if (reason := step_misfit(config)) is not None:
+        raise StepUnavailable(reason)
+    kernels = StepKernels(config, card, make)
+    error = step_attention_error(kernels, config, device)
+    if not error < ATTENTION_TOLERANCE:
+        raise StepUnavailable(f"attention in CUDA differs from plain torch by {error:.1e}")
+    return kernels
+
+
+def step_attention_error(
+    kernels: StepKernels, config: MixtralConfig, device: torch.device
+) -> float:
+    """Returns the largest relative error of a row of attention by `kernels`."""
+
+    def attention(
+        queries: Tensor, keys: Tensor, values: Tensor, batch: DecodeBatch, out: Tensor
+    ) -> None:
+        memory = AttentionMemory(config, len(queries), device)
+        kernels.attention(queries, keys, values, batch, memory, out)
+
+    return attention_error(attention, config, torch.bfloat16, device)
 
 
 def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKernel) -> CudaProducts:
@@ -138,6 +175,15 @@ def unfit(model: "Mixtral", card: Card) -> str | None:
     if isinstance(model.lm_head, QuantizedLinear):
         shapes.append((DENSE, config.vocab_size, hidden))
     return next((why for each in shapes if (why := misfit(each[0], card, *each[1:]))), None)
+
+
+def maker_of(compiler: Compiler) -> MakeKernel:
+    """Returns the function that compiles kernels and loads them into the current context."""
+
+    def make(name: str, macros: Sequence[str], grid: Grid) -> Kernel:
+        return Kernel(compiler.cubin(name, macros), name, grid)
+
+    return make
 
 
 def card_of(device: torch.device) -> Card:

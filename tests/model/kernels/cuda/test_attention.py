@@ -7,10 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from serve_app.model.kernels import kernel_check
 from serve_app.model.kernels.cuda import step_kernels
-from serve_app.model.kernels.cuda.step_kernels import AttentionMemory
+from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, StepKernels
+from serve_app.model.kernels.cuda.use_kernels import step_attention_error
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from tests.model.kernels.cuda.emulator import has_compiler
+from tests.model.kernels.cuda.host_kernels import HostKernels
 from tests.model.kernels.cuda.step_bench import (
     BLOCK_SIZE,
     ROUNDING,
@@ -125,6 +129,22 @@ def test_a_row_has_the_same_bits_in_any_batch(bench: Bench) -> None:
         assert torch.equal(Decode(bench, [CONTEXTS[row]]).attended(bench)[0], whole[row])
 
 
+def test_the_check_of_a_device_tries_it() -> None:
+    """`check --load` compares each row with float32, the longest context too: a kernel that is
+    wrong in that one alone fails."""
+    card, device = Card(90, 1), torch.device("cpu")
+    kernels = StepKernels(kernel_check.CONFIG, card, HostKernels())
+    assert 1e-4 < step_attention_error(kernels, kernel_check.CONFIG, device) < ROUNDING
+
+    def edit(name: str, text: str) -> str:
+        changed = text.replace("split < count; split++", "split < min(count, 27); split++")
+        assert name != "splits.cuh" or changed != text
+        return changed
+
+    kernels = StepKernels(kernel_check.CONFIG, card, HostKernels(edit))
+    assert step_attention_error(kernels, kernel_check.CONFIG, device) > 5e-2
+
+
 EDITS = {
     "the new token": ("attention.cu", "first_stop > newest)", "first_stop > newest + 1)"),
     "the slot of a token": ("attention.cu", "+ place % block_size", "+ place % 8"),
@@ -143,3 +163,17 @@ EDITS = {
 def test_a_changed_index_is_found(case: tuple[str, str, str]) -> None:
     """A kernel with one index or condition changed does not pass."""
     assert not edited_error(attention_error, *case) < 2 * ROUNDING
+
+
+def test_a_barrier_between_splits_is_needed(bench: Bench) -> None:
+    """Threads in any order give the same result, and a barrier whose absence a fixed order hides is
+    missed in another one."""
+    edit = ("attention.cu", "if (done) __syncthreads();", "")
+    assert edited_error(attention_error, *edit) < ROUNDING
+    assert not edited_error(attention_error, *edit, seed=1) < ROUNDING
+    try:
+        for seed in (1, 2):
+            bench.shuffle(seed)
+            assert attention_error(bench) < ROUNDING
+    finally:
+        bench.shuffle(0)

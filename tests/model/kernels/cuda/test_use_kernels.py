@@ -1,5 +1,6 @@
 """A model whose 4-bit products run in CUDA kernels: here their sources, run on the host."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from serve_app.model.batch import Batch
+from serve_app.model.kernels import attention_check
 from serve_app.model.kernels.cuda import use_kernels
 from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
@@ -30,6 +32,7 @@ from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
 from serve_app.model.quantization import Quantization
 from tests.model.kernels.cuda.emulator import HostKernel, has_compiler
+from tests.model.kernels.cuda.host_kernels import HostKernels
 from tools.random_model import config_of, random_model
 
 CARD, CPU = Card(90, 1), torch.device("cpu")
@@ -102,6 +105,7 @@ def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
     monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
     monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
+    monkeypatch.setattr(attention_check, "CONTEXTS", (1, 150))
 
 
 def test_a_model_with_them_gives_the_same_logits(make: MakeKernel) -> None:
@@ -152,6 +156,7 @@ def test_a_layer_is_eight_launches(monkeypatch: pytest.MonkeyPatch) -> None:
             launches.append(self._name)
 
     monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(use_kernels, "attention_error", lambda *_: 0.0)
     model = model_of(num_hidden_layers=3)
     try_kernels(model, CARD, Counted)
     numbers = torch.ones(2).long()
@@ -210,6 +215,7 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
     """Whatever the first trial missed: the step is compared whole, and its note has the reason."""
     model = model_of()
     monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(use_kernels, "attention_error", lambda *_: 0.0)
     try_kernels(model, CARD, Nothing)
     monkeypatch.setattr(
         step_trial, "error", lambda model, *_: 0.0 if model.products is None else 0.5
@@ -217,6 +223,31 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
     step = GpuStep.verified(model, cache_of(model), 2)
     assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
     assert model.products is None
+
+
+def wrong_from_the_second_split(name: str, text: str) -> str:
+    """An edit of the sources: a split counts as the one before it. A context of one split, or one
+    row of two, hides that from a mean over rows."""
+    changed = text.replace("head * MAX_SPLITS + split;", "head * MAX_SPLITS + split / 2;")
+    assert name != "splits.cuh" or changed != text
+    return changed
+
+
+def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products stay in CUDA, the rest of a step is computed by Triton, and the runner's note,
+    which `/health` shows, says why."""
+    if not has_compiler():
+        pytest.skip("g++ compiles the kernels for the host")
+    monkeypatch.setattr(use_kernels, "largest_error", lambda *_: torch.zeros(1))
+    monkeypatch.setattr(step_trial, "error", lambda *_: 0.0)
+    model = model_of()
+    try_kernels(model, CARD, HostKernels(wrong_from_the_second_split))
+    step = GpuStep.verified(model, cache_of(model), 2)
+    assert re.fullmatch(
+        "; its 4-bit products are CUDA kernels, its others Triton kernels: "
+        r"attention in CUDA differs from plain torch by [1-9]\.\de-01",
+        step.note,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Converts grammars to llguidance's form."""
 
 import json
+import math
 import re
+from fractions import Fraction
 from typing import Any
 
 from serve_app.errors import InvalidRequest
@@ -21,6 +23,9 @@ MAX_GBNF_CHARS = 10_000
 
 MIN_NUMBER = -(2**63) + 4096
 """The smallest number in a schema."""
+MAX_MULTIPLE = 100_000
+"""The largest least common multiple of all `multipleOf` of a schema, without their decimal points.
+Its grammar takes half a second."""
 _JSON = re.compile(r"%json\s*")
 """The beginning of a JSON schema in a Lark grammar."""
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
@@ -43,9 +48,14 @@ def rules(source: GrammarSource) -> dict[str, Any]:
 
 
 def check_numbers(source: GrammarSource) -> None:
-    """Raises `InvalidRequest` for a number that would end the process: llguidance recurses without
-    end for the smallest integer of 64 bits, to which it rounds smaller numbers."""
+    """Raises `InvalidRequest` for numbers with which llguidance does not end.
+
+    It recurses for the smallest integer of 64 bits, to which it rounds smaller numbers, until the
+    process has no stack. The time for `multipleOf` grows with the number, and schemas may combine
+    several ones to their least common multiple.
+    """
     values: list[Any] = []
+    multiples: set[Fraction] = set()
     if source.kind in ("json", "tools"):
         values.append(json.loads(source.text))
     if source.kind == "tools" and (answer := values[0]["answer"]) is not None:
@@ -56,6 +66,9 @@ def check_numbers(source: GrammarSource) -> None:
         value = values.pop()
         if isinstance(value, dict):
             values.extend(value.values())
+            multiple = value.get("multipleOf")
+            if isinstance(multiple, int | float) and 0 < multiple < math.inf:
+                multiples.add(Fraction(str(multiple) if isinstance(multiple, float) else multiple))
         elif isinstance(value, list):
             values.extend(value)
         elif isinstance(value, int | float) and value < MIN_NUMBER:
@@ -63,6 +76,12 @@ def check_numbers(source: GrammarSource) -> None:
                 f"`{source.field}` has a number below {MIN_NUMBER}, which is not supported.",
                 param=source.field,
             )
+    scale = math.lcm(*(each.denominator for each in multiples))
+    if math.lcm(*(int(each * scale) for each in multiples)) > MAX_MULTIPLE:
+        raise InvalidRequest(
+            f"`{source.field}` has `multipleOf` with numbers that are too large together.",
+            param=source.field,
+        )
 
 
 def _json_at(text: str, begin: int) -> Any:

@@ -146,6 +146,12 @@ def test_a_wrong_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"json": {"allOf": [{"pattern": f"^.*{c}.*$"} for c in "abcdefghijklmnop"]}}, "empty"),
         ({"json": {"type": "nothing"}}, "structured_outputs.json"),
         ({"json": {"$ref": "#"}}, "too complex"),
+        ({"json": {"type": "integer", "multipleOf": 1_000_003}}, "multipleOf"),
+        ({"json": {"type": "integer", "multipleOf": float("inf")}}, "cannot be used"),
+        ({"json": {"type": "integer", "multipleOf": True}}, "multipleOf"),
+        ({"json": {"type": "integer", "multipleOf": 10**400}}, "multipleOf"),
+        ({"json": {"anyOf": [{"multipleOf": 997}, {"multipleOf": 0.991}]}}, "multipleOf"),
+        ({"json": {"exclusiveMinimum": -9e18, "maximum": 0, "multipleOf": 10**9 + 7}}, "multiple"),
         ({"grammar": "start: a\na: b\nb: a"}, "too complex"),
     ],
 )
@@ -190,6 +196,7 @@ def test_thousands_of_choices_are_one_grammar() -> None:
         {"type": "string", "format": "path", "maxLength": 3},
         {"type": "object", "properties": {"a": {"type": "string", "format": "password"}}},
         {"type": "array", "uniqueItems": False, "items": {"type": "integer"}},
+        {"properties": {"a": {"multipleOf": 0.01}, "b": {"multipleOf": 500}}},
         {"$defs": {"a": {"type": "string", "format": "uuid4"}}, "$ref": "#/$defs/a"},
     ],
 )

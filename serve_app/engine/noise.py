@@ -12,7 +12,9 @@ the same number. It is computed in three steps:
     noise   = -log(-log(1 - uniform))
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 # Signed 64-bit numbers; torch's int64 arithmetic wraps around.
@@ -28,6 +30,42 @@ def gumbel(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     their softmax (the Gumbel-max trick). float64 represents the tail of the distribution, which
     decides which token wins, and makes ties practically impossible.
     """
+    # On a CPU numpy takes half the time of torch.
+    compute = _gumbel_on_host if seeds.is_cpu else _gumbel_on_device
+    return compute(seeds, positions, vocab_size)
+
+
+def _gumbel_on_host(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
+    keys = seeds.numpy().view(np.uint64).copy()
+    _mix_on_host(keys)
+    keys += positions.numpy().view(np.uint64) * np.uint64(_GOLDEN % (1 << 64))
+    _mix_on_host(keys)
+    ids = np.arange(vocab_size, dtype=np.uint64) * np.uint64(_GOLDEN % (1 << 64))
+    bits = keys[:, None] + ids
+    _mix_on_host(bits)
+    bits >>= np.uint64(12)
+    # The top 52 bits plus a half: never 0 and never 1.
+    noise = bits.astype(np.float64)
+    noise += 0.5
+    noise *= -(2.0**-52)
+    np.log1p(noise, out=noise)
+    np.negative(noise, out=noise)
+    np.log(noise, out=noise)
+    np.negative(noise, out=noise)
+    return torch.from_numpy(noise)
+
+
+def _mix_on_host(x: NDArray[np.uint64]) -> None:
+    """Applies SplitMix64's finalizer to `x` in place."""
+    shifted = np.empty_like(x)
+    for bits, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
+        np.right_shift(x, np.uint64(bits), out=shifted)
+        x ^= shifted
+        if factor is not None:
+            x *= np.uint64(factor % (1 << 64))
+
+
+def _gumbel_on_device(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
     keys = _mix(_mix(seeds.clone()) + positions * _GOLDEN)
     ids = torch.arange(vocab_size, device=seeds.device) * _GOLDEN
     bits = _shift_right(_mix(keys[:, None] + ids), 12)

@@ -93,7 +93,11 @@ class RandomRows:
         if self._filtered is not None:
             scores[self._filtered] = self._filter.apply(scores[self._filtered])
         positions = to_device([s.num_output_tokens for s in self._sequences], logits.device)
-        return (noise.gumbel(self._seeds, positions, logits.shape[1]) + scores).argmax(-1)
+        noisy = noise.gumbel(self._seeds, positions, logits.shape[1]).add_(scores)
+        if not noisy.is_cpu:
+            return noisy.argmax(-1)
+        # On a CPU numpy's argmax takes a quarter of the time.
+        return torch.from_numpy(noisy.numpy().argmax(-1))
 
 
 class LogprobRows:

@@ -2,11 +2,13 @@
 
 import math
 import statistics
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from serve_app.engine.noise import as_int64, gumbel
+from serve_app.engine.noise import _gumbel_on_device, _gumbel_on_host, as_int64, gumbel
 
 MASK = (1 << 64) - 1
 
@@ -24,8 +26,11 @@ def expected(seed: int, position: int, token_id: int) -> float:
     return -math.log(-math.log1p(-(bits + 0.5) / 2**52))
 
 
+@pytest.mark.parametrize("gumbel", [_gumbel_on_host, _gumbel_on_device])
 @pytest.mark.parametrize("seed", [0, 1, -1, 2**63 - 1, 2**63, 2**64 - 1, 2**64 + 1])
-def test_noise_is_the_published_function_of_seed_position_and_token(seed: int) -> None:
+def test_noise_is_the_published_function_of_seed_position_and_token(
+    seed: int, gumbel: Callable[[Tensor, Tensor, int], Tensor]
+) -> None:
     """Every number equals the pure Python one, signs and wrap-around included."""
     positions = [0, 1, 1000]
     noise = gumbel(torch.tensor([as_int64(seed)] * 3), torch.tensor(positions), 40)

@@ -15,6 +15,7 @@ pass these files in order:
    reads its parameters from `sampling_rows.py`; `sampler_trial.py` compares it with `sampler.py`
    before it is used. `prompt_scores.py` computes the log probabilities of prompt tokens.
 5. `in_flight_tokens.py` copies the sampled tokens to the host, where `core.py` collects them.
+   `live_sequences.py` appends them to their sequences, and ends complete or failed ones.
 6. `output_queue.py` sends them to the event loop of the request, into its `stream.py`, from which
    `Engine.generate` yields each `Delta`.
 

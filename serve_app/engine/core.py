@@ -18,25 +18,20 @@ longer than the kernels run: with 512 tokens on an H200, 4 layers took 30 ms, of
     launch C2 | launch A B C (the token of C is pending), collect C2, deliver | ...
 """
 
-import contextlib
-import copy
 import logging
 from typing import NamedTuple
 
 from serve_app.engine.block_manager import BlockManager
-from serve_app.engine.delta import Delta, FinishReason, TokenLogprob
 from serve_app.engine.engine_config import EngineConfig
+from serve_app.engine.live_sequences import LiveSequences
 from serve_app.engine.output_queue import OutputQueue
 from serve_app.engine.prefill_policy import Policy, PrefillPolicy
 from serve_app.engine.request_queue import RequestQueue
 from serve_app.engine.runner import InFlightStep, Runner
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.scheduler import Scheduler
-from serve_app.engine.sequence import FAILED, Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
-from serve_app.engine.stream import Stream
 from serve_app.engine.watchdog import Watchdog
-from serve_app.errors import InternalError, InvalidRequest, ServeError, as_serve_error
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +67,6 @@ class EngineCore:
             config.enable_prefix_caching,
         )
         self.watchdog = Watchdog(config.step_timeout_s)
-        self.num_generation_tokens = 0
         self.num_prompt_tokens = 0
         self.num_steps = 0
         self.step_seconds = 0.0
@@ -84,9 +78,8 @@ class EngineCore:
             config.prefill_share,
             runner.few_prompt_tokens,
         )
-        self._outputs = outputs or OutputQueue()
-        # All live sequences.
-        self._streams: dict[Sequence, Stream] = {}
+        outputs = outputs or OutputQueue()
+        self.live = LiveSequences(self.scheduler, requests, outputs, runner.clear_blocks)
         self._in_flight: _Launched | None = None
         # Whether the last step has only decodes; always false if steps do not overlap.
         self._has_decoded = False
@@ -98,7 +91,7 @@ class EngineCore:
             while self._take_requests(wait=not self.scheduler.has_work and not self._in_flight):
                 with self.watchdog:
                     self._step()
-                    self._deliver()
+                    self.live.deliver()
                 if self._num_failed_steps >= MAX_FAILED_STEPS:
                     log.critical("The engine ends: %d steps in a row failed.", MAX_FAILED_STEPS)
                     self._requests.fail()
@@ -108,19 +101,19 @@ class EngineCore:
             log.critical("The engine ends: its loop failed.", exc_info=True)
             self._requests.fail()
         finally:
-            self._end_all()
+            self.live.end_all()
 
     def _take_requests(self, *, wait: bool) -> bool:
         """Adds new sequences and drops aborted ones. Returns False when the engine must stop."""
         requests = self._requests.take(wait=wait)
-        for sequence, stream in requests.accepted:
-            self._streams[sequence] = stream
-            self.scheduler.add(sequence)
-            self.num_prompt_tokens += sequence.num_prompt_tokens
+        self.live.add(requests.accepted)
+        self.num_prompt_tokens += sum(
+            sequence.num_prompt_tokens for sequence, _ in requests.accepted
+        )
         for sequence in requests.aborted:
             # The last step may have ended it.
-            if sequence in self._streams:
-                self._drop(sequence)
+            if sequence in self.live:
+                self.live.drop(sequence)
         return not requests.is_stopping
 
     def _step(self) -> None:
@@ -133,9 +126,9 @@ class EngineCore:
         if had_decoded and scheduled and not self._has_decoded:
             # These are prefill chunks, whose launch may take long: first deliver the decodes.
             self._collect()
-            self._deliver(is_pausing=True)
-            # `_deliver` has dropped the sequences of closed event loops.
-            scheduled = [part for part in scheduled if part.sequence in self._streams]
+            self.live.deliver(is_pausing=True)
+            # `deliver` has dropped the sequences of closed event loops.
+            scheduled = [part for part in scheduled if part.sequence in self.live]
         launched = self._launch(scheduled)
         self._collect()
         self._in_flight = launched
@@ -185,115 +178,14 @@ class EngineCore:
             self.step_seconds += seconds
             self._policy.finished(shape, predicted_s, seconds)
         for sequence, prompt_logprobs in scores:
-            if sequence in self._streams:
-                scored = Delta([], [], prompt_logprobs=[prompt_logprobs])
-                self._outputs.add(self._streams[sequence], scored)
+            self.live.receive_scores(sequence, prompt_logprobs)
         sampled = [part for part in scheduled if part.is_sampled]
         for row, (part, token_id) in enumerate(zip(sampled, token_ids, strict=True)):
             # If a sequence ended while the step ran, its token is dropped.
-            if part.sequence in self._streams:
-                self._receive(part.sequence, part.end, token_id, logprobs.get(row))
-
-    def _receive(
-        self, sequence: Sequence, position: int, token_id: int, logprob: TokenLogprob | None
-    ) -> None:
-        """Appends one sampled token to its sequence and its stream, and ends a complete sequence.
-
-        `position` is the token's index in `token_ids`.
-        """
-        if token_id == FAILED:
-            self._end(sequence, Delta([], [], "error", self._failure(sequence)))
-            return
-        # The logits are finite, so the keys and values before them are finite too.
-        sequence.num_finite_tokens = position
-        self.scheduler.cache_blocks(sequence, position)
-        if not sequence.params.max_tokens:
-            self._end(sequence, Delta([], [], "length"))
-            return
-        if token_id in sequence.stop_ids:
-            # A client that scores a prompt with its answer expects one score per sampled token.
-            is_scored = sequence.params.prompt_logprobs is not None
-            scores = [logprob] if is_scored and logprob is not None else []
-            self._end(sequence, Delta([], scores, "stop"))
-            return
-        sequence.token_ids[position] = token_id
-        self.num_generation_tokens += 1
-        reason: FinishReason | None = None
-        if sequence.constraint is not None:
-            sequence.constraint.accept(token_id)
-            reason = "stop" if sequence.constraint.is_complete else None
-        if reason is None and position + 1 >= sequence.max_num_tokens:
-            reason = "length"
-        delta = Delta([token_id], [] if logprob is None else [logprob], reason)
-        if reason is not None:
-            self._end(sequence, delta)
-        else:
-            self._outputs.add(self._streams[sequence], delta)
-
-    def _failure(self, sequence: Sequence) -> ServeError:
-        """Returns the error of a sequence whose sampled token is `FAILED`."""
-        if sequence.constraint is not None and sequence.constraint.has_failed:
-            return InvalidRequest(
-                "The grammar became too complex for this server; send a simpler one."
-            )
-        log.error("The logits of a sequence were not finite; its request fails.")
-        self._runner.clear_blocks(sequence.block_table[sequence.num_cached_blocks :])
-        return InternalError("The model's logits were not finite; send the request again.")
+            if part.sequence in self.live:
+                self.live.receive(part.sequence, part.end, token_id, logprobs.get(row))
 
     def _fail_step(self, scheduled: list[ScheduledTokens], error: Exception) -> None:
-        """Ends each sequence of a failed step with the error."""
-        log.error("A step with %d sequences failed.", len(scheduled), exc_info=error)
+        """Counts a failed step, and ends its sequences."""
         self._num_failed_steps += 1
-        for part in scheduled:
-            if part.sequence in self._streams:
-                sequence = part.sequence
-                # The step may have written some of its keys and values, finite or not.
-                sequence.num_computed_tokens = max(sequence.num_computed_tokens, part.end)
-                # One copy per sequence, because raising an exception writes a traceback into it.
-                own_error = copy.copy(as_serve_error(error))
-                self._end(part.sequence, Delta([], [], "error", own_error))
-
-    def _end(self, sequence: Sequence, last: Delta) -> None:
-        """Ends a sequence with its last delta."""
-        self._outputs.add(self._streams[sequence], last)
-        self._drop(sequence)
-
-    def _drop(self, sequence: Sequence) -> None:
-        """Removes a sequence and frees its KV blocks, without sending a delta."""
-        self.scheduler.remove(sequence)
-        del self._streams[sequence]
-        self._requests.finish_one(sequence)
-
-    def _deliver(self, *, is_pausing: bool = False) -> None:
-        """Sends new deltas, and drops the sequences of closed event loops.
-
-        `is_pausing` also sends the deltas that would otherwise wait; see `OutputQueue.flush`.
-        """
-        if closed := self._outputs.flush(is_pausing=is_pausing):
-            for sequence, stream in list(self._streams.items()):
-                if stream.loop in closed:
-                    self._drop(sequence)
-
-    def abandon(self) -> None:
-        """Ends the streams of all sequences with `EngineDead`. Another thread calls this.
-
-        The engine's thread hangs in a step and cannot end them. The sequences keep their blocks.
-        """
-        self._requests.fail()
-        waiting = self._requests.take(wait=False).accepted
-        for stream in (*self._streams.values(), *(stream for _, stream in waiting)):
-            last = Delta([], [], "error", self._requests.refusal())
-            # The consumer's event loop may be closed.
-            with contextlib.suppress(RuntimeError):
-                stream.loop.call_soon_threadsafe(stream.put, last)
-
-    def _end_all(self) -> None:
-        self._take_requests(wait=False)
-        for stream in self._streams.values():
-            self._outputs.add(stream, Delta([], [], "error", self._requests.refusal()))
-        try:
-            for sequence in list(self._streams):
-                self._drop(sequence)
-        finally:
-            # The consumers must get their errors even if the scheduler has failed.
-            self._outputs.flush()
+        self.live.fail(scheduled, error)

@@ -80,7 +80,7 @@ class Engine:
         """
         if self._core.watchdog.has_hung and not self._requests.has_failed:
             log.critical("The engine ends: one of its steps does not return.")
-            self._core.abandon()
+            self._core.live.abandon()
 
     @property
     def is_alive(self) -> bool:
@@ -95,7 +95,7 @@ class Engine:
             num_waiting=len(scheduler.waiting) + self._requests.num_waiting,
             num_used_blocks=core.blocks.num_used,
             num_blocks=core.blocks.num_blocks,
-            num_generation_tokens=core.num_generation_tokens,
+            num_generation_tokens=core.live.num_generation_tokens,
             num_prompt_tokens=core.num_prompt_tokens,
             prefix_cache_queries=scheduler.prefix_cache_queries,
             prefix_cache_hits=scheduler.prefix_cache_hits,

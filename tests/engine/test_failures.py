@@ -10,6 +10,7 @@ from torch import Tensor
 
 from serve_app.engine.delta import Delta
 from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.sequence import Sequence
 from serve_app.errors import EngineDead, InternalError, OutOfMemory, ServeError
 from tests.engine.fake import FakeRunner, complete, greedy, logits_of, run, running, start
 
@@ -157,3 +158,26 @@ def test_an_error_in_the_scheduler_ends_all_requests(monkeypatch: pytest.MonkeyP
 
     with running(runner) as engine:
         run(die())
+
+
+def test_an_error_while_requests_are_taken_ends_all_of_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """When the scheduler refuses one of three requests that are taken together, each of them gets
+    EngineDead."""
+    runner = FakeRunner(is_held=True)
+
+    def add(sequence: Sequence) -> None:
+        raise ZeroDivisionError
+
+    async def die() -> list[Any]:
+        first, _ = await start(engine, runner, greedy(2, ignore_eos=True))
+        monkeypatch.setattr(engine._core.scheduler, "add", add)
+        requests = [asyncio.ensure_future(complete(engine, [i], greedy(4))) for i in range(3)]
+        await asyncio.sleep(0)
+        runner.let_go()
+        await drain(first, [])
+        return [type(e) for e in await asyncio.gather(*requests, return_exceptions=True)]
+
+    with running(runner) as engine:
+        assert run(die()) == [EngineDead] * 3

@@ -5,22 +5,7 @@ is used for prefill chunks, within the limits of the prefill policy. Example wit
 step and no other limit: while 20 sequences decode, a prompt of 1,000 tokens is computed in three
 steps. Each step has 20 decodes, and 492, 492 and 16 tokens of the prompt.
 
-The scheduler computes prompts in ascending order of rank:
-
-    rank = prompt tokens that arrived before this prompt + 2 * tokens of this prompt
-
-So short prompts that arrive later overtake a long one, which keeps its blocks and continues after
-them, until as many tokens have arrived after it as it has itself. Example: a prompt of 30,000
-tokens arrives first and has rank 60,000. The next 100 prompts of 200 tokens each have ranks 30,400
-to 50,200 and overtake it. A prompt of 20,000 tokens after them has rank 90,000 and waits.
-
-Each group of requests (`SchedulingClass.group`) counts its own tokens, prompt and generated tokens
-together. If a group had no waiting request, the count of its next request begins at the value at
-which the last admitted request began. So it overtakes the waiting requests of a busier group
-(start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Example: group a sends ten prompts
-of 1,000 tokens, with ranks 2,000 to 11,000; the first one is admitted. Group b then sends one: it
-begins at 0, has rank 2,000 and is the next one. Among waiting requests, a smaller
-`SchedulingClass.priority` precedes any rank.
+Prompts are computed in ascending order of rank; see `waiting_sequences.py`.
 
 A sequence gets the KV blocks for its whole prompt when it is admitted. If a decode finds no free
 block, the running sequence that arrived last is preempted: its blocks are freed, and it waits with
@@ -32,7 +17,6 @@ The cost of a step does not depend on the number of waiting sequences.
 
 import time
 from bisect import insort
-from heapq import heappop, heappush
 
 from serve_app.engine.block_manager import BlockManager, extend_hashes
 from serve_app.engine.prefill_policy import Policy, PrefillBudget
@@ -40,6 +24,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
 from serve_app.engine.step_sizes import MAX_SCORED_TOKENS
+from serve_app.engine.waiting_sequences import WaitingSequences, rank_of
 
 
 class Scheduler:
@@ -58,14 +43,8 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.running: list[Sequence] = []
         """In order of arrival."""
-        self.waiting: set[Sequence] = set()
-        # A heap of the waiting sequences by rank.
-        self._ranks: list[tuple[int, int, int, Sequence]] = []
+        self.waiting = WaitingSequences()
         self._num_added = 0
-        # By group: its token count, at which its next prompt begins.
-        self._group_ends: dict[str, int] = {}
-        self._reached = 0
-        """The token count at which the last admitted prompt began."""
         self.unchecked_blocks: list[int] = []
         """Freed KV blocks that may hold values that are not finite, because their sequence ended
         before finite logits proved the opposite. The caller clears them before the next step."""
@@ -81,17 +60,12 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence, which must fit into the empty KV cache."""
-        num_tokens = len(sequence.token_ids)
         self._num_added += 1
         sequence.number = self._num_added
         if sequence.shared_prompt is not None and sequence.shared_prompt.must_wait(sequence):
+            self.waiting.hold(sequence)
+        else:
             self.waiting.add(sequence)
-            return
-        group = sequence.scheduling_class.group
-        begin = max(self._reached, self._group_ends.get(group, 0))
-        self._group_ends[group] = begin + num_tokens
-        sequence.rank = begin + 2 * num_tokens
-        self._queue(sequence)
 
     def remove(self, sequence: Sequence) -> None:
         """Removes a waiting or running sequence and frees its blocks."""
@@ -100,11 +74,10 @@ class Scheduler:
         else:
             self.running.remove(sequence)
             self._free(sequence)
-        if group := sequence.scheduling_class.group:
-            self._group_ends[group] = self._group_ends.get(group, 0) + sequence.num_output_tokens
+        self.waiting.count_answer(sequence)
         if sequence.shared_prompt is not None:
             for follower in sequence.shared_prompt.removed(sequence, self.waiting):
-                self._queue(follower)
+                self.waiting.queue(follower)
 
     def schedule(self, policy: Policy | None = None) -> list[ScheduledTokens]:
         """Returns the next step, decodes first, with at most `max_num_batched_tokens` tokens.
@@ -155,14 +128,14 @@ class Scheduler:
         left = self.max_num_batched_tokens - decodes.num_decodes
         budget = policy.budget(decodes, left) if policy else PrefillBudget(left)
         admitted = [s for s in self.running if s.num_uncomputed_tokens > 1]
-        admitted.sort(key=_rank, reverse=True)
-        head = self._head() if can_admit else None
+        admitted.sort(key=rank_of, reverse=True)
+        head = self.waiting.head() if can_admit else None
         while budget.is_open:
-            if head and not (admitted and _rank(admitted[-1]) < _rank(head)):
+            if head and not (admitted and rank_of(admitted[-1]) < rank_of(head)):
                 has_room = self._admit(head)
                 if has_room:
                     _add_prefill_chunk(step, head, budget)
-                head = self._head() if has_room else None
+                head = self.waiting.head() if has_room else None
             elif admitted:
                 _add_prefill_chunk(step, admitted.pop(), budget)
             else:
@@ -185,7 +158,7 @@ class Scheduler:
         if prompt is not None and prompt.leader is sequence:
             for follower in prompt.computed():
                 if follower in self.waiting:  # false if it has been aborted
-                    self._queue(follower)
+                    self.waiting.queue(follower)
 
     def _shares_blocks(self, sequence: Sequence) -> bool:
         return self.enable_prefix_caching or sequence.shared_prompt is not None
@@ -208,22 +181,11 @@ class Scheduler:
         while not self.blocks.allocate(sequence.block_table, len(sequence.token_ids)):
             victim = self.running.pop()
             self._free(victim)
-            self._queue(victim)
+            self.waiting.queue(victim)
             self.num_preemptions += 1
             if victim is sequence:
                 return False
         return True
-
-    def _queue(self, sequence: Sequence) -> None:
-        self.waiting.add(sequence)
-        heappush(self._ranks, (*_rank(sequence), sequence))
-
-    def _head(self) -> Sequence | None:
-        """Returns the waiting sequence with the lowest rank, or None if none waits."""
-        # A removed sequence stays in the heap until it is the first.
-        while self._ranks and self._ranks[0][-1] not in self.waiting:
-            heappop(self._ranks)
-        return self._ranks[0][-1] if self._ranks else None
 
     def _admit(self, head: Sequence) -> bool:
         """Moves `head` from the waiting to the running sequences. Returns False if it does not fit.
@@ -256,8 +218,7 @@ class Scheduler:
             head.num_prompt_cached = head.num_computed_tokens
         if head.queued_s is None:
             head.queued_s = time.monotonic() - head.arrival_time
-        self.waiting.remove(head)
-        self._reached = max(self._reached, head.rank - 2 * head.num_prompt_tokens)
+        self.waiting.admit(head)
         insort(self.running, head, key=_number)
         return True
 
@@ -281,10 +242,6 @@ class Scheduler:
         self.blocks.free(sequence.block_table)
         sequence.block_table = []
         sequence.num_computed_tokens = sequence.num_finite_tokens = 0
-
-
-def _rank(sequence: Sequence) -> tuple[int, int, int]:
-    return sequence.scheduling_class.priority, sequence.rank, sequence.number
 
 
 def _number(sequence: Sequence) -> int:

@@ -50,7 +50,7 @@ class Sequence:
     number: int = 0
     """The position in the order of arrival, from 1."""
     rank: int = 0
-    """The scheduler computes prompts in ascending order of rank; see `scheduler.py`."""
+    """Prompts are computed in ascending order of rank; see `waiting_sequences.py`."""
     num_computed_tokens: int = 0
     """Number of leading tokens with keys and values in the KV cache; 0 after a preemption."""
     num_scored_tokens: int = 0

@@ -192,7 +192,8 @@ def test_a_step_never_looks_at_the_queue_behind_its_head() -> None:
             raise AssertionError("walked through the queue")
 
     driver.add(4, 4)
-    driver.scheduler.waiting = Untouchable(driver.scheduler.waiting)
+    waiting = driver.scheduler.waiting
+    waiting._sequences = Untouchable(waiting._sequences)
     assert len(driver.scheduler.schedule()) == 1
 
 

@@ -15,7 +15,7 @@ import pytest
 from emulator import client_api
 from emulator.platform import Platform
 from emulator.queue import Job
-from emulator.worker import Worker
+from emulator.worker import ENTRY, Worker
 from tests.faults.conftest import spoil
 from tests.processes import all_below, one_below, ray_below, running
 from tests.settled import settled
@@ -117,6 +117,58 @@ def test_a_killed_replica_ends_each_apis_stream_in_its_way(
     assert (responses["type"], responses["code"]) == ("error", "engine_dead")
     assert responses["sequence_number"] > events[1][-1].sequence_number
     assert (messages["type"], messages["error"]["type"]) == ("error", "api_error")
+
+
+FAILING = """
+import importlib.util, pathlib, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name != "serve_app.engine.core":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        load = spec.loader.exec_module
+
+        def exec_module(module):
+            load(module)
+            step = module.EngineCore._step
+
+            def failing(core):
+                if pathlib.Path("FILE").exists():
+                    raise RuntimeError
+                step(core)
+
+            module.EngineCore._step = failing
+
+        spec.loader.exec_module = exec_module
+        return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+"""A `sitecustomize.py`, with which the engine's loop fails while FILE exists."""
+
+
+def test_a_failed_engine_is_started_again(tmp_path: Path) -> None:
+    """An engine that fails in a living replica fails a stream and delays a plain job."""
+    file = tmp_path / "fail"
+    (tmp_path / "sitecustomize.py").write_text(FAILING.replace("FILE", str(file)))
+    folders = f"{tmp_path}{os.pathsep}{ENTRY.parent}"
+    with (
+        Platform() as platform,
+        Worker(platform, tmp_path, SERVE_CONFIG=str(TINY), PYTHONPATH=folders) as worker,
+    ):
+        client = Client(platform)
+        assert client.ended({"prompt": "x", "max_tokens": 3}).status == "COMPLETED"
+        stream, silent = both_run(client)
+        file.touch()
+        until(lambda: stream.is_over)
+        file.unlink()
+        until(lambda: silent.is_over)
+        assert has_lost_the_model(client, stream)
+        assert silent.status == "COMPLETED", silent.error
+        assert worker.terminate() == 0
+        settled(platform, worker)
 
 
 def test_sigterm_during_a_job_is_answered(client: Client, worker: Worker) -> None:

@@ -3,6 +3,7 @@
 `protocol/grammar.py` implements it.
 """
 
+from collections.abc import Collection
 from typing import Protocol
 
 import numpy as np
@@ -22,6 +23,10 @@ class Constraint(Protocol):
 
     def accept(self, token_id: int) -> None:
         """Advances the state by one token, which must be allowed."""
+        ...
+
+    def allows_only(self, token_ids: Collection[int]) -> bool:
+        """Returns whether no token except these may come next; False if the grammar `has_failed`."""
         ...
 
     @property

@@ -63,6 +63,9 @@ class LiveSequences:
 
         `position` is the token's index in `token_ids`.
         """
+        if token_id == FAILED and _is_complete(sequence):
+            self._end(sequence, Delta([], [], "stop"))
+            return
         if token_id == FAILED:
             self._end(sequence, Delta([], [], "error", self._failure(sequence)))
             return
@@ -170,3 +173,11 @@ class LiveSequences:
             # The consumer's event loop may be closed.
             with contextlib.suppress(RuntimeError):
                 stream.loop.call_soon_threadsafe(stream.put, self._refusal())
+
+
+def _is_complete(sequence: Sequence) -> bool:
+    """Returns whether the grammar allows only the end of the answer, as the regular expression ""
+    does. All logits are -inf then if `min_tokens` forbids the end; a grammar goes before
+    `min_tokens`."""
+    constraint = sequence.constraint
+    return constraint is not None and constraint.allows_only(sequence.stop_ids)

@@ -52,6 +52,12 @@ class GrammarState:
         """See `Constraint`."""
         self._matcher.consume_token(token_id)
 
+    def allows_only(self, token_ids: Collection[int]) -> bool:
+        """See `Constraint`."""
+        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
+        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
+        return not self.has_failed and set(allowed.tolist()) <= set(token_ids)
+
     @property
     def has_failed(self) -> bool:
         """See `Constraint`."""

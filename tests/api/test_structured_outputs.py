@@ -209,6 +209,14 @@ def test_a_grammar_that_grows_too_complex_fails_its_own_request_only(tiny: Mixtr
     assert answered["status"] == 200
 
 
+def test_a_complete_answer_ends_before_min_tokens(tiny: MixtralServer) -> None:
+    """An answer to which its grammar can add nothing ends, also if it is empty."""
+    for text in ("ab", ""):
+        answer = asyncio.run(ask(tiny, structured_outputs={"regex": text}, min_tokens=40))
+        choice = answer["body"]["choices"][0]
+        assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+
+
 def test_logprobs_are_the_models_own(tiny: MixtralServer) -> None:
     """Log probabilities are of the distribution before the grammar, as without one."""
     how: dict[str, Any] = {"temperature": 0, "max_tokens": 2, "logprobs": True, "top_logprobs": 3}

@@ -1,6 +1,6 @@
 """The GPU's sampler, whose kernel runs on the host here, beside the sampler in torch."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -47,6 +47,9 @@ class Every:
             allowed[token // 32] |= np.int32(np.uint32(1 << token % 32))
 
     def accept(self, token_id: int) -> None: ...
+
+    def allows_only(self, token_ids: Collection[int]) -> bool:
+        return False
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A step on a GPU never waits for it: the code of a step runs on a GPU that computes nothing."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import numpy as np
 import pytest
@@ -73,6 +73,9 @@ class Every:
         allowed[:] = -1
 
     def accept(self, token_id: int) -> None: ...
+
+    def allows_only(self, token_ids: Collection[int]) -> bool:
+        return False
 
 
 PARAMS = {

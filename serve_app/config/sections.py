@@ -129,7 +129,7 @@ class EngineSettings(_Section):
     enforce_eager: bool = False
     """Whether the kernels of each decode step are launched one by one, instead of replaying
     captured CUDA graphs. Decoding is slower; the start is shorter and needs less GPU memory."""
-    num_threads: int | None = Field(default=None, ge=1)
+    num_threads: int | None = Field(default=None, ge=1, le=1024)
     """Maximum number of compute threads on a CPU. None: the number of cores for long steps of the
     compiled step, such as those of prompts; other steps leave a core for network I/O."""
 

@@ -157,6 +157,7 @@ def test_only_the_settings_read_the_environment() -> None:
         ("{engine: {blok_size: 1}}", "`engine.blok_size` is not a setting"),
         ("{engin: {}}", "`engin` is not a setting"),
         ("{engine: {max_num_seqs: 0}}", "`engine.max_num_seqs`"),
+        ("{engine: {num_threads: 100000}}", "`engine.num_threads`"),
         ("{engine: {max_num_batched_tokens: 16}}", "(16) must be at least max_num_seqs (32)"),
         ("{model: {quantization: int3}}", "`model.quantization`"),
         ("{model: {served_model_name: ','}}", "`model.served_model_name`"),

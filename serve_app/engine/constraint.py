@@ -26,7 +26,8 @@ class Constraint(Protocol):
         ...
 
     def allows_only(self, token_ids: Collection[int]) -> bool:
-        """Returns whether no token except these may come next; False if the grammar `has_failed`."""
+        """Returns whether no token except these may come next. False if the grammar
+        `has_failed`."""
         ...
 
     @property

@@ -85,8 +85,8 @@ def test_the_promise_holds_and_nothing_is_computed_twice(
     """For any step times, no gap of a stream exceeds `max_stall_s` by more than the allowance.
 
     The allowance is `SURPRISE`, because a prediction within it is not corrected, and one step of
-    decodes; or the smallest prefill chunk if that is longer. Every request ends, each token is computed once, and every iteration of the loop
-    computes something.
+    decodes; or the smallest prefill chunk if that is longer. Every request ends, each token is
+    computed once, and every iteration of the loop computes something.
     """
     engine = engine_of(times, is_gpu=is_gpu)
     turns = engine.num_turns

@@ -2,21 +2,21 @@
 
 HAProxy hashes a text that stays the same in a conversation, and the hash chooses the replica
 (consistent hashing: a replica that comes or goes moves its own share of the conversations alone).
-The text is the first of these that a request has:
+The text is the first of these in a request:
 
     the header `x-session-id`
     what `protocol/session.py` finds in the body
-    the first bytes of the body, where HAProxy cannot read it: a first message beyond the 15 kB that
-    it has of a body
+    the first bytes of the body, if HAProxy finds none of those in the 15 kB that it reads of it
 
-A new conversation goes to the next replica if that one has `NEW_LOAD` percent of the mean of
-requests. A stick table remembers the replica of each conversation, which keeps the conversation
-until it has more than `KEEP_LOAD` percent of the mean and `KEEP_MORE` requests.
+A new conversation goes to the replica of its hash, or to the next one on the ring if that replica
+has `NEW_LOAD` percent of the mean number of requests. A stick table remembers the replica of each
+conversation. The replica keeps the conversation until it has more than `KEEP_LOAD` percent of the
+mean plus `KEEP_MORE` requests.
 
-Each HAProxy has its own table, and Serve starts HAProxy again when a replica comes or goes, with an
-empty table. Then the hash finds the replica of most conversations again.
+Each HAProxy has its own table. Serve restarts HAProxy with an empty table when a replica comes or
+goes; then the hash finds the replica of most conversations again.
 
-Requests that generate nothing have no such text, and go to the replicas by turns.
+Requests that generate nothing have no such text and go to the replicas in turn.
 """
 
 import re

@@ -77,7 +77,7 @@ def measure_model(report: Report, runner: RandomRunner, bandwidth: float, flops:
         say(f"{name}: {note}")
     if runner.lacks_kernels:
         with report.part("CUDA kernels"):
-            raise ValueError(f"they are not used: {runner.kernels_note}{runner.note}")
+            raise ValueError(f"they are not used: {runner.kernels_note}; {runner.note}")
     if "step" in runner.options.parts:
         measure_step(report, runner, bandwidth)
     if "prompts" in runner.options.parts:

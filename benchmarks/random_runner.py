@@ -116,8 +116,8 @@ class RandomRunner:
 
     @property
     def note(self) -> str:
-        """The way in which the runner computes steps; see `ModelRunner.note`."""
-        return self.runner.note
+        """The way in which the runner computes steps; see `ModelRunner.notes`."""
+        return "; ".join(self.runner.notes)
 
     def engine_config(self) -> EngineConfig:
         """Returns the limits of an engine around the runner, as a server on this device has

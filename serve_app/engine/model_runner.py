@@ -61,7 +61,7 @@ class ModelRunner:
         """
         self.model = model
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
-        self.note: str
+        self.notes: list[str] = []
         """How steps are computed, and why; shown in `/health`."""
         self._block_size = block_size
         self._device = device
@@ -78,7 +78,7 @@ class ModelRunner:
         self._choose_step(max_num_seqs, enforce_eager, max_threads)
 
     def _choose_step(self, max_num_seqs: int, enforce_eager: bool, max_threads: int) -> None:
-        """Chooses how steps are computed, and sets `note`."""
+        """Chooses how steps are computed, and adds to `notes`."""
         step: CpuStep | GpuStep
         try:
             if self._device.type == "cuda":
@@ -86,54 +86,54 @@ class ModelRunner:
             else:
                 step = CpuStep.verified(self.model, self.cache, max_threads)
         except StepUnavailable as reason:
-            self.note = f"a step runs in plain torch, not compiled: {reason}"
+            self.notes.append(f"steps run in plain torch, not in compiled code: {reason}")
             return
         if isinstance(step, CpuStep):
             self._cpu_step = step
-            self.note = "a step is one call of compiled code"
-            if max_threads > 1:
-                self.note += f"; long steps take up to {max_threads} threads"
+            threads = f"; long steps use up to {max_threads} threads" if max_threads > 1 else ""
+            self.notes.append(f"a step is one call of compiled code{threads}")
             return
         self._gpu_step = step
-        self.note = "a decode step is one call of compiled code"
         sampling = self._choose_sampler(max_num_seqs)
-        eager = ", launched kernel by kernel: `engine.enforce_eager` is set"
-        self.note += eager if enforce_eager else self._capture(step, max_num_seqs)
-        self.note += step.note + sampling
-        self.note += self._choose_prompt_step() + step.unpack_for_prompts()
+        eager = "decode steps are launched kernel by kernel: `engine.enforce_eager` is set"
+        captured = eager if enforce_eager else self._capture(step, max_num_seqs)
+        self.notes += [step.note, captured, sampling, self._choose_prompt_step()]
+        self.notes += step.unpack_for_prompts()
 
     def _choose_sampler(self, max_num_seqs: int) -> str:
-        """Sets the sampler. Returns the part of `note` about it."""
+        """Sets the sampler. Returns a note about it."""
         products = self.model.products
         if products is None or products.make_sampler is None:
-            return "; tokens are sampled in plain torch: the CUDA kernels are not used"
+            return "tokens are sampled in plain torch: the CUDA kernels are not used"
         try:
             kernel = products.make_sampler(capture_sizes(max_num_seqs)[-1])
             self.sampler = tried_sampler(kernel, self.vocab_size, self._device)
         except StepUnavailable as reason:
-            return f"; tokens are sampled in plain torch: {reason}"
-        return "; tokens are sampled in one launch"
+            return f"tokens are sampled in plain torch: {reason}"
+        return "tokens are sampled by one kernel"
 
     def _choose_prompt_step(self) -> str:
-        """Sets the step for prefill chunks. Returns the part of `note` about it."""
+        """Sets the step for prefill chunks. Returns a note about it."""
         from serve_app.model.kernels.triton.prompt_step import PromptStep
 
         try:
             self._prompt_step = PromptStep.verified(self.model, self.cache, self._experts_at_once)
         except StepUnavailable as reason:
-            return f"; prompts run in plain torch: {reason}"
-        return f"; prompts: {self._prompt_step.note}"
+            return f"prompts run in plain torch: {reason}"
+        return f"prompts: {self._prompt_step.note}"
 
     def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
-        """Captures the decode steps. Returns the part of `note` about them."""
+        """Captures the decode steps. Returns a note about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         sizes = (max_num_seqs, min(self.cache.num_blocks, longest), self._block_size)
         sampler = self.sampler if isinstance(self.sampler, DeviceSampler) else None
         try:
             self._graphs = DecodeGraphs.captured(step, *sizes, self._device, sampler)
         except StepUnavailable as reason:
-            return f", launched kernel by kernel: {reason}"
-        return f", a captured graph for each of {len(self._graphs.sizes)} batch sizes"
+            return f"decode steps are launched kernel by kernel: {reason}"
+        return (
+            f"decode steps are CUDA graphs, one for each of {len(self._graphs.sizes)} batch sizes"
+        )
 
     @property
     def vocab_size(self) -> int:

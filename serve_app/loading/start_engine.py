@@ -55,8 +55,7 @@ def start_engine(
             enforce_eager=chosen.enforce_eager,
             max_threads=chosen.num_threads or num_cores(),
         )
-    notes.append(runner.note)
-    log.info("%s", runner.note)
+    notes += runner.notes
     engine = Engine(runner, _engine_config(settings, memory, num_blocks, max_tokens, eos_token_ids))
     engine.start()
     return engine, notes

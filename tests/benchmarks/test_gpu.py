@@ -112,7 +112,7 @@ def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.Mon
     )
     tables = [sequence.block_table for sequence in made.sequences(2, made.context)]
     assert max(map(max, tables)) < made.runner.cache.num_blocks
-    assert "a captured graph for each of 2 batch sizes" in made.note
+    assert "one for each of 2 batch sizes" in made.note
     assert made.graph_error() == 0
     monkeypatch.setattr(DecodeGraphs, "_copy_tables", lambda graphs, _: graphs._tables.zero_())
     error = made.graph_error()

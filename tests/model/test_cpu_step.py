@@ -146,7 +146,7 @@ def test_decodes_and_prompts_of_one_step_get_their_own_logits(tmp_path: Path) ->
     def tokens(is_compiled: bool) -> list[int]:
         cpu = torch.device("cpu")
         runner = ModelRunner(model, NUM_BLOCKS, BLOCK_SIZE, torch.float32, cpu)
-        assert "one call" in runner.note
+        assert "one call" in runner.notes[0]
         if not is_compiled:
             runner._cpu_step = None
         params = SamplingParams(8, temperature=0)

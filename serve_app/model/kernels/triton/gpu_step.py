@@ -57,11 +57,13 @@ class GpuStep:
         self._lm_head = model.lm_head
         self._cuda_step = CudaStep(model, cache, max_rows) if in_cuda else None
         if in_cuda:
-            self.note = "; its layers are CUDA kernels"
+            self.note = "decode steps run in CUDA kernels"
             return
         self._products = [products_of(model, layer, dtype) for layer in model.layers]
-        self.note = "" if model.products is None else "; its 4-bit products are CUDA kernels"
-        """The end of the runner's note about the decode step, for `/health`."""
+        self.note = "decode steps run in Triton kernels"
+        """A note for `/health` about the kernels of the decode step."""
+        if model.products is not None:
+            self.note += ", their 4-bit products in CUDA kernels"
         self._attention = PagedAttention(
             config.num_attention_heads, cache.keys[0], config.sliding_window, max_rows
         )
@@ -80,7 +82,7 @@ class GpuStep:
             try:
                 return cls._compared(model, cache, max_rows, in_cuda=True)
             except StepUnavailable as reason:
-                without_cuda = f", its others Triton kernels: {reason}"
+                without_cuda = f", because not all can be in CUDA: {reason}"
         try:
             step = cls._compared(model, cache, max_rows)
             step.note += without_cuda
@@ -90,7 +92,7 @@ class GpuStep:
                 raise
             model.products = None
             step = cls._compared(model, cache, max_rows)
-            step.note = f"; its 4-bit products are Triton kernels: with the CUDA kernels {reason}"
+            step.note += f": with CUDA kernels for 4-bit products {reason}"
             return step
 
     @classmethod
@@ -115,12 +117,12 @@ class GpuStep:
         return step
 
     @torch.inference_mode()
-    def unpack_for_prompts(self) -> str:
+    def unpack_for_prompts(self) -> list[str]:
         """Makes the model dequantize weights for prompts by a kernel, if the kernel agrees with
-        plain torch. Returns the end of the runner's note for `/health`; "" for float weights."""
+        plain torch. Returns a note for `/health`; none for float weights."""
         codebook, dtype = self._model.codebook, self._model.embedding.dtype
         if codebook is None:
-            return ""
+            return []
         layer: Any = self._model.layers[0]
         down = layer.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
@@ -128,9 +130,9 @@ class GpuStep:
         found = unpack(down, first)
         error = float(_norm(found.sub_(expected)) / _norm(expected))
         if not error < UNPACK_TOLERANCE:
-            return f"; prompts unpack weights in plain torch: the kernel differs by {error:.1e}"
+            return [f"prompts unpack weights in plain torch: the kernel differs by {error:.1e}"]
         codebook.unpack = unpack
-        return "; prompts unpack weights by a kernel"
+        return ["prompts unpack weights by a kernel"]
 
     def _unpacker(self) -> "Unpacker | TileUnpacker":
         products = self._model.products

@@ -138,7 +138,7 @@ def test_all_layers_run_in_them(make: MakeKernel, monkeypatch: pytest.MonkeyPatc
     try_kernels(model, CARD, make)
     cache = cache_of(model)
     step = GpuStep.verified(model, cache, 2)
-    assert step.note == "; its layers are CUDA kernels"
+    assert step.note == "decode steps run in CUDA kernels"
     assert 1e-5 < step_trial.error(model, cache, step.logits, [1, 18]) < 2e-2
 
 
@@ -198,7 +198,7 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
     cache = cache_of(model)
     step = GpuStep.verified(model, cache, 2)
     reason = "the model computes in float32, and they in bfloat16"
-    assert step.note.endswith(f"products are CUDA kernels, its others Triton kernels: {reason}")
+    assert step.note.endswith(f"products in CUDA kernels, because not all can be in CUDA: {reason}")
     assert step_trial.error(model, cache, step.logits, [1, 18]) > 1e-5
 
 
@@ -221,7 +221,10 @@ def test_a_step_that_is_wrong_with_them_is_one_of_triton(monkeypatch: pytest.Mon
         step_trial, "error", lambda model, *_: 0.0 if model.products is None else 0.5
     )
     step = GpuStep.verified(model, cache_of(model), 2)
-    assert step.note.endswith("with the CUDA kernels it differs from plain torch by 5.0e-01")
+    assert step.note == (
+        "decode steps run in Triton kernels: with CUDA kernels for 4-bit products it differs from "
+        "plain torch by 5.0e-01"
+    )
     assert model.products is None
 
 
@@ -244,7 +247,8 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     try_kernels(model, CARD, HostKernels(wrong_from_the_second_split))
     step = GpuStep.verified(model, cache_of(model), 2)
     assert re.fullmatch(
-        "; its 4-bit products are CUDA kernels, its others Triton kernels: "
+        "decode steps run in Triton kernels, their 4-bit products in CUDA kernels, because not all "
+        "can be in CUDA: "
         r"attention in CUDA differs from plain torch by [1-9]\.\de-01",
         step.note,
     )

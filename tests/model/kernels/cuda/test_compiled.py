@@ -86,12 +86,15 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
 REGISTERS = {"add_norm": 128, "rope": 64, "attention": 168}
 """Most registers of a thread: what lets one block of 512 threads, four of 256 and three of 128 be
 on a multiprocessor."""
+INSTRUCTIONS = {"add_norm": {0: 250, 8: 1550}, "rope": {0: 190}, "attention": {0: 2500}}
+"""Most instructions of a whole kernel, by the number of experts that it routes to. A step reaches
+each kernel with nothing of it in the instruction cache."""
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_steps_other_kernels_compile(capability: int) -> None:
-    """At Mixtral's sizes: no register goes to memory, and each kernel has no more of them than its
-    budget."""
+    """At Mixtral's sizes: no register goes to memory, and each kernel has no more registers and
+    instructions than its budget."""
     compiler, config = CachedCompiler(capability), config_of(tiny=False, layers=1)
     failures, seen = list[str](), list[str]()
 
@@ -101,6 +104,11 @@ def test_the_steps_other_kernels_compile(capability: int) -> None:
         registers = int(re.findall(r"REG:(\d+)", about(cubin, "cuobjdump", "-res-usage"))[0])
         if spills(cubin) or registers > REGISTERS[name]:
             failures.append(f"{what} spills, or takes {registers} registers")
+        experts = next((int(each[8:]) for each in macros if each.startswith("EXPERTS=")), 0)
+        code = about(cubin, "nvdisasm", "-c", "-ndf")
+        count = len(re.findall(r"^\s+/\*[0-9a-f]+\*/\s", code, re.M))
+        if not 100 < count <= INSTRUCTIONS[name][experts]:
+            failures.append(f"{what} has {count} instructions")
         if grid.shared_bytes > Card(capability, 1).shared_bytes:
             failures.append(f"{what} takes {grid.shared_bytes} bytes of shared memory")
         return _Kernel()

@@ -15,7 +15,8 @@ from benchmarks.forms import forget, read_plainly
 from benchmarks.report import say
 from benchmarks.running_server import RunningServer
 from serve_app.machine.gpus import find_gpus
-from tools.server_process import free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import serving
 
 CONFIGS = Path(__file__).parents[1] / "serve_app" / "configs"
 MODEL = "box"

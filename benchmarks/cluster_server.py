@@ -11,7 +11,8 @@ import requests
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from tools.server_process import free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import serving
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = {

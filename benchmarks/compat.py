@@ -32,8 +32,9 @@ from benchmarks.clients.features import Server
 from benchmarks.compat_clients import CLIENTS, Client
 from benchmarks.peer_environments import PeerError
 from benchmarks.report import new_parser, publish, say
+from serve_app.machine.ports import free_port
 from serve_app.tiny import CHECKPOINT
-from tools.server_process import free_port, serving
+from tools.server_process import serving
 
 ROOT = Path(__file__).parents[1]
 CACHE = Path.home() / ".cache" / "mixtral-serve" / "clients"

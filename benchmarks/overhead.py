@@ -26,7 +26,8 @@ from benchmarks.load import Outcome, closed_loop
 from benchmarks.null_server import STEP_S
 from benchmarks.report import new_parser, publish
 from benchmarks.server_in_process import MAX_NUM_SEQS, ServerInProcess, completion
-from tools.server_process import free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import serving
 
 ROOT = Path(__file__).parents[1]
 STREAMS = (1, 16, 32)

@@ -47,7 +47,8 @@ from benchmarks.peer_servers import PEERS, SEQUENCES, Peer, Site, home, own_pyth
 from benchmarks.plot import plot
 from benchmarks.report import new_parser, publish, say
 from benchmarks.running_server import RunningServer
-from tools.server_process import ServerError, free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import ServerError, serving
 
 CACHE = Path.home() / ".cache" / "mixtral-serve" / "peers"
 

@@ -4,9 +4,9 @@ import os
 import sys
 from pathlib import Path
 
+from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
 from serve_app.node.haproxy_program import BINARY_PATH
-from tools.server_process import free_port
 
 KEPT = ("PATH", "COVERAGE_PROCESS_CONFIG")
 """Variables that it inherits: where programs are, and by which coverage counts its lines too."""

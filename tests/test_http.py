@@ -18,8 +18,8 @@ import pytest
 from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
+from serve_app.machine.ports import free_port
 from tests.exposition import Shown
-from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 

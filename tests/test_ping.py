@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app.machine.ports import free_port
 from tests.settled import left_behind
 from tests.worker.conftest import until
 from tests.worker.process import ENTRY, TINY, environment
-from tools.server_process import free_port
 
 POLL_S = 0.02
 """Far shorter than RunPod's pause, so that polls fall into the hand-over."""

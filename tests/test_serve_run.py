@@ -9,13 +9,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import yaml
 
+from serve_app.machine.ports import free_port
 from tests.cluster.manifests import containers, rayservice
 from tests.environment import bare, haproxy_of_its_own
 from tests.listening import listening
@@ -23,7 +26,6 @@ from tests.ports import undocumented
 from tests.processes import all_below, one_below, running
 from tests.settled import left_behind
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 
@@ -86,8 +88,11 @@ def test_serve_runs_haproxy_as_a_cluster_does(run: Run) -> None:
     assert httpx.get(f"{url}/ping", headers=[(b"x-request-id", b"\xff")]).status_code == 400
 
     def haproxys() -> dict[Any, int]:
-        found = listening(process.pid)
-        return {each: port for each, _, port in found if each.name() == "haproxy"}
+        found = dict[Any, int]()
+        for each, _, port in listening(process.pid):
+            with suppress(psutil.NoSuchProcess):  # one that Serve has just replaced
+                found |= {each: port} if each.name() == "haproxy" else {}
+        return found
 
     # One that Serve has replaced no longer listens.
     until(lambda: list(haproxys().values()) == [int(url.rpartition(":")[2])])

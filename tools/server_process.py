@@ -5,7 +5,6 @@ The server has a process group of its own. Its output goes to a log file, which 
 
 import os
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -29,13 +28,6 @@ END_POLL_S = 0.01
 
 class ServerError(RuntimeError):
     """A server did not start. The message is the reason."""
-
-
-def free_port() -> int:
-    """Returns a TCP port on which no process listens now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -1,6 +1,8 @@
 """Opens a listening TCP socket, or raises an error that says why the port cannot be used."""
 
+import contextlib
 import errno
+import random
 import socket
 from pathlib import Path
 
@@ -10,6 +12,11 @@ from serve_app.config.serve_config import ConfigError
 
 LOOPBACK = ("127.", "localhost", "::1")
 """Prefixes of the addresses that only this machine can reach."""
+FREE_PORTS = range(20_000, 30_000)
+"""Ports that nothing else takes before their server listens: Ray's workers use ports below them,
+and Linux gives outgoing connections ports from 32,768 on (`net.ipv4.ip_local_port_range`)."""
+NUM_TRIES = 100
+"""Number of random ports that `free_port` tries."""
 
 
 def listen(name: str, port: int, host: str = "0.0.0.0") -> socket.socket:
@@ -39,7 +46,11 @@ def require_free(name: str, port: int, host: str) -> None:
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """Returns a TCP port of `host` on which no process listens now."""
+    """Returns a TCP port of `host` on which no process listens now, of `FREE_PORTS` if one is
+    free."""
+    for port in random.SystemRandom().sample(FREE_PORTS, NUM_TRIES):
+        with contextlib.suppress(ConfigError), listen("port", port, host):
+            return port
     with listen("port", 0, host) as free:
         return int(free.getsockname()[1])
 

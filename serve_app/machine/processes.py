@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import psutil
 
@@ -39,8 +40,16 @@ def command(process: psutil.Process) -> str:
 
 
 def own_age_s() -> float:
-    """Returns the seconds since this process was started."""
-    return max(0.0, time.time() - float(psutil.Process().create_time()))
+    """Returns the seconds since this process was started, within a clock tick (10 ms).
+
+    Field 22 of /proc/self/stat is the start in ticks since boot (proc(5)). psutil adds the time of
+    boot, which Linux rounds to a whole second.
+    """
+    fields = (
+        Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+    )
+    started_s = int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
 
 
 def started_at(pid: int) -> float | None:

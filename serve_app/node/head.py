@@ -33,11 +33,11 @@ here; run it after a change of Ray's version.
 import importlib
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Callable
 from typing import Any
 
+from serve_app.machine.ports import free_port
 from serve_app.node import ray_worker
 
 NODE_POLL_S = 0.02
@@ -140,8 +140,7 @@ def _choose_ports(node: Any) -> None:
     of the runtime env agent by flag, and passes it to that agent.
     """
     raylet: Any = importlib.import_module("ray._raylet")  # its type stub is incomplete
-    with socket.create_server(("0.0.0.0", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port("0.0.0.0")
     node._ray_params.runtime_env_agent_port = port
     ports = {**dict.fromkeys(UNUSED_PORTS, NOT_IN_USE), RUNTIME_ENV_AGENT_PORT: port}
     for name, number in ports.items():

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from benchmarks.load import Answer, arrival_times, closed_loop, open_loop, read
-from tools.server_process import free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import serving
 
 SERVER = Path(__file__).with_name("completions.py")
 

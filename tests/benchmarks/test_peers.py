@@ -14,7 +14,8 @@ from benchmarks.peer_environments import PeerError, python_of, versions
 from benchmarks.peer_loads import LOADS
 from benchmarks.peer_servers import PEERS, Peer, Site
 from benchmarks.peers import Run, run_all
-from tools.server_process import free_port, serving
+from serve_app.machine.ports import free_port
+from tools.server_process import serving
 
 SERVER = Path(__file__).with_name("completions.py")
 FIRST = {"prompt": "x", "max_tokens": 1}

@@ -19,13 +19,13 @@ import yaml
 from serve_app.cli.commands import main
 from serve_app.config import named
 from serve_app.config.settings import Settings
+from serve_app.machine.ports import free_port
 from serve_app.node import banner
 from serve_app.tiny import CHECKPOINT
 from tests.environment import bare
 from tests.processes import all_below
 from tests.settled import left_behind
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 CODE = "import sys; from serve_app.cli.commands import main; sys.exit(main())"
 COMMAND = [sys.executable, "-c", CODE]

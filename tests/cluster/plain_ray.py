@@ -14,11 +14,11 @@ import httpx
 import psutil
 import yaml
 
+from serve_app.machine.ports import free_port
 from tests.environment import bare, haproxy_of_its_own
 from tests.processes import all_below, descendants
 from tests.settled import left_behind
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 RAY = Path("cluster/ray")
 REPLICA = "ServeReplica:mixtral"

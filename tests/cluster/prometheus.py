@@ -12,8 +12,8 @@ import httpx
 import pytest
 import yaml
 
+from serve_app.machine.ports import free_port
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 CONFIG = Path("cluster/prometheus/prometheus.yml")
 DASHBOARD = Path("cluster/grafana/mixtral-serve.json")

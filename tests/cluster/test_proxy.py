@@ -14,8 +14,8 @@ import httpx
 import pytest
 
 from serve_app.config.sections import ApiSettings
+from serve_app.machine.ports import free_port
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 PROXY = Path("cluster/proxy")
 OPENSSL = shutil.which("openssl")

@@ -5,8 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from serve_app.machine.ports import free_port
 from tests.worker.conftest import SCRIPT
-from tools.server_process import free_port
 
 ROOT = Path(__file__).parents[2]
 

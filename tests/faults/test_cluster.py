@@ -14,11 +14,11 @@ import httpx
 import psutil
 import pytest
 
+from serve_app.machine.ports import free_port
 from tests.cluster.plain_ray import KEY, REPLICA, SCALING, Cluster, cluster, replicas
 from tests.listening import listening
 from tests.processes import all_below, descendants
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(420)]
 HEADERS = {"Authorization": f"Bearer {KEY}"}

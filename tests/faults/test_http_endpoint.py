@@ -11,13 +11,13 @@ from pathlib import Path
 import httpx
 import pytest
 
+from serve_app.machine.ports import free_port
 from tests.faults.conftest import spoil
 from tests.listening import open_to_strangers
 from tests.processes import all_below, descendants, one_below, replica_of, running
 from tests.settled import left_behind
 from tests.worker.conftest import until
 from tests.worker.process import ENTRY, environment, run_entry
-from tools.server_process import free_port
 
 pytestmark = [pytest.mark.faults, pytest.mark.ray]
 

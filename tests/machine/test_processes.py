@@ -1,8 +1,10 @@
 """Descendants are found and killed, also those of a process that has died."""
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +58,23 @@ def test_descendants_are_found_and_ended(family: subprocess.Popen[bytes]) -> Non
     assert processes.kill(lambda: processes.descendants(family.pid)) == []
     assert not any(processes.is_alive(it) for it in found)
     assert family.poll() is None
+
+
+def test_a_process_knows_its_age_within_a_clock_tick() -> None:
+    """Its age lies between the times that its parent measures around it."""
+    program = "from serve_app.machine.processes import own_age_s as age; print(age(), flush=True)"
+    program += "; input(); print(age())"
+    tick = 1 / os.sysconf("SC_CLK_TCK")
+    before = time.monotonic()
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        after = time.monotonic()
+        assert process.stdout is not None
+        assert float(process.stdout.readline()) <= time.monotonic() - before + tick
+        least = time.monotonic() - after
+        age = float(process.communicate(b"\n")[0])
+    assert least <= age <= time.monotonic() - before + tick
 
 
 def test_a_fork_ends_without_its_parents_handler(tmp_path: Path) -> None:

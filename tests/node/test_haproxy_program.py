@@ -21,10 +21,10 @@ import pytest
 from serve_app import error_body as bodies
 from serve_app.error_body import error_body
 from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError
+from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
 from serve_app.node.haproxy_program import MAX_HEADERS, MAX_URL_CHARS
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 SHORT = "import sys; from serve_app.node import haproxy_program as it; it.HEADERS_S = it.IDLE_S = 1"
 """Runs the program with limits of one second."""

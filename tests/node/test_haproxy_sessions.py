@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program
 from tests.node.test_haproxy_program import QuietServer, Server, haproxy, written
 from tests.worker.conftest import until
-from tools.server_process import free_port
 
 NUM_REPLICAS = 4
 KINDS = "chat|model first|system|parts|long|long answer|responses|prompt|cache key".split("|")

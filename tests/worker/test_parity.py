@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 
+from serve_app.machine.ports import free_port
 from tests.exposition import Shown
 from tests.worker.conftest import Client, until
 from tests.worker.process import ENTRY, environment
-from tools.server_process import free_port
 
 pytestmark = pytest.mark.ray
 

@@ -1,9 +1,10 @@
 """anthropic, the package: messages, streams, tools, typed answers, count_tokens."""
 
-from typing import Any
+from typing import Any, Literal
 
 import anthropic
 from anthropic import Anthropic, AsyncAnthropic
+from pydantic import BaseModel, ConfigDict
 
 from benchmarks.clients.features import Server, feature, main, raised
 from benchmarks.clients.weather import QUESTION, SCHEMA, Weather
@@ -169,12 +170,21 @@ def tools_stream_helper(server: Server) -> None:
     assert Weather.model_validate_json("".join(parts)).model_dump() == block.input
 
 
+class Forecast(BaseModel):
+    """A class without limits of numbers: the client sends those as a part of the description."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    city: Literal["Paris", "London"]
+    is_sunny: bool
+
+
 @feature
 def parse(server: Server) -> None:
     answer = client(server).messages.parse(
-        model=server.model, max_tokens=200, messages=QUESTION, output_format=Weather
+        model=server.model, max_tokens=200, messages=QUESTION, output_format=Forecast
     )
-    assert isinstance(answer.parsed_output, Weather)
+    assert isinstance(answer.parsed_output, Forecast)
 
 
 @feature

@@ -249,7 +249,8 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
     assert re.fullmatch(
         "decode steps run in Triton kernels, their 4-bit products in CUDA kernels, because not all "
         "can be in CUDA: "
-        r"attention in CUDA differs from plain torch by [1-9]\.\de-01",
+        # The wrong kernel reads parts that no block has written.
+        r"attention in CUDA differs from plain torch by (\d\.\de[+-]\d\d|inf|nan)",
         step.note,
     )
 

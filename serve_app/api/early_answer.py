@@ -52,10 +52,10 @@ class EarlyAnswer:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        app = self._app
+        answer = None
         if scope["type"] == "http" and _servers:
             answer = _answer(_servers[0], HTTPConnection(scope))
-            app = self._app if answer is None else with_cors(answer, cors_origins())
+        app = self._app if answer is None else with_cors(answer, cors_origins())
         await app(scope, receive, send)
 
 

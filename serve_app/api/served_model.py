@@ -18,18 +18,11 @@ from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.request_body import BodyReader
 from serve_app.api.tracing import Tracing
 from serve_app.config.settings import Settings
-from serve_app.errors import (
-    EngineDead,
-    ModelNotFound,
-    ServeError,
-    handle_error,
-)
+from serve_app.errors import EngineDead, ModelNotFound, ServeError, handle_error
 from serve_app.loading import load as loading
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
-from serve_app.protocol.call import (
-    Call,
-)
+from serve_app.protocol.call import Call
 from serve_app.protocol.field_errors import printable
 from serve_app.protocol.grammar import GrammarCompiler
 from serve_app.protocol.response import ResponseMetadata

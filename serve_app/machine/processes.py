@@ -45,9 +45,7 @@ def own_age_s() -> float:
     Field 22 of /proc/self/stat is the start in ticks since boot (proc(5)). psutil adds the time of
     boot, which Linux rounds to a whole second.
     """
-    fields = (
-        Path("/proc/self/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-    )
+    _, _, fields = Path("/proc/self/stat").read_bytes().rpartition(b")")
     started_s = int(fields.split()[19]) / os.sysconf("SC_CLK_TCK")
     return time.clock_gettime(time.CLOCK_BOOTTIME) - started_s
 

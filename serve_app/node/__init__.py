@@ -14,7 +14,7 @@ subject:
     HAProxy           haproxy chooses between it and Serve's own proxy; haproxy_program changes its
                       configuration, with the lines of haproxy_refusals (a full queue),
                       haproxy_sessions (several replicas) and cors
-    a start           fitness checks the machine, banner logs its properties, phases follows the
-                      load, ready_replicas logs how many replicas are ready, worker_lines writes the
-                      log of Ray's processes as JSON
+    a start           fitness checks the machine, banner logs its properties; phases follows the
+                      load and ready_replicas the number of ready replicas, each with follower;
+                      worker_lines writes the log of Ray's processes as JSON
 """

@@ -11,6 +11,7 @@ from typing import Any
 
 from serve_app.loading.load_log import log_phase
 from serve_app.loading.phases import Done, Event, Running, Started, finished, read_events
+from serve_app.node.follower import following
 
 log = logging.getLogger(__name__)
 
@@ -24,10 +25,9 @@ def logged(path: str | None) -> Iterator[None]:
     if path is None:
         yield
         return
-    is_over = threading.Event()
     num_before = len(read_events(path))
 
-    def follow() -> None:
+    def follow(is_over: threading.Event) -> None:
         num_seen, is_last = num_before, False
         while not is_last:
             is_last = is_over.wait(LOAD_LOG_POLL_S)
@@ -37,13 +37,8 @@ def logged(path: str | None) -> Iterator[None]:
                     log_phase(log, event)
             num_seen = len(events)
 
-    thread = threading.Thread(target=follow, name="phases", daemon=True)
-    thread.start()
-    try:
+    with following("phases", follow):
         yield
-    finally:
-        is_over.set()
-        thread.join()
 
 
 def summary(events: Sequence[Event]) -> dict[str, Any]:

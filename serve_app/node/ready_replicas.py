@@ -9,6 +9,8 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 
+from serve_app.node.follower import following
+
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0
@@ -24,20 +26,14 @@ def logged(num_ready: Callable[[], int], num_replicas: int) -> Iterator[None]:
     if num_replicas == 1:
         yield
         return
-    is_over = threading.Event()
 
-    def follow() -> None:
+    def follow(is_over: threading.Event) -> None:
         num_seen = 0
         while not is_over.wait(POLL_S):
             if (num := num_ready()) != num_seen:
                 log.info("%d of %d replicas are ready.", num, num_replicas)
                 num_seen = num
 
-    thread = threading.Thread(target=follow, name="ready-replicas", daemon=True)
-    thread.start()
-    try:
+    with following("ready-replicas", follow):
         yield
-    finally:
-        is_over.set()
-        thread.join()
     log.info("All %d replicas are ready.", num_replicas)

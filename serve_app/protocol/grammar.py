@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol import tool_grammar
-from serve_app.protocol.grammar_rules import check_numbers, rules
+from serve_app.protocol.grammar_numbers import check_numbers
+from serve_app.protocol.grammar_rules import rules
 from serve_app.protocol.grammar_source import GrammarSource
 from serve_app.protocol.large_stack import with_large_stack
 
@@ -54,9 +55,8 @@ class GrammarState:
 
     def allows_only(self, token_ids: Collection[int]) -> bool:
         """See `Constraint`."""
-        mask = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
-        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
-        return not self.has_failed and set(allowed.tolist()) <= set(token_ids)
+        allowed = _allowed_ids(self._matcher)
+        return not self.has_failed and set(allowed) <= set(token_ids)
 
     @property
     def has_failed(self) -> bool:
@@ -186,11 +186,17 @@ def _fails_at_once(matcher: "LLMatcher") -> bool:
     """
     matcher = matcher.deep_copy()
     for _ in range(MAX_FORCED_TOKENS):
-        mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+        allowed = _allowed_ids(matcher)
         if matcher.is_error():
             return True
-        allowed = np.flatnonzero(np.unpackbits(mask, bitorder="little"))
         if len(allowed) != 1 or matcher.is_stopped():
             return False
-        matcher.consume_token(int(allowed[0]))
+        matcher.consume_token(allowed[0])
     return matcher.is_error()
+
+
+def _allowed_ids(matcher: "LLMatcher") -> list[int]:
+    """Returns the ids of the tokens that may come next."""
+    mask = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    allowed: list[int] = np.flatnonzero(np.unpackbits(mask, bitorder="little")).tolist()
+    return allowed

@@ -1,9 +1,7 @@
 """Converts grammars to llguidance's form."""
 
 import json
-import math
 import re
-from fractions import Fraction
 from typing import Any
 
 from serve_app.errors import InvalidRequest
@@ -16,18 +14,8 @@ JSON_OPTIONS = {
     # Without a limit a model may write spaces until its answer is cut.
     "whitespace_pattern": r"[\x20\x0A\x0D\x09]{1,40}",
 }
-
-
 MAX_GBNF_CHARS = 10_000
 """The conversion's time grows with the square of the number of rules: half a second for these."""
-
-MIN_NUMBER = -(2**63) + 4096
-"""The smallest number in a schema."""
-MAX_MULTIPLE = 100_000
-"""The largest least common multiple of all `multipleOf` of a schema, without their decimal points.
-Its grammar takes half a second."""
-_JSON = re.compile(r"%json\s*")
-"""The beginning of a JSON schema in a Lark grammar."""
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -45,51 +33,6 @@ def rules(source: GrammarSource) -> dict[str, Any]:
         # A terminal is one regular expression; with a rule for each choice, thousands are too many.
         return {"lark_grammar": f"start: CHOICE\nCHOICE: {choices}"}
     return {"lark_grammar": _as_lark(source)}
-
-
-def check_numbers(source: GrammarSource) -> None:
-    """Raises `InvalidRequest` for numbers with which llguidance does not end.
-
-    It recurses for the smallest integer of 64 bits, to which it rounds smaller numbers, until the
-    process has no stack. The time for `multipleOf` grows with the number, and schemas may combine
-    several ones to their least common multiple.
-    """
-    values: list[Any] = []
-    multiples: set[Fraction] = set()
-    if source.kind in ("json", "tools"):
-        values.append(json.loads(source.text))
-    if source.kind == "tools" and (answer := values[0]["answer"]) is not None:
-        check_numbers(GrammarSource(*answer))
-    elif source.kind == "lark":
-        values += [_json_at(source.text, match.end()) for match in _JSON.finditer(source.text)]
-    while values:
-        value = values.pop()
-        if isinstance(value, dict):
-            values.extend(value.values())
-            multiple = value.get("multipleOf")
-            if isinstance(multiple, int | float) and 0 < multiple < math.inf:
-                multiples.add(Fraction(str(multiple) if isinstance(multiple, float) else multiple))
-        elif isinstance(value, list):
-            values.extend(value)
-        elif isinstance(value, int | float) and value < MIN_NUMBER:
-            raise InvalidRequest(
-                f"`{source.field}` has a number below {MIN_NUMBER}, which is not supported.",
-                param=source.field,
-            )
-    scale = math.lcm(*(each.denominator for each in multiples))
-    if math.lcm(*(int(each * scale) for each in multiples)) > MAX_MULTIPLE:
-        raise InvalidRequest(
-            f"`{source.field}` has `multipleOf` with numbers that are too large together.",
-            param=source.field,
-        )
-
-
-def _json_at(text: str, begin: int) -> Any:
-    """Returns the JSON value in `text` that begins at `begin`; None if there is none."""
-    try:
-        return json.JSONDecoder().raw_decode(text, begin)[0]
-    except (ValueError, RecursionError):
-        return None
 
 
 def _as_lark(source: GrammarSource) -> str:

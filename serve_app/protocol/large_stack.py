@@ -6,7 +6,7 @@ stack, which ends the whole process.
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 STACK_BYTES = 512 * 1024 * 1024
@@ -17,19 +17,11 @@ T = TypeVar("T")
 
 def with_large_stack(function: Callable[[], T]) -> T:
     """Returns `function()`, called in a new thread. Raises what it raises."""
-    future: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(function())
-        except BaseException as error:
-            future.set_exception(error)
-
+    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar-stack")
     usual = threading.stack_size(STACK_BYTES)
     try:
-        thread = threading.Thread(target=run, name="grammar stack")
-        thread.start()
+        future = executor.submit(function)  # starts the thread
     finally:
         threading.stack_size(usual)
-    thread.join()
+    executor.shutdown()
     return future.result()

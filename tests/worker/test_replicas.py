@@ -51,8 +51,11 @@ def test_a_conversation_stays_at_the_replica_that_has_its_prefix(client: Client)
 
 
 def test_a_full_replica_passes_requests_on(client: Client) -> None:
-    """Eight concurrent requests with the same beginning are distributed over both replicas."""
-    long = {"prompt": "the same", "max_tokens": 4_000, "ignore_eos": True, "stream": True}
+    """Eight concurrent requests with the same beginning are distributed over both replicas.
+
+    Their answers are long, so that all of them still run when the replicas are asked.
+    """
+    long = {"prompt": "the same", "max_tokens": 16_000, "ignore_eos": True, "stream": True}
     with client.platform.paused():
         jobs = [client.submit(long) for _ in range(NUM_ALIKE)]
     until(lambda: all(job.chunks for job in jobs))

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from serve_app.config.key_file import ApiKey, read_keys, sha256
+from serve_app.config.key_file import FIXED_PREFIX, ApiKey, read_keys, sha256
 from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
 from serve_app.errors import InvalidApiKey
@@ -27,7 +27,7 @@ class ApiKeys:
         """Reads the file. Raises `ConfigError` if it cannot be read."""
         self.are_needed = settings.needs_key
         self._fixed = [
-            ApiKey(name=f"API_KEYS-{number}", sha256=sha256(key), created=0)
+            ApiKey(name=f"{FIXED_PREFIX}{number}", sha256=sha256(key), created=0)
             for number, key in enumerate(settings.fixed_keys, 1)
         ]
         self._accounts: dict[str, KeyAccount] = {}
@@ -109,4 +109,6 @@ class ApiKeys:
             found = self._path.stat()
         except OSError as error:
             return error.errno
-        return found.st_mtime_ns, found.st_size, found.st_ino
+        # The time of the last change of any kind: `chmod` lets the server read the file, and copies
+        # may keep the time of modification.
+        return found.st_ctime_ns, found.st_size, found.st_ino

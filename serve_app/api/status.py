@@ -1,5 +1,6 @@
 """The handlers of the routes for the server's state and its models."""
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from serve_app import __version__
@@ -25,7 +26,9 @@ async def ping(served: "ServedModel", call: Call) -> Reply:
 async def show_metrics(served: "ServedModel", call: Call) -> Reply:
     """Returns the metrics in Prometheus' text format."""
     # 200 while draining too: a scrape that fails would hide how the last requests end.
-    return TextReply(served.metrics.text(served.status), CONTENT_TYPE)
+    # In a thread: with 5,000 API keys it takes 60 ms.
+    text = await asyncio.to_thread(served.metrics.text, served.status)
+    return TextReply(text, CONTENT_TYPE)
 
 
 async def models(served: "ServedModel", call: Call) -> Reply:

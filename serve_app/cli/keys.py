@@ -9,6 +9,8 @@ import typer
 File = Annotated[Path, typer.Option("--file", "-f", help="The file that `api.keys_file` names.")]
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for log and metrics.")]
 DEFAULT = Path("api-keys.json")
+WIDTH = 160
+"""Number of characters in a line of the list that goes to a file or another program."""
 
 app = typer.Typer(
     help="API keys in a file, each with a name and limits. A running server follows the file.",
@@ -49,17 +51,21 @@ def add(
 def list_keys(file: File = DEFAULT) -> None:
     """Show the names and limits of the keys."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from serve_app.config.key_file import read_keys
 
-    table = Table("name", "made", "requests/min", "tokens/min", "at once", "least priority")
+    name = Column("name", overflow="fold")  # never shortened, because `remove` needs it
+    table = Table(name, "made", "requests/min", "tokens/min", "at once", "least priority")
     for key in read_keys(file):
         limits = key.requests_per_minute, key.tokens_per_minute, key.max_concurrent
         made = time.strftime("%Y-%m-%d", time.gmtime(key.created))
         shown = ["-" if limit is None else f"{limit:,}" for limit in limits]
         table.add_row(key.name, made, *shown, str(key.min_priority))
-    Console().print(table)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    console.print(table)
 
 
 @app.command()

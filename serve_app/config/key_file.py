@@ -1,7 +1,8 @@
 """The file of API keys: their names, hashes and limits.
 
 It contains only SHA-256 hashes, no keys. A plain hash is enough, because keys are 256 random bits,
-which cannot be guessed. The file is replaced atomically, so a reader never sees a partial file.
+which cannot be guessed. The file is replaced atomically, so a reader never sees a partial file. It
+keeps its owner, group and mode: the server may run as another user than the command.
 """
 
 import fcntl
@@ -9,19 +10,23 @@ import hashlib
 import json
 import os
 import secrets
+import stat
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from serve_app.config.serve_config import ConfigError
 
 PREFIX = "sk-mixtral-"
 """Prefix of every key, by which scanners find keys in logs and repositories."""
 NUM_BYTES = 32
+FIXED_PREFIX = "API_KEYS-"
+"""Prefix of the names of keys that are not in the file (`api.keys`); no key of the file has it."""
 
 
 class KeyLimits(BaseModel):
@@ -53,6 +58,16 @@ class _Contents(BaseModel):
 
     keys: tuple[ApiKey, ...]
 
+    @model_validator(mode="after")
+    def _are_different(self) -> "_Contents":
+        """A name identifies a key in limits, log and metrics."""
+        for values in ([key.name for key in self.keys], [key.sha256 for key in self.keys]):
+            if twice := [value for value, count in Counter(values).items() if count > 1]:
+                raise ValueError(f"{twice[0]} is there more than once")
+        if any(key.name.startswith(FIXED_PREFIX) for key in self.keys):
+            raise ValueError(f"names that begin with {FIXED_PREFIX} are for the variable API_KEYS")
+        return self
+
 
 def sha256(key: str) -> str:
     """Returns the hash that identifies a key."""
@@ -67,10 +82,9 @@ def read_keys(path: Path) -> tuple[ApiKey, ...]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}).") from None
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "JSON"
-        raise ConfigError(
-            f"{path}: this is not a file of API keys: {where}: {first['msg']}."
-        ) from None
+        where = ".".join(map(str, first["loc"])) or "keys"
+        cause = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{path}: this is not a file of API keys: {where}: {cause}.") from None
 
 
 def add_key(path: Path, name: str, limits: KeyLimits) -> str:
@@ -79,6 +93,7 @@ def add_key(path: Path, name: str, limits: KeyLimits) -> str:
     Raises `ConfigError` if the name is used or invalid.
     """
     key = PREFIX + secrets.token_urlsafe(NUM_BYTES)
+    path = path.resolve()  # a link stays one
     with _locked(path):
         keys = read_keys(path) if path.exists() else ()
         if any(each.name == name for each in keys):
@@ -87,22 +102,25 @@ def add_key(path: Path, name: str, limits: KeyLimits) -> str:
             new = ApiKey(
                 name=name, sha256=sha256(key), created=int(time.time()), **limits.model_dump()
             )
+            contents = _Contents(keys=(*keys, new))
         except ValidationError:
             raise ConfigError(
-                f"{name!r} cannot be the name of a key: use up to 64 letters, digits and `._@-`."
+                f"{name!r} cannot be the name of a key: use up to 64 letters, digits and `._@-`, "
+                f"without {FIXED_PREFIX} at the beginning."
             ) from None
-        _write(path, (*keys, new))
+        _write(path, contents)
     return key
 
 
 def remove_key(path: Path, name: str) -> None:
     """Removes a key. Raises `ConfigError` if no key has this name."""
+    path = path.resolve()
     with _locked(path):
         keys = read_keys(path)
-        left = [each for each in keys if each.name != name]
+        left = tuple(each for each in keys if each.name != name)
         if len(left) == len(keys):
             raise ConfigError(f"{path}: there is no key {name!r}.")
-        _write(path, left)
+        _write(path, _Contents(keys=left))
 
 
 @contextmanager
@@ -119,15 +137,23 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(folder)
 
 
-def _write(path: Path, keys: Iterable[ApiKey]) -> None:
-    contents = _Contents(keys=tuple(keys)).model_dump(exclude_defaults=True)
+def _write(path: Path, contents: _Contents) -> None:
+    text = json.dumps(contents.model_dump(exclude_defaults=True), indent=1) + "\n"
     try:
-        # For this user alone: mkstemp gives mode 0600.
+        before = path.stat() if path.exists() else None
+        # A new file is for this user alone: mkstemp gives mode 0600.
         number, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-        with os.fdopen(number, "w", encoding="utf-8") as file:
-            file.write(json.dumps(contents, indent=1) + "\n")
-            file.flush()
-            os.fsync(number)
-        Path(name).replace(path)
+        try:
+            with os.fdopen(number, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                if before is not None:
+                    os.fchown(number, before.st_uid, before.st_gid)
+                    os.fchmod(number, stat.S_IMODE(before.st_mode))
+                os.fsync(number)
+            Path(name).replace(path)
+        except OSError:
+            Path(name).unlink()
+            raise
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written ({error.strerror}).") from None

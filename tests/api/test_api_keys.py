@@ -1,6 +1,7 @@
 """API keys in a file: who may ask, how much, and what others notice of it."""
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ import openai
 import pytest
 
 from serve_app.api.api_keys import POLL_S, ApiKeys
-from serve_app.config.key_file import KeyLimits, add_key, remove_key
+from serve_app.config.key_file import KeyLimits, add_key, remove_key, sha256
 from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
@@ -83,6 +84,23 @@ def test_a_broken_file_keeps_the_keys(
                 time.sleep(0.01)
             assert keys.find(key) is not None
             assert "The API keys are unchanged" in caplog.text
+    keys.close()
+
+
+def test_every_change_of_the_file_counts(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that has changed in place is read again, also where its size and its time of
+    modification are as before."""
+    monkeypatch.setattr("serve_app.api.api_keys.POLL_S", 0.01)
+    key, other = add_key(path, "ann", KeyLimits()), "another key"
+    keys = ApiKeys(ApiSettings(keys_file=str(path)))
+    before = path.stat()
+    path.write_text(path.read_text().replace(sha256(key), sha256(other)))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    give_up = time.monotonic() + 20
+    while keys.find(other) is None:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+    assert keys.find(key) is None
     keys.close()
 
 

@@ -2,14 +2,16 @@
 
 import asyncio
 import re
+import threading
 from collections.abc import AsyncGenerator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from serve_app.api.metrics.metrics import FINISH_REASONS, STATUSES, status_text
+from serve_app.api.metrics.metrics import FINISH_REASONS, STATUSES, Metrics, status_text
 from serve_app.api.server import MixtralServer
+from serve_app.engine.engine import EngineStats
 from serve_app.errors import OutOfMemory, QueueFull
 from tests.exposition import Shown
 from tests.fakes import FakeEngine, answer, items, server, tokenizer
@@ -231,3 +233,19 @@ def test_the_page_names_every_metric() -> None:
     documented = set(re.findall(r"^\| `(mixtral_\w+)`", page, re.MULTILINE))
     families = asyncio.run(shown(server())).families.values()
     assert documented == {f"{f.name}_total" if f.type == "counter" else f.name for f in families}
+
+
+def test_a_scrape_does_not_block_the_event_loop() -> None:
+    """With thousands of API keys the text takes long, so another thread writes it."""
+    one = server(FakeEngine(TEXT))
+    threads: list[threading.Thread] = []
+
+    def stats() -> EngineStats:
+        threads.append(threading.current_thread())
+        return FakeEngine(TEXT).stats()
+
+    one.metrics = Metrics("tiny", stats)
+    threads.clear()
+    asyncio.run(shown(one))
+    assert threads
+    assert threading.current_thread() not in threads

@@ -1,6 +1,7 @@
 """The file of API keys, as the command writes it and the server reads it."""
 
 import json
+import os
 import stat
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,11 +50,40 @@ def test_keys_that_are_added_at_once_are_all_kept(path: Path) -> None:
     assert {each.sha256 for each in read_keys(path)} == set(map(sha256, keys))
 
 
-@pytest.mark.parametrize("name", ["", "a b", "ü", "x" * 65, "a\n"])
+@pytest.mark.parametrize("name", ["", "a b", "ü", "x" * 65, "a\n", "API_KEYS-1"])
 def test_a_name_is_fit_for_logs_and_metrics(path: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="cannot be the name of a key"):
         add_key(path, name, NO_LIMITS)
     assert not path.exists()
+
+
+def test_the_servers_user_can_still_read_the_file(path: Path) -> None:
+    """A change keeps the mode, the owner and the group of the file, and a link to it."""
+    link = path.with_name("link.json")
+    link.symlink_to(path.name)
+    add_key(link, "ann", NO_LIMITS)
+    path.chmod(0o640)
+    if is_root := os.geteuid() == 0:
+        os.chown(path, 1234, 5678)
+    add_key(link, "bob", NO_LIMITS)
+    remove_key(link, "ann")
+    found = path.stat()
+    assert stat.S_IMODE(found.st_mode) == 0o640
+    assert not is_root or (found.st_uid, found.st_gid) == (1234, 5678)
+    assert link.is_symlink()
+    assert [each.name for each in read_keys(link)] == ["bob"]
+    assert {each.name for each in path.parent.iterdir()} == {path.name, link.name}
+
+
+def test_a_list_in_a_pipe_has_whole_names(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest name, which `remove` needs, stands in one line, also with a narrow terminal."""
+    monkeypatch.setenv("COLUMNS", "80")
+    name = 54 * "n" + "@example.c"
+    add_key(path, name, NO_LIMITS)
+    assert main(["keys", "list", "-f", str(path)]) == 0
+    assert name in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -66,7 +96,14 @@ def test_what_is_wrong_is_one_sentence(path: Path, capsys: pytest.CaptureFixture
         remove_key(path, "bob")
     assert main(["keys", "list", "-f", str(path.with_name("absent"))]) == 1
     assert "cannot be read (No such file or directory)" in capsys.readouterr().err
-    for contents in ("{", "[]", json.dumps({"keys": [{"name": "ann"}]}), '{"keys": [], "x": 1}'):
+    (ann,) = json.loads(path.read_text())["keys"]
+    wrong: list[list[dict[str, str]]] = [
+        [{"name": "ann"}],
+        [ann, ann | {"sha256": 64 * "0"}],
+        [ann, ann | {"name": "bob"}],
+        [ann | {"name": "API_KEYS-1"}],
+    ]
+    for contents in ("{", "[]", '{"keys": [], "x": 1}', *(json.dumps({"keys": w}) for w in wrong)):
         path.write_text(contents)
         with pytest.raises(ConfigError, match="is not a file of API keys"):
             read_keys(path)

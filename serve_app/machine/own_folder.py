@@ -3,6 +3,9 @@
 The owner holds a lock on a file in the folder, which the kernel releases when the process ends for
 any reason. A folder of this user with a free lock has no owner. Process ids would not work, because
 two containers may share /tmp.
+
+Many systems remove files from /tmp that nothing has used for 10 or 30 days (systemd-tmpfiles). It
+leaves a folder alone that a process has locked by flock(2), and so the owner locks the folder too.
 """
 
 import contextlib
@@ -19,8 +22,8 @@ ROOT = "/tmp"
 characters."""
 LOCK = "mixtral-serve.lock"
 
-_held: dict[Path, int] = {}
-"""The open lock file of each folder."""
+_held: dict[Path, tuple[int, int]] = {}
+"""The open lock file of each folder, and the open folder."""
 
 
 def require_writable() -> None:
@@ -43,16 +46,24 @@ def create(prefix: str) -> Path:
     folder = Path(tempfile.mkdtemp(prefix=prefix, dir=ROOT))
     # The file gets the name of a lock only after it is locked.
     unnamed = folder / f"{LOCK}.new"
-    _held[folder] = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(_held[folder], fcntl.LOCK_EX)
+    _held[folder] = os.open(unnamed, os.O_RDWR | os.O_CREAT, 0o600), keep(folder)
+    fcntl.flock(_held[folder][0], fcntl.LOCK_EX)
     unnamed.rename(folder / LOCK)
     return folder
+
+
+def keep(folder: Path) -> int:
+    """Makes systemd-tmpfiles leave `folder` alone until the returned file descriptor is closed."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    return descriptor
 
 
 def remove(folder: Path) -> None:
     """Removes a folder that `create` has made."""
     shutil.rmtree(folder, ignore_errors=True)
-    os.close(_held.pop(folder))
+    for descriptor in _held.pop(folder):
+        os.close(descriptor)
 
 
 def _remove_stale(prefix: str) -> None:

@@ -1,5 +1,7 @@
 """Folders in /tmp: removed by their owner, or by the next start after its death."""
 
+import os
+import shutil
 import subprocess
 import sys
 import uuid
@@ -70,6 +72,29 @@ def test_what_has_no_lock_of_ours_stays(prefix: str) -> None:
         link.unlink()
         (target / own_folder.LOCK).unlink()
         target.rmdir()
+
+
+@pytest.mark.skipif(
+    shutil.which("systemd-tmpfiles") is None, reason="systemd-tmpfiles is not installed"
+)
+def test_systemd_leaves_the_folder_of_a_living_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """systemd-tmpfiles, which removes old files from /tmp, removes those of a folder only after its
+    owner's end."""
+    monkeypatch.setattr(own_folder, "ROOT", str(tmp_path))
+    rules = tmp_path / "rules.conf"
+    rules.write_text(f"e {tmp_path} - - - 0\n")  # files of any age
+    clean = ["systemd-tmpfiles", "--clean", str(rules)]
+    folder = own_folder.create("mixtral-")
+    (folder / "file").touch()
+    subprocess.run(clean, check=True)
+    assert (folder / "file").exists()
+    for descriptor in own_folder._held.pop(folder):
+        os.close(descriptor)
+    rules.write_text(f"e {tmp_path} - - - 0\n")
+    subprocess.run(clean, check=True)
+    assert not folder.exists()
 
 
 @pytest.mark.skipif(not can_mount(), reason="the kernel allows no namespaces here")

@@ -13,7 +13,8 @@ Read `checkpoint.py` first. A tensor passes these files on its way from disk to 
                         fused_reader.py reads our own form straight into it, and
                         fused_version1.py its older version
     convert.py          converts any checkpoint to the fused form with fused_writer.py, and a
-                        fused one back with to_bitsandbytes.py
+                        fused one back with to_bitsandbytes.py; destination.py is the folder that
+                        it writes
 
 The files up to `tensor_names.py` import no torch, so that a check takes milliseconds.
 """

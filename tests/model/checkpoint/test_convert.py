@@ -17,7 +17,8 @@ from serve_app.cli import progress
 from serve_app.convert import main
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import inspect
-from serve_app.model.checkpoint.convert import convert, converted_bytes
+from serve_app.model.checkpoint.convert import convert
+from serve_app.model.checkpoint.destination import converted_bytes
 from serve_app.model.checkpoint.find import is_complete
 from serve_app.model.quantization import Quantization
 from serve_app.tiny import CHECKPOINT

@@ -94,11 +94,11 @@ def application(
         max_constructor_retry_count=1,
         logging_config=logging_config,
     )
-    ingress = _ingress(settings.api.cors_origins)
+    ingress = _ingress(settings.api.allowed_origins)
     return deployment(serve.ingress(ingress)(_replica_class(load))).bind(settings, plan)
 
 
-def _ingress(cors_origins: str | None) -> Callable[[], Any]:
+def _ingress(allowed_origins: list[str]) -> Callable[[], Any]:
     """Returns a function that builds the ASGI app on the replica; no other process imports it."""
 
     def build() -> Any:
@@ -107,7 +107,7 @@ def _ingress(cors_origins: str | None) -> Callable[[], Any]:
         from serve_app.api.ingress import create_app
 
         # A function, because the object does not exist while the app is built.
-        return create_app(lambda: serve.get_replica_context().servable_object, cors_origins)
+        return create_app(lambda: serve.get_replica_context().servable_object, allowed_origins)
 
     return build
 

@@ -12,6 +12,16 @@ from typing import Any, ClassVar
 
 log = logging.getLogger(__name__)
 
+# Sentences that several servers send: a replica, HAProxy or the health server.
+FULL_QUEUE = (
+    "Too many requests are waiting. Send this request again after the number of seconds in "
+    "the Retry-After header."
+)
+NOT_READY = "The model is not ready to answer here; see /health, and try again."
+LATE_BODY = "The body did not arrive in time; send it faster."
+NOT_READY_RETRY_S = 5
+"""`Retry-After` of NOT_READY, in seconds."""
+
 
 class ServeError(Exception):
     """An error with one clear sentence for the user.

@@ -15,18 +15,17 @@ import httpx
 import pytest
 from starlette.types import ASGIApp, Scope
 
-from serve_app.api import cors as api_cors
 from serve_app.api import early_answer, guard
 from serve_app.api.early_answer import EarlyAnswer
 from serve_app.api.guard import Guard
 from serve_app.api.ingress import create_app
 from serve_app.api.request_id import ids_before_serve
+from serve_app.config.sections import ApiSettings
 from serve_app.error_body import error_body
-from serve_app.errors import RequestTooSlow
-from serve_app.node import cors as node_cors
-from serve_app.node import haproxy_program
-from serve_app.node.haproxy_program import MAX_URL_CHARS
+from serve_app.node import cors, haproxy_errors
+from serve_app.node.haproxy_errors import MAX_URL_CHARS
 from serve_app.node.health_server import HealthServer
+from serve_app.protocol.cors import EXPOSED
 from tests.fakes import MAX_TAKEN, FakeEngine, server
 from tests.node.test_haproxy_program import QuietServer, Replica, haproxy
 
@@ -82,12 +81,12 @@ class Server:
     def outside(self) -> ASGIApp:
         """The app behind the middlewares of a replica, in their order in front of Serve."""
         app = EarlyAnswer(self.inside)
-        return Guard(app, early_answer.cors_origins, ids_before_serve)
+        return Guard(app, early_answer.allowed_origins, ids_before_serve)
 
     @property
     def inside(self) -> ASGIApp:
         """The app alone. Serve sends the client's own id back."""
-        app = create_app(lambda: self.server, ORIGIN)
+        app = create_app(lambda: self.server, [ORIGIN])
         return lambda scope, receive, send: app(scope, receive, _as_serve(send))
 
 
@@ -134,7 +133,7 @@ def health_server() -> Iterator[int]:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
-    one = HealthServer([listening], lambda: {"status": "loading"}, lambda: ORIGIN)
+    one = HealthServer([listening], lambda: {"status": "loading"}, lambda: [ORIGIN])
     thread = threading.Thread(target=loop.run_until_complete, args=(one.serve(ended.wait()),))
     thread.start()
     yield port
@@ -251,7 +250,7 @@ def test_every_error_can_be_read(
     headers, error = answer.headers, answer.body["error"]
     assert (answer.status, error["code"]) == (status, code)
     assert headers["access-control-allow-origin"] == ORIGIN
-    assert set(api_cors.EXPOSED) <= set(headers["access-control-expose-headers"].split(", "))
+    assert set(EXPOSED) <= set(headers["access-control-expose-headers"].split(", "))
     assert headers["vary"] == "Origin"
     assert headers["content-type"] == "application/json"
     assert headers["x-mixtral-request-id"] == error["request_id"]
@@ -284,12 +283,15 @@ def test_permission_is_given_without_a_replica(place: str, ports: Ports) -> None
     assert "access-control-allow-origin" not in refused.headers
 
 
-def test_the_headers_are_the_servers() -> None:
-    """A replica, HAProxy and the health server let pages read the same headers."""
-    assert list(node_cors.EXPOSED) == api_cors.EXPOSED
-    assert node_cors.origins_of("*, https://a.example") == ["*"]
-    assert node_cors.headers("*", {"origin": ORIGIN})["Access-Control-Allow-Origin"] == "*"
-    assert node_cors.headers(None, {"origin": ORIGIN}) == {}
+def test_allowed_origins() -> None:
+    """`*` allows every page; without the setting no page of another origin is allowed."""
+    found = [
+        ApiSettings(cors_origins=each).allowed_origins
+        for each in (f"{ORIGIN}, *", ORIGIN, ",", None)
+    ]
+    assert found == [["*"], [ORIGIN], [], []]
+    assert cors.headers(["*"], {"origin": ORIGIN})["Access-Control-Allow-Origin"] == "*"
+    assert cors.headers([], {"origin": ORIGIN}) == {}
 
 
 def test_haproxy_and_the_guard_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,4 +299,4 @@ def test_haproxy_and_the_guard_say_the_same(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(guard, "BODY_S", 0.05)
     body = ask(Server().outside, "/prompt", None).body
     request_id = body["error"]["request_id"]
-    assert body == error_body(RequestTooSlow(haproxy_program.TOO_SLOW), request_id)
+    assert body == error_body(haproxy_errors.TOO_SLOW, request_id)

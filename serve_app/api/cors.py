@@ -1,37 +1,36 @@
 """CORS: allows pages of other origins to call the API
 (https://fetch.spec.whatwg.org/#http-cors-protocol)."""
 
+from collections.abc import Sequence
+
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.request_id import ANTHROPIC_ID, CLIENT_ID, OUR_ID, ids_of
-from serve_app.protocol.allowance import HEADERS
-
-EXPOSED = [CLIENT_ID, OUR_ID, ANTHROPIC_ID, "Retry-After", *HEADERS]
-"""Response headers that a page may read, in addition to the standard ones."""
+from serve_app.api.request_id import ids_of
+from serve_app.protocol.cors import EXPOSED, MAX_AGE_S, METHODS
 
 
-def with_cors(app: ASGIApp, origins: str | None) -> ASGIApp:
-    """Returns `app` with CORS headers for `origins`, the setting `api.cors_origins`."""
-    return app if origins is None else Cors(app, origins)
+def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
+    """Returns `app` with CORS headers for `origins`, the setting `ApiSettings.allowed_origins`."""
+    return Cors(app, origins) if origins else app
 
 
 class Cors:
-    """Starlette's CORS middleware for the setting `api.cors_origins`.
+    """Starlette's CORS middleware with our headers.
 
     It answers preflight requests itself, without an API key, because browsers send none with them.
     These answers have the request's ids, as other responses do.
     """
 
-    def __init__(self, app: ASGIApp, origins: str) -> None:
-        """`origins` are separated by commas."""
+    def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:
         self._cors = CORSMiddleware(
             app,
-            allow_origins=[origin.strip() for origin in origins.split(",") if origin.strip()],
-            allow_methods=["GET", "POST"],
+            allow_origins=origins,
+            allow_methods=METHODS,
             allow_headers=["*"],
             expose_headers=EXPOSED,
+            max_age=MAX_AGE_S,
         )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -21,16 +21,10 @@ from serve_app.api.cors import with_cors
 from serve_app.api.error_response import error_response
 from serve_app.api.request_id import ids_before_serve, path_of
 from serve_app.errors import QueueFull, ServeError
+from serve_app.protocol.header_names import PLACES, REFUSED
 
 if TYPE_CHECKING:
     from serve_app.api.server import MixtralServer
-
-PLACES = "x-mixtral-places"
-"""Header of an answer for HAProxy, which removes it: the fields of `Places` in order, separated by
-commas, with measured seconds in microseconds."""
-REFUSED = "x-mixtral-refused"
-"""Header of a request from HAProxy: the number of requests that it has refused since the last one
-that it passed on."""
 
 _servers: "list[MixtralServer]" = []
 
@@ -40,9 +34,9 @@ def serves(server: "MixtralServer") -> None:
     _servers[:] = [server]
 
 
-def cors_origins() -> str | None:
-    """Returns `api.cors_origins` of this process's server; None without a server."""
-    return _servers[0].settings.api.cors_origins if _servers else None
+def allowed_origins() -> list[str]:
+    """Returns `ApiSettings.allowed_origins` of this process's server; `[]` without a server."""
+    return _servers[0].settings.api.allowed_origins if _servers else []
 
 
 class EarlyAnswer:
@@ -55,7 +49,7 @@ class EarlyAnswer:
         answer = None
         if scope["type"] == "http" and _servers:
             answer = _answer(_servers[0], HTTPConnection(scope))
-        app = self._app if answer is None else with_cors(answer, cors_origins())
+        app = self._app if answer is None else with_cors(answer, allowed_origins())
         await app(scope, receive, send)
 
 

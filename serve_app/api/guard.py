@@ -22,7 +22,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -31,10 +31,12 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.api.cors import with_cors
-from serve_app.api.early_answer import EarlyAnswer, cors_origins
+from serve_app.api.early_answer import EarlyAnswer, allowed_origins
 from serve_app.api.error_response import error_response
 from serve_app.api.request_id import ids_before_serve, ids_of
-from serve_app.errors import InvalidRequest, RequestTooSlow, ServeError
+from serve_app.errors import LATE_BODY, InvalidRequest, RequestTooSlow, ServeError
+from serve_app.protocol import header_names
+from serve_app.protocol.session import SESSION_ID
 
 if TYPE_CHECKING:
     from starlette.middleware import Middleware
@@ -53,17 +55,17 @@ LARGE_BYTES_PER_S = 30_000_000
 would take processor time that answers need."""
 ARRIVED = "mixtral_serve.arrived"
 """Key of an ASGI scope: the arrival time of the request on the clock of `time.monotonic`."""
-REQUEST_ID = b"x-request-id"
+CLIENT_ID = header_names.CLIENT_ID.encode()
 REMOVED = {
     b"x-request-disconnect-disabled",
     b"x-request-timeout-seconds",
-    b"x-session-id",
+    SESSION_ID.encode(),
     b"serve-multiplexed-model-id",
 }
 """Headers for Serve that are removed from clients' requests, with `-` instead of `_`."""
 
 Ids = Callable[[HTTPConnection], tuple[str, dict[str, str]]]
-_PRINTABLE = re.compile(rb"[ -~]{1,128}")
+_PRINTABLE = re.compile(rb"[ -~]{1,%d}" % header_names.MAX_ID_CHARS)
 
 
 def middlewares() -> "list[Middleware]":
@@ -76,7 +78,7 @@ def middlewares() -> "list[Middleware]":
     from serve_app.api import http_1_0
 
     http_1_0.install()
-    return [Middleware(EarlyAnswer), Middleware(Guard, cors_origins, ids_before_serve)]
+    return [Middleware(EarlyAnswer), Middleware(Guard, allowed_origins, ids_before_serve)]
 
 
 class Guard:
@@ -86,12 +88,12 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, cors_origins: Callable[[], str | None], ids: Ids = ids_of
+        self, app: ASGIApp, allowed_origins: Callable[[], Sequence[str]], ids: Ids = ids_of
     ) -> None:
-        """`cors_origins` returns the setting. `ids` returns the id of a request that is refused,
+        """`allowed_origins` returns the setting. `ids` returns the id of a request that is refused,
         and the headers with it."""
         self._app = app
-        self._cors_origins = cors_origins
+        self._allowed_origins = allowed_origins
         self._ids = ids
         self._large_bodies = _LargeBodies()
 
@@ -102,9 +104,10 @@ class Guard:
         scope[ARRIVED] = time.monotonic()
         exchange = _Exchange(scope, receive, send, self._large_bodies, self._refusal)
         given = scope["headers"]
-        if any(name == REQUEST_ID and not _PRINTABLE.fullmatch(value) for name, value in given):
-            scope["headers"] = [each for each in given if each[0] != REQUEST_ID]
-            wrong = "x-request-id must be 1 to 128 printable ASCII characters."
+        if any(name == CLIENT_ID and not _PRINTABLE.fullmatch(value) for name, value in given):
+            scope["headers"] = [each for each in given if each[0] != CLIENT_ID]
+            allowed = f"1 to {header_names.MAX_ID_CHARS} printable ASCII characters"
+            wrong = f"{header_names.CLIENT_ID} must be {allowed}."
             await exchange.refuse(InvalidRequest(wrong))
             return
         scope["headers"] = [
@@ -118,7 +121,7 @@ class Guard:
         """Returns the response to a refused request."""
         request_id, headers = self._ids(HTTPConnection(scope))
         response = error_response(error, request_id, scope["path"], headers)
-        return with_cors(response, self._cors_origins())
+        return with_cors(response, self._allowed_origins())
 
 
 async def _message(receive: Receive) -> Message:
@@ -191,7 +194,7 @@ class _Exchange:
                 message = await _message(self._receive)
         except TimeoutError:
             self._is_small = False  # the rest of it may never arrive
-            await self.refuse(RequestTooSlow("The body did not arrive in time; send it faster."))
+            await self.refuse(RequestTooSlow(LATE_BODY))
             return {"type": "http.disconnect"}
         num_bytes = len(message.get("body", b""))
         if self._num_bytes > SMALL_BODY_BYTES:

@@ -6,7 +6,7 @@ response.
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -51,12 +51,12 @@ T = TypeVar("T")
 GetServer = Callable[[], "MixtralServer"]
 
 
-def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starlette:
+def create_app(get_server: GetServer, allowed_origins: Sequence[str] = ()) -> Starlette:
     """Returns the ASGI app in front of the server.
 
-    `get_server` returns the server, and is called for each request. `cors_origins` is the setting
-    `api.cors_origins`. A client that closes a stream ends its request. During an answer that is not
-    streamed, uvicorn does not notice a closed connection; Ray Serve does, and cancels the request.
+    `get_server` returns the server, and is called for each request. A client that closes a stream
+    ends its request. During an answer that is not streamed, uvicorn does not notice a closed
+    connection; Ray Serve does, and cancels the request.
     """
     table: list[routing.BaseRoute] = [
         routing.Route(route.path, Endpoint(get_server, route).response, methods=[route.method])
@@ -70,9 +70,9 @@ def create_app(get_server: GetServer, cors_origins: str | None = None) -> Starle
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [Middleware(Guard, lambda: cors_origins)]
-    if cors_origins is not None:
-        middleware.append(Middleware(Cors, cors_origins))
+    middleware = [Middleware(Guard, lambda: allowed_origins)]
+    if allowed_origins:
+        middleware.append(Middleware(Cors, allowed_origins))
     return Starlette(
         routes=table, middleware=middleware, exception_handlers={HTTPException: no_path}
     )

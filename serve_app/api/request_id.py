@@ -1,9 +1,4 @@
-"""The ids of a request in the headers of its response.
-
-x-mixtral-request-id    our id, which is also in the body, the error and the log
-x-request-id            the client's id, or ours if it sent none
-request-id              our id, only below `/v1/messages`, for Anthropic's clients
-"""
+"""The ids of a request in the headers of its response (`protocol/header_names.py`)."""
 
 import logging
 import re
@@ -13,12 +8,9 @@ from starlette.requests import HTTPConnection
 from starlette.types import Scope
 
 from serve_app.error_body import is_messages
+from serve_app.protocol.header_names import ANTHROPIC_ID, CLIENT_ID, MAX_ID_CHARS, OUR_ID
 
 log = logging.getLogger(__name__)
-
-CLIENT_ID = "x-request-id"
-OUR_ID = "x-mixtral-request-id"
-ANTHROPIC_ID = "request-id"
 
 _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
 
@@ -41,7 +33,7 @@ def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     given = request.headers.get(CLIENT_ID)
     if given is None:
         return request_id, {CLIENT_ID: request_id, **headers}
-    fields = {"request_id": request_id, "client_request_id": given[:128]}
+    fields = {"request_id": request_id, "client_request_id": given[:MAX_ID_CHARS]}
     log.info("request %s has the client's id %.128r", request_id, given, extra={"fields": fields})
     return request_id, headers
 

@@ -210,6 +210,12 @@ class ApiSettings(_Section):
         return [key.strip() for key in given.split(",") if key.strip()]
 
     @property
+    def allowed_origins(self) -> list[str]:
+        """The origins in `cors_origins`; `["*"]` allows every origin."""
+        origins = [it.strip() for it in (self.cors_origins or "").split(",") if it.strip()]
+        return ["*"] if "*" in origins else origins
+
+    @property
     def trusted_networks(self) -> list[str]:
         """The networks in `trusted_proxies`."""
         return [it.strip() for it in (self.trusted_proxies or "").split(",") if it.strip()]

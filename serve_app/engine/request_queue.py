@@ -7,7 +7,7 @@ from typing import NamedTuple
 from serve_app.engine.retry_after import Places, RetryAfter
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
-from serve_app.errors import Draining, EngineDead, QueueFull, ServeError
+from serve_app.errors import FULL_QUEUE, Draining, EngineDead, QueueFull, ServeError
 
 MAX_TO_FREE = 2
 """A group may hold at most this many times the number of free places. So one group alone gets two
@@ -101,11 +101,7 @@ class RequestQueue:
     def _refused(self) -> ServeError:
         if self._refusal is not None:
             return self.refusal()
-        return QueueFull(
-            "Too many requests are waiting. Send this request again after the number of seconds in "
-            "the Retry-After header.",
-            retry_after_s=self._retry_after.next_s(),
-        )
+        return QueueFull(FULL_QUEUE, retry_after_s=self._retry_after.next_s())
 
     def abort(self, sequence: Sequence) -> None:
         """Asks the engine to end an accepted sequence before its next step."""

@@ -1,44 +1,23 @@
 """CORS headers of the answers that no replica gives, but HAProxy or the health server.
 
 A page of another origin can read an answer only with these headers. A replica sends them itself
-(`api/cors.py`); both follow the setting `api.cors_origins`.
+(`api/cors.py`); `protocol/cors.py` has what both have in common.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-EXPOSED = (
-    "x-request-id",
-    "x-mixtral-request-id",
-    "request-id",
-    "Retry-After",
-    "x-ratelimit-limit-requests",
-    "x-ratelimit-remaining-requests",
-    "x-ratelimit-reset-requests",
-    "x-ratelimit-limit-tokens",
-    "x-ratelimit-remaining-tokens",
-    "x-ratelimit-reset-tokens",
-)
-"""`serve_app.api.cors.EXPOSED`; a test compares the two."""
-METHODS = "GET, POST"
+from serve_app.protocol.cors import EXPOSED, MAX_AGE_S, METHODS
+
 ALLOWED = "Access-Control-Allow-Methods"
-MAX_AGE_S = 600
-"""Seconds for which a browser may keep the answer to a preflight request."""
 
 
-def origins_of(setting: str | None) -> list[str]:
-    """Returns the origins in the setting `api.cors_origins`; `["*"]` is every origin."""
-    origins = [origin.strip() for origin in (setting or "").split(",")]
-    return ["*"] if "*" in origins else [origin for origin in origins if origin]
-
-
-def headers(setting: str | None, request: Mapping[str, str]) -> dict[str, str]:
+def headers(origins: Sequence[str], request: Mapping[str, str]) -> dict[str, str]:
     """Returns the headers of the answer to a request with the headers `request`, whose names are in
-    lower case.
+    lower case. `origins` are `ApiSettings.allowed_origins`.
 
     They are empty if the request has no origin or one that is not allowed. They have `ALLOWED` if a
     browser asks for permission, by a preflight request.
     """
-    origins = origins_of(setting)
     origin = request.get("origin")
     if origin is None or not {"*", origin} & set(origins):
         return {}
@@ -49,14 +28,14 @@ def headers(setting: str | None, request: Mapping[str, str]) -> dict[str, str]:
     }
     if "access-control-request-method" in request:
         answer |= {
-            ALLOWED: METHODS,
+            ALLOWED: ", ".join(METHODS),
             "Access-Control-Allow-Headers": request.get("access-control-request-headers", ""),
             "Access-Control-Max-Age": str(MAX_AGE_S),
         }
     return answer
 
 
-def rules(origins: list[str]) -> list[str]:
+def rules(origins: Sequence[str]) -> list[str]:
     """Returns the lines for HAProxy that answer preflight requests, and add the headers to each
     answer without them."""
     if not origins:
@@ -65,7 +44,7 @@ def rules(origins: list[str]) -> list[str]:
     matched = "-m found" if is_any else f"-m str {' '.join(map(quoted, origins))}"
     allowed = "*" if is_any else "%[req.fhdr(origin)]"
     permission = {
-        ALLOWED: quoted(METHODS),
+        ALLOWED: quoted(", ".join(METHODS)),
         "Access-Control-Allow-Headers": "%[req.fhdr(access-control-request-headers)]",
         "Access-Control-Max-Age": str(MAX_AGE_S),
     }

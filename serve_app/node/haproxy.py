@@ -21,7 +21,7 @@ import serve_app
 from serve_app.config.sections import ApiSettings
 from serve_app.machine import own_folder
 from serve_app.machine.ports import free_port
-from serve_app.node import cors, haproxy_program
+from serve_app.node import haproxy_program
 
 GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MODE = "RAY_SERVE_ENABLE_HA_PROXY"
@@ -110,7 +110,7 @@ class Proxy:
         if api.max_connections_per_address is not None:
             options.append(f"--max-connections-per-address={api.max_connections_per_address}")
             options += [f"--trusted={network}" for network in api.trusted_networks]
-        options += [f"--cors-origin={origin}" for origin in cors.origins_of(api.cors_origins)]
+        options += [f"--cors-origin={origin}" for origin in api.allowed_origins]
         root = str(Path(serve_app.__file__).parents[1])
         code = f"import sys; sys.path.append({root!r}); from {haproxy_program.__name__} import main"
         command = [sys.executable, "-I", "-c", f"{code}; main()", *options, "--"]

@@ -21,6 +21,7 @@ change of the replicas. RAY_SERVE_HAPROXY_BINARY_PATH names this program, so it 
     a replica dies               once to another one, if no      to another one, if there was
                                  byte of an answer has come      no connection
     a replica does not answer    503 with the JSON of our table  500 with a text
+                                 (`haproxy_errors.py`)
     a 500 in Serve's own words   that 503                        sent to the client
     choice of a replica          by conversation                 the fewest connections
                                  (`haproxy_sessions.py`)
@@ -44,7 +45,6 @@ with code 1 and one sentence if Serve's configuration does not have the form of 
 import argparse
 import ctypes
 import importlib.util
-import json
 import os
 import re
 import resource
@@ -54,8 +54,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from serve_app.node import cors, haproxy_refusals, haproxy_sessions
-from serve_app.node.cors import quoted
+from serve_app.node import cors, haproxy_errors, haproxy_refusals, haproxy_sessions
 
 HEADERS_S = 10
 """Maximum seconds for a request's first line and headers, and for idle time before the first
@@ -63,7 +62,6 @@ request."""
 IDLE_S = 60
 """Maximum seconds without progress while a client sends its body or reads its answer."""
 MAX_HEADERS = 64
-MAX_URL_CHARS = 8192
 FILES_PER_CONNECTION = 2
 """Number of open files per connection: the client's socket, and the one to the replica."""
 OTHER_FILES = 200
@@ -73,118 +71,19 @@ RETRY_ON, RETRIES = "conn-failure empty-response", 1
 """What sends a request to another replica, and how often: no connection, or no byte of an
 answer."""
 
-TOO_LONG = f"The URL is longer than the {MAX_URL_CHARS} characters that are allowed."
-LOADING = "The model is not ready to answer here; see /health, and try again."
-LOADING_RETRY_S = 5
-FULL = (
-    "Too many requests are waiting. Send this request again after the number of seconds in "
-    "the Retry-After header."
-)
-OWN_WORDS = "!{ res.hdr(x-mixtral-request-id) -m found }"
-"""Condition: the answer is not of the server, but of Serve."""
-NO_REPLICA = "No replica of the model answers; send the request again."
-TOO_SLOW = "The body did not arrive in time; send it faster."
-
-MESSAGES_PATH = "/v1/messages(/|$)"
-"""`serve_app.error_body.MESSAGES_PATH`: paths of the API whose errors have Anthropic's shape."""
-ANTHROPIC_TYPES = {"queue_full": "rate_limit_error", "engine_dead": "api_error"}
-"""Anthropic's `type` for a `code`, where it differs from OpenAI's."""
-
-
-def error_body(message: str, kind: str, code: str | None, job_status: str, retry: bool) -> str:
-    """Returns JSON in the form of `serve_app.error_body.error_body`; tests compare the two.
-
-    It contains HAProxy expressions for the values that `shape` sets.
-    """
-    fields = {
-        "message": message,
-        "type": f"%[var(txn.{code},{kind})]" if code in ANTHROPIC_TYPES else kind,
-        "param": None,
-        "code": code,
-        "status": job_status,
-        "retry": retry,
-        "request_id": haproxy_refusals.REQUEST_ID,
-    }
-    return "{%[var(txn.shape)]" + json.dumps({"error": fields})[1:]
-
-
-def shape() -> list[str]:
-    """Returns the lines that set the request's id and the client's, and the parts of an error that
-    its path decides."""
-    head = f'"type": "error", "request_id": "{haproxy_refusals.REQUEST_ID}", '
-    lines = [
-        f"set-var-fmt(txn.shape) {quoted(head)}",
-        *(f"set-var(txn.{code}) str({kind})" for code, kind in ANTHROPIC_TYPES.items()),
-    ]
-    return [
-        "    http-request set-var(txn.request_id) uuid",
-        "    http-request set-var(txn.client_id) var(txn.request_id)",
-        "    http-request set-var(txn.client_id) req.fhdr(x-request-id),bytes(0,128)"
-        " if { req.fhdr(x-request-id) -m found }",
-        *(f"    http-request {line} if {{ path_reg {MESSAGES_PATH} }}" for line in lines),
-    ]
-
-
-def ids() -> list[str]:
-    """Returns the lines that add the request's ids to the headers of HAProxy's own answers."""
-    added = (
-        ("x-mixtral-request-id", haproxy_refusals.REQUEST_ID, ""),
-        ("x-request-id", haproxy_refusals.CLIENT_ID, ""),
-        ("request-id", haproxy_refusals.REQUEST_ID, " { var(txn.shape) -m found }"),
-    )
-    return [
-        f"    http-after-response set-header {name} {value}"
-        f" if {{ status 200 408 414 429 503 }} !{{ res.hdr({name}) -m found }}{condition}"
-        for name, value, condition in added
-    ]
-
-
-def answer(status: int, body: str, more: str = "") -> str:
-    """Returns the arguments of an answer by HAProxy; `body` may contain its expressions."""
-    return f"status {status} content-type application/json lf-string {quoted(body)}{more}"
-
-
-def lost(status: int) -> str:
-    """Returns the arguments of an answer with `status` to a request whose replica died."""
-    body = error_body(NO_REPLICA, "server_error", "engine_dead", "CONNECTION_ERROR", True)
-    return answer(status, body, " hdr Retry-After 1")
-
-
-def defaults() -> list[str]:
-    """Returns the lines for the section `defaults`."""
-    slow = error_body(
-        TOO_SLOW, "invalid_request_error", "request_timeout", "VALIDATION_FAILED", True
-    )
-    errors = [f"    http-error {lost(status)}" for status in (502, 503, 504)]
-    errors.append(f"    http-error {answer(408, slow)}")
-    return [f"    timeout http-request {HEADERS_S}s", *errors]
-
-
-def refusal() -> str:
-    """Returns the answer to a request if the queue is full."""
-    body = error_body(FULL, "overloaded_error", "queue_full", "OVERLOADED", True)
-    return answer(429, body, f" hdr Retry-After {haproxy_refusals.RETRY_AFTER}")
-
 
 def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: bool) -> list[str]:
     """Returns the lines for the section of the server's port, below its `bind`.
 
     `backends` are the names of the sections of Serve's applications.
     """
-    too_long = error_body(TOO_LONG, "invalid_request_error", None, "VALIDATION_FAILED", False)
-    condition = f" if {{ url,length gt {MAX_URL_CHARS} }}"
     lines = [
-        *shape(),
+        *haproxy_errors.request_variables(),
         *cors.rules(options.cors_origin),
-        f"    http-request return {answer(414, too_long, condition)}",
-        # A replica that died, whether or not the request had reached it.
-        "    http-after-response set-status 503 if { status 502 504 }",
-        # Each 500 of the server itself has its id.
-        f"    http-response return {lost(503)} if {{ status 500 }} {OWN_WORDS}",
-        *ids(),
+        *haproxy_errors.rules(),
     ]
     if len(backends) == 1:
-        lines += haproxy_refusals.rules(backends[0], refusal())
+        lines += haproxy_refusals.rules(backends[0])
     if has_sessions:
         lines += haproxy_sessions.rules()
     if options.max_connections_per_address is None:
@@ -199,18 +98,13 @@ def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: 
     ]
 
 
-def loading() -> str:
-    """Returns the rule for requests before Serve has a replica and a route."""
-    body = error_body(LOADING, "overloaded_error", "loading", "OVERLOADED", True)
-    return f"    http-request return {answer(503, body, f' hdr Retry-After {LOADING_RETRY_S}')}"
-
-
 def changed(config: str, options: argparse.Namespace) -> str:
     """Returns Serve's configuration `config` with our changes. Raises `ValueError` for an unknown
     form."""
     backends = re.findall(r"^backend (?!default_backend\n)(\S+)", config, re.MULTILINE)
     has_sessions = len(backends) == 1 and haproxy_sessions.num_replicas(config) > 1
     frontend_lines = "\n".join(frontend(options, backends, has_sessions=has_sessions))
+    defaults = "\n".join([f"    timeout http-request {HEADERS_S}s", *haproxy_errors.defaults()])
     bind = rf"    bind {options.bind}" if options.bind else r"\1"
     changes: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
         # A section ends where the next one begins, at the start of a line.
@@ -225,14 +119,14 @@ def changed(config: str, options: argparse.Namespace) -> str:
         (r"timeout client \d+s", f"timeout client {IDLE_S}s"),
         # Once, because a request may be the reason why a replica died.
         (r"^    retry-on conn-failure\n", f"    retry-on {RETRY_ON}\n    retries {RETRIES}\n"),
-        (r"^(?:    errorfile 50[234] .*\n){3}", lambda _: "\n".join(defaults()) + "\n"),
+        (r"^(?:    errorfile 50[234] .*\n){3}", lambda _: f"{defaults}\n"),
         (
             r"^frontend http_frontend\n(    bind .*)",
             lambda line: f"frontend http_frontend\n{line.expand(bind)}\n{frontend_lines}",
         ),
         (
             r"^backend default_backend\n.*",
-            lambda _: f"backend default_backend\n{loading()}",
+            lambda _: f"backend default_backend\n{haproxy_errors.loading()}",
         ),
     ]
     for pattern, replacement in changes:

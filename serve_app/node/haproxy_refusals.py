@@ -21,8 +21,10 @@ HAProxy's threads may write a `proc` variable at the same time. The effect is ha
 get the same time, one refusal is not counted, or one more request is sent to the replica.
 """
 
-PLACES, REFUSED = "x-mixtral-places", "x-mixtral-refused"
-"""Names of the headers; see `api/early_answer.py`."""
+from serve_app.engine.retry_after import MAX_S
+from serve_app.node import haproxy_errors
+from serve_app.protocol.header_names import PLACES, REFUSED
+
 PATHS = (
     "/v1/chat/completions",
     "/v1/completions",
@@ -31,7 +33,7 @@ PATHS = (
     "/prompt",
 )
 """Routes whose requests need a place in the engine's queue."""
-MAX_WAIT_US = 60_000_000
+MAX_WAIT_US = MAX_S * 1_000_000
 """Maximum `Retry-After`, in microseconds."""
 ASK_EVERY_US = 1_000
 """Microseconds between requests beyond the limit that are sent to the replica, while it accepts
@@ -40,22 +42,13 @@ BODY_S = 30
 """Maximum seconds until a body, or its first 15 kB, has arrived. It waits in HAProxy until then and
 does not count for the limit."""
 
-# Expressions for the answer to a refused request.
-RETRY_AFTER = "%[var(txn.wait_s)]"
-REQUEST_ID = "%[var(txn.request_id)]"
-CLIENT_ID = "%[var(txn.client_id)]"
 
-
-def rules(backend: str, refusal: str) -> list[str]:
-    """Returns the lines for the section of the server's port.
-
-    `backend` has the replicas. `refusal` has the arguments of `return`; it may have the expression
-    `RETRY_AFTER`. Lines before these set `REQUEST_ID` and `CLIENT_ID`.
-    """
+def rules(backend: str) -> list[str]:
+    """Returns the lines for the section of the server's port; `backend` has the replicas."""
     lines = [
         *_decision(backend),
         *_turn(),
-        f"http-request return {refusal} if is_refused",
+        f"http-request return {haproxy_errors.refusal()} if is_refused",
         f"http-request wait-for-body time {BODY_S}s",
         f"http-request del-header {REFUSED}",
         f"http-request set-header {REFUSED} %[var(proc.num_refused,0)] if generates",
@@ -92,7 +85,7 @@ def _decision(backend: str) -> list[str]:
 
 
 def _turn() -> list[str]:
-    """Returns lines that set `wait_s`, the `Retry-After` of a refusal, and count it.
+    """Returns lines that set `wait_s` (`haproxy_errors.RETRY_AFTER`) of a refusal, and count it.
 
     Example with a free place every 500,000 us: three requests that are refused together get turns
     0.5, 1 and 1.5 s later, which are rounded up to `Retry-After` 1, 1 and 2.
@@ -107,8 +100,8 @@ def _turn() -> list[str]:
         "http-request set-var(txn.wait_s) var(proc.turn),sub(txn.now),add(999999),div(1000000)"
         " if is_refused",
         # Other threads may have changed `proc.turn` meanwhile.
-        f"http-request set-var(txn.wait_s) int({MAX_WAIT_US // 1_000_000})"
-        f" if is_refused {{ var(txn.wait_s),sub({MAX_WAIT_US // 1_000_000}) gt 0 }}",
+        f"http-request set-var(txn.wait_s) int({MAX_S})"
+        f" if is_refused {{ var(txn.wait_s),sub({MAX_S}) gt 0 }}",
         "http-request set-var(txn.wait_s) var(proc.min_s)"
         " if is_refused { var(txn.wait_s),sub(proc.min_s) lt 0 }",
         "http-request set-var(proc.num_refused) var(proc.num_refused,0),add(1) if is_refused",

@@ -22,17 +22,23 @@ from http import HTTPStatus
 from typing import Any, TypedDict
 
 from serve_app.error_body import error_body, is_messages
-from serve_app.errors import InvalidRequest, Loading, MethodNotAllowed, ServeError
+from serve_app.errors import (
+    NOT_READY,
+    NOT_READY_RETRY_S,
+    InvalidRequest,
+    Loading,
+    MethodNotAllowed,
+    ServeError,
+)
 from serve_app.loading.phases import read_events
 from serve_app.node import cors, phases
+from serve_app.protocol.header_names import ANTHROPIC_ID, CLIENT_ID, MAX_ID_CHARS, OUR_ID
 
 PING = {"loading": HTTPStatus.NO_CONTENT, "ready": HTTPStatus.OK}
 """The answer of `/ping` by status; for any other status SERVICE_UNAVAILABLE."""
 REQUEST_S = 5.0
 """Maximum seconds in which a client must send its request and read the answer."""
 MAX_HEAD_BYTES = 16_384
-RETRY_AFTER_S = 5
-"""Seconds in the `Retry-After` header of a request that comes while the model loads."""
 
 Health = Callable[[], dict[str, Any]]
 """A function that returns the body of `/health`, whose "status" decides the answer of `/ping`."""
@@ -45,12 +51,12 @@ class HealthServer:
         self,
         sockets: Sequence[socket.socket],
         health: Health,
-        cors_origins: Callable[[], str | None],
+        allowed_origins: Callable[[], Sequence[str]],
     ) -> None:
-        """`cors_origins` returns the setting `api.cors_origins`."""
+        """`allowed_origins` returns `ApiSettings.allowed_origins`."""
         self._sockets = sockets
         self._health = health
-        self._cors_origins = cors_origins
+        self._allowed_origins = allowed_origins
         self._clients: set[asyncio.Task[Any]] = set()
 
     async def serve(self, ended: Awaitable[object]) -> None:
@@ -87,20 +93,20 @@ class HealthServer:
         request_id = uuid.uuid4().hex
         method, path, body = "", "", b""
         headers = {
-            "x-mixtral-request-id": request_id,
-            "x-request-id": request.get("x-request-id", request_id)[:128],
-            **cors.headers(self._cors_origins(), request),
+            OUR_ID: request_id,
+            CLIENT_ID: request.get(CLIENT_ID, request_id)[:MAX_ID_CHARS],
+            **cors.headers(self._allowed_origins(), request),
         }
         try:
             method, path = _first_line(first)
             if is_messages(path):
-                headers["request-id"] = request_id
+                headers[ANTHROPIC_ID] = request_id
             status, content = self._reply(method, path, cors.ALLOWED in headers)
         except ServeError as error:
             status, content = HTTPStatus(error.http_status), error_body(error, request_id, path)
             headers |= error.headers
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
-            headers["Retry-After"] = str(RETRY_AFTER_S)
+            headers["Retry-After"] = str(NOT_READY_RETRY_S)
         if content is not None:
             body = json.dumps(content).encode()
             headers |= {"Content-Type": "application/json", "Content-Length": str(len(body))}
@@ -113,7 +119,7 @@ class HealthServer:
         if method == "OPTIONS" and may_ask:
             return HTTPStatus.NO_CONTENT, None
         if path not in ("/ping", "/health"):
-            raise Loading("The model is not ready to answer here; see /health, and try again.")
+            raise Loading(NOT_READY)
         if method not in ("GET", "HEAD"):
             raise MethodNotAllowed(f"{path} takes GET.", allow="GET, HEAD")
         health = self._health()
@@ -139,8 +145,8 @@ class State(TypedDict):
     status: str
     """"loading", "ready", "draining" or "failed"."""
     load_log: str | None
-    cors_origins: str | None
-    """The setting; None also before the settings are known."""
+    allowed_origins: list[str]
+    """The setting; empty before the settings are known."""
 
 
 def health(state: State) -> dict[str, Any]:
@@ -162,11 +168,11 @@ def main(numbers: Sequence[str]) -> None:
     """Answers on the inherited sockets with these numbers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)  # the parent says when to end
-    state = State(status="loading", load_log=None, cors_origins=None)
+    state = State(status="loading", load_log=None, allowed_origins=[])
     server = HealthServer(
         [socket.socket(fileno=int(number)) for number in numbers],
         lambda: health(state),
-        lambda: state["cors_origins"],
+        lambda: state["allowed_origins"],
     )
     asyncio.run(server.serve(follow_parent(state)))
 

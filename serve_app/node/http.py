@@ -71,8 +71,8 @@ class HttpEndpoint:
         self.proxy = Proxy(http_options)
         self.status = "loading"
         self.load_log: str | None = None
-        self.cors_origins: str | None = None
-        """The setting `api.cors_origins`; `tell` passes it on."""
+        self.allowed_origins: list[str] = []
+        """The setting; `tell` passes it on."""
         self.is_serving = False
         self._is_stopping = threading.Event()
         port = http_options["port"]
@@ -99,7 +99,11 @@ class HttpEndpoint:
         self.status, self.load_log = status or self.status, load_log or self.load_log
         if self._health is not None:
             self._health.tell(
-                State(status=self.status, load_log=self.load_log, cors_origins=self.cors_origins)
+                State(
+                    status=self.status,
+                    load_log=self.load_log,
+                    allowed_origins=self.allowed_origins,
+                )
             )
 
     def serves(self) -> None:
@@ -200,7 +204,7 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     """Serves `config` until SIGTERM or Ctrl-C, then finishes running requests. Returns exit code
     0."""
     settings = cluster.with_load_log(checked.settings)
-    endpoint.cors_origins = settings.api.cors_origins
+    endpoint.allowed_origins = settings.api.allowed_origins
     endpoint.tell(load_log=settings.load_log)
     try:
         with ColdStart(settings, checked.plan).watch():

@@ -17,6 +17,7 @@ a body) and `chat.py` (one request with its response). The other modules, by sub
                     grammar_numbers (refuses some), large_stack; schema_tree, one_of and
                     neutral_keywords rewrite JSON schemas
     streams         sse (server-sent events), json_pieces (large JSON values)
+    headers         header_names; cors (what pages of other origins may do)
     users           key_account and allowance (limits of an API key), session (the replica of a
                     conversation)
 """

@@ -172,7 +172,7 @@ async def sent(
         messages.append(message)
 
     scope = {"type": "http", "path": "/", "headers": headers}
-    await Guard(app, lambda: None)(scope, receive or once(b""), send)
+    await Guard(app, list)(scope, receive or once(b""), send)
     return messages
 
 
@@ -218,4 +218,4 @@ def test_the_headers_are_those_that_serve_reads() -> None:
         constants.SERVE_MULTIPLEXED_MODEL_ID,
     )
     assert {name.replace("_", "-").encode() for name in names} == guard.REMOVED
-    assert constants.SERVE_HTTP_REQUEST_ID_HEADER.encode() == guard.REQUEST_ID
+    assert constants.SERVE_HTTP_REQUEST_ID_HEADER.encode() == guard.CLIENT_ID

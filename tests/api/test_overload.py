@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from serve_app.api import early_answer
-from serve_app.api.early_answer import PLACES, EarlyAnswer
+from serve_app.api.early_answer import EarlyAnswer
 from serve_app.api.ingress import create_app
 from serve_app.api.list_places import ListPlaces
 from serve_app.api.server import MixtralServer
+from serve_app.protocol.header_names import PLACES, REFUSED
 from tests.fakes import MAX_TAKEN, FakeEngine, answer, items, server
 
 LIMITS = b"64,6400,50000,3"
@@ -123,7 +124,7 @@ def test_ping_is_answered_before_serve_sees_it() -> None:
 def test_refusals_of_haproxy_are_counted(told: str, number: int) -> None:
     """The number in the header of a request that passes is added to our own refusals."""
     one = server()
-    headers = [(early_answer.REFUSED.encode(), told.encode())]
+    headers = [(REFUSED.encode(), told.encode())]
     assert early(one, "/prompt", headers=headers)[0] == 299
     assert early(one, "/tokenize", headers=headers)[0] == 299
     text = one.metrics.text("ready")

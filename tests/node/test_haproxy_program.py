@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 import httpx
 import pytest
 
-from serve_app import error_body as bodies
 from serve_app.error_body import error_body
-from serve_app.errors import EngineDead, InvalidRequest, Loading, ServeError
+from serve_app.errors import ServeError
 from serve_app.machine.ports import free_port
-from serve_app.node import haproxy_program
-from serve_app.node.haproxy_program import MAX_HEADERS, MAX_URL_CHARS
+from serve_app.node import haproxy_errors, haproxy_program
+from serve_app.node.haproxy_errors import MAX_URL_CHARS
+from serve_app.node.haproxy_program import MAX_HEADERS
 from tests.worker.conftest import until
 
 SHORT = "import sys; from serve_app.node import haproxy_program as it; it.HEADERS_S = it.IDLE_S = 1"
@@ -160,9 +160,9 @@ def test_errors_have_the_form_of_ours(server: Server, start: Start, path: str) -
     unloaded = start(to=())
     long = f"{path}?{'a' * MAX_URL_CHARS}"
     for response, status, error in (
-        (server.get(long), 414, InvalidRequest(haproxy_program.TOO_LONG)),
-        (server.get(f"{path}?dies"), 503, EngineDead(haproxy_program.NO_REPLICA)),
-        (unloaded.get(path), 503, Loading(haproxy_program.LOADING)),
+        (server.get(long), 414, haproxy_errors.TOO_LONG),
+        (server.get(f"{path}?dies"), 503, haproxy_errors.NO_REPLICA),
+        (unloaded.get(path), 503, haproxy_errors.LOADING),
     ):
         body = response.json()
         assert (response.status_code, body) == (status, expected(error, body, path))
@@ -177,7 +177,7 @@ def test_a_500_of_serve_is_a_lost_replica(server: Server) -> None:
     """A 500 in Serve's own words becomes the 503 of our table; one of the server passes."""
     response = server.get("/serves-500")
     body = response.json()
-    assert body == expected(EngineDead(haproxy_program.NO_REPLICA), body, "/")
+    assert body == expected(haproxy_errors.NO_REPLICA, body, "/")
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
     ours = server.get("/our-500")
@@ -244,11 +244,6 @@ def test_a_request_kills_two_replicas_at_most() -> None:
     assert len(Dying.bodies) == 2
     assert (response.status_code, response.headers["retry-after"]) == (503, "1")
     assert response.json()["error"]["code"] == "engine_dead"
-
-
-def test_the_path_with_another_shape_is_that_of_the_server() -> None:
-    """HAProxy and the server find the paths of the Messages API with one expression."""
-    assert haproxy_program.MESSAGES_PATH == bodies.MESSAGES_PATH
 
 
 def test_headers_have_a_number_and_a_size(server: Server) -> None:

@@ -10,14 +10,11 @@ from typing import Any
 import httpx
 import pytest
 
-from serve_app.api import early_answer
 from serve_app.api.routes import ROUTES
-from serve_app.engine import retry_after
-from serve_app.engine.request_queue import RequestQueue
 from serve_app.error_body import error_body
-from serve_app.errors import QueueFull
-from serve_app.node import haproxy_program, haproxy_refusals
-from serve_app.node.haproxy_refusals import PATHS, PLACES, REFUSED
+from serve_app.node import haproxy_errors
+from serve_app.node.haproxy_refusals import PATHS
+from serve_app.protocol.header_names import PLACES, REFUSED
 from tests.node.test_haproxy_program import QuietServer, Server, haproxy
 from tests.worker.conftest import until
 
@@ -127,9 +124,8 @@ def test_a_refusal_is_as_the_replicas(full: None, http: httpx.Client, path: str)
     """It has the JSON of our table, one id, the client's own id, and no header of ours inside."""
     response = http.post(path, headers={"x-request-id": "mine", "origin": "https://a.example"})
     body = response.json()
-    error = QueueFull(haproxy_program.FULL)
     assert response.status_code == 429
-    assert body == error_body(error, body["error"]["request_id"], path)
+    assert body == error_body(haproxy_errors.FULL, body["error"]["request_id"], path)
     assert response.headers["x-mixtral-request-id"] == body["error"]["request_id"]
     assert response.headers["x-request-id"] == "mine"
     assert response.headers["access-control-allow-origin"] == "*"
@@ -231,11 +227,6 @@ def test_without_a_number_nothing_is_refused(
     assert {each.result().status_code for each in engine.opened} == {200}
 
 
-def test_haproxy_and_the_server_agree() -> None:
-    """Names of headers, routes and the sentence are those of the server."""
-    assert (early_answer.PLACES, early_answer.REFUSED) == (PLACES, REFUSED)
+def test_haproxy_knows_the_routes_that_generate() -> None:
+    """HAProxy refuses requests for the routes that need a place in the engine's queue."""
     assert set(PATHS) == {route.path for route in ROUTES if route.generates}
-    with pytest.raises(QueueFull) as raised:
-        RequestQueue(0, 0, 1).require_room()
-    assert raised.value.message == haproxy_program.FULL
-    assert haproxy_refusals.MAX_WAIT_US == retry_after.MAX_S * 1_000_000

@@ -36,7 +36,7 @@ def listener(told: dict[str, Any]) -> Iterator[Listener]:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     loop, ended = asyncio.new_event_loop(), asyncio.Event()
-    serving = HealthServer([listening], lambda: told, lambda: None).serve(ended.wait())
+    serving = HealthServer([listening], lambda: told, list).serve(ended.wait())
     thread = threading.Thread(target=loop.run_until_complete, args=(serving,))
     thread.start()
     yield Listener(port)
@@ -122,7 +122,7 @@ def test_it_stands_before_a_server_on_the_same_port(tmp_path: Path) -> None:
             '{"phase": "ray", "state": "done", "seconds": 2.5}\n'
         )
         assert get(Listener(port), "/ping").status_code == 204
-        listener.tell({"status": "ready", "load_log": str(log), "cors_origins": None})
+        listener.tell({"status": "ready", "load_log": str(log), "allowed_origins": []})
         until(lambda: get(Listener(port), "/ping").status_code == 200)
         health = get(Listener(port), "/health").json()
         assert health == {"status": "ready", "load": [{"phase": "ray", "seconds": 2.5}]}

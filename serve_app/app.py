@@ -148,7 +148,7 @@ def _replica_class(load: Load) -> type[Any]:
             gc.freeze()
 
         def check_health(self) -> None:
-            # The server calls this before each request, and Serve every few seconds.
+            # Serve calls this every few seconds, and `failure` when a request has lost the engine.
             try:
                 super().check_health()
             except EngineDead:

@@ -35,6 +35,9 @@ class AnthropicErrorBody(ErrorBody):
 
 MESSAGES_PATH = "/v1/messages(/|$)"
 """A regular expression, found in the paths of the Messages API below any prefix."""
+is_messages = re.compile(MESSAGES_PATH).search
+"""Returns a match if a path is one of the Messages API, whose errors have Anthropic's shape;
+otherwise None."""
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
     404: "not_found_error",
@@ -61,11 +64,6 @@ def error_body(error: ServeError, request_id: str, path: str = "") -> ErrorBody:
     fields["type"] = _anthropic_type(error)
     body: AnthropicErrorBody = {"type": "error", "error": fields, "request_id": request_id}
     return body
-
-
-def is_messages(path: str) -> bool:
-    """Returns whether `path` is one of the Messages API, whose errors have Anthropic's shape."""
-    return re.search(MESSAGES_PATH, path) is not None
 
 
 def _anthropic_type(error: ServeError) -> str:

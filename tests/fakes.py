@@ -22,7 +22,7 @@ from serve_app.engine.retry_after import Places
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.sequence import SharedPrompt
-from serve_app.errors import DeadlinePassed, QueueFull
+from serve_app.errors import DeadlinePassed, EngineDead, QueueFull
 from serve_app.loading.load import Loaded
 from serve_app.loading.load_log import LoadLog
 from serve_app.protocol.tokenizer import Tokenizer
@@ -80,6 +80,8 @@ class FakeEngine:
         """Places of the queue that are taken; from `MAX_TAKEN` on new requests are refused."""
 
     def require_room(self, group: str = "") -> None:
+        if not self.is_alive:
+            raise EngineDead("The engine has failed.")
         if self.num_taken >= MAX_TAKEN:
             raise QueueFull("Too many requests are waiting.", retry_after_s=3)
 

@@ -134,11 +134,15 @@ async def _message(receive: Receive) -> Message:
     try:
         return await receive()
     except Exception as error:
-        log.debug(
-            "The body of a request cannot be read (%s); its client has disconnected.",
-            type(error).__name__,
-        )
-        return {"type": "http.disconnect"}
+        return _disconnect(error)
+
+
+def _disconnect(error: Exception) -> Message:
+    log.debug(
+        "The body of a request cannot be read (%s); its client has disconnected.",
+        type(error).__name__,
+    )
+    return {"type": "http.disconnect"}
 
 
 class _LargeBodies:
@@ -189,10 +193,13 @@ class _Exchange:
         if self._is_read:
             return await _message(self._receive)
         limit_s = BODY_S + self._num_bytes / MIN_BODY_BYTES_PER_S
+        timeout = asyncio.timeout(self._scope[ARRIVED] + limit_s - time.monotonic())
         try:
-            async with asyncio.timeout(self._scope[ARRIVED] + limit_s - time.monotonic()):
-                message = await _message(self._receive)
-        except TimeoutError:
+            async with timeout:
+                message = await self._receive()
+        except Exception as error:
+            if not timeout.expired():
+                return _disconnect(error)
             self._is_small = False  # the rest of it may never arrive
             await self.refuse(RequestTooSlow(LATE_BODY))
             return {"type": "http.disconnect"}

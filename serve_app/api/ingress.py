@@ -85,6 +85,8 @@ class Endpoint:
         self._get_server = get_server
         self._route = route
         self._handler = NO_ROUTE if route is None else route.path
+        # Only a path that ends with a parameter has to be read from each request.
+        self._path = None if route is None or "{" in route.path else route.path
 
     async def response(self, request: Request) -> Response:
         """Returns the response to one request. Errors are responses too."""
@@ -92,7 +94,7 @@ class Endpoint:
         server.loop_lag.start()
         arrived: float = request.scope[ARRIVED]
         request_id, headers = ids_of(request)
-        path = path_of(request.scope)
+        path = self._path or path_of(request.scope)
         account: KeyAccount | None = None
         try:
             route = self._route or routes.find(path)

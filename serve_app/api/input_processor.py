@@ -155,8 +155,10 @@ class InputProcessor:
         is_shared = count > 1 and num_prompt_logprobs is None
         shared_prompt = SharedPrompt() if is_shared else None
         called = [] if tools is None else [tool.name for tool in tools.callable]
-        least = request.priority if call.account is None else call.account.key.min_priority
-        scheduling_class = SchedulingClass(call.group, max(request.priority, least))
+        scheduling_class = SchedulingClass("", request.priority)
+        if (account := call.account) is not None:
+            least = account.key.min_priority
+            scheduling_class = SchedulingClass(account.group, max(request.priority, least))
         answers = []
         for index in range(count):
             if index and params.seed is not None:

@@ -93,16 +93,20 @@ class ServedModel:
 
     def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
         """Returns the metadata of the response. Raises `ModelNotFound` for another model's name."""
-        self.check_model(model)
+        if model is not None and model not in self.names:
+            raise self._not_served(model)
         return ResponseMetadata(call.request_id, self.names[0], int(time.time()), self.fingerprint)
 
     def check_model(self, name: str | None) -> None:
         """Raises `ModelNotFound` if `name` is not a served name."""
         if name is not None and name not in self.names:
-            raise ModelNotFound(
-                f"There is no model `{printable(name)}` here, only {', '.join(self.names)}.",
-                param="model",
-            )
+            raise self._not_served(name)
+
+    def _not_served(self, name: str) -> ModelNotFound:
+        return ModelNotFound(
+            f"There is no model `{printable(name)}` here, only {', '.join(self.names)}.",
+            param="model",
+        )
 
     def drain(self) -> None:
         """Refuses new requests from now on; running ones finish."""

@@ -44,7 +44,6 @@ class MixtralServer(ServedModel):
 
         The errors are `EngineDead`, `Draining` and `QueueFull`. Thread-safe.
         """
-        self.check_health()
         if self.is_draining and route.method == "POST":
             raise Draining(
                 "The server is shutting down; send the request to another one.",
@@ -52,6 +51,8 @@ class MixtralServer(ServedModel):
             )
         if route.generates:
             self._engine.require_room(account.group if account is not None else "")
+        else:
+            self.check_health()
 
     async def call(
         self, method: str, path: str, body: Any, request_id: str, traceparent: str | None = None

@@ -5,13 +5,14 @@ Protocol: https://platform.openai.com/docs/api-reference/chat.
 
 from collections.abc import Sequence
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
 from serve_app.protocol.choices import ChoiceSampling, StreamUsage
 from serve_app.protocol.echo import prompt_logprobs
 from serve_app.protocol.field_types import Integer
+from serve_app.protocol.fields import check_min_tokens
 from serve_app.protocol.messages import Conversation
 from serve_app.protocol.response import ResponseMetadata, TokenNames, detailed_usage
 from serve_app.protocol.scores import TokenScore, named, pieces
@@ -30,11 +31,11 @@ class ChatRequest(ChoiceSampling):
     top_logprobs: Integer = Field(default=0, ge=0, le=20)
     prompt_logprobs: Integer | None = Field(default=None, ge=0, le=20)
     """Adds the log probabilities of the prompt's tokens (vLLM's field)."""
+    continue_final_message: bool = False
+    """Whether the answer continues the text of the last message (vLLM's field)."""
     add_generation_prompt: bool = True
     """Whether the prompt ends with the template's beginning of an answer, if it has one (vLLM's
     field)."""
-    continue_final_message: bool = False
-    """Whether the answer continues the text of the last message (vLLM's field)."""
     tools: list[FunctionTool] = Field(default_factory=list)
     tool_choice: Choice | None = None
     """None means `auto`."""
@@ -58,25 +59,40 @@ class ChatRequest(ChoiceSampling):
         """Returns the tools that the answer may call. Raises `InvalidRequest`."""
         return offered(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls)
 
-    @model_validator(mode="after")
-    def _chat_fields_fit_together(self) -> "ChatRequest":
-        limits = {self.max_tokens, self.max_completion_tokens} - {None}
-        if len(limits) > 1:
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _is_the_only_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if info.data.get("max_tokens") not in (None, value):
             raise InvalidRequest(
                 "`max_tokens` and `max_completion_tokens` are one limit; send one of them.",
                 param="max_completion_tokens",
             )
-        asks_both = self.continue_final_message and self.add_generation_prompt
-        if asks_both and "add_generation_prompt" in self.model_fields_set:
+        check_min_tokens(info.data.get("min_tokens", 0), value, "max_completion_tokens")
+        return value
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs", True):
+            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
+        return value
+
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _cannot_be_streamed(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise InvalidRequest("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
+        return value
+
+    @field_validator("add_generation_prompt")
+    @classmethod
+    def _is_no_continuation(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("continue_final_message"):
             raise InvalidRequest(
                 "`continue_final_message` needs `add_generation_prompt: false`.",
                 param="continue_final_message",
             )
-        if self.prompt_logprobs is not None and self.stream:
-            raise InvalidRequest("`prompt_logprobs` cannot be streamed.", param="prompt_logprobs")
-        if self.top_logprobs and not self.logprobs:
-            raise InvalidRequest("`top_logprobs` needs `logprobs: true`.", param="top_logprobs")
-        return self
+        return value
 
 
 def body(

@@ -6,7 +6,7 @@ Protocol: https://platform.openai.com/docs/api-reference/completions.
 from collections.abc import Sequence
 from typing import Any
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.field_types import Integer
@@ -38,18 +38,20 @@ class ChoiceSampling(Sampling):
         """Whether some of the answers are not returned, so that log probabilities are needed."""
         return self.best_of is not None and self.best_of > self.n
 
-    @model_validator(mode="after")
-    def _best_of_fits(self) -> "ChoiceSampling":
-        if self.best_of is None:
-            return self
-        if self.best_of < self.n:
+    @field_validator("best_of")
+    @classmethod
+    def _at_least_n(cls, value: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n", value)
+        if value is None or n is None:
+            return value
+        if value < n:
             raise InvalidRequest("`best_of` should not be smaller than `n`.", param="best_of")
-        if self.best_of > self.n and self.stream:
+        if value > n and info.data.get("stream"):
             raise InvalidRequest(
                 "`best_of` above `n` cannot be streamed: the best answers are known at the end.",
                 param="best_of",
             )
-        return self
+        return value
 
     def usage(self, num_prompt_tokens: int, wholes: Sequence[TextDelta]) -> dict[str, Any]:
         """Returns the usage of all answers. Each prompt counts once, with the cached tokens of its

@@ -1,13 +1,13 @@
 """Detokenizer: converts token ids to text one after another, whole characters only."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from serve_app.protocol.tool_calls import MARKER
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
-    from tokenizers.decoders import DecodeStream
 
 PRIMING_TOKENS = 8
 """Number of prompt tokens that the decoder processes first, so that a continuation keeps its
@@ -30,17 +30,21 @@ class Detokenizer:
         skip_special: bool = True,
         tool_calls_id: int | None = None,
     ) -> None:
+        from tokenizers.decoders import DecodeStream
+
         self._backend = backend
         self._tool_calls_id = tool_calls_id
         self._skip_special = skip_special
         self._pending: list[int] = []
-        self._stream = self._begin(_tail(backend, prompt_ids) if prompt_ids else [])
+        self._new_stream = partial(DecodeStream, skip_special_tokens=skip_special)
+        """Returns a new stream that has processed the given ids."""
+        self._stream = self._new_stream(ids=_tail(backend, prompt_ids) if prompt_ids else [])
 
     def push(self, token_id: int) -> str:
         """Returns the text that `token_id` completes; empty while a character is incomplete."""
         if token_id == self._tool_calls_id:
             before = self.flush()
-            self._stream = self._begin([])
+            self._stream = self._new_stream(ids=[])
             return before + MARKER
         self._pending.append(token_id)
         try:
@@ -49,7 +53,7 @@ class Detokenizer:
             # The bytes are no UTF-8: DecodeStream fails with "Invalid prefix".
             pending = self._pending
             text = self.flush()
-            self._stream = self._begin(pending)
+            self._stream = self._new_stream(ids=pending)
         if text is None:
             return ""
         self._pending = []
@@ -61,12 +65,6 @@ class Detokenizer:
         if not rest:
             return ""
         return str(self._backend.decode(rest, skip_special_tokens=self._skip_special))
-
-    def _begin(self, ids: list[int]) -> "DecodeStream":
-        """Returns a new stream that has processed `ids`."""
-        from tokenizers.decoders import DecodeStream
-
-        return DecodeStream(ids=ids, skip_special_tokens=self._skip_special)
 
 
 def _tail(backend: "Backend", prompt_ids: Sequence[int]) -> list[int]:

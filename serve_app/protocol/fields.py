@@ -12,8 +12,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
-    model_validator,
 )
 
 from serve_app.errors import InvalidRequest
@@ -74,7 +74,11 @@ class StreamOptions(InnerObject):
 
 
 class Sampling(Body):
-    """The sampling fields, which are the same on every route that generates text."""
+    """The sampling fields, which are the same on every route that generates text.
+
+    A validator of a field runs only if the request has the field. It sees the fields above its own:
+    a rule for two fields belongs to the lower one.
+    """
 
     OWN_DEFAULTS: ClassVar[frozenset[str]] = frozenset()
     """Fields that keep their default here even if the checkpoint has its own default."""
@@ -116,6 +120,12 @@ class Sampling(Body):
         """The maximum number of tokens to generate, and the name of its field."""
         return self.max_tokens, "max_tokens"
 
+    @field_validator("min_tokens")
+    @classmethod
+    def _at_most_max_tokens(cls, value: int, info: ValidationInfo) -> int:
+        check_min_tokens(value, info.data.get("max_tokens"), "max_tokens")
+        return value
+
     @field_validator("stop", mode="before")
     @classmethod
     def _list_of_stops(cls, value: Any) -> Any:
@@ -127,6 +137,25 @@ class Sampling(Body):
                 f"`stop` takes up to 16 strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
             )
         return tuple(stops)
+
+    @field_validator("stream_options")
+    @classmethod
+    def _usage_needs_stream(cls, value: StreamOptions, info: ValidationInfo) -> StreamOptions:
+        if value.include_usage and not info.data.get("stream", True):
+            raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
+        return value
+
+    @field_validator("structured_outputs")
+    @classmethod
+    def _is_the_only_format(
+        cls, value: StructuredOutputs | None, info: ValidationInfo
+    ) -> StructuredOutputs | None:
+        if value and info.data.get("response_format"):
+            raise InvalidRequest(
+                "Send `response_format` or `structured_outputs`, not both.",
+                param="structured_outputs",
+            )
+        return value
 
     @field_validator("response_format")
     @classmethod
@@ -154,21 +183,13 @@ class Sampling(Body):
             )
         return value
 
-    @model_validator(mode="after")
-    def _fit_together(self) -> "Sampling":
-        if self.stream_options.include_usage and not self.stream:
-            raise InvalidRequest("`stream_options` needs `stream: true`.", param="stream_options")
-        if self.structured_outputs and self.response_format:
-            raise InvalidRequest(
-                "Send `response_format` or `structured_outputs`, not both.",
-                param="structured_outputs",
-            )
-        limit, field = self.limit
-        if limit is not None and self.min_tokens > limit:
-            raise InvalidRequest(
-                f"`min_tokens` should not be larger than `{field}`.", param="min_tokens"
-            )
-        return self
+
+def check_min_tokens(min_tokens: int, limit: int | None, field: str) -> None:
+    """Raises `InvalidRequest` if `min_tokens` exceeds the request's `limit`, its field `field`."""
+    if limit is not None and min_tokens > limit:
+        raise InvalidRequest(
+            f"`min_tokens` should not be larger than `{field}`.", param="min_tokens"
+        )
 
 
 class AdaptedSampling(Sampling):

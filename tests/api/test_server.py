@@ -160,7 +160,7 @@ def test_a_dead_engine_fails_health_checks_and_requests() -> None:
     engine = FakeEngine()
     one = server(engine)
     one.check_health()
-    one.close()
+    engine.is_alive = False
     assert asyncio.run(answer(one, "/prompt", {"prompt": "a"}))["error"]["code"] == "engine_dead"
     with pytest.raises(Exception, match="engine has stopped"):
         one.check_health()

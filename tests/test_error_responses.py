@@ -20,7 +20,7 @@ from serve_app.api.early_answer import EarlyAnswer
 from serve_app.api.guard import Guard
 from serve_app.api.ingress import create_app
 from serve_app.api.request_id import ids_before_serve
-from serve_app.config.sections import ApiSettings
+from serve_app.config.api_settings import ApiSettings
 from serve_app.error_body import error_body
 from serve_app.node import cors, haproxy_errors
 from serve_app.node.haproxy_errors import MAX_URL_CHARS

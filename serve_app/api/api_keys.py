@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from serve_app.config.api_settings import ApiSettings
 from serve_app.config.key_file import FIXED_PREFIX, ApiKey, read_keys, sha256
-from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
 from serve_app.errors import InvalidApiKey
 from serve_app.protocol.key_account import KeyAccount

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from serve_app.api.answer import Answer
 from serve_app.api.metrics.metrics import Metrics
 from serve_app.api.tracing import AnswerTrace, Tracing
-from serve_app.config.sections import ApiSettings
+from serve_app.config.api_settings import ApiSettings
 from serve_app.engine.admission import check_token_ids
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduling_class import SchedulingClass

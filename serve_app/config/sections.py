@@ -1,22 +1,19 @@
-"""The sections of the settings: model, engine, API, RunPod worker and observability.
+"""The sections of the settings: model, engine, API (`api_settings.py`), RunPod worker and
+observability.
 
 Each field's docstring gives its meaning, unit and default. `python -m tools.settings_table` writes
 the table in docs/runpod.md from them.
 """
 
-from ipaddress import ip_network
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from serve_app.config.api_settings import ApiSettings
+from serve_app.config.section import Section, items
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", protected_namespaces=(), use_attribute_docstrings=True
-    )
-
-
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """The served model and the format of its weights."""
 
     name: str = "mistralai/Mixtral-8x7B-Instruct-v0.1"
@@ -78,18 +75,17 @@ class ModelSettings(_Section):
     @field_validator("served_model_name")
     @classmethod
     def _has_a_name(cls, value: str | None) -> str | None:
-        if value is not None and not value.replace(",", "").strip():
+        if value is not None and not items(value):
             raise ValueError("it must hold a name")
         return value
 
     @property
     def served_model_names(self) -> tuple[str, ...]:
         """The public names. The first one is `model` in every response."""
-        names = (self.served_model_name or self.name).split(",")
-        return tuple(name.strip() for name in names if name.strip())
+        return tuple(items(self.served_model_name or self.name))
 
 
-class EngineSettings(_Section):
+class EngineSettings(Section):
     """The limits and the scheduling of the engine."""
 
     max_model_len: int | None = Field(default=None, ge=16)
@@ -143,85 +139,7 @@ class EngineSettings(_Section):
         return self
 
 
-class ApiSettings(_Section):
-    """The limits of requests, and the API keys."""
-
-    keys: SecretStr | None = None
-    """Accepted API keys, comma separated. Read from the environment only. Without this and
-    `keys_file`, clients need no key."""
-    keys_file: str | None = None
-    """File of API keys with names and limits, which `mixtral-serve keys` writes. The server reads
-    it again when it changes."""
-    cors_origins: str | None = None
-    """Origins of web pages that may call the API from a browser, comma separated, such as
-    `https://chat.example.com`; `*` allows every origin. None: no other origin."""
-    max_tokens_limit: int | None = Field(default=None, ge=1)
-    """The largest `max_tokens` that a request may have. None: what the context holds."""
-    max_prompt_chars: int = Field(default=100_000, ge=1)
-    """Maximum number of characters of a prompt, or of all messages together. A longer prompt gets
-    400."""
-    max_prompts: int = Field(default=1000, ge=1)
-    """Maximum number of prompts in a list (`prompts` or `items` of `/prompt`). A longer list gets
-    400."""
-    max_body_bytes: int = Field(default=8_000_000, ge=1024)
-    """Maximum bytes of the body of a request or job. A larger body gets 413."""
-    sanitize_control_tokens: bool = True
-    """Whether a control token in a message, such as `</s>`, is plain text. With false it is the
-    control token, as in transformers' `apply_chat_template`. Raw prompts may always contain control
-    tokens."""
-    request_timeout_s: float = Field(default=600.0, gt=0)
-    """Maximum seconds from the arrival of a request to its end. Then it ends with 504."""
-    retry_after_s: int = Field(default=1, ge=1)
-    """Minimum seconds in `Retry-After` of a 429 for a full request queue, and the value of a 503
-    while the server shuts down. A slow engine gives longer ones, up to 60."""
-    max_connections: int = Field(default=4096, ge=16)
-    """Maximum number of open connections to HAProxy. Further ones wait until one closes."""
-    max_connections_per_address: int | None = Field(default=None, ge=1)
-    """Maximum number of open connections to HAProxy from one address. Further ones are closed.
-    None: no limit, because all clients behind a load balancer have its address."""
-    trusted_proxies: str | None = None
-    """Addresses or networks without `max_connections_per_address`, comma separated, such as
-    `10.0.0.0/8`."""
-
-    @field_validator("keys")
-    @classmethod
-    def _has_a_key(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().replace(",", "").strip():
-            raise ValueError("it must hold a key")
-        return value
-
-    @field_validator("trusted_proxies")
-    @classmethod
-    def _are_networks(cls, value: str | None) -> str | None:
-        for network in (value or "").split(","):
-            if network.strip():
-                ip_network(network.strip(), strict=False)  # its error names the value
-        return value
-
-    @property
-    def needs_key(self) -> bool:
-        """Whether HTTP clients need an API key."""
-        return self.keys is not None or self.keys_file is not None
-
-    @property
-    def fixed_keys(self) -> list[str]:
-        """The keys in `keys`."""
-        given = "" if self.keys is None else self.keys.get_secret_value()
-        return [key.strip() for key in given.split(",") if key.strip()]
-
-    @property
-    def allowed_origins(self) -> list[str]:
-        """The origins in `cors_origins`; `["*"]` allows every origin."""
-        origins = [it.strip() for it in (self.cors_origins or "").split(",") if it.strip()]
-        return ["*"] if "*" in origins else origins
-
-    @property
-    def trusted_networks(self) -> list[str]:
-        """The networks in `trusted_proxies`."""
-        return [it.strip() for it in (self.trusted_proxies or "").split(",") if it.strip()]
-
-
-class RunpodSettings(_Section):
+class RunpodSettings(Section):
     """The RunPod worker."""
 
     max_concurrency: int | None = Field(default=None, ge=1)
@@ -252,7 +170,7 @@ class RunpodSettings(_Section):
     here. The worker warns if it expects the load to take longer."""
 
 
-class ObservabilitySettings(_Section):
+class ObservabilitySettings(Section):
     """Logs and traces."""
 
     log_format: Literal["text", "json"] = "text"
@@ -270,7 +188,7 @@ class ObservabilitySettings(_Section):
         return value
 
 
-SECTIONS: dict[str, type[_Section]] = {
+SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,
     "engine": EngineSettings,
     "api": ApiSettings,

@@ -16,9 +16,10 @@ from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from serve_app.config import environment, sources
+from serve_app.config.api_settings import ApiSettings
+from serve_app.config.section import items
 from serve_app.config.sections import (
     SECTIONS,
-    ApiSettings,
     EngineSettings,
     ModelSettings,
     ObservabilitySettings,
@@ -153,7 +154,8 @@ class ClientSettings(BaseSettings):
     def api_key(self) -> str | None:
         """The key to send: OPENAI_API_KEY, otherwise the first of API_KEYS, otherwise None."""
         chosen = self.openai_api_key or self.api_keys
-        return chosen.get_secret_value().split(",")[0].strip() if chosen else None
+        keys = items(chosen.get_secret_value()) if chosen else []
+        return keys[0] if keys else None
 
 
 class _FamiliarNames(PydanticBaseSettingsSource):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import serve_app
-from serve_app.config.sections import ApiSettings
+from serve_app.config.api_settings import ApiSettings
 from serve_app.machine import own_folder
 from serve_app.machine.ports import free_port
 from serve_app.node import haproxy_program

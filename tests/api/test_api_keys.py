@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from serve_app.api.api_keys import POLL_S, ApiKeys
+from serve_app.config.api_settings import ApiSettings
 from serve_app.config.key_file import KeyLimits, add_key, remove_key, sha256
-from serve_app.config.sections import ApiSettings
 from serve_app.config.serve_config import ConfigError
 from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from tests.api.conftest import Endpoint

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from serve_app.config.sections import ApiSettings
+from serve_app.config.api_settings import ApiSettings
 from serve_app.machine.ports import free_port
 from tests.worker.conftest import until
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from serve_app.config.sections import ApiSettings
+from serve_app.config.api_settings import ApiSettings
 from serve_app.node.haproxy import MODE, Proxy
 
 OPTIONS = {"host": "0.0.0.0", "port": 8000}

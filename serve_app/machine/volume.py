@@ -10,7 +10,8 @@ import re
 import tempfile
 from pathlib import Path
 
-PLACES = (Path("/runpod-volume"), Path("/workspace"))
+SERVERLESS = Path("/runpod-volume")
+PLACES = (SERVERLESS, Path("/workspace"))
 MOUNT_TABLE = Path("/proc/self/mountinfo")
 """The kernel's mount table. The fifth field of a line is the mount point, see proc(5).
 `os.path.ismount` does not see bind mounts of one file system."""

@@ -16,7 +16,8 @@ from serve_app.model.quantization import (
 FLOAT_BYTES = 4
 """Bytes of a float32, the type of logits and of attention's sums."""
 MAX_SPLITS = 32
-"""The most splits of a context in attention of decodes, see `AttentionMemory`."""
+"""Maximum number of splits of a context in attention of decodes; `kernels/cuda/splits.cuh` has it
+too."""
 SAMPLE_BYTES = 64
 """Bytes that the sampler in torch takes for each logit: noise in float64, logits in their order,
 penalties. The kernel that samples takes 4."""

@@ -13,16 +13,14 @@ from typing import Any
 
 from serve_app.errors import MachineUnfit, ModelLoadFailed
 from serve_app.machine import volume
-from serve_app.model.checkpoint.find import find_local, hub_cache
+from serve_app.model.checkpoint.find import NEEDED, SMALL_FILES, find_local, hub_cache
 from serve_app.model.checkpoint.other_formats import describe_files
 from serve_app.model.checkpoint.shards import INDEX, SINGLE, read_json
 
 log = logging.getLogger(__name__)
 
-FILES = ["*.safetensors", "*.json", "tokenizer*", "*.jinja"]
+FILES = ["*.safetensors", *SMALL_FILES]
 """Files of a repository that are read; never pickles."""
-NEEDED = [("config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",)]
-"""Files that every model needs: one of each group."""
 SECOND_COPIES = ["consolidated*"]
 """Files that contain the same weights again; they are not downloaded."""
 

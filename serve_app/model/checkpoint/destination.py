@@ -16,6 +16,7 @@ from typing import Any
 
 from serve_app.errors import ModelLoadFailed
 from serve_app.model.checkpoint.checkpoint import Checkpoint
+from serve_app.model.checkpoint.find import SMALL_FILES
 from serve_app.model.checkpoint.form import (
     FUSED_VERSION,
     fused_quantization_config,
@@ -25,7 +26,6 @@ from serve_app.model.checkpoint.fused import SOURCE, file_names, fused_bytes
 from serve_app.model.checkpoint.shards import INDEX, ITEM_BYTES, SINGLE, read_header, read_json
 from serve_app.model.quantization import Quantization
 
-COPIED = ("tokenizer*", "*.jinja", "*.json")
 LOCK = ".convert.lock"
 
 
@@ -80,7 +80,7 @@ class Destination:
         from serve_app.model.checkpoint.fused_writer import write_bytes
         from serve_app.model.checkpoint.to_bitsandbytes import bitsandbytes_config
 
-        for pattern in COPIED:
+        for pattern in SMALL_FILES:
             for file in self.checkpoint.path.glob(pattern):
                 if file.name not in ("config.json", INDEX):
                     write_bytes(self.folder / file.name, file.read_bytes())

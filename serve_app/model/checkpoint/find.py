@@ -9,15 +9,17 @@ import re
 from pathlib import Path
 
 from serve_app.errors import ModelLoadFailed
+from serve_app.machine.volume import SERVERLESS
+from serve_app.model.checkpoint.shards import INDEX, SINGLE
 
-RUNPOD_VOLUME = Path("/runpod-volume")
-"""RunPod mounts its cached models here, in the folder that `hub_cache` returns."""
 RUNPOD_CACHE = Path("/runpod/cache")
+SMALL_FILES = ("tokenizer*", "*.jinja", "*.json")
+"""Files beside the weights that belong to a model."""
+NEEDED = (("config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_config.json",))
+"""Files beside the weights that every model needs: one of each group."""
 
 
-def find_local(
-    name: str, revision: str | None = None, *, volume: Path = RUNPOD_VOLUME
-) -> Path | None:
+def find_local(name: str, revision: str | None = None, *, volume: Path = SERVERLESS) -> Path | None:
     """Returns the folder of `name` on this machine; None if it must be downloaded.
 
     Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository, and
@@ -45,7 +47,7 @@ def _find(name: str, revision: str | None, volume: Path) -> Path | None:
         )
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    for hub in (hub_cache(volume), hub_cache(RUNPOD_VOLUME), Path(HF_HUB_CACHE)):
+    for hub in (hub_cache(volume), hub_cache(SERVERLESS), Path(HF_HUB_CACHE)):
         if cached := cached_snapshot(hub, name, revision):
             return cached
     cached = RUNPOD_CACHE / name / (revision or "main")
@@ -78,17 +80,17 @@ def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
 
 def _is_downloaded(folder: Path) -> bool:
     """Returns True if a download would add nothing."""
-    tokenizers = (folder / "tokenizer.json", folder / "tokenizer.model")
-    return is_complete(folder) and any(file.exists() for file in tokenizers)
+    has_needed = all(any((folder / name).exists() for name in names) for names in NEEDED)
+    return is_complete(folder) and has_needed
 
 
 def is_complete(folder: Path) -> bool:
     """Returns True if the configuration and every safetensors file exist."""
     if not (folder / "config.json").exists():
         return False
-    if (folder / "model.safetensors").exists():
+    if (folder / SINGLE).exists():
         return True
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     except (OSError, ValueError, LookupError, AttributeError):

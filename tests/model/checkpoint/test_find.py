@@ -18,6 +18,7 @@ def make_snapshot(hub: Path, name: str, commit: str = COMMIT, ref: str | None = 
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"")
     (folder / "tokenizer.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
     if ref:
         (repository / "refs").mkdir(exist_ok=True)
         (repository / "refs" / ref).write_text(commit)
@@ -78,5 +79,7 @@ def test_half_a_download_is_not_a_checkpoint(tmp_path: Path) -> None:
     assert cached_snapshot(tmp_path, "o/m", None) is None
     (folder / "tokenizer.part").rename(folder / "tokenizer.model")  # serves as well
     assert cached_snapshot(tmp_path, "o/m", None) == folder
-    (folder / "config.json").unlink()
-    assert cached_snapshot(tmp_path, "o/m", None) is None
+    for name in ("tokenizer_config.json", "config.json"):
+        (folder / name).rename(folder / "kept.part")
+        assert cached_snapshot(tmp_path, "o/m", None) is None
+        (folder / "kept.part").rename(folder / name)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
+from serve_app.model.footprint import MAX_SPLITS
 from serve_app.model.kernels.cuda.launchable import Launchable, MakeKernel
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.variants import Card
@@ -19,8 +20,6 @@ from serve_app.model.kernels.decode_batch import DecodeBatch
 
 MAX_ROWS = 4096
 """Maximum number of rows of a step, because one block sorts their experts in its shared memory."""
-MAX_SPLITS = 32
-"""Maximum number of splits of a context; see splits.cuh."""
 NUM_PROGRAMS = 2048
 """Approximate number of blocks of an attention launch. The n blocks of one row and KV head compute
 every nth split each."""

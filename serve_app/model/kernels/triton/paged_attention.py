@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_SPLITS = 32
+from serve_app.model.footprint import MAX_SPLITS
+
 MIN_SPLIT = 128
 """Minimum number of tokens of a split, so that a split writes less than a sixteenth of the bytes
 that it reads. Contexts longer than `MAX_SPLITS * MIN_SPLIT` have longer splits."""

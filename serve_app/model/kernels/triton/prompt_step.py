@@ -28,6 +28,7 @@ from serve_app.model.kernels.triton.prompt_products import (
     UnpackedProducts,
 )
 from serve_app.model.kernels.triton.step_kernels import add_norm, rope_write
+from serve_app.model.kernels.triton.step_trial import TOLERANCE
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 
@@ -36,8 +37,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
-"""Maximum of the median relative error of rows of logits, compared with plain torch."""
 TRIED_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20), (40, 1100))
 """The chunks of the trial: number of new tokens, and of all tokens. Chunks that do not fit into the
 cache or the context are left out. Attention cuts the context of the last one into splits, which a

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from serve_app.errors import InvalidRequest
-from serve_app.protocol import tool_grammar
+from serve_app.protocol import grammar_trial, tool_grammar
 from serve_app.protocol.grammar_numbers import check_numbers
 from serve_app.protocol.grammar_rules import rules
 from serve_app.protocol.grammar_source import GrammarSource
@@ -86,7 +86,11 @@ class CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars one after another in its own thread."""
+    """Compiles grammars in threads of its own.
+
+    Most take milliseconds. Those that may take seconds have other threads, so that a short grammar
+    never waits for one.
+    """
 
     def __init__(
         self,
@@ -105,7 +109,8 @@ class GrammarCompiler:
         self._vocab_size = max(vocab_size, backend.get_vocab_size())
         # A tokenizer of llguidance needs an id for the end; without one no token ends an answer.
         self._eos_token_ids = sorted(eos_token_ids) or [self._vocab_size - 1]
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._short = ThreadPoolExecutor(max_workers=1, thread_name_prefix="grammar")
+        self._long = ThreadPoolExecutor(max_workers=2, thread_name_prefix="long-grammar")
         self._compiled = lru_cache(NUM_KEPT)(self._compile)
 
     async def compiled(self, source: GrammarSource, *, begins_text: bool) -> CompiledGrammar:
@@ -115,7 +120,8 @@ class GrammarCompiler:
         the grammar has an error or llguidance does not support it.
         """
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._compiled, source, begins_text)
+        threads = self._long if grammar_trial.is_needed(source) else self._short
+        return await loop.run_in_executor(threads, self._compiled, source, begins_text)
 
     def _compile(self, source: GrammarSource, begins_text: bool) -> CompiledGrammar:
         return with_large_stack(lambda: self._compile_here(source, begins_text))
@@ -128,6 +134,11 @@ class GrammarCompiler:
         else:
             start = 'start: " " @answer' if space else "start: @answer"
             grammars = [{"lark_grammar": start}, {"name": "answer", **rules(source)}]
+        if grammar_trial.is_needed(source) and not self._is_bounded(grammars):
+            raise InvalidRequest(
+                f"`{source.field}` takes too much time or memory to compile; send a simpler one.",
+                param=source.field,
+            )
         matcher = self._matcher(grammars)
         if matcher.is_error():
             raise self._refusal(source, matcher.get_error())
@@ -138,6 +149,13 @@ class GrammarCompiler:
                 param=source.field,
             )
         return CompiledGrammar(matcher)
+
+    def _is_bounded(self, grammars: list[dict[str, Any]]) -> bool:
+        """Returns whether compiling `grammars` ends within the limits of a trial."""
+        tokenizer = self._backend.to_str()
+        return grammar_trial.is_bounded(
+            _encoded(grammars), tokenizer, self._vocab_size, self._eos_token_ids
+        )
 
     def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
         """Returns the error for a grammar. It names the tool if a tool's schema is the cause."""
@@ -155,13 +173,13 @@ class GrammarCompiler:
     def _matcher(self, grammars: list[dict[str, Any]]) -> "LLMatcher":
         from llguidance import LLMatcher
 
-        return LLMatcher(self._tokenizer, json.dumps({"grammars": grammars}), log_level=0)
+        return LLMatcher(self._tokenizer, _encoded(grammars), log_level=0)
 
     @cached_property
     def _tokenizer(self) -> "LLTokenizer":
         from llguidance import LLTokenizer
 
-        # Mixtral's takes about a second.
+        # Mixtral's takes 0.2 s.
         return LLTokenizer(
             self._backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
         )
@@ -177,6 +195,11 @@ class GrammarCompiler:
             if len(text) > 1 and text[:1] == b" " and text[1:2].isalpha():
                 return not str(self._backend.decode([token_id])).startswith(" ")
         return False
+
+
+def _encoded(grammars: list[dict[str, Any]]) -> str:
+    """Returns grammars in the form that `LLMatcher` takes."""
+    return json.dumps({"grammars": grammars})
 
 
 def _fails_at_once(matcher: "LLMatcher") -> bool:

@@ -17,6 +17,8 @@ from serve_app.protocol.schema_tree import MAX_DEPTH, mapped
 
 MAX_BRANCHES = 200
 """Maximum number of branches of a `oneOf`, because each pair is compared."""
+MAX_COMPARED_CHARS = 5_000_000
+"""Maximum number of branches times their length as JSON; comparing these takes half a second."""
 TYPES = {str: "string", bool: "boolean", type(None): "null"}
 ALL_TYPES = {*TYPES.values(), "number", "integer", "object", "array"}
 
@@ -31,11 +33,16 @@ def as_any_of(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _exclusive(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     branches = schema.get("oneOf")
-    if isinstance(branches, list) and len(branches) <= MAX_BRANCHES and "anyOf" not in schema:
+    if isinstance(branches, list) and "anyOf" not in schema and _is_comparable(branches):
         resolved = [_resolved(each, root) for each in branches]
         if all(_exclude(*pair) for pair in combinations(resolved, 2)):
             schema["anyOf"] = schema.pop("oneOf")
     return schema
+
+
+def _is_comparable(branches: list[Any]) -> bool:
+    count = len(branches)
+    return count <= MAX_BRANCHES and count * len(json.dumps(branches)) <= MAX_COMPARED_CHARS
 
 
 def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:

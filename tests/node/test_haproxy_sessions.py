@@ -82,11 +82,12 @@ def chosen(
     path: str = "/v1/chat/completions",
     session: str = "",
     *,
-    may_wait: bool = False,
+    num_before: int | None = 0,
 ) -> int:
-    """Returns the port of the replica that answered; nothing else is under way before."""
-    if not may_wait:
-        until(lambda: num_open(server) == 0)
+    """Returns the port of the replica that answered. Asks when HAProxy counts `num_before` other
+    requests, or at once if that is None."""
+    if num_before is not None:
+        until(lambda: num_open(server) == num_before)
     content = body if isinstance(body, bytes) else json.dumps(body).encode()
     connection = HTTPConnection("127.0.0.1", server.port, timeout=30)
     connection.request("POST", path, content, {"x-session-id": session} if session else {})
@@ -186,7 +187,7 @@ def test_a_full_replica_gets_no_more(server: Server) -> None:
     try:
         with ThreadPoolExecutor(40) as threads:
             asked = [
-                threads.submit(chosen, server, {"prompt": "wait"}, "/prompt", may_wait=True)
+                threads.submit(chosen, server, {"prompt": "wait"}, "/prompt", num_before=None)
                 for _ in range(40)
             ]
             until(lambda: Replica.num_waiting == 40)
@@ -206,10 +207,10 @@ def test_a_conversation_stays_where_it_went_first(server: Server, ports: list[in
     Replica.num_waiting = 0
     with haproxy(*ports) as other, ThreadPoolExecutor(1) as thread:
         try:
-            asked = thread.submit(chosen, server, waiting, "/prompt", may_wait=True)
+            asked = thread.submit(chosen, server, waiting, "/prompt", num_before=None)
             until(lambda: Replica.num_waiting == 1)
             bodies: list[Body] = [{"prompt": f"{each} stays"} for each in range(40)]
-            first = [chosen(server, body, may_wait=True) for body in bodies]
+            first = [chosen(server, body, num_before=1) for body in bodies]
         finally:
             Replica.released.set()
         busy = asked.result()

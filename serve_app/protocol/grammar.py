@@ -20,6 +20,7 @@ from serve_app.protocol.grammar_numbers import check_numbers
 from serve_app.protocol.grammar_rules import rules
 from serve_app.protocol.grammar_source import GrammarSource
 from serve_app.protocol.large_stack import with_large_stack
+from serve_app.protocol.unnamed_tokens import unnamed
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -152,9 +153,8 @@ class GrammarCompiler:
 
     def _is_bounded(self, grammars: list[dict[str, Any]]) -> bool:
         """Returns whether compiling `grammars` ends within the limits of a trial."""
-        tokenizer = self._backend.to_str()
         return grammar_trial.is_bounded(
-            _encoded(grammars), tokenizer, self._vocab_size, self._eos_token_ids
+            _encoded(grammars), self._tokenizer_json, self._vocab_size, self._eos_token_ids
         )
 
     def _refusal(self, source: GrammarSource, reason: str) -> InvalidRequest:
@@ -176,12 +176,16 @@ class GrammarCompiler:
         return LLMatcher(self._tokenizer, _encoded(grammars), log_level=0)
 
     @cached_property
+    def _tokenizer_json(self) -> str:
+        return unnamed(self._backend.to_str())
+
+    @cached_property
     def _tokenizer(self) -> "LLTokenizer":
         from llguidance import LLTokenizer
 
         # Mixtral's takes 0.2 s.
         return LLTokenizer(
-            self._backend.to_str(), n_vocab=self._vocab_size, eos_token=self._eos_token_ids
+            self._tokenizer_json, n_vocab=self._vocab_size, eos_token=self._eos_token_ids
         )
 
     @cached_property

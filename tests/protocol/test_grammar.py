@@ -38,20 +38,22 @@ def compiled(found: GrammarSource | None, *, begins_text: bool = True) -> Gramma
     return compiled_grammar(found, begins_text=begins_text).start()
 
 
-def allowed(state: GrammarState) -> list[int]:
-    words = np.zeros(-(-VOCAB_SIZE // 32), np.int32)
+def allowed(state: GrammarState, vocab_size: int = VOCAB_SIZE) -> list[int]:
+    words = np.zeros(-(-vocab_size // 32), np.int32)
     state.fill(words)
     bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     ids: list[int] = np.flatnonzero(bits).tolist()
     return ids
 
 
-def follow(state: GrammarState, choose: Any, max_tokens: int = 400) -> list[int]:
+def follow(
+    state: GrammarState, choose: Any, max_tokens: int = 400, vocab_size: int = VOCAB_SIZE
+) -> list[int]:
     """Returns the tokens that `choose` takes of the allowed ones, until the grammar or EOS ends
     them."""
     ids: list[int] = []
     while not state.is_complete and len(ids) < max_tokens:
-        token_id = choose(allowed(state))
+        token_id = choose(allowed(state, vocab_size))
         if token_id == EOS:
             break
         state.accept(token_id)
@@ -256,6 +258,20 @@ def test_mixtrals_tokenizer_hides_its_first_space_too(mixtral_tokenizer: Tokeniz
     state.accept(first)
     assert state.is_complete
     assert mixtral_tokenizer.decode([first]) == "yes"
+
+
+@pytest.mark.parametrize("name", ["</s>", "<s>", "<unk>"])
+def test_the_name_of_a_special_token_is_text(mixtral_tokenizer: Tokenizer, name: str) -> None:
+    """A constant with such a name is written with other tokens, and in full."""
+    found = GrammarSource("json", json.dumps({"const": {"a": name}}), "f")
+    compiler = GrammarCompiler(mixtral_tokenizer.backend, 32_000, {EOS})
+    state = asyncio.run(compiler.compiled(found, begins_text=True)).start()
+    token_bytes = mixtral_tokenizer.token_bytes
+    ids = follow(
+        state, lambda ids: max(ids, key=lambda it: len(token_bytes(it).strip())), 90, 32_000
+    )
+    assert not {0, 1, 2} & set(ids)
+    assert json.loads(mixtral_tokenizer.decode(ids)) == {"a": name}
 
 
 def test_a_grammar_is_compiled_once() -> None:

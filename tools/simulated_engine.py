@@ -18,6 +18,7 @@ from serve_app.engine.request_queue import RequestQueue, Requests
 from serve_app.engine.runner import SampledTokens
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.scheduling_class import SchedulingClass
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
 
@@ -47,6 +48,8 @@ class Arrival:
     num_output_tokens: int
     then: "Arrival | None" = None
     """The next turn of a conversation; it arrives `at` seconds after this answer's end."""
+    group: str = ""
+    """The group of its `SchedulingClass`."""
     history: list[int] = field(default_factory=list)
     """The tokens of the previous turns."""
     token_times: list[float] = field(default_factory=list)
@@ -144,7 +147,7 @@ class _Device:
         return _Step(self._clock, num_sampled, self._free_at, seconds)
 
     def clear_blocks(self, blocks: list[int]) -> None:
-        raise AssertionError("a simulated step failed")
+        """Does nothing, because there is no KV cache."""
 
 
 class _Arrivals(RequestQueue):
@@ -207,6 +210,7 @@ class SimulatedEngine:
             # No two prompts begin alike, but the turns of one conversation do.
             arrival.history += [SAMPLED + self._num_accepted] * arrival.num_new_tokens
             sequence = Sequence(list(arrival.history), params, 0, frozenset())
+            sequence.scheduling_class = SchedulingClass(arrival.group)
             accepted.append((sequence, _Stream(arrival, self)))
             self._num_alive += 1
         is_over = not accepted and not self._pending and not self._num_alive

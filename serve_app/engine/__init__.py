@@ -7,9 +7,10 @@ pass these files in order:
 2. `request_queue.py` passes it to the engine's thread, which runs the loop in `core.py`.
 3. `scheduler.py` chooses the tokens of the next step (`scheduled_tokens.py`) and allocates KV
    blocks for them (`block_manager.py`). `waiting_sequences.py` has the order in which prompts are
-   computed. Of several sequences with one prompt, only the first computes it
-   (`SharedPrompt`). `prefill_policy.py` limits the prompt tokens of a step while streams are
-   running; it uses the step times that `step_cost.py` predicts.
+   computed, and `running_shares.py` shares the places of running sequences between groups. Of
+   several sequences with one prompt, only the first computes it (`SharedPrompt`).
+   `prefill_policy.py` limits the prompt tokens of a step while streams are running; it uses the
+   step times that `step_cost.py` predicts.
 4. `model_runner.py` launches the step: block tables, forward pass (`decode_graphs.py` on a GPU),
    `sampler.py` with its parts `sampling_metadata.py`, `penalties.py`, `top_filter.py`, `noise.py`.
    On a GPU `device_sampler.py` does the same in one kernel launch, which the graphs contain. It

@@ -10,7 +10,10 @@ Prompts are computed in ascending order of rank; see `waiting_sequences.py`.
 A sequence gets the KV blocks for its whole prompt when it is admitted. If a decode finds no free
 block, the running sequence that arrived last is preempted: its blocks are freed, and it waits with
 its old rank until its prompt and its generated tokens are computed again. Sequences are admitted in
-order of rank only, and never in a step that preempts one.
+order of rank only, and never in a step that preempts one for its blocks.
+
+If `max_num_seqs` sequences run, a waiting sequence may replace a running one of another group; see
+`running_shares.py`.
 
 The cost of a step does not depend on the number of waiting sequences.
 """
@@ -20,6 +23,7 @@ from bisect import insort
 
 from serve_app.engine.block_manager import BlockManager, extend_hashes
 from serve_app.engine.prefill_policy import Policy, PrefillBudget
+from serve_app.engine.running_shares import RunningShares
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.step_cost import StepShape, shape_of
@@ -44,6 +48,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of arrival."""
         self.waiting = WaitingSequences()
+        self._shares = RunningShares()
         self._num_added = 0
         self.unchecked_blocks: list[int] = []
         """Freed KV blocks that may hold values that are not finite, because their sequence ended
@@ -73,7 +78,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         else:
             self.running.remove(sequence)
-            self._free(sequence)
+            self._stop(sequence)
         self.waiting.count_answer(sequence)
         if sequence.shared_prompt is not None:
             for follower in sequence.shared_prompt.removed(sequence, self.waiting):
@@ -90,7 +95,8 @@ class Scheduler:
         num_preemptions = self.num_preemptions
         decodes = self.schedule_decodes()
         can_admit = self.num_preemptions == num_preemptions
-        return decodes + self._schedule_prompts(policy, shape_of(decodes), can_admit=can_admit)
+        prompts = self._schedule_prompts(policy, shape_of(decodes), can_admit=can_admit)
+        return _with_blocks(decodes) + prompts
 
     def schedule_decodes(self) -> list[ScheduledTokens]:
         """Returns the decodes of `schedule` only."""
@@ -129,18 +135,26 @@ class Scheduler:
         budget = policy.budget(decodes, left) if policy else PrefillBudget(left)
         admitted = [s for s in self.running if s.num_uncomputed_tokens > 1]
         admitted.sort(key=rank_of, reverse=True)
-        head = self.waiting.head() if can_admit else None
+        new = self._next_waiting() if can_admit else None
         while budget.is_open:
-            if head and not (admitted and rank_of(admitted[-1]) < rank_of(head)):
-                has_room = self._admit(head)
+            if new and not (admitted and rank_of(admitted[-1]) < rank_of(new[0])):
+                has_room = self._admit(*new)
                 if has_room:
-                    _add_prefill_chunk(step, head, budget)
-                head = self.waiting.head() if has_room else None
+                    _add_prefill_chunk(step, new[0], budget)
+                new = self._next_waiting() if has_room else None
             elif admitted:
                 _add_prefill_chunk(step, admitted.pop(), budget)
             else:
                 break
-        return step
+        return _with_blocks(step)
+
+    def _next_waiting(self) -> tuple[Sequence, Sequence | None] | None:
+        """Returns the waiting sequence with the lowest rank that may be admitted, and the running
+        one that it replaces, if any. Returns None if no sequence may be admitted."""
+        heads = self.waiting.heads()
+        if len(self.running) == self.max_num_seqs:
+            return self._shares.replacement(heads, self.running)
+        return (heads[0], None) if heads else None
 
     def cache_blocks(self, sequence: Sequence, num_tokens: int) -> None:
         """Puts the full blocks of the first `num_tokens` tokens into the prefix cache.
@@ -179,24 +193,29 @@ class Scheduler:
         Returns False if `sequence` itself is preempted.
         """
         while not self.blocks.allocate(sequence.block_table, len(sequence.token_ids)):
-            victim = self.running.pop()
-            self._free(victim)
-            self.waiting.queue(victim)
-            self.num_preemptions += 1
+            victim = self.running[-1]
+            self._preempt(victim)
             if victim is sequence:
                 return False
         return True
 
-    def _admit(self, head: Sequence) -> bool:
-        """Moves `head` from the waiting to the running sequences. Returns False if it does not fit.
+    def _preempt(self, victim: Sequence) -> None:
+        """Moves a running sequence to the waiting ones, with its old rank."""
+        self.running.remove(victim)
+        self._stop(victim)
+        self.waiting.queue(victim)
+        self.num_preemptions += 1
+
+    def _admit(self, head: Sequence, replaced: Sequence | None) -> bool:
+        """Moves `head` from the waiting to the running sequences, and preempts `replaced`.
+
+        Returns False, and changes nothing, if `head` does not fit.
 
         Example with blocks of 16 tokens: a prompt of 160 tokens needs 10 blocks, of which 6 are
         cached, so 4 are missing. 2 of the cached ones have no owner, so they count as free until
         this sequence shares them. With 5 running sequences it fits if 4 + 2 + 5 = 11 blocks are
         free. Raises `RuntimeError` if it can never fit.
         """
-        if len(self.running) == self.max_num_seqs:
-            return False
         cached = self._find_cached(head)
         # One block per running sequence stays free. Otherwise the next decodes would preempt the
         # new sequence, and its prefill would be wasted.
@@ -204,6 +223,8 @@ class Scheduler:
         needed = missing + self.blocks.num_evictable(cached) + len(self.running)
         if self.running and needed > self.blocks.num_free:
             return False
+        if replaced is not None:
+            self._preempt(replaced)
         self.blocks.share(cached)
         head.block_table += cached
         if not self.blocks.allocate(head.block_table, len(head.token_ids)):
@@ -219,6 +240,7 @@ class Scheduler:
         if head.queued_s is None:
             head.queued_s = time.monotonic() - head.arrival_time
         self.waiting.admit(head)
+        self._shares.began(head)
         insort(self.running, head, key=_number)
         return True
 
@@ -233,7 +255,9 @@ class Scheduler:
         self._extend_hashes(sequence, num_full)
         return self.blocks.find_cached(sequence.block_hashes)
 
-    def _free(self, sequence: Sequence) -> None:
+    def _stop(self, sequence: Sequence) -> None:
+        """Frees the blocks of a sequence that no longer runs."""
+        self._shares.ended(sequence)
         if sequence.num_finite_tokens < sequence.num_computed_tokens:
             first = max(
                 sequence.num_finite_tokens // self.blocks.block_size, sequence.num_cached_blocks
@@ -246,6 +270,11 @@ class Scheduler:
 
 def _number(sequence: Sequence) -> int:
     return sequence.number
+
+
+def _with_blocks(step: list[ScheduledTokens]) -> list[ScheduledTokens]:
+    """Returns the parts whose sequences were not preempted after they had been scheduled."""
+    return [part for part in step if part.sequence.block_table]
 
 
 def _add_prefill_chunk(

@@ -29,8 +29,8 @@ class WaitingSequences:
 
     def __init__(self) -> None:
         self._sequences: set[Sequence] = set()
-        # A heap of the queued sequences by rank, with some that have been removed.
-        self._ranks: list[tuple[int, int, int, Sequence]] = []
+        # By group: a heap of the queued sequences by rank, with some that have been removed.
+        self._ranks: dict[str, list[tuple[int, int, int, Sequence]]] = {}
         # By group: its token count, at which its next prompt begins.
         self._group_ends: dict[str, int] = {}
         # The token count at which the last admitted prompt began.
@@ -61,17 +61,21 @@ class WaitingSequences:
     def queue(self, sequence: Sequence) -> None:
         """Queues a held or preempted sequence with the rank that it has."""
         self._sequences.add(sequence)
-        heappush(self._ranks, (*rank_of(sequence), sequence))
+        heap = self._ranks.setdefault(sequence.scheduling_class.group, [])
+        heappush(heap, (*rank_of(sequence), sequence))
 
-    def head(self) -> Sequence | None:
-        """Returns the queued sequence with the lowest rank, or None if none is queued."""
-        # A removed sequence stays in the heap until it is the first.
-        while self._ranks and self._ranks[0][-1] not in self._sequences:
-            heappop(self._ranks)
-        return self._ranks[0][-1] if self._ranks else None
+    def heads(self) -> list[Sequence]:
+        """Returns the queued sequence with the lowest rank of each group, the lowest one first."""
+        for group, heap in list(self._ranks.items()):
+            # A removed sequence stays in the heap until it is the first.
+            while heap and heap[0][-1] not in self._sequences:
+                heappop(heap)
+            if not heap:
+                del self._ranks[group]
+        return [first[-1] for first in sorted(heap[0] for heap in self._ranks.values())]
 
     def admit(self, head: Sequence) -> None:
-        """Removes the head. Prompts of other groups begin at its token count or later."""
+        """Removes one of the heads. Prompts of other groups begin at its token count or later."""
         self._sequences.remove(head)
         self._reached = max(self._reached, head.rank - 2 * head.num_prompt_tokens)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduling_class import DEFAULT_CLASS, SchedulingClass
 from serve_app.engine.sequence import Sequence
 
 
@@ -35,7 +36,13 @@ class Driver:
     """The keys and values of (block, offset), as the tokens that they were computed from."""
 
     def add(self, num_prompt: int, max_tokens: int, kind: int = 0) -> Sequence:
+        return self.add_of(DEFAULT_CLASS, num_prompt, max_tokens, kind)
+
+    def add_of(
+        self, scheduling_class: SchedulingClass, num_prompt: int, max_tokens: int, kind: int = 0
+    ) -> Sequence:
         sequence = new_sequence(num_prompt, max_tokens, kind)
+        sequence.scheduling_class = scheduling_class
         self.arrived.append(sequence)
         self.scheduler.add(sequence)
         return sequence
@@ -106,14 +113,16 @@ class Driver:
     ) -> None:
         """The latest arrivals were preempted, and a prompt is passed by fewer tokens than it has.
 
-        Those of other groups and priorities may pass it.
+        Both hold within each group and priority.
 
         `running` and `decoding` are sequences before the step.
         """
         place = self.arrived.index
         preempted = [s for s in running if s in self.scheduler.waiting]
-        kept = [s for s in running if s not in preempted]
-        assert running == kept + preempted, "not the latest arrival was preempted"
+        for each in {s.scheduling_class for s in preempted}:
+            of_class = [s for s in running if s.scheduling_class == each]
+            latest = [s for s in of_class if s in preempted]
+            assert of_class[-len(latest) :] == latest, "not the latest arrival was preempted"
         ends = {part.sequence: part.end for part in scheduled}
         for waiting in self.arrived:
             computed = ends.get(waiting, waiting.num_computed_tokens)

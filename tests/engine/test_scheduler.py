@@ -8,13 +8,15 @@ from hypothesis import strategies as st
 from serve_app.engine.block_manager import BlockManager
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.scheduler import Scheduler
+from serve_app.engine.scheduling_class import SchedulingClass
 from serve_app.engine.sequence import PENDING, Sequence
 from tests.engine.scheduler_driver import Driver, new_sequence
 
+CLASSES = st.builds(SchedulingClass, st.sampled_from(["", "a", "b"]), st.integers(0, 1))
 EVENTS = st.lists(
     st.one_of(
-        # a new request: prompt, max_tokens, kind
-        st.tuples(st.integers(1, 20), st.integers(1, 12), st.integers(0, 2)),
+        # a new request: class, prompt, max_tokens, kind
+        st.tuples(CLASSES, st.integers(1, 20), st.integers(1, 12), st.integers(0, 2)),
         st.integers(0, 30),  # the one with this number leaves
         st.none(),  # a step
     ),
@@ -52,8 +54,8 @@ def test_every_sequence_ends_once_within_all_limits(
     left: set[Sequence] = set()
     for event in events:
         match event:
-            case (int(num_prompt), int(max_tokens), int(kind)):
-                driver.add(num_prompt, max_tokens, kind)
+            case (SchedulingClass() as each, int(num_prompt), int(max_tokens), int(kind)):
+                driver.add_of(each, num_prompt, max_tokens, kind)
             case int(number) if number < len(driver.arrived):
                 left.add(driver.arrived[number])
                 driver.abort(driver.arrived[number])

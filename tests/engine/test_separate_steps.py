@@ -15,6 +15,7 @@ from serve_app.engine.model_runner import ModelRunner
 from serve_app.engine.request_queue import RequestQueue, Requests
 from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens
+from serve_app.engine.scheduling_class import SchedulingClass
 from serve_app.engine.sequence import Sequence
 from tests.engine.fake import config
 from tests.engine.late_device import LateDevice, answer_of
@@ -110,11 +111,15 @@ class _Script(RequestQueue):
         return Requests(accepted, aborted, wait and not self._events and not accepted)
 
 
-def new_sequence(num_prompt: int, max_tokens: int, kind: int, is_penalized: bool) -> Sequence:
+def new_sequence(
+    num_prompt: int, max_tokens: int, kind: int, is_penalized: bool, group: str
+) -> Sequence:
     """Prompts of one kind begin alike; those of kind 2 have tokens that end the answer."""
     params = SamplingParams(max_tokens, presence_penalty=0.1 if is_penalized else 0.0)
     stop_ids = frozenset(range(0, 20, 4)) if kind == 2 else frozenset()
-    return Sequence([kind] * num_prompt, params, 0, stop_ids)
+    sequence = Sequence([kind] * num_prompt, params, 0, stop_ids)
+    sequence.scheduling_class = SchedulingClass(group)
+    return sequence
 
 
 NEW = st.builds(
@@ -123,6 +128,7 @@ NEW = st.builds(
     max_tokens=st.integers(1, 12),
     kind=st.integers(0, 2),
     is_penalized=st.sampled_from([False] * 9 + [True]),
+    group=st.sampled_from("ab"),
 )
 
 

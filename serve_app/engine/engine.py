@@ -68,10 +68,23 @@ class Engine:
         self._thread.start()
 
     def stop(self) -> None:
-        """Ends all requests with `Draining` after the current step, and waits for the thread."""
+        """Ends all requests with `Draining` after the current step, and waits for the thread.
+
+        If the step does not return, the requests end with `EngineDead`, and the thread stays in the
+        step.
+        """
         self._requests.stop()
+        if not self._thread.is_alive():
+            return
+        limit_s = self._core.watchdog.limit_s
+        self._thread.join(limit_s)
         if self._thread.is_alive():
-            self._thread.join()
+            log.critical(
+                "The engine's thread did not end within %.0f s of the stop, because its step does "
+                "not return; its requests end now. The process should end soon.",
+                limit_s,
+            )
+            self._core.live.abandon()
 
     def end_if_hung(self) -> None:
         """Ends all requests with `EngineDead` if a step does not return; see `Watchdog`.

@@ -34,8 +34,12 @@ class Watchdog:
         self._began = None
 
     @property
+    def limit_s(self) -> float:
+        """The time after which an iteration counts as hung, in seconds. Thread-safe."""
+        return max(self._timeout_s, SLACK * self._longest_s)
+
+    @property
     def has_hung(self) -> bool:
         """Whether the current iteration takes too long. Thread-safe."""
         began = self._began
-        limit_s = max(self._timeout_s, SLACK * self._longest_s)
-        return began is not None and self._clock() - began > limit_s
+        return began is not None and self._clock() - began > self.limit_s

@@ -55,6 +55,27 @@ def test_a_step_that_returns_late_finds_no_sequence() -> None:
         assert (engine.stats().num_running, engine.stats().num_used_blocks) == (0, 0)
 
 
+def test_a_stop_does_not_wait_for_a_step_that_hangs(caplog: pytest.LogCaptureFixture) -> None:
+    """`stop` returns while the step still hangs; the request ends with EngineDead, and the log says
+    why."""
+    runner = FakeRunner(is_held=True)
+
+    async def stopped() -> None:
+        request, _ = await start(engine, runner, greedy(9, ignore_eos=True))
+        await asyncio.to_thread(engine.stop)
+        with pytest.raises(EngineDead):
+            async for _ in request:
+                pass
+        assert engine._thread.is_alive()
+        assert not engine.is_alive
+
+    with running(runner, step_timeout_s=0.2) as engine:
+        engine._core.watchdog._longest_s = 0.0
+        run(stopped())
+        runner.let_go()
+    assert "its step does not return" in caplog.text
+
+
 def test_a_step_in_time_ends_nothing() -> None:
     """While a step is within its time, the request goes on to its end."""
     runner = FakeRunner(is_held=True)

@@ -7,12 +7,19 @@ from serve_app.model.config import MixtralConfig
 
 
 class KVCache:
-    """`keys` and `values` of each layer, `[num_blocks, block_size, num_kv_heads, head_dim]`."""
+    """`keys` and `values` of each layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.
 
-    def __init__(self, keys: list[Tensor], values: list[Tensor]) -> None:
-        self.keys = keys
-        self.values = values
+    All of them are parts of one tensor, so that clearing a block is one kernel launch.
+    """
+
+    def __init__(self, stored: Tensor) -> None:
+        """`stored` is `[layers, 2, num_blocks, block_size, num_kv_heads, head_dim]`: keys, then
+        values."""
+        keys, values = (list(half.unbind()) for half in stored.unbind(1))
+        self.keys: list[Tensor] = keys
+        self.values: list[Tensor] = values
         self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = keys[0].shape
+        self._stored = stored.flatten(0, 1).flatten(2)
         self._flat = [
             (k.view(-1, *k.shape[2:]), v.view(-1, *v.shape[2:]))
             for k, v in zip(keys, values, strict=True)
@@ -35,18 +42,12 @@ class KVCache:
         """Returns a cache filled with zeros. Masked slots are multiplied by 0, so they must not
         hold a NaN."""
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
-        keys, values = (
-            [
-                torch.zeros(shape, dtype=dtype, device=device)
-                for _ in range(config.num_hidden_layers)
-            ]
-            for _ in range(2)
-        )
-        return cls(keys, values)
+        stored = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
+        return cls(stored)
 
     @property
     def nbytes(self) -> int:
-        return sum(t.nbytes for t in (*self.keys, *self.values))
+        return self._stored.nbytes
 
     def clear(self, blocks: Tensor) -> None:
         """Fills the KV blocks `blocks` `[n]` with zeros.
@@ -54,9 +55,7 @@ class KVCache:
         Attention multiplies masked slots by 0, so a NaN in a block would spread to the next
         sequence that gets the block.
         """
-        for keys_and_values in self._blocks:
-            for stored in keys_and_values:
-                stored.index_fill_(0, blocks, 0)
+        self._stored.index_fill_(1, blocks, 0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""

@@ -128,6 +128,17 @@ def test_no_step_waits(
             runner.clear_blocks([3, 4])
 
 
+def test_clearing_blocks_is_one_launch(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The keys and values of all layers are cleared by one kernel, after one copy of the blocks'
+    numbers."""
+    with gpu:
+        runner = runner_of(gpu, monkeypatch, in_torch=False)
+        gpu.launches.clear()
+        gpu.copies.clear()
+        runner.clear_blocks([3, 4])
+    assert (gpu.launches.total(), gpu.copies) == (1, {"in": 1})
+
+
 def test_a_decode_step_is_few_launches(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> None:
     """After the first one, a sampled step of the same sequences copies its inputs to the device,
     reads its tokens, and launches eight kernels a layer, one for sampling, and few of torch."""

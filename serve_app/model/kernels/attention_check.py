@@ -50,6 +50,6 @@ def attention_error(
     batch = Batch(none, none, none, [1] * count, list(CONTEXTS), tables, none)
     plan = plan_attention(batch, BLOCK_SIZE, config.sliding_window, torch.float32)
     expected = torch.empty_like(found, dtype=torch.float32)
-    attend(plan, 0, queries.float(), KVCache([keys.float()], [values.float()]), expected)
+    attend(plan, 0, queries.float(), KVCache(torch.stack([keys, values]).float()[None]), expected)
     errors = (found.float() - expected).norm(dim=1) / expected.norm(dim=1)
     return float(errors.nan_to_num(torch.inf, torch.inf).max())

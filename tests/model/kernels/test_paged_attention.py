@@ -21,7 +21,7 @@ def cache_of(lengths: list[int], shape: tuple[int, int, int], dtype: torch.dtype
     generator = torch.Generator().manual_seed(0)
     pages = (torch.randn(blocks, size, kv_heads, head_dim, generator=generator) for _ in range(2))
     keys, values = (page.to(dtype) for page in pages)
-    return KVCache([keys], [values])
+    return KVCache(torch.stack([keys, values])[None])
 
 
 def tables_of(lengths: list[int], cache: KVCache) -> Tensor:

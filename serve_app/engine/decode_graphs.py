@@ -7,7 +7,8 @@ sampled is read on the device, so the host need not know it (async scheduling). 
 samples with `DeviceSampler`. Without one, it finds the best token of every row, which the sampler
 in torch uses for greedy batches.
 
-On a CPU the same code runs without capture, for tests.
+The same code can run without capture: kernel by kernel, in the same few batch sizes, whose kernels
+are compiled before the first request. On a CPU it always does, for tests.
 """
 
 import logging
@@ -50,10 +51,15 @@ class DecodeGraphs:
         block_size: int,
         device: torch.device,
         sampler: DeviceSampler | None = None,
+        *,
+        is_eager: bool = False,
     ) -> None:
-        """`sampler` must accept as many rows as the largest of `capture_sizes(max_num_seqs)`."""
+        """`sampler` must accept as many rows as the largest of `capture_sizes(max_num_seqs)`.
+
+        With `is_eager`, `capture` computes each size once and captures none.
+        """
         self._step, self._block_size, self._device = step, block_size, device
-        self._sampler = sampler
+        self._sampler, self._is_eager = sampler, is_eager
         self.sizes = capture_sizes(max_num_seqs)
         # Per row: token id; -1, or the row of the previous step that has sampled the token;
         # position; slot; context length; number of generated tokens.
@@ -66,13 +72,13 @@ class DecodeGraphs:
         self._logits: dict[int, Tensor] = {}
 
     @classmethod
-    def captured(cls, *arguments: Any) -> "DecodeGraphs":
+    def captured(cls, *arguments: Any, is_eager: bool = False) -> "DecodeGraphs":
         """Returns the captured graphs of all sizes. Raises `StepUnavailable` if a capture fails,
         and `torch.OutOfMemoryError` if it lacks memory.
 
         The arguments are those of the constructor.
         """
-        graphs = cls(*arguments)
+        graphs = cls(*arguments, is_eager=is_eager)
         try:
             with graphs._restored_stream():
                 graphs.capture()
@@ -96,10 +102,11 @@ class DecodeGraphs:
         pool = None
         for size in reversed(self.sizes):
             compute = self._computation(size)
-            if self._device.type != "cuda":
-                self._replays[size] = compute
+            self._replays[size] = compute
+            if self._device.type == "cuda" or self._is_eager:
+                compute()  # compiles and loads the kernels, which is not possible during a capture
+            if self._device.type != "cuda" or self._is_eager:
                 continue
-            compute()  # compiles and loads the kernels, which is not possible during a capture
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             # Other threads may use the device during the capture.

@@ -95,8 +95,7 @@ class ModelRunner:
             return
         self._gpu_step = step
         sampling = self._choose_sampler(max_num_seqs)
-        eager = "decode steps are launched kernel by kernel: `engine.enforce_eager` is set"
-        captured = eager if enforce_eager else self._capture(step, max_num_seqs)
+        captured = self._capture(step, max_num_seqs, enforce_eager)
         self.notes += [step.note, captured, sampling, self._choose_prompt_step()]
         self.notes += step.unpack_for_prompts()
 
@@ -122,15 +121,19 @@ class ModelRunner:
             return f"prompts run in plain torch: {reason}"
         return f"prompts: {self._prompt_step.note}"
 
-    def _capture(self, step: "GpuStep", max_num_seqs: int) -> str:
-        """Captures the decode steps. Returns a note about them."""
+    def _capture(self, step: "GpuStep", max_num_seqs: int, enforce_eager: bool) -> str:
+        """Captures the decode steps, or only compiles them. Returns a note about them."""
         longest = -(-self.model.config.max_position_embeddings // self._block_size) + 1
         sizes = (max_num_seqs, min(self.cache.num_blocks, longest), self._block_size)
         sampler = self.sampler if isinstance(self.sampler, DeviceSampler) else None
         try:
-            self._graphs = DecodeGraphs.captured(step, *sizes, self._device, sampler)
+            self._graphs = DecodeGraphs.captured(
+                step, *sizes, self._device, sampler, is_eager=enforce_eager
+            )
         except StepUnavailable as reason:
             return f"decode steps are launched kernel by kernel: {reason}"
+        if enforce_eager:
+            return "decode steps are launched kernel by kernel: `engine.enforce_eager` is set"
         return (
             f"decode steps are CUDA graphs, one for each of {len(self._graphs.sizes)} batch sizes"
         )

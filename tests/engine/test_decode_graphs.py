@@ -88,6 +88,28 @@ def test_blocks_that_come_and_go(pair: Pair, num_blocks: int) -> None:
         assert_same(pair, some, answer, expected)
 
 
+def test_without_capture_no_request_is_the_first_of_its_size(pair: Pair) -> None:
+    """With `enforce_eager`, the load has computed every batch size, so no kernel is compiled beside
+    streams; answers are the same."""
+    asked = requests(penalized=False)
+    sizes: list[int] = []
+
+    def prepare(runner: ModelRunner) -> None:
+        step = ModelStep(runner)
+        shape = (32, runner.cache.num_blocks, BLOCK_SIZE)
+        runner._graphs = DecodeGraphs.captured(step, *shape, CPU, is_eager=True)
+        sizes[:], step.sizes = step.sizes, sizes
+
+    with serving(pair.ours) as engine:
+        expected = [answer[:2] for answer in together(engine, asked)]
+    with serving(pair.ours, can_overlap_steps=True, prepare=prepare) as engine:
+        assert sorted(sizes) == capture_sizes(32)
+        sizes.clear()
+        assert [answer[:2] for answer in together(engine, asked)] == expected
+    assert set(sizes) <= set(capture_sizes(32))
+    assert sizes
+
+
 def test_a_failed_capture_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason is a sentence for `/health`, the traceback is logged, and the engine runs."""
 

@@ -102,7 +102,6 @@ ENV MODEL_NAME=${BAKE_MODEL:+/models/baked} \
 # RUNPOD_SERVERLESS       true takes jobs; false serves HTTP on PORT
 # RUNPOD_*CHECK*          the SDK's checks import torch and open the GPU in the parent process
 # RUNPOD_LOG_LEVEL        the SDK's default, DEBUG, prints what users wrote and what they got
-# PYTORCH_ALLOC_CONF      segments that grow leave no holes; max_split_size_mb has no effect on them
 # RAYON_NUM_THREADS       small containers have small thread limits
 # RAY_memory_monitor_*    Ray counts the page cache of freshly read weights as memory in use
 # hadolint ignore=DL3064 # no secret: it takes TOKENIZERS_PARALLELISM for one
@@ -111,7 +110,6 @@ ENV RUNPOD_SERVERLESS=true \
     RUNPOD_SKIP_AUTO_SYSTEM_CHECKS=true \
     RUNPOD_SKIP_GPU_CHECK=true \
     RUNPOD_LOG_LEVEL=INFO \
-    PYTORCH_ALLOC_CONF=expandable_segments:True \
     BNB_CUDA_VERSION=${BNB_CUDA_VERSION} \
     TOKENIZERS_PARALLELISM=false \
     RAYON_NUM_THREADS=4 \

@@ -1,5 +1,6 @@
 """Prepares the device of a `StartPlan`, and raises a clear error if its memory is too small."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -10,6 +11,14 @@ from serve_app.start_plan.plan import StartPlan
 
 if TYPE_CHECKING:
     import torch
+
+
+def set_allocator() -> None:
+    """Makes torch's allocator grow its segments on a GPU, so that steps of many sizes leave no
+    holes. Variables of the user go before it: `PYTORCH_ALLOC_CONF`, and `PYTORCH_CUDA_ALLOC_CONF`,
+    which torch prefers. Call it before torch is imported.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 
 def open_device(plan: StartPlan) -> "torch.device":

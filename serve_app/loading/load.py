@@ -18,6 +18,7 @@ from serve_app.loading.device import (
     explained_lack_of_memory,
     free_device_bytes,
     open_device,
+    set_allocator,
     set_threads,
 )
 from serve_app.loading.generation import read_generation
@@ -66,6 +67,7 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
 
     Raises `ModelLoadFailed` with one sentence.
     """
+    set_allocator()
     with load_log.phase(Phase.DEVICE):  # the first import of torch takes seconds
         from serve_app.model.checkpoint import loader
     with load_log.phase(Phase.RESOLVE):

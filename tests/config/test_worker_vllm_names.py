@@ -119,13 +119,29 @@ def test_the_token_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert value_of("model.hf_token").get_secret_value() == "hf_secret"
 
 
-def test_torch_reads_its_allocator_settings() -> None:
-    """PYTORCH_ALLOC_CONF reaches torch in any process that inherits the environment."""
-    code = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
-    wanted = "expandable_segments:True"
-    variables = {**os.environ, "PYTORCH_ALLOC_CONF": wanted}
+LOAD = """
+from serve_app.config.settings import Settings
+from serve_app.errors import ModelLoadFailed
+from serve_app.loading.load import load
+from serve_app.loading.load_log import LoadLog
+try:
+    load(Settings(model={"name": "/missing"}), LoadLog(None))
+except ModelLoadFailed:
+    import torch
+    print(torch._C._accelerator_getAllocatorSettings())
+"""
+
+
+@pytest.mark.parametrize("name", [None, "PYTORCH_CUDA_ALLOC_CONF"])
+def test_torch_grows_segments_unless_the_user_says_otherwise(name: str | None) -> None:
+    """In any way of starting, torch has the server's allocator settings after the beginning of a
+    load, or those of the user's variable."""
+    wanted = "expandable_segments:True" if name is None else "max_split_size_mb:64"
+    variables = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key}
+    if name is not None:
+        variables[name] = wanted
     done = subprocess.run(
-        [sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=True
+        [sys.executable, "-c", LOAD], env=variables, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == wanted
 

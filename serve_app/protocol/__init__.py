@@ -15,8 +15,8 @@ a body) and `chat.py` (one request with its response). The other modules, by sub
                     tool_grammar, tool_calls (in the answer)
     grammars        grammar_source (the request's fields), grammar (compiles them), grammar_rules,
                     grammar_numbers (refuses some), grammar_trial (limits time and memory),
-                    large_stack, unnamed_tokens; schema_tree, one_of and neutral_keywords rewrite
-                    JSON schemas
+                    large_stack, unnamed_tokens; schema_tree, one_of, neutral_keywords and
+                    exact_keywords rewrite JSON schemas
     streams         sse (server-sent events), json_pieces (large JSON values)
     headers         header_names; cors (what pages of other origins may do)
     users           key_account and allowance (limits of an API key), session (the replica of a

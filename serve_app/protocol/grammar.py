@@ -128,13 +128,13 @@ class GrammarCompiler:
         return with_large_stack(lambda: self._compile_here(source, begins_text))
 
     def _compile_here(self, source: GrammarSource, begins_text: bool) -> CompiledGrammar:
-        check_numbers(source)
         space = " " if begins_text and self._hides_first_space else ""
         if source.kind == "tools":
             grammars = tool_grammar.grammars(source, space, self._tool_calls_id)
         else:
             start = 'start: " " @answer' if space else "start: @answer"
             grammars = [{"lark_grammar": start}, {"name": "answer", **rules(source)}]
+        check_numbers(grammars, source.field)
         if grammar_trial.is_needed(source) and not self._is_bounded(grammars):
             raise InvalidRequest(
                 f"`{source.field}` takes too much time or memory to compile; send a simpler one.",

@@ -6,6 +6,7 @@ from typing import Any
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.call import JsonObject
+from serve_app.protocol.exact_keywords import with_exact
 from serve_app.protocol.grammar_source import GrammarSource
 from serve_app.protocol.neutral_keywords import without_neutral
 from serve_app.protocol.one_of import as_any_of
@@ -67,4 +68,5 @@ def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[
     options: JsonObject = dict(JSON_OPTIONS)
     if lenient:
         options |= {"lenient": True, "coerce_one_of": True}
-    return {"json_schema": {**as_any_of(without_neutral(schema)), "x-guidance": options}}
+    new = with_exact(as_any_of(without_neutral(schema)), lenient=lenient)
+    return {"json_schema": {**new, "x-guidance": options}}

@@ -1,10 +1,13 @@
 """Sets up every test process, and says which tests must run in the same process."""
 
 import os
+import random
 import signal
+import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from serve_app.protocol.tokenizer import Tokenizer
 from tests.nvml import nvml as nvml  # a fixture
@@ -15,6 +18,13 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Compute threads sleep while they wait. By default they spin, and test processes that share the
 # cores then take twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# Property tests try the same examples in every run (`--hypothesis-profile=default` tries others).
+# They are not timed, because machines are shared and slow at times.
+settings.register_profile(
+    "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("repeatable")
 
 SPLIT = (
     "tests/model/kernels/test_compiled.py",
@@ -62,6 +72,14 @@ def group_of(item: pytest.Item) -> str:
     """Returns "ray", or the file of the test."""
     is_ray = item.get_closest_marker("ray") is not None
     return "ray" if is_ray else item.nodeid.partition("::")[0]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Gives a test the same random numbers in every run, in any order, and alone."""
+    random.seed(0)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

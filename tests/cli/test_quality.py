@@ -138,7 +138,7 @@ def test_a_checkpoint_in_4_bits_has_no_floats_to_compare_with(
     assert found["text"]["files"] == ["text"]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**32), st.integers(1, 600), st.integers(2, 9))
 def test_the_figures_are_torchs(seed: int, num_tokens: int, vocab_size: int) -> None:
     """Divergence is `F.kl_div`, perplexity the exponential of `F.cross_entropy`."""

@@ -140,7 +140,7 @@ def random_logits(rows: int, vocab_size: int, seed: int, kinds: list[str]) -> Te
     return torch.stack([KINDS[kinds[i % len(kinds)]](row) for i, row in enumerate(x)])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sequences=SEQUENCES,
     vocab_size=st.sampled_from([VOCAB_SIZE, WIDE]),

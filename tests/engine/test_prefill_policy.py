@@ -67,7 +67,7 @@ TIMES = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(times=TIMES, arrivals=ARRIVALS, is_gpu=st.booleans())
 @example(
     times=times_of(decode=1.0, fixed=184.0, token=0.09375, score=0.0),

@@ -95,7 +95,7 @@ SEQUENCES = st.lists(
 )
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(SEQUENCES, st.integers(0, 2**31))
 def test_every_row_gets_what_transformers_processors_and_the_noise_give(
     sequences: list[Sequence], logits_seed: int
@@ -112,7 +112,7 @@ def test_every_row_gets_what_transformers_processors_and_the_noise_give(
             assert samples.token_ids[row] == token
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(SEQUENCES, st.integers(0, 2**31), st.integers(1, 7))
 def test_a_row_is_exactly_the_same_alone_and_in_a_batch(
     sequences: list[Sequence], logits_seed: int, num_rows: int

@@ -132,7 +132,7 @@ NEW = st.builds(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     events=st.lists(st.one_of(NEW, NEW, st.integers(0, 20), st.none()), max_size=50),
     block_size=st.integers(1, 5),

@@ -95,7 +95,7 @@ async def collect(request: AsyncGenerator[Delta, None]) -> list[Delta]:
     return [delta async for delta in request]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     num_blocks=st.integers(12, 60),
     choices_left=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=5),

@@ -21,7 +21,7 @@ def decodes(count: int, context: int) -> StepShape:
     return StepShape(count, count * context, 0, 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     fixed=st.floats(0, 0.3),
     token=st.floats(1e-6, 1e-3),

@@ -52,7 +52,7 @@ def test_the_tables_are_bitsandbytes_tables() -> None:
 
 
 @given(weights(), TYPES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_plain_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType) -> None:
     """Nibbles, absmax and dequantized float32 are equal; bfloat16 absmax is that one, rounded."""
     packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type=quant_type)
@@ -69,7 +69,7 @@ def test_plain_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType)
 
 
 @given(weights(), TYPES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType) -> None:
     """Nested: 8-bit absmax, its own absmax, its offset, and dequantized float32 are equal."""
     packed, state = bnb.quantize_4bit(
@@ -86,7 +86,7 @@ def test_nested_absmax_equals_bitsandbytes(weight: Tensor, quant_type: QuantType
 
 
 @given(weights(), TYPES, st.sampled_from(get_args(AbsmaxKind)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_stack_is_its_matrices(weight: Tensor, quant_type: QuantType, absmax: AbsmaxKind) -> None:
     """Matrices of a stack are quantized as each alone, offsets included."""
     stack = torch.stack((weight, weight.flip(0) / 3, torch.zeros_like(weight)))
@@ -105,7 +105,7 @@ def test_a_stack_is_its_matrices(weight: Tensor, quant_type: QuantType, absmax: 
 
 
 @given(weights(), TYPES, st.sampled_from([torch.bfloat16, torch.float16]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_lower_precision_is_float32_rounded_once(
     weight: Tensor, quant_type: QuantType, dtype: torch.dtype
 ) -> None:

@@ -76,7 +76,7 @@ def test_training_sees_the_tokens_that_serving_makes(auto: Any) -> None:
         assert len(ids) == len(labels) == len(positions)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(max_size=40).filter(lambda text: "▁" not in text))
 def test_any_text_survives_in_both_loaders(auto: Any, raw: Tokenizer, text: str) -> None:
     """Whatever Unicode comes, bytes carry it there and back, whichever library reads the file."""

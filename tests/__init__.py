@@ -22,7 +22,8 @@ What this project did not write, to compare with: `mistral` (ids of conversation
 
 Other helpers: `conftest` says which tests share a process; `environment` is a process's bare
 environment; `processes` finds what a process has started; `listening` and `ports` find its sockets;
-`mounts` makes real mounts; `tool_sets` has sets of tools.
+`mounts` makes real mounts; `tool_sets` has sets of tools; `virtual_time` is an event loop whose
+clock jumps to the next timer.
 
 Folders: `api`, `benchmarks`, `cli`, `cluster`, `cold_start`, `config`, `emulator`, `engine`,
 `faults` (kills whole processes), `image` (runs the built image), `loading`, `machine`, `model`,

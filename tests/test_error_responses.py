@@ -244,8 +244,9 @@ def test_every_error_can_be_read(
 ) -> None:
     """A page of an allowed origin reads it; it has JSON in the shape of the path's API, one id of
     ours, and the client's id."""
-    monkeypatch.setattr(guard, "BODY_S", 0.05)
     status, code, send = CASES[case]
+    if status == 408:
+        monkeypatch.setattr(guard, "BODY_S", 0.05)
     answer = send(path, Server(), ports)
     headers, error = answer.headers, answer.body["error"]
     assert (answer.status, error["code"]) == (status, code)

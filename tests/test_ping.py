@@ -38,7 +38,7 @@ class LoadBalancer:
     def _poll(self) -> None:
         while not self._is_over.wait(POLL_S):
             try:
-                self.answers.append(httpx.get(self._url, timeout=2).status_code)
+                self.answers.append(httpx.get(self._url, timeout=30).status_code)
             except httpx.TransportError:
                 self.answers.append(None)
 

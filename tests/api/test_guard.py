@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from serve_app.api import guard
 from serve_app.api.guard import Guard
+from tests import virtual_time
 from tests.api.conftest import Endpoint
 
 HALF = (
@@ -101,34 +102,35 @@ def test_large_bodies_are_let_in_at_a_rate(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("rate", "status"), [(1_000_000, 408), (1, 200)])
 def test_a_body_has_a_least_rate(monkeypatch: pytest.MonkeyPatch, rate: int, status: int) -> None:
     """A body that comes byte by byte is cut; bytes at the least rate prolong its time."""
-    monkeypatch.setattr(guard, "BODY_S", 0.05)
     monkeypatch.setattr(guard, "MIN_BODY_BYTES_PER_S", rate)
+    clock = SimpleNamespace(monotonic=lambda: asyncio.get_running_loop().time())
+    monkeypatch.setattr(guard, "time", clock)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        for _ in range(20):
+        for _ in range(40):
             if (await receive())["type"] == "http.disconnect":
                 break
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
     async def byte() -> Message:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(1)
         return {"type": "http.request", "body": b"a", "more_body": True}
 
     headers = [(b"transfer-encoding", b"chunked")]
-    assert asyncio.run(sent(app, headers, byte))[0]["status"] == status
+    assert virtual_time.run(sent(app, headers, byte))[0]["status"] == status
 
 
-def test_an_answer_may_take_longer(endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_may_take_longer() -> None:
     """The deadline is the body's alone."""
-    monkeypatch.setattr(guard, "BODY_S", 0.05)
 
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         assert (await receive())["body"] == b"all"
         with pytest.raises(TimeoutError):  # a server that waits for the end of the connection
-            await asyncio.wait_for(receive(), 0.2)
+            await asyncio.wait_for(receive(), 2 * guard.BODY_S)
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    assert asyncio.run(sent(slow, [(b"content-length", b"3")], once(b"all")))[0]["status"] == 200
+    headers = [(b"content-length", b"3")]
+    assert virtual_time.run(sent(slow, headers, once(b"all")))[0]["status"] == 200
 
 
 @pytest.mark.parametrize("path", ["/ping", "/health", "/metrics", "/v1/models", "/nothing"])

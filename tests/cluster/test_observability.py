@@ -91,15 +91,16 @@ def test_a_replica_writes_lines_of_json(server: Observed) -> None:
     def ours() -> list[dict[str, object]]:
         return [line for line in server.log_lines() if line.get("client_request_id") == "zebra-1"]
 
-    until(lambda: ours() != [])
+    def is_served(line: dict[str, object]) -> bool:
+        return line.get("logger") == "ray.serve" and line.get("route") == "/prompt"
+
+    # Serve writes its line after the answer is sent.
+    until(lambda: ours() != [] and any(map(is_served, server.log_lines())))
     assert ours()[0]["request_id"] == response.headers["x-mixtral-request-id"]
     lines = server.log_lines()
     assert lines[0]["message"] == "Started initializing replica."  # before our code runs
     (warm_up,) = (line for line in lines if line.get("phase") == "warm-up")
     assert isinstance(warm_up["seconds"], float)
-    assert any(
-        line.get("logger") == "ray.serve" and line.get("route") == "/prompt" for line in lines
-    )
     assert all("logger" in line for line in lines[1:])
     assert not any("crossing" in str(line) for line in lines)
 

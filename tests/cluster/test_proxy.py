@@ -191,7 +191,17 @@ def test_the_largest_body_passes(client: httpx.Client, upstream: Upstream) -> No
     """The proxy has no smaller limit than the server."""
     upstream.was_read.set()
     body = b"a" * ApiSettings().max_body_bytes
-    assert client.post("/prompt", content=body).text == "data: first\n\ndata: second\n\n"
+
+    def passes() -> bool:
+        try:
+            return client.post("/prompt", content=body).text == "data: first\n\ndata: second\n\n"
+        except httpx.TransportError:
+            return False
+
+    # Go's server closes a request's body when it begins to answer (golang/go#40747), so Caddy cuts
+    # an answer that begins before Caddy has noticed the body's end. This upstream is so quick at
+    # times; a limit would refuse each try.
+    until(passes, 30)
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,10 @@ def test_a_job_that_runs_too_long_times_out(platform: Platform, http: httpx.Clie
 
 def test_a_job_outlives_its_ttl_nowhere(platform: Platform, http: httpx.Client) -> None:
     """After its time to live a job that waits is TIMED_OUT, and a running one is deleted."""
-    platform.queue.policy = Policy(ttl_s=0.3)
     running = Client(platform).submit({"prompt": "x"})
     assert worker(platform, "job-take").json()["id"] == running.id
     waiting = Client(platform).submit({"prompt": "x"})
+    running.policy = waiting.policy = Policy(ttl_s=0.01)
     until(lambda: waiting.status == "TIMED_OUT")
     assert http.get(f"/status/{running.id}").status_code == 404
     assert worker(platform, "job-stop").json() == {"jobsToStop": [running.id]}

@@ -1,11 +1,11 @@
 """Progress updates while a job waits: in order, and none after the wait."""
 
 import asyncio
-import itertools
 
 import pytest
 
 from serve_app.worker import progress
+from tests import virtual_time
 
 
 def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
@@ -13,23 +13,25 @@ def test_updates_are_throttled_and_none_is_under_way_at_the_end() -> None:
 
     async def scenario() -> None:
         loop = asyncio.get_running_loop()
+        began = loop.time()
         started: list[float] = []
         under_way = 0
 
         async def update() -> None:
             nonlocal under_way
             under_way += 1
-            started.append(loop.time())
+            started.append(loop.time() - began)
             await asyncio.sleep(0.01)
             under_way -= 1
 
         result = await progress.while_waiting(asyncio.sleep(0.3, "ready"), update, 0.1)
         assert result == "ready"
         assert under_way == 0
-        assert len(started) >= 2
-        assert all(later - earlier >= 0.1 for earlier, later in itertools.pairwise(started))
+        # The last one is under way at the end, and the wait lasts until it is over.
+        assert started == pytest.approx([0, 0.11, 0.22])
+        assert loop.time() - began == pytest.approx(0.3)
 
-    asyncio.run(scenario())
+    virtual_time.run(scenario())
 
 
 def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -41,24 +43,27 @@ def test_a_failing_update_costs_the_job_nothing(caplog: pytest.LogCaptureFixture
     async def scenario() -> str:
         return await progress.while_waiting(asyncio.sleep(0.01, "ready"), update, 0.1)
 
-    assert asyncio.run(scenario()) == "ready"
+    assert virtual_time.run(scenario()) == "ready"
     assert "OSError" in caplog.text
 
 
 def test_an_update_that_never_ends_costs_the_job_nothing(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """An update is given up after `UPDATE_TIMEOUT_S`, which is shorter than a result may wait."""
-    assert progress.UPDATE_TIMEOUT_S == 5.0
-    monkeypatch.setattr(progress, "UPDATE_TIMEOUT_S", 0.01)
+    """An update is given up after 5 s, which is shorter than a result may wait."""
 
     async def tell() -> None:
         await asyncio.Event().wait()
 
     async def scenario() -> str:
-        return await progress.while_waiting(asyncio.sleep(0.02, "ready"), tell, 0.1)
+        loop = asyncio.get_running_loop()
+        wait = asyncio.sleep(0.02, "ready")
+        try:
+            return await progress.while_waiting(wait, tell, 0.1)
+        finally:
+            assert loop.time() == pytest.approx(5.0)
 
-    assert asyncio.run(scenario()) == "ready"
+    assert virtual_time.run(scenario()) == "ready"
     assert "TimeoutError" in caplog.text
 
 

@@ -83,6 +83,10 @@ class Platform:
         finally:
             self._await(self.queue.resume())
 
+    def end_polls(self) -> None:
+        """Ends the open polls of workers without a job."""
+        self._await(self.queue.end_polls())
+
     @contextlib.contextmanager
     def unreachable(self) -> Iterator[None]:
         """Resets all connections, and refuses new ones inside the block."""

@@ -99,6 +99,7 @@ class Queue:
         self._stops: list[str] = []
         self._last_seen: dict[str, float] = {}
         self._work = asyncio.Condition()
+        self._num_ends = 0
 
     async def add(self, request: dict[str, Any], prefix: str = "") -> Job:
         """Adds a job. Raises `ValueError` for a wrong `policy`."""
@@ -214,9 +215,18 @@ class Queue:
             stops, self._stops = self._stops, []
         return stops
 
+    async def end_polls(self) -> None:
+        """Ends the open polls, as after `hold_s` seconds."""
+        async with self._work:
+            self._num_ends += 1
+            self._work.notify_all()
+
     async def _held(self, is_there: Any) -> None:
+        num_ends = self._num_ends
         try:
-            await asyncio.wait_for(self._work.wait_for(is_there), self.hold_s)
+            await asyncio.wait_for(
+                self._work.wait_for(lambda: is_there() or self._num_ends > num_ends), self.hold_s
+            )
         except TimeoutError:
             pass
 

@@ -107,6 +107,7 @@ def scripted_worker(
     scripted_platform: Platform, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Worker]:
     """A worker with 8 slots and the real SDK, whose model follows a script; no Ray."""
+    scripted_platform.queue.hold_s = 0.1  # no test waits long for the next poll
     home = tmp_path_factory.mktemp("scripted-home")
     arguments = ["--post-timeout-s", "1"]
     with Worker(scripted_platform, home, script=SCRIPT, arguments=arguments) as worker:

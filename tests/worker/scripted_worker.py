@@ -9,7 +9,8 @@
     "refused"       refuses the prompt
     "end 3"         ends the worker with exit code 3, and answers
 
-`--start-s` is how long the first job waits for the model; the other options are the settings.
+`--start-s` is how long the first job waits for the model; the other options are the settings. The
+worker's own pauses are a tenth of what they are elsewhere, so that tests of faults take less time.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from serve_app.error_body import error_body
 from serve_app.errors import EngineDead, InvalidRequest
 from serve_app.node.client import Forward
 from serve_app.protocol.call import Call
-from serve_app.worker import posts
+from serve_app.worker import backoff, poll, posts, supervisor
 from serve_app.worker.handler import Handler
 from serve_app.worker.job_loop import JobLoop
 from serve_app.worker.result import LargeResults
@@ -91,6 +92,15 @@ async def start(seconds: float) -> Forward:
     return model
 
 
+def shorten_pauses() -> None:
+    backoff.FIRST_S /= 10
+    backoff.MAX_S /= 10
+    poll.MIN_POLL_S /= 10
+    poll.RATE_LIMIT_S /= 10
+    posts.CHUNK_PAUSES_S = (posts.CHUNK_PAUSES_S[0] / 10, posts.CHUNK_PAUSES_S[1] / 10)
+    supervisor.CONFIRM_S /= 10
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--start-s", type=float, default=0.0)
@@ -100,6 +110,7 @@ def main() -> int:
     parser.add_argument("--post-timeout-s", type=float, default=posts.RESULT_TIMEOUT_S)
     given = parser.parse_args()
     posts.RESULT_TIMEOUT_S = posts.CHUNK_TIMEOUT_S = given.post_timeout_s
+    shorten_pauses()
     logging.basicConfig(level=logging.INFO)
     load_log = Path(tempfile.mkdtemp()) / "load.jsonl"
     load_log.write_text('{"phase": "read", "state": "done", "seconds": 0.5}\n')

@@ -18,6 +18,7 @@ from tests.worker.conftest import SCRIPT, Client, until
 @pytest.fixture
 def platform() -> Iterator[Platform]:
     with Platform() as platform:
+        platform.queue.hold_s = 0.1  # a worker that ends waits for its open poll
         yield platform
 
 
@@ -50,12 +51,12 @@ def send_sigterm(worker: Worker) -> None:
     until(lambda: "Stopping: " in worker.log)
 
 
-def send_sigterm_in_a_poll(platform: Platform, worker: Worker, hold_s: float) -> int:
-    """Sends SIGTERM during a poll that the platform holds open for `hold_s` seconds.
+def send_sigterm_in_a_poll(platform: Platform, worker: Worker) -> int:
+    """Sends SIGTERM during a poll that the platform holds open.
 
     Returns the number of polls so far, this one included.
     """
-    platform.queue.hold_s = hold_s
+    platform.queue.hold_s = 60
     num_polls = platform.queue.num_polls
     until(lambda: platform.queue.num_polls > num_polls)
     send_sigterm(worker)
@@ -73,7 +74,7 @@ def test_jobs_that_need_longer_are_refused(platform: Platform, start: Start) -> 
     client = Client(platform)
     jobs = [client.submit({"prompt": p, "stream": True}) for p in ("hold", "mute")]
     jobs.append(client.submit({"prompt": "mute"}))
-    short = client.submit({"prompt": "800", "stream": True})
+    short = client.submit({"prompt": "300", "stream": True})
     until(lambda: worker.log.count("\ncall ") == 4)
     send_sigterm(worker)
     assert ended(platform, worker) == 0
@@ -99,8 +100,8 @@ def test_jobs_that_wait_for_the_model_are_refused(platform: Platform, start: Sta
 
 def test_jobs_of_the_open_poll_are_answered(platform: Platform, start: Start) -> None:
     """Jobs that one poll brings after SIGTERM run at the same time; the SDK would lose them."""
-    worker = start()
-    num_polls = send_sigterm_in_a_poll(platform, worker, hold_s=30)
+    worker = start("--drain-s", "60")
+    num_polls = send_sigterm_in_a_poll(platform, worker)
     client = Client(platform)
     with platform.paused():
         late = [client.submit({"prompt": prompt}) for prompt in ("3", "3", "3", "hold")]
@@ -116,7 +117,7 @@ def test_a_late_job_that_needs_longer_is_refused(
 ) -> None:
     """A late job has the rest of the drain; one that comes after the cut is refused at once."""
     worker = start("--drain-s", drain_s)
-    send_sigterm_in_a_poll(platform, worker, hold_s=30)
+    send_sigterm_in_a_poll(platform, worker)
     job = Client(platform).submit({"prompt": "mute"})
     assert ended(platform, worker) == 0
     assert refusals([job]) == {("draining", True)}
@@ -125,17 +126,18 @@ def test_a_late_job_that_needs_longer_is_refused(
 def test_an_idle_worker_ends_when_its_poll_returns(platform: Platform, start: Start) -> None:
     """An idle worker waits for its open poll, which may bring a job, and then ends at once."""
     worker = start()
-    send_sigterm_in_a_poll(platform, worker, hold_s=2)
+    send_sigterm_in_a_poll(platform, worker)
     assert platform.queue.num_open_polls == 1
-    until(lambda: platform.queue.num_open_polls == 0)
-    assert worker.process.wait(10) == 0
+    assert worker.process.poll() is None
+    platform.end_polls()
+    assert worker.process.wait(60) == 0
     settled(platform, worker)
 
 
 def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> None:
     """A second and a third SIGTERM leave a running job its time."""
-    worker = start()
-    job = Client(platform).submit({"prompt": "1500", "stream": True})
+    worker = start("--drain-s", "60")
+    job = Client(platform).submit({"prompt": "1000", "stream": True})
     until(lambda: job.chunks)
     send_sigterm(worker)
     for _ in range(2):
@@ -148,9 +150,9 @@ def test_a_second_sigterm_changes_nothing(platform: Platform, start: Start) -> N
 
 def test_a_worker_can_end_itself(platform: Platform, start: Start) -> None:
     """`JobLoop.end` takes no more jobs, answers the running ones, and sets the exit code."""
-    worker = start()
+    worker = start("--drain-s", "60")
     client = Client(platform)
-    running = client.submit({"prompt": "1500", "stream": True})
+    running = client.submit({"prompt": "500", "stream": True})
     until(lambda: running.chunks)
     last = client.submit({"prompt": "end 3"})
     assert ended(platform, worker) == 3

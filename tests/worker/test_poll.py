@@ -59,8 +59,7 @@ def test_an_outage_is_logged_once(
 ) -> None:
     """An outage is one log line at its begin and one at its end; the next job is answered."""
     before = outages(scripted_worker.log)
-    num_faults = 1 if fault == 429 else 2  # five seconds pass after a 429
-    scripted.platform.faults.inject("job-take", *[fault] * num_faults)
+    scripted.platform.faults.inject("job-take", fault, fault)
     until(lambda: scripted.platform.faults.num_planned == 0)
     assert scripted.ended({"prompt": "3"}).status == "COMPLETED"
     until(lambda: outages(scripted_worker.log) == (before[0] + 1, before[1] + 1))
@@ -78,12 +77,13 @@ def test_an_answer_without_a_job_is_skipped(
 
 @pytest.mark.parametrize("fault", [204, 400, 500, RESET], ids=str)
 def test_polls_keep_their_pace(scripted: Client, fault: int | Fault) -> None:
-    """A platform that answers at once gets at most 20 polls in two seconds."""
+    """A platform that answers at once gets a poll each `MIN_POLL_S`: 20 in the second from one
+    ping to the next, and not thousands."""
     platform = scripted.platform
     platform.faults.inject_always("job-take", fault)
     num_pings, num_polls = len(platform.queue.pings), platform.faults.num_requests["job-take"]
-    until(lambda: len(platform.queue.pings) >= num_pings + 2)  # one a second
-    assert platform.faults.num_requests["job-take"] - num_polls < 20
+    until(lambda: len(platform.queue.pings) > num_pings)  # one a second
+    assert platform.faults.num_requests["job-take"] - num_polls < 100
 
 
 def test_a_job_without_input_is_answered_alone(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
 
 from serve_app.api import request_body
 from serve_app.api.request_body import MAX_BODY_ON_LOOP, MAX_VALUES, NUM_LARGEST, BodyReader
@@ -156,6 +156,7 @@ def cost_of(value: Any) -> int:
     return 0
 
 
+@settings(max_examples=50)
 @given(JSON, strategies.integers(1, 40), strategies.booleans())
 def test_strings_are_left_out_of_the_cost(value: Any, size: int, ascii: bool) -> None:
     """In slices of any size, the cost of a text is that of its values."""

@@ -11,12 +11,12 @@ from tests.model.checkpoint import full_size
 
 EXPERT_BYTES = 3 * 4096 * 14336 * 2
 """One expert in bfloat16."""
-NUM_EXPERTS = 3
+NUM_EXPERTS = 2
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A layer of Mixtral 8x7B with three of its experts and a small vocabulary, in one shard."""
+    """A layer of Mixtral 8x7B with two of its experts and a small vocabulary, in one shard."""
     tensors: full_size.Tensors = {}
     for name, (dtype, shape, data) in full_size.floats().items():
         if ".layers." in name and ".layers.0." not in name:

@@ -1,6 +1,7 @@
 """cluster/proxy: nginx and Caddy, started with the examples, stream over TLS."""
 
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -117,9 +118,19 @@ def caddy(folder: Path, port: int, server: int, pair: tuple[Path, Path]) -> list
     ):
         assert text.count(old) == 1
         text = text.replace(old, new)
+    if version() < (2, 6, 3):
+        text = text.replace("request_buffers 10MB", "buffer_requests")
     options = "{\n\tadmin off\n\tauto_https disable_redirects\n}\n"
     (folder / "Caddyfile").write_text(options + text)
     return ["caddy", "run", "--config", str(folder / "Caddyfile"), "--adapter", "caddyfile"]
+
+
+def version() -> tuple[int, ...]:
+    """Returns the version of the installed Caddy."""
+    done = subprocess.run(["caddy", "version"], capture_output=True, text=True, check=True)
+    found = re.match(r"v?(\d+)\.(\d+)\.(\d+)", done.stdout)
+    assert found, done.stdout
+    return tuple(map(int, found.groups()))
 
 
 @pytest.fixture(params=[nginx, caddy], ids=["nginx", "caddy"])
@@ -191,17 +202,16 @@ def test_the_largest_body_passes(client: httpx.Client, upstream: Upstream) -> No
     """The proxy has no smaller limit than the server."""
     upstream.was_read.set()
     body = b"a" * ApiSettings().max_body_bytes
+    assert client.post("/prompt", content=body).text == "data: first\n\ndata: second\n\n"
 
-    def passes() -> bool:
-        try:
-            return client.post("/prompt", content=body).text == "data: first\n\ndata: second\n\n"
-        except httpx.TransportError:
-            return False
 
-    # Go's server closes a request's body when it begins to answer (golang/go#40747), so Caddy cuts
-    # an answer that begins before Caddy has noticed the body's end. This upstream is so quick at
-    # times; a limit would refuse each try.
-    until(passes, 30)
+def test_an_answer_that_comes_at_once_is_whole(client: httpx.Client, upstream: Upstream) -> None:
+    """A server may answer as soon as it has the body. Go closes a body that is still being sent
+    when the answer begins (golang/go#40747), so Caddy would cut some of these answers."""
+    upstream.was_read.set()
+    for size in (2, 1_000_000) * 20:
+        answer = client.post("/prompt", content=b"a" * size).text
+        assert answer == "data: first\n\ndata: second\n\n"
 
 
 @pytest.mark.parametrize(

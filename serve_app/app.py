@@ -61,7 +61,7 @@ PARENT_POLL_S = 1.0
 def build_app(settings: Settings) -> "Application":
     """Returns the Serve application for `settings`. Reads no file and queries no GPU."""
     # Serve logs a line before it makes a `Replica`, which changes the format of the others.
-    is_json = settings.observability.log_format == "json"
+    is_json = settings.observability.is_json
     return application(settings, logging_config={"encoding": "JSON"} if is_json else None)
 
 
@@ -133,7 +133,7 @@ def _replica_class(load: Load) -> type[Any]:
             ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
             ours.handlers, ours.propagate = serves.handlers, False
             ours.setLevel(serves.level)
-            if settings.observability.log_format == "json":
+            if settings.observability.is_json:
                 use_json(serves.handlers)
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))

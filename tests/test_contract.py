@@ -118,6 +118,8 @@ def test_ray_prints_its_workers_lines_by_the_handler_that_is_replaced() -> None:
 
     assert f'"{RAYS_HANDLER}",' in inspect.getsource(worker.connect)
     assert f'remove_handler("{RAYS_HANDLER}")' in inspect.getsource(worker.disconnect)
+    # Messages of the raylet do not pass the dispatcher.
+    assert "  print_to_stdstream(\n" in inspect.getsource(worker.listen_error_messages)
 
 
 def test_ray_drops_a_gauge_after_two_exports() -> None:

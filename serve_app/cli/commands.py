@@ -1,9 +1,11 @@
 """The subcommands of `mixtral-serve`.
 
 Each imports what it needs when it is called. A `ConfigError` or `ServeError` ends the command
-with its one sentence on standard error and exit code 1; Ctrl-C ends it with exit code 130.
+with its one sentence on standard error and exit code 1; Ctrl-C ends it with exit code 130. Where
+the log is JSON, the sentence is a line of it, and so is a bug.
 """
 
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,6 +13,8 @@ from typing import Annotated, Literal
 import typer
 
 from serve_app.cli import keys
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
 """128 and the number of SIGINT, as shells report it."""
@@ -200,11 +204,16 @@ def main(arguments: list[str] | None = None) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
+        from serve_app.config.log_format import is_json
         from serve_app.config.serve_config import ConfigError
         from serve_app.errors import ServeError
 
-        if not isinstance(error, ConfigError | ServeError):
+        is_known = isinstance(error, ConfigError | ServeError)
+        if is_json():
+            log.error("%s", error, exc_info=not is_known)
+        elif is_known:
+            print(error, file=sys.stderr)
+        else:
             raise
-        print(error, file=sys.stderr)
         return 1
     return 0

@@ -50,6 +50,12 @@ def use_json(handlers: Iterable[logging.Handler]) -> None:
         (target or handler).setFormatter(JsonFormatter())
 
 
+def is_json() -> bool:
+    """Returns whether the log of this process is JSON."""
+    handlers = logging.getLogger().handlers
+    return any(isinstance(handler.formatter, JsonFormatter) for handler in handlers)
+
+
 def use_log_format(config: str | Path) -> None:
     """Makes this process log in the format of the file `config` and the environment.
 
@@ -59,5 +65,5 @@ def use_log_format(config: str | Path) -> None:
         settings = Settings.from_yaml(config)
     except ConfigError:
         return
-    if settings.observability.log_format == "json":
+    if settings.observability.is_json:
         use_json(logging.getLogger().handlers)

@@ -187,6 +187,11 @@ class ObservabilitySettings(Section):
             raise ValueError("it must begin with http:// or https://; OTLP over gRPC is not sent")
         return value
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the log is JSON."""
+        return self.log_format == "json"
+
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSettings,

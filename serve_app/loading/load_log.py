@@ -3,8 +3,11 @@
 `/health` shows the phases in memory; the parent process reads the file. The process that starts Ray
 writes the first phases and leaves the phase "replica" open. The replica ends that phase
 (`LoadLog.resume`) and writes the others. `phases.py` defines the format.
+
+A model loads on a full disk too; then the file lacks events, and a warning says so.
 """
 
+import errno
 import logging
 import time
 from collections.abc import Iterator
@@ -29,6 +32,7 @@ log = logging.getLogger(__name__)
 
 PROGRESS_INTERVAL_S = 1.0
 PHASE_LINE = "Cold start: %s %.1f s"
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def log_phase(log: logging.Logger, event: Done) -> None:
@@ -46,6 +50,7 @@ class LoadLog:
     """The finished phases, in the form of `/health`."""
     _last_progress: float = 0.0
     """The time of the last progress event, on the monotonic clock."""
+    _has_warned: bool = False
 
     @classmethod
     def resume(cls, path: str | None) -> "LoadLog":
@@ -113,9 +118,27 @@ class LoadLog:
         if self.path is None:
             return
         try:
-            with Path(self.path).open("a", encoding="utf-8") as file:
-                file.write(event.model_dump_json(exclude_none=True) + "\n")
+            _append(Path(self.path), event.model_dump_json(exclude_none=True) + "\n")
         except OSError as error:
-            raise ModelLoadFailed(
-                f"`load_log`: {self.path} cannot be written ({error.strerror})."
-            ) from None
+            if error.errno not in DISK_FULL:
+                raise ModelLoadFailed(
+                    f"`load_log`: {self.path} cannot be written ({error.strerror})."
+                ) from None
+            if not self._has_warned:
+                log.warning(
+                    "%s cannot be written (%s); /health lacks phases of this load.",
+                    self.path,
+                    error.strerror,
+                )
+            self._has_warned = True
+
+
+def _append(path: Path, line: str) -> None:
+    """Appends all of `line`, or nothing if the disk is full: the next line must not follow a part
+    of one."""
+    data = line.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(data) < len(data):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, "No space left on device")

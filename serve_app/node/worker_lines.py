@@ -1,9 +1,12 @@
-"""JSON log lines from Ray's processes, which write text: `observability.log_format: json`.
+"""JSON log lines from Ray's processes: `observability.log_format: json`.
 
-Ray prints what its workers write on this process's streams, after a prefix. Here each such line
-becomes a record of this process's log, unless it is one already: a replica writes JSON itself.
+Ray prints what its workers write on this process's streams, after a prefix, and so does it with
+messages of the raylet. Here each becomes a record of this process's log, unless it is one already:
+a replica writes JSON itself. Serve's controller and proxies write JSON with Serve's names, because
+a text of theirs may have many lines.
 """
 
+import json
 import logging
 import sys
 from typing import Any
@@ -14,23 +17,43 @@ log = logging.getLogger(__name__)
 
 RAYS_HANDLER = "ray_print_logs"
 """The name by which Ray registers, and at its end removes, what prints its workers' lines."""
+OURS, SERVES = '{"time": "', '{"asctime": "'
+"""The beginning of a line of JSON: of a replica of ours, and of Serve."""
 
 
 def write_as_json() -> None:
     """Makes Ray's and Serve's loggers here, and what their workers write, lines of JSON."""
+    from ray._private import worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 
     for name in ("ray", "ray.serve"):
         use_json(logging.getLogger(name).handlers)
     dispatcher.remove_handler(RAYS_HANDLER)
     dispatcher.add_handler(RAYS_HANDLER, write)
+    # Ray calls it directly for messages of the raylet, such as the death of a worker.
+    worker.print_to_stdstream = lambda batch, ignore_prefix: write(batch)
 
 
 def write(batch: dict[str, Any]) -> None:
-    """Writes the lines of one worker, as Ray delivers them: `lines`, `pid`, `actor_name`."""
+    """Writes the lines of one process, as Ray delivers them: `lines`, `pid`, `actor_name`."""
     fields = {"process": batch.get("actor_name") or "ray", "pid": batch.get("pid")}
     for line in batch["lines"]:
-        if line.startswith('{"time": "'):
+        if line.startswith(OURS):
             print(line, file=sys.stderr, flush=True)
         elif line.strip():
-            log.info("%s", line, extra={"fields": fields})
+            level, message, more = _parsed(line)
+            log.log(level, "%s", message, extra={"fields": fields | more})
+
+
+def _parsed(line: str) -> tuple[int, str, dict[str, str]]:
+    """Returns the level and the message of a line, and its traceback as a field.
+
+    Other lines than Serve's JSON, also one of which Ray delivers only a part, are text.
+    """
+    try:
+        serves = json.loads(line) if line.startswith(SERVES) else {}
+        level = logging.getLevelNamesMapping()[serves["levelname"]]
+        traceback = {"exception": serves["exc_text"]} if "exc_text" in serves else {}
+        return level, serves["message"], traceback
+    except (ValueError, KeyError):
+        return logging.INFO, line, {}

@@ -1,5 +1,6 @@
 """The command `mixtral-serve`: what it prints, its exit codes, and what it imports."""
 
+import io
 import json
 import logging
 import shlex
@@ -16,9 +17,11 @@ import httpx
 import pytest
 import yaml
 
+from serve_app.cli import serving
 from serve_app.cli.commands import main
 from serve_app.config import named
-from serve_app.config.settings import Settings
+from serve_app.config.log_format import use_json
+from serve_app.config.settings import ConfigError, Settings
 from serve_app.machine.ports import free_port
 from serve_app.node import banner
 from serve_app.tiny import CHECKPOINT
@@ -110,6 +113,26 @@ def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
     assert "starts with wrong.yaml" in first
     assert sentence == "wrong.yaml: `engine.max_runing` is not a setting."
     until(lambda: not left_behind(tmp_path))
+
+
+@pytest.mark.parametrize("error", [ConfigError("Use another port."), KeyError("a bug")])
+def test_an_error_is_json_where_the_log_is_json(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sentence that ends a server, and the traceback of a bug, are one line of its log."""
+
+    def fail(_: str) -> int:
+        raise error
+
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    use_json([handler])
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    monkeypatch.setattr(serving, "run", fail)
+    assert main(["run", "tiny"]) == 1
+    (line,) = map(json.loads, stream.getvalue().splitlines())
+    assert (line["level"], line["message"]) == ("ERROR", str(error))
+    assert ("exception" in line) == isinstance(error, KeyError)
 
 
 def test_a_usage_error_is_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import logging
+import resource
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -233,3 +235,22 @@ def test_a_load_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     path = tmp_path / "absent" / "load.jsonl"
     with pytest.raises(ModelLoadFailed, match=str(path)), LoadLog(str(path)).phase(Phase.DEVICE):
         pass
+
+
+def test_a_full_disk_ends_no_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The file has whole events, as many as fit; one warning says that others are missing."""
+    path = tmp_path / "load.jsonl"
+    load_log = LoadLog(str(path))
+    load_log.start(Phase.READ)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        load_log.done(Phase.READ, 1.0)
+        load_log.done(Phase.WARM_UP, 2.0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    load_log.done(Phase.READY, 3.0)
+    assert [event.state for event in read_events(path)] == ["started", "done"]
+    assert [phase["seconds"] for phase in load_log.phases] == [1.0, 2.0, 3.0]
+    (warning,) = (each for each in caplog.records if each.levelno == logging.WARNING)
+    assert str(path) in warning.getMessage()

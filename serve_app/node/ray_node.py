@@ -124,8 +124,8 @@ def _reaper() -> "subprocess.Popen[bytes]":
 def serve_logging(*, is_json: bool) -> dict[str, Any]:
     """Returns Serve's `logging_config`. There is no line per request, because RunPod drops lines of
     a log that grows fast."""
-    encoding = "JSON" if is_json else "TEXT"
-    return {"enable_access_log": False, "log_level": "WARNING", "encoding": encoding}
+    encoding = {"encoding": "JSON"} if is_json else {}
+    return {"enable_access_log": False, "log_level": "WARNING", **encoding}
 
 
 def start_serve(http_options: dict[str, Any] | None = None, *, is_json: bool = False) -> None:

@@ -17,6 +17,8 @@ JSON_OPTIONS = {
 }
 MAX_GBNF_CHARS = 10_000
 """The conversion's time grows with the square of the number of rules: half a second for these."""
+_JSON = re.compile(r"%json\s*")
+"""The beginning of a JSON schema in a Lark grammar."""
 _GBNF_RULE = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
@@ -40,7 +42,7 @@ def _as_lark(source: GrammarSource) -> str:
     """Returns a grammar in Lark's notation. The other notation that vLLM takes is GBNF, as in
     `root ::= "yes" | "no"`. Raises `InvalidRequest`."""
     if not _GBNF_RULE.search(source.text):
-        return source.text
+        return _with_json_rules(source.text)
     if len(source.text) > MAX_GBNF_CHARS:
         raise InvalidRequest(
             f"`{source.field}` has {len(source.text)} characters; {MAX_GBNF_CHARS} are allowed in "
@@ -56,6 +58,25 @@ def _as_lark(source: GrammarSource) -> str:
         raise InvalidRequest(
             f"`{source.field}` cannot be used: {reason}.", param=source.field
         ) from None
+
+
+def _with_json_rules(lark: str) -> str:
+    """Returns a Lark grammar with the rules of `json_rules` for each JSON schema in it."""
+    text, end = "", 0
+    for match in _JSON.finditer(lark):
+        if match.start() < end:
+            continue  # inside a schema
+        try:
+            schema, schema_end = json.JSONDecoder().raw_decode(lark, match.end())
+        except (ValueError, RecursionError):
+            continue  # llguidance refuses it
+        if isinstance(schema, dict):
+            new = json_rules(schema)["json_schema"]
+            if isinstance(options := schema.get("x-guidance"), dict):
+                new["x-guidance"] |= options
+            text += lark[end : match.end()] + json.dumps(new)
+            end = schema_end
+    return text + lark[end:]
 
 
 def json_rules(schema: dict[str, Any] | bool, *, lenient: bool = False) -> dict[str, Any]:

@@ -8,6 +8,8 @@ import pytest
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.grammar_rules import json_rules
+from serve_app.protocol.grammar_source import GrammarSource
+from tests.protocol.test_grammar import compiled_grammar
 from tests.protocol.test_json_schema_suite import accepts, grammar
 
 PREFIX = {"prefixItems": [{"type": "null"}], "items": {"type": "boolean"}, "type": "array"}
@@ -58,6 +60,15 @@ def test_a_number_that_cannot_be_held_is_refused(schema: Any, word: str) -> None
     """The error names the keyword."""
     with pytest.raises(InvalidRequest, match=word):
         grammar(schema)
+
+
+def test_a_schema_in_a_lark_grammar_has_the_same_rules() -> None:
+    """A quote is not an answer of `%json` with this pattern, and a letter is."""
+    schema = {"type": "string", "pattern": '^[^"]*$', "x-guidance": {"item_separator": ","}}
+    lark = f"start: a\na: %json {json.dumps(schema)}"
+    found = compiled_grammar(GrammarSource("lark", lark, "f"))
+    assert not accepts(found.start(), '"')
+    assert accepts(found.start(), "a")
 
 
 def test_a_tool_that_is_not_strict_has_fewer_properties_at_least() -> None:

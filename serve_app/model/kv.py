@@ -9,7 +9,7 @@ from serve_app.model.config import MixtralConfig
 class KVCache:
     """`keys` and `values` of each layer, `[num_blocks, block_size, num_kv_heads, head_dim]`.
 
-    All of them are parts of one tensor, so that clearing a block is one kernel launch.
+    All of them are parts of one tensor, so that two kernel launches clear blocks in all layers.
     """
 
     def __init__(self, stored: Tensor) -> None:
@@ -19,7 +19,11 @@ class KVCache:
         self.keys: list[Tensor] = keys
         self.values: list[Tensor] = values
         self.num_blocks, self.block_size, self.num_kv_heads, self.head_dim = keys[0].shape
-        self._stored = stored.flatten(0, 1).flatten(2)
+        # [layers * 2 * num_blocks, elements of a block]. If layers and blocks were two dimensions,
+        # torch would launch one kernel for each 2 GB of the tensor.
+        self._rows = stored.flatten(0, 2).flatten(1)
+        # The row of block 0 of each layer's keys and values.
+        self._first_rows = torch.arange(0, len(self._rows), self.num_blocks, device=stored.device)
         self._flat = [
             (k.view(-1, *k.shape[2:]), v.view(-1, *v.shape[2:]))
             for k, v in zip(keys, values, strict=True)
@@ -47,7 +51,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return self._stored.nbytes
+        return self._rows.nbytes
 
     def clear(self, blocks: Tensor) -> None:
         """Fills the KV blocks `blocks` `[n]` with zeros.
@@ -55,7 +59,8 @@ class KVCache:
         Attention multiplies masked slots by 0, so a NaN in a block would spread to the next
         sequence that gets the block.
         """
-        self._stored.index_fill_(1, blocks, 0)
+        rows = (self._first_rows[:, None] + blocks).flatten()
+        self._rows.index_fill_(0, rows, 0)
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores `keys` and `values` `[tokens, num_kv_heads, head_dim]` at `slots` `[tokens]`."""

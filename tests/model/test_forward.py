@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import serve_app.tiny
+from serve_app.model.kv import KVCache
 from tests.model.driver import (
     Paged,
     load_float32,
@@ -163,6 +164,15 @@ def test_a_nan_of_one_sequence_does_not_reach_others(tmp_path: Path) -> None:
     engine.step(heir=ids[:5])
     assert engine.blocks["heir"] == [0]
     assert_close(engine.step(heir=[ids[5]])["heir"], expected[5:6])
+
+
+def test_clear_fills_its_blocks_alone() -> None:
+    """`clear` zeroes the keys and values of its blocks in each layer, and no others."""
+    stored = torch.rand(3, 2, 5, 4, 2, 8) + 1
+    KVCache(stored).clear(torch.tensor([1, 4]))
+    expected = torch.zeros_like(stored, dtype=torch.bool)
+    expected[:, :, [1, 4]] = True
+    assert torch.equal(stored == 0, expected)
 
 
 def test_the_tiny_model_answers_as_in_transformers() -> None:

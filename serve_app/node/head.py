@@ -115,7 +115,7 @@ def _with_our_flags(start_process: Callable[..., Any]) -> Callable[..., Any]:
     once, with all requests, and this process would hang for a minute. A process of Ray inherits the
     blocked signals of the thread that starts it, and so do its children; Ray blocks SIGINT in the
     same way. So only this process handles SIGTERM: it lets running requests finish, then kills
-    Ray's processes with SIGKILL. `test_sigterm_to_all_processes_...` in tests/cli checks this.
+    Ray's processes with SIGKILL. `test_run_serves_where_the_yaml_says` in tests/cli checks this.
     """
 
     def start(command: list[str], process_type: str, *args: Any, **options: Any) -> Any:

@@ -38,13 +38,20 @@ LONGEST = (
     "tests/model/kernels/test_compiled.py",
     "tests/model/kernels/cuda/test_products.py",
     "tests/model/kernels/cuda/test_compiled.py",
-    "tests/model/checkpoint/test_peak.py",
+    "tests/model/kernels/cuda/test_overlap.py",
     "tests/benchmarks/test_gpu.py",
     "tests/model/kernels/test_gpu_step.py",
-    "tests/model/test_exactness.py",
-    "tests/api/test_trial.py",
     "tests/start_plan/test_memory.py",
+    "tests/model/kernels/cuda/test_use_kernels.py",
+    "tests/engine/test_device_sampler.py",
+    "tests/cli/test_quality.py",
+    "tests/api/test_page_in_browser.py",
+    "tests/test_app.py",
+    "tests/api/test_tool_calls.py",
     "tests/start_plan/test_hub.py",
+    "tests/worker/test_examples.py",
+    "tests/worker/test_posts.py",
+    "tests/worker/test_poll.py",
 )
 """The groups that take longest, longest first. They run first, so that no process ends with a long
 one while the others have nothing left to do."""

@@ -18,7 +18,14 @@ from benchmarks.step_times import StepTimes
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.step_cost import StepShape
 from serve_app.model.kernels.cpu.cpu_step import CpuStep
-from serve_app.model.kernels.triton import gpu_step, paged_attention, step_trial
+from serve_app.model.kernels.triton import (
+    gpu_step,
+    nf4_decode,
+    nf4_unpack,
+    paged_attention,
+    prompt_step,
+    step_trial,
+)
 from serve_app.model.quantization import Quantization
 from tests.triton_interpreter import prepare_once
 from tools.random_model import config_of
@@ -26,6 +33,21 @@ from tools.random_model import config_of
 prepare_once()
 
 ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter takes a millisecond for each operation of each program of a kernel, however
+    large its tensors are. So a program takes all rows, and a trial few tokens. A profile has one
+    step, because that of an interpreter has many events."""
+    monkeypatch.setattr(step_kernels, "STEPS", 1)
+    monkeypatch.setattr(nf4_unpack, "ROWS", 256)
+    monkeypatch.setattr(nf4_decode, "GATE_UP_ROWS", 512)
+    monkeypatch.setattr(nf4_decode, "rows_of", lambda tile: 256)
+    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
+    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
+    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((3, 20),))
 
 
 @pytest.mark.parametrize("weights", [["--weights", "nf4"], ["--weights", "bf16"]])
@@ -97,9 +119,6 @@ def test_failures_are_recorded_and_the_rest_is_measured(
 
 def test_a_replayed_step_is_compared_with_a_launched_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """The error is 0, until the replay reads other blocks than the sequences'."""
-    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
-    monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
-    monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
     # On a CPU the runner takes the step of Triton kernels in place of the compiled C.
     monkeypatch.setattr(
         CpuStep, "verified", lambda model, cache, _: gpu_step.GpuStep.verified(model, cache, 2)

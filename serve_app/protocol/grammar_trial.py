@@ -47,9 +47,11 @@ def is_bounded(
     `grammar` is in llguidance's form; the other parameters are those of its tokenizer.
     """
     text = json.dumps([grammar, tokenizer, vocab_size, list(eos_token_ids)])
+    # The path of this process, because Ray may have added folders to it.
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
     try:
         tried = subprocess.run(
-            [sys.executable, "-m", __name__],
+            [sys.executable, "-I", "-c", code],
             input=text.encode(),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -58,11 +60,13 @@ def is_bounded(
         )
     except subprocess.TimeoutExpired:
         return False
+    if tried.returncode > 0:  # a signal would be negative
+        raise RuntimeError(f"The trial of a grammar ended with exit code {tried.returncode}.")
     return tried.returncode == 0
 
 
-def _try() -> None:
-    """Compiles the grammar of the standard input. The kernel ends the process at its limits."""
+def main() -> None:
+    """Compiles the grammar of the standard input. A signal ends the process at its limits."""
     resource.setrlimit(resource.RLIMIT_CPU, (MAX_CPU_S, MAX_CPU_S))
     resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -71,7 +75,3 @@ def _try() -> None:
     grammar, tokenizer, vocab_size, eos_token_ids = json.load(sys.stdin)
     table = LLTokenizer(tokenizer, n_vocab=vocab_size, eos_token=eos_token_ids)
     with_large_stack(lambda: LLMatcher(table, grammar, log_level=0))
-
-
-if __name__ == "__main__":
-    _try()

@@ -19,8 +19,9 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # cores then take twice the time.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-# Property tests try the same examples in every run (`--hypothesis-profile=default` tries others).
-# They are not timed, because machines are shared and slow at times.
+# Property tests try the same examples in every run, save for constants that hypothesis finds in the
+# sources of loaded modules; `--hypothesis-profile=default` tries others. They are not timed, since
+# machines are shared and slow at times.
 settings.register_profile(
     "repeatable", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

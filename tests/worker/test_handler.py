@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from serve_app.protocol.call import Call
+from tests import virtual_time
 from tests.worker.recorded import RecordedPosts, posts_of
 from tests.worker.scripted_model import LAST, TOKENS, HandlerOf, Model
 
@@ -112,7 +113,9 @@ def test_a_list_of_prompts_posts_progress(handler_of: HandlerOf) -> None:
         yield {"status": 200, "body": {"results": [], "total_processed": 0}}
 
     whole = {"results": [], "total_processed": 0}
-    posts = posts_of(handler_of(batch), {"prompts": ["x"]})
+    posts = RecordedPosts()
+    job = {"id": "job-1", "input": {"prompts": ["x"]}}
+    virtual_time.run(handler_of(batch).answer(job, posts))
     assert posts.output == whole
     shown = [update for update in posts.updates if "message" in update]
     assert 1 <= len(shown) < 10

@@ -1,4 +1,4 @@
-"""Rewrites keywords of a JSON schema that llguidance 1.9.1 holds wrongly.
+"""Rewrites keywords of a JSON schema that llguidance 1.9.1 holds wrongly or refuses without need.
 
 - Bounds are 64-bit floats there, and integers below 2^63. A bound that is not is rounded to a
   smaller range. Some exclusive bounds are inclusive there: 1 beside a maximum of 1.5, and those
@@ -8,11 +8,13 @@
 - Beside `prefixItems`, `additionalItems` has an effect there; JSON schema has no such keyword.
 - The names of additional properties may repeat, and a repeated one counts again for
   `minProperties`. If a schema is lenient, the number becomes one that needs no second name.
+- A `$ref` such as `#/$defs/Größe` is refused there unless it is encoded as a URI.
 """
 
 import math
 import re
 from typing import Any, TypeGuard
+from urllib.parse import quote
 
 from serve_app.protocol.schema_tree import mapped
 
@@ -21,6 +23,8 @@ MAX_NUMBER = 2**63 - 4096
 MAX_EXACT = 2**53
 """Up to this number every integer is a 64-bit float."""
 BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+URI_CHARS = "/#%?:@!$&'()*+,;=~"
+"""Characters besides letters, digits and `-._` that a URI may have."""
 LEAST = 1e-15
 """The number that follows 0; the next float has 324 digits."""
 _FROM_NUL = re.compile(r"\\(?:x00|u0000)-|\\.|\[\^\]?", re.DOTALL)
@@ -47,6 +51,8 @@ def is_number(value: Any) -> TypeGuard[float]:
 def _exact(schema: dict[str, Any], lenient: bool) -> dict[str, Any]:
     if not isinstance(schema.get("items"), list):
         schema.pop("additionalItems", None)
+    if isinstance(reference := schema.get("$ref"), str):
+        schema["$ref"] = quote(reference, safe=URI_CHARS)
     if isinstance(pattern := schema.get("pattern"), str):
         schema["pattern"] = _without_nul(pattern)
     if isinstance(named := schema.get("patternProperties"), dict):

@@ -33,6 +33,7 @@ PREFIX = {"prefixItems": [{"type": "null"}], "items": {"type": "boolean"}, "type
         ({"type": "integer", "minimum": 0, "maximum": 2**63 - 1}, 2**63, 2**62),
         ({"type": "integer", "minimum": -(2**63), "maximum": 0}, 1, -5),
         ({**PREFIX, "additionalItems": {"type": "string"}}, [True], [None, True]),
+        ({"$ref": "#/$defs/Größe <T>", "$defs": {"Größe <T>": {"const": 1}}}, 2, 1),
         ({"type": "object", "minProperties": 2, "required": ["a"]}, {"a": 1}, {"a": 1, "b": 2}),
     ],
 )

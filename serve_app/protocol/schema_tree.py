@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-MAX_DEPTH = 64
-"""Maximum depth of nested schemas; deeper ones are not changed."""
-ONE = ("additionalProperties", "items")
-LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+MAX_DEPTH = 128
+"""Maximum depth of nested schemas; llguidance refuses JSON with more levels."""
+ONE = ("additionalItems", "additionalProperties", "items")
+LISTS = ("allOf", "anyOf", "items", "oneOf", "prefixItems")
 NAMED = ("properties", "patternProperties", "$defs", "definitions")
 """Keywords whose value is a schema, a list of schemas, and an object of schemas by name."""
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from jsonschema.validators import validator_for
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.grammar_rules import json_rules
@@ -12,13 +13,35 @@ from serve_app.protocol.grammar_source import GrammarSource
 from tests.protocol.test_grammar import compiled_grammar
 from tests.protocol.test_json_schema_suite import accepts, grammar
 
+UNQUOTED = {"type": "string", "pattern": '^[^"]*$'}
+TUPLE = {
+    "$schema": "http://json-schema.org/draft-07/schema#",
+    "type": "array",
+    "items": [UNQUOTED],
+    "additionalItems": UNQUOTED,
+}
 PREFIX = {"prefixItems": [{"type": "null"}], "items": {"type": "boolean"}, "type": "array"}
+
+
+def nested(schema: Any, depth: int) -> Any:
+    for _ in range(depth):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+def nested_value(value: Any, depth: int) -> Any:
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 @pytest.mark.parametrize(
     ("schema", "invalid", "valid"),
     [
-        ({"type": "string", "pattern": '^[^"]*$'}, 'a"', "ab"),
+        (UNQUOTED, 'a"', "ab"),
+        (nested(UNQUOTED, 100), nested_value('"', 100), nested_value("a", 100)),
+        (TUPLE, ['"'], ["a"]),
+        (TUPLE, ["a", '"'], ["a", "b"]),
         ({"type": "string", "pattern": r"^[^\\]*$"}, "a\\", "a\n"),
         ({"type": "string", "pattern": r"^[^]\\]*$"}, "a\\", "a"),
         ({"type": "string", "pattern": r"^[\x00-\x1f]$"}, '"', "\n"),
@@ -39,7 +62,7 @@ PREFIX = {"prefixItems": [{"type": "null"}], "items": {"type": "boolean"}, "type
 )
 def test_a_grammar_has_valid_values_alone(schema: Any, invalid: Any, valid: Any) -> None:
     """By jsonschema, one value is valid and the other is not; the grammar agrees."""
-    validator = jsonschema.Draft202012Validator(schema)
+    validator = validator_for(schema, jsonschema.Draft202012Validator)(schema)
     assert (validator.is_valid(invalid), validator.is_valid(valid)) == (False, True)
     found = grammar(schema)
     assert not accepts(found.start(), invalid)

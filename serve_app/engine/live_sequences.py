@@ -104,7 +104,8 @@ class LiveSequences:
         """Returns the error of a sequence whose sampled token is `FAILED`."""
         if sequence.constraint is not None and sequence.constraint.has_failed:
             return InvalidRequest(
-                "The grammar became too complex for this server; send a simpler one."
+                "The grammar became too complex for this server, or allows no valid end of this "
+                "answer; send a simpler one."
             )
         log.error("The logits of a sequence were not finite; its request fails.")
         self._clear_blocks(sequence.block_table[sequence.num_cached_blocks :])

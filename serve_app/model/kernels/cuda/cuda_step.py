@@ -77,17 +77,9 @@ class CudaStep:
         routing = Routing.empty(len(y), config, self._finished)
         norm = layer.post_attention_layernorm.weight
         kernels.add_norm_route(x, projected, batch.context_lens, norm, layer.mlp.router, y, routing)
-        return self._experts(layer.mlp.experts, y, routing)
-
-    def _experts(self, experts: Any, y: Tensor, routing: Routing) -> Tensor:
-        gate_up, down = tiled(experts.gate_up), tiled(experts.down)
+        gate_up, down = tiled(layer.mlp.experts.gate_up), tiled(layer.mlp.experts.down)
         order, starts, weights = routing.order, routing.starts, routing.topk_weights
-        inner = y.new_empty(len(order), down.in_features)
-        self._products.gate_up(gate_up, y, order, starts, inner)
-        out = floats(len(order), down, y)
-        top_k = self._model.config.num_experts_per_tok
-        self._products.down(down, inner, order, starts, weights, top_k, out)
-        return out
+        return products.experts(gate_up, down, y, order, starts, weights)
 
 
 def unfit(model: "Mixtral", max_rows: int) -> str | None:

@@ -32,14 +32,8 @@ class LayerProducts:
         return self._dense(self._o, x)
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        top_k: int = self._mlp.top_k
-        logits = F.linear(x, self._mlp.router)
-        order, starts, topk_weights = route(logits, context_lens, top_k)
-        inner = x.new_empty(len(order), self._down.in_features)
-        self._products.gate_up(self._gate_up, x, order, starts, inner)
-        out = floats(len(order), self._down, x)
-        self._products.down(self._down, inner, order, starts, topk_weights, top_k, out)
-        return out[None]
+        routing = route(F.linear(x, self._mlp.router), context_lens, self._mlp.top_k)
+        return self._products.experts(self._gate_up, self._down, x, *routing)[None]
 
     def _dense(self, weight: TiledWeight, x: Tensor) -> Tensor:
         out = floats(len(x), weight, x)

@@ -128,6 +128,23 @@ class CudaProducts:
         tokens = len(x) // top_k
         self._launch(DOWN, weight, x, order, starts, topk_weights, out, tokens)
 
+    def experts(
+        self,
+        gate_up: TiledWeight,
+        down: TiledWeight,
+        x: Tensor,
+        order: Tensor,
+        starts: Tensor,
+        topk_weights: Tensor,
+    ) -> Tensor:
+        """Returns the experts' outputs for `x` `[T, K]`, float32 `[T * k, N]`: `gate_up`, then
+        `down`."""
+        inner = x.new_empty(len(order), down.in_features)
+        self.gate_up(gate_up, x, order, starts, inner)
+        out = x.new_empty(len(order), down.out_features, dtype=torch.float32)
+        self.down(down, inner, order, starts, topk_weights, len(order) // len(x), out)
+        return out
+
     def unpack(self, weight: TiledWeight, which: Tensor) -> Tensor:
         """Returns matrices `which` (int64 `[n]`) of a stack as bfloat16 `[n, N, K]`."""
         shape = (len(which), weight.out_features, weight.in_features)

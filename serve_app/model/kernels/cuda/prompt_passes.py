@@ -121,12 +121,8 @@ class PassedProducts:
     def mlp(self, layer: int, x: Tensor) -> Tensor:
         mlp = self._model.layers[layer].mlp
         gate_up, down = tiled(mlp.experts.gate_up), tiled(mlp.experts.down)
-        order, starts, topk_weights = route_prompts(F.linear(x, mlp.router), mlp.top_k)
-        inner = x.new_empty(len(order), down.in_features)
-        self._products.gate_up(gate_up, x, order, starts, inner)
-        out = x.new_empty(len(order), down.out_features, dtype=torch.float32)
-        self._products.down(down, inner, order, starts, topk_weights, mlp.top_k, out)
-        return out[None]
+        routing = route_prompts(F.linear(x, mlp.router), mlp.top_k)
+        return self._products.experts(gate_up, down, x, *routing)[None]
 
     def _dense(self, linear: QuantizedLinear, x: Tensor) -> Tensor:
         weight = tiled(linear.weight)

@@ -237,10 +237,8 @@ def mixture(
     edges = torch.arange(gate_up.num_matrices + 1, device=x.device)
     starts = (flat[None] < edges[:, None]).sum(1).int()
     order = flat.argsort(stable=True).int()
-    inner = x.new_empty(len(flat), down.in_features)
-    products.gate_up(gate_up, x, order, starts, inner)
-    out = torch.empty(len(flat), down.out_features, device=x.device)
-    products.down(down, inner, order, starts, topk_weights.flatten().float(), top_k, out)
+    weights = topk_weights.flatten().float()
+    out = products.experts(gate_up, down, x, order, starts, weights)
     return out.view(tokens, top_k, -1).sum(1)
 
 

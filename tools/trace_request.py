@@ -95,7 +95,10 @@ async def over_http(app: Any, body: dict[str, Any]) -> list[list[CodeType]]:
         "method": "POST",
         "path": "/v1/chat/completions",
         "query_string": b"",
-        "headers": [(b"content-type", b"application/json")],
+        "headers": [
+            (b"content-type", b"application/json"),
+            (b"content-length", b"%d" % len(content)),
+        ],
     }
     marks: list[int] = []
     tracer = Tracer()

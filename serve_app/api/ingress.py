@@ -9,6 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from starlette import routing
@@ -58,9 +59,10 @@ def create_app(get_server: GetServer, allowed_origins: Sequence[str] = ()) -> St
     ends its request. During an answer that is not streamed, uvicorn does not notice a closed
     connection; Ray Serve does, and cancels the request.
     """
+    # Starlette tries one route after another, so those with the most requests come first.
     table: list[routing.BaseRoute] = [
         routing.Route(route.path, Endpoint(get_server, route).response, methods=[route.method])
-        for route in routes.ROUTES
+        for route in sorted(routes.ROUTES, key=attrgetter("generates"), reverse=True)
     ]
     # Any other path or method, so that its error has our form.
     unknown = Endpoint(get_server)
@@ -92,7 +94,6 @@ class Endpoint:
         """Returns the response to one request. Errors are responses too."""
         server = self._get_server()
         server.loop_lag.start()
-        arrived: float = request.scope[ARRIVED]
         request_id, headers = ids_of(request)
         path = self._path or path_of(request.scope)
         account: KeyAccount | None = None
@@ -100,14 +101,9 @@ class Endpoint:
             route = self._route or routes.find(path)
             if server.keys.are_needed and (route is None or route.needs_key):
                 account = server.keys.account_of(request.headers)
-            # The HTTP server leaves out the body of the response to HEAD.
-            method = "GET" if request.method == "HEAD" else request.method
-            call = Call(method, path, None, request_id, arrived, account)
-            if server.tracing is not None:
-                call = replace(call, traceparent=request.headers.get(TRACEPARENT))
-            reply = await self._reply(request, server, call)
+            reply = await self._reply(request, server, path, request_id, account)
             headers |= account.headers() if account is not None else {}
-            response = await _response(reply, server, call, self._route, headers)
+            response = await _response(reply, server, request_id, path, self._route, headers)
         except ClientDisconnect:
             log.debug(
                 "request %s: the client disconnected before its body had arrived",
@@ -121,19 +117,28 @@ class Endpoint:
         server.metrics.http_responses[self._handler, response.status_code] += 1
         return response
 
-    async def _reply(self, request: Request, server: "MixtralServer", call: Call) -> Reply:
-        """Reads the body of `call`. Returns the reply to it."""
-        route = self._route
-        if route is None:
-            route = routes.match(call.method, call.path)  # raises the error
+    async def _reply(
+        self,
+        request: Request,
+        server: "MixtralServer",
+        path: str,
+        request_id: str,
+        account: KeyAccount | None,
+    ) -> Reply:
+        """Reads the body of a request. Returns the reply to it."""
+        # The HTTP server leaves out the body of the response to HEAD.
+        method = "GET" if request.method == "HEAD" else request.method
+        route = self._route or routes.match(method, path)  # raises the error
         # Before the body is read: a refusal must cost as little as possible.
-        server.require_room(route, call.account)
+        server.require_room(route, account)
+        traced = None if server.tracing is None else request.headers.get(TRACEPARENT)
+        about = request_id, request.scope[ARRIVED], account, traced
         if route.method == "GET":
-            return await route.handler(server, call)
-        end = call.account.take_request() if call.account and route.generates else None
+            return await route.handler(server, Call(method, path, None, *about))
+        end = account.take_request() if account and route.generates else None
         try:
             body = await server.bodies.read(request.headers, request.stream())
-            reply = await route.handler(server, replace(call, body=body))
+            reply = await route.handler(server, Call(method, path, body, *about))
         except BaseException:
             if end is not None:
                 end()
@@ -164,17 +169,19 @@ async def _until_closed(
 async def _response(
     reply: Reply,
     server: "MixtralServer",
-    call: Call,
+    request_id: str,
+    path: str,
     route: Route | None,
     headers: dict[str, str],
 ) -> Response:
+    """Returns the HTTP response for `reply`."""
     match reply:
         case StreamReply(chunks):
             assert route is not None
 
             def last_event(error: Exception, last: JsonObject) -> Mapping[str, Any]:
-                failure = server.failure(error, call.request_id)
-                return route.error_event(error_body(failure, call.request_id, call.path), last)
+                failure = server.failure(error, request_id)
+                return route.error_event(error_body(failure, request_id, path), last)
 
             stream = EventStream(chunks, last_event, headers, route.stream_end)
             await stream.begin()

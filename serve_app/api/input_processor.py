@@ -202,9 +202,10 @@ class InputProcessor:
         default: int | None,
         num_logprobs: int | None,
     ) -> SamplingParams:
-        fixed = request.model_fields_set | request.OWN_DEFAULTS | {"max_tokens"}
-        unset = self.defaults.keys() - fixed
-        request = request.model_copy(update={name: self.defaults[name] for name in unset})
+        if self.defaults:
+            fixed = request.model_fields_set | request.OWN_DEFAULTS | {"max_tokens"}
+            unset = self.defaults.keys() - fixed
+            request = request.model_copy(update={name: self.defaults[name] for name in unset})
         max_tokens, max_tokens_field = request.limit
         max_allowed = self.settings.max_tokens_limit
         if max_tokens is None:

@@ -59,7 +59,11 @@ class BodyReader:
         `QueueFull` if all bodies together exceed theirs, `UnsupportedEncoding`, and
         `InvalidRequest`.
         """
-        encoding = _checked_encoding(headers, self._max_bytes)
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared[:20]) > self._max_bytes:
+            raise _too_large(self._max_bytes)
+        coding = headers.get("content-encoding")
+        compression = None if coding is None else _compression(coding)
         held = 0
         parts: list[bytes] = []
         try:
@@ -72,19 +76,19 @@ class BodyReader:
                     self._require_room()
                 parts.append(part)
             body = b"".join(parts)
-            if encoding in _WINDOW_BITS or len(body) > MAX_BODY_ON_LOOP:
-                return await self._parsed_in_turn(body, encoding)
+            if compression is not None or len(body) > MAX_BODY_ON_LOOP:
+                return await self._parsed_in_turn(body, compression)
             return parsed(body)
         finally:
             self._num_bytes -= held
 
-    async def _parsed_in_turn(self, body: bytes, encoding: str) -> Any:
+    async def _parsed_in_turn(self, body: bytes, compression: str | None) -> Any:
         """Parses in a thread, and starts the next body after a pause."""
         async with self._parsing:
             await asyncio.sleep(max(self._pauses_until - time.monotonic(), 0.0))
             began = time.monotonic()
             try:
-                return await asyncio.to_thread(_value, body, encoding, self._max_bytes)
+                return await asyncio.to_thread(_value, body, compression, self._max_bytes)
             finally:
                 now = time.monotonic()
                 pause_s = (now - began) * (1 / PARSING_SHARE - 1)
@@ -98,24 +102,21 @@ class BodyReader:
             )
 
 
-def _checked_encoding(headers: Mapping[str, str], max_bytes: int) -> str:
-    """Returns the content coding of the body. Raises an error if the headers announce too large a
-    body."""
-    declared = headers.get("content-length", "")
-    if declared.isdecimal() and int(declared[:20]) > max_bytes:
-        raise _too_large(max_bytes)
-    encoding = headers.get("content-encoding", "").strip().lower()
-    if encoding not in ("", "identity", *_WINDOW_BITS):
+def _compression(header: str) -> str | None:
+    """Returns the compression that the header Content-Encoding names, a key of `_WINDOW_BITS`; None
+    for a body as it is."""
+    coding = header.strip().lower()
+    if coding not in ("", "identity", *_WINDOW_BITS):
         raise UnsupportedEncoding(
             "Send the body as it is, or with Content-Encoding gzip or deflate."
         )
-    return encoding
+    return coding if coding in _WINDOW_BITS else None
 
 
-def _value(body: bytes, encoding: str, max_bytes: int) -> Any:
-    """Returns the JSON value of a body that may be compressed."""
-    if body and encoding in _WINDOW_BITS:
-        body = _unpacked(body, encoding, max_bytes)
+def _value(body: bytes, compression: str | None, max_bytes: int) -> Any:
+    """Returns the JSON value of a body that is compressed unless `compression` is None."""
+    if body and compression is not None:
+        body = _unpacked(body, compression, max_bytes)
     # Strings may have such characters too, and are searched only where that matters.
     if _cost(body) > MAX_VALUES and _cost_without_strings(body) > MAX_VALUES:
         raise InvalidRequest(

@@ -2,7 +2,7 @@
 
 import logging
 import re
-import uuid
+import secrets
 
 from starlette.requests import HTTPConnection
 from starlette.types import Scope
@@ -24,7 +24,7 @@ def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
     """
     name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
     is_serves = name == CLIENT_ID.encode() and _UUID4.fullmatch(last) is not None
-    request_id = last.decode() if is_serves else uuid.uuid4().hex
+    request_id = last.decode() if is_serves else secrets.token_hex(16)
     headers = {OUR_ID: request_id}
     if is_messages(request.scope["path"]):
         headers[ANTHROPIC_ID] = request_id

@@ -84,21 +84,20 @@ class _Deliveries:
             self._loop.call_soon_threadsafe(self._deliver, deltas, now)
         elif self.urgent:
             deltas, self.urgent = self.urgent, []
-            self._loop.call_soon_threadsafe(_put, deltas)
+            self._loop.call_soon_threadsafe(self._deliver, deltas, None)
         elif self._loop.is_closed():
             # Otherwise a delivery in progress on a closed loop would be awaited without end.
             raise RuntimeError("the event loop is closed")
 
-    def _deliver(self, deltas: list[tuple[Stream, Delta]], sent: float) -> None:
-        _put(deltas)
-        # Runs after the consumers that these deltas wake up.
-        self._loop.call_soon(self._finish, sent)
+    def _deliver(self, deltas: list[tuple[Stream, Delta]], sent: float | None) -> None:
+        """Puts `deltas` into their streams. With `sent`, the time of sending held deltas, measures
+        how long the loop is busy with them."""
+        for stream, delta in deltas:
+            stream.put(delta)
+        if sent is not None:
+            # Runs after the consumers that these deltas wake up.
+            self._loop.call_soon(self._finish, sent)
 
     def _finish(self, sent: float) -> None:
         now = self._clock()
         self._due = min(sent + (now - sent) / DELIVERY_SHARE, now + MAX_PAUSE_S)
-
-
-def _put(deltas: list[tuple[Stream, Delta]]) -> None:
-    for stream, delta in deltas:
-        stream.put(delta)

@@ -52,6 +52,11 @@ class Place(NamedTuple):
     """Whether the first message must be a system message (True), must not be one (False), or either
     (None)."""
 
+    @property
+    def keys(self) -> list[str | int]:
+        """The path as keys of objects and indices of arrays."""
+        return [int(key) if key.isdigit() else key for key in re.findall(r"\w+", self.path)]
+
 
 PLACES = (
     Place("$.prompt_cache_key"),
@@ -65,6 +70,8 @@ PLACES = (
     Place("$.input[0].content[0].text"),
 )
 """The possible places of the text in a body. The first place with a string is used."""
+_ROLE = Place("$.messages[0].role").keys
+_KEYS = [(place.keys, place.after_system) for place in PLACES]
 
 
 def session_of(call: "Call") -> str | None:
@@ -80,18 +87,18 @@ def session_of(call: "Call") -> str | None:
 
 
 def _in_body(body: Any) -> str | None:
-    has_system = _at(body, "$.messages[0].role") in SYSTEM_ROLES
-    for path, after_system in PLACES:
-        if after_system in (None, has_system) and isinstance(text := _at(body, path), str):
+    has_system = _at(body, _ROLE) in SYSTEM_ROLES
+    for keys, after_system in _KEYS:
+        if after_system in (None, has_system) and isinstance(text := _at(body, keys), str):
             return text
     return None
 
 
-def _at(value: Any, path: str) -> Any:
-    """Returns the part of `value` at a JSON path; None if there is none."""
-    for key in re.findall(r"\w+", path):
+def _at(value: Any, keys: list[str | int]) -> Any:
+    """Returns the part of `value` below `keys`; None if there is none."""
+    for key in keys:
         try:
-            value = value[int(key) if key.isdigit() else key]
+            value = value[key]
         except (KeyError, IndexError, TypeError):
             return None
     return value

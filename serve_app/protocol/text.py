@@ -73,14 +73,20 @@ class TextStream:
             if logprobs:
                 self._held_scores.append(self._score(logprobs[index]))
             self._num_tokens += 1
-            text += self._shown(self._detokenizer.push(token_id))
+            new = self._detokenizer.push(token_id)
+            self._num_decoded += len(new)
+            text += new if self._stops is None else self._shown(new, self._stops)
             if self._stops is not None and self._stops.found:
                 return self._delta(text, "stop", is_cut=True)
         if finish_reason is None:
             return self._delta(text)
         self._held_scores += map(self._score, logprobs[len(token_ids) :])
-        text += self._shown(self._detokenizer.flush())
-        if self._stops is not None:
+        new = self._detokenizer.flush()
+        self._num_decoded += len(new)
+        if self._stops is None:
+            text += new
+        else:
+            text += self._shown(new, self._stops)
             if self._stops.found:
                 return self._delta(text, "stop", is_cut=True)
             text += self._stops.flush()
@@ -90,15 +96,12 @@ class TextStream:
         top = new.top_ids, new.top_logprobs
         return TokenScore(new.token_id, new.logprob, *top, self._num_decoded)
 
-    def _shown(self, text: str) -> str:
+    def _shown(self, text: str, stops: StopStrings) -> str:
         """Returns the part of new text that cannot belong to a stop string any more."""
-        self._num_decoded += len(text)
-        if self._stops is None:
-            return text
         # As for stop tokens: nothing ends the answer before `min_tokens`.
         if self._num_tokens < self._min_tokens:
-            return self._stops.pass_over(text)
-        return self._stops.push(text)
+            return stops.pass_over(text)
+        return stops.push(text)
 
     def _delta(
         self, text: str, finish_reason: str | None = None, *, is_cut: bool = False

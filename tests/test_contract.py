@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import stat
 import warnings
 from pathlib import Path
 from typing import Any
@@ -120,6 +121,22 @@ def test_ray_prints_its_workers_lines_by_the_handler_that_is_replaced() -> None:
     assert f'remove_handler("{RAYS_HANDLER}")' in inspect.getsource(worker.disconnect)
     # Messages of the raylet do not pass the dispatcher.
     assert "  print_to_stdstream(\n" in inspect.getsource(worker.listen_error_messages)
+
+
+def test_ray_opens_its_folders_by_one_function(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`session_folder` replaces the function by which Ray opens its folders to every user."""
+    from ray._common import utils
+
+    from serve_app.node import session_folder
+
+    monkeypatch.setattr(utils, "try_make_directory_shared", utils.try_make_directory_shared)
+    session_folder.keep_private()
+    modes = {"session_1": 0o700, "ray": 0o777}
+    for name, mode in modes.items():
+        utils.try_to_create_directory(str(tmp_path / name))
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == mode
 
 
 def test_ray_drops_a_gauge_after_two_exports() -> None:

@@ -40,13 +40,15 @@ def haproxys(pid: int) -> dict[int, str]:
     return {child: line for child, line in descendants(pid).items() if "haproxy.cfg" in line}
 
 
-def test_haproxys_files_are_for_this_user_alone(run: Run) -> None:
-    """The folder has mode 0700."""
+def test_files_are_for_this_user_alone(run: Run) -> None:
+    """The folders of HAProxy and of Ray's session have mode 0700."""
     process, _ = run
     (line,) = haproxys(process.pid).values()
     found = re.search(r"-f (/tmp/mixtral-[^/]+)/", line)
     assert found, line
-    assert Path(found[1]).stat().st_mode & 0o777 == 0o700
+    (session,) = Path("/tmp/ray").glob(f"session_*_{process.pid}")
+    for folder in (Path(found[1]), session, session / "sockets"):
+        assert folder.stat().st_mode & 0o777 == 0o700
 
 
 def test_no_other_program_goes_before_the_server(run: Run) -> None:

@@ -4,8 +4,9 @@ Read `cluster.py` first: it starts the deployment, watches it and stops it. The 
 subject:
 
     Ray's processes   ray_node starts and ends Ray and Serve; head and ray_worker make the start
-                      faster; ray_processes and reaper find and kill processes; ray_thread calls
-                      Ray's blocking functions for an event loop
+                      faster; session_folder keeps other users out of Ray's folders; ray_processes
+                      and reaper find and kill processes; ray_thread calls Ray's blocking functions
+                      for an event loop
     calls             client sends calls through the deployment handle; session_router chooses
                       among several replicas
     HTTP              http serves the deployment, for `mixtral-serve run` and for `runpod_entry.py`

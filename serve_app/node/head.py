@@ -19,6 +19,7 @@ model needs fewer processes than Ray starts by default:
                                      and a replica
     Ray's worker program             `ray_worker.py`, which imports a replica's libraries first
     polls for the node every 1 s     polls every 0.02 s
+    folders of the session for all   folders for this user alone (`session_folder.py`)
     polls for the application's      polls every 0.1 s
     state every 1 s
     every process handles SIGTERM    SIGTERM is blocked in all processes except this one
@@ -38,7 +39,7 @@ from collections.abc import Callable
 from typing import Any
 
 from serve_app.machine.ports import free_port
-from serve_app.node import ray_worker
+from serve_app.node import ray_worker, session_folder
 
 NODE_POLL_S = 0.02
 """Seconds between two checks of whether Ray's GCS lists the node."""
@@ -70,6 +71,7 @@ def shorten(meanwhile: Callable[[], None]) -> None:
     _meanwhile[:] = [meanwhile]
     if Node.start_api_server is _no_api_server:
         return
+    session_folder.keep_private()
     Node.start_api_server = _no_api_server
     Node.start_monitor = _no_monitor
     Node.kill_all_processes = _leave_processes

@@ -59,6 +59,7 @@ def main() -> None:
     if is_first(session_folder(sys.argv[1:])):
         for module in MODULES:
             importlib.import_module(module)
+    importlib.import_module("serve_app.node.session_folder").keep_private()
     runpy.run_module(WORKER, run_name="__main__", alter_sys=True)
 
 

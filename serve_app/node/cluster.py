@@ -8,7 +8,6 @@ import asyncio
 import atexit
 import logging
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,11 +73,10 @@ class Cluster:
         thread, so that the event loop stays free.
         """
         load_log = _begin(self._settings, self._process_s)
-        is_json = self._settings.observability.is_json
         # Ray replaces the process's signal handlers. They are restored after each call, so that
         # SIGTERM reaches the SDK, which lets running jobs finish.
         with load_log.phase(Phase.RAY):
-            for step in (ray_node.start, partial(ray_node.start_serve, is_json=is_json)):
+            for step in (ray_node.start, ray_node.start_serve):
                 with ray_node.signals_kept():
                     await ray_thread.run(step)
         _use_log_format(self._settings)
@@ -144,8 +142,7 @@ def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: Start
         _use_log_format(settings)
         # From here on the caller handles signals: the model may take minutes to load.
         with ray_node.signals_kept():
-            is_json = settings.observability.is_json
-            ray_node.start_serve(proxy.options(settings.api), is_json=is_json)
+            ray_node.start_serve(proxy.options(settings.api))
     with ray_node.signals_kept():
         return deploy(settings, config, "/", plan)
 
@@ -202,7 +199,7 @@ def deploy(
                 bound,
                 name=APP_NAME,
                 route_prefix=route_prefix,
-                logging_config=ray_node.serve_logging(is_json=settings.observability.is_json),
+                logging_config=ray_node.SERVE_LOGGING,
             )
     except RuntimeError as error:
         log.debug("Serve says: %s", error)

@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 OBJECT_STORE_BYTES = 200_000_000
 """Size of Ray's object store. It is small, because requests and answers are Ray's messages, which
 do not use the store."""
+SERVE_LOGGING = {"enable_access_log": False, "log_level": "WARNING"}
+"""No line per request, because RunPod drops lines of a log that grows fast."""
 NOT_STARTED = (
     "Ray did not start on this machine; the log has its reason. Usual causes are a limit of "
     "processes and threads below 300 (`ulimit -u`, `--pids-limit`), and a machine without its "
@@ -121,24 +123,13 @@ def _reaper() -> "subprocess.Popen[bytes]":
     return reaper.start(f"{MARK}={mark}", rf"/session_[^/]*_{os.getpid()}/")
 
 
-def serve_logging(*, is_json: bool) -> dict[str, Any]:
-    """Returns Serve's `logging_config`. There is no line per request, because RunPod drops lines of
-    a log that grows fast."""
-    encoding = {"encoding": "JSON"} if is_json else {}
-    return {"enable_access_log": False, "log_level": "WARNING", **encoding}
-
-
-def start_serve(http_options: dict[str, Any] | None = None, *, is_json: bool = False) -> None:
-    """Starts Serve's controller, and its proxy where there are `http_options`.
-
-    `is_json` says that both write their log as JSON.
-    """
+def start_serve(http_options: dict[str, Any] | None = None) -> None:
+    """Starts Serve's controller, and its proxy where there are `http_options`."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     location = "Disabled" if http_options is None else "HeadOnly"
-    logging_config = serve_logging(is_json=is_json)
-    serve.start(proxy_location=location, http_options=http_options, logging_config=logging_config)
+    serve.start(proxy_location=location, http_options=http_options, logging_config=SERVE_LOGGING)
 
 
 def stop() -> None:

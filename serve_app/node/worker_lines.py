@@ -2,12 +2,12 @@
 
 Ray prints what its workers write on this process's streams, after a prefix, and so does it with
 messages of the raylet. Here each becomes a record of this process's log, unless it is one already:
-a replica writes JSON itself. Serve's controller and proxies write JSON with Serve's names, because
-a text of theirs may have many lines.
+a replica writes JSON itself. Serve's controller and proxies write text on standard error whatever
+their `logging_config` is; it begins with the level.
 """
 
-import json
 import logging
+import re
 import sys
 from typing import Any
 
@@ -17,8 +17,8 @@ log = logging.getLogger(__name__)
 
 RAYS_HANDLER = "ray_print_logs"
 """The name by which Ray registers, and at its end removes, what prints its workers' lines."""
-OURS, SERVES = '{"time": "', '{"asctime": "'
-"""The beginning of a line of JSON: of a replica of ours, and of Serve."""
+_SERVES = re.compile(r"(WARNING|ERROR|CRITICAL) \d{4}-\d\d-\d\d ")
+"""The beginning of a record of Serve above the level INFO."""
 
 
 def write_as_json() -> None:
@@ -38,22 +38,9 @@ def write(batch: dict[str, Any]) -> None:
     """Writes the lines of one process, as Ray delivers them: `lines`, `pid`, `actor_name`."""
     fields = {"process": batch.get("actor_name") or "ray", "pid": batch.get("pid")}
     for line in batch["lines"]:
-        if line.startswith(OURS):
+        if line.startswith('{"time": "'):
             print(line, file=sys.stderr, flush=True)
         elif line.strip():
-            level, message, more = _parsed(line)
-            log.log(level, "%s", message, extra={"fields": fields | more})
-
-
-def _parsed(line: str) -> tuple[int, str, dict[str, str]]:
-    """Returns the level and the message of a line, and its traceback as a field.
-
-    Other lines than Serve's JSON, also one of which Ray delivers only a part, are text.
-    """
-    try:
-        serves = json.loads(line) if line.startswith(SERVES) else {}
-        level = logging.getLevelNamesMapping()[serves["levelname"]]
-        traceback = {"exception": serves["exc_text"]} if "exc_text" in serves else {}
-        return level, serves["message"], traceback
-    except (ValueError, KeyError):
-        return logging.INFO, line, {}
+            found = _SERVES.match(line)
+            level = logging.getLevelNamesMapping()[found[1]] if found else logging.INFO
+            log.log(level, "%s", line, extra={"fields": fields})

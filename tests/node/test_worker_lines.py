@@ -2,13 +2,12 @@
 
 import json
 import logging
-import sys
 from collections.abc import Iterator
 
 import pytest
-from ray._common.formatters import JSONFormatter
 from ray._private import worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
+from ray.serve._private.logging_utils import ServeFormatter
 
 from serve_app.node import worker_lines
 
@@ -44,18 +43,13 @@ def test_a_workers_line_becomes_a_record_and_a_json_line_stays(
 
 
 @pytest.mark.usefixtures("printed")
-def test_a_record_of_serve_keeps_its_level_and_its_lines(caplog: pytest.LogCaptureFixture) -> None:
-    """A record in JSON, as Serve's controller writes it, is one record; a part of one is text."""
-    try:
-        raise ValueError("zebra")
-    except ValueError:
-        made = logging.LogRecord("s", logging.ERROR, "x.py", 1, "one\ntwo", None, sys.exc_info())
-    line = JSONFormatter().format(made)
-    dispatcher.emit({"lines": [line, line[:60]], "pid": 7, "actor_name": "Controller"})
-    whole, part = caplog.records
-    assert (whole.levelname, whole.getMessage()) == ("ERROR", "one\ntwo")
-    assert whole.__dict__["fields"]["exception"].endswith("ValueError: zebra")
-    assert part.getMessage() == line[:60]
+def test_a_record_of_serve_keeps_its_level(caplog: pytest.LogCaptureFixture) -> None:
+    """A line that Serve's own formatter has written has the level with which it begins."""
+    formatter = ServeFormatter("controller", "7")
+    levels = [logging.INFO, logging.WARNING, logging.ERROR]
+    made = [logging.LogRecord("s", level, "x.py", 1, "zebra", None, None) for level in levels]
+    dispatcher.emit({"lines": [formatter.format(each) for each in made], "pid": 7})
+    assert [record.levelno for record in caplog.records] == levels
 
 
 @pytest.mark.usefixtures("printed")

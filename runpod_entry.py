@@ -33,7 +33,7 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
     """Answers `{"id": ..., "input": {...}}` on this machine, with the model of SERVE_CONFIG.
 
     Returns `{"output": ...}`, or `{"error": message, "status", "retry"}`. The first job that needs
-    the model starts it, in a process of its own that later calls use.
+    the model starts it in a separate process, which later calls use too.
     """
     from serve_app.worker import local_handler
 
@@ -41,8 +41,11 @@ def handler(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Starts what the environment asks for. Returns the exit code. Every failure is logged."""
-    # Before anything else, so that no failure is silent.
+    """Runs the worker, the HTTP server or one job, as environment and `arguments` say.
+
+    Returns the exit code. Logs every failure.
+    """
+    # First, so that no failure is silent.
     logging.basicConfig(
         level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s"
     )
@@ -69,16 +72,17 @@ def _start(arguments: list[str]) -> int:
     parser.add_argument("--test_input", help='one job as JSON: {"input": {...}}')
     parser.add_argument(local_handler.FLAG, action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rp_serve_api", action="store_true", help=argparse.SUPPRESS)
-    given, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
-    if given.test_input is None and not given.answer_lines:
-        # Before the other imports, which take a moment. Replaced by the handlers that let running
-        # jobs and requests finish. A job from the command line is not a success if it is stopped.
+    options, _ = parser.parse_known_args(arguments)  # the SDK reads arguments of its own
+    if options.test_input is None and not options.answer_lines:
+        # Handles SIGTERM during the imports below, which take a moment. Later handlers let running
+        # jobs and requests finish. A job from the command line keeps the default handler, because
+        # a stopped job is not a success.
         signal.signal(signal.SIGTERM, _end_before_jobs)
 
     from serve_app.config.log_format import use_log_format
     from serve_app.config.settings import ConfigError, EntrySettings
 
-    if given.rp_serve_api:
+    if options.rp_serve_api:
         raise ConfigError(
             "--rp_serve_api is not supported; `python -m emulator` answers /run, /runsync and the "
             "others on this machine, and RUNPOD_SERVERLESS=false serves HTTP."
@@ -86,16 +90,16 @@ def _start(arguments: list[str]) -> int:
 
     entry = EntrySettings.from_environment()
     use_log_format(entry.serve_config)
-    if entry.runpod_endpoint_id is None:  # RunPod's console shows JSON lines, which come later
-        # Before the imports and the check, which take seconds on a busy machine.
+    if entry.runpod_endpoint_id is None:  # on RunPod all lines are JSON, which is set up below
+        # The imports and the check below take seconds on a busy machine.
         log.info("Starting with %s.", entry.serve_config)
 
     from serve_app.worker import job_log, local
 
-    job = local.find(given.test_input, entry)
+    job = local.find(options.test_input, entry)
     if job is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if given.answer_lines:
+    if options.answer_lines:
         settings, checked = _checked(entry)
         return local.answer_lines(settings, entry.serve_config, checked)
     if job is not None:
@@ -106,9 +110,9 @@ def _start(arguments: list[str]) -> int:
         job_log.use_json_lines()
     if entry.runpod_webhook_get_job is None:
         raise ConfigError(
-            "There are no jobs to take, as RUNPOD_WEBHOOK_GET_JOB is set by RunPod alone. Answer "
-            "one job with --test_input '{\"input\": {...}}', or set RUNPOD_SERVERLESS=false to "
-            "serve HTTP."
+            "There are no jobs to take: RUNPOD_WEBHOOK_GET_JOB, which RunPod sets, is missing. "
+            "Answer one job with --test_input '{\"input\": {...}}', or set "
+            "RUNPOD_SERVERLESS=false to serve HTTP."
         )
     return _take_jobs(entry)
 
@@ -126,7 +130,7 @@ def _serve_http(entry: "EntrySettings") -> int:
     from serve_app.node import fitness, http
     from serve_app.node.banner import banner, exposure
 
-    # Before the check, which may ask the hub: PORT_HEALTH answers from the first moment.
+    # Opens PORT_HEALTH before the check, which may wait for the hub.
     options = {"host": "0.0.0.0", "port": entry.port}
     endpoint = http.HttpEndpoint(options, entry.port_health)
     endpoint.proxy.prepare()
@@ -150,7 +154,7 @@ def _take_jobs(entry: "EntrySettings") -> int:
 
 
 def _checked(entry: "EntrySettings") -> "tuple[Settings, Checked | ModelLoadFailed]":
-    """Returns the settings, and the check of the start, or why no start can succeed."""
+    """Returns the settings and the result of the check, or the error if no start can succeed."""
     from serve_app.cold_start.check import check_config, check_start
     from serve_app.errors import ModelLoadFailed
 
@@ -158,7 +162,7 @@ def _checked(entry: "EntrySettings") -> "tuple[Settings, Checked | ModelLoadFail
     try:
         return settings, check_start(entry.serve_config, settings)
     except ModelLoadFailed as error:
-        # A worker that ended here would leave its jobs waiting, and be started again and again.
+        # If the worker ended here, its jobs would wait while the platform restarts it endlessly.
         log.warning("%s", error)
         return settings, error
 

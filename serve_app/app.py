@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Load = Callable[..., Loaded]
-"""A function that loads the model, with the settings and the load log, and `plan` if there is
-one."""
+"""A function `load(settings, load_log)` or `load(settings, load_log, plan=plan)` that loads the
+model."""
 
 DEPLOYMENT = "mixtral"
 IMPORT_PATH = "serve_app.app:build_app"
@@ -47,10 +47,10 @@ MAX_ONGOING_REQUESTS = 20_000
 queue, so that the engine refuses the excess, which takes milliseconds. Requests whose body is still
 arriving count too."""
 MAX_QUEUED_REQUESTS = 1_000
-"""Maximum number of requests beyond those that wait at each of Serve's routers; Serve answers
-further ones with 429."""
+"""Maximum number of further requests that wait in each of Serve's routers; Serve answers the rest
+with 429."""
 BACKPRESSURE_RETRY_S = 10
-"""Seconds in the `Retry-After` of such an answer."""
+"""Seconds in `Retry-After` of Serve's own 429."""
 EXIT_DELAY_S = 1.0
 """Seconds from the detection of a dead engine to the end of its process."""
 
@@ -119,9 +119,9 @@ def _replica_class(load: Load) -> type[Any]:
     class Replica(MixtralServer):
         """A server with Serve's logging, whose process ends with its engine and its raylet.
 
-        Serve needs three failed health checks, 15 s, to replace a replica with a dead engine. It
-        replaces a dead process at once. Serve cannot reach a replica without its raylet, which
-        would keep the GPU.
+        Serve replaces a dead process at once, but a replica with a dead engine only after three
+        failed health checks (15 s). A replica whose raylet is dead is unreachable for Serve and
+        would keep its GPU.
         """
 
         def __init__(self, settings: Settings, plan: StartPlan | None = None) -> None:
@@ -130,11 +130,11 @@ def _replica_class(load: Load) -> type[Any]:
             from serve_app.api import early_answer
             from serve_app.api.metrics.ray_port import RayMetrics
 
-            ours, serves = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
-            ours.handlers, ours.propagate = serves.handlers, False
-            ours.setLevel(serves.level)
+            package_log, serve_log = logging.getLogger("serve_app"), logging.getLogger("ray.serve")
+            package_log.handlers, package_log.propagate = serve_log.handlers, False
+            package_log.setLevel(serve_log.level)
             if settings.observability.is_json:
-                use_json(serves.handlers)
+                use_json(serve_log.handlers)
             end_with_parent()
             super().__init__(settings, load if plan is None else partial(load, plan=plan))
             early_answer.serves(self)
@@ -143,8 +143,8 @@ def _replica_class(load: Load) -> type[Any]:
             if not settings.api.needs_key and ray.is_initialized():
                 # A thread, because Serve's controller is asked.
                 threading.Thread(target=warn_if_open, name="exposure", daemon=True).start()
-            # The objects of the load live until the end. Garbage collection of them blocked all
-            # threads for 350 ms, whenever a large answer had created many objects.
+            # Excludes the objects of the load, which live until the end, from garbage collection.
+            # Without this, a large answer caused collections that blocked all threads for 350 ms.
             gc.freeze()
 
         def check_health(self) -> None:
@@ -156,12 +156,13 @@ def _replica_class(load: Load) -> type[Any]:
                 raise
 
         def failure(self, error: Exception, request_id: str) -> ServeError:
-            known = super().failure(error, request_id)
-            if isinstance(known, EngineDead):
-                # Now, not with the next request: the RunPod worker repeats this one in a moment.
+            serve_error = super().failure(error, request_id)
+            if isinstance(serve_error, EngineDead):
+                # Ends the process now instead of at the next request, because the RunPod worker
+                # repeats this one in a moment.
                 with suppress(EngineDead):
                     self.check_health()
-            return known
+            return serve_error
 
     return Replica
 
@@ -169,7 +170,7 @@ def _replica_class(load: Load) -> type[Any]:
 def warn_if_open() -> None:
     """Logs a warning if other machines can send requests to a server without API keys.
 
-    This is for `serve run`; `mixtral-serve run` logs it before the load, too.
+    `mixtral-serve run` also logs the warning before the load; `serve run` logs it only here.
     """
     from ray.serve.context import _get_global_client
 
@@ -187,8 +188,8 @@ def warn_if_open() -> None:
 
 @cache
 def exit_soon() -> None:
-    """Ends this process with code 1 after `EXIT_DELAY_S`, in which the failed requests are
-    answered. Only the first call has an effect."""
+    """Ends this process with code 1 after `EXIT_DELAY_S`, so that failed requests get their answer
+    first. Only the first call has an effect."""
     threading.Timer(EXIT_DELAY_S, os._exit, (1,)).start()
 
 
@@ -214,16 +215,16 @@ def check_schema(path: str | Path) -> None:
     try:
         ServeDeploySchema.model_validate(document)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise ConfigError(f"{path}: `{key}`: {wrong['msg']}.") from None
+        problem = error.errors()[0]
+        key = ".".join(str(part) for part in problem["loc"])
+        raise ConfigError(f"{path}: `{key}`: {problem['msg']}.") from None
     for name in _unknown_keys(document, first):
         raise ConfigError(f"{path}: `{name}` is not a key of Serve's schema.")
-    if (given := first.get("import_path")) != IMPORT_PATH:
-        raise ConfigError(f"{path}: `import_path` must be {IMPORT_PATH}, got {given}.")
+    if (actual := first.get("import_path")) != IMPORT_PATH:
+        raise ConfigError(f"{path}: `import_path` must be {IMPORT_PATH}, got {actual}.")
     for deployment in first.get("deployments") or []:
-        if (given := deployment.get("name")) != DEPLOYMENT:
-            raise ConfigError(f"{path}: `deployments`: the only one is {DEPLOYMENT}, got {given}.")
+        if (actual := deployment.get("name")) != DEPLOYMENT:
+            raise ConfigError(f"{path}: `deployments`: the only one is {DEPLOYMENT}, got {actual}.")
 
 
 def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iterator[str]:
@@ -238,5 +239,5 @@ def _unknown_keys(document: dict[str, Any], application: dict[str, Any]) -> Iter
         where, actor = f"applications.0.deployments.{i}.", deployment.get("ray_actor_options")
         levels += [(where, deployment, schema.DeploymentSchema)]
         levels += [(f"{where}ray_actor_options.", actor, schema.RayActorOptionsSchema)]
-    for where, given, known in levels:
-        yield from (f"{where}{key}" for key in given or {} if key not in known.model_fields)
+    for where, mapping, model in levels:
+        yield from (f"{where}{key}" for key in mapping or {} if key not in model.model_fields)

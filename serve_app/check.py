@@ -6,7 +6,8 @@ from serve_app.cli import commands
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command with `arguments`, by default those of this process; its exit code."""
+    """Runs the command with `arguments`, by default those of this process. Returns the exit
+    code."""
     return commands.main(["check", *(sys.argv[1:] if arguments is None else arguments)])
 
 

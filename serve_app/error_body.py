@@ -7,7 +7,7 @@ from serve_app.errors import InvalidRequest, Overloaded, ServeError
 
 
 class ErrorFields(TypedDict):
-    """OpenAI's fields of an error, then the fields of a failed job, then our id of the request."""
+    """The fields of an error: OpenAI's four, the two of a failed job, and our id of the request."""
 
     message: str
     type: str
@@ -16,7 +16,7 @@ class ErrorFields(TypedDict):
     status: str
     """The job status, such as "OVERLOADED"; the README has a table."""
     retry: bool
-    """Whether the same request may succeed when it is sent again."""
+    """Whether the same request may succeed later."""
     request_id: str
 
 
@@ -34,9 +34,9 @@ class AnthropicErrorBody(ErrorBody):
 
 
 MESSAGES_PATH = "/v1/messages(/|$)"
-"""A regular expression, found in the paths of the Messages API below any prefix."""
+"""A regular expression that matches part of every path of the Messages API, below any prefix."""
 is_messages = re.compile(MESSAGES_PATH).search
-"""Returns a match if a path is one of the Messages API, whose errors have Anthropic's shape;
+"""Returns a match if `path` belongs to the Messages API, whose errors have Anthropic's shape;
 otherwise None."""
 _ANTHROPIC_TYPES = {
     401: "authentication_error",

@@ -1,8 +1,9 @@
 """Every error that a client can get, and the function that maps any exception to one of them.
 
-After an `InvalidRequest` the request must change; after an `Overloaded` it may succeed later;
-other errors are failures of the server. An endpoint maps what it catches with `handle_error`, once,
-and sends `error_body.error_body`. The message for any other exception never repeats its text.
+After an `InvalidRequest` the client must change the request; after an `Overloaded` the same request
+may succeed later; other errors are failures of the server. An endpoint passes each exception that
+it catches to `handle_error` once and sends the resulting `error_body.error_body`. An exception that
+is not a `ServeError` gets a fixed message without the exception's text.
 """
 
 import logging
@@ -26,7 +27,7 @@ NOT_READY_RETRY_S = 5
 class ServeError(Exception):
     """An error with one clear sentence for the user.
 
-    `message` says what to do. It reaches the client unchanged, so it must hold nothing internal.
+    `message` says what to do. It reaches the client unchanged, so it must contain no internals.
     `param` is the request field that is wrong; `retry_after_s` (seconds) becomes `Retry-After`.
     """
 
@@ -130,14 +131,15 @@ class UnsupportedEncoding(InvalidRequest):
 
 
 class ResultTooLarge(InvalidRequest):
-    """The platform refuses a result of this size; a smaller request has a smaller one."""
+    """The platform refuses a result of this size; a smaller request has a smaller result."""
 
     http_status = 413
     code = "result_too_large"
 
 
 class Overloaded(ServeError):
-    """Refused for now; nothing was started, so the same request may be sent again."""
+    """The server refuses the request for now. Nothing was started, so the client may send it
+    again."""
 
     type = "overloaded_error"
     job_status = "OVERLOADED"
@@ -188,7 +190,8 @@ class EngineDead(ServeError):
 
 
 class ModelLoadFailed(ServeError):
-    """The model cannot be served. `retry` is by cause: a lost network is worth another try."""
+    """The model cannot be served. `retry` depends on the cause: another try helps after a network
+    failure."""
 
     http_status = 503
     code = "model_load_failed"
@@ -219,10 +222,14 @@ class InternalError(ServeError):
 
 
 def as_serve_error(error: BaseException) -> ServeError:
-    """Returns the `ServeError` for any exception: itself, or the nearest class without its text."""
+    """Returns the `ServeError` for any exception.
+
+    A `ServeError` is returned unchanged; for another exception the most specific class is used,
+    with a fixed message.
+    """
     if isinstance(error, ServeError):
         return error
-    # Only code that has imported torch can raise its error, so this module need not import it.
+    # Only code that has imported torch can raise its error, so no import is needed here.
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return OutOfMemory("The GPU ran out of memory; send a shorter prompt or fewer max_tokens.")
@@ -232,17 +239,18 @@ def as_serve_error(error: BaseException) -> ServeError:
 
 
 def handle_error(error: Exception, request_id: str) -> ServeError:
-    """Returns `as_serve_error(error)`. Logs any other error than a `ServeError`, with the id.
+    """Returns `as_serve_error(error)`. Logs an exception that is not a `ServeError`, with
+    `request_id`.
 
-    The log has the exception's type and the lines of code that it passed. Its text, which may
+    The log line has the exception's type and its stack frames. The exception's text, which may
     quote a user, is logged at DEBUG only.
     """
-    known = as_serve_error(error)
-    if known is not error:
+    serve_error = as_serve_error(error)
+    if serve_error is not error:
         frames = traceback.extract_tb(error.__traceback__)[::-1]
         lines = " < ".join(f"{frame.name} ({frame.filename}:{frame.lineno})" for frame in frames)
         kind = type(error).__name__
         fields = {"request_id": request_id, "error": kind}
         log.error("request %s failed: %s in %s", request_id, kind, lines, extra={"fields": fields})
         log.debug("request %s failed", request_id, exc_info=error)
-    return known
+    return serve_error

@@ -26,8 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A prompt with its parameters. Generation starts with `stream` or `whole`; call one of them,
-    once."""
+    """A prompt with its parameters. Call `stream` or `whole` once to generate the answer."""
 
     engine: "Engine"
     prompt_ids: list[int]
@@ -35,12 +34,12 @@ class Answer:
     text: TextStream
     metrics: Metrics
     arrived: float
-    """`Call.arrived`."""
+    """Arrival time of the request, in seconds of `time.monotonic`."""
     deadline: float
-    """The time at which the request ends with `DeadlinePassed`, on the same clock."""
+    """Time at which the request ends with `DeadlinePassed`, on the same clock."""
     scheduling_class: SchedulingClass = DEFAULT_CLASS
     account: KeyAccount | None = None
-    """`Call.account`."""
+    """The account of the request's API key; None without a key."""
     shared_prompt: SharedPrompt | None = None
     """Shared by all answers to this prompt; None if there is one answer."""
     trace: AnswerTrace | None = None
@@ -88,14 +87,15 @@ class Answer:
                 observed.failed(error)
                 raise
             observed.ended(new.finish_reason, new.num_tokens)
-        # After the blocks above, so that KV blocks are free before the client sees the end.
+        # Yields the last items after the blocks above, so that the KV blocks are free before the
+        # client sees the end.
         for item in to_items(new):
             yield item
             if is_large:
                 await asyncio.sleep(0)
 
     async def whole(self, place: ItemPlace | None = None) -> TextDelta:
-        """Waits for the end. Returns the whole answer as one delta."""
+        """Returns the whole answer as one delta. Waits for its end, and raises as `stream`."""
         whole = TextDelta("")
         texts = []
         async with aclosing(self.stream(lambda delta: (delta,), place)) as deltas:

@@ -49,17 +49,18 @@ class ApiKeys:
         return self._accounts.get(sha256(key))
 
     def account_of(self, headers: Mapping[str, str]) -> KeyAccount:
-        """Returns the account of a request's key. Raises `InvalidApiKey` without an accepted one.
+        """Returns the account of a request's key.
 
-        The key is a bearer token or, in Anthropic's clients, `x-api-key`. If a request has both,
-        the token is used. The case of names in `headers` does not matter.
+        The key is a bearer token or, from Anthropic's clients, `x-api-key`; if a request has both,
+        the bearer token counts. `headers` must ignore the case of names. Raises `InvalidApiKey` if
+        the key is missing or not accepted.
         """
-        scheme, _, given = headers.get("authorization", "").partition(" ")
+        scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
-            given = headers.get("x-api-key", "")
+            key = headers.get("x-api-key", "")
         # Header values are decoded as Latin-1; a key in the environment is UTF-8.
-        given = given.strip().encode("latin-1").decode(errors="surrogateescape")
-        if (account := self.find(given)) is None:
+        key = key.strip().encode("latin-1").decode(errors="surrogateescape")
+        if (account := self.find(key)) is None:
             raise InvalidApiKey(
                 "Send a valid API key as `Authorization: Bearer <key>` or `x-api-key: <key>`."
             )
@@ -76,20 +77,22 @@ class ApiKeys:
 
     def _take(self, keys: Iterable[ApiKey]) -> None:
         keys = list(keys)
-        known = {account.key.name: account for account in self._accounts.values()}
+        old_accounts = {account.key.name: account for account in self._accounts.values()}
         accounts = {}
         for key in keys:
-            account = known.get(key.name)
+            account = old_accounts.get(key.name)
             if account is None:
                 account = KeyAccount(key, is_alone=len(keys) == 1)
             else:
                 account.update(key, is_alone=len(keys) == 1)
             accounts[key.sha256] = account
-        self._accounts = accounts  # at once, because other threads read it
+        self._accounts = accounts  # one assignment, because other threads read the dict
 
     def _follow(self) -> None:
-        """Reads the file again after each change. It polls, because changes by another machine
-        cause no events."""
+        """Reads the file again after each change.
+
+        Polls the file, because inotify does not report changes by another machine.
+        """
         assert self._path is not None
         while not self._is_closed.wait(POLL_S):
             if (version := self._current_version()) == self._version:
@@ -106,9 +109,9 @@ class ApiKeys:
     def _current_version(self) -> object:
         assert self._path is not None
         try:
-            found = self._path.stat()
+            status = self._path.stat()
         except OSError as error:
             return error.errno
-        # The time of the last change of any kind: `chmod` lets the server read the file, and copies
-        # may keep the time of modification.
-        return found.st_ctime_ns, found.st_size, found.st_ino
+        # `st_ctime` changes with every change: `chmod` may make the file readable, and copies may
+        # keep the time of modification.
+        return status.st_ctime_ns, status.st_size, status.st_ino

@@ -15,22 +15,22 @@ from serve_app.protocol.call import JsonObject, JsonReply
 from serve_app.protocol.text import TextDelta
 
 MAX_LOGPROBS = 1_000_000
-"""Maximum number of log probabilities in one answer: more than 20 for each token of Mixtral's
-context."""
+"""Maximum number of log probabilities in one response. Mixtral's context with 20 per token has
+655,360."""
 MAX_CHUNKS_AT_ONCE = 16
 """Number of chunks of a stream that are sent before other requests run."""
 MAX_SCORES_ON_LOOP = 200
-"""Maximum number of tokens with log probabilities that are named on the event loop; more would
-delay other requests noticeably."""
+"""Maximum number of tokens with log probabilities in a body that is created on the event loop. A
+larger body would delay other requests noticeably."""
 
 ToChunks = Callable[[TextDelta], Iterable[JsonObject]]
 """Returns the response chunks for a delta of one answer."""
 
 
 def check_size(answers: Sequence[Answer], field: str, limit: int = MAX_LOGPROBS) -> None:
-    """Raises `InvalidRequest` if there would be more than `limit` log probabilities.
+    """Raises `InvalidRequest` if `answers` may have more than `limit` log probabilities together.
 
-    `field` is the request field for log probabilities.
+    `field` is the request field for log probabilities, which the error names.
     """
     total = sum(_num_logprobs(answer) for answer in answers)
     if total > limit:
@@ -60,9 +60,10 @@ async def reply(
     answers: Sequence[Answer],
     to_body: Callable[[Sequence[TextDelta]], JsonObject],
 ) -> JsonReply:
-    """Waits for all answers. The first failure cancels the others.
+    """Waits for all answers. Returns the response with their body.
 
-    A body with many log probabilities is created in a thread.
+    The first failure cancels the other answers and is raised. A body with many log probabilities
+    is created in a thread.
     """
     if len(answers) == 1:
         wholes = [await answers[0].whole()]
@@ -86,14 +87,16 @@ async def _wholes(places: ListPlaces, answers: Sequence[Answer]) -> list[TextDel
 
 
 def _num_scores(whole: TextDelta) -> int:
-    return len(whole.scores) + sum(len(some.token_ids) for some in whole.prompt_logprobs)
+    return len(whole.scores) + sum(len(piece.token_ids) for piece in whole.prompt_logprobs)
 
 
 def streamed(
     places: ListPlaces, answers: Sequence[Answer], to_chunks: Sequence[ToChunks]
 ) -> AsyncGenerator[JsonObject, None]:
-    """Returns the chunks of all answers in the order of generation. Raises `QueueFull` before the
-    first."""
+    """Returns the response chunks of all answers in the order of generation.
+
+    Raises `QueueFull` before the first chunk if the answers are refused.
+    """
     if len(answers) == 1:
         return answers[0].stream(to_chunks[0])
     return _merged(places, answers, to_chunks)
@@ -112,7 +115,8 @@ async def _merged(
 
     async with places.admitted(answers[0].scheduling_class.group) as place:
         streams = [
-            answer.stream(each, place) for answer, each in zip(answers, to_chunks, strict=True)
+            answer.stream(convert, place)
+            for answer, convert in zip(answers, to_chunks, strict=True)
         ]
         tasks = [asyncio.create_task(read(stream)) for stream in streams]
         for task in tasks:
@@ -123,7 +127,7 @@ async def _merged(
                 item = await queue.get()
                 num_items += 1
                 if num_items % MAX_CHUNKS_AT_ONCE == 0:
-                    await asyncio.sleep(0)  # a queue that is not empty does not wait
+                    await asyncio.sleep(0)  # `queue.get` does not wait while there are items
                 if isinstance(item, asyncio.Task):
                     item.result()  # raises the failure of the stream
                     num_running -= 1

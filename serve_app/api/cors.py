@@ -19,8 +19,8 @@ def with_cors(app: ASGIApp, origins: Sequence[str]) -> ASGIApp:
 class Cors:
     """Starlette's CORS middleware with our headers.
 
-    It answers preflight requests itself, without an API key, because browsers send none with them.
-    These answers have the request's ids, as other responses do.
+    Answers preflight requests without an API key, because browsers send no key with them. Adds the
+    request's ids to these answers, as to other responses.
     """
 
     def __init__(self, app: ASGIApp, origins: Sequence[str]) -> None:

@@ -133,7 +133,7 @@ DESCRIPTIONS: dict[str, Description] = {
     ),
     "/v1/messages/count_tokens": Description(
         TOKENS,
-        "How many tokens a prompt of `/v1/messages` has.",
+        "The number of tokens of a prompt for `/v1/messages`.",
         {"input_tokens": 11},
         CountTokensRequest,
         {"messages": _QUESTION},
@@ -171,7 +171,7 @@ DESCRIPTIONS: dict[str, Description] = {
     "/version": Description(MODELS, "The version of the server.", {"version": "0.1.0"}),
     "/health": Description(
         STATE,
-        "The state in full: memory by part, KV blocks, load phases, and what was chosen and why. "
+        "The full state: memory by part, KV blocks, load phases, and notes on automatic choices. "
         "503 while the server drains.",
         {
             "status": "ready",
@@ -189,7 +189,7 @@ DESCRIPTIONS: dict[str, Description] = {
         },
     ),
     "/ping": Description(
-        STATE, "The status alone, for load balancers. 503 while draining.", {"status": "ready"}
+        STATE, "Only the status, for load balancers. 503 while draining.", {"status": "ready"}
     ),
     "/metrics": Description(
         STATE,
@@ -204,7 +204,7 @@ DESCRIPTIONS: dict[str, Description] = {
         STATE, "A page that describes the routes.", "<!doctype html>...", media_type="text/html"
     ),
     "/openapi.json": Description(
-        STATE, "The description of all routes that `/docs` shows.", {"openapi": "3.1.0"}
+        STATE, "OpenAPI's description of all routes, which `/docs` shows.", {"openapi": "3.1.0"}
     ),
 }
 """The descriptions by path in `routes.ROUTES`."""

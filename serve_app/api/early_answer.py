@@ -1,13 +1,13 @@
 """EarlyAnswer: an ASGI middleware that answers requests which need only the server's state.
 
-It wraps Serve's own HTTP server in a replica. It refuses a request without a valid key or a free
-place in about 0.1 ms, before Serve parses its headers or counts it, and answers `/ping`. The
-ingress makes the same checks again, for servers without this middleware. In a process without a
-model, such as Serve's proxy, it passes every request on.
+The middleware wraps Serve's HTTP server in a replica. It answers `/ping`, and refuses a request
+without a valid key or a free place in about 0.1 ms, before Serve parses the headers or counts the
+request. The ingress repeats these checks for servers without this middleware. In a process without
+a model, such as Serve's proxy, the middleware passes every request on.
 
-Its answers have a header with the numbers with which HAProxy refuses requests by itself
-(`node/haproxy_refusals.py`). The next request that HAProxy passes on has the number of refusals,
-for the metrics.
+Answers to `/ping` and refusals of a full queue have the header `PLACES`. Its numbers let HAProxy
+refuse further requests itself (`node/haproxy_refusals.py`). HAProxy reports how many in the header
+`REFUSED` of the next request that it passes on.
 """
 
 from typing import TYPE_CHECKING
@@ -80,10 +80,10 @@ def _answer(server: "MixtralServer", request: HTTPConnection) -> JSONResponse | 
 
 def _refusal(server: "MixtralServer", request: HTTPConnection, error: ServeError) -> JSONResponse:
     request_id, headers = ids_before_serve(request)
-    known = server.failure(error, request_id)
-    if isinstance(known, QueueFull):
+    serve_error = server.failure(error, request_id)
+    if isinstance(serve_error, QueueFull):
         headers |= _places(server)
-    return error_response(known, request_id, request.scope["path"], headers)
+    return error_response(serve_error, request_id, request.scope["path"], headers)
 
 
 def _places(server: "MixtralServer") -> dict[str, str]:

@@ -11,7 +11,8 @@ def error_response(
 ) -> JSONResponse:
     """Returns the response with the body of `error`, in the shape of the API at `path`.
 
-    `headers` are those of every response, such as the request's ids; the error adds its own.
+    `headers` are the headers of every response, such as the request's ids; `error.headers` are
+    added.
     """
     body = error_body(error, request_id, path)
     return JSONResponse(body, error.http_status, headers | error.headers)

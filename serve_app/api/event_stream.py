@@ -16,9 +16,9 @@ between further comments. Proxies close connections that are silent for 30 to 10
 
 
 class EventStream(StreamingResponse):
-    """Response chunks as server-sent events, then `end`, or the error as the last event.
+    """Sends response chunks as server-sent events, then `end`, or an error as the last event.
 
-    In every case it closes the chunks at the end, which cancels the request.
+    Closes the generator of the chunks at the end, which cancels the request if it still runs.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class EventStream(StreamingResponse):
         self._last: JsonObject = {}
         self._is_over = False
         self._first = asyncio.create_task(self._next())
-        # Proxies that buffer would hold the tokens back.
+        # These headers keep proxies from buffering, which would delay the tokens.
         headers = {**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__((), headers=headers, media_type=sse.MEDIA_TYPE)
 

@@ -3,8 +3,8 @@ clients.
 
 Ray Serve calls `middlewares` in its proxy, and in a replica that listens itself, if
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then runs before Serve reads the
-headers of a request. `create_app` adds a guard too, for `serve run` without that variable. Only the
-first guard of a request is active.
+headers of a request. `create_app` also adds a guard, for `serve run` without that variable. Only
+the first guard of a request is active.
 
 Serve's proxy does not know `api.cors_origins`, so errors of a guard there have no CORS headers.
 
@@ -46,13 +46,13 @@ log = logging.getLogger(__name__)
 BODY_S = 30.0
 """Maximum seconds for any body."""
 MIN_BODY_BYTES_PER_S = 50_000
-"""Minimum rate of a longer body: each such number of bytes adds a second."""
+"""Minimum rate of a longer body: every 50,000 bytes add a second to `BODY_S`."""
 SMALL_BODY_BYTES = 8_192
-"""An unread body up to this size does not close its connection: HAProxy has received all of it, so
-no slow client holds the connection."""
+"""Maximum bytes of an unread body that does not close its connection. HAProxy has received such a
+body completely, so no slow client holds the connection."""
 LARGE_BYTES_PER_S = 30_000_000
-"""Maximum bytes per second of all bodies together, after the first `SMALL_BODY_BYTES` of each. More
-would take processor time that answers need."""
+"""Maximum bytes per second of all bodies together, after the first `SMALL_BODY_BYTES` of each. A
+higher rate would take processor time from answers."""
 ARRIVED = "mixtral_serve.arrived"
 """Key of an ASGI scope: the arrival time of the request on the clock of `time.monotonic`."""
 CLIENT_ID = header_names.CLIENT_ID.encode()
@@ -71,7 +71,8 @@ _PRINTABLE = re.compile(rb"[ -~]{1,%d}" % header_names.MAX_ID_CHARS)
 def middlewares() -> "list[Middleware]":
     """Returns the middlewares for Serve's HTTP servers; the last one is the outermost.
 
-    Serve calls it when it creates an HTTP server, so it also prepares uvicorn for HTTP/1.0.
+    Serve calls this function when it creates an HTTP server, so it also prepares uvicorn for
+    HTTP/1.0.
     """
     from starlette.middleware import Middleware
 
@@ -90,8 +91,8 @@ class Guard:
     def __init__(
         self, app: ASGIApp, allowed_origins: Callable[[], Sequence[str]], ids: Ids = ids_of
     ) -> None:
-        """`allowed_origins` returns the setting. `ids` returns the id of a request that is refused,
-        and the headers with it."""
+        """`allowed_origins` returns the setting `api.cors_origins`. `ids` returns the id of a refused
+        request and the response headers with its ids."""
         self._app = app
         self._allowed_origins = allowed_origins
         self._ids = ids
@@ -103,16 +104,16 @@ class Guard:
             return
         scope[ARRIVED] = time.monotonic()
         exchange = _Exchange(scope, receive, send, self._large_bodies, self._refusal)
-        given = scope["headers"]
-        if any(name == CLIENT_ID and not _PRINTABLE.fullmatch(value) for name, value in given):
-            scope["headers"] = [each for each in given if each[0] != CLIENT_ID]
+        headers = scope["headers"]
+        if any(name == CLIENT_ID and not _PRINTABLE.fullmatch(value) for name, value in headers):
+            scope["headers"] = [header for header in headers if header[0] != CLIENT_ID]
             allowed = f"1 to {header_names.MAX_ID_CHARS} printable ASCII characters"
-            wrong = f"{header_names.CLIENT_ID} must be {allowed}."
-            await exchange.refuse(InvalidRequest(wrong))
+            message = f"{header_names.CLIENT_ID} must be {allowed}."
+            await exchange.refuse(InvalidRequest(message))
             return
         scope["headers"] = [
             (name, value)
-            for name, value in given
+            for name, value in headers
             if name.replace(b"_", b"-") not in REMOVED and name.isascii()
         ]
         await self._app(scope, exchange.receive, exchange.send)
@@ -152,7 +153,8 @@ class _LargeBodies:
         self._free_at = 0.0
 
     async def turn(self, num_bytes: int) -> None:
-        """Waits until a part may pass. The sender waits too, because its next part is not read.
+        """Waits until a part of `num_bytes` may pass. The sender waits too, because its next part
+        is not read.
 
         Example: three bodies each have a part of 3 MB at the same time. At 30 MB/s the parts pass
         after 0.1, 0.2 and 0.3 s.
@@ -200,7 +202,7 @@ class _Exchange:
         except Exception as error:
             if not timeout.expired():
                 return _disconnect(error)
-            self._is_small = False  # the rest of it may never arrive
+            self._is_small = False  # the rest of the body may never arrive
             await self.refuse(RequestTooSlow(LATE_BODY))
             return {"type": "http.disconnect"}
         num_bytes = len(message.get("body", b""))

@@ -1,9 +1,9 @@
 """Responses for HTTP/1.0 clients, which cannot read chunked encoding.
 
-uvicorn 0.54 sends each response of unknown length in chunks, even to an HTTP/1.0 client, which RFC
-9112 (6.1) forbids. Here the end of the connection ends such a response. Its status line has version
-1.0, because HAProxy adds the encoding to a response of version 1.1. Ray Serve creates uvicorn's
-server itself and has no option for the class that is replaced here.
+uvicorn 0.54 sends each response of unknown length in chunks. RFC 9112 (6.1) forbids this for an
+HTTP/1.0 client. Here the end of the connection ends such a response, and its status line has
+version 1.0, because HAProxy would chunk a response of version 1.1. Ray Serve creates uvicorn's
+server and has no option for its protocol class, so `install` replaces the class.
 """
 
 from typing import TYPE_CHECKING, cast

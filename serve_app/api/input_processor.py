@@ -68,26 +68,29 @@ class InputProcessor:
     ) -> list[int]:
         """Returns the token ids of a conversation with its tools, rendered by the chat template.
 
-        With `continue_final_message` they end with the last message's text. Raises `InvalidRequest`
-        with param `field` for a text that is too long, and for messages that the template refuses.
+        With `continue_final_message` the ids end with the last message's text. Raises
+        `InvalidRequest` with param `field` for a text that is too long, and for messages that the
+        template refuses.
         """
-        if tools is not None or any(it.tool_calls or it.role == "tool" for it in messages):
-            shown = () if tools is None or tools.choice.mode == "none" else tools.tools
-            num_chars = num_chars_with_tools(messages, shown)
-            render = partial(self.tokenizer.render_with_tools, messages, shown)
+        if tools is not None or any(
+            message.tool_calls or message.role == "tool" for message in messages
+        ):
+            prompt_tools = () if tools is None or tools.choice.mode == "none" else tools.tools
+            num_chars = num_chars_with_tools(messages, prompt_tools)
+            render = partial(self.tokenizer.render_with_tools, messages, prompt_tools)
         else:
             num_chars = sum(len(message.content) for message in messages)
             turns = [{"role": message.role, "content": message.content} for message in messages]
             render = partial(self.tokenizer.render, turns)
         if num_chars > self.settings.max_prompt_chars:
             raise self._too_long(num_chars, field)
-        how = {
+        options = {
             "add_generation_prompt": add_generation_prompt and not continue_final_message,
             "continue_final_message": continue_final_message,
         }
         if num_chars + CHARS_PER_MESSAGE * len(messages) <= MAX_CHARS_ON_LOOP:
-            return render(**how)
-        return await asyncio.to_thread(render, **how)
+            return render(**options)
+        return await asyncio.to_thread(render, **options)
 
     async def text_ids(self, prompt: str, *, add_special_tokens: bool = True) -> list[int]:
         """Returns the token ids of raw text.
@@ -125,18 +128,18 @@ class InputProcessor:
         continues: bool = False,
         tools: Tools | None = None,
     ) -> list[Answer]:
-        """Returns `count` answers to a prompt, which is the field `field` of the request.
+        """Returns `count` answers to a prompt.
 
-        With a seed, answer i has the seed + i (as in vLLM). `num_logprobs` and
-        `num_prompt_logprobs` are fields of `SamplingParams`. Without a limit in the request, an
-        answer has up to `default_max_tokens` tokens, or as many as the context holds. With
-        `continues`, the answer continues the prompt's text, so a space at its beginning is kept.
-        Answers may call `tools`.
+        `field` names the request field that contains the prompt. With a seed, answer i has the
+        seed + i (as in vLLM). `num_logprobs` and `num_prompt_logprobs` are fields of
+        `SamplingParams`. If the request has no limit, an answer has up to `default_max_tokens`
+        tokens, or as many as the context holds. With `continues`, the answer continues the prompt's
+        text, so a space at its beginning is kept. Answers may call `tools`.
 
         Raises `InvalidRequest` for a token of the tokenizer that the model does not have, and for a
-        grammar that cannot be compiled. The engine checks the token ids and the context's length
-        when it starts the answer. Where the answer `continues` the prompt they are checked here,
-        before any answer to one of several prompts starts.
+        grammar that cannot be compiled. The engine checks token ids and context length when it
+        starts an answer; with `continues` they are checked here, so that no answer starts if one of
+        several prompts is invalid.
         """
         if prompt_ids and max(prompt_ids) >= self.vocab_size:
             self._refuse_unknown_token(prompt_ids, field)
@@ -157,8 +160,8 @@ class InputProcessor:
         called = [] if tools is None else [tool.name for tool in tools.callable]
         scheduling_class = SchedulingClass("", request.priority)
         if (account := call.account) is not None:
-            least = account.key.min_priority
-            scheduling_class = SchedulingClass(account.group, max(request.priority, least))
+            priority = max(request.priority, account.key.min_priority)
+            scheduling_class = SchedulingClass(account.group, priority)
         answers = []
         for index in range(count):
             if index and params.seed is not None:
@@ -243,7 +246,7 @@ class InputProcessor:
     def _refuse_unknown_token(self, prompt_ids: list[int], field: str) -> None:
         """Raises `InvalidRequest` for a token that the tokenizer has but the model does not.
 
-        The engine refuses ids that neither has.
+        The engine refuses ids that are unknown to both.
         """
         if (token := self.tokenizer.first_unknown(prompt_ids, self.vocab_size)) is not None:
             raise InvalidRequest(

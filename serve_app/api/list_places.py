@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from serve_app.engine.engine import Engine
 
 ItemPlace = Callable[[], AbstractAsyncContextManager[None]]
-"""A context that waits for the place of one item of a list, and frees it at its end."""
+"""A context manager that waits for the place of one list item, and frees the place at its end."""
 
 MIN_SHARE = 0.25
-"""Share of the running sequences that lists may always use, for any number of single requests."""
+"""Minimum share of the running sequences that lists may use beside single requests."""
 
 
 class ListPlaces:
@@ -22,7 +22,8 @@ class ListPlaces:
     If there are only lists, they may fill the engine's batch. Beside single requests, all lists
     together get as many places as there are single requests, or `MIN_SHARE` of the batch if that is
     more. Example with a batch of 32: beside 10 single requests the lists have 10 places, beside 2
-    they have 8. A free place is given to the list that has waited longest. For one event loop.
+    they have 8. A free place is given to the list that has waited longest. An object belongs to one
+    event loop.
     """
 
     def __init__(self, engine: "Engine", max_num_seqs: int) -> None:
@@ -40,10 +41,10 @@ class ListPlaces:
 
     @asynccontextmanager
     async def admitted(self, group: str = "") -> AsyncGenerator[ItemPlace, None]:
-        """Admits one list for the block. The list holds one place of the engine's queue in its
-        `group`.
+        """Admits one list until the end of the `with` block. Yields the place of each item.
 
-        Raises `QueueFull`, `Draining` or `EngineDead` if the list is refused as a whole.
+        The whole list takes one place of the engine's queue, in `group`. Raises `QueueFull`,
+        `Draining` or `EngineDead` if the list is refused.
         """
         self._engine.take_place(group)
         number, self._next_list = self._next_list, self._next_list + 1
@@ -87,8 +88,8 @@ class ListPlaces:
         num_single = self._engine.num_taken - self._num_lists
         if num_single == 0:
             return self._max_num_seqs
-        least = max(int(self._max_num_seqs * MIN_SHARE), 1)
-        return min(max(num_single, least), self._max_num_seqs)
+        min_places = max(int(self._max_num_seqs * MIN_SHARE), 1)
+        return min(max(num_single, min_places), self._max_num_seqs)
 
     def _forget(self, number: int, turn: asyncio.Future[None]) -> None:
         items = self._waiting.get(number)

@@ -1,4 +1,4 @@
-"""LoopLag: measures the delay of the event loop, which other work causes."""
+"""LoopLag: measures how late the event loop runs a callback because it was busy."""
 
 import asyncio
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Creates the document of `/openapi.json` from the route table and the schemas of requests.
 
-Format: https://spec.openapis.org/oas/v3.1.0. Schemas of requests are pydantic's, extended by the
-forms that the routes also accept: a string instead of a list, and ignored fields. The schema of an
-answer is inferred from its example.
+Format: https://spec.openapis.org/oas/v3.1.0. The schemas of requests come from pydantic and are
+extended by what the routes accept beyond them: a string instead of a list, and ignored fields. The
+schema of an answer is inferred from its example.
 """
 
 import ast
@@ -58,7 +58,7 @@ WIDER_LISTS: dict[str, JsonObject] = {
     "input": {"anyOf": [_TEXT, _PARTS]},
 }
 """Properties that are lists after validation, but accept other forms in a request."""
-GIVEN: dict[str, JsonObject] = {
+REQUEST_FORMS: dict[str, JsonObject] = {
     "content": {"anyOf": [_TEXT, _PARTS, {"type": "null"}]},
     "tool_calls": {"type": "array", "items": _CALL},
     "tool_choice": {"anyOf": [{"enum": ["auto", "none", "required"]}, {"type": "object"}]},
@@ -70,15 +70,17 @@ _RENAMED = {"ge": "minimum", "le": "maximum", "gt": "exclusiveMinimum", "lt": "e
 
 def document(routes: Sequence["Route"], *, has_keys: bool) -> JsonObject:
     """Returns the whole document. `has_keys` says whether the server requires API keys."""
-    known = {
+    descriptions = {
         route.path: DESCRIPTIONS.get(route.path)
         or Description(STATE, inspect.getdoc(route.handler) or route.path, {})
         for route in routes
     }
     paths: dict[str, JsonObject] = {}
-    schemas = _schemas([each.request for each in known.values() if each.request])
+    schemas = _schemas(
+        [description.request for description in descriptions.values() if description.request]
+    )
     for route in routes:
-        described = known[route.path]
+        described = descriptions[route.path]
         path = re.sub(r":path}", "}", route.path)
         operation = _operation(described, path, is_open=not (has_keys and route.needs_key))
         paths.setdefault(path, {})[route.method.lower()] = operation
@@ -155,8 +157,10 @@ def schema_of(example: Any) -> JsonObject:
 
 
 def _schemas(models: Sequence[type[BaseModel]]) -> JsonObject:
-    _, found = models_json_schema([(model, "validation") for model in models], ref_template=REFS)
-    schemas: JsonObject = _tidied(found["$defs"])
+    _, generated = models_json_schema(
+        [(model, "validation") for model in models], ref_template=REFS
+    )
+    schemas: JsonObject = _tidied(generated["$defs"])
     for model in models:
         schema = schemas[model.__name__]
         docs = _field_docs(model)
@@ -171,24 +175,24 @@ def _schemas(models: Sequence[type[BaseModel]]) -> JsonObject:
 
 def _referred(value: Any, schemas: JsonObject) -> set[str]:
     """Returns the names of the schemas that `value` refers to, directly or through another one."""
-    found: set[str] = set()
+    names: set[str] = set()
     waiting = [value]
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, dict | list):
-            waiting += each.values() if isinstance(each, dict) else each
-        elif isinstance(each, str) and each.startswith(REFS.format(model="")):
-            name = each.rpartition("/")[2]
-            if name not in found:
-                found.add(name)
+        node = waiting.pop()
+        if isinstance(node, dict | list):
+            waiting += node.values() if isinstance(node, dict) else node
+        elif isinstance(node, str) and node.startswith(REFS.format(model="")):
+            name = node.rpartition("/")[2]
+            if name not in names:
+                names.add(name)
                 waiting.append(schemas[name])
-    return found
+    return names
 
 
 def _tidied(schema: Any) -> Any:
     """Returns pydantic's schema with JSON Schema's names, without titles and null."""
     if isinstance(schema, list):
-        return [_tidied(each) for each in schema]
+        return [_tidied(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     tidied = {_RENAMED.get(name, name): _tidied(value) for name, value in schema.items()}
@@ -196,15 +200,19 @@ def _tidied(schema: Any) -> Any:
         del tidied["title"]
     if "default" in tidied and tidied["default"] is None:
         del tidied["default"]
-    choices = [each for each in tidied.get("anyOf", ()) if each != {"type": "null"}]
+    choices = [item for item in tidied.get("anyOf", ()) if item != {"type": "null"}]
     if len(choices) == 1:
         del tidied["anyOf"]
         tidied = choices[0] | tidied
     if isinstance(properties := tidied.get("properties"), dict):
-        for name, given in properties.items():
-            if name in GIVEN or (name in WIDER_LISTS and given.get("type") == "array"):
-                about = {"description": given["description"]} if "description" in given else {}
-                properties[name] = (GIVEN | WIDER_LISTS)[name] | about
+        for name, definition in properties.items():
+            if name in REQUEST_FORMS or (name in WIDER_LISTS and definition.get("type") == "array"):
+                documentation = (
+                    {"description": definition["description"]}
+                    if "description" in definition
+                    else {}
+                )
+                properties[name] = (REQUEST_FORMS | WIDER_LISTS)[name] | documentation
     return tidied
 
 
@@ -221,7 +229,7 @@ def _prompt_list(prompt: JsonObject) -> JsonObject:
     """Returns the schema of a list of prompts; its other fields are those of a single prompt."""
     item = {"anyOf": [_TEXT, {"$ref": REFS.format(model="PromptRequest")}]}
     single = ("prompt", "messages", *LISTS)
-    shared = {name: it for name, it in prompt["properties"].items() if name not in single}
+    shared = {name: value for name, value in prompt["properties"].items() if name not in single}
     lists = {name: {"type": "array", "items": item} for name in LISTS}
     return {
         "type": "object",

@@ -61,8 +61,8 @@ async def _batch(
             asyncio.create_task(_result(served, call, batch, item, place)) for item in batch.items
         ]
         try:
-            for num_done, each in enumerate(asyncio.as_completed(tasks), start=1):
-                await each
+            for num_done, finished in enumerate(asyncio.as_completed(tasks), start=1):
+                await finished
                 yield {"progress": prompt.progress(num_done, total)}
             results = [task.result() for task in tasks]
             yield {"status": 200, "body": {"results": results, "total_processed": total}}
@@ -85,7 +85,7 @@ async def _result(
             request = await values.read(batch.read, item)
             metadata = served.metadata(request.model, call)
             answer = await _answer(served, call, request)
-            whole = await answer.whole(nullcontext)  # it has its place already
+            whole = await answer.whole(nullcontext)  # `place()` above holds the item's place
             body = prompt.body(metadata, len(answer.prompt_ids), whole)
             return {name: body[name] for name in ("text", "finish_reason", "usage")}
         except EngineDead:

@@ -11,21 +11,21 @@ from typing import Any, NoReturn
 from serve_app.errors import InvalidRequest, QueueFull, RequestTooLarge, UnsupportedEncoding
 
 MAX_BODY_ON_LOOP = 100_000
-"""Larger bodies, in bytes, are parsed in a thread, one after another, and so are all compressed
-ones."""
+"""Maximum bytes of a body that is parsed on the event loop. Larger and compressed bodies are parsed
+in a thread, one after another."""
 
 NUM_LARGEST = 8
-"""Number of bodies of the maximum size that may be in memory. Smaller ones count by their bytes,
-but those of up to `MAX_BODY_ON_LOOP` are never refused."""
+"""Maximum bytes of all bodies in memory, as a multiple of the limit of one body. A body of up to
+`MAX_BODY_ON_LOOP` bytes is never refused."""
 MAX_VALUES = 1_000_000
-"""Maximum number of values in one body, weighted by their cost for the parser, which holds Python's
-lock: it needs about 50 ns for a number or a short string, and 50 ms for the maximum."""
+"""Maximum total cost of the values in one body, by `COSTS`. The parser holds Python's lock for
+about 50 ns per unit, so for at most 50 ms."""
 COSTS = {b",": 1, b"[": 3, b"{": 3, b":": 14}
 """The cost of a value, an array, an object and a key, by the character that indicates it."""
 PARSING_SHARE = 0.25
 """Share of the time in which large bodies may be parsed."""
 MAX_PAUSE_S = 1.0
-"""Maximum time until the next large body is parsed, in seconds."""
+"""Maximum pause in seconds between the parsing of two large bodies."""
 SLICE_BYTES = 65_536
 """Size of the slices in which a body is searched for strings; other requests run between slices."""
 
@@ -42,12 +42,13 @@ class BodyReader:
     """Reads the bodies of one server's requests, and limits the memory that they use together."""
 
     def __init__(self, max_bytes: int, retry_after_s: int) -> None:
-        """`max_bytes` is the limit of one body; the limit of all together is `NUM_LARGEST` times
-        that."""
+        """`max_bytes` is the limit of one body; all bodies together may have `NUM_LARGEST` times
+        as many. `retry_after_s` is for the error of too many bodies."""
         self._max_bytes = max_bytes
         self._retry_after_s = retry_after_s
         self._num_bytes = 0
-        # A parsed body takes many times the memory of its bytes, and parsing holds Python's lock.
+        # One at a time: a parsed body takes many times the memory of its bytes, and parsing holds
+        # Python's lock.
         self._parsing = asyncio.Semaphore(1)
         self._pauses_until = 0.0
 
@@ -117,7 +118,8 @@ def _value(body: bytes, compression: str | None, max_bytes: int) -> Any:
     """Returns the JSON value of a body that is compressed unless `compression` is None."""
     if body and compression is not None:
         body = _unpacked(body, compression, max_bytes)
-    # Strings may have such characters too, and are searched only where that matters.
+    # Strings may contain the counted characters too. Only a body above the limit is counted without
+    # its strings, because that is slower.
     if _cost(body) > MAX_VALUES and _cost_without_strings(body) > MAX_VALUES:
         raise InvalidRequest(
             f"The body has more than the {MAX_VALUES} values that are allowed, where an array or "
@@ -127,7 +129,7 @@ def _value(body: bytes, compression: str | None, max_bytes: int) -> Any:
 
 
 def _cost(text: bytes) -> int:
-    return sum(text.count(each) * cost for each, cost in COSTS.items())
+    return sum(text.count(character) * cost for character, cost in COSTS.items())
 
 
 def _cost_without_strings(body: bytes) -> int:

@@ -16,11 +16,11 @@ _UUID4 = re.compile(rb"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0
 
 
 def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
-    """Returns our id of a request, and the headers of its response with our id and the client's.
+    """Returns our id of a request, and the response headers with our id and the client's.
 
-    Ray Serve gives a request that has no `x-request-id` one, as the last header, and sends it back
-    itself. That id becomes ours, so that both headers are equal. A second header of that name would
-    reach clients as one joined value, so a client's own id is left to Serve to send back, too.
+    Ray Serve adds an `x-request-id` as the last header of a request without one, and sends the
+    header back itself. Our id is then Serve's id, so that both response headers are equal. Two
+    `x-request-id` headers would reach clients as one joined value, so only Serve sends it back.
     """
     name, last = request.scope["headers"][-1] if request.scope["headers"] else (b"", b"")
     is_serves = name == CLIENT_ID.encode() and _UUID4.fullmatch(last) is not None
@@ -30,23 +30,25 @@ def ids_of(request: HTTPConnection) -> tuple[str, dict[str, str]]:
         headers[ANTHROPIC_ID] = request_id
     if is_serves:
         return request_id, headers
-    given = request.headers.get(CLIENT_ID)
-    if given is None:
+    client_id = request.headers.get(CLIENT_ID)
+    if client_id is None:
         return request_id, {CLIENT_ID: request_id, **headers}
-    fields = {"request_id": request_id, "client_request_id": given[:MAX_ID_CHARS]}
-    log.info("request %s has the client's id %.128r", request_id, given, extra={"fields": fields})
+    fields = {"request_id": request_id, "client_request_id": client_id[:MAX_ID_CHARS]}
+    log.info(
+        "request %s has the client's id %.128r", request_id, client_id, extra={"fields": fields}
+    )
     return request_id, headers
 
 
 def ids_before_serve(request: HTTPConnection) -> tuple[str, dict[str, str]]:
-    """Returns the same for a response that does not pass Ray Serve, which would add the client's
-    id."""
+    """Returns the same as `ids_of`, with the client's id in any case: for a response that does not
+    pass Ray Serve."""
     request_id, headers = ids_of(request)
     return request_id, {CLIENT_ID: request.headers.get(CLIENT_ID, request_id), **headers}
 
 
 def path_of(scope: Scope) -> str:
-    """Returns the path below the prefix that this app is mounted at."""
+    """Returns the request's path without the prefix at which this app is mounted."""
     path: str = scope["path"]
     prefix: str = scope.get("root_path", "").rstrip("/")
     return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

@@ -35,14 +35,14 @@ async def create(served: "ServedModel", call: Call) -> Reply:
         num_logprobs=request.num_logprobs,
         tools=tools,
     )
-    about = request, metadata, len(prompt_ids), served.tokenizer
+    arguments = request, metadata, len(prompt_ids), served.tokenizer
     if request.num_logprobs is not None:
         limit = MAX_STREAMED_LOGPROBS if request.stream else choices.MAX_LOGPROBS
         choices.check_size(answers, "top_logprobs", limit)
     if not request.stream:
-        to_body = lambda wholes: response.body(*about, wholes[0])  # noqa: E731
+        to_body = lambda wholes: response.body(*arguments, wholes[0])  # noqa: E731
         return await choices.reply(served.list_places, answers, to_body)
-    events = ResponseEvents(*about)
+    events = ResponseEvents(*arguments)
     return StreamReply(_streamed(answers[0], events))
 
 

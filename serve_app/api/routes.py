@@ -66,14 +66,14 @@ def find(path: str) -> Route | None:
 
 
 def _advice(path: str) -> str:
-    """Returns what a client should do that has asked for an unknown path.
+    """Returns advice for a client that requested an unknown path.
 
-    Most of them have a base URL with or without `/v1` where the other one is meant.
+    The usual mistake is a base URL with `/v1` instead of one without it, or the reverse.
     """
     plain = re.sub("/+", "/", path).rstrip("/").lower()
-    for each in (plain, f"/v1{plain}", plain.removeprefix("/v1")):
-        if find(each) is not None:
-            return f"use {printable(each)}"
+    for candidate in (plain, f"/v1{plain}", plain.removeprefix("/v1")):
+        if find(candidate) is not None:
+            return f"use {printable(candidate)}"
     return "GET /docs describes the routes"
 
 

@@ -1,4 +1,4 @@
-"""ServedModel: one loaded model with all that the handlers of routes use.
+"""ServedModel: one loaded model, and the objects that the handlers of routes use.
 
 It owns the tokenizer and the engine. `MixtralServer` adds the routes.
 """
@@ -40,7 +40,7 @@ class ServedModel:
     ) -> None:
         """Loads the model, which takes minutes for Mixtral. Raises `ModelLoadFailed`."""
         self.settings = settings
-        self.keys = ApiKeys(settings.api)  # before the load, which takes minutes
+        self.keys = ApiKeys(settings.api)  # fails before the load, which takes minutes
         load_log = LoadLog.resume(settings.load_log)
         self._loaded = load(settings, load_log)
         self.quantization = self._loaded.quantization
@@ -82,14 +82,14 @@ class ServedModel:
         )
 
     def places(self) -> "Places":
-        """Returns the numbers with which a proxy refuses generating requests by itself."""
+        """Returns the numbers that a proxy needs to refuse generating requests itself."""
         return self._engine.places()
 
     def failure(self, error: Exception, request_id: str) -> ServeError:
         """Returns the client's error for any exception. Counts it, and logs it once."""
-        known = handle_error(error, request_id)
-        self.metrics.error(known)
-        return known
+        serve_error = handle_error(error, request_id)
+        self.metrics.error(serve_error)
+        return serve_error
 
     def metadata(self, model: str | None, call: Call) -> ResponseMetadata:
         """Returns the metadata of the response. Raises `ModelNotFound` for another model's name."""

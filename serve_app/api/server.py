@@ -1,7 +1,7 @@
 """MixtralServer: the deployment class, as a plain object.
 
-A deployment handle calls `call`, which returns the answer as data. The HTTP ingress calls the
-handlers of routes itself, because it asks for room before it reads a body.
+A deployment handle calls `call`, which returns the answer as data. The HTTP ingress calls
+`require_room` and the handlers of routes itself, because it reads the body between the two.
 """
 
 from collections.abc import AsyncGenerator
@@ -29,9 +29,9 @@ class MixtralServer(ServedModel):
     """One loaded model and the answers to all routes."""
 
     async def answer(self, call: Call) -> Reply:
-        """Answers one call, whose body is read.
+        """Answers one call, whose body must be complete.
 
-        May raise any exception, which `failure` converts to the client's error.
+        May raise any exception; `failure` converts it to the client's error.
         """
         self.loop_lag.start()
         route = routes.match(call.method, call.path)
@@ -39,11 +39,8 @@ class MixtralServer(ServedModel):
         return await route.handler(self, call)
 
     def require_room(self, route: Route, account: KeyAccount | None = None) -> None:
-        """Raises the error with which a request of this route would be refused now, without its
-        body.
-
-        The errors are `EngineDead`, `Draining` and `QueueFull`. Thread-safe.
-        """
+        """Raises `EngineDead`, `Draining` or `QueueFull` if a request of this route cannot be
+        accepted now. Thread-safe."""
         if self.is_draining and route.method == "POST":
             raise Draining(
                 "The server is shutting down; send the request to another one.",

@@ -1,9 +1,9 @@
 """Traces of answers by OpenTelemetry: `observability.otlp_traces_endpoint`.
 
 An answer has a span with the attributes of OpenTelemetry's GenAI conventions
-(https://opentelemetry.io/docs/specs/semconv/gen-ai/), and below it `queue`, `prefill` and `decode`.
-They are written at the answer's end from times that were kept, so a token costs nothing. A span has
-numbers, names and ids; it has no text of a prompt, an answer or an error.
+(https://opentelemetry.io/docs/specs/semconv/gen-ai/), with the child spans `queue`, `prefill` and
+`decode`. All spans are written at the end of the answer from recorded times, so a token costs
+nothing. Spans contain numbers, names and ids, but no text of a prompt, an answer or an error.
 """
 
 import time
@@ -92,8 +92,8 @@ class AnswerTrace:
         if not isinstance(error, Exception):
             self._write("cancelled", num_tokens, None)
         else:
-            known = as_serve_error(error)
-            self._write("error", num_tokens, known.code or known.type)
+            serve_error = as_serve_error(error)
+            self._write("error", num_tokens, serve_error.code or serve_error.type)
 
     def _write(self, finish_reason: str, num_tokens: int, error: str | None) -> None:
         from opentelemetry import trace
@@ -103,7 +103,7 @@ class AnswerTrace:
             {TRACEPARENT: self._call.traceparent or ""}
         )
         end = time.monotonic()
-        # Times are kept on the monotonic clock; spans have the time of day.
+        # Our times are on the monotonic clock; spans need the time of day.
         offset_s = time.time() - end
         tracer = self._tracing.tracer
 

@@ -1,8 +1,8 @@
 """`mixtral-serve check --load CONFIG`: loads the model on this machine and tries it.
 
-For machines that the developers cannot reach: prints the facts, and writes them to one JSON file
-that can be sent back. The prompts pass the same code as requests, but not HTTP and Ray. The file
-contains the prompts below, the answers to them and no secrets. `benchmarks/` measures speed better.
+Prints facts about the machine and the model, and writes them to a JSON file that a user can send
+to the developers. The file contains the prompts below and the answers to them, but no secrets. The
+prompts take the path of requests without HTTP and Ray. `benchmarks/` measures speed better.
 """
 
 import asyncio
@@ -92,16 +92,16 @@ def check_kernels(
         return []
     storage = f"{quantization.quant_type}, {quantization.absmax} absmax"
     device, dtype = open_device(plan), getattr(torch, plan.dtype)
-    found = []
+    results = []
     with torch.inference_mode():
         for name, error in relative_errors(quantization, dtype, device).items():
             limit = TOLERANCE[plan.dtype]
             measured = {"relative_error": error, "tolerance": limit}
-            found.append({"kernel": name, "storage": storage, **measured})
+            results.append({"kernel": name, "storage": storage, **measured})
             show(f"Kernel {name}, {storage}: relative error {error:.1e}, allowed {limit:.0e}")
             if not error <= limit:
                 raise ModelLoadFailed(f"Kernel {name} is wrong on this device; send the output.")
-    return found
+    return results
 
 
 async def _try(server: MixtralServer, show: Callable[[str], None]) -> dict[str, Any]:
@@ -117,9 +117,9 @@ async def _try(server: MixtralServer, show: Callable[[str], None]) -> dict[str, 
     for size in (size for size in BATCHES if size <= server.settings.engine.max_num_seqs):
         speeds[str(size)] = await _tokens_per_s(server, size)
         show(f"Batch {size}: {speeds[str(size)]:.1f} tokens/s")
-    kept = ("memory", "load", "notes")
+    keys = ("memory", "load", "notes")
     return {
-        **{key: health[key] for key in kept},
+        **{key: health[key] for key in keys},
         "answers": answers,
         "tokens_per_s": speeds,
     }

@@ -26,11 +26,10 @@ log = logging.getLogger(__name__)
 
 
 def run(config: str, source: Path, destination: Path) -> int:
-    """Answers the requests in `source` and appends the results to `destination`. Returns the exit
-    code.
+    """Answers the requests in `source` and appends the results to `destination`.
 
-    It is 0 if every request was answered, and 1 if `destination` contains an error. Raises
-    `ConfigError` or `ServeError` if the batch cannot start or continue.
+    Returns the exit code: 0 if every request was answered, 1 if `destination` contains an error.
+    Raises `ConfigError` or `ServeError` if the batch cannot start or continue.
     """
     if source.exists() and destination.exists() and source.samefile(destination):
         raise ConfigError(
@@ -40,10 +39,10 @@ def run(config: str, source: Path, destination: Path) -> int:
     output = BatchOutput(destination)
     try:
         keys = {key for key, _ in requests}
-        if strangers := [key for key in output if key not in keys]:
+        if unexpected := [key for key in output if key not in keys]:
             raise ConfigError(
-                f"{destination}: contains a result for {strangers[0]!r}, which is not in {source}; "
-                "name another file."
+                f"{destination}: contains a result for {unexpected[0]!r}, which is not in "
+                f"{source}; name another file."
             )
         if len(output) < len(keys):
             _answer_rest(named.find(config), requests, output, len(keys))

@@ -15,10 +15,11 @@ Key = str | int
 
 
 class BatchInput:
-    """The file of requests. Every iteration reads it again, so it is never in memory as a whole."""
+    """The file of requests. Every iteration reads the file again, so it need not fit into
+    memory."""
 
     def __init__(self, path: Path, urls: Collection[str]) -> None:
-        """`urls` are the paths that a request may use. Raises `ConfigError` if `path` is not a
+        """`urls` are the API paths that a request may use. Raises `ConfigError` if `path` is not a
         file."""
         self._path = path
         self._urls = urls
@@ -37,7 +38,7 @@ class BatchInput:
 
 
 class BatchOutput:
-    """The file of results, which no other process may append to at the same time."""
+    """The file of results. A lock keeps other batches from appending to it."""
 
     def __init__(self, path: Path) -> None:
         """Opens or creates the file, and removes an incomplete last line.

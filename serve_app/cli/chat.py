@@ -14,7 +14,7 @@ import httpx
 
 HELP = "Ctrl-C stops an answer, /reset starts anew, Ctrl-D leaves."
 TIMEOUT = httpx.Timeout(10, read=None)
-"""Timeouts in seconds. There is none for reading, because a queued request may wait long."""
+"""Timeouts in seconds. Reading has none, because a request may wait long in the queue."""
 PREFIX = "data: "
 END = "[DONE]"
 

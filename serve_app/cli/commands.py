@@ -43,13 +43,13 @@ def run(config: Config) -> None:
 def check(
     config: Config,
     load: Annotated[
-        bool, typer.Option("--load", help="Load the model too, try it, and write a report.")
+        bool, typer.Option("--load", help="Also load the model, try it, and write a report.")
     ] = False,
     out: Annotated[Path, typer.Option(help="The report that --load writes.")] = Path(
         "mixtral-check.json"
     ),
 ) -> None:
-    """Say what CONFIG takes, or what would go wrong. Starts nothing."""
+    """Check CONFIG and print the memory and disk space that it needs. Starts no server."""
     from serve_app.cold_start.check import check
     from serve_app.config import named
     from serve_app.config.serve_config import http_options, port_setting
@@ -75,35 +75,35 @@ def convert(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder.")],
     quantization: Annotated[
         Literal["nf4", "fp4"] | None,
-        typer.Option(help="How to quantize floats; nf4 if not given.", show_default=False),
+        typer.Option(help="4-bit type for floats. Default: nf4.", show_default=False),
     ] = None,
     absmax: Annotated[
         Literal["nested", "bfloat16", "float32"] | None,
         typer.Option(
-            help="Which scales to keep: 25.9, 25.2 or 28.1 GB for Mixtral 8x7B; bfloat16 if not "
-            "given.",
+            help="Form of the scales; the checkpoint of Mixtral 8x7B has 25.9, 25.2 or 28.1 GB "
+            "with them. Default: bfloat16.",
             show_default=False,
         ),
     ] = None,
 ) -> None:
-    """Write the checkpoint SRC in our own 4-bit form, which starts in a quarter of the time.
+    """Convert the checkpoint SRC to our own 4-bit form, which loads in a quarter of the time.
 
-    SRC may hold floats or bitsandbytes' 4 bits; the latter are kept bit for bit. From a checkpoint
-    in our own form bitsandbytes' is written, with the bits that its source had. A conversion
-    that was stopped continues when the same command is run again.
+    Floats in SRC are quantized; bitsandbytes' 4-bit weights are copied bit for bit. If SRC is in
+    our own form, DST gets bitsandbytes' form, with the bits of the original checkpoint. To continue
+    a conversion that was stopped, run the same command again.
     """
     from serve_app.cli import progress
     from serve_app.model.checkpoint.convert import convert
     from serve_app.model.quantization import Quantization
     from serve_app.start_plan.hub import find_checkpoint
 
-    wished = None
+    target = None
     if quantization or absmax:
-        wished = Quantization(quantization or "nf4", absmax or "bfloat16")
+        target = Quantization(quantization or "nf4", absmax or "bfloat16")
     try:
         folder = find_checkpoint(source)
         with progress.files("Converting") as show:
-            convert(folder, destination, wished, show)
+            convert(folder, destination, target, show)
     except KeyboardInterrupt:
         raise _stopped() from None
     print(f"{destination} is complete.")
@@ -114,13 +114,15 @@ def kernels(
     destination: Annotated[Path, typer.Argument(metavar="DST", help="A folder.")],
     capabilities: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[CAPABILITY]...", help="Such as 9.0; all if none is given."),
+        typer.Argument(
+            metavar="[CAPABILITY]...", help="Compute capabilities such as 9.0. Default: all."
+        ),
     ] = None,
 ) -> None:
-    """Compile the CUDA kernels of Mixtral 8x7B into the folder DST, for GPUs that need not be here.
+    """Compile the CUDA kernels for Mixtral 8x7B into the folder DST. Needs no GPU.
 
-    A server reads them from `~/.cache/mixtral-serve/kernels`, and from the folder `kernels` in
-    `model.cache_dir`. Without them, it compiles at its first start.
+    A server looks for compiled kernels in `~/.cache/mixtral-serve/kernels` and in the folder
+    `kernels` of `model.cache_dir`. If there are none, it compiles them at its first start.
     """
     from serve_app.cli import compile_kernels
 
@@ -137,9 +139,9 @@ def batch(
 ) -> None:
     """Answer the requests in IN with CONFIG's model, in OpenAI's batch format. Needs no server.
 
-    Results are written to OUT as they come, errors among them. A batch that was stopped continues
-    when the same command is run again: it answers what has no result in OUT. The exit code is 1 if
-    OUT holds an error.
+    Each result, also an error, is appended to OUT as soon as it is ready. To continue a batch that
+    was stopped, run the same command again: it answers the requests without a result in OUT. The
+    exit code is 1 if OUT contains an error.
     """
     from serve_app.cli import batch
 
@@ -155,17 +157,17 @@ def quality(
     config: Config,
     texts: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[TEXT ...]", help="Text files; a text of this package if none."),
+        typer.Argument(metavar="[TEXT ...]", help="Text files. Default: a text of this package."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the figures to FILE too.")
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the numbers to FILE.")
     ] = None,
 ) -> None:
-    """Measure what 4 bits cost: CONFIG's model as it is served, against floats in transformers.
+    """Measure the loss of quality by 4 bits: compare CONFIG's model with floats in transformers.
 
     Prints perplexity, divergence of next-token distributions, and how often the best token is the
-    same, also for transformers with bitsandbytes. Floats that do not fit on the GPU are put into
-    memory and files, which is slow; TMPDIR names the folder for them.
+    same, also for transformers with bitsandbytes. Float weights that do not fit on the GPU are kept
+    in main memory and in files, which is slow; TMPDIR names the folder of the files.
     """
     from serve_app.cli import quality
 
@@ -174,15 +176,15 @@ def quality(
 
 @app.command()
 def chat(
-    url: Annotated[str, typer.Option(help="Where the server is.")] = "http://127.0.0.1:8000",
+    url: Annotated[str, typer.Option(help="URL of the server.")] = "http://127.0.0.1:8000",
     model: Annotated[
-        str | None, typer.Option(help="The first of /v1/models if not given.", show_default=False)
+        str | None, typer.Option(help="Default: the first of /v1/models.", show_default=False)
     ] = None,
     system: Annotated[
         str | None, typer.Option(help="A system message.", show_default=False)
     ] = None,
 ) -> None:
-    """Talk to a running server. An API key is read from API_KEYS or OPENAI_API_KEY."""
+    """Chat with a running server. The API key is read from API_KEYS or OPENAI_API_KEY."""
     from serve_app.cli.chat import Chat
     from serve_app.config.settings import ClientSettings
 
@@ -191,8 +193,8 @@ def chat(
 
 
 def _stopped() -> typer.Exit:
-    """Prints how to continue after Ctrl-C. Returns the exit."""
-    print("Stopped; the same command continues from here.", file=sys.stderr)
+    """Prints how to continue after Ctrl-C. Returns the exception that ends the command."""
+    print("Stopped; run the same command again to continue.", file=sys.stderr)
     return typer.Exit(INTERRUPTED)
 
 

@@ -1,4 +1,4 @@
-"""`mixtral-serve kernels`: compiles the CUDA kernels for GPUs, which this machine need not have."""
+"""`mixtral-serve kernels`: compiles the CUDA kernels for several GPUs, on a machine without one."""
 
 import re
 import time
@@ -17,7 +17,7 @@ def run(destination: Path, capabilities: list[str]) -> None:
     from serve_app.model.kernels.cuda.fill_cache import MIXTRAL_8X7B, fill_cache
     from serve_app.model.kernels.unavailable import StepUnavailable
 
-    wanted = [_number(each) for each in capabilities]
+    versions = [_number(capability) for capability in capabilities]
     counts: dict[int, int] = {}
 
     def add(capability: int, name: str) -> None:
@@ -25,7 +25,7 @@ def run(destination: Path, capabilities: list[str]) -> None:
 
     began = time.perf_counter()
     try:
-        fill_cache(MixtralConfig.from_dict(MIXTRAL_8X7B), destination, wanted, add)
+        fill_cache(MixtralConfig.from_dict(MIXTRAL_8X7B), destination, versions, add)
     except StepUnavailable as reason:
         raise ConfigError(f"The kernels cannot be compiled: {reason}.") from None
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 File = Annotated[Path, typer.Option("--file", "-f", help="The file that `api.keys_file` names.")]
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Whose key it is, for log and metrics.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="The key's name, for log and metrics.")]
 DEFAULT = Path("api-keys.json")
 WIDTH = 160
 """Number of characters in a line of the list that goes to a file or another program."""
@@ -25,17 +25,17 @@ def add(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, show_default=False)] = None,
     tokens_per_minute: Annotated[
         int | None,
-        typer.Option(min=1, help="Prompts and answers together.", show_default=False),
+        typer.Option(min=1, help="Tokens of prompts and answers.", show_default=False),
     ] = None,
     max_concurrent: Annotated[
-        int | None, typer.Option(min=1, help="Requests at once.", show_default=False)
+        int | None, typer.Option(min=1, help="Concurrent requests.", show_default=False)
     ] = None,
     min_priority: Annotated[
         int,
-        typer.Option(min=-1000, max=1000, help="The smallest `priority` its requests may have."),
+        typer.Option(min=-1000, max=1000, help="Minimum `priority` of its requests."),
     ] = 0,
 ) -> None:
-    """Make a key, write its hash to the file, and print the key. It is shown this once."""
+    """Create a key, write its hash to the file, and print the key, which is not stored."""
     from serve_app.config.key_file import KeyLimits, add_key
 
     limits = KeyLimits(
@@ -56,12 +56,12 @@ def list_keys(file: File = DEFAULT) -> None:
     from serve_app.config.key_file import read_keys
 
     name = Column("name", overflow="fold")  # never shortened, because `remove` needs it
-    table = Table(name, "made", "requests/min", "tokens/min", "at once", "least priority")
+    table = Table(name, "created", "requests/min", "tokens/min", "concurrent", "min priority")
     for key in read_keys(file):
         limits = key.requests_per_minute, key.tokens_per_minute, key.max_concurrent
-        made = time.strftime("%Y-%m-%d", time.gmtime(key.created))
-        shown = ["-" if limit is None else f"{limit:,}" for limit in limits]
-        table.add_row(key.name, made, *shown, str(key.min_priority))
+        created = time.strftime("%Y-%m-%d", time.gmtime(key.created))
+        cells = ["-" if limit is None else f"{limit:,}" for limit in limits]
+        table.add_row(key.name, created, *cells, str(key.min_priority))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)

@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Show = Callable[[int, int, str], None]
-"""Called with the number of finished items, the number of all, and the name of the last one or
-""."""
+"""A function `show(num_done, num_all, name)`; `name` is the last finished item, or ""."""
 
 
 @contextmanager
@@ -19,12 +18,12 @@ def files(title: str) -> Iterator[Show]:
 def items(title: str, noun: str) -> Iterator[Show]:
     """Shows the progress of a long list, with a line for each twentieth of it. `noun` names the
     items."""
-    shown = -1
+    last_twentieth = -1
 
     def is_new_twentieth(done: int, total: int) -> bool:
-        nonlocal shown
-        before, shown = shown, 20 * done // max(total, 1)
-        return shown != before
+        nonlocal last_twentieth
+        before, last_twentieth = last_twentieth, 20 * done // max(total, 1)
+        return last_twentieth != before
 
     with _shown(title, noun, f"{title}: ", is_new_twentieth) as show:
         yield show

@@ -35,15 +35,15 @@ log = logging.getLogger(__name__)
 
 NUM_SIDES = 3
 NO_FLOATS = {
-    FLOATS: "not measured: the checkpoint has 4-bit weights only, there are no floats",
+    FLOATS: "not measured: the checkpoint contains 4-bit weights only",
     BITSANDBYTES: "not measured: transformers 5 reads no experts in 4 bits",
 }
 
 
 def run(config: str, texts: Sequence[Path], out: Path | None) -> None:
-    """Measures `config`, prints a table, and writes the same as JSON to `out`.
+    """Measures the model of `config`, prints a table, and writes the numbers as JSON to `out`.
 
-    `texts` are files; without any, a text of this package is scored. Raises `ConfigError` or
+    `texts` are files; if it is empty, a text of this package is scored. Raises `ConfigError` or
     `ServeError`.
     """
     from serve_app.cli.quality_table import show
@@ -68,9 +68,10 @@ def measure(
     texts: Sequence[str],
     max_memory: MaxMemory | None = None,
 ) -> dict[str, Any]:
-    """Returns the report. `max_memory` limits the memory of the float model.
+    """Scores `texts` with each model. Returns the report that `--json` writes.
 
-    A side that cannot be measured has no numbers; its `in_4_bits` has the reason.
+    `max_memory` limits the memory of the float model. A model that cannot be measured has no
+    numbers; its `in_4_bits` has the reason.
     """
     with tempfile.TemporaryDirectory(prefix="mixtral-quality-") as name:
         folder = Path(name)
@@ -78,7 +79,7 @@ def measure(
         try:
             windows = cut(texts, loaded.tokenizer, loaded.max_model_len)
             _require_disk(folder, windows, loaded.vocab_size)
-            ours = sides.served(loaded, plan.quantize_lm_head, windows, folder / "served")
+            served = sides.served(loaded, plan.quantize_lm_head, windows, folder / "served")
         finally:
             loaded.engine.stop()
         dtype, quantization = loaded.dtype, loaded.quantization
@@ -101,7 +102,7 @@ def measure(
             "version": serve_app.__version__,
             "model": settings.model.name,
             "text": {"predicted_tokens": len(windows.targets), "windows": len(windows.windows)},
-            **_figures([others[0], ours, others[1]], windows.targets),
+            **_figures([others[0], served, others[1]], windows.targets),
         }
 
 
@@ -129,13 +130,13 @@ def _made(name: str, maker: Callable[[], Side]) -> Side:
 def _figures(measured: Sequence[Side], targets: Sequence[int]) -> dict[str, Any]:
     """Returns each side's numbers, and the comparison of each pair of measured sides."""
     comparisons = [
-        {"reference": one.name, "side": other.name, **compare(p, q)._asdict()}
-        for one, other in (
+        {"reference": reference.name, "side": compared.name, **compare(p, q)._asdict()}
+        for reference, compared in (
             (measured[0], measured[1]),
             (measured[0], measured[2]),
             (measured[2], measured[1]),
         )
-        if (p := one.log_probs) is not None and (q := other.log_probs) is not None
+        if (p := reference.log_probs) is not None and (q := compared.log_probs) is not None
     ]
     return {
         "sides": [

@@ -16,8 +16,8 @@ ITEM_BYTES = 4
 class LogProbs:
     """Natural logarithms of next-token probabilities, float32 `[tokens, vocab_size]`, in a file.
 
-    The distributions of a text of 2,000 tokens take 256 MB with Mixtral's vocabulary, and those of
-    one model must outlive it, because two models may not fit into memory.
+    With Mixtral's vocabulary, 2,000 tokens take 256 MB. The file keeps a model's distributions
+    after the model is freed, because two models may not fit into memory.
     """
 
     def __init__(self, path: Path, num_tokens: int, vocab_size: int) -> None:
@@ -59,8 +59,8 @@ def perplexity(side: LogProbs, targets: Sequence[int]) -> float:
 
     total, start = 0.0, 0
     for part in side.parts():
-        wanted = torch.tensor(targets[start : start + len(part)])[:, None]
-        total -= float(part.gather(1, wanted).sum())
+        columns = torch.tensor(targets[start : start + len(part)])[:, None]
+        total -= float(part.gather(1, columns).sum())
         start += len(part)
     return math.exp(total / len(targets))
 

@@ -26,7 +26,7 @@ FLOATS = "transformers, floats"
 BITSANDBYTES = "transformers with bitsandbytes"
 
 MaxMemory = Mapping[int | str, int]
-"""Bytes of each device, and of "cpu", that accelerate may use."""
+"""Maximum bytes that accelerate may use, by GPU index and for "cpu"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class Side:
 
     name: str
     quantized: str
-    """A phrase about the 4-bit weights; without distributions, the reason why there are none."""
+    """A phrase that names the 4-bit weights, or the reason why the model was not measured."""
     share_in_4_bits: float | None = None
     """Share of the model's parameters with 4 bits."""
     log_probs: LogProbs | None = None
@@ -89,7 +89,7 @@ def bitsandbytes(
 ) -> Side:
     """Scores the text with the checkpoint in `folder`, quantized by transformers with bitsandbytes.
 
-    It uses the served model's 4-bit type, or nf4 if that has floats.
+    Uses the served model's 4-bit type; nf4 if the served model has floats.
     """
     import torch
     from bitsandbytes.nn import Linear4bit
@@ -104,7 +104,9 @@ def bitsandbytes(
         llm_int8_enable_fp32_cpu_offload=torch.cuda.is_available(),
     )
     model = _transformers(folder, dtype, path.parent / "offload", quantization_config=config)
-    linears = {name: it for name, it in model.named_modules() if isinstance(it, Linear4bit)}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)
+    }
     count = sum(linear.in_features * linear.out_features for linear in linears.values())
     names = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
     log_probs = _scored(BITSANDBYTES, _pieces(model, windows), windows, path)

@@ -14,7 +14,10 @@ def show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     text = report["text"]
-    pairs = {(each["reference"], each["side"]): each for each in report["comparisons"]}
+    pairs = {
+        (comparison["reference"], comparison["side"]): comparison
+        for comparison in report["comparisons"]
+    }
     table = Table(
         title=f"{report['model']}: {', '.join(text['files'])}, {text['predicted_tokens']:,} tokens "
         f"in {text['windows']} windows",

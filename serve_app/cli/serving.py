@@ -1,8 +1,8 @@
 """`mixtral-serve run`: serves a configuration over HTTP from this process.
 
-Ray starts while the configuration is checked, and is stopped if the check fails. The log has few
-lines until the server is ready: the model, the clients that can reach it, and the long phases of
-the load.
+Ray starts while the configuration is checked, and is stopped if the check fails. Until the server
+is ready, the log shows only the model, the clients that can reach the server, and the long phases
+of the load.
 """
 
 import logging

@@ -17,19 +17,20 @@ The states of one delivery of a job:
 
     taken -> running -> posting its result -> acknowledged
        |        |          |-> given up      after 5 minutes, or at the end of a drain
-       |        |          |-> retried       its failure is posted, and it is delivered again: the
-       |        |          |                 post ends, and the new delivery runs
-       |        |-> stopped                  the platform names it; nothing is posted
-       |        |-> refused -> posting       a drain cuts it
-       |-> kept                              an earlier delivery runs; this one runs if that is
-       |                                     stopped
-       |-> dropped                           its output was acknowledged a moment ago
+       |        |          |-> retried       the job is delivered again while its failure is being
+       |        |          |                 posted: the post ends, and the new delivery runs
+       |        |-> stopped                  the platform stops the job; nothing is posted
+       |        |-> refused -> posting       the job still runs at the end of a drain
+       |-> kept                              an earlier delivery runs; this delivery runs if the
+       |                                     platform stops the earlier one
+       |-> dropped                           the job's output was acknowledged a moment ago
 
-`in_flight` decides about a delivery, `job_loop` runs it, and `posts` ends it. In the state
-"running", `handler` calls the model once more if it dies before the job has output.
+`in_flight` chooses the state of a new delivery, `job_loop` runs it, and `posts` ends it. If the
+model dies before a running job has output, `handler` runs the job once more.
 
-`supervisor` starts the model for all waiting jobs, and once more if it dies; `progress` posts
-updates in the meantime. `sdk` is RunPod's SDK, whose loop drives `job_loop`. `drain` and `backoff`
-compute times. `local` runs jobs without a platform, for the command line and for `local_handler`, a
-function for scripts and unit tests. The model itself runs in Ray, which `serve_app.node` starts.
+`supervisor` starts the model for all waiting jobs, and once more if the model dies; `progress`
+posts updates in the meantime. `sdk` wraps RunPod's SDK, whose loop drives `job_loop`. `drain` and
+`backoff` compute times. `local` runs jobs without a platform, for the command line and for
+`local_handler`, a function for scripts and unit tests. The model itself runs in Ray, which
+`serve_app.node` starts.
 """

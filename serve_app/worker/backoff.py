@@ -5,12 +5,11 @@ import time
 FIRST_S = 0.5
 MAX_S = 15.0
 MAX_DOUBLINGS = 10
-"""The exponent's maximum. It is enough to reach `MAX_S`, and keeps the power of two small in a long
-outage."""
+"""Maximum exponent of two. It suffices for `MAX_S`, and avoids huge powers in a long outage."""
 
 
 class Backoff:
-    """Counts failures in a row and says how long to wait after each."""
+    """Counts failures in a row and computes the pause after each."""
 
     def __init__(self) -> None:
         self.num_failures = 0

@@ -82,8 +82,8 @@ class Handler:
         await posts.result(result)
 
     async def refuse(self, job: dict[str, Any], posts: Posts, error: ServeError) -> None:
-        """Ends `job` with `error`, before or after its stream has begun. The worker is the cause,
-        not the job."""
+        """Ends `job` with `error`, for which the worker is responsible, not the job. Its stream may
+        have begun."""
         request_id = posts.request_id
         request: JobRequest | None = None
         with contextlib.suppress(ServeError):
@@ -174,7 +174,8 @@ class Handler:
         supervisor = self.supervisor
         health = {"status": supervisor.status, **phases.summary(read_events(self._load_log))}
         if supervisor.status == "failed" and supervisor.error is not None:
-            # Not "error": RunPod's clients take a field of that name for a failed job.
+            # The name is not "error", because RunPod's clients treat an output with that field as
+            # a failed job.
             health["reason"] = supervisor.error.message
         return health
 
@@ -183,7 +184,7 @@ async def _stream(client: Forward, request: JobRequest, output: Output, posts: P
     """Adds the model's stream to `output`. Raises the error that ends it early, after all earlier
     items.
 
-    The end of an event stream is posted together with the last text if it is known by then.
+    The end event of an event stream is posted together with the last text if both are ready.
     """
     route = routes.find(request.call.path)
     end = route.stream_end if route is not None and request.sse else b""
@@ -209,8 +210,8 @@ async def _stream(client: Forward, request: JobRequest, output: Output, posts: P
 
 
 def _failure(item: ErrorItem) -> Exception:
-    """Returns the exception for an error item. A dead engine in a living replica counts as a dead
-    model."""
+    """Returns the exception for an error item. If the engine is dead, the model counts as dead even
+    if the replica is alive."""
     error = item["error"]["error"]
     return EngineDead(error["message"]) if error["code"] == EngineDead.code else _Refused(item)
 
@@ -230,8 +231,8 @@ async def _failed(request: JobRequest | None, body: ErrorBody, posts: Posts) -> 
 def _error_chunk(request: JobRequest, body: ErrorBody, last: JsonObject) -> Any:
     """Returns the last chunk of a stream that fails after the response chunk `last`."""
     if not request.sse:
-        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
-        return {"token": "", "finished": True, "finish_reason": "error", **shown}
+        fields = {name: body["error"][name] for name in ("status", "retry", "message")}
+        return {"token": "", "finished": True, "finish_reason": "error", **fields}
     route = routes.find(request.call.path)
     error_event = body if route is None else route.error_event(body, last)
     return event(json.loads(encode(error_event))).decode()  # an event refuses lone surrogates

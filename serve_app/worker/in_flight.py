@@ -1,15 +1,15 @@
 """In-flight jobs: jobs that were taken from the platform and are not yet answered or stopped.
 
-The platform may deliver a job again under the same id, by mistake or because a client retries it.
-The effect of a later delivery depends on the earlier one:
+The platform may deliver a job again under the same id, by mistake or because a client retries the
+job. The state of the earlier delivery decides what happens to the later delivery:
 
-    it runs, or its output is being posted     the later one is kept; it runs if the earlier one is
-                                               stopped, and is dropped if that one is answered
-    its failure is being posted                the platform has the failure, so a client retries the
-                                               job: it runs now, and the post is not repeated
-    its output was acknowledged a moment ago   the later one is dropped; it runs if a stop follows,
-                                               because then the platform did not accept the output
-    otherwise                                  it runs
+    running, or its output is being posted   it is kept. It runs if the platform stops the earlier
+                                             delivery, and is dropped if the earlier is answered.
+    its failure is being posted              it runs, and the post ends: the platform has the
+                                             failure, because a client has retried the job.
+    its output was acknowledged just now     it is dropped. It runs if a stop follows, because then
+                                             the platform did not accept the output.
+    any other                                it runs.
 """
 
 import asyncio
@@ -32,18 +32,16 @@ class Job:
     """One delivery of a job, and its state."""
 
     id: str
-    given: dict[str, Any]
+    payload: dict[str, Any]
     """The platform's object with `id`, `input` and other fields."""
     task: asyncio.Task[None] | None = None
     """The task that runs the handler; None before the job starts."""
     is_stopped: bool = False
     """Whether the platform has stopped the job, so that it needs no answer."""
     was_stopped_early: bool = False
-    """Whether a stop arrived just before the job. It may have been meant for an earlier
-    delivery."""
+    """Whether a stop arrived just before the job. The stop may belong to an earlier delivery."""
     answering_since: float | None = None
-    """The time at which its result was decided, on the monotonic clock. The result cannot change
-    after that."""
+    """Time at which the result became final, in seconds of `time.monotonic`; None before that."""
     is_failing: bool = False
     """Whether its result is a failure, which is being posted."""
     is_output_acknowledged: bool = False
@@ -51,11 +49,11 @@ class Job:
     retry the job."""
     num_prompts: int = 1
     """The number of prompts in its list."""
-    later: dict[str, Any] | None = None
+    redelivery: dict[str, Any] | None = None
     """A later delivery of the same job, which runs if the platform stops this one."""
 
     def answering(self) -> None:
-        """Marks the result as decided; a second call changes nothing."""
+        """Marks the result as final; a second call changes nothing."""
         if self.answering_since is None:
             self.answering_since = time.monotonic()
 
@@ -81,19 +79,19 @@ class InFlightJobs:
         """Later deliveries of answered jobs."""
         self._stopped: dict[str, float] = {}
 
-    def accept(self, taken: list[Any]) -> list[Job]:
+    def accept(self, payloads: list[Any]) -> list[Job]:
         """Adds the jobs of one poll. Returns those to run, and logs the reason for each dropped
         one."""
         accepted: list[Job] = []
-        for given in taken:
-            job_id = given.get("id") if isinstance(given, dict) else None
+        for payload in payloads:
+            job_id = payload.get("id") if isinstance(payload, dict) else None
             if not isinstance(job_id, str) or not job_id:
                 log.error("A job has no id, so it cannot be answered.")
-            elif self._may_run(job_id, given):
+            elif self._may_run(job_id, payload):
                 _forget_old(self._stopped)
                 was_stopped = self._stopped.pop(job_id, None) is not None
-                job = Job(job_id, given, was_stopped_early=was_stopped)
-                job.num_prompts = num_prompts(given)
+                job = Job(job_id, payload, was_stopped_early=was_stopped)
+                job.num_prompts = num_prompts(payload)
                 self.open.append(job)
                 accepted.append(job)
         return accepted
@@ -120,10 +118,10 @@ class InFlightJobs:
         self.open = [other for other in self.open if other is not job]
         if job.is_output_acknowledged:
             self._answered[job.id] = time.monotonic()
-            if job.later is not None and not job.is_stopped:
-                self._dropped[job.id] = job.later
+            if job.redelivery is not None and not job.is_stopped:
+                self._dropped[job.id] = job.redelivery
             self._forget_answered()
-        return [job.later] if job.is_stopped and job.later is not None else []
+        return [job.redelivery] if job.is_stopped and job.redelivery is not None else []
 
     @property
     def num_prompts(self) -> int:
@@ -144,12 +142,12 @@ class InFlightJobs:
     def is_open(self, job_id: str) -> bool:
         return any(job.id == job_id for job in self.open)
 
-    def _may_run(self, job_id: str, given: dict[str, Any]) -> bool:
-        """Returns whether a delivery runs now, and updates the state of an earlier one or of this
-        one."""
+    def _may_run(self, job_id: str, payload: dict[str, Any]) -> bool:
+        """Returns whether a delivery runs now. Otherwise keeps or drops it; stops an earlier
+        delivery that it replaces."""
         self._forget_answered()
         if job_id in self._answered:
-            self._dropped[job_id] = given
+            self._dropped[job_id] = payload
             log.warning("job %r was delivered again after its answer; it is dropped.", job_id)
             return False
         for job in self.open:
@@ -157,10 +155,10 @@ class InFlightJobs:
                 continue
             if not job.is_failing:
                 log.warning("job %r was delivered twice; it is answered once.", job_id)
-                job.later = given
+                job.redelivery = payload
                 return False
             log.info("job %r was delivered again after it had failed; it runs again.", job_id)
-            job.later = None
+            job.redelivery = None
             job.stop()
         return True
 

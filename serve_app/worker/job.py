@@ -5,11 +5,12 @@
        {"route": "/tokenize", "method": "POST", "body": {...}}
     3  {"prompt" | "messages" | "prompts" | "items": ..., "sampling_params": {...}}
 
-Each may have `"headers": {"traceparent": "...", "x-session-id": "..."}` beside these. The first
-continues the client's trace, the second chooses one of several replicas. Other headers are ignored,
-as unknown headers are over HTTP.
+Each form may have the additional field `"headers": {"traceparent": "...", "x-session-id": "..."}`.
+`traceparent` continues the client's trace, and `x-session-id` chooses one of several replicas.
+Other headers are ignored, as over HTTP.
 
-Checks the shape and the size alone. The server checks route and fields, as for HTTP.
+This module checks only the shape and the size. The server checks the route and the fields, as for
+HTTP.
 """
 
 import functools
@@ -30,8 +31,8 @@ SHAPES = (
     "or `openai_route` with `openai_input`"
 )
 UNNEEDED = ("max_batch_size", "min_batch_size", "batch_size_growth_factor")
-"""Fields with which older workers set the size of a stream's chunks. They are accepted and ignored,
-with one log line: a chunk contains everything since the last post."""
+"""Fields that set the size of a stream's chunks in older workers. They are ignored with one log
+line, because a chunk here contains everything since the last post."""
 REFUSED = {
     "refresh_worker": (
         False,
@@ -42,17 +43,17 @@ REFUSED = {
         'raw text is continued by {"endpoint": "/v1/completions", "data": {...}}',
     ),
 }
-"""Fields of older workers: the only accepted value, which changes nothing, and the reason for
-refusing another."""
+"""Fields of older workers: the accepted value, which has no effect, and the reason why other values
+are refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class JobRequest:
-    """The call of a job, and the form of its output."""
+    """A job's call, and the form of the job's output."""
 
     call: Call
     stream: bool
-    """Whether the output is chunks. A failure is then a chunk too."""
+    """Whether the output is streamed in chunks, an error included."""
     is_gateway: bool
     """Whether the job comes from RunPod's OpenAI gateway."""
 
@@ -69,26 +70,27 @@ class JobRequest:
 
 
 def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobRequest:
-    """Returns the request in `job["input"]`. Raises `InvalidRequest` for one that cannot be read.
+    """Returns the request in `job["input"]`.
 
-    `max_body_bytes` is the limit of an HTTP body; here it limits the body written as JSON.
+    `max_body_bytes` is the limit of an HTTP body; here it limits the body as JSON. Raises
+    `InvalidRequest` for an unknown form and `RequestTooLarge` for a larger body.
     """
-    given = job.get("input")
-    if given is None:
+    job_input = job.get("input")
+    if job_input is None:
         raise InvalidRequest(f"The job has no `input`; {SHAPES}.", param="input")
-    if not isinstance(given, dict):
+    if not isinstance(job_input, dict):
         raise InvalidRequest(f"`input` must be an object; {SHAPES}.", param="input")
     headers: dict[str, str] = {}
-    if "headers" in given:
-        headers = _headers(given["headers"])
-        given = {name: value for name, value in given.items() if name != "headers"}
-    is_gateway = "openai_route" in given or "openai_input" in given
+    if "headers" in job_input:
+        headers = _headers(job_input["headers"])
+        job_input = {name: value for name, value in job_input.items() if name != "headers"}
+    is_gateway = "openai_route" in job_input or "openai_input" in job_input
     if is_gateway:
-        method, path, body = _gateway(given)
-    elif "endpoint" in given or "route" in given:
-        method, path, body = _route(given)
-    elif given.keys() & {"prompt", "messages", "prompts", "items"}:
-        method, path, body = "POST", "/prompt", _plain(given)
+        method, path, body = _gateway(job_input)
+    elif "endpoint" in job_input or "route" in job_input:
+        method, path, body = _route(job_input)
+    elif job_input.keys() & {"prompt", "messages", "prompts", "items"}:
+        method, path, body = "POST", "/prompt", _plain(job_input)
     else:
         raise InvalidRequest(f"`input` has no field that names a request; {SHAPES}.", param="input")
     try:
@@ -115,19 +117,24 @@ def parse(job: dict[str, Any], request_id: str, max_body_bytes: int) -> JobReque
 
 
 def num_prompts(job: dict[str, Any]) -> int:
-    """Returns how many prompts the list in `job` has, whatever its shape; 1 without a list.
+    """Returns the number of answers that `job` will generate: prompts times answers per prompt.
 
-    A prompt with several answers counts as several.
+    Accepts any job, even an invalid one; a job without a list has one prompt. Example: three
+    `prompts` with `n` = 2 give 6.
     """
-    given = job.get("input")
-    if not isinstance(given, dict):
+    job_input = job.get("input")
+    if not isinstance(job_input, dict):
         return 1
-    inner = (given.get(name) for name in ("openai_input", "data", "body"))
-    bodies: list[dict[str, Any]] = [each for each in (given, *inner) if isinstance(each, dict)]
+    inner = (job_input.get(name) for name in ("openai_input", "data", "body"))
+    bodies: list[dict[str, Any]] = [
+        value for value in (job_input, *inner) if isinstance(value, dict)
+    ]
     lists = [body.get(name) for body in bodies for name in ("prompts", "items", "prompt")]
     # A list of integers is one prompt as token ids.
     lengths = [
-        len(each) for each in lists if isinstance(each, list) and each and type(each[0]) is not int
+        len(value)
+        for value in lists
+        if isinstance(value, list) and value and type(value[0]) is not int
     ]
     counts = [body.get(name) for body in bodies for name in ("n", "best_of")]
     answers = [count for count in counts if type(count) is int and count > 1]
@@ -139,64 +146,67 @@ def _headers(headers: Any) -> dict[str, str]:
     HTTP."""
     if headers is None:
         return {}
-    if not isinstance(headers, dict) or not all(isinstance(it, str) for it in headers.values()):
+    if not isinstance(headers, dict) or not all(
+        isinstance(value, str) for value in headers.values()
+    ):
         raise InvalidRequest("`headers` must be an object of strings.", param="headers")
     return {name.lower(): value for name, value in headers.items()}
 
 
-def _gateway(given: dict[str, Any]) -> tuple[str, str, Any]:
+def _gateway(job_input: dict[str, Any]) -> tuple[str, str, Any]:
     """Returns method, path and body of the first form."""
-    # Other keys are ignored: which ones the gateway adds is not documented.
-    path = _path(given.get("openai_route", "/v1/chat/completions"), "openai_route")
-    body = given.get("openai_input") or None
+    # Other keys are ignored, because RunPod does not document the keys that the gateway adds.
+    path = _path(job_input.get("openai_route", "/v1/chat/completions"), "openai_route")
+    body = job_input.get("openai_input") or None
     return "GET" if body is None else "POST", path, body
 
 
-def _route(given: dict[str, Any]) -> tuple[str, str, Any]:
+def _route(job_input: dict[str, Any]) -> tuple[str, str, Any]:
     """Returns method, path and body of the second form."""
     for names in (("endpoint", "route"), ("data", "body")):
-        if all(name in given for name in names):
+        if all(name in job_input for name in names):
             raise InvalidRequest(
                 f"`{names[0]}` and `{names[1]}` have the same meaning; send one of them."
             )
-    if unknown := sorted(given.keys() - {"endpoint", "route", "method", "data", "body"}):
+    if unknown := sorted(job_input.keys() - {"endpoint", "route", "method", "data", "body"}):
         raise InvalidRequest(
             f"`{unknown[0]}` is not a field of a job with a route.", param=unknown[0]
         )
-    name = "endpoint" if "endpoint" in given else "route"
-    path = _path(given[name], name)
-    body = given.get("data", given.get("body"))
+    name = "endpoint" if "endpoint" in job_input else "route"
+    path = _path(job_input[name], name)
+    body = job_input.get("data", job_input.get("body"))
     api_route = routes.find(path)
     if not body and api_route is not None and api_route.method == "GET":
         body = None
-        method = given.get("method", "GET")
+        method = job_input.get("method", "GET")
     else:
-        method = given.get("method", "POST")
+        method = job_input.get("method", "POST")
     if not isinstance(method, str):
         raise InvalidRequest("`method` must be a string such as POST.", param="method")
     return method.upper(), path, body
 
 
-def _plain(given: dict[str, Any]) -> dict[str, Any]:
+def _plain(job_input: dict[str, Any]) -> dict[str, Any]:
     """Returns the body of the third form, including the fields of `sampling_params`."""
     for name, (neutral, reason) in REFUSED.items():
-        if given.get(name, neutral) not in (neutral, None):
+        if job_input.get(name, neutral) not in (neutral, None):
             raise InvalidRequest(
                 f"`{name}` can only be {json.dumps(neutral)}: {reason}.", param=name
             )
     for name in UNNEEDED:
-        if name in given:
+        if name in job_input:
             _log_once(f"Jobs contain `{name}`, which has no effect.")
     unused = {"sampling_params", *REFUSED, *UNNEEDED}
-    body = {name: value for name, value in given.items() if name not in unused}
-    sampling = given.get("sampling_params")
+    body = {name: value for name, value in job_input.items() if name not in unused}
+    sampling = job_input.get("sampling_params")
     if sampling is not None:
         if not isinstance(sampling, dict):
             raise InvalidRequest("`sampling_params` must be an object.", param="sampling_params")
-        if twice := sorted(sampling.keys() & body.keys()):
+        if duplicates := sorted(sampling.keys() & body.keys()):
             raise InvalidRequest(
-                f"`{twice[0]}` is given both in `input` and in `sampling_params`; send it once.",
-                param=twice[0],
+                f"`{duplicates[0]}` is given both in `input` and in `sampling_params`; send it "
+                "once.",
+                param=duplicates[0],
             )
         body |= sampling
     return body

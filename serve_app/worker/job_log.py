@@ -7,8 +7,8 @@
 A failure is logged at ERROR. The message of a refused request may quote the user, so its line has
 the name of the field instead.
 
-On RunPod each line is a JSON object with the keys of the SDK's own lines, by which RunPod's console
-shows the lines of one job (`JsonLines`).
+On RunPod each line is a JSON object with the keys of the SDK's own lines (`JsonLines`). RunPod's
+console uses them to show the lines of one job.
 """
 
 import json

@@ -1,10 +1,10 @@
 """Takes jobs and runs each in a task until its result is posted; drains at the end.
 
-take    a poll requests as many jobs as there are free slots; a job uses one slot for each
-        prompt of its list, and starts at once
-stop    a stopped job is cancelled, even if it still waits, and its slots are free
-drain   after SIGTERM or `end`, running jobs finish or are refused in time, and so are those
-        that the open poll still returns
+take    a poll requests as many jobs as there are free slots; a job starts at once and uses one
+        slot for each prompt of its list
+stop    a stopped job is cancelled, even while it waits, and its slots become free
+drain   after SIGTERM or `end`, running jobs finish or are refused in time; jobs that the open poll
+        still returns are treated alike
 """
 
 import asyncio
@@ -89,23 +89,23 @@ class JobLoop:
         self._is_polling = self._has_polled = True
         try:
             url = sdk.take_url(num_jobs)
-            taken, pause_s = await self._poll.get(session, url)
-            self._start(session, taken)
+            payloads, pause_s = await self._poll.get(session, url)
+            self._start(session, payloads)
         finally:
             self._is_polling = False
-        if not taken:
+        if not payloads:
             await self._drain.sleep(pause_s)
 
-    def _start(self, session: "ClientSession", taken: list[Any]) -> None:
-        """Starts a task for each job of `taken` that is to run."""
-        for job in self._jobs.accept(taken):
+    def _start(self, session: "ClientSession", payloads: list[Any]) -> None:
+        """Starts a task for each job of `payloads` that is to run."""
+        for job in self._jobs.accept(payloads):
             self._sdk.started(job.id)
             task = asyncio.create_task(self._run(session, job))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
     async def _stop_jobs(self, session: "ClientSession") -> None:
-        """Stops the jobs that the platform names, and while draining those that are late."""
+        """Stops the jobs that the platform names and, while draining, jobs that are late."""
         polling = asyncio.create_task(self._poll_stops(session))
         try:
             await self._drain.begun.wait()
@@ -152,10 +152,10 @@ class JobLoop:
             elif job.was_stopped_early:
                 error = InternalError("The job was stopped before it began; send it again.")
             else:
-                error = await self._wait_for(job, self._handler.answer(job.given, posts))
+                error = await self._wait_for(job, self._handler.answer(job.payload, posts))
             if error is not None:
                 job.answering()
-                await self._wait_for(job, self._handler.refuse(job.given, posts, error))
+                await self._wait_for(job, self._handler.refuse(job.payload, posts, error))
         finally:
             later = self._jobs.close(job)
             if not self._jobs.is_open(job.id):
@@ -163,8 +163,8 @@ class JobLoop:
             self._start(session, later)
 
     async def _wait_for(self, job: Job, work: Coroutine[Any, Any, None]) -> ServeError | None:
-        """Waits for `work`, which a stop cancels. Returns the error with which the job must be
-        refused, or None."""
+        """Waits for `work`, until the job is stopped or cancelled. Returns the error to refuse the
+        job with, or None."""
         job.task = asyncio.create_task(work)
         await asyncio.wait({job.task})
         if job.task.cancelled():

@@ -132,7 +132,7 @@ def _with_ray(handler: Handler, answer: Callable[[Handler], Coroutine[Any, Any, 
                 logging.getLogger(name).setLevel(logging.CRITICAL)
         finally:
             ray_node.stop()
-    # A thread of Ray's may still wait for a process that is ended, and Python for that thread.
+    # A thread of Ray may still wait for an ended process, and Python's exit would wait for it.
     return ray_thread.ended(code)
 
 

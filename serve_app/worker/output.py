@@ -16,8 +16,8 @@ from serve_app.worker.result import Result, encode
 Chunk = dict[str, Any]
 
 MAX_MERGED_CHARS = MAX_CHUNK_BYTES // 7
-"""The maximum text of a merged chunk. JSON needs at most 6 bytes per character; a seventh is for
-the other fields."""
+"""Maximum characters of a merged chunk. JSON needs at most 6 bytes per character; the remaining
+seventh of the bytes is for the other fields."""
 
 
 class Output:
@@ -85,10 +85,10 @@ def merged_chunks(chunks: Sequence[Chunk]) -> list[Chunk]:
 
 def _joined_text(first: Chunk, second: Chunk) -> str | None:
     """Returns the text of both, or None if they differ in anything else."""
-    one, two = _text_of(first), _text_of(second)
-    if one is None or two is None or _without_text(first) != _without_text(second):
+    first_text, second_text = _text_of(first), _text_of(second)
+    if first_text is None or second_text is None or _without_text(first) != _without_text(second):
         return None
-    return one + two
+    return first_text + second_text
 
 
 def _without_text(chunk: Chunk) -> Chunk:

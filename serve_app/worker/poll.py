@@ -129,9 +129,9 @@ def _stops(value: Any) -> list[Any]:
 
 
 def _parse(text: str) -> Any:
-    """Reads JSON that Python's defaults refuse: one odd job must not cost the others of its batch.
+    """Parses JSON with deep nesting and long integers, which Python's defaults refuse.
 
-    `job.parse` refuses such a job later, on its own.
+    One invalid job must not fail the other jobs of its poll; `job.parse` refuses it later.
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(max(limit, 2 * MAX_DEPTH))

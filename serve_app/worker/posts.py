@@ -26,8 +26,8 @@ MAX_CHUNK_BYTES = 1_000_000
 RESULT_LIMIT_S = 300.0
 """Maximum seconds for which the post of a result is repeated."""
 RESULT_TIMEOUT_S = 10.0
-"""Timeout of a result's first post in seconds, plus 1 s per MB; each further post has twice as
-long."""
+"""Timeout of a result's first post in seconds, plus 1 s per MB. It doubles with each further
+post."""
 MAX_TIMEOUT_S = 120.0
 CHUNK_TIMEOUT_S = 10.0
 CHUNK_PAUSES_S = (0.5, 1.0)
@@ -41,10 +41,10 @@ class Posts(Protocol):
     """Posts the output of one job for its handler."""
 
     request_id: str
-    """The id of the job's request, which chunks, error and log lines have in common."""
+    """The id of the job's request in chunks, errors and log lines."""
     last_chunk: JsonObject
-    """The last response chunk of the job's stream; {} before the first. The handler sets it. An API
-    may number its events, so the event of an error depends on it."""
+    """The last response chunk of the job's stream; {} before the first. The handler sets it. It is
+    needed for an error event, because an API may number its events."""
 
     async def progress(self, update: dict[str, Any]) -> None:
         """Posts a progress update. A lost update has no effect."""
@@ -149,7 +149,7 @@ class JobPosts:
         import aiohttp
 
         headers = {
-            # What the SDK sends for JSON; and this job's id, where the SDK may send another's.
+            # The SDK's headers for JSON. Its X-Request-ID may be that of another job.
             "Content-Type": "application/x-www-form-urlencoded",
             "charset": "utf-8",
             "X-Request-ID": self.job.id,

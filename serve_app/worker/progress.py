@@ -1,7 +1,7 @@
 """Posts progress updates while a job waits.
 
-An update goes to the URL of the job's result, which a late update would overwrite. So each one is
-awaited, and none is under way when the wait is over.
+An update is posted to the URL of the job's result, so a late update would overwrite the result.
+Therefore each update is awaited, and none is in progress when the wait ends.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ async def while_waiting(
     """
     task = asyncio.ensure_future(wait)
     try:
-        await asyncio.sleep(0)  # no update for what fails or succeeds at once
+        await asyncio.sleep(0)  # a `wait` that ends at once needs no update
         while not task.done():
             try:
                 # Not `wait_for`, which in Python 3.11 may lose a cancellation.

@@ -25,7 +25,7 @@ MAX_RUN_BYTES = 10_000_000
 MAX_SYNC_BYTES = 20_000_000
 """RunPod's limits of a result, for jobs sent to `/run` and to `/runsync`."""
 SYNC_PREFIX = "sync-"
-"""Prefix of the ids of jobs sent to `/runsync`. Nothing else in a job distinguishes them."""
+"""Prefix of the ids of jobs sent to `/runsync`, the only difference from other jobs."""
 FOLDER = "results"
 
 PLAIN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -57,8 +57,8 @@ class Result:
     error: str | None = None
     """An error body as one JSON string: RunPod's clients show any other type as a Python repr."""
     is_list: bool = False
-    """Whether the output is a list of chunks, which is posted as the SDK posts that of a
-    generator."""
+    """Whether the output is a list of chunks. It is posted as the SDK posts a generator's
+    output."""
 
     @classmethod
     def of_error(cls, body: ErrorBody, *, is_list: bool = False) -> Self:
@@ -67,8 +67,8 @@ class Result:
         Its output repeats `status`, `retry` and `message`: RunPod's Python client shows a job's
         output and never its error.
         """
-        shown = {name: body["error"][name] for name in ("status", "retry", "message")}
-        return cls(encode(shown), json.dumps(body), is_list)
+        fields = {name: body["error"][name] for name in ("status", "retry", "message")}
+        return cls(encode(fields), json.dumps(body), is_list)
 
     def body(self) -> bytes:
         """Returns the body of the post to the platform."""

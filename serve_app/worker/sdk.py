@@ -97,8 +97,8 @@ class SdkLoop:
         rp_scale.JobScaler = wired
         config = {
             "handler": _never_called,
-            # A constant, because a change stops the polls until the worker is idle; and one more
-            # than ever run, because the SDK sleeps a second when no slot is free.
+            # A constant, because the SDK stops polling after a change until the worker is idle. One
+            # more than can run, because the SDK sleeps a second when no slot is free.
             "concurrency_modifier": lambda _: self._max_jobs + 1,
         }
         runpod.serverless.start(config)

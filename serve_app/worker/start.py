@@ -63,7 +63,7 @@ def make_handler(
 def num_slots(settings: Settings, replicas: int = 1) -> int:
     """Returns the maximum number of concurrent prompts.
 
-    They are a few more than the engines run, so that no engine waits for a job.
+    The number is a little higher than the engines can run, so that no engine waits for a job.
     """
     engine = settings.engine
     more = engine.max_waiting // 4
@@ -73,8 +73,9 @@ def num_slots(settings: Settings, replicas: int = 1) -> int:
 def run(settings: Settings, config: str, checked: Checked | ModelLoadFailed) -> int:
     """Takes jobs until SIGTERM and answers all of them. Returns the exit code.
 
-    `checked` is a `ModelLoadFailed` if the check of the start raised it. Jobs fail with it, unless
-    the machine is the cause, which ends the worker as unhealthy, or another try may succeed.
+    `checked` is the check's result or its error. If the machine is unfit, the worker ends as
+    unhealthy. If the error is final, every job fails with it; otherwise the first job starts the
+    model.
     """
     if isinstance(checked, ModelLoadFailed):
         plan, lines, failure = None, list[str](), checked
@@ -113,7 +114,9 @@ def load_now(supervisor: StartupSupervisor) -> bool:
     def stop(*_: object) -> None:
         raise SystemExit
 
-    kept = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    old_handlers = {
+        number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)
+    }
     try:
         asyncio.run(_ready(supervisor))
         return True
@@ -121,7 +124,7 @@ def load_now(supervisor: StartupSupervisor) -> bool:
         log.info("Stopped before any job was taken.")
         return False
     finally:
-        for number, handler in kept.items():
+        for number, handler in old_handlers.items():
             signal.signal(number, handler)
 
 

@@ -40,7 +40,7 @@ async def _nothing() -> None: ...
 
 
 def _task(work: Coroutine[Any, Any, T]) -> "asyncio.Task[T]":
-    """Returns a task whose log lines do not have the id of the job that happens to start it."""
+    """Returns a task whose log lines do not have the id of the job that starts it."""
     return asyncio.create_task(work, context=contextvars.Context())
 
 
@@ -108,32 +108,32 @@ class StartupSupervisor:
             self._may_restart = True
 
     async def wait_for_death(self, client: Forward) -> None:
-        """Waits until the model's death is noticed, after a call failed as if the model were dead.
+        """Waits until `watch` reports the model's death, after a call has failed with `EngineDead`.
 
-        Returns after at most `CONFIRM_S` seconds, because only one of several replicas may have
-        died.
+        Returns after at most `CONFIRM_S` seconds: if one of several replicas has died, the model is
+        still alive.
         """
         if client is self.client:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(CONFIRM_S):
                     await self._died.wait()
 
-    async def _run(self, lost: str | None = None) -> Forward:
-        """Starts the model. `lost` is the name of the dead process of the last one, which is
-        stopped first."""
+    async def _run(self, dead_process: str | None = None) -> Forward:
+        """Starts the model. For a restart, `dead_process` names the process of the old model that
+        has died, and the rest of the old model is stopped first."""
         try:
-            if lost is not None:
+            if dead_process is not None:
                 await self._stop()
             self.client = await self._start()
             self.error = None
         except ServeError as error:
             log.error("The model could not be started: %s", error.message)
-            self._fail(error, lost)
+            self._fail(error, dead_process)
             raise
         except Exception as error:
             log.exception("The model could not be started.")
             failure = ModelLoadFailed("The model could not be started.", retry=True)
-            self._fail(failure, lost)
+            self._fail(failure, dead_process)
             raise failure from error
         finally:
             self._starting = None
@@ -142,24 +142,24 @@ class StartupSupervisor:
         return self.client
 
     async def _until_death(self) -> None:
-        lost = await self._watch()
+        dead_process = await self._watch()
         self.client = None
         if self._may_restart:
             self._may_restart = False
-            log.error("%s has died; the model is started again.", lost)
-            starting = self._starting = _task(self._run(lost))
+            log.error("%s has died; the model is started again.", dead_process)
+            starting = self._starting = _task(self._run(dead_process))
             # No job may be waiting for it; `error` has the reason of a failure.
             starting.add_done_callback(lambda task: task.cancelled() or task.exception())
             self._died.set()
             return
-        message = f"The worker ends: {lost} has died again before the model answered a job."
+        message = f"The worker ends: {dead_process} has died again before the model answered a job."
         log.error("%s", message)
         self._give_up(EngineDead(message))
         self._died.set()
         await self._stop()
 
-    def _fail(self, error: ServeError, lost: str | None) -> None:
-        if lost is None:
+    def _fail(self, error: ServeError, dead_process: str | None) -> None:
+        if dead_process is None:
             self.error = error
         else:
             self._give_up(error)

@@ -86,7 +86,7 @@ def test_ctrl_c_loses_no_result(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130
-    assert errors.splitlines()[-1] == "Stopped; the same command continues from here."
+    assert errors.splitlines()[-1] == "Stopped; run the same command again to continue."
     assert "Traceback" not in errors
     stopped = results(out)
     assert 0 < len(stopped) < 80

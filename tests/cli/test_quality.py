@@ -130,7 +130,7 @@ def test_a_checkpoint_in_4_bits_has_no_floats_to_compare_with(
     found = json.loads(out.read_text())
     floats, ours, theirs = found["sides"]
     assert (floats["perplexity"], theirs["perplexity"], found["comparisons"]) == (None, None, [])
-    assert "there are no floats" in floats["in_4_bits"]
+    assert "contains 4-bit weights only" in floats["in_4_bits"]
     assert "no experts in 4 bits" in theirs["in_4_bits"]
     printed = capsys.readouterr().out
     assert f"{FLOATS}: {floats['in_4_bits']}." in printed

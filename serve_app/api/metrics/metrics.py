@@ -38,7 +38,7 @@ GAUGES = (
     ("num_requests_running", "num_running", "Requests in the engine's steps."),
     ("num_requests_waiting", "num_waiting", "Requests in the engine's queue."),
     ("kv_blocks_used", "num_used_blocks", "KV blocks that requests hold."),
-    ("kv_blocks", "num_blocks", "KV blocks in all."),
+    ("kv_blocks", "num_blocks", "All KV blocks."),
 )
 COUNTERS = (
     ("prompt_tokens", "num_prompt_tokens", "Tokens of prompts."),
@@ -77,10 +77,10 @@ class Metrics:
         memory: Mapping[str, int] | None = None,
         phases: Sequence["PhaseTime"] = (),
     ) -> None:
-        """`model` is the public name; `stats` returns the engine's numbers, `accounts` the API
-        keys' accounts.
+        """`model` is the public name; `stats` returns the engine's counters, `accounts` the
+        accounts of the API keys.
 
-        `memory` and `phases` are `memory` and `load` of `/health`.
+        `memory` (bytes by part) and `phases` are `memory` and `load` in `/health`.
         """
         from prometheus_client import CollectorRegistry, disable_created_metrics
 
@@ -185,18 +185,18 @@ class Metrics:
 
 
 def status_text(status: str, model: str) -> str:
-    """Returns the metrics of a worker without a loaded model, in Prometheus' text format: its
-    status."""
+    """Returns the only metric of a worker without a loaded model, its status, in Prometheus' text
+    format."""
     return _text([_status(status, model)])
 
 
 def _status(status: str, model: str) -> "Metric":
     from prometheus_client.metrics_core import GaugeMetricFamily
 
-    help = "1 for the status that /health has, 0 for the others."
+    help = "1 for the current status, 0 for the others."
     family = GaugeMetricFamily("mixtral_status", help, labels=["model_name", "status"])
-    for each in STATUSES:
-        family.add_metric([model, each], each == status)
+    for value in STATUSES:
+        family.add_metric([model, value], value == status)
     return family
 
 
@@ -218,7 +218,10 @@ def _code(kind: type[ServeError]) -> str:
 
 
 def _codes(kind: type[ServeError]) -> Iterator[str]:
-    """The codes of all errors. Prometheus sees a counter's first increase only if it began at 0."""
+    """Yields the codes of all errors.
+
+    Prometheus sees the first increase of a counter only if the counter began at 0.
+    """
     yield _code(kind)
-    for each in kind.__subclasses__():
-        yield from _codes(each)
+    for subclass in kind.__subclasses__():
+        yield from _codes(subclass)

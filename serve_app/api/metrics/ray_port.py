@@ -1,10 +1,10 @@
-"""Copies a replica's metrics to Ray, which exports those of all replicas of a node on one port.
+"""Copies a replica's metrics to Ray, which exports the metrics of a node's replicas on one port.
 
 Ray adds `ray_` before each name, and the labels `application`, `deployment` and `replica`. Every
-series is a gauge of Ray's that holds the value which `/metrics` has: counters too, and the buckets,
-sums and counts of histograms. Ray's own histograms would cost microseconds for each token and
-replace observations by the middle of their bucket; its counters outlive a replica, whose gauges
-end with it.
+series becomes a Ray gauge with the value from `/metrics`: also counters, and the buckets, sums and
+counts of histograms. Ray's histograms would cost microseconds per token and replace an observation
+by the middle of its bucket. Ray's counters would remain after the end of the replica; gauges do
+not.
 """
 
 import logging
@@ -34,15 +34,15 @@ class RayMetrics:
     def copy(self) -> None:
         """Sets every gauge to the current value of its series.
 
-        Ray may export at any time. An export between two buckets of a histogram makes a quantile
-        wrong, so the values are collected first, and then set without giving way to other threads.
+        An export by Ray while only some buckets of a histogram are set would make quantiles wrong.
+        So all values are collected first and then set without a switch to another thread.
         """
         values = []
         for family in self._families():
             for sample in family.samples:
                 gauge = self._gauge(sample.name, family.documentation, tuple(sample.labels))
                 values.append((gauge, sample.value, dict(sample.labels)))
-        # Python lets a thread run for 5 ms after it has waited for its turn; this takes 2 ms.
+        # After it has waited, a thread keeps Python's lock for up to 5 ms. The loop takes 2 ms.
         time.sleep(0)
         for gauge, value, labels in values:
             gauge.set(value, tags=labels)

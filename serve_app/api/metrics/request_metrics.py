@@ -33,9 +33,10 @@ class RequestMetrics:
         account: KeyAccount | None = None,
         trace: AnswerTrace | None = None,
     ) -> None:
-        """`account` is charged with the tokens, if it is not None. `trace` gets the measured times.
+        """Create the object when the prompt is submitted to the engine.
 
-        Create the object when the prompt is submitted to the engine.
+        `arrived` is the request's arrival in seconds of `time.monotonic`. The tokens are charged to
+        `account`, and the measured times are recorded in `trace`, if they are not None.
         """
         self._num_tokens = 0
         self._trace = trace

@@ -82,7 +82,7 @@ def _variables_named() -> Iterator[None]:
 def check_plan(settings: Settings, plan: StartPlan) -> list[str]:
     """Returns lines about the files that `plan` reads and the resources that it needs.
 
-    Raises `ModelLoadFailed` if it cannot work.
+    Raises `ModelLoadFailed` if the plan cannot work.
     """
     name, checkpoint = settings.model.name, plan.checkpoint
     notes: list[str] = []

@@ -53,7 +53,7 @@ class ColdStart:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """The same as `around`, for a load in the block, which blocks the thread."""
+        """The same as `around`, for a load in the `with` block that blocks the thread."""
         with self._guard.watch():
             self._announce()
             with self._reading_ahead():

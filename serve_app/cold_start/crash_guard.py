@@ -1,12 +1,12 @@
-"""CrashGuard: refuses a load after three that failed for the same reason, because each try is
+"""CrashGuard: refuses a load after three loads failed for the same reason, because each try is
 billed.
 
-Each loading process keeps one small JSON file on the network volume. It is written before the load,
-changed if the load fails, and removed with all others if it succeeds. A file that still says
-"loading" although its process is gone belongs to a killed load. If the last three loads failed for
-the same reason, the next one is refused, until the settings, the model's files, the program or the
+Each loading process keeps one small JSON file on the network volume. The process writes the file
+before the load, changes it if the load fails, and removes all files if the load succeeds. A file in
+state "loading" whose process is gone belongs to a killed load. If the last three loads failed for
+the same reason, the next load is refused until the settings, the model's files, the program or the
 kind of GPU change, or the folder of records is removed. If the reason may be temporary, such as a
-lost network, a load is tried again after some minutes.
+network failure, a load is tried again after 10 minutes.
 
 Workers that share the volume write separate files, so they need no lock. Without a writable volume
 nothing is recorded.
@@ -59,7 +59,8 @@ class CrashGuard:
 
     @contextlib.contextmanager
     def watch(self) -> Iterator[None]:
-        """Guards the load in the block. Raises `ModelLoadFailed` before it if it is refused."""
+        """Guards the load in the `with` block. Raises `ModelLoadFailed` before the block if the
+        load is refused."""
         try:
             self.begin()
             yield
@@ -152,7 +153,7 @@ def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
     is_local = plan is not None and plan.repository is None
     files = sorted(plan.checkpoint.path.iterdir()) if plan is not None and is_local else []
     token = settings.model.hf_token
-    seen = (
+    inputs = (
         serve_app.__version__,
         settings.model.model_dump(mode="json", exclude={"hf_token"}),
         # Twelve digits of the digest reveal nothing about the token.
@@ -161,12 +162,11 @@ def fingerprint(settings: Settings, plan: StartPlan | None) -> str:
         [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files],
         [(gpu.name, gpu.total_bytes) for gpu in find_gpus()],
     )
-    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:12]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:12]
 
 
 def _refusal(outcomes: list[Record], folder: Path) -> ModelLoadFailed | None:
-    """Returns the error that refuses another try after these `outcomes` (the oldest first), or
-    None."""
+    """Returns the error that refuses another load after `outcomes` (oldest first), or None."""
     last = outcomes[-MAX_FAILURES:]
     # Numbers in a cause vary, such as free bytes.
     causes = {re.sub(r"\d+", "0", record["cause"]) for record in last}

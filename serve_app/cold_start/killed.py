@@ -19,13 +19,13 @@ class MemoryBefore:
         self.num_kills = num_oom_kills()
 
     def killed(self, plan: StartPlan | None, phase: Phase) -> LoaderKilled:
-        """Returns the error for a load that was killed in `phase`. It names sizes if there is a
-        plan."""
+        """Returns the error for a load that was killed in `phase`. With a `plan`, the error names
+        the sizes."""
         is_certain = num_oom_kills() > self.num_kills
-        why = " because memory ran out" if is_certain else ", usually for lack of memory"
+        cause = " because memory ran out" if is_certain else ", usually for lack of memory"
         free = f"{in_gb(self.free_bytes)} of main memory were free"
         return LoaderKilled(
-            f"{KILLED} in phase {phase}{why}: it takes "
+            f"{KILLED} in phase {phase}{cause}: it takes "
             f"{_needed(plan)}, and {free} when it began; use a machine with more memory.",
             retry=not is_certain,
         )

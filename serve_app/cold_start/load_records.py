@@ -1,7 +1,7 @@
 """Stores one small JSON file per process that loads a model, with the load and its outcome.
 
 The files are on a volume that many workers share. Each worker writes its own file and reads the
-others. A file that says "loading" although its process is gone belongs to a killed load.
+others. A file in state "loading" whose process is gone belongs to a killed load.
 """
 
 import contextlib
@@ -18,8 +18,7 @@ Record = dict[str, Any]
 
 MAX_RECORDS = 20
 STALE_S = 90.0
-"""A worker on another machine counts as gone if it has not updated its file for this many
-seconds."""
+"""Seconds without an update of its file after which a worker on another machine counts as gone."""
 CLOCK_S = 1.5
 """Tolerance for the start time of a process, in seconds, because the clock may be adjusted."""
 KILLED = "The process that loads the model was killed"
@@ -44,7 +43,7 @@ def outcomes(folder: Path, own: Path) -> list[Record]:
     files = finished(folder, own)
     remove(files[:-MAX_RECORDS])
     now = own.stat().st_mtime  # the volume's clock may differ from this machine's
-    found = []
+    records = []
     for file in files[-MAX_RECORDS:]:
         record = _read(file)
         if record is None:
@@ -53,8 +52,8 @@ def outcomes(folder: Path, own: Path) -> list[Record]:
             cause = f"{KILLED} while it loaded, usually for lack of memory."
             record |= {"cause": cause, "may_pass": False}
         with contextlib.suppress(FileNotFoundError):
-            found.append({**record, "age_s": now - file.stat().st_mtime})
-    return found
+            records.append({**record, "age_s": now - file.stat().st_mtime})
+    return records
 
 
 def finished(folder: Path, own: Path) -> list[Path]:
@@ -86,8 +85,8 @@ def _read(file: Path) -> Record | None:
     """Returns the record; None if the file is gone or invalid."""
     try:
         record = json.loads(file.read_text(encoding="utf-8"))
-        known = {"state", "host", "pid", "process_started"}
-        if isinstance(record, dict) and record.keys() >= known:
+        required = {"state", "host", "pid", "process_started"}
+        if isinstance(record, dict) and record.keys() >= required:
             return record
     except (OSError, ValueError):
         pass

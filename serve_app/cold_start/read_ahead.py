@@ -22,7 +22,7 @@ CHECK_BYTES = 64 << 20
 MAX_SHARE = 0.5
 """Maximum share of the free memory that is filled; the rest is left for the load."""
 MIN_FREE_BYTES = 2_000_000_000
-"""Reading stops if less memory is free, in bytes."""
+"""Free memory in bytes below which reading stops."""
 
 
 @contextlib.contextmanager
@@ -41,24 +41,25 @@ def while_starting(files: Sequence[Path], load_log: str | None) -> Iterator[None
 
 
 def read(files: Sequence[Path], load_log: str | None, stop: threading.Event) -> int:
-    """Reads `files` until one of the conditions above ends it. Returns the number of bytes read."""
-    budget, done, checked = int(free_bytes() * MAX_SHARE), 0, 0
+    """Reads `files` until `stop` is set, the loader reads, or memory is short. Returns the number
+    of bytes read."""
+    budget, num_bytes, checked_bytes = int(free_bytes() * MAX_SHARE), 0, 0
     buffer = bytearray(BUFFER_BYTES)
     try:
         for file in files:
             with file.open("rb", buffering=0) as stream:
                 while count := stream.readinto(buffer):
-                    done += count
+                    num_bytes += count
                     if stop.is_set():
-                        return done
-                    if done - checked >= CHECK_BYTES:
-                        checked = done
-                        is_short = done > budget or free_bytes() < MIN_FREE_BYTES
+                        return num_bytes
+                    if num_bytes - checked_bytes >= CHECK_BYTES:
+                        checked_bytes = num_bytes
+                        is_short = num_bytes > budget or free_bytes() < MIN_FREE_BYTES
                         if is_short or _loader_reads(load_log):
-                            return done
+                            return num_bytes
     except OSError as error:
         log.debug("Reading ahead stopped: %s", error.strerror)
-    return done
+    return num_bytes
 
 
 def _loader_reads(load_log: str | None) -> bool:

@@ -7,8 +7,8 @@ A setting has one such name by rule:
   `START` or `VOLUME` occurs in containers for other purposes, so it sets nothing.
 
 The rule does not apply to `NOT_BY_RULE`. `EXTRA_NAMES` are names that do not follow the rule.
-`VALUES` maps values. The functions have the environment as an argument; only `settings.py` reads
-it.
+`VALUES` maps values. The functions take the environment as an argument; only `settings.py` reads
+the real one.
 """
 
 from collections.abc import Mapping
@@ -34,8 +34,8 @@ NOT_BY_RULE = {
     "runpod.init_timeout_s": "the platform reads RUNPOD_INIT_TIMEOUT alone",
     "runpod.start": "RunPod owns the names that begin with RUNPOD_",
 }
-"""Settings whose name by rule is used for another purpose, with that purpose. Only their
-`MIXTRAL_*` name sets them."""
+"""Settings whose name by rule has another purpose, and that purpose. Only the `MIXTRAL_*` name sets
+them."""
 
 VALUES: dict[str, dict[str, str | None]] = {
     "QUANTIZATION": {"bitsandbytes": "nf4"},
@@ -66,12 +66,12 @@ def _name_by_rule(section: str, field: str) -> str:
 def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """Returns the values of familiar variables as sections of settings. An empty value counts as
     unset."""
-    found: dict[str, dict[str, str]] = {}
+    sections: dict[str, dict[str, str]] = {}
     for name, path in familiar_names().items():
         if value := _value(environment, name):
             section, field = path.split(".")
-            found.setdefault(section, {})[field] = value
-    return found
+            sections.setdefault(section, {})[field] = value
+    return sections
 
 
 def familiar_source(environment: Mapping[str, str], path: str) -> str | None:
@@ -81,8 +81,8 @@ def familiar_source(environment: Mapping[str, str], path: str) -> str | None:
 
 
 def _value(environment: Mapping[str, str], name: str) -> str | None:
-    given = environment.get(name)
-    if not given or name not in VALUES:
-        return given
-    plain = given.strip().lower()
-    return VALUES[name].get(plain, plain)
+    value = environment.get(name)
+    if not value or name not in VALUES:
+        return value
+    normalized = value.strip().lower()
+    return VALUES[name].get(normalized, normalized)

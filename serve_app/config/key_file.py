@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from serve_app.config.serve_config import ConfigError
 
 PREFIX = "sk-mixtral-"
-"""Prefix of every key, by which scanners find keys in logs and repositories."""
+"""Prefix of every key. Scanners use it to find leaked keys in logs and repositories."""
 NUM_BYTES = 32
 FIXED_PREFIX = "API_KEYS-"
 """Prefix of the names of keys that are not in the file (`api.keys`); no key of the file has it."""
@@ -40,7 +40,7 @@ class KeyLimits(BaseModel):
     max_concurrent: int | None = Field(default=None, ge=1)
     """Maximum number of prompts that are running or waiting."""
     min_priority: int = Field(default=0, ge=-1000, le=1000)
-    """The smallest `priority` of its requests; smaller ones are raised to it."""
+    """Minimum `priority` of its requests; a smaller `priority` is raised to it."""
 
 
 class ApiKey(KeyLimits):
@@ -96,7 +96,7 @@ def add_key(path: Path, name: str, limits: KeyLimits) -> str:
     path = path.resolve()  # a link stays one
     with _locked(path):
         keys = read_keys(path) if path.exists() else ()
-        if any(each.name == name for each in keys):
+        if any(entry.name == name for entry in keys):
             raise ConfigError(f"{path}: a key {name!r} exists already; remove it first.")
         try:
             new = ApiKey(
@@ -117,10 +117,10 @@ def remove_key(path: Path, name: str) -> None:
     path = path.resolve()
     with _locked(path):
         keys = read_keys(path)
-        left = tuple(each for each in keys if each.name != name)
-        if len(left) == len(keys):
+        remaining = tuple(key for key in keys if key.name != name)
+        if len(remaining) == len(keys):
             raise ConfigError(f"{path}: there is no key {name!r}.")
-        _write(path, _Contents(keys=left))
+        _write(path, _Contents(keys=remaining))
 
 
 @contextmanager

@@ -3,8 +3,8 @@
     {"time": "2026-11-29T08:15:02.123+00:00", "level": "INFO", "logger": "serve_app.node.phases",
      "message": "Cold start: read 41.2 s", "phase": "read", "seconds": 41.2}
 
-A record's fields are the dict that its `extra` has under `fields`, such as `request_id`. Inside a
-replica, Serve's own fields come with them. docs/observability.md lists all.
+A record's fields, such as `request_id`, are the dict `fields` in its `extra`. A replica's records
+also have Serve's fields. docs/observability.md lists all fields.
 """
 
 import json
@@ -35,7 +35,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
         }
-        # Serve has another id for a request that a client or a handle sent.
+        # Serve's `request_id` may differ from ours, so the record's own fields come last.
         line |= {name: getattr(record, name) for name in SERVES_FIELDS if hasattr(record, name)}
         line |= getattr(record, "fields", {})
         if record.exc_info:
@@ -44,7 +44,7 @@ class JsonFormatter(logging.Formatter):
 
 
 def use_json(handlers: Iterable[logging.Handler]) -> None:
-    """Makes `handlers`, and what they pass their records to, write JSON."""
+    """Makes `handlers`, and the targets of those that are a `MemoryHandler`, write JSON."""
     for handler in handlers:
         target = getattr(handler, "target", None)  # a MemoryHandler passes records on
         (target or handler).setFormatter(JsonFormatter())
@@ -59,7 +59,7 @@ def is_json() -> bool:
 def use_log_format(config: str | Path) -> None:
     """Makes this process log in the format of the file `config` and the environment.
 
-    Has no effect if they contain an error, which the check of the start reports as text.
+    Has no effect if the configuration contains an error; the check of the start reports it as text.
     """
     try:
         settings = Settings.from_yaml(config)

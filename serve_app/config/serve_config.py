@@ -61,14 +61,17 @@ def _unused_keys(document: dict[str, Any], application: dict[str, Any]) -> Itera
 def may_be_several(path: str | Path) -> bool:
     """Returns whether the deployment may have more than one replica."""
     overrides = application(path).get("deployments") or []
-    return any(it.get("num_replicas", 1) != 1 or "autoscaling_config" in it for it in overrides)
+    return any(
+        override.get("num_replicas", 1) != 1 or "autoscaling_config" in override
+        for override in overrides
+    )
 
 
 def num_replicas(path: str | Path) -> int:
-    """Returns the number of replicas in the YAML; 1 if Serve decides it (autoscaling)."""
+    """Returns the number of replicas in the YAML; 1 with autoscaling, where Serve decides."""
     overrides = application(path).get("deployments") or []
-    given = [it["num_replicas"] for it in overrides if "num_replicas" in it]
-    return next((number for number in given if isinstance(number, int)), 1)
+    numbers = [override["num_replicas"] for override in overrides if "num_replicas" in override]
+    return next((number for number in numbers if isinstance(number, int)), 1)
 
 
 def http_options(path: str | Path) -> dict[str, Any]:
@@ -77,8 +80,8 @@ def http_options(path: str | Path) -> dict[str, Any]:
     Raises `ConfigError` if `host` is not a string or `port` is not a port number.
     """
     match _document(path):
-        case {"http_options": dict(given)}:
-            options = {"host": "0.0.0.0", "port": 8000} | given
+        case {"http_options": dict(values)}:
+            options = {"host": "0.0.0.0", "port": 8000} | values
         case _:
             options = {"host": "0.0.0.0", "port": 8000}
     host, port = options["host"], options["port"]

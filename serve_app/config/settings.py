@@ -127,7 +127,7 @@ class EntrySettings(BaseSettings):
     runpod_webhook_get_job: str | None = None
     """Address from which the worker takes jobs. Only the platform sets it."""
     runpod_endpoint_id: str | None = None
-    """The endpoint's id. Only the platform sets it; the log is lines of JSON then."""
+    """The endpoint's id. Only the platform sets it. If it is set, log lines are JSON."""
 
     @classmethod
     def from_environment(cls) -> "EntrySettings":
@@ -205,10 +205,10 @@ def _fields(values: dict[str, Any], section: str) -> dict[str, Any]:
 
 def _refuse_variables() -> None:
     paths = [f"{name}.{field}" for name, model in SECTIONS.items() for field in model.model_fields]
-    known = set(map(sources.variable, ["load_log", *paths]))
+    variables = set(map(sources.variable, ["load_log", *paths]))
     renamed = {sources.variable(old): sources.variable(new) for old, new in RENAMED.items()}
     for name in os.environ:
-        if not name.upper().startswith(PREFIX) or name.upper() in known:
+        if not name.upper().startswith(PREFIX) or name.upper() in variables:
             continue
         if new := renamed.get(name.upper()):
             raise ConfigError(f"the environment sets {name}, which has a new name: {new}.")
@@ -234,7 +234,7 @@ def _first_error(error: ValidationError, where: str | None) -> str:
         return f"{name} is not a setting."
     if first["type"] == "value_error":
         return f"{name}: {first['ctx']['error']}{sources.set_in(os.environ, key)}."
-    # A section as a whole is not shown either: a secret may be in it.
+    # The value of a whole section is hidden too, because it may contain a secret.
     is_hidden = key in SECRETS or key in Settings.model_fields
     is_shown = not is_hidden and isinstance(first["input"], str | int | float)
     got = f", got {first['input']!r:.100}" if is_shown else ""

@@ -26,15 +26,15 @@ def source(environment: Mapping[str, str], path: str) -> str | None:
 def set_in(environment: Mapping[str, str], section: str) -> str:
     """Returns the variables that set fields of `section`, as the end of a sentence; "" for none."""
     fields = SECTIONS[section].model_fields if section in SECTIONS else {}
-    found = [name for field in fields if (name := source(environment, f"{section}.{field}"))]
-    return f"; the environment sets {', '.join(found)}" if found else ""
+    variables = [name for field in fields if (name := source(environment, f"{section}.{field}"))]
+    return f"; the environment sets {', '.join(variables)}" if variables else ""
 
 
 def with_variables(environment: Mapping[str, str], message: str) -> str:
     """Returns `message` with the variable after each `section.field` that a variable sets."""
 
     def named(match: re.Match[str]) -> str:
-        found = source(environment, match[1])
-        return f"{match[0]} (set by {found})" if found else match[0]
+        variable_name = source(environment, match[1])
+        return f"{match[0]} (set by {variable_name})" if variable_name else match[0]
 
     return re.sub(r"`([a-z]+\.[a-z_]+)`", named, message)

@@ -107,6 +107,6 @@ def unused_names(environment: Mapping[str, str]) -> str | None:
     """Returns a line that lists the set variables in `UNUSED_NAMES`; None if there are none."""
     listed = []
     for reason, names in _BY_REASON.items():
-        if given := [name for name in names if environment.get(name)]:
-            listed.append(f"{', '.join(given)} ({reason})")
+        if set_names := [name for name in names if environment.get(name)]:
+            listed.append(f"{', '.join(set_names)} ({reason})")
     return f"These variables are set and change nothing: {'; '.join(listed)}." if listed else None

@@ -52,11 +52,12 @@ def set_threads(num_threads: int | None) -> list[str]:
 
 @contextmanager
 def explained_lack_of_memory(
-    what: str, num_bytes: int, device: "torch.device", remedy: str
+    purpose: str, num_bytes: int, device: "torch.device", remedy: str
 ) -> Iterator[None]:
-    """Raises `ModelLoadFailed` if the block cannot allocate `what`, which needs `num_bytes` bytes.
+    """Raises `ModelLoadFailed` if the `with` block fails for lack of memory.
 
-    `remedy` is the advice at the end of the error.
+    The error says that `num_bytes` bytes are needed for `purpose`, and ends with the advice
+    `remedy`.
     """
     import torch
 
@@ -70,7 +71,7 @@ def explained_lack_of_memory(
             raise
         place = "of the GPU's memory" if device.type == "cuda" else "of main memory"
         raise ModelLoadFailed(
-            f"There is not enough memory for {what}: {num_bytes / 1e9:.2f} GB are needed, but "
+            f"There is not enough memory for {purpose}: {num_bytes / 1e9:.2f} GB are needed, but "
             f"only {free / 1e9:.2f} GB {place} were free; {remedy}."
         ) from error
 

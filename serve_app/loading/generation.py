@@ -1,6 +1,6 @@
 """Generation: the stop tokens and the sampling defaults of a checkpoint.
 
-transformers and vLLM read the same files in the same way, see `read_generation`.
+`read_generation` reads the files that transformers and vLLM read, in the same way.
 """
 
 from collections.abc import Mapping
@@ -56,7 +56,7 @@ def read_generation(
 ) -> Generation:
     """Reads config.json, generation_config.json and the tokenizer's `eos_token`.
 
-    Each token that one of them names ends an answer. With `use` "auto" the sampling defaults of
+    Every end token in one of the three ends an answer. With `use` "auto" the sampling defaults of
     generation_config.json are used; with "vllm" they are ignored, as with vLLM's
     `--generation-config vllm`. Raises `ModelLoadFailed` if generation_config.json has an impossible
     value.
@@ -71,12 +71,14 @@ def read_generation(
 
 
 def _defaults(document: Mapping[str, Any], file: Path) -> dict[str, float]:
-    given = {field: document[key] for key, field in FIELDS.items() if document.get(key) is not None}
+    fields = {
+        field: document[key] for key, field in FIELDS.items() if document.get(key) is not None
+    }
     try:
-        values = Sampling.read(given)
+        values = Sampling.read(fields)
     except InvalidRequest as error:
         raise ModelLoadFailed(
             f"{file}: {error.message.rstrip('.')}; correct the file, or set "
             "`model.generation_config` to vllm."
         ) from None
-    return {field: getattr(values, field) for field in given}
+    return {field: getattr(values, field) for field in fields}

@@ -1,6 +1,6 @@
 """Loads a model phase by phase: device, checkpoint, tokenizer, weights, engine.
 
-`load` is the work of `MixtralServer`'s constructor. It follows a `StartPlan`. It makes a new plan
+The constructor of `MixtralServer` calls `load`, which follows a `StartPlan`. It makes a new plan
 only if files have changed: after a download, and after the 4-bit copy is written.
 """
 
@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 KERNELS_FOLDER = "~/.cache/mixtral-serve"
-"""Folder of the compiled kernels if `model.cache_dir` is not set; building the image fills it."""
+"""Folder of the compiled kernels if `model.cache_dir` is not set. The build of the image fills
+it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,8 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
         if device.type == "cpu":
             notes += set_threads(settings.engine.num_threads)
     plan = _fetch_files(settings, plan, load_log, notes)
-    # Before the weights, so that a broken tokenizer fails at once. A thread for it saves no time:
-    # it would hold the interpreter lock, which reading the weights needs too.
+    # The tokenizer is loaded before the weights, so that an invalid one fails at once. Loading it
+    # in a thread saves no time, because both hold Python's lock.
     with load_log.phase(Phase.TOKENIZER):
         tokenizer = load_tokenizer(settings, plan)
         generation = read_generation(plan.checkpoint, tokenizer, settings.model.generation_config)
@@ -105,9 +106,9 @@ def load(settings: Settings, load_log: LoadLog, plan: StartPlan | None = None) -
 
 
 def _current_plan(settings: Settings, plan: StartPlan | None) -> StartPlan:
-    """Returns `plan`, or a new plan if there is none or if files must be downloaded.
+    """Returns `plan`, or a new plan if `plan` is None or would download files.
 
-    In the second case, an earlier try may have downloaded them since `plan` was made.
+    A new plan finds files that an earlier try has downloaded since `plan` was made.
     """
     if plan is not None and plan.repository is None:
         return plan
@@ -143,8 +144,8 @@ def _write_copy(
 ) -> tuple[StartPlan, str]:
     """Writes the 4-bit copy into folder `copy`. Returns the plan to load it, and a note for users.
 
-    If the copy cannot be written, or if another process is writing it, returns `plan` itself: a
-    missing copy never stops a start.
+    Returns `plan` unchanged if the copy cannot be written or another process is writing it, because
+    a start does not need the copy.
     """
     quantization = None  # 4-bit weights keep their absmax
     if plan.quantization is not None and plan.quantizes:

@@ -56,8 +56,8 @@ class LoadLog:
     def resume(cls, path: str | None) -> "LoadLog":
         """Returns the log in `path` with the phases of the parent process.
 
-        The phase that the parent left open ends now. If none is open, the load in `path` is over
-        and this process replaces that replica: the new log begins empty.
+        Ends the phase that the parent left open. If no phase is open, the log belongs to a finished
+        load of an earlier replica, and the new log begins empty.
         """
         load_log = cls(path)
         events = read_events(path) if path is not None else []
@@ -101,7 +101,7 @@ class LoadLog:
         log_phase(log, event)
 
     def ready(self) -> None:
-        """Ends the load. The event "ready" has the sum of all phases."""
+        """Ends the load with the event "ready", whose seconds are the sum of all phases."""
         self.done(Phase.READY, sum(phase["seconds"] for phase in self.phases))
 
     def progress(self, phase: Phase, done: float, num_bytes: int | None = None) -> None:

@@ -42,8 +42,8 @@ def start_engine(
     max_tokens = memory.max_num_batched_tokens(total_bytes)
     num_blocks, notes = _num_kv_blocks(memory, chosen.block_size)
     num_tokens = num_blocks * chosen.block_size
-    what, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)
-    with explained_lack_of_memory(what, needed, device, "lower `engine.kv_cache_tokens`"):
+    purpose, needed = f"a KV cache of {num_tokens} tokens", memory.kv_bytes(num_tokens)
+    with explained_lack_of_memory(purpose, needed, device, "lower `engine.kv_cache_tokens`"):
         sizes = (num_blocks, chosen.block_size)
         runner = ModelRunner(
             model,

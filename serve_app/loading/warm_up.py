@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 def prompt_sizes(config: "EngineConfig", few_tokens: int = 0) -> list[int]:
     """Returns the lengths of the first prompts, in tokens.
 
-    These are a full step twice, because the first one compiles, then a quarter and a sixteenth of
-    it. Steps of up to `few_tokens` tokens are computed in another way (`Runner.few_prompt_tokens`),
-    so `few_tokens` and a quarter of it follow.
+    They are a full step twice, because the first one compiles, then a quarter and a sixteenth of a
+    full step. Steps of up to `few_tokens` tokens use other kernels (`Runner.few_prompt_tokens`), so
+    `few_tokens` and a quarter of it follow. Example with steps of 512 tokens and `few_tokens` 64:
+    512, 512, 128, 32, 64, 16.
     """
     full = min(config.max_num_batched_tokens, config.max_model_len - 2)
     few = min(few_tokens, full)

@@ -1,8 +1,8 @@
 """Lists the NVIDIA GPUs of this machine and checks their driver, through NVML.
 
 NVML creates no CUDA context, so a process that only forwards requests may call this. GPUs that
-`CUDA_VISIBLE_DEVICES` hides are listed too. The instances of a GPU that is divided (MIG) are listed
-in its place, because CUDA gives a process one of them.
+`CUDA_VISIBLE_DEVICES` hides are listed too. A GPU that is divided (MIG) is listed as its instances,
+because CUDA gives a process one instance.
 """
 
 import contextlib
@@ -26,8 +26,8 @@ class Gpu:
     name: str
     total_bytes: int
     free_bytes: int
-    """Free memory in bytes. It and `total_bytes` are 0 if the driver reports none: the GPU shares
-    the machine's memory, or this process may not ask."""
+    """Free memory in bytes. Both sizes are 0 if the driver reports none, because the GPU shares the
+    machine's memory or this process lacks the permission."""
     driver: str
     """The driver's version, such as "580.65.06"."""
 
@@ -40,8 +40,8 @@ class NoGpus(Exception):
 def query_gpus() -> list[Gpu]:
     """Returns the GPUs, at least one. Raises `NoGpus`.
 
-    A process queries them once, because a driver without a persistence daemon takes seconds to
-    answer. So `free_bytes` is the value of the first call.
+    A process queries NVML once, because a driver without a persistence daemon takes seconds to
+    answer. So `free_bytes` is the value at the first call.
     """
     import pynvml
 
@@ -108,8 +108,8 @@ def torch_cuda_version() -> str | None:
         text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
     except OSError:
         return None
-    found = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else None
+    match = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return match[1] if match else None
 
 
 def driver_problem(gpu: Gpu, cuda: str) -> str | None:

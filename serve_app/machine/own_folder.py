@@ -1,4 +1,4 @@
-"""Creates a folder for this process in /tmp; a later start removes it if this process was killed.
+"""Creates a folder in /tmp for this process. A later start removes the folder of a killed process.
 
 The owner holds a lock on a file in the folder, which the kernel releases when the process ends for
 any reason. A folder of this user with a free lock has no owner. Process ids would not work, because

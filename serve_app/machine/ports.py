@@ -13,8 +13,9 @@ from serve_app.config.serve_config import ConfigError
 LOOPBACK = ("127.", "localhost", "::1")
 """Prefixes of the addresses that only this machine can reach."""
 FREE_PORTS = range(20_000, 30_000)
-"""Ports that nothing else takes before their server listens: Ray's workers use ports below them,
-and Linux gives outgoing connections ports from 32,768 on (`net.ipv4.ip_local_port_range`)."""
+"""Ports that no other program should take before their server listens: Ray's workers use lower
+ports, and Linux gives outgoing connections ports from 32,768 on
+(`net.ipv4.ip_local_port_range`)."""
 NUM_TRIES = 100
 """Number of random ports that `free_port` tries."""
 

@@ -17,7 +17,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
 KILL_LIMIT_S = 10.0
-"""Maximum seconds for a killed process to end; it may need some to release a GPU's memory."""
+"""Maximum seconds for a killed process to end. Releasing a GPU's memory may take several."""
 KILL_POLL_S = 0.02
 """Seconds between two checks for remaining processes."""
 
@@ -62,7 +62,9 @@ def started_at(pid: int) -> float | None:
 def descendants(pid: int | None = None) -> list[psutil.Process]:
     """Returns every living process below `pid`, by default below this one."""
     try:
-        return [it for it in psutil.Process(pid).children(recursive=True) if is_alive(it)]
+        return [
+            process for process in psutil.Process(pid).children(recursive=True) if is_alive(process)
+        ]
     except psutil.NoSuchProcess:
         return []
 
@@ -76,16 +78,16 @@ def kill(
     """
     killed: set[psutil.Process] = set()
     deadline = time.monotonic() + limit_s
-    while (left := find()) and time.monotonic() < deadline:
-        _send_kill(left)
-        killed.update(left)
+    while (remaining := find()) and time.monotonic() < deadline:
+        _send_kill(remaining)
+        killed.update(remaining)
         # Also reaps those that this process has adopted.
         psutil.wait_procs(killed, timeout=KILL_POLL_S)
-    return left
+    return remaining
 
 
-def _send_kill(found: Iterable[psutil.Process]) -> None:
-    for process in found:
+def _send_kill(targets: Iterable[psutil.Process]) -> None:
+    for process in targets:
         with contextlib.suppress(psutil.Error):
             process.kill()
 
@@ -115,11 +117,11 @@ def end_forks_with_this() -> None:
 
 
 def block_alarms() -> None:
-    """Keeps SIGALRM from this thread and from those that it starts from now on.
+    """Blocks SIGALRM in this thread and in threads that it starts from now on.
 
-    A signal that comes while Ray starts reaches Ray's C++ handler first, which sets an alarm that
-    aborts the process 3 s later, and then raises the signal again for Python's handler. Call this
-    before any other thread starts, or one of those gets the alarm.
+    If a signal arrives while Ray starts, Ray's C++ handler sets an alarm that aborts the process
+    3 s later, and raises the signal again for Python's handler. Call this function before any other
+    thread starts, because an alarm reaches any thread that does not block it.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
 

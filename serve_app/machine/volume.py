@@ -19,8 +19,8 @@ ROOT = Path("/")
 
 
 def volume_folder(chosen: str | None) -> Path:
-    """Returns `chosen`. If it is None, returns the first mounted folder of `PLACES`, or the first
-    of them."""
+    """Returns `chosen`; if it is None, the first folder of `PLACES` that is mounted, or `PLACES[0]`
+    if none is."""
     if chosen is not None:
         return Path(chosen).expanduser()
     return next((place for place in PLACES if is_mounted(place)), PLACES[0])
@@ -35,7 +35,7 @@ def is_mounted(folder: Path) -> bool:
     folder = Path(os.path.realpath(folder))
     above = (folder, *folder.parents)
     is_file = os.path.exists(folder) and not os.path.isdir(folder)
-    return not is_file and next(each for each in above if each in points) != ROOT
+    return not is_file and next(parent for parent in above if parent in points) != ROOT
 
 
 def write_problem(folder: Path) -> str | None:
@@ -54,7 +54,7 @@ def write_problem(folder: Path) -> str | None:
 def nearest_existing(folder: Path) -> Path:
     """Returns `folder`, or its nearest parent that exists and is visible to this user."""
     above = (folder, *folder.absolute().parents)
-    return next(each for each in above if os.path.exists(each))  # False without permission
+    return next(parent for parent in above if os.path.exists(parent))  # False without permission
 
 
 def volume_problem(folder: Path) -> str | None:

@@ -12,9 +12,9 @@ subject:
     HTTP              http serves the deployment, for `mixtral-serve run` and for `runpod_entry.py`
                       with RUNPOD_SERVERLESS=false; health_listener and health_server answer `/ping`
                       while the model loads
-    HAProxy           haproxy chooses between it and Serve's own proxy; haproxy_program changes its
-                      configuration, with the lines of haproxy_errors, haproxy_refusals (a full
-                      queue), haproxy_sessions (several replicas) and cors
+    HAProxy           haproxy chooses between HAProxy and Serve's own proxy; haproxy_program changes
+                      HAProxy's configuration, with the lines of haproxy_errors, haproxy_refusals (a
+                      full queue), haproxy_sessions (several replicas) and cors
     a start           fitness checks the machine, banner logs its properties; phases follows the
                       load and ready_replicas the number of ready replicas, each with follower;
                       worker_lines writes the log of Ray's processes as JSON

@@ -76,11 +76,11 @@ def volume(folder: Path) -> str:
 def gpu() -> str:
     """Returns the name, memory and driver of each GPU, or the reason why none is found."""
     try:
-        found = query_gpus()
+        gpus = query_gpus()
     except NoGpus as reason:
         return f"none ({reason})"
     return "; ".join(
-        f"{gpu.name}, {gpu.total_bytes // MIB} MiB, driver {gpu.driver}" for gpu in found
+        f"{gpu.name}, {gpu.total_bytes // MIB} MiB, driver {gpu.driver}" for gpu in gpus
     )
 
 

@@ -19,8 +19,8 @@ Forward = Callable[[Call], AsyncGenerator[ReplyItem, None]]
 generator cancels the request. Raises `EngineDead` if the model is gone."""
 
 EXTRA_TIMEOUT_S = 10.0
-"""Seconds after the deployment's request timeout at which a call ends if no replica has ended
-it."""
+"""Seconds between the deployment's request timeout and the end of a call that no replica has
+ended."""
 GONE = "The model's process has ended. Send the request again."
 
 
@@ -43,7 +43,7 @@ class DeploymentClient:
             raise EngineDead(GONE)
         handle = self._handle
         if (session := session_of(call)) is not None:
-            handle = handle.options(session_id=session)  # shares the router of the first
+            handle = handle.options(session_id=session)  # both handles share one router
         response = handle.call.remote(
             call.method, call.path, call.body, call.request_id, call.traceparent
         )
@@ -78,8 +78,7 @@ class DeploymentClient:
 
 
 def from_ray(error: Exception) -> ServeError:
-    """Returns the `ServeError` for a `RayError` or `RayServeException`; it never contains Ray's
-    text."""
+    """Returns the `ServeError` for a `RayError` or `RayServeException`, without Ray's text."""
     from ray.exceptions import RayTaskError, TaskCancelledError
     from ray.serve.exceptions import BackPressureError
 

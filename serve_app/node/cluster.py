@@ -55,7 +55,8 @@ class Cluster:
         plan: StartPlan | None,
         process_s: float | None,
     ) -> None:
-        """`process_s` is the start time of this process in seconds; None means its age at `start`.
+        """`process_s` is the time in seconds that this process took to start, for the load log;
+        None: the age of the process when `start` is called.
 
         Without a `plan` the replica makes one.
         """
@@ -89,7 +90,9 @@ class Cluster:
             except ConfigError as error:
                 raise ModelLoadFailed(str(error)) from None
         title = f"ServeReplica:{APP_NAME}"
-        replicas = [it for it in ray_processes.below() if title in processes.command(it)]
+        replicas = [
+            process for process in ray_processes.below() if title in processes.command(process)
+        ]
         # If there are several replicas, the others answer while Serve replaces one.
         if len(replicas) == 1 and not may_be_several(self._config):
             self._vital["the model's process"] = replicas[0]
@@ -171,12 +174,11 @@ def with_load_log(settings: Settings) -> Settings:
 def deploy(
     settings: Settings, config: str | Path, route_prefix: str | None, plan: StartPlan | None
 ) -> Any:
-    """Deploys the application of `config`, waits until its model is loaded, returns its handle.
+    """Deploys the application of `config` and waits until its model is loaded. Returns its handle.
 
-    Without a `route_prefix` the handle alone takes requests, and it chooses among several replicas
-    by conversation.
-
-    Raises `ModelLoadFailed` with the cause that the replica wrote into the load log.
+    Without a `route_prefix` only the handle accepts requests, and it chooses among several replicas
+    by conversation. Raises `ModelLoadFailed` with the cause that the replica wrote into the load
+    log.
     """
     import ray
     from ray import serve
@@ -213,12 +215,12 @@ def log_unused_keys(config: str | Path) -> None:
         log.warning("Ignored: %s; only `serve run` uses them.", ", ".join(unused))
 
 
-def _overridden(app: Any, given: dict[str, Any], **options: Any) -> Any:
+def _overridden(app: Any, config: dict[str, Any], **options: Any) -> Any:
     """Returns `app` with `options` of the deployment, which the YAML's `deployments:` override."""
     from ray.serve import Application
 
     deployment = app._bound_deployment
-    for override in given.get("deployments") or []:
+    for override in config.get("deployments") or []:
         if override.get("name") != deployment.name:
             raise ConfigError(f"`deployments`: there is no deployment {override.get('name')!r}.")
         options |= {key: value for key, value in override.items() if key != "name"}
@@ -258,7 +260,7 @@ def num_running() -> int:
         return 0
     applications = serve.status().applications
     deployments = applications[APP_NAME].deployments if APP_NAME in applications else {}
-    return sum(each.replica_states.get("RUNNING", 0) for each in deployments.values())
+    return sum(deployment.replica_states.get("RUNNING", 0) for deployment in deployments.values())
 
 
 def require_no_failure(load_log: str) -> None:

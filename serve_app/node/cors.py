@@ -1,7 +1,7 @@
-"""CORS headers of the answers that no replica gives, but HAProxy or the health server.
+"""CORS headers for the answers of HAProxy and the health server.
 
-A page of another origin can read an answer only with these headers. A replica sends them itself
-(`api/cors.py`); `protocol/cors.py` has what both have in common.
+A page of another origin can read an answer only with these headers. Replicas add them to their own
+answers (`api/cors.py`). `protocol/cors.py` has the common parts.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +12,11 @@ ALLOWED = "Access-Control-Allow-Methods"
 
 
 def headers(origins: Sequence[str], request: Mapping[str, str]) -> dict[str, str]:
-    """Returns the headers of the answer to a request with the headers `request`, whose names are in
-    lower case. `origins` are `ApiSettings.allowed_origins`.
+    """Returns the CORS headers for the answer to a request.
 
-    They are empty if the request has no origin or one that is not allowed. They have `ALLOWED` if a
-    browser asks for permission, by a preflight request.
+    `origins` are `ApiSettings.allowed_origins`. `request` has the request's headers, with names in
+    lower case. The result is empty if the request has no allowed origin. For a preflight request it
+    contains `ALLOWED`.
     """
     origin = request.get("origin")
     if origin is None or not {"*", origin} & set(origins):
@@ -36,8 +36,8 @@ def headers(origins: Sequence[str], request: Mapping[str, str]) -> dict[str, str
 
 
 def rules(origins: Sequence[str]) -> list[str]:
-    """Returns the lines for HAProxy that answer preflight requests, and add the headers to each
-    answer without them."""
+    """Returns the lines for HAProxy that answer preflight requests, and add CORS headers to answers
+    without them."""
     if not origins:
         return []
     is_any = "*" in origins
@@ -53,11 +53,11 @@ def rules(origins: Sequence[str]) -> list[str]:
         "Access-Control-Expose-Headers": quoted(", ".join(EXPOSED)),
         "Vary": "Origin",
     }
-    given = "".join(f" hdr {name} {value}" for name, value in permission.items())
+    header_arguments = "".join(f" hdr {name} {value}" for name, value in permission.items())
     return [
         f"    http-request set-var-fmt(txn.origin) {allowed} if {{ req.fhdr(origin) {matched} }}",
         "    acl is_allowed var(txn.origin) -m found",
-        f"    http-request return status 200{given} if METH_OPTIONS is_allowed"
+        f"    http-request return status 200{header_arguments} if METH_OPTIONS is_allowed"
         " { req.fhdr(access-control-request-method) -m found }",
         "    http-after-response set-var(txn.has_cors) bool(true)"
         " if { res.fhdr(access-control-allow-origin) -m found }",

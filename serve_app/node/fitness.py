@@ -1,9 +1,9 @@
 """Checks whether this machine can serve the model, before it accepts jobs or requests.
 
-A check that fails reports the worker as unhealthy and ends it with code 1 (SDK:
-`register_fitness_check`), so that another machine is tried. Problems of the model or its name fail
-the jobs instead. Every check takes milliseconds, imports no torch, and raises `MachineUnfit` with
-one sentence that says what to do.
+If a check fails, the SDK reports the worker as unhealthy and ends it with code 1
+(`register_fitness_check`), so that the platform tries another machine. If the cause is the model or
+its name, the jobs fail instead. Every check takes milliseconds, imports no torch, and raises
+`MachineUnfit` with one sentence that says what to do.
 """
 
 import logging
@@ -32,7 +32,7 @@ SCRATCH_BYTES = 1_000_000_000
 
 
 def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
-    """Returns all checks; `failure` is what `cold_start.check` found wrong, if anything."""
+    """Returns all checks. `failure` is the error of `cold_start.check`, or None."""
     device = choose_device(settings.model)
 
     def gpu_driver() -> None:
@@ -59,9 +59,9 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
     return [gpu_driver, memory, shared_memory, disk, model_folder, found]
 
 
-def first_problem(wanted: list[Check]) -> MachineUnfit | None:
+def first_problem(checks: list[Check]) -> MachineUnfit | None:
     """Returns the error of the first check that fails, or None."""
-    for check in wanted:
+    for check in checks:
         try:
             check()
         except MachineUnfit as problem:
@@ -70,13 +70,13 @@ def first_problem(wanted: list[Check]) -> MachineUnfit | None:
 
 
 def require_room_for_ray() -> None:
-    """Raises `MachineUnfit` if Ray cannot start: the checks that need no configuration."""
+    """Runs the checks that need no configuration. Raises `MachineUnfit` if Ray cannot start."""
     require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
     require_disk(SCRATCH, SCRATCH_BYTES)
 
 
 def require_driver(device: Device) -> None:
-    """Raises `MachineUnfit` if a GPU is needed and its driver is too old, or gives no answer."""
+    """Raises `MachineUnfit` if a GPU is needed but missing, or if its driver is too old."""
     if device == "cpu":
         return
     try:
@@ -127,5 +127,5 @@ def require_folder(settings: Settings) -> None:
     if name.startswith(("/", "./", "../", "~")) and not Path(name).expanduser().is_dir():
         volume = volume_folder(settings.runpod.volume)
         is_lost = Path(name).is_relative_to(volume) and not is_mounted(volume)
-        why = f"the volume {volume} is not mounted" if is_lost else "there is no such folder"
-        raise MachineUnfit(f"{name}: {why}; `model.name` must be the model's folder.")
+        reason = f"the volume {volume} is not mounted" if is_lost else "there is no such folder"
+        raise MachineUnfit(f"{name}: {reason}; `model.name` must be the model's folder.")

@@ -1,4 +1,4 @@
-"""Runs a function in a thread that follows a start while it goes on."""
+"""Runs a function in a thread that observes a start until it ends."""
 
 import contextlib
 import threading

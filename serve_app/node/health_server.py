@@ -4,9 +4,9 @@ RunPod's load balancer reads `/ping`: 204 means starting, 200 ready, and any oth
 for requests. A deployment cannot answer while its constructor loads the model. `/health` returns
 the state as JSON, with status 200 if ready and 503 otherwise. Other requests are refused.
 
-It is a separate process, because Ray's start blocks the parent's interpreter for seconds. Its
-arguments are the numbers of listening sockets. It reads lines of JSON from standard input, which
-are parts of `State`, and ends when standard input ends, so that it does not outlive its parent.
+The server is a separate process, because Ray's start blocks the parent's interpreter for seconds.
+Its arguments are the numbers of listening sockets. It reads fields of `State` as lines of JSON from
+standard input and ends when standard input ends, so that it does not outlive its parent.
 
 A connection may send one small request within `REQUEST_S`; others are closed.
 """
@@ -41,7 +41,8 @@ REQUEST_S = 5.0
 MAX_HEAD_BYTES = 16_384
 
 Health = Callable[[], dict[str, Any]]
-"""A function that returns the body of `/health`, whose "status" decides the answer of `/ping`."""
+"""A function that returns the body of `/health`; its field "status" decides the answer to
+`/ping`."""
 
 
 class HealthServer:
@@ -59,13 +60,13 @@ class HealthServer:
         self._allowed_origins = allowed_origins
         self._clients: set[asyncio.Task[Any]] = set()
 
-    async def serve(self, ended: Awaitable[object]) -> None:
-        """Answers until `ended` returns. Then it stops listening, and ends its last answers."""
+    async def serve(self, end: Awaitable[object]) -> None:
+        """Answers until `end` returns. Then it stops listening, and ends its last answers."""
         servers = [
-            await asyncio.start_server(self._client, sock=each, limit=MAX_HEAD_BYTES)
-            for each in self._sockets
+            await asyncio.start_server(self._client, sock=listener, limit=MAX_HEAD_BYTES)
+            for listener in self._sockets
         ]
-        await ended
+        await end
         for server in servers:
             server.close()
         if self._clients:

@@ -1,9 +1,9 @@
 """Serves the deployment over HTTP until this process is stopped.
 
 Both `mixtral-serve run` and `runpod_entry.py` with RUNPOD_SERVERLESS=false call `run`. After
-SIGTERM or Ctrl-C, running requests are finished and the exit code is 0. It is 1 if the model is
-lost and cannot be loaded again. `/ping` is answered from the start, before Ray starts: on
-PORT_HEALTH, or on the server's own port, which Serve's proxy gets after the model is loaded.
+SIGTERM or Ctrl-C, running requests finish and the exit code is 0; it is 1 if the model dies and
+cannot be loaded again. `/ping` has an answer from the beginning, before Ray starts: on PORT_HEALTH,
+or on the server's own port, which Serve's proxy takes over after the load.
 """
 
 import json
@@ -34,7 +34,7 @@ PING_INTERVAL_S = 1.0
 IDLE_POLL_S = 0.25
 """Seconds between two polls for running requests, while the server drains."""
 REPLICA_TIMEOUT_S = 5.0
-"""Maximum seconds for the replicas to answer such a poll."""
+"""Maximum seconds for the replicas to answer a call while the server drains."""
 PING_TIMEOUT_S = 2.0
 """Maximum seconds for `/ping` to answer. Serve makes requests wait while no replica runs."""
 HAND_OVER_S = 10.0
@@ -58,10 +58,10 @@ class HttpEndpoint:
     def __init__(
         self, http_options: dict[str, Any], port_health: int | None = None, port_name: str = "PORT"
     ) -> None:
-        """Installs handlers of SIGTERM and SIGINT, so call it in the main thread, before anything
+        """Installs handlers of SIGTERM and SIGINT. Call it in the main thread, before anything
         else.
 
-        `port_health` None, or the server's own port, means that `/ping` is on the server's port.
+        If `port_health` is None or the server's own port, `/ping` is on the server's port.
         `http_options` are Ray Serve's, with at least `host` and `port`. Raises `ConfigError`, which
         names `port_name` or PORT_HEALTH, if a port is in use.
         """
@@ -135,8 +135,8 @@ class HttpEndpoint:
         `EngineDead` if Ray itself has died, which Serve cannot repair.
         """
         while not self._is_stopping.wait(PING_INTERVAL_S):
-            if (lost := ray_processes.lost()) is not None:
-                raise EngineDead(f"The server ends: {lost} has died.")
+            if (dead_process := ray_processes.lost()) is not None:
+                raise EngineDead(f"The server ends: {dead_process} has died.")
             is_ready = self._is_ready()
             if self._is_stopping.is_set():
                 break

@@ -1,6 +1,7 @@
-"""Follows the load log that a replica writes: for this process's own log, and for clients.
+"""Reads the load log of a replica, for this process's own log and for clients.
 
-The log gets one short line per finished phase, because RunPod drops lines of a log that grows fast.
+This process logs one short line per finished phase, because RunPod drops lines of a log that grows
+fast.
 """
 
 import contextlib
@@ -48,14 +49,14 @@ def summary(events: Sequence[Event]) -> dict[str, Any]:
     its progress is known, it also has `"done"` from 0 to 1, `"progress"` in percent, and
     `"message"`.
     """
-    shown: dict[str, Any] = {"load": finished(events)}
+    state: dict[str, Any] = {"load": finished(events)}
     match events[-1] if events else None:
         case Started(phase=phase):
-            shown["phase"] = phase.value
+            state["phase"] = phase.value
         case Running(phase=phase, done=done, bytes=size):
             percent = int(100 * done)
             message = f"{phase}: {percent} %"
             if size is not None:
                 message += f", {done * size / 1e9:.2f} of {size / 1e9:.2f} GB"
-            shown |= {"phase": phase.value, "done": done, "progress": percent, "message": message}
-    return shown
+            state |= {"phase": phase.value, "done": done, "progress": percent, "message": message}
+    return state

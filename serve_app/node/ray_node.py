@@ -20,7 +20,7 @@
     serve.shutdown, ray.shutdown at the     kills all processes: Serve's shutdown takes half a
     end                                     minute, and waits for a model that is loading
 
-tests/node/test_cluster.py checks the start and the signals, tests/faults the ends.
+tests/node/test_cluster.py checks the start and the signals, tests/faults checks the ends.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ NOT_STARTED = (
     "loopback interface."
 )
 MARK = "RAY_STARTED_BY"
-"""Environment variable of all of Ray's processes, by which the reaper finds them."""
+"""Environment variable of all of Ray's processes. The reaper finds them by its value."""
 
 
 def start(meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -90,14 +90,16 @@ def _init_again() -> None:
 
 
 def _configure() -> None:
-    """Sets what Ray reads when it starts. Variables that the user has set stay as they are."""
+    """Sets the environment variables that Ray reads when it starts, unless the user has set
+    them."""
     from ray._private import auto_init_hook
 
     auto_init_hook.enable_auto_connect = False
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-    # With Ray's 15, any other process of the machine goes before the replica and HAProxy.
+    # With Ray's niceness of 15, every other process of the machine would have precedence over the
+    # replica and HAProxy.
     os.environ.setdefault("RAY_worker_niceness", "0")
     os.environ.setdefault("SERVE_SOCKET_REUSE_PORT_ENABLED", "1")
     os.environ.setdefault("RAY_enable_worker_prestart", "1")
@@ -124,7 +126,7 @@ def _reaper() -> "subprocess.Popen[bytes]":
 
 
 def start_serve(http_options: dict[str, Any] | None = None) -> None:
-    """Starts Serve's controller, and its proxy where there are `http_options`."""
+    """Starts Serve's controller and, with `http_options`, its proxy."""
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -178,9 +180,9 @@ def signals_kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in kept.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

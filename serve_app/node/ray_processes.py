@@ -47,15 +47,15 @@ VITAL = {GCS: "Ray's GCS", "/raylet ": "Ray's raylet"}
 def below() -> "list[psutil.Process]":
     """Returns all of Ray's processes below this one.
 
-    Workers have a title that begins with `ray::`; one that has not registered with Ray yet has the
-    path of our worker program in its command line, HAProxy that of its configuration, and the
-    others have the folder of Ray there.
+    Workers have a title that begins with `ray::`. The command line of the other processes contains
+    a path: our worker program for a worker that has not registered yet, the configuration for
+    HAProxy, and Ray's folder for the rest.
     """
     import ray
 
     folder = Path(ray.__file__).parent
     programs = f"{folder}{os.sep}", HAPROXY, ray_worker.__file__
-    commands = ((it, processes.command(it)) for it in processes.descendants())
+    commands = ((process, processes.command(process)) for process in processes.descendants())
     return [
         process
         for process, line in commands
@@ -65,8 +65,13 @@ def below() -> "list[psutil.Process]":
 
 def vital() -> "dict[str, psutil.Process]":
     """Returns the living processes that Ray cannot do without, by their names in messages."""
-    commands = [(it, processes.command(it)) for it in below()]
-    return {name: it for words, name in VITAL.items() for it, line in commands if words in line}
+    commands = [(process, processes.command(process)) for process in below()]
+    return {
+        name: process
+        for words, name in VITAL.items()
+        for process, line in commands
+        if words in line
+    }
 
 
 def lost() -> str | None:
@@ -81,11 +86,13 @@ def lost() -> str | None:
 
 def kill() -> None:
     """Kills all of Ray's processes. Logs an error with the names of those that did not end."""
-    if left := processes.kill(below):
-        names = ", ".join(processes.command(process).split(" ")[0] for process in left)
+    if remaining := processes.kill(below):
+        names = ", ".join(processes.command(process).split(" ")[0] for process in remaining)
         log.error("These processes of Ray could not be killed: %s.", names)
 
 
 def kill_all_but_gcs() -> None:
     """Kills all of Ray's processes except the GCS, which `ray.shutdown()` calls."""
-    processes.kill(lambda: [it for it in below() if GCS not in processes.command(it)])
+    processes.kill(
+        lambda: [process for process in below() if GCS not in processes.command(process)]
+    )

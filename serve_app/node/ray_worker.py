@@ -47,7 +47,9 @@ def is_first(session: Path) -> bool:
 
 def session_folder(arguments: list[str]) -> Path:
     """Returns the folder of Ray's session, from the command line of its worker."""
-    flags = dict(it.removeprefix("--").split("=", 1) for it in arguments if "=" in it)
+    flags = dict(
+        argument.removeprefix("--").split("=", 1) for argument in arguments if "=" in argument
+    )
     return Path(flags["temp-dir"]) / flags["session-name"]
 
 

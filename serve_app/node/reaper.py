@@ -30,7 +30,7 @@ def start(mark: str, folder: str) -> "subprocess.Popen[bytes]":
 
 def marked(mark: str, folder: str) -> list[psutil.Process]:
     """Returns the living processes with `mark` or a file in `folder`, except this one."""
-    found = []
+    marked_processes = []
     for process in psutil.process_iter():
         if process.pid != os.getpid():
             try:
@@ -38,8 +38,8 @@ def marked(mark: str, folder: str) -> list[psutil.Process]:
             except OSError:
                 continue  # it has ended, or belongs to another user
             if is_marked and processes.is_alive(process):
-                found.append(process)
-    return found
+                marked_processes.append(process)
+    return marked_processes
 
 
 def _is_marked(process: Path, mark: str, folder: str) -> bool:

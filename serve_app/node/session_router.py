@@ -31,18 +31,25 @@ class Conversations(Generic[Replica]):
         self._replicas: OrderedDict[str, Replica] = OrderedDict()
 
     def ranked(self, session: str | None, loads: dict[Replica, int]) -> list[Replica]:
-        """Returns the replicas in the order in which they should be asked to take a request.
+        """Returns the replicas in the order in which to offer them a request.
 
         `loads` are their unfinished requests, in the order of the hashes for `session`. The first
-        replica of the result becomes the conversation's. A request without a conversation has no
-        `session`.
+        replica of the result becomes the replica of the conversation. `session` is None for a
+        request without a conversation.
+
+        Example: a conversation's replica has 6 requests, the other two have 1 and 2. The mean with
+        the new request is 10 / 3. The limit is 110 % of the mean, rounded down, plus 1: 4. So the
+        conversation counts as new.
         """
         mean = (sum(loads.values()) + 1) / max(1, len(loads))
-        kept = self._replicas.get(session) if session is not None else None
-        if kept is not None and loads.get(kept, math.inf) > mean * KEEP_LOAD // 100 + KEEP_MORE:
-            kept = None
+        current = self._replicas.get(session) if session is not None else None
+        if (
+            current is not None
+            and loads.get(current, math.inf) > mean * KEEP_LOAD // 100 + KEEP_MORE
+        ):
+            current = None
         limit = math.ceil(mean * NEW_LOAD / 100)
-        order = sorted(loads, key=lambda it: (it != kept, loads[it] >= limit))
+        order = sorted(loads, key=lambda replica: (replica != current, loads[replica] >= limit))
         if session is not None and order:
             self._replicas[session] = order[0]
             self._replicas.move_to_end(session)
@@ -79,14 +86,16 @@ def _router_class() -> type[Any]:
             replica that has reported nothing for 10 s counts as empty; Serve queries its load
             before sending a request.
             """
-            # The requests of the choices before are sent meanwhile, and count then.
+            # Lets earlier chosen requests be sent, so that they count.
             await asyncio.sleep(0)
             ranks = await super().choose_replicas(candidate_replicas, pending_request)
             cache = self.replica_queue_len_cache
             by_id = {rank[0].replica_id: rank for rank in ranks}
             loads = {replica: cache.get(replica) or 0 for replica in by_id}
             session = pending_request.metadata.session_id if pending_request is not None else None
-            return [by_id[each] for each in self._conversations.ranked(session or None, loads)]
+            return [
+                by_id[replica] for replica in self._conversations.ranked(session or None, loads)
+            ]
 
     SessionRouter.__qualname__ = SessionRouter.__name__  # pickled by its path
     return SessionRouter

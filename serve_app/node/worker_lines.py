@@ -1,9 +1,9 @@
 """JSON log lines from Ray's processes: `observability.log_format: json`.
 
-Ray prints what its workers write on this process's streams, after a prefix, and so does it with
-messages of the raylet. Here each becomes a record of this process's log, unless it is one already:
-a replica writes JSON itself. Serve's controller and proxies write text on standard error whatever
-their `logging_config` is; it begins with the level.
+Ray prints the output of its workers and the raylet's messages on this process's streams, with a
+prefix. Here each such line becomes a record of this process's log. A replica's lines are JSON
+already and are passed on. Serve's controller and proxies write text on standard error, whatever
+their `logging_config` is; each record begins with its level.
 """
 
 import logging
@@ -16,13 +16,13 @@ from serve_app.config.log_format import use_json
 log = logging.getLogger(__name__)
 
 RAYS_HANDLER = "ray_print_logs"
-"""The name by which Ray registers, and at its end removes, what prints its workers' lines."""
+"""Ray's name of the handler that prints its workers' lines."""
 _SERVES = re.compile(r"(WARNING|ERROR|CRITICAL) \d{4}-\d\d-\d\d ")
 """The beginning of a record of Serve above the level INFO."""
 
 
 def write_as_json() -> None:
-    """Makes Ray's and Serve's loggers here, and what their workers write, lines of JSON."""
+    """Makes the loggers of Ray and Serve in this process, and the output of Ray's workers, JSON."""
     from ray._private import worker
     from ray._private.ray_logging import global_worker_stdstream_dispatcher as dispatcher
 

@@ -1,7 +1,7 @@
 """Chooses the device and the dtype, from the settings alone.
 
-Ray must know whether a replica needs a GPU before any process looks for one, so `auto` does not
-depend on the machine. A machine without the GPU that was chosen is refused, see `machine_fit.py`.
+Ray must know whether a replica needs a GPU before a process can look for one, so `auto` does not
+depend on the machine. `machine_fit.py` refuses a machine without the chosen GPU.
 """
 
 from typing import Literal

@@ -25,7 +25,8 @@ SECOND_COPIES = ["consolidated*"]
 """Files that contain the same weights again; they are not downloaded."""
 
 Progress = Callable[[float, int], None]
-"""Called with the finished share of a download, from 0 to 1, and its total bytes."""
+"""A function `progress(share, num_bytes)`: the finished share of a download, 0 to 1, and its total
+bytes."""
 
 
 def find_checkpoint(
@@ -45,16 +46,14 @@ def find_checkpoint(
     Raises `ModelLoadFailed`, with `retry` if another try may help.
     """
     folder = volume.volume_folder(chosen_volume)
-    if (found := find_local(name, revision, volume=folder)) is not None:
-        return found
+    if (local_folder := find_local(name, revision, volume=folder)) is not None:
+        return local_folder
     return download(look_up(name, revision, token, download_cache(folder)), token)
 
 
 def download_cache(folder: Path) -> Path | None:
-    """Returns the cache on the volume `folder`; None, for the Hugging Face cache, if it cannot be
-    used.
-
-    If a volume is mounted, the reason is logged.
+    """Returns the model cache on the volume `folder`; None if only the Hugging Face cache can be
+    used. Logs the reason if a volume is mounted.
     """
     if not volume.is_mounted(folder):
         return None
@@ -85,9 +84,8 @@ class Repository:
 def look_up(name: str, revision: str | None, token: str | None, cache: Path | None) -> Repository:
     """Asks the hub for repository `name`, and downloads its config.json into `cache`.
 
-    If `cache` has no space for the repository, the Hugging Face cache is used, and a log line says
-    so. Raises the `ModelLoadFailed` of `download`, and another one if the repository lacks a needed
-    file.
+    If `cache` has no space for the repository, logs the reason and uses the Hugging Face cache.
+    Raises `ModelLoadFailed` as `download` does, and if the repository lacks a needed file.
     """
     from huggingface_hub import HfApi, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
@@ -131,15 +129,15 @@ def disk_problem(repository: Repository) -> str | None:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     name, cache = repository.name, repository.cache or Path(HF_HUB_CACHE)
-    half_done = cache / f"models--{name.replace('/', '--')}" / "blobs"
-    begun = sum(file.stat().st_size for file in half_done.glob("*.incomplete"))
+    blobs = cache / f"models--{name.replace('/', '--')}" / "blobs"
+    partial_bytes = sum(file.stat().st_size for file in blobs.glob("*.incomplete"))
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    if repository.missing_bytes - begun <= free:
+    if repository.missing_bytes - partial_bytes <= free:
         return None
     return (
-        f"{name}: the download takes {(repository.missing_bytes - begun) / 1e9:.1f} GB, but only "
-        f"{free / 1e9:.1f} GB are free in {cache}"
+        f"{name}: the download takes {(repository.missing_bytes - partial_bytes) / 1e9:.1f} GB, "
+        f"but only {free / 1e9:.1f} GB are free in {cache}"
     )
 
 
@@ -186,8 +184,8 @@ def _reporting(progress: Progress, total: int) -> type[Any]:
                 with self.get_lock():  # several threads fetch files
                     self.arrived += int(n or 0)
                     progress(min(1.0, self.arrived / max(1, total)), total)
-            shown: bool | None = super().update(n)
-            return shown
+            is_displayed: bool | None = super().update(n)
+            return is_displayed
 
     return Reporting
 
@@ -201,8 +199,8 @@ def _require_servable(name: str, paths: Collection[str], all_paths: Collection[s
     for names in (*NEEDED, (SINGLE, INDEX)):
         if not any(needed in paths for needed in names):
             instead = "name a repository or a folder that has it"
-            if (found := describe_files(all_paths)) is not None:
-                instead = f"it has {found}"
+            if (description := describe_files(all_paths)) is not None:
+                instead = f"it has {description}"
             raise ModelLoadFailed(f"{name}: the repository has no {' or '.join(names)}; {instead}.")
 
 

@@ -1,7 +1,7 @@
 """Compares the memory that a `StartPlan` needs with the memory of this machine.
 
-The process that starts Ray calls this before it does. It queries the GPU through NVML, so only the
-replica creates a CUDA context.
+The process that starts Ray makes this comparison first. It queries the GPU through NVML, so that
+only the replica creates a CUDA context.
 """
 
 from serve_app.config.settings import hides_gpus
@@ -35,8 +35,9 @@ def require_memory(plan: StartPlan) -> list[str]:
             "more for the KV cache. Set `model.device` to cpu to run without one.",
             check="gpu",
         )
-    # A replica may get any of them. `CUDA_VISIBLE_DEVICES` chooses some in CUDA's order, which NVML
-    # does not know: then one with enough memory may be meant, and the load checks the real one.
+    # A replica may get any GPU, so the one with the least memory decides. `CUDA_VISIBLE_DEVICES`
+    # counts GPUs in CUDA's order, which NVML does not know: then the GPU with the most memory
+    # decides, and the load checks the real one.
     choose = max if hides_gpus() else min
     gpu = choose(gpus, key=lambda gpu: gpu.free_bytes)
     if not gpu.total_bytes:

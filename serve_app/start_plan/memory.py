@@ -23,8 +23,8 @@ from serve_app.start_plan.device import Device, Dtype
 CPU_CONTEXTS = 4
 """Number of full contexts in the KV cache on a CPU, if the settings leave its size open."""
 UNPLANNED_BYTES = 512 << 20
-"""GPU memory for what is not computed from the model's sizes, in bytes: CUDA graphs, the workspaces
-of cuBLAS (32 MiB for each stream on an H200), and what torch's allocator holds and cannot use."""
+"""GPU memory in bytes that does not follow from the model's sizes: CUDA graphs, the workspaces of
+cuBLAS (32 MiB per stream on an H200), and fragments in torch's allocator."""
 LARGE_GPU_BYTES = 40 * 10**9
 """A GPU with at least this many bytes can run steps of 8,192 tokens, and hold all experts of a
 layer as floats, beside the weights."""
@@ -76,8 +76,8 @@ class MemoryPlan:
         return num_tokens * self.token_bytes
 
     def max_num_batched_tokens(self, total_bytes: int) -> int:
-        """Returns the maximum number of tokens in one step on a GPU with `total_bytes`. A CPU
-        ignores it."""
+        """Returns the maximum number of tokens in one step on a GPU with `total_bytes`, which a CPU
+        ignores."""
         if self.asked_batched_tokens is not None:
             return self.asked_batched_tokens
         kind = "large GPU" if total_bytes >= LARGE_GPU_BYTES else "GPU"
@@ -87,8 +87,8 @@ class MemoryPlan:
     def reserved_bytes(self, total_bytes: int) -> int:
         """Returns the GPU memory kept for everything but weights and KV cache.
 
-        That is the largest step or the trial of its kernels, logits and what is computed from them,
-        the memory of decode steps, and `UNPLANNED_BYTES`.
+        It is the sum of the largest step or the trial of its kernels, the logits with the tensors
+        computed from them, the decode steps, and `UNPLANNED_BYTES`.
         """
         rows, sizes = self.max_num_seqs, (self.config, self.item_bytes)
         captured = capture_sizes(rows)
@@ -103,8 +103,8 @@ class MemoryPlan:
     def _largest_step_bytes(self, total_bytes: int) -> int:
         """Returns the bytes of a step's intermediate results.
 
-        They are enough for the kernels and for plain torch: the plan is made before the kernels are
-        tried, and plain torch runs where they fail.
+        The bytes suffice for the kernels and for plain torch: the plan is made before the trial of
+        the kernels, and plain torch replaces a kernel that fails.
         """
         num_tokens, sizes = self.max_num_batched_tokens(total_bytes), (self.config, self.item_bytes)
         form = torch_step_bytes(*sizes, self.max_model_len, is_quantized=self.is_quantized)
@@ -115,10 +115,14 @@ class MemoryPlan:
         return max(form.of(num_tokens), kernels, trial_bytes(*sizes, at_once))
 
     def experts_at_once(self, total_bytes: int) -> int:
-        """Returns the number of experts that a step with prompt tokens holds as floats at a time on
-        such a GPU."""
-        every = self.config.num_local_experts
-        return every if total_bytes >= LARGE_GPU_BYTES else min(SMALL_EXPERTS_AT_ONCE, every)
+        """Returns the number of experts that a step with prompt tokens holds as floats at a time,
+        on a GPU with `total_bytes`."""
+        num_experts = self.config.num_local_experts
+        return (
+            num_experts
+            if total_bytes >= LARGE_GPU_BYTES
+            else min(SMALL_EXPERTS_AT_ONCE, num_experts)
+        )
 
     def kv_room_bytes(self, free_bytes: int, total_bytes: int) -> int:
         """Returns the bytes of a GPU that the KV cache may use; negative if there are none.
@@ -175,13 +179,13 @@ def plan_memory(
 
 
 def _max_model_len(engine: EngineSettings, trained: int) -> int:
-    asked = engine.max_model_len
-    if asked is not None and asked > trained:
+    max_model_len = engine.max_model_len
+    if max_model_len is not None and max_model_len > trained:
         raise ModelLoadFailed(
-            f"`engine.max_model_len` is {asked}, but the model was trained for {trained} tokens; "
-            "lower it."
+            f"`engine.max_model_len` is {max_model_len}, but the model was trained for {trained} "
+            "tokens; lower it."
         )
-    return asked or trained
+    return max_model_len or trained
 
 
 def _kv_cache_tokens(

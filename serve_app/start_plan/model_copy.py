@@ -1,9 +1,9 @@
 """The folder of a model's 4-bit copy, which `model.cache_dir` enables.
 
-The folder's name contains everything that the copy depends on, so that a start with other files or
-settings does not find it: for a local folder its path and its files' names, sizes and times; for a
-repository its name and `model.revision`. So if a branch gets new commits, its old copy is still
-used; a `revision` that is a commit avoids this. Old copies are not deleted.
+The folder's name depends on the source of the copy and on the settings, so that a start with other
+files or settings does not find it. The source is, for a local folder, its path and its files'
+names, sizes and times; for a repository, its name and `model.revision`. If a branch gets new
+commits, its old copy is still used, unless `revision` is a commit. Old copies are not deleted.
 """
 
 import hashlib

@@ -104,10 +104,10 @@ def _decide(
     settings: Settings, checkpoint: Checkpoint, repository: Repository | None, copy: Path | None
 ) -> StartPlan:
     model = settings.model
-    wanted = None
+    requested = None
     if model.quantization != "none":
-        wanted = Quantization(model.quantization, model.absmax)
-    quantization = checkpoint.resolve_quantization(wanted, model.quantize_lm_head)
+        requested = Quantization(model.quantization, model.absmax)
+    quantization = checkpoint.resolve_quantization(requested, model.quantize_lm_head)
     device = devices.choose_device(model)
     dtype = devices.choose_dtype(model, device)
     memory = plan_memory(

@@ -1,6 +1,6 @@
 """Admission: checks a new request against the engine's limits and makes its sequence.
 
-A request that is refused here can never run on this engine. It has taken no resources yet.
+A request that is refused here can never run on this engine. No resource is allocated before.
 """
 
 import secrets
@@ -60,10 +60,10 @@ def _too_long(
         )
     field = params.max_tokens_field
     # A client may send a number of any length.
-    asked = str(params.max_tokens)[:64]
+    max_tokens = str(params.max_tokens)[:64]
     return ContextLengthExceeded(
         f"This model's maximum context length is {max_len} tokens. However, your "
-        f"{params.prompt_field} resulted in {num_prompt_tokens} tokens and `{field}` is {asked}; "
-        f"ask for {room} at most.",
+        f"{params.prompt_field} resulted in {num_prompt_tokens} tokens and `{field}` is "
+        f"{max_tokens}; ask for {room} at most.",
         param=field,
     )

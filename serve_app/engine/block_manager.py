@@ -74,12 +74,12 @@ class BlockManager:
 
     def find_cached(self, hashes: list[bytes]) -> list[int]:
         """Returns the blocks of the longest cached prefix of `hashes`, without adding an owner."""
-        found: list[int] = []
+        blocks: list[int] = []
         for block_hash in hashes:
             if (block := self._cached.get(block_hash)) is None:
                 break
-            found.append(block)
-        return found
+            blocks.append(block)
+        return blocks
 
     def num_evictable(self, blocks: list[int]) -> int:
         """Returns how many of `blocks`, which are all cached, have no owner and count as free."""

@@ -9,7 +9,7 @@ from serve_app.engine.scheduled_tokens import ScheduledTokens
 class BlockTables:
     """Builds the padded tensor of a step's block tables.
 
-    Between two steps most tables stay the same or grow by one block. So the last tensor is kept,
+    Between two steps most tables stay the same or grow by one block. So the last tensor is reused,
     and only new blocks are written into it.
     """
 
@@ -26,17 +26,17 @@ class BlockTables:
         tables = [part.sequence.block_table for part in scheduled]
         lengths = [len(table) for table in tables]
         is_same = len(tables) == len(self._tables) and all(
-            table is known for table, known in zip(tables, self._tables, strict=True)
+            table is last for table, last in zip(tables, self._tables, strict=True)
         )
         if not is_same or max(lengths) > self._tensor.shape[1]:
             # A quarter wider than needed, so that it is seldom allocated again.
             width = max(lengths) + max(lengths) // 4 + 1
             self._tensor = torch.zeros(len(tables), width, dtype=torch.int64)
-            known_lengths = [0] * len(tables)
+            num_copied = [0] * len(tables)
         else:
-            known_lengths = self._lengths
-        for row, (table, known) in enumerate(zip(tables, known_lengths, strict=True)):
-            if len(table) > known:
-                self._tensor[row, known : len(table)] = torch.tensor(table[known:])
+            num_copied = self._lengths
+        for row, (table, start) in enumerate(zip(tables, num_copied, strict=True)):
+            if len(table) > start:
+                self._tensor[row, start : len(table)] = torch.tensor(table[start:])
         self._tables, self._lengths = tables, lengths
         return self._tensor[:, : max(lengths)]

@@ -1,4 +1,4 @@
-"""Constraint: the engine's interface to a grammar library, which says which tokens may come next.
+"""Constraint: the engine's interface to a grammar library, which computes the allowed next tokens.
 
 `protocol/grammar.py` implements it.
 """
@@ -26,7 +26,7 @@ class Constraint(Protocol):
         ...
 
     def allows_only(self, token_ids: Collection[int]) -> bool:
-        """Returns whether no token except these may come next. False if the grammar
+        """Returns whether all allowed next tokens are in `token_ids`. False if the grammar
         `has_failed`."""
         ...
 

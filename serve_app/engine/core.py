@@ -6,13 +6,14 @@ delivers them.
 On a CPU a step contains both the decodes and the prefill chunks, and its tokens are delivered
 before the next step begins.
 
-On a device that can overlap steps, the next step is launched before the tokens of the last one are
+On a device that can overlap steps, the next step is launched before the tokens of the last step are
 read (async scheduling): the device computes while the host collects, delivers and schedules. A
-`PENDING` placeholder in a sequence stands for the token that is not known yet. There, decodes and
-prefill chunks alternate as separate steps, because decodes replay a captured graph. Decoded tokens
-are delivered before the next prefill chunks are launched, because that launch may take the host
-longer than the kernels run: with 512 tokens on an H200, 4 layers took 30 ms, of which kernels took
-12 ms. Example, in which A and B are streams and C is a prompt of two chunks:
+`PENDING` placeholder in a sequence stands for a token that the host does not know yet. On such a
+device, decodes and prefill chunks alternate as separate steps, because decodes replay a captured
+graph. Decoded tokens are delivered before the next prefill chunks are launched, because the launch
+may take the host longer than the kernels run: with 512 tokens and 4 layers on an H200 the launch
+took 30 ms and the kernels 12 ms. Example, in which A and B are streams and C is a prompt of two
+chunks:
 
     launch A B | collect A B, deliver, launch C1 | launch A B, collect C1 | collect A B, deliver,
     launch C2 | launch A B C (the token of C is pending), collect C2, deliver | ...
@@ -111,7 +112,7 @@ class EngineCore:
             sequence.num_prompt_tokens for sequence, _ in requests.accepted
         )
         for sequence in requests.aborted:
-            # The last step may have ended it.
+            # The last step may have ended the sequence.
             if sequence in self.live:
                 self.live.drop(sequence)
         return not requests.is_stopping

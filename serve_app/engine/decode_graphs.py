@@ -61,8 +61,8 @@ class DecodeGraphs:
         self._step, self._block_size, self._device = step, block_size, device
         self._sampler, self._is_eager = sampler, is_eager
         self.sizes = capture_sizes(max_num_seqs)
-        # Per row: token id; -1, or the row of the previous step that has sampled the token;
-        # position; slot; context length; number of generated tokens.
+        # Six fields per row: token id; source (the row of the previous step that has sampled the
+        # token, or -1); position; slot; context length; number of generated tokens.
         self._inputs = torch.zeros(6, self.sizes[-1], dtype=torch.int64, device=device)
         self._tables = torch.zeros(self.sizes[-1], max_blocks, dtype=torch.int32, device=device)
         self._tokens = torch.zeros(self.sizes[-1], dtype=torch.int64, device=device)
@@ -73,10 +73,10 @@ class DecodeGraphs:
 
     @classmethod
     def captured(cls, *arguments: Any, is_eager: bool = False) -> "DecodeGraphs":
-        """Returns the captured graphs of all sizes. Raises `StepUnavailable` if a capture fails,
-        and `torch.OutOfMemoryError` if it lacks memory.
+        """Creates an object with the constructor's arguments and captures the graphs of all sizes.
 
-        The arguments are those of the constructor.
+        Raises `StepUnavailable` if a capture fails, and `torch.OutOfMemoryError` if the memory is
+        too small.
         """
         graphs = cls(*arguments, is_eager=is_eager)
         try:
@@ -163,7 +163,7 @@ class DecodeGraphs:
             return
         rows, width = tables.shape
         self._tables[:rows, :width].copy_(tensor_to_device(tables.int(), self._device))
-        self._copied_tables = tables.clone()  # now: a copy that failed is made again
+        self._copied_tables = tables.clone()  # after the copy, so that a failed copy is repeated
 
     def _computation(self, size: int) -> Callable[[], None]:
         def compute() -> None:

@@ -47,8 +47,8 @@ class Delta:
 
     token_ids: list[int]
     logprobs: list[TokenLogprob]
-    """One for each of `token_ids` if the request asked for them, else empty. If the prompt is
-    scored, there is one more for the stop token that ended the answer."""
+    """One entry for each of `token_ids` if the request asked for them, else empty. If the prompt is
+    scored, one more entry for the stop token that ended the answer."""
     finish_reason: FinishReason | None = None
     """Set on the last delta only."""
     error: BaseException | None = None

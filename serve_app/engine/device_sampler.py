@@ -21,7 +21,7 @@ class DeviceSampler:
     def __init__(self, kernel: SampleKernel, vocab_size: int, device: torch.device) -> None:
         max_rows = kernel.max_rows
         self._kernel, self._vocab_size, self._device = kernel, vocab_size, device
-        # Two, because decodes and prefill chunks alternate.
+        # Two objects, because decodes and prefill chunks alternate and each keeps its last batch.
         self._captured = SamplingRows(max_rows, vocab_size, device)
         self._others = SamplingRows(max_rows, vocab_size, device)
 

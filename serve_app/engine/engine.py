@@ -53,13 +53,13 @@ class Engine:
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self.config = config
         self.runner = runner
-        """Other threads than the engine's may use it only after `stop` has returned."""
+        """The runner. Other threads may use it only after `stop` has returned."""
         self._vocab_size = runner.vocab_size
         self._requests = RequestQueue(config.max_num_seqs, config.max_waiting, config.retry_after_s)
         self.require_room = self._requests.require_room
         """Raises the error with which a new request would be refused now. Thread-safe."""
         self.places = self._requests.places
-        """Returns the numbers with which a proxy refuses requests by itself. Thread-safe."""
+        """Returns the numbers that a proxy needs to refuse requests itself. Thread-safe."""
         self._core = EngineCore(runner, config, self._requests)
         self._thread = Thread(target=self._core.run, name="engine", daemon=True)
 
@@ -149,8 +149,8 @@ class Engine:
     ) -> AsyncGenerator[Delta, None]:
         """Yields a request's tokens as deltas; the last delta has the finish reason.
 
-        The first iteration raises `InvalidRequest` or `ContextLengthExceeded` for a request that
-        can never run, and `QueueFull`, `Draining` or `EngineDead` for one that cannot run now.
+        The first iteration raises `InvalidRequest` or `ContextLengthExceeded` if the request can
+        never run, and `QueueFull`, `Draining` or `EngineDead` if it cannot run now.
         Items of an accepted list (`is_list_item`) never raise `QueueFull`. Requests with the same
         `shared_prompt` object have the same prompt, which is computed once.
 

@@ -12,7 +12,8 @@ class EngineConfig:
     max_num_seqs: int
     """Maximum number of sequences in one step."""
     max_waiting: int
-    """Requests accepted beyond `max_num_seqs`; more are refused with `QueueFull`."""
+    """Maximum number of requests beyond `max_num_seqs`. Further ones are refused with
+    `QueueFull`."""
     block_size: int
     """Tokens in one KV block."""
     num_blocks: int

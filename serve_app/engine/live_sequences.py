@@ -5,9 +5,9 @@ A sequence ends in one of four ways:
 - `receive` gets its last token: the answer is complete, or the token is `FAILED`.
 - `fail` ends all sequences of a failed step with its error.
 - `drop` removes a sequence whose consumer is gone, without a delta.
-- `end_all` ends what is left when the engine's loop ends.
+- `end_all` ends the remaining sequences when the engine's loop ends.
 
-Each of them frees the KV blocks and the place in the request queue.
+Each method frees the KV blocks and the place in the request queue.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class LiveSequences:
-    """The sequences in the scheduler. Only the engine's thread uses it, save for `abandon`."""
+    """The sequences in the scheduler. Only the engine's thread calls methods, except `abandon`."""
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class LiveSequences:
 
     def add(self, accepted: list[tuple[Sequence, Stream]]) -> None:
         """Adds new sequences to the scheduler."""
-        # If the scheduler fails, `end_all` ends every one of them.
+        # Added here first: if the scheduler fails, `end_all` ends every accepted sequence.
         self._streams.update(accepted)
         for sequence, _ in accepted:
             self._scheduler.add(sequence)
@@ -117,7 +117,7 @@ class LiveSequences:
         for part in scheduled:
             if part.sequence in self._streams:
                 sequence = part.sequence
-                # The step may have written some of its keys and values, finite or not.
+                # The step may have written some keys and values of the sequence, finite or not.
                 sequence.num_computed_tokens = max(sequence.num_computed_tokens, part.end)
                 # One copy per sequence, because raising an exception writes a traceback into it.
                 own_error = copy.copy(as_serve_error(error))
@@ -177,8 +177,10 @@ class LiveSequences:
 
 
 def _is_complete(sequence: Sequence) -> bool:
-    """Returns whether the grammar allows only the end of the answer, as the regular expression ""
-    does. All logits are -inf then if `min_tokens` forbids the end; a grammar goes before
-    `min_tokens`."""
+    """Returns whether the grammar allows only the end of the answer.
+
+    The sampled token is then `FAILED` if `min_tokens` forbids the end, because all logits are -inf.
+    The grammar has precedence, so the answer ends. Example: the regular expression "".
+    """
     constraint = sequence.constraint
     return constraint is not None and constraint.allows_only(sequence.stop_ids)

@@ -55,14 +55,14 @@ class ModelRunner:
     ) -> None:
         """`dtype` is the type of the KV cache. At most `max_num_seqs` sequences decode in one step.
 
-        Prompts on a GPU hold the 4-bit weights of `experts_at_once` experts as floats at a time.
+        Prefill chunks on a GPU unpack the 4-bit weights of `experts_at_once` experts at a time.
         With `enforce_eager`, decode steps are not captured as CUDA graphs. `max_threads` limits the
         threads of a compiled step on a CPU.
         """
         self.model = model
         self.cache = KVCache.allocate(model.config, num_blocks, block_size, dtype, device)
         self.notes: list[str] = []
-        """How steps are computed, and why; shown in `/health`."""
+        """Sentences for `/health`: how steps are computed, and why."""
         self._block_size = block_size
         self._device = device
         # Two, because decodes and prefill chunks alternate and each keeps its last tables.
@@ -144,7 +144,8 @@ class ModelRunner:
 
     @property
     def can_overlap_steps(self) -> bool:
-        """See `Runner`. On a GPU, `launch` returns before the step is done; on a CPU, after it."""
+        """See `Runner`. `launch` returns before the step is done on a GPU, and after it on a
+        CPU."""
         return self._device.type == "cuda"
 
     @property
@@ -175,7 +176,7 @@ class ModelRunner:
 
     @torch.inference_mode()
     def prefill_logits(self, batch: Batch) -> Tensor:
-        """Returns float32 logits `[sample_rows, vocab]`, computed in the way of prefill chunks."""
+        """Computes `batch` as prefill chunks. Returns float32 logits `[sample_rows, vocab]`."""
         if self._cpu_step is not None:
             return self._cpu_step.logits(batch)
         if self._prompt_step is not None:
@@ -216,7 +217,7 @@ class ModelRunner:
             slots += [table[p // size] * size + p % size for p in range(start, end)]
             if is_sampled:
                 sample_rows.append(len(token_ids) - 1)
-        # One tensor, so that one copy to the device is enough.
+        # Packed into one tensor, so that one copy to the device suffices.
         lists = (token_ids, positions, slots, sample_rows + score_rows)
         packed = to_device(list(chain(*lists)), self._device)
         parts = packed.split_with_sizes([len(values) for values in lists])

@@ -80,7 +80,8 @@ def as_int64(seed: int) -> int:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Applies SplitMix64's finalizer to `x` in place, because allocating costs more than it."""
+    """Applies SplitMix64's finalizer to `x` in place; an allocation would take longer than the
+    arithmetic."""
     x ^= _shift_right(x, 30)
     x *= _MIX_1
     x ^= _shift_right(x, 27)

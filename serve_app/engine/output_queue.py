@@ -17,11 +17,11 @@ from serve_app.engine.delta import Delta
 from serve_app.engine.stream import Stream
 
 DELIVERY_SHARE = 0.125
-"""Share of an event loop's time that deltas between the first and the last may take. With a smaller
-share, text arrives in visible jerks; with a larger one, a busy loop sends fewer tokens a second."""
+"""Maximum share of an event loop's time for deltas between the first and the last. With a smaller
+share, text arrives in visible jerks; with a larger share, a busy loop sends fewer tokens/s."""
 MAX_PAUSE_S = 0.2
-"""Maximum pause after a delivery, in seconds. Without it, a loop that was blocked once for other
-reasons would get its next deltas very late."""
+"""Maximum pause after a delivery, in seconds. Without a maximum, a loop that was blocked once for
+another reason would get its next deltas very late."""
 
 
 class OutputQueue:

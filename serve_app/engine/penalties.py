@@ -81,5 +81,5 @@ class Penalties:
             rows += [row] * len(new)
         if rows:
             where = to_device([*rows, *token_ids], self._generated.device).view(2, -1)
-            one = torch.ones((), device=self._generated.device)
-            self._generated.index_put_((where[0], where[1]), one, accumulate=True)
+            increment = torch.ones((), device=self._generated.device)
+            self._generated.index_put_((where[0], where[1]), increment, accumulate=True)

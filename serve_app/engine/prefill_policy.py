@@ -50,11 +50,11 @@ class PrefillBudget:
 
         Returns the number of tokens that the step computes, which may be 0.
         """
-        taken = min(num_tokens, self._num_tokens)
-        # If not all tokens fit, the budget closes, even if tokens of another prompt would fit:
-        # that prompt would be admitted, and would hold KV blocks.
-        self._num_tokens = self._num_tokens - taken if taken == num_tokens else 0
-        return taken
+        num_taken = min(num_tokens, self._num_tokens)
+        # If not all tokens fit, the budget closes. Otherwise a shorter prompt would be admitted and
+        # would hold KV blocks.
+        self._num_tokens = self._num_tokens - num_taken if num_taken == num_tokens else 0
+        return num_taken
 
 
 class TimedBudget(PrefillBudget):
@@ -77,10 +77,10 @@ class TimedBudget(PrefillBudget):
         """See `PrefillBudget`."""
         fitting = max(self._cost.num_tokens(start, self._seconds), self._min_tokens)
         self._num_tokens = min(self._num_tokens, fitting)
-        taken = super().take(start, num_tokens)
-        self._seconds -= self._cost.chunk_seconds(start, taken)
+        num_taken = super().take(start, num_tokens)
+        self._seconds -= self._cost.chunk_seconds(start, num_taken)
         self._min_tokens = 0
-        return taken
+        return num_taken
 
 
 class Policy(Protocol):
@@ -102,7 +102,7 @@ class Policy(Protocol):
     def finished(self, shape: StepShape, predicted_s: float, seconds: float) -> None:
         """Records the measured device time of a launched step, in seconds.
 
-        `predicted_s` is what `launched` returned for it.
+        `predicted_s` is the result of `launched` for the step.
         """
         ...
 
@@ -124,7 +124,7 @@ class PrefillPolicy:
         # Seconds of decode steps for each second of steps with prompt tokens.
         self._ratio = (1 - prefill_share) / prefill_share
         # The debt of rule 2, in seconds of decode steps.
-        self._owed_s = 0.0
+        self._debt_s = 0.0
         # Whether streams were running when prompt tokens were last scheduled.
         self._has_streams = False
 
@@ -132,9 +132,9 @@ class PrefillPolicy:
         """See `Policy`."""
         self._has_streams = decodes.num_decodes > 0
         if not self._has_streams:
-            self._owed_s = 0.0
+            self._debt_s = 0.0
             return PrefillBudget(max_tokens)
-        if self._owed_s > BURST_S:
+        if self._debt_s > BURST_S:
             return PrefillBudget(0)
         without_tokens = self.cost.seconds(decodes._replace(num_prompt_tokens=1))
         left_s = self._max_stall_s - without_tokens
@@ -153,9 +153,9 @@ class PrefillPolicy:
 
     def _charge(self, shape: StepShape, seconds: float) -> None:
         if not shape.num_prompt_tokens:
-            self._owed_s -= seconds
+            self._debt_s -= seconds
         elif shape.num_decodes or self._has_streams:
-            self._owed_s += seconds * self._ratio
+            self._debt_s += seconds * self._ratio
         # One very slow step must not stop prompts for long.
         largest = BURST_S + self._max_stall_s * max(self._ratio, 1.0)
-        self._owed_s = min(max(self._owed_s, 0.0), largest)
+        self._debt_s = min(max(self._debt_s, 0.0), largest)

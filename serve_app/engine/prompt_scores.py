@@ -53,12 +53,12 @@ class PromptScores:
         """Waits for the copies. Returns the scores with the sequence of each prompt."""
         if self._copied is not None:
             self._copied.synchronize()
-        found = []
+        scores = []
         for sequence, token_ids, tensors in self._scored:
             logprobs, ranks, top_logprobs, top_ids = (tensor.numpy() for tensor in tensors)
             top = best_first(top_ids, top_logprobs)
-            found.append((sequence, PromptLogprobs(token_ids, logprobs, ranks, *top)))
-        return found
+            scores.append((sequence, PromptLogprobs(token_ids, logprobs, ranks, *top)))
+        return scores
 
 
 def best_first(
@@ -75,15 +75,15 @@ def _score(part: ScheduledTokens, logits: Tensor) -> _Scored:
     num_top = min(part.sequence.params.prompt_logprobs or 0, logits.shape[1])
     targets = to_device(token_ids, logits.device)[:, None]
     pieces: list[tuple[Tensor, ...]] = []
-    for rows, wanted in zip(
-        *(torch.split(each, MAX_PIECE) for each in (logits, targets)), strict=True
+    for rows, row_targets in zip(
+        *(torch.split(values, MAX_PIECE) for values in (logits, targets)), strict=True
     ):
-        every = rows.log_softmax(-1)
-        chosen = every.gather(1, wanted)
-        ranks = (every > chosen).sum(-1) + 1
-        top = every.topk(num_top)
-        pieces.append((chosen[:, 0], ranks, top.values, top.indices))
+        row_logprobs = rows.log_softmax(-1)
+        target_logprobs = row_logprobs.gather(1, row_targets)
+        ranks = (row_logprobs > target_logprobs).sum(-1) + 1
+        top = row_logprobs.topk(num_top)
+        pieces.append((target_logprobs[:, 0], ranks, top.values, top.indices))
     logprobs, ranks, top_logprobs, top_ids = (
-        to_host(torch.cat(each)) for each in zip(*pieces, strict=True)
+        to_host(torch.cat(values)) for values in zip(*pieces, strict=True)
     )
     return _Scored(part.sequence, token_ids, (logprobs, ranks, top_logprobs, top_ids))

@@ -9,15 +9,15 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.stream import Stream
 from serve_app.errors import FULL_QUEUE, Draining, EngineDead, QueueFull, ServeError
 
-MAX_TO_FREE = 2
-"""A group may hold at most this many times the number of free places. So one group alone gets two
-thirds of the places, two groups get two fifths each, and places for another group are always free
-(dynamic thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998).
+DYNAMIC_THRESHOLD = 2
+"""A group may hold at most this multiple of the number of free places (dynamic thresholds:
+Choudhury and Hahne, IEEE/ACM Transactions on Networking 6, 1998). So one group alone gets two
+thirds of the places, two groups get two fifths each, and another group always finds free places.
 
 Example with 150 places: a single group may hold 100, because 50 = 100 / 2 are free then."""
-FREE_UNASKED = 32
-"""After the queue was reported full, a proxy may refuse requests without asking again until about
-1/32 of the waiting places have become free."""
+RECHECK_DIVISOR = 32
+"""After a replica has reported a full queue, a proxy may refuse requests itself until about 1/32 of
+the waiting places have become free."""
 
 
 class Requests(NamedTuple):
@@ -39,7 +39,7 @@ class RequestQueue:
     def __init__(self, max_running: int, max_waiting: int, retry_after_s: int) -> None:
         """`retry_after_s` is the minimum `Retry-After`, in seconds."""
         self._max_running = max_running
-        self._num_unasked = max_waiting // FREE_UNASKED
+        self._num_recheck_places = max_waiting // RECHECK_DIVISOR
         self._num_places = self._max_taken = max_running + max_waiting
         self._retry_after_s = retry_after_s
         self._retry_after = RetryAfter(retry_after_s)
@@ -55,7 +55,9 @@ class RequestQueue:
         """Raises `QueueFull`, `Draining` or `EngineDead` if a request would be refused now."""
         with self._changed:
             num_free = self._max_taken - self._num_taken
-            if num_free <= 0 or (group and self._num_taken_by[group] >= MAX_TO_FREE * num_free):
+            if num_free <= 0 or (
+                group and self._num_taken_by[group] >= DYNAMIC_THRESHOLD * num_free
+            ):
                 raise self._refused()
 
     def _take(self, group: str, change: int) -> None:
@@ -66,9 +68,9 @@ class RequestQueue:
                 del self._num_taken_by[group]
 
     def places(self) -> Places:
-        """Returns the numbers with which a proxy refuses requests by itself."""
+        """Returns the numbers that a proxy needs to refuse requests itself."""
         with self._changed:
-            return self._retry_after.places(self._num_places, self._num_unasked)
+            return self._retry_after.places(self._num_places, self._num_recheck_places)
 
     def take_place(self, group: str = "") -> None:
         """Reserves a place for a list of prompts. Raises the errors of `require_room`."""
@@ -123,12 +125,13 @@ class RequestQueue:
             self.has_failed = True
 
     def take(self, *, wait: bool) -> Requests:
-        """Removes and returns everything new. With `wait`, sleeps until there is something new."""
+        """Returns all requests, aborts and the stop signal since the last call. With `wait`, sleeps
+        until there is one."""
         with self._changed:
             while wait and self._requests == ([], [], False):
                 self._changed.wait()
-            taken, self._requests = self._requests, Requests([], [], self._requests.is_stopping)
-            return taken
+            requests, self._requests = self._requests, Requests([], [], self._requests.is_stopping)
+            return requests
 
     def finish_one(self, sequence: Sequence) -> None:
         """Frees the place of an ended sequence."""

@@ -16,15 +16,15 @@ MEMORY_S = 20.0
 
 
 class Places(NamedTuple):
-    """The numbers with which a proxy refuses requests by itself."""
+    """The numbers that a proxy needs to refuse requests itself."""
 
     num_places: int
     """Number of places in the request queue, including those of running sequences."""
     place_s: float
     """Measured mean time between two freed places, in seconds; 0 until it is measured."""
     full_s: float
-    """After the proxy has learnt that the queue is full, it may refuse requests for this many
-    seconds without asking again. Few places become free in that time."""
+    """Seconds for which the proxy may refuse requests itself after a replica has reported a full
+    queue. Few places become free in that time."""
     min_s: int
     """Minimum `Retry-After`, in seconds."""
 
@@ -50,8 +50,8 @@ class RetryAfter:
     def ended(self, *, is_saturated: bool) -> None:
         """Counts the end of a request.
 
-        `is_saturated` says that other requests wait for its place. Only then does the time to the
-        next end measure the engine's capacity.
+        `is_saturated` means that other requests wait for its place. Only then does the time until
+        the next end measure the engine's capacity.
         """
         now = self._clock()
         if self._last_end is not None:
@@ -67,13 +67,13 @@ class RetryAfter:
             return None
         return self._seconds / self._num_ends
 
-    def places(self, num_places: int, num_unasked: int) -> Places:
+    def places(self, num_places: int, num_recheck_places: int) -> Places:
         """Returns the numbers for a proxy in front of a queue of `num_places`.
 
-        The proxy may refuse requests without asking until about `num_unasked` places are free.
+        The proxy may refuse requests itself until about `num_recheck_places` places are free.
         """
         place_s = self._place_s
-        full_s = UNMEASURED_FULL_S if place_s is None else max(num_unasked, 1) * place_s
+        full_s = UNMEASURED_FULL_S if place_s is None else max(num_recheck_places, 1) * place_s
         return Places(num_places, place_s or 0.0, min(full_s, MAX_FULL_S), self._min_s)
 
     def next_s(self) -> int:

@@ -45,8 +45,8 @@ class Runner(Protocol):
 
     @property
     def few_prompt_tokens(self) -> int:
-        """Steps with up to this many prompt tokens are computed in another way than larger ones, so
-        their time is predicted separately. 0 if all steps are computed in the same way."""
+        """Maximum number of prompt tokens of a step that uses the kernels for small steps. The time
+        of these steps is predicted separately. 0 if all steps use the same kernels."""
         ...
 
     def launch(self, scheduled: list[ScheduledTokens]) -> InFlightStep:

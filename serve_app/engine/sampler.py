@@ -38,15 +38,15 @@ class Sampler:
         if metadata.is_greedy:
             return InFlightTokens(sequences, best_tokens(logits) if best is None else best, [])
         # Log probabilities are those of the model, before any change to the logits.
-        asked = metadata.logprobs
-        model_logprobs = [] if asked is None else asked.log_softmax(logits)
+        logprob_rows = metadata.logprobs
+        model_logprobs = [] if logprob_rows is None else logprob_rows.log_softmax(logits)
         metadata.adjust(logits)
         tokens = best_tokens(logits)
         if metadata.random is not None:
             rows = metadata.random.rows
             is_failed = tokens[rows] < 0
             tokens[rows] = metadata.random.sample(logits).masked_fill_(is_failed, FAILED)
-        logprobs = [] if asked is None else asked.gather(model_logprobs, tokens)
+        logprobs = [] if logprob_rows is None else logprob_rows.gather(model_logprobs, tokens)
         return InFlightTokens(sequences, tokens, logprobs)
 
 

@@ -44,11 +44,11 @@ def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -
     try:
         sampler = DeviceSampler(kernel, vocab_size, device)
         expected = Sampler().sample(logits.clone(), _sequences(rows, vocab_size))
-        found = sampler.sample(logits, _sequences(rows, vocab_size))
-        num_different = int((found.tokens != expected.tokens).sum())
+        actual = sampler.sample(logits, _sequences(rows, vocab_size))
+        num_different = int((actual.tokens != expected.tokens).sum())
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # a driver may raise anything; the sampler in torch is used then
+    except Exception as failure:  # a driver may raise any exception; torch then samples
         log.exception("The GPU's sampling kernel failed in its trial; torch samples instead.")
         reason = f"the kernel failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
         raise StepUnavailable(reason) from None
@@ -60,7 +60,7 @@ def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -
 def _sequences(rows: int, vocab_size: int) -> list[Sequence]:
     """Returns new sequences: each sampler stores its own state in them."""
     stops = frozenset({2, 7})
-    prompts = [[each % vocab_size for each in range(row, row + 9)] for row in range(rows)]
+    prompts = [[token_id % vocab_size for token_id in range(row, row + 9)] for row in range(rows)]
     return [
         Sequence(prompt, TRIED[row % len(TRIED)], seed=row, stop_ids=stops)
         for row, prompt in enumerate(prompts)

@@ -1,6 +1,6 @@
 """SamplingMetadata: the sampling parameters of a batch as tensors, one object per operation.
 
-They depend only on the parameters, so they are reused while the batch stays the same.
+The tensors depend only on the parameters, so they are reused while the batch stays the same.
 """
 
 import torch
@@ -93,11 +93,11 @@ class RandomRows:
         if self._filtered is not None:
             scores[self._filtered] = self._filter.apply(scores[self._filtered])
         positions = to_device([s.num_output_tokens for s in self._sequences], logits.device)
-        noisy = noise.gumbel(self._seeds, positions, logits.shape[1]).add_(scores)
-        if not noisy.is_cpu:
-            return noisy.argmax(-1)
+        noisy_scores = noise.gumbel(self._seeds, positions, logits.shape[1]).add_(scores)
+        if not noisy_scores.is_cpu:
+            return noisy_scores.argmax(-1)
         # On a CPU numpy's argmax takes a quarter of the time.
-        return torch.from_numpy(noisy.numpy().argmax(-1))
+        return torch.from_numpy(noisy_scores.numpy().argmax(-1))
 
 
 class LogprobRows:
@@ -105,10 +105,11 @@ class LogprobRows:
 
     def __init__(self, counts: list[int | None], device: torch.device) -> None:
         """`counts` has the number of top tokens of each row, or None if it asked for none."""
-        # One `topk` per number, because the number may decide which of two equal logits it returns.
+        # A group for each k, because `topk` may choose between equal logits differently for
+        # another k.
         self._groups: list[tuple[int, list[int], Tensor]] = []
         for count in sorted({count for count in counts if count is not None}):
-            rows = [row for row, asked in enumerate(counts) if asked == count]
+            rows = [row for row, num_top in enumerate(counts) if num_top == count]
             self._groups.append((count, rows, to_device(rows, device)))
 
     def log_softmax(self, logits: Tensor) -> list[Tensor]:

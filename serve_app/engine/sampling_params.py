@@ -26,7 +26,7 @@ class SamplingParams:
     top_k: int = 0
     """Keep the k most probable tokens; 0 keeps all."""
     min_p: float = 0.0
-    """Drop tokens whose probability is below min_p times that of the most probable one."""
+    """Drop tokens whose probability is below min_p times the highest probability."""
     seed: int | None = None
     """The same seed, prompt and parameters give the same tokens in any batch."""
     presence_penalty: float = 0.0

@@ -13,7 +13,7 @@ from serve_app.engine.sequence import Sequence
 from serve_app.engine.transfer import tensor_to_device
 from serve_app.model.kernels.cuda.sampling import IN_PROMPT, ROW, empty_rows
 
-SAME = {
+COPIED_FIELDS = {
     "top_p": "top_p",
     "presence": "presence_penalty",
     "frequency": "frequency_penalty",
@@ -60,7 +60,7 @@ class SamplingRows:
         params = [sequence.params for sequence in sequences]
         temperatures = np.array([p.temperature for p in params])
         is_random = temperatures >= MIN_TEMPERATURE
-        for column, name in SAME.items():
+        for column, name in COPIED_FIELDS.items():
             rows[column] = [getattr(p, name) for p in params]
         rows["seed"] = [s.seed % (1 << 64) for s in sequences]
         rows["temperature"] = np.where(is_random, temperatures, 0)
@@ -71,9 +71,9 @@ class SamplingRows:
         has_mask = np.array([s.constraint is not None for s in sequences])
         rows["mask"] = np.where(has_mask, has_mask.cumsum() - 1, -1)
         counts = [self._counts(s) if s.has_penalties else None for s in sequences]
-        rows["counts"] = [0 if each is None else each.data_ptr() for each in counts]
+        rows["counts"] = [0 if tensor is None else tensor.data_ptr() for tensor in counts]
         lists = self._fill_lists(rows, sequences)
-        return [lists, *(each for each in counts if each is not None)]
+        return [lists, *(tensor for tensor in counts if tensor is not None)]
 
     def _fill_lists(self, rows: NDArray[Any], sequences: list[Sequence]) -> Tensor:
         lists = [list_of(sequence) for sequence in sequences]

@@ -281,9 +281,9 @@ def _add_prefill_chunk(
     step: list[ScheduledTokens], sequence: Sequence, budget: PrefillBudget
 ) -> None:
     start, total = sequence.num_computed_tokens, len(sequence.token_ids)
-    wanted = total - start
+    num_tokens = total - start
     if sequence.needs_scores:
-        wanted = min(wanted, MAX_SCORED_TOKENS - sum(part.num_scored for part in step))
-    end = start + budget.take(start, wanted) if wanted else start
+        num_tokens = min(num_tokens, MAX_SCORED_TOKENS - sum(part.num_scored for part in step))
+    end = start + budget.take(start, num_tokens) if num_tokens else start
     if end > start:
         step.append(ScheduledTokens(sequence, start, end, is_sampled=end == total))

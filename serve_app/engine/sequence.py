@@ -34,8 +34,8 @@ class Sequence:
     stop_ids: frozenset[int]
     """Ids that end the sequence: the request's and, unless `ignore_eos`, the model's."""
     is_list_item: bool = False
-    """Whether it belongs to a list of prompts. The list as a whole holds one place in the request
-    queue, and its items hold none."""
+    """Whether the sequence belongs to a list of prompts. The whole list holds one place in the
+    request queue, and its items hold none."""
     scheduling_class: SchedulingClass = DEFAULT_CLASS
     shared_prompt: "SharedPrompt | None" = None
     """Set if several sequences have the same prompt, which is computed once."""
@@ -86,13 +86,13 @@ class Sequence:
 
     @property
     def needs_scores(self) -> bool:
-        """Whether some log probabilities of its prompt are not computed yet."""
+        """Whether some requested log probabilities of the prompt are not computed yet."""
         is_asked = self.params.prompt_logprobs is not None
         return is_asked and self.num_scored_tokens < self.num_prompt_tokens - 1
 
     @property
     def needs_last_token(self) -> bool:
-        """Whether the host must read its last token before the next one can be sampled."""
+        """Whether the host must read the last token before the next one can be sampled."""
         return self.has_penalties or self.constraint is not None
 
     @property
@@ -102,7 +102,7 @@ class Sequence:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it has `max_num_tokens` tokens. The last one may be `PENDING`."""
+        """Whether the sequence has `max_num_tokens` tokens. The last one may be `PENDING`."""
         return len(self.token_ids) >= self.max_num_tokens
 
     @property
@@ -111,8 +111,8 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only its last token is not computed, and it is not complete. The last token of a
-        complete sequence is returned but never computed."""
+        """Whether the sequence is not complete and only its last token is not computed. The last
+        token of a complete sequence is returned but never computed."""
         return self.num_computed_tokens == len(self.token_ids) - 1 and not self.is_complete
 
 
@@ -121,9 +121,9 @@ class SharedPrompt:
     """The sequences of one prompt. Only the engine's thread changes it.
 
     The first sequence is the leader, which computes the prompt. The others wait until the leader
-    has its first token, then share its full KV blocks. Example: a request with `n` = 4 and a prompt
-    of 100 tokens computes these once; then each of the other three shares 6 blocks of 16 tokens and
-    computes the last 4 tokens itself.
+    has its first token, then share its full KV blocks. Example: a request has `n` = 4 and a prompt
+    of 100 tokens. The leader computes 100 tokens; then each of the other three shares 6 blocks of
+    16 tokens and computes the last 4 tokens itself.
     """
 
     leader: Sequence | None = None
@@ -160,7 +160,7 @@ class SharedPrompt:
         """
         if sequence is not self.leader:
             return []
-        left = [each for each in self.followers if each in waiting]
-        self.leader = left[0] if left else None
-        self.followers = left[1:]
-        return left[:1]
+        remaining = [follower for follower in self.followers if follower in waiting]
+        self.leader = remaining[0] if remaining else None
+        self.followers = remaining[1:]
+        return remaining[:1]

@@ -13,18 +13,20 @@ that unpacks all 4-bit weights for it, and small on a CPU. `d` is near 0 if a st
 tokens reads all weights anyway, and 1 if decodes and prompts are computed one after the other. It
 is 1 until a step with both is measured; a device that overlaps steps has no such step.
 
-Where a GPU unpacks weights beside the products, the longer of both counts: the time is flat up to
-some thousand prompt tokens and grows then. The line is within a fifth of it.
+If a GPU unpacks weights while it computes the products, the step takes as long as the slower of the
+two: the time is constant up to some thousand prompt tokens and grows from there. The fitted line
+differs from this curve by at most a fifth.
 
 Attention scores are pairs of a prompt token and a token that it attends to. Example: the prefill
 chunk (512, 1024) has 512 * 512 + 512 * 513 / 2 = 393,472 scores.
 
-A GPU may compute steps with up to `few_tokens` prompt tokens in another way, which reads the 4-bit
-weights once per group of tokens and has a small fixed part. These steps have separate coefficients.
+A GPU may use other kernels for steps with up to `few_tokens` prompt tokens, which read the 4-bit
+weights once per group of tokens and have a small fixed part. These steps have separate
+coefficients.
 
-The coefficients are fitted to the newest steps of each size class, so that sizes that became rare
-still count. The fit minimises relative absolute errors, so that single slow steps (a first compile,
-a busy machine) have little effect.
+The coefficients are fitted to the newest steps of each size class, so that rare sizes still count.
+The fit minimizes relative absolute errors, so that single slow steps (a first compile, a busy
+machine) have little effect.
 """
 
 from collections import deque
@@ -46,9 +48,9 @@ was wrong."""
 MIN_FITTED_S = 0.025
 """The steps between two fits take at least this many seconds. A fit takes about 0.3 ms, so fits
 take about 1 % of the time of steps at most. Example: on a machine with noisy step times, most
-predictions of steps of 1 ms are wrong by more than `SURPRISE`; they are fitted every 25 steps, and
-steps of 25 ms or more after each surprise."""
-SURPRISE = 0.2
+predictions of steps of 1 ms are wrong. The coefficients are then fitted every 25 steps; with steps
+of 25 ms or more they are fitted after each wrong prediction."""
+MAX_RELATIVE_ERROR = 0.2
 """A prediction is wrong if its relative error is larger."""
 NUM_ROUNDS = 4
 """Rounds of iteratively reweighted least squares, which approximates least absolute errors."""
@@ -110,26 +112,26 @@ class StepCost:
         """Returns the number of tokens of a prompt, from `start` on, that take `seconds`.
 
         `seconds` excludes the fixed part of the step and its decodes. Example with `few_tokens`
-        500: steps up to 500 tokens take 5 ms + 0.4 ms per token, larger ones 60 ms + 0.1 ms per
-        token. In 100 ms a small step computes 100 / 0.4 = 250 tokens. In 300 ms it would compute
-        750, which is too many for a small step; a large one has 55 ms more of a fixed part and
-        computes (300 - 55) / 0.1 = 2,450.
+        500: a small step, up to 500 tokens, takes 5 ms + 0.4 ms per token; a large step takes
+        60 ms + 0.1 ms per token. In 100 ms a small step computes 100 / 0.4 = 250 tokens. In 300 ms
+        it would compute 750, too many for a small step. The fixed part of a large step is 55 ms
+        longer, so it computes (300 - 55) / 0.1 = 2,450 tokens.
         """
         fitting = _fitting(self._fit_of(1), start, seconds)
         if fitting <= self.few_tokens:
             return fitting
         many = self._fit_of(self.few_tokens + 1)
-        return max(self.few_tokens, _fitting(many, start, seconds - self._more_fixed))
+        return max(self.few_tokens, _fitting(many, start, seconds - self._extra_fixed_s))
 
     def chunk_seconds(self, start: int, num_tokens: int) -> float:
         """Returns the seconds that `num_tokens` prompt tokens from `start` on add to a step."""
         _, token, score, _ = self._fit_of(num_tokens).weights
         added = token * num_tokens + score * _scores(start, num_tokens)
-        return added if num_tokens <= self.few_tokens else added + self._more_fixed
+        return added if num_tokens <= self.few_tokens else added + self._extra_fixed_s
 
     @property
-    def _more_fixed(self) -> float:
-        """Fixed part of a step above `few_tokens` minus that of a step below, in seconds."""
+    def _extra_fixed_s(self) -> float:
+        """Fixed part of a large step minus the fixed part of a small step, in seconds."""
         return self._fit_of(self.few_tokens + 1).weights[0] - self._fit_of(1).weights[0]
 
     def _fit_of(self, num_prompt_tokens: int) -> "_LinearFit":
@@ -171,7 +173,7 @@ class _LinearFit:
         self._num_fitted = 0
         # Seconds of the steps since the last fit. The first fit is due at once.
         self._unfitted_s = MIN_FITTED_S
-        self._is_surprised = False
+        self._is_inaccurate = False
         self._weights: tuple[float, ...] = (0.0,) * num_features
         # All subsets of the features, as masks [subsets, features].
         subsets = np.arange(1 << num_features)[:, None] >> np.arange(num_features)
@@ -188,9 +190,9 @@ class _LinearFit:
 
         Not fitted again before the new steps have taken `MIN_FITTED_S`.
         """
-        is_due = self._is_surprised or self._num_observed - self._num_fitted >= MAX_UNFITTED
+        is_due = self._is_inaccurate or self._num_observed - self._num_fitted >= MAX_UNFITTED
         if is_due and self._unfitted_s >= MIN_FITTED_S:
-            self._num_fitted, self._is_surprised = self._num_observed, False
+            self._num_fitted, self._is_inaccurate = self._num_observed, False
             self._unfitted_s = 0.0
             self._fit()
         return self._weights
@@ -200,15 +202,15 @@ class _LinearFit:
 
     def add(self, features: tuple[float, ...], value: float) -> None:
         size = tuple(int(x).bit_length() for x in features[1:3])
-        kept = self._observed.setdefault(size, deque(maxlen=NUM_STEPS))
-        kept.append((self._num_observed, (*features, max(value, 1e-6))))
+        observations = self._observed.setdefault(size, deque(maxlen=NUM_STEPS))
+        observations.append((self._num_observed, (*features, max(value, 1e-6))))
         self._num_observed += 1
         self._unfitted_s += value
         predicted = sum(w * x for w, x in zip(self._weights, features, strict=True))
-        self._is_surprised |= abs(predicted - value) > SURPRISE * value
+        self._is_inaccurate |= abs(predicted - value) > MAX_RELATIVE_ERROR * value
 
     def _fit(self) -> None:
-        rows = [row for kept in self._observed.values() for row in kept]
+        rows = [row for observations in self._observed.values() for row in observations]
         ages = self._num_observed - np.array([number for number, _ in rows])
         table = np.array([row for _, row in rows])
         x, y = table[:, :-1], table[:, -1]
@@ -223,7 +225,7 @@ class _LinearFit:
         self._weights = tuple((w / scale).tolist())
 
     def _least_squares(self, a: np.ndarray, importance: np.ndarray) -> np.ndarray:
-        """Returns the `w` >= 0 that minimises the weighted squares of `a @ w - 1`.
+        """Returns the `w` >= 0 that minimizes the weighted squares of `a @ w - 1`.
 
         Solves the problem for every subset of the coefficients, with the others 0, and returns the
         best solution without a negative coefficient.

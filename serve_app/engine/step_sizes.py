@@ -1,5 +1,5 @@
-"""Sizes of steps that decide how much memory they take. Imports no torch, so that the memory can be
-planned without it."""
+"""Sizes of steps that determine their memory. The module imports no torch, because the memory plan
+uses it in processes without torch."""
 
 CAPTURE_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 """Batch sizes of decode steps that are captured as CUDA graphs; above 128, every multiple of 64.

@@ -17,7 +17,7 @@ class Stream:
         self._waiter: Future[None] | None = None
 
     async def next(self) -> Delta:
-        """Waits for new tokens or the end, and returns everything new."""
+        """Waits for new tokens or the end of the request. Returns them as one delta."""
         while self._new is None:
             self._waiter = self.loop.create_future()
             try:
@@ -28,7 +28,8 @@ class Stream:
         return delta
 
     def put(self, delta: Delta) -> None:
-        """Adds `delta`, which the stream may change later. Call it only in a callback of `loop`."""
+        """Adds `delta`, which the stream may change later. Only callbacks of `loop` may call
+        this."""
         if self._new is None:
             self._new = delta
         elif self._new.finish_reason is None:

@@ -48,7 +48,7 @@ def mask_on_host(logits: Tensor, rows: list[int], allowed: NDArray[np.int32]) ->
 
 
 def mask_on_device(logits: Tensor, rows: list[int], allowed: NDArray[np.int32]) -> None:
-    """Does the same on a device, to which the packed bits are copied."""
+    """Does the same as `mask_on_host` on a device. Copies the packed bits to it."""
     device = logits.device
     words = tensor_to_device(torch.from_numpy(allowed), device)
     bits = words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=device) & 1

@@ -4,18 +4,19 @@ Prompts are computed in ascending order of rank:
 
     rank = prompt tokens that arrived before this prompt + 2 * tokens of this prompt
 
-So short prompts that arrive later overtake a long one, which keeps its blocks and continues after
-them, until as many tokens have arrived after it as it has itself. Example: a prompt of 30,000
-tokens arrives first and has rank 60,000. The next 100 prompts of 200 tokens each have ranks 30,400
-to 50,200 and overtake it. A prompt of 20,000 tokens after them has rank 90,000 and waits.
+So short prompts that arrive later overtake a long prompt, until as many tokens have arrived after
+the long prompt as it has itself. The long prompt keeps its blocks and continues afterwards.
+Example: a prompt of 30,000 tokens arrives first and has rank 60,000. The next 100 prompts of 200
+tokens each have ranks 30,400 to 50,200 and overtake it. A prompt of 20,000 tokens after them has
+rank 90,000 and waits.
 
 Each group of requests (`SchedulingClass.group`) counts its own tokens, prompt and generated tokens
-together. If a group had no waiting request, the count of its next request begins at the value at
-which the last admitted request began. So it overtakes the waiting requests of a busier group
-(start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Example: group a sends ten prompts
-of 1,000 tokens, with ranks 2,000 to 11,000; the first one is admitted. Group b then sends one: it
-begins at 0, has rank 2,000 and is the next one. Among waiting requests, a smaller
-`SchedulingClass.priority` precedes any rank.
+together. If a group has no waiting request, the count for its next request begins at the value at
+which the last admitted request began. So the request overtakes the waiting requests of a busier
+group (start-time fair queueing: Goyal, Vin and Cheng, SIGCOMM 1996). Example: group a sends ten
+prompts of 1,000 tokens, with ranks 2,000 to 11,000, and the first is admitted. Group b then sends a
+prompt of 1,000 tokens, which begins at 0, has rank 2,000 and is next. Among waiting requests, a
+smaller `SchedulingClass.priority` precedes any rank.
 """
 
 from collections.abc import Iterator
@@ -55,11 +56,11 @@ class WaitingSequences:
         self.queue(sequence)
 
     def hold(self, sequence: Sequence) -> None:
-        """Adds a sequence that is not admitted before it is queued."""
+        """Adds a sequence that cannot be admitted until `queue` is called for it."""
         self._sequences.add(sequence)
 
     def queue(self, sequence: Sequence) -> None:
-        """Queues a held or preempted sequence with the rank that it has."""
+        """Queues a held or preempted sequence with its old rank."""
         self._sequences.add(sequence)
         heap = self._ranks.setdefault(sequence.scheduling_class.group, [])
         heappush(heap, (*rank_of(sequence), sequence))

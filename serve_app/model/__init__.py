@@ -1,4 +1,4 @@
-"""The network: loads Mixtral from a checkpoint and computes logits. It needs only torch.
+"""The network: loads Mixtral from a checkpoint and computes logits.
 
 Read `mixtral.py` first, the forward pass. Then, in the order of calls:
 

@@ -24,12 +24,12 @@ from serve_app.model.batch import Batch
 from serve_app.model.kv import KVCache
 
 SEGMENT = 64
-"""Number of context tokens in one product with values. MKL splits longer sums in ways that depend
-on their length. The segments' sums are added in a fixed order, so padding does not change the
+"""Number of context tokens in one product with values. MKL splits a longer sum depending on its
+length; the sums of the segments are added in a fixed order, so padding does not change the
 result."""
 MIN_GROUP_TOKENS = 2048
-"""If all contexts, padded to the longest, have fewer tokens than this together, they are computed
-as one group, which then costs less than several."""
+"""Contexts that have fewer tokens together, after padding to the longest, are computed as one
+group, which then costs less than several groups."""
 
 
 @dataclass
@@ -58,7 +58,7 @@ class Chunk:
 
 @dataclass
 class AttentionPlan:
-    """Indices and masks of a batch, which `attend` uses in every layer."""
+    """The indices and masks of one batch, for `attend` in every layer."""
 
     decodes: list[Decodes]
     chunks: list[Chunk]
@@ -106,7 +106,7 @@ def _attend_decodes(
     values = values.view(-1, SEGMENT, *values.shape[1:])  # [B * S, SEGMENT, K, D]
     bias = decodes.bias.expand(size, q.shape[2], length)
     heads = []
-    # One head at a time: a product over [B, K] at once would copy all keys to make them adjacent.
+    # One KV head at a time: a product over [B, K] would copy all keys to make them contiguous.
     for head in range(cache.num_kv_heads):
         scores = torch.baddbmm(
             bias, q[:, head], keys[:, :, head].transpose(1, 2), alpha=cache.head_dim**-0.5
@@ -135,9 +135,9 @@ def _attend_chunk(chunk: Chunk, layer: int, queries: Tensor, cache: KVCache, out
 
 
 def _similar(decoding: list[int], context_lens: list[int]) -> list[list[int]]:
-    """Groups sequences so that padding each to the longest of its group at most doubles the work.
+    """Groups sequences so that padding to the longest of a group at most doubles the work.
 
-    For example contexts [3000, 100, 2000] become groups [0, 2] and [1].
+    Returns the indices of each group. Example: contexts [3000, 100, 2000] give [[0, 2], [1]].
     """
     groups: list[list[int]] = []
     longest = 0
@@ -169,7 +169,8 @@ def _decodes(
     ends = torch.tensor(lengths, device=device)[:, None]
     positions = torch.arange(num_blocks * block_size, device=device)
     hidden = positions >= ends
-    # Padding reads the sequence's own first block: 0 times a NaN of another sequence is NaN.
+    # Padding reads the sequence's own first block, because 0 times a NaN of another sequence would
+    # be NaN.
     tables = torch.where(hidden[:, ::block_size], tables[:, :1], tables)
     if window is not None:
         hidden |= positions < ends - window

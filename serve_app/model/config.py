@@ -1,7 +1,7 @@
 """The sizes of a Mixtral, read from the config.json of any Mixtral checkpoint.
 
-Fields have the names of transformers' `MixtralConfig`. Reading refuses what our forward pass does
-not compute.
+Fields have the names of transformers' `MixtralConfig`. `from_dict` refuses variants that our
+forward pass does not compute.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from serve_app.errors import ModelLoadFailed
 
 @dataclass(frozen=True)
 class MixtralConfig:
-    """The sizes and constants of a model; from config.json by `from_dict`."""
+    """The sizes and constants of a model."""
 
     num_hidden_layers: int
     hidden_size: int
@@ -50,15 +50,15 @@ class MixtralConfig:
 
     @property
     def kv_values_per_token(self) -> int:
-        """Number of values that one token needs in the KV cache, in all layers together."""
+        """Number of values of one token in the KV cache: keys and values of all layers."""
         return 2 * self.num_hidden_layers * self.kv_size
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> "MixtralConfig":
         """Reads a parsed `config.json`.
 
-        Raises `ModelLoadFailed`, naming the key, if the architecture is another one, when a value
-        is missing or impossible, or if it asks for arithmetic that we do not implement.
+        Raises a `ModelLoadFailed` that names the key if the model is not a Mixtral, if a value is
+        missing or invalid, or if it requires arithmetic that is not implemented.
         """
         _require_mixtral(document)
         heads = _positive(document, "num_attention_heads")
@@ -148,7 +148,7 @@ def eos_token_ids(document: Mapping[str, Any], file: str, vocab_size: int) -> fr
     """
     value = document.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(_is_token_id(one, vocab_size) for one in ids):
+    if not all(_is_token_id(token_id, vocab_size) for token_id in ids):
         raise ModelLoadFailed(
             f"{file}: `eos_token_id` must be a token id below `vocab_size` ({vocab_size}) or a "
             f"list of them, got {value!r}."

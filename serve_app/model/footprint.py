@@ -16,13 +16,13 @@ from serve_app.model.quantization import (
 FLOAT_BYTES = 4
 """Bytes of a float32, the type of logits and of attention's sums."""
 MAX_SPLITS = 32
-"""Maximum number of splits of a context in attention of decodes; `kernels/cuda/splits.cuh` has it
-too."""
+"""Maximum number of splits of a context in the attention of decodes; equals `MAX_SPLITS` of
+`kernels/cuda/splits.cuh`. See `AttentionMemory`."""
 SAMPLE_BYTES = 64
-"""Bytes that the sampler in torch takes for each logit: noise in float64, logits in their order,
-penalties. The kernel that samples takes 4."""
+"""Bytes per logit in the torch sampler: noise in float64, sorted logits, penalties. The sampling
+kernel needs 4."""
 SCORE_BYTES = 9
-"""Bytes for each logit of the rows whose log softmax is computed at a time."""
+"""Bytes per logit of the rows whose log softmax is computed at a time."""
 
 
 def parameters(config: MixtralConfig) -> dict[str, int]:
@@ -106,13 +106,13 @@ def torch_step_bytes(
 ) -> StepBytes:
     """Returns the bytes of a step's intermediate results in plain torch: the maximum of one layer.
 
-    The fixed part has the keys and values of a whole context, repeated for the query heads, and,
-    for 4-bit weights, one expert as floats. The part per token has six vectors of hidden_size, the
-    inputs and outputs of `num_experts_per_tok` experts, four vectors of intermediate_size (gate,
-    up, silu and their product), and an attention mask over the context, as bools and as floats.
-    Experts in 4 bits are computed one after the other, and one may get every token. Experts in
-    floats are computed together, so each token takes the vectors of intermediate_size once for each
-    of its experts.
+    `base` is the keys and values of a whole context, repeated for the query heads, and, for 4-bit
+    weights, one expert as floats. `token` is six vectors of hidden_size, the inputs and outputs of
+    `num_experts_per_tok` experts, four vectors of intermediate_size (gate, up, silu and their
+    product), and an attention mask over the context, as bools and as floats. Experts with 4-bit
+    weights are computed one after the other, and one expert may get every token. Experts with float
+    weights are computed together, so each token needs the vectors of intermediate_size for each of
+    its experts.
 
     Example: with 8,192 tokens and contexts of 32,768, Mixtral 8x7B takes 0.77 + 2.4 GB with 4-bit
     weights in bfloat16.
@@ -129,9 +129,9 @@ def torch_step_bytes(
 def kernel_step_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) -> StepBytes:
     """Returns the bytes of a prompt step whose 4-bit products run in kernels (`PromptStep`).
 
-    The fixed part is `workspace_bytes`. The part per token has x, its norm, the output of o, the
-    queries, the result of attention, the outputs of `num_experts_per_tok` experts in this layer and
-    in the last one, and a vector of intermediate_size for each of these experts.
+    `base` is `workspace_bytes`. `token` is x, its norm, the output of o, the queries, the result of
+    attention, the outputs of `num_experts_per_tok` experts in this layer and in the last one, and a
+    vector of intermediate_size for each of these experts.
 
     Example: with 8,192 tokens and all experts at once, Mixtral 8x7B takes 2.9 + 1.07 GB. With 2,048
     tokens and two experts at once it takes 0.79 + 0.27 GB.
@@ -143,11 +143,11 @@ def kernel_step_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: i
 
 
 def trial_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) -> int:
-    """Returns the bytes of the load's trial of `PromptStep` with 4-bit weights.
+    """Returns the bytes of the trial of `PromptStep` with 4-bit weights during the load.
 
-    Plain torch computes the same prompts while the workspace is held. It has gate and up of one
-    expert as floats; their codes row by row, and what is looked up at a time, take less than as
-    much again.
+    Plain torch computes the same prompts while the workspace is allocated. It needs gate and up of
+    one expert as floats; their codes row by row and the temporary look-ups need at most as much
+    again.
     """
     expert = 2 * config.intermediate_size * config.hidden_size * item_bytes
     return workspace_bytes(config, item_bytes, experts_at_once) + 2 * expert
@@ -156,9 +156,9 @@ def trial_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) ->
 def decode_bytes(config: MixtralConfig, item_bytes: int, max_rows: int, captured_rows: int) -> int:
     """Returns the bytes that a GPU keeps for decode steps of up to `max_rows` rows.
 
-    Each row has the results of attention's splits, its vectors in the largest graph, and its scores
-    in the sampler. Each of the `captured_rows`, the rows of all graphs together, has its logits,
-    because a graph's output stays in memory.
+    Each row needs the results of attention's splits, its vectors in the largest graph, and its
+    scores in the sampler. `captured_rows` is the total number of rows of all graphs; each needs its
+    logits, because a graph's output stays in memory.
 
     Example: up to 128 rows of Mixtral 8x7B take 0.16 GB.
     """
@@ -174,10 +174,10 @@ def decode_bytes(config: MixtralConfig, item_bytes: int, max_rows: int, captured
 def logits_bytes(
     config: MixtralConfig, item_bytes: int, sampled_rows: int, scored_rows: int, piece_rows: int
 ) -> int:
-    """Returns the bytes of a step's logits, and of what is computed from them.
+    """Returns the bytes of a step's logits, of sampling and of prompt scores.
 
-    `sampled_rows` are those of sampled tokens. `scored_rows` are those of prompt tokens whose log
-    probabilities are asked for; `piece_rows` of them are computed at a time (`PromptScores`).
+    `sampled_rows` is the number of sampled tokens. `scored_rows` is the number of prompt tokens
+    with log probabilities, which are computed for `piece_rows` tokens at a time (`PromptScores`).
 
     Example: 32 sampled and 512 scored rows of Mixtral 8x7B, 128 at a time, take 0.21 GB.
     """
@@ -186,9 +186,9 @@ def logits_bytes(
 
 
 def workspace_bytes(config: MixtralConfig, item_bytes: int, experts_at_once: int) -> int:
-    """Returns the bytes of the weights that a prompt step holds as floats at a time.
+    """Returns the bytes of the unpacked weights that a prompt step holds at a time.
 
-    These are q, k, v and o of one layer, and gate, up and down of `experts_at_once` experts.
+    They are q, k, v and o of one layer, and gate, up and down of `experts_at_once` experts.
     """
     attention = (2 * config.q_size + 2 * config.kv_size) * config.hidden_size
     expert = 3 * config.intermediate_size * config.hidden_size

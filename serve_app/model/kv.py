@@ -43,8 +43,8 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
     ) -> "KVCache":
-        """Returns a cache filled with zeros. Masked slots are multiplied by 0, so they must not
-        hold a NaN."""
+        """Returns a cache filled with zeros. Attention multiplies masked slots by 0, so they must
+        not contain a NaN."""
         shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
         stored = torch.zeros(config.num_hidden_layers, 2, *shape, dtype=dtype, device=device)
         return cls(stored)
@@ -72,16 +72,16 @@ class KVCache:
         """Returns the keys and values of `blocks` `[n]`, each `[n * block_size, num_kv_heads,
         head_dim]`.
 
-        Both are in a scratch buffer, which the next `read` overwrites. On a CPU, allocating memory
-        for every layer would cost more (page faults) than the copy itself.
+        Both are in a scratch buffer, which the next `read` overwrites. On a CPU, an allocation for
+        every layer would cost more (page faults) than the copy.
         """
         width = self.block_size * self.num_kv_heads * self.head_dim
         size = blocks.numel() * width
         if self._scratch.shape[1] < size:
             self._scratch = self._scratch.new_empty(2, size)
-        found = []
+        views = []
         for source, scratch in zip(self._blocks[layer], self._scratch, strict=True):
             out = scratch[:size].view(-1, width)
             torch.index_select(source, 0, blocks, out=out)
-            found.append(out.view(-1, self.num_kv_heads, self.head_dim))
-        return found[0], found[1]
+            views.append(out.view(-1, self.num_kv_heads, self.head_dim))
+        return views[0], views[1]

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Step:
-    """The values of one batch that all layers use."""
+class LayerInputs:
+    """The inputs of one forward pass that all layers share."""
 
     num_tokens: int
     """Number of rows of the hidden state that are tokens; the rows after them are padding."""
@@ -79,7 +79,7 @@ class Rope(nn.Module):
         angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies)
         cos, sin = angles.cos()[:, None], angles.sin()[:, None]
         self.cos.copy_(torch.cat((cos, cos), dim=-1))
-        # The minus sign of the rotation is in the table, so that rotating is a roll.
+        # The table contains the minus sign of the rotation, so that `rotate` needs only a roll.
         self.sin.copy_(torch.cat((-sin, sin), dim=-1))
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,16 +104,16 @@ class Attention(nn.Module):
         self.qkv = linear(config.hidden_size, sizes, codebook)
         self.o = linear(config.q_size, (config.hidden_size,), codebook)
 
-    def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, layer: int, inputs: LayerInputs, cache: KVCache) -> Tensor:
         """Maps `x` `[rows, hidden_size]` to the same shape. Writes the new keys and values to
         `cache`."""
-        tokens = step.num_tokens
+        tokens = inputs.num_tokens
         heads = self.qkv(x)[:tokens].view(tokens, -1, self.head_dim)
-        rotated = rotate(heads[:, : -self.num_kv_heads], step.cos, step.sin)
+        rotated = rotate(heads[:, : -self.num_kv_heads], inputs.cos, inputs.sin)
         queries, keys = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        cache.write(layer, step.slots, keys, heads[:, -self.num_kv_heads :])
+        cache.write(layer, inputs.slots, keys, heads[:, -self.num_kv_heads :])
         attended = x.new_zeros(x.shape[0], self.num_heads * self.head_dim)
-        attend(step.attention, layer, queries, cache, attended)
+        attend(inputs.attention, layer, queries, cache, attended)
         projected: Tensor = self.o(attended)
         return projected
 
@@ -150,10 +150,10 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMLP(config, experts)
 
-    def forward(self, x: Tensor, layer: int, step: Step, cache: KVCache) -> Tensor:
+    def forward(self, x: Tensor, layer: int, inputs: LayerInputs, cache: KVCache) -> Tensor:
         """Maps `x` `[rows, hidden_size]` to the same shape. `layer` is the index of this layer."""
-        x = x + self.attention(self.input_layernorm(x), layer, step, cache)
-        x[: step.num_tokens] += self.mlp(self.post_attention_layernorm(x), step.num_tokens)
+        x = x + self.attention(self.input_layernorm(x), layer, inputs, cache)
+        x[: inputs.num_tokens] += self.mlp(self.post_attention_layernorm(x), inputs.num_tokens)
         return x
 
 
@@ -161,8 +161,8 @@ class Mixtral(nn.Module):
     """The whole model. `checkpoint.loader.load` fills its weights.
 
     With a `quantization`, experts and attention projections have 4-bit weights, except for
-    `float_modules`, such as "layers.0.attention". With `quantize_lm_head`, lm_head has too.
-    Routers, norms and the embedding always have float weights.
+    `float_modules`, such as "layers.0.attention". With `quantize_lm_head`, lm_head has 4-bit
+    weights too. Routers, norms and the embedding always have float weights.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Mixtral(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | QuantizedLinear | None = None
-        """None if the embedding matrix is used instead (tied embeddings)."""
+        """lm_head; None if the embedding matrix is used instead (tied embeddings)."""
         if not config.tie_word_embeddings:
             codebook = self.codebook if quantize_lm_head else None
             self.lm_head = linear(config.hidden_size, (config.vocab_size,), codebook)
@@ -201,20 +201,21 @@ class Mixtral(nn.Module):
 
     @torch.inference_mode()
     def forward(self, batch: Batch, cache: KVCache) -> Tensor:
-        """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`; fills `cache`.
+        """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`. Writes the keys
+        and values of the batch to `cache`.
 
-        They are an inference tensor, which can be changed in place under `torch.inference_mode()`
-        only.
+        The result is an inference tensor, which can only be changed in place under
+        `torch.inference_mode()`.
         """
         num_tokens = len(batch.token_ids)
         cos, sin = self.rope(batch.positions)
         plan = plan_attention(
             batch, cache.block_size, self.config.sliding_window, self.embedding.dtype
         )
-        step = Step(num_tokens, batch.slots, cos, sin, plan)
+        inputs = LayerInputs(num_tokens, batch.slots, cos, sin, plan)
         x = pad_rows(F.embedding(batch.token_ids, self.embedding))
         for number, layer in enumerate(self.layers):
-            x = layer(x, number, step, cache)
+            x = layer(x, number, inputs, cache)
         x = pad_rows(self.norm(x[batch.sample_rows]))
         logits: Tensor = F.linear(x, self.embedding) if self.lm_head is None else self.lm_head(x)
         return logits[: len(batch.sample_rows)].float()

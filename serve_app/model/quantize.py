@@ -22,10 +22,10 @@ from torch import Tensor
 from serve_app.model.quantization import GROUP_SIZE, NESTED_GROUP_SIZE, AbsmaxKind, QuantType
 
 DEQUANTIZE_WEIGHTS = 1 << 22
-"""Number of weights that `dequantize` computes at once: 16 MB in float32, of which it needs several
-copies."""
+"""Number of weights that `dequantize` computes at once. It needs several copies of 16 MB
+(float32)."""
 QUANTIZE_WEIGHTS = 1 << 20
-"""Number of weights that `quantize` computes at once. It needs ten copies, and smaller ones are
+"""Number of weights that `quantize` computes at once. It needs ten copies, and small copies are
 faster on a CPU."""
 MIN_ABSMAX = 1e-38
 """Minimum divisor in bitsandbytes, which keeps a group of zeros at zero."""
@@ -121,11 +121,11 @@ def dequantize(q: QuantizedTensor, dtype: torch.dtype, out: Tensor | None = None
     """Returns the matrices `[..., N, K]`: code value times absmax, computed in float32, rounded to
     `dtype`.
 
-    Writes to `out` and returns it, if it is given: a contiguous tensor of that shape and dtype.
+    If `out` is given, a contiguous tensor of this shape and dtype, writes to it and returns it.
     """
     if out is None:
         out = torch.empty(q.shape, dtype=dtype, device=q.packed.device)
-    # Two values for each byte: one look-up instead of two, and no shifts.
+    # A table with both values of each byte: one look-up instead of two, and no shifts.
     pairs = torch.stack((q.code.repeat_interleave(16), q.code.repeat(16)), dim=-1)
     pairs = pairs.view(torch.int64).flatten()  # [256]; gathering whole elements is faster
     in_features = q.shape[-1]
@@ -163,7 +163,7 @@ def quantize_absmax(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
     scales = groups.abs().amax(dim=-1)
     is_flat = scales == 0
     scaled = (groups * (1.0 / scales.masked_fill(is_flat, 1))[..., None]).clamp_(-1, 1)
-    # bitsandbytes looks up the nearest value by the first 16 bits, not by the value itself.
+    # bitsandbytes rounds the value to 16 bits before it looks up the nearest level.
     snapped = ((scaled + 1) * 0.5 * 65535 + 0.5).int().float() * 2 / 65535 - 1
     levels = dynamic_map(absmax.device)
     nearest = torch.bucketize(snapped, (levels[:-1] + levels[1:]) / 2, out_int32=True)
@@ -190,9 +190,9 @@ def dynamic_map(device: torch.device | None = None) -> Tensor:
     values = [0.0, 1.0]
     for exponent in range(7):
         edges = torch.linspace(0.1, 1, 2**exponent + 1, dtype=torch.float32)
-        means = (edges[:-1] + edges[1:]) / 2.0
-        values += (10 ** (exponent - 6) * means).tolist()
-        values += (-(10 ** (exponent - 6)) * means).tolist()
+        middles = (edges[:-1] + edges[1:]) / 2.0
+        values += (10 ** (exponent - 6) * middles).tolist()
+        values += (-(10 ** (exponent - 6)) * middles).tolist()
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
@@ -200,7 +200,7 @@ def _quantize_rows(values: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     """Returns packed `[n, K / 2]` and absmax `[n, K / 64]` of `values` `[n, K]`."""
     groups = values.float().view(-1, GROUP_SIZE)
     absmax = groups.abs().amax(dim=-1)
-    # Times the reciprocal, not divided: bitsandbytes' rounding.
+    # Multiplies by the reciprocal instead of dividing, for the same rounding as in bitsandbytes.
     scaled = (groups * (1.0 / absmax.clamp(min=MIN_ABSMAX))[:, None]).clamp_(-1, 1)
     ascending, order = code.sort(stable=True)
     nearest = torch.bucketize(scaled, (ascending[:-1] + ascending[1:]) / 2, out_int32=True)

@@ -1,7 +1,7 @@
 """QuantizedExperts: the experts of one layer with 4-bit weights, in plain torch.
 
-They need a quarter of the memory of `Experts`. Kernels are compared with this module. The matrices
-of an expert are dequantized for a product and freed after it, so that only about
+The weights need a quarter of the memory of `Experts`. This module is the reference for kernels. The
+matrices of an expert are dequantized for a product and freed after it, so that only about
 `DEQUANTIZE_WEIGHTS` weights exist as floats at a time.
 """
 
@@ -17,7 +17,7 @@ from serve_app.model.row_padding import row_multiple
 
 
 class QuantizedExperts(nn.Module):
-    """Experts with 4-bit weights. The letters are those of `Experts`."""
+    """Experts with 4-bit weights. Shapes use the letters of `Experts`."""
 
     def __init__(self, config: MixtralConfig, codebook: Codebook) -> None:
         super().__init__()
@@ -38,9 +38,9 @@ class QuantizedExperts(nn.Module):
         used = [expert for expert in range(num_experts) if bounds[expert] < bounds[expert + 1]]
         num_at_once = max(1, DEQUANTIZE_WEIGHTS // self.gate_up.packed[0].numel() // 2)
         for start in range(0, len(used), num_at_once):
-            some = used[start : start + num_at_once]
-            part = slice(bounds[some[0]], bounds[some[-1] + 1])
-            experts = torch.tensor(some, device=x.device)
+            group = used[start : start + num_at_once]
+            part = slice(bounds[group[0]], bounds[group[-1] + 1])
+            experts = torch.tensor(group, device=x.device)
             outputs[part] = self._compute(experts, grouped[part], ends[experts] - part.start)
         return weighted_sum(outputs, rows, topk_weights)
 

@@ -17,21 +17,21 @@ from serve_app.model.quantization import GROUP_SIZE, NUM_CODES, QuantType
 from serve_app.model.quantize import QuantizedTensor, absmax_values, dequantize, quantize
 
 INTERLEAVED_ROWS = tiles.HALF
-"""Number of rows of gate that are followed by as many rows of up. A tile of 16 rows then contains
-both factors of each product silu(gate) * up."""
+"""Number of adjacent rows of gate, which are followed by as many rows of up. A tile of 16 rows then
+contains both factors of each product silu(gate) * up."""
 
 Index = tuple[int, ...] | Tensor
-"""An index of matrices in a stack: one by its number, all with (), or several by an int64
-tensor."""
+"""An index of matrices in a stack: `(3,)` for one matrix, `()` for all, or an int64 tensor for
+several."""
 
 
 class _Storage(nn.Module):
     """A module whose buffers keep their dtypes when the model is moved to another dtype."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        # As bytes, because `model.to(torch.bfloat16)` must convert only the model's floats.
-        def move(stored: Tensor) -> Tensor:
-            return fn(stored.view(torch.uint8)).view(stored.dtype)
+        # Passes the buffer as bytes, because `model.to(torch.bfloat16)` must not convert it.
+        def move(buffer: Tensor) -> Tensor:
+            return fn(buffer.view(torch.uint8)).view(buffer.dtype)
 
         return super()._apply(move, recurse)  # type: ignore[no-untyped-call]
 
@@ -116,11 +116,11 @@ class QuantizedWeight(_Storage):
     def to_tiles(self) -> None:
         """Reorders codes and absmax from row by row to tiles, in place."""
         self.is_tiled = True
-        for stored, order in (
+        for tensor, order in (
             (self.packed, tiles.codes_to_tiles),
             (self.absmax, tiles.absmax_to_tiles),
         ):
-            for matrix in stored.view(-1, *stored.shape[-2:]):  # a copy of one matrix at a time
+            for matrix in tensor.view(-1, *tensor.shape[-2:]):  # a copy of one matrix at a time
                 matrix.copy_(order(matrix))
 
     def get(self, index: Index = ()) -> QuantizedTensor:
@@ -150,12 +150,13 @@ class QuantizedWeight(_Storage):
     def _parts(self, index: tuple[int, ...], part: int) -> tuple[Tensor, Tensor]:
         """Returns views of one part's codes and absmax in matrix `index`, in the order of its rows.
 
-        In tiles they are those of `tiles.code_rows` and `tiles.absmax_rows`.
+        If the weight is tiled, the views have the shapes of `tiles.code_rows` and
+        `tiles.absmax_rows`.
         """
         codes, absmax = self.packed[index], self.absmax[index]
         if not self.is_tiled:
             return self.rows_of_parts(codes)[part], self.rows_of_parts(absmax)[part]
         if self.interleaved:  # a part has half of every tile
             return tiles.code_rows(codes)[:, part], tiles.absmax_rows(absmax)[:, part]
-        codes, absmax = (torch.split(it, self.out_features)[part] for it in (codes, absmax))
+        codes, absmax = (torch.split(tensor, self.out_features)[part] for tensor in (codes, absmax))
         return tiles.code_rows(codes), tiles.absmax_rows(absmax)

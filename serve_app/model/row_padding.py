@@ -4,7 +4,7 @@ MKL's float32 kernels compute a few rows differently from many rows, and split r
 which changes the last bits. With 4 rows per thread, and at least 16 rows, every row is computed in
 the same way. (Measured with MKL 2024.2: processors with AMX need the 16 rows, older ones do not.
 MKL may still split sums of 1,024 and more elements between threads.) Other dtypes and devices are
-not padded, because it does not help there.
+not padded, because padding does not make their rows independent.
 """
 
 import torch
@@ -17,7 +17,7 @@ MAX_THREADS = 8
 
 
 def row_multiple(x: Tensor) -> int:
-    """Returns the number of which the rows of the factor `x` must be a multiple; 1 for no padding.
+    """Returns the number that must divide the number of rows of `x`; 1 for no padding.
 
     Example: 16 for float32 on a CPU with 2 threads, 32 with 8 threads.
     """

@@ -58,7 +58,7 @@ class PackedInfo:
     float_dtype: str
     """dtype of the matrix before it was quantized, by safetensors' names."""
     packed: TensorInfo
-    """N * K / 2 bytes, whatever its dtype."""
+    """A tensor of N * K / 2 bytes and any dtype."""
     absmax: TensorInfo
     """F32 or BF16 `[N * K / 64]`; U8 if it is nested."""
     code: TensorInfo
@@ -79,43 +79,43 @@ class PackedInfo:
         return [self.packed, self.absmax, self.code, *nested]
 
 
-def take_packed(found: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict[str, PackedInfo]:
-    """Removes the quantized ones among `weights`, and their companions, from `found`. Returns them.
+def take_packed(tensors: dict[str, TensorInfo], weights: Iterable[Weight]) -> dict[str, PackedInfo]:
+    """Removes quantized weights and their companions from `tensors`. Returns them by name.
 
     Raises `ModelLoadFailed` if a companion is missing or does not fit, or if matrices that stay in
     4 bits are quantized in different ways.
     """
     packed: dict[str, PackedInfo] = {}
     kinds: dict[tuple[QuantType, AbsmaxKind], str] = {}
-    states = {name.partition(f".{STATE}")[0]: name for name in found if f".{STATE}" in name}
+    states = {name.partition(f".{STATE}")[0]: name for name in tensors if f".{STATE}" in name}
     for weight in weights:
         name = weight.name
-        if name in found and (name in states or _looks_packed(name, found, weight.shape)):
-            packed[name] = _take(weight, states.get(name), found)
+        if name in tensors and (name in states or _looks_packed(name, tensors, weight.shape)):
+            packed[name] = _take(weight, states.get(name), tensors)
         if weight.is_quantized and name in packed:
             kinds.setdefault((packed[name].quant_type, packed[name].absmax_kind), name)
     if len(kinds) > 1:
-        (first, one), (second, other) = list(kinds.items())[:2]
+        (first, first_name), (second, second_name) = list(kinds.items())[:2]
         raise ModelLoadFailed(
-            f"{packed[one].packed.file.parent}: `{one}` is {first[0]} with {first[1]} absmax and "
-            f"`{other}` is {second[0]} with {second[1]} absmax, but all weights must be quantized "
-            f"in the same way; {FLOATS_INSTEAD}."
+            f"{packed[first_name].packed.file.parent}: `{first_name}` is {first[0]} with "
+            f"{first[1]} absmax and `{second_name}` is {second[0]} with {second[1]} absmax, but "
+            f"all weights must be quantized in the same way; {FLOATS_INSTEAD}."
         )
     return packed
 
 
-def _looks_packed(name: str, found: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
+def _looks_packed(name: str, tensors: dict[str, TensorInfo], shape: tuple[int, ...]) -> bool:
     """Returns True if a tensor without a blob looks quantized: by its companions, or by its
     shape."""
-    stored = found[name].shape
-    return any(f"{name}.{companion}" in found for companion in COMPANIONS) or (
-        stored != shape and len(stored) == 2 and 1 in stored and len(shape) == 2
+    stored_shape = tensors[name].shape
+    return any(f"{name}.{companion}" in tensors for companion in COMPANIONS) or (
+        stored_shape != shape and len(stored_shape) == 2 and 1 in stored_shape and len(shape) == 2
     )
 
 
-def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) -> PackedInfo:
-    name, shape = wanted.name, wanted.shape
-    weight = found.pop(name)
+def _take(matrix: Weight, state_name: str | None, tensors: dict[str, TensorInfo]) -> PackedInfo:
+    name, shape = matrix.name, matrix.shape
+    weight = tensors.pop(name)
     if len(shape) != 2 or shape[1] % GROUP_SIZE:
         raise ModelLoadFailed(
             f"{weight.file}: tensor `{name}` {list(shape)} is quantized, but only matrices whose "
@@ -123,7 +123,7 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
         )
     if state_name is None:
         raise _missing(weight, f"{name}.{STATE}nf4")
-    info = found.pop(state_name)
+    info = tensors.pop(state_name)
     state = _state(info, state_name)
     quant_type = state_name.removeprefix(f"{name}.{STATE}")
     _require(state, state_name, info, "quant_type", quant_type)
@@ -141,16 +141,16 @@ def _take(wanted: Weight, state_name: str | None, found: dict[str, TensorInfo]) 
     num_groups = prod(shape) // GROUP_SIZE
     nested = None
     dtypes: tuple[str, ...] = ("F32", "BF16")
-    if "nested_offset" in state or f"{name}.nested_absmax" in found:
+    if "nested_offset" in state or f"{name}.nested_absmax" in tensors:
         dtypes = ("U8",)
-        nested = _take_nested(name, weight, state_name, state, found, num_groups)
+        nested = _take_nested(name, weight, state_name, state, tensors, num_groups)
     return PackedInfo(
         shape=(shape[0], shape[1]),
         quant_type=cast("QuantType", quant_type),
         float_dtype=FLOAT_DTYPES.get(str(state.get("dtype")), "F32"),
         packed=weight,
-        absmax=_companion(found, weight, f"{name}.absmax", num_groups, dtypes),
-        code=_companion(found, weight, f"{name}.quant_map", NUM_CODES, ("F32",)),
+        absmax=_companion(tensors, weight, f"{name}.absmax", num_groups, dtypes),
+        code=_companion(tensors, weight, f"{name}.quant_map", NUM_CODES, ("F32",)),
         nested=nested,
     )
 
@@ -160,7 +160,7 @@ def _take_nested(
     weight: TensorInfo,
     state_name: str,
     state: dict[str, Any],
-    found: dict[str, TensorInfo],
+    tensors: dict[str, TensorInfo],
     num_groups: int,
 ) -> NestedInfo:
     _require(state, state_name, weight, "nested_blocksize", NESTED_GROUP_SIZE)
@@ -169,20 +169,20 @@ def _take_nested(
         raise ModelLoadFailed(f"{weight.file}: `{state_name}`: `nested_offset` is {offset!r}.")
     count = -(-num_groups // NESTED_GROUP_SIZE)
     return NestedInfo(
-        absmax=_companion(found, weight, f"{name}.nested_absmax", count, ("F32",)),
-        code=_companion(found, weight, f"{name}.nested_quant_map", NUM_NESTED_CODES, ("F32",)),
+        absmax=_companion(tensors, weight, f"{name}.nested_absmax", count, ("F32",)),
+        code=_companion(tensors, weight, f"{name}.nested_quant_map", NUM_NESTED_CODES, ("F32",)),
         offset=float(offset),
     )
 
 
 def _companion(
-    found: dict[str, TensorInfo],
+    tensors: dict[str, TensorInfo],
     weight: TensorInfo,
     name: str,
     count: int,
     dtypes: tuple[str, ...],
 ) -> TensorInfo:
-    tensor = found.pop(name, None)
+    tensor = tensors.pop(name, None)
     if tensor is None:
         raise _missing(weight, name)
     if prod(tensor.shape) != count or tensor.dtype not in dtypes:

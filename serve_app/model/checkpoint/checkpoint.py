@@ -41,8 +41,8 @@ from serve_app.model.quantization import Quantization
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that can be loaded, or the part of it that config.json describes
-    (`from_config`)."""
+    """A checkpoint that can be loaded. `from_config` fills only the fields that config.json
+    determines."""
 
     path: Path
     document: Mapping[str, Any]
@@ -80,21 +80,21 @@ class Checkpoint:
         """Experts and attention of single layers that have float weights although the model is
         quantized.
 
-        These are the `Weight.module` of all float weights in bitsandbytes' form, which
-        `llm_int8_skip_modules` named.
+        The elements are the `Weight.module` of each such weight. bitsandbytes' form contains them
+        if `llm_int8_skip_modules` named them.
         """
         if self.form != "bitsandbytes" or not self.packed:
             return frozenset()
-        quantized = (it for it in weights(self.config).values() if it.is_quantized)
-        return frozenset(it.module for it in quantized if it.name not in self.packed)
+        quantized = (weight for weight in weights(self.config).values() if weight.is_quantized)
+        return frozenset(weight.module for weight in quantized if weight.name not in self.packed)
 
     def notes(self) -> list[str]:
-        """Returns sentences for users about weights of bitsandbytes' form that memory holds in
-        another form."""
+        """Returns notes for users about weights whose form in memory differs from bitsandbytes'
+        form in the files."""
         if not self.packed:
             return []
-        known, notes = weights(self.config), []
-        to_floats = [known[name] for name in self.packed if not known[name].is_quantized]
+        by_name, notes = weights(self.config), []
+        to_floats = [by_name[name] for name in self.packed if not by_name[name].is_quantized]
         if to_floats:
             paths = [weight.path.removesuffix(".weight") for weight in to_floats]
             modules = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
@@ -107,28 +107,28 @@ class Checkpoint:
         return notes
 
     def resolve_quantization(
-        self, wanted: Quantization | None, quantize_lm_head: bool = False
+        self, requested: Quantization | None, quantize_lm_head: bool = False
     ) -> Quantization | None:
         """Returns the quantization of the model in memory; None for floats.
 
-        `wanted` applies to float weights. Raises `ModelLoadFailed` if the files do not allow it.
+        `requested` applies to float weights. Raises `ModelLoadFailed` if the files do not allow it.
         """
         stored = self.quantization
-        if stored is not None and (wanted is None or wanted.quant_type != stored.quant_type):
+        if stored is not None and (requested is None or requested.quant_type != stored.quant_type):
             raise ModelLoadFailed(
                 f"{self.path}: the weights are already {stored.quant_type}; set "
                 f"`model.quantization` to {stored.quant_type}, or name the float checkpoint that "
                 "they were made from."
             )
-        if wanted is not None:
+        if requested is not None:
             require_whole_groups(self.config)
         if quantize_lm_head:
-            self._require_lm_head(wanted)
-        chosen = stored or wanted
+            self._require_lm_head(requested)
+        chosen = stored or requested
         return None if chosen is None else chosen.in_memory
 
-    def _require_lm_head(self, wanted: Quantization | None) -> None:
-        if wanted is None:
+    def _require_lm_head(self, requested: Quantization | None) -> None:
+        if requested is None:
             raise ModelLoadFailed(
                 "`model.quantize_lm_head` needs a `model.quantization` other than none."
             )
@@ -147,26 +147,26 @@ def inspect(path: Path) -> Checkpoint:
         raise no_weights(path, "config.json")
     checkpoint = Checkpoint.from_config(path, read_json(path / "config.json"))
     headers = {file: read_header(file) for file in shard_files(path)}
-    found = _merge(headers)
+    all_tensors = _merge(headers)
     config, form, quantization = checkpoint.config, checkpoint.form, checkpoint.quantization
     packed: dict[str, PackedInfo] = {}
     if form == "fused":
         assert quantization is not None
         version = fused_version(checkpoint.document)
-        match_fused(path, config, quantization, version, headers, found)
-        tensors = found
+        match_fused(path, config, quantization, version, headers, all_tensors)
+        tensors = all_tensors
     else:
-        if (quantized := describe_tensors(found)) is not None:
+        if (quantized := describe_tensors(all_tensors)) is not None:
             raise ModelLoadFailed(f"{path}: the weights are {quantized}.")
         names = weights(config)
-        packed = take_packed(found, names.values())
+        packed = take_packed(all_tensors, names.values())
         kinds = {
-            Quantization(one.quant_type, one.absmax_kind)
-            for name, one in packed.items()
+            Quantization(info.quant_type, info.absmax_kind)
+            for name, info in packed.items()
             if names[name].is_quantized
         }
         form, quantization = ("bitsandbytes", kinds.pop()) if kinds else ("float", None)
-        tensors = _match(path, config, found, packed)
+        tensors = _match(path, config, all_tensors, packed)
     return Checkpoint(
         path, checkpoint.document, config, form, quantization, tensors, packed, headers
     )
@@ -174,33 +174,33 @@ def inspect(path: Path) -> Checkpoint:
 
 def _merge(headers: Mapping[Path, Header]) -> dict[str, TensorInfo]:
     """Returns the tensors of all files by name. Raises `ModelLoadFailed` if a name occurs twice."""
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for file, header in headers.items():
         for name, tensor in header.tensors.items():
-            if name in found:
-                raise ModelLoadFailed(f"{file}: tensor `{name}` is also in {found[name].file}.")
-            found[name] = tensor
-    return found
+            if name in tensors:
+                raise ModelLoadFailed(f"{file}: tensor `{name}` is also in {tensors[name].file}.")
+            tensors[name] = tensor
+    return tensors
 
 
 def _match(
     path: Path,
     config: MixtralConfig,
-    found: dict[str, TensorInfo],
+    tensors: dict[str, TensorInfo],
     packed: dict[str, PackedInfo],
 ) -> dict[str, TensorInfo]:
     """Returns the float tensors that the model needs in addition to `packed`."""
     expected = {name: weight.shape for name, weight in weights(config).items()}
-    if is_merged(config, found):
+    if is_merged(config, tensors):
         expected = merged_shapes(config)
     for name, shape in expected.items():
         if name in packed:
             continue
-        if name not in found:
+        if name not in tensors:
             raise ModelLoadFailed(
                 f"{path}: no file has the tensor `{name}`, which the model needs."
             )
-        tensor = found[name]
+        tensor = tensors[name]
         if tensor.shape != shape:
             raise ModelLoadFailed(
                 f"{tensor.file}: tensor `{name}` has shape {list(tensor.shape)}, but config.json "
@@ -211,7 +211,7 @@ def _match(
                 f"{tensor.file}: tensor `{name}` is {tensor.dtype}, but only float weights "
                 "(F32, BF16, F16) can be loaded; name the checkpoint that it was made from."
             )
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if name not in expected and not is_redundant(config, name):
             raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is not part of a Mixtral model.")
-    return {name: tensor for name, tensor in found.items() if name in expected}
+    return {name: tensor for name, tensor in tensors.items() if name in expected}

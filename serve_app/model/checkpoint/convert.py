@@ -1,5 +1,5 @@
-"""Converts a checkpoint to the fused form, or a fused one back to bitsandbytes' form, layer by
-layer.
+"""Converts a checkpoint to the fused form, or a fused checkpoint back to bitsandbytes' form, layer
+by layer.
 
 bitsandbytes' 4-bit weights keep their bits; float weights are quantized. A stopped conversion
 continues when it is started again (`destination.py`). At most one layer is in memory.
@@ -20,8 +20,7 @@ if TYPE_CHECKING:  # that module imports torch
     from serve_app.model.checkpoint.source import Source
 
 Progress = Callable[[int, int, str], None]
-"""Called with the number of finished files, the number of all files, and the name of the last
-file."""
+"""A function `progress(num_done, num_files, name)`; `name` is the last finished file."""
 
 
 def convert(
@@ -72,10 +71,10 @@ def convert_checkpoint(
         ) from None
 
 
-def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
+def _choose(checkpoint: Checkpoint, requested: Quantization | None) -> Quantization:
     if checkpoint.quantization is None:
         require_whole_groups(checkpoint.config)
-        return asked or Quantization("nf4", "bfloat16")
+        return requested or Quantization("nf4", "bfloat16")
     if checkpoint.form == "fused" and fused_version(checkpoint.document) != FUSED_VERSION:
         raise ModelLoadFailed(
             f"{checkpoint.path}: version 1 of our own form cannot be converted; serve it as it is, "
@@ -88,7 +87,7 @@ def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
             "checkpoint."
         )
     stored = checkpoint.quantization
-    if asked not in (None, stored):
+    if requested not in (None, stored):
         raise ModelLoadFailed(
             f"{checkpoint.path}: the weights are already {stored.quant_type} with {stored.absmax} "
             "absmax and cannot be changed; leave out --quantization and --absmax."
@@ -97,7 +96,7 @@ def _choose(checkpoint: Checkpoint, asked: Quantization | None) -> Quantization:
 
 
 def _writer(to: Destination, source: "Source | None") -> Callable[[str], None]:
-    """Returns a function that writes the file with a name."""
+    """Returns a function `write(name)` that writes one of the destination's files."""
     import torch
 
     from serve_app.model.checkpoint.fused_writer import file_tensors, write_file
@@ -109,7 +108,7 @@ def _writer(to: Destination, source: "Source | None") -> Callable[[str], None]:
     if checkpoint.form == "fused":
         back = BackToBitsandbytes(checkpoint)
         headers = dict(zip(to.files, sorted(checkpoint.headers.items()), strict=True))
-        return lambda name: back.write(*headers[name], to.folder / name, to.made_from)
+        return lambda name: back.write(*headers[name], to.folder / name, to.fingerprint)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     weights = source or Source(checkpoint)
     codebook = Codebook(to.quantization.quant_type).to(device)
@@ -118,13 +117,13 @@ def _writer(to: Destination, source: "Source | None") -> Callable[[str], None]:
         number = to.files.index(name)
         layer = number if number < checkpoint.config.num_hidden_layers else None
         tensors = file_tensors(weights, layer, codebook, to.quantization.absmax)
-        write_file(to.folder / name, tensors, to.made_from)
+        write_file(to.folder / name, tensors, to.fingerprint)
 
     return write
 
 
 def _free_gpu_memory() -> None:
-    """Leaves the memory that torch keeps to a load that follows."""
+    """Frees torch's cached GPU memory for a load that follows."""
     import torch
 
     if torch.cuda.is_available():

@@ -38,7 +38,7 @@ class Destination:
         self.quantization = quantization
         self.files = file_names(checkpoint.config.num_hidden_layers)
         """The names of all files with weights: one for each layer, and one for the rest."""
-        self.made_from = _fingerprint(checkpoint, quantization)
+        self.fingerprint = _fingerprint(checkpoint, quantization)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -62,8 +62,8 @@ class Destination:
                     partial.unlink()
 
     def begin(self) -> list[str]:
-        """Returns the names of the files that are to be written, and deletes the index if there are
-        any, because an index of older files would make a checkpoint of a mixture.
+        """Returns the names of the missing files. If any are missing, deletes the index: it would
+        make a checkpoint of old and new files.
 
         Raises `ModelLoadFailed` if the folder holds another checkpoint, or if the files do not fit
         onto the disk.
@@ -115,7 +115,7 @@ class Destination:
         if not file.exists():
             return False
         try:
-            return read_header(file).metadata.get(SOURCE) == self.made_from
+            return read_header(file).metadata.get(SOURCE) == self.fingerprint
         except ModelLoadFailed:
             return False
 
@@ -132,7 +132,7 @@ class Destination:
 
 def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
     """Returns the bytes of the converted checkpoint without its headers."""
-    if checkpoint.form == "fused":  # nearly: float32 absmax takes the place of others
+    if checkpoint.form == "fused":  # approximately: absmax becomes float32
         return checkpoint.file_bytes
     stored = {tensor.dtype for tensor in checkpoint.tensors.values()}
     float_bytes = max((ITEM_BYTES[dtype] for dtype in stored), default=2)
@@ -142,8 +142,8 @@ def converted_bytes(checkpoint: Checkpoint, quantization: Quantization) -> int:
 def _fingerprint(checkpoint: Checkpoint, quantization: Quantization) -> str:
     """Returns a digest of the source files' names, sizes and times, the model's sizes and the
     quantization."""
-    seen: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
+    inputs: list[Any] = [FUSED_VERSION, fused_quantization_config(quantization), checkpoint.config]
     for file in sorted(checkpoint.headers):
         stat = file.stat()
-        seen.append((file.name, stat.st_size, stat.st_mtime_ns))
-    return hashlib.sha256(repr(seen).encode()).hexdigest()
+        inputs.append((file.name, stat.st_size, stat.st_mtime_ns))
+    return hashlib.sha256(repr(inputs).encode()).hexdigest()

@@ -22,8 +22,8 @@ NEEDED = (("config.json",), ("tokenizer.json", "tokenizer.model"), ("tokenizer_c
 def find_local(name: str, revision: str | None = None, *, volume: Path = SERVERLESS) -> Path | None:
     """Returns the folder of `name` on this machine; None if it must be downloaded.
 
-    Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository, and
-    if this user may not look for it.
+    Raises `ModelLoadFailed` if `name` is neither a folder here nor the name of a repository, and if
+    this user lacks the permission to read a path.
     """
     try:
         return _find(name, revision, volume)
@@ -62,19 +62,19 @@ def hub_cache(volume: Path) -> Path:
 def cached_snapshot(hub: Path, name: str, revision: str | None) -> Path | None:
     """Returns the complete snapshot of repository `name` in the Hugging Face cache `hub`, or
     None."""
-    wanted = f"models--{name.replace('/', '--')}".lower()
+    folder_name = f"models--{name.replace('/', '--')}".lower()
     if not hub.is_dir():
         return None
     for repository in sorted(hub.iterdir()):
-        if repository.name.lower() != wanted:
+        if repository.name.lower() != folder_name:
             continue
         reference = repository / "refs" / (revision or "main")
         commit = reference.read_text().strip() if reference.is_file() else revision
         snapshots = repository / "snapshots"
-        found = [snapshots / commit] if commit else list(snapshots.glob("*"))
-        # With several snapshots only the hub can tell which one is the default branch.
-        if len(found) == 1 and _is_downloaded(found[0]):
-            return found[0]
+        candidates = [snapshots / commit] if commit else list(snapshots.glob("*"))
+        # If there are several snapshots, only the hub knows the default branch.
+        if len(candidates) == 1 and _is_downloaded(candidates[0]):
+            return candidates[0]
     return None
 
 

@@ -33,10 +33,10 @@ def stored_form(document: Mapping[str, Any]) -> Form:
     four_bits = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
     if method == "bitsandbytes" and four_bits:
         return "bitsandbytes"
-    found = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
+    description = "bitsandbytes, but not in 4 bits" if method == "bitsandbytes" else f"{method!r}"
     raise ModelLoadFailed(
-        f"config.json: `quantization_config` is {found}, but only bitsandbytes in 4 bits can be "
-        f"read; {FLOATS_INSTEAD}."
+        f"config.json: `quantization_config` is {description}, but only bitsandbytes in 4 bits can "
+        f"be read; {FLOATS_INSTEAD}."
     )
 
 

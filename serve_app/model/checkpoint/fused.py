@@ -1,15 +1,15 @@
 """The fused form: Mixtral with 4-bit weights in few large tensors, which a load reads without
 copies.
 
-`fused_writer` writes it and `fused_reader` reads it. It is safetensors, one file per layer and one
-for the rest. Its bytes are those of `QuantizedWeight` in memory: codes and bfloat16 absmax, in
-tiles if the sizes are multiples of a tile's. If the source's absmax is not bfloat16, the files also
-keep that, so that `to_bitsandbytes` can restore it; a load does not read it.
+`fused_writer` writes the form and `fused_reader` reads it. It has one safetensors file per layer
+and one for the rest. The bytes are those of `QuantizedWeight` in memory: codes and bfloat16 absmax,
+in tiles if the sizes are multiples of a tile's. If the source's absmax is not bfloat16, the files
+also contain the source's absmax, so that `to_bitsandbytes` can restore it; a load does not read it.
 
-`quantization_config` in config.json has the form, its version and the quantization (`form.py`). The
-metadata of each file has the version too, and the CRC-32 of every piece of `PIECE_BYTES` of its
-data. Files of version 1 have codes and the source's absmax row by row, with gate and up interleaved
-(`fused_version1`). This module reads no weights and imports no torch.
+`quantization_config` in config.json contains the form, its version and the quantization
+(`form.py`). The metadata of each file contains the version and the CRC-32 of every piece of
+`PIECE_BYTES` of its data. Version 1 has codes and the source's absmax row by row, with gate and up
+interleaved (`fused_version1`). This module reads no weights and imports no torch.
 """
 
 from collections.abc import Mapping
@@ -39,9 +39,9 @@ VERSION = "version"
 """Key of a file's metadata: the version of the form; version 1 did not write it."""
 SOURCE = "source"
 """Key of a file's metadata: the fingerprint of its source, see `convert.py`."""
-KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET = "source_absmax", "nested_absmax", "nested_offset"
-"""Tensors with the source's absmax of a weight if it is not bfloat16, and the tables of a nested
-one."""
+SOURCE_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET = "source_absmax", "nested_absmax", "nested_offset"
+"""Tensors of a weight: the source's absmax if it is not bfloat16, and the two tables of a nested
+absmax."""
 NESTED_CODE = f"{CODEBOOK}.nested_code"
 FUSED_FLOATS = ("F32", "BF16", "F16")
 """dtypes of the weights that are not quantized in a fused checkpoint."""
@@ -68,9 +68,9 @@ def require_whole_groups(config: MixtralConfig) -> None:
             )
 
 
-def is_kept(name: str) -> bool:
+def is_source_absmax(name: str) -> bool:
     """Returns whether a tensor is used only by `to_bitsandbytes`, and not by the model."""
-    return name == NESTED_CODE or name.endswith((KEPT_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET))
+    return name == NESTED_CODE or name.endswith((SOURCE_ABSMAX, NESTED_ABSMAX, NESTED_OFFSET))
 
 
 def fused_tensors(
@@ -104,7 +104,7 @@ def _quantized_tensors(
     else:
         tensors[f"{name}.absmax"] = Expected(("BF16",), groups)
         if kind != "bfloat16":
-            tensors[f"{name}.{KEPT_ABSMAX}"] = source
+            tensors[f"{name}.{SOURCE_ABSMAX}"] = source
     if kind == "nested":
         nested = sum(num_nested_groups(size * in_features) for size in parts)
         tensors[f"{name}.{NESTED_ABSMAX}"] = Expected(("F32",), (*weight.experts, nested))
@@ -132,22 +132,22 @@ def match_fused(
     quantization: Quantization,
     version: int,
     headers: Mapping[Path, Header],
-    found: dict[str, TensorInfo],
+    tensors: dict[str, TensorInfo],
 ) -> None:
-    """Raises `ModelLoadFailed` unless `found` is exactly what a fused checkpoint has."""
+    """Raises `ModelLoadFailed` unless `tensors` is exactly what a fused checkpoint has."""
     expected = fused_tensors(config, quantization, version)
     for name, (dtypes, shape) in expected.items():
-        if name not in found:
+        if name not in tensors:
             raise ModelLoadFailed(
                 f"{path}: no file has the tensor `{name}`, which the model needs."
             )
-        tensor = found[name]
+        tensor = tensors[name]
         if tensor.shape != shape or tensor.dtype not in dtypes:
             raise ModelLoadFailed(
                 f"{tensor.file}: tensor `{name}` is {tensor.dtype} {list(tensor.shape)}, but "
                 f"config.json requires {' or '.join(dtypes)} {list(shape)}."
             )
-    for name, tensor in found.items():
+    for name, tensor in tensors.items():
         if name not in expected:
             raise ModelLoadFailed(f"{tensor.file}: tensor `{name}` is not part of a Mixtral model.")
     for file, header in headers.items():

@@ -1,6 +1,6 @@
-"""Reads fused files with several threads, every piece straight into the weights of a model.
+"""Reads fused files (`fused.py`) with several threads, straight into the weights of a model.
 
-The checksum of each piece is compared while it is read (`fused.py`).
+The checksum of each piece is verified while the piece is read.
 """
 
 import os
@@ -91,8 +91,8 @@ def read_files(
     targets: Mapping[str, Tensor],
     report: Callable[[int], None],
 ) -> None:
-    """Fills `targets`, which has the tensors by name. Tensors of the files without a target are
-    skipped.
+    """Fills `targets`, tensors by their name in the files. Skips tensors of the files without a
+    target.
 
     If the dtypes of target and file differ, the values are rounded; otherwise the bytes are copied.
     The calling thread calls `report` with the bytes of each finished piece. Raises
@@ -102,24 +102,27 @@ def read_files(
         pool = stack.enter_context(ThreadPoolExecutor(NUM_THREADS, "read-weights"))
         stack.callback(pool.shutdown, cancel_futures=True)
         staging = threading.local()
-        under_way: deque[Reads] = deque()
+        in_progress: deque[Reads] = deque()
         for file, header in headers.items():
-            buffers = {name: _buffer(it, targets.get(name)) for name, it in header.tensors.items()}
+            buffers = {
+                name: _buffer(tensor, targets.get(name)) for name, tensor in header.tensors.items()
+            }
             pieces = list(_pieces(stack, file, header, buffers))
             reads = [pool.submit(_read, piece, staging) for piece in pieces]
-            wanted = {name: it for name, it in buffers.items() if name in targets}
-            converted = [(it, targets[name]) for name, it in wanted.items()]
-            converted = [(it, target) for it, target in converted if it is not target]
-            under_way.append(Reads(reads, converted))
-            # Two files at a time: one ends while the next one starts, and few buffers are needed.
-            if len(under_way) > 1:
-                under_way.popleft().finish(report)
-        while under_way:
-            under_way.popleft().finish(report)
+            read_buffers = {name: tensor for name, tensor in buffers.items() if name in targets}
+            converted = [(tensor, targets[name]) for name, tensor in read_buffers.items()]
+            converted = [(tensor, target) for tensor, target in converted if tensor is not target]
+            in_progress.append(Reads(reads, converted))
+            # Two files at a time: the reads of a file end while those of the next file start, and
+            # few buffers are needed.
+            if len(in_progress) > 1:
+                in_progress.popleft().finish(report)
+        while in_progress:
+            in_progress.popleft().finish(report)
 
 
 def _buffer(tensor: TensorInfo, target: Tensor | None) -> Tensor:
-    """Returns `target`, or a buffer if the bytes cannot go there; on "meta" for None."""
+    """Returns `target`, or a buffer if its dtype or layout differs; a "meta" tensor for None."""
     dtype = DTYPES[tensor.dtype]
     if target is None:
         return torch.empty(tensor.shape, dtype=dtype, device="meta")
@@ -158,7 +161,10 @@ def _read(piece: Piece, staging: threading.local) -> int:
     buffers = (
         [_pinned(staging)[: piece.nbytes]]
         if not on_cpu
-        else [torch.empty(len(it), dtype=torch.uint8) if it.is_meta else it for it in piece.targets]
+        else [
+            torch.empty(len(target), dtype=torch.uint8) if target.is_meta else target
+            for target in piece.targets
+        ]
     )
     views = [buffer.numpy().data for buffer in buffers]
     _fill(piece, views)

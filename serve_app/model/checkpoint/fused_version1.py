@@ -15,7 +15,7 @@ from serve_app.model.checkpoint.fused import (
     NESTED_ABSMAX,
     NESTED_CODE,
     NESTED_OFFSET,
-    is_kept,
+    is_source_absmax,
 )
 from serve_app.model.checkpoint.fused_reader import read_files
 from serve_app.model.checkpoint.shards import TensorInfo
@@ -47,14 +47,16 @@ def read_version_1(
         staged = {
             name: _empty(tensor, device)
             for name, tensor in header.tensors.items()
-            if is_kept(name) or (name.endswith(".absmax") and tensor.dtype == "U8")
+            if is_source_absmax(name) or (name.endswith(".absmax") and tensor.dtype == "U8")
         }
         read_files({file: header}, {**targets, **staged}, report)
         nested_code = staged.get(NESTED_CODE, nested_code)
         for name, weight in weights.items():
             if f"{name}.packed" in header.tensors:
-                mine = {key: staged[f"{name}.{key}"] for key in STAGED if f"{name}.{key}" in staged}
-                _finish(weight, mine, nested_code)
+                absmax_tensors = {
+                    key: staged[f"{name}.{key}"] for key in STAGED if f"{name}.{key}" in staged
+                }
+                _finish(weight, absmax_tensors, nested_code)
 
 
 def _weights(model: Mixtral) -> Iterator[tuple[str, QuantizedWeight]]:
@@ -88,7 +90,7 @@ def _unnest(weight: QuantizedWeight, staged: dict[str, Tensor], code: Tensor) ->
         groups = torch.split(scales.view(len(filled), -1)[i], counts)
         offset = offsets.view(len(filled), -1)[i]
         rows_of_parts = zip(weight.rows_of_parts(target), weight.rows_of_parts(matrix), strict=True)
-        for part, (rows, stored) in enumerate(rows_of_parts):
+        for part, (rows, absmax_8bit) in enumerate(rows_of_parts):
             nested = NestedAbsmax(groups[part], code, offset[part])
-            values = absmax_values(stored.reshape(sizes[part], -1), nested)
+            values = absmax_values(absmax_8bit.reshape(sizes[part], -1), nested)
             rows.copy_(values.view(rows.shape))

@@ -17,14 +17,14 @@ from torch import Tensor
 from serve_app.model.checkpoint.form import FUSED_VERSION
 from serve_app.model.checkpoint.fused import (
     CHECKSUMS,
-    KEPT_ABSMAX,
     NESTED_ABSMAX,
     NESTED_CODE,
     NESTED_OFFSET,
     PIECE_BYTES,
     SOURCE,
+    SOURCE_ABSMAX,
     VERSION,
-    is_kept,
+    is_source_absmax,
 )
 from serve_app.model.checkpoint.source import DTYPES, Source
 from serve_app.model.checkpoint.tensor_names import CODEBOOK, ModuleWeight, module_weights
@@ -39,12 +39,12 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def file_tensors(
-    source: Source, layer: int | None, codebook: Codebook, kept: AbsmaxKind
+    source: Source, layer: int | None, codebook: Codebook, source_absmax: AbsmaxKind
 ) -> dict[str, Tensor]:
     """Returns the tensors of one layer's file. `layer` None is the file for the rest.
 
-    4-bit weights are on the device of `codebook`. In addition to bfloat16 absmax, the file keeps
-    absmax in the form `kept`: that of the source, or the one in which floats are quantized.
+    4-bit weights are on the device of `codebook`. If `source_absmax` is not bfloat16, the file also
+    contains absmax in this form: the form of the source, or for float weights the requested one.
     """
     entries = module_weights(source.checkpoint.config)
     tensors: dict[str, Tensor] = {}
@@ -52,11 +52,11 @@ def file_tensors(
         if entry.layer != layer:
             continue
         if entry.is_quantized:
-            tensors |= _quantized(source, entry, codebook, kept)
+            tensors |= _quantized(source, entry, codebook, source_absmax)
         else:
             tensors[entry.fused_name] = source.floats(entry.weights[0])
     if layer is None:
-        matrix = _smallest(source, entries, codebook, kept)
+        matrix = _smallest(source, entries, codebook, source_absmax)
         tensors[f"{CODEBOOK}.code"] = matrix.code
         if matrix.nested is not None:
             tensors[NESTED_CODE] = matrix.nested.code
@@ -77,16 +77,16 @@ def empty_weight(entry: ModuleWeight, codebook: Codebook) -> QuantizedWeight:
 
 
 def _quantized(
-    source: Source, entry: ModuleWeight, codebook: Codebook, kept: AbsmaxKind
+    source: Source, entry: ModuleWeight, codebook: Codebook, source_absmax: AbsmaxKind
 ) -> dict[str, Tensor]:
     weight = empty_weight(entry, codebook)
     matrices = []
     for part in entry.weights:
-        matrix = _quantize(source.read(part), codebook, kept)
+        matrix = _quantize(source.read(part), codebook, source_absmax)
         weight.load_weight(matrix, part.expert, part.index)
         matrices.append(replace(matrix, packed=matrix.packed[:0]))
     buffers = weight.named_buffers(recurse=False)
-    tensors = dict(buffers) | ({} if kept == "bfloat16" else _absmax_of(entry, matrices))
+    tensors = dict(buffers) | ({} if source_absmax == "bfloat16" else _absmax_of(entry, matrices))
     return {f"{entry.fused_name}.{name}": tensor for name, tensor in tensors.items()}
 
 
@@ -102,23 +102,25 @@ def _quantize(
 def _absmax_of(entry: ModuleWeight, matrices: list[QuantizedTensor]) -> dict[str, Tensor]:
     """Returns the absmax of `matrices`: expert by expert, part by part, row by row."""
     nested = [matrix.nested for matrix in matrices if matrix.nested is not None]
-    kept = {KEPT_ABSMAX: torch.cat([matrix.absmax for matrix in matrices])}
+    tensors = {SOURCE_ABSMAX: torch.cat([matrix.absmax for matrix in matrices])}
     if nested:
-        kept[NESTED_ABSMAX] = torch.cat([it.absmax for it in nested])
-        kept[NESTED_OFFSET] = torch.stack([it.offset for it in nested])
-    shape = {KEPT_ABSMAX: (sum(entry.out_features), kept[KEPT_ABSMAX].shape[-1])}
+        tensors[NESTED_ABSMAX] = torch.cat([absmax.absmax for absmax in nested])
+        tensors[NESTED_OFFSET] = torch.stack([absmax.offset for absmax in nested])
+    shape = {SOURCE_ABSMAX: (sum(entry.out_features), tensors[SOURCE_ABSMAX].shape[-1])}
     return {
-        name: tensor.view(*entry.experts, *shape.get(name, (-1,))) for name, tensor in kept.items()
+        name: tensor.view(*entry.experts, *shape.get(name, (-1,)))
+        for name, tensor in tensors.items()
     }
 
 
 def _smallest(
-    source: Source, entries: tuple[ModuleWeight, ...], codebook: Codebook, kept: AbsmaxKind
+    source: Source, entries: tuple[ModuleWeight, ...], codebook: Codebook, source_absmax: AbsmaxKind
 ) -> QuantizedTensor:
-    """Returns the smallest matrix, for its tables. They are written even if all layers are done."""
+    """Returns the smallest matrix, for its tables, which are needed even if all layers are
+    done."""
     matrices = [weight for entry in entries if entry.is_quantized for weight in entry.weights]
     smallest = min(matrices, key=lambda weight: prod(weight.shape))
-    return _quantize(source.read(smallest), codebook, kept)
+    return _quantize(source.read(smallest), codebook, source_absmax)
 
 
 def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
@@ -127,7 +129,9 @@ def write_file(file: Path, tensors: dict[str, Tensor], source: str) -> None:
     Tensors that a load does not read come last. Raises `OSError`; an existing file of that name is
     then unchanged.
     """
-    ordered = dict(sorted(tensors.items(), key=lambda item: (is_kept(item[0]), -item[1].nbytes)))
+    ordered = dict(
+        sorted(tensors.items(), key=lambda item: (is_source_absmax(item[0]), -item[1].nbytes))
+    )
     sums = " ".join(f"{crc:08x}" for crc in _checksums(list(ordered.values())))
     metadata = {CHECKSUMS: sums, VERSION: str(FUSED_VERSION), SOURCE: source}
     write_tensors(file, ordered, metadata)

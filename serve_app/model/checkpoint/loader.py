@@ -1,8 +1,8 @@
 """Loads a checkpoint onto a device, tensor by tensor.
 
-`checkpoint.inspect` has found all errors that are visible before a weight is read. Peak memory is
+`checkpoint.inspect` finds all errors that are visible without reading a weight. The peak memory is
 the model, one tensor, and the next tensor, which a thread reads in the meantime. After the load,
-the bytes in memory are compared with those that the quantization promises.
+the bytes in memory are compared with the bytes that the quantization needs.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from serve_app.model.quantization import Quantization
 from serve_app.model.quantized_weight import Codebook
 
 TOLERANCE = 0.02
-"""Maximum relative difference between the promised and the loaded bytes of a part."""
+"""Maximum relative difference between the expected and the loaded bytes of a part."""
 
 Progress = Callable[[float], None]
 """Called with the share of the weights that are loaded, from 0 to 1."""
@@ -49,7 +49,7 @@ def load(
     `quantize_lm_head`, lm_head too. Float tensors are quantized one by one on `device`.
 
     Raises `ModelLoadFailed` if a file does not match its header, or if the loaded weights do not
-    need the promised memory.
+    have the expected bytes.
     """
     report = progress or (lambda done: None)
     with torch.device("meta"):
@@ -90,17 +90,17 @@ def _load_fused(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> Non
 
 
 def _load_one_by_one(checkpoint: Checkpoint, model: Mixtral, report: Progress) -> None:
-    """Loads weights one by one. A thread reads the next weight while this one quantizes the
-    last."""
-    wanted = list(weights(checkpoint.config).values())
-    total, done = sum(prod(weight.shape) for weight in wanted), 0
+    """Loads weights one by one. A thread reads the next weight while the caller's thread quantizes
+    the current one."""
+    all_weights = list(weights(checkpoint.config).values())
+    total, done = sum(prod(weight.shape) for weight in all_weights), 0
     source = Source(checkpoint)
     with ThreadPoolExecutor(1, "read-weights") as reader:
-        ahead = reader.submit(source.read, wanted[0])
-        for weight, following in zip(wanted, [*wanted[1:], None], strict=True):
+        ahead = reader.submit(source.read, all_weights[0])
+        for weight, next_weight in zip(all_weights, [*all_weights[1:], None], strict=True):
             values = ahead.result()
-            if following is not None:
-                ahead = reader.submit(source.read, following)
+            if next_weight is not None:
+                ahead = reader.submit(source.read, next_weight)
             if weight.name == LM_HEAD:
                 assert isinstance(values, torch.Tensor)
                 load_lm_head(model, weight, values)
@@ -116,28 +116,28 @@ def check_bytes(
     quantization: Quantization | None,
     quantize_lm_head: bool = False,
 ) -> None:
-    """Raises `ModelLoadFailed` if a part of `model` does not need the promised memory."""
-    promised = weight_bytes(
+    """Raises `ModelLoadFailed` if a part of `model` does not have the expected bytes."""
+    expected = weight_bytes(
         model.config, dtype.itemsize, quantization, quantize_lm_head, model.float_modules
     )
-    promised["other"] += _num_bytes(model.rope)
+    expected["other"] += _num_bytes(model.rope)
     if model.codebook is not None:
-        promised["other"] += sum(table.nbytes for table in model.codebook.buffers())
+        expected["other"] += sum(table.nbytes for table in model.codebook.buffers())
     for part, loaded in bytes_by_part(model).items():
-        if abs(loaded - promised[part]) > TOLERANCE * promised[part]:
+        if abs(loaded - expected[part]) > TOLERANCE * expected[part]:
             form = str(dtype).removeprefix("torch.")
             if quantization is not None and part in ("experts", "attention"):
                 form = quantization.quant_type
             raise ModelLoadFailed(
                 f"The weights of `{part}` need {loaded:,} bytes of memory, but {form} needs "
-                f"{promised[part]:,}, so not all of them are {form}. This is a bug in the server."
+                f"{expected[part]:,}, so not all of them are {form}. This is a bug in the server."
             )
 
 
 def bytes_by_part(model: Mixtral) -> dict[str, int]:
     """Returns the bytes of the weights in memory for each of `PARTS`.
 
-    "head" has the embedding matrix and lm_head (one matrix if they are tied); "other" has the
+    "head" is the embedding matrix and lm_head (one matrix if they are tied); "other" is the
     routers, the norms, the code values and the rotary tables.
     """
     sizes: dict[str, int] = dict.fromkeys(PARTS, 0)

@@ -47,8 +47,8 @@ def describe_files(names: Collection[str]) -> str | None:
     known.
     """
     for pattern, meaning in _BY_FILE.items():
-        if found := sorted(name for name in names if fnmatch(name, pattern)):
-            return f"{found[0]}: {meaning}"
+        if matches := sorted(name for name in names if fnmatch(name, pattern)):
+            return f"{matches[0]}: {meaning}"
     return None
 
 
@@ -58,6 +58,6 @@ def describe_tensors(names: Collection[str]) -> str | None:
     None if no tensor name is known.
     """
     for end, method in _BY_TENSOR.items():
-        if found := next((name for name in names if name.endswith(end)), None):
-            return f"quantized by {method}, as tensor `{found}` shows; {FLOATS_INSTEAD}"
+        if tensor_name := next((name for name in names if name.endswith(end)), None):
+            return f"quantized by {method}, as tensor `{tensor_name}` shows; {FLOATS_INSTEAD}"
     return None

@@ -52,8 +52,8 @@ class Header:
 def shard_files(path: Path) -> list[Path]:
     """Returns the safetensors files of a checkpoint in the index's order.
 
-    As in transformers, an index is ignored if there is a model.safetensors: some tools leave the
-    index of the shards that they merged. Raises `ModelLoadFailed` if a file is missing.
+    As in transformers, an index is ignored if there is a model.safetensors, because some tools
+    merge shards and leave the old index. Raises `ModelLoadFailed` if a file is missing.
     """
     single, index = path / SINGLE, path / INDEX
     if single.exists():
@@ -100,9 +100,9 @@ def read_header(file: Path) -> Header:
                     file, f"its tensors have a gap or overlap at offset {min(begin, end)}"
                 )
             end = next_end
-        if (promised := 8 + length + end) != size:
-            raise damaged(file, f"it has {size} bytes, but its header requires {promised}")
-        tensors = {name: _tensor(file, 8 + length, name, it) for name, it in header.items()}
+        if (expected_size := 8 + length + end) != size:
+            raise damaged(file, f"it has {size} bytes, but its header requires {expected_size}")
+        tensors = {name: _tensor(file, 8 + length, name, entry) for name, entry in header.items()}
         return Header(tensors, metadata, 8 + length)
     except OSError as error:
         raise ModelLoadFailed(f"{file}: cannot be read ({error.strerror}).") from None
@@ -166,6 +166,6 @@ def _tensor(file: Path, data_begin: int, name: str, entry: dict[str, Any]) -> Te
 def no_weights(path: Path, missing: str) -> ModelLoadFailed:
     """Returns the error for a folder without `missing`, with a description of the folder if it is
     known."""
-    if (found := describe_files([file.name for file in path.iterdir()])) is not None:
-        return ModelLoadFailed(f"{path}: {missing} is missing; the folder has {found}.")
+    if (description := describe_files([file.name for file in path.iterdir()])) is not None:
+        return ModelLoadFailed(f"{path}: {missing} is missing; the folder has {description}.")
     return ModelLoadFailed(f"{path}: {missing} is missing; name the folder of a checkpoint.")

@@ -1,9 +1,9 @@
 """Reads the weights of a float or bitsandbytes checkpoint one by one, by transformers 4's names.
 
-Experts and attention with 4-bit weights in the files keep them. A 4-bit router or lm_head becomes
-floats, and so do 4-bit weights if other weights of the same `Weight.module` are floats. Files are
-read, not mapped: the pages of a mapped file count as memory of this process, and one shard of
-Mixtral has 5 GB.
+Experts and attention keep their 4-bit weights. A 4-bit router or lm_head becomes floats, and 4-bit
+weights become floats if other weights of the same `Weight.module` are floats. Files are read, not
+mapped: the pages of a mapped file count as memory of this process, and one shard of Mixtral has
+5 GB.
 """
 
 import torch
@@ -38,7 +38,7 @@ class Source:
         self._float_modules = checkpoint.float_modules
 
     def read(self, weight: Weight) -> Tensor | QuantizedTensor:
-        """Returns the weight on the CPU, with 4 bits if both the files and the model have it so.
+        """Returns the weight on the CPU, in 4 bits if both the files and the model use 4 bits.
 
         Raises `ModelLoadFailed` if a file cannot be read, or if matrices are quantized with
         different code values: all weights of a model share one codebook.
@@ -96,11 +96,10 @@ class Source:
 
 
 def _same_table(
-    info: PackedInfo, table: TensorInfo, values: Tensor, known: Tensor | None
+    info: PackedInfo, table: TensorInfo, values: Tensor, first_table: Tensor | None
 ) -> Tensor:
-    """Returns `values` of `table`. Raises `ModelLoadFailed` if they differ from the `known`
-    ones."""
-    if known is None or torch.equal(values, known):
+    """Returns `values` of `table`. Raises `ModelLoadFailed` if they differ from `first_table`."""
+    if first_table is None or torch.equal(values, first_table):
         return values
     raise ModelLoadFailed(
         f"{info.packed.file}: tensor `{table.name}` differs from that of other weights, but all "

@@ -1,7 +1,7 @@
-"""The table of a checkpoint's tensor names and of the weights that they hold. Imports no torch.
+"""The table of a checkpoint's tensor names and their weights. Imports no torch.
 
-A row of `TABLE` is one weight of our `Mixtral`: its path in the model, the tensors that hold it in
-files, its sizes and its part. There are three layouts of files:
+A row of `TABLE` is one weight of our `Mixtral`: its path in the model, its tensors in the files,
+its sizes and its part. There are three layouts of files:
 
 - transformers 4 wrote one tensor per matrix and expert, in float and bitsandbytes checkpoints. This
   package uses its names for weights everywhere.
@@ -68,7 +68,7 @@ TABLE = (
         fused_name=f"{_ATTENTION}.qkv",
         out_features=("q_size", "kv_size", "kv_size"),
         in_features="hidden_size",
-        names=tuple(f"{_ATTENTION}.{one}_proj.weight" for one in "qkv"),
+        names=tuple(f"{_ATTENTION}.{matrix}_proj.weight" for matrix in "qkv"),
     ),
     Row(
         path="layers.{layer}.attention.o.weight",
@@ -94,7 +94,7 @@ TABLE = (
         fused_name=f"{_LAYER}.mlp.experts.gate_up",
         out_features=("intermediate_size", "intermediate_size"),
         in_features="hidden_size",
-        names=tuple(f"{_MOE}.experts.{{expert}}.{one}.weight" for one in ("w1", "w3")),
+        names=tuple(f"{_MOE}.experts.{{expert}}.{matrix}.weight" for matrix in ("w1", "w3")),
         merged_name=f"{_LAYER}.mlp.experts.gate_up_proj",
         is_interleaved=True,
     ),
@@ -114,7 +114,7 @@ TABLE = (
 
 @dataclass(frozen=True, slots=True)
 class Slice:
-    """The rows of a tensor that hold one matrix: number `index` of `count` equal slices."""
+    """The rows of one matrix in a tensor: slice `index` of `count` equal slices."""
 
     name: str
     index: int
@@ -140,7 +140,7 @@ class Weight:
 
     @property
     def is_quantized(self) -> bool:
-        """True if a quantized checkpoint has it in 4 bits."""
+        """Whether the weight has 4 bits in a quantized checkpoint."""
         return self.part in QUANTIZED_PARTS
 
     @property
@@ -159,7 +159,7 @@ class ModuleWeight:
     experts: tuple[int, ...]
     """`(num_experts,)` for a weight of experts, otherwise ()."""
     out_features: tuple[int, ...]
-    """out_features of each matrix that it consists of, in the order of rows."""
+    """out_features of each of its matrices, in the order of rows."""
     in_features: int | None
 
     @property
@@ -177,12 +177,12 @@ class ModuleWeight:
 
     @property
     def is_quantized(self) -> bool:
-        """True if a quantized checkpoint has it in 4 bits."""
+        """Whether the weight has 4 bits in a quantized checkpoint."""
         return self.row.part in QUANTIZED_PARTS
 
     @cached_property
     def weights(self) -> tuple[Weight, ...]:
-        """The matrices or vectors that it consists of, expert by expert."""
+        """Its matrices or vectors, expert by expert."""
         return tuple(self._weight(i) for i in range(prod(self.experts) * len(self.out_features)))
 
     def _weight(self, number: int) -> Weight:
@@ -224,22 +224,22 @@ def module_weights(config: MixtralConfig) -> tuple[ModuleWeight, ...]:
 
 def weights(config: MixtralConfig) -> dict[str, Weight]:
     """Returns all matrices and vectors by transformers 4's names; lm_head comes last."""
-    return {weight.name: weight for it in module_weights(config) for weight in it.weights}
+    return {weight.name: weight for entry in module_weights(config) for weight in entry.weights}
 
 
 def merged_shapes(config: MixtralConfig) -> dict[str, tuple[int, ...]]:
     """Returns the name and shape of every tensor in transformers 5's layout."""
     return {
-        weight.merged.name: weight.shape if weight.merged.name == weight.name else it.shape
-        for it in module_weights(config)
-        for weight in it.weights
+        weight.merged.name: weight.shape if weight.merged.name == weight.name else entry.shape
+        for entry in module_weights(config)
+        for weight in entry.weights
     }
 
 
 def is_merged(config: MixtralConfig, names: Iterable[str]) -> bool:
     """Returns True if a checkpoint with tensors `names` has transformers 5's layout."""
-    only_there = merged_shapes(config).keys() - weights(config).keys()
-    return not only_there.isdisjoint(names)
+    merged_only = merged_shapes(config).keys() - weights(config).keys()
+    return not merged_only.isdisjoint(names)
 
 
 def is_redundant(config: MixtralConfig, name: str) -> bool:

@@ -15,11 +15,11 @@ from torch import Tensor
 from serve_app.model.checkpoint.bnb4 import STATE
 from serve_app.model.checkpoint.checkpoint import Checkpoint
 from serve_app.model.checkpoint.fused import (
-    KEPT_ABSMAX,
     NESTED_ABSMAX,
     NESTED_CODE,
     NESTED_OFFSET,
     SOURCE,
+    SOURCE_ABSMAX,
 )
 from serve_app.model.checkpoint.fused_reader import read_files
 from serve_app.model.checkpoint.fused_writer import empty_weight, write_tensors
@@ -73,8 +73,8 @@ class BackToBitsandbytes:
         self._codebook = Codebook(self._quantization.quant_type)
         self._codebook.code.copy_(self._tables[f"{CODEBOOK}.code"])
 
-    def write(self, file: Path, header: Header, target: Path, made_from: str) -> None:
-        """Writes `target` with the weights of the fused `file`, and compares the checksums."""
+    def write(self, file: Path, header: Header, target: Path, fingerprint: str) -> None:
+        """Writes the weights of the fused `file` to `target`, and verifies their checksums."""
         stored = self._read({file: header}, set(header.tensors))
         tensors: dict[str, Tensor] = {}
         for entry in module_weights(self._config):
@@ -82,7 +82,7 @@ class BackToBitsandbytes:
                 tensors |= self._quantized(entry, stored)
             elif entry.fused_name in stored:
                 tensors[entry.weights[0].name] = stored[entry.fused_name]
-        write_tensors(target, tensors, {"format": "pt", SOURCE: made_from})
+        write_tensors(target, tensors, {"format": "pt", SOURCE: fingerprint})
 
     def _read(self, headers: dict[Path, Header], names: set[str]) -> dict[str, Tensor]:
         tensors = {
@@ -107,9 +107,9 @@ class BackToBitsandbytes:
             tensors[name] = matrix.packed.view(-1, 1)
             tensors[f"{name}.absmax"] = matrix.absmax.float().flatten()
             tensors[f"{name}.quant_map"] = self._codebook.code.clone()
-            kept = stored.get(f"{entry.fused_name}.{KEPT_ABSMAX}")
-            if kept is not None:
-                tensors[f"{name}.absmax"] = kept[index][part.rows].flatten()
+            source_absmax = stored.get(f"{entry.fused_name}.{SOURCE_ABSMAX}")
+            if source_absmax is not None:
+                tensors[f"{name}.absmax"] = source_absmax[index][part.rows].flatten()
             if NESTED_CODE in self._tables:
                 groups = stored[f"{entry.fused_name}.{NESTED_ABSMAX}"][index]
                 counts = [num_nested_groups(n * part.shape[-1]) for n in entry.out_features]

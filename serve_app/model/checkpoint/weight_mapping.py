@@ -13,14 +13,13 @@ from serve_app.model.quantized_weight import QuantizedWeight
 
 
 def module_weight(model: Mixtral, path: str) -> nn.Parameter | QuantizedWeight:
-    """Returns the weight of `model` at `path`, which is a path of the table of tensor names."""
-    found: nn.Parameter | QuantizedWeight = attrgetter(path)(model)
-    return found
+    """Returns the weight of `model` at `path`, see `Row.path` in `tensor_names.py`."""
+    weight: nn.Parameter | QuantizedWeight = attrgetter(path)(model)
+    return weight
 
 
 def load_weight(model: Mixtral, weight: Weight, values: Tensor | QuantizedTensor) -> None:
-    """Copies `values` of shape `weight.shape` into `model`, and quantizes floats if the model needs
-    it."""
+    """Copies `values` of shape `weight.shape` into `model`. Quantizes floats for a 4-bit weight."""
     target = module_weight(model, weight.path)
     if isinstance(target, QuantizedWeight):
         target.load_weight(values, weight.expert, weight.index)
@@ -33,8 +32,8 @@ def load_weight(model: Mixtral, weight: Weight, values: Tensor | QuantizedTensor
 def load_lm_head(model: Mixtral, weight: Weight, values: Tensor) -> None:
     """Copies `values` into lm_head, after all other weights.
 
-    Raises `ModelLoadFailed` if quantizing lm_head needs other code values than the checkpoint's
-    weights have: all weights of a model share one codebook.
+    Raises `ModelLoadFailed` if the quantized lm_head has other code values than the checkpoint's
+    weights, because all weights of a model share one codebook.
     """
     tables: list[Tensor] = []
     if isinstance(module_weight(model, weight.path), QuantizedWeight):

@@ -10,7 +10,7 @@ import pytest
 from pydantic.fields import FieldInfo
 
 from serve_app.cold_start.forecast import READ_BYTES_PER_S, Forecast
-from serve_app.config.environment import familiar_names
+from serve_app.config.environment import aliases
 from serve_app.config.settings import Settings
 from serve_app.config.sources import PREFIX
 from serve_app.worker.job import parse
@@ -27,7 +27,7 @@ OF_THE_PLATFORM = {"RUNPOD_INIT_TIMEOUT"}
 
 def field_of(name: str) -> FieldInfo:
     """Returns the setting of the variable `name`."""
-    path = familiar_names().get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
+    path = aliases().get(name) or name.removeprefix(PREFIX).lower().replace("__", ".")
     section, key = path.split(".")
     field: FieldInfo = type(getattr(Settings(), section)).model_fields[key]
     return field
@@ -143,5 +143,5 @@ def test_every_setting_says_what_it_is() -> None:
     """No row without a description, and each of our names is in the table."""
     rows = table().splitlines()[2:]
     assert all(not row.endswith("|  |") for row in rows)
-    for name in familiar_names():
+    for name in aliases():
         assert sum(f"`{name}`" in row for row in rows) == 1, name

@@ -15,7 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, SecretStr
 from pydantic.fields import FieldInfo
 
-from serve_app.config.environment import familiar_names
+from serve_app.config.environment import aliases
 from serve_app.config.settings import EntrySettings, Settings
 from serve_app.config.sources import PREFIX
 
@@ -41,8 +41,8 @@ def _rows() -> Iterator[str]:
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             for name, field in kind.model_fields.items():
                 path = f"{section}.{name}"
-                familiar = [each for each, sets in familiar_names().items() if sets == path]
-                yield _row([f"{PREFIX}{section}__{name}".upper(), *familiar], field)
+                names = [each for each, sets in aliases().items() if sets == path]
+                yield _row([f"{PREFIX}{section}__{name}".upper(), *names], field)
         else:
             yield _row([f"{PREFIX}{section}".upper()], info)
 

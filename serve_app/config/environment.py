@@ -48,8 +48,8 @@ are compared in lower case: worker-vllm's form sends None for QUANTIZATION."""
 
 
 @cache
-def familiar_names() -> dict[str, str]:
-    """Returns the setting, such as `engine.max_model_len`, that each familiar variable sets."""
+def aliases() -> dict[str, str]:
+    """Returns the setting, such as `engine.max_model_len`, that each alias sets."""
     names = {}
     for section, model in SECTIONS.items():
         for field in model.model_fields:
@@ -63,20 +63,20 @@ def _name_by_rule(section: str, field: str) -> str:
     return (field if "_" in field else f"{section}_{field}").upper()
 
 
-def familiar_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """Returns the values of familiar variables as sections of settings. An empty value counts as
+def alias_values(environment: Mapping[str, str]) -> dict[str, dict[str, str]]:
+    """Returns the values of aliass as sections of settings. An empty value counts as
     unset."""
     sections: dict[str, dict[str, str]] = {}
-    for name, path in familiar_names().items():
+    for name, path in aliases().items():
         if value := _value(environment, name):
             section, field = path.split(".")
             sections.setdefault(section, {})[field] = value
     return sections
 
 
-def familiar_source(environment: Mapping[str, str], path: str) -> str | None:
-    """Returns the familiar variable that gives the setting `path` its value, or None."""
-    names = [name for name, sets in familiar_names().items() if sets == path]
+def alias_source(environment: Mapping[str, str], path: str) -> str | None:
+    """Returns the alias that gives the setting `path` its value, or None."""
+    names = [name for name, sets in aliases().items() if sets == path]
     return next((name for name in reversed(names) if _value(environment, name)), None)
 
 

@@ -89,8 +89,8 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Returns the sources in order of precedence: environment, familiar names, YAML."""
-        return env_settings, _FamiliarNames(settings_cls), init_settings
+        """Returns the sources in order of precedence: environment, aliases, YAML."""
+        return env_settings, _AliasSource(settings_cls), init_settings
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "Settings":
@@ -158,14 +158,14 @@ class ClientSettings(BaseSettings):
         return keys[0] if keys else None
 
 
-class _FamiliarNames(PydanticBaseSettingsSource):
-    """The familiar names in `environment.py` as a settings source."""
+class _AliasSource(PydanticBaseSettingsSource):
+    """The aliases in `environment.py` as a settings source."""
 
     def get_field_value(self, field: Any, field_name: str) -> tuple[Any, str, bool]:
         raise NotImplementedError  # part of the interface; __call__ does the work
 
     def __call__(self) -> dict[str, Any]:
-        return dict(environment.familiar_values(os.environ))
+        return dict(environment.alias_values(os.environ))
 
 
 def unused_names() -> str | None:

@@ -20,7 +20,7 @@ def source(environment: Mapping[str, str], path: str) -> str | None:
     for name, value in environment.items():
         if value and name.upper() == variable(path):
             return name
-    return names.familiar_source(environment, path)
+    return names.alias_source(environment, path)
 
 
 def set_in(environment: Mapping[str, str], section: str) -> str:

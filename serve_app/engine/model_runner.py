@@ -20,7 +20,7 @@ from serve_app.engine.device_sampler import DeviceSampler
 from serve_app.engine.in_flight_tokens import InFlightTokens
 from serve_app.engine.prompt_scores import PromptScores
 from serve_app.engine.sampler import Sampler
-from serve_app.engine.sampler_trial import tried_sampler
+from serve_app.engine.sampler_trial import verified_sampler
 from serve_app.engine.scheduled_tokens import ScheduledTokens
 from serve_app.engine.sequence import PENDING
 from serve_app.engine.step_sizes import capture_sizes
@@ -106,7 +106,7 @@ class ModelRunner:
             return "tokens are sampled in plain torch: the CUDA kernels are not used"
         try:
             kernel = products.make_sampler(capture_sizes(max_num_seqs)[-1])
-            self.sampler = tried_sampler(kernel, self.vocab_size, self._device)
+            self.sampler = verified_sampler(kernel, self.vocab_size, self._device)
         except StepUnavailable as reason:
             return f"tokens are sampled in plain torch: {reason}"
         return "tokens are sampled by one kernel"

@@ -13,7 +13,7 @@ from serve_app.model.kernels.unavailable import StepUnavailable
 
 log = logging.getLogger(__name__)
 
-TRIED = (
+TRIAL_PARAMS = (
     SamplingParams(1, temperature=0),
     SamplingParams(1, temperature=0.7),
     SamplingParams(1, temperature=1.3, top_k=40),
@@ -31,7 +31,7 @@ MAX_DIFFERENT = 1
 
 
 @torch.inference_mode()
-def tried_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -> DeviceSampler:
+def verified_sampler(kernel: SampleKernel, vocab_size: int, device: torch.device) -> DeviceSampler:
     """Returns a sampler with `kernel` that has passed the trial.
 
     Raises `StepUnavailable` if its tokens differ from `Sampler`'s or the kernel fails, and
@@ -62,6 +62,6 @@ def _sequences(rows: int, vocab_size: int) -> list[Sequence]:
     stops = frozenset({2, 7})
     prompts = [[token_id % vocab_size for token_id in range(row, row + 9)] for row in range(rows)]
     return [
-        Sequence(prompt, TRIED[row % len(TRIED)], seed=row, stop_ids=stops)
+        Sequence(prompt, TRIAL_PARAMS[row % len(TRIAL_PARAMS)], seed=row, stop_ids=stops)
         for row, prompt in enumerate(prompts)
     ]

@@ -9,7 +9,7 @@ import pytest
 from serve_app.config.environment import (
     EXTRA_NAMES,
     NOT_BY_RULE,
-    familiar_names,
+    aliases,
 )
 from serve_app.config.sections import SECTIONS
 from serve_app.config.serve_config import http_options
@@ -40,7 +40,7 @@ def test_environment_wins_over_yaml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names_that_runpod_users_know(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A familiar name works too; ours wins over it; an empty one counts as unset."""
+    """An alias works too; ours wins over it; an empty one counts as unset."""
     monkeypatch.setenv("MODEL_NAME", "someone/mixtral")
     monkeypatch.setenv("MAX_MODEL_LEN", "4096")
     monkeypatch.setenv("MIXTRAL_ENGINE__MAX_MODEL_LEN", "2048")
@@ -68,7 +68,7 @@ def test_the_sections_are_those_of_the_settings() -> None:
 
 def test_a_field_has_one_name_by_rule() -> None:
     """A field outside `NOT_BY_RULE` has exactly one name that is not in `EXTRA_NAMES`."""
-    by_rule = [path for name, path in familiar_names().items() if name not in EXTRA_NAMES]
+    by_rule = [path for name, path in aliases().items() if name not in EXTRA_NAMES]
     assert sorted(by_rule) == sorted(PATHS - NOT_BY_RULE.keys())
     assert set(EXTRA_NAMES.values()) | NOT_BY_RULE.keys() <= PATHS
 
@@ -97,7 +97,7 @@ def test_a_field_has_one_name_by_rule() -> None:
 )
 def test_names_that_vllm_and_runpod_document(name: str, path: str) -> None:
     """The names that users of vLLM and RunPod set lead to the setting that means the same."""
-    assert familiar_names()[name] == path
+    assert aliases()[name] == path
 
 
 def test_stray_names_set_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from serve_app.engine.decode_graphs import DecodeGraphs
 from serve_app.engine.model_runner import ModelRunner
-from serve_app.engine.sampler_trial import tried_sampler
+from serve_app.engine.sampler_trial import verified_sampler
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.variants import Card
@@ -37,7 +37,7 @@ def test_every_kind_of_request_gets_the_same(pair: Pair, can_overlap_steps: bool
 
     def prepare(runner: ModelRunner) -> None:
         kernel = sample_kernel(runner.vocab_size)
-        sampler = tried_sampler(kernel, runner.vocab_size, CPU)
+        sampler = verified_sampler(kernel, runner.vocab_size, CPU)
         launch = sampler.launch
 
         def counted(logits: Tensor, positions: Tensor, tokens: Tensor) -> None:
@@ -66,4 +66,4 @@ def test_a_wrong_kernel_is_not_used() -> None:
         return changed
 
     with pytest.raises(StepUnavailable, match="of 32 tokens differ from plain torch's"):
-        tried_sampler(sample_kernel(300, edit), 300, CPU)
+        verified_sampler(sample_kernel(300, edit), 300, CPU)

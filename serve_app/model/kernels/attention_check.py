@@ -13,12 +13,13 @@ from serve_app.model.kv import KVCache
 
 BLOCK_SIZE = 16
 CONTEXTS = (1, 70, 300, 1500, 4500, 9000)
-"""Lengths of contexts in tokens: one for every way in which the kernels cut a context into splits
+"""Context lengths in tokens. Together they test every number and size of splits in the kernels
 (`cuda/splits.cuh`, `triton/paged_attention.py`)."""
 
 Attention = Callable[[Tensor, Tensor, Tensor, DecodeBatch, Tensor], object]
-"""Fills the last tensor, `[B, H * D]`, from queries `[B, H, D]`, keys and values `[blocks,
-block size, KV heads, D]` and a batch."""
+"""A function `attention(queries, keys, values, batch, out)` that fills `out` `[B, H * D]`.
+
+`queries` is `[B, H, D]`; `keys` and `values` are `[blocks, block_size, KV heads, D]`."""
 
 
 @torch.inference_mode()
@@ -27,8 +28,8 @@ def attention_error(
 ) -> float:
     """Returns the largest relative error of a row of `CONTEXTS`; infinity for a NaN.
 
-    Rows are compared one by one: the mean of many random values is small, so that a wrong row with
-    a long context would hardly change an error over all rows.
+    Rows are compared one by one. The output of a row with a long context is small, because it is
+    the mean of many random values, so it would hardly change an error over all rows.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -39,17 +40,17 @@ def attention_error(
     heads, head_dim = config.num_attention_heads, config.head_dim
     shape = (width, BLOCK_SIZE, config.num_key_value_heads, head_dim)
     keys, values, queries = random(*shape), random(*shape), random(count, heads, head_dim)
-    # Each row has all blocks, in an order of its own, so that they take the memory of one row.
+    # All rows share the same blocks, each in another order, to save memory.
     blocks, rows = torch.arange(width, device=device), torch.arange(count, device=device)
     tables = (5 * rows[:, None] - blocks) % width
     lens = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
     none = lens.new_empty(0)
-    found = torch.full_like(queries, torch.nan).flatten(1)
-    attention(queries, keys, values, DecodeBatch(none, none, none, lens, tables.int()), found)
+    actual = torch.full_like(queries, torch.nan).flatten(1)
+    attention(queries, keys, values, DecodeBatch(none, none, none, lens, tables.int()), actual)
 
     batch = Batch(none, none, none, [1] * count, list(CONTEXTS), tables, none)
     plan = plan_attention(batch, BLOCK_SIZE, config.sliding_window, torch.float32)
-    expected = torch.empty_like(found, dtype=torch.float32)
+    expected = torch.empty_like(actual, dtype=torch.float32)
     attend(plan, 0, queries.float(), KVCache(torch.stack([keys, values]).float()[None]), expected)
-    errors = (found.float() - expected).norm(dim=1) / expected.norm(dim=1)
+    errors = (actual.float() - expected).norm(dim=1) / expected.norm(dim=1)
     return float(errors.nan_to_num(torch.inf, torch.inf).max())

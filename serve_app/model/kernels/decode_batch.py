@@ -1,4 +1,4 @@
-"""DecodeBatch: the batch of a decode step as tensors only, so that a CUDA graph can read it."""
+"""DecodeBatch: the batch of a decode step, in tensors that a CUDA graph can read."""
 
 from dataclasses import dataclass
 

@@ -59,9 +59,9 @@ def relative_errors(
 ) -> dict[str, float]:
     """Returns the largest relative error of each product over all `NUM_TOKENS`.
 
-    `has_kernels` adds the Triton kernels; by default they are added on a GPU with a 16-bit dtype.
-    On a GPU with bfloat16, attention by the CUDA kernel is added.
-    If an error is NaN, only that one is returned.
+    `has_kernels` says whether to check the Triton kernels; None checks them on a GPU with a 16-bit
+    dtype. On a GPU with bfloat16, the CUDA kernel for attention is checked too. If an error is NaN,
+    only this error is returned.
     """
     if has_kernels is None:
         has_kernels = device.type == "cuda" and dtype != torch.float32
@@ -91,12 +91,12 @@ def relative_errors(
         }
         if has_kernels:
             pairs["linear (triton)"] = (_linear_by_kernel(linear, x), pairs["linear (torch)"][1])
-            found = _experts_by_kernel(experts, x, topk_ids, topk_weights)
-            pairs["experts (triton)"] = (found, pairs["experts (torch)"][1])
+            actual = _experts_by_kernel(experts, x, topk_ids, topk_weights)
+            pairs["experts (triton)"] = (actual, pairs["experts (torch)"][1])
             pairs["unpacked (triton)"] = (_unpacked(experts, x.dtype), gate_up)
-        for name, (found, expected) in pairs.items():
-            error = float((found.float() - expected).norm() / expected.norm())
-            if math.isnan(error):  # which max() would drop
+        for name, (actual, expected) in pairs.items():
+            error = float((actual.float() - expected).norm() / expected.norm())
+            if math.isnan(error):  # max() may drop a NaN
                 return {name: error}
             errors[name] = max(errors.get(name, 0.0), error)
     if has_kernels:
@@ -172,8 +172,8 @@ def _linear_by_kernel(linear: QuantizedLinear, x: Tensor) -> Tensor:
 def _unpacked(experts: QuantizedExperts, dtype: torch.dtype) -> Tensor:
     from serve_app.model.kernels.triton.nf4_unpack import Unpacker
 
-    every = torch.arange(NUM_EXPERTS, device=experts.gate_up.packed.device)
-    return Unpacker(dtype)(experts.gate_up, every)
+    all_experts = torch.arange(NUM_EXPERTS, device=experts.gate_up.packed.device)
+    return Unpacker(dtype)(experts.gate_up, all_experts)
 
 
 def _experts_by_kernel(
@@ -201,7 +201,7 @@ def _as_stored(codes: Codebook, weight: Tensor) -> Tensor:
 def _mixture(
     x: Tensor, topk_ids: Tensor, topk_weights: Tensor, experts: list[dict[str, Tensor]]
 ) -> Tensor:
-    """Computes what `Experts.forward` does, token by token."""
+    """Computes the same as `Experts.forward`, token by token."""
     rows = []
     for token, chosen, weights in zip(x, topk_ids.tolist(), topk_weights, strict=True):
         outputs = [

@@ -2,5 +2,7 @@
 
 
 class StepUnavailable(Exception):
-    """The message is a phrase for the runner's note in `/health`. A slower implementation is used
-    instead."""
+    """A compiled step cannot be used, and a slower implementation replaces it.
+
+    The message is a phrase for the runner's note in `/health`.
+    """

@@ -72,7 +72,7 @@ def product_cases() -> list[Case]:
         ):
             arguments = {**whole, **more, **products(*sizes, rows)}
             cases.append((f"tile {tile}", kernel, arguments, nf4_decode.shape_of(tile, rows), rows))
-    unpack = {"which": "*i64", "out": "*bf16", "SPAN": nf4_unpack.SPAN}
+    unpack = {"indices": "*i64", "out": "*bf16", "SPAN": nf4_unpack.SPAN}
     unpack |= products(28672, 4096, nf4_unpack.ROWS)
     cases.append(("", nf4_unpack.unpack_kernel, unpack, {"num_warps": 4}, 0))
     return cases

@@ -73,11 +73,11 @@ def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_decode, "GATE_UP_ROWS", 512)
     monkeypatch.setattr(nf4_decode, "rows_of", lambda tile: 256)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
-    monkeypatch.setattr(step_trial, "TRIED_ROWS", 3)
-    monkeypatch.setattr(step_trial, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(step_trial, "TRIAL_ROWS", 3)
+    monkeypatch.setattr(step_trial, "TRIAL_LAYERS", 1)
     monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
-    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((3, 20),))
-    monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(prompt_step, "TRIAL_CHUNKS", ((3, 20),))
+    monkeypatch.setattr(prompt_step, "TRIAL_LAYERS", 1)
 
 
 def model_of(quantization: Quantization | None, dtype: torch.dtype, **shape: Any) -> Mixtral:
@@ -95,8 +95,8 @@ def test_it_gives_the_models_logits(
     quantization: Quantization | None, shape: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits equal plain torch's to float32's rounding; a padding row changes no other row."""
-    monkeypatch.setattr(step_trial, "TRIED_LAYERS", 2)
-    monkeypatch.setattr(step_trial, "TRIED_ROWS", 5)
+    monkeypatch.setattr(step_trial, "TRIAL_LAYERS", 2)
+    monkeypatch.setattr(step_trial, "TRIAL_ROWS", 5)
     torch.manual_seed(1)
     model = model_of(quantization, torch.float32, **shape)
     cache = cache_of(model)

@@ -32,7 +32,7 @@ from serve_app.model.kernels.triton.prompt_products import (
     TorchProducts,
     UnpackedProducts,
 )
-from serve_app.model.kernels.triton.prompt_step import TRIED_CHUNKS, PromptStep
+from serve_app.model.kernels.triton.prompt_step import TRIAL_CHUNKS, PromptStep
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.kv import KVCache
 from serve_app.model.mixtral import Mixtral
@@ -45,7 +45,7 @@ from tools.random_model import config_of
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fewer tokens in the trial: the interpreter takes a second for what a GPU does in 1 ms."""
-    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((5, 20), (1, 1), (300, 900)))
+    monkeypatch.setattr(prompt_step, "TRIAL_CHUNKS", ((5, 20), (1, 1), (300, 900)))
     monkeypatch.setattr(grouped_product, "NARROW", TileShape(16, 64, 64, num_stages=1))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # for the device "meta"
 
@@ -75,7 +75,7 @@ def refusal(model: Any) -> str:
 def test_in_16_bits_it_is_used_when_it_agrees(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step that computes something else, or raises, is refused with a reason; products that do
     are left to torch."""
-    monkeypatch.setattr(prompt_step, "TRIED_LAYERS", 1)
+    monkeypatch.setattr(prompt_step, "TRIAL_LAYERS", 1)
     torch.manual_seed(1)
     model = model_of(Quantization("nf4", "bfloat16"), torch.float16)
     step = PromptStep.verified(model, cache_of(model), 8)
@@ -233,7 +233,7 @@ def test_the_trial_has_a_context_in_splits() -> None:
     combines them is compared, and compiled before there are requests."""
     keys = torch.empty(1, 16, 8, 128, device="meta")
     sizes = PromptAttention(32, keys, None).sizes
-    new, lengths = (list(each) for each in zip(*TRIED_CHUNKS, strict=True))
+    new, lengths = (list(each) for each in zip(*TRIAL_CHUNKS, strict=True))
     items, combined = items_of(new, lengths, sizes)
     assert len(combined) > 0
     assert any(item.split < 0 for item in items)

@@ -28,11 +28,9 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 LANES = 16
-"""Number of float32 values in a vector register. The sizes that are summed over must be multiples
-of it."""
+"""Number of float32 values in a vector register. The sizes of sums must be multiples of it."""
 MAX_WEIGHT_BYTES = 500_000_000
-"""Models with more bytes of weights do not use this step, because it needs a second copy of
-them."""
+"""Maximum bytes of the weights of a model that uses this step, which needs a second copy."""
 TOLERANCE = 1e-4
 """Maximum relative error compared with plain torch on this processor."""
 POINTER, INT = ctypes.c_void_p, ctypes.c_int64
@@ -129,9 +127,9 @@ class CpuStep:
         """Returns float32 logits `[sampled, vocab_size]` of `batch.sample_rows`, and fills the
         cache.
 
-        The default number of threads is that of `StepThreads`. If the system cannot create all
-        threads, the existing ones compute the step. Raises `MemoryError` if there is no memory for
-        the step.
+        `num_threads` None means the number that `StepThreads` chooses. If the system cannot create
+        all threads, the existing ones compute the step. Raises `MemoryError` if the memory is too
+        small.
         """
         num_threads = num_threads or self._threads.of(batch)
         owners = np.arange(len(batch.query_lens)).repeat(batch.query_lens)
@@ -162,8 +160,8 @@ class CpuStep:
         count, size = min(cache.num_blocks, 5), cache.block_size
         blocks = torch.arange(count)
         generator = torch.Generator().manual_seed(0)
-        for stored in (*cache.keys, *cache.values):
-            stored[blocks] = torch.randn(stored[blocks].shape, generator=generator)
+        for tensor in (*cache.keys, *cache.values):
+            tensor[blocks] = torch.randn(tensor[blocks].shape, generator=generator)
         # All slots of the first KV block, and the last slot of the others.
         slots = torch.cat((torch.arange(size), (blocks[1:] + 1) * size - 1))
         batch = Batch(
@@ -176,9 +174,9 @@ class CpuStep:
             sample_rows=torch.arange(len(slots)),
         )
         expected = model(batch, cache)
-        found = self.logits(batch, self._threads.max_threads)
+        actual = self.logits(batch, self._threads.max_threads)
         cache.clear(blocks)
-        return float((found - expected).norm() / expected.norm())
+        return float((actual - expected).norm() / expected.norm())
 
 
 def transposed(weight: Tensor) -> Tensor:
@@ -216,7 +214,9 @@ def _require_fitting(model: "Mixtral") -> None:
         raise StepUnavailable("it does not support 4-bit weights")
     if (size := sum(weight.nbytes for weight in model.parameters())) > MAX_WEIGHT_BYTES:
         raise StepUnavailable(f"a second copy of {size / 1e9:.1f} GB of weights would be too large")
-    if any(it % LANES for it in (config.hidden_size, config.intermediate_size, config.head_dim)):
+    if any(
+        size % LANES for size in (config.hidden_size, config.intermediate_size, config.head_dim)
+    ):
         raise StepUnavailable(
             f"hidden_size, intermediate_size and head_dim must be multiples of {LANES}"
         )
@@ -230,6 +230,6 @@ def _library() -> ctypes.CDLL:
         library = ctypes.CDLL(str(file))
     except OSError as error:
         raise StepUnavailable(f"{file.name} cannot be loaded ({error})") from None
-    if not hasattr(library, "compute_mixtral_step"):  # its arguments changed with its name
+    if not hasattr(library, "compute_mixtral_step"):  # older versions have another name
         raise StepUnavailable(f"{file.name} has another version; install the project again")
     return library

@@ -1,9 +1,9 @@
 """StepThreads: chooses the number of threads for a compiled step on a CPU.
 
-It is proportional to the step's work: one thread for each `PRODUCTS_PER_THREAD` multiplications. So
-a long step, such as a prefill chunk of a few hundred tokens, uses all cores. A short step, such as
-the decodes of a few sequences, leaves cores for network I/O. It would also gain little, because
-threads wait for each other three times per layer.
+The number is proportional to the step's work: one thread for each `PRODUCTS_PER_THREAD`
+multiplications. So a long step, such as a prefill chunk of a few hundred tokens, uses all cores. A
+short step, such as the decodes of a few sequences, leaves cores for network I/O; more threads would
+gain little, because threads wait for each other three times per layer.
 """
 
 from typing import TYPE_CHECKING
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
 PRODUCTS_PER_THREAD = 100_000_000
-"""About 2 ms on one core. The tiny model's prompts use two threads from about 220 tokens on. In a
-shorter step, all threads would lose more time waiting for an interrupted one than they save."""
+"""Multiplications per thread, which take about 2 ms on one core. The tiny model's prompts use two
+threads from about 220 tokens on. In a shorter step, waiting for a thread that the system has
+interrupted would cost more than the threads save."""
 MIN_ROWS_PER_THREAD = 4
 """Number of rows that one thread computes together, so that it reads the weights once for all of
 them."""
@@ -39,12 +40,11 @@ class StepThreads:
     def of(self, batch: Batch) -> int:
         """Returns the number of threads for the step of `batch`."""
         num_rows = len(batch.token_ids)
-        worth = self._num_products(batch) // PRODUCTS_PER_THREAD
-        return max(1, min(self.max_threads, worth, -(-num_rows // MIN_ROWS_PER_THREAD)))
+        num_useful = self._num_products(batch) // PRODUCTS_PER_THREAD
+        return max(1, min(self.max_threads, num_useful, -(-num_rows // MIN_ROWS_PER_THREAD)))
 
     def _num_products(self, batch: Batch) -> int:
-        """Returns the number of multiplications of a step: with weights, and with the tokens
-        attended to."""
+        """Returns the number of multiplications of a step, with weights and in attention."""
         scores = sum(
             count * min(end - count // 2, self._window)
             for count, end in zip(batch.query_lens, batch.context_lens, strict=True)

@@ -4,7 +4,7 @@ Read `cuda_step.py` first, the eight launches of a layer. Then, in the order of 
 
     products.py       the four products of a layer: few_tokens.cu and more_tokens.cu; unpack.cu
                       dequantizes for prompts; all three include tiles.cuh. layer_products.py
-                      has them for the decode step of Triton kernels
+                      adapts the products to the decode step of Triton kernels
     step_kernels.py   the other launches: add_norm.cu (with routing.cuh), rope.cu, and
                       attention.cu (with splits.cuh)
     sampling.py       sample.cu, which includes logits.cuh, noise.cuh, found.cuh, threshold.cuh
@@ -17,7 +17,7 @@ Read `cuda_step.py` first, the eight launches of a layer. Then, in the order of 
     prompt_passes.py  the same products for steps with few prompt tokens
 
 `intrinsics.cuh` has the GPU's instructions, and the rule for kernels that start before the previous
-one has ended. Importing these modules needs no GPU and no CUDA library.
+kernel has ended. Importing these modules needs no GPU and no CUDA library.
 
 The kernels have run on no GPU yet: tests compile them for every supported card and run the sources
 on the host. Prototypes with the same layout and inner loops ran on an H200.

@@ -1,7 +1,7 @@
 """Compiles the CUDA kernels for one architecture by NVRTC, and keeps the results in a folder.
 
-NVRTC and `cuda.bindings` come with torch's builds for CUDA. The results of equal sources, options,
-compilers and architectures are equal, so their hash names the file.
+NVRTC and `cuda.bindings` come with torch's builds for CUDA. A file's name is the hash of sources,
+options, compiler version and architecture, which determine its content.
 """
 
 import hashlib
@@ -27,7 +27,7 @@ class Compiler:
     """NVRTC for cards of one compute capability.
 
     Compiled kernels are read from the folder `cache`, then from the folders `filled`, such as the
-    image's. New ones are written to `cache`; None writes none.
+    image's. New kernels are written to `cache`, unless it is None.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Compiler:
             from cuda.bindings import nvrtc
 
             error, *version = nvrtc.nvrtcVersion()
-        except Exception as failure:  # the library raises RuntimeError for one that it cannot find
+        except Exception as failure:  # the import may raise any exception if NVRTC is missing
             raise StepUnavailable(f"NVRTC is not installed ({str(failure)[:200]})") from None
         self._nvrtc: Any = nvrtc
         self._check(error)
@@ -57,15 +57,15 @@ class Compiler:
         folders = [*self._filled] if self._cache is None else [self._cache, *self._filled]
         for folder in folders:
             try:
-                found = (folder / file).read_bytes()
+                cubin = (folder / file).read_bytes()
             except OSError:
                 continue
-            if is_whole(found):
-                return found
-        made = self._compile(name, source, options)
+            if is_whole(cubin):
+                return cubin
+        cubin = self._compile(name, source, options)
         if self._cache is not None:
-            write(self._cache / file, made)
-        return made
+            write(self._cache / file, cubin)
+        return cubin
 
     def file_name(self, name: str, macros: Sequence[str]) -> str:
         """Returns the name of the cache file for `name`.cu with `macros`."""
@@ -75,9 +75,9 @@ class Compiler:
         """Returns the compute capabilities that this NVRTC supports, such as 90 for 9.0."""
         error, count = self._nvrtc.nvrtcGetNumSupportedArchs()
         self._check(error)
-        error, found = self._nvrtc.nvrtcGetSupportedArchs()
+        error, capabilities = self._nvrtc.nvrtcGetSupportedArchs()
         self._check(error)
-        return list(found[:count])
+        return list(capabilities[:count])
 
     def _program(self, name: str, macros: Sequence[str]) -> tuple[bytes, list[str]]:
         """Returns the source and the compiler's options."""
@@ -126,10 +126,9 @@ class Compiler:
 
 
 def is_whole(cubin: bytes) -> bool:
-    """Returns whether machine code, in the ELF format, has all its bytes.
+    """Returns whether machine code in the ELF format is complete.
 
-    A machine that fails soon after a write can leave a file that is empty, full of zeros or cut
-    off.
+    After a power failure, a new file can be empty, full of zeros or truncated.
     """
     if len(cubin) < 64 or not cubin.startswith(b"\x7fELF"):
         return False
@@ -142,14 +141,14 @@ def is_whole(cubin: bytes) -> bool:
 def write(path: Path, content: bytes) -> None:
     """Writes a file atomically, so that a reader never sees a partial one.
 
-    Ignores an `OSError`: without the file, the next start compiles again. The umask decides who may
-    read the file, because the build of an image and its server can be two users.
+    Ignores an `OSError`, because the next start can compile again. The file has the permissions of
+    the umask, because the image's build and its server may run as different users.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as place:
-            made = Path(place) / path.name
-            made.write_bytes(content)
-            os.replace(made, path)
+            temporary = Path(place) / path.name
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     except OSError:
         return

@@ -1,8 +1,8 @@
 """The layers of a decode step as CUDA kernels, eight launches each.
 
-Norm, q/k/v, rotary embedding, attention, o, norm with router, gate_up, down. Each kernel may start
-while the one before it runs (compute capability 9.0 and newer), and loads weights meanwhile; the
-rule that keeps this right is in intrinsics.cuh. The kernels have run on no GPU yet.
+The launches are norm, qkv, rotary embedding, attention, o, norm with router, gate_up, and down. On
+compute capability 9.0 and newer, each kernel may start while the previous one runs, and loads
+weights meanwhile; intrinsics.cuh has the rule for this. The kernels have run on no GPU yet.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from serve_app.model.kernels.cuda.layer_products import floats
+from serve_app.model.kernels.cuda.layer_products import empty_output
 from serve_app.model.kernels.cuda.step_kernels import MAX_ROWS, AttentionMemory, Routing
 from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.decode_batch import DecodeBatch
@@ -26,7 +26,7 @@ class CudaStep:
 
     def __init__(self, model: "Mixtral", cache: KVCache, max_rows: int) -> None:
         """Raises `StepUnavailable` with the reason if the kernels cannot compute the model."""
-        if (reason := unfit(model, max_rows)) is not None:
+        if (reason := model_problem(model, max_rows)) is not None:
             raise StepUnavailable(reason)
         assert model.products is not None
         assert model.products.step_kernels is not None
@@ -65,14 +65,14 @@ class CudaStep:
         kernels, products, config = self._kernels, self._products, self._model.config
         keys, values = self._cache.keys[i], self._cache.values[i]
         qkv_weight, o_weight = tiled(layer.attention.qkv.weight), tiled(layer.attention.o.weight)
-        qkv = floats(len(y), qkv_weight, y)
+        qkv = empty_output(len(y), qkv_weight, y)
         products.dense(qkv_weight, y, qkv)
         queries = y.new_empty(len(y), config.num_attention_heads, config.head_dim)
         rope = self._model.rope
         kernels.rope(qkv, batch, (rope.cos, rope.sin), queries, keys, values)
         attended = torch.empty_like(queries).flatten(1)
         kernels.attention(queries, keys, values, batch, self._memory, attended)
-        projected = floats(len(y), o_weight, y)
+        projected = empty_output(len(y), o_weight, y)
         products.dense(o_weight, attended, projected)
         routing = Routing.empty(len(y), config, self._finished)
         norm = layer.post_attention_layernorm.weight
@@ -82,12 +82,12 @@ class CudaStep:
         return products.experts(gate_up, down, y, order, starts, weights)
 
 
-def unfit(model: "Mixtral", max_rows: int) -> str | None:
+def model_problem(model: "Mixtral", max_rows: int) -> str | None:
     """Returns the reason why CUDA kernels cannot compute the layers, or None if they can."""
     if model.embedding.dtype != torch.bfloat16:
-        return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
+        return f"the model computes in {str(model.embedding.dtype)[6:]}, the kernels in bfloat16"
     if max_rows > MAX_ROWS:
-        return f"a step may have {max_rows} rows, and they take {MAX_ROWS}"
+        return f"a step may have {max_rows} rows, but the kernels accept {MAX_ROWS}"
     if model.products is None:
-        return "the 4-bit products are no CUDA kernels"
-    return None if model.products.step_kernels else model.products.without_step
+        return "the 4-bit products do not use CUDA kernels"
+    return None if model.products.step_kernels else model.products.step_problem

@@ -1,4 +1,4 @@
-"""Compiles all kernels of a model for GPUs that are not here, as the build of an image does.
+"""Compiles all kernels of a model for any GPUs, without a GPU, for the build of an image.
 
 A kernel depends on the model's sizes and on the card's compute capability, not on the checkpoint.
 """
@@ -13,7 +13,7 @@ from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launchable import Launchable
 from serve_app.model.kernels.cuda.launcher import Grid
 from serve_app.model.kernels.cuda.sampling import MAX_VOCAB, SampleKernel
-from serve_app.model.kernels.cuda.step_kernels import StepKernels, step_misfit
+from serve_app.model.kernels.cuda.step_kernels import StepKernels, config_problem
 from serve_app.model.kernels.cuda.use_kernels import OLDEST, products_of
 from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
 from serve_app.model.kernels.unavailable import StepUnavailable
@@ -51,14 +51,16 @@ def fill_cache(
     """Compiles the kernels that `use_cuda_kernels` needs into the folder `cache`.
 
     Existing files are kept. `capabilities` are compute capabilities such as 90 for 9.0; an empty
-    list means all that both NVRTC and our kernels support. Calls `progress` with the capability and
-    the name of each compiled kernel. Raises `StepUnavailable` if NVRTC is missing or does not
-    support a capability, and `OSError` if the folder cannot be written.
+    list means all that NVRTC and our kernels support. Calls `progress` with the capability and the
+    name of each compiled kernel. Raises `StepUnavailable` if NVRTC is missing or does not support a
+    capability, and `OSError` if the folder cannot be written.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    known = Compiler(OLDEST).capabilities()
-    for capability in capabilities or [each for each in CAPABILITIES if each in known]:
-        if capability not in known or capability < OLDEST:
+    supported = Compiler(OLDEST).capabilities()
+    for capability in capabilities or [
+        capability for capability in CAPABILITIES if capability in supported
+    ]:
+        if capability not in supported or capability < OLDEST:
             raise StepUnavailable(f"compute capability {capability / 10:.1f} is not supported")
         compiler, card = Compiler(capability, cache), Card(capability, 1)
 
@@ -69,15 +71,15 @@ def fill_cache(
             compiler: Compiler = compiler,
             capability: int = capability,
         ) -> Launchable:
-            made = compiler.cubin(name, macros)
+            cubin = compiler.cubin(name, macros)
             path = cache / compiler.file_name(name, macros)
             if not path.exists():  # the compiler ignores an OSError; this write raises it
-                path.write_bytes(made)
+                path.write_bytes(cubin)
             progress(capability, name)
             return _Compiled()
 
         products_of(config, card, torch.zeros(NUM_CODES), make)
-        if step_misfit(config) is None:
+        if config_problem(config) is None:
             StepKernels(config, card, make)
         if config.vocab_size <= MAX_VOCAB:
             SampleKernel(config.vocab_size, 1, card, torch.device("cpu"), make)

@@ -15,4 +15,5 @@ class Launchable(Protocol):
 
 
 MakeKernel = Callable[[str, Sequence[str], Grid], Launchable]
-"""Compiles a source file, named without `.cu`, with macros, and loads it for launches of a grid."""
+"""A function `make(name, macros, grid)` that compiles `name`.cu with `macros` and loads it for
+launches of `grid`."""

@@ -20,14 +20,14 @@ def cuda_driver() -> Any:
     return driver
 
 
-def checked(what: str, result: Sequence[Any]) -> Any:
-    """Returns the value in a driver call's `result`, which is (error, value...).
+def unwrap(call: str, result: Sequence[Any]) -> Any:
+    """Returns the value in `result`, the tuple (error, value, ...) of a driver call.
 
-    Raises `DriverError` if the call failed; `what` names it.
+    Raises a `DriverError` that names `call` if the call failed.
     """
     error, *values = result
     if int(error):
-        raise DriverError(f"{what} failed: {error}")
+        raise DriverError(f"{call} failed: {error}")
     return values[0] if len(values) == 1 else values
 
 
@@ -41,8 +41,8 @@ class Grid:
     shared_bytes: int
     """Bytes of shared memory of each block."""
     overlaps: bool = False
-    """Whether it may start before the previous kernel has ended (programmatic dependent launch);
-    intrinsics.cuh has the rule for such kernels."""
+    """Whether the kernel may start before the previous kernel has ended (programmatic dependent
+    launch); intrinsics.cuh has the rule for such kernels."""
 
 
 class Kernel:
@@ -53,13 +53,13 @@ class Kernel:
         self._driver = cuda_driver() if driver is None else driver
         self._grid = grid
         # The function lives as long as its module.
-        self._module = checked("cuModuleLoadData", self._driver.cuModuleLoadData(cubin))
-        found = self._driver.cuModuleGetFunction(self._module, name.encode())
-        self._function = checked("cuModuleGetFunction", found)
+        self._module = unwrap("cuModuleLoadData", self._driver.cuModuleLoadData(cubin))
+        result = self._driver.cuModuleGetFunction(self._module, name.encode())
+        self._function = unwrap("cuModuleGetFunction", result)
         attribute = self._driver.CUfunction_attribute
         limit = attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        found = self._driver.cuFuncSetAttribute(self._function, limit, grid.shared_bytes)
-        checked("cuFuncSetAttribute", found)
+        result = self._driver.cuFuncSetAttribute(self._function, limit, grid.shared_bytes)
+        unwrap("cuFuncSetAttribute", result)
         self._attributes = [overlapping(self._driver)] if grid.overlaps else []
 
     def launch(self, *arguments: Tensor | int | None, blocks: int | None = None) -> None:
@@ -70,14 +70,14 @@ class Kernel:
         torch's allocator guarantees this for tensors that were allocated on the same stream.
         """
         values = tuple(map(value_of, arguments))
-        types = tuple(c_int if isinstance(each, int) else c_void_p for each in arguments)
+        types = tuple(c_int if isinstance(argument, int) else c_void_p for argument in arguments)
         config, grid = self._driver.CUlaunchConfig(), self._grid
         config.gridDimX, config.gridDimY, config.gridDimZ = blocks or grid.blocks, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = grid.threads, 1, 1
         config.sharedMemBytes, config.hStream = grid.shared_bytes, current_stream()
         config.attrs, config.numAttrs = self._attributes, len(self._attributes)
-        found = self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
-        checked("cuLaunchKernelEx", found)
+        result = self._driver.cuLaunchKernelEx(config, self._function, (values, types), 0)
+        unwrap("cuLaunchKernelEx", result)
 
 
 def overlapping(driver: Any) -> Any:

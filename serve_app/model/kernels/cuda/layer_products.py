@@ -36,12 +36,12 @@ class LayerProducts:
         return self._products.experts(self._gate_up, self._down, x, *routing)[None]
 
     def _dense(self, weight: TiledWeight, x: Tensor) -> Tensor:
-        out = floats(len(x), weight, x)
+        out = empty_output(len(x), weight, x)
         self._products.dense(weight, x, out)
         return out[None]
 
 
-def floats(rows: int, weight: TiledWeight, x: Tensor) -> Tensor:
+def empty_output(rows: int, weight: TiledWeight, x: Tensor) -> Tensor:
     """Returns an uninitialized float32 `[rows, N]` for a product with `weight`, on x's device."""
     return x.new_empty(rows, weight.out_features, dtype=torch.float32)
 

@@ -1,10 +1,10 @@
 """Products with 4-bit weights in tiles for a few tokens on a GPU, and dequantizing for prompts.
 
-The functions compute what those of the same names in `triton/nf4_decode.py` compute, but their sums
-over K are complete, not in parts. Activations and results of `gate_up` are bfloat16. A launch reads
-each weight once for up to as many tokens as the kernel's variant computes together (a pass); more
-tokens need more passes. The order of the sums over K depends on the variant alone, so a token gets
-the same bits in any batch that has the same variant.
+The functions compute the same as the functions of `triton/nf4_decode.py` with the same names, but
+return complete sums over K instead of parts. Activations and results of `gate_up` are bfloat16. A
+pass reads each weight once and computes at most a fixed number of tokens, which depends on the
+kernel's variant; more tokens need more passes. The order of the sums over K depends only on the
+variant, so a token gets the same bits in any batch with the same variant.
 """
 
 from collections.abc import Callable
@@ -93,7 +93,7 @@ class CudaProducts:
         self._unpack = make("unpack", (), grid)
         self.step_kernels: StepKernels | None = None
         """The other kernels of a decode step; None if they cannot be used."""
-        self.without_step = "they are not compiled"
+        self.step_problem = "they are not compiled"
         """The reason why `step_kernels` is None."""
         self.make_sampler: Callable[[int], SampleKernel] | None = None
         """Compiles the sampler for a maximum number of rows. Raises `StepUnavailable`."""
@@ -107,8 +107,8 @@ class CudaProducts:
     ) -> None:
         """Fills `out` `[T * k, I]` with silu(gate) * up of `x` `[T, K]`, in the order of experts.
 
-        `order` and `starts` are those of `nf4_decode.gate_up`. Rows of `out` after the last
-        expert's are not written.
+        See `nf4_decode.gate_up` for `order` and `starts`. Rows of `out` after the rows of the last
+        expert are not written.
         """
         self._launch(GATE_UP, weight, x, order, starts, None, out, len(x))
 
@@ -122,9 +122,11 @@ class CudaProducts:
         top_k: int,
         out: Tensor,
     ) -> None:
-        """Fills `out` float32 `[T * k, N]`, in the order of entries, from `x`, the output of
-        `gate_up`. Each row is multiplied by its entry's `topk_weights` (float32 `[T * k]`). Rows
-        of entries without an expert (padding) are not written."""
+        """Fills `out` float32 `[T * k, N]`, in the order of entries.
+
+        `x` is the output of `gate_up`. Each row is multiplied by its entry's `topk_weights`
+        (float32 `[T * k]`). Rows of entries without an expert (padding) are not written.
+        """
         tokens = len(x) // top_k
         self._launch(DOWN, weight, x, order, starts, topk_weights, out, tokens)
 
@@ -137,25 +139,25 @@ class CudaProducts:
         starts: Tensor,
         topk_weights: Tensor,
     ) -> Tensor:
-        """Returns the experts' outputs for `x` `[T, K]`, float32 `[T * k, N]`: `gate_up`, then
-        `down`."""
+        """Returns the outputs of `gate_up` and then `down` for `x` bfloat16 `[T, K]`: float32
+        `[T * k, N]`, by entry."""
         inner = x.new_empty(len(order), down.in_features)
         self.gate_up(gate_up, x, order, starts, inner)
         out = x.new_empty(len(order), down.out_features, dtype=torch.float32)
         self.down(down, inner, order, starts, topk_weights, len(order) // len(x), out)
         return out
 
-    def unpack(self, weight: TiledWeight, which: Tensor) -> Tensor:
-        """Returns matrices `which` (int64 `[n]`) of a stack as bfloat16 `[n, N, K]`."""
-        shape = (len(which), weight.out_features, weight.in_features)
-        out = torch.empty(shape, dtype=torch.bfloat16, device=which.device)
-        self.unpack_into(weight, which, out)
+    def unpack(self, weight: TiledWeight, indices: Tensor) -> Tensor:
+        """Returns matrices `indices` (int64 `[n]`) of a stack as bfloat16 `[n, N, K]`."""
+        shape = (len(indices), weight.out_features, weight.in_features)
+        out = torch.empty(shape, dtype=torch.bfloat16, device=indices.device)
+        self.unpack_into(weight, indices, out)
         return out
 
-    def unpack_into(self, weight: TiledWeight, which: Tensor, out: Tensor) -> None:
+    def unpack_into(self, weight: TiledWeight, indices: Tensor, out: Tensor) -> None:
         """The same as `unpack`, but writes to `out` `[n, N, K]`."""
-        tensors = (weight.codes, weight.absmax, self._pairs, which, out)
-        sizes = (len(which), weight.out_features // 16, weight.in_features // 64)
+        tensors = (weight.codes, weight.absmax, self._pairs, indices, out)
+        sizes = (len(indices), weight.out_features // 16, weight.in_features // 64)
         self._unpack.launch(*tensors, *sizes)
 
     def _launch(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from serve_app.model.config import MixtralConfig
-from serve_app.model.kernels.cuda.launcher import DriverError, checked, cuda_driver
+from serve_app.model.kernels.cuda.launcher import DriverError, cuda_driver, unwrap
 from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.use_kernels import tiled
 from serve_app.model.kernels.triton.prompt_routing import route_prompts
@@ -52,18 +52,21 @@ class CardSpeed:
 
 
 def speed_of(device: torch.device) -> CardSpeed:
-    """Returns the speed of a CUDA device. Raises `DriverError`, also if the driver reports no
-    clocks, as for a virtual GPU or one that shares the machine's memory."""
+    """Returns the speed of a CUDA device.
+
+    Raises `DriverError` if a call fails, or if the driver reports no clocks (virtual GPUs, GPUs
+    that share the machine's memory).
+    """
     properties = torch.cuda.get_device_properties(device)
     driver = cuda_driver()
     attribute = driver.CUdevice_attribute
     names = ("MEMORY_CLOCK_RATE", "GLOBAL_MEMORY_BUS_WIDTH", "CLOCK_RATE")
     number = torch.cuda.current_device() if device.index is None else device.index
-    handle = checked("cuDeviceGet", driver.cuDeviceGet(number))
+    handle = unwrap("cuDeviceGet", driver.cuDeviceGet(number))
     memory_khz, bus_bits, khz = (
-        int(checked(name, driver.cuDeviceGetAttribute(found, handle)))
+        int(unwrap(name, driver.cuDeviceGetAttribute(number_of_attribute, handle)))
         for name in names
-        if (found := getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"))
+        if (number_of_attribute := getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}"))
     )
     if not (memory_khz and bus_bits and khz):
         raise DriverError("the driver reports no clock rates or memory bus")
@@ -75,28 +78,29 @@ def speed_of(device: torch.device) -> CardSpeed:
 def max_tokens(config: MixtralConfig, speed: CardSpeed) -> int:
     """Returns the number of tokens up to which passes take no longer than dequantizing.
 
-    Both are computed for the experts of one layer, with tokens distributed evenly over the experts.
-    Dequantizing runs beside the products, so the longer of the two counts, and its own time is that
-    of its memory traffic.
+    Both times are computed for the experts of one layer, with tokens distributed evenly over the
+    experts. Dequantizing and the products overlap, so the longer of the two counts; dequantizing
+    takes the time of its memory traffic.
 
     Example: on an H200 the result is 496 for Mixtral 8x7B. One pass over a layer's experts takes
-    0.59 ms (decoding 0.31, products 0.28), and dequantizing them 1.45 ms. Of 496 tokens each expert
-    gets 124, which need 2.44 passes on average: 1.43 ms. Of 512 it gets 128: 2.5 passes, 1.47 ms.
+    0.59 ms (decoding 0.31, products 0.28), and dequantizing them takes 1.45 ms. With 496 tokens
+    each expert gets 124, which need 2.44 passes on average: 1.43 ms. With 512 tokens it gets 128:
+    2.5 passes, 1.47 ms.
     """
     matrix = 3 * config.hidden_size * config.intermediate_size
     weights = config.num_local_experts * matrix
     bandwidth, flops = SHARE_OF_BANDWIDTH * speed.bandwidth, SHARE_OF_FLOPS * speed.flops
     decoding = weights * DECODE_CYCLES / speed.cycles
-    a_pass = max(weights * PACKED_BYTES / bandwidth, decoding + weights * 2 * PASS_TOKENS / flops)
+    pass_s = max(weights * PACKED_BYTES / bandwidth, decoding + weights * 2 * PASS_TOKENS / flops)
     unpacked_bytes = weights * (PACKED_BYTES + 2 * FLOAT_BYTES)
     tokens = 0
     while tokens < 4096:
-        of_expert = (tokens + 16) * config.num_experts_per_tok / config.num_local_experts
+        expert_tokens = (tokens + 16) * config.num_experts_per_tok / config.num_local_experts
         # On average an expert's last pass or tile is half full.
-        passes = max(1.0, of_expert / PASS_TOKENS + 0.5)
-        tiles = max(1.0, of_expert / ROW_TILE + 0.5)
+        passes = max(1.0, expert_tokens / PASS_TOKENS + 0.5)
+        tiles = max(1.0, expert_tokens / ROW_TILE + 0.5)
         products = weights * 2 * ROW_TILE * tiles / flops
-        if passes * a_pass > max(unpacked_bytes / bandwidth, products):
+        if passes * pass_s > max(unpacked_bytes / bandwidth, products):
             break
         tokens += 16
     return tokens

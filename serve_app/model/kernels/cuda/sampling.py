@@ -13,8 +13,8 @@ from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.unavailable import StepUnavailable
 
 THREADS, CANDIDATES = 1024, 256
-"""Number of threads of a block, and maximum number of logits that a block compares with each other
-to find a threshold."""
+"""Number of threads of a block, and maximum number of logits among which a block searches for a
+threshold by comparing all pairs."""
 MAX_VALUES = 32
 """Maximum number of logits that a thread holds in registers."""
 MAX_VOCAB = THREADS * MAX_VALUES
@@ -72,8 +72,8 @@ class SampleKernel:
         grid = Grid(self._blocks, threads, shared, card.overlaps_kernels)
         self._kernel: Launchable = make("sample", macros, grid)
         self._scores = torch.empty(max_rows, vocab_size, device=device)
-        found = (max_rows, MAX_PARTS, FOUND_BYTES)
-        self._partial = torch.empty(found, dtype=torch.uint8, device=device)
+        shape = (max_rows, MAX_PARTS, FOUND_BYTES)
+        self._partial = torch.empty(shape, dtype=torch.uint8, device=device)
         self._arrivals = torch.zeros(max_rows, dtype=torch.int32, device=device)
 
     def launch(

@@ -64,7 +64,7 @@ class AttentionMemory:
 
     def __init__(self, config: MixtralConfig, max_rows: int, device: torch.device) -> None:
         heads = (max_rows, config.num_attention_heads, MAX_SPLITS)
-        self.mixed = torch.empty(*heads, config.head_dim, device=device)
+        self.sums = torch.empty(*heads, config.head_dim, device=device)
         self.stats = torch.empty(*heads, 2, device=device)
         kv_heads = config.num_key_value_heads
         self.finished = torch.zeros(max_rows, kv_heads, dtype=torch.int32, device=device)
@@ -157,13 +157,13 @@ class StepKernels:
         window = self._config.sliding_window or 0
         self._attention.launch(
             *(queries, keys, values, batch.tables, batch.context_lens),
-            *(memory.mixed, memory.stats, memory.finished, out),
+            *(memory.sums, memory.stats, memory.finished, out),
             *(batch.tables.stride(0), block_size, window, programs),
             blocks=rows * kv_heads * programs,
         )
 
 
-def step_misfit(config: MixtralConfig) -> str | None:
+def config_problem(config: MixtralConfig) -> str | None:
     """Returns the reason why the kernels cannot compute a model, or None if they can."""
     heads, kv_heads, head_dim = _heads(config)
     if config.hidden_size % 256 or config.hidden_size > MAX_HIDDEN:

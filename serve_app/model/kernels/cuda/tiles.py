@@ -5,8 +5,8 @@ lane then has the values that it needs for the matrix instructions. A tile of ab
 256 columns, which are 4 quantization groups. Both orders are permutations: a tensor keeps its shape
 and dtype. Letters: N rows, K columns.
 
-The lane 4g + t of a tile has rows g and g + 8, and of each row columns 8t to 8t + 7 and 32 + 8t to
-32 + 8t + 7, two columns per byte:
+Lane 4g + t of a warp has rows g and g + 8, with columns 8t to 8t + 7 and 32 + 8t to 32 + 8t + 7 of
+each row, two columns per byte:
 
     bytes 0 to 3     row g       columns 8t to 8t + 7
     bytes 4 to 7     row g       columns 32 + 8t to 32 + 8t + 7
@@ -33,7 +33,7 @@ def fits(out_features: Sequence[int], in_features: int, *, interleaved: bool) ->
     """Returns whether a matrix can be stored in tiles.
 
     Its parts have `out_features` rows each, and `in_features` columns. A part must fill whole
-    tiles. Of two `interleaved` parts, each must fill one half of every tile.
+    tiles; each of two `interleaved` parts must fill half of every tile.
     """
     if interleaved and len(out_features) != 2:
         return False

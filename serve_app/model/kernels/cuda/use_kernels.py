@@ -19,10 +19,10 @@ from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import (
     AttentionMemory,
     StepKernels,
-    step_misfit,
+    config_problem,
 )
 from serve_app.model.kernels.cuda.tiles import COLUMNS, ROWS
-from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, misfit
+from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card, shape_problem
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.linear import QuantizedLinear
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIED_TOKENS = (1, 12, 24, 48, 100)
+TRIAL_TOKENS = (1, 12, 24, 48, 100)
 """Number of tokens of each batch in the trial. Together they use every kernel."""
 TOLERANCE = 2e-2
 """Maximum relative error of a bfloat16 product, compared with plain torch."""
@@ -64,7 +64,7 @@ def use_cuda_kernels(model: "Mixtral", cache: Path | None, filled: Sequence[Path
         return f"4-bit products do not run in CUDA kernels: {reason}"
     except torch.OutOfMemoryError:
         raise
-    except Exception as failure:  # a compiler or driver may raise anything; Triton serves
+    except Exception as failure:  # a compiler or driver may raise any exception
         log.exception("the CUDA kernels failed in their trial")
         reason_text = f"{type(failure).__name__}: {str(failure)[:200]}"
         return f"4-bit products do not run in CUDA kernels: the trial failed ({reason_text})"
@@ -81,26 +81,26 @@ def try_kernels(model: "Mixtral", card: Card, make: MakeKernel) -> float:
     Returns the largest relative error. Raises `StepUnavailable` if the kernels cannot compute the
     model or do not agree.
     """
-    if (reason := unfit(model, card)) is not None:
+    if (reason := model_problem(model, card)) is not None:
         raise StepUnavailable(reason)
     config = model.config
     assert model.codebook is not None
     products = products_of(config, card, model.codebook.code, make)
     error = largest_error(products, model.layers[0], config)
-    if not error < TOLERANCE:  # NaN is not below it either
+    if not error < TOLERANCE:  # also true for NaN
         raise StepUnavailable(f"they differ from plain torch by {error:.1e}")
     products.make_sampler = lambda max_rows: SampleKernel(
         config.vocab_size, max_rows, card, model.embedding.device, make
     )
     try:
-        products.step_kernels = tried_step(config, card, make, model.embedding.device)
+        products.step_kernels = verified_step_kernels(config, card, make, model.embedding.device)
     except StepUnavailable as reason:
-        products.without_step = str(reason)
+        products.step_problem = str(reason)
     model.products = products
     return error
 
 
-def tried_step(
+def verified_step_kernels(
     config: MixtralConfig, card: Card, make: MakeKernel, device: torch.device
 ) -> StepKernels:
     """Returns the other kernels of a decode step.
@@ -108,7 +108,7 @@ def tried_step(
     `GpuStep.verified` compares a whole step with plain torch. Raises `StepUnavailable` if the
     kernels do not fit the model or if attention differs from plain torch.
     """
-    if (reason := step_misfit(config)) is not None:
+    if (reason := config_problem(config)) is not None:
         raise StepUnavailable(reason)
     kernels = StepKernels(config, card, make)
     error = step_attention_error(kernels, config, device)
@@ -141,7 +141,7 @@ def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKerne
     return CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
 
 
-def not_tiled(model: "Mixtral") -> str | None:
+def tiling_problem(model: "Mixtral") -> str | None:
     """Returns the reason why a kernel cannot read the model's 4-bit weights, or None if it can or
     if the weights are floats."""
     for name, weight in model.named_modules():
@@ -154,17 +154,17 @@ def not_tiled(model: "Mixtral") -> str | None:
     return None
 
 
-def unfit(model: "Mixtral", card: Card) -> str | None:
+def model_problem(model: "Mixtral", card: Card) -> str | None:
     """Returns the reason why the kernels cannot compute the model, or None if they can."""
     config = model.config
     if model.codebook is None:
         return "the weights are floats"
     if model.float_modules:
         return "some layers have experts or attention in floats beside 4 bits"
-    if (outside := not_tiled(model)) is not None:
+    if (outside := tiling_problem(model)) is not None:
         return outside
     if model.embedding.dtype != torch.bfloat16:
-        return f"the model computes in {str(model.embedding.dtype)[6:]}, and they in bfloat16"
+        return f"the model computes in {str(model.embedding.dtype)[6:]}, the kernels in bfloat16"
     hidden, inner, queries = config.hidden_size, config.intermediate_size, config.q_size
     shapes = [
         (DENSE, queries + 2 * config.kv_size, hidden),
@@ -174,7 +174,9 @@ def unfit(model: "Mixtral", card: Card) -> str | None:
     ]
     if isinstance(model.lm_head, QuantizedLinear):
         shapes.append((DENSE, config.vocab_size, hidden))
-    return next((why for each in shapes if (why := misfit(each[0], card, *each[1:]))), None)
+    return next(
+        (reason for shape in shapes if (reason := shape_problem(shape[0], card, *shape[1:]))), None
+    )
 
 
 def maker_of(compiler: Compiler) -> MakeKernel:
@@ -196,7 +198,7 @@ def card_of(device: torch.device) -> Card:
 @torch.inference_mode()
 def largest_error(products: CudaProducts, layer: Any, config: MixtralConfig) -> float:
     """Returns the largest relative error of a layer's products on random data, compared with plain
-    torch; NaN if one of them is NaN."""
+    torch; NaN if an error is NaN."""
     device = layer.mlp.router.device
     generator = torch.Generator().manual_seed(0)
 
@@ -204,7 +206,7 @@ def largest_error(products: CudaProducts, layer: Any, config: MixtralConfig) -> 
         return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
 
     errors = []
-    for tokens in TRIED_TOKENS:
+    for tokens in TRIAL_TOKENS:
         for linear, size in (
             (layer.attention.qkv, config.hidden_size),
             (layer.attention.o, config.q_size),
@@ -212,18 +214,18 @@ def largest_error(products: CudaProducts, layer: Any, config: MixtralConfig) -> 
             x, weight = random(tokens, size), tiled(linear.weight)
             out = torch.empty(tokens, weight.out_features, device=device)
             products.dense(weight, x, out)
-            errors.append(relative(out, linear(x)))
+            errors.append(relative_error(out, linear(x)))
         x = random(tokens, config.hidden_size)
         scores = torch.rand(tokens, config.num_local_experts, generator=generator)
         topk_ids = scores.topk(config.num_experts_per_tok).indices.to(device)
         topk_weights = random(tokens, config.num_experts_per_tok).softmax(-1)
-        found = mixture(products, layer.mlp.experts, x, topk_ids, topk_weights)
-        errors.append(relative(found, layer.mlp.experts(x, topk_ids, topk_weights)))
+        actual = mixture(products, layer.mlp.experts, x, topk_ids, topk_weights)
+        errors.append(relative_error(actual, layer.mlp.experts(x, topk_ids, topk_weights)))
     return float(torch.stack(errors).max())
 
 
-def relative(found: Tensor, expected: Tensor) -> Tensor:
-    error: Tensor = (found.float() - expected.float()).norm() / expected.float().norm()
+def relative_error(actual: Tensor, expected: Tensor) -> Tensor:
+    error: Tensor = (actual.float() - expected.float()).norm() / expected.float().norm()
     return error
 
 

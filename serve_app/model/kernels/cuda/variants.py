@@ -3,21 +3,21 @@
 A kernel computes up to `token_tiles` * 8 tokens of an expert at once. More tokens need more sums
 per thread. The choice has two parts:
 
-1. The host chooses the kernel by the size of the batch alone, so that a graph can be captured. The
-   number of token tiles determines the registers and the shared memory of a block, and so the
-   number of blocks that run at once. With one kernel for all batches, a multiprocessor would run
-   one block instead of two also for batches of a few tokens.
+1. The host chooses the kernel only by the size of the batch, so that a graph can be captured. The
+   number of token tiles determines the registers and the shared memory of a block, and therefore
+   the number of blocks that run at once. With one kernel for all batches, a multiprocessor would
+   run one block instead of two even for batches of a few tokens.
 2. The device chooses a loop in the kernel for each expert by the expert's number of tokens: for a
    quarter, half, three quarters or all of the kernel's token tiles (`with_tiles`, tiles.cuh). An
-   expert with more tokens than that needs more passes. The alternative, to launch every kernel and
-   to end all but one at once, would take six more launches per layer.
+   expert with more tokens than the kernel's tiles needs more passes. The alternative, to launch
+   every kernel and let all but one end at once, would take six more launches per layer.
 
 Example: a batch of 20 tokens uses the kernel with 2 token tiles (16 tokens) for gate_up. An expert
-with 5 tokens is computed in one pass by the loop for half of the tiles, one with 16 tokens in one
-pass by the loop for all of them, and one with 18 tokens in two passes.
+with 5 tokens needs one pass of the loop for half of the tiles, an expert with 16 tokens one pass of
+the loop for all tiles, and an expert with 18 tokens two passes.
 
-A token's sums are added in the same order in every loop of a kernel, so a token gets the same bits
-in any batch that has the same kernel, whatever experts the other tokens have.
+Every loop of a kernel adds a token's sums in the same order, so a token gets the same bits in any
+batch with the same kernel, for any experts of the other tokens.
 
 The number of tiles of a loop is a compile-time constant, so the loop has no branches, and the
 matrix instructions of its tiles overlap. With branches, a loop of 8 tiles on an H200 took at least
@@ -138,9 +138,8 @@ Variant = FewTokens | MoreTokens
 
 TOKENS_OF_TILES = {DENSE: ((8, 1), (16, 2)), GATE_UP: ((16, 1), (32, 2), (64, 4))}
 TOKENS_OF_TILES[DOWN] = TOKENS_OF_TILES[GATE_UP]
-"""The maximum number of tokens of a batch for each number of token tiles. If 16 tokens use 2 of 8
-experts each, the expert with the most tokens has 7 on average; of 32 tokens it has 12, of 64 it has
-22."""
+"""Pairs of the maximum number of tokens of a batch and the number of token tiles. If each token
+uses 2 of 8 experts, the busiest expert gets 7 of 16 tokens on average, 12 of 32, and 22 of 64."""
 LARGEST_TILES = {DENSE: 4, GATE_UP: 8, DOWN: 8}
 """Number of token tiles for larger batches. Four are enough for a dense matrix, because further
 passes read it from the L2 cache."""
@@ -148,8 +147,8 @@ passes read it from the L2 cache."""
 
 def token_tiles_of(product: str, tokens: int) -> int:
     """Returns the number of token tiles of the kernel for a batch of `tokens` tokens."""
-    found = (tiles for most, tiles in TOKENS_OF_TILES[product] if tokens <= most)
-    return next(found, LARGEST_TILES[product])
+    fitting = (tiles for max_tokens, tiles in TOKENS_OF_TILES[product] if tokens <= max_tokens)
+    return next(fitting, LARGEST_TILES[product])
 
 
 def variants(product: str, card: Card) -> dict[int, Variant]:
@@ -158,24 +157,24 @@ def variants(product: str, card: Card) -> dict[int, Variant]:
     For a card with much shared memory, these are the prototypes that were fastest on an H200.
     """
     is_large = card.capability in (90, 100)
-    # Two blocks with a table of 64 KB each, or where they do not fit, two teams that share one.
+    # Two blocks with a table of 64 KB each; if they do not fit, one block with two teams.
     pair: dict[str, int] = {} if card.has_large_memory else {"teams": 2, "blocks_per_sm": 1}
     if product == DENSE:
-        one, two = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
-        return {1: one, 2: two, 4: FewTokens(2, 4, blocks_per_sm=1)}
+        small, large = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
+        return {1: small, 2: large, 4: FewTokens(2, 4, blocks_per_sm=1)}
     blocks = 2 if is_large else 1
-    made: dict[int, Variant] = {
+    kernels: dict[int, Variant] = {
         1: FewTokens(2, 1, **pair),
         2: MoreTokens(2, 2, 4, 2, 4, stages=2, scale_weights=0, blocks_per_sm=blocks),
         4: MoreTokens(2, 4, 4, 2, 2, stages=2, scale_weights=1),
         8: MoreTokens(2, 8, 8, 1, 4, stages=2, scale_weights=1),
     }
     if is_large and product == GATE_UP:
-        made[4] = MoreTokens(4, 4, 4, 2, 4, stages=3, scale_weights=1)
+        kernels[4] = MoreTokens(4, 4, 4, 2, 4, stages=3, scale_weights=1)
     if is_large and product == DOWN:
-        made[4] = MoreTokens(2, 4, 4, 2, 4, stages=3, scale_weights=1)
-        made[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
-    return made
+        kernels[4] = MoreTokens(2, 4, 4, 2, 4, stages=3, scale_weights=1)
+        kernels[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
+    return kernels
 
 
 def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: int) -> list[str]:
@@ -199,11 +198,11 @@ def shared_bytes(variant: Variant, card: Card) -> int:
     return 1024 * table_stride(variant, card) + variant.memory
 
 
-def misfit(product: str, card: Card, out_features: int, in_features: int) -> str | None:
+def shape_problem(product: str, card: Card, out_features: int, in_features: int) -> str | None:
     """Returns the reason why a matrix `[out_features, in_features]` does not fit the kernels, or
     None if it does."""
-    rows = max(each.row_multiple for each in variants(product, card).values())
-    columns = max(each.column_multiple for each in variants(product, card).values())
+    rows = max(variant.row_multiple for variant in variants(product, card).values())
+    columns = max(variant.column_multiple for variant in variants(product, card).values())
     if out_features % rows or in_features % columns:
         return (
             f"{product} has {out_features} rows and {in_features} columns, and the kernels need "

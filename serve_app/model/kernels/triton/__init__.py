@@ -1,9 +1,9 @@
-"""A model's steps on a GPU, in Triton: one that decodes, and one with prompt tokens.
+"""The steps on a GPU in Triton: the decode step, and the step with prompt tokens.
 
 Read `gpu_step.py` first, the decode step. It uses
 
-    step_products.py     a layer's products; nf4_decode.py launches those with 4-bit weights, whose
-                         kernels are in nf4_kernels.py, nf4_sums.py and nf4_ptx.py
+    step_products.py     a layer's products; nf4_decode.py launches products with 4-bit weights,
+                         whose kernels are in nf4_kernels.py, nf4_sums.py and nf4_ptx.py
     paged_attention.py   attention
     step_kernels.py      norms, rotary embedding, routing to experts
     step_trial.py        compares the step with plain torch before it is used

@@ -6,8 +6,8 @@ fill a GPU, the context of each tile is cut into parts (splits), and a second la
 results. Items with the longest contexts come first, because programs start in the order of items.
 
 Example, with 32 queries per tile, 8 KV heads and `NUM_PROGRAMS` 264: a chunk of 30 tokens after
-4,000 cached ones is one tile with a context of 4,030 tokens. Up to 264 / 8 = 33 splits would fill
-the GPU, but a split has at least 512 tokens, so there are 7: six of 576 tokens, and one of 574.
+4,000 cached tokens is one tile with a context of 4,030 tokens. 264 / 8 = 33 splits would fill the
+GPU, but a split has at least 512 tokens, so there are 7 splits: six of 576 tokens, one of 574.
 """
 
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ def plan_tiles(batch: Batch, sizes: TileSizes) -> ChunkTiles:
     """Returns the tiles of a batch; a decode is a chunk of one token."""
     items, combined = items_of(batch.query_lens, batch.context_lens, sizes)
     numbers = [number for item in items for number in (*item, 0)]
-    numbers += [number for each in combined for number in each]
+    numbers += [number for tile in combined for number in tile]
     device = batch.block_tables.device
     packed = torch.tensor(numbers, dtype=torch.int32)
     if device.type != "cpu":
@@ -98,7 +98,7 @@ def plan_tiles(batch: Batch, sizes: TileSizes) -> ChunkTiles:
     packed = packed.to(device, non_blocking=True)
     lengths = (len(items) * ITEM_SIZE, len(combined) * COMBINED_SIZE)
     first, second = packed.split_with_sizes(lengths)
-    splits = sum(each.num_splits for each in combined)
+    splits = sum(tile.num_splits for tile in combined)
     shape = (splits, sizes.num_kv_heads, sizes.num_queries * sizes.group)
     return ChunkTiles(
         items=first.view(-1, ITEM_SIZE),
@@ -116,20 +116,20 @@ def items_of(
 
     `query_lens` and `context_lens` have the number of new tokens and of all tokens of each chunk.
     """
-    whole: list[Item] = []
+    unsplit: list[Item] = []
     first_row = 0
     for sequence, (num_new, length) in enumerate(zip(query_lens, context_lens, strict=True)):
         for done in range(0, num_new, sizes.num_queries):
             count, position = min(sizes.num_queries, num_new - done), length - num_new + done
             begin = 0 if sizes.window is None else max(0, position - sizes.window + 1)
             begin, end = begin // sizes.tile * sizes.tile, position + count
-            whole.append(Item(sequence, first_row + done, count, position, begin, end, -1))
+            unsplit.append(Item(sequence, first_row + done, count, position, begin, end, -1))
         first_row += num_new
-    max_splits = NUM_PROGRAMS // (len(whole) * sizes.num_kv_heads)
+    max_splits = NUM_PROGRAMS // (len(unsplit) * sizes.num_kv_heads)
     items: list[Item] = []
     combined: list[Combined] = []
     num_splits = 0
-    for item in whole:
+    for item in unsplit:
         parts = _split(item, max_splits, sizes.tile)
         if len(parts) > 1:
             parts = [p._replace(split=num_splits + i) for i, p in enumerate(parts)]

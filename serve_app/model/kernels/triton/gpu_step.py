@@ -22,8 +22,8 @@ from torch import Tensor
 
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda.cuda_step import CudaStep
-from serve_app.model.kernels.cuda.layer_products import TileUnpacker, floats
-from serve_app.model.kernels.cuda.use_kernels import not_tiled, tiled
+from serve_app.model.kernels.cuda.layer_products import TileUnpacker, empty_output
+from serve_app.model.kernels.cuda.use_kernels import tiled, tiling_problem
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.triton import step_trial
 from serve_app.model.kernels.triton.nf4_decode import Packed
@@ -103,15 +103,15 @@ class GpuStep:
         batches = step_trial.contexts(model.config, cache)
         step = cls(model, cache, max(max_rows, *map(len, batches)), in_cuda=in_cuda)
         try:
-            errors = [step_trial.error(model, cache, step.logits, each) for each in batches]
+            errors = [step_trial.error(model, cache, step.logits, lengths) for lengths in batches]
         except torch.OutOfMemoryError:
             raise
-        except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
+        except Exception as failure:  # a compiler or driver may raise any exception
             log.exception("the compiled step failed in its trial")
             reason = f"it failed in its trial ({type(failure).__name__}: {str(failure)[:200]})"
             raise StepUnavailable(reason) from None
         tolerance = step_trial.TOLERANCE[model.embedding.dtype]
-        wrong = [error for error in errors if not error < tolerance]  # NaN is not below it either
+        wrong = [error for error in errors if not error < tolerance]  # also true for NaN
         if wrong:
             raise StepUnavailable(f"it differs from plain torch by {wrong[0]:.1e}")
         return step
@@ -127,8 +127,8 @@ class GpuStep:
         down = layer.mlp.experts.down
         first = torch.zeros(1, dtype=torch.int64, device=down.packed.device)
         expected, unpack = down.floats(first, dtype), self._unpacker()
-        found = unpack(down, first)
-        error = float(_norm(found.sub_(expected)) / _norm(expected))
+        actual = unpack(down, first)
+        error = float(_norm(actual.sub_(expected)) / _norm(expected))
         if not error < UNPACK_TOLERANCE:
             return [f"prompts unpack weights in plain torch: the kernel differs by {error:.1e}"]
         codebook.unpack = unpack
@@ -150,7 +150,7 @@ class GpuStep:
         where = (batch.positions, batch.slots, batch.context_lens)
         queries = x.new_empty(len(x), config.num_attention_heads, config.head_dim)
         attended, parts = torch.empty_like(queries).flatten(1), None
-        # A trial runs fewer layers than there are.
+        # During the trial, `model.layers` has fewer layers than `_products`.
         for i, (layer, products) in enumerate(zip(model.layers, self._products, strict=False)):
             keys, values = self._cache.keys[i], self._cache.values[i]
             qkv = products.qkv(normed(x, parts, batch, layer.input_layernorm))
@@ -170,9 +170,9 @@ class GpuStep:
         if products is None:
             return dense(self._packed_lm_head, y).sum(0)
         tiles = tiled(head.weight)
-        found = floats(len(y), tiles, y)
-        products.dense(tiles, y, found)
-        return found
+        logits = empty_output(len(y), tiles, y)
+        products.dense(tiles, y, logits)
+        return logits
 
     def decode(self, batch: Batch) -> Tensor:
         """The same as `logits` for a `Batch` in which every sequence decodes."""
@@ -200,7 +200,7 @@ def _require_fitting(model: "Mixtral") -> None:
     head_dim, embedding = model.config.head_dim, model.embedding
     if model.float_modules:
         raise StepUnavailable("some layers have experts or attention in floats beside 4 bits")
-    if (outside := not_tiled(model)) is not None:
+    if (outside := tiling_problem(model)) is not None:
         raise StepUnavailable(outside)
     if head_dim & (head_dim - 1) or head_dim < 16:
         raise StepUnavailable("head_dim must be a power of two, and at least 16")

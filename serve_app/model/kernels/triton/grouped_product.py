@@ -6,9 +6,9 @@ x in the order of experts (`route_prompts`), and `down` writes its rows in the o
 no tokens are copied in between.
 
 The host knows the number of tokens, but not their experts. So n programs are launched, and program
-i computes the tiles i, i + n, i + 2n, ...; the numbers of tiles come from `starts`. Example: 4,096
-tokens with 2 of 8 experts each have 8,192 rows. If experts 0, 1, ... have 1,024, 700, ... rows,
-their tiles of 128 rows are 0 to 7, 8 to 13, ..., each times the tiles of columns.
+i computes the tiles i, i + n, i + 2n, ...; the device computes the number of tiles from `starts`.
+Example: 4,096 tokens with 2 of 8 experts each have 8,192 rows. If experts 0, 1, ... have 1,024,
+700, ... rows, their tiles of 128 rows are 0 to 7, 8 to 13, ..., each times the tiles of columns.
 
 The kernels compile for compute capabilities 8.0, 9.0 and 12.0. They have not run on a device yet.
 
@@ -26,8 +26,8 @@ from torch import Tensor
 INTERLEAVED_ROWS = tl.constexpr(8)
 """See `quantized_weight.INTERLEAVED_ROWS`."""
 SLACK = 1.5
-"""A launch has this many programs per tile that it would have if all experts had equally many
-tokens. Programs without a tile end at once; with more tiles than programs, some compute two."""
+"""Number of programs of a launch per tile, if all experts had the same number of tokens. Programs
+without a tile end at once; if there are more tiles than programs, some programs compute two."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,7 @@ class TileShape:
     rows: int
     columns: int
     depth: int
-    """Number of columns of x and of the weights that are added in one iteration; it must divide
-    their number."""
+    """Number of columns of x and of the weights per iteration; it must divide K."""
     num_stages: int
     num_warps: int = 8
 
@@ -132,7 +131,8 @@ def _place(tile, begin, end, tile_ends, ROWS: tl.constexpr, N_TILES: tl.constexp
     last_row = tl.sum(tl.where(is_it, end, 0), 0)
     row_tiles = tl.cdiv(last_row - first_row, ROWS)
     local = tile - tl.sum(tl.where(is_it, tile_ends, 0), 0) + row_tiles * N_TILES
-    # Adjacent tiles have the same weights, which all but the first read from the L2 cache.
+    # Adjacent tiles have the same weights, so only the first tile reads them from memory and the
+    # others from the L2 cache.
     rows = first_row + local % row_tiles * ROWS + tl.arange(0, ROWS)
     return expert, rows, last_row, local // row_tiles
 

@@ -31,7 +31,7 @@ from serve_app.model.quantized_weight import QuantizedWeight
 SPLIT_K = 2
 """Number of parts of each sum over K."""
 GATE_UP_ROWS = 128
-"""Number of weight rows of a tile of `gate_up`; `rows_of` returns that of the others."""
+"""Number of weight rows of a tile of `gate_up`; see `rows_of` for the other products."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Packed:
 def tile_of(tokens: int) -> int:
     """Returns the number of tokens of a tile for a batch of `tokens`.
 
-    Few experts have more tokens than one tile. Example: of 32 tokens with 2 of 8 experts each, an
-    expert has 8 on average, and a tile 32.
+    Few experts have more tokens than one tile. Example: if 32 tokens use 2 of 8 experts each, an
+    expert has 8 tokens on average, and a tile has 32.
     """
     return 16 if tokens <= 16 else 32 if tokens <= 64 else 64
 
@@ -120,8 +120,8 @@ def gate_up(
     """Fills `out` `[T * k, I]`, in the order of experts, from `x` `[T, K]`.
 
     The entry token * k + j is the jth expert of a token. `order` int32 `[T * k]` has the entries
-    sorted by expert; those of expert e are `order[starts[e] : starts[e + 1]]`, with `starts` int32
-    `[E + 1]`. Rows of `out` after those of the last expert are not written.
+    sorted by expert; the entries of expert e are `order[starts[e] : starts[e + 1]]`, with `starts`
+    int32 `[E + 1]`. Rows of `out` after the rows of the last expert are not written.
 
     Example: the experts [[0, 2], [0, 1]] of two tokens give `order` [0, 2, 3, 1] and `starts`
     [0, 2, 3, 4].

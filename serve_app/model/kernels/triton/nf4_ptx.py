@@ -49,13 +49,13 @@ DECODE = _decode()
 def planes(code: Sequence[float], *, is_bfloat16: bool) -> dict[str, int]:
     """Returns the planes of the 16 values in `code`, rounded to bfloat16 or float16.
 
-    `low01` and `low23` are the words 0 to 3 of the low bytes, two words of 32 bits per int with the
-    first one in its low half; `high01` and `high23` are those of the high bytes.
+    `low01` and `low23` are the words 0 to 3 of the low plane, two words of 32 bits per int with the
+    first word in the low half; `high01` and `high23` are the words of the high plane.
     """
     values = [bits16(value, is_bfloat16=is_bfloat16) for value in code]
-    both = bytes([value & 0xFF for value in values] + [value >> 8 for value in values])
+    plane_bytes = bytes([value & 0xFF for value in values] + [value >> 8 for value in values])
     return dict(
-        zip(("low01", "low23", "high01", "high23"), struct.unpack("<4q", both), strict=True)
+        zip(("low01", "low23", "high01", "high23"), struct.unpack("<4q", plane_bytes), strict=True)
     )
 
 

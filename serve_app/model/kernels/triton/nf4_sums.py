@@ -92,9 +92,9 @@ def sums(
     scales_at = absmax + absmax_of_row
     even_at = x + x_rows.to(tl.int64)[None, :] * K + column[:, None]
     total = tl.zeros([ROWS, TILE], tl.float32)
-    for some in range(begin, end, GROUPS):
+    for first_group in range(begin, end, GROUPS):
         for group in tl.static_range(GROUPS):
-            group += some
+            group += first_group
             bytes4 = tl.load(codes_at + group * 512, mask=is_row[:, None], other=0)
             even = tl.load(even_at + group * 64, mask=is_live[None, :], other=0.0)
             odd = tl.load(even_at + group * 64 + 1, mask=is_live[None, :], other=0.0)

@@ -32,15 +32,16 @@ class Unpacker:
         self._packed: dict[QuantizedWeight, Packed] = {}
 
     def __call__(self, matrices: QuantizedWeight, index: Index) -> Tensor:
-        """Returns a single matrix `[N, K]`, or those of a stack with the indices `index` `[n]`."""
+        """Returns a single matrix `[N, K]`, or the matrices `index` `[n]` of a stack, `[n, N,
+        K]`."""
         is_stack = isinstance(index, Tensor)
-        which = torch.zeros(1, dtype=torch.int64, device=matrices.packed.device)
+        indices = torch.zeros(1, dtype=torch.int64, device=matrices.packed.device)
         if isinstance(index, Tensor):
-            which = index
+            indices = index
         out_features, half = matrices.packed.shape[-2:]
-        shape = (len(which), out_features, 2 * half)
-        out = torch.empty(shape, dtype=self._dtype, device=which.device)
-        self.into(matrices, which, out)
+        shape = (len(indices), out_features, 2 * half)
+        out = torch.empty(shape, dtype=self._dtype, device=indices.device)
+        self.into(matrices, indices, out)
         return out if is_stack else out[0]
 
     def prepare(self, matrices: QuantizedWeight) -> Packed:
@@ -49,20 +50,20 @@ class Unpacker:
             self._packed[matrices] = Packed.from_weight(matrices, self._dtype)
         return self._packed[matrices]
 
-    def into(self, matrices: QuantizedWeight, which: Tensor, out: Tensor) -> None:
-        """Fills `out` `[n, N, K]` with the matrices `which` (int64 `[n]`) of a stack; [0] is a
+    def into(self, matrices: QuantizedWeight, indices: Tensor, out: Tensor) -> None:
+        """Fills `out` `[n, N, K]` with the matrices `indices` (int64 `[n]`) of a stack; [0] is a
         single matrix."""
         weights = self.prepare(matrices)
         arguments = weights.arguments(ROWS, 1)
         del arguments["GROUPS"]
         spans = triton.cdiv(weights.in_features // 64, SPAN)
-        grid = (triton.cdiv(weights.out_features, ROWS), spans, len(which))
-        unpack_kernel[grid](which, out, **arguments, SPAN=SPAN, num_warps=4)
+        grid = (triton.cdiv(weights.out_features, ROWS), spans, len(indices))
+        unpack_kernel[grid](indices, out, **arguments, SPAN=SPAN, num_warps=4)
 
 
 @triton.jit
 def unpack_kernel(
-    which,
+    indices,
     out,
     packed,
     absmax,
@@ -77,7 +78,7 @@ def unpack_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    expert = tl.load(which + tl.program_id(2))
+    expert = tl.load(indices + tl.program_id(2))
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     is_row = row < N
     codes_of_row, absmax_of_row = row_in_tiles(expert.to(tl.int64) * N + row, K)

@@ -21,10 +21,10 @@ from serve_app.model.batch import Batch
 from serve_app.model.kernels.triton.chunk_tiles import ChunkTiles, TileSizes, plan_tiles
 
 ROWS = 128
-"""Number of pairs of a query and a head in a tile; half of it if head_dim is above 128."""
+"""Number of rows of a tile, each a pair of a query and a head; half if head_dim is above 128."""
 TILE, SMALL_TILE = 64, 32
-"""Number of context tokens that a program computes at once, on GPUs of compute capabilities 9 and
-10, and on others, where 64 tokens would need more registers than there are."""
+"""Number of context tokens that a program computes at once: on GPUs of compute capabilities 9 and
+10, and on other GPUs, which have too few registers for 64 tokens."""
 LOG2_E = 1.4426950408889634
 
 
@@ -92,7 +92,7 @@ def _add_tile(
     scale,
     best,
     total,
-    mixed,
+    acc,
     K: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -100,7 +100,7 @@ def _add_tile(
 ):
     """Adds the tokens at positions `place` `[TILE]` to the online softmax of the rows of `q`.
 
-    Returns the new `best` (largest score), `total` (sum of exponentials) and `mixed` (weighted sum
+    Returns the new `best` (largest score), `total` (sum of exponentials) and `acc` (weighted sum
     of values). `is_seen` `[rows, TILE]` and `is_there` `[TILE]` are used only with `MASKED`.
     """
     d = tl.arange(0, D)
@@ -120,14 +120,14 @@ def _add_tile(
     if MASKED:
         scores = tl.where(is_seen, scores, float("-inf"))
     new_best = tl.maximum(best, tl.max(scores, 1))
-    # A row that sees no token of this tile and of those before has no largest score yet.
+    # A row that attends to no token of this or an earlier tile has no largest score yet.
     shift = tl.where(new_best == float("-inf"), 0.0, new_best) if MASKED else new_best
     weights = tl.exp2(scores - shift[:, None])
-    fade = tl.exp2(best - shift)
-    total = total * fade + tl.sum(weights, 1)
-    mixed = mixed * fade[:, None]
-    mixed += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-    return new_best, total, mixed
+    alpha = tl.exp2(best - shift)
+    total = total * alpha + tl.sum(weights, 1)
+    acc = acc * alpha[:, None]
+    acc += tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+    return new_best, total, acc
 
 
 @triton.jit(do_not_specialize=["table_stride"])
@@ -167,32 +167,33 @@ def _attend_chunks(
     q = tl.load(queries + lines[:, None] * D + d[None, :], mask=is_row[:, None], other=0.0)
     best = tl.full([QUERIES * GROUP], float("-inf"), tl.float32)
     total = tl.zeros([QUERIES * GROUP], tl.float32)
-    mixed = tl.zeros([QUERIES * GROUP, D], tl.float32)
-    # Whole tiles that every query sees need no mask. With a window all tiles have one.
+    acc = tl.zeros([QUERIES * GROUP, D], tl.float32)
+    # Tiles to which every query attends completely need no mask. With a window, all tiles are
+    # masked.
     middle = begin
     if WINDOW == 0:
         middle = begin + tl.maximum(tl.minimum(end, position + 1) - begin, 0) // TILE * TILE
         for start in range(begin, middle, TILE):
-            best, total, mixed = _add_tile(
+            best, total, acc = _add_tile(
                 *(q, start + t, True, True, keys, values, table, kv_head, scale),
-                *(best, total, mixed, K, D, BLOCK, False),
+                *(best, total, acc, K, D, BLOCK, False),
             )
     for start in range(middle, end, TILE):
         place = start + t
         is_seen = (place[None, :] <= position + query[:, None]) & (place < end)[None, :]
         if WINDOW > 0:
             is_seen = is_seen & (place[None, :] > position + query[:, None] - WINDOW)
-        best, total, mixed = _add_tile(
+        best, total, acc = _add_tile(
             *(q, place, is_seen, place < end, keys, values, table, kv_head, scale),
-            *(best, total, mixed, K, D, BLOCK, True),
+            *(best, total, acc, K, D, BLOCK, True),
         )
     if split < 0:
-        mixed = mixed / tl.where(is_row, total, 1.0)[:, None]
+        acc = acc / tl.where(is_row, total, 1.0)[:, None]
         where = out + lines[:, None] * D + d[None, :]
-        tl.store(where, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
+        tl.store(where, acc.to(out.dtype.element_ty), mask=is_row[:, None])
     else:
         at = (split.to(tl.int64) * K + kv_head) * (QUERIES * GROUP) + m
-        tl.store(sums + at[:, None] * D + d[None, :], mixed, mask=is_row[:, None])
+        tl.store(sums + at[:, None] * D + d[None, :], acc, mask=is_row[:, None])
         tl.store(stats + at * 2, best, mask=is_row)
         tl.store(stats + at * 2 + 1, total, mask=is_row)
 
@@ -219,19 +220,20 @@ def _combine_splits(
     is_row = (g < G) & (query < count)
     best = tl.full([GROUP], float("-inf"), tl.float32)
     total = tl.zeros([GROUP], tl.float32)
-    mixed = tl.zeros([GROUP, D], tl.float32)
+    acc = tl.zeros([GROUP, D], tl.float32)
     for number in range(0, num_splits):
         at = (((first.to(tl.int64) + number) * K + kv_head) * QUERIES + query) * GROUP + g
-        most = tl.load(stats + at * 2, mask=is_row, other=0.0)
-        new_best = tl.maximum(best, most)
-        # The first splits of a late query may lie before its window, the last beyond an early one.
+        split_best = tl.load(stats + at * 2, mask=is_row, other=0.0)
+        new_best = tl.maximum(best, split_best)
+        # The first splits may lie before the window of a late query, and the last splits after an
+        # early query.
         shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        fade, weight = tl.exp2(best - shift), tl.exp2(most - shift)
-        total = total * fade + tl.load(stats + at * 2 + 1, mask=is_row, other=1.0) * weight
+        alpha, weight = tl.exp2(best - shift), tl.exp2(split_best - shift)
+        total = total * alpha + tl.load(stats + at * 2 + 1, mask=is_row, other=1.0) * weight
         values = tl.load(sums + at[:, None] * D + d[None, :], mask=is_row[:, None], other=0.0)
-        mixed = mixed * fade[:, None] + values * weight[:, None]
+        acc = acc * alpha[:, None] + values * weight[:, None]
         best = new_best
     lines = (row + query).to(tl.int64) * H + kv_head * G + g
     where = out + lines[:, None] * D + d[None, :]
-    mixed = mixed / tl.where(is_row, total, 1.0)[:, None]
-    tl.store(where, mixed.to(out.dtype.element_ty), mask=is_row[:, None])
+    acc = acc / tl.where(is_row, total, 1.0)[:, None]
+    tl.store(where, acc.to(out.dtype.element_ty), mask=is_row[:, None])

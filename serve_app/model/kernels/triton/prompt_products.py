@@ -69,8 +69,8 @@ class UnpackedProducts:
     """Products with 4-bit weights, which a kernel dequantizes before each product needs them.
 
     `experts_at_once` experts are dequantized together. More experts need fewer launches and more
-    memory (`footprint.workspace_bytes`). All experts are dequantized, before the router has chosen
-    any, because steps with many tokens use all of them.
+    memory (`footprint.workspace_bytes`). All experts are dequantized before the router's choice is
+    known, because steps with many tokens use all of them.
     """
 
     def __init__(self, model: "Mixtral", experts_at_once: int) -> None:
@@ -78,8 +78,8 @@ class UnpackedProducts:
         dtype, device = model.embedding.dtype, model.embedding.device
         self._shape = shape_of(device)
         self._first = torch.zeros(1, dtype=torch.int64, device=device)
-        every = torch.arange(model.config.num_local_experts, device=device)
-        self._groups = torch.split(every, experts_at_once)
+        all_experts = torch.arange(model.config.num_local_experts, device=device)
+        self._groups = torch.split(all_experts, experts_at_once)
         jobs = [job for layer in self._model.layers for job in self._jobs(layer)]
         streams = CudaStreams(device) if device.type == "cuda" else None
         self._ahead = UnpackAhead(unpack_of(model), jobs, dtype, device, streams)
@@ -129,7 +129,7 @@ def unpack_of(model: "Mixtral") -> Unpack:
                 unpacker.prepare(module)
         return unpacker.into
 
-    def unpack(weight: QuantizedWeight, which: Tensor, out: Tensor) -> None:
-        products.unpack_into(tiled(weight), which, out)
+    def unpack(weight: QuantizedWeight, indices: Tensor, out: Tensor) -> None:
+        products.unpack_into(tiled(weight), indices, out)
 
     return unpack

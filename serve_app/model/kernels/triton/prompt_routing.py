@@ -2,8 +2,8 @@
 """Routes the tokens of prompts to experts on a GPU, in Triton: one launch for any number of tokens.
 
 A program orders the entries of `ROWS` adjacent tokens. It reads the router logits of all tokens, to
-count the entries of each expert before its own. For 4,096 tokens of Mixtral these are 64 KB, from
-the L2 cache. The program uses no atomic additions, so the order is always the same.
+count the entries of each expert before its own entries. For 4,096 tokens of Mixtral these are 64 KB
+from the L2 cache. The program uses no atomic additions, so the order is always the same.
 
 The kernel compiles for compute capabilities 8.0, 9.0 and 12.0. It has not run on a device yet.
 """
@@ -42,8 +42,8 @@ def route_prompts(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @triton.jit
 def _scores(logits, t, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Returns the logits of tokens `t` `[ROWS]`, float32 `[ROWS, WIDTH]`, and the number of logits
-    of each token that are not finite.
+    """Returns the logits of tokens `t` `[ROWS]`, float32 `[ROWS, WIDTH]`, and each token's number
+    of logits that are not finite.
 
     Logits that are not finite are replaced by -LARGEST, so that each token still gets k different
     experts. With NaN, threads would disagree about the largest logit and write to wrong addresses.
@@ -52,10 +52,10 @@ def _scores(logits, t, tokens, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
     is_there = (t < tokens)[:, None] & (e < EXPERTS)[None, :]
     at = t.to(tl.int64)[:, None] * EXPERTS + e[None, :]
     score = tl.load(logits + at, mask=is_there, other=0.0).to(tl.float32)
-    is_sound = (score > -LARGEST) & (score < LARGEST)
-    doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
-    score = tl.where(is_sound, score, -LARGEST)
-    return tl.where((e < EXPERTS)[None, :], score, float("-inf")), doubts
+    is_finite = (score > -LARGEST) & (score < LARGEST)
+    num_invalid = tl.sum((is_there & ~is_finite).to(tl.int32), 1)
+    score = tl.where(is_finite, score, -LARGEST)
+    return tl.where((e < EXPERTS)[None, :], score, float("-inf")), num_invalid
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def _route_prompts(
     ends = tl.cumsum(sizes, 0)
     token = own + t
     is_row = token < tokens
-    score, doubts = _scores(logits, token, tokens, EXPERTS, WIDTH)
+    score, num_invalid = _scores(logits, token, tokens, EXPERTS, WIDTH)
     hits = _hits(score, is_row, TOP_K, WIDTH)
     place = tl.cumsum(hits, 0) - hits + (ends - sizes + before)[None, :]
     # The softmax over the chosen logits equals the softmax over all logits, renormalized.
@@ -104,7 +104,7 @@ def _route_prompts(
     for k in tl.static_range(TOP_K):
         is_best = e[None, :] == tl.argmax(score, 1)[:, None]
         topk_weight = tl.exp(tl.max(score, 1) - top) / total
-        topk_weight = tl.where(doubts > 0, float("nan"), topk_weight)
+        topk_weight = tl.where(num_invalid > 0, float("nan"), topk_weight)
         entry = token * TOP_K + k
         tl.store(topk_weights + entry, topk_weight, mask=is_row)
         at = tl.sum(tl.where(is_best, place, 0), 1)

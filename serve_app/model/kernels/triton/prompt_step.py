@@ -37,12 +37,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIED_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20), (40, 1100))
+TRIAL_CHUNKS = ((130, 150), (33, 70), (5, 5), (1, 1), (1, 20), (40, 1100))
 """The chunks of the trial: number of new tokens, and of all tokens. Chunks that do not fit into the
-cache or the context are left out. Attention cuts the context of the last one into splits, which a
-kernel of its own combines."""
-TRIED_LAYERS = 2
-"""See `step_trial.TRIED_LAYERS`."""
+cache or the context are left out. Attention cuts the context of the last chunk into splits, which a
+second kernel combines."""
+TRIAL_LAYERS = 2
+"""See `step_trial.TRIAL_LAYERS`."""
 
 
 class PromptStep:
@@ -114,11 +114,11 @@ class PromptStep:
             error = self._error(products)
         except torch.OutOfMemoryError:
             raise
-        except Exception as failure:  # a compiler or driver may raise anything; plain torch serves
+        except Exception as failure:  # a compiler or driver may raise any exception
             log.exception("the step of prompts failed in its trial")
             reason = f"the kernels failed in their trial ({type(failure).__name__}: "
             raise StepUnavailable(f"{reason}{str(failure)[:200]})") from None
-        if not error < TOLERANCE[self._model.embedding.dtype]:  # NaN is not below it either
+        if not error < TOLERANCE[self._model.embedding.dtype]:  # also true for NaN
             raise StepUnavailable(f"the kernels differ from plain torch by {error:.1e}")
 
     @torch.inference_mode()
@@ -162,16 +162,16 @@ class PromptStep:
         model, cache = self._model, self._cache
         batch = trial_batch(cache, model.config.max_position_embeddings, model.config.vocab_size)
         blocks = torch.unique(batch.block_tables)
-        for stored in (*cache.keys, *cache.values):
-            stored[blocks] = torch.randn_like(stored[blocks])
-        whole = model.layers
+        for tensor in (*cache.keys, *cache.values):
+            tensor[blocks] = torch.randn_like(tensor[blocks])
+        layers = model.layers
         try:
-            model.layers = whole[:TRIED_LAYERS]
-            expected, found = model(batch, cache), self._logits(batch, products)
+            model.layers = layers[:TRIAL_LAYERS]
+            expected, actual = model(batch, cache), self._logits(batch, products)
         finally:
-            model.layers = whole
+            model.layers = layers
         cache.clear(blocks)
-        errors = (found - expected).norm(dim=1) / expected.norm(dim=1)
+        errors = (actual - expected).norm(dim=1) / expected.norm(dim=1)
         return float(errors.median()) if errors.isfinite().all() else float("nan")
 
 
@@ -181,13 +181,13 @@ def normed(x: Tensor, parts: Tensor | None, is_live: Tensor, norm: Any) -> Tenso
 
 
 def trial_batch(cache: KVCache, longest: int, vocab_size: int) -> Batch:
-    """Returns the chunks of `TRIED_CHUNKS` that fit into `cache` and into contexts of `longest`
+    """Returns the chunks of `TRIAL_CHUNKS` that fit into `cache` and into contexts of `longest`
     tokens."""
     size = cache.block_size
     chunks: list[tuple[int, int]] = []
     tables: list[list[int]] = []
     num_blocks = 0
-    for num_new, length in TRIED_CHUNKS:
+    for num_new, length in TRIAL_CHUNKS:
         needed = -(-length // size)
         if length <= longest and num_blocks + needed <= cache.num_blocks:
             chunks.append((num_new, length))

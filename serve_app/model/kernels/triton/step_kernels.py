@@ -135,18 +135,18 @@ def _rope_write(
         partner += tl.load(qkv + start + (d + D // 2) % D).to(tl.float32)
     is_live = tl.load(lens + row) > 0
     position, slot = tl.load(positions + row), tl.load(slots + row)
-    turned = own * tl.load(cos + position * D + d).to(tl.float32)
+    rotated = own * tl.load(cos + position * D + d).to(tl.float32)
     # `Rope`'s table of sines has the minus sign of the rotation.
-    turned += partner * tl.load(sin + position * D + d).to(tl.float32)
-    kept = d < (D * is_live)
+    rotated += partner * tl.load(sin + position * D + d).to(tl.float32)
+    is_written = d < (D * is_live)
     if head < H:
-        tl.store(queries + (row * H + head) * D + d, turned.to(queries.dtype.element_ty))
+        tl.store(queries + (row * H + head) * D + d, rotated.to(queries.dtype.element_ty))
     elif head < H + K:
         at = (slot * K + head - H) * D + d
-        tl.store(keys + at, turned.to(keys.dtype.element_ty), mask=kept)
+        tl.store(keys + at, rotated.to(keys.dtype.element_ty), mask=is_written)
     else:
         at = (slot * K + head - H - K) * D + d
-        tl.store(values + at, own.to(values.dtype.element_ty), mask=kept)
+        tl.store(values + at, own.to(values.dtype.element_ty), mask=is_written)
 
 
 LARGEST = tl.constexpr(1e38)
@@ -172,35 +172,37 @@ def _route(
     is_there = is_row[:, None] & is_expert[None, :]
     score = tl.load(logits + t[:, None] * EXPERTS + e[None, :], mask=is_there, other=float("-inf"))
     score = score.to(tl.float32)
-    # A row with numbers that are not finite gets NaN as its weights, and still k different experts:
-    # threads that compare NaN disagree on which is the largest, and would write anywhere.
-    is_sound = (score > -LARGEST) & (score < LARGEST)
-    doubts = tl.sum((is_there & ~is_sound).to(tl.int32), 1)
-    score = tl.where(is_sound, score, -LARGEST)
+    # A row with logits that are not finite gets NaN weights, but still k different experts. With
+    # NaN, threads would disagree about the largest logit and write to wrong addresses.
+    is_finite = (score > -LARGEST) & (score < LARGEST)
+    num_invalid = tl.sum((is_there & ~is_finite).to(tl.int32), 1)
+    score = tl.where(is_finite, score, -LARGEST)
     score = tl.where(is_expert[None, :], score, float("-inf"))
     # The softmax over the chosen logits equals the softmax over all logits, renormalized.
     top = tl.max(score, 1)
     hits = tl.zeros([ROWS, WIDTH], tl.int32)
     total = tl.zeros([ROWS], tl.float32)
-    left = score
+    remaining = score
     for _ in tl.static_range(TOP_K):
-        best = tl.argmax(left, 1)
+        best = tl.argmax(remaining, 1)
         is_best = e[None, :] == best[:, None]
-        total += tl.exp(tl.max(left, 1) - top)
+        total += tl.exp(tl.max(remaining, 1) - top)
         hits += (is_best & is_live[:, None]).to(tl.int32)
-        left = tl.where(is_best, float("-inf"), left)
+        remaining = tl.where(is_best, float("-inf"), remaining)
     sizes = tl.sum(hits, 0)
     ends = tl.cumsum(sizes, 0)
     place = tl.cumsum(hits, 0) - hits + (ends - sizes)[None, :]
-    left = score
+    remaining = score
     for k in tl.static_range(TOP_K):
-        best = tl.argmax(left, 1)
+        best = tl.argmax(remaining, 1)
         is_best = e[None, :] == best[:, None]
         entry = t * TOP_K + k
-        topk_weight = tl.where(doubts > 0, float("nan"), tl.exp(tl.max(left, 1) - top) / total)
+        topk_weight = tl.where(
+            num_invalid > 0, float("nan"), tl.exp(tl.max(remaining, 1) - top) / total
+        )
         tl.store(topk_weights + entry, topk_weight, mask=is_row)
         at = tl.sum(tl.where(is_best, place, 0), 1)
         tl.store(order + at, entry, mask=is_live)
-        left = tl.where(is_best, float("-inf"), left)
+        remaining = tl.where(is_best, float("-inf"), remaining)
     tl.store(starts + 1 + e, ends, mask=is_expert)
     tl.store(starts + e, 0, mask=e == 0)

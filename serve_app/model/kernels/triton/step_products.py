@@ -45,7 +45,7 @@ class FloatProducts:
         return parts
 
     def mlp(self, x: Tensor, context_lens: Tensor) -> Tensor:
-        # Padding rows get the first row's values, so they use no other experts than it does.
+        # Padding rows get the first row's values, so that they use only its experts.
         x = torch.where((context_lens > 0)[:, None], x, x[:1])
         parts: Tensor = self._layer.mlp(x, len(x))[None]
         return parts

@@ -16,26 +16,26 @@ if TYPE_CHECKING:
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-2, torch.bfloat16: 5e-2}
 """Maximum of the median relative error of rows of logits, compared with plain torch."""
-TRIED_ROWS, TRIED_LAYERS = 20, 2
+TRIAL_ROWS, TRIAL_LAYERS = 20, 2
 """The trial compares logits after the first 2 layers and takes the median over 20 rows. Rounding
 can flip the router's choice between two nearly equal experts, which makes single rows differ, and
 through many layers nearly every row."""
 LONG_CONTEXTS = (700, 1500, 2600, 4200, 4700)
-"""Lengths of contexts, in tokens, that attention divides into many splits, or into longer ones."""
+"""Context lengths in tokens that attention divides into many splits, or into longer splits."""
 
 
 def contexts(config: MixtralConfig, cache: KVCache) -> list[list[int]]:
     """Returns the context lengths of the rows of each batch of the trial.
 
-    The first batch has contexts of 1 to `TRIED_ROWS` KV blocks. The second one has those of
-    `LONG_CONTEXTS` that fit into the model's context and `cache`, and a padding row; it is left out
+    The first batch has contexts of 1 to `TRIAL_ROWS` KV blocks. The second batch has the lengths in
+    `LONG_CONTEXTS` that fit into the model's context and `cache`, and a padding row; it is omitted
     if none fits. Example with blocks of 16 tokens: [1, 18, 35, ...] and [700, 1500, ..., 1].
     """
     size, longest = cache.block_size, config.max_position_embeddings
-    count = max(1, min(cache.num_blocks, TRIED_ROWS, longest // size))
-    made = [[i * size + i % size + 1 for i in range(count)]]
+    count = max(1, min(cache.num_blocks, TRIAL_ROWS, longest // size))
+    batches = [[i * size + i % size + 1 for i in range(count)]]
     long = [length for length in LONG_CONTEXTS if length <= longest][: cache.num_blocks - 1]
-    return [*made, [*long, 1]] if long else made
+    return [*batches, [*long, 1]] if long else batches
 
 
 @torch.inference_mode()
@@ -48,15 +48,15 @@ def error(
     """Returns the median relative error of `logits` after the first layers, compared with plain
     torch. The result is NaN if a logit is not finite, after the first layers or after all.
 
-    `lengths` has the context length of each row. If there are several rows, the last one is
-    padding, which must not change the others. Row i writes its new token into block i of the unused
-    `cache`; the other blocks of its context are those of all rows in turn, so that long contexts
-    need no more blocks than there are rows.
+    `lengths` has the context length of each row. If there are several rows, the last one is a
+    padding row, which must not change the others. Row i writes its new token into block i of the
+    unused `cache`. Its other context blocks are the blocks of all rows in turn, so that n rows need
+    only n blocks even with long contexts.
     """
     count, size, device = len(lengths), cache.block_size, cache.keys[0].device
     blocks, lens = torch.arange(count, device=device), torch.tensor(lengths, device=device)
-    for stored in (*cache.keys, *cache.values):
-        stored[blocks] = torch.randn_like(stored[blocks])
+    for tensor in (*cache.keys, *cache.values):
+        tensor[blocks] = torch.randn_like(tensor[blocks])
     last = (lens - 1) // size
     tables = torch.arange(int(last.max()) + 1, device=device).repeat(count, 1) % count
     tables[blocks, last] = blocks
@@ -74,13 +74,13 @@ def error(
     context = torch.where(blocks < live, lens, 0)
     decode_batch = DecodeBatch(tokens, lens - 1, slots, context.int(), tables.int())
     is_finite = logits(decode_batch)[:live].isfinite().all()
-    whole = model.layers
+    layers = model.layers
     try:
-        model.layers = whole[:TRIED_LAYERS]
-        expected, found = model(batch, cache), logits(decode_batch)
+        model.layers = layers[:TRIAL_LAYERS]
+        expected, actual = model(batch, cache), logits(decode_batch)
     finally:
-        model.layers = whole
+        model.layers = layers
     cache.clear(blocks)
-    errors = ((found - expected).norm(dim=1) / expected.norm(dim=1))[:live]
+    errors = ((actual - expected).norm(dim=1) / expected.norm(dim=1))[:live]
     is_finite &= errors.isfinite().all()
     return float(errors.median()) if is_finite else float("nan")

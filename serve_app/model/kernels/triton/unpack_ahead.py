@@ -16,7 +16,7 @@ class Job(NamedTuple):
     """The matrices of one product, which are dequantized together."""
 
     weight: QuantizedWeight
-    which: Tensor
+    indices: Tensor
     """int64 `[n]` on the device: indices of the matrices in a stack; `[0]` for a single matrix."""
     buffer: str
     """The name of the buffer for the dequantized weights. Jobs with the same buffer take turns."""
@@ -25,11 +25,12 @@ class Job(NamedTuple):
     def shape(self) -> tuple[int, int, int]:
         """`[n, N, K]`"""
         out_features, half = self.weight.packed.shape[-2:]
-        return len(self.which), out_features, 2 * half
+        return len(self.indices), out_features, 2 * half
 
 
 Unpack = Callable[[QuantizedWeight, Tensor, Tensor], object]
-"""Dequantizes matrices `which` of a weight into the last argument, `[n, N, K]`."""
+"""A function `unpack(weight, indices, out)` that dequantizes matrices of `weight` into `out`
+`[n, N, K]`."""
 
 
 class Stream(Protocol):
@@ -100,8 +101,8 @@ class UnpackAhead:
 
     A buffer is filled again as soon as the product that reads it has ended. Example with the
     buffers qkv, o, gate_up and down: `begin` fills all four for layer 0. When the product o of
-    layer 0 takes its weights, the product qkv has been launched, so its buffer is next filled for
-    layer 1, while o, gate_up and down of layer 0 are computed. Without `streams` (on a CPU),
+    layer 0 takes its weights, the product qkv has been launched, so the buffer qkv is filled for
+    layer 1 while o, gate_up and down of layer 0 are computed. Without `streams` (on a CPU),
     everything happens in order.
     """
 
@@ -166,12 +167,12 @@ class UnpackAhead:
             weights = buffer.memory[: prod(job.shape)].view(job.shape)
             self._filled.append((job.buffer, weights))
             if self._streams is None:
-                self._unpack(job.weight, job.which, weights)
+                self._unpack(job.weight, job.indices, weights)
                 continue
             self._streams.second.wait_event(buffer.is_free)
             with self._streams.on_second():
-                self._unpack(job.weight, job.which, weights)
+                self._unpack(job.weight, job.indices, weights)
             self._streams.second.record_event(buffer.is_filled)
 
     def _is_used(self, name: str) -> bool:
-        return name == self._reading or any(name == each for each, _ in self._filled)
+        return name == self._reading or any(name == filled for filled, _ in self._filled)

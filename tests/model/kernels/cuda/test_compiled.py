@@ -15,7 +15,7 @@ from serve_app.model.kernels.cuda.variants import (
     DOWN,
     GATE_UP,
     Card,
-    misfit,
+    shape_problem,
 )
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
@@ -151,6 +151,6 @@ def test_shapes_that_do_not_fit_are_refused(capability: int) -> None:
     """Mixtral's sizes fit every card; a matrix with other rows or columns is refused by name."""
     card = Card(capability, 1)
     for product, size in SIZES.items():
-        assert misfit(product, card, *size) is None
-    assert "256 rows and 192 columns" in str(misfit(GATE_UP, card, 256, 192))
-    assert "need multiples of 32 and 2048" in str(misfit(DENSE, card, 4112, 4096))
+        assert shape_problem(product, card, *size) is None
+    assert "256 rows and 192 columns" in str(shape_problem(GATE_UP, card, 256, 192))
+    assert "need multiples of 32 and 2048" in str(shape_problem(DENSE, card, 4112, 4096))

@@ -18,8 +18,8 @@ from serve_app.model.kernels.cuda.layer_products import TileUnpacker
 from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
 from serve_app.model.kernels.cuda.prompt_passes import PassedProducts
 from serve_app.model.kernels.cuda.use_kernels import (
+    model_problem,
     try_kernels,
-    unfit,
     use_cuda_kernels,
 )
 from serve_app.model.kernels.cuda.variants import GATE_UP, OUTPUTS, Card, token_tiles_of, variants
@@ -46,7 +46,7 @@ SMALLEST = {
     "vocab_size": 96,
 }
 """The smallest model that fits the kernels, but for its vocabulary."""
-TRIED_TOKENS = use_kernels.TRIED_TOKENS
+TRIAL_TOKENS = use_kernels.TRIAL_TOKENS
 NF4 = Quantization("nf4", "bfloat16")
 
 
@@ -101,9 +101,9 @@ def make() -> MakeKernel:
 
 @pytest.fixture(autouse=True)
 def _short_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(use_kernels, "TRIED_TOKENS", (5,))
+    monkeypatch.setattr(use_kernels, "TRIAL_TOKENS", (5,))
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)
-    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "TRIAL_ROWS", 2)
     monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
     monkeypatch.setattr(attention_check, "CONTEXTS", (1, 150))
 
@@ -197,7 +197,7 @@ def test_a_decode_step_uses_them(make: MakeKernel, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(step_trial.TOLERANCE, torch.float32, 2e-2)
     cache = cache_of(model)
     step = GpuStep.verified(model, cache, 2)
-    reason = "the model computes in float32, and they in bfloat16"
+    reason = "the model computes in float32, the kernels in bfloat16"
     assert step.note.endswith(f"products in CUDA kernels, because not all can be in CUDA: {reason}")
     assert step_trial.error(model, cache, step.logits, [1, 18]) > 1e-5
 
@@ -267,13 +267,13 @@ def test_attention_that_is_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_what_they_cannot_compute_is_refused(model: Any, reason: str) -> None:
     """Floats, weights outside of tiles, another dtype and other sizes."""
-    assert reason in str(unfit(model(), CARD))
+    assert reason in str(model_problem(model(), CARD))
 
 
 def test_each_kernel_is_in_the_trial() -> None:
     """The trial's batches have a kernel of every number of token tiles of every product."""
     for product in OUTPUTS:
-        tried = {token_tiles_of(product, tokens) for tokens in TRIED_TOKENS}
+        tried = {token_tiles_of(product, tokens) for tokens in TRIAL_TOKENS}
         assert tried == set(variants(product, CARD))
 
 
@@ -281,7 +281,7 @@ def test_each_kernel_is_in_the_trial() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_they_run_on_this_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled, kept in the folder, and in agreement with plain torch, every one of them."""
-    monkeypatch.setattr(use_kernels, "TRIED_TOKENS", TRIED_TOKENS)
+    monkeypatch.setattr(use_kernels, "TRIAL_TOKENS", TRIAL_TOKENS)
     config = replace(config_of(tiny=True, layers=1), **SMALLEST)  # type: ignore[arg-type]
     model = random_model(config, NF4, torch.bfloat16, torch.device("cuda"))
     assert use_cuda_kernels(model, tmp_path).startswith("4-bit products run in CUDA kernels")

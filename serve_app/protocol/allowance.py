@@ -1,4 +1,4 @@
-"""Allowance: limits the use of something per minute, for one API key."""
+"""Allowance: limits the requests or the tokens of one API key per minute."""
 
 import math
 import time
@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 MINUTE_S = 60.0
 HEADERS = [
-    f"x-ratelimit-{what}-{unit}"
+    f"x-ratelimit-{quantity}-{unit}"
     for unit in ("requests", "tokens")
-    for what in ("limit", "remaining", "reset")
+    for quantity in ("limit", "remaining", "reset")
 ]
 """The names of units in the headers of `Allowance.headers`."""
 
 
 class Allowance:
-    """A token bucket: full at first, with at most `per_minute`, refilled evenly.
+    """A token bucket of `per_minute` units, full at first and refilled evenly.
 
-    It may become negative if the use is known only afterwards. Example with 60 per minute: after a
-    use of 60 at once, 1 is available after a second, and 60 after a minute.
+    The level may become negative, because some use is known only afterwards. Example with 60 per
+    minute: after a use of 60 units, 1 unit is available a second later, and 60 a minute later.
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic) -> None:

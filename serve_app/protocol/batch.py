@@ -71,7 +71,7 @@ class BatchResult(TypedDict):
 
     id: str
     custom_id: str | None
-    """None if the line has no usable one."""
+    """None if the line has no valid `custom_id`."""
     response: BatchResponse | None
     error: LineError | None
 
@@ -132,10 +132,10 @@ def key(result: BatchResult) -> str | int:
     Raises `LookupError` or `TypeError` for an object that is not a result.
     """
     error = result["error"]
-    found = result["custom_id"] if error is None else error["line"]
-    if not isinstance(found, str if error is None else int):
+    value = result["custom_id"] if error is None else error["line"]
+    if not isinstance(value, str if error is None else int):
         raise TypeError("no result")
-    return found
+    return value
 
 
 def is_answered(result: BatchResult) -> bool:
@@ -145,14 +145,14 @@ def is_answered(result: BatchResult) -> bool:
 
 
 def _failed_line(number: int, value: Any, error: InvalidRequest) -> BatchResult:
-    given = value.get("custom_id") if isinstance(value, dict) else None
+    custom_id = value.get("custom_id") if isinstance(value, dict) else None
     failure: LineError = {
         "code": error.code or "invalid_request",
         "line": number,
         "message": error.message,
         "param": error.param,
     }
-    custom_id = given if isinstance(given, str) else None
+    custom_id = custom_id if isinstance(custom_id, str) else None
     return {"id": _new_id(), "custom_id": custom_id, "response": None, "error": failure}
 
 

@@ -27,8 +27,7 @@ class Call:
     body: Any
     """The parsed JSON value; None if the request has no body."""
     request_id: str
-    """The id that this package has made. It is logged and returned to the client, but never used as
-    a key."""
+    """Our id of the request. It is logged and returned to the client, but never used as a key."""
     arrived: float = field(default_factory=time.monotonic, compare=False)
     """Arrival time of the request, before its body, on the clock of `time.monotonic`, in
     seconds."""
@@ -88,9 +87,9 @@ class ErrorItem(TypedDict):
 
 
 ReplyItem = ChunkItem | ProgressItem | BodyItem | ErrorItem
-"""The items that are sent through Ray. A stream is `ChunkItem`s; the last one has the finish
-reason. Any other reply is `ProgressItem`s and one `BodyItem`. An `ErrorItem` may replace any item,
-and is the last one. The keys distinguish the items."""
+"""The items that are sent through Ray. A stream consists of `ChunkItem`s; the last one has the
+finish reason. Any other reply consists of `ProgressItem`s and one `BodyItem`. An `ErrorItem` may
+replace any item and is always the last one. The keys distinguish the types."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +99,7 @@ class JsonReply:
     body: JsonObject
     status: int = 200
     is_large: bool = False
-    """Whether encoding it in one piece would delay other requests."""
+    """Whether the body is so large that encoding it at once would delay other requests."""
 
 
 @dataclass(frozen=True, slots=True)

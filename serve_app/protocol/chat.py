@@ -149,9 +149,9 @@ def _calls(whole: TextDelta) -> JsonObject:
 class ChatChunks:
     """Creates the `chat.completion.chunk` objects of one choice, delta by delta.
 
-    The first chunk has the role, the next ones text and tool calls, the last one the finish reason.
-    With `include_usage`, one more chunk has the usage after the end of the last choice. With
-    `continuous_usage_stats`, each chunk has the usage of its own choice so far.
+    The first chunk has the role, further chunks have text and tool calls, and the last chunk has
+    the finish reason. With `include_usage`, the last choice ends with one more chunk that has the
+    usage. With `continuous_usage_stats`, each chunk has the usage of its own choice so far.
     """
 
     def __init__(

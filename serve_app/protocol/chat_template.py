@@ -1,7 +1,7 @@
 """ChatTemplate: renders a conversation as the text of a prompt, with the checkpoint's template.
 
-Templates are Jinja programs written for transformers' `apply_chat_template`. They get the same
-environment here: a sandbox, and the same few names.
+Templates are Jinja programs for transformers' `apply_chat_template`. They run in the same
+environment here: a sandbox with the same variables and functions.
 """
 
 import json
@@ -62,8 +62,8 @@ class ChatTemplate:
     def render(self, messages: Sequence[Turn], *, add_generation_prompt: bool = True) -> str:
         """Returns the text of a conversation.
 
-        If the template refuses a conversation, it is rendered again after `merged`. Raises
-        `InvalidRequest` if the template refuses that too; `param` is the message, such as
+        If the template refuses a conversation, the result of `merged` is rendered. Raises
+        `InvalidRequest` if the template refuses this too; `param` is the message, such as
         `messages.2`.
         """
         if self.takes_system or not any(message["role"] == "system" for message in messages):
@@ -106,15 +106,15 @@ class ChatTemplate:
     def _first_refused(self, messages: Sequence[Turn]) -> int:
         """Returns the index of the first message with which the template refuses the
         conversation."""
-        taken, refused = 0, len(messages)
-        while refused - taken > 1:
-            middle = (taken + refused) // 2
+        accepted, refused = 0, len(messages)
+        while refused - accepted > 1:
+            middle = (accepted + refused) // 2
             try:
                 self._merged(messages[:middle], add_generation_prompt=False)
-                taken = middle
+                accepted = middle
             except _Refused:
                 refused = middle
-        return taken
+        return accepted
 
     def _try(self) -> None:
         """Raises `ModelLoadFailed` if the template does not render a single user message with its
@@ -150,8 +150,8 @@ def cut_behind(text: str, content: str) -> str:
     kept if the template keeps them. Raises `InvalidRequest` for an empty message, and if the
     template omits the message.
     """
-    kept = content.strip()
-    start = text.rfind(kept) if kept else -1
+    stripped = content.strip()
+    start = text.rfind(stripped) if stripped else -1
     if start < 0:
         raise InvalidRequest(
             "`continue_final_message` needs a last message whose text is in the prompt.",
@@ -159,7 +159,7 @@ def cut_behind(text: str, content: str) -> str:
         )
     # Templates may strip the spaces at the end of a message.
     has_spaces = text[start:].startswith(content.lstrip())
-    return text[: start + len(content.lstrip() if has_spaces else kept)]
+    return text[: start + len(content.lstrip() if has_spaces else stripped)]
 
 
 class _Refused(Exception):

@@ -18,7 +18,7 @@ MAX_CHOICES = 128
 
 
 class ChoiceSampling(Sampling):
-    """The sampling fields of the routes that may give several answers to one prompt.
+    """The sampling fields of routes that can return several answers to one prompt.
 
     With a `seed`, answer i has the seed `seed + i`, as in vLLM.
     """

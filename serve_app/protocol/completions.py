@@ -51,8 +51,8 @@ class CompletionRequest(ChoiceSampling):
     @property
     def num_prompt_logprobs(self) -> int | None:
         """The same as `num_logprobs`, for the tokens of the prompt."""
-        asked = [self.prompt_logprobs, self.logprobs if self.echo else None]
-        return max((count for count in asked if count is not None), default=None)
+        counts = [self.prompt_logprobs, self.logprobs if self.echo else None]
+        return max((count for count in counts if count is not None), default=None)
 
     @field_validator("prompts", mode="before")
     @classmethod
@@ -68,7 +68,10 @@ class CompletionRequest(ChoiceSampling):
             )
         if not prompts or not all(prompts):
             raise InvalidRequest("`prompt` should not be empty.", param="prompt")
-        return [_text(each) if isinstance(each, str) else list(map(int, each)) for each in prompts]
+        return [
+            _text(prompt) if isinstance(prompt, str) else list(map(int, prompt))
+            for prompt in prompts
+        ]
 
     @model_validator(mode="after")
     def _few_answers(self) -> "CompletionRequest":
@@ -194,10 +197,10 @@ def _logprobs(scores: Sequence[TokenScore], num_top: int, names: TokenNames) -> 
             return None
         ids, logprobs = score.top(num_top)
         # Two tokens may have one name; the more probable one stays.
-        found = dict(zip(map(name, reversed(ids)), reversed(logprobs), strict=True))
-        found = dict(reversed(found.items()))
-        found.setdefault(name(score.token_id), finite(score.logprob))
-        return found
+        logprobs_by_name = dict(zip(map(name, reversed(ids)), reversed(logprobs), strict=True))
+        logprobs_by_name = dict(reversed(logprobs_by_name.items()))
+        logprobs_by_name.setdefault(name(score.token_id), finite(score.logprob))
+        return logprobs_by_name
 
     def own(score: TokenScore) -> float | None:
         return None if score.logprob is None else finite(score.logprob)

@@ -15,15 +15,15 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
 
 _KEPT_MARK = "\u200b"
-"""A zero-width space. The normalizer cannot remove it, so it is used for tokens that the tokenizer
+"""A zero-width space, which the normalizer cannot remove. It is used for tokens that the tokenizer
 recognizes after normalizing, or that merges of the vocabulary can produce."""
 
 
 class ControlTokens:
     """The control tokens of a tokenizer. The constructor adds a step to the tokenizer's normalizer.
 
-    As in transformers' `sanitize_control_tokens`, they are the special tokens, and those added
-    tokens that the chat template contains.
+    As in transformers' `sanitize_control_tokens`, control tokens are the special tokens and the
+    added tokens that occur in the chat template.
     """
 
     def __init__(self, backend: "Tokenizer", template_literals: str) -> None:
@@ -38,7 +38,7 @@ class ControlTokens:
         longest_first = "|".join(sorted(map(re.escape, self._marks), key=len, reverse=True))
         self.find = re.compile(longest_first or "(?!)").search
         """Finds the first control token in a text. Returns None if there is none."""
-        # The look-ahead finds every beginning of a token, also within another one.
+        # The look-ahead finds every beginning of a token, even inside another token.
         self._beginning = re.compile(f"(?=({longest_first}))(.)", re.DOTALL)
 
     @property
@@ -48,20 +48,24 @@ class ControlTokens:
 
     def marked(self, messages: Sequence[Turn]) -> Sequence[Turn]:
         """Returns `messages` with a mark in each control token of their contents."""
-        return [{**each, "content": self.marked_text(each["content"])} for each in messages]
+        return [
+            {**message, "content": self.marked_text(message["content"])} for message in messages
+        ]
 
     def marked_text(self, text: str) -> str:
         """Returns `text` with a mark in each control token."""
         return self._beginning.sub(self._with_mark, text)
 
-    def _with_mark(self, found: re.Match[str]) -> str:
-        return found[2] + self._marks[found[1]]
+    def _with_mark(self, match: re.Match[str]) -> str:
+        return match[2] + self._marks[match[1]]
 
     def _working_mark(self, token_id: int, token: str, mark: str) -> str:
-        for each in (mark, _KEPT_MARK):
-            marked = self._backend.encode(token[0] + each + token[1:], add_special_tokens=False)
+        for candidate in (mark, _KEPT_MARK):
+            marked = self._backend.encode(
+                token[0] + candidate + token[1:], add_special_tokens=False
+            )
             if token_id not in marked.ids:
-                return each
+                return candidate
         return ""
 
 

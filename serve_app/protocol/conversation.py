@@ -10,14 +10,14 @@ def merged(messages: Sequence[Turn], *, keeps_system: bool) -> list[Turn]:
     """Returns `messages` as alternating questions and answers, with at most one system message
     before them.
 
-    The rule is that of Mistral's own encoder (mistral-common's `InstructRequestNormalizer`):
+    The rules are those of Mistral's own encoder (mistral-common's `InstructRequestNormalizer`):
 
-    - The texts of all system messages, joined by an empty line, come first: as a system message
-      with `keeps_system`, otherwise before the first question, with an empty line in between.
+    - The texts of all system messages, joined by an empty line, come first. With `keeps_system`
+      they are a system message; otherwise they precede the first question after an empty line.
     - Adjacent messages of one role become one message, joined by an empty line.
     - An empty question is inserted before a first message of the assistant.
     """
-    system = _joined([each["content"] for each in messages if each["role"] == "system"])
+    system = _joined([message["content"] for message in messages if message["role"] == "system"])
     turns: list[Turn] = []
     for message in messages:
         if message["role"] == "system":

@@ -1,4 +1,4 @@
-"""Detokenizer: converts token ids to text one after another, whole characters only."""
+"""Detokenizer: converts token ids to text one by one, and returns only complete characters."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -50,7 +50,7 @@ class Detokenizer:
         try:
             text = self._stream.step(self._backend, token_id)
         except Exception:
-            # The bytes are no UTF-8: DecodeStream fails with "Invalid prefix".
+            # The bytes are not UTF-8, so DecodeStream fails with "Invalid prefix".
             pending = self._pending
             text = self.flush()
             self._stream = self._new_stream(ids=pending)
@@ -60,7 +60,7 @@ class Detokenizer:
         return str(text)
 
     def flush(self) -> str:
-        """Returns the remaining text. An incomplete character becomes U+FFFD, as in any decoder."""
+        """Returns the remaining text. An incomplete character becomes U+FFFD."""
         rest, self._pending = self._pending, []
         if not rest:
             return ""

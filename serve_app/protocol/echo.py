@@ -10,7 +10,7 @@ from serve_app.protocol.text import TextDelta
 
 
 class Echo:
-    """The text and scores that are returned before one answer; may be empty."""
+    """The text and the scores to return before one answer. Both may be empty."""
 
     def __init__(self, text: str = "", prompt: PromptText | None = None) -> None:
         """With `prompt`, the scores of the prompt's tokens are returned too."""
@@ -19,7 +19,7 @@ class Echo:
         self._prompt = prompt
 
     def before(self, delta: TextDelta) -> tuple[str, Iterator[TokenScore]]:
-        """Returns the text and the scores of `delta`, with the echo before the first ones."""
+        """Returns the text and the scores of `delta`; the first call adds the echo before them."""
         text, self._text = self._text + delta.text, ""
         if self._prompt is None and not self._num_chars:
             return text, iter(delta.scores)
@@ -43,13 +43,13 @@ def prompt_logprobs(whole: TextDelta, num_top: int, names: TokenNames) -> list[J
         return {"logprob": finite(logprob), "rank": rank, "decoded_token": text}
 
     positions: list[JsonObject | None] = [None]
-    for some in whole.prompt_logprobs:
-        columns = (some.logprobs, some.ranks, some.top_ids, some.top_logprobs)
-        rows = zip(some.token_ids, *(column.tolist() for column in columns), strict=True)
+    for piece in whole.prompt_logprobs:
+        columns = (piece.logprobs, piece.ranks, piece.top_ids, piece.top_logprobs)
+        rows = zip(piece.token_ids, *(column.tolist() for column in columns), strict=True)
         for token_id, logprob, rank, top_ids, top_logprobs in rows:
-            found = {str(token_id): entry(token_id, logprob, rank)}
+            by_token_id = {str(token_id): entry(token_id, logprob, rank)}
             top = zip(top_ids[:num_top], top_logprobs[:num_top], strict=True)
             for place, (candidate, value) in enumerate(top, start=1):
-                found.setdefault(str(candidate), entry(candidate, value, place))
-            positions.append(found)
+                by_token_id.setdefault(str(candidate), entry(candidate, value, place))
+            positions.append(by_token_id)
     return positions

@@ -67,9 +67,9 @@ def first_error(error: ValidationError, body: dict[str, Any]) -> InvalidRequest:
 def _path(error: ErrorDetails, body: dict[str, Any], inner: list[str]) -> list[str | int]:
     """Returns the keys and positions that lead to the error's value in `body`, plus `inner`.
 
-    pydantic's `loc` also has the names of a union's members, such as `tool_use` in `("content", 0,
-    "tool_use", "id")`, which are no keys of the body. A text that a validator has converted to a
-    list is the end of the path.
+    pydantic's `loc` also contains the names of a union's members, which are not keys of the body:
+    `tool_use` in `("content", 0, "tool_use", "id")`. The path ends at a text that a validator has
+    converted to a list.
     """
     path: list[str | int] = []
     value: Any = body

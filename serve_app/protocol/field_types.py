@@ -60,4 +60,4 @@ class InnerObject(BaseModel):
     def _without_nulls(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {key: each for key, each in value.items() if each is not None}
+        return {key: field for key, field in value.items() if field is not None}

@@ -40,10 +40,11 @@ class Body(BaseModel):
 
     IGNORED: ClassVar[frozenset[str]] = IGNORED
     UNSUPPORTED: ClassVar[Unsupported] = UNSUPPORTED
-    """Fields of the route's API that are accepted with any value or with some values."""
+    """Fields of the route's API without effect: `IGNORED` are accepted with any value,
+    `UNSUPPORTED` with some values."""
 
     model: Text | None = None
-    """A served name; the first one if absent."""
+    """One of the served names. Default: the first one."""
 
     @classmethod
     def read(cls, body: Any) -> Self:
@@ -74,10 +75,10 @@ class StreamOptions(InnerObject):
 
 
 class Sampling(Body):
-    """The sampling fields, which are the same on every route that generates text.
+    """The sampling fields of every route that generates text.
 
-    A validator of a field runs only if the request has the field. It sees the fields above its own:
-    a rule for two fields belongs to the lower one.
+    A validator of a field runs only if the request has the field. It sees only the fields declared
+    above its own, so a rule for two fields belongs to the lower field.
     """
 
     OWN_DEFAULTS: ClassVar[frozenset[str]] = frozenset()

@@ -16,8 +16,8 @@ def encode(value: Any) -> bytes:
     NaN and Infinity would become null, so callers must make numbers finite first.
     """
     if isinstance(value, dict) and is_large(value):
-        items = (b"%b:%b" % (orjson.dumps(name), encode(each)) for name, each in value.items())
+        items = (b"%b:%b" % (orjson.dumps(name), encode(item)) for name, item in value.items())
         return b"{%b}" % b",".join(items)
     if isinstance(value, list) and is_large(value):
-        return b"[%b]" % b",".join(encode(each) for each in value)
+        return b"[%b]" % b",".join(encode(item) for item in value)
     return orjson.dumps(value)

@@ -9,10 +9,10 @@ from serve_app.protocol.allowance import Allowance
 
 
 class KeyAccount:
-    """Counts and limits the requests of one key. Its limits hold for one replica."""
+    """Counts and limits the requests of one key on one replica."""
 
     def __init__(self, key: ApiKey, *, is_alone: bool) -> None:
-        """`is_alone` says that there is no other key with which the engine is shared."""
+        """`is_alone`: whether `key` is the only key, so that the engine is not shared."""
         self.num_requests = 0
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
@@ -34,13 +34,14 @@ class KeyAccount:
     def take_request(self) -> Callable[[], None]:
         """Counts a generating request as running until the returned function is called.
 
-        That function may be called more than once. Raises `RateLimited` if a limit is used up.
+        The returned function may be called more than once. Raises `RateLimited` if a limit is used
+        up.
         """
-        most = self.key.max_concurrent
-        if most is not None and self.num_running >= most:
+        max_concurrent = self.key.max_concurrent
+        if max_concurrent is not None and self.num_running >= max_concurrent:
             raise RateLimited(
-                f"The API key {self.key.name!r} may have {most} requests at once; send this one "
-                "again when another has ended.",
+                f"The API key {self.key.name!r} may have {max_concurrent} requests at once; "
+                "send this one again when another has ended.",
                 retry_after_s=1,
             )
         for unit, allowance in self._allowances:
@@ -71,15 +72,15 @@ class KeyAccount:
 
     def headers(self) -> dict[str, str]:
         """Returns the response headers with the limits and the remaining amounts."""
-        found: dict[str, str] = {}
+        headers: dict[str, str] = {}
         for unit, allowance in self._allowances:
-            found |= allowance.headers(unit)
-        return found
+            headers |= allowance.headers(unit)
+        return headers
 
     @property
     def _allowances(self) -> list[tuple[str, Allowance]]:
-        both = ("requests", self._requests), ("tokens", self._tokens)
-        return [(unit, allowance) for unit, allowance in both if allowance is not None]
+        pairs = ("requests", self._requests), ("tokens", self._tokens)
+        return [(unit, allowance) for unit, allowance in pairs if allowance is not None]
 
 
 def _kept(allowance: Allowance | None, per_minute: int | None) -> Allowance | None:

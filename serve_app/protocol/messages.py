@@ -78,8 +78,8 @@ def _checked(messages: list[Message]) -> list[Message]:
     """Raises an error for a conversation without a user, results without a call, or calls without a
     result.
 
-    Templates drop a lone system message, and the model would answer an empty prompt. The checks of
-    results are those of OpenAI and Mistral.
+    Some templates drop a single system message, so that the model would answer an empty prompt.
+    OpenAI and Mistral check results in the same way.
     """
     has_user = False
     open_ids: dict[str, int] = {}
@@ -145,7 +145,7 @@ def _read_calls(calls: Any, role: Any) -> tuple[ToolCall, ...]:
         raise sentence("Only messages of the assistant have `tool_calls`.", "tool_calls")
     if not isinstance(calls, list):
         raise sentence("`tool_calls` should be a list.", "tool_calls")
-    read: list[ToolCall] = []
+    result: list[ToolCall] = []
     for index, call in enumerate(calls):
         match call:
             case {"id": str(call_id), "function": {"name": str(name), **function}} if call_id:
@@ -162,11 +162,11 @@ def _read_calls(calls: Any, role: Any) -> tuple[ToolCall, ...]:
             raise sentence(
                 "`arguments` should be JSON as text.", f"tool_calls.{index}.function.arguments"
             )
-        if any(call_id == each.id for each in read):
+        if any(call_id == earlier.id for earlier in result):
             raise sentence("Two calls have one id.", f"tool_calls.{index}.id")
         if not is_unicode([call_id, name, arguments]):
             raise sentence(
                 "The call has a lone surrogate, which is no character.", f"tool_calls.{index}"
             )
-        read.append(ToolCall(call_id, name, arguments))
-    return tuple(read)
+        result.append(ToolCall(call_id, name, arguments))
+    return tuple(result)

@@ -9,8 +9,8 @@ FORMATS = {
     *("ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template"),
     *("json-pointer", "relative-json-pointer", "regex"),
 }
-"""The formats of https://json-schema.org/draft/2020-12/json-schema-validation, 7.3. Any other one,
-such as pydantic's `path` and `password`, is a remark for readers (7.2.3)."""
+"""The formats of https://json-schema.org/draft/2020-12/json-schema-validation, 7.3. Any other
+format, such as pydantic's `path` and `password`, does not restrict values (7.2.3)."""
 
 
 def without_neutral(schema: dict[str, Any]) -> dict[str, Any]:

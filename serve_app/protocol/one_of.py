@@ -1,8 +1,9 @@
 """Replaces `oneOf` in JSON schemas with `anyOf` if its branches exclude each other.
 
 A value must match exactly one schema of a `oneOf`. A grammar cannot count matches, so llguidance
-accepts the keyword only if it sees that no value matches two of them, and it does not resolve
-`$ref`. This module does. See https://json-schema.org/draft/2020-12/json-schema-core, 10.2.1.3.
+accepts the keyword only if it can prove that no value matches two branches, without resolving
+`$ref`. This module resolves `$ref` too. See
+https://json-schema.org/draft/2020-12/json-schema-core, 10.2.1.3.
 
 Example: `{"oneOf": [{"type": "string"}, {"type": "integer"}]}` means the same with `anyOf`, because
 no value is both.
@@ -26,15 +27,15 @@ ALL_TYPES = {*TYPES.values(), "number", "integer", "object", "array"}
 def as_any_of(schema: dict[str, Any]) -> dict[str, Any]:
     """Returns `schema` with `anyOf` instead of each `oneOf` whose schemas exclude each other."""
     if json.dumps(schema).count('"$id"') > ("$id" in schema):
-        return schema  # its references may not begin at the root
-    new: dict[str, Any] = mapped(schema, lambda each: _exclusive(each, schema))
+        return schema  # a reference may be relative to an inner `$id`
+    new: dict[str, Any] = mapped(schema, lambda inner: _exclusive(inner, schema))
     return new
 
 
 def _exclusive(schema: dict[str, Any], root: dict[str, Any]) -> dict[str, Any]:
     branches = schema.get("oneOf")
     if isinstance(branches, list) and "anyOf" not in schema and _is_comparable(branches):
-        resolved = [_resolved(each, root) for each in branches]
+        resolved = [_resolved(branch, root) for branch in branches]
         if all(_exclude(*pair) for pair in combinations(resolved, 2)):
             schema["anyOf"] = schema.pop("oneOf")
     return schema
@@ -53,33 +54,35 @@ def _resolved(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
             return {}
         if "$ref" not in schema:
             return schema
-        found: Any = root
+        target: Any = root
         first, *names = str(schema["$ref"]).split("/")
         for name in names:
             name = name.replace("~1", "/").replace("~0", "~")
-            found = found.get(name) if isinstance(found, dict) else None
-        schema = found if first == "#" else None
+            target = target.get(name) if isinstance(target, dict) else None
+        schema = target if first == "#" else None
     return {}
 
 
-def _exclude(one: dict[str, Any], other: dict[str, Any]) -> bool:
+def _exclude(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Returns whether no value can match both schemas. False if it is not certain."""
-    if not _types(one) & _types(other):
+    if not _types(first) & _types(second):
         return True
-    values = _values(one), _values(other)
+    values = _values(first), _values(second)
     if None not in values:
         return not set(values[0] or ()) & set(values[1] or ())
-    if _types(one) != {"object"} or _types(other) != {"object"}:
+    if _types(first) != {"object"} or _types(second) != {"object"}:
         return False
-    return any(_is_closed_to(one, name) for name in _required(other)) or any(
-        _is_closed_to(other, name) or _differ(one, other, name) for name in _required(one)
+    return any(_is_closed_to(first, name) for name in _required(second)) or any(
+        _is_closed_to(second, name) or _differ(first, second, name) for name in _required(first)
     )
 
 
 def _types(schema: dict[str, Any]) -> set[str]:
     """Returns the types of matching values, where `number` contains `integer`."""
-    found = schema.get("type")
-    listed = found if isinstance(found, list) else [found] if isinstance(found, str) else []
+    declared = schema.get("type")
+    listed = (
+        declared if isinstance(declared, list) else [declared] if isinstance(declared, str) else []
+    )
     names = set(map(str, listed))
     if not names and (values := _values(schema)) is not None:
         names = {TYPES.get(type(json.loads(value)), "number") for value in values}
@@ -88,22 +91,25 @@ def _types(schema: dict[str, Any]) -> set[str]:
 
 def _values(schema: dict[str, Any]) -> list[str] | None:
     """Returns the matching values as JSON, where the schema lists them and all are scalars."""
-    found = [schema["const"]] if "const" in schema else schema.get("enum")
-    if not isinstance(found, list) or any(isinstance(each, dict | list) for each in found):
+    listed = [schema["const"]] if "const" in schema else schema.get("enum")
+    if not isinstance(listed, list) or any(isinstance(value, dict | list) for value in listed):
         return None
     # In JSON schema 1 and 1.0 are one value.
-    is_int = [isinstance(each, float) and each.is_integer() for each in found]
-    return [json.dumps(int(it) if whole else it) for it, whole in zip(found, is_int, strict=True)]
+    is_int = [isinstance(value, float) and value.is_integer() for value in listed]
+    return [
+        json.dumps(int(value) if whole else value)
+        for value, whole in zip(listed, is_int, strict=True)
+    ]
 
 
 def _required(schema: dict[str, Any]) -> Iterator[str]:
-    found = schema.get("required")
-    yield from (each for each in found if isinstance(each, str)) if isinstance(found, list) else ()
+    names = schema.get("required")
+    yield from (name for name in names if isinstance(name, str)) if isinstance(names, list) else ()
 
 
 def _properties(schema: dict[str, Any]) -> dict[str, Any]:
-    found = schema.get("properties")
-    return found if isinstance(found, dict) else {}
+    properties = schema.get("properties")
+    return properties if isinstance(properties, dict) else {}
 
 
 def _is_closed_to(schema: dict[str, Any], name: str) -> bool:
@@ -112,11 +118,11 @@ def _is_closed_to(schema: dict[str, Any], name: str) -> bool:
     return is_closed and name not in _properties(schema)
 
 
-def _differ(one: dict[str, Any], other: dict[str, Any], name: str) -> bool:
+def _differ(first: dict[str, Any], second: dict[str, Any], name: str) -> bool:
     """Returns whether the property `name`, which both require, has lists of values without a common
     one."""
-    if name not in _required(other):
+    if name not in _required(second):
         return False
-    pair = [_properties(each).get(name) for each in (one, other)]
-    values = [_values(each) if isinstance(each, dict) else None for each in pair]
+    pair = [_properties(schema).get(name) for schema in (first, second)]
+    values = [_values(schema) if isinstance(schema, dict) else None for schema in pair]
     return None not in values and not set(values[0] or ()) & set(values[1] or ())

@@ -64,8 +64,8 @@ class Batch:
         item = {"prompt": item} if isinstance(item, str) else item
         if not isinstance(item, dict):
             raise InvalidRequest("Each item should be a string or an object.", param="items")
-        given = {name: value for name, value in item.items() if value is not None}
-        request = PromptRequest.read({**self.shared, **given})
+        fields = {name: value for name, value in item.items() if value is not None}
+        request = PromptRequest.read({**self.shared, **fields})
         if request.stream:
             raise _unstreamable()
         return request
@@ -119,8 +119,8 @@ def body(metadata: ResponseMetadata, num_prompt_tokens: int, whole: TextDelta) -
 def chunks(
     metadata: ResponseMetadata, num_prompt_tokens: int, delta: TextDelta
 ) -> list[JsonObject]:
-    """Returns the chunks of a delta: `{"token", "finished": false}` for text, and one with the
-    end."""
+    """Returns the chunks of a delta: `{"token", "finished": false}` for text, and a last one with
+    the finish reason and the usage."""
     chunks: list[JsonObject] = []
     if delta.text:
         chunks.append({"token": delta.text, "finished": False})

@@ -13,7 +13,7 @@ class ResponseMetadata:
     created: int
     """Unix time in seconds."""
     fingerprint: str
-    """The `system_fingerprint`. It is equal for servers of one version, model and format."""
+    """The `system_fingerprint`, equal for servers with the same version, model and format."""
 
 
 class TokenNames(Protocol):
@@ -23,7 +23,7 @@ class TokenNames(Protocol):
 
 
 MIN_LOGPROB = -9999.0
-"""The number for minus infinity, which JSON cannot represent (vLLM's number)."""
+"""The value for minus infinity, which JSON cannot represent (as in vLLM)."""
 
 
 def finite(logprob: float) -> float:

@@ -23,9 +23,9 @@ def mapped(
         if key in new:
             new[key] = mapped(new[key], change, depth - 1)
     for key in LISTS:
-        if isinstance(found := new.get(key), list):
-            new[key] = [mapped(each, change, depth - 1) for each in found]
+        if isinstance(inner := new.get(key), list):
+            new[key] = [mapped(item, change, depth - 1) for item in inner]
     for key in NAMED:
-        if isinstance(found := new.get(key), dict):
-            new[key] = {name: mapped(each, change, depth - 1) for name, each in found.items()}
+        if isinstance(inner := new.get(key), dict):
+            new[key] = {name: mapped(item, change, depth - 1) for name, item in inner.items()}
     return change(new)

@@ -69,7 +69,7 @@ class TokenScore:
         """
         ids: list[int] = self.top_ids[:count].tolist()
         logprobs: list[float] = self.top_logprobs[:count].tolist()
-        # The last one is the least, or NaN.
+        # The last log probability is the smallest one, or NaN.
         if logprobs and not logprobs[-1] >= MIN_LOGPROB:
             logprobs = [finite(logprob) for logprob in logprobs]
         return ids, logprobs
@@ -91,10 +91,10 @@ class PromptText:
             none = np.empty(0, np.int64), np.empty(0, np.float32)
             yield self._placed(self._first_id, None, *none)
             self._first_id = None
-        for some in new:
-            logprobs = some.logprobs.tolist()
-            for row, token_id in enumerate(some.token_ids):
-                top = some.top_ids[row], some.top_logprobs[row]
+        for piece in new:
+            logprobs = piece.logprobs.tolist()
+            for row, token_id in enumerate(piece.token_ids):
+                top = piece.top_ids[row], piece.top_logprobs[row]
                 yield self._placed(token_id, logprobs[row], *top)
 
     def _placed(

@@ -1,8 +1,8 @@
 """Reads `tokenizer.model`, a SentencePiece model, for a checkpoint without `tokenizer.json`.
 
 The resulting tokenizer returns the same ids as SentencePiece, with which the model was trained.
-Every file is compared with SentencePiece when it is read. transformers 5.23 converts the file with
-another order of merges, so that " return" gets other ids.
+`read` compares the two for each file. transformers 5.23 converts the file with another order of
+merges, so that " return" gets other ids.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ _PIECES_PER_PROBE = 500
 def read(file: Path) -> "Tokenizer":
     """Returns the tokenizer in `file`, without a post-processor.
 
-    Raises `ModelLoadFailed` if the file is not a SentencePiece model, or if `tokenizers` would
-    encode with it in another way.
+    Raises `ModelLoadFailed` if the file is not a SentencePiece model, or if the resulting tokenizer
+    gives other ids.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -57,7 +57,7 @@ def converted(model: Any) -> "Tokenizer":
     bpe = models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
     defined = _user_defined(model, merges, frozenset(special))
-    # No space comes behind a user-defined piece.
+    # No space follows a user-defined piece.
     scheme = "first" if defined else "always"
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
     tokenizer.decoder = decoders.Sequence(

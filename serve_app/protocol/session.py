@@ -3,11 +3,11 @@
 Each replica keeps the KV blocks of the prompts that it has computed. The next prompt of a
 conversation begins with the previous one, so the same replica has to compute only the new part.
 
-A new conversation goes to the replica that its hash chooses, or to the next one if that replica has
-more than its share of requests. Later requests go where the first one went, as long as that replica
-has not many more requests than the others. The hash alone would not do: of 32 conversations, one of
-four replicas gets 5 and another one 11, and 300 conversations are needed until chance makes the
-replicas' loads equal within 20 percent.
+A new conversation goes to the replica that its hash chooses, or to the next replica if that one has
+more than its share of requests. Later requests go to the same replica, unless it has many more
+requests than the others. The hash alone would not balance the loads: with 32 conversations and four
+replicas, one replica gets 5 conversations and another one 11. About 300 conversations are needed
+until the loads are equal within 20 percent.
 
 The text is the first of these in a request:
 
@@ -32,12 +32,12 @@ SESSION_ID = "x-session-id"
 NUM_CHARS = 256
 """Length of the part of the text that is hashed: bytes in HAProxy, characters in Python."""
 NEW_LOAD = 110
-"""Maximum number of requests, in percent of the mean, at the replica that gets a new conversation;
-rounded up, and at least one. The conversation goes to the first replica below it in the order of
+"""Load limit for new conversations, in percent of the mean number of requests; the limit is rounded
+up and at least one. A new conversation goes to the first replica below the limit in the order of
 hashes (arXiv 1608.01350)."""
 KEEP_LOAD, KEEP_MORE = 110, 1
-"""A conversation leaves its replica if that has more requests than `KEEP_LOAD` percent of the mean
-and `KEEP_MORE`. Then it counts as new."""
+"""A conversation leaves its replica if the replica has more requests than `KEEP_LOAD` percent of
+the mean plus `KEEP_MORE`. The conversation then counts as new."""
 NUM_KEPT = 100_000
 """Maximum number of conversations whose replica is remembered."""
 SYSTEM_ROLES = ("system", "developer")
@@ -75,9 +75,9 @@ _KEYS = [(place.keys, place.after_system) for place in PLACES]
 
 
 def session_of(call: "Call") -> str | None:
-    """Returns the hash of the call's text, 16 characters; None if it has no such text.
+    """Returns the hash of the call's text, 16 characters; None if the call has no such text.
 
-    Only the hash is given to Ray, because Ray's metadata and logs must not contain a user's text.
+    Ray gets only the hash, because its metadata and logs must not contain a user's text.
     """
     text = _in_body(call.body) if call.session_id is None else call.session_id
     if text is None:

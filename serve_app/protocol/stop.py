@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the stop string that ends first, and withholds text that may be the beginning of one.
+    """Finds the stop string that ends first, and withholds text that may begin a stop string.
 
     If two stop strings end at the same character, the longer one is used.
     """
@@ -25,10 +25,10 @@ class StopStrings:
         """The stop string that was found; later text is dropped."""
 
     def pass_over(self, text: str) -> str:
-        """Returns `text`, in which no stop string may end, but in which one may begin.
+        """Returns `text` unchanged: a stop string may begin in it, but must not end in it.
 
         Call it only before the first `push`. If a stop string begins in `text` and ends later, only
-        its later part is cut.
+        the part after `text` is cut.
         """
         longest = max(map(len, self._stops), default=1) - 1
         self._held = (self._held + text)[-longest:] if longest else ""
@@ -43,10 +43,10 @@ class StopStrings:
         if (first := self._first_stop(text)) is not None:
             (cut, self.found), self._held = first, ""
             return text[self._num_shown : cut]
-        kept = len(text) - self._num_held(text)
-        self._held, num_shown = text[kept:], self._num_shown
-        self._num_shown = max(0, num_shown - kept)
-        return text[num_shown:kept]
+        num_safe = len(text) - self._num_held(text)
+        self._held, num_shown = text[num_safe:], self._num_shown
+        self._num_shown = max(0, num_shown - num_safe)
+        return text[num_shown:num_safe]
 
     def flush(self) -> str:
         """Returns the withheld text. Call it when no more text will come."""
@@ -57,13 +57,13 @@ class StopStrings:
     def _first_stop(self, text: str) -> tuple[int, str] | None:
         """Returns the start and the stop string that ends first in `text`; None if there is
         none."""
-        found = []
+        matches = []
         for stop in self._stops:
             # A stop string that ends in passed-over text does not count.
             at = text.find(stop, max(0, self._num_shown - len(stop) + 1))
             if at >= 0:
-                found.append((at + len(stop), at, stop))
-        return min(found)[1:] if found else None
+                matches.append((at + len(stop), at, stop))
+        return min(matches)[1:] if matches else None
 
     def _num_held(self, text: str) -> int:
         """Returns the length of the longest suffix of `text` that begins a stop string."""

@@ -1,4 +1,4 @@
-"""Converts token ids to text while they are generated: whole characters only, stop strings cut.
+"""Converts token ids to text while they are generated: complete characters, without stop strings.
 
 Streamed and complete answers use the same code token by token, so their text is equal.
 """
@@ -15,7 +15,7 @@ from serve_app.protocol.tools import ToolCallDelta
 
 @dataclass(slots=True)
 class TextDelta:
-    """Everything new of one answer: text, scores, and at the end the finish reason."""
+    """The new part of one answer: text, scores, and at the end the finish reason."""
 
     text: str
     scores: list[TokenScore] = field(default_factory=list)
@@ -98,7 +98,7 @@ class TextStream:
 
     def _shown(self, text: str, stops: StopStrings) -> str:
         """Returns the part of new text that cannot belong to a stop string any more."""
-        # As for stop tokens: nothing ends the answer before `min_tokens`.
+        # Before `min_tokens`, neither a stop token nor a stop string ends the answer.
         if self._num_tokens < self._min_tokens:
             return stops.pass_over(text)
         return stops.push(text)

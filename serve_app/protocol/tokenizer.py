@@ -24,7 +24,7 @@ class Tokenizer:
     """The tokenizer and the chat template in the folder `path`.
 
     With `sanitize_control_tokens`, control tokens in the content of messages are text.
-    `custom_chat_template`, a path or the text of a template, replaces the checkpoint's. The
+    `custom_chat_template`, the path or the text of a template, replaces the checkpoint's. The
     constructor raises `ModelLoadFailed` if files cannot be read or the chat template does not work.
     Thread-safe, because an instance never changes.
     """
@@ -55,7 +55,7 @@ class Tokenizer:
         self.tool_calls_id = self._find_tool_calls_id()
         """The token with which the model begins tool calls; None if it was not trained for
         tools."""
-        # As many as the vocabulary has: answers with log probabilities ask for the same ones often.
+        # A cache, because answers with log probabilities need the same tokens often.
         self._token_bytes: dict[int, bytes] = {}
         self.bos_token_id = self._special_id(files.special_tokens, "bos_token")
         self.eos_token_id = self._special_id(files.special_tokens, "eos_token")
@@ -95,14 +95,16 @@ class Tokenizer:
         Fine-tuning often adds tokens only to the tokenizer, such as `[PAD]`. Ids that are no tokens
         of the tokenizer are ignored.
         """
-        tokens = (self.backend.id_to_token(it) for it in token_ids if it >= vocab_size)
+        tokens = (
+            self.backend.id_to_token(token_id) for token_id in token_ids if token_id >= vocab_size
+        )
         return next((token for token in tokens if token is not None), None)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of `text` with one BOS at the beginning, even if the text begins with
-        one."""
+        """Returns the ids of `text` with one BOS at the beginning, even if `text` begins with a
+        BOS."""
         if self._is_sentencepiece and text[:1] in (" ", "▁"):
-            # SentencePiece puts a space before every text, `tokenizers` only where there is none.
+            # SentencePiece puts a space before every text, `tokenizers` only if there is none.
             text = f"▁{text}"
         # A batch of one: unlike `encode`, it releases the interpreter's lock.
         (encoded,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
@@ -129,7 +131,7 @@ class Tokenizer:
                 "This model has no chat template; use /v1/completions.", param="messages"
             )
         controls = self._control_tokens
-        if controls is not None and any(controls.find(each["content"]) for each in messages):
+        if controls is not None and any(controls.find(message["content"]) for message in messages):
             messages = controls.marked(messages)
         text = self._template.render(messages, add_generation_prompt=add_generation_prompt)
         if continue_final_message:
@@ -181,11 +183,11 @@ class Tokenizer:
         return str(self.backend.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Returns the bytes of one token; a byte token may be part of a character."""
-        known = self._token_bytes.get(token_id)
-        if known is None:
-            known = self._token_bytes[token_id] = self._bytes_of(token_id)
-        return known
+        """Returns the bytes of one token, which may be a part of a character."""
+        token = self._token_bytes.get(token_id)
+        if token is None:
+            token = self._token_bytes[token_id] = self._bytes_of(token_id)
+        return token
 
     def _bytes_of(self, token_id: int) -> bytes:
         token: str | None = self.backend.id_to_token(token_id)

@@ -113,9 +113,9 @@ def _read_legacy(folder: Path, backend: "Tokenizer", config: dict[str, Any]) -> 
     if (folder / "added_tokens.json").exists():
         named, extra = _special_tokens(config | read)
         special = {token.content for token in (*named.values(), *extra)}
-        known = backend.get_added_tokens_decoder()
+        existing = backend.get_added_tokens_decoder()
         for content, token_id in _read_json(folder / "added_tokens.json").items():
-            if token_id not in known:
+            if token_id not in existing:
                 is_special = content in special
                 flags = {"special": is_special, "normalized": not is_special}
                 decoder[token_id] = {"content": content, **flags}
@@ -135,7 +135,9 @@ def _special_tokens(
     extra = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
     if isinstance(extra, dict):
         named, extra = named | extra, []
-    return {name: _token(value) for name, value in named.items()}, [_token(it) for it in extra]
+    return {name: _token(value) for name, value in named.items()}, [
+        _token(value) for value in extra
+    ]
 
 
 def _token(value: str | dict[str, Any]) -> "AddedToken":
@@ -204,8 +206,8 @@ def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | N
         except (OSError, ValueError) as error:
             raise ModelLoadFailed(f"{file}: cannot be read; download it again.") from error
     if isinstance(value, list):
-        named = [each for each in value if isinstance(each, dict)]
-        value = {each.get("name"): each.get("template") for each in named}
+        named = [template for template in value if isinstance(template, dict)]
+        value = {template.get("name"): template.get("template") for template in named}
     if isinstance(value, dict):
         if "default" not in value:
             raise ModelLoadFailed(f"{config_file}: none of its chat templates is named default.")
@@ -215,14 +217,14 @@ def _chat_template(folder: Path, config_file: Path, value: Any) -> tuple[str | N
     return value, config_file
 
 
-def _custom(given: str) -> tuple[str, Path]:
+def _custom(setting: str) -> tuple[str, Path]:
     """Returns the template of the setting, and its file or the name of the setting."""
-    if any(mark in given for mark in ("{{", "{%", "\n")):
-        return given, Path("model.custom_chat_template")
+    if any(mark in setting for mark in ("{{", "{%", "\n")):
+        return setting, Path("model.custom_chat_template")
     try:
-        return Path(given).read_text(encoding="utf-8"), Path(given)
+        return Path(setting).read_text(encoding="utf-8"), Path(setting)
     except (OSError, ValueError) as error:
         raise ModelLoadFailed(
-            f"{given}: cannot be read; `model.custom_chat_template` takes the path of a chat "
+            f"{setting}: cannot be read; `model.custom_chat_template` takes the path of a chat "
             "template, or its text."
         ) from error

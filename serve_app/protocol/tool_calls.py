@@ -1,8 +1,8 @@
 """ToolCallParser: finds tool calls in the text of an answer while it is generated.
 
 A model calls tools with `MARKER` and a JSON list: `[TOOL_CALLS] [{"name": "f", "arguments": {}}]`.
-The text before it is content. If the list is not a call of a known tool, it is content too,
-including the marker.
+The text before the marker is content. If the list is not a call of a known tool, the marker and the
+list are content too.
 """
 
 import re
@@ -61,7 +61,7 @@ class ToolCallParser:
         self._step: Callable[[Parsed], None] = self._text
         """Parses the next part of `_held`. Raises `_Incomplete` if that needs more text."""
         self._held = ""
-        """Text whose meaning is not known yet: spaces, the beginning of the marker, or that of a
+        """Text whose meaning is not known yet: spaces, or the beginning of the marker or of a
         call."""
         self._marker = ""
         """The marker and the spaces before it, after it is found."""
@@ -89,8 +89,8 @@ class ToolCallParser:
     def end(self) -> Parsed:
         """Returns the withheld text at the end of the answer.
 
-        The syntax around calls is dropped, and so is a call that was cut before its arguments. If
-        the first call was cut there, it is content.
+        The syntax around calls is dropped. A call that was cut before its arguments is dropped too,
+        unless it is the first call, which becomes content.
         """
         rest, self._held = self._held, ""
         if self._step == self._head:
@@ -98,7 +98,7 @@ class ToolCallParser:
         return Parsed(rest if self._step == self._text else "")
 
     def _text(self, parsed: Parsed) -> None:
-        """Searches the marker. Spaces before it are not content."""
+        """Searches for the marker. Spaces before the marker are not content."""
         at = self._held.find(MARKER)
         if at >= 0:
             content, end = self._held[:at].rstrip(), at + len(MARKER)
@@ -106,10 +106,10 @@ class ToolCallParser:
             self._marker, self._held = self._held[len(content) : end], self._held[end:]
             self._step = self._head
             return
-        found = _HELD.search(self._held)
-        kept = found.start() if found else len(self._held)
-        parsed.content += self._held[:kept]
-        self._held = self._held[kept:]
+        match = _HELD.search(self._held)
+        num_safe = match.start() if match else len(self._held)
+        parsed.content += self._held[:num_safe]
+        self._held = self._held[num_safe:]
         raise _Incomplete
 
     def _head(self, parsed: Parsed) -> None:
@@ -145,7 +145,7 @@ class ToolCallParser:
         self._held, self._step = self._held[end:], self._arguments
 
     def _arguments(self, parsed: Parsed) -> None:
-        """Finds the bracket that closes the arguments, in `_held` if it is there."""
+        """Moves arguments from `_held` to a call, up to the bracket that closes them."""
         end = self._arguments_end()
         parsed.calls.append(ToolCallDelta(self._num_calls - 1, self._held[:end]))
         self._held = self._held[end:]
@@ -154,8 +154,8 @@ class ToolCallParser:
         at = 0
         if self._is_escaped:
             self._is_escaped, at = False, 1
-        while found := _STRUCTURE.search(self._held, at):
-            at, char = found.end(), found[0]
+        while match := _STRUCTURE.search(self._held, at):
+            at, char = match.end(), match[0]
             if char == "\\":
                 self._is_escaped = at == len(self._held)
                 at += 1
@@ -181,8 +181,8 @@ def _head_end(text: str, syntax: tuple[str | None, ...]) -> tuple[int, str]:
         at = _skip(text, at)
         if part is not None:
             at = _after(text, part, at)
-        elif found := _NAME.match(text, at):
-            at, name = found.end(), found[1]
+        elif match := _NAME.match(text, at):
+            at, name = match.end(), match[1]
         elif _NAME_BEGINS.match(text, at):
             raise _Incomplete
         else:

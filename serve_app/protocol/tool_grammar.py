@@ -1,9 +1,9 @@
 """The grammar of an answer that may call tools.
 
 A call has the form that the prompt shows: `[TOOL_CALLS] [{"name": "f", "arguments": {...}}]`.
-Everything after the marker must match the tools' schemas; text before it is free. If a call is
-optional, schema keywords that llguidance does not support are ignored, except for strict tools: one
-tool's `uniqueItems` should not make the whole request fail.
+Everything after the marker must match the tools' schemas; the text before it is free. If a call is
+optional, schema keywords that llguidance does not support are ignored, except for strict tools:
+`uniqueItems` in one tool should not make the whole request fail.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Writes tools, calls and results into a prompt, in one of two forms.
 
 - `mistral_parts` is for a checkpoint that was trained with Mistral's tool tokens, such as
-  Mixtral-8x22B-Instruct-v0.1. It has the ids of Mistral's own encoder (mistral-common's v3). The
-  checkpoint's chat template departs from them: it leaves the system message out behind a result,
-  and does not escape descriptions.
+  Mixtral-8x22B-Instruct-v0.1. Its ids equal those of Mistral's own encoder (mistral-common's v3).
+  The checkpoint's chat template gives other ids: it omits the system message after a result, and
+  does not escape descriptions.
 - `plain_turns` is for any other checkpoint, such as Mixtral-8x7B-Instruct-v0.1. The tools become
   text of the system message, calls text of the assistant, and results text of the user, and the
   checkpoint's chat template renders them.
@@ -35,7 +35,7 @@ _MISTRAL_ID = re.compile("[A-Za-z0-9]{9}")
 
 
 def num_chars(messages: Sequence[Message], tools: Sequence[Tool]) -> int:
-    """Returns the number of characters of a prompt that the client sent."""
+    """Returns the number of characters in a prompt that come from the client."""
     calls = [call for message in messages for call in message.tool_calls]
     texts = [message.content for message in messages]
     texts += [call.name + call.arguments for call in calls]
@@ -100,14 +100,14 @@ def mistral_parts(
     the last message of the user.
     """
     system = "\n\n".join(
-        each.content for each in messages if each.role == "system" and each.content
+        message.content for message in messages if message.role == "system" and message.content
     )
-    spoken = _merged([each for each in messages if each.role != "system"])
-    last = max(index for index, each in enumerate(spoken) if each.role == "user")
+    turns = _merged([message for message in messages if message.role != "system"])
+    last = max(index for index, message in enumerate(turns) if message.role == "user")
     parts: list[str] = [Control(special_tokens["bos_token"])]
-    if spoken[0].role != "user":
+    if turns[0].role != "user":
         parts += [Control("[INST]"), Control("[/INST]")]
-    for index, message in enumerate(spoken):
+    for index, message in enumerate(turns):
         content = message.content
         if message.role == "tool":
             result = {
@@ -118,7 +118,7 @@ def mistral_parts(
         elif message.role == "assistant":
             parts.append(content.rstrip(" "))
             if message.tool_calls:
-                calls = [{**_call(each), "id": _mistral_id(each.id)} for each in message.tool_calls]
+                calls = [{**_call(call), "id": _mistral_id(call.id)} for call in message.tool_calls]
                 parts += [Control(MARKER), _json(calls)]
             parts.append(Control(special_tokens["eos_token"]))
         else:
@@ -161,9 +161,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 def _parsed(text: str) -> Any:
-    """Returns the value of a JSON text; any other text is returned unchanged.
-
-    So is JSON with the escape of a lone surrogate, which a prompt cannot contain.
+    """Returns the value of a JSON text. Returns `text` unchanged if it is not JSON, or if it has
+    the escape of a lone surrogate, which a prompt cannot contain.
     """
     try:
         value = json.loads(text)

@@ -41,13 +41,13 @@ def offered(
     """Returns the tools of a request; None if it has none. Raises `InvalidRequest`."""
     read = [
         Tool(
-            each.function.name,
-            each.function.description or "",
-            each.function.parameters or {},
+            tool.function.name,
+            tool.function.description or "",
+            tool.function.parameters or {},
             f"tools.{index}.function.parameters",
-            each.function.strict is True,
+            tool.function.strict is True,
         )
-        for index, each in enumerate(tools)
+        for index, tool in enumerate(tools)
     ]
     choice = choice or ToolChoice()
     return check(read, choice if is_parallel else replace(choice, is_single=True))
@@ -69,7 +69,7 @@ def _read_choice(value: Any) -> ToolChoice:
             "type": "allowed_tools",
             "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(listed)},
         } if listed:
-            return ToolChoice(mode, frozenset(_name(each) for each in listed))
+            return ToolChoice(mode, frozenset(_name(tool) for tool in listed))
     raise _bad_choice()
 
 

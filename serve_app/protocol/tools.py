@@ -99,8 +99,8 @@ def joined(deltas: Iterable[ToolCallDelta]) -> list[ToolCall]:
 def check(tools: Sequence[Tool], choice: ToolChoice, *, tools_field: str = "tools") -> Tools | None:
     """Returns the tools of a request after the checks of every API; None if there are none.
 
-    Raises `InvalidRequest` for too many tools, an invalid or duplicate name, a schema that is not
-    an object's, and a choice of an unknown tool.
+    Raises `InvalidRequest` for too many tools, an invalid or duplicate name, a schema that is not a
+    schema of an object, and a choice of an unknown tool.
     """
     if len(tools) > MAX_TOOLS:
         raise InvalidRequest(f"`{tools_field}` takes up to {MAX_TOOLS} tools.", param=tools_field)

@@ -21,7 +21,7 @@ IGNORED = frozenset(
 """Fields that are accepted with any value and not used: they do not change the answer."""
 
 Unsupported = dict[str, tuple[tuple[Any, ...], str]]
-"""Field to the values that pass, and the reason why another value is refused."""
+"""Maps a field to its accepted values and the reason why other values are refused."""
 
 _ONE = "this route gives one answer; use /v1/chat/completions or /v1/completions"
 _CHAT_TOOLS = "use /v1/chat/completions, /v1/responses or /v1/messages for tools"
@@ -97,6 +97,7 @@ def check_is_neutral(unsupported: Unsupported, name: str, value: Any) -> str | N
     neutral, reason = unsupported[name]
     # True == 1 in Python, but `"n": true` is an error.
     is_neutral = any(
-        isinstance(value, bool) == isinstance(each, bool) and value == each for each in neutral
+        isinstance(value, bool) == isinstance(accepted, bool) and value == accepted
+        for accepted in neutral
     )
     return None if is_neutral else reason

@@ -20,14 +20,14 @@ def is_large(value: Any) -> bool:
     """Returns whether `value` has more than `LARGE` characters and values. Stops counting there."""
     size, waiting = 0, [value]
     while waiting:
-        each = waiting.pop()
-        if isinstance(each, str | list | dict):
-            size += len(each)
+        item = waiting.pop()
+        if isinstance(item, str | list | dict):
+            size += len(item)
             if size > LARGE:
                 return True
-        if isinstance(each, dict):
-            waiting.extend(each)
-            waiting.extend(each.values())
-        elif isinstance(each, list):
-            waiting.extend(each)
+        if isinstance(item, dict):
+            waiting.extend(item)
+            waiting.extend(item.values())
+        elif isinstance(item, list):
+            waiting.extend(item)
     return False

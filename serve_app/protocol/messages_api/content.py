@@ -137,8 +137,10 @@ def conversation(system: Sequence[TextBlock], messages: Sequence[InputMessage]) 
         turns.append(_turn("system", text))
     for message in messages:
         turns += [
-            Message.model_construct(role="tool", content=it.text, tool_call_id=it.tool_use_id)
-            for it in message.results
+            Message.model_construct(
+                role="tool", content=result.text, tool_call_id=result.tool_use_id
+            )
+            for result in message.results
         ]
         text = joined(message.content)
         if text or not message.results:

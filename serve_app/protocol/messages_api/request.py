@@ -23,14 +23,14 @@ class OutputFormat(InnerObject):
 
 
 class OutputConfig(InnerObject):
-    """`output_config`. The effort is accepted and not used: the model has one."""
+    """`output_config`. The effort is accepted and has no effect."""
 
     effort: Text | None = None
     format: OutputFormat | None = None
 
 
 class ContextManagement(InnerObject):
-    """`context_management`. Clearing thoughts changes nothing: they are left out anyway."""
+    """`context_management`. Only clearing thoughts is accepted; the prompt never contains them."""
 
     edits: list[dict[str, Any]] = Field(default_factory=list)
 
@@ -125,9 +125,9 @@ class MessagesRequest(CountTokensRequest):
     def sampling(self) -> AdaptedSampling:
         """The sampling fields of the request."""
         names = ("max_tokens", "temperature", "top_p", "top_k")
-        given = {name: getattr(self, name) for name in names if name in self.model_fields_set}
+        fields = {name: getattr(self, name) for name in names if name in self.model_fields_set}
         return AdaptedSampling.model_validate(
-            {**given, "stop": self.stop_sequences, "source": self._source}
+            {**fields, "stop": self.stop_sequences, "source": self._source}
         )
 
     @property

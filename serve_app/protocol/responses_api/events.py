@@ -45,8 +45,9 @@ class ResponseEvents:
         self._held: list[TokenScore] = []
         """Scores of tokens that may not belong to the text."""
         self._num_chars = 0
-        self._has_called = False
         """Number of characters of the text so far."""
+        self._has_called = False
+        """Whether the answer has a tool call."""
 
     def __call__(self, delta: TextDelta) -> list[JsonObject]:
         """Returns the events for `delta`; none if it adds nothing."""
@@ -97,8 +98,8 @@ class ResponseEvents:
         for piece in pieces(iter(scores)):
             logprobs = named(piece, self._num_top, self._names)
             self._logprobs += logprobs
-            shown = _without_bytes(logprobs)
-            events.append(self._text_event("output_text.delta", delta=text, logprobs=shown))
+            without_bytes = _without_bytes(logprobs)
+            events.append(self._text_event("output_text.delta", delta=text, logprobs=without_bytes))
             text = ""
         return events
 
@@ -132,9 +133,9 @@ class ResponseEvents:
         if self._item["type"] == "message":
             part = response.output_text(whole, self._logprobs)
             item = {**self._item, "status": status, "content": [part]}
-            shown = _without_bytes(self._logprobs)
+            without_bytes = _without_bytes(self._logprobs)
             events = [
-                self._text_event("output_text.done", text=whole, logprobs=shown),
+                self._text_event("output_text.done", text=whole, logprobs=without_bytes),
                 self._text_event("content_part.done", part=part),
             ]
         else:
@@ -168,7 +169,8 @@ def error_event(body: ErrorBody, last: JsonObject) -> JsonObject:
     """Returns the last event of a stream that fails after the event `last`, which is {} before the
     first.
 
-    It has the fields of OpenAI's event, and the error body, whose `error` OpenAI's clients raise.
+    The event has the fields of OpenAI's event, and those of the error body, because OpenAI's
+    clients raise its `error`.
     """
     fields = body["error"]
     return {
@@ -185,11 +187,11 @@ def _without_bytes(logprobs: list[JsonObject]) -> list[JsonObject]:
     """Returns `logprobs` in the form of text events, without bytes."""
     return [
         {
-            "token": each["token"],
-            "logprob": each["logprob"],
+            "token": token["token"],
+            "logprob": token["logprob"],
             "top_logprobs": [
-                {"token": top["token"], "logprob": top["logprob"]} for top in each["top_logprobs"]
+                {"token": top["token"], "logprob": top["logprob"]} for top in token["top_logprobs"]
             ],
         }
-        for each in logprobs
+        for token in logprobs
     ]

@@ -26,7 +26,7 @@ class TextPart(ContentPart):
 
 
 class RefusalPart(ContentPart):
-    """An earlier answer of another model that refuses; it is a text."""
+    """A refusal by another model in an earlier answer. It is treated as text."""
 
     type: Literal["refusal"]
     refusal: Text

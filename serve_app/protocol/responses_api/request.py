@@ -112,13 +112,13 @@ class ResponsesRequest(Body):
     @property
     def sampling(self) -> AdaptedSampling:
         """The sampling fields of the request."""
-        given: JsonObject = {
+        fields: JsonObject = {
             name: getattr(self, name)
             for name in ("temperature", "top_p")
             if name in self.model_fields_set
         }
-        given |= {"max_tokens": self.max_output_tokens, "limit_field": "max_output_tokens"}
-        given["ignore_eos"] = self.ignore_eos
+        fields |= {"max_tokens": self.max_output_tokens, "limit_field": "max_output_tokens"}
+        fields["ignore_eos"] = self.ignore_eos
         if self.text.format is not None:
-            given["source"] = self.text.format.source
-        return AdaptedSampling.model_validate(given)
+            fields["source"] = self.text.format.source
+        return AdaptedSampling.model_validate(fields)

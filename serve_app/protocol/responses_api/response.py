@@ -87,8 +87,8 @@ def ended(
 def failed(response: JsonObject, output: list[JsonObject], error: ServeError) -> JsonObject:
     """Returns `response` with the output so far, and the error that ended it."""
     code = "rate_limit_exceeded" if isinstance(error, Overloaded) else "server_error"
-    shown = {"code": code, "message": error.message}
-    return {**response, "status": "failed", "output": output, "error": shown}
+    fields = {"code": code, "message": error.message}
+    return {**response, "status": "failed", "output": output, "error": fields}
 
 
 def status_of(end: TextDelta) -> Status:

@@ -91,8 +91,8 @@ class Guard:
     def __init__(
         self, app: ASGIApp, allowed_origins: Callable[[], Sequence[str]], ids: Ids = ids_of
     ) -> None:
-        """`allowed_origins` returns the setting `api.cors_origins`. `ids` returns the id of a refused
-        request and the response headers with its ids."""
+        """`allowed_origins` returns the setting `api.cors_origins`. `ids` returns the id of a
+        refused request and the response headers with its ids."""
         self._app = app
         self._allowed_origins = allowed_origins
         self._ids = ids

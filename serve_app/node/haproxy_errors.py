@@ -27,7 +27,7 @@ MAX_URL_CHARS = 8192
 
 # Expressions that HAProxy replaces by the values of a request.
 REQUEST_ID = "%[var(txn.request_id)]"
-GIVEN_ID = "%[var(txn.client_id)]"
+CLIENT_REQUEST_ID = "%[var(txn.client_id)]"
 RETRY_AFTER = "%[var(txn.wait_s)]"
 
 TOO_LONG = InvalidRequest(
@@ -40,7 +40,7 @@ TOO_SLOW = RequestTooSlow(LATE_BODY)
 ERRORS = (TOO_LONG, LOADING, FULL, NO_REPLICA, TOO_SLOW)
 
 IS_SERVES = f"!{{ res.hdr({OUR_ID}) -m found }}"
-"""Condition: Serve has sent the answer, not the server."""
+"""Condition: the answer comes from Serve, not from a replica of this server."""
 
 
 def answer(error: ServeError, status: int | None = None, more: str = "") -> str:
@@ -58,7 +58,7 @@ def answer(error: ServeError, status: int | None = None, more: str = "") -> str:
 def defaults() -> list[str]:
     """Returns the lines for the section `defaults`."""
     answers = [*(answer(NO_REPLICA, status) for status in (502, 503, 504)), answer(TOO_SLOW)]
-    return [f"    http-error {each}" for each in answers]
+    return [f"    http-error {arguments}" for arguments in answers]
 
 
 def request_variables() -> list[str]:
@@ -83,19 +83,19 @@ def request_variables() -> list[str]:
 
 
 def rules() -> list[str]:
-    """Returns the lines that refuse a URL that is too long and replace an answer of Serve without a
-    replica."""
+    """Returns the lines that refuse too long URLs, replace Serve's answers if no replica answers,
+    and add the request's ids to HAProxy's answers."""
     ids = (
         (OUR_ID, REQUEST_ID, ""),
-        (CLIENT_ID, GIVEN_ID, ""),
+        (CLIENT_ID, CLIENT_REQUEST_ID, ""),
         (ANTHROPIC_ID, REQUEST_ID, " { var(txn.shape) -m found }"),
     )
     too_long = answer(TOO_LONG, 414, f" if {{ url,length gt {MAX_URL_CHARS} }}")
     return [
         f"    http-request return {too_long}",
-        # A replica that died, whether or not the request had reached it.
+        # The replica has died, before or after the request reached it.
         "    http-after-response set-status 503 if { status 502 504 }",
-        # Each 500 of the server itself has its id.
+        # A 500 without our request id comes from Serve.
         f"    http-response return {answer(NO_REPLICA)} if {{ status 500 }} {IS_SERVES}",
         *(
             f"    http-after-response set-header {name} {value}"
@@ -116,7 +116,7 @@ def loading() -> str:
 
 
 def _type(error: ServeError) -> str:
-    """Returns an error's `type`, or an expression with Anthropic's if that is another one."""
+    """Returns the error's `type`, or an expression if Anthropic's `type` differs."""
     if _anthropic_type(error) == error.type:
         return error.type
     return f"%[var(txn.{error.code},{error.type})]"

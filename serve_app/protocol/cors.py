@@ -1,7 +1,7 @@
-"""What pages of an allowed origin may do (https://fetch.spec.whatwg.org/#http-cors-protocol).
+"""CORS: the requests and response headers that pages of an allowed origin may use.
 
-A replica, HAProxy and the health server send the same. The allowed origins are
-`ApiSettings.allowed_origins`.
+Protocol: https://fetch.spec.whatwg.org/#http-cors-protocol. A replica, HAProxy and the health
+server send the same values. The allowed origins are `ApiSettings.allowed_origins`.
 """
 
 from serve_app.protocol.allowance import HEADERS

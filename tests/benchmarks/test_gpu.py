@@ -45,9 +45,9 @@ def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nf4_decode, "GATE_UP_ROWS", 512)
     monkeypatch.setattr(nf4_decode, "rows_of", lambda tile: 256)
     monkeypatch.setattr(paged_attention, "NUM_PROGRAMS", 1)  # a context is one split
-    monkeypatch.setattr(step_trial, "TRIED_ROWS", 2)
+    monkeypatch.setattr(step_trial, "TRIAL_ROWS", 2)
     monkeypatch.setattr(step_trial, "LONG_CONTEXTS", ())
-    monkeypatch.setattr(prompt_step, "TRIED_CHUNKS", ((3, 20),))
+    monkeypatch.setattr(prompt_step, "TRIAL_CHUNKS", ((3, 20),))
 
 
 @pytest.mark.parametrize("weights", [["--weights", "nf4"], ["--weights", "bf16"]])

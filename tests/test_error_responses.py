@@ -80,8 +80,12 @@ class Server:
     @property
     def outside(self) -> ASGIApp:
         """The app behind the middlewares of a replica, in their order in front of Serve."""
-        app = EarlyAnswer(self.inside)
-        return Guard(app, early_answer.allowed_origins, ids_before_serve)
+        return Guard(EarlyAnswer(self.inside), ids_before_serve)
+
+    @property
+    def proxied(self) -> ASGIApp:
+        """The app behind the guard of Serve's own proxy, a process without the setting."""
+        return Guard(self.inside, ids_before_serve)
 
     @property
     def inside(self) -> ASGIApp:
@@ -197,6 +201,16 @@ CASES: dict[str, tuple[int, str | None, Callable[[str, Server, Ports], Answer]]]
         400,
         None,
         lambda path, one, _: ask(one.outside, path, x_request_id="\0"),
+    ),
+    "guard in Serve's proxy: the body is late": (
+        408,
+        "request_timeout",
+        lambda path, one, _: ask(one.proxied, path, None),
+    ),
+    "guard in Serve's proxy: the id is invalid": (
+        400,
+        None,
+        lambda path, one, _: ask(one.proxied, path, x_request_id="\0"),
     ),
     "early answer: the queue is full": (
         429,

@@ -6,7 +6,8 @@ RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH names it. The guard then runs before S
 headers of a request. `create_app` also adds a guard, for `serve run` without that variable. Only
 the first guard of a request is active.
 
-Serve's proxy does not know `api.cors_origins`, so errors of a guard there have no CORS headers.
+Serve's proxy does not know `api.cors_origins`, so a guard asks the application which CORS headers
+its errors need.
 
 The effect of headers that the guard removes or refuses in Serve 2.60 (`serve/_private/proxy.py` and
 `replica.py`):
@@ -22,7 +23,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ from starlette.datastructures import Headers
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serve_app.api.cors import with_cors
-from serve_app.api.early_answer import EarlyAnswer, allowed_origins
+from serve_app.api.cors import origins_allowed_by, with_cors
+from serve_app.api.early_answer import EarlyAnswer
 from serve_app.api.error_response import error_response
 from serve_app.api.request_id import ids_before_serve, ids_of
 from serve_app.errors import LATE_BODY, InvalidRequest, RequestTooSlow, ServeError
@@ -79,7 +80,7 @@ def middlewares() -> "list[Middleware]":
     from serve_app.api import http_1_0
 
     http_1_0.install()
-    return [Middleware(EarlyAnswer), Middleware(Guard, allowed_origins, ids_before_serve)]
+    return [Middleware(EarlyAnswer), Middleware(Guard, ids_before_serve)]
 
 
 class Guard:
@@ -88,13 +89,9 @@ class Guard:
     The `receive` that `app` gets does not raise: an error becomes a disconnect message.
     """
 
-    def __init__(
-        self, app: ASGIApp, allowed_origins: Callable[[], Sequence[str]], ids: Ids = ids_of
-    ) -> None:
-        """`allowed_origins` returns the setting `api.cors_origins`. `ids` returns the id of a
-        refused request and the response headers with its ids."""
+    def __init__(self, app: ASGIApp, ids: Ids = ids_of) -> None:
+        """`ids` returns the id of a refused request and the response headers with its ids."""
         self._app = app
-        self._allowed_origins = allowed_origins
         self._ids = ids
         self._large_bodies = _LargeBodies()
 
@@ -118,11 +115,11 @@ class Guard:
         ]
         await self._app(scope, exchange.receive, exchange.send)
 
-    def _refusal(self, scope: Scope, error: ServeError) -> ASGIApp:
+    async def _refusal(self, scope: Scope, error: ServeError) -> ASGIApp:
         """Returns the response to a refused request."""
         request_id, headers = self._ids(HTTPConnection(scope))
         response = error_response(error, request_id, scope["path"], headers)
-        return with_cors(response, self._allowed_origins())
+        return with_cors(response, await origins_allowed_by(self._app, scope))
 
 
 async def _message(receive: Receive) -> Message:
@@ -173,7 +170,7 @@ class _Exchange:
         receive: Receive,
         send: Send,
         large_bodies: _LargeBodies,
-        refusal: Callable[[Scope, ServeError], ASGIApp],
+        refusal: Callable[[Scope, ServeError], Awaitable[ASGIApp]],
     ) -> None:
         self._large_bodies = large_bodies
         self._refusal = refusal
@@ -226,5 +223,6 @@ class _Exchange:
 
     async def refuse(self, error: ServeError) -> None:
         """Sends `error` instead of the application's response."""
-        await self._refusal(self._scope, error)(self._scope, self._receive, self.send)
+        response = await self._refusal(self._scope, error)
+        await response(self._scope, self._receive, self.send)
         self._is_refused = True

@@ -72,7 +72,7 @@ def create_app(get_server: GetServer, allowed_origins: Sequence[str] = ()) -> St
         # `OPTIONS *` has no path that a route could match.
         return await unknown.response(request)
 
-    middleware = [Middleware(Guard, lambda: allowed_origins)]
+    middleware = [Middleware(Guard)]
     if allowed_origins:
         middleware.append(Middleware(Cors, allowed_origins))
     return Starlette(

@@ -174,7 +174,7 @@ async def sent(
         messages.append(message)
 
     scope = {"type": "http", "path": "/", "headers": headers}
-    await Guard(app, list)(scope, receive or once(b""), send)
+    await Guard(app)(scope, receive or once(b""), send)
     return messages
 
 

@@ -40,6 +40,7 @@ is_messages = re.compile(MESSAGES_PATH).search
 otherwise None."""
 _ANTHROPIC_TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     429: "rate_limit_error",

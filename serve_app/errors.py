@@ -80,6 +80,13 @@ class InvalidApiKey(InvalidRequest):
         return {"WWW-Authenticate": "Bearer"}
 
 
+class OriginNotAllowed(InvalidRequest):
+    """A web page has sent the request, and its origin may not call the API."""
+
+    http_status = 403
+    code = "origin_not_allowed"
+
+
 class ModelNotFound(InvalidRequest):
     http_status = 404
     code = "model_not_found"

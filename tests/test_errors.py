@@ -59,6 +59,14 @@ TABLE = [
     ("ModelNotFound", 404, "invalid_request_error", "model_not_found", "VALIDATION_FAILED", False),
     ("RouteNotFound", 404, "invalid_request_error", "not_found", "VALIDATION_FAILED", False),
     ("InvalidApiKey", 401, "invalid_request_error", "invalid_api_key", "VALIDATION_FAILED", False),
+    (
+        "OriginNotAllowed",
+        403,
+        "invalid_request_error",
+        "origin_not_allowed",
+        "VALIDATION_FAILED",
+        False,
+    ),
     ("QueueFull", 429, "overloaded_error", "queue_full", "OVERLOADED", True),
     ("RateLimited", 429, "rate_limit_error", "rate_limit_exceeded", "OVERLOADED", True),
     ("Draining", 503, "overloaded_error", "draining", "OVERLOADED", True),
@@ -95,6 +103,7 @@ def test_each_error_says_what_the_table_says(
 ANTHROPIC_TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     405: "invalid_request_error",
     408: "invalid_request_error",

@@ -7,7 +7,7 @@ ids) and `answer.py` (the engine's deltas to text). The other modules, by subjec
 
     handlers        completions, prompt, responses, messages, tokens, status, pages
     before Serve    guard (bodies and headers), early_answer (401, 429, `/ping`), http_1_0
-    requests        route, request_body, request_id, api_keys, cors
+    requests        route, request_body, request_id, api_keys, origin, cors
     responses       event_stream (server-sent events), error_response
     lists           choices (several answers to one request), list_places (their places)
     documents       openapi, from the routes and descriptions

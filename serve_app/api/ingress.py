@@ -19,7 +19,7 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
-from serve_app.api import routes
+from serve_app.api import origin, routes
 from serve_app.api.cors import Cors
 from serve_app.api.error_response import error_response
 from serve_app.api.event_stream import EventStream
@@ -130,6 +130,9 @@ class Endpoint:
         method = "GET" if request.method == "HEAD" else request.method
         route = self._route or routes.match(method, path)  # raises the error
         # Before the body is read: a refusal must cost as little as possible.
+        if route.method == "POST" and "origin" in request.headers:
+            api = server.settings.api
+            origin.require_allowed(request.headers, api.allowed_origins, api.needs_key)
         server.require_room(route, account)
         traced = None if server.tracing is None else request.headers.get(TRACEPARENT)
         about = request_id, request.scope[ARRIVED], account, traced

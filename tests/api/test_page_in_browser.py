@@ -10,6 +10,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from serve_app.api.metrics.metrics import NO_ROUTE
 from serve_app.api.routes import ROUTES
 from serve_app.errors import InternalError
 from tests.api.conftest import Endpoint
@@ -180,6 +181,28 @@ def test_stop_ends_the_request(endpoint: Endpoint, open_page: Open) -> None:
     page.get_by_role("button", name="Stop").click()
     expect(answers(page).locator(".note")).to_contain_text("ended by stopped")
     assert engine.left.wait(10)
+
+
+def test_a_page_of_another_origin_gets_no_answer(endpoint: Endpoint, browser: Browser) -> None:
+    """Chromium sends its text, which is a 403, and asks before it sends JSON, which it then does
+    not; a page of this server's own origin gets an answer to both."""
+    engine = endpoint.serve()
+    url = f"{endpoint.url}/prompt"
+    send = """async ([url, type]) => {
+        const options = {method: "POST", headers: {"content-type": type}, body: '{"prompt": "Hi"}'};
+        return await fetch(url, options).then((it) => it.status, () => "blocked");
+    }"""
+    with browser.new_context() as context:
+        page = context.new_page()
+        page.goto(f"{endpoint.url.replace('127.0.0.1', 'localhost')}/health")
+        for kind in ("text/plain", "application/json"):
+            assert page.evaluate(send, [url, kind]) == "blocked"
+        statuses = endpoint.server.metrics.http_responses
+        assert (statuses["/prompt", 403], statuses[NO_ROUTE, 405]) == (1, 1)
+        assert engine.requests == []
+        page.goto(f"{endpoint.url}/health")
+        for kind in ("text/plain", "application/json"):
+            assert page.evaluate(send, [url, kind]) == 200
 
 
 def test_the_policy_stops_other_requests(open_page: Open) -> None:

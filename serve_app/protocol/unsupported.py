@@ -8,9 +8,11 @@ from typing import Any
 IGNORED = frozenset(
     {
         "metadata",
+        "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
+        "reasoning_effort",
         "request_id",
         "safety_identifier",
         "service_tier",
@@ -38,8 +40,6 @@ OPENAI: Unsupported = {
     "moderation": ((), "there is no moderation"),
     "n": ((1,), _ONE),
     "parallel_tool_calls": ((True, False), _CHAT_TOOLS),
-    "prediction": ((), "predicted outputs are not supported"),
-    "reasoning_effort": (("none",), "this model does not reason separately"),
     "suffix": (("",), "text is continued at its end only"),
     "tool_choice": (("none", "auto"), _CHAT_TOOLS),
     "tools": (([],), _CHAT_TOOLS),

@@ -3,12 +3,21 @@
 from typing import Any
 
 import pytest
+from anthropic.types import message_count_tokens_params as count_tokens
+from anthropic.types import message_create_params as messages
+from anthropic.types.beta import message_count_tokens_params as beta_count_tokens
+from anthropic.types.beta import message_create_params as beta_messages
+from openai.types import completion_create_params as completions
+from openai.types.chat import completion_create_params as chat
+from openai.types.responses import response_create_params as responses
 
 from serve_app.errors import InvalidRequest
 from serve_app.protocol.chat import ChatRequest
 from serve_app.protocol.completions import CompletionRequest
 from serve_app.protocol.fields import Body
+from serve_app.protocol.messages_api.request import CountTokensRequest, MessagesRequest
 from serve_app.protocol.prompt import PromptRequest
+from serve_app.protocol.responses_api.request import ResponsesRequest
 from serve_app.protocol.tokens import DetokenizeRequest, TokenizeRequest
 from serve_app.protocol.unsupported import IGNORED, UNSUPPORTED
 
@@ -116,7 +125,8 @@ def test_unsupported_fields_are_refused_by_name(name: str) -> None:
         dict.fromkeys(UNSUPPORTED),
         {"max_tokens": None, "stop": None, "temperature": None, "logit_bias": None},
         {"n": 1.0, "best_of": None, "length_penalty": 1.0, "use_beam_search": False},
-        {"parallel_tool_calls": True, "tool_choice": None, "reasoning_effort": "none"},
+        {"parallel_tool_calls": True, "tool_choice": None, "reasoning_effort": "low"},
+        {"prediction": {"type": "content", "content": "Hello"}},
         {"echo": False, "add_generation_prompt": True, "continue_final_message": False},
         {"logprobs": False, "top_logprobs": 0, "top_k": 0, "seed": None},
         {"chat_template_kwargs": {"enable_thinking": False}},
@@ -127,6 +137,29 @@ def test_fields_that_ask_for_nothing_are_taken(fields: dict[str, Any]) -> None:
     """Neutral values, the ignore list, and nulls change nothing."""
     given, plain = ({"messages": HELLO, **more} for more in (fields, {}))
     assert ChatRequest.read(given).model_dump() == ChatRequest.read(plain).model_dump()
+
+
+@pytest.mark.parametrize(
+    ("schema", "params"),
+    [
+        (ChatRequest, chat.CompletionCreateParamsStreaming),
+        (CompletionRequest, completions.CompletionCreateParamsStreaming),
+        (ResponsesRequest, responses.ResponseCreateParamsStreaming),
+        (MessagesRequest, messages.MessageCreateParamsStreaming),
+        (MessagesRequest, beta_messages.MessageCreateParamsStreaming),
+        (CountTokensRequest, count_tokens.MessageCountTokensParams),
+        (CountTokensRequest, beta_count_tokens.MessageCountTokensParams),
+    ],
+)
+def test_each_field_of_the_clients_is_known(schema: type[Body], params: Any) -> None:
+    """Each field of the clients' own types is used, ignored or refused with a reason; none is
+    taken for a misspelt one."""
+    fields = params.__required_keys__ | params.__optional_keys__
+    aliases = {field.alias for field in schema.model_fields.values()}
+    known = schema.model_fields.keys() | aliases | schema.IGNORED | schema.UNSUPPORTED.keys()
+    # The client sends it as a header.
+    assert fields - known <= {"betas"}
+    assert "model" in fields
 
 
 def test_each_route_takes_vllms_own_default_of_add_special_tokens() -> None:

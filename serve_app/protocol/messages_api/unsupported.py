@@ -8,8 +8,11 @@ from serve_app.protocol.unsupported import Unsupported
 
 IGNORED = frozenset(
     {
+        "billing_policy",
         "cache_control",
         "diagnostics",
+        "fallback_credit_token",
+        "fallbacks",
         "inference_geo",
         "metadata",
         "service_tier",
@@ -21,7 +24,9 @@ IGNORED = frozenset(
 """Fields that are accepted with any value and not used: they do not change the answer."""
 
 UNSUPPORTED: Unsupported = {
+    "compaction": ((), "messages are never summarized"),
     "container": ((), "there are no containers"),
     "mcp_servers": (([],), "the server calls no other servers"),
+    "thread": ((), "nothing is stored here; send the whole conversation as `messages`"),
 }
 """Fields that are accepted with these values only, and the reason."""

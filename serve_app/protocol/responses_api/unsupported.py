@@ -7,11 +7,13 @@ from serve_app.protocol.unsupported import Unsupported
 
 IGNORED = frozenset(
     {
+        "access_programs",
         "max_tool_calls",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "reasoning",
+        "request_id",
         "safety_identifier",
         "service_tier",
         "user",
@@ -25,6 +27,7 @@ UNSUPPORTED: Unsupported = {
     "background": ((False,), "a response is answered while the client waits"),
     "context_management": (([],), "items are never cut"),
     "conversation": ((), _STATELESS),
+    "image": ((), "content is text"),
     "moderation": ((), "there is no moderation"),
     "previous_response_id": ((), _STATELESS),
     "prompt": ((), "there are no stored prompts; send `instructions` and `input`"),

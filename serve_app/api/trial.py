@@ -19,7 +19,7 @@ from serve_app.api.server import MixtralServer
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import InvalidRequest, ModelLoadFailed
 from serve_app.loading.load import load
-from serve_app.machine.volume import write_problem
+from serve_app.machine.volume import file_problem
 from serve_app.protocol.call import Call, JsonReply
 from serve_app.start_plan.plan import StartPlan
 
@@ -54,9 +54,7 @@ def run(
     Raises `ModelLoadFailed` if the model cannot be loaded or a product is wrong, and `ConfigError`
     if `out` cannot be written.
     """
-    if not out.absolute().parent.is_dir():
-        raise ConfigError(f"{out}: its folder does not exist; --out must name a file in one.")
-    if (problem := write_problem(out.absolute().parent)) is not None:
+    if (problem := file_problem(out)) is not None:
         raise ConfigError(f"{out}: {problem}; --out names another file for the report.")
     report: dict[str, Any] = {"version": serve_app.__version__, "machine": _machine()}
     report["model"] = settings.model.model_dump(mode="json", exclude={"hf_token"})

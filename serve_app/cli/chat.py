@@ -1,7 +1,8 @@
 """`mixtral-serve chat`: a conversation with a running server, in the terminal.
 
 Every turn sends the whole conversation to `/v1/chat/completions` and prints the answer as it
-streams. /reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves.
+streams. /reset starts a new conversation, Ctrl-C stops an answer, Ctrl-D leaves. Standard output
+has the answers alone. If standard input is no terminal, a refused turn or Ctrl-C ends the command.
 """
 
 import io
@@ -11,6 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import httpx
+
+from serve_app.config.serve_config import ConfigError
 
 HELP = "Ctrl-C stops an answer, /reset starts anew, Ctrl-D leaves."
 TIMEOUT = httpx.Timeout(10, read=None)
@@ -28,17 +31,24 @@ class Chat:
 
     def __init__(self, url: str, key: str | None, model: str | None, system: str | None) -> None:
         """`model` None means the first one that the server lists; `key` None sends no key."""
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
         # OpenAI's clients are given the same address with `/v1`.
         url = url.rstrip("/").removesuffix("/v1")
-        self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        try:
+            self._http = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
+        except httpx.InvalidURL:
+            raise ConfigError(f"`--url`: {url} is not a URL.") from None
         self._model = model
         self._system = system
         self.messages: list[dict[str, str]] = []
         self._reset()
 
     def run(self) -> int:
-        """Reads user messages from standard input until its end. Returns the exit code."""
+        """Reads user messages from standard input until its end.
+
+        Returns the exit code: 1 if the server does not answer, or refuses a turn that no user typed
+        in a terminal.
+        """
         import readline  # noqa: F401  # arrow keys and history for input()
 
         if isinstance(sys.stdin, io.TextIOWrapper):
@@ -46,15 +56,15 @@ class Chat:
         with self._http:
             try:
                 self._model = self._model or self._first_model()
+                print(f"{self._model} at {self._http.base_url}. {HELP}", file=sys.stderr)
+                while (text := _read()) is not None:
+                    if text == "/reset":
+                        self._reset()
+                    elif text:
+                        self._turn(text)
             except ChatError as error:
                 print(error, file=sys.stderr)
                 return 1
-            print(f"{self._model} at {self._http.base_url}. {HELP}")
-            while (text := _read()) is not None:
-                if text == "/reset":
-                    self._reset()
-                elif text:
-                    self._turn(text)
         return 0
 
     def _reset(self) -> None:
@@ -62,8 +72,10 @@ class Chat:
         self.messages = [system] if self._system else []
 
     def _turn(self, text: str) -> None:
-        """Sends `text` and prints the answer. If it is refused, the conversation does not
-        change."""
+        """Sends `text` and prints the answer. If it is refused, the conversation does not change.
+
+        Raises `ChatError` if it is refused, and no user can send another one.
+        """
         self.messages.append({"role": "user", "content": text})
         answer = ""
         try:
@@ -71,9 +83,15 @@ class Chat:
                 answer += piece
                 print(piece, end="", flush=True)
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             print(" [stopped]", end="")
         except ChatError as error:
             self.messages.pop()
+            if answer:
+                print()
+            if not sys.stdin.isatty():
+                raise
             print(error, file=sys.stderr)
             return
         print()
@@ -100,7 +118,12 @@ class Chat:
             raise self._unreachable(error) from None
         if response.is_error:
             raise ChatError(_message(response))
-        return str(response.json()["data"][0]["id"])
+        try:
+            return str(response.json()["data"][0]["id"])
+        except (ValueError, LookupError, TypeError):
+            raise ChatError(
+                f"What answers at {self._http.base_url} has no model; correct `--url`."
+            ) from None
 
     def _unreachable(self, error: httpx.HTTPError) -> ChatError:
         if isinstance(error, httpx.ConnectError):
@@ -118,6 +141,8 @@ def _read() -> str | None:
         try:
             return input("> " if sys.stdin.isatty() else "").strip()
         except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
             print()  # drops the typed line, as a shell does
         except EOFError:
             if sys.stdin.isatty():

@@ -1,10 +1,18 @@
 """The subcommands of `mixtral-serve`.
 
-Each imports what it needs when it is called. A `ConfigError` or `ServeError` ends the command
-with its one sentence on standard error and exit code 1; Ctrl-C ends it with exit code 130. Where
-the log is JSON, the sentence is a line of it, and so is a bug.
+Each imports what it needs when it is called. The exit codes of all of them:
+
+    0      done; for `run`, also after SIGTERM or Ctrl-C
+    1      an error, with one sentence on standard error: a `ConfigError`, a `ServeError`, a file
+           that cannot be read or written
+    2      wrong arguments
+    130    Ctrl-C
+
+Where the log is JSON, the sentence is a line of it, and so is a bug.
 """
 
+import errno
+import io
 import logging
 import sys
 from pathlib import Path
@@ -201,21 +209,37 @@ def _stopped() -> typer.Exit:
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command with `arguments`, by default those of this process. Returns the exit
     code."""
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="replace")  # the terminal may lack characters of an answer
     try:
         app(arguments, prog_name="mixtral-serve")
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else 0
     except Exception as error:
         from serve_app.config.log_format import is_json
-        from serve_app.config.serve_config import ConfigError
-        from serve_app.errors import ServeError
 
-        is_known = isinstance(error, ConfigError | ServeError)
+        message = message_of(error)
         if is_json():
-            log.error("%s", error, exc_info=not is_known)
-        elif is_known:
-            print(error, file=sys.stderr)
+            log.error("%s", message or error, exc_info=message is None)
+        elif message is not None:
+            print(message, file=sys.stderr)
         else:
             raise
         return 1
     return 0
+
+
+def message_of(error: Exception) -> str | None:
+    """Returns the one sentence for `error`; None if it is a bug, whose stack trace is needed."""
+    from serve_app.config.serve_config import ConfigError
+    from serve_app.errors import ServeError
+
+    match error:
+        case ConfigError() | ServeError():
+            return str(error)
+        case OSError(filename=str(name), strerror=str(reason)):
+            return f"{name}: {reason}."
+        case OSError(errno=errno.ENOSPC, strerror=str(reason)):
+            return f"The output cannot be written: {reason}."
+    return None

@@ -55,8 +55,9 @@ def list_keys(file: File = DEFAULT) -> None:
 
     from serve_app.config.key_file import read_keys
 
-    name = Column("name", overflow="fold")  # never shortened, because `remove` needs it
-    table = Table(name, "created", "requests/min", "tokens/min", "concurrent", "min priority")
+    # Nothing is shortened: `remove` needs the whole name, and a limit without its end is wrong.
+    titles = ("name", "created", "requests/min", "tokens/min", "concurrent", "min priority")
+    table = Table(*(Column(title, overflow="fold") for title in titles))
     for key in read_keys(file):
         limits = key.requests_per_minute, key.tokens_per_minute, key.max_concurrent
         created = time.strftime("%Y-%m-%d", time.gmtime(key.created))

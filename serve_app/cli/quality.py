@@ -26,7 +26,7 @@ from serve_app.config.serve_config import ConfigError
 from serve_app.config.settings import Settings
 from serve_app.loading.load import load
 from serve_app.loading.load_log import LoadLog
-from serve_app.machine.volume import write_problem
+from serve_app.machine.volume import file_problem
 from serve_app.model.checkpoint.checkpoint import inspect
 from serve_app.start_plan.memory import in_gb
 from serve_app.start_plan.plan import StartPlan, find_folder
@@ -51,7 +51,7 @@ def run(config: str, texts: Sequence[Path], out: Path | None) -> None:
     log_to_terminal()
     files = list(texts) or [PROSE]
     contents = read_texts(files)
-    if out is not None and (problem := write_problem(out.absolute().parent)) is not None:
+    if out is not None and (problem := file_problem(out)) is not None:
         raise ConfigError(f"{out}: {problem}; --json names another file.")
     path = named.find(config)
     checked = check_start(path, Settings.from_yaml(path))

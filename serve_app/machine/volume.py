@@ -51,6 +51,14 @@ def write_problem(folder: Path) -> str | None:
     return None
 
 
+def file_problem(path: Path) -> str | None:
+    """Returns the reason why the file `path` cannot be written; None if it can."""
+    if path.is_dir():
+        return "this is a folder"
+    folder = path.absolute().parent
+    return write_problem(folder) if folder.is_dir() else "its folder does not exist"
+
+
 def nearest_existing(folder: Path) -> Path:
     """Returns `folder`, or its nearest parent that exists and is visible to this user."""
     above = (folder, *folder.absolute().parents)

@@ -7,6 +7,7 @@ its name, the jobs fail instead. Every check takes milliseconds, imports no torc
 """
 
 import logging
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ Check = Callable[[], None]
 """Raises `MachineUnfit`."""
 
 SHARED_MEMORY = Path("/dev/shm")
+MIN_OPEN_FILES = 256
+"""Number of open files that each process of Ray and HAProxy needs; macOS allows no more."""
 SCRATCH = Path("/tmp")
 SCRATCH_BYTES = 1_000_000_000
 """Bytes that Ray's session and its logs need."""
@@ -44,6 +47,9 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
     def shared_memory() -> None:
         require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
 
+    def open_files() -> None:
+        require_open_files(MIN_OPEN_FILES)
+
     def disk() -> None:
         require_disk(SCRATCH, SCRATCH_BYTES)
 
@@ -56,7 +62,7 @@ def checks(settings: Settings, failure: ModelLoadFailed | None) -> list[Check]:
 
     if isinstance(failure, MachineUnfit):
         found.__name__ = failure.check  # the name that the platform shows
-    return [gpu_driver, memory, shared_memory, disk, model_folder, found]
+    return [gpu_driver, memory, shared_memory, open_files, disk, model_folder, found]
 
 
 def first_problem(checks: list[Check]) -> MachineUnfit | None:
@@ -71,6 +77,7 @@ def first_problem(checks: list[Check]) -> MachineUnfit | None:
 
 def require_room_for_ray() -> None:
     """Runs the checks that need no configuration. Raises `MachineUnfit` if Ray cannot start."""
+    require_open_files(MIN_OPEN_FILES)
     require_shared_memory(SHARED_MEMORY, OBJECT_STORE_BYTES)
     require_disk(SCRATCH, SCRATCH_BYTES)
 
@@ -108,6 +115,16 @@ def require_shared_memory(folder: Path, num_bytes: int) -> None:
         raise MachineUnfit(
             f"{folder} has {free / 1e6:.0f} MB free, but Ray needs {num_bytes / 1e6:.0f} MB; start "
             "the container with a larger one (--shm-size)."
+        )
+
+
+def require_open_files(num_files: int) -> None:
+    """Raises `MachineUnfit` if a process may not open `num_files` files."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if limit != resource.RLIM_INFINITY and limit < num_files:
+        raise MachineUnfit(
+            f"A process may open {limit} files, but Ray needs {num_files}; raise the limit "
+            "(`ulimit -n 65536`, or --ulimit nofile=65536 of a container)."
         )
 
 

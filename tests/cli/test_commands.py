@@ -1,8 +1,10 @@
 """The command `mixtral-serve`: what it prints, its exit codes, and what it imports."""
 
+import errno
 import io
 import json
 import logging
+import os
 import shlex
 import signal
 import socket
@@ -18,7 +20,7 @@ import pytest
 import yaml
 
 from serve_app.cli import serving
-from serve_app.cli.commands import main
+from serve_app.cli.commands import main, message_of
 from serve_app.config import named
 from serve_app.config.log_format import use_json
 from serve_app.config.settings import ConfigError, Settings
@@ -133,6 +135,66 @@ def test_an_error_is_json_where_the_log_is_json(
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert (line["level"], line["message"]) == ("ERROR", str(error))
     assert ("exception" in line) == isinstance(error, KeyError)
+
+
+@pytest.mark.parametrize("name", ["absent/report.json", "."])
+@pytest.mark.parametrize(
+    "command", [["quality", "tiny", "--json"], ["check", "tiny", "--load", "--out"]]
+)
+def test_a_report_that_cannot_be_written_is_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: list[str], name: str
+) -> None:
+    """A folder that does not exist, and a folder in place of a file: before the model loads."""
+    assert main([*command, str(tmp_path / name)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path / name}: ")
+    assert line.endswith(
+        f"{command[-1]} names another file{' for the report' * (command[0] == 'check')}."
+    )
+
+
+def test_an_error_of_the_system_is_one_sentence(tmp_path: Path) -> None:
+    """It names the file and the reason; a bug has none, and keeps its stack trace."""
+    with pytest.raises(OSError, match="absent") as raised:
+        (tmp_path / "absent").read_text()
+    assert message_of(raised.value) == f"{tmp_path}/absent: No such file or directory."
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert message_of(full) == "The output cannot be written: No space left on device."
+    assert message_of(OSError("closed")) is None
+    assert message_of(KeyError("a")) is None
+
+
+def test_few_open_files_are_one_sentence(tmp_path: Path) -> None:
+    """`run` says it before Ray starts, whose own error is a stack trace."""
+    (tmp_path / "tiny.yaml").write_text(on_port(free_port()))
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *COMMAND, "run", "tiny.yaml"],
+        cwd=tmp_path,
+        env=bare(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("A process may open 64 files, but Ray needs 256; raise the limit")
+
+
+def test_a_narrow_terminal_without_unicode(tmp_path: Path) -> None:
+    """A table of keys is whole in 40 columns of ASCII."""
+    variables = {"PYTHONIOENCODING": "ascii", "COLUMNS": "40", "NO_COLOR": "1"}
+    for arguments in (["add", "ada"], ["list"]):
+        done = subprocess.run(
+            [*COMMAND, "keys", *arguments],
+            cwd=tmp_path,
+            env=bare(tmp_path) | variables,
+            capture_output=True,
+            check=True,
+        )
+    table = done.stdout.decode("ascii")
+    assert "ada" in table
+    assert "?" not in table, "characters are missing"
+    assert max(map(len, table.splitlines())) == 40
 
 
 def test_a_usage_error_is_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Each check of the machine passes with enough, and fails with one sentence with too little."""
 
+import resource
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,14 @@ def test_shared_memory_and_disk_must_have_room(tmp_path: Path) -> None:
         fitness.require_shared_memory(tmp_path / "absent", 1)
     with pytest.raises(MachineUnfit, match=r"is full: .* needs 1000000 MB"):
         fitness.require_disk(tmp_path, 10**12)
+
+
+def test_open_files_must_be_enough() -> None:
+    """An error has the limit, the needed number, and how to raise it."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    fitness.require_open_files(limit)
+    with pytest.raises(MachineUnfit, match=rf"open {limit} files, .* {limit + 1}; .*ulimit -n"):
+        fitness.require_open_files(limit + 1)
 
 
 def test_a_load_onto_a_gpu_needs_main_memory() -> None:

@@ -13,9 +13,12 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
+import yaml
 
+from serve_app.machine.ports import free_port
 from tests.api.test_http_1_0 import old_client
-from tests.cli.test_commands import served
+from tests.cli.test_commands import COMMAND, on_port, served
+from tests.environment import bare
 from tests.listening import listening, open_to_strangers
 from tests.ports import undocumented
 from tests.processes import descendants, replica_of
@@ -165,6 +168,45 @@ def test_a_replica_that_dies_is_a_503(run: Run) -> None:
             response = asked.result()
     assert (response.status_code, response.json()["error"]["code"]) == (503, "engine_dead")
     until(lambda: httpx.get(f"{url}/ping", timeout=60).status_code == 200, 60)
+
+
+@pytest.mark.faults
+def test_one_ready_replica_is_enough(tmp_path: Path) -> None:
+    """A server for other machines answers while its second replica cannot start, for want of a
+    second machine; SIGTERM lets a stream finish."""
+    port = free_port()
+    document = yaml.safe_load(on_port(port))
+    document["http_options"]["host"] = "0.0.0.0"
+    two = {"name": "mixtral", "num_replicas": 2, "max_replicas_per_node": 1}
+    document["applications"][0]["deployments"] = [two | {"ray_actor_options": {"num_cpus": 0.1}}]
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(document))
+    command = [*COMMAND, "run", "tiny.yaml"]
+    body = {"prompt": "x", "ignore_eos": True, "max_tokens": 2000, "stream": True}
+    with (
+        (tmp_path / "log").open("wb") as log,
+        subprocess.Popen(command, cwd=tmp_path, env=bare(tmp_path), stderr=log) as process,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as http,
+    ):
+        try:
+            until(lambda: process.poll() is not None or is_ready(http), 100)
+            assert "1 of 2 replicas are ready." in (tmp_path / "log").read_text()
+            with http.stream("POST", "/prompt", json=body) as response:
+                lines = response.iter_lines()
+                next(lines)
+                process.send_signal(signal.SIGTERM)
+                assert [line for line in lines if line][-1] == "data: [DONE]"
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    until(lambda: not left_behind(tmp_path))
+
+
+def is_ready(http: httpx.Client) -> bool:
+    """Returns whether `/ping` is 200. Until a replica is ready, the server closes connections."""
+    try:
+        return http.get("/ping").status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.mark.faults

@@ -15,7 +15,7 @@ schemes of their own, which no page can have; they pass.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from serve_app.errors import OriginNotAllowed
 from serve_app.protocol.field_errors import printable
@@ -27,17 +27,18 @@ LOCAL_DOMAINS = ("localhost", "local", "internal", "lan", "home.arpa")
 """Domains in which nobody can register a name: RFC 6761, 6762 and 8375, and ICANN's reservation."""
 
 
-def require_allowed(headers: Mapping[str, str], cors_origins: str | None, has_keys: bool) -> None:
+def require_allowed(
+    headers: Mapping[str, str], allowed_origins: Sequence[str], has_keys: bool
+) -> None:
     """Raises `OriginNotAllowed` if a page that may not call the API has sent the request.
 
-    The case of names in `headers` does not matter. `cors_origins` is the setting
-    `api.cors_origins`. With keys, a rebinding page has none, so its `Host` does not matter.
+    The case of names in `headers` does not matter. `allowed_origins` is the setting
+    `ApiSettings.allowed_origins`. A rebinding page has no key, so `Host` does not matter with keys.
     """
     origin = headers.get("origin")
     if origin is None or not (origin == OPAQUE or origin.startswith(PAGE_SCHEMES)):
         return
-    allowed = {each.strip() for each in (cors_origins or "").split(",")}
-    if {"*", origin} & allowed:
+    if {"*", origin} & set(allowed_origins):
         return
     host = headers.get("host", "").lower()
     is_own = origin.partition("://")[2] == host

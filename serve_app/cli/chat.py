@@ -31,7 +31,7 @@ class Chat:
 
     def __init__(self, url: str, key: str | None, model: str | None, system: str | None) -> None:
         """`model` None means the first one that the server lists; `key` None sends no key."""
-        headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
+        headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
         # OpenAI's clients are given the same address with `/v1`.
         url = url.rstrip("/").removesuffix("/v1")
         try:

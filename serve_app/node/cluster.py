@@ -7,6 +7,7 @@ deployment behind Serve's proxy. Both read the same file as `serve run`.
 import asyncio
 import atexit
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,8 +133,17 @@ class Cluster:
             watching.cancel()
 
 
-def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: StartPlan) -> Any:
-    """Starts the deployment behind `proxy`, which is prepared. Returns the deployment's handle."""
+def serve_http(
+    settings: Settings,
+    config: str | Path,
+    proxy: Proxy,
+    plan: StartPlan,
+    on_first: Callable[[], None],
+) -> Any:
+    """Starts the deployment behind `proxy`, which is prepared. Returns the deployment's handle.
+
+    If there are several replicas, calls `on_first` in a thread when the first one is ready.
+    """
     if proxy.obstacle is not None:
         note = f"Serve's own proxy receives the requests, not HAProxy: {proxy.obstacle}"
         log.warning("%s.", note)
@@ -147,7 +157,7 @@ def serve_http(settings: Settings, config: str | Path, proxy: Proxy, plan: Start
         with ray_node.signals_kept():
             ray_node.start_serve(proxy.options(settings.api))
     with ray_node.signals_kept():
-        return deploy(settings, config, "/", plan)
+        return deploy(settings, config, "/", plan, on_first)
 
 
 def _use_log_format(settings: Settings) -> None:
@@ -172,7 +182,11 @@ def with_load_log(settings: Settings) -> Settings:
 
 
 def deploy(
-    settings: Settings, config: str | Path, route_prefix: str | None, plan: StartPlan | None
+    settings: Settings,
+    config: str | Path,
+    route_prefix: str | None,
+    plan: StartPlan | None,
+    on_first: Callable[[], None] = lambda: None,
 ) -> Any:
     """Deploys the application of `config` and waits until its model is loaded. Returns its handle.
 
@@ -195,7 +209,7 @@ def deploy(
     try:
         with (
             phases.logged(settings.load_log),
-            ready_replicas.logged(num_running, bound._bound_deployment.num_replicas or 1),
+            ready_replicas.logged(num_running, bound._bound_deployment.num_replicas or 1, on_first),
         ):
             return serve.run(
                 bound,
@@ -207,6 +221,13 @@ def deploy(
         log.debug("Serve says: %s", error)
         serve.delete(APP_NAME)
         raise _load_failure(settings, plan, memory) from None
+
+
+def handle() -> Any:
+    """Returns the handle of the deployment, of which some replicas may still load."""
+    from ray import serve
+
+    return serve.get_app_handle(APP_NAME)
 
 
 def log_unused_keys(config: str | Path) -> None:

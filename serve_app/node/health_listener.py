@@ -50,7 +50,7 @@ class HealthListener:
         """Changes the answers. A signal handler may call it, because it is a single unbuffered
         write."""
         assert self._process.stdin is not None
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # the process has ended, or is being ended
             self._process.stdin.write(json.dumps(state).encode() + b"\n")
 
     def close(self) -> None:

@@ -3,7 +3,7 @@
 Both `mixtral-serve run` and `runpod_entry.py` with RUNPOD_SERVERLESS=false call `run`. After
 SIGTERM or Ctrl-C, running requests finish and the exit code is 0; it is 1 if the model dies and
 cannot be loaded again. `/ping` has an answer from the beginning, before Ray starts: on PORT_HEALTH,
-or on the server's own port, which Serve's proxy takes over after the load.
+or on the server's own port, which Serve's proxy takes over when the first replica is ready.
 """
 
 import json
@@ -74,6 +74,9 @@ class HttpEndpoint:
         self.allowed_origins: list[str] = []
         """The setting; `tell` passes it on."""
         self.is_serving = False
+        """Whether a replica is ready."""
+        self.is_deployed = False
+        """Whether all replicas are ready."""
         self._is_stopping = threading.Event()
         port = http_options["port"]
         # Serve's proxy would report a port in use in the middle of a stack trace.
@@ -97,8 +100,8 @@ class HttpEndpoint:
     def tell(self, status: str | None = None, load_log: str | None = None) -> None:
         """Changes the status, or the load log whose phases `/health` shows."""
         self.status, self.load_log = status or self.status, load_log or self.load_log
-        if self._health is not None:
-            self._health.tell(
+        if (health := self._health) is not None:
+            health.tell(
                 State(
                     status=self.status,
                     load_log=self.load_log,
@@ -107,14 +110,18 @@ class HttpEndpoint:
             )
 
     def serves(self) -> None:
-        """Changes the status to ready, and gives the server's port to Serve's proxy."""
+        """Changes the status to ready, and gives the server's port to Serve's proxy.
+
+        Another thread than the one of signals may call it, and it may be called again.
+        """
         is_stand_in = self._health is not None and not self._has_own_port
         if is_stand_in:
             end = time.monotonic() + HAND_OVER_S
             while not self._answers(BEHIND) and time.monotonic() < end:
                 time.sleep(HAND_OVER_POLL_S)
         self.is_serving = True
-        self.tell("ready")
+        if not self._is_stopping.is_set():
+            self.tell("ready")
         if is_stand_in:
             self._close_health()
 
@@ -124,9 +131,9 @@ class HttpEndpoint:
         self.proxy.close()
 
     def _close_health(self) -> None:
-        if self._health is not None:
-            self._health.close()
-            self._health = None
+        health, self._health = self._health, None
+        if health is not None:
+            health.close()
 
     def watch(self) -> None:
         """Keeps `status` up to date until a signal stops the server.
@@ -187,8 +194,8 @@ class HttpEndpoint:
         is_first = not self._is_stopping.is_set()
         self._is_stopping.set()
         self.tell("draining")
-        if is_first and not self.is_serving:
-            raise SystemExit(0)  # no request to wait for
+        if is_first and not self.is_deployed:
+            raise SystemExit(0)  # ends the wait for the replicas
         if not is_first and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for running requests
 
@@ -207,8 +214,16 @@ def run(checked: Checked, config: str | Path, endpoint: HttpEndpoint) -> int:
     endpoint.allowed_origins = settings.api.allowed_origins
     endpoint.tell(load_log=settings.load_log)
     try:
-        with ColdStart(settings, checked.plan).watch():
-            handle = cluster.serve_http(settings, config, endpoint.proxy, checked.plan)
+        try:
+            with ColdStart(settings, checked.plan).watch():
+                handle = cluster.serve_http(
+                    settings, config, endpoint.proxy, checked.plan, endpoint.serves
+                )
+            endpoint.is_deployed = True
+        except SystemExit:
+            if endpoint.is_serving:
+                _drain(cluster.handle(), settings.runpod.drain_s, endpoint.http_options["port"])
+            raise
         endpoint.serves()
         log.info("Serving HTTP on %s; try: %s", endpoint.url, example(endpoint.url, settings))
         endpoint.watch()

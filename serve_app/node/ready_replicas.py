@@ -1,4 +1,4 @@
-"""Logs how many replicas are ready while the others load.
+"""Follows how many replicas are ready while the others load.
 
 Serve sends requests to the first replica as soon as it is ready, and ends the deployment of an
 application when all of them are.
@@ -18,10 +18,12 @@ POLL_S = 1.0
 
 
 @contextlib.contextmanager
-def logged(num_ready: Callable[[], int], num_replicas: int) -> Iterator[None]:
+def logged(
+    num_ready: Callable[[], int], num_replicas: int, on_first: Callable[[], None] = lambda: None
+) -> Iterator[None]:
     """Logs each change of `num_ready()` while the block runs, and that all are ready after it.
 
-    Does nothing if there is one replica.
+    Calls `on_first` in a thread when the first one is ready. Does nothing if there is one replica.
     """
     if num_replicas == 1:
         yield
@@ -32,6 +34,8 @@ def logged(num_ready: Callable[[], int], num_replicas: int) -> Iterator[None]:
         while not is_over.wait(POLL_S):
             if (num := num_ready()) != num_seen:
                 log.info("%d of %d replicas are ready.", num, num_replicas)
+                if num_seen == 0:
+                    on_first()
                 num_seen = num
 
     with following("ready-replicas", follow):

@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -182,7 +183,7 @@ def test_few_open_files_are_one_sentence(tmp_path: Path) -> None:
 
 def test_a_narrow_terminal_without_unicode(tmp_path: Path) -> None:
     """A table of keys is whole in 40 columns of ASCII."""
-    variables = {"PYTHONIOENCODING": "ascii", "COLUMNS": "40", "NO_COLOR": "1"}
+    variables = {"PYTHONIOENCODING": "ascii", "COLUMNS": "40", "FORCE_COLOR": "1"}
     for arguments in (["add", "ada"], ["list"]):
         done = subprocess.run(
             [*COMMAND, "keys", *arguments],
@@ -191,7 +192,7 @@ def test_a_narrow_terminal_without_unicode(tmp_path: Path) -> None:
             capture_output=True,
             check=True,
         )
-    table = done.stdout.decode("ascii")
+    table = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout.decode("ascii"))
     assert "ada" in table
     assert "?" not in table, "characters are missing"
     assert max(map(len, table.splitlines())) == 40

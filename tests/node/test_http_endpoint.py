@@ -53,7 +53,7 @@ def endpoint(
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     endpoint = HttpEndpoint({"host": "0.0.0.0", "port": 0})
     endpoint.http_options["port"] = server.port
-    endpoint.is_serving = True
+    endpoint.is_deployed = True
     endpoint.load_log = str(tmp_path / "load.jsonl")
     yield endpoint
     endpoint.close()
@@ -102,7 +102,7 @@ def test_a_load_that_failed_again_is_the_end(
 
 def test_a_stop_before_anything_serves_is_the_end(endpoint: HttpEndpoint) -> None:
     """Exit code 0, at once: no request runs."""
-    endpoint.is_serving = False
+    endpoint.is_deployed = False
     with pytest.raises(SystemExit) as ended:
         signal.raise_signal(signal.SIGTERM)
     assert ended.value.code == 0

@@ -15,12 +15,19 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
 def test_each_change_has_one_line(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A number that stays the same is logged once; the last line says that all are ready."""
+    """A number that stays the same is logged once; the last line says that all are ready. The first
+    ready replica is reported once."""
     caplog.set_level(logging.INFO)
     monkeypatch.setattr(ready_replicas, "POLL_S", 0.0)
     numbers = [0, 0, 1, 1, 2, 2]
-    with ready_replicas.logged(lambda: numbers.pop(0) if len(numbers) > 1 else numbers[0], 3):
+    first = list[int]()
+
+    def num_ready() -> int:
+        return numbers.pop(0) if len(numbers) > 1 else numbers[0]
+
+    with ready_replicas.logged(num_ready, 3, lambda: first.append(len(numbers))):
         until(lambda: len(numbers) == 1)
+    assert first == [3]
     assert lines(caplog) == [
         "1 of 3 replicas are ready.",
         "2 of 3 replicas are ready.",

@@ -129,10 +129,11 @@ def _serve_http(entry: "EntrySettings") -> int:
     from serve_app.cold_start.check import check_config, check_start
     from serve_app.node import fitness, http
     from serve_app.node.banner import banner, exposure
+    from serve_app.node.http_endpoint import HttpEndpoint
 
     # Opens PORT_HEALTH before the check, which may wait for the hub.
     options = {"host": "0.0.0.0", "port": entry.port}
-    endpoint = http.HttpEndpoint(options, entry.port_health)
+    endpoint = HttpEndpoint(options, entry.port_health)
     endpoint.proxy.prepare()
     settings = check_config(entry.serve_config)
     checked = check_start(entry.serve_config, settings)

@@ -17,6 +17,7 @@ from serve_app.config.log_format import use_log_format
 from serve_app.config.serve_config import http_options, port_setting
 from serve_app.machine import processes
 from serve_app.node import banner, fitness, http, ray_node
+from serve_app.node.http_endpoint import HttpEndpoint
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +30,7 @@ def run(config: str) -> int:
     log_to_terminal()
     path = named.find(config)
     use_log_format(path)
-    endpoint = http.HttpEndpoint(http_options(path), port_name=port_setting(path))
+    endpoint = HttpEndpoint(http_options(path), port_name=port_setting(path))
     fitness.require_room_for_ray()
     processes.block_alarms()
     endpoint.proxy.prepare()

@@ -20,14 +20,14 @@ from serve_app.cold_start.killed import MemoryBefore
 from serve_app.cold_start.load_records import KILLED
 from serve_app.config.settings import ConfigError, Settings
 from serve_app.errors import EngineDead, InternalError, ModelLoadFailed, QueueFull, ServeError
-from serve_app.node import client, cluster, ray_node
+from serve_app.node import client, deployment, ray_node
 from serve_app.start_plan.plan import plan_start
 
 TINY = Settings.from_args({"model": {"name": "tiny", "quantization": "none"}}, "test")
 
 
 def overridden(given: dict[str, Any]) -> Any:
-    return cluster._overridden(build_app(TINY), given)._bound_deployment
+    return deployment._overridden(build_app(TINY), given)._bound_deployment
 
 
 def test_the_yamls_overrides_reach_the_deployment() -> None:
@@ -53,15 +53,15 @@ def test_an_override_that_fits_nothing_is_refused(override: dict[str, Any]) -> N
 def test_replicas_that_do_not_fit_are_refused() -> None:
     """The error names what is missing; Serve would wait for it for ever."""
     on_gpu = Settings.from_args({"model": {"device": "cuda"}}, "test")
-    deployment = build_app(on_gpu)._bound_deployment
-    cluster.require_resources(deployment, {"CPU": 2, "GPU": 1})
+    one = build_app(on_gpu)._bound_deployment
+    deployment.require_resources(one, {"CPU": 2, "GPU": 1})
     with pytest.raises(ModelLoadFailed, match="needs 1 GPUs, but Ray finds 0"):
-        cluster.require_resources(deployment, {"CPU": 2})
+        deployment.require_resources(one, {"CPU": 2})
     three = overridden({"deployments": [{"name": "mixtral", "num_replicas": 3}]})
     with pytest.raises(ModelLoadFailed, match="needs 3 CPUs, but Ray finds 2"):
-        cluster.require_resources(three, {"CPU": 2})
+        deployment.require_resources(three, {"CPU": 2})
     auto = overridden({"deployments": [{"name": "mixtral", "num_replicas": "auto"}]})
-    cluster.require_resources(auto, {"CPU": 2})
+    deployment.require_resources(auto, {"CPU": 2})
 
 
 def test_keys_that_are_ignored_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +69,7 @@ def test_keys_that_are_ignored_are_named(tmp_path: Path, caplog: pytest.LogCaptu
     application = {"name": "mixtral", "args": {}, "runtime_env": {"pip": []}}
     path = tmp_path / "config.yaml"
     path.write_text(json.dumps({"applications": [application], "logging_config": {}}))
-    cluster.log_unused_keys(path)
+    deployment.log_unused_keys(path)
     assert "runtime_env" in caplog.text
     assert "logging_config" in caplog.text
     assert "args" not in caplog.text
@@ -97,11 +97,11 @@ def test_the_loads_own_sentence_is_the_cause(tmp_path: Path) -> None:
     """The error in the load log becomes the error of the start, with its `retry`."""
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
-    unknown = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
+    unknown = deployment._load_failure(settings, plan_start(settings), MemoryBefore())
     assert (unknown.retry, "in the worker's log" in unknown.message) == (True, True)
     failed = {"phase": "read", "state": "failed", "error": "File cut off.", "retry": False}
     path.write_text(json.dumps(failed) + "\n")
-    known = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
+    known = deployment._load_failure(settings, plan_start(settings), MemoryBefore())
     assert (known.message, known.retry) == ("File cut off.", False)
 
 
@@ -112,14 +112,14 @@ def test_a_replica_that_vanished_was_killed(
     path = tmp_path / "load.jsonl"
     settings = TINY.model_copy(update={"load_log": str(path)})
     path.write_text('{"phase": "read", "state": "started", "at": 1}\n')
-    said = cluster._load_failure(settings, plan_start(settings), MemoryBefore())
+    said = deployment._load_failure(settings, plan_start(settings), MemoryBefore())
     assert said.message.startswith(f"{KILLED} in phase read, usually for lack of memory: ")
     assert "it takes 11.0 MB for its weights and 0.13 GB for its KV cache" in said.message
     assert re.search(r"and \d+\.\d\d GB of main memory were free", said.message)
     assert said.retry
     before = MemoryBefore()
     monkeypatch.setattr(killed, "num_oom_kills", lambda: before.num_kills + 1)
-    certain = cluster._load_failure(settings, plan_start(settings), before)
+    certain = deployment._load_failure(settings, plan_start(settings), before)
     assert f"{KILLED} in phase read because memory ran out: " in certain.message
     assert not certain.retry
 

@@ -11,8 +11,8 @@ import pytest
 
 from serve_app.config.settings import ConfigError
 from serve_app.errors import ModelLoadFailed
-from serve_app.node import cluster, http
-from serve_app.node.http import HttpEndpoint
+from serve_app.node import deployment, http_endpoint
+from serve_app.node.http_endpoint import HttpEndpoint
 from tests.worker.conftest import until
 
 
@@ -49,7 +49,7 @@ def server() -> Iterator[Server]:
 def endpoint(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: Server
 ) -> Iterator[HttpEndpoint]:
-    monkeypatch.setattr(http, "PING_INTERVAL_S", 0.02)
+    monkeypatch.setattr(http_endpoint, "PING_INTERVAL_S", 0.02)
     kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     endpoint = HttpEndpoint({"host": "0.0.0.0", "port": 0})
     endpoint.http_options["port"] = server.port
@@ -79,11 +79,11 @@ def test_a_busy_server_is_ready(
     endpoint: HttpEndpoint, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While `/ping` waits behind other requests, Serve's own health checks say what is true."""
-    monkeypatch.setattr(http, "PING_TIMEOUT_S", 0.02)
+    monkeypatch.setattr(http_endpoint, "PING_TIMEOUT_S", 0.02)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never answers
         endpoint.http_options["port"] = silent.getsockname()[1]
         for known in (True, False):
-            monkeypatch.setattr(cluster, "is_running", lambda known=known: known)
+            monkeypatch.setattr(deployment, "is_running", lambda known=known: known)
             assert endpoint._is_ready() is known
     assert not endpoint._is_ready()  # nothing listens any more
 

@@ -109,7 +109,11 @@ NEWEST: dict[str, tuple[str, Callable[[Any], list[str]]]] = {
     ),
     "gpu": (
         "gpu-h200.json",
-        lambda it: [f"{it['decode'][i]['tokens_per_s']:,.1f}" for i in (0, -1)],
+        lambda it: [
+            f"{step['tokens_per_s']:,.1f}"
+            for step in it["decode"]
+            if step["batch"] in (1, 128) and not step["temperature"]
+        ],
     ),
     "coldstart": ("coldstart-tiny.json", lambda it: [f"{it['tiny']['worker_s']:.1f} s"]),
     "start": (

@@ -128,7 +128,9 @@ def prompt_product_cases(chip: int) -> list[Case]:
     routing = dict.fromkeys(("order", "starts"), "*i32")
     tile = {"ROWS": shape.rows, "COLUMNS": shape.columns, "DEPTH": shape.depth}
     common: dict[str, Any] = {**tensors, **routing, **tile, "first": 3, "programs": 999}
-    common |= {"EXPERTS": 8, "WIDTH": 8, "TOP_K": 2}
+    common |= {"EXPERTS": 8, "WIDTH": 8, "TOP_K": 2, "BY_DESCRIPTOR": shape.by_descriptor}
+    if shape.by_descriptor:
+        common["weights"] = f"tensordesc<bf16[{shape.columns}, {shape.depth}]>"
     options = {"num_warps": shape.num_warps, "num_stages": shape.num_stages}
     routes: dict[str, Any] = {"logits": "*bf16", "topk_weights": "*fp32", "tokens": 4096}
     routes |= {**routing, "EXPERTS": 8, "WIDTH": 8, "TOP_K": 2, "ROWS": prompt_routing.ROWS}

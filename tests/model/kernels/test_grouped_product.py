@@ -1,5 +1,6 @@
 """Routing and products of prompts in Triton, run by the interpreter, beside plain torch's."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from tools.random_model import TINY
 
 SMALL = TileShape(16, 64, 16, num_stages=1)
 """Tiles that do not divide the sizes of these tests."""
+SHAPES = {"addresses": SMALL, "descriptor": replace(SMALL, by_descriptor=True)}
 
 
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 8, 2), (45, 5, 3), (70, 8, 2)])
@@ -58,7 +60,8 @@ def by_turns(gate_up_weights: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("at_once", [1, 3])
-def test_they_give_what_experts_give(dtype: torch.dtype, at_once: int) -> None:
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_they_give_what_experts_give(dtype: torch.dtype, at_once: int, shape: TileShape) -> None:
     """An expert without tokens, one with nearly all, odd sizes; experts in groups."""
     sizes = {"hidden_size": 48, "intermediate_size": 48, "num_local_experts": 5}
     config = MixtralConfig.from_dict({**TINY, **sizes})
@@ -78,8 +81,8 @@ def test_they_give_what_experts_give(dtype: torch.dtype, at_once: int) -> None:
     for first in range(0, 5, at_once):
         inner = torch.full((37 * min(2, at_once), 48), torch.nan, dtype=dtype)
         some = slice(first, first + at_once)
-        gate_up(x.to(dtype), weights[0][some].contiguous(), routing, first, inner, SMALL)
-        down(inner, weights[1][some].contiguous(), routing, first, out, SMALL)
+        gate_up(x.to(dtype), weights[0][some].contiguous(), routing, first, inner, shape)
+        down(inner, weights[1][some].contiguous(), routing, first, out, shape)
     tolerance = 1e-5 if dtype == torch.float32 else 5e-3
     found = out.float().view(37, 2, 48).sum(1)
     assert float((found - expected).norm() / expected.norm()) < tolerance

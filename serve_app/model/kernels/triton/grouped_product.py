@@ -10,18 +10,23 @@ i computes the tiles i, i + n, i + 2n, ...; the device computes the number of ti
 Example: 4,096 tokens with 2 of 8 experts each have 8,192 rows. If experts 0, 1, ... have 1,024,
 700, ... rows, their tiles of 128 rows are 0 to 7, 8 to 13, ..., each times the tiles of columns.
 
-The kernels compile for compute capabilities 8.0, 9.0 and 12.0. They have not run on a device yet.
+The kernels compile for compute capabilities 8.0, 9.0 and 12.0, and ran on an H200 (9.0). There the
+copy engine reads the weights, by a tensor descriptor: for 4,096 tokens of Mixtral 8x7B both
+products of a layer took 4.30 ms, and 4.82 ms with addresses that the threads compute. Four stages,
+a descriptor of the tokens too, and other tiles were slower.
 
 Letters: T tokens, k experts per token, E experts, e experts of this launch, H hidden_size,
 I intermediate_size.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERLEAVED_ROWS = tl.constexpr(8)
 """See `quantized_weight.INTERLEAVED_ROWS`."""
@@ -40,9 +45,12 @@ class TileShape:
     """Number of columns of x and of the weights per iteration; it must divide K."""
     num_stages: int
     num_warps: int = 8
+    by_descriptor: bool = False
+    """Whether the weights are read by a tensor descriptor."""
 
 
-WIDE, NARROW = TileShape(128, 256, 64, num_stages=3), TileShape(128, 128, 64, num_stages=4)
+WIDE = TileShape(128, 256, 64, num_stages=3, by_descriptor=True)
+NARROW = TileShape(128, 128, 64, num_stages=4)
 """Tile sizes for compute capabilities 9 and 10, and for the others. They need 144 and 96 KB of
 shared memory."""
 
@@ -100,9 +108,14 @@ def _launch(
     share = len(routing.order) * num_experts / (len(routing.starts) - 1)
     row_tiles = int(SLACK * share / shape.rows) + num_experts
     programs = row_tiles * triton.cdiv(out_features, shape.columns)
+    by_descriptor = shape.by_descriptor
+    lines: Any = weights
+    if by_descriptor:
+        lines = TensorDescriptor.from_tensor(weights.flatten(0, 1), [shape.columns, shape.depth])
     _grouped_product[(programs,)](
-        *(x, weights, routing.order, routing.starts, routing.topk_weights, out, first, programs),
+        *(x, lines, routing.order, routing.starts, routing.topk_weights, out, first, programs),
         IS_GATE_UP=is_gate_up,
+        BY_DESCRIPTOR=by_descriptor,
         **dict(EXPERTS=num_experts, WIDTH=triton.next_power_of_2(num_experts)),
         **dict(N=out_features, K=in_features, TOP_K=routing.top_k),
         **dict(ROWS=shape.rows, COLUMNS=shape.columns, DEPTH=shape.depth),
@@ -144,22 +157,30 @@ def _product(
     is_row,
     weights,
     expert,
-    column,
+    number,
+    BY_DESCRIPTOR: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Returns x[lines] @ weights[expert][column].T, float32 `[ROWS, COLUMNS]`."""
+    """Returns x[lines] @ weights[expert][column].T, float32 `[ROWS, COLUMNS]`, for the columns of
+    tile `number`. Columns after the last one have any value."""
     depth = tl.arange(0, DEPTH)
     at = x + lines.to(tl.int64)[:, None] * K + depth[None, :]
-    weight_rows = expert.to(tl.int64) * N + (column % N)
-    weight_at = weights + weight_rows[None, :] * K + depth[:, None]
+    if not BY_DESCRIPTOR:
+        column = number * COLUMNS + tl.arange(0, COLUMNS)
+        weight_rows = expert.to(tl.int64) * N + (column % N)
+        weight_at = weights + weight_rows[None, :] * K + depth[:, None]
     result = tl.zeros([ROWS, COLUMNS], tl.float32)
     for start in range(0, K, DEPTH):
         values = tl.load(at + start, mask=is_row[:, None], other=0.0)
-        result = tl.dot(values, tl.load(weight_at + start), result, input_precision="ieee")
+        if BY_DESCRIPTOR:
+            some = weights.load([expert * N + number * COLUMNS, start]).T
+        else:
+            some = tl.load(weight_at + start)
+        result = tl.dot(values, some, result, input_precision="ieee")
     return result
 
 
@@ -201,6 +222,7 @@ def _grouped_product(
     first,
     programs,
     IS_GATE_UP: tl.constexpr,
+    BY_DESCRIPTOR: tl.constexpr,
     EXPERTS: tl.constexpr,
     WIDTH: tl.constexpr,
     N: tl.constexpr,
@@ -210,7 +232,10 @@ def _grouped_product(
     COLUMNS: tl.constexpr,
     DEPTH: tl.constexpr,
 ):
-    """Computes the tiles of one program: of `gate_up` with `IS_GATE_UP`, otherwise of `down`."""
+    """Computes the tiles of one program: of `gate_up` with `IS_GATE_UP`, otherwise of `down`.
+
+    `weights` are an address or, with `BY_DESCRIPTOR`, a descriptor of the rows of all experts.
+    """
     N_TILES: tl.constexpr = (N + COLUMNS - 1) // COLUMNS
     begin, end, tile_ends = _tiles(starts, first, EXPERTS, WIDTH, N_TILES, ROWS)
     first_row = tl.load(starts + first)
@@ -218,10 +243,13 @@ def _grouped_product(
         expert, rows, last_row, number = _place(tile, begin, end, tile_ends, ROWS, N_TILES)
         is_row = rows < last_row
         entry = tl.load(order + rows, mask=is_row, other=0)
-        column = number * COLUMNS + tl.arange(0, COLUMNS)
         lines = entry // TOP_K if IS_GATE_UP else rows - first_row
-        sums = _product(x, lines, is_row, weights, expert, column, N, K, ROWS, COLUMNS, DEPTH)
+        sums = _product(
+            *(x, lines, is_row, weights, expert, number, BY_DESCRIPTOR),
+            *(N, K, ROWS, COLUMNS, DEPTH),
+        )
         if IS_GATE_UP:
             _store_gate_up(sums, out, rows - first_row, is_row, number, N)
         else:
+            column = number * COLUMNS + tl.arange(0, COLUMNS)
             _store_down(sums, out, entry, is_row, topk_weights, column, N)

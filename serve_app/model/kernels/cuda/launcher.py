@@ -100,6 +100,10 @@ def value_of(argument: Tensor | int | None) -> int:
 
 
 def current_stream() -> int:
-    """Returns the handle of torch's current stream."""
-    stream: Any = torch.cuda.current_stream()
-    return int(stream.cuda_stream)
+    """Returns the handle of torch's current stream.
+
+    `torch.cuda.current_stream` took an eighth of the time in which the host launches a prompt's
+    step. Triton uses this function too.
+    """
+    get: Any = torch._C._cuda_getCurrentRawStream
+    return int(get(torch.cuda.current_device()))

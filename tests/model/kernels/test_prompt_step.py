@@ -170,7 +170,7 @@ def launches_of(
     [
         (8, {"unpack": 4, "_grouped_product": 2, "aten.linear": 3}),
         (2, {"unpack": 10, "_grouped_product": 8, "aten.linear": 3}),
-        (0, {"few_tokens": 2, "more_tokens": 2, "aten.linear": 1}),
+        (0, {"more_tokens": 4, "aten.linear": 1}),
     ],
     ids=["many tokens", "many tokens on a small GPU", "few tokens"],
 )
@@ -259,14 +259,19 @@ def test_a_gpu_that_reports_no_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bandwidth", "multiprocessors", "clock", "flops_per_cycle", "expected"),
-    [(4.9e12, 132, 1.98e9, 4096, 496), (1.01e12, 128, 2.52e9, 512, 800)],
+    ("bandwidth", "multiprocessors", "clock", "flops_per_cycle", "pass_tokens", "expected"),
+    [(4.8e12, 132, 1.98e9, 4096, 128, 768), (1.01e12, 128, 2.52e9, 512, 64, 944)],
     ids=["H200", "4090"],
 )
 def test_the_crossover_follows_from_the_cards_speed(
-    bandwidth: float, multiprocessors: int, clock: float, flops_per_cycle: int, expected: int
+    bandwidth: float,
+    multiprocessors: int,
+    clock: float,
+    flops_per_cycle: int,
+    pass_tokens: int,
+    expected: int,
 ) -> None:
-    """Some hundred tokens on an H200; more where the memory is slow."""
+    """About as many tokens as were measured on an H200; more where the memory is slow."""
     cycles = multiprocessors * clock
     speed = CardSpeed(bandwidth, cycles, cycles * flops_per_cycle)
-    assert max_tokens(config_of(tiny=False, layers=1), speed) == expected
+    assert max_tokens(config_of(tiny=False, layers=1), speed, pass_tokens) == expected

@@ -1,4 +1,4 @@
-// Products with 4-bit weights for up to 64 tokens an expert. The warps of a block have different
+// Products with 4-bit weights for up to 128 tokens an expert. The warps of a block have different
 // rows and, where there is more than one share, shares of K, whose sums are added in their order.
 // Activations are copied to shared memory ahead of their use. The tensors are in tiles.cuh.
 //
@@ -91,10 +91,33 @@ DEVICE void multiply_block(float (*sums)[TOKEN_TILES][4], const u32 *table, cons
   for (int r = 0; r < ROW_TILES; r++) scales[r] = b == 0 ? weights.scales[r].x : weights.scales[r].y;
 #pragma unroll
   for (int half = 0; half < 2; half++) {
+    const u16 *activations = block + position_of(g, t + 4 * half);  // of the first tile
+#if TOKEN_TILES > 8
+    // The weights of half a block are decoded first, because the activations of all tiles would take
+    // too many registers.
+    u32 fragments[ROW_TILES][2][4];
+#pragma unroll
+    for (int r = 0; r < ROW_TILES; r++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        decode_group(fragments[r][i], table, weights.codes[r][b], 2 * half + i, lane);
+        if (SCALE_WEIGHTS) scale_group(fragments[r][i], scales[r]);
+      }
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const uint4 x = *(const uint4 *)(activations + n * 512);
+#pragma unroll
+      for (int i = 0; i < 2; i++)
+#pragma unroll
+        for (int r = 0; r < ROW_TILES; r++)
+          mma(SCALE_WEIGHTS ? sums[r][n] : unscaled[r][n], fragments[r][i], i ? x.z : x.x,
+              i ? x.w : x.y);
+    }
+#else
     uint4 x[TILES];
 #pragma unroll
     for (int n = 0; n < TILES; n++)
-      x[n] = *(const uint4 *)(block + n * 512 + position_of(g, t + 4 * half));
+      x[n] = *(const uint4 *)(activations + n * 512);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
 #pragma unroll
@@ -108,6 +131,7 @@ DEVICE void multiply_block(float (*sums)[TOKEN_TILES][4], const u32 *table, cons
               i ? x[n].w : x[n].y);
       }
     }
+#endif
   }
   if (SCALE_WEIGHTS) return;
 #pragma unroll

@@ -1,7 +1,7 @@
 """The products of a step with few prompt tokens, by the kernels of the decode step.
 
 There are two ways to multiply prompt tokens by 4-bit weights. Passes read the 4-bit weights once
-for every `PASS_TOKENS` tokens of an expert. Dequantizing reads them once, writes them as floats,
+for every 64 or 128 tokens of an expert. Dequantizing reads them once, writes them as floats,
 and reads the floats again. `max_tokens` computes the number of tokens up to which passes are faster
 on a card.
 """
@@ -23,18 +23,21 @@ from serve_app.model.linear import QuantizedLinear
 if TYPE_CHECKING:
     from serve_app.model.mixtral import Mixtral
 
-PASS_TOKENS, ROW_TILE = 64, 128
-"""Number of an expert's tokens in one pass, and in one tile of the grouped product."""
+ROW_TILE = 128
+"""Number of an expert's tokens in one tile of the grouped product."""
 PACKED_BYTES, FLOAT_BYTES = 0.5 + 2 / 64, 2
 """Bytes of a weight in 4 bits with its share of absmax, and as a bfloat16."""
 SHARE_OF_BANDWIDTH, SHARE_OF_FLOPS = 0.9, 0.6
 """Shares of a card's peak rates that kernels reach. The first is measured: an H200 reads 4.59 of
 4.9 TB/s. The second is assumed."""
-DECODE_CYCLES = 0.057
-"""Cycles of a multiprocessor for decoding one weight: 0.109 - 0.052. On an H200 (132
-multiprocessors, 1.98 GHz) the prototypes took 374 + 213 us for a pass over the 1.41e9 weights of a
-layer's experts, which is 0.109 cycles a weight. The matrix products of the pass take 0.052 of them,
-computed with `SHARE_OF_FLOPS`."""
+UNPACK_SHARE_OF_BANDWIDTH = 0.7
+"""Share of the bandwidth that dequantizing and the products reach together, because they compete
+for the memory. Chosen so that `max_tokens` gives what was measured on an H200: there both ways take
+the same time for 770 tokens, 19.5 ms for 8 layers of Mixtral 8x7B."""
+DECODE_CYCLES = 0.071
+"""Cycles of a multiprocessor for decoding one weight. On an H200 (132 multiprocessors, 1.98 GHz) a
+pass of 128 tokens over the 1.41e9 weights of a layer's experts took 0.945 ms: 0.175 cycles a
+weight. The matrix products take 0.104 of them, computed with `SHARE_OF_FLOPS`."""
 FLOPS_PER_CYCLE = {80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
 """Operations per cycle of a multiprocessor in bfloat16 with float32 sums, by compute capability."""
 
@@ -75,32 +78,32 @@ def speed_of(device: torch.device) -> CardSpeed:
     return CardSpeed(2 * memory_khz * 1e3 * bus_bits / 8, cycles, cycles * flops)
 
 
-def max_tokens(config: MixtralConfig, speed: CardSpeed) -> int:
+def max_tokens(config: MixtralConfig, speed: CardSpeed, pass_tokens: int) -> int:
     """Returns the number of tokens up to which passes take no longer than dequantizing.
 
     Both times are computed for the experts of one layer, with tokens distributed evenly over the
-    experts. Dequantizing and the products overlap, so the longer of the two counts; dequantizing
-    takes the time of its memory traffic.
+    experts. A pass computes up to `pass_tokens` tokens of an expert. Dequantizing and its products
+    overlap, so the longer of memory traffic and matrix products counts.
 
-    Example: on an H200 the result is 496 for Mixtral 8x7B. One pass over a layer's experts takes
-    0.59 ms (decoding 0.31, products 0.28), and dequantizing them takes 1.45 ms. With 496 tokens
-    each expert gets 124, which need 2.44 passes on average: 1.43 ms. With 512 tokens it gets 128:
-    2.5 passes, 1.47 ms.
+    Example: on an H200 (4.8 TB/s) the result is 768 for Mixtral 8x7B. One pass over a layer's
+    experts takes 0.95 ms (decoding 0.38, products 0.56), and dequantizing them 1.90 ms. With 768
+    tokens each expert gets 192, which need 2 passes on average: 1.89 ms.
     """
     matrix = 3 * config.hidden_size * config.intermediate_size
     weights = config.num_local_experts * matrix
-    bandwidth, flops = SHARE_OF_BANDWIDTH * speed.bandwidth, SHARE_OF_FLOPS * speed.flops
+    flops = SHARE_OF_FLOPS * speed.flops
     decoding = weights * DECODE_CYCLES / speed.cycles
-    pass_s = max(weights * PACKED_BYTES / bandwidth, decoding + weights * 2 * PASS_TOKENS / flops)
+    reading = weights * PACKED_BYTES / (SHARE_OF_BANDWIDTH * speed.bandwidth)
+    pass_s = max(reading, decoding + weights * 2 * pass_tokens / flops)
     unpacked_bytes = weights * (PACKED_BYTES + 2 * FLOAT_BYTES)
+    unpacking = unpacked_bytes / (UNPACK_SHARE_OF_BANDWIDTH * speed.bandwidth)
     tokens = 0
     while tokens < 4096:
         expert_tokens = (tokens + 16) * config.num_experts_per_tok / config.num_local_experts
         # On average an expert's last pass or tile is half full.
-        passes = max(1.0, expert_tokens / PASS_TOKENS + 0.5)
+        passes = max(1.0, expert_tokens / pass_tokens + 0.5)
         tiles = max(1.0, expert_tokens / ROW_TILE + 0.5)
-        products = weights * 2 * ROW_TILE * tiles / flops
-        if passes * pass_s > max(unpacked_bytes / bandwidth, products):
+        if passes * pass_s > max(unpacking, weights * 2 * ROW_TILE * tiles / flops):
             break
         tokens += 16
     return tokens

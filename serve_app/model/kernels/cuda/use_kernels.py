@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-TRIAL_TOKENS = (1, 12, 24, 48, 100)
+TRIAL_TOKENS = (1, 12, 24, 48, 100, 200)
 """Number of tokens of each batch in the trial. Together they use every kernel."""
 TOLERANCE = 2e-2
 """Maximum relative error of a bfloat16 product, compared with plain torch."""

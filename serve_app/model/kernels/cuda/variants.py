@@ -25,6 +25,7 @@ matrix instructions of its tiles overlap. With branches, a loop of 8 tiles on an
 `benchmarks/results/product-loops.json`).
 """
 
+import functools
 from dataclasses import dataclass, fields
 
 ROW_SIZE, SUM_BYTES = 16, 512
@@ -136,32 +137,47 @@ class MoreTokens:
 
 Variant = FewTokens | MoreTokens
 
-TOKENS_OF_TILES = {DENSE: ((8, 1), (16, 2)), GATE_UP: ((16, 1), (32, 2), (64, 4))}
+TOKENS_OF_TILES = {
+    DENSE: ((8, 1), (16, 2), (64, 4), (192, 8)),
+    GATE_UP: ((16, 1), (32, 2), (64, 4), (192, 8)),
+}
 TOKENS_OF_TILES[DOWN] = TOKENS_OF_TILES[GATE_UP]
 """Pairs of the maximum number of tokens of a batch and the number of token tiles. If each token
-uses 2 of 8 experts, the busiest expert gets 7 of 16 tokens on average, 12 of 32, and 22 of 64."""
-LARGEST_TILES = {DENSE: 4, GATE_UP: 8, DOWN: 8}
-"""Number of token tiles for larger batches. Four are enough for a dense matrix, because further
-passes read it from the L2 cache."""
+uses 2 of 8 experts, the busiest expert gets 7 of 16 tokens on average, 12 of 32, and 22 of 64. The
+last two numbers of each product are measured on an H200."""
+MOST_TILES = 16
+"""Number of token tiles for larger batches. A product without so many uses its largest kernel."""
+OPTIONAL = {(DENSE, 8)}
+"""Products and token tiles of kernels that not every matrix needs to fit. A matrix that does not
+fit such a kernel uses the next smaller one."""
 
 
-def token_tiles_of(product: str, tokens: int) -> int:
-    """Returns the number of token tiles of the kernel for a batch of `tokens` tokens."""
+def token_tiles_of(product: str, tokens: int, largest: int) -> int:
+    """Returns the number of token tiles of the kernel for a batch of `tokens` tokens.
+
+    `largest` is that of the largest kernel for the matrix (`largest_tiles`).
+    """
     fitting = (tiles for max_tokens, tiles in TOKENS_OF_TILES[product] if tokens <= max_tokens)
-    return next(fitting, LARGEST_TILES[product])
+    return min(next(fitting, MOST_TILES), largest)
 
 
 def variants(product: str, card: Card) -> dict[int, Variant]:
     """Returns the kernels of a product by their number of token tiles.
 
-    For a card with much shared memory, these are the prototypes that were fastest on an H200.
+    For a card with much shared memory, these are the kernels that were fastest on an H200. There
+    `gate_up` for 512 tokens took 899 us with 16 tiles and 1,067 us with 8. `down` gained nothing,
+    because it has half as many jobs as multiprocessors. The dense products of a layer took 150 us
+    with 8 tiles and 293 us with 4.
     """
     is_large = card.capability in (90, 100)
     # Two blocks with a table of 64 KB each; if they do not fit, one block with two teams.
     pair: dict[str, int] = {} if card.has_large_memory else {"teams": 2, "blocks_per_sm": 1}
     if product == DENSE:
         small, large = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
-        return {1: small, 2: large, 4: FewTokens(2, 4, blocks_per_sm=1)}
+        dense: dict[int, Variant] = {1: small, 2: large, 4: FewTokens(2, 4, blocks_per_sm=1)}
+        if is_large:
+            dense[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
+        return dense
     blocks = 2 if is_large else 1
     kernels: dict[int, Variant] = {
         1: FewTokens(2, 1, **pair),
@@ -171,10 +187,19 @@ def variants(product: str, card: Card) -> dict[int, Variant]:
     }
     if is_large and product == GATE_UP:
         kernels[4] = MoreTokens(4, 4, 4, 2, 4, stages=3, scale_weights=1)
+    if card.capability == 90 and product == GATE_UP:  # on 10.0 it would spill registers
+        kernels[16] = MoreTokens(2, 16, 8, 1, 2, stages=3, scale_weights=1)
     if is_large and product == DOWN:
         kernels[4] = MoreTokens(2, 4, 4, 2, 4, stages=3, scale_weights=1)
         kernels[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
     return kernels
+
+
+@functools.cache
+def largest_tiles(product: str, card: Card, out_features: int) -> int:
+    """Returns the number of token tiles of the largest kernel for a matrix with these rows."""
+    kernels = variants(product, card).items()
+    return max(tiles for tiles, variant in kernels if out_features % variant.row_multiple == 0)
 
 
 def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: int) -> list[str]:
@@ -201,8 +226,10 @@ def shared_bytes(variant: Variant, card: Card) -> int:
 def shape_problem(product: str, card: Card, out_features: int, in_features: int) -> str | None:
     """Returns the reason why a matrix `[out_features, in_features]` does not fit the kernels, or
     None if it does."""
-    rows = max(variant.row_multiple for variant in variants(product, card).values())
-    columns = max(variant.column_multiple for variant in variants(product, card).values())
+    kernels = variants(product, card).items()
+    needed = [variant for tiles, variant in kernels if (product, tiles) not in OPTIONAL]
+    rows = max(variant.row_multiple for variant in needed)
+    columns = max(variant.column_multiple for variant in needed)
     if out_features % rows or in_features % columns:
         return (
             f"{product} has {out_features} rows and {in_features} columns, and the kernels need "

@@ -15,12 +15,7 @@ from torch import Tensor
 
 from serve_app.model.batch import Batch
 from serve_app.model.kernels.cuda.launcher import DriverError
-from serve_app.model.kernels.cuda.prompt_passes import (
-    PASS_TOKENS,
-    PassedProducts,
-    max_tokens,
-    speed_of,
-)
+from serve_app.model.kernels.cuda.prompt_passes import PassedProducts, max_tokens, speed_of
 from serve_app.model.kernels.triton.prompt_attention import PromptAttention
 from serve_app.model.kernels.triton.prompt_products import (
     PromptProducts,
@@ -94,19 +89,22 @@ class PromptStep:
         except StepUnavailable as reason:
             self.note += f"; none by the decode step's products: {reason}"
             return
-        self._few, self.few_tokens = few, self._crossover()
+        self._few, self.few_tokens = few, self._crossover(model.products.pass_tokens)
         self.note += f"; up to {self.few_tokens} tokens by the decode step's products, as computed"
 
-    def _crossover(self) -> int:
-        """Returns the number of tokens up to which the decode step's products are used."""
+    def _crossover(self, pass_tokens: int) -> int:
+        """Returns the number of tokens up to which the decode step's products are used.
+
+        They compute `pass_tokens` tokens of an expert at once.
+        """
         device = self._model.embedding.device
         if device.type != "cuda":
-            return PASS_TOKENS
+            return pass_tokens
         try:
-            return max_tokens(self._model.config, speed_of(device))
+            return max_tokens(self._model.config, speed_of(device), pass_tokens)
         except DriverError:
             log.exception("the GPU's clocks are not known")
-            return PASS_TOKENS
+            return pass_tokens
 
     def _require_agreement(self, products: PromptProducts) -> None:
         """Raises `StepUnavailable` if the step with `products` fails or its logits differ."""

@@ -25,14 +25,16 @@ from tools.random_model import config_of
 
 SIZES = {DENSE: (6144, 4096), GATE_UP: (28672, 4096), DOWN: (4096, 14336)}
 """N and K of Mixtral 8x7B."""
-BUDGETS = {64: {1: 2.1, 2: 2.75, 4: 3.3, 8: 3.9}, 32: {2: 2.85, 4: 3.85, 8: 4.35}}
+BUDGETS = {64: {1: 2.1, 2: 2.75, 4: 3.3, 8: 3.9, 16: 5.3}, 32: {2: 2.85, 4: 3.85, 8: 4.35}}
 """Instructions a weight in the kernel's loop for all its token tiles, by the table's stride and the
 number of tiles. At the speed of memory an H200 has time for 3.7, cards with small tables for 15."""
-LOOPS = {1: 1, 2: 2, 4: 4, 8: 4}
+LOOPS = {1: 1, 2: 2, 4: 4, 8: 4, 16: 4}
 """Loops of a kernel by its token tiles: the device chooses one for each expert."""
-UNPACK_BUDGET = 3.5
-"""Instructions a weight of unpack.cu. With half of an H200's multiprocessors at 128 a cycle, the
-1.45e9 weights of a layer take 0.3 ms at this budget, and 0.9 ms at the speed of its memory."""
+UNPACK_BUDGET = 4.0
+"""Instructions a weight of unpack.cu. With a third of an H200's multiprocessors at 128 a cycle, the
+1.45e9 weights of a layer take 0.5 ms at this budget, and 0.9 ms at the speed of its memory."""
+KERNELS = {90: 14, 100: 13}
+"""Kernels of the products by compute capability; the other ones have 12."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -79,7 +81,7 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
 
     columns = {product: {size[1]} for product, size in SIZES.items()}
     CudaProducts(card, code_values("nf4"), columns, 2, make)  # type: ignore[arg-type]
-    assert len(seen) == 12
+    assert len(seen) == KERNELS.get(capability, 12)
     assert not failures, "\n".join(failures)
 
 

@@ -134,7 +134,7 @@ def launch_each(card: Card, make: Any) -> None:
     def weight(experts: int, rows: int, columns: int) -> TiledWeight:
         return TiledWeight(x.expand(experts, rows, columns // 2), x)
 
-    for tokens in (1, 12, 24, 48, 100):
+    for tokens in (1, 12, 24, 48, 100, 200):
         one, entries = x.expand(tokens, hidden), x.expand(tokens * top_k, inner)
         products.dense(weight(1, hidden, hidden), one, x)
         products.gate_up(weight(8, 2 * inner, hidden), one, x, x, x)

@@ -19,8 +19,8 @@ from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launchable import MakeKernel
 from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, StepKernels
-from serve_app.model.kernels.cuda.use_kernels import card_of, maker_of, tiled
-from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from serve_app.model.kernels.cuda.use_kernels import card_of, maker_of, products_of, tiled
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.quantize import code_values
 
@@ -33,13 +33,8 @@ def makers(
     config = shapes.config
     card = card or card_of(shapes.device)
     make = make or maker_of(Compiler(card.capability))
-    sizes = {
-        DENSE: {config.hidden_size, config.q_size},
-        GATE_UP: {config.hidden_size},
-        DOWN: {config.intermediate_size},
-    }
     code = code_values(shapes.quantization.quant_type, shapes.device)
-    products = CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
+    products = products_of(config, card, code, make)
     qkv = (config.q_size, config.kv_size, config.kv_size)
     return {
         "gate_up (cuda)": partial(gate_up, products),

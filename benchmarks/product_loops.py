@@ -32,8 +32,8 @@ from serve_app.model.kernels.cuda.variants import (
     variants,
 )
 
-IN_FEATURES = {DENSE: 4096, GATE_UP: 4096, DOWN: 14336}
-"""K of Mixtral 8x7B."""
+SIZES = ((DENSE, 6144, 4096), (DENSE, 4096, 4096), (GATE_UP, 28672, 4096), (DOWN, 4096, 14336))
+"""N and K of the products of Mixtral 8x7B."""
 TOP_K = 2
 STALL_SHIFT, STALL_MASK = 105 - 64, 15
 
@@ -83,9 +83,11 @@ def loops(text: str) -> list[Loop]:
     return sorted(found)
 
 
-def row_of(compiler: Compiler, card: Card, product: str, variant: Variant) -> dict[str, Any]:
+def row_of(
+    compiler: Compiler, card: Card, product: str, columns: int, variant: Variant
+) -> dict[str, Any]:
     """Compiles a product's kernel and counts its loops."""
-    options = macros(variant, product, card, IN_FEATURES[product], TOP_K)
+    options = macros(variant, product, card, columns, TOP_K)
     found = loops(listing(compiler.cubin(variant.source, options)))
     weights = 8 * found[-1].products // variant.token_tiles  # of a lane, the same in every loop
     return {
@@ -116,9 +118,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for capability in options.capabilities:
         compiler, card = Compiler(capability), Card(capability, 1)
         report.figures["nvrtc"] = compiler.version
-        for product in IN_FEATURES:
-            for variant in variants(product, card).values():
-                row = row_of(compiler, card, product, variant)
+        for product, rows, columns in SIZES:
+            for variant in dict.fromkeys(variants(product, card, rows).values()):
+                row = row_of(compiler, card, product, columns, variant)
+                row["out_features"] = rows
                 report.figures["rows"].append(row)
                 by_tiles = ", ".join(
                     f"{loop['token_tiles']}: {loop['instructions_per_weight']:.2f}"

@@ -17,11 +17,11 @@ from serve_app.engine.sampling_params import SamplingParams
 from serve_app.engine.scheduled_tokens import ScheduledTokens, mark_launched
 from serve_app.engine.sequence import Sequence
 from serve_app.engine.transfer import to_host
-from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.prompt_passes import PassedProducts
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import StepKernels
-from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from serve_app.model.kernels.cuda.use_kernels import products_of
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.triton.gpu_step import GpuStep
 from serve_app.model.kernels.triton.prompt_products import UnpackedProducts
 from serve_app.model.kernels.triton.prompt_step import PromptStep
@@ -44,9 +44,8 @@ def runner_of(gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, *, in_torch: bool) 
     monkeypatch.setattr(ModelRunner, "_choose_step", lambda *_: None)
     with GPU:
         model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
-    sizes = {DENSE: {4096}, GATE_UP: {4096}, DOWN: {14336}}
     monkeypatch.setattr("serve_app.model.kernels.cuda.products.pairs_of", torch.zeros_like)
-    products = model.products = CudaProducts(card, torch.zeros(16), sizes, 2, make)
+    products = model.products = products_of(config, card, torch.zeros(16), make)
     products.step_kernels = StepKernels(config, card, make)
     runner = ModelRunner(model, 64, BLOCK_SIZE, torch.bfloat16, GPU, max_num_seqs=4)
     step = runner._gpu_step = GpuStep(model, runner.cache, 4, in_cuda=True)

@@ -15,14 +15,14 @@ from serve_app.model.batch import Batch
 from serve_app.model.footprint import kernel_step_bytes, trial_bytes, workspace_bytes
 from serve_app.model.kernels.cuda import prompt_passes
 from serve_app.model.kernels.cuda.launcher import DriverError, Grid
-from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.prompt_passes import (
     CardSpeed,
     PassedProducts,
     max_tokens,
     speed_of,
 )
-from serve_app.model.kernels.cuda.variants import DENSE, DOWN, GATE_UP, Card
+from serve_app.model.kernels.cuda.use_kernels import products_of
+from serve_app.model.kernels.cuda.variants import Card
 from serve_app.model.kernels.triton import grouped_product, prompt_step
 from serve_app.model.kernels.triton.chunk_tiles import items_of
 from serve_app.model.kernels.triton.grouped_product import TileShape
@@ -135,8 +135,7 @@ def without_values(layers: int) -> Mixtral:
     with torch.device("meta"):
         config = config_of(tiny=False, layers=layers)
         model = Mixtral(config, Quantization("nf4", "bfloat16")).to(torch.bfloat16)
-    sizes = {DENSE: {4096}, GATE_UP: {4096}, DOWN: {14336}}
-    model.products = CudaProducts(Card(90, 132), torch.zeros(16), sizes, 2, Recorded)
+    model.products = products_of(config, Card(90, 132), torch.zeros(16), Recorded)
     return model
 
 

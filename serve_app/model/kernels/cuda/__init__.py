@@ -19,6 +19,6 @@ Read `cuda_step.py` first, the eight launches of a layer. Then, in the order of 
 `intrinsics.cuh` has the GPU's instructions, and the rule for kernels that start before the previous
 kernel has ended. Importing these modules needs no GPU and no CUDA library.
 
-The kernels have run on no GPU yet: tests compile them for every supported card and run the sources
-on the host. Prototypes with the same layout and inner loops ran on an H200.
+The kernels have run on an H200. For other cards, tests compile them, and run the sources on the
+host.
 """

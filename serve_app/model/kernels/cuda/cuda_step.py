@@ -2,7 +2,7 @@
 
 The launches are norm, qkv, rotary embedding, attention, o, norm with router, gate_up, and down. On
 compute capability 9.0 and newer, each kernel may start while the previous one runs, and loads
-weights meanwhile; intrinsics.cuh has the rule for this. The kernels have run on no GPU yet.
+weights meanwhile; intrinsics.cuh has the rule for this.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -23,10 +23,10 @@ from serve_app.model.kernels.cuda.variants import (
     DOWN,
     GATE_UP,
     Card,
-    largest_tiles,
+    Variant,
+    batch_of,
     macros,
     shared_bytes,
-    token_tiles_of,
     variants,
 )
 
@@ -74,23 +74,29 @@ class CudaProducts:
         self,
         card: Card,
         code: Tensor,
-        in_features: dict[str, set[int]],
+        sizes: dict[str, set[tuple[int, int]]],
         top_k: int,
         make: MakeKernel,
     ) -> None:
-        """`code` has the 16 code values, on the device. `in_features` has all values of K for each
-        of the products DENSE, GATE_UP and DOWN."""
+        """`code` has the 16 code values, on the device. `sizes` has all pairs of N and K of
+        the matrices of each of the products DENSE, GATE_UP and DOWN."""
         self._pairs = pairs_of(code).to(code.device)
-        self._card = card
-        self._kernels: dict[tuple[str, int, int], Launchable] = {}
-        for product, sizes in in_features.items():
-            for size in sorted(sizes):
-                for tiles, variant in variants(product, card).items():
-                    blocks = card.multiprocessors * variant.blocks_per_sm
-                    shared = shared_bytes(variant, card)
-                    grid = Grid(blocks, variant.threads, shared, card.overlaps_kernels)
-                    options = macros(variant, product, card, size, top_k)
-                    self._kernels[product, size, tiles] = make(variant.source, options, grid)
+        self._kernels: dict[tuple[str, int, int, int], Launchable] = {}
+        made: dict[tuple[str, int, Variant], Launchable] = {}
+        for product, matrices in sizes.items():
+            for rows, columns in sorted(matrices):
+                for batch, variant in variants(product, card, rows).items():
+                    kind = product, columns, variant
+                    if kind not in made:
+                        blocks = card.multiprocessors * variant.blocks_per_sm
+                        shared = shared_bytes(variant, card)
+                        grid = Grid(blocks, variant.threads, shared, card.overlaps_kernels)
+                        options = macros(variant, product, card, columns, top_k)
+                        made[kind] = make(variant.source, options, grid)
+                    self._kernels[product, rows, columns, batch] = made[kind]
+        tiles = (variant.token_tiles for product, _, variant in made if product == GATE_UP)
+        self.pass_tokens = 8 * max(tiles, default=0)
+        """Number of an expert's tokens that the largest kernel of gate_up computes at once."""
         blocks = max(1, int(UNPACK_SHARE * card.multiprocessors))
         grid = Grid(blocks, UNPACK_THREADS, 1024 * UNPACK_STRIDE)
         self._unpack = make("unpack", (), grid)
@@ -100,11 +106,6 @@ class CudaProducts:
         """The reason why `step_kernels` is None."""
         self.make_sampler: Callable[[int], SampleKernel] | None = None
         """Compiles the sampler for a maximum number of rows. Raises `StepUnavailable`."""
-
-    @property
-    def pass_tokens(self) -> int:
-        """Number of an expert's tokens that the largest kernel of gate_up computes at once."""
-        return 8 * max(variants(GATE_UP, self._card))
 
     def dense(self, weight: TiledWeight, x: Tensor, out: Tensor) -> None:
         """Fills `out` float32 `[T, N]` with x @ weight.T, for `x` `[T, K]`."""
@@ -179,8 +180,7 @@ class CudaProducts:
         out: Tensor,
         tokens: int,
     ) -> None:
-        largest = largest_tiles(product, self._card, weight.out_features)
-        tiles = token_tiles_of(product, tokens, largest)
-        kernel = self._kernels[product, weight.in_features, tiles]
+        batch = batch_of(product, tokens)
+        kernel = self._kernels[product, weight.out_features, weight.in_features, batch]
         tensors = (weight.codes, weight.absmax, self._pairs, x, order, starts, topk_weights, out)
         kernel.launch(*tensors, weight.num_matrices, weight.out_features, tokens)

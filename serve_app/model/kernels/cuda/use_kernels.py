@@ -133,12 +133,18 @@ def step_attention_error(
 
 def products_of(config: MixtralConfig, card: Card, code: Tensor, make: MakeKernel) -> CudaProducts:
     """Returns the products of a model with these sizes; `code` has the 16 code values."""
-    sizes = {
-        DENSE: {config.hidden_size, config.q_size},
-        GATE_UP: {config.hidden_size},
-        DOWN: {config.intermediate_size},
+    return CudaProducts(card, code, sizes_of(config), config.num_experts_per_tok, make)
+
+
+def sizes_of(config: MixtralConfig) -> dict[str, set[tuple[int, int]]]:
+    """Returns N and K of the matrices of each product, with those of a 4-bit `lm_head`."""
+    hidden, inner, queries = config.hidden_size, config.intermediate_size, config.q_size
+    qkv = (queries + 2 * config.kv_size, hidden)
+    return {
+        DENSE: {qkv, (hidden, queries), (config.vocab_size, hidden)},
+        GATE_UP: {(2 * inner, hidden)},
+        DOWN: {(hidden, inner)},
     }
-    return CudaProducts(card, code, sizes, config.num_experts_per_tok, make)
 
 
 def tiling_problem(model: "Mixtral") -> str | None:

@@ -3,10 +3,10 @@
 A kernel computes up to `token_tiles` * 8 tokens of an expert at once. More tokens need more sums
 per thread. The choice has two parts:
 
-1. The host chooses the kernel only by the size of the batch, so that a graph can be captured. The
-   number of token tiles determines the registers and the shared memory of a block, and therefore
-   the number of blocks that run at once. With one kernel for all batches, a multiprocessor would
-   run one block instead of two even for batches of a few tokens.
+1. The host chooses the kernel only by the size of the batch (`BATCHES`), so that a graph can be
+   captured. The number of token tiles determines the registers and the shared memory of a block,
+   and therefore the number of blocks that run at once. With one kernel for all batches, a
+   multiprocessor would run one block instead of two even for batches of a few tokens.
 2. The device chooses a loop in the kernel for each expert by the expert's number of tokens: for a
    quarter, half, three quarters or all of the kernel's token tiles (`with_tiles`, tiles.cuh). An
    expert with more tokens than the kernel's tiles needs more passes. The alternative, to launch
@@ -25,7 +25,6 @@ matrix instructions of its tiles overlap. With branches, a loop of 8 tiles on an
 `benchmarks/results/product-loops.json`).
 """
 
-import functools
 from dataclasses import dataclass, fields
 
 ROW_SIZE, SUM_BYTES = 16, 512
@@ -137,69 +136,76 @@ class MoreTokens:
 
 Variant = FewTokens | MoreTokens
 
-TOKENS_OF_TILES = {
-    DENSE: ((8, 1), (16, 2), (64, 4), (192, 8)),
-    GATE_UP: ((16, 1), (32, 2), (64, 4), (192, 8)),
-}
-TOKENS_OF_TILES[DOWN] = TOKENS_OF_TILES[GATE_UP]
-"""Pairs of the maximum number of tokens of a batch and the number of token tiles. If each token
-uses 2 of 8 experts, the busiest expert gets 7 of 16 tokens on average, 12 of 32, and 22 of 64. The
-last two numbers of each product are measured on an H200."""
-MOST_TILES = 16
-"""Number of token tiles for larger batches. A product without so many uses its largest kernel."""
-OPTIONAL = {(DENSE, 8)}
-"""Products and token tiles of kernels that not every matrix needs to fit. A matrix that does not
-fit such a kernel uses the next smaller one."""
+LARGE = 1 << 30
+"""Maximum number of tokens of a large batch: unlimited."""
+BATCHES = {DENSE: (8, 16, 32, 64, 128, LARGE), GATE_UP: (16, 32, 64, 192, LARGE)}
+BATCHES[DOWN] = BATCHES[GATE_UP]
+"""Maximum numbers of tokens of the batches that have a kernel each. If each token uses 2 of 8
+experts, the busiest expert gets 7 of 16 tokens on average, 12 of 32, and 22 of 64."""
 
 
-def token_tiles_of(product: str, tokens: int, largest: int) -> int:
-    """Returns the number of token tiles of the kernel for a batch of `tokens` tokens.
-
-    `largest` is that of the largest kernel for the matrix (`largest_tiles`).
-    """
-    fitting = (tiles for max_tokens, tiles in TOKENS_OF_TILES[product] if tokens <= max_tokens)
-    return min(next(fitting, MOST_TILES), largest)
+def batch_of(product: str, tokens: int) -> int:
+    """Returns the entry of `BATCHES` for a batch of `tokens` tokens."""
+    return next(most for most in BATCHES[product] if tokens <= most)
 
 
-def variants(product: str, card: Card) -> dict[int, Variant]:
-    """Returns the kernels of a product by their number of token tiles.
+def variants(product: str, card: Card, out_features: int) -> dict[int, Variant]:
+    """Returns the kernels of a product with matrices of `out_features` rows, by `BATCHES`.
 
-    For a card with much shared memory, these are the kernels that were fastest on an H200. There
-    `gate_up` for 512 tokens took 899 us with 16 tiles and 1,067 us with 8. `down` gained nothing,
-    because it has half as many jobs as multiprocessors. The dense products of a layer took 150 us
-    with 8 tiles and 293 us with 4.
+    For compute capability 9.0, these are the kernels that were fastest on an H200. There `gate_up`
+    for 512 tokens took 899 us with 16 tiles and 1,067 us with 8. `down` gained nothing, because it
+    has half as many jobs as multiprocessors. qkv and o of a layer took 150 us with 8 tiles and 293
+    us with 4.
     """
     is_large = card.capability in (90, 100)
     # Two blocks with a table of 64 KB each; if they do not fit, one block with two teams.
     pair: dict[str, int] = {} if card.has_large_memory else {"teams": 2, "blocks_per_sm": 1}
     if product == DENSE:
-        small, large = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
-        dense: dict[int, Variant] = {1: small, 2: large, 4: FewTokens(2, 4, blocks_per_sm=1)}
-        if is_large:
-            dense[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
-        return dense
+        few, more = FewTokens(1, 1, **pair), FewTokens(1, 2, **pair)
+        rest: Variant = FewTokens(2, 4, blocks_per_sm=1)
+        dense = {8: few, 16: more, 32: rest, 64: rest, 128: rest, LARGE: rest}
+        if is_large and out_features % 128 == 0:
+            wide = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
+            dense |= {128: wide, LARGE: wide}
+        return dense | (_dense_of_hopper(out_features) if card.capability == 90 else {})
     blocks = 2 if is_large else 1
     kernels: dict[int, Variant] = {
-        1: FewTokens(2, 1, **pair),
-        2: MoreTokens(2, 2, 4, 2, 4, stages=2, scale_weights=0, blocks_per_sm=blocks),
-        4: MoreTokens(2, 4, 4, 2, 2, stages=2, scale_weights=1),
-        8: MoreTokens(2, 8, 8, 1, 4, stages=2, scale_weights=1),
+        16: FewTokens(2, 1, **pair),
+        32: MoreTokens(2, 2, 4, 2, 4, stages=2, scale_weights=0, blocks_per_sm=blocks),
+        64: MoreTokens(2, 4, 4, 2, 2, stages=2, scale_weights=1),
+        192: MoreTokens(2, 8, 8, 1, 4, stages=2, scale_weights=1),
     }
     if is_large and product == GATE_UP:
-        kernels[4] = MoreTokens(4, 4, 4, 2, 4, stages=3, scale_weights=1)
+        kernels[32] = MoreTokens(4, 2, 4, 2, 2, stages=3, scale_weights=0)
+        kernels[64] = MoreTokens(4, 4, 4, 2, 2, stages=2, scale_weights=1)
     if card.capability == 90 and product == GATE_UP:  # on 10.0 it would spill registers
-        kernels[16] = MoreTokens(2, 16, 8, 1, 2, stages=3, scale_weights=1)
+        kernels[LARGE] = MoreTokens(2, 16, 8, 1, 2, stages=3, scale_weights=1)
     if is_large and product == DOWN:
-        kernels[4] = MoreTokens(2, 4, 4, 2, 4, stages=3, scale_weights=1)
-        kernels[8] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
-    return kernels
+        kernels[64] = MoreTokens(2, 4, 4, 2, 4, stages=3, scale_weights=1)
+        kernels[192] = MoreTokens(2, 8, 4, 2, 2, stages=2, scale_weights=1)
+    return {LARGE: kernels[192], **kernels}
 
 
-@functools.cache
-def largest_tiles(product: str, card: Card, out_features: int) -> int:
-    """Returns the number of token tiles of the largest kernel for a matrix with these rows."""
-    kernels = variants(product, card).items()
-    return max(tiles for tiles, variant in kernels if out_features % variant.row_multiple == 0)
+def _dense_of_hopper(out_features: int) -> dict[int, Variant]:
+    """Returns the kernels of a dense matrix for 9 to 128 tokens that were fastest on an H200.
+
+    Each block reads the activations of all its tokens from the L2 cache, so fewer blocks read less.
+    Fastest is one job for nearly each of the 132 multiprocessors: with 48 rows per job, Mixtral's
+    6,144 rows of qkv are 128 jobs; with 32, the 4,096 rows of the output projection are 128 jobs.
+    """
+    if out_features % 384 == 0:
+        return {
+            16: FewTokens(3, 2, blocks_per_sm=1),
+            32: FewTokens(3, 4, blocks_per_sm=1),
+            64: MoreTokens(2, 4, 3, 4, 2, stages=2, scale_weights=1),
+        }
+    if out_features % 64 == 0:
+        return {
+            16: FewTokens(2, 2, blocks_per_sm=1),
+            64: MoreTokens(4, 4, 1, 8, 2, stages=2, scale_weights=1),
+            128: MoreTokens(2, 8, 2, 4, 2, stages=2, scale_weights=1),
+        }
+    return {}
 
 
 def macros(variant: Variant, product: str, card: Card, in_features: int, top_k: int) -> list[str]:
@@ -226,10 +232,9 @@ def shared_bytes(variant: Variant, card: Card) -> int:
 def shape_problem(product: str, card: Card, out_features: int, in_features: int) -> str | None:
     """Returns the reason why a matrix `[out_features, in_features]` does not fit the kernels, or
     None if it does."""
-    kernels = variants(product, card).items()
-    needed = [variant for tiles, variant in kernels if (product, tiles) not in OPTIONAL]
-    rows = max(variant.row_multiple for variant in needed)
-    columns = max(variant.column_multiple for variant in needed)
+    kernels = variants(product, card, out_features).values()
+    rows = max(variant.row_multiple for variant in kernels)
+    columns = max(variant.column_multiple for variant in kernels)
     if out_features % rows or in_features % columns:
         return (
             f"{product} has {out_features} rows and {in_features} columns, and the kernels need "

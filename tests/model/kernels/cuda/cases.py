@@ -75,7 +75,7 @@ def error(
     did not write what it must."""
     if product == DENSE:
         x = activations(tokens, last_block_only)
-        found = torch.full((tokens, ROWS[DENSE]), float("nan"))
+        found = torch.full((tokens, matrices.tiled.out_features), float("nan"))
         products.dense(matrices.tiled, x, found)
         return relative(found, x.float() @ matrices.floats[0].T)
     ids, order, starts = routing(tokens, crowded)

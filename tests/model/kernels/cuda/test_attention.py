@@ -36,6 +36,7 @@ WIDE: dict[str, Any] = {"num_attention_heads": 8, "num_key_value_heads": 1, "hea
 def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs take the splits of a row and KV head by turns."""
     monkeypatch.setattr(step_kernels, "NUM_PROGRAMS", 3 * 2 * len(CONTEXTS))
+    monkeypatch.setattr(step_kernels, "MIN_PROGRAMS", 1)
 
 
 class Decode:

@@ -7,24 +7,17 @@ import pytest
 from benchmarks.product_loops import listing, loops
 from serve_app.model.kernels.cuda.compiler import Compiler
 from serve_app.model.kernels.cuda.launcher import Grid
-from serve_app.model.kernels.cuda.products import CudaProducts
 from serve_app.model.kernels.cuda.step_kernels import StepKernels
-from serve_app.model.kernels.cuda.variants import (
-    CAPABILITIES,
-    DENSE,
-    DOWN,
-    GATE_UP,
-    Card,
-    shape_problem,
-)
+from serve_app.model.kernels.cuda.use_kernels import products_of, sizes_of
+from serve_app.model.kernels.cuda.variants import CAPABILITIES, DENSE, GATE_UP, Card, shape_problem
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
 from tests.model.kernels.compiled import about, spills
 from tests.model.kernels.cuda.emulator import CachedCompiler
 from tools.random_model import config_of
 
-SIZES = {DENSE: (6144, 4096), GATE_UP: (28672, 4096), DOWN: (4096, 14336)}
-"""N and K of Mixtral 8x7B."""
+CONFIG = config_of(tiny=False, layers=1)
+"""Mixtral 8x7B."""
 BUDGETS = {64: {1: 2.1, 2: 2.75, 4: 3.3, 8: 3.9, 16: 5.3}, 32: {2: 2.85, 4: 3.85, 8: 4.35}}
 """Instructions a weight in the kernel's loop for all its token tiles, by the table's stride and the
 number of tiles. At the speed of memory an H200 has time for 3.7, cards with small tables for 15."""
@@ -33,7 +26,7 @@ LOOPS = {1: 1, 2: 2, 4: 4, 8: 4, 16: 4}
 UNPACK_BUDGET = 4.0
 """Instructions a weight of unpack.cu. With a third of an H200's multiprocessors at 128 a cycle, the
 1.45e9 weights of a layer take 0.5 ms at this budget, and 0.9 ms at the speed of its memory."""
-KERNELS = {90: 14, 100: 13}
+KERNELS = {90: 19, 100: 13}
 """Kernels of the products by compute capability; the other ones have 12."""
 
 
@@ -79,8 +72,7 @@ def test_they_compile_at_mixtrals_sizes(capability: int) -> None:
                 failures.append(f"{what}: the loop for few tokens is slower")
         return _Kernel()
 
-    columns = {product: {size[1]} for product, size in SIZES.items()}
-    CudaProducts(card, code_values("nf4"), columns, 2, make)  # type: ignore[arg-type]
+    products_of(CONFIG, card, code_values("nf4"), make)  # type: ignore[arg-type]
     assert len(seen) == KERNELS.get(capability, 12)
     assert not failures, "\n".join(failures)
 
@@ -97,7 +89,7 @@ each kernel with nothing of it in the instruction cache."""
 def test_the_steps_other_kernels_compile(capability: int) -> None:
     """At Mixtral's sizes: no register goes to memory, and each kernel has no more registers and
     instructions than its budget."""
-    compiler, config = CachedCompiler(capability), config_of(tiny=False, layers=1)
+    compiler, config = CachedCompiler(capability), CONFIG
     failures, seen = list[str](), list[str]()
 
     def make(name: str, macros: list[str], grid: Grid) -> _Kernel:
@@ -152,7 +144,8 @@ def test_a_source_that_does_not_compile_says_why() -> None:
 def test_shapes_that_do_not_fit_are_refused(capability: int) -> None:
     """Mixtral's sizes fit every card; a matrix with other rows or columns is refused by name."""
     card = Card(capability, 1)
-    for product, size in SIZES.items():
-        assert shape_problem(product, card, *size) is None
+    for product, sizes in sizes_of(CONFIG).items():
+        for size in sizes:
+            assert shape_problem(product, card, *size) is None
     assert "256 rows and 192 columns" in str(shape_problem(GATE_UP, card, 256, 192))
     assert "need multiples of 32 and 2048" in str(shape_problem(DENSE, card, 4112, 4096))

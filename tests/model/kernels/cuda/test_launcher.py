@@ -11,10 +11,11 @@ import torch
 from serve_app.model.kernels.cuda import launcher
 from serve_app.model.kernels.cuda.compiler import SOURCES
 from serve_app.model.kernels.cuda.launcher import DriverError, Grid, Kernel
-from serve_app.model.kernels.cuda.products import CudaProducts, TiledWeight
+from serve_app.model.kernels.cuda.products import TiledWeight
 from serve_app.model.kernels.cuda.sampling import SampleKernel
 from serve_app.model.kernels.cuda.step_kernels import AttentionMemory, Routing, StepKernels
-from serve_app.model.kernels.cuda.variants import CAPABILITIES, DENSE, DOWN, GATE_UP, Card
+from serve_app.model.kernels.cuda.use_kernels import products_of
+from serve_app.model.kernels.cuda.variants import CAPABILITIES, Card
 from serve_app.model.kernels.decode_batch import DecodeBatch
 from serve_app.model.kernels.unavailable import StepUnavailable
 from serve_app.model.quantize import code_values
@@ -128,15 +129,15 @@ def launch_each(card: Card, make: Any) -> None:
     """Launches every kernel at Mixtral's sizes, on tensors that nobody reads."""
     config, x = config_of(tiny=False, layers=1), torch.zeros(1)
     hidden, inner, top_k = config.hidden_size, config.intermediate_size, 2
-    sizes = {DENSE: {hidden}, GATE_UP: {hidden}, DOWN: {inner}}
-    products = CudaProducts(card, code_values("nf4"), sizes, top_k, make)
+    products = products_of(config, card, code_values("nf4"), make)
 
     def weight(experts: int, rows: int, columns: int) -> TiledWeight:
         return TiledWeight(x.expand(experts, rows, columns // 2), x)
 
     for tokens in (1, 12, 24, 48, 100, 200):
         one, entries = x.expand(tokens, hidden), x.expand(tokens * top_k, inner)
-        products.dense(weight(1, hidden, hidden), one, x)
+        for rows in (hidden, hidden + 2 * config.kv_size):
+            products.dense(weight(1, rows, hidden), one, x)
         products.gate_up(weight(8, 2 * inner, hidden), one, x, x, x)
         products.down(weight(8, hidden, inner), entries, x, x, x, top_k, x)
     products.unpack_into(weight(8, hidden, inner), x, x)

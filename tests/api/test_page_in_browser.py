@@ -85,6 +85,10 @@ def test_an_answer_streams_with_its_figures(endpoint: Endpoint, open_page: Open)
     prompt_ids = engine.requests[0][0]
     num_tokens = len(engine.token_ids)
     expect(page.locator("#tokens")).to_have_text(f"{len(prompt_ids)} + {num_tokens}")
+    # The answer cannot be faster than all of its tokens in the time of the first one (rounded).
+    rate, first = (page.locator(name).inner_text().replace(",", "") for name in ("#rate", "#ttft"))
+    first_s = float(first.split()[0]) / (1000 if first.endswith("ms") else 1)
+    assert float(rate) * first_s <= 1.5 * num_tokens
     ask(page, "And again?")
     expect(answers(page)).to_have_count(2)
     again = engine.requests[1][0]

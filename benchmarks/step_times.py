@@ -57,7 +57,7 @@ class StepTimes(NamedTuple):
 H200 = ((1, 8.5), (8, 18.0), (32, 24.8), (128, 38.5))
 DEVICES = {
     "h200": StepTimes(
-        "measured (results/gpu-h200.json); prompts by the first reading of two measurements",
+        "measured (results/gpu-h200-triton.json); prompts by the first of two readings",
         H200, 4e-5, 230, 0.024, 2e-6, True, 8192, 4,
     ),
     "h200, second reading": StepTimes(

@@ -3,7 +3,7 @@
 Read `settings.py` first: the model that holds them all. Then
 
     sections.py       the fields, with their units and defaults; api_settings.py has those of the
-                      API, section.py what all sections have in common
+                      API, section.py the base class of all sections
     environment.py    the variables of vLLM and RunPod that set some of them
     unused_names.py   the variables of RunPod's vLLM worker that have no effect
     sources.py        the variable that sets a setting, for error messages

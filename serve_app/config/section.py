@@ -1,4 +1,4 @@
-"""What all sections of the settings have in common."""
+"""The base class of all sections of the settings, and the form of lists in them."""
 
 from pydantic import BaseModel, ConfigDict
 

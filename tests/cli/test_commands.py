@@ -100,19 +100,20 @@ def test_a_name_that_is_none_is_one_sentence(capsys: pytest.CaptureFixture[str])
     )
 
 
+def errors_of(command: list[str], folder: Path) -> list[str]:
+    """Returns the lines that a command, which must end with exit code 1, writes to stderr."""
+    done = subprocess.run(
+        command, cwd=folder, env=bare(folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    return done.stderr.splitlines()
+
+
 def test_a_wrong_setting_is_one_sentence(tmp_path: Path) -> None:
     """Ray starts while `run` checks; a configuration that is refused ends it again."""
     (tmp_path / "wrong.yaml").write_text(on_port(free_port(), engine={"max_runing": 3}))
-    done = subprocess.run(
-        [*COMMAND, "run", "wrong.yaml"],
-        cwd=tmp_path,
-        env=bare(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    first, sentence = done.stderr.splitlines()
+    errors = errors_of([*COMMAND, "run", "wrong.yaml"], tmp_path)
+    first, sentence = errors
     assert "starts with wrong.yaml" in first
     assert sentence == "wrong.yaml: `engine.max_runing` is not a setting."
     until(lambda: not left_behind(tmp_path))
@@ -168,16 +169,10 @@ def test_an_error_of_the_system_is_one_sentence(tmp_path: Path) -> None:
 def test_few_open_files_are_one_sentence(tmp_path: Path) -> None:
     """`run` says it before Ray starts, whose own error is a stack trace."""
     (tmp_path / "tiny.yaml").write_text(on_port(free_port()))
-    done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *COMMAND, "run", "tiny.yaml"],
-        cwd=tmp_path,
-        env=bare(tmp_path),
-        capture_output=True,
-        text=True,
-        check=False,
+    errors = errors_of(
+        ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *COMMAND, "run", "tiny.yaml"], tmp_path
     )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    (line,) = errors
     assert line.startswith("A process may open 64 files, but Ray needs 256; raise the limit")
 
 

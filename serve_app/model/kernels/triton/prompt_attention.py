@@ -7,7 +7,7 @@ that share the KV head, and their context or a part of it. It reads keys and val
 block table, without copying them. The host lists the items once per step, and never waits for the
 device. If contexts are cut into splits, a second launch combines the splits in their order.
 
-The kernels compile for compute capabilities 8.0, 9.0 and 12.0. They have not run on a device yet.
+The kernels compile for compute capabilities 8.0, 9.0 and 12.0, and ran on an H200 (9.0).
 
 Letters: T tokens of the batch, H query heads, K KV heads, G = H / K, D head_dim.
 """

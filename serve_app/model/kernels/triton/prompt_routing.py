@@ -5,7 +5,7 @@ A program orders the entries of `ROWS` adjacent tokens. It reads the router logi
 count the entries of each expert before its own entries. For 4,096 tokens of Mixtral these are 64 KB
 from the L2 cache. The program uses no atomic additions, so the order is always the same.
 
-The kernel compiles for compute capabilities 8.0, 9.0 and 12.0. It has not run on a device yet.
+The kernel compiles for compute capabilities 8.0, 9.0 and 12.0, and ran on an H200 (9.0).
 """
 
 import torch
